@@ -676,6 +676,13 @@ _CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
 """Names of bases for clients. A colon would make the names of trained models, `ft:BASE:...`, ambiguous."""
 
 
+class TrainingPlace(StrEnum):
+    """Where jobs of the fine-tuning API are trained."""
+
+    HERE = "here"
+    RAY = "ray"
+
+
 class FineTuningSettings(_Section):
     """Settings of OpenAI's fine-tuning API. See docs/fine-tuning-api.md."""
 
@@ -704,6 +711,11 @@ class FineTuningSettings(_Section):
     )
     max_jobs: int = Field(50, ge=1, description="maximum number of unfinished jobs per key")
     worker: bool = Field(True, description="whether this server trains jobs; if not, another one with its store must")
+    place: TrainingPlace = Field(
+        TrainingPlace.HERE,
+        description="here: a server trains its jobs on its own machine; ray: on the cluster `ray.address`, like "
+        "`svc train --on ray`, and everything but the training runs on its own machine",
+    )
     wandb: bool = Field(
         False,
         description="whether jobs may ask to report to Weights & Biases, with the key of this machine's environment",

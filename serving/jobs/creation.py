@@ -44,7 +44,7 @@ from svc.client_files.shared_contents import ContentDamagedError, ContentMissing
 from svc.errors import BaseModelError, DataError, NotFoundError, RecipeError, SvcError
 from svc.identity.actor import Actor
 from svc.identity.principal import Principal
-from svc.settings import Settings
+from svc.settings import Settings, TrainingPlace
 from svc.store.audit import Action, AuditEntry
 from svc.store.changes import Changes
 from svc.store.database import is_sqlite
@@ -250,6 +250,10 @@ class JobCreation:
         check_conflicts(request)
         if request.objective == "reinforcement":
             raise _invalid("method", "the method 'reinforcement' is not supported", "supervised or dpo")
+        if request.objective == "dpo" and self._settings.fine_tuning.place is TrainingPlace.RAY:
+            raise _invalid(
+                "method", "this server trains on a Ray cluster, which does not train on preferences", "supervised"
+            )
         if request.integrations and not self._settings.fine_tuning.wandb:
             raise _invalid(
                 "integrations",
@@ -479,7 +483,7 @@ async def _run_check(
         raise _invalid(
             "model", f"the base of {request.model!r} cannot be trained on this server", "another model"
         ) from error
-    if result.refused:
+    if result.refused and settings.fine_tuning.place is TrainingPlace.HERE:
         raise _invalid(
             "model",
             f"the job does not fit into this server's memory: {result.refused}",

@@ -39,6 +39,7 @@ from svc.errors import (
     InsufficientMemoryError,
     InterruptedRunError,
     RegistryError,
+    ServerNotRunningError,
     TrainingError,
 )
 from svc.files.disk import write_whole
@@ -82,7 +83,9 @@ RECIPE_FILE = "recipe.yaml"
 _WAITS = {
     InsufficientMemoryError.exit_code: "Waiting until the server has enough free memory",
     DiskSpaceError.exit_code: "Waiting until the server has enough free disk space",
-    BusyError.exit_code: "Waiting until another process has finished the same training run",
+    BusyError.exit_code: "Waiting until another process has finished the same training run, or the Ray cluster has "
+    "free resources",
+    ServerNotRunningError.exit_code: "Waiting until the Ray cluster can be reached",
 }
 """Reasons why a job is retried later, by the exit code of its training."""
 _WAITS_FOR_FILES = "Waiting until the object store for files is available"

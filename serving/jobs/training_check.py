@@ -23,7 +23,7 @@ from svc.settings import ENV_PREFIX, Settings
 log = logging.getLogger(__name__)
 
 _KINDS = {kind.exit_code: kind for kind in (DataError, RecipeError, BaseModelError, NotFoundError)}
-_SETTINGS = {"home", "base_cache", "tracking_uri", "artifacts", "engine"}
+_SETTINGS = {"home", "base_cache", "tracking_uri", "artifacts", "engine", "ray"}
 _RECIPE_FILE = "recipe.yaml"
 _ERROR = re.compile(
     r"^error: (?P<wrong>.*?)(?:\n  expected: (?P<expected>.*?))?(?:\n  do: .*)?\s*\Z", re.MULTILINE | re.DOTALL

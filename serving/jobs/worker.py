@@ -12,7 +12,7 @@ import platform
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sqlalchemy import Engine as Store
@@ -30,7 +30,7 @@ from serving.jobs.training_check import command_environment
 from serving.jobs.training_process import TrainingProcess, end_processes
 from svc.client_files.client_files import ClientFiles
 from svc.files.disk import write_whole
-from svc.settings import Settings
+from svc.settings import Settings, TrainingPlace
 from svc.store.changes import Changes
 from svc.store.job_queue import JobLostError, fail, take_job
 from svc.store.job_requests import JobError
@@ -46,6 +46,17 @@ _WORKER_FILE = "worker"
 def training_command(recipe: Path, progress: Path) -> Sequence[str]:
     """Return the command that trains a recipe."""
     return (sys.executable, "-m", "svc.cli", "train", str(recipe), "--progress", str(progress))
+
+
+def command_on_ray(recipe: Path, progress: Path) -> Sequence[str]:
+    """Return the command that trains a recipe on a Ray cluster, which does not keep the adapters of single epochs."""
+    return (*training_command(recipe, progress), "--on", "ray", "--set", "checkpoints.keep_epochs=0")
+
+
+_COMMANDS: Mapping[TrainingPlace, TrainingCommand] = {
+    TrainingPlace.HERE: training_command,
+    TrainingPlace.RAY: command_on_ray,
+}
 
 
 def read_worker_id(folder: Path) -> str:
@@ -70,7 +81,7 @@ class JobWorker:
     Args:
         changes: changes in the store, for which this waits while the queue is empty.
         complete: function, called in a thread, that creates the result of a job that has succeeded.
-        command: function that returns the command that trains a recipe.
+        command: function that returns the command that trains a recipe; default: the one for `fine_tuning.place`.
 
     Attributes:
         id: id of the worker on this machine, which is the same after a restart.
@@ -84,7 +95,7 @@ class JobWorker:
         changes: Changes,
         *,
         complete: Complete,
-        command: TrainingCommand = training_command,
+        command: TrainingCommand | None = None,
         pace: Pace | None = None,
     ) -> None:
         self.id = read_worker_id(settings.home.resolve() / "jobs")
@@ -98,7 +109,7 @@ class JobWorker:
             files=files,
             worker=self.id,
             complete=complete,
-            command=command,
+            command=command or _COMMANDS[settings.fine_tuning.place],
             environment=command_environment(settings),
             pace=self._pace,
             wait=self._wait,

@@ -26,7 +26,7 @@ def check_ray(settings: Settings, recipe: Recipe) -> None:
         SettingsError: the address of the cluster or of the object store is not set.
         RecipeError: the recipe cannot be trained on a cluster.
         ServerNotRunningError: the cluster cannot be reached.
-        TrainingError: the cluster has too few free resources.
+        BusyError, TrainingError: the cluster has too few free resources.
     """
     size, address = count_workers(recipe), find_address(settings.ray.address)
     if settings.artifacts.url is None:
@@ -74,7 +74,7 @@ def ray_processes(
 
     Raises:
         RegistryError: the store does not respond, or refuses.
-        ServerNotRunningError, TrainingError: as for `check_ray`.
+        ServerNotRunningError, BusyError, TrainingError: as for `check_ray`.
     """
     assert settings.artifacts.url is not None  # noqa: S101 - check_ray
     size, address = count_workers(recipe), find_address(settings.ray.address)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 from uuid import uuid4
 
 from svc.engine.device import DeviceCapabilities
-from svc.errors import InterruptedRunError, TrainingError
+from svc.errors import BusyError, InterruptedRunError, TrainingError
 from svc.registry.files import FileRecord
 from svc.settings import RaySettings
 from svc.terminal import console
@@ -92,7 +92,8 @@ def reserved(kind: WorkerKind, size: int, wait_s: float, asked: Preemption | Non
     """Reserve the resources of all workers for the `with` block.
 
     Raises:
-        TrainingError: they are not free within the time.
+        BusyError: others use them, and did not free them within the time.
+        TrainingError: the cluster is too small.
         InterruptedRunError: a signal was received.
     """
     import ray
@@ -114,7 +115,7 @@ def reserved(kind: WorkerKind, size: int, wait_s: float, asked: Preemption | Non
 
 def shortage(
     kind: WorkerKind, size: int, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float], wait_s: float
-) -> TrainingError:
+) -> BusyError | TrainingError:
     """Return the error for resources that are not free.
 
     Args:
@@ -131,7 +132,7 @@ def shortage(
     else:
         why = f"others use them; free: {_described(free)}"
         todo = "wait until other jobs have finished, or raise ray.wait_s"
-    return TrainingError(
+    return (TrainingError if fit < size else BusyError)(
         f"the Ray cluster has no free resources for {size} workers of {kind} within {wait_s:g} s: {why}",
         expected=f"{size} x {kind}",
         todo=todo,

@@ -15,7 +15,7 @@ from serving.http.connections import watched
 from serving.jobs.training_check import TrainingCheck
 from svc.access.keyring import IssuedKey
 from svc.client_files.client_files import ClientFiles
-from svc.settings import ArtifactSettings, FilesSettings, FineTuningSettings, Settings
+from svc.settings import ArtifactSettings, FilesSettings, FineTuningSettings, Settings, TrainingPlace
 from svc.store.files import FileStatus, Purpose, set_file_status
 from tests.serving.http.keyed_service import KeyedService
 from tests.serving.service import ClientsProtocol
@@ -50,6 +50,7 @@ class FineTuningService(KeyedService):
     Args:
         base: folder of the base, or None for no bases.
         max_jobs: maximum number of jobs of one key that have not ended.
+        place: where jobs are trained.
         limits: limits of clients' files.
         artifacts: settings of the object store; none by default.
     """
@@ -61,12 +62,13 @@ class FineTuningService(KeyedService):
         store: Store,
         base: Path | None,
         max_jobs: int = 50,
+        place: TrainingPlace = TrainingPlace.HERE,
         limits: FilesSettings | None = None,
         artifacts: ArtifactSettings | None = None,
         **settings: Any,
     ) -> None:
         bases = {BASE: str(base), "gone": str(base / "gone")} if base else {}
-        self.tuning = FineTuningSettings(bases=bases, max_jobs=max_jobs)
+        self.tuning = FineTuningSettings(bases=bases, max_jobs=max_jobs, place=place)
         super().__init__(folder, store=store, fine_tuning=self.tuning, files=limits, artifacts=artifacts, **settings)
         self.settings = Settings(home=folder, fine_tuning=self.tuning, artifacts=artifacts or ArtifactSettings())
         self.files = ClientFiles.of(self.settings, store)

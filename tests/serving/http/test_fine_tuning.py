@@ -21,7 +21,7 @@ from serving.jobs.creation import JobCreation, decide_job
 from serving.jobs.training_check import CheckFailedError, CheckTimeoutError, TrainingCheck
 from svc.errors import BaseModelError, DataError, NotFoundError, RecipeError
 from svc.identity.principal import Scope
-from svc.settings import Settings
+from svc.settings import Settings, TrainingPlace
 from svc.store import audit
 from svc.store.changes import Changes
 from svc.store.files import FileStatus, Purpose, remove_file, set_file_status
@@ -118,6 +118,17 @@ async def test_preference_job_has_the_hyperparameters_of_its_method(
     assert job.method.dpo.hyperparameters.beta == 0.2
     assert job.method.dpo.hyperparameters.n_epochs == 1
     assert job.method.supervised is None
+
+
+async def test_preference_job_is_refused_when_jobs_are_trained_on_ray(
+    socket_folder: Path, store: Store, check: FakeCheck, base: Path
+) -> None:
+    service = FineTuningService(socket_folder, store=store, base=base, place=TrainingPlace.RAY)
+    async with service.run(), service.official() as client:
+        file = service.add_file()
+        with pytest.raises(openai.BadRequestError, match="does not train on preferences") as caught:
+            await client.fine_tuning.jobs.create(model=BASE, training_file=file, method={"type": "dpo", "dpo": {}})
+    assert caught.value.param == "method"
 
 
 async def test_recipe_has_settings_from_the_extra_body(

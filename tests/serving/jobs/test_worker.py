@@ -21,7 +21,7 @@ from serving.jobs import job_training
 from serving.jobs.job_training import Pace
 from serving.jobs.training_process import TrainingProcess
 from serving.jobs.worker import read_worker_id
-from svc.errors import RegistryError
+from svc.errors import RegistryError, ServerNotRunningError
 from svc.store.job_queue import take_job
 from svc.store.jobs import EventType, Job, JobStatus, Wanted, read_events
 from svc.store.page import Page
@@ -233,6 +233,15 @@ async def test_job_waits_for_memory_while_others_are_trained(home: WorkerHome) -
         home.want(big, Wanted.CANCEL)
         await home.ended(big)
     assert home.messages(big).count("Waiting until the server has enough free memory") == 1
+
+
+async def test_job_waits_while_the_ray_cluster_is_away(home: WorkerHome) -> None:
+    id = home.add(exit=ServerNotRunningError.exit_code, text="error: no Ray cluster answers at head:6379")
+    async with home.working():
+        await home.until(lambda: len(home.starts(id)) >= 2)
+        home.want(id, Wanted.CANCEL)
+        await home.ended(id)
+    assert home.messages(id).count("Waiting until the Ray cluster can be reached") == 1
 
 
 async def test_job_returns_to_the_queue_with_a_checkpoint_when_the_server_stops(home: WorkerHome) -> None:

@@ -1,0 +1,63 @@
+"""A job of the fine-tuning API is trained on a real Ray cluster."""
+
+from pathlib import Path
+
+import pytest
+from sqlalchemy import update
+
+from serving.assembly import make_job_worker
+from serving.jobs.recipe import recipe_text
+from svc.dataset.readers.reader import write_examples
+from svc.dataset.schema.example import ChatExample
+from svc.registry.registry import Registry
+from svc.settings import FineTuningSettings, Settings
+from svc.store.jobs import JobStatus
+from svc.store.tables import JobRow
+from svc.version import Format
+from tests.new_store import new_store
+from tests.ray_cluster import running_cluster
+from tests.serving.jobs.worker_home import WorkerHome
+from tests.trainer.conftest import examples, tiny_base
+
+__all__ = ["examples", "tiny_base"]
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+async def test_job_is_trained_on_a_node_when_the_server_trains_on_ray(
+    tmp_path: Path, tiny_base: Path, examples: list[ChatExample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    home = WorkerHome(new_store(tmp_path / "home"), tmp_path / "home")
+    write_examples(home.files.path(home.file), examples)
+    recipe = {
+        "name": "ft-alice-tiny",
+        "base": str(tiny_base),
+        "formats": ["adapter"],
+        "data": {"train": "/elsewhere/files/file-1"},
+        "adapter": {"rank": 4},
+        "train": {"batch_size": 2, "epochs": 1, "learning_rate": 0.01},
+        "checkpoints": {"keep_epochs": 3},
+    }
+    id = home.add()
+    with home.store.begin() as connection:
+        text = recipe_text(recipe)
+        connection.execute(update(JobRow).where(JobRow.id == id).values(recipe=text, name="ft-alice-tiny"))
+    (tmp_path / "store").mkdir()
+    with running_cluster("first") as nodes:
+        settings = Settings(
+            home=home.settings.home,
+            fine_tuning=FineTuningSettings(bases={"small": str(tiny_base)}, place="ray"),
+            artifacts={"url": (tmp_path / "store").as_uri()},
+            ray={"address": nodes.address, "folder": tmp_path / "nodes"},
+        )
+        worker = make_job_worker(settings, Registry.of(settings), home.store, home.files, home.changes)
+        assert worker is not None
+        async with home.working(worker):
+            await home.ended(id)
+    job, log = home.job(id), (home.job_folder(id) / "log").read_text()
+    assert job.status is JobStatus.SUCCEEDED, log
+    assert job.version is not None
+    assert f"Ray at {nodes.address}: 1 x 1 CPU free" in log
+    assert any("training loss=" in message for message in home.messages(id))
+    Registry.of(settings).verify(job.version, Format.ADAPTER)
