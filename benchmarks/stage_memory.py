@@ -23,6 +23,7 @@ from svc.engine.device import NumberType, read_capabilities
 from svc.invocation import print_json
 from svc.settings import load_settings
 from svc.terminal import console, output, quiet_libraries
+from svc.version import Format
 from trainer.recipe.file import load_recipe
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage
@@ -132,7 +133,7 @@ def measure(case: Case, stage: Stage) -> int:
     """
     import trainer.training.sft  # noqa: F401 - in the memory of `svc train` at every stage
     from trainer.data.chat_template import tokenize_as_trained
-    from trainer.export.gptq import calibration_type, quantize_gptq
+    from trainer.export.gptq import calibration_type, quantize_to_4_bits
     from trainer.export.merge import merge_adapter
     from trainer.parity.report import Made, make_report
     from trainer.training.sft import train_model
@@ -148,7 +149,9 @@ def measure(case: Case, stage: Stage) -> int:
         case Stage.MERGE:
             merge_adapter(base, case.work / "adapter", merged)
         case Stage.QUANTIZE:
-            quantize_gptq(merged, examples, case.recipe, case.work / "gptq", number_type=case.number_type)
+            quantize_to_4_bits(
+                Format.GPTQ, merged, examples, case.recipe, case.work / "gptq", number_type=case.number_type
+            )
         case Stage.PARITY:
             compared = tokenize_as_trained(base, examples[:_COMPARED], {})
             outputs = Made(base, case.work / "adapter", merged, {})

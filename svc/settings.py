@@ -71,7 +71,7 @@ class Launcher(StrEnum):
 
 
 class GptqKernel(StrEnum):
-    """Kernel that computes matrix products with a GPTQ model's 4-bit weights."""
+    """Kernel that computes matrix products with the 4-bit weights of a GPTQ or AWQ model."""
 
     AUTO = "auto"
     VLLM = "vllm"

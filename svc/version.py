@@ -17,12 +17,13 @@ class Format(StrEnum):
     ADAPTER = "adapter"
     MERGED = "merged"
     GPTQ = "gptq"
+    AWQ = "awq"
     INT8 = "int8"
     FP8 = "fp8"
     GGUF = "gguf"
 
 
-QUANTIZED_FORMATS = (Format.GPTQ, Format.INT8, Format.FP8)
+QUANTIZED_FORMATS = (Format.GPTQ, Format.AWQ, Format.INT8, Format.FP8)
 """Formats that are quantized from the merged model."""
 SERVED_FORMATS = (*QUANTIZED_FORMATS, Format.MERGED)
 """Formats with complete models, in the order in which a server prefers them."""

@@ -45,6 +45,8 @@ _WIDEST = {"AVX512": "amx_bf16", "AVX2": "avx2"}
 _ASK_S = 300.0
 _FASTER_WITH_TORCH = {"x86_64-avx512f", "x86_64-avx512_bf16"}
 """Instruction sets on which PyTorch's 4-bit kernel decodes faster than vLLM's (docs/devices.md)."""
+_AWQ_CAPABILITY = (7, 5)
+"""Least compute capability of a GPU for which vLLM loads AWQ (`AutoAWQConfig.get_min_capability`)."""
 _CPU_MULTIPLE = 32
 """Block size of the 4-bit kernels for CPUs, which is the same in vLLM and PyTorch."""
 
@@ -157,6 +159,20 @@ class DeviceCapabilities(BaseModel):
                 else "use another device; a version trained elsewhere can be served here with --format merged",
             )
         return chosen
+
+    def check_awq(self, settings: EngineSettings) -> None:
+        """Check that an engine can serve AWQ on this device. On a CPU, AWQ has the kernels of GPTQ.
+
+        Raises:
+            EngineError: vLLM cannot serve AWQ on this GPU.
+        """
+        if self.device(settings) is Device.CPU or (self.gpu and self.gpu.compute_capability >= _AWQ_CAPABILITY):
+            return
+        raise EngineError(
+            f"vLLM {self.vllm} has no awq kernel for {self.hardware(settings)}",
+            expected="a GPU with compute capability 7.5 or higher (Turing), or a CPU",
+            todo=f"replace {Format.AWQ} with {Format.GPTQ} in `formats`",
+        )
 
     def check_eight_bits(self, format: Format, settings: EngineSettings) -> str:
         """Check that an engine can serve a version in an 8-bit format, and return a warning if it is slow there.

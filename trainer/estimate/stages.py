@@ -21,7 +21,7 @@ from trainer.export.gptq import calibration_type
 from trainer.recipe.stage import Stage, choose_stages
 
 _GPTQ_BYTES, _GROUP_BYTES = 0.5, 2.5
-"""Bytes per weight in GPTQ, and bytes per group of weights for its float16 scale and 4-bit zero point."""
+"""Bytes per weight in GPTQ and AWQ, and bytes per group of weights for its float16 scale and 4-bit zero point."""
 _GPTQMODEL = 1.0e9
 """Memory of the gptqmodel process before a model is loaded, in bytes."""
 _MATRIX_COPIES, _HESSIAN_COPIES, _HIDDEN_COPIES = 3, 2, 3
@@ -87,15 +87,15 @@ def stage_memory(
                 need = _merge(training)
             case Stage.EVALUATE:
                 need = _engine(training, whole, served_length)
-            case Stage.QUANTIZE:
-                need = _quantize(training, workload.mean_length)
+            case Stage.QUANTIZE | Stage.QUANTIZE_AWQ:
+                need = _quantize(training, workload.mean_length, awq=stage is Stage.QUANTIZE_AWQ)
             case Stage.QUANTIZE_INT8 | Stage.QUANTIZE_FP8:
                 need = _round(training)
-            case Stage.QUALIFY | Stage.QUALIFY_INT8 | Stage.QUALIFY_FP8:
+            case Stage.QUALIFY | Stage.QUALIFY_AWQ | Stage.QUALIFY_INT8 | Stage.QUALIFY_FP8:
                 # Without the stage `evaluate`, the base is asked the general questions here.
                 asks_base = Format.MERGED not in recipe.formats and recipe.evaluate.general is not False
-                gptq = stage is Stage.QUALIFY
-                written = gptq_bytes(recipe.quantize.group_size, shape) if gptq else eight_bit_bytes(shape)
+                four_bits = stage in (Stage.QUALIFY, Stage.QUALIFY_AWQ)
+                written = four_bit_bytes(recipe.quantize.group_size, shape) if four_bits else eight_bit_bytes(shape)
                 need = _engine(training, whole if asks_base else written, served_length)
             case Stage.EXPORT_GGUF:
                 need = _round(training)
@@ -107,7 +107,7 @@ def stage_memory(
     return tuple(needs)
 
 
-def gptq_bytes(group_size: int, shape: ModelShape) -> float:
+def four_bit_bytes(group_size: int, shape: ModelShape) -> float:
     """Return the size of the quantized model, in bytes."""
     quantized = shape.linear_weights + shape.expert_weights
     size = _GPTQ_BYTES + _GROUP_BYTES / group_size
@@ -185,7 +185,7 @@ def _engine(training: Training, weights: float, served_length: int) -> tuple[Nee
     return peak, _computed(training, least)
 
 
-def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
+def _quantize(training: Training, example_tokens: float, *, awq: bool) -> tuple[Need, Need]:
     """Return the requirements of quantizing in a separate process: those of one layer, plus what GPTQ needs for
     the layer's largest matrix.
 
@@ -194,6 +194,9 @@ def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
     The input embeddings are completely in memory; an untied output head is not. GPTQ needs float32 copies of
     the matrix, its squared inputs (the Hessian), and their inverse. The formula was fitted to the
     measurements in docs/estimate.md.
+
+    AWQ has no Hessian, and keeps the inputs of all layers of a block for all calibration tokens. This part was not
+    measured.
     """
     recipe, shape = training.recipe, training.shape
     size = number_size(calibration_type(training.number_type))
@@ -202,12 +205,17 @@ def _quantize(training: Training, example_tokens: float) -> tuple[Need, Need]:
     embeddings, layer = size * max(shape.head, outside - shape.head), size * layers / shape.layers
     widest = max((inputs for inputs, _ in shape.linear.values()), default=0)
     rounding = FLOAT32 * (_MATRIX_COPIES * shape.largest_layer + _HESSIAN_COPIES * widest**2)
-    work = layer + rounding + _HIDDEN_COPIES * size * shape.hidden * recipe.quantize.samples * example_tokens
-    written = gptq_bytes(recipe.quantize.group_size, shape)
+    widths: float = _HIDDEN_COPIES * shape.hidden
+    if awq:
+        rounding = FLOAT32 * _MATRIX_COPIES * shape.largest_layer
+        widths += sum(inputs for inputs, _ in shape.linear.values()) / shape.layers
+    work = layer + rounding + size * widths * recipe.quantize.samples * example_tokens
+    written = four_bit_bytes(recipe.quantize.group_size, shape)
     process = PROCESS + _GPTQMODEL + embeddings
     ram = process + (work if training.cpu else layer)
     peak = Need(device=0.0 if training.cpu else embeddings + work, ram=ram, disk=2 * written)
-    return peak, _computed(training, 2 * FLOAT32 * widest**2, disk=written)  # the Hessian and its inverse
+    least = size * shape.hidden if awq else 2 * FLOAT32 * widest**2  # of GPTQ the Hessian and its inverse
+    return peak, _computed(training, least, disk=written)
 
 
 def _round(training: Training) -> tuple[Need, Need]:

@@ -1,52 +1,48 @@
-"""Quantizes a merged model to 4 bits with GPTQ, using gptqmodel.
+"""Quantizes a merged model to 4 bits with GPTQ or AWQ, using gptqmodel.
 
-Rounding is calibrated on training examples, never on held-out ones. Activation order is
+Rounding is calibrated on training examples, never on held-out ones. GPTQ's activation order is
 `act_group_aware`, because vLLM rejects `desc_act` with groups on every platform. On devices with slow
-bfloat16, the layers are computed in float32, which does not change the types in the files. The
+bfloat16, GPTQ's layers are computed in float32, which does not change the types in the files. The
 evaluation, not this module, measures the quality lost by rounding.
 """
 
 import json
 import os
 import random
-import re
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from functools import partialmethod
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from svc.child_process import in_child_process
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
-from svc.errors import RecipeError, TrainingError
 from svc.files.json_file import read_json_object
 from svc.model_folder.chat_template import choose_template_kwargs
-from svc.registry.files import read_headers
 from svc.terminal import counting, waiting
+from svc.version import Format
 from trainer.base_model.content import CONFIG_FILE
 from trainer.data.chat_template import tokenize_as_trained
+from trainer.export.awq import awq_options, check_calibration, equal_blocks, exact_clipping
+from trainer.export.four_bit_layers import check_layers
 from trainer.export.quantized_files import check_packed, finish_folder, join_fused_layers, write_bfloat16
 from trainer.library_output import library_output_to_log
 from trainer.model.attention import attention_implementation
 from trainer.model.config import load_config
-from trainer.model.experts import fused_experts
-from trainer.model.layer_shapes import empty_model, linear_layers
 from trainer.recipe.quantize import Quantize
 from trainer.recipe.recipe import Recipe
 
-_FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
-    ("gate_proj", "up_proj"), "gate_up_proj"
-)
-"""Layers that the engine fuses into a single layer."""
+if TYPE_CHECKING:
+    from gptqmodel import QuantizeConfig
+
 _BITS = 4
 """Bits per weight. The engine's CPU kernel supports only this number."""
 _BATCH = 4  # calibration examples in one forward pass
+_NO_LOSS = "not applicable"
 _SCALE_ERROR = 2.0
 """Power to which rounding errors are raised when choosing a group's scale. The scale with the smallest sum
 of these powers is used, not the one that reaches the largest weight."""
@@ -58,11 +54,6 @@ _CPU_BLOCK = 32
 """Number of columns rounded in sequence before the rest of the layer is corrected for all of them at once.
 gptqmodel's default blocks of 128 correct four times as many columns one by one. The result is the same,
 except that here the scales take more of the corrections into account."""
-_QUANTIZED_MIXTURES = ("olmoe", "qwen3_moe")
-"""Mixture-of-experts models for which gptqmodel 7.6 quantizes every expert and keeps the base's names. It
-silently skips the experts of GraniteMoE and MiniMax M2, and renames those of Mixtral, Phi-3.5-MoE and
-gpt-oss."""
-_EXPERT = re.compile(r"(.+\.experts\.\d+\.\w+)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +77,8 @@ class QuantizeSummary:
     seconds: float
 
 
-def quantize_gptq(
+def quantize_to_4_bits(
+    format: Format,
     model: Path,
     examples: Sequence[ChatExample],
     recipe: Recipe,
@@ -94,9 +86,10 @@ def quantize_gptq(
     *,
     number_type: NumberType,
 ) -> QuantizeSummary:
-    """Write a model to `out` as 4-bit GPTQ safetensors, with its tokenizer and chat template.
+    """Write a model to `out` as 4-bit safetensors, with its tokenizer and chat template.
 
     Args:
+        format: GPTQ or AWQ.
         model: folder of the merged model.
         examples: training examples, from which `quantize.samples` are picked with the recipe's seed.
         out: output folder, created if missing. Identical input gives an identical config.json.
@@ -109,19 +102,22 @@ def quantize_gptq(
     started = time.monotonic()
     layers = check_layers(model, recipe.quantize.group_size)
     calibration = calibration_rows(model, examples, recipe)
+    texts = equal_blocks(calibration) if format is Format.AWQ else calibration
     computed = calibration_type(number_type)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".gptq-", dir=out.parent) as work:
+    with tempfile.TemporaryDirectory(prefix=f".{format}-", dir=out.parent) as work:
         copy, offload = Path(work, "model"), Path(work, "offload")
         offload.mkdir()
         link_with_padding(model, copy)
-        log = in_child_process(_run_gptqmodel, copy, calibration, recipe.quantize, out, str(offload), computed)
+        work_in = (copy, texts, recipe.quantize, out, str(offload), computed)
+        log = in_child_process(_run_gptqmodel, format, *work_in)
     if computed is not NumberType.BFLOAT16:
         write_bfloat16(out)
     join_fused_layers(out, layers)
     check_packed(out, layers)
     finish_folder(model, out)
-    worst = max(log, key=lambda entry: float(entry["loss"]))
+    # AWQ has no loss for a layer without scales, such as `o_proj` with grouped-query attention.
+    worst = max((entry for entry in log if entry["loss"] != _NO_LOSS), key=lambda entry: float(entry["loss"]))
     return QuantizeSummary(
         layers=len(layers),
         samples=len(calibration),
@@ -130,103 +126,6 @@ def quantize_gptq(
         worst_loss=float(worst["loss"]),
         seconds=time.monotonic() - started,
     )
-
-
-def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
-    """Check the shapes of the layers to quantize and return their names, without loading weights.
-
-    Args:
-        group_size: number of inputs that share a scale; it must divide the number of inputs of every layer.
-        multiple: the number of outputs of each engine layer must be a multiple of this. It is above 1 for an
-            engine on a CPU.
-
-    Raises:
-        RecipeError: `group_size` does not divide a layer's width; the message names the layer and the sizes
-            that would fit.
-        TrainingError: the engine's kernel for 4-bit weights does not support a layer, or an expert cannot be
-            quantized or served.
-    """
-    empty = empty_model(model)
-    shapes = linear_layers(empty)
-    if experts := fused_experts(empty):
-        _check_experts(model, experts[0], on_cpu=multiple > 1)
-        shapes |= _expert_shapes(model)
-    _check_inputs({name: inputs for name, (inputs, _) in shapes.items()}, group_size)
-    _check_outputs({name: outputs for name, (_, outputs) in shapes.items()}, multiple)
-    return list(shapes)
-
-
-def check_quantizer(model: Path) -> None:
-    """Check that gptqmodel has a definition of the model's architecture. Without one, it would guess the
-    layers.
-
-    Raises:
-        TrainingError: gptqmodel has no definition of the architecture.
-    """
-    with library_output_to_log():
-        from gptqmodel.models.auto import SUPPORTED_MODELS
-    family = load_config(model).model_type
-    if family not in SUPPORTED_MODELS:
-        raise TrainingError(
-            f"gptqmodel {version('gptqmodel')} cannot quantize {family!r}, the model_type of {model}",
-            expected="an architecture that gptqmodel supports",
-            todo="set `formats: [merged]`, which skips GPTQ; or choose another base",
-        )
-
-
-def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
-    import torch
-
-    family = load_config(model).get_text_config().model_type
-    if family not in _QUANTIZED_MIXTURES:
-        raise TrainingError(
-            f"{expert!r} is part of a mixture of experts, and the experts of {family!r} models cannot be "
-            "quantized for the engine",
-            expected=f"a mixture of experts of {' or '.join(_QUANTIZED_MIXTURES)}, or a model without experts",
-            todo="set `formats: [merged]`, which skips GPTQ; or choose another base",
-        )
-    if on_cpu and not torch.cpu._is_amx_tile_supported():
-        raise TrainingError(
-            f"{expert!r} is part of a mixture of experts, and the engine does not support 4-bit experts on this CPU",
-            expected="a CPU with AMX, or a GPU",
-            todo="set `formats: [merged]`, which skips GPTQ; or train and serve on a GPU",
-        )
-
-
-def _expert_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """Return the input and output sizes of each expert's matrices, keyed by name. They are separate in the
-    files but joined in memory.
-    """
-    shapes = {match[1]: tensor.shape for tensor in read_headers(model) if (match := _EXPERT.fullmatch(tensor.name))}
-    return {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}
-
-
-def _check_inputs(widths: dict[str, int], group_size: int) -> None:
-    misfit = next((name for name, width in widths.items() if width % group_size), None)
-    if misfit is None:
-        return
-    sizes = get_args(Quantize.model_fields["group_size"].annotation)
-    fitting = [str(size) for size in sizes if not any(width % size for width in widths.values())]
-    raise RecipeError(
-        f"quantize.group_size is {group_size}, but layer {misfit!r} has {widths[misfit]} inputs",
-        expected="a group size that divides the number of inputs of every layer: "
-        f"{', '.join(fitting) or f'none of {sizes} does'}",
-        todo=f"set quantize.group_size to {fitting[-1]}" if fitting else "set `formats: [merged]`, which skips GPTQ",
-    )
-
-
-def _check_outputs(outputs: dict[str, int], multiple: int) -> None:
-    fused: Counter[str] = Counter()
-    for name, size in outputs.items():
-        module, _, layer = name.rpartition(".")
-        fused[f"{module}.{_FUSED.get(layer, layer)}"] += size
-    misfit = next((name for name, size in fused.items() if size % multiple), None)
-    if misfit is not None:
-        raise TrainingError(
-            f"layer {misfit!r} has {fused[misfit]} outputs",
-            expected=f"a multiple of {multiple}, which GPTQ requires on this device",
-            todo="choose another base, or train and serve on a GPU",
-        )
 
 
 def calibration_rows(model: Path, examples: Sequence[ChatExample], recipe: Recipe) -> list[tuple[int, ...]]:
@@ -273,6 +172,7 @@ def link_with_padding(model: Path, copy: Path) -> None:
 
 
 def _run_gptqmodel(
+    format: Format,
     model: Path,
     calibration: list[tuple[int, ...]],
     quantize: Quantize,
@@ -292,21 +192,15 @@ def _run_gptqmodel(
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
     with waiting("Loading the merged model"), library_output_to_log():
         import torch
-        from gptqmodel import GPTQModel, QuantizeConfig
+        from gptqmodel import BACKEND, GPTQModel
 
-        config = QuantizeConfig(
-            bits=_BITS,
-            group_size=quantize.group_size,
-            desc_act=False,
-            act_group_aware=True,
-            true_sequential=quantize.sequential,
-            mse=_SCALE_ERROR,
-            # On a CPU too: layers are read one by one from the files, and removed from main memory when finished.
-            offload_to_disk=True,
-            offload_to_disk_path=offload,
-        )
+        awq = format is Format.AWQ
+        config = awq_options(quantize.group_size, offload) if awq else _gptq_options(quantize, offload)
+        # The other backends for AWQ need a GPU, and write the same files.
+        backend = {"backend": BACKEND.AWQ_TORCH} if awq else {}
         attention = attention_implementation(load_config(model))
-        quantized = GPTQModel.load(str(model), config, attn_implementation=attention, dtype=getattr(torch, number_type))
+        dtype = getattr(torch, number_type)
+        quantized = GPTQModel.load(str(model), config, attn_implementation=attention, dtype=dtype, **backend)
     with counting("Quantizing layers", quantized.model.config.get_text_config().num_hidden_layers) as advance:
 
         def layer_complete(*, layer_idx: int, submodule_finalized: bool) -> None:
@@ -316,10 +210,30 @@ def _run_gptqmodel(
         quantized.layer_callback = layer_complete
         ids = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in calibration]
         # gptqmodel creates a folder of logs in the working folder.
-        with library_output_to_log(), chdir(offload), faster_rounding(cpu=not torch.cuda.is_available()):
-            log = quantized.quantize(ids, batch_size=_BATCH, calibration_data_min_length=1)
+        faster = exact_clipping() if awq else faster_rounding(cpu=not torch.cuda.is_available())
+        with library_output_to_log(), chdir(offload), faster:
+            log = quantized.quantize(ids, batch_size=_BATCH, calibration_data_min_length=1, **backend)
+            entries = [entry for entries in log.values() for entry in entries]
+            if awq:
+                check_calibration(entries)
             quantized.save(str(out.absolute()))
-    return [entry for entries in log.values() for entry in entries]
+    return entries
+
+
+def _gptq_options(quantize: Quantize, offload: str) -> "QuantizeConfig":
+    from gptqmodel import QuantizeConfig
+
+    return QuantizeConfig(
+        bits=_BITS,
+        group_size=quantize.group_size,
+        desc_act=False,
+        act_group_aware=True,
+        true_sequential=quantize.sequential,
+        mse=_SCALE_ERROR,
+        # On a CPU too: layers are read one by one from the files, and removed from main memory when finished.
+        offload_to_disk=True,
+        offload_to_disk_path=offload,
+    )
 
 
 @contextmanager

@@ -6,7 +6,6 @@ below; rounding to nearest in 8 bits moves them by less. Imports torch.
 """
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -16,22 +15,25 @@ from safetensors import safe_open
 
 from svc.model_folder.weight_files import weight_files
 from svc.version import Format
+from trainer.parity.awq import Tensors, read_unscaled
 
-MAX_OFF = {Format.GPTQ: 0.45, Format.INT8: 0.1, Format.FP8: 0.1}
+MAX_OFF = {Format.GPTQ: 0.45, Format.AWQ: 0.45, Format.INT8: 0.1, Format.FP8: 0.1}
 """Maximum ratio of the norm of a layer's change to the norm of its weights. Measured for GPTQ: 0.12 for tiny
 models, 0.24 for SmolLM2's worst layer with 32 samples and groups of 64. Scales that are off by half change a
-layer by 0.5. Measured for SmolLM2's worst layer in INT8: 0.012, in FP8: 0.026; a row with one weight far larger
-than the others has more."""
+layer by 0.5. Measured for AWQ: 0.11 for tiny models, 0.19 for SmolLM2's worst layer with 32 samples and groups of
+32. Measured for SmolLM2's worst layer in INT8: 0.012, in FP8: 0.026; a row with one weight far larger than the
+others has more."""
 _PACKED, _SCALES = ".qweight", ".weight_scale"
 _ZERO_POINT = 8  # symmetric four bits
 _IN_ONE_NUMBER = 8
 
 
 @torch.no_grad()
-def compare(quantized: Path, merged: Path) -> tuple[float, str]:
+def compare(format: Format, quantized: Path, merged: Path) -> tuple[float, str]:
     """Compare every quantized layer with the layer of the same name in the source model, one layer at a time.
 
     Args:
+        format: the quantized format.
         quantized: folder of the quantized model.
         merged: folder of the source model.
 
@@ -44,7 +46,7 @@ def compare(quantized: Path, merged: Path) -> tuple[float, str]:
         before, after = (_open(folder, stack) for folder in (merged, quantized))
         for layer in sorted(_layer(name) for name in after if name.endswith((_PACKED, _SCALES))):
             weight = before[f"{layer}.weight"]().float()
-            rounded = _rounded(after, layer)
+            rounded = read_unscaled(before, after, layer) if format is Format.AWQ else _rounded(after, layer)
             off = float((rounded - weight).norm() / weight.norm())
             changes.append((math.inf if math.isnan(off) else off, layer))
     return max(changes)
@@ -54,7 +56,7 @@ def _layer(name: str) -> str:
     return name.removesuffix(_PACKED).removesuffix(_SCALES)
 
 
-def _rounded(tensors: dict[str, Callable[[], torch.Tensor]], layer: str) -> torch.Tensor:
+def _rounded(tensors: Tensors, layer: str) -> torch.Tensor:
     """Return a quantized layer's weights as float32 numbers, with shape [outputs, inputs]."""
     if f"{layer}{_SCALES}" in tensors:
         return tensors[f"{layer}.weight"]().float() * tensors[f"{layer}{_SCALES}"]()
@@ -62,7 +64,7 @@ def _rounded(tensors: dict[str, Callable[[], torch.Tensor]], layer: str) -> torc
     return expand(tensors[f"{layer}{_PACKED}"](), tensors[f"{layer}.scales"](), groups)
 
 
-def _open(folder: Path, stack: ExitStack) -> dict[str, Callable[[], torch.Tensor]]:
+def _open(folder: Path, stack: ExitStack) -> Tensors:
     """Return a reader for each tensor in a folder, keyed by the tensor's name."""
     files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
     return {name: partial(file.get_tensor, name) for file in files for name in file.keys()}  # noqa: SIM118 - no mapping

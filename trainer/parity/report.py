@@ -144,7 +144,7 @@ def _compare(
         checks.append(_at_most(BESIDE_TRAINED, served, limit))
     for format in (known for known in QUANTIZED_FORMATS if known in made.formats):
         folder, quantized = made.formats[format]
-        off, layer = quantized_parity.compare(folder, made.merged)
+        off, layer = quantized_parity.compare(format, folder, made.merged)
         found, most = f"at most {off:.3f} of a layer's norm, in {layer}", quantized_parity.MAX_OFF[format]
         checks.append(_check(f"{format}: weight rounding", off <= most, found, f"at most {most}"))
         differences[f"{format} on the engine compared with trained"] = between(trained or merged, quantized.scores)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.model_facts import ModelFacts
-from svc.engine.vllm.number_type import COMPRESSED_TENSORS, GPTQ, choose_dtype, explain_gptq_kernel
+from svc.engine.vllm.number_type import AWQ, COMPRESSED_TENSORS, GPTQ, choose_dtype, explain_gptq_kernel
 from svc.settings import EngineSettings
 from svc.terminal import console
 from svc.version import Format
 
-_METHODS = {Format.GPTQ: GPTQ, Format.INT8: COMPRESSED_TENSORS, Format.FP8: COMPRESSED_TENSORS}
+_METHODS = {Format.GPTQ: GPTQ, Format.AWQ: AWQ, Format.INT8: COMPRESSED_TENSORS, Format.FP8: COMPRESSED_TENSORS}
 """Quantization method that the config of each quantized format names."""
 
 
@@ -33,9 +33,9 @@ def say_number_types(
             continue
         quantization = _METHODS.get(format)
         dtype = choose_dtype(engine, able, ModelFacts(dtype=NumberType.BFLOAT16, quantization=quantization))
-        if format is Format.GPTQ:
+        if format in (Format.GPTQ, Format.AWQ):
             kernel = explain_gptq_kernel(engine, able)
-            _say("gptq", f"{dtype.value} on {served}, {kernel.value} kernel", kernel.reason)
+            _say(format, f"{dtype.value} on {served}, {kernel.value} kernel", kernel.reason)
             continue
         _say(format, f"{dtype.value} on {served}", dtype.reason)
         if format in (Format.INT8, Format.FP8) and (warning := able.check_eight_bits(format, engine)):

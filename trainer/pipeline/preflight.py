@@ -22,7 +22,8 @@ from trainer.base_model.content import copy_shipped_files
 from trainer.data.chat_template import check_ending, load_tokenizer, stop_tokens
 from trainer.data.vocabulary import check_tokenizer
 from trainer.export import eight_bits
-from trainer.export.gptq import check_layers, check_quantizer
+from trainer.export.awq import check_awq
+from trainer.export.four_bit_layers import check_layers, check_quantizer
 from trainer.model.config import load_config
 from trainer.model.layer_shapes import linear_layers, without_weights
 from trainer.model.target_modules import target_layers
@@ -70,9 +71,11 @@ def check_base(
         check_ending(base, tokenizer, stops, choose_template_kwargs(base, recipe.chat_template_kwargs))
         if recipe.adapter.starts_from_base:
             _check_rank(config, recipe)
-        if Format.GPTQ in recipe.formats:
+        if {Format.GPTQ, Format.AWQ} & set(recipe.formats):
             check_layers(base, recipe.quantize.group_size, capabilities.gptq_multiple(engine))
             check_quantizer(base)
+        if Format.AWQ in recipe.formats:
+            check_awq(base, capabilities.training_type)
         if {Format.INT8, Format.FP8} & set(recipe.formats):
             eight_bits.check_layers(base)
         if checked is not None:

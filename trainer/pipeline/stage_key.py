@@ -63,7 +63,10 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
     evaluated = [examples.heldout_fingerprint, asked, content["qualify"], *pairs]
     questions = [examples.questions.fingerprint] if examples.questions else []
     evaluate = _key(merge, evaluated, *questions)
-    options: dict[Format, Any] = {Format.GPTQ: content["quantize"]}
+    options: dict[Format, Any] = {
+        Format.GPTQ: content["quantize"],
+        Format.AWQ: [Format.AWQ, content["quantize"]["group_size"], content["quantize"]["samples"]],
+    }
     quantize = {format: _key(merge, options.get(format, format)) for format in QUANTIZED_FORMATS}
     qualify = {format: _key(quantize[format], evaluated, *questions) for format in QUANTIZED_FORMATS}
     others = [qualify[format] for format in recipe.formats if format in qualify and format is not Format.GPTQ]

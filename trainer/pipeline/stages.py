@@ -33,7 +33,7 @@ from trainer.estimate.estimate import DeviceEstimate
 from trainer.estimate.memory import moment_bytes
 from trainer.export.eight_bits import RoundingSummary, quantize_to_8_bits
 from trainer.export.gguf.writer import GgufSummary, check_gguf, export_gguf
-from trainer.export.gptq import QuantizeSummary, calibration_type, quantize_gptq
+from trainer.export.gptq import QuantizeSummary, calibration_type, quantize_to_4_bits
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
 from trainer.model.config import read_width
@@ -309,9 +309,9 @@ class Pipeline:
     def _quantize(self, format: Format) -> QuantizeSummary | RoundingSummary:
         merged, out = self.run.merged, self.run.fresh(self.run.weights(format))
         summary: QuantizeSummary | RoundingSummary
-        if format is Format.GPTQ:
+        if format in (Format.GPTQ, Format.AWQ):
             examples, number_type = self.examples.train, self.capabilities.training_type
-            summary = quantize_gptq(merged, examples, self.recipe, out, number_type=number_type)
+            summary = quantize_to_4_bits(format, merged, examples, self.recipe, out, number_type=number_type)
         else:
             summary = quantize_to_8_bits(merged, out, format)
         write_template_kwargs(out, self._evaluation.template_kwargs)

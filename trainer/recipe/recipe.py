@@ -78,7 +78,7 @@ class Recipe(Section):
     """arguments of the chat template in training, evaluation and serving; default: `enable_thinking: false` and
     `date_string: 26 Jul 2024`, if the template uses them"""
     formats: Annotated[tuple[Format, ...], Field(min_length=1)] = (Format.MERGED, Format.GPTQ)
-    """formats to create, evaluate and register: adapter, merged, gptq, int8, fp8, gguf, see
+    """formats to create, evaluate and register: adapter, merged, gptq, awq, int8, fp8, gguf, see
     [formats](formats.md); an adapter is always stored. Without merged, the base is not evaluated and answers only the
     general questions"""
     report_to: tuple[ReportTo, ...] = (ReportTo.MLFLOW,)
@@ -195,8 +195,11 @@ class Recipe(Section):
             raise ValueError(f"`adapter.init: {self.adapter.init}` has no effect on adapter.trained")
         if not self.data.train and not self.data.heldout:
             raise ValueError("'data.heldout' is missing: a version is evaluated on held-out examples")
-        if not self.data.train and Format.GPTQ in self.formats:
-            raise ValueError("`formats` lists gptq, which needs data.train for its calibration; set formats: [merged]")
+        calibrated = next((format for format in self.formats if format in (Format.GPTQ, Format.AWQ)), None)
+        if not self.data.train and calibrated:
+            raise ValueError(
+                f"`formats` lists {calibrated}, which needs data.train for its calibration; set formats: [merged]"
+            )
         return self
 
     def require_training(self, command: str) -> None:

@@ -15,6 +15,8 @@ class Stage(StrEnum):
     EVALUATE = "evaluate"
     QUANTIZE = "quantize"
     QUALIFY = "qualify"
+    QUANTIZE_AWQ = "quantize-awq"
+    QUALIFY_AWQ = "qualify-awq"
     QUANTIZE_INT8 = "quantize-int8"
     QUALIFY_INT8 = "qualify-int8"
     QUANTIZE_FP8 = "quantize-fp8"
@@ -27,12 +29,14 @@ class Stage(StrEnum):
 
 QUANTIZE_STAGES: Mapping[Format, Stage] = {
     Format.GPTQ: Stage.QUANTIZE,
+    Format.AWQ: Stage.QUANTIZE_AWQ,
     Format.INT8: Stage.QUANTIZE_INT8,
     Format.FP8: Stage.QUANTIZE_FP8,
 }
 """Stage that writes each quantized format. Every format has its own stages, so adding one repeats no other."""
 QUALIFY_STAGES: Mapping[Format, Stage] = {
     Format.GPTQ: Stage.QUALIFY,
+    Format.AWQ: Stage.QUALIFY_AWQ,
     Format.INT8: Stage.QUALIFY_INT8,
     Format.FP8: Stage.QUALIFY_FP8,
 }

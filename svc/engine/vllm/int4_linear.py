@@ -1,4 +1,4 @@
-"""Implements the linear layers of GPTQ models on CPUs without AVX-512, for which vLLM has no 4-bit kernel.
+"""Implements the linear layers of GPTQ and AWQ models on CPUs without AVX-512, for which vLLM has no 4-bit kernel.
 
 The matrix product is computed by PyTorch's operator for 4-bit weights, which has kernels for AVX2 and
 AVX-512. The weights remain 4-bit but are stored in the operator's layout. Each group's scale takes 4
@@ -19,7 +19,7 @@ _WIDTH = 32
 class Int4LinearKernel(MPLinearKernel):
     """Computes y = W x + b with 4-bit weights W.
 
-    Weights have a zero point of 8 and one bfloat16 scale per group of inputs.
+    Weights have one bfloat16 scale per group of inputs, and a zero point: 8 in GPTQ, one per group in AWQ.
     """
 
     @classmethod
@@ -30,8 +30,8 @@ class Int4LinearKernel(MPLinearKernel):
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
         """Return whether the operator supports a layer, along with the reason if it does not."""
         inputs, outputs = c.partition_weight_shape
-        if c.weight_type != scalar_types.uint4b8 or c.zero_points:
-            return False, f"weights are {c.weight_type}; only symmetric 4-bit weights are supported"
+        if c.weight_type != (scalar_types.uint4 if c.zero_points else scalar_types.uint4b8):
+            return False, f"weights are {c.weight_type}; only 4-bit weights are supported"
         if c.act_type != torch.bfloat16:
             return False, f"activations are in {c.act_type}; the operator is fast only in bfloat16"
         if inputs % _WIDTH or outputs % _WIDTH:
@@ -41,16 +41,17 @@ class Int4LinearKernel(MPLinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Convert weights and scales to the operator's layout. This runs after each load, including in-
+        """Convert weights, scales and zero points to the operator's layout. This runs after each load, including in-
         place reloads.
         """
         inputs = self.config.partition_weight_shape[0]
         self._group_size = operator_group_size(self.config.group_size, inputs)
         groups = inputs // self._group_size
         self._transform_param(layer, self.w_q_name, lambda packed: pack_weights(packed.data))
-        self._transform_param(layer, self.w_s_name, lambda scales: spread_scales(scales.data, groups))
+        zeros = unpack_zeros(getattr(layer, self.w_zp_name or "")) if self.config.zero_points else None
+        self._transform_param(layer, self.w_s_name, lambda scales: spread_scales(scales.data, groups, zeros))
         if self.w_zp_name is not None:
-            setattr(layer, self.w_zp_name, None)  # 8 for every group
+            setattr(layer, self.w_zp_name, None)  # they are in the scales' parameter
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Compute the outputs of the layer.
@@ -95,15 +96,30 @@ def pack_weights(packed: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.T.contiguous(), 1)
 
 
-def spread_scales(scales: torch.Tensor, groups: int) -> torch.Tensor:
-    """Convert scales to the operator's layout, in which each is paired with an offset of 0.
+def unpack_zeros(packed: torch.Tensor) -> torch.Tensor:
+    """Return the zero points of an AWQ layer as vLLM hands them over.
+
+    Args:
+        packed: [out / 8, groups], int32; each value contains the zero points of eight outputs.
+
+    Returns:
+        [groups, out], int32.
+    """
+    return unpack_quantized_values_into_int32(packed.data, scalar_types.uint4, 0).T
+
+
+def spread_scales(scales: torch.Tensor, groups: int, zeros: torch.Tensor | None = None) -> torch.Tensor:
+    """Convert scales to the operator's layout, in which each is paired with an offset.
+
+    The operator computes (weight - 8) * scale + offset.
 
     Args:
         scales: [groups in the model, out].
         groups: number of groups in the operator's layout, a multiple of the number in the model.
+        zeros: zero points, of the same shape as `scales`; None if all are 8.
 
     Returns:
         [groups, out, 2].
     """
-    repeated = scales.repeat_interleave(groups // len(scales), dim=0)
-    return torch.stack([repeated, torch.zeros_like(repeated)], dim=-1).contiguous()
+    offsets = torch.zeros_like(scales) if zeros is None else ((8 - zeros) * scales.float()).to(scales.dtype)
+    return torch.stack([scales, offsets], dim=-1).repeat_interleave(groups // len(scales), dim=0).contiguous()

@@ -7,8 +7,9 @@ from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings, GptqKernel
 
-GPTQ = "gptq"
-"""Quantization method named in the config of a 4-bit model."""
+GPTQ, AWQ = "gptq", "awq"
+"""Quantization methods named in the config of a 4-bit model."""
+FOUR_BITS = (GPTQ, AWQ)
 COMPRESSED_TENSORS = "compressed-tensors"
 """Quantization method named in the config of an INT8 or FP8 model."""
 _WIDE = (NumberType.FLOAT32.value, "float")
@@ -23,7 +24,7 @@ def choose_dtype(settings: EngineSettings, capabilities: DeviceCapabilities, mod
     """Choose an engine's number type, which is that of the stored weights unless it is slow on the device.
 
     Raises:
-        EngineError: the model is in GPTQ format, which cannot be served on this device.
+        EngineError: the model has 4-bit weights, which cannot be served on this device.
     """
     name, own, kernel = "dtype", model.dtype, choose_gptq_kernel(settings, capabilities, model)
     cpu = capabilities.device(settings) is Device.CPU
@@ -56,7 +57,7 @@ def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) ->
     if kernel is None or ((own if value == AUTO else value) or AUTO) in supported[kernel]:
         return
     raise EngineError(
-        f"engine.args contains --dtype {value}, which GPTQ models do not support",
+        f"engine.args contains --dtype {value}, which 4-bit models do not support",
         expected=f"{' or '.join(supported[kernel])} with the kernel {kernel}",
         todo="remove --dtype from engine.args: merged versions get float32 automatically where it is faster",
     )
@@ -70,7 +71,11 @@ def choose_gptq_kernel(
     Raises:
         EngineError: no kernel is available for the model.
     """
-    return capabilities.gptq_kernel(settings) if model.quantization == GPTQ else None
+    if model.quantization not in FOUR_BITS:
+        return None
+    if model.quantization == AWQ:
+        capabilities.check_awq(settings)
+    return capabilities.gptq_kernel(settings)
 
 
 def explain_gptq_kernel(settings: EngineSettings, capabilities: DeviceCapabilities) -> Choice:

@@ -16,7 +16,7 @@ from svc.engine.machine import Machine
 from svc.engine.model_facts import ModelFacts
 from svc.engine.vllm.choice import AUTO, Choice, Origin, Value, as_argument, as_given, as_number
 from svc.engine.vllm.engine_args import given, given_flag
-from svc.engine.vllm.number_type import GPTQ, choose_dtype, explain_gptq_kernel, is_wide, weight_bytes
+from svc.engine.vllm.number_type import FOUR_BITS, choose_dtype, explain_gptq_kernel, is_wide, weight_bytes
 from svc.errors import EngineError
 from svc.settings import Device, EngineSettings
 
@@ -106,7 +106,8 @@ class EnginePlanner:
         length, concurrency, parallel = self._max_model_len(), self._max_num_seqs(), self._tensor_parallel()
         block, ranks = self._block_size(), _integer(parallel.value) or 1
         dtype = choose_dtype(self._settings, self._capabilities, self._model)
-        kernel = explain_gptq_kernel(self._settings, self._capabilities) if self._model.quantization == GPTQ else None
+        four_bits = self._model.quantization in FOUR_BITS
+        kernel = explain_gptq_kernel(self._settings, self._capabilities) if four_bits else None
         if self._cpu:
             executor = self._executor(ranks)
             threads = self._threads(ranks, bindable=executor.value != _ONE_PROCESS)

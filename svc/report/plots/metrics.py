@@ -19,6 +19,7 @@ _LOOKS = {
     BASE: (Colour.BASE, "o"),
     Format.MERGED.value: (Colour.MERGED, "s"),
     Format.GPTQ.value: (Colour.GPTQ, "D"),
+    Format.AWQ.value: (Colour.AWQ, "P"),
     Format.INT8.value: (Colour.INT8, "^"),
     Format.FP8.value: (Colour.FP8, "v"),
 }

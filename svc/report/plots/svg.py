@@ -34,6 +34,7 @@ class Colour(StrEnum):
     GPTQ = "#010106"
     INT8 = "#010107"
     FP8 = "#010108"
+    AWQ = "#010109"
 
 
 _STYLE: dict[Any, Any] = {

@@ -280,6 +280,20 @@ def test_8_bit_formats_are_rejected_on_a_gpu_without_a_kernel(format: Format) ->
     assert f"remove {format} from `formats`" in caught.value.todo
 
 
+def test_awq_is_accepted_on_a_cpu_and_on_a_gpu_since_turing() -> None:
+    for device in (AVX2, AMX, TURING, HOPPER):
+        device.check_awq(AUTO)
+
+
+def test_awq_is_rejected_on_an_older_gpu_that_serves_gptq() -> None:
+    assert TURING.gpu is not None
+    volta = TURING.model_copy(update={"gpu": TURING.gpu.model_copy(update={"compute_capability": (7, 0)})})
+    with pytest.raises(EngineError, match="has no awq kernel") as caught:
+        volta.check_awq(AUTO)
+    assert "replace awq with gptq in `formats`" in caught.value.todo
+    assert volta.gptq_kernel(AUTO) is GptqKernel.VLLM
+
+
 @pytest.mark.slow
 def test_installed_torch_and_vllm_capabilities_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in module.CPU_LIMITS:

@@ -9,7 +9,7 @@ from tests.trainer.conftest import make_recipe
 from tests.trainer.estimate.configs import cpu_device, even_workload, published
 from trainer.estimate.devices import ComputeDevice, read_devices
 from trainer.estimate.memory import Training
-from trainer.estimate.stages import StageMemory, gptq_bytes, stage_memory
+from trainer.estimate.stages import StageMemory, four_bit_bytes, stage_memory
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage
 
@@ -58,7 +58,7 @@ def test_total_disk_of_all_stages_covers_every_format(method: str) -> None:
     recipe = make_recipe(method=method)
     stages = of_stages("llama-3.1-8b", recipe, cpu_device()).values()
     least = sum(stage.least.disk for stage in stages)
-    assert least == 2 * shape.parameters + gptq_bytes(recipe.quantize.group_size, shape)
+    assert least == 2 * shape.parameters + four_bit_bytes(recipe.quantize.group_size, shape)
     assert sum(stage.peak.disk for stage in stages) > least
 
 

@@ -42,11 +42,11 @@ def test_rounded_weights_pass_the_parity_limit_and_halved_scales_fail_it(
 ) -> None:
     out = tmp_path / "out"
     quantize_to_8_bits(tiny_base, out, format)
-    assert compare(out, tiny_base)[0] < MAX_OFF[format] / 2
+    assert compare(format, out, tiny_base)[0] < MAX_OFF[format] / 2
     tensors = load_file(out / "model.safetensors")
     halved = {name: tensor / 2 if name.endswith("_scale") else tensor for name, tensor in tensors.items()}
     save_file(halved, out / "model.safetensors")
-    assert compare(out, tiny_base)[0] > MAX_OFF[format]
+    assert compare(format, out, tiny_base)[0] > MAX_OFF[format]
 
 
 @pytest.mark.slow

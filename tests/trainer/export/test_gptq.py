@@ -19,15 +19,15 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import RecipeError, TrainingError
 from svc.registry.files import read_headers
+from svc.version import Format
 from tests.trainer.conftest import make_example, make_model, make_recipe, make_tokenizer
+from trainer.export.four_bit_layers import _QUANTIZED_MIXTURES, check_layers
 from trainer.export.gptq import (
-    _QUANTIZED_MIXTURES,
     calibration_rows,
     calibration_type,
-    check_layers,
     link_with_padding,
     pick_calibration,
-    quantize_gptq,
+    quantize_to_4_bits,
 )
 from trainer.export.quantized_files import finish_folder, write_bfloat16
 
@@ -52,7 +52,7 @@ def test_group_size_error_names_layer_and_sizes(tiny_base: Path) -> None:
 
 def test_group_size_error_proposes_merged_only_when_no_group_size_fits(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", hidden_size=48)
-    with pytest.raises(RecipeError, match=r"set `formats: \[merged\]`, which skips GPTQ"):
+    with pytest.raises(RecipeError, match=r"set `formats: \[merged\]`, which quantizes nothing"):
         check_layers(base, 32)
 
 
@@ -134,7 +134,7 @@ def test_each_expert_is_quantized_under_its_name_in_the_base(
 ) -> None:
     base = make_mixture(tmp_path / "base", family)
     recipe = make_recipe(quantize={"group_size": 32, "samples": 8})
-    summary = quantize_gptq(base, examples, recipe, tmp_path / "gptq", number_type=NumberType.FLOAT32)
+    summary = quantize_to_4_bits(Format.GPTQ, base, examples, recipe, tmp_path / "gptq", number_type=NumberType.FLOAT32)
     packed = {tensor.name for tensor in read_headers(tmp_path / "gptq") if tensor.name.endswith(".qweight")}
     experts = [tensor.name for tensor in read_headers(base) if ".experts." in tensor.name]
     assert len(experts) == 2 * 4 * 3
@@ -146,7 +146,8 @@ def test_layer_shapes_are_checked_before_quantization(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError):
-        quantize_gptq(
+        quantize_to_4_bits(
+            Format.GPTQ,
             tiny_base,
             examples,
             make_recipe(quantize={"group_size": 128}),
@@ -180,14 +181,14 @@ def test_quantization_receives_rows_truncated_to_max_length_tokens(
     class GivenError(Exception):
         """Record the arguments and stop before the work."""
 
-    def refuse(work: Any, model: Path, calibration: Any, *others: Any) -> None:
+    def refuse(work: Any, format: Format, model: Path, calibration: Any, *others: Any) -> None:
         raise GivenError(calibration)
 
     monkeypatch.setattr("trainer.export.gptq.in_child_process", refuse)
     recipe = make_recipe(train={"max_length": 40}, quantize={"group_size": 32, "samples": 8})
     examples = [make_example("long " * 20, "red")] * 2
     with pytest.raises(GivenError) as given:
-        quantize_gptq(tiny_base, examples, recipe, tmp_path / "gptq", number_type=NumberType.BFLOAT16)
+        quantize_to_4_bits(Format.GPTQ, tiny_base, examples, recipe, tmp_path / "gptq", number_type=NumberType.BFLOAT16)
     assert [len(getattr(row, "input_ids", row)) for row in given.value.args[0]] == [40, 40]
 
 
@@ -263,7 +264,7 @@ def test_unquantized_weights_are_written_in_bfloat16_after_float32_computation(t
 def quantize(base: Path, out: Path, number_type: NumberType = NumberType.BFLOAT16) -> None:
     examples = [make_example(f"number {number}", "red") for number in range(16)]
     recipe = make_recipe(quantize={"group_size": 32, "samples": 8})
-    assert quantize_gptq(base, examples, recipe, out, number_type=number_type).layers == 14
+    assert quantize_to_4_bits(Format.GPTQ, base, examples, recipe, out, number_type=number_type).layers == 14
 
 
 @pytest.fixture(scope="module")

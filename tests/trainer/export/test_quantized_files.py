@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import TrainingError
+from svc.version import Format
 from tests.trainer.conftest import make_recipe, make_tokenizer
 from trainer.export.quantized_files import join_fused_layers
 
@@ -96,7 +97,7 @@ def test_joining_layers_with_different_groups_raises_error(tmp_path: Path) -> No
 def test_quantized_phi3_has_its_fused_layers_and_similar_weights(tmp_path: Path, examples: list[ChatExample]) -> None:
     from transformers import Phi3Config, Phi3ForCausalLM, set_seed
 
-    from trainer.export.gptq import quantize_gptq
+    from trainer.export.gptq import quantize_to_4_bits
 
     tokenizer = make_tokenizer()
     set_seed(0)
@@ -114,7 +115,9 @@ def test_quantized_phi3_has_its_fused_layers_and_similar_weights(tmp_path: Path,
     tokenizer.save_pretrained(tmp_path / "base")
     recipe = make_recipe(quantize={"group_size": 32, "samples": 8})
     assert (
-        quantize_gptq(tmp_path / "base", examples, recipe, tmp_path / "gptq", number_type=NumberType.BFLOAT16).layers
+        quantize_to_4_bits(
+            Format.GPTQ, tmp_path / "base", examples, recipe, tmp_path / "gptq", number_type=NumberType.BFLOAT16
+        ).layers
         == 4
     )
     with safe_open(tmp_path / "gptq" / "model.safetensors", framework="pt") as file:

@@ -41,7 +41,14 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     )
     monkeypatch.setattr(parity_module, "make_report", stages.make_report)
     monkeypatch.setattr(registration_module, "report_page", lambda report: f"<p>{report.manifest.id}</p>")
-    for name in ("check_base", "merge_adapter", "quantize_gptq", "quantize_to_8_bits", "export_gguf", "check_gguf"):
+    for name in (
+        "check_base",
+        "merge_adapter",
+        "quantize_to_4_bits",
+        "quantize_to_8_bits",
+        "export_gguf",
+        "check_gguf",
+    ):
         monkeypatch.setattr(stages_module, name, getattr(stages, name))
     return stages
 

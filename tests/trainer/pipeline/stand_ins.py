@@ -104,12 +104,12 @@ class Stages:
         if Format.GPTQ in recipe.formats and recipe.quantize.group_size == 128:
             raise RecipeError("quantize.group_size is 128")
 
-    def quantize_gptq(
-        self, merged: Path, examples: Any, recipe: Any, out: Path, *, number_type: NumberType
+    def quantize_to_4_bits(
+        self, format: Format, merged: Path, examples: Any, recipe: Any, out: Path, *, number_type: NumberType
     ) -> QuantizeSummary:
         """Write a quantized model."""
         self.number_types.append(number_type)
-        self._run(Stage.QUANTIZE, out)
+        self._run(QUANTIZE_STAGES[format], out)
         write_model(out, quantization=GPTQ)
         return QuantizeSummary(2, 8, 80, "layer.0", 0.01, 2.0)
 

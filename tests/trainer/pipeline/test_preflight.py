@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from svc.engine.vllm.model_check import model_check
 from svc.errors import BaseModelError, IntegrityError, RecipeError, SvcError, TrainingError
 from svc.settings import EngineSettings
-from tests.svc.engine.devices import AVX512
+from tests.svc.engine.devices import AVX2, AVX512
 from tests.trainer.conftest import make_recipe
 from trainer.pipeline import preflight
 from trainer.pipeline.preflight import check_base
@@ -134,6 +134,11 @@ def test_rank_that_a_part_of_a_layer_cannot_have_is_rejected(base: Path) -> None
 def test_group_size_dividing_no_layer_width_is_rejected(base: Path) -> None:
     with pytest.raises(RecipeError, match=r"quantize\.group_size is 128"):
         check(base, quantize={"group_size": 128})
+
+
+def test_awq_is_refused_where_bfloat16_is_slow(base: Path) -> None:
+    with pytest.raises(TrainingError, match="computes AWQ in bfloat16 only"):
+        check_base(base, make_recipe(**RECIPE, formats=["awq"]), AVX2, EngineSettings())
 
 
 def test_architecture_unsupported_by_gptqmodel_is_rejected(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,11 @@ JUDGED = {Stage.EVALUATE, *QUALIFY_STAGES.values(), Stage.PARITY, Stage.JUDGE, S
 @pytest.mark.parametrize(
     ("change", "again"),
     [
-        ({"quantize": {"group_size": 32}}, {Stage.QUANTIZE, Stage.QUALIFY, Stage.PARITY, Stage.REGISTER}),
+        (
+            {"quantize": {"group_size": 32}},
+            {Stage.QUANTIZE, Stage.QUALIFY, Stage.QUANTIZE_AWQ, Stage.QUALIFY_AWQ, Stage.PARITY, Stage.REGISTER},
+        ),
+        ({"quantize": {"sequential": False}}, {Stage.QUANTIZE, Stage.QUALIFY, Stage.PARITY, Stage.REGISTER}),
         ({"evaluate": {"max_tokens": 8}}, JUDGED),
         ({"evaluate": {"limit": 1}}, JUDGED),
         ({"qualify": {"repeats": 2}}, JUDGED),

@@ -178,6 +178,7 @@ def test_changing_the_group_size_repeats_only_quantization(make: Make, stages: S
         (["merged", "gptq"], [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE], ["base", "merged", "gptq", "gptq"]),
         (["merged"], [Stage.TRAIN, Stage.MERGE], ["base", "merged"]),
         (["gptq"], [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE], ["gptq", "gptq"]),
+        (["awq"], [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE_AWQ], ["awq", "awq"]),
         (["int8"], [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE_INT8], ["int8", "int8"]),
         (["adapter"], [Stage.TRAIN], []),
     ],
@@ -202,14 +203,14 @@ def test_finished_stages_are_kept_when_a_format_is_added(make: Make, stages: Sta
     assert engines.started_with[launched:] == ["gptq", "gptq"]
 
 
-def test_adding_8_bit_formats_repeats_no_other_stage(make: Make, stages: Stages, engines: Engines) -> None:
+def test_adding_other_quantized_formats_repeats_no_other_stage(make: Make, stages: Stages, engines: Engines) -> None:
     make().train_version()
     ran, launched = len(stages.ran), len(engines.launched)
-    pipeline = make(formats=["merged", "gptq", "int8", "fp8"])
+    pipeline = make(formats=["merged", "gptq", "awq", "int8", "fp8"])
     manifest = pipeline.registry.manifest(pipeline.train_version())
-    assert stages.ran[ran:] == [Stage.QUANTIZE_INT8, Stage.QUANTIZE_FP8]
-    assert engines.started_with[launched:] == ["int8", "int8", "fp8", "fp8"]
-    assert {gate.format for gate in manifest.gates} == {Format.GPTQ, Format.INT8, Format.FP8}
+    assert stages.ran[ran:] == [Stage.QUANTIZE_AWQ, Stage.QUANTIZE_INT8, Stage.QUANTIZE_FP8]
+    assert engines.started_with[launched:] == ["awq", "awq", "int8", "int8", "fp8", "fp8"]
+    assert {gate.format for gate in manifest.gates} == {Format.GPTQ, Format.AWQ, Format.INT8, Format.FP8}
 
 
 def test_gguf_file_is_registered_without_an_evaluation(make: Make, stages: Stages, engines: Engines) -> None:

@@ -20,27 +20,37 @@ def _vllm() -> None:
     import_module("svc.engine.vllm.int4_linear")
 
 
-def config(inputs: int, outputs: int, group_size: int) -> Any:
+def config(inputs: int, outputs: int, group_size: int, *, awq: bool = False) -> Any:
     import torch
     from vllm.model_executor.kernels.linear import MPLinearLayerConfig
     from vllm.scalar_type import scalar_types
 
     shape = (inputs, outputs)
-    return MPLinearLayerConfig(shape, shape, scalar_types.uint4b8, torch.bfloat16, group_size, zero_points=False)
+    weights = scalar_types.uint4 if awq else scalar_types.uint4b8
+    return MPLinearLayerConfig(shape, shape, weights, torch.bfloat16, group_size, zero_points=awq)
+
+
+def pack_eights(values: Any) -> Any:
+    """Return eight rows in an integer, the first in its lowest bits."""
+    import torch
+
+    eights = values.reshape(-1, 8, values.shape[1]).to(torch.int64)
+    packed = sum(eights[:, place] << (4 * place) for place in range(8))
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
 
 
 class Layer:
     """A quantized layer in vLLM's form, with its weights in float32."""
 
-    def __init__(self, inputs: int, outputs: int, group_size: int, seed: int = 0) -> None:
+    def __init__(self, inputs: int, outputs: int, group_size: int, seed: int = 0, *, awq: bool = False) -> None:
         import torch
 
         from svc.engine.vllm.int4_linear import Int4LinearKernel
 
         self.group = inputs if group_size == -1 else group_size
         self.module = torch.nn.Module()
-        self.kernel = Int4LinearKernel(config(inputs, outputs, group_size), "qweight", "scales", "qzeros")
-        self.inputs, self.outputs = inputs, outputs
+        self.kernel = Int4LinearKernel(config(inputs, outputs, group_size, awq=awq), "qweight", "scales", "qzeros")
+        self.inputs, self.outputs, self.awq = inputs, outputs, awq
         self.load(seed)
 
     def load(self, seed: int) -> None:
@@ -50,16 +60,18 @@ class Layer:
         random = torch.Generator().manual_seed(seed)
         values = torch.randint(0, 16, (self.inputs, self.outputs), generator=random, dtype=torch.int32)
         scales = torch.rand(self.inputs // self.group, self.outputs, generator=random).add(0.1).to(torch.bfloat16)
-        # GPTQ's layout: eight inputs in an integer, the first in its lowest bits.
-        eights = values.view(-1, 8, self.outputs).to(torch.int64)
-        packed = sum(eights[:, place] << (4 * place) for place in range(8))
-        packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
-        zeros = torch.zeros(len(scales), self.outputs // 8, dtype=torch.int32)
-        for name, value in (("qweight", packed), ("scales", scales), ("qzeros", zeros)):
+        points = torch.full((len(scales), self.outputs), 8, dtype=torch.int32)
+        if self.awq:
+            points = torch.randint(0, 16, points.shape, generator=random, dtype=torch.int32)
+            scales = scales.log2().round().exp2()  # so that the offsets are exact in bfloat16, too
+        # vLLM gives the kernel AWQ's zero points with the outputs first, and GPTQ's, which it ignores, as stored.
+        zeros = pack_eights(points.T) if self.awq else torch.zeros(len(scales), self.outputs // 8, dtype=torch.int32)
+        for name, value in (("qweight", pack_eights(values)), ("scales", scales), ("qzeros", zeros)):
             if name in self.module._parameters:
                 del self.module._parameters[name]
             self.module.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
-        self.weights = (values - 8).float() * scales.float().repeat_interleave(self.group, dim=0)
+        repeated = points.repeat_interleave(self.group, dim=0)
+        self.weights = (values - repeated).float() * scales.float().repeat_interleave(self.group, dim=0)
         self.kernel.process_weights_after_loading(self.module)
 
     def check(self, rows: int, bias: Any = None) -> None:
@@ -82,6 +94,14 @@ class Layer:
 @pytest.mark.parametrize(("group_size", "rows"), zip(WRITTEN, (1, 3, 8, 65), strict=True))
 def test_int4_outputs_equal_those_of_dequantized_weights(group_size: int, rows: int) -> None:
     Layer(256, 192, group_size).check(rows)
+
+
+@pytest.mark.parametrize(("group_size", "rows"), zip(WRITTEN, (1, 3, 8, 65), strict=True))
+def test_int4_outputs_equal_those_of_dequantized_weights_with_zero_points(group_size: int, rows: int) -> None:
+    layer = Layer(256, 192, group_size, awq=True)
+    layer.check(rows)
+    layer.load(seed=5)
+    layer.check(rows)
 
 
 @given(

@@ -426,6 +426,15 @@ def test_configured_pytorch_kernel_is_used_even_if_vllm_has_one() -> None:
     assert chosen.variables[INT4_LINEAR_VARIABLE] == "1"
 
 
+@pytest.mark.parametrize("capabilities", [AVX2, AMX])
+def test_awq_has_the_4_bit_kernel_of_gptq_on_a_cpu(capabilities: DeviceCapabilities) -> None:
+    of_gptq, of_awq = (
+        plan(model=replace(GPTQ, quantization=name), capabilities=capabilities) for name in ("gptq", "awq")
+    )
+    assert origin_and_value(of_awq, "gptq_kernel") == origin_and_value(of_gptq, "gptq_kernel")
+    assert of_awq.variables == of_gptq.variables
+
+
 def test_unquantized_model_needs_no_gptq_kernel() -> None:
     chosen = plan(capabilities=AVX2, gptq_kernel="vllm")
     assert "gptq_kernel" not in [choice.name for choice in chosen.choices]

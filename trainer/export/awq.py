@@ -1,0 +1,151 @@
+"""The parts of a quantization with gptqmodel that only AWQ has: its options, its calibration texts and its clipping.
+
+AWQ makes the input columns of a layer that matter most larger before rounding, and scales the layer before it down by
+as much: the norm, or for `down_proj` the rows of `up_proj`. Then it clips each group's weights where that lowers the
+error of the outputs, and rounds to nearest.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svc.engine.device import NumberType
+from svc.errors import TrainingError
+from trainer.model.config import load_config
+
+if TYPE_CHECKING:
+    import torch
+    from gptqmodel import QuantizeConfig
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+"""Models whose scaling was compared with the merged weights (trainer.parity.awq). gptqmodel has definitions of others,
+in which other layers take the scales."""
+_BLOCK = 512
+"""Tokens in a calibration text. gptqmodel calibrates AWQ with the last batch alone if texts have different lengths."""
+_CLIP_STEPS, _CLIP_SHARE = 10, 0.05
+"""Number and size of the steps of the clipping search, which are gptqmodel's: 1, 0.95 and so on down to 0.55 times the
+largest weight."""
+
+
+def check_awq(model: Path, number_type: NumberType) -> None:
+    """Check that gptqmodel can quantize a model with AWQ on this machine.
+
+    Args:
+        number_type: number type of training on this machine.
+
+    Raises:
+        TrainingError: the architecture has other scales, or bfloat16 is slow here.
+    """
+    family = load_config(model).model_type
+    if family not in ARCHITECTURES:
+        raise TrainingError(
+            f"AWQ is not available for {family!r}, the model_type of {model}",
+            expected=f"one of {', '.join(ARCHITECTURES)}",
+            todo="replace awq with gptq in `formats`",
+        )
+    if number_type is not NumberType.BFLOAT16:
+        raise TrainingError(
+            f"this machine computes in {number_type}, and gptqmodel computes AWQ in bfloat16 only",
+            expected="a CPU or GPU with fast bfloat16",
+            todo="replace awq with gptq in `formats`, or train on another machine",
+        )
+
+
+def equal_blocks(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return the tokens of all rows as blocks of equal length. A last, shorter block is left out."""
+    tokens = tuple(chain.from_iterable(rows))
+    size = min(_BLOCK, len(tokens))
+    return [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
+
+
+def awq_options(group_size: int, offload: str) -> "QuantizeConfig":
+    """Return gptqmodel's options: 4 bits with a zero point for each group, as in the AWQ paper."""
+    from gptqmodel import QuantizeConfig
+    from gptqmodel.quantization.config import FORMAT, METHOD
+
+    return QuantizeConfig(
+        bits=4,
+        group_size=group_size,
+        method=METHOD.AWQ,
+        format=FORMAT.GEMM,
+        sym=False,
+        offload_to_disk=True,
+        offload_to_disk_path=offload,
+    )
+
+
+def check_calibration(log: Sequence[Mapping[str, Any]]) -> None:
+    """Check in gptqmodel's records that each layer was calibrated with all tokens.
+
+    Raises:
+        TrainingError: a layer was calibrated with a part of them.
+    """
+    for entry in log:
+        if entry["activation_retained_tokens"] < entry["activation_raw_tokens"]:
+            raise TrainingError(
+                f"gptqmodel calibrated {entry['layer']}.{entry['module']} with {entry['activation_retained_tokens']} "
+                f"of {entry['activation_raw_tokens']} tokens",
+                expected="all of them",
+            )
+
+
+@contextmanager
+def exact_clipping() -> Iterator[None]:
+    """Make gptqmodel use our clipping search within the `with` block.
+
+    This replaces its method, which multiplies at most 512 tokens by every weight for each step: on two cores
+    with SmolLM2-135M, 10 of 12 minutes.
+    """
+    from gptqmodel.looper.awq_processor import AWQProcessor
+
+    library = AWQProcessor._compute_best_clip
+
+    def search(processor: Any, weight: "torch.Tensor", inputs: "torch.Tensor") -> "torch.Tensor":
+        limits = best_clip(weight, inputs, processor.qcfg.group_size, processor._pseudo_quantize_tensor_into)
+        return limits.to(weight.dtype)
+
+    AWQProcessor._compute_best_clip = search
+    try:
+        yield
+    finally:
+        AWQProcessor._compute_best_clip = library
+
+
+def best_clip(
+    weight: "torch.Tensor",
+    inputs: "torch.Tensor",
+    group_size: int,
+    round_into: "Callable[[torch.Tensor, torch.Tensor], None]",
+) -> "torch.Tensor":
+    """Return the limit of each group's weights at which rounding changes the group's part of the outputs least.
+
+    The mean square of the change x·d over all tokens x is d·G·d, where G is the mean of the outer products x·x. G has
+    a group's size squared, whatever the number of tokens.
+
+    Args:
+        weight: [outputs, inputs].
+        inputs: [..., inputs], the layer's inputs for the calibration tokens.
+        round_into: writes the rounded first argument into the second.
+
+    Returns:
+        Float32 limits of shape [outputs, groups, 1].
+    """
+    import torch
+
+    outputs = len(weight)
+    grouped = inputs.reshape(-1, weight.shape[1] // group_size, group_size).to(weight.device, torch.float32)
+    squares = torch.einsum("tgi,tgj->gij", grouped, grouped) / len(grouped)
+    weights = weight.float().view(outputs, -1, group_size)
+    largest = weights.abs().amax(dim=-1, keepdim=True)
+    best, least = largest.clone(), torch.full_like(largest, torch.inf)
+    rounded = torch.empty_like(weights)
+    for step in range(_CLIP_STEPS):
+        limit = largest * (1 - step * _CLIP_SHARE)
+        round_into(weights.clamp(-limit, limit), rounded)
+        change = (rounded - weights).transpose(0, 1)
+        error = ((change @ squares) * change).sum(dim=-1).T.unsqueeze(-1)
+        better = error < least
+        least, best = torch.where(better, error, least), torch.where(better, limit, best)
+    return best

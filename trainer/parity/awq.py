@@ -1,0 +1,85 @@
+"""Reads an AWQ model's layers as those of its source model, so that the two can be compared.
+
+AWQ multiplies the input columns of a layer by scales, and divides what produces these inputs by them: the weights of
+the norm before it, or the rows of the layer before it. Both are undone here: the former by the two models' norms, the
+latter by the ratio of the rows of the two models. Imports torch.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+Tensors = Mapping[str, Callable[[], torch.Tensor]]
+"""A reader for each tensor of a model, keyed by the tensor's name."""
+_NORMS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm") | dict.fromkeys(
+    ("gate_proj", "up_proj"), "post_attention_layernorm"
+)
+"""The norm before each layer in the architectures of trainer.export.awq."""
+_SOURCES = {"o_proj": "v_proj", "down_proj": "up_proj"}
+"""The layer whose rows produce a layer's inputs, up to a weighted sum or a product."""
+_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Place in an integer, counted from the lowest 4 bits, of each of eight outputs."""
+
+
+def read_unscaled(before: Tensors, after: Tensors, layer: str) -> torch.Tensor:
+    """Return a layer's rounded weights without its scales, as float32 numbers with shape [outputs, inputs].
+
+    Args:
+        before: the source model.
+        after: the AWQ model.
+        layer: name of the layer in both.
+    """
+    module, _, name = layer.rpartition(".")
+    rounded = expand(after, layer)
+    if norm := _NORMS.get(name):
+        path = f"{module.rpartition('.')[0]}.{norm}.weight"
+        rounded *= _ratio(after[path]().float(), before[path]().float())
+        if fed := next((fed for fed, source in _SOURCES.items() if source == name), None):
+            inputs = before[f"{module}.{fed}.weight"]().shape[1]
+            rounded /= _row_scales(before, layer, rounded, inputs)[:, None]
+        return rounded
+    source = f"{module}.{_SOURCES[name]}"
+    norm_path = f"{module.rpartition('.')[0]}.{_NORMS[_SOURCES[name]]}.weight"
+    unscaled = expand(after, source) * _ratio(after[norm_path]().float(), before[norm_path]().float())
+    return rounded * _row_scales(before, source, unscaled, rounded.shape[1])
+
+
+def expand(tensors: Tensors, layer: str) -> torch.Tensor:
+    """Unpack a layer's weights as they are stored, to float32 with shape [outputs, inputs]."""
+    scales = tensors[f"{layer}.scales"]().float()
+    numbers, zeros = (_unpack(tensors[f"{layer}.{kind}"]()) for kind in ("qweight", "qzeros"))
+    size = len(numbers) // len(scales)
+    return ((numbers - zeros.repeat_interleave(size, dim=0)) * scales.repeat_interleave(size, dim=0)).T
+
+
+def _row_scales(before: Tensors, source: str, rounded: torch.Tensor, inputs: int) -> torch.Tensor:
+    """Return the factor by which AWQ multiplied each row of a layer whose outputs are the next layer's inputs.
+
+    With grouped-query attention, several inputs share a row, and no row is scaled.
+
+    Args:
+        rounded: the layer's rounded weights without the norm's scales.
+        inputs: number of inputs of the next layer.
+    """
+    if len(rounded) != inputs:
+        return torch.ones(1)
+    weight = before[f"{source}.weight"]().float()
+    return _ratio((rounded * weight).sum(dim=1), weight.square().sum(dim=1))
+
+
+def _ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+    """Return the ratio of two vectors, and 1 where neither has an effect."""
+    return torch.where(below == 0, torch.ones_like(below), above / below)
+
+
+def _unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Return 4-bit numbers as float32.
+
+    Args:
+        packed: int32 of shape [rows, outputs / 8].
+
+    Returns:
+        Shape [rows, outputs].
+    """
+    shifts = torch.tensor([4 * place for place in _ORDER], dtype=torch.int32)
+    return ((packed[:, :, None] >> shifts) & 15).float().flatten(1)
