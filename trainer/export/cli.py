@@ -11,7 +11,7 @@ from svc.terminal import console
 from svc.version import Format, VersionId
 
 _HF, _GGUF = "hf", "gguf"
-_TYPES = ("q8_0", "f16")
+_TYPES, _K_QUANTS = ("q8_0", "f16"), ("q4_k_m", "q5_k_m", "q6_k")
 
 
 @click.command()
@@ -24,7 +24,14 @@ _TYPES = ("q8_0", "f16")
     help="`gguf` for llama.cpp and Ollama; `hf` for the merged model as a Hugging Face folder.",
 )
 @click.option("--to", type=click.Path(path_type=Path), help="Output folder.  [default: ./NAME-N]")
-@click.option("--type", "number_type", type=click.Choice(_TYPES), default=_TYPES[0], show_default=True)
+@click.option(
+    "--type",
+    "number_type",
+    type=click.Choice([*_TYPES, *_K_QUANTS]),
+    default=_TYPES[0],
+    show_default=True,
+    help="With gguf: number type. q4_k_m, q5_k_m and q6_k need llama.cpp's tool `llama-quantize` on PATH.",
+)
 @click.option("--modelfile/--no-modelfile", default=True, help="With gguf: whether to write a Modelfile for Ollama.")
 @json_option
 @click.pass_context
@@ -41,11 +48,15 @@ def export(
     if kind == _HF:
         result = _copy(merged, out)
     else:
+        from trainer.export.gguf.k_quants import KQuant, export_k_quant
         from trainer.export.gguf.writer import GgufType, export_gguf
 
         name = f"{version_id.name}-{version_id.number}"
         examples = registry.heldout(version_id)
-        done = export_gguf(merged, out, name, examples, type=GgufType(number_type), modelfile=modelfile)
+        if number_type in _K_QUANTS:
+            done = export_k_quant(merged, out, name, examples, KQuant(number_type), modelfile=modelfile)
+        else:
+            done = export_gguf(merged, out, name, examples, type=GgufType(number_type), modelfile=modelfile)
         result = {"file": str(done.file), "bytes": done.bytes, "pre": done.pre, "compared": done.compared}
         console.print(
             f"  the token ids of {done.compared} held-out examples are the base's (pre-tokenizer {done.pre}); weights "

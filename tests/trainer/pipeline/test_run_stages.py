@@ -35,7 +35,7 @@ def caught(work: Callable[[], Any]) -> Exception:
 def test_library_failure_error_names_library_cause_and_log(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages_module, "quantize_gptq", lambda *_, **__: fail_in_torch())
+    monkeypatch.setattr(stages_module, "quantize_to_4_bits", lambda *_, **__: fail_in_torch())
     pipeline = make()
     with pytest.raises(TrainingError) as raised:
         pipeline.train_version()

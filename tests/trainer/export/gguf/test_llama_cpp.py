@@ -1,7 +1,9 @@
 """Tests GGUF files in llama.cpp: the token ids of real texts, and the answers to real prompts."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,16 @@ from svc.dataset.readers.reader import read_examples
 from tests.hub_models.tokenizer import smollm2_folder
 from tests.trainer.export.gguf.test_tokens import TEXTS
 from trainer.data.chat_template import load_tokenizer
+from trainer.export.gguf import k_quants
+from trainer.export.gguf.k_quants import KQuant, export_k_quant
 from trainer.export.gguf.writer import GgufType, export_gguf, render_examples
 
 pytestmark = [pytest.mark.matrix, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[4]
-PACKAGE = ROOT / ".venv" / "llama-cpp" / "node_modules" / "node-llama-cpp" / "dist" / "index.js"
+MODULES = ROOT / ".venv" / "llama-cpp" / "node_modules"
+PACKAGE = MODULES / "node-llama-cpp" / "dist" / "index.js"
+LIBRARIES = MODULES / "@node-llama-cpp" / "linux-x64" / "bins" / "linux-x64"
 EXAMPLES = read_examples(ROOT / "examples" / "debian-triage" / "heldout.jsonl")[:100]
 PROMPTS, TOKENS = 12, 12
 
@@ -34,14 +40,46 @@ def run_llama_cpp(model: Path, texts: list[str], prompts: list[str]) -> Any:
     return json.loads(result.read_text("utf-8"))
 
 
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a `llama-quantize` on PATH that runs llama.cpp's own function."""
+    if not LIBRARIES.is_dir():
+        pytest.skip("npm could not fetch llama.cpp")
+    script = tmp_path / "bin" / k_quants.TOOL
+    script.parent.mkdir()
+    own = Path(__file__).with_name("llama_quantize.py")
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{own}" "{LIBRARIES}" "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
+
+
+# Measured: Q4_K_M 6, Q5_K_M 10 and Q6_K 11 of 12 answers.
+@pytest.mark.usefixtures("tool")
+@pytest.mark.parametrize(("type", "least"), [(KQuant.Q4_K_M, 0.3), (KQuant.Q5_K_M, 0.5), (KQuant.Q6_K, 0.7)])
+def test_k_quants_of_llama_cpp_itself_are_accepted_and_answer_like_transformers(
+    tmp_path: Path, type: KQuant, least: float
+) -> None:
+    base = smollm2_folder()
+    done = export_k_quant(base, tmp_path / "out", "smol", EXAMPLES, type)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"Modelfile", done.file.name}
+    check(base, done.file, least)
+
+
 @pytest.mark.parametrize("type", GgufType)
 def test_llama_cpp_has_the_bases_token_ids_and_answers_like_transformers(tmp_path: Path, type: GgufType) -> None:
     base = smollm2_folder()
+    file = export_gguf(base, tmp_path, "smol", EXAMPLES, type=type).file
+    # Two tokens are nearly equally likely now and then. A wrong order of rows changes every answer.
+    check(base, file, 0.9 if type is GgufType.F16 else 0.7)
+
+
+def check(base: Path, file: Path, least: float) -> None:
+    """Check in llama.cpp that a file has the base's token ids, and at least a share of transformers' answers."""
     tokenizer = load_tokenizer(base)
     texts = [*render_examples(tokenizer, {}, EXAMPLES), *TEXTS]
     turns = [[message.as_dict() for message in example.prompt] for example in EXAMPLES[:PROMPTS]]
     prompts = [str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns]
-    found = run_llama_cpp(export_gguf(base, tmp_path, "smol", EXAMPLES, type=type).file, texts, prompts)
+    found = run_llama_cpp(file, texts, prompts)
     assert found["texts"] == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     same = 0
@@ -51,5 +89,5 @@ def test_llama_cpp_has_the_bases_token_ids_and_answers_like_transformers(tmp_pat
             whole = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)
         expected = [token for token in whole[0, ids.shape[1] :].tolist() if token != tokenizer.eos_token_id]
         same += answer == expected
-    # Two tokens are nearly equally likely now and then. A wrong order of rows changes every answer.
-    assert same >= PROMPTS * (0.9 if type is GgufType.F16 else 0.7)
+    print(f"{file.name}: {same} of {PROMPTS} answers")
+    assert same >= PROMPTS * least
