@@ -16,7 +16,7 @@ build() {
   "${PYTHON:-python3}" -m venv "$prefix"
   "$prefix/bin/python" -m pip install --quiet --upgrade 'pip>=25.1'
   # Not editable: the sources are not in the image.
-  "$prefix/bin/python" -m pip install --no-compile --constraint "deploy/constraints/$variant.txt" ".[train,$serve,monitor,postgres,objects]"
+  "$prefix/bin/python" -m pip install --no-compile --constraint "deploy/constraints/$variant.txt" ".[train,$serve,monitor,postgres,objects,ray]"
   bash deploy/trim.sh "$prefix/bin/python" "$serve"
   install -m 644 deploy/docker/health.py "$prefix/health.py"
   # Bytecode cannot be written to a read-only root file system later. Some packages contain files for other Pythons.
@@ -33,7 +33,7 @@ check() {
     exit 1
   fi
   # Only vLLM imports libraries that pip does not install.
-  "$prefix/bin/python" -c 'import numpy, pyarrow, safetensors, sqlalchemy, torch, transformers, uvloop, vllm._version'
+  "$prefix/bin/python" -c 'import numpy, pyarrow, ray, safetensors, sqlalchemy, torch, transformers, uvloop, vllm._version'
   "$prefix/bin/python" - <<'PYTHON'
 from importlib.util import find_spec
 from pathlib import Path
