@@ -124,7 +124,7 @@ async def test_swap_waits_for_an_engine_that_is_starting(make: Make) -> None:
         swap = await control.outcome(wish)
         assert swap.outcome is SwapOutcome.SUCCEEDED
         assert held(control) == [target(2)] * 2
-        assert any(f"replica {last.replica} died and is being started" in step for step in control.steps)
+        assert any(f"replica {last.replica} died and is being restarted" in step for step in control.steps)
 
 
 async def test_swap_continues_if_an_engine_does_not_start(make: Make) -> None:
