@@ -180,7 +180,7 @@ class Qualifier:
             return await self._qualify(engine, folder, text)
 
     async def ask_base(self, base: Path) -> tuple[ExampleResult, ...]:
-        """Ask the base the general questions on an engine of its own, and return its answers."""
+        """Ask the base the general questions on a separate engine, and return its answers."""
         async with self._engine(base) as engine:
             return await self._ask_general(engine.client, "base")
 
@@ -279,7 +279,7 @@ class Qualifier:
             return await ask_examples(client, examples, tokenized, limits=limits, trained=False, on_done=advance)
 
     async def _score_pairs(self, client: EngineClient, text: str) -> PairScores | None:
-        """Return a model's scores of the held-out pairs, or None if there are none."""
+        """Return a model's scores of the held-out pairs, or None if there are no pairs."""
         if not self._pairs:
             return None
         with counting(f"held-out pairs of {text}", len(self._pairs)) as advance:

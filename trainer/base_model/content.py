@@ -1,4 +1,4 @@
-"""Identifies the content of a base model's files by a hash, and reads the model's licence."""
+"""Identifies a base model's files by a hash of their contents, and reads the model's licence."""
 
 import hashlib
 import json
@@ -93,8 +93,8 @@ def pinned_template(model: Path) -> str | None:
 
 
 def hash_files(files: list[Path], what: str = "the base model") -> str:
-    """Return a SHA-256 hash of files. A single file is hashed by its content, several files by their names,
-    sizes and contents.
+    """Return a SHA-256 hash of files. For a single file, only its contents are hashed; for several files, also their
+    names and sizes.
 
     Args:
         what: noun for the files, printed while they are hashed.

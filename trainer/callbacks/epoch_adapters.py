@@ -1,6 +1,6 @@
 """Saves the adapter at the end of each of the last epochs, for clients of the fine-tuning API.
 
-They are no checkpoints from which a run resumes: they lack the optimizer's state. Imports transformers.
+A run cannot resume from them, because they lack the optimizer's state. Imports transformers.
 """
 
 import logging
@@ -36,7 +36,9 @@ class EpochAdapters(TrainerCallback):
         self._on_saved = on_saved
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save the adapter, unless a signal or early stopping ended the epoch. A full disk does not end training."""
+        """Save the adapter, unless a signal or early stopping cut the epoch short. A full disk does not stop
+        training.
+        """
         epoch = state.epoch or 0.0
         if not state.is_world_process_zero or abs(epoch - round(epoch)) > _WHOLE:
             return

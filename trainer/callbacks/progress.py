@@ -81,7 +81,7 @@ class ProgressRecords(TrainerCallback):
         self._started, self._before = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Write what has been measured."""
+        """Write a record for each new measurement."""
         step = state.global_step
         if LOSS in logs:
             elapsed, taken = time.monotonic() - self._started, step - self._before

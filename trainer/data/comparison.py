@@ -1,7 +1,7 @@
 """Tokenizes judged answers for preference tuning, and forms batches of them.
 
-Both answers of a pair are tokenized as reference answers are, each after the prompt that the engine renders, so the
-compared likelihoods are those of served answers. Imports torch.
+Both answers of a pair are tokenized like reference answers, each after the prompt that the engine renders. The compared
+likelihoods are therefore the same as in serving. Imports torch.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """An answer, and the one with which it is compared.
+    """An answer, and another answer with which it is compared.
 
     Attributes:
         first: a pair's chosen answer, or a labelled answer.
-        second: the pair's rejected answer. After a labelled answer's prompt, the answer to another prompt, whose
-            likelihood shows how far the model has moved as a whole (Ethayarajh et al. 2024, section 4.2).
+        second: the pair's rejected answer. For a labelled answer, an answer to another prompt, put after this prompt;
+            its likelihood shows how far the model has moved as a whole (Ethayarajh et al. 2024, section 4.2).
         desirable: label of a labelled answer; true for a pair.
     """
 
@@ -50,8 +50,8 @@ def tokenize_judged(
     """Tokenize pairs or labelled answers.
 
     Args:
-        train: the recipe's `train` section for answers to train on. Those longer than its `max_length` are dropped
-            if it says so, a pair if either answer is too long. None for answers that are only measured.
+        train: the recipe's `train` section for answers to train on. If it says so, answers longer than its `max_length`
+            are dropped, and pairs in which either answer is too long. None for answers that are only measured.
 
     Raises:
         DataError: an answer is too long or is rejected by the chat template, or all labelled answers have the same
@@ -75,7 +75,9 @@ def tokenize_judged(
 
 
 def _with_others(labelled: Sequence[tuple[TokenizedExample, bool]]) -> list[Comparison]:
-    """Pair each labelled answer with the nearest earlier answer to another prompt, put after its own prompt."""
+    """Pair each labelled answer with the nearest earlier answer to another prompt, which is put after the labelled
+    answer's prompt.
+    """
     comparisons = []
     for place, (row, desirable) in enumerate(labelled):
         others = (labelled[place - distance][0] for distance in range(1, len(labelled)))
@@ -94,7 +96,7 @@ def comparison_row(comparison: Comparison, index: int) -> dict[str, Any]:
     """Return a comparison as the trainer expects it.
 
     Args:
-        index: place of its reference log-probabilities among those of the run.
+        index: index of its reference log-probabilities among all those of the run.
     """
     second = {f"second_{key}": value for key, value in training_row(comparison.second).items()}
     return {**training_row(comparison.first), **second, "desirable": comparison.desirable, "index": index}

@@ -1,8 +1,8 @@
 """Divides the examples of each optimizer step among devices, so that all devices together train on the same
 examples in each step as one device would.
 
-transformers' own division repeats examples of the epoch's start where the last step is not full. Imports
-torch.
+If the last step of an epoch is not full, transformers' own division fills it with examples from the start of the epoch.
+Imports torch.
 """
 
 import math
@@ -17,8 +17,8 @@ from trainer.data.length_grouped_sampler import LengthGroupedSampler
 class DeviceBatches(Sampler[list[int]]):
     """Yields the batches of one device, as lists of example indices.
 
-    Every device has equally many batches in a step, because the devices wait for each other. If an epoch's last step
-    has too few examples, some batches are a filler: the index that follows those of the examples.
+    Every device has the same number of batches in a step, because the devices wait for each other. If an epoch's last
+    step has too few examples, some batches contain only a filler: the first index after those of the examples.
 
     Args:
         order: order of the examples, the same on every device.
@@ -37,7 +37,7 @@ class DeviceBatches(Sampler[list[int]]):
 
     @property
     def needs_filler(self) -> bool:
-        """Whether the last step of an epoch has fewer examples than batches on all devices together."""
+        """Whether the last step of an epoch has fewer examples than the devices have batches."""
         rest = len(self.batch_sampler) % self._step
         return rest < self._batches(rest) * self._devices
 
@@ -59,8 +59,8 @@ class DeviceBatches(Sampler[list[int]]):
         return math.ceil(examples / (self._batch_size * self._devices))
 
     def _share(self, step: Sequence[int], filler: int) -> list[list[int]]:
-        """Return this device's batches of a step. Neighbours have similar lengths, so they stay together, and the
-        devices take turns.
+        """Return this device's batches of a step. Neighbouring examples have similar lengths, so they stay in one
+        batch, and the devices take batches in turn.
         """
         batches = self._batches(len(step)) * self._devices
         smaller, larger = divmod(len(step), batches)

@@ -134,8 +134,8 @@ def read_preference_workload(
 ) -> Workload:
     """Return the batches that the training run of a preference would form (see `read_workload`).
 
-    The model before training scores all answers once. With `objective: kto`, answers to other prompts are scored too,
-    of which the lengths are those of the labelled answers.
+    The model scores all answers once before training. With `objective: kto`, answers to other prompts are scored too,
+    which have the same lengths as the labelled answers.
     """
     train, counted = recipe.train, any((folder / name).is_file() for name in TOKENIZER_FILES)
     chosen = np.random.default_rng(recipe.data.seed).permutation(len(judged))[:_MAX_EXAMPLES]

@@ -1,6 +1,6 @@
 """Chooses gradient checkpointing on a GPU: off if training fits in the free memory without it.
 
-Checkpointing computes each layer twice, so a step takes about a third longer. It changes the result only in
+Checkpointing computes each layer twice, so a step takes about a third longer. It affects the result only through
 rounding, so a run may resume with another choice. On a CPU it is off; see docs/training-speed.md.
 """
 
@@ -52,8 +52,8 @@ def with_checkpointing(estimate: Estimate, enabled: bool, served_length: int) ->
 
 
 def _sharding(estimate: Estimate) -> dict[str, str]:
-    """Return the recipe key that keeps the weights divided among devices, or undivided, as in an estimate. A copy that
-    fits only with checkpointing is not divided.
+    """Return the recipe key that fixes whether the weights are divided among devices, as in an estimate. Weights that
+    fit undivided only with checkpointing are not divided.
     """
     here = estimate.here
     if here.device.count == 1 or here.undivided:

@@ -80,8 +80,8 @@ class ComputeDevice:
         dollars: price per hour, or None for this machine.
         ram: bytes of main memory that a process may use in addition to a GPU, or None if unknown, as for
             listed GPUs.
-        count: number of equal GPUs, or of processes on a CPU, that train together. Memory, speed and price are those
-            of one GPU.
+        count: number of equal GPUs, or of processes on a CPU, that train together. Memory, speed and price are given
+            per GPU.
     """
 
     name: str

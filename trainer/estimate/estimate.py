@@ -1,9 +1,9 @@
 """Estimates a recipe on each device: a breakdown of the memory it needs, whether it fits, the largest batch
 size, time and cost.
 
-Estimated memory was within a fifth of the measured memory. Estimated time was mostly within a third,
-less often with AMX (docs/estimate.md). A run is therefore rejected only if `least`, which no batch size
-reduces, exceeds the memory. With several GPUs, memory is that of each one.
+Estimated memory was within a fifth of the measured memory. Estimated time was mostly within a third, less often with
+AMX (docs/estimate.md). A run is therefore rejected only if `least`, which no batch size reduces, exceeds the memory.
+With several GPUs, memory is given per GPU.
 """
 
 import math
@@ -39,7 +39,7 @@ class DeviceEstimate:
         dollars: price of `seconds` of training on all devices, or None if the device has no price.
         checkpointing: whether gradient checkpointing is enabled.
         sharded: whether several devices divide the weights among them.
-        undivided: why they cannot, or None if they can.
+        undivided: why several devices cannot divide the weights among them, or None if they can.
     """
 
     device: ComputeDevice
@@ -140,8 +140,8 @@ def estimate_device(
 
 
 def _training(recipe: Recipe, shape: ModelShape, device: ComputeDevice, largest: Batch) -> Training:
-    """Return how a recipe is trained on one or several devices. These divide the weights among them if the recipe says
-    so or, by default, if a copy with the largest batch does not fit on one.
+    """Return how a recipe is trained on one or several devices. The devices divide the weights among them if the recipe
+    says so or, by default, if all weights and the largest batch do not fit on one device.
 
     Args:
         recipe: recipe with the batches of one device.
@@ -165,7 +165,7 @@ def memory_on(recipe: Recipe, shape: ModelShape, batch: Batch, device: ComputeDe
     """Return the peak memory of training with the given batch, in bytes. Other stages are not included.
 
     Args:
-        batch: a batch of the recipe, of which several devices each compute a part.
+        batch: a batch of the recipe. Several devices each compute a part of it.
     """
     if share := divide_step(recipe.train, device.count):
         batch = batch.resized(math.ceil(batch.rows * share.batch_size / recipe.train.batch_size))

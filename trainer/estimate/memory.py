@@ -72,7 +72,7 @@ class Training:
         recipe: recipe with the batches of one device.
         number_type: number type of the matrix products.
         devices: number of devices that train together.
-        sharded: whether they divide the weights among them.
+        sharded: whether the devices divide the weights among them.
     """
 
     recipe: Recipe
@@ -193,8 +193,9 @@ class Training:
         return sum(parts.get(part, 0) for part in needed)
 
     def _gathered(self) -> dict[Part, float]:
-        """Return what a device stores of the weights that are not its share: two layers, of which one is gathered while
-        the other is computed, and the embeddings and the output head during a step. See trainer.training.sharding.
+        """Return the bytes that a device needs for weights outside its own share: two layers, one of which is gathered
+        while the other is computed, and the embeddings and the output head during a step. See
+        trainer.training.sharding.
         """
         shape = self.shape
         layers = shape.linear_weights + shape.expert_weights

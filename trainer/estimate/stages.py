@@ -229,9 +229,8 @@ def _parity(training: Training, memory: float) -> tuple[Need, Need]:
     """Return the requirements of the parity checks: one copy of the model with its adapter, and float32 copies
     of the layer being compared.
 
-    The checks run on the GPU if these fit there, and otherwise on the CPU. There, bfloat16 weights are
-    mapped pages of the model's files, which the system can reclaim. Reading them again is slow, but no
-    reason to reject a run.
+    The checks run on the GPU if these fit there, and otherwise on the CPU. There, bfloat16 weights are mapped pages of
+    the model's files, which the system can reclaim. Reading them again is slow, but does not justify rejecting a run.
     """
     number_type = calibration_type(training.number_type)
     weights = number_size(number_type) * training.shape.parameters

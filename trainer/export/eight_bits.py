@@ -91,7 +91,8 @@ def check_layers(model: Path) -> list[str]:
     """Return the names of the linear layers to quantize, without loading weights.
 
     Raises:
-        TrainingError: the model is a mixture of experts, has no linear layers, or stores them under other names.
+        TrainingError: the model is a mixture of experts, has no linear layers, or stores its linear layers under other
+            names.
     """
     empty = empty_model(model)
     if experts := fused_experts(empty):
@@ -132,7 +133,7 @@ def round_to_nearest(weight: "torch.Tensor", format: Format) -> "tuple[torch.Ten
 
 
 def quantization_config(format: Format) -> dict[str, Any]:
-    """Return the quantization config of a model in 8 bits, as vLLM and transformers read it."""
+    """Return the quantization config of an 8-bit model, in the form that vLLM and transformers read."""
     kind, layout = _NUMBERS[format]
     numbers = {"num_bits": 8, "type": kind, "symmetric": True}
     group = {

@@ -28,8 +28,8 @@ class ModelForm:
         quantization: quantization of the frozen weights.
         full: whether every weight is trained.
         attention: fastest attention implementation that the machine supports.
-        divided: whether several devices divide the weights among them. They are then loaded into main memory, and
-            trained ones are converted to float32 layer by layer (trainer.training.sharding).
+        divided: whether several devices divide the weights among them. The weights are then loaded into main memory,
+            and trained weights are converted to float32 layer by layer (trainer.training.sharding).
     """
 
     number_type: NumberType
@@ -86,8 +86,8 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
 
 
 def _trained_type(base: Path, form: ModelForm) -> torch.dtype:
-    """Return the number type in which trained weights are loaded. Weights that are divided later are loaded as they
-    are stored, because all processes then share the mapped pages of the files.
+    """Return the number type in which trained weights are loaded. Weights that will be divided keep their stored type,
+    so that all processes share the mapped pages of the files.
     """
     if not form.divided:
         return torch.float32

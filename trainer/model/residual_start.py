@@ -36,7 +36,7 @@ def first_matrices(model: PeftModel, start: str, seed: int) -> Matrices:
 
     Args:
         start: value of `adapter.init`. The rank is at most the smaller size of each layer.
-        seed: seed of the random numbers of an approximate decomposition. No others are drawn.
+        seed: seed of the random numbers of an approximate decomposition. No other random numbers are drawn.
     """
     matrices: Matrices = {}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -67,7 +67,7 @@ def _factors(weight: Tensor, rank: int, scale: float, start: str) -> tuple[Tenso
 
 @torch.no_grad()
 def start_from(model: PeftModel, matrices: Matrices) -> None:
-    """Give the adapter its first matrices, and subtract their product from the base's weights.
+    """Set the adapter's first matrices, and subtract their product from the base's weights.
 
     Weights are replaced, not overwritten, because several models may share their memory.
     """

@@ -43,7 +43,7 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
 def _several(device: ComputeDevice, recipe: Recipe, settings: Settings) -> ComputeDevice:
     """Return a device with the number of GPUs or processes that the recipe would train on.
 
-    Without `train.devices`, these are one of a listed device, and all free ones of this machine.
+    Without `train.devices`, this is one for a listed GPU, and all free ones for this machine.
     """
     asked = recipe.train.devices
     if device.name == HERE:
@@ -68,14 +68,14 @@ def estimate_here(
     makes_version: bool = True,
     trials: bool = False,
 ) -> DeviceEstimate | None:
-    """Print and return the estimate for this machine, with gradient checkpointing as it fits a GPU's memory. Return
+    """Print and return the estimate for this machine, with gradient checkpointing chosen to fit a GPU's memory. Return
     None if no estimate is possible.
 
     Args:
         anyway: whether to continue instead of raising an error if the run cannot fit.
         makes_version: whether the run also writes merged and quantized models, not only an adapter.
-        trials: whether several training runs follow, whose values and memory differ. They keep the default for gradient
-            checkpointing.
+        trials: whether several training runs with different values and memory needs follow. They keep the default for
+            gradient checkpointing.
 
     Raises:
         InsufficientMemoryError: the run cannot fit into memory.
@@ -101,7 +101,7 @@ def estimate_here(
 
 
 def find_refusal(estimate: Estimate) -> str | None:
-    """Return why `svc train` would refuse the run on this machine for lack of memory, or None if it would not.
+    """Return why `svc train` would reject the run on this machine for lack of memory, or None if it would not.
 
     The result is None if the estimate does not include this machine.
     """

@@ -177,13 +177,13 @@ class RunEvaluation:
 
     @property
     def base_preference(self) -> PreferenceReport | None:
-        """The base's preferences among the held-out pairs, or None if it has not scored any."""
+        """The base's preference accuracy on the held-out pairs, or None if it has not scored any."""
         evaluated = self.evaluated
         return PreferenceReport.of(evaluated.base_pairs) if evaluated and evaluated.base_pairs else None
 
     @property
     def preferences(self) -> dict[Format, PreferenceReport]:
-        """Each format's preferences among the held-out pairs; empty if there are none."""
+        """Each format's preference accuracy on the held-out pairs; empty if there are no pairs."""
         evaluated = self.evaluated
         base = evaluated.base_pairs if evaluated else None
         scores = {format: qualified.pairs for format, qualified in self.qualified.items()}

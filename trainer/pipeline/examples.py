@@ -52,10 +52,10 @@ class Examples:
         validation: examples read from `data.validation`.
         selected_by: the examples by which the version's weights or the recipe's values were selected.
         modified_at: time at which the newest local file of `data.train` was last modified, or None without local files.
-        judged: pairs or labelled answers to train on, if the objective is a preference. Then `train` has the better or
-            the labelled answers, in the same order.
-        heldout_judged, validation_judged: the same of the held-out and the validation examples. `heldout` has only the
-            better or desirable answers, which are the references of the evaluation.
+        judged: pairs or labelled answers to train on, if the objective is a preference. In that case, `train` contains
+            the better or the labelled answers, in the same order.
+        heldout_judged, validation_judged: the same for the held-out and the validation examples. `heldout` contains
+            only the better or desirable answers, which are the references in the evaluation.
     """
 
     train: Sequence[ChatExample]
@@ -93,8 +93,8 @@ class Examples:
 
     @property
     def pairs(self) -> tuple[PreferencePair, ...]:
-        """Held-out pairs, the first ones in the order of `heldout`. Of labelled answers, a desirable and an undesirable
-        one to the same prompt are a pair.
+        """Held-out pairs, in the order of `heldout`. A desirable and an undesirable labelled answer to the same prompt
+        form a pair.
         """
         pairs = [pair for pair in self.heldout_judged if isinstance(pair, PreferencePair)]
         labelled = [answer for answer in self.heldout_judged if isinstance(answer, LabelledAnswer)]
@@ -201,7 +201,7 @@ def _read_heldout(recipe: Recipe, cache: Path | None) -> Examples:
 
 class _Reader:
     """Reads the files of a recipe as examples. For a preference, an example is a pair's better answer or a labelled
-    answer, and stands for its pair or label in everything that selects examples.
+    answer, and represents its pair or label wherever examples are selected.
     """
 
     def __init__(self, objective: Objective, cache: Path | None, bad_lines: BadLines | None) -> None:
@@ -231,7 +231,9 @@ class _Reader:
         return examples
 
     def judged(self, examples: Sequence[ChatExample]) -> tuple[Judged, ...]:
-        """Return the pairs or labelled answers for which examples of this reader stand. Empty without a preference."""
+        """Return the pairs or labelled answers that the given examples represent. Empty if the objective is not a
+        preference.
+        """
         return tuple(self._judged[id(example)][1] for example in examples) if self._judged else ()
 
     def is_reference(self, example: ChatExample) -> bool:

@@ -1,4 +1,4 @@
-"""Trains on a Ray cluster: checks before anything else that it can, and starts the workers. See docs/ray.md."""
+"""Trains on a Ray cluster: checks that this is possible, and starts the workers. See docs/ray.md."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from trainer.training.shared_checkpoints import SharedCheckpoints
 
 
 def check_ray(settings: Settings, recipe: Recipe) -> None:
-    """Check that the cluster has free resources for a recipe's workers. It takes seconds.
+    """Check that the cluster has enough free resources for a recipe's workers. This takes seconds.
 
     Raises:
         SettingsError: the address of the cluster or of the object store is not set.
@@ -70,10 +70,10 @@ def count_workers(recipe: Recipe) -> int:
 def ray_processes(
     settings: Settings, recipe: Recipe, base: Base, run: Run, checkpoints: SharedCheckpoints
 ) -> Iterator[RayProcesses]:
-    """Yield workers that train a run, after its base model and newest checkpoint are in the object store.
+    """Upload a run's base model and newest checkpoint to the object store, then yield workers that train the run.
 
     Raises:
-        RegistryError: the store does not respond, or refuses.
+        RegistryError: the object store does not respond, or rejects a request.
         ServerNotRunningError, BusyError, TrainingError: as for `check_ray`.
     """
     assert settings.artifacts.url is not None  # noqa: S101 - check_ray

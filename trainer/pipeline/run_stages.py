@@ -45,7 +45,7 @@ def run_stages(run: Run, steps: Mapping[Stage, Step], progress: ProgressFile | N
     """Run the unfinished stages in order.
 
     Args:
-        progress: file to which the beginning of each stage is written.
+        progress: file in which the beginning of each stage is recorded.
 
     Raises:
         InterruptedRunError: a stage was interrupted; running the same command again resumes the run.

@@ -35,9 +35,9 @@ StageKeys = Mapping[Stage, str]
 def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | None = None) -> StageKeys:
     """Return the keys of a run's stages, keyed by stage.
 
-    Data paths, the checkpoint interval and the held-out loss curve are excluded, because they do not affect
-    the result. Only of a preference the held-out curve is included, because its examples must be scored by the
-    model before training. Devices are excluded because they only affect rounding, so that a run can resume on others.
+    Data paths, the checkpoint interval and the held-out loss curve are excluded, because they do not affect the result.
+    The exception is a preference, for which the held-out curve is included because the model must score its examples
+    before training. Devices are excluded because they affect only rounding, so that a run can resume on other devices.
 
     Args:
         trained: hash of an adapter that was trained elsewhere. Its path is excluded.

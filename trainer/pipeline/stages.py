@@ -193,7 +193,7 @@ class Pipeline:
             return self._train_in(processes)
 
     def _import(self, adapter: TrainedAdapter) -> TrainingSummary:
-        """Copy an adapter that was trained elsewhere, after the checks that precede a training."""
+        """Copy an adapter that was trained elsewhere, after the checks that otherwise precede training."""
         check_fits(self.base.folder, adapter)
         check_base(self.base.folder, self.recipe, self.capabilities, self.settings.engine, self.capabilities)
         say_number_types(self.capabilities, self.settings.engine, self.recipe.formats, self.capabilities)
@@ -261,8 +261,8 @@ class Pipeline:
 
     @property
     def _fitted_recipe(self) -> Recipe:
-        """The recipe with gradient checkpointing as it was estimated for this machine. It does not affect the run's
-        keys, so another machine may resume the run with its own choice.
+        """The recipe with gradient checkpointing as estimated for this machine. This does not affect the run's keys, so
+        another machine may resume the run with a different choice.
         """
         if self.expected is None:
             return self.recipe
@@ -270,8 +270,8 @@ class Pipeline:
 
     @cached_property
     def _shared_checkpoints(self) -> SharedCheckpoints | None:
-        """Return the run's checkpoints in the object store, or None if they are only on this machine. Those of a
-        training on Ray are always there.
+        """Return the run's checkpoints in the object store, or None if they are only on this machine. Checkpoints of
+        training on Ray are always in the object store.
         """
         if self.registry.objects is None or not (self.on_ray or self.settings.artifacts.checkpoints):
             return None

@@ -1,7 +1,7 @@
-"""Keeps the MLflow run of a run folder, and sends its curves.
+"""Records which MLflow run belongs to a run folder, and sends the run's curves.
 
-The run is created only once, so that a resumed run continues it. An MLflow server that is down or slow neither stops
-nor delays the training.
+The run is created only once, so that a resumed run continues it. If the MLflow server is down or slow, the training is
+neither stopped nor delayed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ from trainer.pipeline.reports import Report
 
 
 class TrackedRun(BaseModel):
-    """Content of the `mlflow.json` file in a run folder."""
+    """Contents of the `mlflow.json` file in a run folder."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -48,8 +48,8 @@ def tracked_run(path: Path, start: Callable[[], str]) -> str:
 def sending_curve(tracking: Tracking, run_id: str) -> Iterator[Report]:
     """Yield a function that takes an optimizer step and its metrics, which a thread sends to MLflow.
 
-    Metrics that MLflow does not accept are sent again with the next ones, and at the end of the block. If MLflow does
-    not respond then either, they are missing there, and a warning says so.
+    Metrics that MLflow does not accept are sent again with the next ones, and at the end of the block. If MLflow still
+    does not respond then, the metrics are lost, and a warning is logged.
     """
     sender = _Sender(tracking, run_id)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow") as thread:

@@ -1,7 +1,7 @@
-"""Finds an adapter that was trained elsewhere, checks that it fits its base, and copies it in place of training.
+"""Finds an adapter that was trained elsewhere, checks that it fits its base, and copies it instead of training one.
 
-PEFT ignores tensors that a model has no place for, so their names and shapes are compared with those that PEFT
-itself would write for this base. Only configs and headers are read.
+PEFT silently ignores tensors that do not fit the model. The names and shapes of all tensors are therefore compared with
+those that PEFT itself would write for this base. Only configs and headers are read.
 """
 
 import json
@@ -36,7 +36,7 @@ class TrainedAdapter:
     Attributes:
         folder: contains adapter_config.json and adapter_model.safetensors.
         origin: its folder or Hub id, as given.
-        config: content of adapter_config.json.
+        config: contents of adapter_config.json.
         digest: hash of both files, as `sha256:<hex>`.
     """
 
@@ -52,7 +52,7 @@ class TrainedAdapter:
         return named if named in KNOWN or _HUB_ID.fullmatch(named) else None
 
     def check_base(self, base: str) -> str | None:
-        """Return a warning if the adapter names another base than the given one, or None."""
+        """Return a warning if the adapter names a different base from the given one, otherwise None."""
         named = self.config.get("base_model_name_or_path")
         if not named or named == base:
             return None
@@ -65,7 +65,7 @@ class TrainedAdapter:
         """Return a recipe completed with the adapter's type, rank, alpha and layers.
 
         Raises:
-            RecipeError: the recipe has another value for one of them.
+            RecipeError: the recipe has a different value for one of them.
         """
         values = self._recipe_values()
         for key, value in values.items():
@@ -88,8 +88,8 @@ class TrainedAdapter:
         }
 
     def copy_to(self, out: Path, base: Path) -> None:
-        """Copy the adapter to a new folder. Its config then names this machine's base, and its layers one by one if
-        it had a pattern, because an engine needs both.
+        """Copy the adapter to a new folder. In the copy's config, the base is replaced by this machine's base, and a
+        pattern for layers by a list of their names, because an engine needs both.
         """
         out.mkdir(parents=True)
         shutil.copyfile(self.folder / _WEIGHTS_FILE, out / _WEIGHTS_FILE)
@@ -108,7 +108,7 @@ def find_adapter(name: str, cache: Path) -> TrainedAdapter:
         cache: folder for downloads.
 
     Raises:
-        BaseModelError: there is no such adapter, or it has no safetensors, or it is of a kind that is not supported.
+        BaseModelError: the adapter does not exist, is not in safetensors, or is of an unsupported kind.
         IntegrityError: a file is damaged.
     """
     folder = Path(name).expanduser() if is_folder(name) else fetch_adapter(name, cache)
@@ -141,7 +141,7 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     """Return the reason why an adapter cannot become a version, or None if it can.
 
     Args:
-        config: content of adapter_config.json, as PEFT wrote it.
+        config: contents of adapter_config.json, as PEFT wrote it.
     """
     targets = config.get("target_modules")
     merged = dict(config) | _MERGED_ONLY | {"target_modules": targets if isinstance(targets, list) else []}
@@ -163,7 +163,7 @@ def merged_only(config: Mapping[str, Any]) -> str | None:
 
 
 def check_fits(model: Path, adapter: TrainedAdapter) -> None:
-    """Check that an adapter has exactly the tensors that PEFT's adapter of this base has.
+    """Check that an adapter has exactly the tensors that PEFT would save for this base.
 
     Args:
         model: folder with the base's config.json. Weights are not read.

@@ -1,4 +1,4 @@
-"""Types of recipe values that are paths, or names of files. Relative paths are resolved against the recipe's folder."""
+"""Types for recipe values that are paths or names of files. Relative paths are resolved against the recipe's folder."""
 
 from pathlib import Path
 from typing import Annotated, Any

@@ -160,7 +160,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_objective(self) -> "Recipe":
-        """Reject keys that the objective ignores or cannot honour."""
+        """Reject keys that the objective ignores or does not support."""
         objective = self.objective
         changed = {key for key, value in self.preference if value != Preference.model_fields[key].default}
         if unused := changed - PREFERENCE_KEYS[objective]:
@@ -184,7 +184,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _has_examples(self) -> "Recipe":
-        """Reject a recipe without training examples, which only an adapter that is trained already does not need."""
+        """Reject a recipe without training examples. They are optional only if the adapter is already trained."""
         if not self.adapter.trained:
             if not self.data.train:
                 raise ValueError("'data.train' is missing")
@@ -203,7 +203,7 @@ class Recipe(Section):
         return self
 
     def require_training(self, command: str) -> None:
-        """Reject a recipe whose adapter is trained already.
+        """Reject a recipe whose adapter is already trained.
 
         Raises:
             RecipeError: `adapter.trained` is set.

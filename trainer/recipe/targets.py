@@ -1,5 +1,5 @@
-"""Which layers get an adapter: a preset or a list of names. trainer.model.target_modules finds these layers in a
-model.
+"""The choice of layers that get an adapter: a preset or a list of names. trainer.model.target_modules finds these
+layers in a model.
 """
 
 from enum import StrEnum

@@ -1,4 +1,6 @@
-"""The sections `train`, `stopping` and `checkpoints`: how a run trains, when it stops and what it saves on the way."""
+"""The sections `train`, `stopping` and `checkpoints`: how a run trains, when it stops, and which checkpoints it
+saves.
+"""
 
 from enum import StrEnum
 from typing import Annotated
@@ -25,7 +27,7 @@ class TooLong(StrEnum):
 
 
 class Sharding(StrEnum):
-    """When several devices divide the weights among them instead of each having a copy."""
+    """When several devices divide the weights among them instead of each storing a copy."""
 
     AUTO = "auto"
     """If a copy does not fit on one device."""

@@ -155,7 +155,9 @@ def _import_data(draft: Draft, folder: Path) -> None:
 
 
 def _limit(draft: Draft, datasets: list[Any]) -> None:
-    """Import the slice of the only dataset, such as `train[:1000]`. A share of a dataset has no counterpart."""
+    """Import the slice of the only dataset, such as `train[:1000]`. Other slices, such as percentages, cannot be
+    imported.
+    """
     for number, dataset in enumerate(datasets):
         split = str(dataset.get("split") or "train") if isinstance(dataset, dict) else "train"
         first = split.partition("[:")[2].rstrip("]")

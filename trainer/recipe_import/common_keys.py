@@ -54,7 +54,7 @@ def import_warmup(draft: Draft, default: float, *, zero_steps: bool = False) -> 
     """Import the warmup, which other tools also accept as a number of steps.
 
     Args:
-        zero_steps: whether 0 steps mean no warmup, and not that the ratio decides.
+        zero_steps: whether 0 steps mean no warmup, rather than that the ratio applies.
     """
     ratio, steps, total = draft.take("warmup_ratio"), draft.take("warmup_steps"), draft.values.get("train.steps")
     if steps is not None and steps < 1 and (steps or zero_steps):
@@ -144,7 +144,7 @@ def source(path: str, folder: Path, files: tuple[str, ...] = (), revision: str |
     Args:
         path: an existing file or folder, or else the id of a data set on the hub.
         folder: folder of the new recipe, to which paths are relative.
-        files: files within the data set; by default all of it.
+        files: files within the data set; by default, all of them.
     """
     local = Path(path).expanduser()
     if local.exists() or path.startswith((".", "/", "~")) or local.suffix:
@@ -154,6 +154,6 @@ def source(path: str, folder: Path, files: tuple[str, ...] = (), revision: str |
 
 
 def beside(path: Path, folder: Path) -> str:
-    """Return a path relative to a recipe's folder, or the absolute path if that is outside."""
+    """Return a path relative to a recipe's folder, or the absolute path if it is outside that folder."""
     absolute = path.absolute()
     return f"./{absolute.relative_to(folder)}" if absolute.is_relative_to(folder) else str(absolute)

@@ -1,7 +1,7 @@
-"""The recipe that an import builds, and the notes on what it could not carry over.
+"""The recipe that an import builds, and notes on keys that could not be imported unchanged.
 
-An importer takes the keys of the other tool's file one by one. A key that nobody has taken at the end is reported, so
-that nothing is lost without a word.
+An importer takes the keys of the other tool's file one by one. Keys that are left at the end are reported, so that none
+is lost silently.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ _OFF: tuple[Any, ...] = (None, False, "", [], {})
 
 
 class Effect(StrEnum):
-    """What an import did with a key."""
+    """Effect of an import on a key."""
 
     CHANGED = "changed"
     """It was imported, but does not mean exactly the same."""
@@ -26,7 +26,7 @@ class Effect(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A key of the other tool that was not imported as it is.
+    """A key of the other tool that was not imported unchanged.
 
     Attributes:
         key: key in the other tool's file.
@@ -40,14 +40,14 @@ class Note:
 
 @dataclass(slots=True)
 class Draft:
-    """A recipe in the making.
+    """A recipe that is being built.
 
     Args:
         content: the other tool's file. Keys that are taken are removed from it.
 
     Attributes:
         values: values of the recipe by dotted key.
-        notes: what was not imported as it is.
+        notes: notes on keys that were not imported unchanged.
     """
 
     content: dict[str, Any]
@@ -60,14 +60,14 @@ class Draft:
         return default if value is None else value
 
     def copy(self, key: str, name: str, default: Any = None) -> None:
-        """Import a key whose meaning is the same under another name. `default` is the other tool's default, if ours
-        differs.
+        """Import a key that has the same meaning under a different name. `default` is the other tool's default, if it
+        differs from ours.
         """
         if (value := self.take(key, default)) is not None:
             self.values[name] = value
 
     def changed(self, key: str, text: str) -> None:
-        """Note that a key was imported but does not mean exactly the same."""
+        """Note that a key was imported although its meaning differs slightly."""
         self.notes.append(Note(key, Effect.CHANGED, text))
 
     def leave_out(self, key: str, text: str) -> None:
@@ -83,8 +83,7 @@ class Draft:
         """Report the keys that were not taken.
 
         Args:
-            not_needed: keys that have no counterpart because the trainer needs none, or their beginning followed by
-                an asterisk.
+            not_needed: keys that the trainer does not need, given by name or as a prefix followed by an asterisk.
         """
         exact = {name for name in not_needed if not name.endswith("*")}
         prefixes = tuple(name[:-1] for name in not_needed if name.endswith("*"))

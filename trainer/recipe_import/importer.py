@@ -1,4 +1,4 @@
-"""Imports the recipe of another tool, whichever it is, and writes it as YAML."""
+"""Detects which tool a config belongs to, imports it as a recipe, and writes the recipe as YAML."""
 
 import re
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ _HEADINGS = {
 
 @dataclass(frozen=True, slots=True)
 class ImportedRecipe:
-    """A recipe that was made from one of another tool.
+    """A recipe that was imported from another tool.
 
     Attributes:
         tool: name of the other tool.
         content: the recipe, as nested sections.
-        notes: keys that were not imported as they are.
-        refused: why `svc train` refuses the recipe as it is, or None.
+        notes: keys that were not imported unchanged.
+        refused: why `svc train` would reject the recipe in its present form, or None.
     """
 
     tool: str
@@ -40,7 +40,7 @@ class ImportedRecipe:
     refused: str | None
 
     def note_lines(self) -> list[str]:
-        """Return the notes as lines of text, grouped by what became of the keys."""
+        """Return the notes as lines of text, grouped by the effect of the import on the keys."""
         lines = [f"svc train would reject this recipe: {self.refused}"] if self.refused else []
         for effect, heading in _HEADINGS.items():
             notes = [note for note in self.notes if note.effect is effect]
@@ -62,7 +62,7 @@ def import_recipe(path: Path, folder: Path, name: str | None = None) -> Imported
 
     Args:
         folder: folder of the new recipe, to which its paths are relative.
-        name: name of the model; by default made from the file's name.
+        name: name of the model; by default, it is derived from the file's name.
 
     Raises:
         RecipeError: the file is not a config of one of these tools, or trains something that is not supported.

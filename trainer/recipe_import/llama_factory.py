@@ -73,8 +73,8 @@ def import_llama_factory(draft: Draft, folder: Path, beginning: Path) -> None:
 
     Args:
         folder: folder of the new recipe.
-        beginning: folder of the config. The list of data sets is searched for in `dataset_dir` of this folder and of
-            those above it.
+        beginning: folder of the config. The list of data sets is searched for in `dataset_dir` below this folder and
+            its parents.
 
     Raises:
         RecipeError: the config trains something other than a text model on examples or preferences.
@@ -139,12 +139,12 @@ def _names(draft: Draft, key: str) -> list[str]:
 
 
 def _listed(names: str | list[str]) -> list[str]:
-    """Return names that are either a list or separated by commas."""
+    """Return names that are given as a list or as comma-separated text."""
     return [name.strip() for name in (names.split(",") if isinstance(names, str) else names) if name.strip()]
 
 
 def _find_info(dataset_dir: str, beginning: Path) -> Path | None:
-    """Return the file that says where each data set is, or None if there is none."""
+    """Return the file that lists the locations of data sets, or None if it does not exist."""
     places = (place / dataset_dir / _DATASET_INFO for place in (Path.cwd(), beginning, *beginning.parents))
     return next((place for place in places if place.is_file()), None)
 

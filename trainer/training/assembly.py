@@ -58,11 +58,11 @@ class TrainerRows:
 
 @dataclass(frozen=True, slots=True)
 class TrainerSetup:
-    """What the trainer of a run needs apart from its rows.
+    """Everything that a run's trainer needs apart from its rows.
 
     Attributes:
         base: folder of the base model.
-        out: folder that transformers' trainer gets. Nothing is written to it.
+        out: output folder for transformers' trainer. Nothing is written to it.
         checkpoints: folder of the run's checkpoints.
         report: callback for the loss curve.
         preemption: source of the signals that interrupt the run.

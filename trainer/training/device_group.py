@@ -1,7 +1,7 @@
 """The processes that train one model together, one on each device. Imports torch.
 
-Every process makes the same calls in the same order, so all decisions that could differ between processes are made by
-the first one: whether a signal was received, and whether a checkpoint is due.
+All processes make the same calls in the same order. Decisions that could differ between processes, such as whether a
+signal was received or a checkpoint is due, are therefore made by the first process.
 """
 
 import os
@@ -56,7 +56,7 @@ class DeviceGroup:
     @classmethod
     @contextmanager
     def joined(cls, place: Place, *, sharded: bool = False) -> Iterator["DeviceGroup"]:
-        """Connect this process with the others for the `with` block, and yield its group."""
+        """Connect this process with the others for the duration of the `with` block, and yield its group."""
         group = cls(place.rank, place.size, sharded=sharded)
         if place.size == 1:
             yield group
@@ -111,8 +111,8 @@ class DeviceGroup:
         """Return the first process's tensor in every process.
 
         Args:
-            value: a float32 tensor in main memory. Only that of the first process is used.
-            shape: its shape.
+            value: a float32 tensor in main memory. Only the first process's tensor is used.
+            shape: shape of the tensor.
         """
         spread = torch.empty(shape) if value is None else value.contiguous()
         if self.size > 1:
@@ -129,13 +129,13 @@ class DeviceGroup:
         return [shares[number % self.size][number // self.size] for number in range(len(rows))]
 
     def check(self, accelerator: Accelerator, model: torch.nn.Module) -> None:
-        """Check that the model is really trained by all processes.
+        """Check that all processes really train the model together.
 
         Settings that a library does not support on a device are silently ignored, and each process would then train
         its own model.
 
         Raises:
-            TrainingError: the model is not trained by all processes.
+            TrainingError: the processes do not train the model together.
         """
         if self.size == 1:
             return
@@ -193,7 +193,7 @@ class Caller:
 
 
 class GroupPreemption(Preemption):
-    """A stop signal that all processes of a group take into account at the same point.
+    """A stop signal that all processes of a group handle at the same point.
 
     A step cannot be abandoned at any moment, because the other processes wait for its gradients. A signal takes effect
     before the next batch.
@@ -209,7 +209,7 @@ class GroupPreemption(Preemption):
         self._received = by
 
     def agreed(self, value: Value) -> Value:
-        """Return the first process's value in every process, which also learn of a signal."""
+        """Return the first process's value in every process. This also tells every process about a signal."""
         value, by = self._group.agree((value, self._received))
         self.by = self.by or by
         return value
@@ -242,7 +242,8 @@ class GroupCheckpoints(CheckpointFolder):
         """Return the newest complete checkpoint of this machine.
 
         Raises:
-            TrainingError: another process has another one, so that they would not take the same steps.
+            TrainingError: another process has a different newest checkpoint, so the processes would not take the same
+                steps.
         """
         newest = super().newest()
         steps = self._group.gather(newest.name if newest else "none")
@@ -256,8 +257,8 @@ class GroupCheckpoints(CheckpointFolder):
 
     @contextmanager
     def writing(self, step: int, best: int | None = None) -> Iterator[Path]:
-        """Yield a temporary folder for a new checkpoint. The files that other processes than the first one write to
-        theirs are small, and are sent to the first one, which may be on another machine.
+        """Yield a temporary folder for a new checkpoint. All processes except the first write only small files, which
+        are sent to the first process, because it may be on another machine.
         """
         if self._group.rank == 0:
             with super().writing(step, best) as temporary:
@@ -273,5 +274,7 @@ class GroupCheckpoints(CheckpointFolder):
 
 
 def devices_of(checkpoint: Path) -> int:
-    """Return the number of devices on which a checkpoint was trained, each of which has its own random numbers."""
+    """Return the number of devices on which a checkpoint was trained. Each has its own random state in the
+    checkpoint.
+    """
     return len(list(checkpoint.glob("rng_state_*.pth"))) or 1

@@ -56,7 +56,7 @@ class DeviceProcesses:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether each has a GPU."""
+        """Whether each process has a GPU."""
         return bool(self.devices[0].uuid)
 
     def run(
@@ -84,7 +84,7 @@ def run_on_devices(
 
     Raises:
         InterruptedRunError: a signal was received.
-        SvcError: a process failed. If the others did not fail in the same way, the message names its rank and device.
+        SvcError: a process failed. Unless all others failed in the same way, the message names its rank and device.
         TrainingError: a process died.
         RuntimeError: a process failed with any other exception, whose traceback is in a note.
     """
@@ -187,7 +187,9 @@ def _call(place: Place, task: bytes) -> object:
 
 @contextmanager
 def _environment(rank: int, devices: Sequence[TrainingDevice]) -> Iterator[None]:
-    """Set the variables that a new process must have before it imports a library, for the `with` block."""
+    """Set, for the duration of the `with` block, the variables that a new process must have before it imports a
+    library.
+    """
     size, values = len(devices), {}
     if size > 1:
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}

@@ -1,7 +1,7 @@
 """Chooses the devices of this machine on which a model is trained, and divides the batches of a step among them.
 
-Only equal GPUs train together, because each waits for the slowest and holds as much as the others. This module does not
-import torch.
+Only equal GPUs train together, because all wait for the slowest one and all need the same amount of memory. This module
+does not import torch.
 """
 
 import math
@@ -46,7 +46,7 @@ class DeviceChoice:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one device computes of each optimizer step.
+    """The part of each optimizer step that one device computes.
 
     Attributes:
         batch_size: number of examples per batch.
@@ -58,8 +58,8 @@ class Share:
 
 
 def divide_step(train: Train, devices: int) -> Share | None:
-    """Return each device's share of a step, which has as many examples as on one device. Return None if they cannot be
-    divided equally.
+    """Return each device's share of a step, or None if the step's examples cannot be divided equally. A step has the
+    same number of examples as on one device.
 
     Accumulation is reduced first, because smaller batches use a device less well.
     """
@@ -169,7 +169,9 @@ def choose_gpus(train: Train, gpus: Sequence[Gpu], first: str) -> DeviceChoice:
 
 
 def _free(gpus: Sequence[Gpu], first: str) -> tuple[list[int], list[str]]:
-    """Return the numbers of the free GPUs that equal the one torch would use, and why each other GPU is not used."""
+    """Return the numbers of the free GPUs that are equal to the one that torch would use, and the reasons why the other
+    GPUs are not used.
+    """
     free: list[int] = []
     reasons: list[str] = []
     model = next((gpu for gpu in gpus if gpu.name == first), None)
@@ -186,7 +188,7 @@ def _free(gpus: Sequence[Gpu], first: str) -> tuple[list[int], list[str]]:
 
 
 def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int]:
-    """Return the listed numbers, after checking that these GPUs exist and are equal to the one torch would use."""
+    """Return the listed numbers, after checking that these GPUs exist and are equal to the one that torch would use."""
     if missing := [number for number in numbers if number >= len(gpus)]:
         raise RecipeError(
             f"train.devices lists GPU {missing[0]}, but this machine has {len(gpus)} that may be used",
@@ -206,7 +208,7 @@ def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int
 
 
 def _use(gpu: Gpu) -> str:
-    """Return how much of a GPU other processes use, or an empty string if it is free."""
+    """Return text saying how much of a GPU other processes use, or an empty string if it is free."""
     used = gpu.memory - gpu.free
     return f"another process uses {used / 1e9:.1f} GB of it" if used > _MAX_USED else ""
 

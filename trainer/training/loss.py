@@ -100,7 +100,8 @@ class AnswerTrainer(SFTTrainer):
         """Return a batch's loss, with AdaLoRA's regularisation added in training, after checking that it is finite.
 
         Args:
-            accumulated: whether the losses of accumulated batches are summed, so that each batch adds its share.
+            accumulated: whether the losses of accumulated batches are summed, so that each batch must contribute only
+                its share.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -122,7 +123,7 @@ def as_forward_pass(model: torch.nn.Module, work: Callable[[], Tensor], inputs: 
     wrapper's forward pass.
 
     The wrapper averages the gradients of whatever its forward pass returns. The loss calls the wrapped model several
-    times and reads hidden states inside it, none of which may pass through the wrapper.
+    times and reads its hidden states, and none of these calls may go through the wrapper.
 
     Args:
         work: function that calls the wrapped model directly.
@@ -204,7 +205,7 @@ def answer_loss(
 def answer_token_losses(
     model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
 ) -> Tensor:
-    """Return the cross entropy of each answer token in nats, row by row. It has no gradient; otherwise see
+    """Return the cross entropy of each answer token in nats, row by row. It has no gradient; for the rest, see
     `answer_loss`.
     """
     hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=True)
@@ -217,10 +218,10 @@ def answer_logprobs(
     model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor, balance: "Balance | None" = None
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each row's answer in nats, summed over its tokens, with its gradient, and the
-    number of these tokens. Otherwise see `answer_loss`.
+    number of these tokens. For the rest, see `answer_loss`.
 
     Args:
-        balance: receives the loss that balances the experts of a mixture, for which each row is computed in full.
+        balance: receives the loss that balances the experts of a mixture. If given, each row is computed in full.
 
     Returns:
         Two tensors of shape [batch], in float32.
@@ -242,7 +243,7 @@ class Balance:
 
     Attributes:
         attention_mask: tokens of the batch that are not padding, [batch, length].
-        loss: the loss, not multiplied by its coefficient.
+        loss: the loss, before multiplication by its coefficient.
     """
 
     attention_mask: Tensor
@@ -434,9 +435,9 @@ def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
 
 
 def _can_share(model: PreTrainedModel | PeftModel) -> bool:
-    """Return whether rows can share the keys and values of a prefix. This is not possible with gradient
-    checkpointing, which runs layers without a cache, and with weights divided among devices: the gradients of keys and
-    values would reach a layer's weights before they are gathered.
+    """Return whether rows can share the keys and values of a prefix. This is not possible with gradient checkpointing,
+    which runs layers without a cache, and with weights divided among devices, because the gradients of keys and values
+    would reach a layer's weights before these are gathered.
     """
     if is_sharded(model):
         return False

@@ -1,10 +1,9 @@
-"""Checks that what was chosen for a training run is what really runs, and stops the run if it is not.
+"""Checks that the options chosen for a training run are really active, and stops the run if they are not.
 
-Libraries ignore some options silently: Liger replaces nothing in a model that it does not know,
-transformers takes another FlashAttention than the one that was asked for, and bitsandbytes stores small
-moments in float32. Such a run would be slower or larger than was promised, and nothing would say so.
-Whatever can be checked without a step is checked before the first one; the rest is observed in the first
-step. Imports torch, transformers and PEFT.
+Libraries ignore some options silently: Liger replaces nothing in a model that it does not know, transformers uses a
+different FlashAttention than requested, and bitsandbytes stores small moments in float32. Such a run would be slower or
+need more memory than announced, without any message. Whatever can be checked without a step is checked before the first
+one; the rest is observed in the first step. Imports torch, transformers and PEFT.
 """
 
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ _REPORT = "report this with the output of: pip list"
 
 
 class MechanismCheck(TrainerCallback):
-    """Checks a trainer when training begins, and what its first step did.
+    """Checks a trainer when training begins and after its first step.
 
     Args:
         trainer: trainer of a run, complete except for its optimizer.
@@ -69,7 +68,8 @@ class MechanismCheck(TrainerCallback):
         self._first_step = FirstStep(model, self._number_type, one_row=chosen.padding_free)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check what the first step did. With a scaled loss, a step without an update is followed by another.
+        """Check the effects of the first step. With a scaled loss, a step may be skipped without an update; then the
+        next step is checked.
 
         Raises:
             TrainingError: an option is not active.
@@ -135,7 +135,7 @@ def check_attention(model: nn.Module, chosen: Attention) -> None:
     """Check the implementation of every attention layer.
 
     Raises:
-        TrainingError: a layer uses another one.
+        TrainingError: a layer uses a different implementation.
     """
     config = getattr(model, "config", None)
     expected = {chosen.value}
@@ -155,7 +155,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def check_liger(model: nn.Module, *, chosen: bool) -> None:
-    """Check that Liger has replaced a part of every layer if it was chosen, and none otherwise.
+    """Check that Liger has replaced a part of every layer if it was chosen, and no part otherwise.
 
     Raises:
         TrainingError: Liger is not active as chosen.
@@ -188,7 +188,7 @@ def check_checkpointing(model: nn.Module, *, chosen: bool) -> None:
     """Check that gradient checkpointing is on in every layer if it was chosen, and in none otherwise.
 
     Raises:
-        TrainingError: it is not on as chosen.
+        TrainingError: checkpointing is not set as chosen.
     """
     layers = checkpointed_layers(model)
     wrong = [layer for layer in layers if layer.gradient_checkpointing is not chosen]
@@ -206,7 +206,7 @@ def check_number_types(model: nn.Module, number_type: NumberType) -> None:
     number type of the matrix products, except those that transformers keeps in float32.
 
     Raises:
-        TrainingError: a weight has another number type.
+        TrainingError: a weight has a different number type.
     """
     trained = {
         f"{name} is in {_name(weight.dtype)}"
@@ -231,7 +231,7 @@ def check_nf4(model: nn.Module, number_type: NumberType) -> None:
     they compute in the given number type.
 
     Raises:
-        TrainingError: a layer is stored or computes in another way.
+        TrainingError: a layer is stored in a different form, or computes in a different number type.
     """
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -269,7 +269,7 @@ def check_padding_free(batch: dict[str, Any], rows: list[dict[str, Any]]) -> Non
     """Check that a batch of several rows is one row, in which positions start again with each example.
 
     Args:
-        rows: the rows of which the collator made the batch.
+        rows: the rows from which the collator made the batch.
 
     Raises:
         TrainingError: the batch is padded, or its examples are not separated.
@@ -300,7 +300,7 @@ def check_optimizer_class(optimizer: torch.optim.Optimizer, chosen: Optimizer, *
         fused: whether PyTorch's fused kernel was chosen.
 
     Raises:
-        TrainingError: another optimizer is used, or all trained weights are too small for the chosen one.
+        TrainingError: a different optimizer is used, or all trained weights are too small for the chosen one.
     """
     if chosen is Optimizer.ADAMW:
         if type(optimizer) is not torch.optim.AdamW or bool(optimizer.defaults["fused"]) is not fused:
@@ -336,7 +336,7 @@ def check_moments(optimizer: torch.optim.Optimizer, model: nn.Module, chosen: Op
         optimizer: an optimizer that has made a step.
 
     Raises:
-        TrainingError: the moments of a weight are stored in another way.
+        TrainingError: the moments of a weight are stored in a different form.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     wrong = set()

@@ -1,23 +1,22 @@
 """Preference tuning with DPO, ORPO and KTO, in the same resumable trainer as supervised fine-tuning.
 
-TRL's own DPOTrainer, KTOTrainer and ORPOTrainer are not used, only their definition of the losses, with which the
-tests compare these, value by value. Each of them would have to be corrected in other places to keep what a run here
-promises:
+TRL's own DPOTrainer, KTOTrainer and ORPOTrainer are not used. Tests compare the losses here with theirs, value by
+value. Each of these trainers would have to be corrected in other places to meet our guarantees for a run:
 
-- they render and cut prompts themselves, so that a template that renders prompt and conversation differently would
-  train another prompt than the engine's; ORPOTrainer also learns the prompts;
-- DPOTrainer and KTOTrainer give an adapter a frozen twin, which AdaLoRA cannot have and the saved adapter would
-  contain; KTOTrainer forms its mismatched answers in the order of the files;
-- they average each batch, so that half the batch with twice the accumulation would be another training if the last
-  batch is smaller;
+- they render and cut prompts themselves, so that with a template that renders prompt and conversation differently, the
+  prompt in training would differ from the engine's; ORPOTrainer also learns the prompts;
+- DPOTrainer and KTOTrainer add a frozen copy of the adapter, which AdaLoRA does not support and which would be saved
+  with the adapter; KTOTrainer forms its mismatched answers in the order of the files;
+- they average each batch, so that half the batch size with twice the accumulation would give a different result if the
+  last batch is smaller;
 - on CPUs they compute the head and its entropy at all positions.
 
-The model before training is the reference. Its log-probabilities are computed once, before the first step, and are
-part of each checkpoint, so that no second model is in memory, a resumed run has the same ones, and full fine-tuning
-works.
+The reference is the model before training. Its log-probabilities are computed once, before the first step, and are part
+of each checkpoint. No second model is therefore needed in memory, a resumed run uses the same values, and full
+fine-tuning works.
 
-Several devices divide the comparisons of a step among them. A filler, with which a device waits for the others, is a
-comparison of two answers without a token. Imports torch and TRL.
+Several devices divide the comparisons of a step among them. A device that has none left computes a filler, which is a
+comparison of two answers without tokens. Imports torch and TRL.
 """
 
 from collections.abc import Sequence
@@ -92,7 +91,7 @@ class PreferenceTrainer(ResumableTrainer):
         return self.finished(as_forward_pass(model, share, inputs["input_ids"]), accumulated=accumulated)
 
     def _balance(self, batch: dict[str, Any]) -> Balance | None:
-        """Return what receives the loss that balances the experts in a batch, or None without experts."""
+        """Return the object that receives the loss that balances the experts in a batch, or None without experts."""
         rows = len(batch["index"]) if self._objective is Objective.KTO else len(batch["input_ids"])
         return Balance(batch["attention_mask"][:rows]) if self.aux_loss_enabled else None
 
@@ -148,8 +147,8 @@ class PreferenceTrainer(ResumableTrainer):
         return both[: len(rows)]
 
     def _own_loss_sums(self, rows: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the loss of each row of this process. With KTO, a process without a row computes a filler too, because
-        the mean over the batch is that of all processes.
+        """Return the loss of each row of this process. With KTO, a process without rows computes a filler, because all
+        processes take part in computing the batch mean.
         """
         if self.group.size > 1 and not rows and self._objective is Objective.KTO:
             self.loss_sums([without_answers(self._heldout[0])])
@@ -160,7 +159,7 @@ class PreferenceTrainer(ResumableTrainer):
         """Return the loss of each comparison in a batch, 0 for a filler.
 
         Args:
-            balance: receives the loss that balances experts, with KTO for the answers that have a gradient.
+            balance: receives the loss that balances experts; with KTO, only for the answers that have a gradient.
         """
         model, half, ids, labels = self.model, len(batch["index"]), batch["input_ids"], batch["labels"]
         before = self._reference[:, batch["index"]] if self._objective.needs_reference else None

@@ -1,5 +1,5 @@
-"""The losses of preference tuning, from the log-probabilities of answers. One loss per comparison, in nats. Imports
-torch.
+"""Computes the losses of preference tuning from the log-probabilities of answers. There is one loss per comparison, in
+nats. Imports torch.
 """
 
 import torch
@@ -15,7 +15,8 @@ def dpo_losses(chosen: Tensor, rejected: Tensor, tokens: tuple[Tensor, Tensor], 
     """Return DPO's loss for each pair.
 
     Args:
-        chosen, rejected: log ratio of each answer's probability to that of the model before training, [pairs].
+        chosen, rejected: log of the ratio of each answer's probability to its probability under the model before
+            training, [pairs].
         tokens: number of tokens in each chosen and in each rejected answer.
     """
     beta, wrong = preference.beta, preference.label_smoothing
@@ -50,9 +51,10 @@ def kto_losses(answers: Tensor, shift: Tensor, desirable: Tensor, preference: Pr
     """Return KTO's loss for each answer (Ethayarajh et al. 2024, eq. 8).
 
     Args:
-        answers: log ratio of each answer's probability to that of the model before training, [answers].
-        shift: mean of the same for answers to other prompts, without gradient. If positive, it is the shift of the
-            whole model, from which an answer must stand out.
+        answers: log of the ratio of each answer's probability to its probability under the model before training,
+            [answers].
+        shift: mean log ratio of answers to other prompts, without gradient. If positive, it is the shift of the whole
+            model, which an answer must exceed.
         desirable: label of each answer.
     """
     distance = preference.beta * (answers - shift.clamp(min=0))

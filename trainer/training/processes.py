@@ -1,7 +1,7 @@
-"""The processes that train one model together, wherever they run: the messages between them and their caller, and the
-caller's side of these.
+"""The processes that train one model together, on any machine: the messages between them and their caller, and the
+caller's side.
 
-They end together: when one process dies or fails, the others are stopped, because they would wait for it forever. This
+They stop together: when one process dies or fails, the others are stopped, because they would wait for it forever. This
 module depends neither on what the processes compute nor on how they are started, and does not import torch.
 """
 
@@ -33,7 +33,7 @@ class Pipe(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Place of a process among the others.
+    """Identity of a process within its group.
 
     Attributes:
         rank: number of the process and its device, from 0.
@@ -75,7 +75,7 @@ class TrainingProcesses(Protocol):
 
     @property
     def on_gpu(self) -> bool:
-        """Whether each has a GPU."""
+        """Whether each process has a GPU."""
 
     def run(
         self,
@@ -92,7 +92,7 @@ class TrainingProcesses(Protocol):
 
         Raises:
             InterruptedRunError: a signal was received.
-            SvcError: a process failed. If the others did not fail in the same way, the message names its rank.
+            SvcError: a process failed. Unless all others failed in the same way, the message names its rank.
             TrainingError: a process died.
             RuntimeError: a process failed with any other exception, whose traceback is in a note.
         """
@@ -100,7 +100,7 @@ class TrainingProcesses(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Message that asks the caller to call one of its functions, and then to answer with None."""
+    """Message that asks the caller to call one of its functions, and to reply with None afterwards."""
 
     name: str
     arguments: tuple[Any, ...]
@@ -108,8 +108,8 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Listens:
-    """Message that the processes handle signals from now on. The caller then sends the first signal that it receives.
-    Earlier signals stop the processes.
+    """Message saying that the processes handle signals from now on. The caller then sends the first signal that it
+    receives. Earlier signals stop the processes.
     """
 
 
@@ -126,7 +126,7 @@ class Failure:
 
     Attributes:
         at: time of the failure, on the clock that all processes of a machine share.
-        error: the error, if it is one of ours.
+        error: the error, if it is an SvcError.
         cause: class and message of any other exception. Empty if the process died.
         text: traceback of the exception.
     """
@@ -143,8 +143,8 @@ class Failure:
 
 
 def outcome_of(work: Callable[[], object]) -> Result | Failure:
-    """Call a function and return its result, or how it failed. This is the boundary of a process: the caller raises
-    the error.
+    """Call a function and return its result or its failure. Errors are caught here, at the boundary of the process, and
+    raised again by the caller.
     """
     try:
         return Result(work())
@@ -157,7 +157,7 @@ def outcome_of(work: Callable[[], object]) -> Result | Failure:
 
 
 class Started(Protocol):
-    """Processes that have been started, as their caller sees them."""
+    """Interface through which the caller sees started processes."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -173,7 +173,7 @@ class Started(Protocol):
         """Send a message to the first process. Nothing happens if it has died."""
 
     def grace_s(self, failure: Failure) -> float:
-        """Return the seconds after a failure in which those of other processes are received.
+        """Return for how many seconds after a failure the failures of other processes are still collected.
 
         When a process dies, the others fail too, with a broken connection, and may report it earlier than the death is
         noticed.
@@ -232,8 +232,8 @@ class Supervisor:
                 self._failures[rank] = message
 
     def _error(self) -> BaseException:
-        """Return the error to raise. A death explains the failures of the others, and the first failure the later
-        ones.
+        """Return the error to raise. If a process died, its death is the cause of the other failures; otherwise, the
+        first failure is the cause of the later ones.
         """
         names = self._started.names
         rank, failure = min(self._failures.items(), key=lambda item: (not item[1].died, item[1].at))

@@ -1,7 +1,8 @@
-"""Runs a training in several actors of a Ray cluster, one for each device.
+"""Runs training in several actors of a Ray cluster, one for each device.
 
-When a worker is lost with its node, the others are stopped, and all are started again on the nodes that are left, from
-the newest complete checkpoint. Ray's own training library is not used: docs/ray.md says why. Does not import torch.
+When a worker and its node are lost, the other workers are stopped, and all are started again on the remaining nodes,
+from the newest complete checkpoint. Ray's own training library is not used; docs/ray.md gives the reasons. Does not
+import torch.
 """
 
 import pickle
@@ -45,16 +46,16 @@ _STOPPED = "stopped by {} before the first step"
 
 
 class WorkerLostError(TrainingError):
-    """Raised when a worker is gone, with its node or alone."""
+    """Raised when a worker has died, with or without its node."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerKind:
-    """What each worker reserves of a node.
+    """Resources that each worker reserves on a node.
 
     Attributes:
         cpus: number of CPU cores.
-        gpu: whether it trains on a GPU.
+        gpu: whether the worker trains on a GPU.
         gpu_type: Ray's name of the GPU's type, such as `H100`, or None for any.
     """
 
@@ -78,7 +79,7 @@ class WorkerKind:
 
 
 def choose_kind(settings: RaySettings, resources: Mapping[str, float]) -> WorkerKind:
-    """Return what each worker reserves: a GPU if the cluster has any.
+    """Return the resources that each worker reserves, which include a GPU if the cluster has any.
 
     Args:
         resources: all resources of the cluster.
@@ -89,10 +90,10 @@ def choose_kind(settings: RaySettings, resources: Mapping[str, float]) -> Worker
 
 @contextmanager
 def reserved(kind: WorkerKind, size: int, wait_s: float, asked: Preemption | None = None) -> Iterator["PlacementGroup"]:
-    """Reserve the resources of all workers for the `with` block.
+    """Reserve the resources of all workers for the duration of the `with` block.
 
     Raises:
-        BusyError: others use them, and did not free them within the time.
+        BusyError: other jobs use the resources, and did not release them in time.
         TrainingError: the cluster is too small.
         InterruptedRunError: a signal was received.
     """
@@ -121,7 +122,7 @@ def shortage(
     Args:
         nodes: the cluster's nodes, as `ray.nodes()` returns them.
         free: resources that are free in the whole cluster.
-        wait_s: seconds for which they were waited for.
+        wait_s: how long the resources were waited for, in seconds.
     """
     alive = [node for node in nodes if node["Alive"]]
     fit = sum(_fitting(kind, node["Resources"]) for node in alive)
@@ -150,12 +151,12 @@ def _described(resources: Mapping[str, float]) -> str:
 
 
 class RayProcesses:
-    """Workers of a cluster to which this process is connected (trainer.training.processes.TrainingProcesses). They run
-    during the `with` block.
+    """Workers on a cluster to which this process is connected (trainer.training.processes.TrainingProcesses). They run
+    for the duration of the `with` block.
 
     Args:
         size: number of workers.
-        run: the run, as the nodes get it.
+        run: description of the run that is sent to the nodes.
         checkpoints: the run's checkpoints.
 
     Attributes:
@@ -263,7 +264,7 @@ class RayProcesses:
 
 
 class _Workers:
-    """Workers as their supervisor sees them (trainer.training.processes.Started)."""
+    """Interface through which a supervisor sees workers (trainer.training.processes.Started)."""
 
     def __init__(self, actors: Sequence["Worker"], run: SharedRun, asked: Preemption) -> None:
         self._actors = actors
@@ -377,10 +378,10 @@ class _Workers:
 
 
 def check_equal(facts: Sequence[NodeFacts]) -> None:
-    """Check that all workers compute the same.
+    """Check that all workers compute with the same version and the same kind of device.
 
     Raises:
-        TrainingError: a node has another version of this project, or another kind of device.
+        TrainingError: a node has a different version of this project, or a different kind of device.
     """
     own = version("tuneserve")
     for each in facts:
@@ -404,7 +405,7 @@ def _device(capabilities: DeviceCapabilities) -> str:
 
 
 def _lost(error: Exception) -> TrainingError:
-    """Return the error for a worker that cannot be started, or that is gone."""
+    """Return the error for a worker that cannot be started or has died."""
     text = str(error)
     if "ModuleNotFoundError" in text or "ImportError" in text:
         missing = next(line.strip() for line in text.splitlines() if "Error" in line)

@@ -1,7 +1,7 @@
-"""The part of a training on Ray that runs on a node of the cluster: an actor that trains in one of several processes.
+"""The part of training on Ray that runs on a node of the cluster: an actor that trains in one of several processes.
 
-A node needs nothing of the submitting machine: the base model and the checkpoints come from the object store, and go
-there. Does not import torch, so that the variables of the process are set before it is imported.
+A node needs no files from the submitting machine: the base model and the checkpoints are exchanged through the object
+store. This module does not import torch, so that environment variables can be set before torch is imported.
 """
 
 import io
@@ -38,12 +38,12 @@ _CHECKPOINT, TRAINED = "on_checkpoint", "on_trained"
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """What a worker knows of its node.
+    """Information about a worker's node.
 
     Attributes:
         node: Ray's id of the node.
-        address: IP address that other nodes reach it by.
-        version: version of this project there.
+        address: IP address at which other nodes reach the node.
+        version: version of this project on the node.
         capabilities: capabilities of the device that the worker trains on.
     """
 
@@ -55,15 +55,15 @@ class NodeFacts:
 
 @dataclass(frozen=True, slots=True)
 class SharedRun:
-    """A run as all nodes get it.
+    """Description of a run that is sent to all nodes.
 
     Attributes:
         artifacts: URL of the object store.
-        name: name of the run there.
-        base: name of the base model there (trainer.training.shared_base).
-        tracking: content of the file with the id of the MLflow run.
+        name: name of the run in the object store.
+        base: name of the base model in the object store (trainer.training.shared_base).
+        tracking: contents of the file with the id of the MLflow run.
         folder: folder of each node for base models and for checkpoints of unfinished runs.
-        attempt: differs each time that the workers are started.
+        attempt: text that is different each time the workers are started.
     """
 
     artifacts: str
@@ -76,12 +76,12 @@ class SharedRun:
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Place of a worker among the others.
+    """Identity of a worker within its group.
 
     Attributes:
         rank: number of the worker, from 0.
         size: number of workers.
-        meeting: as of `Place`.
+        meeting: see `Place`.
         is_terminal: whether the output of the first worker is shown on a terminal.
         width: width of that terminal in characters.
     """
@@ -101,7 +101,9 @@ class Text:
 
 
 class RayWorker:
-    """Actor that trains in one process. Its methods run in threads, so that messages pass while it trains."""
+    """Actor that trains in one process. Its methods run in threads, so that messages can be exchanged during
+    training.
+    """
 
     def __init__(self, folder: Path) -> None:
         import ray
@@ -128,7 +130,7 @@ class RayWorker:
             return f"tcp://{self._address}:{listener.getsockname()[1]}"
 
     def prepare(self, run: SharedRun) -> Result | Failure:
-        """Fetch the base model and the newest checkpoints to this node. One worker of each node does it."""
+        """Download the base model and the newest checkpoints to this node. Only one worker on each node does this."""
         return outcome_of(lambda: self._prepare(run))
 
     def _prepare(self, run: SharedRun) -> None:
@@ -150,10 +152,10 @@ class RayWorker:
         return SharedCheckpoints(ObjectStore(run.artifacts), run.name, folder / "checkpoints", folder / "mlflow.json")
 
     def train(self, run: SharedRun, seat: Seat, task: bytes) -> None:
-        """Run a task, whose messages `receive` returns.
+        """Run a task. `receive` returns its messages.
 
         Args:
-            task: pickled function and arguments, as of `TrainingProcesses.run`.
+            task: pickled function and arguments; see `TrainingProcesses.run`.
         """
         self._run = run
         with self._forwarded(seat):
@@ -172,7 +174,7 @@ class RayWorker:
         return result
 
     def receive(self) -> list[object]:
-        """Return the messages since the last call. If there are none, wait a moment for one."""
+        """Return the messages since the last call. If there are none, wait briefly for one."""
         messages = list[object]()
         try:
             messages.append(self._outbox.get(timeout=_RECEIVE_S))
@@ -182,7 +184,7 @@ class RayWorker:
             return messages
 
     def answer(self, message: object) -> None:
-        """Accept a message of the caller."""
+        """Receive a message from the caller."""
         self._inbox.put(message)
 
     def clean(self) -> None:
@@ -192,7 +194,7 @@ class RayWorker:
         self._stack.close()
 
     def send(self, message: Any) -> None:
-        """Send a message to the caller. A checkpoint is uploaded before."""
+        """Send a message to the caller, after uploading the checkpoint that it announces, if any."""
         if isinstance(message, Call) and message.name == _CHECKPOINT and self._run is not None:
             self._checkpoints(self._run).send(*message.arguments)
         self._outbox.put(message)
@@ -203,7 +205,7 @@ class RayWorker:
 
     @contextmanager
     def _forwarded(self, seat: Seat) -> Iterator[None]:
-        """Send the output of the first worker to the caller, and discard that of the others, which is the same."""
+        """Send the output of the first worker to the caller, and discard that of the others, which is identical."""
         if seat.rank > 0:
             console.quiet = True
             logging.disable(logging.WARNING)
@@ -217,7 +219,7 @@ class RayWorker:
 
 
 class _Forward(io.TextIOBase):
-    """File whose text is sent to the caller."""
+    """File-like object whose text is sent to the caller."""
 
     def __init__(self, put: Callable[[object], None], *, is_terminal: bool) -> None:
         self._put = put
@@ -233,7 +235,8 @@ class _Forward(io.TextIOBase):
 
 
 def set_variables(seat: Seat, address: str) -> None:
-    """Set the variables by which libraries find the place of this process. Ray shows each worker one GPU.
+    """Set the environment variables from which libraries determine this process's rank and address. Ray makes one GPU
+    visible to each worker.
 
     Args:
         address: IP address of the node.

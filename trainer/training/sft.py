@@ -182,7 +182,7 @@ def _train_in(
 
 
 def _ignore(*arguments: object) -> None:
-    """Accept a report that nobody has asked for."""
+    """Ignore a report, because the caller did not ask for any."""
 
 
 def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption, number_type: NumberType) -> float:
@@ -308,7 +308,7 @@ def build_trainer(
 def epochs_folder(progress: ProgressFile | None) -> Path | None:
     """Return the folder for the adapters of the last epochs, which is next to the progress file.
 
-    There they remain when the run's folder is cleaned.
+    They remain there when the run's folder is cleaned.
     """
     return progress.path.with_name(EPOCHS_FOLDER) if progress else None
 

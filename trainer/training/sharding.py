@@ -40,7 +40,7 @@ def shard_model(model: nn.Module, devices: int, number_type: NumberType, *, full
         full: whether every weight is trained.
 
     Raises:
-        TrainingError: the model has no layers that can be gathered one after the other.
+        TrainingError: the model has no layers that can be gathered one after another.
     """
     layers = checkpointed_layers(model)
     if not layers:
@@ -76,7 +76,7 @@ def check_sharded(model: nn.Module, devices: int) -> None:
     """Check that each process stores only its share of every weight.
 
     Raises:
-        TrainingError: a weight is stored in full, or is divided in another way.
+        TrainingError: a weight is stored in full, or is divided in a different way.
     """
     wrong = {
         f"{name} is stored as {_described(weight)}"
@@ -102,7 +102,7 @@ def _described(weight: Tensor) -> str:
 
 def release_gathered(model: nn.Module) -> None:
     """Release the gathered embeddings and output head after a forward pass that no backward pass follows, so that later
-    changes of the shares are not missed.
+    changes of the shares take effect.
     """
     if isinstance(model, FSDPModule):
         model.reshard()
@@ -122,7 +122,7 @@ def whole(value: Tensor, *, keep: bool) -> Tensor:
 
 @torch.no_grad()
 def copy_into(weight: Tensor, values: Tensor) -> None:
-    """Set a weight to the given values, of which a divided weight takes this process's share."""
+    """Set a weight to the given values. If the weight is divided, only this process's share of the values is used."""
     if isinstance(weight, DTensor):
         weight.to_local().copy_(_share(values, weight).to_local())
     else:
@@ -130,13 +130,13 @@ def copy_into(weight: Tensor, values: Tensor) -> None:
 
 
 def _share(values: Tensor, weight: DTensor) -> DTensor:
-    """Return the share of this process in whole values, divided like a weight."""
+    """Return this process's share of complete values, divided in the same way as a weight."""
     local = values.to(weight.device)
     return distribute_tensor(local, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """Gather the state of an optimizer in main memory, in the form of an optimizer whose weights are not divided.
+    """Gather the state of an optimizer in main memory, in the form that it would have with undivided weights.
 
     Args:
         keep: whether this process needs the result.
@@ -168,8 +168,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 @torch.no_grad()
 def gather_trained(model: nn.Module, *, keep: bool, converted: Callable[[Tensor], Tensor] | None = None) -> None:
-    """Turn a divided model into one that can be saved: replace the shares of trained weights by whole weights in main
-    memory. The model cannot compute any more.
+    """Turn a divided model into one that can be saved, by replacing the shares of trained weights by whole weights in
+    main memory. Afterwards, the model cannot be used for computation.
 
     Weights are gathered one after the other, in the order of `model.parameters()`.
 

@@ -24,11 +24,11 @@ _PREFIX = "bases"
 
 
 def share_base(objects: ObjectStore, folder: Path, revision: str) -> str:
-    """Upload a base model unless the store has it, and return its name there.
+    """Upload a base model unless it is already in the store, and return its name there.
 
     Args:
         folder: folder of the base model.
-        revision: identifier of its content.
+        revision: identifier of the model's exact files.
 
     Raises:
         RegistryError: the store does not respond, or refuses.
@@ -42,7 +42,7 @@ def share_base(objects: ObjectStore, folder: Path, revision: str) -> str:
 
 
 def fetch_base(objects: ObjectStore, name: str, cache: Path) -> Path:
-    """Return the folder of a base model, downloading it unless this machine has it.
+    """Return the folder of a base model, downloading it if this machine does not have it.
 
     Args:
         cache: folder of the base models of this machine. Any number of processes may share it.

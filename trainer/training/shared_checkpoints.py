@@ -1,12 +1,12 @@
-"""Shares the checkpoints of an unfinished training with other machines, in the object store.
+"""Shares the checkpoints of an unfinished training run with other machines, through the object store.
 
     checkpoints/RUN/mlflow.json          id of the MLflow run
     checkpoints/RUN/step-00000120.json   size and SHA-256 of each file, written last; without it there is no checkpoint
     checkpoints/RUN/step-00000120/FILE
     checkpoints/RUN/trained/FILE         the result, if another machine continues with it
 
-RUN names everything that determines the result, so machines that train the same thing share a run, and another machine
-continues where one disappeared. The store has the checkpoints that the machine has that trained last.
+RUN identifies everything that determines the result. Machines that train the same recipe therefore share a run, and one
+machine can continue where another one disappeared. The store contains the checkpoints of the machine that trained last.
 """
 
 import logging
@@ -44,10 +44,10 @@ class SharedCheckpoints:
         self._tracking = tracking
 
     def fetch(self) -> str | None:
-        """Download the checkpoints of the store if its newest one is newer than that of this machine.
+        """Download the store's checkpoints if the newest of them is newer than this machine's newest checkpoint.
 
         Returns:
-            The name of the newest one, or None if nothing was downloaded.
+            The name of the newest checkpoint, or None if nothing was downloaded.
 
         Raises:
             IntegrityError: an object is missing, truncated or altered.
@@ -63,7 +63,7 @@ class SharedCheckpoints:
         return shared[-1]
 
     def fetch_tracking(self) -> None:
-        """Continue the MLflow run of another machine, unless this machine has one.
+        """Adopt the MLflow run of another machine, unless this machine already has one.
 
         Raises:
             RegistryError: the store does not respond, or refuses.
@@ -72,14 +72,14 @@ class SharedCheckpoints:
             write_whole(self._tracking, content)
 
     def send_newest(self) -> None:
-        """Upload the newest checkpoint of this machine if it is newer than those of the store."""
+        """Upload this machine's newest checkpoint if it is newer than those in the store."""
         here, shared = self._here(), self._shared()
         if here and (not shared or here[-1] > shared[-1]):
             self.send(self._folder / here[-1])
 
     def send(self, checkpoint: Path) -> None:
-        """Upload a new checkpoint and earlier ones that the store lacks, then delete those that this machine does not
-        have any more. If the store fails, the training continues, and the next call uploads what is missing.
+        """Upload a new checkpoint and earlier ones that are missing in the store, then delete those that this machine
+        no longer has. If the store fails, the training continues, and the next call uploads what is missing.
         """
         try:
             shared, here = self._shared(), self._here()
@@ -102,7 +102,7 @@ class SharedCheckpoints:
         return records
 
     def fetch_trained(self, records: Sequence[FileRecord], folder: Path) -> None:
-        """Download the trained model to a folder, whose content is replaced.
+        """Download the trained model to a folder, replacing its contents.
 
         Args:
             records: as `send_trained` returned them.
@@ -115,7 +115,7 @@ class SharedCheckpoints:
         _receive(self._objects, f"{self._prefix}/{_TRAINED}", records, folder)
 
     def remove(self) -> None:
-        """Delete the run from the store, because its version is registered. If the store fails, the objects stay."""
+        """Delete the run from the store, because its version is registered. If the store fails, the objects remain."""
         try:
             self._delete(self._shared())
             self._objects.delete(self._objects.keys(self._prefix))
@@ -165,7 +165,7 @@ class SharedCheckpoints:
 
 
 def _receive(objects: ObjectStore, prefix: str, records: Sequence[FileRecord], folder: Path) -> None:
-    """Download files to a new folder. Unlike those of versions, they may be changed."""
+    """Download files to a new folder. Unlike the files of versions, they are writable."""
     folder.mkdir(parents=True)
     objects.receive(prefix, records, folder)
     for file in records:

@@ -20,7 +20,8 @@ class TrainingSummary:
         best_step: the step whose weights were kept as the best, or None if the last weights were kept.
         points: one point per step, with held-out loss if it was measured.
         peak_memory: peak memory in bytes until the end of training: of the GPU or, on a CPU, of the process. With
-            several devices, that of the GPU with the largest, or of all processes on a CPU.
+            several GPUs, it is the largest peak of any GPU; with several processes on a CPU, it is that of all
+            processes together.
         devices: number of devices.
         estimated_memory, estimated_seconds: the estimates made before the run.
     """

@@ -110,7 +110,7 @@ class ResumableTrainer(AnswerTrainer):
         shard_model(self.model, self.group.size, number_type, full=full)
 
     def prepare_run(self) -> None:
-        """Do what a run needs before its first step. A resumed run has it in its checkpoint."""
+        """Prepare a run before its first step. A resumed run loads the result from its checkpoint instead."""
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Return the mean loss of the held-out rows, in nats per token. No random numbers are drawn."""
@@ -134,8 +134,8 @@ class ResumableTrainer(AnswerTrainer):
         return figures
 
     def _own_loss_sums(self, rows: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the loss of each row of this process. With divided weights, a process without a row computes one too,
-        because the others need its shares.
+        """Return the loss of each row of this process. With divided weights, a process without rows also computes one,
+        because the other processes need its shares of the weights.
         """
         if self.group.sharded and not rows:
             self.loss_sums(self._heldout[:1])
@@ -217,8 +217,8 @@ class ResumableTrainer(AnswerTrainer):
             self._allocation.restore(checkpoint)
 
     def load_best(self, step: int) -> None:
-        """Load the trained weights of the step with the lowest held-out loss into the model that is saved: with divided
-        weights into the shares of all processes, and else into the first process's copy.
+        """Load the trained weights of the step with the lowest held-out loss into the model that is saved. With divided
+        weights, these are the shares of all processes, and otherwise the first process's copy.
 
         Only the first process reads the checkpoint. The others may be on machines that do not have it.
 
@@ -290,7 +290,7 @@ class ResumableTrainer(AnswerTrainer):
             self.lr_scheduler.load_state_dict(schedule)
 
     def _save_more(self, folder: Path) -> None:
-        """Save to a checkpoint what a subclass adds to the state."""
+        """Save the additional state of a subclass to a checkpoint."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self.load_weights(Path(resume_from_checkpoint))
@@ -355,8 +355,8 @@ def _filler(rows: Dataset) -> Dataset:
 
 
 def without_answers(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row in the same form with two tokens, neither of which is learnt. Of a comparison, this holds for both
-    answers.
+    """Return a row in the same form with two tokens, neither of which is learnt. In a comparison, each of the two
+    answers is such a row.
     """
     short: dict[str, Any] = {}
     for name, value in row.items():

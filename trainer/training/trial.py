@@ -1,6 +1,6 @@
 """Trains only to measure held-out loss, without merging or serving anything. Imports torch and TRL.
 
-A trial trains on one device, and gives bit for bit the same result as `train_model` does there with the same
+A trial trains on one device. Its result is bit for bit the same as that of `train_model` on this device with the same
 recipe, even after other training runs in the same process.
 """
 

@@ -1,4 +1,6 @@
-"""Translates a model's config to the keys of a GGUF file, and refuses what llama.cpp would compute differently."""
+"""Translates a model's config to the keys of a GGUF file, and rejects models that llama.cpp would compute
+differently.
+"""
 
 import math
 from collections.abc import Mapping
@@ -24,7 +26,7 @@ class Architecture:
     """The architecture of a model in GGUF.
 
     Attributes:
-        name: gguf's name of it.
+        name: name of the architecture in the gguf package.
         config: config of the language model.
     """
 
@@ -38,14 +40,16 @@ class Architecture:
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     def heads_to_permute(self, tensor: str) -> int | None:
-        """Return the number of heads whose rows llama.cpp expects in another order, or None for other tensors."""
+        """Return the number of heads of a tensor whose rows llama.cpp expects in another order, or None for other
+        tensors.
+        """
         if self.config.model_type not in _PAIRED:
             return None
         heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
         return heads.get(tensor.split(".")[-2])
 
     def rope_factors(self) -> list[float] | None:
-        """Return the divisors of Llama 3's rotation frequencies, or None if there are none."""
+        """Return the divisors of the rotation frequencies as in Llama 3, or None if the model has none."""
         rope = self._rope
         if rope.get("rope_type") != "llama3":
             return None
@@ -83,7 +87,7 @@ def read_architecture(model: Path) -> Architecture:
     """Read the architecture of a model folder.
 
     Raises:
-        TrainingError: it cannot be written to GGUF.
+        TrainingError: the model cannot be written to GGUF.
     """
     config = load_config(model)
     name, rope = _ARCHITECTURES.get(config.model_type), config.rope_parameters or {}

@@ -1,7 +1,7 @@
-"""Writes Ollama's Modelfile, whose Go template has to render what the base's chat template renders.
+"""Writes Ollama's Modelfile, whose Go template has to render the same text as the base's chat template.
 
-Ollama cannot read chat templates. Known kinds are recognized by what the base's template renders, not by its
-text, and everything else is refused. This module does not know about weights.
+Ollama cannot read chat templates. Known kinds of template are recognized by their output, not by their source text. All
+others are rejected. This module does not know about weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _TURNS: _Turns = (("system", "Be brief."), ("user", "One?"), ("assistant", "Yes.
 
 @dataclass(frozen=True, slots=True)
 class TemplateKind:
-    """A way to write conversations.
+    """A format for conversations.
 
     Attributes:
         before: text before a turn's content, with `{}` for the role.
@@ -34,12 +34,12 @@ class TemplateKind:
     stops: tuple[str, ...]
 
     def render(self, turns: _Turns) -> str:
-        """Return a conversation and the beginning of the next answer."""
+        """Render a conversation and the beginning of the next answer."""
         said = "".join(f"{self.before.format(role)}{content}{self.after}" for role, content in turns)
         return said + self.before.format("assistant")
 
     def go_template(self, answer_prefix: str) -> str:
-        """Return the Go template that renders the same."""
+        """Return the Go template that renders the same text as `render`."""
         turn = f"{self.before.format('{{ .Role }}')}{{{{ .Content }}}}{self.after}"
         return f"{{{{- range .Messages }}}}{turn}{{{{ end }}}}{self.before.format('assistant')}{answer_prefix}"
 
@@ -56,15 +56,15 @@ KINDS = (
 
 
 def make_modelfile(tokenizer: "PreTrainedTokenizerBase", template_kwargs: TemplateKwargs, weights: str) -> str:
-    """Return the content of a Modelfile.
+    """Return the contents of a Modelfile.
 
     Args:
         tokenizer: the base's tokenizer, with its chat template.
         template_kwargs: arguments of the chat template.
-        weights: name of the GGUF file next to it.
+        weights: name of the GGUF file in the same folder.
 
     Raises:
-        TrainingError: the chat template is of no known kind.
+        TrainingError: the chat template is not of a known kind.
     """
 
     def render(turns: _Turns) -> str:

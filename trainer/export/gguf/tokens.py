@@ -1,9 +1,9 @@
-"""Chooses how llama.cpp has to split texts, and checks that its token ids are the base's.
+"""Chooses the way in which llama.cpp splits texts, and checks that it gives the same token ids as the base's tokenizer.
 
-A GGUF file names llama.cpp's pre-tokenizer instead of containing one. A wrong name changes the ids of a few
-texts and shows no other symptom: SmolLM2 answers as before with `smollm`, which splits some of its texts
-differently. So the name is chosen by comparing ids on real texts. The regular expressions below are
-llama.cpp's; a test compares them with llama.cpp itself. This module does not write files.
+A GGUF file names llama.cpp's pre-tokenizer instead of containing one. A wrong name changes the ids of a few texts and
+has no other symptom: SmolLM2 seems to work with `smollm`, although it splits some texts differently. The name is
+therefore chosen by comparing token ids on real texts. The regular expressions below are llama.cpp's; a test compares
+them with llama.cpp itself. This module does not write files.
 """
 
 import json
@@ -38,7 +38,7 @@ class PreTokenizer:
 
     Attributes:
         name: value of `tokenizer.ggml.pre`.
-        expressions: regular expressions that split a text one after the other.
+        expressions: regular expressions that are applied one after another to split a text.
         ignore_merges: whether a piece in the vocabulary is a token even if no merges lead to it.
     """
 
@@ -56,10 +56,10 @@ PRE_TOKENIZERS = (
 
 
 def check_byte_level(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Return the content of a tokenizer's tokenizer.json.
+    """Return the contents of a tokenizer's tokenizer.json.
 
     Raises:
-        TrainingError: it is not a byte-level BPE tokenizer.
+        TrainingError: the tokenizer is not a byte-level BPE tokenizer.
     """
     content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     splits = content.get("pre_tokenizer") or {}
@@ -75,15 +75,15 @@ def check_byte_level(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 
 def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> PreTokenizer:
-    """Return the first of llama.cpp's pre-tokenizers that gives every text the base's token ids, and the samples above
-    too.
+    """Return the first of llama.cpp's pre-tokenizers with which every text, including the samples above, gets the
+    base's token ids.
 
     Args:
         tokenizer: the base's tokenizer.
         texts: rendered held-out examples, with answers.
 
     Raises:
-        TrainingError: none does, or the tokenizer is not byte-level BPE.
+        TrainingError: no pre-tokenizer does, or the tokenizer is not byte-level BPE.
     """
     content = check_byte_level(tokenizer)
     texts = (*texts, *_SAMPLES)
@@ -110,7 +110,7 @@ def simulate(content: dict[str, Any], pre: PreTokenizer) -> "Tokenizer":
     llama.cpp does not normalize texts, and text around special tokens keeps its spaces.
 
     Args:
-        content: the base's tokenizer.json.
+        content: contents of the base's tokenizer.json.
     """
     from tokenizers import Tokenizer
 

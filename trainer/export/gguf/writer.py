@@ -49,11 +49,11 @@ class GgufSummary:
 
     Attributes:
         file: the GGUF file.
-        bytes: its size.
+        bytes: size of the file.
         pre: llama.cpp's pre-tokenizer.
         compared: number of held-out examples whose token ids were compared.
         worst_change: largest ratio of the norm of a matrix's change to the norm of the matrix.
-        worst_tensor: the matrix with this change.
+        worst_tensor: the matrix with the largest change.
     """
 
     file: Path
@@ -75,18 +75,18 @@ def export_gguf(
 ) -> GgufSummary:
     """Write a merged model to `out/NAME-TYPE.gguf`, and a Modelfile for Ollama next to it.
 
-    Nothing is written if the model is refused. The file is read again after it was written, and compared with the
+    Nothing is written if the model is rejected. After the file has been written, it is read again and compared with the
     model.
 
     Args:
         model: folder of the merged model, with the base's tokenizer and template.
         out: output folder, created if missing.
         name: name of the model.
-        examples: held-out examples, whose token ids llama.cpp must give.
+        examples: held-out examples, for which llama.cpp must produce the same token ids.
         modelfile: whether to write a Modelfile.
 
     Raises:
-        TrainingError: llama.cpp or Ollama would compute something else than the engine.
+        TrainingError: llama.cpp or Ollama would give different results than the engine.
     """
     kwargs, file = read_template_kwargs(model), out / f"{name}-{type}.gguf"
     architecture, tokenizer, pre = check_gguf(model, kwargs, examples, modelfile=modelfile)
@@ -113,16 +113,16 @@ def export_gguf(
 def check_gguf(
     model: Path, kwargs: TemplateKwargs, examples: "Sequence[ChatExample]", *, modelfile: bool = True
 ) -> "tuple[Architecture, PreTrainedTokenizerBase, PreTokenizer]":
-    """Check that a model can be written to GGUF, and return how. No weights are read.
+    """Check that a model can be written to GGUF, and return how it must be written. No weights are read.
 
     Args:
         model: folder of the model, or of the base before training.
         kwargs: arguments of the chat template.
-        examples: held-out examples, whose token ids llama.cpp must give.
-        modelfile: whether Ollama must be able to render the chat template, too.
+        examples: held-out examples, for which llama.cpp must produce the same token ids.
+        modelfile: whether Ollama must also be able to render the chat template.
 
     Raises:
-        TrainingError: llama.cpp or Ollama would compute something else than the engine.
+        TrainingError: llama.cpp or Ollama would give different results than the engine.
     """
     with waiting("Comparing token ids with llama.cpp's"), library_output_to_log():
         architecture, tokenizer = read_architecture(model), load_tokenizer(model)
@@ -184,7 +184,7 @@ def _write_vocabulary(
 ) -> None:
     """Write tokens, merges, special tokens and the chat template.
 
-    Ids of the embedding that no token has are filled with unused tokens.
+    Embedding rows without a token get unused tokens.
     """
     from gguf import TokenType
 
@@ -211,7 +211,7 @@ def _write_vocabulary(
 
 
 def _with_arguments(template: str, kwargs: TemplateKwargs) -> str:
-    """Return a chat template that has its arguments built in, because nothing passes them in llama.cpp."""
+    """Return a chat template with its arguments built in, because llama.cpp does not pass any."""
     return "".join(f"{{%- set {name} = {_literal(value)} -%}}" for name, value in sorted(kwargs.items())) + template
 
 
@@ -225,7 +225,7 @@ class _Tensor:
 
     Attributes:
         name: its name in GGUF.
-        load: returns its float32 content.
+        load: function that returns its values in float32.
     """
 
     name: str
@@ -243,7 +243,7 @@ class _Tensor:
         return GGMLQuantizationType.Q8_0 if fits else GGMLQuantizationType.F16
 
     def read(self) -> "np.ndarray[Any, Any]":
-        """Return the tensor's content as float32."""
+        """Return the tensor's values in float32."""
         return self.load()
 
 
@@ -279,14 +279,15 @@ def _load(file: Any, stored: str, architecture: Architecture) -> "np.ndarray[Any
 def permute(rows: "np.ndarray[Any, Any]", heads: int) -> "np.ndarray[Any, Any]":
     """Return the rows of a query or key matrix in llama.cpp's order.
 
-    transformers rotates the first number of a head with the one half a head away, and llama.cpp with its neighbour.
+    transformers rotates each number of a head together with the number half a head away, and llama.cpp together with
+    its neighbour.
     """
     halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def compare_gguf(file: Path, model: Path) -> tuple[float, str]:
-    """Compare each matrix of a GGUF file with the model's.
+    """Compare each matrix of a GGUF file with the same matrix of the model.
 
     Returns:
         The largest ratio of the norm of a matrix's change to its norm, and the name of that matrix.
