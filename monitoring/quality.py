@@ -1,4 +1,4 @@
-"""Compare the quality of the served version with its quality at registration by rerunning the held-out set.
+"""Compares the quality of the served version with its quality at registration by rerunning the held-out set.
 
 The same weights on the same kind of engine give the same results except for rounding. A change here is
 therefore not traffic drift but a serving fault, such as wrong weights, a broken kernel, or a cache that

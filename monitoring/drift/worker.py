@@ -1,4 +1,4 @@
-"""Run drift checks for the exporter in a separate process, because a check takes seconds of CPU time.
+"""Runs drift checks for the exporter in a separate process, because a check takes seconds of CPU time.
 
 The process stays alive between checks, because importing its modules also takes seconds. It is restarted if it
 dies, and it exits when its parent does.

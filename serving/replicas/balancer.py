@@ -85,8 +85,8 @@ class Balancer:
     def lease(self, model: str, *, who: str = "", without: Lease | None = None) -> "Leasing":
         """Lease an engine for the duration of the `with` block.
 
-        If the version has an adapter, it is loaded first. Engines that have already loaded the adapter are
-        preferred. Among the others see `_choose_engine`.
+        If the version has an adapter, it is loaded first. Engines that have already loaded the adapter are preferred.
+        Among engines that are otherwise equal, `_choose_engine` decides.
 
         Args:
             model: model name as sent by the client.
@@ -269,8 +269,8 @@ def _choose_engine(candidates: list[tuple[Replica, Target]], who: str) -> tuple[
     """Return the engine that has probably cached the beginning of a client's or conversation's prompt.
 
     Each client or conversation has its own order of the engines, which is the same after a restart of the server
-    (rendezvous hashing). The first one with room for another request answers. A request of an unknown client goes to
-    the engine with the fewest requests.
+    (rendezvous hashing). The first engine with capacity for another request answers. A request of an unknown client
+    goes to the engine with the fewest requests.
     """
     loads = [engine.running + engine.reserved for engine, _ in candidates]
     if not who:

@@ -110,7 +110,9 @@ class EngineSlots:
             postpone_end(folder)
 
     async def end_postponed(self) -> None:
-        """End the actors that could not be ended because their cluster was away, once it is back, until cancelled."""
+        """Keep trying, until cancelled, to stop actors that could not be stopped because their cluster was
+        unreachable.
+        """
         failures = 0
         while True:
             await asyncio.sleep(_END_PAUSES_S[min(failures, len(_END_PAUSES_S) - 1)])
@@ -157,7 +159,7 @@ class EngineSlots:
             )
 
     def first_engines(self, name: str) -> int:
-        """Return the number of engines that a model starts with. The load may add more."""
+        """Return the number of engines with which a model starts. More may be added later if the load requires them."""
         return self.settings.engine_for(name).replica_range.min
 
     def capabilities(self, target: Target) -> EngineCapabilities:

@@ -84,7 +84,7 @@ class ReplicaScaling:
         return bool(self.pool.ready) and not joining and not self.changing()
 
     async def _add(self, wanted: int) -> None:
-        """Add the replicas that the load needs or, if there is not enough memory, one of them."""
+        """Add the replicas that the load requires or, if there is not enough memory for all of them, one replica."""
         if self.refused and self.clock() < self._ask_at:
             return
         size = self.pool.size
@@ -100,7 +100,7 @@ class ReplicaScaling:
             self._set_capacity()
 
     async def _shortage(self, more: int) -> str | None:
-        """Return why no more replicas can be added, or None if they can."""
+        """Return why these replicas cannot be added, or None if they can."""
         without_memory = sum(member.state in _NOT_STARTED for member in self.pool.members)
         try:
             return await asyncio.to_thread(self.slots.shortage, {self.target(): more + without_memory})
@@ -108,7 +108,7 @@ class ReplicaScaling:
             return error.wrong if isinstance(error, SvcError) else str(error)
 
     def _refuse(self, shortage: str) -> None:
-        """Note why no replica is added, and double the pause until the next attempt."""
+        """Record why no replica was added, and double the pause until the next attempt."""
         if self.refused is None:
             log.warning("%s: cannot add replicas for the load; trying again: %s", self.target(), shortage)
         self.refused = shortage

@@ -1,4 +1,4 @@
-"""Fingerprint of a data set's content, independent of file names."""
+"""Fingerprint of a data set's examples, independent of file names."""
 
 import hashlib
 import json

@@ -22,7 +22,7 @@ Places = NDArray[np.int64]
 
 
 class _Store:
-    """A temporary file of examples, which is deleted when the process ends, however it ends."""
+    """A temporary file of examples, which is always deleted when the process exits, even if it is killed."""
 
     def __init__(self) -> None:
         self._file = scratch_file(self)
@@ -57,7 +57,7 @@ class _Store:
 
 
 class StoredExamples(Sequence[ChatExample]):
-    """Examples in a file on disk, which are read each time they are used.
+    """Examples in a file on disk. Each is read again whenever it is used.
 
     Args:
         places: position of each example in the file.
@@ -87,7 +87,7 @@ class StoredExamples(Sequence[ChatExample]):
         return StoredExamples(self._store, self._places[np.asarray(indices, np.int64)])
 
     def joined(self, parts: Iterable[Sequence[ChatExample]]) -> "StoredExamples":
-        """Return the examples of all parts, in order, in the file of these examples."""
+        """Return the examples of all parts, in order, stored in the same file as these examples."""
         shared = (
             part._places if isinstance(part, StoredExamples) and part._store is self._store else self._store.add(part)
             for part in parts
@@ -96,7 +96,7 @@ class StoredExamples(Sequence[ChatExample]):
 
 
 def collect(examples: Iterable[ChatExample]) -> Sequence[ChatExample]:
-    """Return the examples as a sequence, which is on disk if there are more than `MAX_IN_MEMORY`."""
+    """Return the examples as a sequence, which is stored on disk if there are more than `MAX_IN_MEMORY`."""
     reading = iter(examples)
     head = list(islice(reading, MAX_IN_MEMORY + 1))
     if len(head) <= MAX_IN_MEMORY:
@@ -119,5 +119,5 @@ def join(*parts: Sequence[ChatExample]) -> Sequence[ChatExample]:
 
 
 def as_tuple(examples: Sequence[ChatExample]) -> Sequence[ChatExample]:
-    """Return examples that are in memory as a tuple, and others unchanged."""
+    """Return examples as a tuple if they are in memory. Examples on disk are returned unchanged."""
     return examples if isinstance(examples, StoredExamples) else tuple(examples)

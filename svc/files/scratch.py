@@ -1,6 +1,6 @@
 """Temporary files for data that does not fit into memory.
 
-They have no name, so nothing of them remains after a crash.
+They have no name, so the system deletes them even after a crash.
 """
 
 import os
@@ -14,7 +14,7 @@ def scratch_file(owner: object) -> BinaryIO:
     machines.
 
     Args:
-        owner: object with whose end the file is closed.
+        owner: object whose garbage collection closes the file.
     """
     usual = "/var/tmp"  # noqa: S108 - the file has no name
     folder = None if "TMPDIR" in os.environ or not os.access(usual, os.W_OK) else usual

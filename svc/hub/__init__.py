@@ -1,1 +1,1 @@
-"""Publishing of versions on the Hugging Face Hub."""
+"""Publishes versions on the Hugging Face Hub."""

@@ -1,7 +1,7 @@
 """Writes the model card of a version for the Hugging Face Hub.
 
-Everyone who can read the repository reads the card. It therefore contains figures, hashes and training options, but
-no text of an example, no label, no path, no URL and no name of a machine.
+Everyone with access to the repository can read the card. It therefore contains figures, hashes and training options,
+but no texts of examples, labels, paths, URLs or names of machines.
 """
 
 import json
@@ -152,9 +152,9 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
 
 
 def training_options(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Return the recipe's keys that describe the training, without those that name files or servers.
+    """Return the recipe's keys that describe the training, except those that name files or servers.
 
-    Keys that are not set, or switched off, are left out.
+    Keys that are unset or turned off are left out.
     """
     adapter = recipe.get("adapter") or {}
     sections = ["adapter"]
@@ -171,7 +171,7 @@ def training_options(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _combined(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the adapters that were combined, with their weights. Folders are not named."""
+    """Return the adapters that were combined, with their weights. Adapters in folders are not named."""
     combine = (recipe.get("adapter") or {}).get("combine") or {}
     return [
         f"{part['weight']:g} times {'an adapter from a folder' if _is_path(part['adapter']) else part['adapter']}"
@@ -184,7 +184,7 @@ def _is_path(name: str) -> bool:
 
 
 def _checks(manifest: Manifest, format: Format) -> str:
-    """Return what was compared with the trained model, and the sizes of all formats."""
+    """Return the results of the parity checks, and the sizes of all formats."""
     rows = [[f"`{name}`", f"{record.bytes / 1e6:,.0f} MB"] for name, record in manifest.formats.items()]
     table = _table(["format of this version", "size"], rows)
     if manifest.parity is None:
@@ -241,7 +241,9 @@ def _use_adapter(facts: AdapterFacts | None, base: str | None, repo: str) -> str
 
 
 def _servable_adapter(registry: Registry, manifest: Manifest) -> AdapterFacts | None:
-    """Return the properties of a version's adapter, or None if vLLM cannot apply it or its base is not here."""
+    """Return the properties of a version's adapter, or None if vLLM cannot apply it or its base is not on this
+    machine.
+    """
     try:
         return read_adapter(registry, manifest.id)
     except (NotFoundError, RefusedError):

@@ -90,7 +90,7 @@ def push(
 
 
 def _show(files: "list[UploadFile]", what: str, where: str, *, public: bool) -> None:
-    """Print what is uploaded, where, and who can read it."""
+    """Print the files to be uploaded, their destination, and who will be able to read them."""
     print_table(("file", "bytes"), ([file.path, f"{file.bytes:,}"] for file in files), to=console)
     size = sum(file.bytes for file in files) / 1e6
     readers = "public: everyone can read it" if public else "private"

@@ -1,7 +1,7 @@
 """Uploads a version to a repository of the Hugging Face Hub, as one commit with a tag.
 
-The destination is checked before anything is sent: what it contains, and who can read it. The commit names the newest
-commit that was seen then, so it fails if someone else has changed the repository since.
+Before anything is sent, the contents and the readers of the destination are checked. The upload's commit names the
+newest commit seen in that check as its parent, so it fails if someone else has changed the repository since.
 """
 
 import json
@@ -41,8 +41,8 @@ class UploadFile:
     """A file to upload.
 
     Attributes:
-        path: its path in the repository.
-        content: the file on this machine, or its content.
+        path: path of the file in the repository.
+        content: path of the file on this machine, or its contents.
     """
 
     path: str
@@ -56,14 +56,14 @@ class UploadFile:
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A repository on the Hub as it was when it was checked.
+    """The state of a repository on the Hub when it was checked.
 
     Attributes:
         repo: `org/name`.
         public: whether everyone can read it.
         exists: whether it has been created.
-        commit: its newest commit, or None if it does not exist.
-        files: its files, without `.gitattributes`.
+        commit: the newest commit, or None if the repository does not exist.
+        files: the files in the repository, without `.gitattributes`.
         tag: tag for the version's number.
         has_tag: whether the tag exists.
     """
@@ -80,7 +80,7 @@ class Destination:
 def files_to_upload(registry: Registry, manifest: Manifest, format: Format, repo: str) -> list[UploadFile]:
     """Return the files of a version in one format, after checking their hashes. The model card is the first one.
 
-    An adapter's config names the folder of its base on this machine. It is replaced by the base's Hub id.
+    An adapter's config contains the path of its base on this machine, which is replaced by the base's Hub id.
 
     Raises:
         NotFoundError: the version does not have the format.
@@ -116,7 +116,7 @@ def files_to_upload(registry: Registry, manifest: Manifest, format: Format, repo
 
 
 def connect() -> "HfApi":
-    """Return the client of the Hub, or of the server that HF_ENDPOINT names.
+    """Return a client for the Hub, or for the server given by HF_ENDPOINT.
 
     Raises:
         AuthenticationError: there is no token.
@@ -138,14 +138,14 @@ def connect() -> "HfApi":
 
 
 def check_destination(api: "HfApi", repo: str, version: VersionId, *, public: bool, replace: bool) -> Destination:
-    """Return the state of the repository, which is not changed.
+    """Return the state of a repository, without changing it.
 
     Args:
         public: whether everyone may read the version.
-        replace: whether content of the repository may be replaced. Its history keeps it.
+        replace: whether existing files in the repository may be replaced. They remain in its history.
 
     Raises:
-        RefusedError: the repository has content, or other readers than requested.
+        RefusedError: the repository is not empty, or its visibility is not as requested.
         AuthenticationError, PermissionDeniedError: the Hub rejects the token.
         ServerNotRunningError: the Hub does not respond.
     """
@@ -180,7 +180,7 @@ def check_destination(api: "HfApi", repo: str, version: VersionId, *, public: bo
 def upload(api: "HfApi", destination: Destination, files: list[UploadFile], version: VersionId) -> tuple[str, str]:
     """Upload files as the only content of a repository, tag the commit, and return its id and its URL.
 
-    If it is interrupted, the repository keeps its earlier content. The next upload does not send large files again
+    If the upload is interrupted, the repository keeps its earlier files. The next upload does not resend large files
     that have arrived completely.
 
     Raises:

@@ -1,7 +1,7 @@
-"""The Ray actor of an engine. It only starts `EngineNode` in a thread of its own, and tells where it listens.
+"""The Ray actor of an engine. It only starts `EngineNode` in a separate thread, and reports its address.
 
-Ray never restarts an actor: the server's reviver does, which knows what to load and when. The actor of a server that
-was killed lives on, with its engine, until the next server adopts or stops it.
+Ray never restarts an actor. The server's reviver does that, because it knows what to load and when. The actor of a
+server that was killed continues to run with its engine until the next server adopts or stops it.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class EngineActor:
         threading.Thread(target=self._run, args=(name, folder, peer), daemon=True).start()
 
     def listening(self) -> Listening:
-        """Return where the engine is to be found."""
+        """Return the address and certificate of the engine."""
         return self._listening.result(timeout=60)
 
     def _run(self, name: str, folder: str, peer: str) -> None:

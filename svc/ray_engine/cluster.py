@@ -1,8 +1,8 @@
-"""Places and ends actors in a Ray cluster, and asks it for the machines that an engine fits.
+"""Creates and stops actors in a Ray cluster, and asks the cluster which machines have enough resources for an engine.
 
-Each question runs in a process that lives for a few seconds, as `python -m svc.ray_engine.cluster`: a connection to
-Ray brings threads and signal handlers, costs 100 MB, and ends its process when the cluster's head is away for a minute.
-A running engine is used without Ray.
+Each question runs in a process that lives for a few seconds, as `python -m svc.ray_engine.cluster`: a connection to Ray
+adds threads and signal handlers, costs 100 MB, and terminates its process when the cluster's head is unreachable for a
+minute. Requests to a running engine do not go through Ray.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class _Model(BaseModel):
 
 
 class Need(_Model):
-    """Resources of one engine, by Ray's names. `GPU` and `CPU` are names too."""
+    """Resources of one engine, keyed by Ray's names, which include `GPU` and `CPU`."""
 
     resources: dict[str, float]
 
@@ -42,7 +42,7 @@ class Need(_Model):
         return hash(frozenset(self.resources.items()))
 
     def fits(self, has: dict[str, float]) -> int:
-        """Return how many engines fit a machine with these resources."""
+        """Return how many engines fit on a machine with these resources."""
         return int(min(has.get(name, 0.0) / amount + 1e-9 for name, amount in self.resources.items()))
 
 
@@ -55,7 +55,7 @@ class Describe(_Model):
 
 
 class Room(_Model):
-    """Return how many engines fit the cluster now."""
+    """Return how many more engines fit in the cluster now."""
 
     do: Literal["room"] = "room"
     need: Need
@@ -88,7 +88,7 @@ class Placed(_Model):
 
 
 class Described(_Model):
-    """The first needs that a machine of the cluster can meet, and its capabilities."""
+    """The first of the requested needs that a machine in the cluster can meet, and the machine's capabilities."""
 
     need: Need
     capabilities: DeviceCapabilities
@@ -118,17 +118,18 @@ class RayCluster:
     address: str
 
     def describe(self, needs: tuple[Need, ...], folder: str) -> Described:
-        """Return the capabilities of the machines for engines. This blocks for seconds, and imports torch there.
+        """Return the capabilities of the machines for engines. This blocks for seconds, and imports torch on such a
+        machine.
 
         Raises:
-            EngineError: the cluster cannot be reached, has no such machine, or answers without a token.
+            EngineError: the cluster cannot be reached, has no such machine, or accepts requests without a token.
         """
         answer = self._ask(Describe(needs=needs, folder=folder)).described
         assert answer is not None  # noqa: S101 - the answer to this question
         return answer
 
     def room(self, need: Need) -> int:
-        """Return how many engines fit the cluster now. This blocks for seconds."""
+        """Return how many more engines fit in the cluster now. This blocks for seconds."""
         return self._ask(Room(need=need)).room or 0
 
     async def place(self, question: Place) -> Placed:
@@ -142,7 +143,7 @@ class RayCluster:
         return answer
 
     async def end(self, name: str) -> None:
-        """End an actor, if it exists.
+        """Stop an actor, if it exists.
 
         Raises:
             EngineError: the cluster cannot be reached.
@@ -150,7 +151,7 @@ class RayCluster:
         await self._asked(End(names=(name,)))
 
     def end_now(self, *names: str) -> None:
-        """End actors, if they exist. This blocks for seconds. It raises the same error as `end`."""
+        """Stop actors, if they exist. This blocks for seconds and raises the same errors as `end`."""
         self._ask(End(names=names))
 
     async def _asked(self, question: Question) -> Answer:
@@ -208,7 +209,7 @@ def _answer(address: str, question: Question) -> Answer:
 
 @contextmanager
 def _connected(address: str) -> Iterator[None]:
-    """Connect this process to a cluster that demands a token, for the `with` block."""
+    """Connect this process to a cluster that requires a token, for the duration of the `with` block."""
     os.environ["RAY_AUTH_MODE"] = "token"
     with connected(address):
         import ray
@@ -218,10 +219,10 @@ def _connected(address: str) -> Iterator[None]:
 
 
 def _require_token(head: str) -> None:
-    """Check that the cluster's head refuses a request without a token.
+    """Check that the cluster's head rejects a request without a token.
 
     Raises:
-        EngineError: it answers, so that anyone who reaches it can run code on the cluster.
+        EngineError: the head accepts it, so anyone who can reach it can run code on the cluster.
     """
     import grpc  # type: ignore[import-untyped]
 

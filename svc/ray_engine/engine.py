@@ -109,7 +109,8 @@ class RayEngine:
         return self._link.beat.front_s if self._link else None
 
     async def start(self, on_phase: Callable[[EnginePhase], None] = lambda phase: None) -> None:
-        """Place an actor, start the engine there, and wait until it accepts requests. First end any earlier actor.
+        """Create an actor, start the engine on its machine, and wait until it accepts requests. Any earlier actor is
+        stopped first.
 
         Raises:
             EngineError: no machine has the resources, or vLLM did not start there.
@@ -160,7 +161,7 @@ class RayEngine:
         )
 
     def _settings(self) -> EngineSettings:
-        """Return the engine's settings. On CPUs, it uses as many cores as it has reserved."""
+        """Return the engine's settings. On a CPU, the engine uses as many cores as it has reserved."""
         reserved = self._placement.need.resources.get("CPU")
         if reserved is None or self.spec.settings.cores is not None or self.spec.device is not Device.CPU:
             return self.spec.settings
@@ -182,7 +183,7 @@ class RayEngine:
         """Use the running engine that an actor reports.
 
         Raises:
-            EngineError: no engine runs.
+            EngineError: no engine is running.
         """
         if reply.port is None:
             raise EngineError(f"the actor at {placed.host} runs no engine", todo="start a new engine")
@@ -226,7 +227,7 @@ class RayEngine:
         """Download a model folder to the engine's machine, so that a reload is fast.
 
         Raises:
-            SvcError: the machine could not fetch it.
+            SvcError: the machine could not download the folder.
         """
         await self._path_there(folder)
 
@@ -276,7 +277,7 @@ class RayEngine:
         await self._link.tell(command)
 
     async def stop(self) -> None:
-        """Stop the engine and end its actor."""
+        """Stop the engine and its actor."""
         await asyncio.shield(self._stop())
 
     async def _stop(self) -> None:
@@ -295,7 +296,7 @@ class RayEngine:
         await self._close_client()
 
     async def _end_recorded(self) -> None:
-        """End the actor of the record through Ray, or note that it is to be ended when its cluster is back."""
+        """Stop the recorded actor through Ray. If its cluster cannot be reached, postpone this until it can."""
         record = await asyncio.to_thread(read_actor, self.spec.state)
         if record is None:
             return
@@ -322,7 +323,7 @@ class RayEngine:
 
 
 class _NodeClient(EngineClient):
-    """A client that passes the engine its own machine's paths.
+    """A client that passes the engine paths on the engine's own machine.
 
     Args:
         path_there: function that fetches a model folder on the engine's machine, and returns its path there.

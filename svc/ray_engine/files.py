@@ -17,7 +17,7 @@ _MODELS = "models"
 
 
 def fetch_model(folder: Path, artifacts: str, model: ModelFiles) -> Path:
-    """Return the path of a model folder on this machine, after downloading what is missing and verifying it.
+    """Return the path of a model folder on this machine, after downloading missing files and verifying all of them.
 
     Args:
         folder: folder with all versions on this machine.
@@ -51,7 +51,7 @@ def fetch_model(folder: Path, artifacts: str, model: ModelFiles) -> Path:
 
 
 def files_of(models: Path, folder: Path) -> ModelFiles:
-    """Return what identifies a model folder on every machine.
+    """Return the values that identify a model folder on every machine.
 
     Args:
         models: the registry's folder, `models/NAME/N/FORMAT`.

@@ -1,7 +1,7 @@
-"""Stops an engine when its actor has died, however it died.
+"""Stops an engine when its actor has died, whatever the cause.
 
-Ray kills an actor's process group, but an engine is a group of its own, and its core survives a killed API server. The
-guard is a shell that waits for the end of a pipe of which only the actor has the other side.
+Ray kills an actor's process group, but an engine has a separate group, and its core survives a killed API server. The
+guard is a shell that waits until a pipe is closed whose other end only the actor has open.
 """
 
 import subprocess
@@ -23,7 +23,7 @@ class Guard:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def dismiss(self) -> None:
-        """Let the guard leave, because the engine has been stopped."""
+        """Stop the guard, because the engine has been stopped."""
         self._process.communicate(b"\n")
 
 

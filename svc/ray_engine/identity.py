@@ -1,8 +1,8 @@
 """Certificates with which a server and an engine on another machine recognize each other.
 
-Each side creates a key pair, whose private key never leaves its machine, and accepts exactly one certificate: the
-other side's. The certificates are exchanged through Ray's authenticated API. There is no authority, and their dates and
-names mean nothing.
+Each side creates a key pair, whose private key never leaves its machine, and accepts exactly one certificate: the other
+side's. The certificates are exchanged through Ray's authenticated API. There is no certificate authority, and the dates
+and names in the certificates have no meaning.
 """
 
 import ssl
@@ -53,12 +53,12 @@ def make_identity() -> Identity:
 
 
 def server_context(own: Identity, peer: str) -> ssl.SSLContext:
-    """Return a context for listening that accepts one peer only, given its certificate as PEM text."""
+    """Return a TLS context for listening that accepts only one peer, given the peer's certificate as PEM text."""
     return _context(ssl.PROTOCOL_TLS_SERVER, own, peer)
 
 
 def client_context(own: Identity, peer: str) -> ssl.SSLContext:
-    """Return a context for connecting that accepts one peer only, given its certificate as PEM text."""
+    """Return a TLS context for connecting that accepts only one peer, given the peer's certificate as PEM text."""
     return _context(ssl.PROTOCOL_TLS_CLIENT, own, peer)
 
 

@@ -1,4 +1,4 @@
-"""A server's connection to an actor for commands, which also shows that the actor lives."""
+"""A server's connection to an actor for commands, which also shows whether the actor is alive."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ class ActorLink:
     """A connection to an actor.
 
     Attributes:
-        beat: the last figures of the engine.
+        beat: the most recent figures of the engine.
         on_phase: called with each phase of a start.
     """
 
@@ -50,7 +50,7 @@ class ActorLink:
         """Connect to an actor.
 
         Raises:
-            OSError: it does not listen, or is another one.
+            OSError: the actor is not listening, or another process is.
         """
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(
@@ -88,7 +88,7 @@ class ActorLink:
         return self._code
 
     async def close(self) -> None:
-        """Close the connection. The actor and its engine go on."""
+        """Close the connection. The actor and its engine keep running."""
         self._reading.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._reading

@@ -1,4 +1,4 @@
-"""Derives from the settings what engines need of a Ray cluster, and asks the cluster whether it has that."""
+"""Derives from the settings the resources that engines need, and asks the Ray cluster whether it has them."""
 
 import threading
 from functools import cached_property
@@ -18,7 +18,7 @@ _SOME = 0.001
 
 
 class RayMachines:
-    """The machines of a Ray cluster, as far as they fit engines.
+    """The machines of a Ray cluster on which engines can run.
 
     Args:
         models: the registry's folder on this machine.
@@ -35,7 +35,8 @@ class RayMachines:
         return RayCluster(find_address(self._settings.ray.address))
 
     def check(self) -> None:
-        """Check that engines can run in the cluster, if any model's are configured to. This can take several seconds.
+        """Check that engines can run in the cluster, if the engines of any model are configured to. This can take
+        several seconds.
 
         Raises:
             SettingsError: a setting or package is missing.
@@ -74,7 +75,9 @@ class RayMachines:
         return self._describe(settings).capabilities
 
     def shortage(self, settings: EngineSettings, engines: int) -> str | None:
-        """Return a message if the cluster has no room for more engines now, or None if it has. This takes seconds."""
+        """Return a message if the cluster has no free resources for more engines now, or None if it has. This takes
+        seconds.
+        """
         need = self._describe(settings).need
         room = self._cluster.room(need)
         if room >= engines:
@@ -89,7 +92,7 @@ class RayMachines:
             return self._described[needs]
 
     def _needs(self, settings: EngineSettings) -> tuple[Need, ...]:
-        """Return what an engine needs: a machine with these resources or, if there is none, with the next."""
+        """Return alternative sets of resources for an engine, in order of preference."""
         backend = given(settings.args, "--distributed-executor-backend")
         if backend == "ray":
             raise SettingsError(

@@ -1,7 +1,7 @@
 """Messages between a server and an engine's actor: one JSON object per line, over TLS.
 
-The server sends commands. The actor replies to each, and reports phases of a start, its engine's figures once per
-second, and the engine's end.
+The server sends commands. The actor replies to each command. It also reports the phases of a start, the engine's
+figures once per second, and the engine's exit.
 """
 
 from pathlib import Path
@@ -73,7 +73,9 @@ class Fetch(_Message):
 
 
 class Simple(_Message):
-    """A command without arguments. `hello` replies with the state of the engine; `stop` stops it and ends the actor."""
+    """A command without arguments. `hello` replies with the state of the engine; `stop` stops the engine and the
+    actor.
+    """
 
     do: Literal["hello", "sleep", "wake", "stop"]
 
@@ -136,7 +138,7 @@ class Phase(_Message):
 
 
 class Beat(_Message):
-    """Figures of the engine: see `Engine` for their meaning."""
+    """Figures of the engine; see `Engine` for their meaning."""
 
     kind: Literal["beat"] = "beat"
     memory: int | None = None
@@ -156,5 +158,5 @@ REPORT: TypeAdapter[Reply | Phase | Beat | Ended] = TypeAdapter(Report)
 
 
 def line(message: _Message) -> bytes:
-    """Return a message as a line."""
+    """Return a message as one line of JSON."""
     return message.model_dump_json().encode() + b"\n"

@@ -1,8 +1,8 @@
 """The part of an engine that runs on a machine of the cluster: it starts vLLM there and makes it reachable over TLS.
 
-It listens on two ports, both of which accept one certificate only: one for commands (messages.py), and one whose bytes
-go to vLLM's Unix socket, which is open only while vLLM runs. When this process dies, a guard stops vLLM. This module
-knows nothing about Ray.
+It listens on two ports, both of which accept only one certificate. One port is for commands (messages.py). The bytes
+sent to the other one go to vLLM's Unix socket; it is open only while vLLM runs. When this process dies, a guard stops
+vLLM. This module knows nothing about Ray.
 """
 
 import asyncio
@@ -89,7 +89,7 @@ class EngineNode:
         return listener, int(listener.sockets[0].getsockname()[1])
 
     async def close(self) -> None:
-        """Close all connections, and let go of the engine."""
+        """Close all connections, and detach from the engine."""
         for task in self._tasks:
             task.cancel()
         if self._front is not None:
@@ -195,7 +195,8 @@ class EngineNode:
             writer.write(line(Phase(phase=phase)))
 
     async def _watch(self, engine: EngineProcess, front: asyncio.Server) -> None:
-        """Refuse connections as soon as the engine has exited, as its socket does on one machine, and end the actor.
+        """Refuse connections as soon as the engine has exited, as the socket of a local engine would, and stop the
+        actor.
 
         Its resources are then free for the next engine.
         """

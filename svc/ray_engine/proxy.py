@@ -1,6 +1,7 @@
 """Passes bytes between TLS connections and an engine's Unix socket, without reading them.
 
-When one side closes its connection, so does the other: an engine stops working on an answer whose client has left.
+When one side closes its connection, the other side's connection is closed too, so that an engine stops working on an
+answer whose client has disconnected.
 """
 
 import asyncio

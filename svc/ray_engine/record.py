@@ -1,4 +1,4 @@
-"""What a server records about an engine's actor, in its home, so that a later server can adopt or end it.
+"""The record that a server keeps of an engine's actor in its home, so that a later server can adopt or stop it.
 
 The record contains the server's private key for the actor, so only its owner can read it.
 """
@@ -25,7 +25,7 @@ class ActorRecord(BaseModel):
         name: the actor's name in the cluster.
         cluster: address of the cluster.
         certificate, key: the server's key pair, as PEM texts.
-        placed: where the actor listens, or None before it runs.
+        placed: address of the actor, or None before it runs.
         launch: digest of the engine's launch options, or None before it runs.
         plan: the launch options, for display.
         holds: what was last verified to be loaded, or None if unknown.
@@ -58,7 +58,7 @@ def write_actor(folder: Path, record: ActorRecord) -> None:
 def read_actor(folder: Path) -> ActorRecord | None:
     """Return the record in an engine's folder, or None if it is missing or damaged.
 
-    A record that was copied along with its home is ignored, too: the actor is that of the other home.
+    A record that was copied along with its home is also ignored, because the actor belongs to the original home.
     """
     try:
         record = ActorRecord.model_validate_json((folder / RECORD_FILE).read_bytes())
@@ -68,7 +68,7 @@ def read_actor(folder: Path) -> ActorRecord | None:
 
 
 def end_actor(folder: Path) -> None:
-    """End the actor that is recorded in an engine's folder, if there is one. This blocks for several seconds.
+    """Stop the actor that is recorded in an engine's folder, if there is one. This blocks for several seconds.
 
     Raises:
         EngineError: the cluster cannot be reached.
@@ -80,7 +80,9 @@ def end_actor(folder: Path) -> None:
 
 
 def postpone_end(folder: Path) -> None:
-    """Note that the actor recorded in an engine's folder is to be ended later, and make room for another record."""
+    """Replace the record in an engine's folder by a note that its actor must be stopped later, so that a new record can
+    be written.
+    """
     record = read_actor(folder)
     if record is None:
         return
@@ -92,13 +94,14 @@ def postpone_end(folder: Path) -> None:
 
 
 def end_postponed(engines: Path) -> tuple[list[str], list[str]]:
-    """End the actors whose end was postponed. This blocks for several seconds per cluster.
+    """Stop the actors whose stop was postponed. This blocks for several seconds per cluster.
 
     Args:
         engines: folder that contains the engines' folders.
 
     Returns:
-        The names of the actors that were ended, and of those that are left because their cluster is still away.
+        The names of the actors that were stopped, and of those that remain because their cluster still cannot be
+        reached.
 
     Raises:
         OSError: a note cannot be read or deleted.

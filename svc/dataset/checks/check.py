@@ -1,4 +1,4 @@
-"""Check files of chat examples or preferences line by line, before any model is loaded.
+"""Checks files of chat examples or preferences line by line, before any model is loaded.
 
 Lines that cannot be trained on are errors. Lines that a person should check are warnings. Files are
 streamed, keeping about 200 bytes per example in memory but never its text. Checks that need all examples
@@ -46,8 +46,8 @@ class DataReport:
         lengths: number of characters in each valid example; in a pair, with the longer answer.
         tokens: number of tokens in each valid example; in a pair, with the longer answer. Empty if tokens were
             not counted.
-        answers: how often each final answer occurs that is not rejected or undesirable. Incomplete if there are
-            too many different answers for them to be labels.
+        answers: number of occurrences of each final answer that is neither rejected nor undesirable. Incomplete if
+            there are too many different answers for them to be labels.
         answer_lengths: lengths of the answers of pairs.
         desirable: how often labelled answers are desirable (True) and undesirable (False).
     """

@@ -1,5 +1,5 @@
-"""Table of the examples in streamed files: 73 bytes and a 130-byte sketch per example, but no text. A large table is in
-a temporary file.
+"""Table of the examples in streamed files: 73 bytes and a 130-byte sketch per example, but no text. A large table is
+stored in a temporary file.
 """
 
 import struct

@@ -1,4 +1,4 @@
-"""Rows of an array that is built piece by piece: in memory while it is small, and then in a temporary file."""
+"""Builds an array piece by piece: in memory while it is small, and then in a temporary file."""
 
 import mmap
 from typing import Any, BinaryIO
@@ -36,7 +36,7 @@ class RowFile:
             self._write()
 
     def finish(self) -> NDArray[Any]:
-        """Return all rows. Those in a file are mapped into memory, so the system can take that memory back."""
+        """Return all rows. Rows in a file are mapped into memory, which the system can reclaim."""
         if self._file is None:
             return np.frombuffer(self._waiting, self._kind)
         self._write()

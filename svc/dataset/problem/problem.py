@@ -101,8 +101,8 @@ TODO: dict[Code, str] = {**_ERRORS, **_WARNINGS}
 
 
 def severity_of(code: Code) -> Severity:
-    """Return a code's severity. Lines with errors stop a training; lines with warnings need checking, and a
-    warning on a line that is no example means that the line is skipped.
+    """Return a code's severity. Lines with errors stop training. Lines with warnings need checking; if such a line is
+    not an example, it is skipped.
     """
     return Severity.ERROR if code in _ERRORS else Severity.WARNING
 

@@ -1,7 +1,7 @@
 """Recognizes the formats of preference data and converts their rows to pairs and labelled answers.
 
-A row of a pair has two answers. Its prompt is a field of its own, or the turns that both answers begin with. A
-labelled answer is a row in one of the chat formats with a label. This module knows nothing about files.
+A row of a pair has two answers. Its prompt is either a separate field, or the turns with which both answers begin. A
+labelled answer is a row in one of the chat formats that also has a label. This module knows nothing about files.
 """
 
 import re
@@ -133,7 +133,7 @@ def _read_openai(value: dict[str, Any], key: str) -> tuple[ChatExample, tuple[st
 def _read_chosen_rejected(value: dict[str, Any], key: str) -> tuple[ChatExample, tuple[str, ...]]:
     """Read `chosen` or `rejected` with its prompt.
 
-    As in TRL, an answer that is a conversation contains its prompt, unless the prompt is a list of turns, too.
+    As in TRL, an answer that is a conversation contains its prompt, unless the prompt is also a list of turns.
     """
     chat, answer = Turns(), _turns_in(value[key])
     prompts = [name for name in PROMPT_KEYS if not is_absent(value.get(name))]
@@ -160,7 +160,7 @@ def _contains_prompt(answer: list[Any], value: dict[str, Any], prompts: Sequence
     """Return whether the turns of an answer begin with the prompt.
 
     Args:
-        prompts: keys of the row that may have the prompt.
+        prompts: keys of the row that may contain the prompt.
     """
     prompt = _turns_in(value.get("prompt"))
     if isinstance(prompt, list) and prompt:
@@ -188,7 +188,7 @@ def _add_turns(chat: Turns, turns: list[Any], key: str, raw: Any) -> None:
     """Add turns.
 
     Args:
-        key: key of the row that has the turns.
+        key: key of the row that contains the turns.
         raw: value of the key, which is a single turn without a list in some formats.
     """
     for index, turn in enumerate(expect_turns(turns, key)):
@@ -199,7 +199,8 @@ def _add_turns(chat: Turns, turns: list[Any], key: str, raw: Any) -> None:
 def _hh_turns(answer: str, prompt: Any) -> list[tuple[str, str]]:
     """Return roles and texts of a conversation in one text, as in Anthropic's HH, or an empty list for other texts.
 
-    The conversation may be split: all turns in `prompt`, which ends with the mark of the answer, and the answer.
+    The conversation may be split into `prompt`, which contains all turns and ends with the mark of the answer, and the
+    answer.
     """
     text = answer if is_absent(prompt) else ""
     if isinstance(prompt, str) and prompt.rstrip().endswith(_ASSISTANT):

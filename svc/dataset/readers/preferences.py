@@ -84,7 +84,7 @@ def read_labelled(
         kept_back: held-out examples; a line that repeats one of their prompts is bad.
 
     Raises:
-        DataError: a line is bad (the error names it), a file has neither labelled answers nor pairs, or there are
+        DataError: a line is bad (the error names it), a file contains neither labelled answers nor pairs, or there are
             too few answers.
     """
     rows = read_good(_labelled_lines, sources, cache, bad_lines, kept_back)

@@ -105,8 +105,8 @@ def open_file(path: Path, expected: Kind | None, on_read: OnRead = lambda positi
     Memory is bounded by the longest line.
 
     Args:
-        expected: the kind that is needed, or None for any. Rows that are chat examples and pairs, as in
-            UltraFeedback, are chat examples only where these are expected.
+        expected: the required kind, or None for any. Rows that are both chat examples and pairs, as in UltraFeedback,
+            are read as chat examples only if chat examples are expected.
         on_read: called at intervals with the number of bytes of the file read so far.
 
     Raises:
@@ -132,7 +132,7 @@ def _recognise(value: Any, expected: Kind | None) -> tuple[Kind, Format | PairFo
 
 
 def wrong_kind(path: Path, kind: Kind, expected: Kind) -> DataError:
-    """Return the error for a file with examples of another kind than expected."""
+    """Return the error for a file whose examples are not of the expected kind."""
     todo = f"to train on this file, {_OBJECTIVES[kind]}; otherwise, give a file of {expected} (docs/data.md)"
     return DataError(f"{path} contains {kind}", expected=f"{expected}", todo=todo)
 

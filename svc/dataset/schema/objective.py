@@ -1,4 +1,4 @@
-"""What a model can learn from, which decides the kind of its training data."""
+"""Training objectives, which determine the kind of training data."""
 
 from enum import StrEnum
 
@@ -18,5 +18,5 @@ class Objective(StrEnum):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether answers are also scored by the model before training."""
+        """Whether the untrained model also scores the answers."""
         return self in (Objective.DPO, Objective.KTO)

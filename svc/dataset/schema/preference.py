@@ -7,7 +7,7 @@ from svc.dataset.schema.example import ChatExample
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two answers to one prompt, of which one is preferred.
+    """Two answers to one prompt, one of which is preferred.
 
     Attributes:
         chosen: prompt with the better answer.

@@ -26,7 +26,7 @@ class ToolCall:
     Attributes:
         arguments: a JSON object as text, as in OpenAI's API.
         id: id by which the tool turn refers to the call, or None if the example does not give one.
-        encoded_twice: whether the file has the arguments as JSON text within JSON text.
+        encoded_twice: whether the arguments are JSON text within JSON text in the file.
     """
 
     name: str
