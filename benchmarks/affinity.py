@@ -2,9 +2,9 @@
 
     python -m benchmarks.affinity http://127.0.0.1:8000/v1#NAME --conversations 24
 
-Requests with a `user` go to the replica that has probably cached the conversation. Prompts of token ids without one go
-to the replica with the fewest requests. Rounds of both alternate. For each round, the share of prompt tokens that the
-engines had cached and the times to first token are printed.
+Requests with a `user` go to the replica that has probably cached the conversation. Prompts of token ids without a
+`user` go to the replica with the fewest requests. Rounds of both kinds alternate. For each round, the share of prompt
+tokens that the engines had cached and the times to first token are printed.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ _TURN_TOKENS = 48
 
 @dataclass(frozen=True)
 class Round:
-    """Results of a number of conversations.
+    """Results of one round of conversations.
 
     Attributes:
         cached: share of the prompt tokens that the engines had cached.
-        firsts: times to first token of all turns but the first of each conversation, in seconds.
+        firsts: times to first token of all turns except the first one of each conversation, in seconds.
     """
 
     cached: float
@@ -44,8 +44,8 @@ class Shape:
     """Conversations of a round.
 
     Attributes:
-        concurrency: conversations at a time. The next one begins when one is over.
-        begin: tokens of the first prompt.
+        concurrency: number of concurrent conversations. When one ends, the next one begins.
+        begin: number of tokens in the first prompt.
     """
 
     conversations: int
@@ -82,7 +82,9 @@ def _totals(text: str) -> Iterator[tuple[str, float]]:
 
 
 async def counted(http: httpx.AsyncClient, metrics: httpx.URL) -> dict[str, float]:
-    """Return how many prompt tokens all engines have looked up in their caches (queries), and found (hits)."""
+    """Return how many prompt tokens all engines have looked up in their caches (queries), and how many of these they
+    found (hits).
+    """
     answer = (await http.get(metrics)).raise_for_status()
     sums = {"hits": 0.0, "queries": 0.0}
     for name, value in _totals(answer.text):

@@ -292,7 +292,7 @@ def unsloth_job(task: Task) -> dict[str, Any]:
 
 
 def _train_unsloth(task: Task, folder: Path) -> Run:
-    """Train with Unsloth in a process of its own."""
+    """Train with Unsloth in a separate process."""
     job, result, script = folder / "job.json", folder / "result.json", Path(__file__).with_name("unsloth_training.py")
     content = unsloth_job(task)
     job.write_text(json.dumps(content), "utf-8")
@@ -322,7 +322,7 @@ def _machine_share(task: Task) -> tuple[float, float]:
 
 
 def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a process that does nothing else, so that this one takes no GPU memory."""
+    """Call a function in a separate process, so that the current process takes no GPU memory."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

@@ -2,8 +2,8 @@
 
     python -I benchmarks/unsloth_training.py JOB.json RESULT.json
 
-Unsloth changes transformers when it is imported, and needs older releases of it than this project. So it
-runs in a process of its own, possibly with another interpreter, and this file imports nothing of the project.
+Unsloth changes transformers when it is imported, and needs older releases of it than this project. It therefore runs in
+a separate process, possibly with another interpreter, and this file imports nothing from the project.
 """
 
 import json

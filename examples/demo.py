@@ -213,7 +213,7 @@ def refuse_bad_versions(url: str, prompts: list[list[dict[str, str]]], summary: 
 
 
 def roll_back_by_canary(url: str, prompts: list[list[dict[str, str]]], summary: Summary) -> None:
-    """Try a version that is good on paper and bad in traffic on half of the requests; it is rolled back by itself."""
+    """Try a version with good metrics but bad answers on half of the requests; it is rolled back automatically."""
     heading("7. a version that is good on paper and bad in traffic")
     folders = {number: HOME / "models" / NAME / str(number) for number in (1, 5)}
     shutil.rmtree(folders[5], ignore_errors=True)

@@ -39,7 +39,8 @@ def replace_weights(source: Path, target: Path, format: str, weights_of: Path) -
 
 
 def replace_by_base(source: Path, target: Path, base: Path) -> None:
-    """Copy a version with the weights of its base and the probes of these weights: good on paper, bad in traffic.
+    """Copy a version with the weights of its base and the probes of these weights. Its metrics are good, but its
+    answers are bad.
 
     The manifest still has the metrics of the fine-tuned model, as after an evaluation of the wrong model.
 

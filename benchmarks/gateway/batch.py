@@ -1,7 +1,7 @@
-"""`python -m benchmarks.gateway.batch`: CPU time of the server for a batch of requests and over HTTP.
+"""`python -m benchmarks.gateway.batch`: compares the server's CPU time per request in a batch and over HTTP.
 
-Both run on one server in front of the benchmark's upstream, in turn and with the same concurrency. The figure for the
-batch includes its creation, the check of its input file and its result file.
+Both run on one server in front of the benchmark's upstream, alternately and with the same concurrency. The figure for
+the batch includes its creation, the check of its input file and the writing of its result file.
 """
 
 import statistics

@@ -1,6 +1,6 @@
 """The benchmark environment: two cores, the upstream, and gateways that are started and stopped in turn.
 
-The gateway has a core of its own; the clients and the upstream share the other.
+The gateway has its own core; the clients and the upstream share the other one.
 """
 
 import gc

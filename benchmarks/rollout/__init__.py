@@ -1,1 +1,3 @@
-"""How good are the decisions of canary rollouts? Simulated traffic through the real analysis, and fixed thresholds."""
+"""Measures the quality of canary rollouts' decisions, by running simulated traffic through the real analysis and
+through fixed thresholds.
+"""

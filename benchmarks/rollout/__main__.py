@@ -1,4 +1,6 @@
-"""Wrong, missed and late decisions of simulated canary rollouts, compared with Argo Rollouts and Flagger."""
+"""Counts wrong, missed and late decisions of simulated canary rollouts, in comparison with Argo Rollouts and
+Flagger.
+"""
 
 import os
 

@@ -20,7 +20,7 @@ _CHUNK = 2_000
 
 
 class End(StrEnum):
-    """How a rollout ended."""
+    """Outcome of a rollout."""
 
     ROLLED_BACK = "rolled back"
     FULL = "full"
@@ -33,8 +33,8 @@ class Decision:
     """Result of a rollout.
 
     Attributes:
-        exposed: number of requests to the candidate until then.
-        after_s: time until then, in seconds.
+        exposed: number of requests to the candidate until the decision.
+        after_s: time until the decision, in seconds.
     """
 
     end: End

@@ -76,7 +76,7 @@ def run_all(jobs: Sequence[Job], processes: int) -> list[Result]:
 
 
 def with_calibrated(results: dict[Kind, list[Result]], wrong: float) -> dict[Kind, Decisions]:
-    """Return all decisions, those of calibrated policies with limits from the rollouts of equal candidates.
+    """Return all decisions. The limits of calibrated policies are derived from the rollouts of equal candidates.
 
     Args:
         wrong: largest share of these rollouts that a calibrated policy rolls back.

@@ -1,4 +1,4 @@
-"""The tables of decisions, in Markdown.
+"""Formats the tables of decisions in Markdown.
 
 For equal candidates: the share of wrong rollbacks, with the upper limit of its 95 % interval. For others: requests to
 the candidate before the rollback (median / 95th percentile of all rollouts), and the share of missed bad candidates.
@@ -57,7 +57,7 @@ def _share(decisions: Sequence[Decision], end: End) -> str:
 
 
 def _exposed(decisions: Sequence[Decision]) -> str:
-    """Return median and 95th percentile of the requests to the candidate before the rollback, or never."""
+    """Return the median and 95th percentile of the requests to the candidate before the rollback, or "never"."""
     ordered = sorted(each.exposed if each.end is End.ROLLED_BACK else float("inf") for each in decisions)
     cells = [ordered[int(np.ceil(rank * len(ordered))) - 1] for rank in (0.5, 0.95)]
     return " / ".join("never" if np.isinf(cell) else f"{cell:,.0f}" for cell in cells)

@@ -30,8 +30,8 @@ class Policy:
     Attributes:
         window_s: interval of the measurements, and length of their windows.
         failures: number of failed measurements that roll back.
-        step_s: time at each share. None: until one measurement succeeds.
-        percentile: compared percentile of the first token.
+        step_s: time at each share, or None to stay until one measurement succeeds.
+        percentile: percentile of the time to first token that is compared.
     """
 
     name: str
@@ -125,8 +125,8 @@ def advance_on_success(traffic: Traffic, policy: Policy, limits: Floats) -> Deci
 def calibrate(equal: list[Windows], policy: Policy, wrong: float) -> Floats:
     """Return limits that roll back at most this share of the given rollouts of equal candidates.
 
-    A rollout is rolled back if enough windows exceed a limit, so each signal's limit is a quantile of the value that
-    this number of windows reaches. All signals have the same quantile: the lowest that keeps the share.
+    A rollout is rolled back if enough windows exceed a limit. Each signal's limit is therefore a quantile of the value
+    that this number of windows reaches. The same quantile is used for all signals: the lowest one that keeps the share.
     """
     reached = np.array([np.sort(windows.values, axis=0)[-policy.failures] for windows in equal])
     for quantile in 1 - wrong * np.array([1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0]):

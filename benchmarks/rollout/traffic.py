@@ -1,4 +1,6 @@
-"""Simulated traffic: requests with the results that either version would give, so that all policies see the same."""
+"""Simulated traffic: requests with the results that each version would give, so that all policies see the same
+traffic.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,12 +75,13 @@ BAD = [
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests in the order of their times; of two rows, the first is for production, the second for the candidate.
+    """Requests in chronological order. In arrays with two rows, the first is for production and the second for the
+    candidate.
 
     Attributes:
         place: position of each request's unit between 0 and 1; a unit below the candidate's share is assigned to it.
         unit: number of each request's user, or `SINGLE`.
-        bad: whether the rating is bad, if there is one.
+        bad: whether the rating is bad, if the request was rated.
     """
 
     time: Floats
@@ -92,7 +95,7 @@ class Traffic:
 
 
 def generate(kind: Kind, seconds: float, seed: int) -> Traffic:
-    """Return the traffic of a kind of rollout for a time in seconds."""
+    """Return the traffic of a kind of rollout for the given duration, in seconds."""
     draw = np.random.default_rng(seed)
     time, unit, place, rates, speed = _requests(kind.shape, seconds, draw)
     order = np.argsort(time, kind="stable")
@@ -121,7 +124,7 @@ def generate(kind: Kind, seconds: float, seed: int) -> Traffic:
 def _requests(
     shape: Shape, seconds: float, draw: np.random.Generator
 ) -> tuple[Floats, NDArray[np.int64], Floats, Floats, Floats]:
-    """Return times, units, places, and factors of the rates and of the times of all requests, in any order."""
+    """Return the times, units, places, rate factors and time factors of all requests, in any order."""
     count = int(draw.poisson(seconds * REQUESTS_PER_S))
     time: Floats = draw.random(count) * seconds
     unit: NDArray[np.int64] = np.full(count, SINGLE, dtype=np.int64)

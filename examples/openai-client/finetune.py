@@ -1,6 +1,6 @@
 """Fine-tune a model through OpenAI's client, and chat with it.
 
-It needs the package `openai` only, and a running `svc serve` with `fine_tuning.bases` (docs/fine-tuning-api.md):
+It needs only the package `openai` and a running `svc serve` with `fine_tuning.bases` (docs/fine-tuning-api.md):
 
     python examples/openai-client/finetune.py --model small --train train.jsonl --question "It will not start."
 """
