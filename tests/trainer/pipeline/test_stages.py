@@ -342,5 +342,5 @@ def test_checkpoints_in_the_object_store_are_fetched_and_removed_after_registrat
     with CheckpointFolder(elsewhere / "checkpoints", 1, other.send).writing(1) as folder:
         (folder / "weights.safetensors").write_bytes(b"weights")
     pipeline.train_version()
-    assert "fetched step-00000001 of another machine" in capsys.readouterr().err
+    assert "fetched step-00000001, written by another machine" in capsys.readouterr().err
     assert objects.keys("checkpoints") == []
