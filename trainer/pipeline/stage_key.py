@@ -52,6 +52,8 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
     if not prefers:
         content["stopping"].pop("curve")
     content["train"] = {key: value for key, value in content["train"].items() if key not in DEVICE_KEYS}
+    if content["train"]["lora_plus_ratio"] is None:
+        content["train"].pop("lora_plus_ratio")
     training = [content[key] for key in ("chat_template_kwargs", "train", "stopping")]
     learnt = [adapter, recipe.base_quantization, *training]
     preference = [recipe.objective, content["preference"]] if prefers else []

@@ -149,6 +149,8 @@ class Recipe(Section):
         given, kind = self.adapter.model_fields_set, self.adapter_type
         if unused := given & UNUSED_KEYS.get(kind, frozenset()) if kind else given:
             raise ValueError(f"adapter.{min(unused)} is not used by {kind or f'`method: {self.method}`'}")
+        if self.train.lora_plus_ratio is not None and kind not in (AdapterType.LORA, AdapterType.DORA):
+            raise ValueError(f"train.lora_plus_ratio is not used by {kind or f'`method: {self.method}`'}")
         if self.adapter.starts_from_base and self.base_quantization:
             raise ValueError(
                 f"`adapter.init: {self.adapter.init}` changes the base's weights, but `quantization: "

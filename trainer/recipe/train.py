@@ -82,6 +82,9 @@ class Train(Section):
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """peak learning rate; default for bases of hidden width 576 or less: 5e-4, or 1e-2 for adalora, 6e-2 for
     vera and 5e-5 for full; lower for wider bases and for preferences, see [training](training.md#learning-rate)"""
+    lora_plus_ratio: Annotated[float, Field(ge=1)] | None = None
+    """learning rate of LoRA's B matrices as a multiple of `learning_rate`, which is then that of A (LoRA+); lora, qlora
+    and dora only; default: the same for both"""
     schedule: Schedule = Schedule.LINEAR
     """how the learning rate decays: linear or cosine to 0, or constant"""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)

@@ -39,7 +39,7 @@ _NOT_NEEDED = (
     ),
     *("save_safetensors", "save_only_model", "save_first_step", "loss_watchdog_*", "remove_unused_columns"),
     *("shuffle_merged_datasets", "group_by_length", "low_cpu_mem_usage", "chat_template_kwargs", "include_tkps"),
-    *("use_tensorboard", "activation_offloading", "trust_remote_code"),
+    *("loraplus_lr_embedding", "use_tensorboard", "activation_offloading", "trust_remote_code"),
 )
 _OBJECTIVES = {"dpo": Objective.DPO, "ipo": Objective.DPO, "orpo": Objective.ORPO, "kto": Objective.KTO}
 _OTHER_TASKS = {

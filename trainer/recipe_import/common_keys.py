@@ -136,6 +136,9 @@ def import_run(draft: Draft) -> None:
         if isinstance(checkpointing, str):
             draft.changed("gradient_checkpointing", f"{checkpointing!r} became true; activations are not moved")
     draft.copy("neftune_noise_alpha", "train.neftune_alpha")
+    ratio = draft.take("loraplus_lr_ratio")
+    if ratio is not None and draft.values["method"] != Method.FULL:
+        draft.values["train.lora_plus_ratio"] = ratio
 
 
 def source(path: str, folder: Path, files: tuple[str, ...] = (), revision: str | None = None) -> list[str]:

@@ -43,7 +43,14 @@ _NOT_NEEDED = (
     *("preprocessing_num_workers", "preprocessing_batch_size", "dataloader_*", "ddp_timeout", "overwrite_cache"),
     *("tokenized_path", "include_num_input_tokens_seen", "run_name", "hub_*", "push_to_hub", "cache_dir", "ray_*"),
     *("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model", "image_*", "video_*"),
-    *("pissa_convert", "dataset_dir", "use_reentrant_gc", "gradient_checkpointing_kwargs", "low_cpu_mem_usage"),
+    *(
+        "pissa_convert",
+        "loraplus_lr_embedding",
+        "dataset_dir",
+        "use_reentrant_gc",
+        "gradient_checkpointing_kwargs",
+        "low_cpu_mem_usage",
+    ),
 )
 _OBJECTIVES = {"sft": Objective.SFT, "dpo": Objective.DPO, "kto": Objective.KTO}
 _LOSSES = {"sigmoid": DpoLoss.SIGMOID, "ipo": DpoLoss.IPO}

@@ -133,6 +133,7 @@ def assemble_trainer(
         heldout=measured,
         heldout_schedule=schedule if measured else None,
         allocation=RankAllocation(model) if recipe.adapter_type is AdapterType.ADALORA else None,
+        lora_plus_ratio=recipe.train.lora_plus_ratio,
         first_matrices=first,
         preemption=setup.preemption,
         group=group,

@@ -6,6 +6,7 @@ need more memory than announced, without any message. Whatever can be checked wi
 one; the rest is observed in the first step. Imports torch, transformers and PEFT.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +66,7 @@ class MechanismCheck(TrainerCallback):
             rows = [trainer.train_dataset[0]] * 2
             check_padding_free(trainer.data_collator(rows), rows)
         check_optimizer_class(inner_optimizer(trainer), recipe.train.optimizer, fused="fused" in args.optim)
+        check_lora_plus(inner_optimizer(trainer), model, args.learning_rate, recipe.train.lora_plus_ratio)
         self._first_step = FirstStep(model, self._number_type, one_row=chosen.padding_free)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -325,6 +327,32 @@ def check_optimizer_class(optimizer: torch.optim.Optimizer, chosen: Optimizer, *
                 f"a weight of at least {smallest:,} elements",
                 f"set train.optimizer to {Optimizer.ADAMW}",
             )
+
+
+def check_lora_plus(
+    optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float, ratio: float | None
+) -> None:
+    """Check that LoRA's B matrices have their own peak learning rate, and all other weights the recipe's.
+
+    Args:
+        ratio: learning rate of B as a multiple of that of A, or None if both are the same.
+
+    Raises:
+        TrainingError: a weight has another learning rate. DoRA's magnitudes may have either.
+    """
+    rates = {
+        id(weight): group.get("initial_lr", group["lr"])
+        for group in optimizer.param_groups
+        for weight in group["params"]
+    }
+    wrong = set()
+    for name, weight in model.named_parameters():
+        expected = learning_rate * (ratio or 1) if ".lora_B." in name else learning_rate
+        rate = rates.get(id(weight), expected)
+        if weight.requires_grad and weight.ndim > 1 and not math.isclose(rate, expected):
+            wrong.add(f"the learning rate of {name} is {rate:g} instead of {expected:g}")
+    if wrong:
+        raise _inactive(f"train.lora_plus_ratio: {ratio}", _first_of(wrong), "rates as chosen", _REPORT)
 
 
 def check_moments(optimizer: torch.optim.Optimizer, model: nn.Module, chosen: Optimizer) -> None:

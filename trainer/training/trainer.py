@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
@@ -64,12 +65,15 @@ class ResumableTrainer(AnswerTrainer):
         heldout: held-out rows in the same form as the training rows. Empty if held-out loss is not measured.
         heldout_schedule: steps at which held-out loss is measured, or None for never.
         allocation: AdaLoRA's rank allocation, whose state is part of a checkpoint.
+        lora_plus_ratio: learning rate of LoRA's B matrices as a multiple of that of A.
         first_matrices: matrices with which the adapter started, if the base's weights were changed accordingly
             (trainer.model.residual_start). They are part of a checkpoint.
         preemption: source of the signals that interrupt a step or a measurement of held-out loss in the
             middle.
         group: processes that train this model, one on each device.
     """
+
+    optimizer: torch.optim.Optimizer | None  # transformers'
 
     def __init__(
         self,
@@ -79,6 +83,7 @@ class ResumableTrainer(AnswerTrainer):
         heldout: list[dict[str, Any]],
         heldout_schedule: HeldoutSchedule | None = None,
         allocation: RankAllocation | None = None,
+        lora_plus_ratio: float | None = None,
         first_matrices: Matrices | None = None,
         preemption: Preemption | None = None,
         group: DeviceGroup = ALONE,
@@ -96,6 +101,7 @@ class ResumableTrainer(AnswerTrainer):
         self._heldout = sorted(heldout, key=lambda row: len(row["input_ids"]))
         self._heldout_set = hashlib.sha256(repr([row["input_ids"] for row in self._heldout]).encode()).hexdigest()[:12]
         self._allocation = allocation
+        self._lora_plus_ratio = lora_plus_ratio
         self.first_matrices = first_matrices
         if allocation is not None:
             self.add_callback(allocation)
@@ -108,6 +114,21 @@ class ResumableTrainer(AnswerTrainer):
             full: whether every weight is trained.
         """
         shard_model(self.model, self.group.size, number_type, full=full)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer, with LoRA+ in groups of different learning rates."""
+        if self._lora_plus_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        optimizer = create_loraplus_optimizer(
+            self.model,
+            kind,
+            loraplus_lr_ratio=self._lora_plus_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **options,
+        )
+        self.optimizer = optimizer
+        return optimizer
 
     def prepare_run(self) -> None:
         """Prepare a run before its first step. A resumed run loads the result from its checkpoint instead."""

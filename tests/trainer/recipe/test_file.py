@@ -269,6 +269,8 @@ def test_method_implies_adapter_type_and_quantization(
         ({"method": "full", "quantization": "nf4"}, "freezes the weights, but `method: full` trains them all"),
         ({"merge_dequantized": True}, "`merge_dequantized` requires `method: qlora` or `quantization: nf4`"),
         ({"adapter": {"type": "vera", "alpha": 3}}, "adapter.alpha is not used by vera"),
+        ({"method": "full", "train": {"lora_plus_ratio": 4}}, "lora_plus_ratio is not used by `method: full`"),
+        ({"method": "vera", "train": {"lora_plus_ratio": 4}}, "train.lora_plus_ratio is not used by vera"),
         ({"adapter": {"init": "zeros"}}, "'adapter.init' is 'zeros'"),
         ({"method": "dora", "adapter": {"init": "pissa"}}, "adapter.init is not used by dora"),
         ({"method": "qlora", "adapter": {"init": "pissa"}}, "`quantization: nf4` stores them in 4 bits"),

@@ -207,3 +207,9 @@ def test_start_of_an_adapter_that_cannot_be_used_is_reported(content: dict[str, 
 def test_pissa_is_imported_from_llama_factory(iterations: int, start: str, tmp_path: Path) -> None:
     content = {"pissa_init": True, "pissa_iter": iterations, "pissa_convert": True}
     assert imported_from_llama_factory(tmp_path, **content)["adapter"]["init"] == start
+
+
+def test_lora_plus_is_imported_from_both_tools(tmp_path: Path) -> None:
+    result = imported(tmp_path, adapter="qlora", loraplus_lr_ratio=16, loraplus_lr_embedding=1e-6)
+    assert (result.content["train"]["lora_plus_ratio"], left_out(result)) == (16, set())
+    assert imported_from_llama_factory(tmp_path, loraplus_lr_ratio=16.0)["train"]["lora_plus_ratio"] == 16

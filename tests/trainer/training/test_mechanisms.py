@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -31,6 +32,7 @@ from trainer.training.mechanisms import (
     check_attention,
     check_checkpointing,
     check_liger,
+    check_lora_plus,
     check_moments,
     check_nf4,
     check_number_types,
@@ -361,3 +363,16 @@ def test_moments_that_are_not_paged_are_an_error() -> None:
 
 def test_every_layer_of_a_model_can_be_observed(model: Any) -> None:
     assert checkpointed_layers(model) == list(model.model.layers)
+
+
+def test_learning_rates_of_lora_plus_are_checked() -> None:
+    model = nn.ModuleDict({"layer": nn.ModuleDict({"lora_A": nn.Linear(2, 2), "lora_B": nn.Linear(2, 2)})})
+    groups = [
+        {"params": model["layer"][part].parameters(), "lr": rate} for part, rate in (("lora_A", 1), ("lora_B", 4))
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    check_lora_plus(optimizer, nn.ModuleDict({"base": model}), 1, 4)
+    with pytest.raises(TrainingError, match=r"rate of base\.layer\.lora_B\.weight is 4 instead of 8"):
+        check_lora_plus(optimizer, nn.ModuleDict({"base": model}), 1, 8)
+    with pytest.raises(TrainingError, match=r"rate of base\.layer\.lora_B\.weight is 4 instead of 1"):
+        check_lora_plus(optimizer, nn.ModuleDict({"base": model}), 1, None)

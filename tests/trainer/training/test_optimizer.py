@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import RecipeError
 from tests.trainer.conftest import losses_of, make_recipe
+from tests.trainer.training.test_preference import data_for
 from tests.trainer.training.test_resume import train_in, train_until
+from tests.trainer.training.test_several_devices import CLOSE, train
 from trainer.model.acceleration import choose_acceleration, machine_facts
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Optimizer
 from trainer.training import optimizer as optimizer_module
 from trainer.training.arguments import training_arguments
@@ -76,3 +80,50 @@ def test_interrupted_training_with_8_bit_moments_ends_with_the_same_weights(
         assert losses_of(summary)[-1] < losses_of(summary)[0]
         weights.append(load_file(tmp_path / name / "trained" / "model.safetensors"))
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def lora_plus(ratio: float | None = 8, **sections: Any) -> Recipe:
+    train = {"batch_size": 4, "epochs": 2, "learning_rate": 2e-3, "lora_plus_ratio": ratio} | sections.pop("train", {})
+    return make_recipe(**{"adapter": {"rank": 4}, "checkpoints": {"every_steps": 1}, "train": train} | sections)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
+def test_lora_plus_learns_faster_and_resumes_with_the_same_weights(
+    method: str, tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, weights, recipe = TrainingData(examples), [], lora_plus(method=method)
+    train_until(tiny_base, data, recipe, tmp_path / "resumed", 3, monkeypatch, NumberType.FLOAT32)
+    for name in ("whole", "resumed"):
+        summary = train_in(NumberType.FLOAT32, tiny_base, data, recipe, tmp_path / name)
+        weights.append(load_file(tmp_path / name / "trained" / "adapter_model.safetensors"))
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    plain = train_in(NumberType.FLOAT32, tiny_base, data, lora_plus(None, method=method), tmp_path / "plain")
+    assert losses_of(summary)[-1] < losses_of(plain)[-1] - 0.1
+
+
+@pytest.mark.slow
+def test_lora_plus_works_with_8_bit_moments_and_preferences(tiny_base: Path, tmp_path: Path) -> None:
+    train = {"optimizer": "adamw-8bit", "steps": 2}
+    recipe = lora_plus(objective="dpo", adapter={"rank": 64}, train=train)
+    train_in(NumberType.FLOAT32, tiny_base, data_for(recipe.objective), recipe, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_lora_plus_is_the_same_on_two_devices(
+    sharded: bool, tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    runs = [
+        train(
+            tiny_base,
+            TrainingData(examples),
+            lora_plus(),
+            tmp_path / str(devices),
+            devices,
+            sharded=sharded and devices > 1,
+        )
+        for devices in (1, 2)
+    ]
+    assert losses_of(runs[0]) == pytest.approx(losses_of(runs[1]), abs=10 * CLOSE)
