@@ -119,7 +119,7 @@ class EngineSlots:
             try:
                 ended, left = await asyncio.to_thread(end_postponed, all_states(self.settings.home))
             except OSError:
-                log.exception("could not read which actors are to be ended")
+                log.exception("could not read which actors must be ended")
                 continue
             if ended:
                 log.info("ended actors that an absent Ray cluster had kept: %s", ", ".join(ended))

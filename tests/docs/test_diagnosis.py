@@ -47,7 +47,7 @@ def test_documented_finding_thresholds_match_the_code() -> None:
             f"at most {label_rules.STILL_LEARNING:.0%} of its level at the end",
             f"{label_rules.MIN_ASKED} or more held-out answers",
             f"of {label_rules.LEARNT:g} or more",
-            f"More than {label_rules.WRONG:.0%} of the surest third",
+            f"More than {label_rules.WRONG:.0%} of the most confident third",
             f"below {label_rules.SURE:g}",
             f"more than {label_rules.CONTRADICTED:.0%} of the training examples",
         ],
