@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 _ROOM_PAUSE_S = 1.0
 _MAX_ROOM_PAUSE_S = 8.0
-"""Longest pause between two checks of the free memory. Each query to a Ray cluster takes a process 2 to 3 s of CPU time."""
+"""Longest pause between two checks of the free memory. A query to a Ray cluster takes 2 to 3 s of CPU time."""
 _BACKOFF_S: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 
 
