@@ -18,7 +18,7 @@ _MAX_GPUS = 8
 _MAX_REPLICAS = 1024
 _MIN_REQUESTS, _MAX_REQUESTS = 3000, 20_000
 _HORIZON = 20
-"""Simulated time as a multiple of the demanded latency, so that a queue which grows for ever exceeds it."""
+"""Simulated time as a multiple of the demanded latency, so that a queue that keeps growing exceeds it."""
 _RELOAD_BYTES_PER_S = 4e9
 _RELOAD_S = 3.0
 """Reloads in place on an H200 took 3.5 s for 16 GB (vllm#49459); 3 s if the size of the weights is unknown."""

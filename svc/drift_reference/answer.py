@@ -20,7 +20,7 @@ from svc.drift_reference.sample import NO, NOT_THERE, YES, Sample
 from svc.evaluation.metrics.json_answers import is_json
 
 _ENDED = ("stop", "tool_calls")
-"""Finish reasons of answers that the model ended of its own accord."""
+"""Finish reasons of answers that the model ended by itself."""
 _MAX_LABELS = 30
 _MIN_PER_LABEL = 3
 """Minimum average number of references per distinct answer. With fewer, the answers do not count as labels."""

@@ -37,7 +37,7 @@ _SLOW_STORAGE_BYTES_PER_S = 50_000_000
 """Assumed read speed of slow storage: a network volume, or a single hard disk under load. At this speed,
 reading a 70B model (140 GB) takes 47 minutes."""
 CUT_OFF = "length"
-"""Finish reason of an answer that reached its token limit. Any other answer ends with a token of its own,
+"""Finish reason of an answer that reached its token limit. Any other answer ends with an end token,
 because no stop strings are sent."""
 
 

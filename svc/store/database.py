@@ -37,7 +37,7 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 10_000  # two processes write: the server and the command line
 _PAUSE_S = 0.01
 _NEWEST = "batches"
-"""Newest migration. It is not asked from Alembic, whose import would take a tenth of the start of each command."""
+"""Newest migration. It is not read from Alembic, because importing that takes a tenth of a command's start time."""
 _NOTIFY = text("SELECT pg_notify(:channel, :echo)").bindparams(channel=CHANNEL)
 _VERSION_TABLES = {"sqlite": "alembic_version", "postgresql": "tuneserve_alembic_version"}
 """Table with the schema's revision. In PostgreSQL, MLflow may use the same database and Alembic's default name."""

@@ -23,7 +23,7 @@ from svc.store.tables import FileRow, JobRow
 from svc.version import VersionId
 
 REPEAT_WINDOW = timedelta(minutes=15)
-"""Time after its creation during which an equal request returns a job or batch that has not ended and is not being
+"""Time after the creation of a job or batch during which an equal request returns it, unless it has ended or is being
 cancelled. OpenAI's client waits 10 minutes for an answer, and then sends the request again."""
 _OPEN = [status.value for status in JobStatus if not status.ended]
 _CHUNK = 100

@@ -16,8 +16,8 @@ CALL = '{"name": "%", "arguments": %}'
 """SQL pattern that matches a tool call in a stored answer, which `answer_text` rewrote from the model's text."""
 _NOT_TEXT = ('"type": "image', '"type": "input_', '"type": "video', '"type": "audio', '"type": "file"')
 _TOOLS = ('"tool_calls": ', '"tool_call_id": ', '"role": "tool"')
-"""Texts in the stored JSON of messages with other content than text, or with tools; inside of a message's text, the
-quotes are escaped."""
+"""Texts that occur in the stored JSON of messages only if they have content other than text, or use tools. In the text
+of a message, quotes are escaped, so it does not match."""
 
 
 def find_kept_requests(

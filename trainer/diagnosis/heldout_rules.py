@@ -54,9 +54,9 @@ def find_overfitting(run: TrainingRun) -> Finding | None:
         f"{last.heldout_loss:.3f} at the end, by {mean_rise:.3f} [±{2 * error:.3f}] on the same {len(rise)} examples, "
         "while the training loss fell",
         advice=_stop_earlier(run.recipe.train, lowest),
-        rule=f"held-out loss rose by more than {RISE:.0%} from its lowest point, which happens by chance in fewer than "
-        f"one in {1 / FALSE_ALARMS:.0f} runs (paired t-test over the examples, Bonferroni over the measurements), "
-        "while the training loss fell",
+        rule=f"held-out loss rose by more than {RISE:.0%} from its lowest point while the training loss fell; such a "
+        f"rise happens by chance in fewer than one in {1 / FALSE_ALARMS:.0f} runs (paired t-test over the examples, "
+        "Bonferroni over the measurements)",
     )
 
 

@@ -36,15 +36,14 @@ GAINED = 0.05
 """Minimum share of the label entropy that the prompts must explain. A model below it has learnt only how
 frequent each label is."""
 HARDLY_GAINED, STILL_FALLING, LATE_SURE = 0.15, 0.15, 1.5
-"""Thresholds for a model that has hardly started to learn. The first is the share of the label entropy that
-it explains. The other two are the fall of the training loss in the last third of training above which
-more steps would help, as a share of its final level and in standard errors. When nothing explains the
-labels, the loss falls by 7% at most (docs/diagnosis.md)."""
+"""Thresholds for a model that has hardly started to learn: the maximum share of the label entropy that it explains,
+and by how much its training loss must still have fallen in the last third of training for more steps to help, as a
+share of its final level and in standard errors. When nothing explains the labels, the loss falls by 7% at most
+(docs/diagnosis.md)."""
 PARTLY_GAINED, HELDOUT_FALLING, HELDOUT_SURE = 0.5, 0.05, 2.0
-"""Thresholds for a model that has learnt only part of its task in a short run. The first is the share of
-the label entropy that it explains. The other two are the fall of the held-out loss in the second half of
-the steps above which more steps would help, as a share of its final level and in standard errors over
-the same examples."""
+"""Thresholds for a model that has learnt only part of its task in a short run: the maximum share of the label entropy
+that it explains, and by how much its held-out loss must have fallen in the second half of the steps for more steps to
+help, as a share of its final level and in standard errors over the same examples."""
 
 
 def find_label_noise(run: TrainingRun) -> Finding | None:

@@ -179,7 +179,7 @@ def _sources(draft: Draft, key: str, number: int, dataset: Any, folder: Path) ->
         draft.leave_out(f"{place}.name", f"{name}; name the files of this configuration: hf:ORG/NAME/FOLDER")
     for other in sorted(dataset.keys() - _DATASET_KEYS):
         if dataset[other] not in (None, *_USUAL_COLUMNS.get(other, ())):
-            draft.leave_out(f"{place}.{other}", "the keys of docs/data.md are read; rename those of the data")
+            draft.leave_out(f"{place}.{other}", "only the keys in docs/data.md are read; rename the keys of the data")
     files = dataset.get("data_files") or ()
     files = (files,) if isinstance(files, str) else tuple(files)
     if dataset["path"] in ("json", "csv", "parquet", "text"):  # the loaders of Hugging Face's datasets
