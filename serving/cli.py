@@ -198,10 +198,14 @@ class _Percents(click.ParamType[tuple[float, ...]]):
 @click.argument("version")
 @_format_option
 @click.option("--shadow", type=int, metavar="N", help="First let VERSION answer copies of N requests.")
-@click.option("--canary", type=_Percents(), help="Then let it answer these shares of clients, such as 5,25,100.")
+@click.option(
+    "--canary", type=_Percents(), help="Then let it answer these percentages of the clients, such as 5,25,100."
+)
 @click.option("--direct", is_flag=True, help="Promote in a single swap, without the configured steps.")
 @click.option("--force", is_flag=True, help="Promote even if a gate refuses the version; requires --reason.")
-@click.option("--dry-run", is_flag=True, help="Only show the gates: exit code 0 if they pass, 23 if one refuses.")
+@click.option(
+    "--dry-run", is_flag=True, help="Only show the gates: exit code 0 if they pass, 23 if one refuses the version."
+)
 @reason_option
 @json_option
 @click.pass_context
@@ -398,7 +402,7 @@ def rollout(ctx: click.Context, name: str, rollout_id: int | None, watch: bool, 
     if shown is None:
         wanted = "rollout" if rollout_id is None else f"rollout {rollout_id}"
         raise NotFoundError(
-            f"the model {name!r} has no {wanted}", todo=f"begin one: svc promote {name}@N --canary 5,25,100"
+            f"the model {name!r} has no {wanted}", todo=f"start one: svc promote {name}@N --canary 5,25,100"
         )
     if watch:
         shown = follow_rollout(administration, name, shown.id, click.echo)

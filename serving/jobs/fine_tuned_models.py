@@ -33,7 +33,7 @@ PREFIXES: Final = (PREFIX, "ft-")
 """Prefixes of the names of fine-tuned models: for clients, and in the registry (serving.jobs.recipe)."""
 _NAME = re.compile(r"[A-Za-z0-9:._/@-]{1,512}")  # PostgreSQL rejects some other characters
 _KNOWN_S = 5.0
-"""Seconds for which a model that was read is cached. Another server may answer for a deleted model for as long."""
+"""Seconds for which a model that was read is cached. Another server may answer for a deleted model for that long."""
 _UNKNOWN_S = 1.0
 _MAX_KNOWN = 10_000
 

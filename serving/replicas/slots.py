@@ -31,7 +31,7 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _END_PAUSES_S = (5.0, 10.0, 20.0, 40.0, 60.0)
-"""Pauses between attempts to end actors whose cluster was away, in seconds. The last one is repeated."""
+"""Pauses between attempts to end actors whose cluster was unreachable, in seconds. The last one is repeated."""
 
 Served = Callable[[], Collection[str]]
 MakeSlots = Callable[[Settings, Registry, DeviceCapabilities, Served], "EngineSlots"]

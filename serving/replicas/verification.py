@@ -266,7 +266,7 @@ def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence
         raise ProbeError(
             f"the probes differ by {difference:.2f} nats on average: these are not the version's weights",
             expected=f"a difference of at most {_OTHER_WEIGHTS_NATS} nats between two kinds of engine",
-            todo="qualify the version on this kind of engine",
+            todo="restore the version's folder from a backup, or train it on a machine with this kind of engine",
         )
 
 

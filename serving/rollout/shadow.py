@@ -42,7 +42,7 @@ MAX_ANSWER_BYTES = 16 * 2**20
 WORKERS = 2
 """Maximum number of copies that run concurrently."""
 PRODUCTION_INTERVAL = 4
-"""Number of copies of which one is also sent to production."""
+"""One in this many copies is also sent to production."""
 
 
 class Copy(NamedTuple):

@@ -183,7 +183,10 @@ async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
         ProbeError: a probe differed by more than its tolerance every time, or there are no probes.
     """
     if not probes:
-        raise ProbeError("the version has no probes for this format", todo="qualify the version again")
+        raise ProbeError(
+            "the version has no probes for this format",
+            todo="run its recipe again: svc train registers a version with probes for each of its formats",
+        )
     differences = await asyncio.gather(*(_difference_on(client, probe) for probe in probes))
     for number, probe in enumerate(probes, start=1):
         difference, remaining = differences[number - 1], _REMEASUREMENTS
