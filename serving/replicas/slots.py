@@ -106,7 +106,7 @@ class EngineSlots:
         try:
             end_actor(folder)
         except EngineError as error:
-            log.warning("could not end the actor of engine %d; trying again later: %s", number, error.wrong)
+            log.warning("could not end the actor of engine %d; retrying later: %s", number, error.wrong)
             postpone_end(folder)
 
     async def end_postponed(self) -> None:

@@ -236,8 +236,9 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
     if len(plan.canary) > 1:
         units, share = _units_to_pass(plan), plan.canary[0] / 100
         texts.append(
-            f"canary at {plan.canary[0]:g} %: excluding a loss takes about {units} users or conversations with the "
-            f"candidate and no failure: {_takes(units / share, per_day)} at that rate, if each sends one request"
+            f"canary at {plan.canary[0]:g} %: excluding a loss takes about {units} users or conversations that "
+            f"the candidate answers without a failure: {_takes(units / share, per_day)} at that rate, if each sends "
+            "one request"
         )
         if per_day and 86_400 * units / share / per_day > plan.max_step_s:
             texts.append(

@@ -77,8 +77,8 @@ _LOOK_S = 1.0
 """Seconds between two checks of the evidence. Decisions remain valid no matter how often it is checked."""
 _STORE_PAUSE_S = 2.0
 _RESULT_S = 2.0
-"""Seconds within which a server whose swap failed records why, after it has made the previous version the desired one
-again."""
+"""Seconds that a server may take to record why its swap failed, after it has made the previous version the desired
+one again."""
 _STOP_TIMEOUT_S = 45.0
 """Longest time to load the production version again when the server stops, which the service manager waits for."""
 _MAX_REFERENCES = 200

@@ -265,7 +265,7 @@ class Registry:
         try:
             missing = [version for version in self.objects.versions(name) if not self._is_here(version)]
         except RegistryError as error:
-            log.warning("only the versions in %s are known now: %s", self.models, error)
+            log.warning("only the versions in %s are available now: %s", self.models, error)
             return
         for version in missing:
             try:

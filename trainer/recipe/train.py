@@ -30,7 +30,7 @@ class Sharding(StrEnum):
     """When several devices divide the weights among them instead of each storing a copy."""
 
     AUTO = "auto"
-    """If a copy does not fit on one device."""
+    """Divide the weights only if a copy of the model does not fit on one device."""
     NEVER = "never"
     ALWAYS = "always"
 

@@ -219,7 +219,9 @@ def _import_train(draft: Draft) -> None:
     trained_on_answers = draft.values["objective"] == Objective.SFT
     draft.values["train.too_long"] = (TooLong.TRUNCATE if trained_on_answers else TooLong.DROP).value
     if not trained_on_answers:
-        draft.changed("cutoff_len", "longer pairs are dropped, because a truncated answer is not the judged one")
+        draft.changed(
+            "cutoff_len", "longer pairs are dropped, because a truncated answer is not the one that was compared"
+        )
     draft.copy("packing", "train.packing")
     if draft.take("neat_packing"):  # it implies packing, in which examples attend only to themselves, as always here
         draft.values["train.packing"] = True

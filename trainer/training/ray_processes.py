@@ -387,7 +387,7 @@ def check_equal(facts: Sequence[NodeFacts]) -> None:
     for each in facts:
         if each.version != own:
             raise TrainingError(
-                f"node {each.address} has tuneserve {each.version}, and this machine {own}",
+                f"node {each.address} has tuneserve {each.version}, but this machine has {own}",
                 todo="install the same version on all nodes",
             )
         first, other = (_device(one.capabilities) for one in (facts[0], each))

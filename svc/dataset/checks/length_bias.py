@@ -56,8 +56,8 @@ class LengthBias:
         share = 100 * self.longer / self.compared
         return (
             f"the chosen answer is the longer one in {share:.0f} % of {self.compared} pairs "
-            f"(95 % interval {100 * self.low:.0f} to {100 * self.high:.0f} %); median {self.chosen_characters} "
-            f"characters, of the rejected answers {self.rejected_characters}"
+            f"(95 % interval {100 * self.low:.0f} to {100 * self.high:.0f} %); median length: chosen "
+            f"{self.chosen_characters} characters, rejected {self.rejected_characters}"
         )
 
 
