@@ -35,8 +35,8 @@ _UNTIL_ONE_ENDS_S = 1.0
 _ROUNDING = 1e-9
 _NONE = Limits()
 _DEBT_PER_SERVER = 1.2
-"""Maximum usage on other servers that counts towards a limit per minute, as a multiple of the limit for each running
-server. Usage exceeds it only after an outage of the store, when all usage since then is added in one step."""
+"""Level up to which usage on other servers fills a limit per minute, as a multiple of the limit for each running
+server. Usage would exceed it only after an outage of the store, when all usage since then is added in one step."""
 
 
 class Limit(StrEnum):

@@ -21,8 +21,8 @@ from svc.version import Format, Target, VersionId
 _POLL_S = 0.1
 _ROLLOUT_POLL_S = 0.5
 _SOON_S = 5.0
-"""Seconds between two polls of a rollout, and the time after which they begin. Before, the server is polled as often as
-for a swap, because a rollback takes no longer."""
+"""Seconds between two polls of a rollout, and seconds after which this interval applies. Before, the server is polled
+as often as for a swap, because a rollback ends within that time."""
 _UNWRITTEN_S = 30.0
 """How long the server may take to write a result to the journal, in seconds."""
 

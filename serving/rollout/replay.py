@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 MAX_AGE = timedelta(days=7)
 MIN_UNITS = 20
-"""Smallest number of users, conversations or single requests to compare. 16 prove that a candidate always fails."""
+"""Smallest number of users, conversations or single requests to compare; 16 prove it if a candidate always fails."""
 QUIET_S = 5.0
 """Seconds without requests before the candidate is loaded; doubled each time, as a request may have had to wait."""
 _MAX_QUIET_S = 300.0
