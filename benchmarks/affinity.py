@@ -23,7 +23,7 @@ from svc.terminal import counting, print_table, quiet_libraries
 
 _ANSWER = 16
 _TURN_TOKENS = 48
-"""New tokens of each turn: the answer to the one before, and the next question."""
+"""Number of new tokens in each turn: the answer to the previous turn, and the next question."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ CLAIM = 3.0
 SHARE = 0.7
 """Share of the machine's matrix speed that our trainer should reach at least."""
 SAME = 0.01
-"""Maximum relative difference of the mean losses of two trainings that count as equivalent."""
+"""Maximum relative difference of the mean losses of two training runs that count as equivalent."""
 
 
 class Contestant(StrEnum):

@@ -70,7 +70,7 @@ class Deployment:
 
     def check(self, model: str) -> Coroutine[object, object, None]:
         """Check that a model name can be served. See `serving.replicas.balancer.Balancer.check`."""
-        return self.balancer.check(model)  # not a coroutine of its own, which would cost time for each request
+        return self.balancer.check(model)  # not a separate coroutine, which would cost time for each request
 
     async def takes(self, version: VersionId) -> bool:
         """Return whether the engines serve a version, or apply it as an adapter. See `serving.router.Backend.takes`."""
@@ -154,7 +154,9 @@ class Deployment:
         This reads the store. While it is unavailable, the values stored in it are None.
         """
         actual, previous = self.reconciler.actual.target, self.reconciler.actual.previous
-        unwritten = self.reconciler.journal.unwritten  # before the store, which has results that are written meanwhile
+        unwritten = (
+            self.reconciler.journal.unwritten
+        )  # before the store is read, which then has results that are written meanwhile
         swap = rollout = holdout = None
         try:
             swap = last_swap(self.store, self.name, server=self.server)

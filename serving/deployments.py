@@ -42,7 +42,7 @@ _POLL_S = 1.0
 _REGISTERED_S = 5.0
 _DRAIN_S = 30.0
 _RETRY_S = 60.0  # between attempts to start a model that another server serves
-_IMPORTED_S = 60.0  # whether MLflow answers or not
+_IMPORTED_S = 60.0  # whether MLflow responds or not
 
 _NOT_PROMOTED = 0  # generation of a desired state that is not in the store, where the first has 1
 

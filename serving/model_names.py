@@ -97,7 +97,7 @@ class ModelNames:
                 return loaded.version
         if self.served.format is Format.ADAPTER and (version := self._parsed(model)):
             return version
-        known = "" if self.owners else f"one of {', '.join(self.all())}"  # which only the owners may know
+        known = "" if self.owners else f"one of {', '.join(self.all())}"  # which only their owners may see
         raise ModelNotFoundError(f"the model {model[:SHOWN_CHARS]!r} is not served here", expected=known)
 
     def _available_candidate(self) -> VersionId | None:

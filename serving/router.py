@@ -30,7 +30,7 @@ class Backend(Protocol):
 
     @property
     def context(self) -> int:
-        """Maximum combined length of prompt and answer, in tokens. It applies if a request sets no limit of its own."""
+        """Maximum combined length of prompt and answer, in tokens. It applies if a request does not set a limit."""
 
     async def check(self, model: str) -> None:
         """Check that a model name can be served. The registry is read only if necessary.

@@ -21,6 +21,6 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ValueError(f"{error.problem}{where}") from None  # without the line's text, which may have a password
+        raise ValueError(f"{error.problem}{where}") from None  # without the line's text, which may contain a password
     except _ERRORS as error:
         raise ValueError(str(error) if isinstance(error, yaml.YAMLError) else repr(error)) from error

@@ -139,8 +139,7 @@ class Change:
         kind: kind of the changed prompts.
         count: number of requests after the change.
         share: share of changed prompts after the change.
-        ramp: number of requests over which the share grows from 0 to 1 instead of changing at once; 0 for no
-            ramp.
+        ramp: number of requests over which the share grows from 0 to 1 instead of changing immediately; 0 for no ramp.
         base: builder for the stream of unchanged prompts.
     """
 

@@ -11,7 +11,7 @@ from svc.evaluation.verdict import GateOutcome
 SHARES = (0.05, 0.25)
 """The candidate's shares before it serves everything."""
 DEADLINE_S = 7200.0
-"""Longest time at one share."""
+"""Maximum time at one share."""
 MIN_UNITS = 50
 """Candidate units at a share before the rollout advances."""
 _LOOK_EVERY = 50
@@ -25,7 +25,7 @@ class End(StrEnum):
     ROLLED_BACK = "rolled back"
     FULL = "full"
     UNDECIDED = "undecided"
-    """At a deadline, neither a loss was proven nor one beyond the margin excluded in every signal."""
+    """The deadline passed without proof of a loss, and without ruling out a loss beyond the margin in every signal."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from svc.terminal import counting
 OURS = "tuneserve"
 CALIBRATED = (thresholds.ARGO_CALIBRATED, thresholds.FLAGGER_CALIBRATED)
 CALIBRATED_ON = {"calibrated": tuple(EQUAL), "calibrated on independent traffic": tuple(EQUAL[:1])}
-"""Kinds of equal candidates from which limits are derived. The rollouts of bad candidates have independent traffic, so
-the second is the best that fixed limits can do there, and shows what the same limits do in other traffic."""
+"""Kinds of equal candidates from which limits are derived. The rollouts of bad candidates have independent traffic. The
+second kind therefore gives the best results that fixed limits can achieve there, and shows the effect of the same
+limits in other traffic."""
 POLICIES = (
     OURS,
     *(f"{policy.name}, {how}" for how in CALIBRATED_ON for policy in CALIBRATED),

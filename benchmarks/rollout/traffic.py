@@ -34,7 +34,7 @@ class Shape(StrEnum):
     SESSIONS = "sessions of 2 to 20"
     """Each user has their own rates and speed: most users have no errors, a few have many."""
     HEAVY = "one client with 30 %"
-    """The client has three times the errors of others, and half again their times."""
+    """The client has three times as many errors as others, and times that are 1.5 times as long."""
     DAY = "day and night"
     """Load and errors swing by a factor of 9, and times by 2.7."""
 
@@ -51,7 +51,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of rollout."""
+    """Properties of a kind of rollout."""
 
     name: str
     candidate: Version = field(default_factory=Version)

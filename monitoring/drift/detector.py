@@ -94,7 +94,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Baseline:
-    """The reference with which requests are compared.
+    """The reference for comparing requests.
 
     Attributes:
         prompts: features of the prompts, including views of their texts.

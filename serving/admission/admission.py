@@ -273,7 +273,7 @@ class Admission:
         timeout_s, closed = self._wake_timeout_s if self._asleep else self.queue_timeout_s, self._closed
         try:
             place = self.queue.join(party, tokens)
-            self._admit_waiting()  # its turn may be now: it may fit where the previous head of the queue does not
+            self._admit_waiting()  # it may be its turn now: it may fit where the previous head of the queue does not
             await self.queue.until_given(place, timeout_s, lambda: self.leave(tokens))
             while self._closed:  # a change began after the slot was given, and before this task ran again
                 closed = True

@@ -1,8 +1,8 @@
 """Delivers webhook messages to one receiver, signed as Standard Webhooks specifies.
 
 The messages are kept in the store, so none is lost in a restart. A message may be delivered twice, with the same
-`webhook-id`, if the server stops after the receiver has accepted it but before the delivery is recorded, or if another
-server takes over at that moment.
+`webhook-id`: the server may stop, or another server may take over, after the receiver has accepted the message and
+before the delivery is recorded.
 """
 
 import asyncio
@@ -92,7 +92,7 @@ class Webhook:
 
     async def run(self) -> None:
         """Deliver messages until cancelled."""
-        # A proxy of the environment may be the only way out; a server on this machine is not behind it.
+        # Proxies from the environment are used, as they may be the only way out, except for a server on this machine.
         async with httpx.AsyncClient(
             timeout=_TIMEOUT_S, follow_redirects=False, trust_env=self.url.startswith("https:")
         ) as http:

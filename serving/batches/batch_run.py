@@ -47,7 +47,7 @@ Result = TypeVar("Result")
 
 MAX_ATTEMPTS = 3
 """Number of times that a request is sent to an engine that dies or fails. A request that kills engines must not kill
-each new one."""
+every new engine."""
 _RECORD_S = 2.0
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.5, 30.0
 _COPY_BYTES = 1024 * 1024

@@ -28,7 +28,7 @@ class Jobs(Protocol):
         """Return the newest jobs, newest first."""
 
     def find(self, id: str) -> dict[str, Any]:
-        """Return a job."""
+        """Return the job with the given id."""
 
     def events(self, id: str, after: str | None) -> Iterator[dict[str, Any]]:
         """Yield a job's events, oldest first: all of them, or only those after a given event."""

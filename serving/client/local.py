@@ -44,7 +44,7 @@ class LocalAdministration:
         return RemoteAdministration(self.server).rollback(name, reason=reason)
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return what each server has done to serve the version of a generation of a model's desired state."""
+        """Return each server's progress towards the version in a generation of a model's desired state."""
         return server_swaps(self.store, name, generation)
 
     def rollouts(self, name: str) -> list[RolloutView]:

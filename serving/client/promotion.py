@@ -73,7 +73,7 @@ class Administration(Protocol):
         """Roll a model back; see `VersionChanges.rollback`."""
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return what each server has done to serve the version of a generation; see `svc.store.swaps.server_swaps`.
+        """Return each server's progress towards the version in a generation; see `svc.store.swaps.server_swaps`.
 
         Raises:
             ServerNotRunningError: the server does not respond.

@@ -40,7 +40,7 @@ class RemoteAdministration:
         return _change(RemoteServer(self.server).post("/svc/rollback", {"model": name, "reason": reason}))
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return what each server has done to serve the version of a generation of a model's desired state."""
+        """Return each server's progress towards the version in a generation of a model's desired state."""
         return [
             ServerSwap(
                 row["server"],

@@ -75,7 +75,7 @@ class BatchRequests:
 
 
 class _Response:
-    """Collects a response."""
+    """Collects the response that an ASGI application sends."""
 
     def __init__(self) -> None:
         self._status = 0

@@ -140,9 +140,7 @@ class Delivery:
             if error is None and self.begun:
                 await self._send_waiting(end=True)
         finally:
-            self._buffers.free(
-                self._held, self._caller
-            )  # the part that is not sent any more; the answer stays `pending`
+            self._buffers.free(self._held, self._caller)  # the part that will not be sent; the answer stays `pending`
 
     def start(self, headers: list[tuple[bytes, bytes]]) -> None:
         """Set the headers of a successful response. They are sent along with the first part of its body."""

@@ -90,7 +90,7 @@ _FINAL = frozenset(
         ErrorCode.DISK_FULL,
     }
 )
-"""Errors that a retry does not change, although clients retry after the status of some of them."""
+"""Errors for which a retry is useless, although clients would retry after the HTTP status of some of them."""
 _MAX_RETRY_S = 120
 """Maximum Retry-After value, in seconds. OpenAI's client ignores longer values, while Anthropic's client
 waits for as long as the header tells it to."""

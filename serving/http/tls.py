@@ -57,7 +57,7 @@ class Certificate:
             return
         self._stamp = stamp
         try:
-            self._load()  # into a context of its own: a certificate with another's key would leave ours half replaced
+            self._load()  # into a separate context: a certificate with another's key would leave ours half replaced
             self.context.load_cert_chain(*self._files, password=_no_password)
         except OSError as error:
             log.error("could not load the new certificate; keeping the previous one: %s", error)

@@ -170,7 +170,7 @@ class JobCreation:
     def _ended(self, fingerprint: str, task: asyncio.Task[Job]) -> None:
         del self._running[fingerprint]
         if not task.cancelled():
-            task.exception()  # all clients may have disconnected, and asyncio would warn that nothing reads it
+            task.exception()  # all clients may have disconnected; asyncio would warn about the unread error
 
     async def run(self) -> None:
         """Queue or fail the jobs whose files are being checked, until cancelled. Several servers may do so."""
@@ -418,7 +418,7 @@ def _find_version(store: Store, model: str, client: Client) -> VersionId | None:
     may_ask = client.principal is None or client.principal.may_ask(model)
     owners = owners_of(store, version.name)
     own = client.visible_owner is None or client.visible_owner in owners
-    # Models of jobs are their owners', unless the operator has listed them for a key.
+    # Models of jobs belong to the jobs' owners, unless the operator has listed them for a key.
     return version if own or (may_ask and (listed or not owners)) else None
 
 

@@ -200,7 +200,7 @@ class FineTunedModels:
     def _ended(self, version: VersionId, task: asyncio.Task[None]) -> None:
         del self._loading[version]
         if not task.cancelled():
-            task.exception()  # all clients may have disconnected, and asyncio would warn that nothing reads it
+            task.exception()  # all clients may have disconnected; asyncio would warn about the unread error
 
     async def _load(self, loader: Loader, model: FineTunedModel) -> None:
         targets = await asyncio.to_thread(loader.targets, model.version)

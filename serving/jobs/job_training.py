@@ -350,7 +350,7 @@ class JobTraining:
     async def _conclude(self, *, stopping: bool = False) -> None:
         """Record how the training has ended."""
         code = self._process.exit_code if self._process is not None else None
-        await self.kill()  # what a killed training has left
+        await self.kill()  # what a killed training process has left
         self._note(await asyncio.to_thread(self._reader.read))
         event = self._steps.next(last=True)
         await self._report([*self._stages, *([event] if event else [])])

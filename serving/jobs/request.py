@@ -121,7 +121,7 @@ class JobRequest(_Object):
 
     @property
     def objective(self) -> Literal["supervised", "dpo", "reinforcement"]:
-        """The method's type."""
+        """Name of the training method."""
         return self.method.type if self.method else "supervised"
 
     @property

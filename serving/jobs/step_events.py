@@ -7,7 +7,7 @@ from svc.store.job_queue import JobNews, Reported
 from svc.training_progress import HeldoutLoss, ProgressRecord, StepDone
 
 MAX_EVENTS = 500
-"""Maximum number of events with metrics of a job."""
+"""Maximum number of events with metrics per job."""
 _SPARE = 100
 """Number of these events that are reserved for held-out losses and resumed training runs."""
 

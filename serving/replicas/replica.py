@@ -282,7 +282,7 @@ class Replica:
             await self.verification.files(target)
             await engine.adopt()
             await self._verify_again(target)
-        except Exception:  # a new engine may work, or show the error
+        except Exception:  # a new engine may work, or may show the error
             log.warning("could not adopt the engine of an earlier server", exc_info=True)
             await self.stop()
             return False

@@ -66,7 +66,7 @@ class Look:
 
 
 class CanaryEvidence:
-    """Evidence of the canary steps, which compares the clients of both versions."""
+    """Evidence from the canary steps, in which each version answers different clients."""
 
     def __init__(self, store: Store, record: RolloutRecord) -> None:
         self._store = store

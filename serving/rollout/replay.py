@@ -50,11 +50,13 @@ MAX_AGE = timedelta(days=7)
 MIN_UNITS = 20
 """Smallest number of users, conversations or single requests to compare; 16 prove it if a candidate always fails."""
 QUIET_S = 5.0
-"""Seconds without requests before the candidate is loaded; doubled each time, as a request may have had to wait."""
+"""Seconds without requests before the candidate is loaded. It is doubled after each load, because a request may have
+had to wait.
+"""
 _MAX_QUIET_S = 300.0
 _POLL_S = 0.25
 _ROWS_PER_COMPARISON = 4
-"""Number of stored requests to find for each wanted comparison, because some cannot be replayed as they were."""
+"""Number of stored requests to find for each wanted comparison, because some cannot be replayed unchanged."""
 _ROUTE = Route.CHAT_COMPLETIONS
 
 
@@ -284,9 +286,9 @@ class Replay:
         """Send a stored request to the candidate, and return the comparison.
 
         Returns:
-            None if the request was deleted, if its prompt no longer has the original length (for example because its
-            tools are missing), if the answer is too large, or if the engine rejects the request, which may be due to
-            parameters that are not stored.
+            None if the request was deleted or rejected by the engine, which may be due to parameters that are not
+            stored. Also None if the answer is too large, or if the prompt no longer has its original length, for
+            example because its tools are missing.
 
         Raises:
             EngineError: the engine died.

@@ -80,7 +80,7 @@ _RESULT_S = 2.0
 """Seconds that a server may take to record why its swap failed, after it has made the previous version the desired
 one again."""
 _STOP_TIMEOUT_S = 45.0
-"""Longest time to load the production version again when the server stops, which the service manager waits for."""
+"""Maximum time to load the production version again when the server stops. The service manager waits for this."""
 _MAX_REFERENCES = 200
 
 
@@ -235,7 +235,7 @@ class _Run:
             await self._follow()
         except LeaseLostError as lost:
             log.info("this server no longer leads the rollout of %s: %s", self._record.target, lost)
-            if self._watch.lapsed:  # after a lapse in the middle of a change of state, clients may be sent there again
+            if self._watch.lapsed:  # after a lapse during a state change, clients may have been sent there again
                 self._divide(None)
             await asyncio.sleep(_POLL_S)
         return False
@@ -259,7 +259,7 @@ class _Run:
             return
         except SupersededError:
             raise
-        except Exception as error:  # a defect, too: production answers, and the other servers' rollout goes on
+        except Exception as error:  # any other defect, too: production answers, and other servers continue the rollout
             log.warning("%s no longer answers clients of this server", self._record.target, exc_info=error)
             await self._unload()
             self._report(f"{address}: {self._record.previous} answers all clients of this server: {error}")

@@ -1,4 +1,4 @@
-"""`svc plan`: how many replicas a load needs, from measured or estimated step times."""
+"""`svc plan` calculates how many replicas a load needs, from measured or estimated step times."""
 
 import asyncio
 import math

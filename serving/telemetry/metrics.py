@@ -63,10 +63,10 @@ _DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 6
 # The first token waits for the prompt: 10 ms for a short one on a GPU, many seconds for a long one on a CPU or in a
 # queue. Finer below 1 s, where people begin to notice.
 _FIRST_TOKEN_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 2, 4, 8, 15, 30, 60)
-# 5 ms is a small model on a GPU, 250 ms is as slow as people read; more is a stall: a long prompt of another request, a
-# preemption.
+# 5 ms is typical of a small model on a GPU, and 250 ms is as slow as people read. More is a stall, for example because
+# of another request's long prompt or a preemption.
 _BETWEEN_TOKENS_BUCKETS_S = (0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
-# Below 1 ms is the clock's resolution; 20 ms is as long as a callback may compute; from 100 ms on people notice.
+# 1 ms is the clock's resolution, 20 ms is the longest that a callback may compute, and from 100 ms on, people notice.
 _LAG_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2, 5)
 
 

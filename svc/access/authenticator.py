@@ -31,7 +31,7 @@ from svc.store.outage_log import log_store_error
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
-"""Seconds between polls of the store without notifications from it. A revocation then takes effect within a second."""
+"""Seconds between polls of the store if it sends no notifications. A revocation then takes effect within a second."""
 _STALE_S = 60.0
 """Maximum age of the keys in memory, in seconds. When they are older, every key is rejected, because it may
 have been revoked since."""

@@ -15,8 +15,8 @@ from svc.store.usage import Usage, UsageOf, add_usage
 
 _HOUR_S = 3600
 _Of = tuple[int, str, str]
-"""Hour (since 1970), key id and model that usage is counted for. This is a tuple because hashing a `UsageOf`
-would take longer than everything else here."""
+"""Hour (since 1970), key id and model for which usage is counted. This is a tuple because hashing a `UsageOf` would
+take longer than everything else here."""
 
 
 class UsageMeter:

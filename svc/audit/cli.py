@@ -179,7 +179,7 @@ def forget(
         yes=yes,
         as_json=as_json,
     )
-    # Recorded first: an interrupted deletion has happened too.
+    # Recorded first, because an interrupted deletion has also deleted rows.
     record_event(store, AuditEntry(Action.FORGET, subject, Actor.local(), reason, asdict(counts)))
     deleted = forget_requests(store, which)
     if as_json:

@@ -193,7 +193,7 @@ class Archive:
     def _prune_contents(self, stay: Iterable[Snapshot]) -> None:
         try:
             wanted = {content.sha256 for snapshot in stay for content in self.contents_of(snapshot)}
-        except (OSError, ValueError):  # what the damaged snapshot needs is unknown
+        except (OSError, ValueError):  # it is unknown what the damaged snapshot needs
             log.exception("cannot tell which clients' files are still needed in %s; removing none", self)
             return
         for path in self.contents.iterdir() if self.contents.is_dir() else ():

@@ -104,7 +104,7 @@ class Backup:
     def _take(self, folder: Path, *, is_last: bool) -> Snapshot | None:
         """Copy the state into a snapshot's folder. Return None if a required version has since been removed."""
         home, tracking_uri, registry = self.settings.home, self.settings.tracking_uri, Registry.of(self.settings)
-        there = set(registry.versions())  # first: those that MLflow's copy will know
+        there = set(registry.versions())  # first, so that MLflow's copy knows all of them
         if self.settings.store.url is None:
             copy_database(home / STORE_FILE, folder / STORE_FILE)
         if not tracking_uri and (home / TRACKING_FILE).exists():

@@ -78,7 +78,7 @@ def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnByt
                 raise FileNotFoundError(source) from error
             raise
         verify_files(staging, manifest.files)
-        shutil.rmtree(target, ignore_errors=True)  # one whose files have another size
+        shutil.rmtree(target, ignore_errors=True)  # a copy whose files have a different size
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

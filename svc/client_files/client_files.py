@@ -52,7 +52,7 @@ Result = TypeVar("Result")
 
 
 class ClientFiles:
-    """Clients' files.
+    """Adds, finds, shares and deletes clients' files.
 
     Args:
         folder: folder for the contents, which is created if it does not exist.
@@ -110,7 +110,7 @@ class ClientFiles:
         Raises:
             EntryNotFoundError: the file has been deleted.
             ContentMissingError, ContentDamagedError: the contents do not exist anywhere, or were truncated or altered.
-            ContentStoreError: the object store does not respond, or refuses.
+            ContentStoreError: the object store does not respond, or rejects the request.
             OSError: the disk is full.
         """
         if (path := await asyncio.to_thread(self.find, id)) is not None:
@@ -124,7 +124,7 @@ class ClientFiles:
         if task is None:
             task = self._fetching[id] = asyncio.create_task(self._fetch(id, self._shared))
             task.add_done_callback(lambda ended: self._fetched(id, ended))
-        return await asyncio.shield(task)  # others may wait for the same content
+        return await asyncio.shield(task)  # others may wait for the same contents
 
     async def in_thread(self, work: Callable[[], Result]) -> Result:
         """Return the result of a function that fetches or adds a file.
@@ -140,7 +140,7 @@ class ClientFiles:
     def _fetched(self, id: str, task: asyncio.Task[Path]) -> None:
         del self._fetching[id]
         if not task.cancelled():
-            task.exception()  # all that waited may have been cancelled, and asyncio would warn that nothing reads it
+            task.exception()  # all waiting callers may be cancelled; asyncio would warn about the unread error
 
     @contextmanager
     def writing(self, id: str | None = None) -> Iterator[tuple[str, FileWriter]]:
@@ -158,7 +158,7 @@ class ClientFiles:
             try:
                 yield path.name, writer
             except BaseException:
-                if writer.closed:  # the object store may have the content, even if it did not answer
+                if writer.closed:  # the object store may have the contents, even if it did not respond
                     self._delete_objects([path.name])
                 raise
 
@@ -180,7 +180,7 @@ class ClientFiles:
             limits: limits for all files of the owner, or None for no limits.
 
         Raises:
-            ContentStoreError: the object store does not respond, or refuses.
+            ContentStoreError: the object store does not respond, or rejects the request.
             StorageLimitError: the file exceeds a limit.
         """
         file = self.finish(
@@ -209,7 +209,7 @@ class ClientFiles:
         """Complete the contents that a writer has written, and return the file, which has no row in the store yet.
 
         Raises:
-            ContentStoreError: the object store does not respond, or refuses.
+            ContentStoreError: the object store does not respond, or rejects the request.
         """
         now = datetime.now(UTC)
         expires_at = None if expires_after_s is None else now + timedelta(seconds=expires_after_s)
@@ -223,7 +223,7 @@ class ClientFiles:
         """Delete a file.
 
         Args:
-            owner: only a file of this owner is found; None for all owners.
+            owner: the owner whose files are searched; None for all owners.
 
         Raises:
             EntryNotFoundError: the owner has no file with this id.
@@ -260,7 +260,7 @@ class ClientFiles:
         """Delete the objects of files that no longer exist, and fetched copies that are no longer needed.
 
         Raises:
-            ContentStoreError: the object store does not respond, or refuses.
+            ContentStoreError: the object store does not respond, or rejects the request.
         """
         if self._shared is None:
             return
@@ -277,7 +277,7 @@ class ClientFiles:
         Such files were added before an object store was configured, or come from a restored backup.
 
         Raises:
-            ContentStoreError: the object store does not respond, or refuses.
+            ContentStoreError: the object store does not respond, or rejects the request.
         """
         if self._shared is None:
             return 0

@@ -12,7 +12,7 @@ _MIN_AGE_S = 3600.0
 
 
 class FileWriter:
-    """Writes the content of a new file.
+    """Writes a new file.
 
     Attributes:
         bytes: number of bytes written so far.
@@ -21,7 +21,7 @@ class FileWriter:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb")
-        fcntl.flock(self._file, fcntl.LOCK_EX)  # so that no cleanup takes the file for one that a crash has left
+        fcntl.flock(self._file, fcntl.LOCK_EX)  # so that no cleanup mistakes the file for one left by a crash
         self._hash = hashlib.sha256()
         self.bytes = 0
         self.closed = False

@@ -34,8 +34,8 @@ _PREFIX = "client-files"
 _RETRY_S = 10
 _UNUSED_S = 86_400.0
 _LARGE, _MAX_LARGE = 2**23, 4
-"""Size in bytes from which a file's content is copied in parts, and the number of such copies at the same time. Each
-takes about 75 MB of memory, measured with 500 MB."""
+"""Size in bytes from which a file's contents are copied in parts, and the number of concurrent copies of this kind.
+Each takes about 75 MB of memory, measured with 500 MB."""
 
 
 class ContentMissingError(SvcError):
@@ -75,7 +75,7 @@ class SharedContents:
         """Upload a file's contents completely.
 
         Raises:
-            ContentStoreError: the store does not respond, or refuses.
+            ContentStoreError: the store does not respond, or rejects the request.
             IntegrityError: the file on this machine does not match its hash.
         """
         with self._asking(content), self._slot(content):
@@ -85,7 +85,7 @@ class SharedContents:
         """Delete the contents of files. Ids that do not exist are ignored.
 
         Raises:
-            ContentStoreError: the store does not respond, or refuses.
+            ContentStoreError: the store does not respond, or rejects the request.
         """
         with self._asking():
             self._objects.delete([_key(id) for id in ids])
@@ -94,7 +94,7 @@ class SharedContents:
         """Return the ids of all files in the object store, including files that belong to other databases.
 
         Raises:
-            ContentStoreError: the store does not respond, or refuses.
+            ContentStoreError: the store does not respond, or rejects the request.
         """
         with self._asking():
             return {PurePosixPath(key).name for key in self._objects.keys(_PREFIX)}
@@ -115,11 +115,11 @@ class SharedContents:
         Raises:
             ContentMissingError, ContentDamagedError: the store does not have the contents, or they were truncated or
                 altered.
-            ContentStoreError: the store does not respond, or refuses.
+            ContentStoreError: the store does not respond, or rejects the request.
             OSError: the disk is full.
         """
         path = self._folder / content.id
-        partial = self._folder / f".{content.id}.{secrets.token_hex(4)}"  # another process may fetch the same content
+        partial = self._folder / f".{content.id}.{secrets.token_hex(4)}"  # another process may fetch the same contents
         if shutil.disk_usage(self._folder).free - content.bytes < self._min_free_bytes:
             raise OSError(errno.ENOSPC, f"not enough free disk space for {content.bytes} bytes", str(path))
         with self._asking(content), self._slot(content):

@@ -160,9 +160,9 @@ def _answered_elsewhere(table: LineTable, groups: NDArray[np.int64]) -> NDArray[
 def _openings(examples: Sequence[ChatExample], share: float) -> PromptHashes:
     """Return a hash for each example by which examples of the same conversation can be recognized.
 
-    It covers the turns up to the first user turn. An opening that more examples share than are to be held
-    out, such as a greeting, must belong to many conversations. In that case, the hash extends to the next
-    user turn, and so on as far as necessary.
+    It covers the turns up to the first user turn. If more examples share an opening than will be held out, as with a
+    greeting, it must belong to many conversations. In that case, the hash extends to the next user turn, and so on as
+    far as necessary.
     """
     most, questions = max(_FEW_TOGETHER, share * len(examples)), 1
     openings = _opening_hashes(examples, questions)

@@ -41,7 +41,7 @@ class DriftSample:
 def draw_drift_sample(given: Sequence[ChatExample], seed: int) -> DriftSample:
     """Draw half of the examples, at least one and at most 500.
 
-    Every line of the files is equally likely to be drawn, so frequent questions are frequent in the sample, too.
+    Every line of the files is equally likely to be drawn, so frequent questions are also frequent in the sample.
 
     Args:
         given: the examples of all files, before any are excluded. At least two are required.

@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 _RESET_PAUSE_S = 0.05
 _CONNECTIONS = 100  # concurrent; further requests wait
-_TIMEOUT_S = 300.0  # also of a wake, which copies the weights from the machine's memory
+_TIMEOUT_S = 300.0  # also for a wake, which copies the weights from the machine's memory
 _CONNECT_TIMEOUT_S = 5.0
 _SLOW_STORAGE_BYTES_PER_S = 50_000_000
 """Assumed read speed of slow storage: a network volume, or a single hard disk under load. At this speed,

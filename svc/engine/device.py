@@ -197,7 +197,7 @@ class DeviceCapabilities(BaseModel):
         )
 
     def gptq_multiple(self, settings: EngineSettings) -> int:
-        """Return the number of which a 4-bit layer's input and output sizes must be multiples.
+        """Return the number that must divide the input and output sizes of a 4-bit layer.
 
         The result is 1 where vLLM pads them.
         """
@@ -240,7 +240,7 @@ def read_capabilities(home: Path) -> DeviceCapabilities:
 
     with waiting("reading the device's capabilities from torch and vLLM (once)"):
         capabilities = ask_capabilities()
-    # A vLLM for GPUs that sees none may see one next time, in a container that is started differently, or later.
+    # A vLLM for GPUs that finds none now may find one later, for example in a container that is started differently.
     if capabilities.gpu or capabilities.engine_device is Device.CPU:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

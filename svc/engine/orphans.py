@@ -79,7 +79,7 @@ def write_record(folder: Path, record: EngineRecord) -> None:
 def read_record(folder: Path) -> EngineRecord | None:
     """Return the record of an engine, or None if it is missing or damaged.
 
-    A record that was copied along with its home is ignored, too.
+    A record that was copied along with its home is also ignored.
     """
     try:
         record = json.loads((folder / RECORD_FILE).read_text("utf-8"))

@@ -1,4 +1,6 @@
-"""Measures forgetting, the loss of general knowledge in training, by asking the same questions before and after."""
+"""Measures forgetting, the loss of general knowledge in training, by asking the same questions before and after
+training.
+"""
 
 from collections.abc import Sequence
 

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 class Unused(StrEnum):
-    """Why the feedback on an answer provides no training data."""
+    """Reason why the feedback on an answer provides no training data."""
 
     NOT_STORED = "the prompt and the answer are not stored"
     NOT_TEXT = "the conversation has tools, or other content than text"

@@ -109,6 +109,6 @@ def _take(file: IO[str]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (ValueError, FileNotFoundError):  # the holder has not written it yet, or has removed it
+    except (ValueError, FileNotFoundError):  # the holder has not written it yet, or has already removed it
         return {}
     return content if isinstance(content, dict) else {}

@@ -29,7 +29,7 @@ class EngineActor:
 
     def __init__(self, name: str, folder: str, peer: str) -> None:
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it to the actor's CPUs; the engine's plan decides
-        # Ray's workers have niceness 15. Beside other work, an engine of niceness 19 had 1 s of CPU time in 64.
+        # Ray's workers have niceness 15. Next to other work, an engine of niceness 19 got 1 s of CPU time in 64.
         with contextlib.suppress(PermissionError):  # see docs/ray.md
             os.setpriority(os.PRIO_PROCESS, 0, 0)
         self._listening: Future[Listening] = Future()
@@ -44,7 +44,7 @@ class EngineActor:
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._serve(name, Path(folder).expanduser(), peer))
-        os._exit(0)  # the actor has no use any more; this frees its resources
+        os._exit(0)  # the actor is no longer needed; this frees its resources
 
     async def _serve(self, name: str, folder: Path, peer: str) -> None:
         import ray

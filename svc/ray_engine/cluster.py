@@ -1,7 +1,7 @@
 """Creates and stops actors in a Ray cluster, and asks the cluster which machines have enough resources for an engine.
 
-Each question runs in a process that lives for a few seconds, as `python -m svc.ray_engine.cluster`: a connection to Ray
-adds threads and signal handlers, costs 100 MB, and terminates its process when the cluster's head is unreachable for a
+Each query runs in a short-lived process, `python -m svc.ray_engine.cluster`, because a connection to Ray adds threads
+and signal handlers and costs 100 MB. It also terminates its process when the cluster's head is unreachable for a
 minute. Requests to a running engine do not go through Ray.
 """
 

@@ -19,7 +19,7 @@ class Guard:
 
     def __init__(self, state: Path) -> None:
         command = ["sh", "-c", _WAIT, "sh", sys.executable, "-m", "svc.ray_engine.guard", str(state)]
-        # In a session of its own, Ray does not kill it together with the actor.
+        # In a separate session, so that Ray does not kill it together with the actor.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def dismiss(self) -> None:

@@ -20,8 +20,8 @@ from svc.version import Format
 BEAT_S = 1.0
 """Seconds between two reports of an actor."""
 SILENCE_S = 8.0
-"""Seconds without a report after which an actor counts as lost. A process that ends closes its connection immediately;
-only a machine or network that fails is silent."""
+"""Seconds without a report after which an actor counts as lost. A process that exits closes its connection immediately;
+only a failed machine or network is silent."""
 MAX_LINE = 2**20
 
 
@@ -107,7 +107,7 @@ class Problem(_Message):
         return cls(wrong=f"on {node}: {error.wrong}", expected=error.expected, todo=error.todo, integrity=integrity)
 
     def error(self) -> SvcError:
-        """Return the error."""
+        """Return the error to raise at the server."""
         kind = IntegrityError if self.integrity else EngineError
         return kind(self.wrong, expected=self.expected, todo=self.todo)
 

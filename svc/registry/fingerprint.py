@@ -71,8 +71,7 @@ def compatibility_fingerprint(folder: Path, template_kwargs: TemplateKwargs | No
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """Return the SHA-256 of a model folder's tokenizer. Models that tokenize every text alike have equal
-    hashes.
+    """Return the SHA-256 of a model folder's tokenizer. Models that tokenize every text identically have equal hashes.
 
     Raises:
         IntegrityError: the tokenizer's file is missing or damaged.

@@ -1,9 +1,8 @@
 """Frees disk space: removes unneeded versions and old files of runs, sweeps, jobs, batches, logs and caches.
 
-A needed version is never removed. A version is needed if it has an alias, is or will be served, is the
-target of a rollback, or is the base of an adapter version that is needed for one of these reasons. A
-version that a server has loaded only as an additional adapter does not count as needed. The server
-unloads it after the removal.
+A needed version is never removed. A version is needed if it has an alias, is or will be served, or is the target of a
+rollback. The base of a needed adapter version is needed too. A version that a server has loaded only as an additional
+adapter does not count as needed. The server unloads it after the removal.
 
 With an object store (`artifacts.url`), the home is a cache: weights that are also in the store can be evicted, and are
 downloaded again when they are needed.
@@ -110,7 +109,7 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
         _refuse(registry, store, version)
         shutil.rmtree(hidden, ignore_errors=True)  # of an interrupted removal
         os.utime(folder)  # else the renamed folder would have the version's age in a search for leftovers
-        folder.rename(hidden)  # from here on it cannot be chosen
+        folder.rename(hidden)  # from now on, it cannot be chosen
         try:
             _refuse(registry, store, version)  # it may have been chosen just before
             registry.tracking.discard(version)

@@ -58,7 +58,7 @@ class DataRecord(_Record):
         modified_at: time (UTC) at which the newest local training file was last modified before the training, or None
             if unknown.
         pairs_fingerprint: fingerprint of the held-out pairs, or None if there are none. If the objective is a
-            preference, `train_fingerprint` is that of the training pairs or labelled answers.
+            preference, `train_fingerprint` refers to the training pairs or labelled answers.
     """
 
     train_fingerprint: str

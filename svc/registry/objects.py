@@ -5,8 +5,8 @@
     checkpoints/RUN/STEP/FILE  one file of a checkpoint of an unfinished training
     client-files/ID            the content of a client's file, see svc.client_files.shared_contents
 
-Because a key contains the file's hash, two machines never write different contents under one key, and an interrupted
-upload continues with the first missing file. In every supported store, objects appear only when they are complete.
+Because a key contains the file's hash, two machines never write different contents under one key. An interrupted upload
+continues with the first missing file. In every supported store, objects appear only when they are complete.
 
 Downloads are read in ranges of a few MB, each of which the client retries separately. Every file is hashed while it is
 copied, so corruption is detected even if a store neither checks nor returns checksums.
@@ -98,7 +98,7 @@ class ObjectStore:
         """Return all versions in the store, or only those of one model, sorted by name and number.
 
         Raises:
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         keys = self.keys(f"{_MANIFESTS}/{name}" if name else _MANIFESTS)
         named = [re.fullmatch(rf"{_MANIFESTS}/([^/]+)/({NUMBER_PATTERN})\.json", key) for key in keys]
@@ -111,7 +111,7 @@ class ObjectStore:
         Raises:
             NotFoundError: the store has no such version.
             IntegrityError: the object is not this version's manifest.
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         key = manifest_key(version)
         content = self._read(key)
@@ -123,7 +123,7 @@ class ObjectStore:
         """Return whether the store has this version's manifest and all files of one format, completely.
 
         Raises:
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         content = self._read(manifest_key(manifest.id))
         if content is None or json.loads(content) != json.loads(manifest_bytes(manifest)):
@@ -134,7 +134,7 @@ class ObjectStore:
         """Return the files of a version that are missing or incomplete in the store.
 
         Raises:
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         return [file for file in records if self.size(_file_key(manifest.name, file)) != file.bytes]
 
@@ -165,7 +165,7 @@ class ObjectStore:
         Raises:
             DiskSpaceError: there is not enough disk space.
             IntegrityError: an object is missing, truncated or altered.
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         missing = [file for file in records if not (folder / file.path).is_file()]
         total = sum(file.bytes for file in missing)
@@ -184,7 +184,7 @@ class ObjectStore:
         """Return the keys of all objects below a prefix, sorted.
 
         Raises:
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         import obstore
 
@@ -195,7 +195,7 @@ class ObjectStore:
         """Delete objects. Keys that do not exist are ignored.
 
         Raises:
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         import obstore
 
@@ -207,7 +207,7 @@ class ObjectStore:
         """Return the contents of a small object, or None if it does not exist.
 
         Raises:
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         return self._read(key)
 
@@ -215,7 +215,7 @@ class ObjectStore:
         """Write a small object, replacing any object with the same key.
 
         Raises:
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         import obstore
 
@@ -227,7 +227,7 @@ class ObjectStore:
 
         Raises:
             IntegrityError: a file differs from its record.
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         with _progress(f"uploading {prefix}", sum(file.bytes for file in records)) as on_bytes:
             for file in records:
@@ -238,7 +238,7 @@ class ObjectStore:
 
         Raises:
             IntegrityError: an object is missing, truncated or altered.
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         with _progress(f"downloading {prefix}", sum(file.bytes for file in records)) as on_bytes:
             for file in records:
@@ -249,7 +249,7 @@ class ObjectStore:
 
         Raises:
             IntegrityError: the file differs from its record.
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         self._send(key, record, path, lambda count: None)
 
@@ -258,7 +258,7 @@ class ObjectStore:
 
         Raises:
             IntegrityError: the object is missing, truncated or altered.
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         self._receive(key, record, path, lambda count: None)
 
@@ -266,7 +266,7 @@ class ObjectStore:
         """Return the size of an object in bytes, or None if it does not exist.
 
         Raises:
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         import obstore
 
@@ -395,7 +395,7 @@ class ObjectStore:
         The client's error is not chained, because its text may contain a signed URL.
 
         Raises:
-            RegistryError: the store does not respond, or refuses, after all retries.
+            RegistryError: the store does not respond, or rejects the request, even after all retries.
         """
         from obstore.exceptions import AlreadyExistsError, BaseError
 

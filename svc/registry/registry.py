@@ -380,7 +380,7 @@ class Registry:
             if self._is_here(version):
                 return
             objects.download(manifest, manifest.small_files, staging)
-            verify_files(staging, manifest.small_files)  # an earlier fetch may have been of another version
+            verify_files(staging, manifest.small_files)  # an earlier fetch may have been for another version
             write_manifest(staging, manifest)
             (staging / MANIFEST_FILE).chmod(0o444)
             with self.tracking.if_available():

@@ -34,8 +34,8 @@ _HTTP = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
-"""MLflow's own values would make every command wait for 4 minutes, or 16 for a host that does not respond, while the
-tracking server is down. With these it is 3 s, or half a minute."""
+"""With MLflow's own values, every command would wait for 4 minutes while the tracking server is down, or for 16 if its
+host does not respond. With these values, it waits for 3 s or half a minute."""
 _MAX_METRICS = 1000
 """MLflow's limit for one request."""
 

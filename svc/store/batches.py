@@ -192,7 +192,7 @@ def find_batch(store: Store, id: str, owner: str | None) -> Batch:
     """Return a batch.
 
     Args:
-        owner: only a batch of this owner is found; None for all owners.
+        owner: the owner whose batches are searched; None for all owners.
 
     Raises:
         EntryNotFoundError: the owner has no batch with this id.
@@ -216,7 +216,7 @@ def cancel_batch(store: Store, id: str, owner: str | None, entry: AuditEntry) ->
     """Request the cancellation of a batch, and return the batch. If it is already being cancelled, nothing changes.
 
     Args:
-        owner: only a batch of this owner is found; None for all owners.
+        owner: the owner whose batches are searched; None for all owners.
         entry: audit event to record for the change.
 
     Raises:
@@ -283,7 +283,7 @@ def record_batch_progress(
 
 
 def end_batch(store: Store, id: str, result: BatchResult, *, lease: Lease | None) -> None:
-    """End a batch. If it is being cancelled, its status becomes `cancelled` instead of that of the result.
+    """End a batch. If it is being cancelled, its status becomes `cancelled` instead of the result's status.
 
     Args:
         lease: see `begin_batch`.

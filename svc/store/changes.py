@@ -9,8 +9,8 @@ import time
 from contextlib import suppress
 
 FALLBACK_POLL_S = 5.0
-"""Seconds between two reads of the store while notifications arrive, and therefore the most that a lost notification
-costs."""
+"""Seconds between two reads of the store while notifications arrive. A change whose notification is lost is noticed
+this much later at most."""
 
 
 class Changes:

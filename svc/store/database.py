@@ -84,7 +84,7 @@ def open_new_store(settings: StoreSettings) -> Store:
     does not migrate the tables of an earlier release.
 
     Raises:
-        RegistryError: the tables are those of another release, or the database is not suitable.
+        RegistryError: the tables belong to another release, or the database is not suitable.
         SettingsError: the driver is not installed, or the password cannot be read.
         StoreUnavailableError: the database does not respond.
     """
@@ -288,7 +288,7 @@ def _migrate(store: Store) -> None:
 
     config = _configuration()
     with store.begin() as connection:
-        # One process migrates, all or nothing; others wait, and then find nothing to do.
+        # One process migrates, in a single transaction. Others wait, and then have nothing to do.
         if not is_sqlite(store):
             connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
             connection.exec_driver_sql("SET LOCAL lock_timeout = 0")

@@ -55,7 +55,8 @@ def remove_ended_jobs(
         registered: function that returns the names of all registered models. It reads from disk.
     """
     columns = select(JobRow.id, JobRow.name, JobRow.status)
-    # One that its worker gave back and that was cancelled in the queue may have registered versions on any machine.
+    # A job that its worker returned to the queue, where it was then cancelled, may have registered versions on any
+    # machine.
     nowhere = JobRow.worker.is_(None) if is_sqlite(store) else JobRow.worker.is_(None) & JobRow.started_at.is_(None)
     own = nowhere | (JobRow.worker == (worker or ""))
     succeeded = JobRow.status == JobStatus.SUCCEEDED.value
@@ -66,7 +67,7 @@ def remove_ended_jobs(
     with_checkpoints = {job_of_checkpoints(name) for name in names}
 
     def is_needed(id: str, name: str, status: str) -> bool:
-        shared = status != JobStatus.SUCCEEDED.value and name in owned  # another job says whose it is
+        shared = status != JobStatus.SUCCEEDED.value and name in owned  # another job's row says who owns it
         return id in with_checkpoints or (name in names and not shared)
 
     ids = [row.id for row in ended if not is_needed(row.id, row.name, row.status)]

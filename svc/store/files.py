@@ -126,7 +126,7 @@ def find_file(store: Store, id: str, owner: str | None) -> ClientFile:
     """Return a file.
 
     Args:
-        owner: only a file of this owner is found; None for all owners.
+        owner: the owner whose files are searched; None for all owners.
 
     Raises:
         EntryNotFoundError: the owner has no file with this id.
@@ -175,7 +175,7 @@ def remove_unused_file(store: Store, id: str, owner: str | None) -> None:
     """Delete the row of a file.
 
     Args:
-        owner: only a file of this owner is found; None for all owners.
+        owner: the owner whose files are searched; None for all owners.
 
     Raises:
         EntryNotFoundError: the owner has no file with this id.

@@ -54,7 +54,7 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class JobNews:
-    """An event that a worker reports. `metrics` are those of a step, for an event of the type `metrics`."""
+    """An event that a worker reports. `metrics` contains the metrics of a step if the event has the type `metrics`."""
 
     message: str
     metrics: Mapping[str, Any] | None = None

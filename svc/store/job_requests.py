@@ -133,7 +133,7 @@ def change_wanted(store: Store, id: str, owner: str | None, wanted: Wanted, entr
     A job that no worker is running is cancelled immediately. Otherwise, its worker carries out the change.
 
     Args:
-        owner: only a job of this owner is found; None for all owners.
+        owner: the owner whose jobs are searched; None for all owners.
         entry: audit event to record for the change, or None to record no event.
 
     Raises:

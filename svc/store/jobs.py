@@ -38,7 +38,7 @@ class JobStatus(StrEnum):
 
 
 STAGE_BEGUN = "Stage begun: "
-"""Beginning of the message of an event that names the stage of a training."""
+"""Beginning of the message of an event that names a stage of training."""
 
 
 class Wanted(StrEnum):
@@ -146,7 +146,7 @@ def find_job(store: Store, id: str, owner: str | None) -> Job:
     """Return a job.
 
     Args:
-        owner: only a job of this owner is found; None for all owners.
+        owner: the owner whose jobs are searched; None for all owners.
 
     Raises:
         EntryNotFoundError: the owner has no job with this id.

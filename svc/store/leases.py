@@ -31,7 +31,7 @@ from svc.store.tables import LeaseRow, ServerRow
 log = logging.getLogger(__name__)
 
 LEASE_S = 15.0
-"""Seconds for which a lease lasts without being extended, and a server counts as running without reporting."""
+"""Seconds that a lease lasts without being extended, and that a server counts as running after its last report."""
 _FORGOTTEN = timedelta(days=1)
 
 
@@ -90,7 +90,7 @@ def remove_server(store: Store, server: str) -> None:
 
 
 def database_time(session: Session) -> datetime:
-    """Return the database's time."""
+    """Return the current time by the database's clock."""
     if session.connection().dialect.name == "sqlite":
         return datetime.now(UTC)
     now: datetime = session.scalar(select(func.clock_timestamp()))  # type: ignore[assignment]

@@ -30,7 +30,7 @@ Item = TypeVar("Item")
 
 _TABLES = Table.metadata.sorted_tables
 _BATCH = 200
-"""Rows in memory at a time. A row with a long prompt may have a megabyte."""
+"""Number of rows in memory at a time. A row with a long prompt may take a megabyte."""
 _NOTHING_COPIED = "nothing was copied"
 _STORED_TYPES: Mapping[type, tuple[type, str]] = {
     bool: (int, "an integer"),
@@ -271,7 +271,7 @@ def _restart_sequences(source: sa.Connection, copy: sa.Connection) -> None:
 
     `setval` would remain in effect after a rollback.
     """
-    # Has only tables with AUTOINCREMENT, whose ids are never used again.
+    # Contains only tables with AUTOINCREMENT, whose ids are never reused.
     used: dict[str, int] = dict(source.exec_driver_sql("SELECT name, seq FROM sqlite_sequence").all())
     for table in _TABLES:
         column = table.autoincrement_column

@@ -71,7 +71,7 @@ def find_row(
     """Return a row by its id.
 
     Args:
-        owner: only a row of this owner is found; None for all owners.
+        owner: the owner whose rows are searched; None for all owners.
         noun: noun for a row, used in the message.
         param: name of the request's parameter that contains the id.
 

@@ -162,7 +162,7 @@ def _row(record: RequestRecord, started_at: str | datetime) -> tuple[Any, ...]:
         "format": str(record.format) if record.format else None,
         "outcome": str(record.outcome),
     }
-    # A client's or an engine's text that cannot be stored must not cost the other requests their rows.
+    # If a text from a client or an engine cannot be stored, the other requests' rows must still be stored.
     for name in _FOREIGN_TEXTS:
         if text := getattr(record, name):
             stored[name] = storable_text(text)

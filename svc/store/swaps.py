@@ -56,7 +56,7 @@ class SwapResult:
         reason: why the swap failed.
         queued_s: time for which admission was closed, in seconds, or None if no request had to wait.
         running: number of requests in the engines when the swap started.
-        queued: maximum number of requests waiting at once, or None if no request had to wait.
+        queued: maximum number of requests waiting at the same time, or None if no request had to wait.
         kind: method of the swap, or None if the swap was rejected before the method was known.
         took_s: time from the first check to the end of the swap, in seconds.
     """
@@ -89,7 +89,7 @@ class SwapRecord:
 
 @dataclass(frozen=True, slots=True)
 class ServerSwap:
-    """What one server has done to serve the version of a desired state.
+    """One server's progress towards the version of a desired state.
 
     Attributes:
         server: id of the server; empty if no other server can use the store.
@@ -208,7 +208,7 @@ def unfinished_swaps(store: Store, name: str) -> list[SwapRecord]:
 
 
 def server_swaps(store: Store, name: str, generation: int) -> list[ServerSwap]:
-    """Return what each server has done to serve the version of a desired state, in the servers' start order.
+    """Return each server's progress towards the version of a desired state, in the servers' start order.
 
     Servers that started with the version are left out, because they do not have to swap.
     """

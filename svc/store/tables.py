@@ -157,7 +157,7 @@ class SwapRow(Table):
     __tablename__ = "swaps"
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    server: Mapped[str] = mapped_column(default="", server_default="")  # empty if no other one can use the store
+    server: Mapped[str] = mapped_column(default="", server_default="")  # empty if no other server can use the store
     name: Mapped[str]
     generation: Mapped[int]
     number: Mapped[int]

@@ -98,7 +98,7 @@ def find_upload(store: Store, id: str, owner: str | None) -> Upload:
     """Return an upload.
 
     Args:
-        owner: only an upload of this owner is found; None for all owners.
+        owner: the owner whose uploads are searched; None for all owners.
 
     Raises:
         EntryNotFoundError: the owner has no upload with this id.
@@ -184,7 +184,7 @@ def cancel_upload(store: Store, id: str, owner: str | None) -> Upload:
     """Cancel an upload, remove the rows of its parts, and return it. Cancelling it again has no effect.
 
     Args:
-        owner: only an upload of this owner is found; None for all owners.
+        owner: the owner whose uploads are searched; None for all owners.
 
     Raises:
         EntryNotFoundError: the owner has no upload with this id.

@@ -109,7 +109,7 @@ def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
 
 
 def usage_by_day(store: Store, midnight: datetime) -> dict[DayOf, Usage]:
-    """Return usage totals by key for two days: the one that begins at `midnight`, and the one before."""
+    """Return usage totals by key for two days: the one that begins at `midnight`, and the previous one."""
     today, sums = UsageRow.hour >= midnight, [func.sum(getattr(UsageRow, name)) for name in Usage._fields]
     yesterday = midnight - timedelta(days=1)
     query = select(today, UsageRow.key_id, *sums).where(UsageRow.hour >= yesterday).group_by(today, UsageRow.key_id)

@@ -74,7 +74,7 @@ def preemption() -> Iterator[Preemption]:
     def note(number: int, frame: FrameType | None) -> None:
         for each, handler in before.items():
             signal.signal(each, handler)
-        # The reader of the log may have received the same signal: rich ends the process if it cannot write.
+        # The reader of the log may have received the same signal, and rich exits the process if it cannot write.
         with suppress(OSError, RuntimeError, SystemExit):
             console.print(
                 f"  {signal.Signals(number).name} received: abandoning this step; send it again to stop immediately"

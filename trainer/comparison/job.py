@@ -54,7 +54,7 @@ def compare_models(
     """Compare model B with model A.
 
     Args:
-        registry, capabilities: default to those of the settings and of this machine.
+        registry, capabilities: by default, taken from the settings and from this machine.
         launch: creates a new, unstarted engine; defaults to a vLLM process on this machine.
         tokenize, transport: see `Interview`.
 

@@ -1,12 +1,11 @@
 """Converts a chat example to token ids, with the positions of its answers.
 
-The base model's own chat template is used, so that training, calibration and serving see the same text.
-In serving, the engine renders the prompt and the model continues it, so an answer is trained after the
-prompt that the engine renders for it, even if the template renders the complete conversation
-differently. If the prompt of a later answer repeats an earlier answer differently, as Qwen3's does by
-leaving out the earlier thinking, the example becomes several rows. A template that makes the model think
-before the answer, or begin with any other text, is rejected, because examples that contain only answers
-do not teach that. This module does not know about batches and losses.
+The base model's own chat template is used, so that training, calibration and serving see the same text. In serving, the
+engine renders the prompt and the model continues it. An answer is therefore trained after the prompt that the engine
+renders for it, even if the template renders the complete conversation differently. If the prompt of a later answer
+repeats an earlier answer differently, as Qwen3's does by leaving out the earlier thinking, the example becomes several
+rows. A template that makes the model think before the answer, or begin with any other text, is rejected, because
+examples that contain only answers do not teach that. This module does not know about batches and losses.
 """
 
 import re

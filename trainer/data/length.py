@@ -16,7 +16,7 @@ def fit_length(examples: Sequence[Sequence[TokenizedExample]], train: Train) -> 
     """Drop or truncate training examples longer than `train.max_length`, and print how many there were.
 
     Args:
-        examples: the rows of each example. The length of an example is that of its longest row.
+        examples: the rows of each example. The length of an example is the length of its longest row.
 
     Raises:
         DataError: examples are too long and `train.too_long` is error, or fewer than two are left.

@@ -30,7 +30,9 @@ _CALLS_S = 1e-2
 backward: about 500 operations at 20 microseconds each, in a profile of SmolLM2-135M on two cores. A GPU
 launches operations while it computes."""
 _PASSES = 3
-"""Passes through the layers in a training step, of which scoring takes one: the backward pass counts as two."""
+"""Number of passes through the layers in a training step. The backward pass counts as two; scoring takes only one
+pass.
+"""
 
 
 def training_seconds(training: Training, workload: Workload, device: ComputeDevice) -> float:
@@ -83,7 +85,7 @@ def batch_operations(training: Training, batch: Batch) -> float:
 
 
 def _forward(training: Training, batch: Batch) -> tuple[float, float]:
-    """Return the operations of a forward pass: of the layers' weights, and of attention."""
+    """Return the number of operations in a forward pass, for the layers' weights and for attention."""
     shape, rows = training.shape, batch.rows * batch.sequences
     pairs = _up_to(batch.shared) + rows * (_up_to(batch.length) - _up_to(batch.shared))
     return 2 * shape.used_weights * batch.computed, 4 * shape.layers * shape.queries * pairs

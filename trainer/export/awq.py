@@ -1,8 +1,8 @@
 """The parts of a quantization with gptqmodel that only AWQ has: its options, its calibration texts and its clipping.
 
-AWQ makes the input columns of a layer that matter most larger before rounding, and scales the layer before it down by
-as much: the norm, or for `down_proj` the rows of `up_proj`. Then it clips each group's weights where that lowers the
-error of the outputs, and rounds to nearest.
+Before rounding, AWQ scales up the input columns of a layer that matter most, and scales the preceding layer down by the
+same factors: the norm or, for `down_proj`, the rows of `up_proj`. It then clips each group's weights where that lowers
+the error of the outputs, and rounds to nearest.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ def check_awq(model: Path, number_type: NumberType) -> None:
         number_type: number type of training on this machine.
 
     Raises:
-        TrainingError: the architecture has other scales, or bfloat16 is slow here.
+        TrainingError: the architecture's scales are not supported, or bfloat16 is slow on this machine.
     """
     family = load_config(model).model_type
     if family not in ARCHITECTURES:
@@ -80,7 +80,7 @@ def check_calibration(log: Sequence[Mapping[str, Any]]) -> None:
     """Check in gptqmodel's records that each layer was calibrated with all tokens.
 
     Raises:
-        TrainingError: a layer was calibrated with a part of them.
+        TrainingError: a layer was calibrated with only a part of the tokens.
     """
     for entry in log:
         if entry["activation_retained_tokens"] < entry["activation_raw_tokens"]:
@@ -119,7 +119,8 @@ def best_clip(
     group_size: int,
     round_into: "Callable[[torch.Tensor, torch.Tensor], None]",
 ) -> "torch.Tensor":
-    """Return the limit of each group's weights at which rounding changes the group's part of the outputs least.
+    """Return the clipping limit of each group's weights at which rounding changes the group's contribution to the
+    outputs least.
 
     The mean square of the change x·d over all tokens x is d·G·d, where G is the mean of the outer products x·x. G has
     a group's size squared, whatever the number of tokens.

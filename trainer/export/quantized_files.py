@@ -1,9 +1,9 @@
 """Converts gptqmodel's files to the layout of the model architecture and of the source model.
 
-gptqmodel quantizes and writes fused feed-forward layers, such as Phi-3's `gate_up_proj`, as `gate_proj`
-and `up_proj`, but the engine looks for the architecture's names. Concatenating the two gives the same
-result as quantizing the fused layer, because GPTQ rounds each row of a layer separately and uses
-statistics of the layer's inputs, which are the same for both. The rounding itself is done elsewhere.
+gptqmodel quantizes and writes fused feed-forward layers, such as Phi-3's `gate_up_proj`, as `gate_proj` and `up_proj`,
+but the engine looks for the architecture's names. Concatenating the two gives the same result as quantizing the fused
+layer: GPTQ rounds each row of a layer separately, and uses statistics of the layer's inputs, which are the same for
+both. The rounding itself is done elsewhere.
 """
 
 import json

@@ -74,7 +74,7 @@ def adapter_shapes(model: PreTrainedModel, adapter: Path) -> dict[str, tuple[int
     """
     _import_gptqmodel()
     config = LoraConfig.from_pretrained(str(adapter))
-    config.base_model_name_or_path = None  # PEFT warns if it is another one
+    config.base_model_name_or_path = None  # PEFT warns if it is a different one
     config.init_lora_weights = False  # no start needs data or weights
     with _targets_as_named():
         added = get_peft_model(model, config)

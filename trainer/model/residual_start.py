@@ -5,8 +5,8 @@ stored anywhere. Because R + s B A = W + s (B A - B0 A0), the trained change is 
 which fits the original base. The first matrices B0 and A0 are part of each checkpoint, because another machine may
 compute them with other signs or in another order.
 
-PEFT has the same starts and a conversion. Its start cannot continue from stored matrices, and its conversion adds two
-products of large matrices that almost cancel out, so that an engine that rounds them to bf16 loses much of a small
+PEFT has the same starts and a conversion. Its start cannot continue from stored matrices. Its conversion adds two
+products of large matrices that almost cancel out, so an engine that rounds the matrices to bf16 loses much of a small
 change. Imports torch and PEFT.
 """
 

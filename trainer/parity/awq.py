@@ -1,8 +1,8 @@
-"""Reads an AWQ model's layers as those of its source model, so that the two can be compared.
+"""Reads an AWQ model's layers in the form that they have in the source model, so that the two can be compared.
 
-AWQ multiplies the input columns of a layer by scales, and divides what produces these inputs by them: the weights of
-the norm before it, or the rows of the layer before it. Both are undone here: the former by the two models' norms, the
-latter by the ratio of the rows of the two models. Imports torch.
+AWQ multiplies the input columns of a layer by scales, and divides the weights that produce these inputs by the same
+scales: those of the preceding norm, or the rows of the preceding layer. Both are undone here. The scales of a norm
+follow from the two models' norms, and the scales of rows from the ratio of the rows in the two models. Imports torch.
 """
 
 from collections.abc import Callable, Mapping

@@ -31,7 +31,7 @@ from trainer.recipe.evaluate import Evaluate
 from trainer.recipe.recipe import Recipe
 
 Judged = PreferencePair | LabelledAnswer
-"""What a preference is learnt from."""
+"""Examples from which a preference is learnt."""
 
 _MANY_HELD = 2.0
 """A warning is printed if the share of held-out examples exceeds this multiple of `data.heldout_share`."""
@@ -225,7 +225,7 @@ class _Reader:
                 judged = self._read_pairs(sources, minimum=minimum, kept_back=kept_back)
         examples = []
         for answer in judged:
-            example = replace(example_of(answer))  # a copy, so that none stands for two pairs
+            example = replace(example_of(answer))  # a copy, so that no example represents two pairs
             self._judged[id(example)] = example, answer
             examples.append(example)
         return examples

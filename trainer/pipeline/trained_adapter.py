@@ -199,7 +199,7 @@ def _expected_shapes(model: Path, adapter: TrainedAdapter) -> dict[str, tuple[in
 
         try:
             return adapter_shapes(empty_model(model), adapter.folder)
-        except ValueError as error:  # PEFT finds no layer, or one of another kind
+        except ValueError as error:  # PEFT finds no layer, or a layer of another kind
             raise _does_not_fit(adapter, f"cannot be added to it: {error}") from error
         except TypeError as error:
             raise IntegrityError(f"PEFT cannot read {adapter.folder / CONFIG_FILE}: {error}") from error

@@ -49,8 +49,8 @@ _PREFERENCE_RATES = {
     Objective.KTO: (0.1, 0.02),
     Objective.ORPO: (0.2, 0.2),
 }
-"""Default learning rate of each preference objective as a share of that for reference answers: of adapters, and of
-all weights. docs/training.md has the published rates between which they lie."""
+"""Default learning rate of each preference objective as a share of the rate for reference answers, for adapters and for
+full fine-tuning. docs/training.md gives the published rates between which they lie."""
 
 
 class Recipe(Section):

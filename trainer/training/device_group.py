@@ -29,8 +29,8 @@ from trainer.training.processes import Call, Listens, Place
 from trainer.training.sharding import check_sharded
 
 _GRADIENTS_TIMEOUT = timedelta(minutes=30)
-"""Maximum time that a process waits for the gradients of the others. The caller notices within seconds that a process
-died, so this only ends a run in which one hangs."""
+"""Maximum time that a process waits for the gradients of the others. The caller notices within seconds if a process
+dies, so this limit only stops a run in which a process hangs."""
 _TIMEOUT = timedelta(hours=3)
 """Maximum time that a process waits for the first one, which writes and uploads checkpoints."""
 

@@ -194,7 +194,7 @@ def _environment(rank: int, devices: Sequence[TrainingDevice]) -> Iterator[None]
     if size > 1:
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         values = {name: str(value) for name, value in variables.items()}
-        # The processes share the cores, and need no network but that of the machine, whose name may have no address.
+        # The processes share the cores, and need only the loopback network: the machine's name may have no address.
         own = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // size)), "GLOO_SOCKET_IFNAME": "lo"}
         values |= {name: os.environ.get(name, value) for name, value in own.items()}
     if ids := [device.uuid for device in devices if device.uuid]:

@@ -15,7 +15,7 @@ from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Train
 
 _MAX_USED = 1.5 * 2**30
-"""Bytes of a free GPU that may be in use: by a desktop, or by the estimate that precedes the training."""
+"""Bytes that may be in use on a free GPU, for example by a desktop or by the estimate that precedes training."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -436,8 +436,8 @@ def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
 
 def _can_share(model: PreTrainedModel | PeftModel) -> bool:
     """Return whether rows can share the keys and values of a prefix. This is not possible with gradient checkpointing,
-    which runs layers without a cache, and with weights divided among devices, because the gradients of keys and values
-    would reach a layer's weights before these are gathered.
+    which runs layers without a cache. Nor is it possible with weights divided among devices: the gradients of keys and
+    values would reach a layer's weights before these are gathered.
     """
     if is_sharded(model):
         return False

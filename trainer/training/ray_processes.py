@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 _OWN_GRACE_S = 2.0
 _GRACE_S = 60.0
-"""Seconds to wait, after a worker's connection broke, for the death of another worker to be noticed. Ray declares a
+"""Seconds to wait, after a worker's connection breaks, for Ray to notice the death of another worker. Ray declares a
 node dead after 14 s."""
 _REPLACEMENT_S = 600.0
 _CLEAN_S = 5.0
 _ATTEMPTS = 3
-"""How often in a row the workers may be lost without a new checkpoint."""
+"""Number of times in a row that workers may be lost without a new checkpoint."""
 _STOPPED = "stopped by {} before the first step"
 
 

@@ -33,7 +33,7 @@ from trainer.training.shared_checkpoints import SharedCheckpoints
 
 _RECEIVE_S = 2.0
 _CHECKPOINT, TRAINED = "on_checkpoint", "on_trained"
-"""Names of the caller's callbacks: for a checkpoint, and for the trained model, that is in the object store."""
+"""Names of the caller's callbacks, which report that a checkpoint or the trained model is in the object store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class RayWorker:
         self._run: SharedRun | None = None
 
     def describe(self) -> Result | Failure:
-        """Return the `NodeFacts`."""
+        """Return information about this worker's node."""
         return outcome_of(
             lambda: NodeFacts(self._node, self._address, version("tuneserve"), read_capabilities(self._folder))
         )

@@ -51,7 +51,7 @@ class SharedCheckpoints:
 
         Raises:
             IntegrityError: an object is missing, truncated or altered.
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         shared = self._shared()
         if not shared or ((here := self._here()) and here[-1] >= shared[-1]):
@@ -66,7 +66,7 @@ class SharedCheckpoints:
         """Adopt the MLflow run of another machine, unless this machine already has one.
 
         Raises:
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         if not self._tracking.is_file() and (content := self._objects.read(f"{self._prefix}/mlflow.json")):
             write_whole(self._tracking, content)
@@ -95,7 +95,7 @@ class SharedCheckpoints:
         """Upload the trained model, and return the records of its files.
 
         Raises:
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         records = record_files(folder, folder)
         self._objects.send(f"{self._prefix}/{_TRAINED}", records, folder)
@@ -109,7 +109,7 @@ class SharedCheckpoints:
 
         Raises:
             IntegrityError: an object is missing, truncated or altered.
-            RegistryError: the store does not respond, or refuses.
+            RegistryError: the store does not respond, or rejects the request.
         """
         shutil.rmtree(folder, ignore_errors=True)
         _receive(self._objects, f"{self._prefix}/{_TRAINED}", records, folder)

@@ -30,9 +30,9 @@ PAIR_KEYS: dict[PairFormat, tuple[str, ...]] = {
 }
 """Required keys of each format."""
 PROMPT_KEYS = ("prompt", "question", "instruction", "input", "conversations", "messages")
-"""Keys that may have the prompt of a row with `chosen` and `rejected`."""
+"""Keys that may contain the prompt of a row with `chosen` and `rejected`."""
 LABEL_KEYS = ("label", "kto_tag")
-"""Keys that may have the label of an answer: TRL's and LLaMA-Factory's."""
+"""Keys that may contain the label of an answer: TRL's and LLaMA-Factory's."""
 _LABELLED_FORMATS = {Format.CHAT, Format.SHAREGPT, Format.ALPACA, Format.PROMPT_COMPLETION}
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _HH_TURN = re.compile(f"({_HUMAN}|{_ASSISTANT})")

@@ -49,7 +49,7 @@ def data_files(source: str | Path, cache: Path | None = None, *, fetch: Callable
 def newest_modification(sources: Iterable[str | Path]) -> datetime | None:
     """Return the time at which the newest local file of the sources was last modified, or None without local files.
 
-    Files of hub datasets are skipped, because their times are those of their download.
+    Files of hub datasets are skipped, because their times are download times.
 
     Raises:
         DataError: a folder has no data files.

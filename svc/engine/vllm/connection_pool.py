@@ -198,8 +198,8 @@ class EngineAnswer:
         try:
             return await self._ask_on_new_connection()
         except UnreachableError:
-            # A socket that is closed with an unread request is reset; without a reset, the engine may have died of the
-            # request, and no other engine must get it.
+            # A socket that is closed with an unread request is reset; without a reset, the request may have killed the
+            # engine, so it must not be sent to another one.
             if isinstance(broken.__cause__, ConnectionError):
                 raise
             raise broken from None

@@ -19,9 +19,9 @@ _STATES = "engines"
 def runtime_folder(home: Path, purpose: str) -> Path:
     """Return the folder for the socket of an engine, creating it if it does not exist.
 
-    The path of a Unix socket is limited to 107 characters, but the home may have a long path. The folder is
-    therefore created in the directory for temporary files, under a short name. `$XDG_RUNTIME_DIR` is not
-    used, because it is deleted when the user logs out, while the server may go on running.
+    The path of a Unix socket is limited to 107 characters, but the home may have a long path. The folder is therefore
+    created in the directory for temporary files, under a short name. `$XDG_RUNTIME_DIR` is not used, because it is
+    deleted when the user logs out, while the server may keep running.
 
     Args:
         purpose: distinguishes the folders of the engines in a home. Each folder is used by one engine at a time.

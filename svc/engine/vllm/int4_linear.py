@@ -97,7 +97,7 @@ def pack_weights(packed: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_zeros(packed: torch.Tensor) -> torch.Tensor:
-    """Return the zero points of an AWQ layer as vLLM hands them over.
+    """Unpack the zero points of an AWQ layer from the form in which vLLM passes them.
 
     Args:
         packed: [out / 8, groups], int32; each value contains the zero points of eight outputs.

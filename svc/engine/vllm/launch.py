@@ -1,7 +1,7 @@
 """Builds the arguments and environment for launching a vLLM server. The options are decided in plan.py.
 
-Other launchers can use this, too: running `command(spec)` with `environment(spec)` starts a usable
-engine anywhere, provided that its HTTP API can be reached.
+Other launchers can use this as well: running `command(spec)` with `environment(spec)` starts a usable engine anywhere,
+provided that its HTTP API can be reached.
 """
 
 import hashlib

@@ -182,7 +182,7 @@ class EnginePlanner:
             return Choice(name, AUTO, Origin.VLLM, "the cores of one memory node per rank")
         (most, reason), count, origin = self._most_cores(), self._settings.cores, Origin.SETTING
         if count is None:
-            # Threads of two engines that compete for one core slow both to a quarter.
+            # If threads of two engines compete for one core, both engines slow down to a quarter.
             count, origin = max(1, most // self._engines), Origin.MACHINE
             reason += f"; {self._engines} engines share them" if self._engines > 1 else ""
         elif count > most:
@@ -199,7 +199,7 @@ class EnginePlanner:
         cores, quota = len(self._machine.cores), self._machine.quota
         if quota is not None and quota < cores:
             return max(1, int(quota)), f"a quota of {quota:g} cores"
-        # vLLM's own choice leaves a core unused; all of them decode half as fast again.
+        # vLLM's own choice leaves a core unused; with all cores, decoding is 1.5 times as fast.
         return cores, f"{_counted(cores, 'core')} of this process"
 
     def _kv_cache(self, length: Choice, concurrency: Choice, block: Choice, ranks: int, *, wide: bool) -> Choice:

@@ -71,7 +71,7 @@ class FieldAccuracy(AnswerMetric):
 
 
 def _fields(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
-    """Yield the path and value of each field in a JSON value. An empty object or list counts as a field, too."""
+    """Yield the path and value of each field in a JSON value. An empty object or list also counts as a field."""
     if isinstance(value, dict | list) and value:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _fields(inner, (*path, key))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _ARCHITECTURES: Mapping[str, str] = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
-"""gguf's name of the architecture for each `model_type`."""
+"""Name of the architecture in the gguf package, keyed by `model_type`."""
 _PAIRED = ("llama", "mistral")
 """Models for which llama.cpp rotates neighbouring numbers of a head instead of its halves."""
 

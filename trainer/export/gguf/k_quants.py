@@ -1,4 +1,6 @@
-"""Writes a merged model to a GGUF file in 4 to 6 bits with llama.cpp's tool, which the `gguf` package cannot write."""
+"""Writes a merged model to a GGUF file in 4 to 6 bits. This uses llama.cpp's tool, because the `gguf` package cannot
+write these types.
+"""
 
 import os
 import shutil
@@ -39,7 +41,7 @@ def find_tool() -> str:
     """Return the path of llama.cpp's tool.
 
     Raises:
-        NotFoundError: it is not installed.
+        NotFoundError: the tool is not installed.
     """
     if tool := shutil.which(TOOL):
         return tool
@@ -63,12 +65,12 @@ def export_k_quant(
         model: folder of the merged model, with the base's tokenizer and template.
         out: output folder, created if missing.
         name: name of the model.
-        examples: held-out examples, whose token ids llama.cpp must give.
+        examples: held-out examples, for which llama.cpp must produce the same token ids.
         modelfile: whether to write a Modelfile.
 
     Raises:
         NotFoundError: the tool is not installed.
-        TrainingError: the tool failed, or llama.cpp or Ollama would compute something else than the engine.
+        TrainingError: the tool failed, or llama.cpp or Ollama would give different results than the engine.
     """
     tool, file = find_tool(), out / f"{name}-{type}.gguf"
     out.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,7 @@ def _run(tool: str, source: Path, target: Path, type: KQuant) -> None:
     """Run llama.cpp's tool.
 
     Raises:
-        TrainingError: the tool failed, did not end in time or wrote no file.
+        TrainingError: the tool failed, did not exit in time, or wrote no file.
     """
     command = [tool, str(source), str(target), type.upper(), str(len(os.sched_getaffinity(0)))]
     try:

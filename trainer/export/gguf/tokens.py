@@ -29,7 +29,9 @@ _SAMPLES = (
     "end.\n\nnext;\r\n\r\n\tindented\n  twice\n",
     "caf\u00e9 stra\u00dfe \u65e5\u672c\u8a9e \U0001f642\U0001f642",
 )
-"""Texts that the pre-tokenizers split differently, because held-out examples may have no such places."""
+"""Texts that the pre-tokenizers split differently. They are needed because held-out examples may not contain such
+text.
+"""
 
 
 @dataclass(frozen=True, slots=True)
