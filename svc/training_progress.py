@@ -84,7 +84,7 @@ _RECORD: TypeAdapter[ProgressRecord] = TypeAdapter(ProgressRecord)
 
 
 class ProgressFile:
-    """Writes progress to a file. It is created if it does not exist.
+    """Writes progress to a file, which is created if it does not exist.
 
     Args:
         path: the file, whose folder exists.

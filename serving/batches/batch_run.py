@@ -147,7 +147,7 @@ class BatchRun:
         )
 
     async def _answer_until_end(self, progress: Progress) -> None:
-        """Answer the requests until all are answered, the batch is cancelled, or its time is over.
+        """Answer the requests until all are answered, the batch is cancelled, or it expires.
 
         Raises:
             BatchFailedError: the batch cannot continue.

@@ -20,7 +20,7 @@ def _number_or_auto(value: Any) -> Any:
 
 
 def _clean_suffix(suffix: str) -> str:
-    """Replace characters that names of models cannot contain by hyphens."""
+    """Replace characters that are not allowed in model names by hyphens."""
     cleaned = _OTHER_CHARACTERS.sub("-", suffix).strip("-._")
     if not cleaned:
         raise ValueError("a suffix must contain a letter or digit from A to Z, a to z or 0 to 9")
@@ -100,7 +100,7 @@ class Integration(_Object):
 class JobRequest(_Object):
     """Request body for creating a fine-tuning job.
 
-    `hyperparameters` is deprecated, and `recipe` has keys of a recipe: see docs/fine-tuning-api.md.
+    `hyperparameters` is deprecated, and `recipe` contains keys of a recipe; see docs/fine-tuning-api.md.
     """
 
     model: str = Field(min_length=1, max_length=256)

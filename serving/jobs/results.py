@@ -188,5 +188,5 @@ def _weights_digest(folder: Path) -> str:
 
 
 def _id(prefix: str, text: str) -> str:
-    """Return an id that is the same after a crash."""
+    """Return an id that stays the same if it is computed again after a crash."""
     return prefix + hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -2,8 +2,8 @@
 
 A job's folder contains a record of its process, by which a later server finds the process. All descendants of the
 process have a marker in their environment, so that they can be found even if their parents have died. Engines overwrite
-the marker when they set their process title, so their ids are recorded while the process runs. This module does not
-know jobs or the store.
+the marker when they set their process title, so their ids are recorded while the process runs. This module knows
+nothing about jobs or the store.
 """
 
 import json
@@ -103,7 +103,7 @@ class TrainingProcess:
                 os.kill(self._pid, signal.SIGTERM)
 
     def note_descendants(self) -> None:
-        """Remember all descendants, so that `kill` finds them even if the process has died before."""
+        """Remember all descendants, so that `kill` finds them even if the process has already died."""
         with suppress(psutil.Error, OSError):
             for child in psutil.Process(self._pid).children(recursive=True):
                 with suppress(psutil.Error):

@@ -1,8 +1,8 @@
 """The worker of a machine: takes fine-tuning jobs from the queue, and trains them one at a time.
 
 Each job is trained by `svc train` in a separate process, so that a crash of the server does not affect the training,
-and the other way round. A worker that starts first takes its unfinished job, and finds the process that an earlier
-server left running.
+and vice versa. When a worker starts, it first takes its unfinished job, and finds the process that an earlier server
+left running.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ def training_command(recipe: Path, progress: Path) -> Sequence[str]:
 
 
 def command_on_ray(recipe: Path, progress: Path) -> Sequence[str]:
-    """Return the command that trains a recipe on a Ray cluster, which does not keep the adapters of single epochs."""
+    """Return the command that trains a recipe on a Ray cluster. There, the adapters of single epochs are not kept."""
     return (*training_command(recipe, progress), "--on", "ray", "--set", "checkpoints.keep_epochs=0")
 
 

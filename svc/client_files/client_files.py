@@ -3,8 +3,8 @@
 With an object store (svc.client_files.shared_contents), a file's contents are uploaded before its row is added, and a
 server without the contents downloads them. Objects are deleted in the background.
 
-    files/ID             content of a file
-    files/.removed-ID    mark: the file does not exist, and its object is to be deleted
+    files/ID             contents of a file
+    files/.removed-ID    marker: the file no longer exists, and its object must be deleted
 
 A file's path is made from its id, never from anything that a client sent.
 """
@@ -127,7 +127,7 @@ class ClientFiles:
         return await asyncio.shield(task)  # others may wait for the same contents
 
     async def in_thread(self, work: Callable[[], Result]) -> Result:
-        """Return the result of a function that fetches or adds a file.
+        """Call a function that fetches or adds a file, and return its result.
 
         Separate threads are used, so that an object store that does not respond cannot block other work.
         """

@@ -1,6 +1,6 @@
 """The contents of clients' files in an object store (`artifacts.url`), which all servers with the same store share.
 
-    client-files/ID    the content of one file, which never changes
+    client-files/ID    the contents of one file, which never change
 
 A server without a file's contents downloads them to a folder in its home. This copy is removed when the file is
 deleted, or when it has not been used for a day and no job or batch needs it.

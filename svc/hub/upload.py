@@ -178,7 +178,7 @@ def check_destination(api: "HfApi", repo: str, version: VersionId, *, public: bo
 
 
 def upload(api: "HfApi", destination: Destination, files: list[UploadFile], version: VersionId) -> tuple[str, str]:
-    """Upload files as the only content of a repository, tag the commit, and return its id and its URL.
+    """Replace the contents of a repository by the given files, tag the commit, and return its id and its URL.
 
     If the upload is interrupted, the repository keeps its earlier files. The next upload does not resend large files
     that have arrived completely.

@@ -95,7 +95,7 @@ class Described(_Model):
 
 
 class Answer(_Model):
-    """The answer to a question: one of the attributes is set, or none for `end`."""
+    """The answer to a query: one of the attributes is set, or none for `end`."""
 
     placed: Placed | None = None
     described: Described | None = None
@@ -136,7 +136,7 @@ class RayCluster:
         """Create an actor, and wait until it runs.
 
         Raises:
-            EngineError: no machine has the resources in time, or the actor could not start.
+            EngineError: no machine had the resources in time, or the actor could not start.
         """
         answer = (await self._asked(question)).placed
         assert answer is not None  # noqa: S101 - the answer to this question

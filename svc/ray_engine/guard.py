@@ -1,7 +1,7 @@
 """Stops an engine when its actor has died, whatever the cause.
 
 Ray kills an actor's process group, but an engine has a separate group, and its core survives a killed API server. The
-guard is a shell that waits until a pipe is closed whose other end only the actor has open.
+guard is a shell that waits until a pipe is closed. Only the actor has the pipe's other end open.
 """
 
 import subprocess
@@ -15,7 +15,7 @@ _WAIT = 'read -r _ || exec "$@"'
 
 
 class Guard:
-    """A guard of the engine whose lock and record are in a folder."""
+    """The guard of an engine, which is given by the folder with its lock and record."""
 
     def __init__(self, state: Path) -> None:
         command = ["sh", "-c", _WAIT, "sh", sys.executable, "-m", "svc.ray_engine.guard", str(state)]

@@ -1,4 +1,4 @@
-"""Certificates with which a server and an engine on another machine recognize each other.
+"""Certificates with which a server and an engine on another machine authenticate each other.
 
 Each side creates a key pair, whose private key never leaves its machine, and accepts exactly one certificate: the other
 side's. The certificates are exchanged through Ray's authenticated API. There is no certificate authority, and the dates

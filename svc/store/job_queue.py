@@ -77,9 +77,10 @@ class Reported:
 def take_job(store: Store, worker: str, may_run: Callable[[Job], bool]) -> Job | None:
     """Take a job and return it, or return None if no job can be taken.
 
-    A job that the store says this worker is running comes first: an earlier process of the worker took it. Next comes a
-    job that this worker had to interrupt. Otherwise, the queued job of the owner with the fewest running jobs is taken,
-    so that keys share the machines; among equals, it is the owner whose last job was started longest ago.
+    First comes a job that the store records as running on this worker, because an earlier process of the worker took
+    it. Next comes a job that this worker had to interrupt. Otherwise, the queued job of the owner with the fewest
+    running jobs is taken, so that keys share the machines; among equals, it is the owner whose last job was started
+    longest ago.
 
     Args:
         worker: id of the worker, which runs one job at a time.

@@ -95,8 +95,8 @@ def check_calibration(log: Sequence[Mapping[str, Any]]) -> None:
 def exact_clipping() -> Iterator[None]:
     """Make gptqmodel use our clipping search within the `with` block.
 
-    This replaces its method, which multiplies at most 512 tokens by every weight for each step: on two cores
-    with SmolLM2-135M, 10 of 12 minutes.
+    This replaces its method, which multiplies at most 512 tokens by every weight for each step. For SmolLM2-135M on two
+    cores, that took 10 of 12 minutes.
     """
     from gptqmodel.looper.awq_processor import AWQProcessor
 
@@ -122,8 +122,8 @@ def best_clip(
     """Return the clipping limit of each group's weights at which rounding changes the group's contribution to the
     outputs least.
 
-    The mean square of the change x·d over all tokens x is d·G·d, where G is the mean of the outer products x·x. G has
-    a group's size squared, whatever the number of tokens.
+    The mean square of the change x·d over all tokens x is d·G·d, where G is the mean of the outer products x·x. The
+    number of values in G is the square of the group size, whatever the number of tokens.
 
     Args:
         weight: [outputs, inputs].

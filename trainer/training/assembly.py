@@ -162,8 +162,8 @@ def assemble_trainer(
 
 
 def _start_from_base(model: PeftModel, setup: TrainerSetup) -> Matrices:
-    """Start the adapter with a part of the base's weights, and return its first matrices. Those of an interrupted run
-    are in its checkpoint.
+    """Start the adapter with a part of the base's weights, and return its first matrices. For a resumed run, they are
+    read from its checkpoint.
     """
     recipe, group = setup.recipe, setup.group
     newest = setup.checkpoints.newest()

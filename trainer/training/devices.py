@@ -61,7 +61,7 @@ def divide_step(train: Train, devices: int) -> Share | None:
     """Return each device's share of a step, or None if the step's examples cannot be divided equally. A step has the
     same number of examples as on one device.
 
-    Accumulation is reduced first, because smaller batches use a device less well.
+    Accumulation is reduced first, because smaller batches use a device less efficiently.
     """
     common = math.gcd(train.gradient_accumulation, devices)
     rest = devices // common
@@ -125,7 +125,7 @@ def choose_processes(train: Train) -> DeviceChoice:
 def choose_gpus(train: Train, gpus: Sequence[Gpu], first: str) -> DeviceChoice:
     """Return the GPUs to train on: those that the recipe lists, or the first ones that are free and equal.
 
-    Without `train.devices`, as many of these are used as a step can be divided among.
+    Without `train.devices`, the largest number of them is used among which a step can be divided.
 
     Args:
         gpus: GPUs that this process may use, in the order of their numbers.

@@ -202,8 +202,7 @@ class ResumableTrainer(AnswerTrainer):
 
         Raises:
             StepAbandoned: a signal was received.
-            NoStepLeftError: a missed measurement of held-out loss was made up for before this step, and it ended
-                the run.
+            NoStepLeftError: a missed measurement of held-out loss was taken before this step, and ended the run.
         """
         if self.control.should_training_stop:
             raise NoStepLeftError

@@ -24,7 +24,7 @@ _TIMEOUT_S = 3600.0
 
 
 class KQuant(StrEnum):
-    """llama.cpp's name of a number type with blocks of 256. In Q4_K_M and Q5_K_M, some layers have 6 bits."""
+    """llama.cpp's name for a number type with blocks of 256. In Q4_K_M and Q5_K_M, some layers have 6 bits."""
 
     Q4_K_M = "q4_k_m"
     Q5_K_M = "q5_k_m"
@@ -58,7 +58,7 @@ def export_k_quant(
 ) -> GgufSummary:
     """Write a merged model to `out/NAME-TYPE.gguf`, and a Modelfile for Ollama next to it.
 
-    The checks are those of `export_gguf`, which writes the F16 file from which the tool reads. The tool's file is
+    The checks are the same as in `export_gguf`, which writes the F16 file that the tool reads. The tool's file is
     compared with the model.
 
     Args:

@@ -107,7 +107,7 @@ def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[s
 
 
 def simulate(content: dict[str, Any], pre: PreTokenizer) -> "Tokenizer":
-    """Return a tokenizer that works as llama.cpp does with a pre-tokenizer.
+    """Return a tokenizer that splits texts in the same way as llama.cpp does with a pre-tokenizer.
 
     llama.cpp does not normalize texts, and text around special tokens keeps its spaces.
 
