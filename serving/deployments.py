@@ -53,7 +53,7 @@ OnFailure = Callable[[Target, SvcError], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Load:
-    """A request to serve a version. `done` has its result."""
+    """A request to serve a version. `done` receives the result."""
 
     version: VersionId
     targets: Sequence[Target]

@@ -32,7 +32,7 @@ class ModelNames:
     Attributes:
         served: the version in production, or None until a version serves.
         loaded: the versions that engines have loaded. During a swap of several engines, there are two.
-        since: time at which the production version was promoted to production, in Unix seconds.
+        since: time at which the production version was promoted, in Unix seconds.
         candidate: the version that a rollout tries, or None if there is no rollout.
         of_candidate: the client-facing name of the candidate, `NAME@candidate`.
         assigned: internal name for requests that a rollout assigned to the candidate, which resolves to

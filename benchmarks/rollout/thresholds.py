@@ -29,7 +29,7 @@ class Policy:
 
     Attributes:
         window_s: interval of the measurements, and length of their windows.
-        failures: number of failed measurements that roll back.
+        failures: number of failed measurements that cause a rollback.
         step_s: time at each share, or None to stay until one measurement succeeds.
         percentile: percentile of the time to first token that is compared.
     """

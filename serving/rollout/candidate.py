@@ -70,7 +70,7 @@ class CandidateLoader:
         """Compare the candidate's files with its manifest, and return how it can be loaded.
 
         Args:
-            current: version that the engines hold.
+            current: version loaded in the engines.
 
         Raises:
             NotFoundError, IntegrityError, EngineError: the candidate cannot be loaded.
@@ -91,7 +91,7 @@ class CandidateLoader:
 
         Args:
             plan: a plan without shortage.
-            current: version that the engines hold.
+            current: version loaded in the engines.
             report: called with the text of each step.
 
         Raises:

@@ -274,7 +274,7 @@ class Replay:
             log.exception("could not read a stored request or store its comparison; retrying")
 
     async def _add(self, pair: ShadowPair | None) -> None:
-        """Store a comparison, or note with None that a request cannot be replayed unchanged."""
+        """Store a comparison. None means that the request could not be replayed unchanged."""
         if pair is None:
             self._skipped += 1
         else:

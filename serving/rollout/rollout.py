@@ -415,7 +415,9 @@ class _Run:
         self._report(f"shadow: {look.text}")
 
     async def _replay(self, kept: Kept) -> None:
-        """Compare the candidate's answers with stored answers of production, because memory fits only one engine."""
+        """Compare the candidate's answers with stored answers of production, because there is memory for only one
+        engine.
+        """
         if self._record.state is not RolloutState.SHADOW:
             await self._enter(RolloutState.SHADOW)
         parts = self._parts

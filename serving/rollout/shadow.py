@@ -162,7 +162,7 @@ class Shadow:
         return replace(pair, production_logprob=await self._production_logprob(copy))
 
     async def _production_logprob(self, copy: Copy) -> float | None:
-        """Return production's mean log-probability for a request, from its answer or from its answer to another copy.
+        """Return production's mean log-probability for a request, from its answer to the client or to a copy.
 
         Returns:
             None if the answer contains none and no copy is sent, or if the copy was not answered.

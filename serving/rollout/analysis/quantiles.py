@@ -38,8 +38,8 @@ class Times:
     def limits(self, share: float, error: float) -> tuple[float, float | None]:
         """Return anytime-valid confidence limits of a quantile.
 
-        The method is that of Howard and Ramdas 2022, "Sequential estimation of quantiles with applications to A/B
-        testing and best-arm identification", Bernoulli 28, equation 3 (an iterated-logarithm bound).
+        The method is from Howard and Ramdas 2022, "Sequential estimation of quantiles with applications to A/B testing
+        and best-arm identification", Bernoulli 28, equation 3 (an iterated-logarithm bound).
 
         Args:
             error: allowed probability that the quantile is ever outside the limits.

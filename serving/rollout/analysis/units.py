@@ -106,7 +106,7 @@ class OncePerStep:
         self._observed = dict[str, Arm]()
 
     def admit(self, unit: str | None, arm: Arm) -> bool:
-        """Return whether a unit is not observed yet, and mark it as observed. None is always a new unit."""
+        """Return whether a unit has not been observed yet, and mark it as observed. None is always a new unit."""
         if unit is None:
             return True
         if unit in self._observed:
