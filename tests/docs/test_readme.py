@@ -68,7 +68,7 @@ def test_project_internal_links_have_targets() -> None:
             path, _, anchor = link.partition("#")
             target = (page.parent / path) if path else page
             headings = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.MULTILINE) if target.is_file() else []
-            anchors = {heading.lower().replace(" ", "-") for heading in headings}
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}  # as GitHub
             if not target.exists() or (anchor and anchor not in anchors):
                 broken.append(f"{page_id(page)}: {link}")
     assert broken == []
