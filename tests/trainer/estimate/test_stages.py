@@ -29,6 +29,7 @@ def of_stages(name: str, recipe: Recipe, device: ComputeDevice) -> dict[Stage, S
         (["merged", "gptq"], ["train", "merge", "evaluate", "quantize", "qualify", "parity"]),
         (["merged"], ["train", "merge", "evaluate", "parity"]),
         (["gptq"], ["train", "merge", "quantize", "qualify", "parity"]),
+        (["awq"], ["train", "merge", "quantize-awq", "qualify-awq", "parity"]),
         (["adapter"], ["train"]),
     ],
     ids=str,
@@ -50,6 +51,16 @@ def test_merge_needs_two_copies_of_the_embedding_when_it_is_the_largest_tensor()
 def test_merge_needs_four_copies_of_a_layer_when_all_its_experts_are_adapted() -> None:
     merge = of_stages("mixtral-8x7b", make_recipe(), cpu_device())[Stage.MERGE].peak
     assert merge.ram > 4 * 4 * 8 * 2 * 14_336 * 4096
+
+
+def test_awq_needs_the_inputs_of_a_block_in_place_of_hessians_and_writes_as_much_as_gptq() -> None:
+    recipe = make_recipe(formats=["gptq", "awq"], quantize={"samples": 64})
+    stages = of_stages("llama-3.1-8b", recipe, cpu_device())
+    gptq, awq = (stages[stage].peak for stage in (Stage.QUANTIZE, Stage.QUANTIZE_AWQ))
+    inputs = 6 * 4096 + 14_336  # of q, k, v, o, gate and up, and of down
+    assert awq.ram - gptq.ram == pytest.approx(2 * inputs * 64 * 1024 - 2 * 4 * 14_336**2)
+    assert awq.disk == gptq.disk
+    assert stages[Stage.QUALIFY_AWQ].peak.ram == stages[Stage.QUALIFY].peak.ram
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
