@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from svc.errors import TrainingError
+from trainer.export.gguf.sentencepiece import SentencePiece
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -57,26 +58,30 @@ PRE_TOKENIZERS = (
 )
 
 
-def check_byte_level(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+def read_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Return the contents of a tokenizer's tokenizer.json.
 
     Raises:
-        TrainingError: the tokenizer is not a byte-level BPE tokenizer.
+        TrainingError: the tokenizer is neither byte-level BPE nor SentencePiece's BPE.
     """
     content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     splits = content.get("pre_tokenizer") or {}
     kinds = {part.get("type") for part in splits.get("pretokenizers", [splits])}
-    if content["model"].get("type") != "BPE" or "ByteLevel" not in kinds:
+    if content["model"].get("type") != "BPE" or ("ByteLevel" not in kinds and not has_bytes(content)):
         raise TrainingError(
-            f"the tokenizer {tokenizer.name_or_path} is not byte-level BPE",
-            expected="a tokenizer like those of Llama 3, SmolLM2 or Qwen: SentencePiece tokenizers, like those of "
-            "Gemma, Llama 2 and Mistral 7B, cannot be written to GGUF",
+            f"the tokenizer {tokenizer.name_or_path} is neither byte-level BPE nor SentencePiece's BPE with bytes",
+            expected="a tokenizer like those of Llama 2, Llama 3, SmolLM2 or Qwen",
             todo="export the version as hf, and convert it with llama.cpp's convert_hf_to_gguf.py",
         )
     return content
 
 
-def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> PreTokenizer:
+def has_bytes(content: dict[str, Any]) -> bool:
+    """Return whether a tokenizer writes characters without a token as bytes, as those of SentencePiece do."""
+    return bool(content["model"].get("byte_fallback")) and "<0x00>" in content["model"]["vocab"]
+
+
+def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> PreTokenizer | SentencePiece:
     """Return the first of llama.cpp's pre-tokenizers with which every text, including the samples above, gets the
     base's token ids.
 
@@ -85,17 +90,20 @@ def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[s
         texts: rendered held-out examples, with answers.
 
     Raises:
-        TrainingError: no pre-tokenizer does, or the tokenizer is not byte-level BPE.
+        TrainingError: no pre-tokenizer does, or the tokenizer is of another kind.
     """
-    content = check_byte_level(tokenizer)
-    texts = (*texts, *_SAMPLES)
+    content = read_tokenizer(tokenizer)
+    # Some SentencePiece tokenizers put a space before a whole text, but not after a special token as in conversations.
+    start = tokenizer.bos_token or "" if has_bytes(content) else ""
+    texts = (*texts, *(start + sample for sample in _SAMPLES))
     wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    differ = {}
-    for pre in PRE_TOKENIZERS:
-        simulated = simulate(content, pre)
-        ids = (encoded.ids for encoded in simulated.encode_batch(texts, add_special_tokens=False))
-        differ[pre.name] = sum(before != after for before, after in zip(wanted, ids, strict=True))
-        if not differ[pre.name]:
+    pieces = (SentencePiece(content, prefix=True), SentencePiece(content, prefix=False))
+    differ: dict[str, int] = {}
+    for pre in pieces if has_bytes(content) else PRE_TOKENIZERS:
+        found = encode(content, pre, texts)
+        wrong = sum(before != after for before, after in zip(wanted, found, strict=True))
+        differ[pre.name] = min(wrong, differ.get(pre.name, wrong))
+        if not wrong:
             return pre
     best = min(differ, key=lambda name: differ[name])
     raise TrainingError(
@@ -104,6 +112,17 @@ def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[s
         expected=f"the base's ids for every text with one of {', '.join(differ)}",
         todo="export the version as hf; the model would answer differently in llama.cpp",
     )
+
+
+def encode(content: dict[str, Any], pre: PreTokenizer | SentencePiece, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids that llama.cpp gives each text.
+
+    Args:
+        content: contents of the base's tokenizer.json.
+    """
+    if isinstance(pre, SentencePiece):
+        return [pre.encode(text) for text in texts]
+    return [encoded.ids for encoded in simulate(content, pre).encode_batch(texts, add_special_tokens=False)]
 
 
 def simulate(content: dict[str, Any], pre: PreTokenizer) -> "Tokenizer":

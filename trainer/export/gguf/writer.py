@@ -1,6 +1,7 @@
 """Writes a merged model to one GGUF file with the `gguf` package, tensor by tensor."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from svc.terminal import waiting
 from trainer.data.chat_template import load_tokenizer
 from trainer.export.gguf.architecture import Architecture, read_architecture
 from trainer.export.gguf.modelfile import make_modelfile
-from trainer.export.gguf.tokens import PreTokenizer, check_byte_level, choose_pre_tokenizer
+from trainer.export.gguf.sentencepiece import SentencePiece
+from trainer.export.gguf.tokens import PreTokenizer, choose_pre_tokenizer, read_tokenizer
 from trainer.library_output import library_output_to_log
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 MODELFILE = "Modelfile"
 _ROPE_FACTORS = "rope_freqs.weight"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class GgufType(StrEnum):
@@ -112,7 +115,7 @@ def export_gguf(
 
 def check_gguf(
     model: Path, kwargs: TemplateKwargs, examples: "Sequence[ChatExample]", *, modelfile: bool = True
-) -> "tuple[Architecture, PreTrainedTokenizerBase, PreTokenizer]":
+) -> "tuple[Architecture, PreTrainedTokenizerBase, PreTokenizer | SentencePiece]":
     """Check that a model can be written to GGUF, and return how it must be written. No weights are read.
 
     Args:
@@ -147,7 +150,7 @@ def _write(
     architecture: Architecture,
     tokenizer: "PreTrainedTokenizerBase",
     kwargs: TemplateKwargs,
-    pre: PreTokenizer,
+    pre: PreTokenizer | SentencePiece,
     type: GgufType,
 ) -> None:
     import gguf
@@ -180,7 +183,7 @@ def _write_vocabulary(
     architecture: Architecture,
     tokenizer: "PreTrainedTokenizerBase",
     kwargs: TemplateKwargs,
-    pre: PreTokenizer,
+    pre: PreTokenizer | SentencePiece,
 ) -> None:
     """Write tokens, merges, special tokens and the chat template.
 
@@ -188,7 +191,7 @@ def _write_vocabulary(
     """
     from gguf import TokenType
 
-    content = check_byte_level(tokenizer)
+    content = read_tokenizer(tokenizer)
     size = architecture.config.vocab_size
     tokens, types = [f"[PAD{number}]" for number in range(size)], [TokenType.UNUSED] * size
     for text, number in content["model"]["vocab"].items():
@@ -197,12 +200,20 @@ def _write_vocabulary(
         if added["id"] < size:
             kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
             tokens[added["id"]], types[added["id"]] = added["content"], kind
-    merges = content["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre.name)
+    if isinstance(pre, SentencePiece):
+        types = [TokenType.BYTE if _BYTE.fullmatch(text) else kind for text, kind in zip(tokens, types, strict=True)]
+        if (unknown := content["model"].get("unk_token")) in tokens:
+            types[tokens.index(unknown)] = TokenType.UNKNOWN
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([pre.score(text) for text in tokens])
+        writer.add_add_space_prefix(pre.prefix)
+    else:
+        merges = content["model"]["merges"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre.name)
+        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     for kind, token in (("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
         if token is not None:
             getattr(writer, f"add_{kind}_token_id")(token)

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from svc.dataset.readers.reader import read_examples
 from tests.hub_models.tokenizer import smollm2_folder
 from tests.trainer.export.gguf.test_tokens import TEXTS
 from trainer.data.chat_template import load_tokenizer
+from trainer.data.template_choice import template_text
 from trainer.export.gguf import k_quants
 from trainer.export.gguf.k_quants import KQuant, export_k_quant
 from trainer.export.gguf.writer import GgufType, export_gguf, render_examples
+from trainer.recipe.named_template import NamedTemplate
 
 pytestmark = [pytest.mark.matrix, pytest.mark.slow]
 
@@ -27,6 +29,7 @@ PACKAGE = MODULES / "node-llama-cpp" / "dist" / "index.js"
 LIBRARIES = MODULES / "@node-llama-cpp" / "linux-x64" / "bins" / "linux-x64"
 EXAMPLES = read_examples(ROOT / "examples" / "debian-triage" / "heldout.jsonl")[:100]
 PROMPTS, TOKENS = 12, 12
+LLAMA_2 = ROOT / ".venv" / "tokenizers" / "tokenizer-llama2"
 
 
 def run_llama_cpp(model: Path, texts: list[str], prompts: list[str]) -> Any:
@@ -63,6 +66,22 @@ def test_k_quants_of_llama_cpp_itself_are_accepted_and_answer_like_transformers(
     done = export_k_quant(base, tmp_path / "out", "smol", EXAMPLES, type)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"Modelfile", done.file.name}
     check(base, done.file, least)
+
+
+def test_llama_cpp_has_the_ids_of_llama_2_in_conversations(tmp_path: Path) -> None:
+    if not LLAMA_2.is_dir():
+        pytest.skip("npm could not fetch the tokenizer of Llama 2")
+    tokenizer = AutoTokenizer.from_pretrained(LLAMA_2)
+    tokenizer.chat_template = template_text(NamedTemplate.LLAMA_2, LLAMA_2)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **shape))
+    model.bfloat16().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    file = export_gguf(tmp_path / "base", tmp_path, "tiny", EXAMPLES, type=GgufType.F16, modelfile=False).file
+    loaded = load_tokenizer(tmp_path / "base")
+    texts = [*render_examples(loaded, {}, EXAMPLES), *(f"<s>{text}" for text in TEXTS)]
+    found = run_llama_cpp(file, texts, [])["texts"]
+    assert found == [loaded(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
 @pytest.mark.parametrize("type", GgufType)

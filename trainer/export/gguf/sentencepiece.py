@@ -1,0 +1,101 @@
+"""Splits texts into tokens as llama.cpp does with SentencePiece tokenizers, like that of Llama 2.
+
+llama.cpp merges the two neighbouring pieces whose union has the highest score, until no union is in the vocabulary.
+The tokenizers library merges pairs in the order of a list. The two agree if scores follow the list, which the caller
+checks on real texts. This module does not write files.
+"""
+
+import heapq
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+SPACE = "\u2581"
+"""Character that stands for a space in a piece."""
+
+
+@dataclass(frozen=True)
+class SentencePiece:
+    """A SentencePiece tokenizer of llama.cpp.
+
+    Attributes:
+        content: contents of the base's tokenizer.json.
+        prefix: whether a text, also one after a special token, gets a space in front.
+        name: its name in summaries; the file names no pre-tokenizer.
+    """
+
+    content: dict[str, Any] = field(repr=False)
+    prefix: bool
+    name: str = "sentencepiece"
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of all pieces but the added ones."""
+        vocabulary: dict[str, int] = self.content["model"]["vocab"]
+        return vocabulary
+
+    @cached_property
+    def added(self) -> dict[str, int]:
+        """Ids of special tokens and other added ones."""
+        return {token["content"]: token["id"] for token in self.content.get("added_tokens", [])}
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """Scores of the pieces that merges lead to; the first merge has the highest."""
+        scores: dict[str, float] = {}
+        for rank, merge in enumerate(self.content["model"]["merges"]):
+            piece = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+            scores.setdefault(piece, -float(rank))
+        return scores
+
+    def score(self, piece: str) -> float:
+        """Return the score of a piece. One without merges is only a single character."""
+        return self.scores.get(piece, -float(len(self.scores) + len(self.vocabulary)))
+
+    def encode(self, text: str) -> list[int]:
+        """Return a text's token ids, in which special tokens are recognized, without those added around it."""
+        if not self.added:
+            return list(self._encode_plain(text))
+        pattern = "|".join(re.escape(token) for token in sorted(self.added, key=len, reverse=True))
+        ids: list[int] = []
+        for part in re.split(f"({pattern})", text):
+            if part in self.added:
+                ids.append(self.added[part])
+            elif part:
+                ids.extend(self._encode_plain(part))
+        return ids
+
+    def _encode_plain(self, text: str) -> Iterator[int]:
+        marked = ((" " if self.prefix else "") + text).replace(" ", SPACE)
+        for piece in self._merge(marked):
+            if (number := self.vocabulary.get(piece)) is not None:
+                yield number
+            else:
+                yield from (self.vocabulary[f"<0x{byte:02X}>"] for byte in piece.encode("utf-8"))
+
+    def _merge(self, text: str) -> Iterator[str]:
+        """Yield the pieces of a text."""
+        pieces: list[str] = list(text)
+        after, before = [*range(1, len(pieces)), -1], [*range(-1, len(pieces) - 1)]
+        waiting: list[tuple[float, int, str, str]] = []
+
+        def consider(left: int, right: int) -> None:
+            if left >= 0 and right >= 0 and pieces[left] + pieces[right] in self.vocabulary:
+                score = self.score(pieces[left] + pieces[right])
+                heapq.heappush(waiting, (-score, left, pieces[left], pieces[right]))
+
+        for place in range(len(pieces) - 1):
+            consider(place, place + 1)
+        while waiting:
+            _, left, first, second = heapq.heappop(waiting)
+            right = after[left]
+            if right < 0 or (pieces[left], pieces[right]) != (first, second):
+                continue  # one of the two has been merged since
+            pieces[left], pieces[right], after[left] = first + second, "", after[right]
+            if after[left] >= 0:
+                before[after[left]] = left
+            consider(before[left], left)
+            consider(left, after[left])
+        yield from filter(None, pieces)
