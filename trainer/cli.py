@@ -75,9 +75,9 @@ def train(
     quiet_libraries()
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
-    if loaded.adapter.trained:
+    if given := loaded.adapter.given:
         if curve or quick or place == "ray":
-            raise click.UsageError("adapter.trained trains nothing: omit --quick, --curve and --on ray")
+            raise click.UsageError(f"{given} trains nothing: omit --quick, --curve and --on ray")
         _import(settings, loaded, register_failed=register_failed, progress_file=progress_file, as_json=as_json)
         return
     if curve:
@@ -189,29 +189,37 @@ def import_command(
 def _import(
     settings: "Settings", recipe: "Recipe", *, register_failed: bool, progress_file: Path | None, as_json: bool
 ) -> None:
-    """Register a version with an adapter that was trained elsewhere, and print it."""
+    """Register a version with an adapter that exists already, or is combined from others, and print it."""
     from svc.registry.registry import Registry
     from svc.registry.render import print_version
     from svc.terminal import console
     from svc.training_progress import ProgressFile
+    from trainer.pipeline.combined_adapter import find_combined, warn_learnt
     from trainer.pipeline.examples import read_run_examples
     from trainer.pipeline.find_base import find_base, find_config
     from trainer.pipeline.stages import open_pipeline
-    from trainer.pipeline.trained_adapter import check_fits, find_adapter, merged_only
+    from trainer.pipeline.trained_adapter import check_fits, find_adapter
 
     registry = Registry.of(settings)
     learnt = registry.learnt_prompts(recipe.name)
     examples = read_run_examples(recipe, cache=settings.base_cache, learnt=learnt)
-    adapter = find_adapter(recipe.adapter.trained or "", settings.base_cache)
-    recipe = adapter.describe(recipe)
-    for warning in (adapter.check_base(recipe.base), merged_only(adapter.config)):
-        if warning:
-            console.print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
-    check_fits(find_config(recipe.base, settings, recipe.chat_template), adapter)  # before the weights are fetched
+    combine, combined = recipe.adapter.combine, None
+    if combine:
+        combined = find_combined(recipe, combine, settings.base_cache, registry)
+        warn_learnt(registry, combine.versions, examples.heldout)
+    given = combined or find_adapter(recipe.adapter.trained or "", settings.base_cache)
+    recipe = given.describe(recipe)
+    for warning in given.warnings(recipe.base):
+        console.print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
+    config = find_config(recipe.base, settings, recipe.chat_template)
+    for part in given.parts:
+        check_fits(config, part)  # before the weights are fetched
     base = find_base(recipe.base, settings, recipe.chat_template)
+    if combined:
+        combined.check_revision(base)
     progress = ProgressFile(progress_file) if progress_file else None
     pipeline = open_pipeline(
-        settings, registry, recipe, examples, base, register_failed=register_failed, progress=progress, trained=adapter
+        settings, registry, recipe, examples, base, register_failed=register_failed, progress=progress, trained=given
     )
     manifest = registry.manifest(pipeline.train_version())
     folder = registry.folder(manifest.id)

@@ -180,6 +180,17 @@ class Manifest(_Record):
         return adapter
 
     @property
+    def adapter_origin(self) -> str | None:
+        """Words for where the adapter comes from, or None if it was trained here."""
+        if self.imported_adapter:
+            return f"the adapter {self.imported_adapter}, trained elsewhere"
+        combine = self.recipe.get("adapter", {}).get("combine")
+        if not combine:
+            return None
+        parts = ", ".join(f"{part['adapter']} ({part['weight']:g})" for part in combine["adapters"])
+        return f"adapters combined by {combine['method']}: {parts}"
+
+    @property
     def preferences(self) -> dict[str, PreferenceReport]:
         """Preference accuracy of the base and of each format on held-out pairs; empty if there are no pairs."""
         reports = {"base": self.base_preference} | {

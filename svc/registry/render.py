@@ -20,8 +20,8 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     """Print a version to stdout."""
     base, data = manifest.base, manifest.data
     output.print(f"[bold]{manifest.id}[/bold]  {folder}")
-    imported = manifest.imported_adapter
-    origin = f"adapter {imported}, trained elsewhere" if imported else f"trained on {data.train_examples} examples"
+    given = manifest.adapter_origin
+    origin = f"with {given}" if given else f"trained on {data.train_examples} examples"
     output.print(f"base {base.origin} (licence: {base.licence or 'unknown'}), {origin}", markup=False, soft_wrap=True)
     if template := manifest.recipe.get("chat_template"):
         output.print(f"chat template: {template} (chat_template in the recipe)", markup=False, soft_wrap=True)

@@ -26,7 +26,7 @@ _RULES = (find_divergence, find_high_rate, find_low_rate, find_overfitting, find
 
 def diagnose(run: TrainingRun) -> tuple[Finding, ...]:
     """Return the findings on a training run; a healthy run has none."""
-    here = run.recipe.adapter.trained is None  # nothing is known about training elsewhere
+    here = run.recipe.adapter.given is None  # nothing is known about training elsewhere
     findings = [finding for rule in _RULES if here and (finding := rule(run))]
     # The loss of memorized examples still falls, and each other fault makes a model unsure, or overconfident.
     for rule in (find_underfitting, find_label_noise):

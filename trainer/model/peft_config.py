@@ -62,6 +62,14 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     return loaded
 
 
+@contextmanager
+def loading_adapters() -> Iterator[None]:
+    """Prepare PEFT for adapters that are loaded within the `with` block by other means than `load_adapter`."""
+    _import_gptqmodel()
+    with _targets_as_named():
+        yield
+
+
 def adapter_shapes(model: PreTrainedModel, adapter: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors that PEFT saves for a LoRA adapter of the model, keyed by name.
 

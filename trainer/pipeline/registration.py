@@ -197,8 +197,8 @@ class Registration:
         self.registry.tracking.annotate(
             manifest.id,
             (
-                f"{manifest.base.origin} with {manifest.imported_adapter}"
-                if manifest.imported_adapter
+                f"{manifest.base.origin} with {manifest.adapter_origin}"
+                if manifest.adapter_origin
                 else f"{manifest.base.origin} on {manifest.data.train_examples} examples"
             )
             + (f". [Report]({link})" if link else ""),

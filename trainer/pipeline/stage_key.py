@@ -40,13 +40,14 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
     before training. Devices are excluded because they affect only rounding, so that a run can resume on other devices.
 
     Args:
-        trained: hash of an adapter that was trained elsewhere. Its path is excluded.
+        trained: hash of an adapter that is not trained in this run. Its path is excluded.
     """
     content = recipe.model_dump(mode="json")
     prefers = recipe.objective is not Objective.SFT
     measured = examples.measured_fingerprint if prefers or recipe.stopping.measures else None
     adapter = content["adapter"] | {"type": recipe.adapter_type}  # `method` only names this type and the quantization
-    adapter.pop("trained")
+    for key in ("trained", "combine"):
+        adapter.pop(key)
     if adapter["init"] is None:  # so that runs from before this key exists continue
         adapter.pop("init")
     if not prefers:

@@ -37,6 +37,7 @@ from trainer.export.gptq import QuantizeSummary, calibration_type, quantize_to_4
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
 from trainer.model.config import read_width
+from trainer.pipeline.combined_adapter import CombinedAdapter
 from trainer.pipeline.estimate import compare_with_real, estimate_metrics
 from trainer.pipeline.evaluation import Evaluated, RunEvaluation
 from trainer.pipeline.examples import Examples
@@ -72,7 +73,7 @@ class Pipeline:
         register_failed: whether to register a version even if it fails a check. It can then not be promoted.
         expected: estimated memory and time of training on this machine, or None if unknown.
         progress: file to which the progress is written for other programs.
-        trained: adapter that was trained elsewhere and is used instead of training one.
+        trained: adapter that was trained elsewhere, or adapters to combine, instead of training one.
         on_ray: whether the model is trained on a Ray cluster. All other stages run on this machine.
     """
 
@@ -88,7 +89,7 @@ class Pipeline:
     expected: DeviceEstimate | None = None
     progress: ProgressFile | None = None
     on_ray: bool = False
-    trained: TrainedAdapter | None = None
+    trained: TrainedAdapter | CombinedAdapter | None = None
 
     def train_version(self) -> VersionId:
         """Run all unfinished stages and return the resulting version.
@@ -192,9 +193,10 @@ class Pipeline:
         with ray_processes(self.settings, self.recipe, self.base, self.run, shared) as processes:
             return self._train_in(processes)
 
-    def _import(self, adapter: TrainedAdapter) -> TrainingSummary:
-        """Copy an adapter that was trained elsewhere, after the checks that otherwise precede training."""
-        check_fits(self.base.folder, adapter)
+    def _import(self, adapter: TrainedAdapter | CombinedAdapter) -> TrainingSummary:
+        """Copy or combine adapters that exist already, after the checks that otherwise precede training."""
+        for part in adapter.parts:
+            check_fits(self.base.folder, part)
         check_base(self.base.folder, self.recipe, self.capabilities, self.settings.engine, self.capabilities)
         say_number_types(self.capabilities, self.settings.engine, self.recipe.formats, self.capabilities)
         self._check_formats()
@@ -383,7 +385,7 @@ def open_pipeline(
     expected: DeviceEstimate | None = None,
     progress: ProgressFile | None = None,
     on_ray: bool = False,
-    trained: TrainedAdapter | None = None,
+    trained: TrainedAdapter | CombinedAdapter | None = None,
 ) -> Pipeline:
     """Return the pipeline for a recipe. If the recipe was run before, the pipeline continues in the same
     folder.

@@ -19,7 +19,7 @@ from svc.registry.files import read_headers
 from trainer.base_model.content import hash_files
 from trainer.base_model.hub import fetch_adapter
 from trainer.base_model.pypi_wheel import KNOWN
-from trainer.recipe.adapter import AdapterType
+from trainer.recipe.adapter import ADAPTER_TYPES, AdapterType
 from trainer.recipe.paths import is_folder
 from trainer.recipe.recipe import Recipe
 
@@ -61,30 +61,36 @@ class TrainedAdapter:
             "the tensors are checked, but not whether both bases have the same weights"
         )
 
+    @property
+    def parts(self) -> tuple["TrainedAdapter", ...]:
+        """The adapters that must fit the base."""
+        return (self,)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers that it changes."""
+        names = {tensor.name.partition(".lora_")[0] for tensor in read_headers(self.folder)}
+        return sorted(name.removeprefix("base_model.model.") for name in names)
+
+    def warnings(self, base: str) -> list[str]:
+        """Return what users should know before it is combined with this base."""
+        return [warning for warning in (self.check_base(base), merged_only(self.config)) if warning]
+
     def describe(self, recipe: Recipe) -> Recipe:
         """Return a recipe completed with the adapter's type, rank, alpha and layers.
 
         Raises:
             RecipeError: the recipe has a different value for one of them.
         """
-        values = self._recipe_values()
-        for key, value in values.items():
-            name = key.removeprefix("adapter.")
-            given = getattr(recipe.adapter, name)
-            if name in recipe.adapter.model_fields_set and given != value:
-                raise RecipeError(
-                    f"{key} is {given}, but the adapter {self.origin} has {value}", todo=f"remove {key} from the recipe"
-                )
-        return recipe.changed(values)
+        return complete_recipe(recipe, self._recipe_values(), f"the adapter {self.origin}")
 
     def _recipe_values(self) -> dict[str, Any]:
-        names = {tensor.name.partition(".lora_")[0].rpartition(".")[2] for tensor in read_headers(self.folder)}
         return {
             "adapter.type": AdapterType.DORA if self.config.get("use_dora") else AdapterType.LORA,
             "adapter.rank": self.config["r"],
             "adapter.alpha": self.config["lora_alpha"],
             "adapter.rslora": bool(self.config.get("use_rslora")),
-            "adapter.targets": tuple(sorted(names)),
+            "adapter.targets": tuple(sorted({layer.rpartition(".")[2] for layer in self.layers})),
         }
 
     def copy_to(self, out: Path, base: Path) -> None:
@@ -95,9 +101,32 @@ class TrainedAdapter:
         shutil.copyfile(self.folder / _WEIGHTS_FILE, out / _WEIGHTS_FILE)
         config = dict(self.config) | {"base_model_name_or_path": str(base)}
         if not isinstance(config.get("target_modules"), list):
-            names = {tensor.name.partition(".lora_")[0] for tensor in read_headers(self.folder)}
-            config["target_modules"] = sorted(name.removeprefix("base_model.model.") for name in names)
+            config["target_modules"] = self.layers
         (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def complete_recipe(recipe: Recipe, values: Mapping[str, Any], adapter: str) -> Recipe:
+    """Return a recipe completed with the values of an adapter that is not trained.
+
+    Args:
+        values: values, keyed by dotted key in the section `adapter`.
+        adapter: the adapter, for error messages.
+
+    Raises:
+        RecipeError: the recipe has another value for one of them.
+    """
+    implied = ADAPTER_TYPES[recipe.method]
+    if "method" in recipe.model_fields_set and implied is not values["adapter.type"]:
+        raise RecipeError(
+            f"method is {recipe.method}, but {adapter} is {values['adapter.type']}",
+            todo="remove method from the recipe",
+        )
+    for key, value in values.items():
+        name = key.removeprefix("adapter.")
+        given = getattr(recipe.adapter, name)
+        if name in recipe.adapter.model_fields_set and given != value:
+            raise RecipeError(f"{key} is {given}, but {adapter} has {value}", todo=f"remove {key} from the recipe")
+    return recipe.changed(values)
 
 
 def find_adapter(name: str, cache: Path) -> TrainedAdapter:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from trainer.recipe.combine import Combine
 from trainer.recipe.paths import FolderOrHubId
 from trainer.recipe.section import Section
 from trainer.recipe.targets import TargetChoice, Targets
@@ -84,6 +85,14 @@ class Adapter(Section):
     trained: FolderOrHubId = None
     """an adapter saved by PEFT, as a folder (`./name`) or Hugging Face id, that becomes the version instead of being
     trained; the keys of `train` then have no effect; see [adapters](adapters.md#adapters-trained-elsewhere)"""
+    combine: Combine | None = None
+    """adapters from which the version's adapter is computed instead of training it: `{method: , density: , adapters:
+    [{adapter: , weight: }, ...]}`; see [adapters](adapters.md#combining-adapters)"""
+
+    @property
+    def given(self) -> str | None:
+        """The key that says where the adapter comes from, or None if it is trained."""
+        return "adapter.trained" if self.trained else "adapter.combine" if self.combine else None
 
     @property
     def starts_from_base(self) -> bool:
@@ -92,8 +101,8 @@ class Adapter(Section):
 
 
 UNUSED_KEYS = {
-    AdapterType.VERA: frozenset({"alpha", "rslora", "init", "trained"}),
-    AdapterType.ADALORA: frozenset({"rslora", "init", "trained"}),
+    AdapterType.VERA: frozenset({"alpha", "rslora", "init", "trained", "combine"}),
+    AdapterType.ADALORA: frozenset({"rslora", "init", "trained", "combine"}),
     AdapterType.DORA: frozenset({"init"}),
 }
 """Keys of the `adapter` section that an adapter type does not use."""

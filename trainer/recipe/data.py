@@ -20,7 +20,7 @@ class Data(Section):
     """Sources of examples: files, folders, or Hub datasets (`hf:ORG/NAME`); see [data](data.md)."""
 
     train: Sources = ()
-    """examples to train on; required unless `adapter.trained` is set"""
+    """examples to train on; required unless `adapter.trained` or `adapter.combine` is set"""
     heldout: Sources | None = None
     """examples for evaluating the version, which are never used for training; default: a part of `data.train`"""
     heldout_share: float = Field(0.1, gt=0, lt=1)

@@ -51,13 +51,17 @@ def is_folder(name: str) -> bool:
     return name.startswith((".", "/", "~"))
 
 
-def _folder_beside_recipe(name: str | None, info: ValidationInfo) -> str | None:
+HUB_ID_PATTERN = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
+
+
+def folder_beside_recipe(name: str | None, info: ValidationInfo) -> str | None:
+    """Resolve the name of a model relative to the recipe's folder if it is a path."""
     return str(beside_recipe(Path(name), info)) if name and is_folder(name) else name
 
 
 FolderOrHubId = Annotated[
-    Annotated[str, Field(pattern=r"^[./~]|^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] | None,
-    AfterValidator(_folder_beside_recipe),
+    Annotated[str, Field(pattern=rf"^[./~]|{HUB_ID_PATTERN}")] | None,
+    AfterValidator(folder_beside_recipe),
 ]
 """A folder (`./name`) or a Hugging Face id (`org/name`)."""
 Name = Annotated[str, Field(min_length=1)]

@@ -187,14 +187,16 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _has_examples(self) -> "Recipe":
         """Reject a recipe without training examples. They are optional only if the adapter is already trained."""
-        if not self.adapter.trained:
+        if self.adapter.trained and self.adapter.combine:
+            raise ValueError("adapter.trained and adapter.combine cannot be used together: set one of them")
+        if not self.adapter.given:
             if not self.data.train:
                 raise ValueError("'data.train' is missing")
             return self
         if self.objective is not Objective.SFT:
-            raise ValueError(f"`objective: {self.objective}` has no effect on adapter.trained")
+            raise ValueError(f"`objective: {self.objective}` has no effect on {self.adapter.given}")
         if self.adapter.init is not None:
-            raise ValueError(f"`adapter.init: {self.adapter.init}` has no effect on adapter.trained")
+            raise ValueError(f"`adapter.init: {self.adapter.init}` has no effect on {self.adapter.given}")
         if not self.data.train and not self.data.heldout:
             raise ValueError("'data.heldout' is missing: a version is evaluated on held-out examples")
         calibrated = next((format for format in self.formats if format in (Format.GPTQ, Format.AWQ)), None)
@@ -208,12 +210,12 @@ class Recipe(Section):
         """Reject a recipe whose adapter is already trained.
 
         Raises:
-            RecipeError: `adapter.trained` is set.
+            RecipeError: `adapter.trained` or `adapter.combine` is set.
         """
-        if self.adapter.trained:
+        if given := self.adapter.given:
             raise RecipeError(
-                f"adapter.trained is {self.adapter.trained}: {command} has nothing to train",
-                todo="register it with `svc train` or `svc import`, or remove adapter.trained",
+                f"{given} is set: {command} has nothing to train",
+                todo=f"register the adapter with `svc train`, or remove {given}",
             )
 
     def flat(self) -> dict[str, str]:

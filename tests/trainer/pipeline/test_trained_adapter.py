@@ -49,7 +49,7 @@ FLAN_T5 = TINYLLAMA | {  # 3L0L0/FLAN-T5-Motivation-Model, written by PEFT 0.18.
 }
 
 
-def train_with_peft(base: Path, folder: Path, **options: Any) -> Path:
+def train_with_peft(base: Path, folder: Path, *, tokens: torch.Tensor | None = None, **options: Any) -> Path:
     """Train an adapter for three steps with PEFT and torch alone, and return its folder."""
     torch.manual_seed(0)
     model = get_peft_model(
@@ -59,7 +59,7 @@ def train_with_peft(base: Path, folder: Path, **options: Any) -> Path:
         ),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    tokens = torch.arange(5, 45).reshape(2, 20)
+    tokens = torch.arange(5, 45).reshape(2, 20) if tokens is None else tokens
     for _ in range(3):
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()

@@ -1,0 +1,201 @@
+"""Combines adapters of one base into the adapter of a version, in place of training.
+
+What PEFT cannot combine, or would combine to something else than the recipe says, is refused from configs and tensor
+headers, before weights of the base are read.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_prompts, read_prompt_hashes
+from svc.dataset.schema.example import ChatExample
+from svc.errors import BaseModelError, NotFoundError, RecipeError
+from svc.registry.registry import Registry
+from svc.terminal import console
+from svc.version import Format, VersionId
+from trainer.base_model.resolve import Base
+from trainer.pipeline.trained_adapter import TrainedAdapter, complete_recipe, find_adapter
+from trainer.recipe.adapter import MAX_RANK, AdapterType
+from trainer.recipe.combine import Combine, CombineMethod
+from trainer.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class CombinedAdapter:
+    """Adapters that are combined into one.
+
+    Attributes:
+        parts: the adapters, in the order of the recipe.
+        bases: the base's revision of each part that is a registered version, keyed by the version.
+        rank: rank of the result.
+        seed: seed of the values that DARE drops.
+    """
+
+    combine: Combine
+    parts: tuple[TrainedAdapter, ...]
+    bases: dict[str, str]
+    rank: int
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that affects the result, except the base."""
+        weights = [(part.digest, given.weight) for part, given in zip(self.parts, self.combine.adapters, strict=True)]
+        content = [self.combine.method, self.combine.density, weights, self.rank, self.seed]
+        return f"sha256:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"
+
+    def describe(self, recipe: Recipe) -> Recipe:
+        """Return a recipe completed with the type, rank, alpha and layers of the result. Its scale is 1.
+
+        Raises:
+            RecipeError: the recipe has another value for one of them.
+        """
+        values = {
+            "adapter.type": AdapterType.LORA,
+            "adapter.rank": self.rank,
+            "adapter.alpha": self.rank,
+            "adapter.rslora": False,
+            "adapter.targets": tuple(
+                sorted({layer.rpartition(".")[2] for part in self.parts for layer in part.layers})
+            ),
+        }
+        return complete_recipe(recipe, values, f"the combination by {self.combine.method}")
+
+    def warnings(self, base: str) -> list[str]:
+        """Return what users should know before the adapters are combined with this base."""
+        return [warning for part in self.parts if (warning := part.check_base(base)) and part.origin not in self.bases]
+
+    def check_revision(self, base: Base) -> None:
+        """Check that all parts that are registered versions were trained on exactly this base.
+
+        Raises:
+            BaseModelError: one was trained on another base.
+        """
+        for version, revision in self.bases.items():
+            if revision != base.revision:
+                raise BaseModelError(
+                    f"{version} was trained on another base than {base.origin} ({revision[:19]}, not "
+                    f"{base.revision[:19]})",
+                    expected="adapters of one base, with the same chat template",
+                    todo=f"show its base: svc show {version}",
+                )
+
+    def copy_to(self, out: Path, base: Path) -> None:
+        """Write the combined adapter to a new folder. The same parts and options give the same files.
+
+        Raises:
+            RecipeError: PEFT cannot combine the adapters.
+        """
+        from trainer.library_output import library_output_to_log
+
+        with library_output_to_log():
+            from trainer.model.combine import LoraPart, combine_adapters
+
+            given = zip(self.parts, self.combine.adapters, strict=True)
+            parts = [LoraPart(part.folder, part.config, part.layers, item.weight) for part, item in given]
+            try:
+                combine_adapters(base, parts, self.combine, out, rank=self.rank, seed=self.seed)
+            except ValueError as error:
+                raise RecipeError(f"PEFT cannot combine the adapters: {error}", todo="choose another method") from error
+
+
+def find_combined(recipe: Recipe, combine: Combine, cache: Path, registry: Registry) -> CombinedAdapter:
+    """Return the adapters that a recipe combines.
+
+    Args:
+        cache: folder for downloads.
+
+    Raises:
+        RecipeError: PEFT cannot combine them with this method.
+        BaseModelError: there is no such adapter, or it is of a kind that is not supported.
+        NotFoundError: there is no such version, or it has no adapter.
+        IntegrityError: a file is damaged.
+    """
+    parts, bases = [], {}
+    for item in combine.adapters:
+        part = _find_version(item.adapter, registry) if item.adapter in combine.versions else None
+        if part:
+            bases[item.adapter] = registry.manifest(VersionId.parse(item.adapter)).base.revision
+        part = part or find_adapter(item.adapter, cache)
+        if reason := _refusal(part):
+            raise RecipeError(
+                f"{part.origin} cannot be combined: {reason}",
+                expected="LoRA or rsLoRA with one rank for all layers",
+                todo="remove it from adapter.combine.adapters",
+            )
+        parts.append(part)
+    return CombinedAdapter(combine, tuple(parts), bases, _rank(recipe, combine, parts), recipe.train.seed)
+
+
+def _find_version(name: str, registry: Registry) -> TrainedAdapter:
+    """Return the adapter of a registered version, after checking its hashes."""
+    version = VersionId.parse(name)
+    if Format.ADAPTER not in registry.manifest(version).formats:
+        raise NotFoundError(
+            f"{version} has no adapter",
+            expected="a version that was trained with an adapter",
+            todo="choose another one",
+        )
+    registry.verify(version, Format.ADAPTER)
+    return replace(find_adapter(str(registry.artifact(version, Format.ADAPTER).absolute()), Path()), origin=name)
+
+
+def _refusal(part: TrainedAdapter) -> str | None:
+    """Return the reason why PEFT cannot combine an adapter with others, or None if it can.
+
+    PEFT would ignore the magnitudes of DoRA, and write matrices whose ranks differ from those in the config.
+    """
+    reasons = {
+        "use_dora": "it is DoRA",
+        "target_parameters": "it changes a mixture's experts",
+        "rank_pattern": "its layers have different ranks",
+        "alpha_pattern": "its layers have different scales",
+    }
+    return next((reason for key, reason in reasons.items() if part.config.get(key)), None)
+
+
+def _rank(recipe: Recipe, combine: Combine, parts: Sequence[TrainedAdapter]) -> int:
+    """Return the rank of the combination.
+
+    Raises:
+        RecipeError: the method needs equal ranks, or the rank is too large.
+    """
+    method, ranks = combine.method, [part.config["r"] for part in parts]
+    if method.needs_equal_ranks and len(set(ranks)) > 1:
+        names = ", ".join(f"{part.origin} {rank}" for part, rank in zip(parts, ranks, strict=True))
+        with_svd = "svd" if method is CombineMethod.LINEAR else f"{method}_svd"
+        raise RecipeError(
+            f"adapter.combine.method is {method}, but the adapters have different ranks: {names}",
+            expected="equal ranks",
+            todo=f"set it to {with_svd}, or to {CombineMethod.CAT} for the exact weighted sum",
+        )
+    rank: int = sum(ranks) if method is CombineMethod.CAT else max(ranks)
+    if method.factorizes:
+        rank = recipe.adapter.rank or rank
+    if rank > MAX_RANK:
+        raise RecipeError(
+            f"the combination by {method} has the rank {rank}",
+            expected=f"at most {MAX_RANK}",
+            todo=f"set adapter.combine.method to {CombineMethod.SVD}, and adapter.rank",
+        )
+    return rank
+
+
+def warn_learnt(registry: Registry, versions: Sequence[str], heldout: Sequence[ChatExample]) -> None:
+    """Warn if versions that are combined were trained on held-out prompts."""
+    prompts = hash_prompts(heldout)
+    for name in versions:
+        try:
+            learnt = read_prompt_hashes(registry.reference(VersionId.parse(name), TRAINED_PROMPTS_FILE))
+        except NotFoundError:  # an imported adapter
+            continue
+        if count := int(np.isin(prompts, learnt).sum()):
+            console.print(
+                f"[yellow]{name} was trained on {count} of {len(heldout)} held-out prompts: the figures are too "
+                "optimistic[/yellow]"
+            )

@@ -1,0 +1,84 @@
+"""The keys under `adapter.combine`: how several adapters become one."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from svc.version import NAME_PATTERN, NUMBER_PATTERN
+from trainer.recipe.paths import HUB_ID_PATTERN, folder_beside_recipe
+from trainer.recipe.section import Section
+
+VERSION_PATTERN = rf"{NAME_PATTERN.removesuffix('$')}@{NUMBER_PATTERN}$"
+
+
+class CombineMethod(StrEnum):
+    """Method of PEFT's `add_weighted_adapter`. Those without `_svd`, except `cat`, combine the factors A and B of
+    LoRA separately; those with `_svd` combine the products B A, and factorize the result.
+    """
+
+    CAT = "cat"
+    """The exact weighted sum of the updates. The ranks add up."""
+    SVD = "svd"
+    """The weighted sum of the updates, reduced to a smaller rank."""
+    LINEAR = "linear"
+    """The weighted sum of the factors, which only approximates that of the updates."""
+    TIES = "ties"
+    """Small values are dropped, and those whose sign is outvoted (Yadav et al. 2023)."""
+    TIES_SVD = "ties_svd"
+    DARE_LINEAR = "dare_linear"
+    """Random values are dropped, and the others enlarged (Yu et al. 2024)."""
+    DARE_LINEAR_SVD = "dare_linear_svd"
+    DARE_TIES = "dare_ties"
+    """Random values are dropped, and those whose sign is outvoted."""
+    DARE_TIES_SVD = "dare_ties_svd"
+
+    @property
+    def drops(self) -> bool:
+        """Whether it drops values, and thus needs a density."""
+        return self.startswith(("ties", "dare"))
+
+    @property
+    def factorizes(self) -> bool:
+        """Whether the rank of the result can be chosen."""
+        return self.endswith("svd")
+
+    @property
+    def needs_equal_ranks(self) -> bool:
+        """Whether all adapters must have the same rank."""
+        return self is not CombineMethod.CAT and not self.factorizes
+
+
+class WeightedAdapter(Section):
+    """An adapter and its weight."""
+
+    adapter: Annotated[
+        str, Field(pattern=rf"^[./~]|{HUB_ID_PATTERN}|{VERSION_PATTERN}"), AfterValidator(folder_beside_recipe)
+    ]
+    """a version (`NAME@N`), a folder (`./name`) or a Hugging Face id"""
+    weight: float = 1.0
+    """factor of its update; may be negative"""
+
+
+class Combine(Section):
+    """Adapters to combine."""
+
+    method: CombineMethod
+    """method of PEFT's `add_weighted_adapter`"""
+    adapters: Annotated[tuple[WeightedAdapter, ...], Field(min_length=2)]
+    """adapters of one base"""
+    density: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """share of the values that ties and dare keep"""
+
+    @model_validator(mode="after")
+    def _density_fits_method(self) -> "Combine":
+        if self.method.drops and self.density is None:
+            raise ValueError(f"`method: {self.method}` requires density, such as 0.5")
+        if not self.method.drops and self.density is not None:
+            raise ValueError(f"density is not used by `method: {self.method}`")
+        return self
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The adapters that are registered versions."""
+        return tuple(part.adapter for part in self.adapters if "@" in part.adapter and "/" not in part.adapter)
