@@ -108,7 +108,7 @@ def train(
 
     task = quick_trial(loaded, examples) if quick else (loaded, examples)
     expected = estimate_here(*task, settings, anyway=anyway) if place == "here" else None
-    base = find_base(loaded.base, settings, loaded.chat_template)
+    base = find_base(loaded.base, settings, loaded.chat_template, loaded.rope_scaling, loaded.new_tokens)
     progress = ProgressFile(progress_file) if progress_file else None
     pipeline = open_pipeline(
         settings,
@@ -211,10 +211,10 @@ def _import(
     recipe = given.describe(recipe)
     for warning in given.warnings(recipe.base):
         console.print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
-    config = find_config(recipe.base, settings, recipe.chat_template)
+    config = find_config(recipe.base, settings, recipe.chat_template, recipe.rope_scaling, recipe.new_tokens)
     for part in given.parts:
         check_fits(config, part)  # before the weights are fetched
-    base = find_base(recipe.base, settings, recipe.chat_template)
+    base = find_base(recipe.base, settings, recipe.chat_template, recipe.rope_scaling, recipe.new_tokens)
     if combined:
         combined.check_revision(base)
     progress = ProgressFile(progress_file) if progress_file else None

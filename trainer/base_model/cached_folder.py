@@ -1,9 +1,12 @@
 """Folders in the base model cache, which several processes may build at the same time."""
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 
@@ -27,3 +30,26 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def changed_folder(folder: Path, texts: Mapping[str, str], cache: Path, without: Collection[str] = ()) -> Path:
+    """Return a cache folder that links to a folder's files, some of which are replaced or left out.
+
+    The folder is named after its content, so it is rebuilt if the original gains files or is moved.
+
+    Args:
+        texts: content of the replaced files, keyed by name.
+        cache: folder for such folders; any number of processes may share it.
+        without: names of the files that are left out.
+    """
+    files = sorted(path for path in folder.absolute().iterdir() if path.is_file())
+    links = [path for path in files if path.name not in (*without, *texts)]
+    digest = hashlib.sha256(json.dumps([texts, [str(link) for link in links]]).encode()).hexdigest()
+    return build_once(cache / digest[:32], partial(_write, texts, links))
+
+
+def _write(texts: Mapping[str, str], links: list[Path], out: Path) -> None:
+    for name, text in texts.items():
+        (out / name).write_text(text, "utf-8")
+    for link in links:
+        (out / link.name).symlink_to(link)

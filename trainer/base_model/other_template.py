@@ -5,11 +5,10 @@ All later stages see an ordinary base with this template.
 
 import hashlib
 import json
-from functools import partial
 from pathlib import Path
 
 from svc.model_folder.chat_template import TEMPLATE_KWARGS_FILE
-from trainer.base_model.cached_folder import build_once
+from trainer.base_model.cached_folder import changed_folder
 from trainer.base_model.checks import read_json
 from trainer.base_model.content import TEMPLATE_FILE
 
@@ -29,24 +28,12 @@ def folder_with_template(folder: Path, template: str, cache: Path) -> Path:
     """Return a cache folder that links to a model's files but contains the given chat template instead of its
     own.
 
-    The folder is named after its content, so it is rebuilt if the model gains files or is moved.
-
     Args:
         cache: folder for converted models; any number of processes may share it.
     """
-    folder = folder.absolute()
     texts = {TEMPLATE_FILE: template}
     if (folder / _TOKENIZER_CONFIG).is_file():
         config = read_json(folder / _TOKENIZER_CONFIG)
         config.pop("chat_template", None)
         texts[_TOKENIZER_CONFIG] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    links = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (*_OLD_TEMPLATE, *texts))
-    digest = hashlib.sha256(json.dumps([texts, [str(link) for link in links]]).encode()).hexdigest()
-    return build_once(cache / "chat_templates" / digest[:32], partial(_write, texts, links))
-
-
-def _write(texts: dict[str, str], links: list[Path], out: Path) -> None:
-    for name, text in texts.items():
-        (out / name).write_text(text, "utf-8")
-    for link in links:
-        (out / link.name).symlink_to(link)
+    return changed_folder(folder, texts, cache / "chat_templates", _OLD_TEMPLATE)

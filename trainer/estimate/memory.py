@@ -118,9 +118,19 @@ class Training:
         packed = self.shape.linear_weights if self.nf4 else 0
         return self.size * (self.shape.parameters - packed) + _NF4 * packed
 
+    @property
+    def token_matrices(self) -> int:
+        """Number of matrices with a row for each token in which the rows of new tokens are trained."""
+        return 0 if self.full or not self.recipe.new_tokens else 2 if self.shape.untied else 1
+
     @cached_property
     def trained(self) -> int:
         """Number of trained parameters."""
+        rows = self.token_matrices * len(self.recipe.new_tokens) * self.shape.hidden
+        return self._trained_in_layers + rows
+
+    @property
+    def _trained_in_layers(self) -> int:
         shape, rank = self.shape, self.recipe.rank
         layers = shape.target_shapes
         match self.recipe.adapter_type:
@@ -166,6 +176,8 @@ class Training:
         parts[Part.GRADIENTS] = copies * FLOAT32 * self.trained
         parts[Part.OPTIMIZER] = (moment_bytes(recipe.train.optimizer) + means) * self.trained - self.paged_bytes
         parts[Part.ACTIVATIONS] = self._activations(batch) * (_FRAGMENTS_CPU if self.cpu else _FRAGMENTS_GPU)
+        if self.token_matrices:  # PEFT copies a matrix in each use, to replace its rows; the copy has a gradient
+            parts[Part.COPIES] = 2 * self.size * 2 * shape.vocabulary * shape.hidden
         if self.cpu or recipe.objective is not Objective.SFT:
             # Logits, the loss's copy of them, and their gradient.
             parts[Part.LOGITS] = 3 * FLOAT32 * min(_LOGITS_AT_ONCE, batch.answers * shape.vocabulary)

@@ -46,6 +46,7 @@ class ModelShape:
         experts: shapes [experts, rows, columns] of the parameters that contain all experts of a layer.
         experts_share: share of the experts that compute a token.
         adapts_experts: whether an adapter also changes the experts.
+        untied: whether the output head has its own weights, instead of those of the embedding.
         context: the model's maximum number of tokens, or None if the config does not state it.
         shares_keys: whether every layer attends to all earlier tokens, so that a common prefix can be
             computed once.
@@ -68,6 +69,7 @@ class ModelShape:
     experts: tuple[tuple[int, int, int], ...] = ()
     experts_share: float = 1.0
     adapts_experts: bool = False
+    untied: bool = False
     context: int | None = None
     shares_keys: bool = True
     stores_scores: bool = False
@@ -209,6 +211,7 @@ def count_model(model: "PreTrainedModel", chosen: TargetChoice, notes: tuple[str
         experts=experts,
         experts_share=used / total if total else 1.0,
         adapts_experts=bool(experts) and chosen is Targets.ALL_LINEAR,
+        untied=not config.tie_word_embeddings,
         context=getattr(config, "max_position_embeddings", None),
         shares_keys=keeps_all_keys(config),
         stores_scores=attention_implementation(config) == "eager",

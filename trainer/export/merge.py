@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from trainer.model.stored_weights import StoredWeights
 
 _PEFT_PREFIX = "base_model.model."  # before every name in an adapter's file
-_ADAPTER_TENSOR = re.compile(r"\.(lora|vera)_")
+_ADAPTER_TENSOR = re.compile(r"\.(lora|vera)_|\.token_adapter\.trainable_tokens_delta$")
+_NEW_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path, *, dequantized: bool = False) -> MergeSummary:
@@ -46,9 +47,10 @@ def merge_adapter(base: Path, adapter: Path, out: Path, *, dequantized: bool = F
 
         weights = DequantizedWeights(base) if dequantized else StoredWeights(base)
         changed = _merge(base, weights, adapter, out)
+        rows = _all_rows(weights, adapter)
     copy_shipped_files(base, out)
     with waiting("Comparing the merged weights with the base weights"), library_output_to_log():
-        return compare_weights(weights, StoredWeights(out), changed)
+        return compare_weights(weights, StoredWeights(out), changed, rows=rows)
 
 
 def unused_modules(adapter: Path) -> set[str]:
@@ -60,6 +62,19 @@ def unused_modules(adapter: Path) -> set[str]:
         name for name, mask in (config.get("rank_pattern") or {}).items() if isinstance(mask, list) and not any(mask)
     }
     return {name.partition(".lora_")[0].removeprefix(_PEFT_PREFIX) for name in unused}
+
+
+def trained_rows(adapter: Path) -> dict[str, list[int]]:
+    """Return the ids of new tokens whose rows an adapter contains, keyed by layer."""
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    return dict(config.get("trainable_token_indices") or {})
+
+
+def _all_rows(weights: "StoredWeights", adapter: Path) -> dict[str, list[int]]:
+    """Return the rows of new tokens, keyed by parameter, also of an output head that is tied to the embedding."""
+    rows = {f"{layer}.weight": ids for layer, ids in trained_rows(adapter).items()}
+    tied = {target: rows[source] for target, source in weights.model.all_tied_weights_keys.items() if source in rows}
+    return rows | tied
 
 
 def _merge(base: Path, weights: "StoredWeights", adapter: Path, out: Path) -> set[str]:
@@ -87,8 +102,13 @@ def _merge(base: Path, weights: "StoredWeights", adapter: Path, out: Path) -> se
         for layer, name in layers.items()
     }
     rounding = StochasticRounding()
+    rows = {f"{layer}.weight": ids for layer, ids in trained_rows(adapter).items()}
 
     def merged(name: str) -> torch.Tensor:
+        if name in rows:
+            with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+                trained = file.get_tensor(f"{_PEFT_PREFIX}{name.removesuffix('.weight')}{_NEW_ROWS}")
+            return weights[name].index_copy(0, torch.tensor(rows[name]), rounding.to_bfloat16(trained.float()))
         if name not in merge_layer:
             return weights[name]
         try:

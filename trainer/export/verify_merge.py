@@ -5,7 +5,7 @@ is not the one that was trained. The output of full fine-tuning is compared in t
 measured by the evaluation, not here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,13 +60,14 @@ def adapted_tensors(model: "PeftModel") -> dict[str, str]:
     adapter's layers.
     """
     from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, ParamWrapper):  # nested, one for each parameter of a module
             adapted[name] = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
-        elif isinstance(module, BaseTunerLayer):
+        elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             adapted[name] = name
     return adapted
 
@@ -77,6 +78,7 @@ def compare_weights(
     targets: set[str],
     *,
     others_change: bool = False,
+    rows: Mapping[str, Sequence[int]] | None = None,
 ) -> MergeSummary:
     """Check that exactly the targeted weights differ, and return a summary of the changes. Tensors are looked
     up one at a time.
@@ -86,6 +88,7 @@ def compare_weights(
         targets: modules, such as `model.layers.0.mlp.up_proj`, or parameters that training must have
             changed.
         others_change: whether embeddings, norms and biases may differ too.
+        rows: rows that must have changed in parameters of which all other rows are unchanged, keyed by parameter.
 
     Raises:
         TrainingError: a targeted module is unchanged, or another tensor differs; the message names the first
@@ -101,7 +104,9 @@ def compare_weights(
     changes = []
     for name in sorted(expected if others_change else base):
         before, after = base[name], merged[name]
-        if name in expected:
+        if rows and name in rows:
+            changes.append(_change_of_rows(name, before, after, rows[name]))
+        elif name in expected:
             changes.append(_change(name, before, after))
         elif not before.equal(after):
             raise merge_failed(f"tensor {name!r} differs from the base model's, but the adapter does not target it")
@@ -119,6 +124,18 @@ def _change(name: str, before: "torch.Tensor", after: "torch.Tensor") -> tuple[f
     if not differing:
         raise merge_failed(f"module {name.removesuffix('.weight')!r} still has the base model's weights")
     return differing / before.numel(), float((before - after).abs().max())
+
+
+def _change_of_rows(
+    name: str, before: "torch.Tensor", after: "torch.Tensor", rows: Sequence[int]
+) -> tuple[float, float]:
+    """Return the share of weights in the given rows that differ, and the largest difference. Raise TrainingError if
+    none differs, or another row does.
+    """
+    differing = set((before != after).any(dim=1).nonzero().flatten().tolist())
+    if other := sorted(differing - set(rows)):
+        raise merge_failed(f"row {other[0]} of {name!r} differs from the base model's, but is not that of a new token")
+    return _change(name, before[list(rows)], after[list(rows)])
 
 
 def merge_failed(wrong: str) -> TrainingError:

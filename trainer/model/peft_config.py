@@ -26,11 +26,14 @@ from trainer.recipe.recipe import Recipe
 from trainer.recipe.targets import Targets
 
 
-def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTrainedModel | PeftModel:
+def add_adapter(
+    model: PreTrainedModel, recipe: Recipe, steps: int, tokens: Sequence[int] = ()
+) -> PreTrainedModel | PeftModel:
     """Return the model with the recipe's adapter in float32, or the unchanged model for full fine-tuning.
 
     Args:
         steps: number of steps in the complete run, which AdaLoRA's schedule needs.
+        tokens: ids of new tokens, whose rows of the embeddings are trained.
 
     Raises:
         RecipeError: the model has none of the layers in `adapter.targets`, or the method cannot train a
@@ -45,7 +48,18 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, steps: int) -> PreTraine
         targets = sorted(linear_layers(model))
     _import_gptqmodel()
     with _targets_as_named():
-        return get_peft_model(model, adapter_config(recipe, targets, steps, experts))
+        config = adapter_config(recipe, targets, steps, experts)
+        if tokens:
+            config.trainable_token_indices = {layer: list(tokens) for layer in token_layers(model)}
+        return get_peft_model(model, config)
+
+
+def token_layers(model: PreTrainedModel) -> list[str]:
+    """Return the names of the layers that have a row for each token: the embedding, and the output head. PEFT changes a
+    head that is tied to the embedding together with it.
+    """
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

@@ -91,6 +91,9 @@ def save_as_lora(adapter: Path, matrices: Matrices) -> None:
     """
     path, converted = adapter / SAFETENSORS_WEIGHTS_NAME, {}
     for name, trained in load_file(path).items():
+        if ".lora_" not in name:  # rows of new tokens
+            converted[name] = trained
+            continue
         first = matrices[name.removesuffix(".weight") + f".{_ADAPTER}.weight"]
         if ".lora_A." in name:
             converted[name] = torch.cat([trained, trained - first], dim=0)

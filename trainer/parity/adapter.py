@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 
 from trainer.export.verify_merge import adapted_tensors
 from trainer.model.rounding import neighbours
@@ -100,6 +101,11 @@ def _changes(model: PeftModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor
             length = direction.norm(dim=1, keepdim=True)
             change = magnitude[adapter].weight.float()[:, None] / length * direction - base
         yield f"{tensor}.weight", base, change
+    for name, module in base_model.named_modules():
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
+            rows = module.get_base_layer().weight.float()
+            trained = module.get_merged_weights(module.active_adapters).float()
+            yield f"{name.removesuffix('.token_adapter')}.weight", rows, trained - rows
 
 
 def _change_of_experts(layer: ParamWrapper, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:

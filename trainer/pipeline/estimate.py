@@ -31,7 +31,7 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
     """
     # First, so that a wrong name fails before anything is read.
     devices = [_several(device, recipe, settings) for device in choose_devices(names, settings.home)]
-    folder = find_config(recipe.base, settings, recipe.chat_template)
+    folder = find_config(recipe.base, settings, recipe.chat_template, recipe.rope_scaling, recipe.new_tokens)
     shape = read_model_shape(folder, recipe.adapter.targets)
     if examples.judged:
         workload = read_preference_workload(examples.judged, recipe, folder)

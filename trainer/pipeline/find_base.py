@@ -1,6 +1,7 @@
 """Resolves the base model that a recipe names, which may be a registered version."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,22 +12,35 @@ from svc.settings import Settings
 from svc.terminal import console
 from svc.version import Format, VersionId
 from trainer.base_model.checks import check_chat_template, has_chat_template
+from trainer.base_model.more_tokens import folder_with_tokens, revision_with_tokens
+from trainer.base_model.other_rope import folder_with_rope, revision_with_rope
 from trainer.base_model.other_template import folder_with_template, revision_with_template
 from trainer.base_model.resolve import Base, resolve_base, resolve_config
 from trainer.data.template_choice import template_text
 from trainer.recipe.named_template import NamedTemplate
+from trainer.recipe.rope import RopeScaling
+
+_OWN_POSITIONS = RopeScaling()
 
 
-def find_base(name: str, settings: Settings, template: NamedTemplate | Path | None = None) -> Base:
+def find_base(
+    name: str,
+    settings: Settings,
+    template: NamedTemplate | Path | None = None,
+    scaling: RopeScaling = _OWN_POSITIONS,
+    tokens: Sequence[str] = (),
+) -> Base:
     """Return the base model that a recipe names. It is either a version's merged weights or a base found by
     `resolve_base`.
 
     Args:
         template: chat template to use in place of the base's own, or None to keep the base's own.
+        scaling: scaling of the positions, if it has a type.
+        tokens: tokens that the base lacks.
 
     Raises:
-        BaseModelError: there is no such base, or it has no chat template, or the given template cannot be
-            used.
+        BaseModelError: there is no such base, or it has no chat template, or the given template, scaling or tokens
+            cannot be used.
         NotFoundError: there is no such version.
     """
     base = _find(name, settings)
@@ -37,6 +51,12 @@ def find_base(name: str, settings: Settings, template: NamedTemplate | Path | No
         folder = folder_with_template(base.folder, text, settings.base_cache)
         base = replace(base, folder=folder, revision=revision_with_template(base.revision, text))
     check_chat_template(base.folder)
+    if scaling.type is not None:
+        folder = folder_with_rope(base.folder, scaling, settings.base_cache)
+        base = replace(base, folder=folder, revision=revision_with_rope(base.revision, scaling))
+    if tokens:
+        folder = folder_with_tokens(base.folder, tokens, settings.base_cache)
+        base = replace(base, folder=folder, revision=revision_with_tokens(base.revision, tokens))
     return base
 
 
@@ -51,24 +71,35 @@ def _find(name: str, settings: Settings) -> Base:
     return Base(folder, name, manifest.base.licence, merged_revision(manifest))
 
 
-def find_config(name: str, settings: Settings, template: NamedTemplate | Path | None = None) -> Path:
+def find_config(
+    name: str,
+    settings: Settings,
+    template: NamedTemplate | Path | None = None,
+    scaling: RopeScaling = _OWN_POSITIONS,
+    tokens: Sequence[str] = (),
+) -> Path:
     """Return a folder that contains the base model's config.json, without fetching or reading any weights.
 
     Args:
         template: chat template to use in place of the base's own, if the folder has a tokenizer, or None to
             keep the base's own.
+        scaling: scaling of the positions, if it has a type.
+        tokens: tokens that the base lacks.
 
     Raises:
-        BaseModelError: there is no such base, or the given template cannot be used.
+        BaseModelError: there is no such base, or the given template, scaling or tokens cannot be used.
         NotFoundError: there is no such version.
     """
     if "@" in name and not Path(name).exists():
         folder = Registry.of(settings).artifact(VersionId.parse(name), Format.MERGED)
     else:
         folder = resolve_config(name, settings.base_cache)
-    if template is None or not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        return folder
-    return folder_with_template(folder, template_text(template, folder), settings.base_cache)
+    tokenizes = any((folder / file).is_file() for file in TOKENIZER_FILES)
+    if template is not None and tokenizes:
+        folder = folder_with_template(folder, template_text(template, folder), settings.base_cache)
+    if scaling.type is not None:
+        folder = folder_with_rope(folder, scaling, settings.base_cache)
+    return folder_with_tokens(folder, tokens, settings.base_cache) if tokens and tokenizes else folder
 
 
 def merged_revision(manifest: Manifest) -> str:

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from svc.dataset.schema.objective import Objective
 from svc.errors import RecipeError
@@ -23,6 +23,7 @@ from trainer.recipe.evaluate import Evaluate, Judge, Qualify
 from trainer.recipe.paths import ChatTemplate, beside_recipe
 from trainer.recipe.preference import PREFERENCE_KEYS, DpoLoss, Preference
 from trainer.recipe.quantize import Quantize
+from trainer.recipe.rope import RopeScaling
 from trainer.recipe.section import Section
 from trainer.recipe.sweep import Sweep
 from trainer.recipe.train import DEVICE_KEYS, Checkpoints, Optimizer, Sharding, Stopping, TooLong, Train
@@ -53,6 +54,13 @@ _PREFERENCE_RATES = {
 full fine-tuning. docs/training.md gives the published rates between which they lie."""
 
 
+NewTokens = Annotated[
+    tuple[Annotated[str, Field(pattern=r"^\S+$")], ...],
+    WithJsonSchema({"type": "array", "items": {"type": "string"}}),
+]
+"""Texts of tokens, without spaces."""
+
+
 class Recipe(Section):
     """A recipe, which describes how to train one model."""
 
@@ -77,6 +85,9 @@ class Recipe(Section):
     chat_template_kwargs: dict[str, TemplateValue] | None = None
     """arguments of the chat template in training, evaluation and serving; default: `enable_thinking: false` and
     `date_string: 26 Jul 2024`, if the template uses them"""
+    new_tokens: NewTokens = ()
+    """tokens to add to the tokenizer, such as `[<tool>, </tool>]`, whose embeddings are trained; see
+    [training](training.md#new-tokens)"""
     formats: Annotated[tuple[Format, ...], Field(min_length=1)] = (Format.MERGED, Format.GPTQ)
     """formats to create, evaluate and register: adapter, merged, gptq, awq, int8, fp8, gguf, see
     [formats](formats.md); an adapter is always stored. Without merged, the base is not evaluated and answers only the
@@ -86,6 +97,7 @@ class Recipe(Section):
     data: Data
     adapter: Adapter = Adapter()
     train: Train = Train()
+    rope_scaling: RopeScaling = RopeScaling()
     preference: Preference = Preference()
     stopping: Stopping = Stopping()
     checkpoints: Checkpoints = Checkpoints()
@@ -124,6 +136,17 @@ class Recipe(Section):
             raise ValueError(
                 f"`quantization: {self.quantization}` freezes the weights, but `method: full` trains them all"
             )
+        scaling = self.rope_scaling
+        if (scaling.type is None) is not (scaling.factor is None) or (scaling.replace and scaling.type is None):
+            raise ValueError("`rope_scaling` needs both a type and a factor")
+        if scaling.type is not None and Format.GGUF in self.formats:
+            raise ValueError("`formats` lists gguf, which cannot be written with `rope_scaling`")
+        if len(set(self.new_tokens)) < len(self.new_tokens):
+            raise ValueError("`new_tokens` lists a token twice")
+        if self.new_tokens and Format.ADAPTER in self.formats:
+            raise ValueError(
+                "`formats` lists adapter, but vLLM cannot load the embeddings of `new_tokens` with an adapter"
+            )
         if self.merge_dequantized and self.base_quantization is None:
             raise ValueError("`merge_dequantized` requires `method: qlora` or `quantization: nf4`")
         return self
@@ -151,6 +174,8 @@ class Recipe(Section):
             raise ValueError(f"adapter.{min(unused)} is not used by {kind or f'`method: {self.method}`'}")
         if self.train.lora_plus_ratio is not None and kind not in (AdapterType.LORA, AdapterType.DORA):
             raise ValueError(f"train.lora_plus_ratio is not used by {kind or f'`method: {self.method}`'}")
+        if self.new_tokens and kind not in (None, AdapterType.LORA, AdapterType.DORA):
+            raise ValueError(f"new_tokens cannot be trained with {kind}; lora, qlora, dora and full can")
         if self.adapter.starts_from_base and self.base_quantization:
             raise ValueError(
                 f"`adapter.init: {self.adapter.init}` changes the base's weights, but `quantization: "
@@ -197,6 +222,8 @@ class Recipe(Section):
             raise ValueError(f"`objective: {self.objective}` has no effect on {self.adapter.given}")
         if self.adapter.init is not None:
             raise ValueError(f"`adapter.init: {self.adapter.init}` has no effect on {self.adapter.given}")
+        if self.new_tokens:
+            raise ValueError(f"`new_tokens` has no effect on {self.adapter.given}")
         if not self.data.train and not self.data.heldout:
             raise ValueError("'data.heldout' is missing: a version is evaluated on held-out examples")
         calibrated = next((format for format in self.formats if format in (Format.GPTQ, Format.AWQ)), None)

@@ -12,7 +12,10 @@ from trainer.recipe_import.common_keys import (
     PER_GPU,
     import_dropout,
     import_method,
+    import_modules_to_save,
+    import_new_tokens,
     import_optimizer,
+    import_rope,
     import_run,
     import_schedule,
     import_start,
@@ -100,6 +103,7 @@ def import_axolotl(draft: Draft, folder: Path) -> None:
             )
     _import_objective(draft)
     draft.copy("base_model", "base")
+    _import_rope(draft)
     _import_data(draft, folder)
     _import_adapter(draft)
     _import_train(draft)
@@ -122,6 +126,16 @@ def _import_objective(draft: Draft) -> None:
     if _OBJECTIVES[kind] is Objective.KTO:
         draft.copy("kto_desirable_weight", "preference.desirable_weight")
         draft.copy("kto_undesirable_weight", "preference.undesirable_weight")
+
+
+def _import_rope(draft: Draft) -> None:
+    changed = draft.take("overrides_of_model_config", {})
+    nested = [changed.pop(key, None) for key in ("rope_scaling", "rope_parameters")]
+    if scaling := draft.take("rope_scaling") or next(filter(None, nested), None):
+        kind = scaling.get("rope_type") or scaling.get("type")
+        import_rope(draft, "rope_scaling", str(kind), scaling.get("factor"))
+    if changed:
+        draft.leave_out("overrides_of_model_config", "the base's own config is used")
 
 
 def _import_data(draft: Draft, folder: Path) -> None:
@@ -198,7 +212,8 @@ def _import_adapter(draft: Draft) -> None:
     names, linear = draft.take("lora_target_modules"), draft.take("lora_target_linear")
     rank, alpha = draft.take("lora_r"), draft.take("lora_alpha")
     import_dropout(draft)
-    draft.leave_out_if_set("lora_modules_to_save", "layers other than the adapter's are not trained")
+    import_new_tokens(draft, "tokens")
+    import_modules_to_save(draft, "lora_modules_to_save")
     if not kind:
         return
     for key, value in (("rank", rank), ("alpha", alpha)):
@@ -257,5 +272,4 @@ def _import_template(draft: Draft) -> None:
     special = {key: value for key, value in (draft.take("special_tokens") or {}).items() if value}
     if other := sorted(special.keys() - {"pad_token"}):
         draft.leave_out(f"special_tokens.{other[0]}", "the base's own tokens are used")
-    draft.leave_out_if_set("tokens", "new tokens are not trained")
     draft.leave_out_if_set("eot_tokens", "the template's own end of a turn is learnt")

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from svc.dataset.readers.source import HUB_PREFIX
 from svc.dataset.schema.objective import Objective
 from trainer.recipe.adapter import Adapter, AdapterType, Method, Quantization
+from trainer.recipe.rope import RopeType
 from trainer.recipe.targets import Targets
 from trainer.recipe.train import Optimizer, Schedule
 from trainer.recipe_import.draft import Draft
@@ -100,6 +101,39 @@ def import_start(draft: Draft, key: str, start: str) -> None:
         draft.values["adapter.init"] = start
     else:
         draft.leave_out(key, f"{start} is available for method: lora without rslora only")
+
+
+def import_rope(draft: Draft, key: str, kind: str, factor: float | None) -> None:
+    """Import a scaling of positions."""
+    if kind in tuple(RopeType) and factor and factor > 1:
+        draft.values |= {"rope_scaling.type": kind, "rope_scaling.factor": float(factor)}
+    else:
+        draft.leave_out(
+            key, f"set rope_scaling with one of {', '.join(RopeType)} and a factor above 1, instead of {kind}"
+        )
+
+
+def import_new_tokens(draft: Draft, key: str, *, special: bool = False) -> None:
+    """Import tokens to add to the tokenizer: a list, or names separated by commas. Call this after the method has been
+    imported.
+    """
+    given = draft.take(key) or ()
+    tokens = [str(token).strip() for token in (given.split(",") if isinstance(given, str) else given)]
+    if tokens:
+        draft.values["new_tokens"] = [*draft.values.get("new_tokens", ()), *tokens]
+        if special:
+            draft.changed(key, "are not special here: they remain in answers")
+
+
+def import_modules_to_save(draft: Draft, key: str) -> None:
+    """Report layers that are trained in full. Call this after new tokens have been imported."""
+    if not (names := draft.take(key)):
+        return
+    listed = {name.strip() for name in (names.split(",") if isinstance(names, str) else names)}
+    if draft.values.get("new_tokens") and listed <= {"embed_tokens", "lm_head"}:
+        draft.changed(key, "only the rows of new tokens are trained, not the whole embeddings")
+    else:
+        draft.leave_out(key, "layers other than the adapter's are not trained; new_tokens trains those of new tokens")
 
 
 def import_dropout(draft: Draft) -> None:

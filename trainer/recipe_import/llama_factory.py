@@ -11,12 +11,15 @@ from svc.files.json_file import read_json_object
 from trainer.recipe.data import Learn
 from trainer.recipe.preference import DpoLoss
 from trainer.recipe.recipe import ReportTo
+from trainer.recipe.rope import RopeType
 from trainer.recipe.train import TooLong
 from trainer.recipe_import.common_keys import (
     PER_GPU,
     beside,
     import_dropout,
     import_method,
+    import_modules_to_save,
+    import_new_tokens,
     import_optimizer,
     import_run,
     import_schedule,
@@ -45,6 +48,7 @@ _NOT_NEEDED = (
     *("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model", "image_*", "video_*"),
     *(
         "pissa_convert",
+        "resize_vocab",
         "loraplus_lr_embedding",
         "dataset_dir",
         "use_reentrant_gc",
@@ -88,6 +92,9 @@ def import_llama_factory(draft: Draft, folder: Path, beginning: Path) -> None:
     """
     _import_objective(draft)
     draft.copy("model_name_or_path", "base")
+    if kind := draft.take("rope_scaling"):
+        # There the factor follows from the base's context and cutoff_len.
+        draft.leave_out("rope_scaling", f"{kind}; set rope_scaling with a type ({', '.join(RopeType)}) and a factor")
     _import_data(draft, folder, beginning)
     _import_adapter(draft)
     _import_train(draft)
@@ -193,7 +200,9 @@ def _import_adapter(draft: Draft) -> None:
     rank, alpha = draft.take("lora_rank", 8), draft.take("lora_alpha")
     import_dropout(draft)
     targets, rslora = draft.take("lora_target", "all"), draft.take("use_rslora")
-    draft.leave_out_if_set("additional_target", "layers other than the adapter's are not trained")
+    import_new_tokens(draft, "add_tokens")
+    import_new_tokens(draft, "new_special_tokens", special=True)
+    import_modules_to_save(draft, "additional_target")
     draft.leave_out_if_set("adapter_name_or_path", "training starts from the base; `base: NAME@N` continues a version")
     if kind == "full":
         return

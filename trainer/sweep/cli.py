@@ -109,7 +109,7 @@ def _open_workplace(
     registry = Registry.of(settings)
     examples = read_run_examples(recipe, cache=settings.base_cache, learnt=registry.learnt_prompts(recipe.name))
     estimate_here(recipe, examples, settings, anyway=anyway, makes_version=makes_version, trials=True)
-    base = find_base(recipe.base, settings, recipe.chat_template)
+    base = find_base(recipe.base, settings, recipe.chat_template, recipe.rope_scaling, recipe.new_tokens)
     number_type = read_capabilities(settings.home).training_type
     return Workplace(settings.home / SWEEPS_FOLDER, kind, recipe, base, examples, registry.tracking, number_type)
 

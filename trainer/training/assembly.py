@@ -111,7 +111,8 @@ def assemble_trainer(
     model = load(base, form)
     set_seed(recipe.train.seed)  # for the adapter: loading may have drawn random weights that the base lacks
     steps = count_steps(len(rows.dataset), recipe.train)
-    model = add_adapter(model, recipe, steps)
+    tokens = setup.tokenizer.convert_tokens_to_ids(list(recipe.new_tokens)) if recipe.new_tokens else ()
+    model = add_adapter(model, recipe, steps, tokens)
     first = _start_from_base(model, setup) if recipe.adapter.starts_from_base else None
     learning_rate = recipe.learning_rate(read_width(base))
     if curve is None and recipe.stopping.measures:
@@ -171,7 +172,7 @@ def _start_from_base(model: PeftModel, setup: TrainerSetup) -> Matrices:
     if group.rank == 0:  # the result of another machine may differ in sign and order
         start = recipe.adapter.init or ""
         own = load_file(newest / FIRST_MATRICES) if newest else first_matrices(model, start, recipe.train.seed)
-    shapes = {name: weight.shape for name, weight in model.named_parameters() if weight.requires_grad}
+    shapes = {name: weight.shape for name, weight in model.named_parameters() if ".lora_" in name}
     matrices = {name: group.spread(own.get(name), shape) for name, shape in shapes.items()}
     start_from(model, matrices)
     return matrices

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -255,6 +256,8 @@ def check_nf4(model: nn.Module, number_type: NumberType) -> None:
 def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the base's linear layers that the adapter changes."""
     for name, module in model.named_modules():
+        if isinstance(module, TrainableTokensLayer):  # the output head, of which only rows change
+            continue
         if isinstance(module, BaseTunerLayer) and isinstance(layer := module.get_base_layer(), nn.Linear):
             yield name, layer
 

@@ -213,3 +213,43 @@ def test_lora_plus_is_imported_from_both_tools(tmp_path: Path) -> None:
     result = imported(tmp_path, adapter="qlora", loraplus_lr_ratio=16, loraplus_lr_embedding=1e-6)
     assert (result.content["train"]["lora_plus_ratio"], left_out(result)) == (16, set())
     assert imported_from_llama_factory(tmp_path, loraplus_lr_ratio=16.0)["train"]["lora_plus_ratio"] == 16
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"rope_scaling": {"type": "yarn", "factor": 4}},
+        {"overrides_of_model_config": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}},
+    ],
+)
+def test_scaling_of_positions_is_imported_from_axolotl(content: dict[str, Any], tmp_path: Path) -> None:
+    result = imported(tmp_path, **content)
+    assert (result.content["rope_scaling"], result.refused) == ({"type": "yarn", "factor": 4.0}, None)
+    assert not left_out(result)
+
+
+def test_scaling_of_positions_that_the_engine_would_apply_otherwise_is_reported(tmp_path: Path) -> None:
+    result = imported(tmp_path, overrides_of_model_config={"rope_scaling": {"type": "dynamic", "factor": 2}, "x": 1})
+    assert left_out(result) == {"rope_scaling", "overrides_of_model_config"}
+    assert "rope_scaling" not in result.content
+
+
+def test_scaling_of_positions_without_a_factor_is_reported_for_llama_factory(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("{model_name_or_path: org/base, dataset: own, rope_scaling: yarn}")
+    assert "rope_scaling" in left_out(import_recipe(config, tmp_path))
+
+
+def test_new_tokens_are_imported_from_axolotl(tmp_path: Path) -> None:
+    kept = {"tokens": ["<tool>", "</tool>"], "lora_modules_to_save": ["embed_tokens", "lm_head"]}
+    result = imported(tmp_path, adapter="lora", **kept)
+    assert (result.content["new_tokens"], result.refused) == (["<tool>", "</tool>"], None)
+    assert not left_out(result)
+    assert left_out(imported(tmp_path, adapter="lora", lora_modules_to_save=["embed_tokens"])) == {
+        "lora_modules_to_save"
+    }
+
+
+def test_new_tokens_are_imported_from_llama_factory(tmp_path: Path) -> None:
+    content = imported_from_llama_factory(tmp_path, add_tokens="<a>,<b>", new_special_tokens="<c>", resize_vocab=True)
+    assert content["new_tokens"] == ["<a>", "<b>", "<c>"]

@@ -1,0 +1,184 @@
+"""Tests tokens that are added to a base: their rows are trained, resumed and merged, and no other row changes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from svc.dataset.schema.example import ChatExample
+from svc.engine.device import NumberType
+from svc.errors import RecipeError, TrainingError
+from tests.trainer.conftest import losses_of, make_example, make_model, make_recipe
+from tests.trainer.training.test_resume import assert_same, train_in, train_until
+from tests.trainer.training.test_several_devices import CLOSE, train
+from tests.trainer.uninterrupted import UninterruptedRuns
+from trainer.base_model.more_tokens import folder_with_tokens
+from trainer.export.merge import merge_adapter
+from trainer.model.peft_config import load_adapter
+from trainer.parity import adapter as adapter_parity
+from trainer.recipe.recipe import Recipe
+from trainer.training.summary import TrainingData
+
+TOKENS = ("<tool>", "</tool>")
+BFLOAT16, _, FLOAT32 = NumberType
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def tied(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_with_tokens(tiny_base, TOKENS, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("untied")
+    base = make_model(folder / "base", tie_word_embeddings=False)
+    return folder_with_tokens(base, TOKENS, folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def data() -> TrainingData:
+    examples = [make_example(f"number {'x' * number}", f"<tool>{number % 3}</tool>") for number in range(12)]
+    return TrainingData(examples, examples[:5])
+
+
+@pytest.fixture(scope="module")
+def examples(data: TrainingData) -> list[ChatExample]:
+    return list(data.train)
+
+
+def recipe(method: str = "lora", **sections: Any) -> Recipe:
+    steps = {"batch_size": 4, "epochs": 4, "learning_rate": 3e-3 if method == "full" else 1e-2}
+    adapter = {} if method == "full" else {"adapter": {"rank": 4}}
+    content = {"method": method, "new_tokens": TOKENS, "train": steps, "checkpoints": {"every_steps": 1}}
+    return make_recipe(**content | adapter | sections)
+
+
+def test_new_token_is_one_id_and_ordinary_text_has_the_same_ids(tied: Path, tiny_base: Path) -> None:
+    before, after = AutoTokenizer.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tied)
+    text = "Say the colour <tool in one word, été."
+    assert after(text).input_ids == before(text).input_ids
+    assert after(f"a{TOKENS[0]}b").input_ids == [*before("a").input_ids, len(before), *before("b").input_ids]
+    assert after.decode([len(before)], skip_special_tokens=True) == TOKENS[0]
+    assert after.chat_template == before.chat_template
+
+
+def test_row_of_a_new_token_starts_as_the_mean_of_its_parts(untied: Path) -> None:
+    weights, tokenizer = load_file(untied / "model.safetensors"), AutoTokenizer.from_pretrained(untied)
+    parts = tokenizer("<").input_ids + tokenizer("tool>").input_ids
+    for name in (EMBEDDING, "lm_head.weight"):
+        assert len(weights[name]) == len(tokenizer)
+        mean = weights[name][parts].float().mean(dim=0).bfloat16()
+        assert torch.equal(weights[name][tokenizer.convert_tokens_to_ids("<tool>")], mean)
+
+
+def test_token_that_the_base_has_is_refused(tied: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"new_tokens lists '<tool>', which the tokenizer already has"):
+        folder_with_tokens(tied, ["<other>", "<tool>"], tmp_path)
+
+
+def test_base_with_spare_rows_keeps_its_size(tmp_path: Path) -> None:
+    """Qwen's embeddings have more rows than its tokenizer has ids."""
+    base = make_model(tmp_path / "base", vocab_size=320)
+    changed = folder_with_tokens(base, TOKENS, tmp_path / "cache")
+    assert len(load_file(changed / "model.safetensors")[EMBEDDING]) == 320
+    assert json.loads((changed / "config.json").read_text("utf-8"))["vocab_size"] == 320
+
+
+def test_folder_with_config_and_tokenizer_alone_is_enough_for_an_estimate(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    for path in tiny_base.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / "base" / path.name).symlink_to(path)
+    changed = folder_with_tokens(tmp_path / "base", TOKENS, tmp_path / "cache")
+    config, tokenizer = json.loads((changed / "config.json").read_text("utf-8")), AutoTokenizer.from_pretrained(changed)
+    assert config["vocab_size"] == len(tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
+@pytest.mark.parametrize("base", ["tied", "untied"])
+def test_merged_model_has_the_trained_rows_and_the_outputs_of_base_plus_adapter(
+    method: str, base: str, data: TrainingData, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(base)
+    summary = train_in(FLOAT32, folder, data, recipe(method), tmp_path)
+    assert losses_of(summary)[-1] < losses_of(summary)[0] - 0.5
+    merged = merge_adapter(folder, tmp_path / "trained", tmp_path / "merged")
+    matrices = 1 if base == "tied" else 2
+    assert merged.modules == 2 * 7 + 1 + 1
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    ids = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(list(TOKENS))
+    for name in (EMBEDDING, "lm_head.weight")[:matrices]:
+        assert (before[name] != after[name]).any(dim=1).nonzero().flatten().tolist() == ids
+    prompt = torch.tensor([[5, *ids, 9, 12]])
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        untrained = plain(prompt).logits
+        written = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        beside = load_adapter(plain, tmp_path / "trained")
+        assert (written(prompt).logits - beside(prompt).logits).abs().max() < 0.1 * (
+            written(prompt).logits - untrained
+        ).abs().max()
+        applied = adapter_parity.compare(beside, dict(written.state_dict()))
+    assert applied.wrong is None
+    assert applied.off < 0.01
+
+
+@pytest.mark.slow
+def test_merge_fails_when_another_row_changed(tied: Path, data: TrainingData, tmp_path: Path, monkeypatch: Any) -> None:
+    train_in(FLOAT32, tied, data, recipe(train={"steps": 2, "learning_rate": 1e-2}), tmp_path)
+    config = tmp_path / "trained" / "adapter_config.json"
+    content = json.loads(config.read_text("utf-8"))
+    first, second = content["trainable_token_indices"]["model.embed_tokens"]
+    monkeypatch.setattr("trainer.export.merge._all_rows", lambda *_: {EMBEDDING: [first], "lm_head.weight": [first]})
+    with pytest.raises(TrainingError, match=rf"row {second} of .* but is not that of a new token"):
+        merge_adapter(tied, tmp_path / "trained", tmp_path / "merged")
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_learns_new_tokens(tied: Path, data: TrainingData, tmp_path: Path) -> None:
+    summary = train_in(FLOAT32, tied, data, recipe("full"), tmp_path)
+    assert losses_of(summary)[-1] < losses_of(summary)[0] - 0.5
+
+
+@pytest.mark.slow
+def test_killed_run_ends_with_the_same_rows(
+    tied: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = UninterruptedRuns(tied, data.train, tmp_path / "whole").run(recipe())
+    train_until(tied, data, recipe(), tmp_path, 5, monkeypatch)
+    assert_same(train_in(BFLOAT16, tied, data, recipe(), tmp_path), tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_devices_train_new_tokens_as_one_does(
+    sharded: bool, tied: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone = train(tied, data, recipe(), tmp_path / "1", 1)
+    both = train(tied, data, recipe(), tmp_path / "2", 2, sharded=sharded)
+    assert losses_of(both) == pytest.approx(losses_of(alone), abs=10 * CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"adapter": {"rank": 4, "init": "pissa"}, "train": {"batch_size": 4, "epochs": 4, "learning_rate": 5e-3}},
+        {"train": {"batch_size": 4, "epochs": 4, "learning_rate": 5e-3, "lora_plus_ratio": 4}},
+        {"train": {"batch_size": 4, "epochs": 8, "learning_rate": 1e-2, "packing": True, "max_length": 256}},
+    ],
+    ids=["pissa", "lora-plus", "packing"],
+)
+def test_new_tokens_are_learnt_with_other_options(
+    sections: dict[str, Any], untied: Path, data: TrainingData, tmp_path: Path
+) -> None:
+    summary = train_in(BFLOAT16, untied, data, recipe(**sections), tmp_path)
+    assert losses_of(summary)[-1] < losses_of(summary)[0] - 0.5
+    merge_adapter(untied, tmp_path / "trained", tmp_path / "merged")
