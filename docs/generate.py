@@ -159,7 +159,7 @@ def _own_section(path: str, command: click.Command) -> Iterator[str]:
 
 
 def _argument(argument: click.Argument) -> str:
-    name = (argument.name or "").upper() + ("..." if argument.nargs == -1 else "")
+    name = argument.metavar or (argument.name or "").upper() + ("..." if argument.nargs == -1 else "")
     return name if argument.required else f"[{name}]"
 
 

@@ -71,7 +71,7 @@ def list_jobs(ctx: click.Context, limit: int, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def show(ctx: click.Context, job: str, as_json: bool) -> None:
-    """Show JOB, and its events."""
+    """Show JOB and its events."""
     source = _jobs_of(ctx)
     found = source.find(job)
     events = list(source.events(job, None))

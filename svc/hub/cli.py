@@ -57,7 +57,7 @@ def push(
 ) -> None:
     """Upload VERSION to the repository ORG/NAME on the Hugging Face Hub, with a model card.
 
-    Nothing is sent before the files, their sizes and the readers of the repository were shown and confirmed.
+    Nothing is sent until you have confirmed the files, their sizes and who can read the repository.
     """
     if not _REPO.fullmatch(repo):
         raise click.BadParameter(f"{repo!r} is not a repository; expected ORG/NAME", param_hint="ORG/NAME")

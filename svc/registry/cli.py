@@ -71,7 +71,7 @@ def rm(ctx: click.Context, versions: tuple[str, ...], reason: str | None, as_jso
 @click.argument("versions", nargs=-1, required=True, metavar="NAME@N...")
 @click.pass_context
 def push(ctx: click.Context, versions: tuple[str, ...]) -> None:
-    """Upload versions to the object store (artifacts.url). Files that are there are not sent again.
+    """Upload versions to the object store (artifacts.url). Files that are already there are not sent again.
 
     New versions are uploaded when they are registered.
     """

@@ -22,7 +22,7 @@ def recipe() -> None:
 def import_command(config: Path, to: Path | None, name: str | None, as_json: bool) -> None:
     """Make a recipe from CONFIG, a training config of Axolotl or LLaMA-Factory.
 
-    Keys that were not imported as they are, are listed in comments above the recipe.
+    Comments above the recipe list the keys that were changed or left out.
     """
     from trainer.recipe_import.importer import import_recipe
 
