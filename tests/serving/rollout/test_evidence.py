@@ -222,7 +222,10 @@ def test_expectations_of_a_replay_say_how_long_requests_may_wait(store: Store, r
     swap = begin_swap(store, Desired(record.previous, None, 1))
     end_swap(store, swap, SwapResult(SwapOutcome.SUCCEEDED, None, 1.25, kind=SwapKind.INPLACE))
     texts = expectations(store, record, kept=33)
-    assert "tuned@2 (merged) answers 33 of 33 stored requests to tuned@1 (merged) while no client asks" in texts[1]
+    assert (
+        "tuned@2 (merged) answers 33 of 33 stored requests to tuned@1 (merged) while no client sends requests"
+        in texts[1]
+    )
     assert texts[2].endswith(
         "waits until tuned@1 (merged) is loaded again: about 1.2 s, or twice that if the candidate is being loaded"
     )

@@ -1,4 +1,4 @@
-"""Rollouts where memory holds one engine: stored requests are replayed to the candidate while no client asks."""
+"""Rollouts where memory holds one engine: the candidate answers stored requests while no client sends any."""
 
 import asyncio
 import json

@@ -78,7 +78,7 @@ def test_workers_are_refused_when_their_gpus_differ() -> None:
 
 
 def test_workers_are_refused_when_a_node_has_another_version() -> None:
-    with pytest.raises(TrainingError, match=r"node 10\.0\.0\.2 has tuneserve 0\.0\.1, and this machine"):
+    with pytest.raises(TrainingError, match=r"node 10\.0\.0\.2 has tuneserve 0\.0\.1, but this machine"):
         check_equal([facts(1, AVX512), facts(2, AVX512, "0.0.1")])
 
 
