@@ -713,8 +713,8 @@ class FineTuningSettings(_Section):
     worker: bool = Field(True, description="whether this server trains jobs; if not, another one with its store must")
     place: TrainingPlace = Field(
         TrainingPlace.HERE,
-        description="here: a server trains its jobs on its own machine; ray: on the cluster `ray.address`, like "
-        "`svc train --on ray`, and everything but the training runs on its own machine",
+        description="where jobs are trained; here: on the server's machine; ray: on the cluster `ray.address`, as with "
+        "`svc train --on ray`, while all other stages run on the server's machine",
     )
     wandb: bool = Field(
         False,

@@ -252,7 +252,7 @@ class JobCreation:
             raise _invalid("method", "the method 'reinforcement' is not supported", "supervised or dpo")
         if request.objective == "dpo" and self._settings.fine_tuning.place is TrainingPlace.RAY:
             raise _invalid(
-                "method", "this server trains on a Ray cluster, which does not train on preferences", "supervised"
+                "method", "this server trains jobs on a Ray cluster, which does not support preferences", "supervised"
             )
         if request.integrations and not self._settings.fine_tuning.wandb:
             raise _invalid(

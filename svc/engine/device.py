@@ -46,7 +46,7 @@ _ASK_S = 300.0
 _FASTER_WITH_TORCH = {"x86_64-avx512f", "x86_64-avx512_bf16"}
 """Instruction sets on which PyTorch's 4-bit kernel decodes faster than vLLM's (docs/devices.md)."""
 _AWQ_CAPABILITY = (7, 5)
-"""Least compute capability of a GPU for which vLLM loads AWQ (`AutoAWQConfig.get_min_capability`)."""
+"""Lowest compute capability of a GPU for which vLLM loads AWQ (`AutoAWQConfig.get_min_capability`)."""
 _CPU_MULTIPLE = 32
 """Block size of the 4-bit kernels for CPUs, which is the same in vLLM and PyTorch."""
 

@@ -18,7 +18,7 @@ _NORMS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm") | dict
 _SOURCES = {"o_proj": "v_proj", "down_proj": "up_proj"}
 """The layer whose rows produce a layer's inputs, up to a weighted sum or a product."""
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Place in an integer, counted from the lowest 4 bits, of each of eight outputs."""
+"""Position of each of eight outputs in an integer, counted in 4-bit groups from the lowest."""
 
 
 def read_unscaled(before: Tensors, after: Tensors, layer: str) -> torch.Tensor:

@@ -126,7 +126,7 @@ async def test_preference_job_is_refused_when_jobs_are_trained_on_ray(
     service = FineTuningService(socket_folder, store=store, base=base, place=TrainingPlace.RAY)
     async with service.run(), service.official() as client:
         file = service.add_file()
-        with pytest.raises(openai.BadRequestError, match="does not train on preferences") as caught:
+        with pytest.raises(openai.BadRequestError, match="does not support preferences") as caught:
             await client.fine_tuning.jobs.create(model=BASE, training_file=file, method={"type": "dpo", "dpo": {}})
     assert caught.value.param == "method"
 
