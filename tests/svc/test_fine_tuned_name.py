@@ -50,5 +50,5 @@ def test_name_of_a_checkpoint_is_that_of_its_model_with_the_step() -> None:
         "ft:a:b:c:1:ckpt-step-1:2",
     ],
 )
-def test_other_texts_are_not_names(text: str) -> None:
+def test_texts_of_another_form_are_not_names(text: str) -> None:
     assert parse_fine_tuned_name(text) is None

@@ -75,7 +75,7 @@ async def test_clients_enter_immediately_and_interrupt_the_newest_requests() -> 
             assert isinstance(requests[1].interruption.error, InterruptedRequestError)
 
 
-async def test_requests_wait_while_clients_are_queued() -> None:
+async def test_batch_requests_wait_while_client_requests_are_queued() -> None:
     admission = open_admission(max_running=1)
     async with admitted(admission):
         queued = asyncio.create_task(admission.enter(1, Party("bob")))

@@ -69,7 +69,7 @@ async def in_progress(client: AsyncOpenAI, id: str, completed: int) -> Batch:
             await asyncio.sleep(0.01)
 
 
-async def test_all_requests_are_answered(service: BatchService, client: AsyncOpenAI, store: Store) -> None:
+async def test_all_requests_of_a_batch_are_answered(service: BatchService, client: AsyncOpenAI, store: Store) -> None:
     async with service.running_batches():
         id = await create(client, service.add_input(lines(10) + "\n" + line('a line\n"é"')))
         batch = await ended(client, id)
@@ -429,7 +429,7 @@ async def test_batch_waits_while_the_disk_is_full(
     assert batch.status == "completed" and len(service.content(batch.output_file_id)) == 20
 
 
-async def test_engine_death_is_survived(service: BatchService, client: AsyncOpenAI) -> None:
+async def test_batch_survives_an_engine_death(service: BatchService, client: AsyncOpenAI) -> None:
     service.double.fault = Fault.SILENCE
     async with service.running_batches():
         id = await create(client, service.add_input(lines(2)))

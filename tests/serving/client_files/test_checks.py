@@ -68,7 +68,7 @@ def status(store: Store, id: str) -> tuple[FileStatus, str | None]:
     return file.status, file.status_details
 
 
-async def test_results_are_stored(store: Store, files: ClientFiles, check: HeldCheck) -> None:
+async def test_check_results_are_stored(store: Store, files: ClientFiles, check: HeldCheck) -> None:
     good, bad = add(files, owner="alice"), add(files, owner="bob")
     result = add(files, owner="carol", purpose=Purpose.BATCH_OUTPUT)
     async with running(FileChecks(store, files, check)):

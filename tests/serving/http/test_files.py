@@ -211,7 +211,7 @@ async def raw_client(service: FineTuningService) -> AsyncIterator[httpx.AsyncCli
     ],
     ids=range(6),
 )
-async def test_name_is_the_last_part_of_a_path(service: FineTuningService, sent: bytes, name: str) -> None:
+async def test_file_name_is_the_last_part_of_the_given_path(service: FineTuningService, sent: bytes, name: str) -> None:
     async with raw_client(service) as client:
         answer = await client.post("/v1/files", headers=FORM, content=form(sent))
     assert answer.status_code == 200, answer.text
@@ -543,7 +543,7 @@ async def test_file_of_a_batch_is_deleted_only_after_the_batch(client: AsyncOpen
     assert (await client.files.delete(file)).deleted
 
 
-async def test_content_on_another_server_is_reported(service: FineTuningService, client: AsyncOpenAI) -> None:
+async def test_file_content_on_another_server_is_reported(service: FineTuningService, client: AsyncOpenAI) -> None:
     file = (await uploaded(client)).id
     service.files.path(file).unlink()
     with pytest.raises(openai.InternalServerError) as error:

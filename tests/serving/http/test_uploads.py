@@ -69,7 +69,7 @@ async def test_file_larger_than_one_request_is_uploaded_in_parts(
     assert parts_on_disk(service) == []
 
 
-async def test_objects_are_complete(client: AsyncOpenAI) -> None:
+async def test_upload_and_part_objects_are_complete(client: AsyncOpenAI) -> None:
     given = {"bytes": 2, "filename": "a", "mime_type": "text/jsonl", "purpose": "batch"}
     raw: Any = await client.post("/uploads", cast_to=object, body=given)
     upload = strict(Upload, raw)
@@ -184,7 +184,7 @@ async def test_lone_surrogate_in_a_name_is_refused(service: FineTuningService) -
     assert answer.status_code == 400, answer.text
 
 
-async def test_limits_hold_for_uploads(
+async def test_size_and_storage_limits_apply_to_uploads(
     service: FineTuningService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(openai.APIStatusError) as error:

@@ -159,7 +159,7 @@ def test_requests_of_both_versions_count_for_the_share_of_a_unit(store: Store, r
     assert CanaryEvidence(store, record).look().warning == ""
 
 
-def test_warning_says_what_to_do(store: Store, record: RolloutRecord) -> None:
+def test_warning_about_a_unit_with_most_requests_says_what_to_do(store: Store, record: RolloutRecord) -> None:
     add_of_units(store, record, ["ann"] * 100)
     warning = CanaryEvidence(store, record).look().warning
     assert "counts as one observation" in warning
@@ -205,7 +205,7 @@ def test_shadow_text_has_no_logprobs_when_production_has_none(store: Store, reco
     assert "log-probability" not in ShadowEvidence(store, record, lambda: 50).look().text
 
 
-def test_logprobs_decide_nothing(store: Store, record: RolloutRecord) -> None:
+def test_logprobs_do_not_affect_the_decision(store: Store, record: RolloutRecord) -> None:
     pair = ShadowPair("", False, False, None, None, True, "stop", "stop", 3, 3, 0.1, 0.2, -0.1, -9.0)
     for _ in range(60):
         add_shadow_pair(store, record.id, pair)

@@ -29,7 +29,7 @@ def names(archive: Archive) -> list[str]:
     return [path.name for path in archive.contents.iterdir()]
 
 
-def test_contents_are_stored_once_and_restored_for_their_owner_only(
+def test_file_contents_are_stored_once_and_restored_with_owner_only_permissions(
     files: ClientFiles, archive: Archive, back_up: BackUp, restore_as: RestoreAs
 ) -> None:
     ids = [add(files, b"same"), add(files, b"same"), add(files, b"other")]
