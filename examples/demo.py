@@ -233,7 +233,7 @@ def roll_back_by_canary(url: str, prompts: list[list[dict[str, str]]], summary: 
         load.wait_for(CANARY_STREAMS)
     why = next(line for line in ended.stderr.splitlines() if "why:" in line)
     exposed = sum(answer.version == f"{NAME}@5" for answer in load.answers)
-    summary.add("@5, bad in traffic", f"rolled back after {exposed} answers by it;{why.split('why:')[1][:90]}")
+    summary.add("@5, bad in traffic", f"rolled back after answering {exposed} requests;{why.split('why:')[1][:90]}")
     report_load(load, summary, {f"{NAME}@1", f"{NAME}@5"})
 
 

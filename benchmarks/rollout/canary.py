@@ -9,7 +9,7 @@ from serving.rollout.analysis.units import Arm, Rating, Request
 from svc.evaluation.verdict import GateOutcome
 
 SHARES = (0.05, 0.25)
-"""The candidate's shares before it serves everything."""
+"""The candidate's shares of the traffic before it serves everything."""
 DEADLINE_S = 7200.0
 """Maximum time at one share."""
 MIN_UNITS = 50
