@@ -277,7 +277,7 @@ async def test_notifications_are_not_trusted_when_they_are_swallowed(
         await asyncio.sleep(0.3)  # further attempts
         assert changes.count == 0
         assert not changes.heard
-        assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
             "notifications from the store do not arrive"
         ]
         monkeypatch.setattr(postgresql_module, "CHANNEL", "tuneserve")
