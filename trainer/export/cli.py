@@ -81,10 +81,21 @@ def _merged(registry: Registry, version: VersionId) -> Path:
 
 
 def _copy(merged: Path, out: Path) -> dict[str, object]:
-    """Copy the model to a new folder, whose files may be changed, unlike the registry's."""
+    """Copy the model to a new folder, whose files may be changed, unlike the registry's.
+
+    The files get their places when all of them are complete, so an interrupted copy cannot be taken for a model.
+    """
     import shutil
 
-    out.mkdir(parents=True, exist_ok=True)
-    for path in merged.iterdir():
-        shutil.copyfile(path, out / path.name)
+    exists, unfinished = out.exists(), out / ".unfinished"
+    unfinished.mkdir(parents=True)
+    try:
+        for path in merged.iterdir():
+            shutil.copyfile(path, unfinished / path.name)
+        for path in list(unfinished.iterdir()):
+            path.replace(out / path.name)
+        unfinished.rmdir()
+    except BaseException:
+        shutil.rmtree(unfinished if exists else out)
+        raise
     return {"folder": str(out), "bytes": sum(path.stat().st_size for path in out.iterdir())}

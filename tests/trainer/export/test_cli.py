@@ -57,6 +57,28 @@ def test_version_is_exported_as_a_copy_of_the_merged_folder(
     }
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_interrupted_copy_leaves_no_files(
+    svc: Svc, tmp_path: Path, make_version: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    make_version("merged")
+    copied: list[Path] = []
+
+    def copy_two_files(source: Path, target: Path) -> None:
+        if len(copied) == 2:
+            raise KeyboardInterrupt
+        copied.append(Path(target))
+        copied[-1].write_bytes(b"part")
+
+    out = tmp_path / "exports" / "out"
+    if exists:
+        out.mkdir(parents=True)
+    monkeypatch.setattr("shutil.copyfile", copy_two_files)
+    assert svc("--home", tmp_path / "home", "export", "tiny@1", "--format", "hf", "--to", out).code == 130
+    assert len(copied) == 2
+    assert not out.exists() or (exists and list(out.iterdir()) == [])
+
+
 def test_folder_with_files_is_not_written_to(svc: Svc, tmp_path: Path, make_version: Callable[[str], Path]) -> None:
     make_version("merged")
     (tmp_path / "precious").touch()
