@@ -97,7 +97,8 @@ def _default_system(kind: TemplateKind, render: Callable[[_Turns], str], prefix:
     turns = _TURNS[1:]
     text, plain = render(turns), kind.render(turns) + prefix
     added = text.removesuffix(plain).removeprefix(kind.before.format("system")).removesuffix(kind.after)
-    if text not in (plain, kind.render((("system", added), *turns)) + prefix) or '"""' in added:
+    is_system = text in (plain, kind.render((("system", added), *turns)) + prefix)
+    if not is_system or '"""' in added or added.startswith('"') or added.endswith('"'):  # read as a part of the quotes
         raise TrainingError(
             "the chat template adds text to a conversation without a system message that Ollama cannot add",
             expected="a system message or nothing",

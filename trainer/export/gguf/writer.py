@@ -301,7 +301,8 @@ def compare_gguf(file: Path, model: Path) -> tuple[float, str]:
     """Compare each matrix of a GGUF file with the same matrix of the model.
 
     Returns:
-        The largest ratio of the norm of a matrix's change to its norm, and the name of that matrix.
+        The largest ratio of the norm of a matrix's change to its norm, and the name of that matrix. The ratio is
+        infinite if a value is not a number.
     """
     import gguf
     import numpy as np
@@ -313,5 +314,6 @@ def compare_gguf(file: Path, model: Path) -> tuple[float, str]:
             before, found = tensor.read(), written.pop(tensor.name)
             after = gguf.dequantize(found.data, found.tensor_type).reshape(before.shape)
             norm = float(np.linalg.norm(before)) or 1.0
-            changes.append((float(np.linalg.norm(after - before)) / norm, tensor.name))
+            change = float(np.linalg.norm(after - before)) / norm
+            changes.append((math.inf if math.isnan(change) else change, tensor.name))
     return max(changes)

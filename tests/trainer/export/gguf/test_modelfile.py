@@ -51,6 +51,15 @@ def test_ollama_renders_what_the_chat_template_renders(
     assert as_ollama_renders(make_modelfile(tokenizer, kwargs, "tiny.gguf"), TURNS[first:]) == rendered
 
 
+@pytest.mark.parametrize("system", ['Answer "yes" or "no"', '"Brief." is the motto'])
+def test_default_system_message_next_to_the_quotes_of_the_file_is_rejected(system: str) -> None:
+    tokenizer = make_tokenizer()
+    added = f"{{% if messages[0].role != 'system' %}}<|im_start|>system\n{system}<|im_end|>\n{{% endif %}}"
+    tokenizer.chat_template = added + str(tokenizer.chat_template)
+    with pytest.raises(TrainingError, match="that Ollama cannot add"):
+        make_modelfile(tokenizer, {}, "tiny.gguf")
+
+
 def test_modelfile_names_the_weights_and_the_stop_tokens() -> None:
     lines = make_modelfile(make_tokenizer(), {}, "tiny-q8_0.gguf").splitlines()
     assert lines[0] == "FROM ./tiny-q8_0.gguf"

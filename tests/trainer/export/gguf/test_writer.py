@@ -84,6 +84,16 @@ def test_matrices_have_8_bits_and_vectors_32_in_q8_0(
     assert field.contents() == done.pre == "gpt-2"
 
 
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, examples: list[ChatExample]) -> None:
+    base = make_model(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(base)
+    with pytest.raises(TrainingError, match=r"blk\.0\.ffn_up\.weight changed by inf"):
+        export_gguf(base, tmp_path / "out", "tiny", examples, type=GgufType.F16)
+    assert not list((tmp_path / "out").glob("*.gguf"))
+
+
 def test_matrix_with_rows_that_8_bit_blocks_do_not_divide_is_written_in_16_bits(
     tmp_path: Path, examples: list[ChatExample]
 ) -> None:
