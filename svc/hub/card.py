@@ -159,7 +159,9 @@ def training_options(recipe: Mapping[str, Any]) -> dict[str, str]:
     adapter = recipe.get("adapter") or {}
     sections = ["adapter"]
     if not (adapter.get("trained") or adapter.get("combine")):  # the others describe training that did not take place
-        sections += ["train", "stopping"] + (["preference"] if recipe.get("objective", "sft") != "sft" else [])
+        sections += ["rope_scaling", "train", "stopping"] + (
+            ["preference"] if recipe.get("objective", "sft") != "sft" else []
+        )
     values = {key: recipe.get(key) for key in _TOP_KEYS}
     for section in sections:
         values |= {f"{section}.{key}": value for key, value in (recipe.get(section) or {}).items()}

@@ -6,7 +6,7 @@ newest commit seen in that check as its parent, so it fails if someone else has 
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,7 @@ def files_to_upload(registry: Registry, manifest: Manifest, format: Format, repo
 
     Raises:
         NotFoundError: the version does not have the format.
-        RefusedError: the version failed a check.
+        RefusedError: the version failed a check, or the adapter belongs to a base that the recipe has changed.
         IntegrityError: a file is missing or was changed.
     """
     version = manifest.id
@@ -100,6 +100,12 @@ def files_to_upload(registry: Registry, manifest: Manifest, format: Format, repo
             expected="a version that passed all checks",
             todo="push another version, or fix the cause and train it again",
         )
+    if format is Format.ADAPTER and (changed := _base_changes(manifest.recipe)):
+        raise RefusedError(
+            f"the adapter of {version} does not belong to the published base: its recipe sets {', '.join(changed)}",
+            expected="a format that contains the changed base",
+            todo=f"push it with --format {Format.MERGED}",
+        )
     registry.verify(version, format)
     folder = registry.artifact(version, format)
     files = [UploadFile(CARD_FILE, make_card(registry, manifest, format, repo).encode())]
@@ -113,6 +119,13 @@ def files_to_upload(registry: Registry, manifest: Manifest, format: Format, repo
             content = (json.dumps(config, indent=2) + "\n").encode()
         files.append(UploadFile(path, content))
     return files
+
+
+def _base_changes(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the recipe's keys that change the base itself, so that an adapter does not work on the original base."""
+    values = {key: recipe.get(key) for key in ("chat_template", "new_tokens")}
+    values["rope_scaling"] = (recipe.get("rope_scaling") or {}).get("type")
+    return [key for key, value in values.items() if value]
 
 
 def connect() -> "HfApi":

@@ -196,6 +196,21 @@ def test_config_of_an_adapter_names_the_base_on_the_hub_instead_of_a_folder(
     assert "PeftModel.from_pretrained" in card
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"new_tokens": ["<tool>"]}, {"chat_template": "/home/alice/t.jinja"}, {"rope_scaling": {"type": "yarn"}}],
+)
+def test_adapter_of_a_changed_base_is_refused(
+    svc: Svc, versions: JudgedVersions, hub: HubServer, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
+) -> None:
+    monkeypatch.setattr(Registry, "of", lambda settings: versions.registry)
+    manifest = versions.publish(LABELS, {}, recipe={"name": "tickets"} | changes)
+    ended = svc("push", str(manifest.id), "org/lora", "--format", "adapter", "--yes")
+    assert ended.code == RefusedError.exit_code
+    assert f"its recipe sets {next(iter(changes))}" in ended.err
+    assert hub.requests == []
+
+
 @pytest.mark.parametrize("repo", ["tickets", "org/a/b", "../org/tickets", "https://hub/org/tickets"])
 def test_name_that_is_not_a_repository_is_refused(svc: Svc, manifest: Manifest, hub: HubServer, repo: str) -> None:
     assert svc("push", str(manifest.id), repo, "--yes").code == 2
