@@ -120,14 +120,21 @@ class Training:
 
     @property
     def token_matrices(self) -> int:
-        """Number of matrices with a row for each token in which the rows of new tokens are trained."""
-        return 0 if self.full or not self.recipe.new_tokens else 2 if self.shape.untied else 1
+        """Number of matrices with a row for each token in which rows are trained beside the adapter."""
+        matrices = 2 if self.shape.untied else 1
+        return 0 if self.full else matrices if self.recipe.new_tokens else self._whole_matrices
+
+    @property
+    def _whole_matrices(self) -> int:
+        """Number of these matrices of which all rows are trained."""
+        return min(2 if self.shape.untied else 1, len(set(self.recipe.adapter.modules_to_save)))
 
     @cached_property
     def trained(self) -> int:
         """Number of trained parameters."""
-        rows = self.token_matrices * len(self.recipe.new_tokens) * self.shape.hidden
-        return self._trained_in_layers + rows
+        whole = self._whole_matrices
+        rows = whole * self.shape.vocabulary + (self.token_matrices - whole) * len(self.recipe.new_tokens)
+        return self._trained_in_layers + rows * self.shape.hidden
 
     @property
     def _trained_in_layers(self) -> int:

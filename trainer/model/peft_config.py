@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
@@ -21,7 +22,7 @@ from trainer.model.adalora import rank_plan
 from trainer.model.experts import fused_experts
 from trainer.model.layer_shapes import linear_layers
 from trainer.model.target_modules import target_modules
-from trainer.recipe.adapter import GAUSSIAN, AdapterType, Method
+from trainer.recipe.adapter import GAUSSIAN, AdapterType, Method, TokenLayer
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.targets import Targets
 
@@ -48,18 +49,28 @@ def add_adapter(
         targets = sorted(linear_layers(model))
     _import_gptqmodel()
     with _targets_as_named():
-        config = adapter_config(recipe, targets, steps, experts)
-        if tokens:
-            config.trainable_token_indices = {layer: list(tokens) for layer in token_layers(model)}
+        config: Any = adapter_config(recipe, targets, steps, experts)
+        config.trainable_token_indices = _trained_rows(model, recipe, tokens) or None
         return get_peft_model(model, config)
 
 
-def token_layers(model: PreTrainedModel) -> list[str]:
-    """Return the names of the layers that have a row for each token: the embedding, and the output head. PEFT changes a
-    head that is tied to the embedding together with it.
+def _trained_rows(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int]) -> dict[str, list[int]]:
+    """Return the rows of the embedding and of the output head that are trained, keyed by layer: those of new tokens, or
+    all.
+
+    PEFT changes a head that is tied to the embedding together with it. It would also train a layer in full with
+    `modules_to_save`, but then a tied head is a copy with shapes of its own.
     """
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    config, saved = model.config.get_text_config(), set(recipe.adapter.modules_to_save)
+    if saved and config.tie_word_embeddings:
+        saved = set(TokenLayer)
+    names = {module: name for name, module in model.named_modules()}
+    layers = {
+        TokenLayer.EMBEDDING: names[model.get_input_embeddings()],
+        TokenLayer.HEAD: names[model.get_output_embeddings()],
+    }
+    rows = {layer: range(config.vocab_size) if kind in saved else tokens for kind, layer in layers.items()}
+    return {layer: list(ids) for layer, ids in rows.items() if ids}
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

@@ -48,6 +48,8 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
     adapter = content["adapter"] | {"type": recipe.adapter_type}  # `method` only names this type and the quantization
     for key in ("trained", "combine"):
         adapter.pop(key)
+    if not adapter["modules_to_save"]:
+        adapter.pop("modules_to_save")
     if adapter["init"] is None:  # so that runs from before this key exists continue
         adapter.pop("init")
     if not prefers:

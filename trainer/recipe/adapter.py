@@ -32,6 +32,13 @@ class Quantization(StrEnum):
     """Quantization to four bits, with quantized scales (Dettmers et al. 2023)."""
 
 
+class TokenLayer(StrEnum):
+    """Layer with a row of weights for each token. If both are tied, they are one."""
+
+    EMBEDDING = "embed_tokens"
+    HEAD = "lm_head"
+
+
 class Method(StrEnum):
     """Training method: the common name for an adapter type combined with a quantization of the base. `full`
     trains all weights.
@@ -82,6 +89,9 @@ class Adapter(Section):
     """how the first matrices are chosen: gaussian, olora, pissa, or pissa_niter_16 for a faster approximate pissa with
     16 iterations (1 to 999); lora only; default: a random and a zero matrix; see
     [training](training.md#first-matrices)"""
+    modules_to_save: tuple[TokenLayer, ...] = ()
+    """embeddings to train in full beside the adapter: embed_tokens, lm_head or both; lora and dora only; see
+    [training](training.md#new-tokens)"""
     trained: FolderOrHubId = None
     """an adapter saved by PEFT, as a folder (`./name`) or Hugging Face id, that becomes the version instead of being
     trained; the keys of `train` then have no effect; see [adapters](adapters.md#adapters-trained-elsewhere)"""
@@ -101,8 +111,8 @@ class Adapter(Section):
 
 
 UNUSED_KEYS = {
-    AdapterType.VERA: frozenset({"alpha", "rslora", "init", "trained", "combine"}),
-    AdapterType.ADALORA: frozenset({"rslora", "init", "trained", "combine"}),
+    AdapterType.VERA: frozenset({"alpha", "rslora", "init", "modules_to_save", "trained", "combine"}),
+    AdapterType.ADALORA: frozenset({"rslora", "init", "modules_to_save", "trained", "combine"}),
     AdapterType.DORA: frozenset({"init"}),
 }
 """Keys of the `adapter` section that an adapter type does not use."""

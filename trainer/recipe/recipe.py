@@ -143,6 +143,8 @@ class Recipe(Section):
             raise ValueError("`formats` lists gguf, which cannot be written with `rope_scaling`")
         if len(set(self.new_tokens)) < len(self.new_tokens):
             raise ValueError("`new_tokens` lists a token twice")
+        if self.adapter.modules_to_save and Format.ADAPTER in self.formats:
+            raise ValueError("`formats` lists adapter, but vLLM cannot load the layers in adapter.modules_to_save")
         if self.new_tokens and Format.ADAPTER in self.formats:
             raise ValueError(
                 "`formats` lists adapter, but vLLM cannot load the embeddings of `new_tokens` with an adapter"
@@ -222,8 +224,9 @@ class Recipe(Section):
             raise ValueError(f"`objective: {self.objective}` has no effect on {self.adapter.given}")
         if self.adapter.init is not None:
             raise ValueError(f"`adapter.init: {self.adapter.init}` has no effect on {self.adapter.given}")
-        if self.new_tokens:
-            raise ValueError(f"`new_tokens` has no effect on {self.adapter.given}")
+        if self.new_tokens or self.adapter.modules_to_save:
+            key = "new_tokens" if self.new_tokens else "adapter.modules_to_save"
+            raise ValueError(f"`{key}` has no effect on {self.adapter.given}")
         if not self.data.train and not self.data.heldout:
             raise ValueError("'data.heldout' is missing: a version is evaluated on held-out examples")
         calibrated = next((format for format in self.formats if format in (Format.GPTQ, Format.AWQ)), None)

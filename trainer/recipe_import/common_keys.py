@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from svc.dataset.readers.source import HUB_PREFIX
 from svc.dataset.schema.objective import Objective
-from trainer.recipe.adapter import Adapter, AdapterType, Method, Quantization
+from trainer.recipe.adapter import Adapter, AdapterType, Method, Quantization, TokenLayer
 from trainer.recipe.rope import RopeType
 from trainer.recipe.targets import Targets
 from trainer.recipe.train import Optimizer, Schedule
@@ -126,14 +126,15 @@ def import_new_tokens(draft: Draft, key: str, *, special: bool = False) -> None:
 
 
 def import_modules_to_save(draft: Draft, key: str) -> None:
-    """Report layers that are trained in full. Call this after new tokens have been imported."""
-    if not (names := draft.take(key)):
+    """Import embeddings that are trained in full. Call this after the method has been imported."""
+    names = draft.take(key) or ()
+    listed = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    if not listed or draft.values["method"] == Method.FULL:
         return
-    listed = {name.strip() for name in (names.split(",") if isinstance(names, str) else names)}
-    if draft.values.get("new_tokens") and listed <= {"embed_tokens", "lm_head"}:
-        draft.changed(key, "only the rows of new tokens are trained, not the whole embeddings")
+    if set(listed) <= set(TokenLayer):
+        draft.values["adapter.modules_to_save"] = listed
     else:
-        draft.leave_out(key, "layers other than the adapter's are not trained; new_tokens trains those of new tokens")
+        draft.leave_out(key, f"of layers other than the adapter's, only {' and '.join(TokenLayer)} can be trained")
 
 
 def import_dropout(draft: Draft) -> None:

@@ -74,6 +74,35 @@ def test_number_of_trained_weights_matches_peft(method: str, preset: Targets) ->
     assert trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"new_tokens": ["<a>", "<b>"]},
+        {"adapter": {"modules_to_save": ["embed_tokens"]}},
+        {"adapter": {"modules_to_save": ["embed_tokens", "lm_head"]}, "new_tokens": ["<a>", "<b>"]},
+    ],
+    ids=str,
+)
+def test_trained_rows_of_embeddings_are_counted(sections: dict[str, Any], tied: bool) -> None:
+    recipe = make_recipe(**sections)
+    config = LlamaConfig(
+        vocab_size=90,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    training = Training(recipe, count_model(model, Targets.ALL_LINEAR), True, NumberType.FLOAT32)
+    adapted = add_adapter(model, recipe, 10, [88, 89] if recipe.new_tokens else [])
+    assert training.trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    plain = Training(make_recipe(), training.shape, True, NumberType.FLOAT32)
+    assert training.peak(Batch(1, 8, 0, 8)) > plain.peak(Batch(1, 8, 0, 8))
+
+
 def test_first_matrices_are_kept_in_main_memory_and_double_the_saved_adapter() -> None:
     plain, started = (make_recipe(adapter={"rank": 8, "init": start}) for start in ("gaussian", "pissa"))
     batch = Batch(1, 256, 0, 256)

@@ -280,6 +280,11 @@ def test_method_implies_adapter_type_and_quantization(
         ({"new_tokens": ["<a>", "<a>"]}, "`new_tokens` lists a token twice"),
         ({"new_tokens": ["<a>"], "formats": ["merged", "adapter"]}, "vLLM cannot load the embeddings of `new_tokens`"),
         ({"new_tokens": ["<a>"], "method": "adalora"}, "new_tokens cannot be trained with adalora"),
+        (
+            {"adapter": {"modules_to_save": ["lm_head"]}, "formats": ["adapter"]},
+            "vLLM cannot load the layers in adapter.modules_to_save",
+        ),
+        ({"method": "vera", "adapter": {"modules_to_save": ["lm_head"]}}, "modules_to_save is not used by vera"),
         ({"new_tokens": ["a b"]}, "'new_tokens.0' is 'a b'"),
         ({"adapter": {"init": "zeros"}}, "'adapter.init' is 'zeros'"),
         ({"method": "dora", "adapter": {"init": "pissa"}}, "adapter.init is not used by dora"),

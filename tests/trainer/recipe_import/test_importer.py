@@ -109,7 +109,7 @@ def test_key_that_the_importer_does_not_know_is_listed_as_left_out(
     ("content", "key"),
     [
         ({"optimizer": "muon"}, "optimizer"),
-        ({"adapter": "lora", "lora_modules_to_save": ["embed_tokens"]}, "lora_modules_to_save"),
+        ({"adapter": "lora", "lora_modules_to_save": ["norm"]}, "lora_modules_to_save"),
         ({"train_on_inputs": True}, "train_on_inputs"),
         ({"warmup_steps": 10}, "warmup_steps"),
         ({"special_tokens": {"eos_token": "<end>"}}, "special_tokens.eos_token"),
@@ -245,9 +245,8 @@ def test_new_tokens_are_imported_from_axolotl(tmp_path: Path) -> None:
     result = imported(tmp_path, adapter="lora", **kept)
     assert (result.content["new_tokens"], result.refused) == (["<tool>", "</tool>"], None)
     assert not left_out(result)
-    assert left_out(imported(tmp_path, adapter="lora", lora_modules_to_save=["embed_tokens"])) == {
-        "lora_modules_to_save"
-    }
+    assert result.content["adapter"]["modules_to_save"] == ["embed_tokens", "lm_head"]
+    assert left_out(imported(tmp_path, adapter="lora", lora_modules_to_save=["norm"])) == {"lora_modules_to_save"}
 
 
 def test_new_tokens_are_imported_from_llama_factory(tmp_path: Path) -> None:

@@ -130,6 +130,36 @@ def test_merged_model_has_the_trained_rows_and_the_outputs_of_base_plus_adapter(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("base", "saved", "changed"),
+    [
+        ("tied", ["lm_head"], {EMBEDDING}),
+        ("untied", ["embed_tokens", "lm_head"], {EMBEDDING, "lm_head.weight"}),
+        ("untied", ["embed_tokens"], {EMBEDDING}),
+    ],
+)
+def test_all_rows_of_saved_layers_are_trained_and_merged(
+    base: str, saved: list[str], changed: set[str], data: TrainingData, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(base)
+    chosen = recipe(new_tokens=[], adapter={"rank": 4, "modules_to_save": saved})
+    train_in(FLOAT32, folder, data, chosen, tmp_path)
+    merge_adapter(folder, tmp_path / "trained", tmp_path / "merged")
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    differing = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in differing if ".layers." not in name} == changed
+    assert (before[EMBEDDING] != after[EMBEDDING]).any(dim=1).sum() > 20
+    prompt = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        written = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        beside = load_adapter(plain, tmp_path / "trained")
+        assert torch.allclose(written(prompt).logits, beside(prompt).logits, atol=0.05)
+        applied = adapter_parity.compare(beside, dict(written.state_dict()))
+    assert (applied.wrong, applied.off < 0.01) == (None, True)
+
+
+@pytest.mark.slow
 def test_merge_fails_when_another_row_changed(tied: Path, data: TrainingData, tmp_path: Path, monkeypatch: Any) -> None:
     train_in(FLOAT32, tied, data, recipe(train={"steps": 2, "learning_rate": 1e-2}), tmp_path)
     config = tmp_path / "trained" / "adapter_config.json"
