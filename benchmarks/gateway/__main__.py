@@ -19,13 +19,25 @@ from benchmarks.gateway.engine import measure_engine
 from benchmarks.gateway.engine import summary as engine_summary
 from benchmarks.gateway.measure import Figures
 from benchmarks.gateway.peers import Bare, Direct, LiteLLM, Nginx, Peer, VllmRouter
-from benchmarks.gateway.table import BARE, DIRECT, KEYLESS, OURS, STORED, TRACED, Round, complete, summary, tables
+from benchmarks.gateway.table import (
+    BARE,
+    DIRECT,
+    KEYLESS,
+    OURS,
+    REPLICATED,
+    STORED,
+    TRACED,
+    Round,
+    complete,
+    summary,
+    tables,
+)
 from svc.errors import EngineError
 from svc.invocation import print_json
 from svc.settings import load_settings
 from svc.terminal import console, output
 
-_BY_NAME = (TRACED, BARE)
+_BY_NAME = (TRACED, REPLICATED, BARE)
 """Gateways that are measured only if named by `--only`."""
 
 
@@ -59,10 +71,10 @@ def main(
 def _measure_gateways(folder: Path, rounds: int, only: str | None, bin: Path, store: str, *, as_json: bool) -> None:
     others: list[Peer] = [LiteLLM(bin), VllmRouter(bin), Nginx(bin)]
     stored = [STORED] if store else []
-    names = _names([DIRECT, OURS, *stored, KEYLESS, TRACED, BARE, *(peer.name for peer in others)], only)
+    names = _names([DIRECT, OURS, *stored, KEYLESS, TRACED, REPLICATED, BARE, *(peer.name for peer in others)], only)
     left_out = {peer.name: peer.missing for peer in others if peer.name in names and peer.missing}
     with bench(folder) as machine:
-        ours = make_ours(folder, store) if {OURS, KEYLESS, TRACED, *stored} & {*names} else []
+        ours = make_ours(folder, store) if {OURS, KEYLESS, TRACED, REPLICATED, *stored} & {*names} else []
         known: list[Peer] = [Direct(), *ours, Bare(), *others]
         peers = [peer for peer in known if peer.name in names and peer.name not in left_out]
         measured = [_round(machine, peers, number, rounds, left_out) for number in range(rounds)]

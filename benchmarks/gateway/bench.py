@@ -23,7 +23,7 @@ from benchmarks.gateway.load import Address, Ask, answers
 from benchmarks.gateway.measure import Figures, Measurement
 from benchmarks.gateway.peers import Ours, Peer, Upstream, free_port
 from benchmarks.gateway.processes import running
-from benchmarks.gateway.table import KEYLESS, OURS, STORED, TRACED
+from benchmarks.gateway.table import KEYLESS, OURS, REPLICATED, STORED, TRACED
 from svc.errors import EngineError, SettingsError
 from svc.terminal import console
 
@@ -32,6 +32,7 @@ _POLL_S = 0.2
 _LOG_CHARS = 2000
 _KEY_LIMITS = ("requests-per-minute", "tokens-in-per-minute", "tokens-out-per-minute", "concurrent", "tokens-per-day")
 _NEVER = str(2**31 - 1)
+_REPLICAS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +150,8 @@ def _end_of(log: Path) -> str:
 
 
 def make_ours(folder: Path, store: str = "") -> list[Peer]:
-    """Create homes, and return our gateway with a key, without keys, with a key and traces, and with a key and a
-    database.
+    """Create homes, and return our gateway with a key, without keys, with a key and traces, with a key and many
+    replicas, and with a key and a database.
 
     Args:
         store: URL of an empty PostgreSQL database, or empty to leave that gateway out.
@@ -163,7 +164,12 @@ def make_ours(folder: Path, store: str = "") -> list[Peer]:
     arguments += [argument for limit in _KEY_LIMITS for argument in (f"--{limit}", _NEVER)]
     result = subprocess.run(arguments, check=True, capture_output=True, text=True)
     key = result.stdout.strip()
-    ours: list[Peer] = [Ours(OURS, keyed, key), Ours(KEYLESS, keyless), Ours(TRACED, keyed, key, traced=True)]
+    ours: list[Peer] = [
+        Ours(OURS, keyed, key),
+        Ours(KEYLESS, keyless),
+        Ours(TRACED, keyed, key, traced=True),
+        Ours(REPLICATED, keyed, key, replicas=_REPLICAS),
+    ]
     if store:
         migrate = [sys.executable, "-m", "svc.cli", "--home", str(keyed), "store", "migrate", "--to", store]
         subprocess.run(migrate, check=True, stdout=subprocess.DEVNULL)

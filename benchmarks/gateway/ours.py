@@ -49,5 +49,8 @@ class UpstreamEngine(EngineProcess):
 
 if __name__ == "__main__":
     upstream = Path(sys.argv.pop(1))
-    with patch("serving.replicas.slots.EngineProcess", partial(UpstreamEngine, upstream)):
+    with (
+        patch("serving.replicas.slots.EngineProcess", partial(UpstreamEngine, upstream)),
+        patch("serving.replicas.slots.shortage", lambda specs: None),  # these engines take no memory
+    ):
         main()

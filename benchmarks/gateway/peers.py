@@ -89,6 +89,7 @@ class Ours(Peer):
         key: secret of the only key in the home; empty if there is no key.
         traced: whether a span for each request is sent to the upstream's port.
         store: URL of the database with the home's rows, or empty for the home's own file.
+        replicas: number of engines, which are all the same upstream.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Ours(Peer):
     key: str = ""
     traced: bool = False
     store: str = ""
+    replicas: int = 1
 
     def command(self, upstream: Upstream, folder: Path) -> Command:
         """Return the server's own command with its engine replaced."""
@@ -107,6 +109,7 @@ class Ours(Peer):
             "TMPDIR": str(folder),  # for the folders of sockets
             "SVC_SERVE__MAX_RUNNING": str(MAX_STREAMS),
             "SVC_HOLDOUT__EVERY_HOURS": "0",  # held-out runs are not requests of clients
+            "SVC_ENGINE__REPLICAS": str(self.replicas),
         }
         if self.traced:
             variables["SVC_TELEMETRY__OTLP_ENDPOINT"] = f"http://127.0.0.1:{upstream.port}"

@@ -14,6 +14,7 @@ Round = Mapping[str, Figures]
 """Measurements of one round, keyed by gateway."""
 DIRECT, OURS, KEYLESS, TRACED = "direct", "tuneserve", "tuneserve without keys", "tuneserve with traces"
 STORED, BARE = "tuneserve on PostgreSQL", "connections alone"
+REPLICATED = "tuneserve with 20 replicas"
 _ADDED = ("first_ms_p50", "first_ms_p99", "first_64_ms_p50", "first_64_ms_p99")
 _ROWS = {
     "request_ms_1": ("CPU, ms/request, 1 client", 3),
@@ -35,7 +36,7 @@ _ROWS = {
     "taken": ("others' share of its core", 2),
 }
 _OF_DIRECT = ("rate", "reads_16", "reads_100", "many_failed", "taken")
-_RATIOS = ((OURS, "vllm-router"), ("LiteLLM", OURS), (BARE, "vllm-router"), (STORED, OURS))
+_RATIOS = ((OURS, "vllm-router"), ("LiteLLM", OURS), (BARE, "vllm-router"), (STORED, OURS), (REPLICATED, OURS))
 _COMPARED = ("request_ms_1", "request_ms_64", "chunk_us_16", "chunk_us_100", "first_ms_p50", "rate", "many_mib")
 
 

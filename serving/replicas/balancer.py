@@ -4,7 +4,8 @@ This module knows neither HTTP nor how engines start and stop.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from hashlib import blake2b
 from operator import methodcaller
 from types import TracebackType
@@ -22,6 +23,7 @@ from svc.engine.vllm.connection_pool import EngineConnections
 from svc.errors import EngineError
 from svc.version import Format, Target
 
+_PRIME = 2**61 - 1
 _MAX_SHARE = 1.25
 """Maximum requests of an engine as a multiple of the mean, when a request follows its conversation.
 
@@ -132,8 +134,15 @@ class Balancer:
         Raises:
             ModelNotFoundError, EngineUnavailableError: see `lease`.
         """
-        wanted, candidates = self._names.resolve(model), list[tuple[Replica, Target]]()
-        for engine in self._pool.ready_for(wanted):
+        wanted = self._names.resolve(model)
+        engines = self._pool.ready_for(wanted)
+        if engines and without is None and kept is None:
+            engine = _choose_engine(engines, who)
+            served = engine.serves(wanted)
+            if served is not None and engine.adapters is None and not engine.watch.suspected:
+                return engine, served
+        candidates = list[tuple[Replica, Target]]()
+        for engine in engines:
             if not engine.watch.suspected and (without is None or engine.http is not without.http):
                 served = engine.serves(wanted)
                 if served is not None:
@@ -146,8 +155,9 @@ class Balancer:
             return candidates[0]
         if kept is not None and (same := next((pair for pair in candidates if kept.fits(*pair)), None)):
             return same
-        prepared = [pair for pair in candidates if not _lacks_adapter(*pair)]
-        return _choose_engine(prepared or candidates, who)
+        prepared = [pair for pair in candidates if not _lacks_adapter(*pair)] or candidates
+        chosen = _choose_engine([engine for engine, _ in prepared], who)
+        return next(pair for pair in prepared if pair[0] is chosen)
 
 
 class _Kept(NamedTuple):
@@ -265,20 +275,32 @@ class Leasing:
         self._engine.vacate()
 
 
-def _choose_engine(candidates: list[tuple[Replica, Target]], who: str) -> tuple[Replica, Target]:
+def _choose_engine(engines: Sequence[Replica], who: str) -> Replica:
     """Return the engine that has probably cached the beginning of a client's or conversation's prompt.
 
     Each client or conversation has its own order of the engines, which is the same after a restart of the server
     (rendezvous hashing). The first engine with capacity for another request answers. A request of an unknown client
     goes to the engine with the fewest requests.
     """
-    loads = [engine.running + engine.reserved for engine, _ in candidates]
+    loads = [engine.running + engine.reserved for engine in engines]
+    if len(engines) == 1:
+        return engines[0]
     if not who:
-        return candidates[loads.index(min(loads))]
+        return engines[loads.index(min(loads))]
     most = math.ceil(_MAX_SHARE * (sum(loads) + 1) / len(loads))
-    begin = who.encode("utf-8", "surrogatepass")
-    free = [pair for pair, load in zip(candidates, loads, strict=True) if load < most]
-    return max(free, key=lambda pair: blake2b(begin, digest_size=8, salt=b"%d" % pair[0].replica).digest())
+    free = [engine for engine, load in zip(engines, loads, strict=True) if load < most]
+    client = _hash(who)
+    places = [client * _hash_of_number(engine.replica) % _PRIME for engine in free]
+    return free[places.index(max(places))]
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+@cache
+def _hash_of_number(replica: int) -> int:
+    return _hash(str(replica))
 
 
 def _lacks_adapter(engine: Replica, served: Target) -> bool:

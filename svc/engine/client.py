@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 from uuid import uuid4
 
 import httpx
@@ -33,6 +33,7 @@ _RESET_PAUSE_S = 0.05
 _CONNECTIONS = 100  # concurrent; further requests wait
 _TIMEOUT_S = 300.0  # also for a wake, which copies the weights from the machine's memory
 _CONNECT_TIMEOUT_S = 5.0
+HEALTH_TIMEOUT_S = 5.0
 _SLOW_STORAGE_BYTES_PER_S = 50_000_000
 """Assumed read speed of slow storage: a network volume, or a single hard disk under load. At this speed,
 reading a 70B model (140 GB) takes 47 minutes."""
@@ -114,6 +115,18 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+class StatusChecks(Protocol):
+    """Sends health checks to an engine."""
+
+    async def status(self) -> int:
+        """Return the HTTP status of the answer, or raise OSError if there is none."""
+        ...
+
+    def close(self) -> None:
+        """Close the connections."""
+        ...
+
+
 class EngineClient:
     """Client for an OpenAI-compatible endpoint that also supports vLLM's `/tokenize` and `prompt_logprobs`.
 
@@ -123,12 +136,16 @@ class EngineClient:
         model: the engine's model name.
         id_prefix: prefix of the request ids in the engine's log. If it is empty, the engine generates the
             ids.
+        checks: health checks, or None to use `http`. They are closed together with this object.
     """
 
-    def __init__(self, http: httpx.AsyncClient, model: str, id_prefix: str = "") -> None:
+    def __init__(
+        self, http: httpx.AsyncClient, model: str, id_prefix: str = "", checks: StatusChecks | None = None
+    ) -> None:
         self.model = model
         self._http = http
         self._id_prefix = id_prefix
+        self._checks = checks
 
     @classmethod
     def of(cls, address: EngineAddress, model: str) -> "EngineClient":
@@ -140,14 +157,14 @@ class EngineClient:
 
         It shares its connections with this client, and closing either one closes them.
         """
-        return EngineClient(self._http, self.model, prefix)
+        return EngineClient(self._http, self.model, prefix, self._checks)
 
     def named(self, model: str) -> "EngineClient":
         """Return a client for another model of the engine, such as an adapter.
 
         It shares its connections with this client, and closing either one closes them.
         """
-        return EngineClient(self._http, model, self._id_prefix)
+        return EngineClient(self._http, model, self._id_prefix, self._checks)
 
     async def __aenter__(self) -> Self:
         return self
@@ -158,16 +175,21 @@ class EngineClient:
         await self.close()
 
     async def close(self) -> None:
+        if self._checks is not None:
+            self._checks.close()
         await self._http.aclose()
 
     async def health(self) -> Health:
         """Check whether the engine responds within 5 seconds and its core is alive."""
         try:
-            answer = await self._http.get("/health", timeout=5.0)
-        except httpx.HTTPError as error:
+            status = await (self._checks.status() if self._checks else self._health_status())
+        except (httpx.HTTPError, OSError) as error:
             return _HEALTH_BY_ERROR.get(_errno(error), Health.BAD)
         by_status: dict[int, Health] = {httpx.codes.OK: Health.GOOD, httpx.codes.SERVICE_UNAVAILABLE: Health.DEAD}
-        return by_status.get(answer.status_code, Health.BAD)
+        return by_status.get(status, Health.BAD)
+
+    async def _health_status(self) -> int:
+        return (await self._http.get("/health", timeout=HEALTH_TIMEOUT_S)).status_code
 
     async def healthy(self) -> bool:
         """Return whether the engine is known to be healthy."""

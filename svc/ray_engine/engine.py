@@ -15,6 +15,7 @@ from svc.engine.client import EngineClient, engine_http
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.orphans import end_engine
 from svc.engine.state import EnginePhase
+from svc.engine.vllm.health_checks import HealthChecks
 from svc.engine.vllm.launch import EngineSpec, launch_digest
 from svc.errors import EngineError, SvcError
 from svc.ray_engine.cluster import Need, Place, Placed, RayCluster
@@ -330,7 +331,7 @@ class _NodeClient(EngineClient):
     """
 
     def __init__(self, address: TlsAddress, model: str, path_there: Callable[[Path], Any]) -> None:
-        super().__init__(engine_http(address), model)
+        super().__init__(engine_http(address), model, checks=HealthChecks(address))
         self._path_there = path_there
 
     async def reload_weights(self, folder: Path, *, there: Path | None = None) -> None:

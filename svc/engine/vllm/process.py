@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 
 import psutil
 
-from svc.engine.client import EngineClient
+from svc.engine.client import EngineClient, engine_http
 from svc.engine.engine_capabilities import EngineCapabilities
 from svc.engine.orphans import EngineRecord, end_engine, find_engine, locked, read_record, start_of, write_record
 from svc.engine.state import EnginePhase
 from svc.engine.vllm.headroom import backup_shortage
+from svc.engine.vllm.health_checks import HealthChecks
 from svc.engine.vllm.launch import EngineSpec, command, environment, launch_digest
 from svc.engine.vllm.startup_phase import PhaseReader
 from svc.errors import EngineError
@@ -51,7 +52,8 @@ class EngineProcess:
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
-        self.client = EngineClient.of(spec.socket, spec.served_name)
+        checks = HealthChecks(spec.socket)
+        self.client = EngineClient(engine_http(spec.socket), spec.served_name, checks=checks)
         self.plan: list[dict[str, Any]] | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._process: psutil.Process | None = None

@@ -1,10 +1,12 @@
 """Tests of which engine answers a request."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,6 +68,21 @@ def test_other_conversations_stay_with_their_engines_when_one_is_added() -> None
 def test_conversations_are_spread_evenly() -> None:
     counts = Counter(chosen([engine(0), engine(1), engine(2), engine(3)], f"question {each}") for each in range(2000))
     assert all(400 < count < 600 for count in counts.values())
+
+
+@pytest.mark.parametrize("who", ["", "a client"])
+def test_choosing_an_engine_calls_as_many_functions_with_twenty_replicas_as_with_three(who: str) -> None:
+    def calls(replicas: int) -> int:
+        of_model, counted = balancer([engine(number) for number in range(replicas)]), list[str]()
+        of_model.choose("m", who)  # fills caches
+        sys.setprofile(lambda frame, event, _: counted.append(event))
+        try:
+            of_model.choose("m", who)
+        finally:
+            sys.setprofile(None)
+        return counted.count("call")
+
+    assert calls(20) == calls(3)
 
 
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=20), st.text(min_size=1))

@@ -1,0 +1,36 @@
+"""Checks an engine's health over one connection, which stays open between checks every few seconds.
+
+A new connection of an HTTP library for each check took 3 ms of CPU time: twenty engines that were checked every two
+seconds cost as much as 150 requests per second. To an engine on another machine, it also took a TLS handshake.
+"""
+
+import asyncio
+
+from svc.engine.address import EngineAddress
+from svc.engine.client import HEALTH_TIMEOUT_S
+from svc.engine.vllm.connection import ConnectionFailedError
+from svc.engine.vllm.connection_pool import EngineConnections
+
+
+class HealthChecks:
+    """Health checks of one engine. It implements svc.engine.client.StatusChecks."""
+
+    def __init__(self, address: EngineAddress) -> None:
+        self._connections = EngineConnections(address, silence_s=HEALTH_TIMEOUT_S)
+
+    async def status(self) -> int:
+        """Return the HTTP status with which the engine answers a health check.
+
+        Raises:
+            OSError: it does not answer.
+        """
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S), self._connections.get("/health") as answer:
+                await answer.read()  # so that the connection can be used again
+                return answer.status
+        except ConnectionFailedError as error:
+            raise OSError(str(error)) from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connections.close()
