@@ -151,8 +151,18 @@ def tokenize_turns(
         DataError: the template rejects an example, as some do with a system turn, or the learnt text would
             differ from the answer in serving.
     """
-    conversations = _conversations(tokenizer, examples, stops, template_kwargs)
-    return [conversation.rows(conversation.example.learnt) for conversation in conversations]
+    return list(iterate_turns(tokenizer, examples, stops, template_kwargs))
+
+
+def iterate_turns(
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Sequence[ChatExample],
+    stops: set[int],
+    template_kwargs: TemplateKwargs,
+) -> Iterator[list[TokenizedExample]]:
+    """Yield the rows of one example after the other (see `tokenize_turns`)."""
+    for conversation in _conversations(tokenizer, examples, stops, template_kwargs):
+        yield conversation.rows(conversation.example.learnt)
 
 
 def tokenize_examples(

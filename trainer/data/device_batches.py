@@ -7,7 +7,7 @@ Imports torch.
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 from torch.utils.data import Sampler
 
@@ -50,9 +50,9 @@ class DeviceBatches(Sampler[list[int]]):
         return full * self._batches(self._step) + (self._batches(rest) if rest else 0)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = list(self.batch_sampler)
-        steps = [order[start : start + self._step] for start in range(0, len(order), self._step)]
-        return chain.from_iterable(self._share(step, filler=len(order)) for step in steps)
+        count, order = len(self.batch_sampler), iter(self.batch_sampler)
+        steps = iter(lambda: list(islice(order, self._step)), [])
+        return chain.from_iterable(self._share(step, filler=count) for step in steps)
 
     def _batches(self, examples: int) -> int:
         """Return the number of batches of each device in a step with the given number of examples."""

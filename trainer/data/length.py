@@ -3,8 +3,11 @@
 Works on token ids only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.errors import DataError
@@ -13,44 +16,54 @@ from trainer.recipe.train import TooLong, Train
 
 
 def fit_length(examples: Sequence[Sequence[TokenizedExample]], train: Train) -> list[list[TokenizedExample]]:
-    """Drop or truncate training examples longer than `train.max_length`, and print how many there were.
+    """Return the examples with those longer than `train.max_length` dropped or truncated (see `fitting_examples`)."""
+    return list(fitting_examples(examples, train))
+
+
+def fitting_examples(examples: Iterable[Sequence[TokenizedExample]], train: Train) -> Iterator[list[TokenizedExample]]:
+    """Yield training examples, with those longer than `train.max_length` dropped or truncated. At the end, print how
+    many there were.
 
     Args:
         examples: the rows of each example. The length of an example is the length of its longest row.
 
     Raises:
-        DataError: examples are too long and `train.too_long` is error, or fewer than two are left.
+        DataError: at the end, if examples are too long and `train.too_long` is error, or fewer than two are left.
     """
-    lengths = [max(len(row.input_ids) for row in rows) for rows in examples]
-    longer = [number for number, length in enumerate(lengths, start=1) if length > train.max_length]
+    number, longer, first, fitting, longest, at = 0, 0, 0, 0, 0, 0
+    for number, rows in enumerate(examples, start=1):
+        length = max(len(row.input_ids) for row in rows)
+        if length > longest:
+            longest, at = length, number
+        fits = length <= train.max_length
+        if not fits:
+            longer, first = longer + 1, first or number
+        if fits or train.too_long is TooLong.TRUNCATE:
+            kept = list(rows) if fits else [truncate(row, train.max_length) for row in rows]
+            if answered := [row for row in kept if row.learnt]:
+                fitting += 1
+                yield answered
     if not longer:
-        return list(map(list, examples))
-    longest = max(lengths)
+        return
     if train.too_long is TooLong.ERROR:
         raise DataError(
-            f"{len(longer)} of {len(examples)} examples are longer than {train.max_length} tokens; "
-            f"the longest, example {lengths.index(longest) + 1}, has {longest} tokens",
+            f"{longer} of {number} examples are longer than {train.max_length} tokens; "
+            f"the longest, example {at}, has {longest} tokens",
             expected=f"examples of at most {train.max_length} tokens",
             todo=f"set train.max_length to at least {longest}, shorten those examples, or set "
             "train.too_long to drop or truncate",
         )
-    if train.too_long is TooLong.TRUNCATE:
-        truncated = ([truncate(row, train.max_length) for row in rows] for rows in examples)
-        fitting = [answered for rows in truncated if (answered := [row for row in rows if row.learnt])]
-    else:
-        fitting = [list(rows) for rows, length in zip(examples, lengths, strict=True) if length <= train.max_length]
-    dropped = len(examples) - len(fitting)
+    dropped = number - fitting
     console.print(
-        f"  [yellow]{len(longer)} of {len(examples)} examples are longer than {train.max_length} tokens, the first "
-        f"being example {longer[0]}: {dropped} dropped, {len(longer) - dropped} truncated[/yellow]"
+        f"  [yellow]{longer} of {number} examples are longer than {train.max_length} tokens, the first "
+        f"being example {first}: {dropped} dropped, {longer - dropped} truncated[/yellow]"
     )
-    if len(fitting) < 2:
+    if fitting < 2:
         raise DataError(
-            f"only {len(fitting)} of {len(examples)} examples fit into {train.max_length} tokens",
+            f"only {fitting} of {number} examples fit into {train.max_length} tokens",
             expected="at least 2",
             todo="raise train.max_length",
         )
-    return fitting
 
 
 def truncate(row: TokenizedExample, length: int) -> TokenizedExample:
@@ -70,12 +83,21 @@ def check_served_length(rows: Sequence[TokenizedExample], longest: int, what: st
     Raises:
         DataError: names the longest example.
     """
+    check_served_sizes(np.array([max(len(row.input_ids), len(row.prompt) + room - 1) for row in rows]), longest, what)
+
+
+def check_served_sizes(lengths: NDArray[np.integer], longest: int, what: str) -> None:
+    """Raise DataError if any example does not fit into the engine.
+
+    Args:
+        lengths: number of tokens of each example.
+        longest, what: see `check_served_length`.
+    """
     # To score an answer, vLLM gets prompt and answer as a prompt, after which one more token must fit.
-    sizes = [max(len(row.input_ids) + 1, len(row.prompt) + room) for row in rows]
-    if sizes and (needed := max(sizes)) > longest:
+    if len(lengths) and (needed := int(lengths.max()) + 1) > longest:
         raise DataError(
-            f"{sum(size > longest for size in sizes)} of {len(rows)} {what} examples need more than {longest} tokens; "
-            f"the longest, example {sizes.index(needed) + 1}, needs {needed} including its answer",
+            f"{int((lengths >= longest).sum())} of {len(lengths)} {what} examples need more than {longest} tokens; "
+            f"the longest, example {int(lengths.argmax()) + 1}, needs {needed} including its answer",
             expected="examples that fit into one engine request",
             todo=f"set engine.max_model_len to at least {needed} if the model supports it, or shorten the examples",
         )

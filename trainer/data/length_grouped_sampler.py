@@ -10,11 +10,15 @@ differ from those of an uninterrupted run. Imports torch.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+_LISTED = 2**16
+"""Number of indices that are Python objects at the same time."""
 _MAX_WINDOW = 50
 """Number of batches whose examples are sorted by length together."""
 
@@ -28,8 +32,8 @@ class LengthGroupedSampler(Sampler[int]):
         seed: seed of the run.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self._lengths = torch.tensor(lengths)
+    def __init__(self, lengths: Sequence[int] | NDArray[np.int32], batch_size: int, seed: int) -> None:
+        self._lengths = torch.from_numpy(np.array(lengths, np.int64))
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = 0
@@ -46,9 +50,10 @@ class LengthGroupedSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(int(mixed[0]))
         # At most half of the examples are sorted together, so that the batches of a small set differ between epochs.
         window = max(1, min(_MAX_WINDOW, len(self._lengths) // (2 * self._batch_size)))
-        batches: list[torch.Tensor] = []
-        for drawn in torch.randperm(len(self._lengths), generator=generator).split(window * self._batch_size):
-            batches += drawn[self._lengths[drawn].argsort(descending=True, stable=True)].split(self._batch_size)
+        drawn = torch.randperm(len(self._lengths), generator=generator).split(window * self._batch_size)
+        ordered = torch.cat([part[self._lengths[part].argsort(descending=True, stable=True)] for part in drawn])
         full = len(self._lengths) // self._batch_size
-        order = [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]
-        return iter([index for number in order for index in batches[number].tolist()])
+        batched, rest = ordered.split([full * self._batch_size, len(ordered) - full * self._batch_size])
+        batches = batched.view(full, self._batch_size)[torch.randperm(full, generator=generator)]
+        order = torch.cat([batches.flatten(), rest])
+        return chain.from_iterable(part.tolist() for part in order.split(_LISTED))

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedConfig
 
+_TOGETHER = 100_000
+"""Number of examples that are packed together. All of a larger set would need its size in memory."""
+
 
 def refuse_recurrent(config: "PreTrainedConfig") -> None:
     """Reject models with recurrent state, which the attention mask between packed examples does not separate.
@@ -44,8 +47,9 @@ def pack(rows: "Dataset", max_length: int) -> "Dataset":
         rows: examples with `input_ids` and `labels`, none longer than `max_length`.
         max_length: number of tokens per row.
     """
+    together = None if len(rows) <= _TOGETHER else _TOGETHER
     return pack_dataset(
-        rows, max_length, strategy="bfd", map_kwargs={"batch_size": None, "load_from_cache_file": False}
+        rows, max_length, strategy="bfd", map_kwargs={"batch_size": together, "load_from_cache_file": False}
     )
 
 

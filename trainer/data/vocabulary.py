@@ -5,7 +5,7 @@ for images. This is harmless unless such an id is used, which causes an index er
 training, quantizing or serving.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,9 +56,11 @@ def check_tokenizer(
         )
 
 
-def check_ids(examples: Sequence[Sequence[TokenizedExample]], embedding_rows: int, what: str) -> None:
-    """Check that all token ids in the examples have embedding rows, since examples may contain rare special
-    tokens.
+def checked_ids(
+    examples: Iterable[Sequence[TokenizedExample]], embedding_rows: int, what: str
+) -> Iterator[Sequence[TokenizedExample]]:
+    """Yield the examples after checking that all their token ids have embedding rows, since examples may contain
+    rare special tokens.
 
     Args:
         examples: the rows of each example.
@@ -75,3 +77,4 @@ def check_ids(examples: Sequence[Sequence[TokenizedExample]], embedding_rows: in
                 expected=f"ids below {embedding_rows}",
                 todo="remove the special token from the example's text, or choose another base",
             )
+        yield rows

@@ -244,6 +244,7 @@ class Pipeline:
                     served_length,
                     self.examples.judged,
                     self.examples.measured_judged,
+                    self.examples.train_fingerprint,
                 ),
                 self._fitted_recipe,
                 self.run.fresh(self._trained),

@@ -59,6 +59,11 @@ class DeviceProcesses:
         """Whether each process has a GPU."""
         return bool(self.devices[0].uuid)
 
+    @property
+    def are_local(self) -> bool:
+        """Whether they can read this machine's files."""
+        return True
+
     def run(
         self,
         work: Callable[..., Any],

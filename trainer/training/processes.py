@@ -77,6 +77,10 @@ class TrainingProcesses(Protocol):
     def on_gpu(self) -> bool:
         """Whether each process has a GPU."""
 
+    @property
+    def are_local(self) -> bool:
+        """Whether they are on this machine and can read its files."""
+
     def run(
         self,
         work: Callable[..., Any],

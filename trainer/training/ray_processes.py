@@ -184,6 +184,11 @@ class RayProcesses:
         return self._kind.gpu
 
     @property
+    def are_local(self) -> bool:
+        """Whether they can read this machine's files."""
+        return False
+
+    @property
     def capabilities(self) -> DeviceCapabilities:
         """Capabilities of the device of each worker."""
         assert self._workers is not None  # noqa: S101 - inside of the `with` block

@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
-from datasets import Dataset
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
+from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
@@ -31,11 +32,12 @@ from trainer.callbacks.heldout_schedule import HeldoutCurve
 from trainer.callbacks.loss_log import Report, training_points
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.callbacks.progress import ProgressRecords, training_progress
-from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples, tokenize_turns, training_row
+from trainer.data.chat_template import iterate_turns, load_tokenizer, stop_tokens, tokenize_examples, training_row
 from trainer.data.comparison import tokenize_judged
-from trainer.data.length import check_served_length, fit_length
+from trainer.data.length import check_served_sizes, fitting_examples
 from trainer.data.packing import collate_packed, pack, refuse_recurrent
-from trainer.data.vocabulary import check_ids
+from trainer.data.row_file import TrainingRows, read_or_write_rows, rows_key
+from trainer.data.vocabulary import checked_ids
 from trainer.library_output import library_output_to_log
 from trainer.model.acceleration import choose_acceleration, machine_facts, takes_liger_kernels
 from trainer.model.attention import takes_flash_attention
@@ -89,7 +91,7 @@ def train_model(
         base: folder of the base model (trainer.base_model.resolve).
         out: output folder, created if missing. It receives adapter_config.json and adapter_model.safetensors
             or, with full fine-tuning, the complete model in bf16.
-        checkpoints: folder of this run's checkpoints.
+        checkpoints: folder of this run's checkpoints. The folder `tokens` next to it receives the training rows.
         report: callback for the loss curve.
         number_type: number type of the matrix products. Trained weights are always in float32.
         on_checkpoint: called with the path of each new checkpoint.
@@ -108,21 +110,32 @@ def train_model(
     stops = stop_tokens(base, tokenizer)
     kwargs = choose_template_kwargs(base, recipe.chat_template_kwargs)
     measured = recipe.stopping.measures or recipe.stopping.curve
+    embedding_rows = load_config(base).get_text_config().vocab_size
     build: Callable[[TrainerSetup], ResumableTrainer]
     if data.judged:
+        lengths: NDArray[np.int32]
         comparisons = tokenize_judged(tokenizer, data.judged, stops, kwargs, recipe.train)
         judged = data.heldout_judged if measured else ()
         heldout = tokenize_judged(tokenizer, judged, stops, kwargs)
-        examples = [[comparison.first, comparison.second] for comparison in comparisons]
+        answers = [[comparison.first, comparison.second] for comparison in comparisons]
+        for _ in checked_ids(answers, embedding_rows, "training"):
+            pass
+        lengths = np.array([max(len(row.input_ids) for row in rows) for rows in answers], np.int32)
         build = partial(build_preference_trainer, comparisons=comparisons, heldout=heldout)
     else:
-        examples = fit_length(tokenize_turns(tokenizer, data.train, stops, kwargs), recipe.train)
-        rows = tokenize_examples(tokenizer, data.heldout, stops, kwargs) if measured else []
-        build = partial(build_trainer, examples=examples, heldout=rows)
-    check_ids(examples, load_config(base).get_text_config().vocab_size, "training")
+        settings = [kwargs, sorted(stops), recipe.train.max_length, recipe.train.too_long]
+        examples = fitting_examples(iterate_turns(tokenizer, data.train, stops, kwargs), recipe.train)
+        rows = read_or_write_rows(
+            checkpoints.with_name("tokens"),
+            rows_key(base, data.fingerprint or fingerprint(data.train), settings),
+            checked_ids(examples, embedding_rows, "training"),
+        )
+        lengths = rows.lengths
+        learnt = rows if processes is None or processes.are_local else rows.loaded()
+        scored = tokenize_examples(tokenizer, data.heldout, stops, kwargs) if measured else []
+        build = partial(build_trainer, rows=learnt, heldout=scored)
     if data.served_length is not None:
-        longest = [max(rows, key=lambda row: len(row.input_ids)) for rows in examples]
-        check_served_length(longest, data.served_length, "training")
+        check_served_sizes(lengths, data.served_length, "training")
     if processes is not None:
         functions: dict[str, Callable[..., object]]
         functions = {"report": report or _ignore, "on_checkpoint": on_checkpoint or _ignore}
@@ -272,7 +285,7 @@ def _peak_memory() -> int:
 
 def build_trainer(
     setup: TrainerSetup,
-    examples: Sequence[Sequence[TokenizedExample]],
+    rows: TrainingRows,
     heldout: Sequence[TokenizedExample],
     *,
     curve: HeldoutCurve | None = None,
@@ -281,7 +294,7 @@ def build_trainer(
     """Build the trainer for a run.
 
     Args:
-        examples: the rows of each training example.
+        rows: the rows to train on.
         heldout: examples whose loss is measured during training, as often as the recipe says or the run can
             afford.
         curve: other examples to measure during training, and the steps at which to do so, or None to use
@@ -293,15 +306,13 @@ def build_trainer(
     acceleration = choose_acceleration(machine_facts(), flash=flash, liger=liger)
     if train.neftune_alpha is not None:  # its noise is scaled by the length of a row
         acceleration = replace(acceleration, padding_free=False)
-    rows = list(chain.from_iterable(examples))
-    dataset, collator = Dataset.from_list([training_row(row) for row in rows]), None
+    dataset, collator = rows.dataset, None
     if train.packing:
         refuse_recurrent(load_config(base))
         dataset = pack(dataset, train.max_length)
         if not acceleration.padding_free:
             collator = partial(collate_packed, pad_token=tokenizer.pad_token_id or tokenizer.eos_token_id)
-    tokens = sum(len(row.input_ids) for row in rows)
-    learnt = TrainerRows(dataset, collator, tokens, [training_row(row) for row in heldout])
+    learnt = TrainerRows(dataset, collator, rows.tokens, [training_row(row) for row in heldout])
     return assemble_trainer(setup, learnt, acceleration, curve=curve, load=load)
 
 

@@ -43,6 +43,7 @@ class TrainingData:
     """Training examples, and held-out examples whose loss is measured during training.
 
     Attributes:
+        fingerprint: fingerprint of `train`, or None to compute it.
         judged, heldout_judged: pairs or labelled answers, in place of `train` and `heldout` if the objective is a
             preference.
         served_length: maximum length of an example that can be served, in tokens, or None if no format will
@@ -54,3 +55,4 @@ class TrainingData:
     served_length: int | None = None
     judged: Sequence[PreferencePair | LabelledAnswer] = ()
     heldout_judged: Sequence[PreferencePair | LabelledAnswer] = ()
+    fingerprint: str | None = None

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from numpy.typing import NDArray
 from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -35,6 +36,7 @@ from trainer.callbacks.preemption import Preemption
 from trainer.data.chat_template import IGNORED
 from trainer.data.device_batches import DeviceBatches
 from trainer.data.length_grouped_sampler import LengthGroupedSampler
+from trainer.data.row_file import row_lengths
 from trainer.model.adalora import RankAllocation
 from trainer.model.residual_start import Matrices
 from trainer.training.checkpoints import CheckpointFolder
@@ -330,8 +332,8 @@ class ResumableTrainer(AnswerTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         return LengthGroupedSampler(self._row_lengths(), self._step_size, self.args.seed)
 
-    def _row_lengths(self) -> list[int]:
-        return [len(ids) for ids in self.train_dataset["input_ids"]]
+    def _row_lengths(self) -> Sequence[int] | NDArray[np.int32]:
+        return row_lengths(self.train_dataset)
 
     @property
     def _step_size(self) -> int:

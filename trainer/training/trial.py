@@ -18,6 +18,7 @@ from trainer.callbacks.loss_log import Report
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.data.chat_template import training_row
 from trainer.data.length import fit_length
+from trainer.data.row_file import TrainingRows
 from trainer.library_output import library_output_to_log
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Stopping
@@ -135,7 +136,8 @@ def _open(
                     base.folder, base.tokenizer, recipe, checkpoints.parent, folder, report, asked, number_type
                 )
                 examples = fit_length(data.train, recipe.train)
-                trainer = build_trainer(setup, examples, [], curve=curve, load=base.load)
+                rows = TrainingRows.in_memory(examples)
+                trainer = build_trainer(setup, rows, [], curve=curve, load=base.load)
             yield trainer, asked
     except StepAbandoned as error:
         raise InterruptedRunError(

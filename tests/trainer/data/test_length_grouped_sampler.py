@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,21 @@ def test_length_grouped_sampler_draws_every_example_once_per_epoch(
     order = LengthGroupedSampler(lengths, batch, seed)
     order.set_epoch(epoch)
     assert sorted(order) == list(range(len(lengths)))
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=80), st.integers(1, 9), st.integers(0, 9))
+def test_batches_are_those_of_sorted_windows_in_random_order(lengths: list[int], batch: int, epoch: int) -> None:
+    sampler = LengthGroupedSampler(lengths, batch, 3)
+    sampler.set_epoch(epoch)
+    mixed = np.random.SeedSequence([3, epoch]).generate_state(1)
+    generator = torch.Generator().manual_seed(int(mixed[0]))
+    window = max(1, min(50, len(lengths) // (2 * batch)))
+    batches: list[torch.Tensor] = []
+    for drawn in torch.randperm(len(lengths), generator=generator).split(window * batch):
+        batches += drawn[torch.tensor(lengths)[drawn].argsort(descending=True, stable=True)].split(batch)
+    full = len(lengths) // batch
+    order = [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]
+    assert list(sampler) == [index for number in order for index in batches[number].tolist()]
 
 
 def test_sampling_order_is_independent_of_the_global_random_state() -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.errors import BaseModelError, DataError
 from tests.trainer.conftest import make_tokenizer
-from trainer.data.vocabulary import check_ids, check_tokenizer
+from trainer.data.vocabulary import check_tokenizer, checked_ids
 
 FOLDER = Path("model")
 
@@ -54,6 +54,6 @@ def test_base_without_an_end_of_answer_token_is_rejected(tokenizer: PreTrainedTo
 
 def test_token_without_an_embedding_row_error_names_the_example() -> None:
     rows = [[TokenizedExample((1, 2), ((1, 2),))], [TokenizedExample((1, token), ((1, 2),)) for token in (2, 258)]]
-    check_ids(rows, 259, "training")
+    assert list(checked_ids(rows, 259, "training")) == rows
     with pytest.raises(DataError, match="training example 2 contains the token id 258"):
-        check_ids(rows, 258, "training")
+        list(checked_ids(rows, 258, "training"))

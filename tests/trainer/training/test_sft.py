@@ -1,5 +1,6 @@
 """Tests training: learned tokens, rejected data, and that the cheap loss equals the full loss."""
 
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,15 @@ def test_training_summary_counts_steps_and_tokens(tiny_base: Path, examples: lis
     tokenizer = load_tokenizer(tiny_base)
     rows = tokenize_examples(tokenizer, examples, stop_tokens(tiny_base, tokenizer), {})
     assert (summary.steps, summary.tokens) == (6, 2 * sum(len(row.input_ids) for row in rows))
+
+
+def test_resumed_run_does_not_tokenize_its_examples_again(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train(tiny_base, examples, tmp_path / "adapter")
+    monkeypatch.setattr("trainer.training.sft.iterate_turns", lambda *arguments: iter([]))
+    shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+    assert losses_of(train(tiny_base, examples, tmp_path / "adapter")) == losses_of(first)
 
 
 def test_too_long_examples_are_counted_and_rejected_before_training(tiny_base: Path, tmp_path: Path) -> None:
