@@ -112,7 +112,7 @@ def _show(report: "DataReport") -> None:
     from svc.dataset.readers.reader import Kind
 
     problems = report.problems
-    noun = "examples" if report.kind is Kind.CHAT else report.kind
+    noun = report.kind if report.kind is not Kind.CHAT else "documents" if report.documents else "examples"
     click.echo(f"{report.file}: {report.examples} {noun} in {report.lines} lines")
     if report.lengths:
         click.echo(f"  length: median {report.median_characters} characters, longest {max(report.lengths)}")

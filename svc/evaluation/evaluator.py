@@ -159,7 +159,7 @@ async def ask_example(
     trained: bool = True,
     find_calls: bool = False,
 ) -> ExampleResult:
-    """Send one example to the model and score its answer.
+    """Send one example to the model and score its answer. A document is only scored, and has no answer.
 
     Args:
         tokenized: the same example as tokenized for training.
@@ -170,6 +170,10 @@ async def ask_example(
     Raises:
         EngineError: a request to the engine failed.
     """
+    if example.is_document:  # there is no question that it answers
+        nll, scored = -await score(client, tokenized), tokenized.scored
+        nothing = {"answer": "", "tokens": 0, "limit": limit, "finish_reason": "stop", "logprob": None, "hit": False}
+        return ExampleResult.model_validate({**nothing, "nll": nll, "scored": scored})
     # Scoring computes the whole prompt without the prefix cache, in twice the time of an answer. It fills the cache.
     reference = None if trained else await score(client, tokenized)
     answer = await client.chat(example.prompt, max_tokens=limit, tools=example.tools, find_calls=find_calls)

@@ -66,6 +66,17 @@ def fitting_examples(examples: Iterable[Sequence[TokenizedExample]], train: Trai
         )
 
 
+def cut_documents(documents: Iterable[Sequence[TokenizedExample]], length: int) -> Iterator[list[TokenizedExample]]:
+    """Yield the rows of documents after cutting those that are longer than the given length.
+
+    Each row begins with the token that begins the document, and together they learn all other tokens once.
+    """
+    for rows in documents:
+        first, *tokens = rows[0].input_ids
+        parts = [tokens[start : start + length - 1] for start in range(0, len(tokens), length - 1)]
+        yield [TokenizedExample((first, *part), ((1, 1 + len(part)),)) for part in parts]
+
+
 def truncate(row: TokenizedExample, length: int) -> TokenizedExample:
     """Truncate a row to the given length, keeping the answers that begin before it."""
     learnt = tuple((start, min(end, length)) for start, end in row.learnt if start < length)

@@ -25,6 +25,12 @@ _TURNS = {
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """,
+    NamedTemplate.TEXT: """\
+{{- bos or eos_token -}}
+{%- for message in messages -%}
+    {{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}
+{%- endfor -%}
+""",
     NamedTemplate.ALPACA: """\
 {{- bos -}}
 {%- if messages[0].role != 'system' -%}

@@ -23,7 +23,7 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.model_folder.weight_files import TOKENIZER_FILES
 from trainer.data.chat_template import IGNORED, tokenize_as_trained, tokenize_turns_of, training_row
-from trainer.data.length import truncate
+from trainer.data.length import cut_documents, truncate
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import TooLong, Train
 from trainer.training.devices import share_of
@@ -234,6 +234,8 @@ def _tokenize(
         tokenized = tokenize_turns_of(folder, examples, kwargs)
     else:
         tokenized = [[cut_into_pieces(example)] for example in examples]
+    if recipe.objective is Objective.TEXT:
+        tokenized = list(cut_documents(tokenized, recipe.train.max_length))
     longest, drops = recipe.train.max_length, recipe.train.too_long is TooLong.DROP
     fitting = [rows for rows in tokenized if not drops or max(map(_length, rows)) <= longest]
     return [[truncate(row, longest) for row in rows] for rows in fitting or tokenized]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from svc.dataset.schema.objective import Objective
 from svc.engine.device import NumberType
 from trainer.estimate.batches import Batch
 from trainer.estimate.model_shape import ModelShape
@@ -185,7 +184,7 @@ class Training:
         parts[Part.ACTIVATIONS] = self._activations(batch) * (_FRAGMENTS_CPU if self.cpu else _FRAGMENTS_GPU)
         if self.token_matrices:  # PEFT copies a matrix in each use, to replace its rows; the copy has a gradient
             parts[Part.COPIES] = 2 * self.size * 2 * shape.vocabulary * shape.hidden
-        if self.cpu or recipe.objective is not Objective.SFT:
+        if self.cpu or recipe.objective.is_preference:
             # Logits, the loss's copy of them, and their gradient.
             parts[Part.LOGITS] = 3 * FLOAT32 * min(_LOGITS_AT_ONCE, batch.answers * shape.vocabulary)
         else:

@@ -35,7 +35,7 @@ from svc.terminal import console
 from svc.version import QUANTIZED_FORMATS, SERVED_FORMATS, Format
 from trainer.base_model.resolve import Base
 from trainer.data.chat_template import tokenize_as_trained
-from trainer.data.length import check_served_length
+from trainer.data.length import check_served_length, truncate
 from trainer.pipeline.evaluation_cache import evaluation_cache
 from trainer.pipeline.evaluation_engine import evaluation_engine
 from trainer.pipeline.forgetting import ForgettingTest
@@ -85,6 +85,7 @@ class RunEvaluation:
         template_kwargs: arguments of the chat template, the same for the base and its versions.
         launch: creates engines; defaults to vLLM processes on this machine.
         pairs: held-out pairs; the first `options.limit` of them are scored.
+        document_length: number of tokens of each document that are scored, or None if the examples are chats.
     """
 
     settings: Settings
@@ -100,11 +101,15 @@ class RunEvaluation:
     template_kwargs: TemplateKwargs
     launch: Launch | None = None
     pairs: Sequence[PreferencePair] = ()
+    document_length: int | None = None
 
     @cached_property
     def tokenized(self) -> list[TokenizedExample]:
-        """The held-out examples, tokenized as in training."""
-        return tokenize_as_trained(self.base.folder, self.heldout, self.template_kwargs)
+        """The held-out examples, tokenized as in training. Of a document, the beginning."""
+        rows = tokenize_as_trained(self.base.folder, self.heldout, self.template_kwargs)
+        if self.document_length is None:
+            return rows
+        return [truncate(row, min(self.document_length, self.context - 1)) for row in rows]
 
     @cached_property
     def tokenized_pairs(self) -> list[TokenizedPair]:

@@ -217,18 +217,20 @@ class _Reader:
         """Return the examples of the given sources."""
         judged: Sequence[Judged]
         match self._objective:
-            case Objective.SFT:
-                return self._read_chats(sources, minimum=minimum, kept_back=kept_back)
+            case Objective.SFT | Objective.TEXT:
+                examples = self._read_chats(sources, minimum=minimum, kept_back=kept_back)
+                _check_documents(sources, examples, wanted=self._objective is Objective.TEXT)
+                return examples
             case Objective.KTO:
                 judged = self._read_labelled(sources, minimum=minimum, kept_back=kept_back)
             case _:
                 judged = self._read_pairs(sources, minimum=minimum, kept_back=kept_back)
-        examples = []
+        better = []
         for answer in judged:
             example = replace(example_of(answer))  # a copy, so that no example represents two pairs
             self._judged[id(example)] = example, answer
-            examples.append(example)
-        return examples
+            better.append(example)
+        return better
 
     def judged(self, examples: Sequence[ChatExample]) -> tuple[Judged, ...]:
         """Return the pairs or labelled answers that the given examples represent. Empty if the objective is not a
@@ -246,6 +248,17 @@ class _Reader:
         if not self._judged:
             return examples
         return [example for example in examples if self.is_reference(example)]
+
+
+def _check_documents(sources: Sequence[str], examples: Sequence[ChatExample], *, wanted: bool) -> None:
+    """Raise DataError if documents are among the examples although they have to be chats, or the other way around."""
+    for number, example in enumerate(examples, start=1):
+        if example.is_document is not wanted:
+            raise DataError(
+                f"example {number} of {', '.join(sources)} is {'a chat' if wanted else 'a document without turns'}",
+                expected="documents, because of `objective: text`" if wanted else "chats",
+                todo="remove `objective: text` from the recipe" if wanted else "set `objective: text` in the recipe",
+            )
 
 
 def example_of(answer: Judged) -> ChatExample:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from svc.dataset.schema.objective import Objective
 from svc.errors import RecipeError, SettingsError
 from svc.ray_cluster import connected, find_address
 from svc.registry.objects import ObjectStore
@@ -50,7 +49,7 @@ def count_workers(recipe: Recipe) -> int:
         RecipeError: the recipe cannot be trained on a cluster.
     """
     train, asked = recipe.train, recipe.train.devices
-    if recipe.objective is not Objective.SFT:
+    if recipe.objective.is_preference:
         raise RecipeError("training on preferences was never tested on a Ray cluster", todo="omit --on ray")
     if isinstance(asked, tuple):
         raise RecipeError(

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from svc.dataset.schema.objective import Objective
 from svc.version import QUANTIZED_FORMATS, Format
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples, fingerprint_judged
@@ -43,7 +42,7 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
         trained: hash of an adapter that is not trained in this run. Its path is excluded.
     """
     content = recipe.model_dump(mode="json")
-    prefers = recipe.objective is not Objective.SFT
+    prefers = recipe.objective.is_preference
     measured = examples.measured_fingerprint if prefers or recipe.stopping.measures else None
     adapter = content["adapter"] | {"type": recipe.adapter_type}  # `method` only names this type and the quantization
     for key in ("trained", "combine"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+from svc.dataset.schema.objective import Objective
 from svc.engine.device import DeviceCapabilities, read_capabilities
 from svc.evaluation.judge import JudgeReport
 from svc.files.lock import hold_lock
@@ -179,6 +180,7 @@ class Pipeline:
             template_kwargs=choose_template_kwargs(self.base.folder, recipe.chat_template_kwargs),
             launch=self.launch,
             pairs=self.examples.pairs,
+            document_length=recipe.train.max_length if recipe.objective is Objective.TEXT else None,
         )
 
     def _train(self) -> TrainingSummary:

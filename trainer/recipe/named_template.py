@@ -14,6 +14,8 @@ class NamedTemplate(StrEnum):
     """Questions between `[INST]` and `[/INST]`, as in Llama 2 Chat."""
     ZEPHYR = "zephyr"
     """Turns after `<|ROLE|>`, as in Zephyr and TinyLlama Chat."""
+    TEXT = "text"
+    """The texts of all turns one after the other, as a base continues them; used by `objective: text`."""
 
 
 TEMPLATE_CHOICES = f"one of {', '.join(NamedTemplate)}; or a file that ends in .jinja"

@@ -37,6 +37,7 @@ class Preference(Section):
 
 PREFERENCE_KEYS: dict[Objective, frozenset[str]] = {
     Objective.SFT: frozenset(),
+    Objective.TEXT: frozenset(),
     Objective.DPO: frozenset({"beta", "loss", "label_smoothing"}),
     Objective.ORPO: frozenset({"beta"}),
     Objective.KTO: frozenset({"beta", "desirable_weight", "undesirable_weight"}),

@@ -20,6 +20,7 @@ from svc.version import NAME_PATTERN, Format
 from trainer.recipe.adapter import ADAPTER_TYPES, UNUSED_KEYS, Adapter, AdapterType, Method, Quantization
 from trainer.recipe.data import Data, Learn
 from trainer.recipe.evaluate import Evaluate, Judge, Qualify
+from trainer.recipe.named_template import NamedTemplate
 from trainer.recipe.paths import ChatTemplate, beside_recipe
 from trainer.recipe.preference import PREFERENCE_KEYS, DpoLoss, Preference
 from trainer.recipe.quantize import Quantize
@@ -72,7 +73,8 @@ class Recipe(Section):
     """full, lora, qlora, dora, adalora or vera; for other combinations, such as QDoRA, set `adapter.type` and
     `quantization` instead"""
     objective: Objective = Objective.SFT
-    """sft: learn the reference answers; dpo or orpo: learn from pairs of a better and a worse answer; kto: learn from
+    """sft: learn the reference answers; text: learn all tokens of documents, see
+    [raw text](training.md#raw-text); dpo or orpo: learn from pairs of a better and a worse answer; kto: learn from
     single answers that are desirable or not; see [training](training.md#preferences)"""
     quantization: Quantization | None = None
     """nf4: store the frozen weights in 4 bits during training; default: the quantization implied by `method`"""
@@ -187,16 +189,46 @@ class Recipe(Section):
             raise ValueError(f"adapter.rslora cannot be used with `adapter.init: {self.adapter.init}`")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _text_defaults(cls, content: Any) -> Any:
+        """Set the values that documents need, unless the recipe has others, which are then rejected."""
+        if not isinstance(content, dict) or content.get("objective") != Objective.TEXT:
+            return content
+        evaluate = content.get("evaluate") or {}
+        evaluate = {"general": False, **evaluate} if isinstance(evaluate, dict) else evaluate
+        return {"chat_template": NamedTemplate.TEXT, **content, "evaluate": evaluate}
+
+    def _fits_text(self) -> None:
+        """Reject keys that have no effect on documents, because they have no turns and no answers."""
+        evaluate, answers = self.evaluate, "no answers to documents are generated"
+        reasons = {
+            "chat_template": self.chat_template is not NamedTemplate.TEXT and "documents have no turns",
+            "chat_template_kwargs": self.chat_template_kwargs and "documents have no turns",
+            "data.learn": "learn" in self.data.model_fields_set and "all tokens are learnt",
+            "train.too_long": self.train.too_long is not TooLong.ERROR and "documents are cut into rows of max_length",
+            "evaluate.metrics": evaluate.metrics and answers,
+            "evaluate.primary": evaluate.primary and answers,
+            "evaluate.json_schema": evaluate.json_schema and answers,
+            "evaluate.max_tokens": evaluate.max_tokens and answers,
+            "evaluate.general": evaluate.general is not False and "questions need a chat template",
+            "judge.url": self.judge.url and answers,
+        }
+        if refused := next((f"{key} cannot be used: {reason}" for key, reason in reasons.items() if reason), None):
+            raise ValueError(f"with `objective: text`, {refused}")
+
     @model_validator(mode="after")
     def _fits_objective(self) -> "Recipe":
         """Reject keys that the objective ignores or does not support."""
         objective = self.objective
+        if objective is Objective.TEXT:
+            self._fits_text()
         changed = {key for key, value in self.preference if value != Preference.model_fields[key].default}
         if unused := changed - PREFERENCE_KEYS[objective]:
             raise ValueError(f"preference.{min(unused)} is not used by `objective: {objective}`")
         if (self.preference.loss is DpoLoss.ROBUST) is not (self.preference.label_smoothing > 0):
             raise ValueError("`preference.loss: robust` and preference.label_smoothing must be set together")
-        if objective is Objective.SFT:
+        if not objective.is_preference:
             return self
         reasons = {
             "train.packing": self.train.packing and "answers are compared in separate rows",
@@ -220,7 +252,7 @@ class Recipe(Section):
             if not self.data.train:
                 raise ValueError("'data.train' is missing")
             return self
-        if self.objective is not Objective.SFT:
+        if self.objective.is_preference:
             raise ValueError(f"`objective: {self.objective}` has no effect on {self.adapter.given}")
         if self.adapter.init is not None:
             raise ValueError(f"`adapter.init: {self.adapter.init}` has no effect on {self.adapter.given}")

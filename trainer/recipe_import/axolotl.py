@@ -67,12 +67,14 @@ _DATASET_KEYS = {
     "trust_remote_code",
     "chat_template",
 }
+_COMPLETION = "completion"
 # Values that the readers of `svc.dataset` find by themselves.
 _USUAL_COLUMNS: dict[str, tuple[Any, ...]] = {
     "field_messages": ("messages", "conversations"),
     "field_chosen": ("chosen",),
     "field_rejected": ("rejected",),
     "field_tools": ("tools",),
+    "field": ("text",),
     "message_field_role": ("role", "from"),
     "message_field_content": ("content", "value"),
     "message_property_mappings": ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}),
@@ -142,10 +144,13 @@ def _import_data(draft: Draft, folder: Path) -> None:
     datasets = draft.take("datasets", [])
     if not isinstance(datasets, list) or not datasets:
         raise RecipeError("the config names no datasets", expected="a list of `datasets`, each with a path")
+    kinds = {str(dataset.get("type")).partition(":")[0] for dataset in datasets if isinstance(dataset, dict)}
+    if kinds == {_COMPLETION}:
+        draft.values["objective"] = Objective.TEXT.value
     draft.values["data.train"] = [
         each for number, dataset in enumerate(datasets) for each in _sources(draft, "datasets", number, dataset, folder)
     ]
-    if _ALPACA in {str(dataset.get("type")).partition(":")[0] for dataset in datasets if isinstance(dataset, dict)}:
+    if _ALPACA in kinds:
         draft.content.setdefault("chat_template", _ALPACA)
         draft.changed(
             "datasets.type",
@@ -187,7 +192,8 @@ def _sources(draft: Draft, key: str, number: int, dataset: Any, folder: Path) ->
     place = f"{key}[{number}]"
     if not isinstance(dataset, dict) or not isinstance(dataset.get("path"), str):
         raise RecipeError(f"{place} is {dataset!r:.80}", expected="a dataset with a path")
-    if isinstance(dataset.get("type"), dict) or dataset.get("type") == "completion":
+    text = draft.values.get("objective") == Objective.TEXT
+    if isinstance(dataset.get("type"), dict) or (dataset.get("type") == _COMPLETION and not text):
         draft.leave_out(f"{place}.type", "rewrite the data in one of the formats of docs/data.md")
     if name := dataset.get("name"):
         draft.leave_out(f"{place}.name", f"{name}; name the files of this configuration: hf:ORG/NAME/FOLDER")
@@ -245,7 +251,9 @@ def _import_train(draft: Draft) -> None:
     )
     draft.values["train.gradient_accumulation"] = accumulation
     draft.copy("sequence_len", "train.max_length", 512)
-    draft.values["train.too_long"] = _TOO_LONG[draft.take("excess_length_strategy", "drop")].value
+    too_long = _TOO_LONG[draft.take("excess_length_strategy", "drop")].value
+    if draft.values.get("objective") != Objective.TEXT:  # documents are cut, as Axolotl cuts completions
+        draft.values["train.too_long"] = too_long
     draft.copy("sample_packing", "train.packing")
     draft.copy("early_stopping_patience", "stopping.patience")
     import_optimizer(draft, "optimizer", "adamw_torch_fused")
@@ -261,7 +269,10 @@ def _import_train(draft: Draft) -> None:
 
 def _import_template(draft: Draft) -> None:
     name, text = draft.take("chat_template"), draft.take("chat_template_jinja")
-    if name in tuple(NamedTemplate):
+    if draft.values.get("objective") == Objective.TEXT:
+        if name or text:
+            draft.changed("chat_template", "documents have no turns, so none is used")
+    elif name in tuple(NamedTemplate):
         draft.values["chat_template"] = name
     elif text and str(text).endswith(".jinja"):
         draft.values["chat_template"] = text

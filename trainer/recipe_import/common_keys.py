@@ -142,7 +142,7 @@ def import_dropout(draft: Draft) -> None:
     dropout = draft.take("lora_dropout")
     if not dropout or draft.values["method"] == Method.FULL:
         return
-    if draft.values.get("objective", Objective.SFT) == Objective.SFT:
+    if not Objective(draft.values.get("objective", Objective.SFT)).is_preference:
         draft.values["adapter.dropout"] = dropout
     else:
         draft.leave_out("lora_dropout", "it would change the compared likelihoods at random")

@@ -56,12 +56,12 @@ _NOT_NEEDED = (
         "low_cpu_mem_usage",
     ),
 )
-_OBJECTIVES = {"sft": Objective.SFT, "dpo": Objective.DPO, "kto": Objective.KTO}
+_OBJECTIVES = {"sft": Objective.SFT, "pt": Objective.TEXT, "dpo": Objective.DPO, "kto": Objective.KTO}
 _LOSSES = {"sigmoid": DpoLoss.SIGMOID, "ipo": DpoLoss.IPO}
 _DATASET_INFO = "dataset_info.json"
 # Columns under the names that the readers of `svc.dataset` find by themselves.
 _USUAL_COLUMNS = {
-    "prompt": {"instruction", "prompt"},
+    "prompt": {"instruction", "prompt", "text"},
     "query": {"input"},
     "response": {"output", "completion"},
     "history": {"history"},
@@ -117,7 +117,7 @@ def _import_objective(draft: Draft) -> None:
     elif objective is Objective.DPO:
         draft.values["preference.loss"] = _LOSSES[loss].value
     draft.values["objective"] = objective.value
-    if objective is not Objective.SFT:
+    if objective.is_preference:
         draft.copy("pref_beta", "preference.beta")
     if objective is Objective.KTO:
         draft.copy("kto_chosen_weight", "preference.desirable_weight")
@@ -225,13 +225,14 @@ def _import_train(draft: Draft) -> None:
     draft.changed("per_device_train_batch_size", PER_GPU)
     draft.copy("gradient_accumulation_steps", "train.gradient_accumulation")
     draft.copy("cutoff_len", "train.max_length", 2048)
-    trained_on_answers = draft.values["objective"] == Objective.SFT
-    draft.values["train.too_long"] = (TooLong.TRUNCATE if trained_on_answers else TooLong.DROP).value
-    if not trained_on_answers:
+    objective = Objective(draft.values["objective"])
+    if objective is not Objective.TEXT:  # documents are cut
+        draft.values["train.too_long"] = (TooLong.DROP if objective.is_preference else TooLong.TRUNCATE).value
+    if objective.is_preference:
         draft.changed(
             "cutoff_len", "longer pairs are dropped, because a truncated answer is not the one that was compared"
         )
-    draft.copy("packing", "train.packing")
+    draft.copy("packing", "train.packing", True if objective is Objective.TEXT else None)
     if draft.take("neat_packing"):  # it implies packing, in which examples attend only to themselves, as always here
         draft.values["train.packing"] = True
     draft.copy("early_stopping_steps", "stopping.patience")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from svc.dataset.fingerprint import fingerprint
+from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
@@ -34,7 +35,7 @@ from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.callbacks.progress import ProgressRecords, training_progress
 from trainer.data.chat_template import iterate_turns, load_tokenizer, stop_tokens, tokenize_examples, training_row
 from trainer.data.comparison import tokenize_judged
-from trainer.data.length import check_served_sizes, fitting_examples
+from trainer.data.length import check_served_sizes, cut_documents, fitting_examples, truncate
 from trainer.data.packing import collate_packed, pack, refuse_recurrent
 from trainer.data.row_file import TrainingRows, read_or_write_rows, rows_key
 from trainer.data.vocabulary import checked_ids
@@ -124,7 +125,10 @@ def train_model(
         build = partial(build_preference_trainer, comparisons=comparisons, heldout=heldout)
     else:
         settings = [kwargs, sorted(stops), recipe.train.max_length, recipe.train.too_long]
-        examples = fitting_examples(iterate_turns(tokenizer, data.train, stops, kwargs), recipe.train)
+        tokenized = iterate_turns(tokenizer, data.train, stops, kwargs)
+        if recipe.objective is Objective.TEXT:
+            tokenized = cut_documents(tokenized, recipe.train.max_length)
+        examples = fitting_examples(tokenized, recipe.train)
         rows = read_or_write_rows(
             checkpoints.with_name("tokens"),
             rows_key(base, data.fingerprint or fingerprint(data.train), settings),
@@ -133,6 +137,8 @@ def train_model(
         lengths = rows.lengths
         learnt = rows if processes is None or processes.are_local else rows.loaded()
         scored = tokenize_examples(tokenizer, data.heldout, stops, kwargs) if measured else []
+        if recipe.objective is Objective.TEXT:
+            scored = [truncate(row, recipe.train.max_length) for row in scored]
         build = partial(build_trainer, rows=learnt, heldout=scored)
     if data.served_length is not None:
         check_served_sizes(lengths, data.served_length, "training")

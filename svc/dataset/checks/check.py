@@ -49,6 +49,7 @@ class DataReport:
         answers: number of occurrences of each final answer that is neither rejected nor undesirable. Incomplete if
             there are too many different answers for them to be labels.
         answer_lengths: lengths of the answers of pairs.
+        documents: number of examples that are documents.
         desirable: how often labelled answers are desirable (True) and undesirable (False).
     """
 
@@ -56,6 +57,7 @@ class DataReport:
     kind: Kind = Kind.CHAT
     lines: int = 0
     examples: int = 0
+    documents: int = 0
     lengths: "array[int]" = field(default_factory=lambda: array("I"))
     tokens: "array[int]" = field(default_factory=lambda: array("I"))
     answers: Counter[str] = field(default_factory=Counter)
@@ -140,11 +142,12 @@ def check_files(
 
 
 def _look_at(example: AnyExample) -> Answer:
-    return Answer(AnswerKind.UNDESIRABLE) if _is_undesirable(example) else look_at_answer(chat_of(example))
+    return Answer(AnswerKind.UNDESIRABLE) if _is_no_reference(example) else look_at_answer(chat_of(example))
 
 
-def _is_undesirable(example: AnyExample) -> bool:
-    return isinstance(example, LabelledAnswer) and not example.desirable
+def _is_no_reference(example: AnyExample) -> bool:
+    """Return whether an example's answer is undesirable, or a document, which answers nothing."""
+    return chat_of(example).is_document or (isinstance(example, LabelledAnswer) and not example.desirable)
 
 
 def _check_labels(reports: Sequence[DataReport]) -> None:
@@ -186,6 +189,7 @@ class _LineChecks:
 
     def _check_example(self, report: DataReport, number: int, example: AnyExample, fields: Sequence[str]) -> None:
         report.examples += 1
+        report.documents += chat_of(example).is_document
         chat, sides = chat_of(example), [chat_of(example)]
         if isinstance(example, PreferencePair):
             sides.append(example.rejected)
@@ -194,7 +198,7 @@ class _LineChecks:
         if isinstance(example, LabelledAnswer):
             report.desirable[example.desirable] += 1
         report.lengths.append(min(max(side.characters for side in sides), _MAX_CHARACTERS))
-        if not _is_undesirable(example) and len(report.answers) <= FEW_ANSWERS:  # more are free text
+        if not _is_no_reference(example) and len(report.answers) <= FEW_ANSWERS:  # more are free text
             report.answers[chat.answer[:_MAX_COUNTED_ANSWER]] += 1
         before = None
         for message, where in zip(chat.messages, fields, strict=False):
@@ -207,7 +211,8 @@ class _LineChecks:
         for place, tool in enumerate(chat.tools):
             for code, text in self._shared_text(tool):
                 report.add(number, code, f"tools[{place}] {text}", f"tools[{place}]")
-        self._check_length(report, number, sides)
+        if not chat.is_document:  # documents are cut
+            self._check_length(report, number, sides)
 
     def _check_message(self, report: DataReport, number: int, message: Message, where: str) -> None:
         check = self._shared_text if message.role is Role.SYSTEM else self._text

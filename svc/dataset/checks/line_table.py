@@ -136,6 +136,8 @@ def _normal_answer(example: ChatExample) -> str:
 
 def _asked(example: ChatExample) -> str:
     """Return the text that is compared to find near duplicates: the prompt without the often shared system turn."""
+    if example.is_document:
+        return example.question
     return "\n".join(message.content for message in example.prompt if message.role is not Role.SYSTEM)
 
 

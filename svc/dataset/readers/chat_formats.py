@@ -12,7 +12,7 @@ from typing import Any
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.openai_evals import turns_of_item, turns_of_line, turns_of_output
 from svc.dataset.readers.turns import Turns, is_absent, parse_called
-from svc.dataset.schema.example import ChatExample, parse_example
+from svc.dataset.schema.example import ChatExample, parse_document, parse_example
 from svc.dataset.schema.tool_calls import expect, expect_turns, json_text, kind_of
 
 _PLACE = re.compile(r"messages\[(\d+)\](?:\.(\w+))?")
@@ -29,6 +29,7 @@ class Format(StrEnum):
     OPENAI_EVALS = "openai_evals"
     OPENAI_EVALS_ITEM = "openai_evals_item"
     OPENAI_EVALS_OUTPUT = "openai_evals_output"
+    TEXT = "text"
 
 
 KEYS: dict[Format, tuple[str, ...]] = {
@@ -40,9 +41,10 @@ KEYS: dict[Format, tuple[str, ...]] = {
     Format.OPENAI_EVALS: ("input", "ideal"),
     Format.OPENAI_EVALS_OUTPUT: ("datasource_item",),
     Format.OPENAI_EVALS_ITEM: ("item",),
+    Format.TEXT: ("text",),
 }
 """Required keys of each format. A row with the keys of several formats is assigned to the first of them."""
-_OWN_KEYS = {Format.XLAM, Format.OPENAI_EVALS_ITEM, Format.OPENAI_EVALS_OUTPUT}
+_OWN_KEYS = {Format.XLAM, Format.OPENAI_EVALS_ITEM, Format.OPENAI_EVALS_OUTPUT, Format.TEXT}
 """Formats whose keys may also occur as unrelated keys in a row of another format."""
 OPTIONAL_KEYS = ("input", "system", "history", "tools", "functions", "sample")
 """Keys that some formats read in addition to the required ones."""
@@ -70,6 +72,8 @@ def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
             raise RowError(Code.MIXED_FORMATS, wrong, expected="one format per line")
     if form is Format.CHAT:
         return _read_chat(value)
+    if form is Format.TEXT:
+        return parse_document(value), ("", "text")
     if form in _EVALS:
         return _own_fields(parse_example({"messages": _EVALS[form](value)}))
     chat = Turns()

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.csv import read_csv
+from svc.dataset.readers.document import read_document
 from svc.dataset.readers.json_array import read_list, starts_with_list
 from svc.dataset.readers.jsonl import read_jsonl
 from svc.dataset.readers.parquet import read_parquet
@@ -34,6 +35,8 @@ _DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
 }
 COMPRESSIONS = tuple(_DECOMPRESS)
 CONTAINERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+DOCUMENTS = (".txt", ".md")
+"""Suffixes of files that are one document each, unless they begin like JSONL."""
 SUITES = (".yaml", ".yml")
 """Suffixes of files that are read only when named explicitly. In a folder, such a file might be a recipe."""
 _REPORT_EVERY = 256  # rows
@@ -91,4 +94,6 @@ def _records(path: Path, stream: io.BufferedReader) -> Iterator[Row]:
         return read_list(stream)
     if name.endswith(SUITES):
         return read_promptfoo(path, stream)
+    if name.endswith(DOCUMENTS) and stream.peek(1)[:1] != b"{":
+        return read_document(stream)
     return read_jsonl(stream)

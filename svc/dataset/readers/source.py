@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from svc.dataset.readers.file_types import COMPRESSIONS, CONTAINERS, is_data_file
+from svc.dataset.readers.file_types import COMPRESSIONS, CONTAINERS, DOCUMENTS, bare_name, is_data_file
 from svc.errors import DataError
 from svc.terminal import console, waiting
 
@@ -22,6 +22,7 @@ _OTHER_SPLITS = re.compile(_WORD.format("(validation|valid|val|dev|test|testing|
 """Matches the words in paths by which the Hub recognizes validation and test splits
 (https://huggingface.co/docs/hub/datasets-file-names-and-splits)."""
 _NO_EXAMPLES = {"dataset_info.json", "dataset_infos.json", "state.json"}
+_DATASET_CARD = "README.md"
 DEFAULT_CACHE = Path("~/.cache/tuneserve/base")
 """Folder for files fetched from the Hub when the caller has no settings."""
 
@@ -61,14 +62,13 @@ def newest_modification(sources: Iterable[str | Path]) -> datetime | None:
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    files = [
+    found = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and is_data_file(path)
-        and path.name not in _NO_EXAMPLES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
+    files = [path for path in found if is_data_file(path) and path.name not in _NO_EXAMPLES]
+    files = files or [path for path in found if bare_name(path).endswith(DOCUMENTS) and path.name != _DATASET_CARD]
     if not files:
         raise DataError(
             f"the folder {folder} contains no data files",

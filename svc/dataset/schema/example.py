@@ -109,9 +109,21 @@ class ChatExample:
         """All turns before the final answer."""
         return self.messages[:-1]
 
+    @classmethod
+    def of_document(cls, text: str) -> "ChatExample":
+        """Return a document."""
+        return cls((Message(Role.USER, ""), Message(Role.ASSISTANT, text)))
+
+    @property
+    def is_document(self) -> bool:
+        """Whether this is a document without turns, which is stored as the answer to an empty question."""
+        return len(self.messages) == 2 and not self.messages[0].content
+
     @property
     def question(self) -> str:
-        """Text of the last user turn before the answer."""
+        """Text of the last user turn before the answer. Of a document, its text."""
+        if self.is_document:
+            return self.messages[-1].content
         return next(message.content for message in reversed(self.prompt) if message.role is Role.USER)
 
     @property
@@ -192,6 +204,8 @@ class ChatExample:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the example in its JSONL form."""
+        if self.is_document:
+            return {"text": self.messages[-1].content}
         tools = {"tools": [json.loads(tool) for tool in self.tools]} if self.tools else {}
         return {"messages": [message.as_dict() for message in self.messages], **tools}
 
@@ -202,7 +216,12 @@ def any_call_tools(examples: Iterable[ChatExample]) -> bool:
 
 
 def normal_prompt(example: ChatExample) -> str:
-    """Return the example's prompt as normalized text. Prompts that differ only in spacing and case have equal texts."""
+    """Return the example's prompt as normalized text. Prompts that differ only in spacing and case have equal texts.
+
+    A document stands for itself, so equal documents have equal texts.
+    """
+    if example.is_document:
+        return f"text:{normal(example.messages[-1].content)}"
     return "\x1f".join(map(_normal_turn, example.prompt))
 
 
@@ -211,6 +230,8 @@ def answered_prompts(example: ChatExample) -> list[str]:
 
     The prompt of the final answer comes last.
     """
+    if example.is_document:
+        return [normal_prompt(example)]
     turns = list(map(_normal_turn, example.prompt))
     return ["\x1f".join(turns[:reply]) for reply in example.replies]
 
@@ -221,6 +242,8 @@ def normal_opening(example: ChatExample, questions: int) -> str:
     Args:
         questions: number of user turns to include, at least one.
     """
+    if example.is_document:
+        return normal_prompt(example)
     users = [place for place, turn in enumerate(example.prompt) if turn.role is Role.USER]
     return "\x1f".join(map(_normal_turn, example.prompt[: users[min(questions, len(users)) - 1] + 1]))
 
@@ -248,6 +271,16 @@ def parse_example(value: dict[str, Any]) -> ChatExample:
     if any([message.tool_calls or message.role is Role.TOOL for message in messages]):  # noqa: C419 - twice as fast
         _check_calls(example)
     return example
+
+
+def parse_document(value: dict[str, Any]) -> ChatExample:
+    """Convert a decoded JSON object with `text` to a document.
+
+    Raises:
+        RowError: the text is missing, blank or no string.
+    """
+    text = _parse_content("text", {"content": value.get("text")}, may_be_blank=False)
+    return ChatExample.of_document(text)
 
 
 def _parse_message(where: str, value: Any) -> Message:

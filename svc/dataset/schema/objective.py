@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class Objective(StrEnum):
-    """What a model learns from: reference answers, or a preference among judged answers."""
+    """What a model learns from: reference answers, a preference among judged answers, or documents."""
 
     SFT = "sft"
     """The likelihood of the reference answers."""
@@ -15,6 +15,13 @@ class Objective(StrEnum):
     KTO = "kto"
     """Single answers that are desirable or not, compared with the model before training (Ethayarajh et al.
     2024)."""
+    TEXT = "text"
+    """The likelihood of all tokens of documents, without turns (continued pretraining)."""
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether the model learns from a preference among judged answers."""
+        return self in (Objective.DPO, Objective.ORPO, Objective.KTO)
 
     @property
     def needs_reference(self) -> bool:

@@ -40,6 +40,7 @@ class Task(StrEnum):
     LABELS = "labels"
     JSON = "json"
     TEXT = "text"
+    DOCUMENTS = "documents"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ _TASKS = {
     Task.LABELS: ("accuracy", "macro_f1", "exact_match"),
     Task.JSON: ("field_accuracy", "schema_valid", "valid_json", "exact_match"),
     Task.TEXT: ("rouge_l", "rouge_1", "rouge_2", "chrf", "exact_match"),
+    Task.DOCUMENTS: ("perplexity",),
 }
 _ALWAYS = ("perplexity", "length")
 
@@ -88,8 +90,11 @@ def find_task(references: Sequence[ChatExample]) -> Task:
 
     The kind is `calls` if at least half of the references call tools. It is `labels` if all of them could be
     labels, and there are only a few different ones (as in the data check) or the instruction lists nearly
-    all of them. It is `json` if all references are objects or lists, and `text` otherwise.
+    all of them. It is `json` if all references are objects or lists, and `text` otherwise. It is `documents` if
+    there are no answers.
     """
+    if references and all(example.is_document for example in references):
+        return Task.DOCUMENTS
     calls = sum(example.calls_tools for example in references)
     if calls and calls * 2 >= len(references):
         return Task.CALLS
@@ -158,6 +163,8 @@ def try_on_references(metrics: Sequence[Metric], examples: Sequence[ChatExample]
 
 def _of_task(examples: Sequence[ChatExample]) -> tuple[str, ...]:
     task = find_task(examples)
+    if task is Task.DOCUMENTS:
+        return _TASKS[task]
     text = _TASKS[Task.TEXT] if _mostly_latin(examples) else ("chrf", "exact_match")  # ROUGE knows only Latin letters
     names = text if task is Task.TEXT else _TASKS[task]
     if task is Task.LABELS and all(read_json(example.answer) is not None for example in examples):

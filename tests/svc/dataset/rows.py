@@ -47,7 +47,7 @@ TEXT = {  # paths of question and answer
     Format.OPENAI_EVALS_OUTPUT: ("sample.input.1.content", "datasource_item.ideal"),
 }
 TEXT_FORMATS = list(TEXT)
-"""All formats except xLAM's, whose answers are calls."""
+"""All formats except xLAM's, whose answers are calls, and documents."""
 ROLE = {Format.CHAT: "messages.1.role", Format.SHAREGPT: "conversations.1.from"}
 
 
@@ -75,6 +75,8 @@ def row(form: Format, system: str, user: str, answer: str) -> Row:
             return {"prompt": user, "completion": answer, "system": system}
         case Format.XLAM:
             raise ValueError("a row of xLAM has calls instead of text")
+        case Format.TEXT:
+            raise ValueError("a document has no turns")
         case Format.OPENAI_EVALS:
             return {"input": _asked(system, user), "ideal": answer}
         case Format.OPENAI_EVALS_ITEM:

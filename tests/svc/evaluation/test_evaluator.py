@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from svc.dataset.schema.example import ChatExample, Message, Role
+from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.client import EngineClient
 from svc.errors import EngineError, RecipeError
 from svc.evaluation.answer_limit import answer_limits
@@ -42,6 +43,18 @@ async def test_answers_are_compared_with_their_references() -> None:
     assert report.exact_match.value == 0.5
     assert report.exact_match.low < 0.5 < report.exact_match.high
     assert report.examples == 4
+
+
+async def test_documents_are_scored_but_not_asked() -> None:
+    documents = [ChatExample.of_document(text) for text in ("a b c", "d e")]
+    rows = [TokenizedExample(tuple(range(1, length)), ((1, length - 1),)) for length in (5, 4)]
+    async with client_of(EngineDouble()) as client:
+        evaluation = await evaluate(client, documents, rows, limits=[8, 8])
+        expected = [-await score(client, row) for row in rows]
+    assert [result.nll for result in evaluation.results] == expected
+    assert {result.answer for result in evaluation.results} == {""}
+    assert list(evaluation.report.metrics) == ["perplexity"]
+    assert evaluation.report.primary == "perplexity"
 
 
 async def test_evaluation_results_follow_the_order_of_the_examples() -> None:

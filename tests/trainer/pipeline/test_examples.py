@@ -63,6 +63,23 @@ def test_examples_on_disk_are_those_that_would_be_in_memory(tmp_path: Path, monk
     assert on_disk.general == in_memory.general > 0
 
 
+@pytest.mark.parametrize(("objective", "rest"), [("text", "is a chat"), ("sft", "is a document without turns")])
+def test_documents_for_chats_and_chats_for_documents_are_refused(tmp_path: Path, objective: str, rest: str) -> None:
+    documents = [ChatExample.of_document(f"text {number}") for number in range(6)]
+    write_examples(tmp_path / "t.jsonl", TRAIN if objective == "text" else documents)
+    recipe = make_recipe(objective=objective, data={"train": tmp_path / "t.jsonl"})
+    with pytest.raises(DataError, match=rf"example 1 of .*t.jsonl {rest}"):
+        read_run_examples(recipe)
+
+
+def test_documents_are_split_into_training_and_heldout_ones(tmp_path: Path) -> None:
+    documents = [ChatExample.of_document(text(random.Random(number))) for number in range(40)]
+    write_examples(tmp_path / "t.jsonl", documents)
+    examples = read_run_examples(make_recipe(objective="text", data={"train": tmp_path / "t.jsonl"}))
+    assert len(examples.heldout) > 0 and len(examples.train) + len(examples.heldout) == 40
+    assert examples.questions is None
+
+
 def test_examples_have_the_modification_time_of_the_training_file(tmp_path: Path) -> None:
     write_examples(tmp_path / "t.jsonl", TRAIN)
     os.utime(tmp_path / "t.jsonl", (86_400, 86_400))

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svc.dataset.schema.objective import Objective
 from svc.errors import RecipeError
 from tests.svc.json_values import json_values, mappings_of
 from trainer.recipe.file import load_recipe, recipe_keys
@@ -108,7 +109,7 @@ def test_base_that_is_not_a_path_is_unchanged(write: Write, base: str) -> None:
         ({"data": {"train": []}}, "'data.train' is []"),
         ({"data": {"train": ["t.jsonl", 3]}}, "'data.train.1' is 3"),
         ({"data": {"train": "t.jsonl", "heldout_share": 1}}, "'data.heldout_share' is 1"),
-        ({"chat_template": "chatlm"}, "expected one of chatml, alpaca, llama-2, zephyr; or a file that ends in .jinja"),
+        ({"chat_template": "chatlm"}, "expected one of chatml, alpaca, llama-2, zephyr, text; or a "),
         ({"chat_template": 3}, "'chat_template' is 3"),
     ],
     ids=str,
@@ -327,6 +328,35 @@ def test_recipe_is_refused_when_its_objective_cannot_honour_a_key(
     sections: dict[str, Any], reason: str, write: Write
 ) -> None:
     assert reason in refusal(write(**{"objective": "dpo"} | sections))
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"chat_template": "chatml"}, "chat_template"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
+        ({"data": GOOD["data"] | {"learn": "last"}}, "data.learn"),
+        ({"train": {"too_long": "truncate"}}, "train.too_long"),
+        ({"evaluate": {"metrics": ["rouge"]}}, "evaluate.metrics"),
+        ({"evaluate": {"primary": "chrf"}}, "evaluate.primary"),
+        ({"evaluate": {"json_schema": "s.json"}}, "evaluate.json_schema"),
+        ({"evaluate": {"max_tokens": 8}}, "evaluate.max_tokens"),
+        ({"evaluate": {"general": True}}, "evaluate.general"),
+        ({"judge": {"url": "http://judge", "model": "m"}}, "judge.url"),
+        ({"preference": {"beta": 1}}, "preference.beta"),
+    ],
+    ids=str,
+)
+def test_recipe_for_documents_is_refused_when_a_key_needs_turns(
+    sections: dict[str, Any], key: str, write: Write
+) -> None:
+    assert key in refusal(write(**{"objective": "text"} | sections))
+
+
+def test_recipe_for_documents_asks_no_general_questions(write: Write) -> None:
+    recipe = load_recipe(write(objective="text", evaluate={"limit": 5}))
+    assert (recipe.chat_template, recipe.evaluate.general, recipe.evaluate.limit) == (NamedTemplate.TEXT, False, 5)
+    assert recipe.changed({"train.seed": 3}).objective is Objective.TEXT
 
 
 def test_parameters_of_a_run_have_only_the_preference_keys_of_its_objective(write: Write) -> None:

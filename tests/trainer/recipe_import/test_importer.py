@@ -59,6 +59,27 @@ def test_axolotl_lora_example_keeps_its_hyperparameters(tmp_path: Path) -> None:
     assert (train["max_length"], train["too_long"], train["packing"]) == (2048, "drop", True)
 
 
+def test_completions_of_axolotl_become_raw_text(tmp_path: Path) -> None:
+    datasets = [
+        {"path": "org/books", "type": "completion", "field": "text"},
+        {"path": "org/more", "type": "completion"},
+    ]
+    result = imported(tmp_path, datasets=datasets, sequence_len=1024, sample_packing=True, chat_template="chatml")
+    assert (result.refused, left_out(result)) == (None, set())
+    assert result.content["objective"] == "text"
+    assert result.content["train"]["max_length"] == 1024
+    assert "chat_template" not in result.content
+    mixed = [*datasets, {"path": "org/chats", "type": "chat_template"}]
+    assert "datasets[0].type" in left_out(imported(tmp_path, datasets=mixed))
+
+
+def test_pretraining_of_llama_factory_becomes_raw_text(tmp_path: Path) -> None:
+    content = imported_from_llama_factory(tmp_path, stage="pt", cutoff_len=512)
+    assert content["objective"] == "text"
+    assert (content["train"]["packing"], content["train"]["max_length"]) == (True, 512)
+    assert "too_long" not in content["train"]
+
+
 def test_llama_factory_dpo_example_keeps_its_hyperparameters_and_finds_its_data(tmp_path: Path) -> None:
     example = EXAMPLES / "llama_factory" / "examples" / "train_lora-qwen3_lora_dpo.yaml"
     content = import_recipe(example, tmp_path).content
