@@ -68,7 +68,7 @@ def test_missing_tool_is_reported_before_any_file_is_written(
     ("body", "told"),
     [
         ("sys.exit('unknown architecture')", "exited with code 1: unknown architecture"),
-        ("pass", "exit code 0: no output"),
+        ("pass", "exited with code 0: no output"),
         (f"{COPY}; f = open(target, 'r+b'); f.seek(-4096, 2); f.write(b'\\x30' * 4096)", "of its norm"),
     ],
     ids=["fails", "writes nothing", "writes other weights"],
