@@ -174,7 +174,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
     except ValueError as error:
         raise ServerNotRunningError(
             f"{server.url}/metrics returned status {metrics.status_code}, but no valid metrics: {error}",
-            todo="check that the address is the server's, and that no proxy responds in its place",
+            todo="check that the address belongs to the server, and that no proxy responds instead",
         ) from error
     if models:
         status = _only(status, models)

@@ -100,7 +100,7 @@ class Parts:
         authenticator: loads the keys from the store; they must be loaded before the first request.
         leadership: leases of this server, which must be released when it stops.
         works: coroutine functions that must run while the server runs.
-        job_worker: trains fine-tuning jobs, as one of the works. None if this server trains none.
+        job_worker: runs fine-tuning jobs, as one of the works. None if this server runs none.
     """
 
     gateway: GatewayParts
@@ -228,7 +228,7 @@ def assemble(
 def make_job_worker(
     settings: Settings, registry: Registry, store: Store, files: ClientFiles, changes: Changes
 ) -> JobWorker | None:
-    """Return the worker that trains fine-tuning jobs on this machine, or None if the settings disable it.
+    """Return the worker that runs fine-tuning jobs on this machine, or None if the settings disable it.
 
     If the bases are removed from the settings, existing jobs remain in the queue.
     """

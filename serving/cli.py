@@ -392,7 +392,7 @@ def _follow_rollout(
 @json_option
 @click.pass_context
 def rollout(ctx: click.Context, name: str, rollout_id: int | None, watch: bool, as_json: bool) -> None:
-    """Show the latest rollout of the model NAME, including its steps, figures and outcome."""
+    """Show the latest rollout of model NAME, including its steps, figures and outcome."""
     from svc.store.rollout_text import SIGNAL_COLUMNS, place_of, signal_cells
     from svc.terminal import print_table
 
@@ -402,7 +402,7 @@ def rollout(ctx: click.Context, name: str, rollout_id: int | None, watch: bool, 
     if shown is None:
         wanted = "rollout" if rollout_id is None else f"rollout {rollout_id}"
         raise NotFoundError(
-            f"the model {name!r} has no {wanted}", todo=f"start one: svc promote {name}@N --canary 5,25,100"
+            f"model {name!r} has no {wanted}", todo=f"start one: svc promote {name}@N --canary 5,25,100"
         )
     if watch:
         shown = follow_rollout(administration, name, shown.id, click.echo)

@@ -112,9 +112,9 @@ def follow(ctx: click.Context, job: str, as_json: bool) -> None:
                 _show_left(progress, item)
             last = item
     if last["status"] == "failed":
-        raise TrainingError(f"the job {job} failed: {_plain(last['error']['message'])}")
+        raise TrainingError(f"job {job} failed: {_plain(last['error']['message'])}")
     if last["status"] == "cancelled":
-        raise RefusedError(f"the job {job} was cancelled")
+        raise RefusedError(f"job {job} was cancelled")
     if not as_json:
         click.echo(f"fine-tuned model: {last['fine_tuned_model']}")
 

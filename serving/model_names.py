@@ -98,7 +98,7 @@ class ModelNames:
         if self.served.format is Format.ADAPTER and (version := self._parsed(model)):
             return version
         known = "" if self.owners else f"one of {', '.join(self.all())}"  # which only their owners may see
-        raise ModelNotFoundError(f"the model {model[:SHOWN_CHARS]!r} is not served here", expected=known)
+        raise ModelNotFoundError(f"model {model[:SHOWN_CHARS]!r} is not served here", expected=known)
 
     def _available_candidate(self) -> VersionId | None:
         """Return the rollout's candidate, or None if there is none or no engine can serve it."""

@@ -43,9 +43,9 @@ class Retention:
             try:
                 await asyncio.to_thread(self._remove, batches, jobs)
             except SQLAlchemyError:
-                log_store_error(log, "could not delete ended jobs and batches")
+                log_store_error(log, "could not delete finished jobs and batches")
             except OSError:
-                log.exception("could not delete ended jobs, because the registered models cannot be read")
+                log.exception("could not delete finished jobs, because the registered models cannot be read")
             await asyncio.sleep(_INTERVAL_S)
 
     def _remove(self, batches: RetentionClock, jobs: RetentionClock) -> None:

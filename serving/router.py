@@ -172,7 +172,7 @@ class Router:
         name = model.partition("@")[0]
         names = ", ".join(self.names())
         served = f"one of {names}" if names else "a served model; none is served yet"
-        shown = f"the model {model[:SHOWN_CHARS]!r}"
+        shown = f"model {model[:SHOWN_CHARS]!r}"
         if name in self.registered:
             todo = f"ask the operator to add it: svc add {name}"
             return ModelNotFoundError(f"{shown} is registered, but not served", expected=served, todo=todo)

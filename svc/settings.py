@@ -42,7 +42,7 @@ def _absolute(path: Path) -> Path:
     try:
         return path.expanduser().absolute()
     except RuntimeError as error:
-        raise ValueError(f"{path.parts[0]} is not a user of this machine") from error
+        raise ValueError(f"there is no user {path.parts[0]} on this machine") from error
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
@@ -146,7 +146,7 @@ class ArtifactSettings(_Section):
     url: Annotated[str, AfterValidator(_artifacts_url)] | None = Field(
         None,
         description="object store for versions and clients' files: `s3://bucket/prefix`, "
-        "`gs://bucket/prefix`, `az://container/prefix` or `file:///path`; default: they are only in `home`",
+        "`gs://bucket/prefix`, `az://container/prefix` or `file:///path`; default: they are stored only in `home`",
     )
     checkpoints: bool = Field(
         False,
@@ -155,8 +155,8 @@ class ArtifactSettings(_Section):
     cache_gb: float | None = Field(
         None,
         gt=0,
-        description="size of the versions in `home`, in GB, above which weights are removed that the object store also "
-        "has, least recently used first; default: unlimited",
+        description="size of the versions in `home`, in GB, above which weights that the object store also has are "
+        "removed, least recently used first; default: unlimited",
     )
 
 
@@ -248,7 +248,8 @@ class EngineSettings(_Section):
     args: tuple[str, ...] = Field((), description="additional arguments for vLLM's server, passed unchanged")
     environment: tuple[str, ...] = Field(
         (),
-        description="environment variables to pass to vLLM, besides those of its libraries; all others are withheld",
+        description="environment variables to pass to vLLM, in addition to those that its libraries read; all others "
+        "are withheld",
     )
 
     @property
@@ -282,7 +283,8 @@ class ServeSettings(_Section):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     allowed_hosts: tuple[str, ...] = Field(
         (),
-        description="host names that clients may use for this server besides localhost and IP addresses; `*` means any",
+        description="host names that clients may use for this server in addition to localhost and IP addresses; `*` "
+        "means any",
     )
     tls_certificate: AbsolutePath | None = Field(
         None, description="PEM file with the certificate and its chain; reloaded when it changes"
@@ -385,8 +387,8 @@ Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 class RequestLogSettings(_Section):
-    """Settings of the request log, which stores metrics of every request, drift features of many, and the
-    prompts and answers of only a share.
+    """Settings of the request log, which stores metrics of every request, drift features for many requests, and prompts
+    and answers for a sample.
     """
 
     max_age_days: float = Field(
@@ -404,7 +406,7 @@ class RequestLogSettings(_Section):
     )
     redact: tuple[Pattern, ...] = Field(
         (),
-        description="regular expressions to redact in content, besides email addresses, phone and card numbers; "
+        description="regular expressions to redact in content, in addition to email addresses, phone and card numbers; "
         "content on which they take longer than 0.25 s is not stored, so avoid nested repetitions",
     )
 
@@ -503,13 +505,13 @@ class RolloutSettings(_Section):
     """
 
     shadow: int = Field(
-        0, ge=0, le=100_000, description="number of requests that the candidate answers as copies first; 0: none"
+        0, ge=0, le=100_000, description="number of copied requests that the candidate answers first; 0: none"
     )
     canary: tuple[float, ...] = Field(
-        (), max_length=20, description="shares of clients that the candidate answers, in percent, ending with 100"
+        (), max_length=20, description="shares of clients that the candidate serves, in percent, ending with 100"
     )
     min_units: int = Field(
-        50, ge=1, description="minimum number of users or conversations that the candidate answers in each canary step"
+        50, ge=1, description="minimum number of users or conversations that the candidate serves in each canary step"
     )
     max_step_s: float = Field(86_400.0, gt=0, description="deadline of each step, seconds")
     at_deadline: AtDeadline = Field(
@@ -609,11 +611,11 @@ class GateSettings(_Section):
     quality_margin: float | None = Field(
         0.02,
         ge=0,
-        description="margin for the primary metric on the same held-out examples; for a metric that is not a share, a "
-        "share of production's value",
+        description="margin for the primary metric on the same held-out examples; for a metric that is not a share, "
+        "relative to production's value",
     )
     nll_margin: float | None = Field(
-        0.05, ge=0, description="margin for the NLL of the held-out references, a share of production's NLL"
+        0.05, ge=0, description="margin for the NLL of the held-out references, relative to production's NLL"
     )
     forgetting_margin: float | None = Field(
         None, ge=0, le=1, description="margin for the share of correct answers to general questions lost by training"
@@ -622,11 +624,11 @@ class GateSettings(_Section):
         0.2, ge=0, description="margin for tokens per second and time to first token: 0.2 is 20 % slower"
     )
     max_age_days: float | None = Field(
-        None, gt=0, description="maximum age of the training data, and of the version and its evaluation, days"
+        None, gt=0, description="maximum age of the training data, and of the version and its evaluation, in days"
     )
     undecided: UndecidedGates = Field(
         UndecidedGates.ALLOW,
-        description="allow: promote with a warning if a gate is undecided; refuse: as if it failed",
+        description="allow: promote with a warning if a gate is undecided; refuse: treat it as failed",
     )
     custom: tuple[CustomGate, ...] = Field((), max_length=50, description="additional gates, see docs/rollouts.md")
 
@@ -688,7 +690,8 @@ class FineTuningSettings(_Section):
 
     bases: dict[str, Annotated[str, Field(min_length=1), AfterValidator(_base)]] = Field(
         {},
-        description="bases that clients may train, by their name for clients: each is a base as in a recipe; for "
+        description="bases that clients may fine-tune, keyed by the name that clients use; each is a base as in a "
+        "recipe; for "
         "example `{gpt-4o-mini-2024-07-18: ./models/SmolLM2-135M-Instruct}`; default: none, and the API is off",
     )
     organization: str = Field(
@@ -706,11 +709,13 @@ class FineTuningSettings(_Section):
         90.0,
         gt=0,
         le=36_500,
-        description="days after its end at which a job is deleted with its events; it is kept while its model or a "
+        description="days to keep a finished job and its events; a job is kept longer while its model or a "
         "checkpoint is registered",
     )
     max_jobs: int = Field(50, ge=1, description="maximum number of unfinished jobs per key")
-    worker: bool = Field(True, description="whether this server trains jobs; if not, another one with its store must")
+    worker: bool = Field(
+        True, description="whether this server runs jobs; if not, another server that uses the same store must"
+    )
     place: TrainingPlace = Field(
         TrainingPlace.HERE,
         description="where jobs are trained; here: on the server's machine; ray: on the cluster `ray.address`, as with "
@@ -718,7 +723,7 @@ class FineTuningSettings(_Section):
     )
     wandb: bool = Field(
         False,
-        description="whether jobs may ask to report to Weights & Biases, with the key of this machine's environment",
+        description="whether jobs may report to Weights & Biases, with the API key in this server's environment",
     )
 
     @field_validator("bases")
@@ -734,7 +739,7 @@ class BatchSettings(_Section):
     """Settings of OpenAI's Batch API. See docs/batches-api.md."""
 
     max_age_days: float = Field(
-        90.0, gt=0, le=36_500, description="days after its end at which a batch is deleted; its files are kept"
+        90.0, gt=0, le=36_500, description="days to keep a finished batch; its files are not deleted"
     )
     max_open: int = Field(20, ge=1, description="maximum number of unfinished batches per key")
     concurrency: int = Field(

@@ -77,7 +77,7 @@ def train(
     loaded = load_recipe(recipe, overrides)
     if given := loaded.adapter.given:
         if curve or quick or place == "ray":
-            raise click.UsageError(f"{given} trains nothing: omit --quick, --curve and --on ray")
+            raise click.UsageError(f"with {given}, nothing is trained: omit --quick, --curve and --on ray")
         _import(settings, loaded, register_failed=register_failed, progress_file=progress_file, as_json=as_json)
         return
     if curve:

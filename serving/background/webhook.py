@@ -141,7 +141,7 @@ class Webhook:
                 return
             problem = f"status {status}"
             if status == _GONE:
-                log.error("%s no longer wants webhook messages; dropping %s", self._receiver, delivery.message)
+                log.error("%s no longer accepts webhook messages; dropping %s", self._receiver, delivery.message)
                 await asyncio.to_thread(remove_delivery, self.store, delivery.id)
                 self.count(WebhookOutcome.DROPPED, 1)
                 return

@@ -286,7 +286,7 @@ class BatchRun:
             try:
                 return await run(change)
             except SQLAlchemyError:
-                log_store_error(log, "the batch %s is waiting for the store", self.batch.id)
+                log_store_error(log, "batch %s is waiting for the store", self.batch.id)
                 await asyncio.sleep(RETRY_S)
 
     async def _input(self) -> Path | None:
@@ -305,17 +305,17 @@ class BatchRun:
             except (ContentMissingError, EntryNotFoundError) as error:
                 raise self._no_input(error) from error
             except SQLAlchemyError:
-                log_store_error(log, "the batch %s is waiting for the store", self.batch.id)
+                log_store_error(log, "batch %s is waiting for the store", self.batch.id)
             except (ContentStoreError, OSError) as error:
                 if self.batch.expires_at <= datetime.now(UTC):
                     raise self._no_input(error) from error
-                log.error("the batch %s is waiting for its input file: %s", self.batch.id, error)
+                log.error("batch %s is waiting for its input file: %s", self.batch.id, error)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.cancelled.wait(), RETRY_S)
                 return None
 
     def _no_input(self, error: Exception) -> BatchFailedError:
-        log.error("could not read the input file of the batch %s: %s", self.batch.id, error)
+        log.error("could not read the input file of batch %s: %s", self.batch.id, error)
         wrong = f"the input file {self.batch.input_file} cannot be read; it may have been deleted"
         return BatchFailedError(_unavailable(wrong))
 

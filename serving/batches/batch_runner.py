@@ -88,9 +88,9 @@ class BatchRunner:
         try:
             await run.run()
         except LeaseLostError:
-            log.info("another server continues the batch %s", run.batch.id)
+            log.info("another server continues batch %s", run.batch.id)
         except Exception:  # the boundary: other batches continue
-            log.exception("unexpected error in the batch %s; continuing it in %.0f s", run.batch.id, _PAUSE_S)
+            log.exception("unexpected error in batch %s; continuing it in %.0f s", run.batch.id, _PAUSE_S)
             await asyncio.sleep(_PAUSE_S)
 
     async def _stop(self) -> None:

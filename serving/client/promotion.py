@@ -150,7 +150,7 @@ def follow_rollout(
     while True:
         seen = next((view for view in administration.rollouts(name) if view.id == rollout), None)
         if seen is None:
-            raise NotFoundError(f"the model {name!r} has no rollout {rollout}")
+            raise NotFoundError(f"model {name!r} has no rollout {rollout}")
         for step in seen.steps[shown:]:
             on_step(step)
         shown = len(seen.steps)

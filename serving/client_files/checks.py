@@ -75,7 +75,7 @@ class FileChecks:
             await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _begin_checks(self) -> None:
-        """Begin checks up to the maximum number, oldest file first, but only one for each owner."""
+        """Start checks, oldest file first, up to the maximum number and only one per owner."""
         if len(self._running) >= _MAX_CHECKS:
             return
         try:
@@ -112,7 +112,7 @@ class FileChecks:
                 status = FileStatus.PROCESSED if result.usable else FileStatus.ERROR
                 await asyncio.to_thread(set_file_status, self._store, file.id, status, result.details)
         except SQLAlchemyError:
-            log_store_error(log, "could not store the result of checking the file %s; checking it again", file.id)
+            log_store_error(log, "could not store the result of checking file %s; checking it again", file.id)
             await asyncio.sleep(_POLL_S)
 
     async def _result(self, file: ClientFile) -> ContentCheck | None:
@@ -126,7 +126,7 @@ class FileChecks:
         except (ContentMissingError, ContentStoreError, OSError) as error:
             if isinstance(error, ContentMissingError) and is_sqlite(self._store):  # no other server can have it
                 return ContentCheck(False, _LOST)
-            log.warning("could not check the file %s; retrying later: %s", file.id, error)
+            log.warning("could not check file %s; retrying later: %s", file.id, error)
             self._not_before[file.id] = time.monotonic() + _FETCH_AGAIN_S
             return None
         return await self._check(path, file.purpose)

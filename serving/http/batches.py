@@ -115,13 +115,13 @@ def _find_usable(store: Store, id: str, owner: str | None) -> ClientFile:
         raise _no_file(error) from error
     if file.purpose is not Purpose.BATCH:
         raise InvalidRequestError(
-            f"the file {id} has the purpose {file.purpose}",
+            f"file {id} has purpose {file.purpose}",
             param="input_file_id",
-            expected=f"the purpose {Purpose.BATCH}",
+            expected=f"purpose {Purpose.BATCH}",
         )
     if file.status is FileStatus.ERROR:
         raise InvalidRequestError(
-            f"the file {id} is not valid: {file.status_details or 'its check failed'}", param="input_file_id"
+            f"file {id} is not valid: {file.status_details or 'its check failed'}", param="input_file_id"
         )
     return file
 

@@ -205,7 +205,7 @@ def upload_purpose(given: str | None) -> Purpose:
     """
     purpose = next((each for each in UPLOAD_PURPOSES if each.value == given), None)
     if purpose is None:
-        wrong = "the purpose is missing" if given is None else f"the purpose {given[:100]!a} is not supported"
+        wrong = "the purpose is missing" if given is None else f"purpose {given[:100]!a} is not supported"
         raise InvalidRequestError(wrong, param="purpose", expected=" or ".join(each.value for each in UPLOAD_PURPOSES))
     return purpose
 

@@ -43,7 +43,7 @@ def require_model(router: Router, principal: Principal | None, model: str) -> No
         raise router.unknown(model)
     names = ", ".join(name for name in router.names() if principal.may_ask(name))
     raise ModelNotFoundError(
-        f"the model {model[:SHOWN_CHARS]!r} is not served here, or this key may not use it",
+        f"model {model[:SHOWN_CHARS]!r} is not served here, or this key may not use it",
         expected=f"one of {names}" if names else "a model that this key may use (none of them is currently served)",
     )
 
@@ -93,11 +93,11 @@ def add_models(app: FastAPI, router: Router, fine_tuned: FineTunedModels) -> Non
         if found is None:
             await find_backend(request, name)
             raise ModelNotDeletableError(
-                f"the model {name!r} cannot be deleted: the API deletes only fine-tuned models",
+                f"model {name!r} cannot be deleted: the API deletes only fine-tuned models",
                 todo="ask the operator to promote another version and to delete this version on the server",
             )
         if request_state(request.scope).visible_owner not in (None, found.owner):
-            raise ModelNotDeletableError(f"the model {name!r} can be deleted only with the key that trained it")
+            raise ModelNotDeletableError(f"model {name!r} can be deleted only with the key that trained it")
         await fine_tuned.delete(found, actor_of(request))
         return JSONResponse({"id": name, "object": "model", "deleted": True})
 

@@ -143,8 +143,8 @@ _KEY_HEADERS: Json = {
 _MODEL_NAME: Json = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 _ID: Json = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 _UPLOAD_REFUSED = {
-    400: "the form is malformed, a field is invalid, or the files of the key exceed a limit",
-    403: "the key lacks the required scope, or a web page of another site sent the form",
+    400: "the form is malformed, a field is invalid, or the key's files exceed a limit",
+    403: "the key lacks the required scope, or a web page from another site sent the form",
     408: "the request body arrived too slowly",
     413: "the file or the form is too large",
     415: "the content type is not multipart/form-data",
@@ -249,8 +249,8 @@ def _small_paths() -> Json:
         },
         "/v1/models/{name}": {
             "parameters": [_MODEL_NAME],
-            "get": _operation("Show one of these names", _json(_ref("Model")), _NO_MODEL),
-            "delete": _operation("Delete a fine-tuned model of the key for clients", _json(deleted), deletion),
+            "get": _operation("Show one of these models", _json(_ref("Model")), _NO_MODEL),
+            "delete": _operation("Delete one of the key's fine-tuned models", _json(deleted), deletion),
         },
         "/v1/feedback": {
             "post": {

@@ -36,7 +36,7 @@ class Certificate:
             self.context = self._load()
         except OSError as error:  # ssl.SSLError is one
             raise SettingsError(
-                f"the certificate {certificate} cannot be used with the key {key}: {error}",
+                f"certificate {certificate} cannot be used with key {key}: {error}",
                 expected="a certificate chain and its private key in PEM format, with no password on the key",
                 todo="correct `serve.tls_certificate` and `serve.tls_key`",
             ) from error

@@ -157,4 +157,4 @@ def _refuse_other_sites(state: RequestState) -> None:
     if origin is not None and state.principal is None:
         host = urlsplit(origin.decode("latin-1")).netloc
         if host != state.headers.get(b"host", b"").decode("latin-1"):
-            raise PermissionDeniedError("web pages of other sites may not upload files", expected="no Origin header")
+            raise PermissionDeniedError("web pages from other sites may not upload files", expected="no Origin header")

@@ -1,1 +1,1 @@
-"""The queue of fine-tuning jobs, and the worker that trains them."""
+"""The queue of fine-tuning jobs, and the worker that runs them."""

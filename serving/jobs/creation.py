@@ -70,7 +70,7 @@ log = logging.getLogger(__name__)
 CheckTraining = Callable[..., Awaitable[TrainingCheck]]
 """Type of `serving.jobs.training_check.check_training`."""
 _CHECK_S = 60.0
-"""Seconds that a request waits for the check of its training. A longer check continues in the background."""
+"""Seconds that a request waits for the check of its recipe. A longer check continues in the background."""
 _LONG_CHECK_S = 3600.0
 _POLL_S = 1.0
 _FETCH_AGAIN_S = 60.0
@@ -197,9 +197,9 @@ class JobCreation:
             async with self._decisions:
                 await decide_job(self._store, self._files, self._settings, job, self._check)
         except SQLAlchemyError:
-            log_store_error(log, "could not record the check of the job %s; repeating it", job.id)
+            log_store_error(log, "could not record the check of job %s; repeating it", job.id)
         except (ContentMissingError, ContentStoreError, OSError) as error:
-            log.warning("could not check the job %s; retrying later: %s", job.id, error)
+            log.warning("could not check job %s; retrying later: %s", job.id, error)
             await asyncio.sleep(_FETCH_AGAIN_S)
 
     async def _create(self, request: JobRequest, client: Client, fingerprint: str) -> Job:
@@ -252,7 +252,7 @@ class JobCreation:
             raise _invalid("method", "the method 'reinforcement' is not supported", "supervised or dpo")
         if request.objective == "dpo" and self._settings.fine_tuning.place is TrainingPlace.RAY:
             raise _invalid(
-                "method", "this server trains jobs on a Ray cluster, which does not support preferences", "supervised"
+                "method", "this server trains on a Ray cluster, where preference tuning is not supported", "supervised"
             )
         if request.integrations and not self._settings.fine_tuning.wandb:
             raise _invalid(
@@ -338,7 +338,7 @@ async def decide_job(
     except ContentDamagedError as error:
         await asyncio.to_thread(fail_checked, store, job.id, JobError("server_error", error.wrong))
     except CheckFailedError:
-        log.exception("the check of the job %s failed", job.id)
+        log.exception("the check of job %s failed", job.id)
         failure = JobError("server_error", "the job could not be checked; the server's log says why")
         await asyncio.to_thread(fail_checked, store, job.id, failure)
     else:
@@ -360,7 +360,7 @@ def _is_own_turn(store: Store, files: ClientFiles, job: Job, ids: Iterable[str])
         return job.created_at < datetime.now(UTC) - _TAKE_OVER_AFTER
     if is_sqlite(store):  # there is no other server
         param = "training_file" if missing == job.training_file else "validation_file"
-        raise _invalid(param, f"the content of the file {missing} has been lost", "a file whose content exists")
+        raise _invalid(param, f"the content of file {missing} has been lost", "a file whose content is available")
     return False
 
 
@@ -382,7 +382,7 @@ def require_enabled(settings: Settings) -> None:
     if not settings.fine_tuning.bases:
         raise FineTuningDisabledError(
             "fine-tuning over HTTP is off on this server",
-            expected="the setting `fine_tuning.bases`, which names the bases that clients may train",
+            expected="the setting `fine_tuning.bases`, which names the bases that clients may fine-tune",
             todo="ask the operator to set it, for example `fine_tuning: {bases: {gpt-4o-mini: ./models/NAME}}`",
         )
 
@@ -390,7 +390,7 @@ def require_enabled(settings: Settings) -> None:
 def _unknown_base(model: str, param: str, bases: Iterable[str]) -> InvalidRequestError:
     return _invalid(
         param,
-        f"the model {model[:100]!r} cannot be fine-tuned here",
+        f"model {model[:100]!r} cannot be fine-tuned here",
         f"one of {', '.join(bases)}, or a fine-tuned model of this key that has merged weights",
     )
 
@@ -399,7 +399,7 @@ def _existing(base: str, model: str, param: str) -> str:
     """Return a base. A file or folder must exist; other bases are not looked up."""
     path = Path(base)
     if path.is_absolute() and not (path.is_file() or any(path.glob("*.safetensors"))):
-        log.error("the base %s of the model %s, from `fine_tuning.bases`, has no weights", base, model)
+        log.error("base %s of model %s, from `fine_tuning.bases`, has no weights", base, model)
         raise _invalid(
             param, f"the base of {model!r} is missing on this server", "a base that exists; ask the operator"
         )
@@ -428,7 +428,7 @@ def _usable_file(store: Store, id: str, client: Client, param: str) -> ClientFil
     except EntryNotFoundError as error:
         raise _invalid(param, error.wrong, error.expected) from error
     if file.purpose is not Purpose.FINE_TUNE:
-        raise _invalid(param, f"the file {id} has the purpose {file.purpose}", f"the purpose {Purpose.FINE_TUNE}")
+        raise _invalid(param, f"file {id} has purpose {file.purpose}", f"purpose {Purpose.FINE_TUNE}")
     _require_valid(file, param)
     return file
 
@@ -450,7 +450,7 @@ def _files_checked(store: Store, job: Job) -> bool:
 def _require_valid(file: ClientFile, param: str) -> None:
     if file.status is FileStatus.ERROR:
         details = (file.status_details or "it cannot be read")[:1000]
-        raise _invalid(param, f"the file {file.id} is not valid: {details}", "")
+        raise _invalid(param, f"file {file.id} is not valid: {details}", "")
 
 
 async def _run_check(
@@ -459,7 +459,7 @@ async def _run_check(
     """Check a recipe. Error messages are shown to clients, so they contain no paths on this machine.
 
     Raises:
-        UnusableDataError, InvalidRequestError: the recipe cannot be trained.
+        UnusableDataError, InvalidRequestError: the recipe cannot be used for training.
         CheckTimeoutError: the check took too long.
     """
     try:
@@ -479,9 +479,9 @@ async def _run_check(
         model, param = (request.model, "model") if base is None else (base, f"recipe.{BASE_KEY}")
         raise _unknown_base(model, param, settings.fine_tuning.bases) from error
     except BaseModelError as error:
-        log.error("the base %s cannot be trained: %s", recipe["base"], error)
+        log.error("base %s cannot be fine-tuned: %s", recipe["base"], error)
         raise _invalid(
-            "model", f"the base of {request.model!r} cannot be trained on this server", "another model"
+            "model", f"the base of {request.model!r} cannot be fine-tuned on this server", "another model"
         ) from error
     if result.refused and settings.fine_tuning.place is TrainingPlace.HERE:
         raise _invalid(

@@ -226,7 +226,7 @@ class FineTunedModels:
 
 def _not_loaded(model: FineTunedModel, wrong: str) -> ModelNotLoadedError:
     return ModelNotLoadedError(
-        f"the model {model.name!r} {wrong}",
+        f"model {model.name!r} {wrong}",
         expected="a model with the same base that is served as an adapter, or enough memory for an engine",
         todo=f"retry later, or ask the operator to load it: svc add {model.version}",
     )

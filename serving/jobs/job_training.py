@@ -1,4 +1,4 @@
-"""Trains one fine-tuning job that this machine's worker has taken, from its start to its end.
+"""Runs one fine-tuning job that this machine's worker has taken, from its start to its end.
 
     does its process still run? ── no ──▶ start `svc train RECIPE --progress FILE`
                │ yes                                        │
@@ -91,7 +91,7 @@ _WAITS = {
 _WAITS_FOR_FILES = "Waiting until the object store for files is available"
 _INTERRUPTED = {InterruptedRunError.exit_code, 130, -signal.SIGTERM, -signal.SIGINT}
 _AGAIN = {RegistryError.exit_code}
-"""Exit codes after which a job is retried, as if the training had died."""
+"""Exit codes after which a job is retried, as if the training process had died."""
 _KILLED = re.compile(r"exited with code -9\b|was killed by SIGKILL")
 _LOG_BYTES = 20_000
 
@@ -138,7 +138,7 @@ class TrainingOptions:
 
 
 class JobTraining:
-    """Trains a job that this worker has taken.
+    """Runs a job that this worker has taken.
 
     Args:
         folder: the job's folder.
@@ -162,7 +162,7 @@ class JobTraining:
         self._reported_at = self._announced_at = float("-inf")
 
     async def run(self) -> None:
-        """Train the job until it ends, or its owner cancels or pauses it. This may be called again after an error.
+        """Run the job until it ends, or its owner cancels or pauses it. This may be called again after an error.
 
         Raises:
             JobLostError: another worker has taken the job.
@@ -202,7 +202,7 @@ class JobTraining:
         except JobLostError as error:
             log.warning("%s", error)
         except SQLAlchemyError:
-            log_store_error(log, "could not return the job %s to the queue; this server will resume it", self.job.id)
+            log_store_error(log, "could not return job %s to the queue; this server will resume it", self.job.id)
 
     async def _begin(self) -> bool:
         """Start the training unless it is already running, and return whether to follow it."""
@@ -237,7 +237,7 @@ class JobTraining:
 
     async def _data(self) -> dict[str, str] | None:
         """Return the paths of the job's files on this machine, keyed as in the recipe, after fetching missing contents.
-        Return None if the job cannot be trained here now, or has ended.
+        Return None if the job cannot run here now, or has ended.
         """
         ids = file_keys(self.job.training_file, self.job.validation_file)
         try:
@@ -245,7 +245,7 @@ class JobTraining:
         except ContentDamagedError as error:
             await self._end(fail, error=JobError("server_error", error.wrong))
         except (ContentMissingError, ContentStoreError, OSError) as error:
-            log.warning("could not fetch the files of the job %s: %s", self.job.id, error)
+            log.warning("could not fetch the files of job %s: %s", self.job.id, error)
             self._options.wait(self.job)
             full = isinstance(error, OSError)
             await self._release(_WAITS[DiskSpaceError.exit_code] if full else _WAITS_FOR_FILES)
@@ -280,7 +280,7 @@ class JobTraining:
         try:
             self._note(await asyncio.to_thread(self._reader.read))
         except OSError:  # for example, no file descriptor is free
-            log.exception("could not read the progress of the job %s", self.job.id)
+            log.exception("could not read the progress of job %s", self.job.id)
         process = self._process
         assert process is not None  # noqa: S101 - the caller has started it
         now, pace = time.monotonic(), self._options.pace
@@ -296,7 +296,7 @@ class JobTraining:
             else:
                 self._wanted = await self._in_store(read_wanted)
         except SQLAlchemyError:
-            log_store_error(log, "could not record the progress of the job %s", self.job.id)
+            log_store_error(log, "could not record the progress of job %s", self.job.id)
 
     async def _report(self, news: Sequence[JobNews]) -> None:
         newest = self._newest
@@ -373,7 +373,9 @@ class JobTraining:
             self._options.wait(self.job)
             await self._release(_WAITS[code])
         elif self.job.attempts < MAX_ATTEMPTS and (code in _AGAIN or code < 0 or await self._child_was_killed(code)):
-            log.warning("the training of %s ended with code %s; see %s", self.job.id, code, self._folder / LOG_FILE)
+            log.warning(
+                "the training process of %s exited with code %s; see %s", self.job.id, code, self._folder / LOG_FILE
+            )
             self._options.wait(self.job)
             await self._release("The training died; it continues from its last checkpoint", died=True)
         else:
@@ -392,7 +394,7 @@ class JobTraining:
             await self._release(_WAITS_FOR_FILES, resumes_here=True)
             return
         await self._end(succeed, version=version, result=result)
-        log.info("the job %s has trained %s", self.job.id, version)
+        log.info("job %s created %s", self.job.id, version)
 
     async def _fail(self, code: int) -> None:
         if code < 0:
@@ -400,7 +402,7 @@ class JobTraining:
             error = JobError("server_error", message)
         else:
             error = read_error(code, await self._log())
-        log.warning("the job %s failed with exit code %s; see %s", self.job.id, code, self._folder / LOG_FILE)
+        log.warning("job %s failed with exit code %s; see %s", self.job.id, code, self._folder / LOG_FILE)
         await self._end(fail, error=error)
 
     async def _child_was_killed(self, code: int) -> bool:

@@ -75,7 +75,7 @@ class Method(_Object):
     def _has_no_other_settings(self) -> "Method":
         for other in ("supervised", "dpo", "reinforcement"):
             if other != self.type and getattr(self, other) is not None:
-                raise ValueError(f"the method {self.type!r} does not use {other!r}")
+                raise ValueError(f"method {self.type!r} does not use {other!r}")
         return self
 
 

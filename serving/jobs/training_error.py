@@ -31,7 +31,7 @@ def read_error(exit_code: int, log: str) -> JobError:
     lines = _ANSI.sub("", log).splitlines()
     begins = [number for number, line in enumerate(lines) if line.startswith(_BEGIN)]
     if not begins:
-        return JobError(code, "the training failed because of an error of the server; see the server's log", param)
+        return JobError(code, "the training failed because of a server error; see the server's log", param)
     wrong, expected = [lines[begins[-1]].removeprefix(_BEGIN)], ""
     for line in lines[begins[-1] + 1 :]:
         if line.startswith("  expected: "):

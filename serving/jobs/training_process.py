@@ -1,4 +1,4 @@
-"""The process that trains a fine-tuning job: `svc train` in its own session, so that it outlives the server.
+"""The process that runs a fine-tuning job: `svc train` in its own session, so that it outlives the server.
 
 A job's folder contains a record of its process, by which a later server finds the process. All descendants of the
 process have a marker in their environment, so that they can be found even if their parents have died. Engines overwrite

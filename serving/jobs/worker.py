@@ -1,6 +1,6 @@
-"""The worker of a machine: takes fine-tuning jobs from the queue, and trains them one at a time.
+"""The worker of a machine: takes fine-tuning jobs from the queue, and runs them one at a time.
 
-Each job is trained by `svc train` in a separate process, so that a crash of the server does not affect the training,
+Each job is run by `svc train` in a separate process, so that a crash of the server does not affect the training,
 and vice versa. When a worker starts, it first takes its unfinished job, and finds the process that an earlier server
 left running.
 """
@@ -76,7 +76,7 @@ def read_worker_id(folder: Path) -> str:
 
 
 class JobWorker:
-    """Trains fine-tuning jobs on this machine, one at a time.
+    """Runs fine-tuning jobs on this machine, one at a time.
 
     Args:
         changes: changes in the store, for which this waits while the queue is empty.
@@ -123,7 +123,7 @@ class JobWorker:
         self._leaves = True
 
     async def run(self) -> None:
-        """Train jobs until cancelled. The training is then interrupted, and its job returns to the queue.
+        """Run jobs until cancelled. The training is then interrupted, and its job returns to the queue.
 
         Training that an earlier server left running is continued.
         """
@@ -144,7 +144,7 @@ class JobWorker:
             return None
 
     async def _train(self, job: Job) -> None:
-        """Train a job. If the store or the disk fails, the worker keeps the job and takes it again later."""
+        """Run a job. If the store or the disk fails, the worker keeps the job and takes it again later."""
         training = self._interrupted
         if training is None or training.job.id != job.id:
             training = JobTraining(job, self._folder / job.id, self._options)
@@ -160,27 +160,27 @@ class JobWorker:
             await training.kill()
         except SQLAlchemyError:
             self._interrupted = training
-            log_store_error(log, "could not record the state of the job %s; retrying", job.id)
+            log_store_error(log, "could not record the state of job %s; retrying", job.id)
             await asyncio.sleep(self._pace.poll_s)
         except OSError:
             self._interrupted = training
-            log.exception("could not read or write a file of the job %s; retrying", job.id)
+            log.exception("could not read or write a file of job %s; retrying", job.id)
             await asyncio.sleep(self._pace.poll_s)
         except Exception:
-            log.exception("the job %s failed because of an unexpected error in the server", job.id)
+            log.exception("job %s failed because of an unexpected error in the server", job.id)
             await training.kill()
             await self._fail(job)
 
     async def _fail(self, job: Job) -> None:
-        error = JobError("server_error", "the job failed because of an error of the server; see the server's log")
+        error = JobError("server_error", "the job failed because of a server error; see the server's log")
         try:
             await asyncio.to_thread(fail, self._store, job.id, self.id, error)
             await asyncio.to_thread(remove_epochs, self._folder / job.id)
         except (SQLAlchemyError, JobLostError):
-            log_store_error(log, "could not record the failure of the job %s", job.id)
+            log_store_error(log, "could not record the failure of job %s", job.id)
 
     def _may_run(self, job: Job) -> bool:
-        """Return whether a job can be trained here now."""
+        """Return whether a job can run here now."""
         if self._not_before.get(job.id, 0.0) > time.monotonic():
             return False
         ids = (id for id in (job.training_file, job.validation_file) if id is not None)
@@ -208,7 +208,7 @@ class JobWorker:
             except EntryNotFoundError:
                 own = False
             except SQLAlchemyError:
-                log_store_error(log, "could not read the job %s", folder.name)
+                log_store_error(log, "could not read job %s", folder.name)
                 own = True
             if not own:
                 log.warning("stopping the training of %s: the job no longer belongs to this machine", folder.name)

@@ -97,6 +97,6 @@ async def unload_all(client: EngineClient) -> None:
 
 def _no_adapter(version: VersionId) -> ModelNotFoundError:
     return ModelNotFoundError(
-        f"the model {str(version)[:SHOWN_CHARS]!r} has no adapter that can be served here",
+        f"model {str(version)[:SHOWN_CHARS]!r} has no adapter that can be served here",
         expected="a registered version that was trained as an adapter",
     )

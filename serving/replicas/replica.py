@@ -375,10 +375,10 @@ class Replica:
             await self._started.record(str(target))
         except OSError:  # the engine can serve nevertheless
             log.exception(
-                "replica %d: could not record the version it holds; a later server will not adopt this engine",
+                "replica %d: could not record the version it runs; a later server will not adopt this engine",
                 self.replica,
             )
-        log.info("replica %d now holds %s: %s", self.replica, target, checked.found)
+        log.info("replica %d now runs %s: %s", self.replica, target, checked.found)
         return checked.found
 
     async def _verify_again(self, target: Target) -> None:

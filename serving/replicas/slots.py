@@ -31,7 +31,7 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _END_PAUSES_S = (5.0, 10.0, 20.0, 40.0, 60.0)
-"""Pauses between attempts to end actors whose cluster was unreachable, in seconds. The last one is repeated."""
+"""Pauses between attempts to stop actors whose cluster was unreachable, in seconds. The last one is repeated."""
 
 Served = Callable[[], Collection[str]]
 MakeSlots = Callable[[Settings, Registry, DeviceCapabilities, Served], "EngineSlots"]
@@ -106,7 +106,7 @@ class EngineSlots:
         try:
             end_actor(folder)
         except EngineError as error:
-            log.warning("could not end the actor of engine %d; retrying later: %s", number, error.wrong)
+            log.warning("could not stop the actor of engine %d; retrying later: %s", number, error.wrong)
             postpone_end(folder)
 
     async def end_postponed(self) -> None:
@@ -119,10 +119,10 @@ class EngineSlots:
             try:
                 ended, left = await asyncio.to_thread(end_postponed, all_states(self.settings.home))
             except OSError:
-                log.exception("could not read which actors must be ended")
+                log.exception("could not read which actors must be stopped")
                 continue
             if ended:
-                log.info("ended actors that an absent Ray cluster had kept: %s", ", ".join(ended))
+                log.info("stopped actors that had been left on an unreachable Ray cluster: %s", ", ".join(ended))
             failures = failures + 1 if left else 0
 
     def shortage(self, engines: Mapping[Target, int]) -> str | None:

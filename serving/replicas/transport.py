@@ -141,7 +141,7 @@ class EngineCall:
         if error is None:
             return
         if isinstance(error, BrokenConnectionError) and await _lives(self._engine):
-            raise EngineFailedError("the engine broke off its response") from error
+            raise EngineFailedError("the engine's response ended early") from error
         if isinstance(error, ConnectionFailedError):
             raise _failure(error) from error
         # The health check decides whether an engine is dead, because an error may quote text from the client.

@@ -241,7 +241,7 @@ def _unprobed(target: Target, why: str, *, fresh: bool) -> Checked:
     """
     if not fresh:
         raise UnknownProbesError(
-            f"cannot verify that the running engine holds {target}: {why}",
+            f"cannot verify that the engine runs {target}: {why}",
             expected="an engine that was started with the version or can be probed",
             todo="start an engine with this version",
         )

@@ -236,7 +236,7 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
     if len(plan.canary) > 1:
         units, share = _units_to_pass(plan), plan.canary[0] / 100
         texts.append(
-            f"canary at {plan.canary[0]:g} %: excluding a loss takes about {units} users or conversations that "
+            f"canary at {plan.canary[0]:g} %: ruling out a loss takes about {units} users or conversations that "
             f"the candidate answers without a failure: {_takes(units / share, per_day)} at that rate, if each sends "
             "one request"
         )
@@ -246,7 +246,7 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
             )
         losses = Analysis(_margins(plan), _budget(plan)).detectable(units, share)
         texts.append(
-            f"losses that so many users or conversations prove with 80 % power: "
+            f"losses that this number of users or conversations proves with 80 % power: "
             f"{100 * losses[Signal.ERRORS]:.1f} points more failed requests, "
             f"{100 * losses[Signal.INVALID]:.1f} points more invalid JSON, or "
             f"{losses[Signal.FIRST_TOKEN]:.1f} times production's time to first token"

@@ -66,7 +66,8 @@ def _require_same_models(names: Sequence[str], served: Sequence[str], others: Se
     if set(names) == set(served):
         return
     raise RefusedError(
-        f"this server would serve {', '.join(names)}, but the running servers of this store ({', '.join(others)}) "
+        f"this server would serve {', '.join(names)}, but the running servers that use this store "
+        f"({', '.join(others)}) "
         f"serve {', '.join(served) or 'no model'}",
         expected="the same models on all servers; a server that was killed counts as running for "
         f"{LEASE_S:.0f} seconds",
@@ -103,7 +104,7 @@ def choose_desired(
         return stored
     if fixed and stored:
         raise RefusedError(
-            f"{target} was named, but the running servers of this store serve {stored.target}",
+            f"{target} was named, but the running servers that use this store serve {stored.target}",
             expected=f"{stored.name}, or no model",
             todo=f"start the server without a version, then switch all servers: svc promote {target.version}",
         )
@@ -152,7 +153,8 @@ def require_promotable(manifest: Manifest) -> None:
         raise RefusedError(
             f"{manifest.id} failed a check at registration: {'; '.join(manifest.failed)}",
             expected="a version that passed every check",
-            todo=f"fix the cause and train again, or force it: svc promote {manifest.id} --force --reason TEXT",
+            todo=f"fix the cause and train again, or force the promotion: svc promote {manifest.id} --force --reason "
+            "TEXT",
         )
 
 

@@ -48,7 +48,8 @@ log = logging.getLogger(__name__)
 
 MAX_AGE = timedelta(days=7)
 MIN_UNITS = 20
-"""Smallest number of users, conversations or single requests to compare; 16 prove it if a candidate always fails."""
+"""Smallest number of users, conversations or single requests to compare; 16 are enough to prove that a candidate always
+fails."""
 QUIET_S = 5.0
 """Seconds without requests before the candidate is loaded. It is doubled after each load, because a request may have
 had to wait.

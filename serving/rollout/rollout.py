@@ -260,9 +260,9 @@ class _Run:
         except SupersededError:
             raise
         except Exception as error:  # any other defect, too: production answers, and other servers continue the rollout
-            log.warning("%s no longer answers clients of this server", self._record.target, exc_info=error)
+            log.warning("%s no longer serves clients of this server", self._record.target, exc_info=error)
             await self._unload()
-            self._report(f"{address}: {self._record.previous} answers all clients of this server: {error}")
+            self._report(f"{address}: {self._record.previous} serves all clients of this server: {error}")
         while not self._must_act:
             await self._cancellation.interrupting(asyncio.sleep(_POLL_S))
 
@@ -330,7 +330,7 @@ class _Run:
         if record.state is RolloutState.REQUESTED:
             await self._enter(RolloutState.LOADING)
         else:
-            why = f"{leadership.address} leads it from now on" if leadership.server else "the server started again"
+            why = f"{leadership.address} now leads it" if leadership.server else "the server started again"
             self._report(f"{why}; the rollout continues at {place_of(RolloutView.of(record))}")
         candidate = self._candidate
         if candidate is None:
@@ -472,7 +472,7 @@ class _Run:
                 await self._enter(RolloutState.CANARY, step)
             evidence.start_step(self._record.step_began_at)
             self._divide(self._split_of(self._record))
-            self._report(f"canary: {percent:g} % of clients are answered by {self._record.target}")
+            self._report(f"canary: {self._record.target} serves {percent:g} % of clients")
             look = await self._until(candidate.check, evidence.look, partial(_is_passed, self._plan.min_units))
             self._report(f"canary at {percent:g} %: {look.text}")
 

@@ -113,7 +113,7 @@ class RolloutWatch:
 
     def _lapse(self) -> None:
         log.warning(
-            "the rollout of %s could not be read for %g s; its clients are answered by %s until it can be read again",
+            "the rollout of %s could not be read for %g s; %s serves its clients until it can be read again",
             self.seen.target,
             LEASE_S,
             self.seen.previous,

@@ -108,7 +108,7 @@ class Swap:
             changed += 1
             if len(self.pool.members) > 1:
                 holding = sum(member.target == change.target for member in self.pool.ready)
-                change.report(f"{holding} of {len(self.pool.members)} engines now hold {change.target}")
+                change.report(f"{holding} of {len(self.pool.members)} engines now run {change.target}")
         if not changed:
             return SwapOutcome.FAILED, "the engine died before it was changed"
         return SwapOutcome.SUCCEEDED, None

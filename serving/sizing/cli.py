@@ -221,7 +221,7 @@ def _print_plan(plan: "Plan", label: str, device: "ListedGpu | None") -> None:
     each = f", each on {plan.gpus} x {device.label}" if device else ""
     lines = [
         f"times      {label}",
-        f"replicas   {plan.replicas}{each}, without a spare one",
+        f"replicas   {plan.replicas}{each}, without a spare replica",
         f"latency    p50 {latency.p50:.2f} s, p95 {latency.p95:.2f} s; on an idle replica {plan.idle_s:.2f} s",
         f"           to first token p50 {latency.first_p50:.2f} s, p95 {latency.first_p95:.2f} s",
     ]

@@ -16,7 +16,7 @@ from math import ceil, exp, inf, log, sqrt
 from serving.sizing.service_times import StepTimes
 
 _WARM_UP = 0.2
-"""Share of the requests that only fill the replicas and are not counted."""
+"""Share of the simulated requests that only warm up the replicas and are not counted."""
 
 
 @dataclass(frozen=True, slots=True)

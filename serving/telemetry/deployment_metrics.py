@@ -52,7 +52,7 @@ class DeploymentInstruments:
         self.swaps = counter("svc_swaps_total", "Number of swaps, by outcome", outcome)
         self.rollouts = counter("svc_rollouts_total", "Rollouts that have ended, by outcome", outcome)
         self.rollout_share = gauge(
-            "svc_rollout_candidate_ratio", "Share of clients that the candidate of a rollout answers, 0 to 1", model
+            "svc_rollout_candidate_ratio", "Share of clients that a rollout's candidate serves, 0 to 1", model
         )
         self.shadow_requests = counter(
             "svc_shadow_requests_total",

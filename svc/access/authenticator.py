@@ -227,9 +227,9 @@ class Authenticator:
 
     def _require_valid(self, key: Key, now: datetime) -> None:
         if key.revoked_at is not None:
-            raise InvalidKeyError(KeyFault.REVOKED, f"the key {key.id} has been revoked", todo="ask for a new key")
+            raise InvalidKeyError(KeyFault.REVOKED, f"key {key.id} has been revoked", todo="ask for a new key")
         if key.expired(now):
-            raise InvalidKeyError(KeyFault.EXPIRED, f"the key {key.id} has expired", todo="ask for a new key")
+            raise InvalidKeyError(KeyFault.EXPIRED, f"key {key.id} has expired", todo="ask for a new key")
 
 
 def _is_of(hashed: str, key: Key, now: datetime) -> bool:

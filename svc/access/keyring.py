@@ -101,7 +101,7 @@ class Keyring:
         """
         key, now = find_key(self._store, text), self._now()
         if key.expired(now):
-            raise RefusedError(f"the key {key.id} has expired", todo="create a new key: svc keys create")
+            raise RefusedError(f"key {key.id} has expired", todo="create a new key: svc keys create")
         secret, until = new_secret(key.id), now + grace
         entry = self._entry(Action.ROTATE_KEY, key.id, reason, {"grace_s": grace.total_seconds()})
         replace_secret(self._store, key.id, hash_secret(secret), previous_until=until, entry=entry)

@@ -121,7 +121,7 @@ def restore(
     unused = snapshot.store is None and settings.store.url is not None
     if unused and revoke_keys:
         raise RefusedError(
-            f"the keys of the snapshot {snapshot.name} are not used: store.url names another store",
+            f"the keys of snapshot {snapshot.name} are not used: store.url names another store",
             todo="restore without --revoke-keys, or without store.url",
         )
     keys: dict[str, Any] = {}
@@ -199,7 +199,7 @@ def _show_keys(keys: dict[str, Any]) -> None:
     for row in keys["revoked"]:
         source = row["revoked_in"]
         why = f"it is revoked in the newer snapshot {source}" if source else "--revoke-keys was given"
-        click.echo(f"revoked the key {row['name']} ({row['key_id']}): {why}", err=True)
+        click.echo(f"revoked key {row['name']} ({row['key_id']}): {why}", err=True)
     if keys["valid"]:
         click.echo("these keys will be valid:", err=True)
         print_table(("key", "name", "scopes", "last used", ""), map(_cells, keys["valid"]), to=console)

@@ -42,7 +42,7 @@ def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool
         return False
     if read_manifest(target) != manifest:
         raise IntegrityError(
-            f"{target} differs from the version {manifest.id} in this home folder",
+            f"{target} differs from version {manifest.id} in this home folder",
             expected="a folder with backups of this home only",
             todo="choose another backup folder",
         )

@@ -62,7 +62,7 @@ class Restore:
         """
         if snapshot.store and self.revoke_keys:
             raise RefusedError(
-                f"the snapshot {snapshot.name} has no keys: they are in the database {snapshot.store}",
+                f"snapshot {snapshot.name} has no keys: they are in the database {snapshot.store}",
                 todo="restore without --revoke-keys, restore the database, then revoke the keys: svc keys revoke",
             )
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ class Restore:
         begun = mark.read_text("utf-8") if mark.exists() else None
         if begun not in (None, snapshot.name):
             raise SettingsError(
-                f"{self.home} contains an interrupted restore of the snapshot {begun}",
+                f"{self.home} contains an interrupted restore of snapshot {begun}",
                 todo=f"resume it with --snapshot {begun}, or restore into another home",
             )
         if begun is None and (content := set(os.listdir(self.home)) - _NO_CONTENT):

@@ -51,7 +51,7 @@ def settle_keys(store: Store, archive: Archive, snapshot: Snapshot, *, revoke_al
         if key.revoked_at is not None:
             continue
         if source or revoke_all:
-            reason = f"revoked in the snapshot {source}" if source else "svc restore --revoke-keys"
+            reason = f"revoked in snapshot {source}" if source else "svc restore --revoke-keys"
             revoked.append((keyring.revoke(key.id, reason=reason), source))
         elif hashes.get(key.id, key.hash) != key.hash:
             rotated.add(key.id)

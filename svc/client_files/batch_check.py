@@ -117,7 +117,7 @@ def _read_request(value: Any) -> tuple[str, str, str]:
             raise _LineError(f"the line lacks {key!r}", key, "missing_required_parameter")
     custom_id, method, url, body = (value[key] for key in _FIELDS)
     if not _is_text(custom_id, MAX_CUSTOM_ID):
-        raise _LineError(f"custom_id is not a text of 1 to {MAX_CUSTOM_ID} characters", "custom_id")
+        raise _LineError(f"custom_id is not a string of 1 to {MAX_CUSTOM_ID} characters", "custom_id")
     if method != "POST":
         raise _LineError("method is not 'POST'", "method", "invalid_method")
     if url not in BATCH_ENDPOINTS:

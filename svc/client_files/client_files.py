@@ -117,7 +117,7 @@ class ClientFiles:
             return path
         if self._shared is None:
             raise ContentMissingError(
-                f"the content of the file {id} is not on this server",
+                f"the content of file {id} is not on this server",
                 todo="ask the operator to set artifacts.url on all servers, so that they share files",
             )
         task = self._fetching.get(id)

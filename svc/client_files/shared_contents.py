@@ -124,7 +124,7 @@ class SharedContents:
             raise OSError(errno.ENOSPC, f"not enough free disk space for {content.bytes} bytes", str(path))
         with self._asking(content), self._slot(content):
             if self._objects.size(_key(content.id)) is None:
-                raise ContentMissingError(f"the content of the file {content.id} is not in the server's object store")
+                raise ContentMissingError(f"the content of file {content.id} is not in the server's object store")
             self._objects.receive_file(_key(content.id), _record(content), partial)
         os.utime(partial)
         partial.replace(path)
@@ -156,7 +156,7 @@ class SharedContents:
                 raise
             log.error("ignoring the content of a file in the object store: %s", error)
             raise ContentDamagedError(
-                f"the content of the file {content.id} in the server's object store was truncated or altered: "
+                f"the content of file {content.id} in the server's object store was truncated or altered: "
                 f"{_key(content.id)}",
                 expected=f"sha256 {content.sha256[:12]}…, {content.bytes} bytes",
                 todo="upload the file again",

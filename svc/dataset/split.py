@@ -191,7 +191,8 @@ def _held_groups(
     """
     if len(groups) < 2:
         raise DataError(
-            "cannot split off a held-out set: all examples are near duplicates of each other or one conversation",
+            "cannot split off a held-out set: all examples are near duplicates of each other or belong to one "
+            "conversation",
             expected="at least two different conversations",
             todo="add examples, or set data.heldout to a held-out file",
         )

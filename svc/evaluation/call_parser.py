@@ -21,8 +21,7 @@ def check_call_parser(examples: Sequence[ChatExample], arguments: Sequence[str])
     count = sum(example.calls_tools for example in examples)
     if count and not parses_calls(arguments):
         raise SettingsError(
-            f"{count} of {len(examples)} held-out answers call tools, but engine.args sets no parser that finds tool "
-            "calls in the model's text",
+            f"{count} of {len(examples)} held-out answers call tools, but engine.args sets no tool-call parser",
             expected='args: ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"] under engine',
             todo="look up the base's parser in vLLM's documentation on tool calling; svc serve needs it too",
         )

@@ -70,7 +70,7 @@ class Endpoint:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise SettingsError(
-                f"the URL of the model {self.model} is not valid",
+                f"the URL of model {self.model} is not valid",
                 expected="https://HOST/v1, without a user name or key in the URL",
             )
         if self.key and parts.scheme == "http" and not is_loopback(parts.hostname):

@@ -145,7 +145,7 @@ def _report(endpoint: Endpoint, verdicts: Sequence[tuple[Preference, ...]]) -> J
     unread = len(verdicts) - len(read)
     if not read or unread > _MAX_UNREAD_SHARE * len(verdicts):
         raise JudgeError(
-            f"the judge {endpoint.model} returned no verdict for {unread} of {len(verdicts)} pairs",
+            f"judge {endpoint.model} returned no verdict for {unread} of {len(verdicts)} pairs",
             expected="A, B or TIE",
             todo="set judge.model to a model that follows instructions",
         )

@@ -78,7 +78,7 @@ def _summary(manifest: Manifest, format: Format) -> str:
     if base:
         origin = f"[{base}](https://huggingface.co/{base})"
     elif "@" in origin:
-        origin = "A model that was fine-tuned before"
+        origin = "A previously fine-tuned model"
     elif origin.startswith((".", "/", "~")) or origin.endswith(".gguf"):
         origin = "A model that is not on the Hub"
     if parts := _combined(manifest.recipe):
@@ -87,7 +87,7 @@ def _summary(manifest: Manifest, format: Format) -> str:
         how = ", with an adapter that was trained elsewhere"
     else:
         how = f", fine-tuned on {manifest.data.train_examples:,} examples"
-    licence = manifest.base.licence or "unknown: its publisher states none here"
+    licence = manifest.base.licence or "unknown: its publisher states none"
     return (
         f"{origin}{how}. This repository contains the format `{format}`, registered on "
         f"{manifest.created_at:%Y-%m-%d}.\n\nLicence of the base: {licence}."

@@ -257,7 +257,9 @@ def _rejection(repo: str, status: int, reason: str) -> SvcError:
             f"the token may not write to {repo}: {reason}", todo="create a token with the permission to write to it"
         )
     if status == 412:
-        return RefusedError(f"{repo} was changed during the upload", todo="look at the change, and run it again")
+        return RefusedError(
+            f"{repo} was changed during the upload", todo="review the change on the Hub, then run the command again"
+        )
     return RefusedError(f"the Hugging Face Hub rejected {repo}: {reason}", todo="check the name of the repository")
 
 

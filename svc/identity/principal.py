@@ -80,6 +80,6 @@ class Principal:
         """
         if not self.may(scope):
             raise PermissionDeniedError(
-                f"the key {self.key_id} lacks the scope {scope}",
-                expected=f"a key with the scope {scope}; this key has {', '.join(sorted(self.scopes))}",
+                f"key {self.key_id} lacks scope {scope}",
+                expected=f"a key with scope {scope}; this key has {', '.join(sorted(self.scopes))}",
             )

@@ -232,7 +232,7 @@ def _require_token(head: str) -> None:
         except grpc.RpcError as error:
             if error.code().name == _UNAUTHENTICATED or "token" in str(error.details()).lower():
                 return
-            logging.getLogger(__name__).info("the cluster's head refuses plain requests: %s", error.code())
+            logging.getLogger(__name__).info("the cluster's head refuses unencrypted requests: %s", error.code())
             return
     raise EngineError(
         f"the Ray cluster at {head} answers without a token, so anyone who reaches it can run code on its machines",
@@ -263,7 +263,7 @@ def _describe(question: Describe) -> Described:
                 return Described(need=need, capabilities=DeviceCapabilities.model_validate_json(found))
     sizes = "; ".join(str({k: v for k, v in node["Resources"].items() if "node:" not in k}) for node in nodes)
     raise EngineError(
-        f"no machine of the Ray cluster has {' or '.join(str(need.resources) for need in question.needs)}",
+        f"no machine in the Ray cluster has {' or '.join(str(need.resources) for need in question.needs)}",
         expected=f"a machine with these resources; the cluster has {sizes}",
         todo="change ray.gpu_type, ray.cpus or engine.tensor_parallel, or add a machine; an engine's GPUs must be in "
         "one machine",
@@ -299,11 +299,11 @@ def _place(question: Place) -> Placed:
     except GetTimeoutError:
         ray.kill(actor)
         raise EngineError(
-            f"no machine of the Ray cluster had {question.need.resources} free for {question.timeout_s:.0f} s",
+            f"no machine in the Ray cluster had {question.need.resources} free for {question.timeout_s:.0f} s",
             todo="free resources, add a machine, or raise ray.wait_s: `ray status` shows what is in use",
         ) from None
     except RayActorError as error:
-        raise EngineError(f"the actor {question.name} could not start: {error}") from error
+        raise EngineError(f"actor {question.name} could not start: {error}") from error
     return Placed(host=host, port=port, certificate=certificate)
 
 

@@ -306,7 +306,7 @@ class RayEngine:
         try:
             await cluster.end(record.name)
         except SvcError as error:
-            log.warning("could not end the actor %s; retrying later: %s", record.name, error.wrong)
+            log.warning("could not stop actor %s; retrying later: %s", record.name, error.wrong)
             await asyncio.to_thread(postpone_end, self.spec.state)
             return
         (self.spec.state / RECORD_FILE).unlink(missing_ok=True)

@@ -49,7 +49,7 @@ class RayMachines:
             return
         if settings.artifacts.url is None:
             raise SettingsError(
-                "engine.launcher is ray, but artifacts.url is not set, from which other machines get the versions",
+                "engine.launcher is ray, but artifacts.url is not set, so other machines cannot download the versions",
                 expected="s3://bucket/prefix, or file:///path on a file system that all machines share",
                 todo="set artifacts.url, and upload the versions that are only here: svc models push NAME@N",
             )
@@ -82,7 +82,7 @@ class RayMachines:
         room = self._cluster.room(need)
         if room >= engines:
             return None
-        return f"{engines} more engines need {need.resources} each, and the Ray cluster has room for {room}"
+        return f"{engines} more engines need {need.resources} each, and the Ray cluster has capacity for {room}"
 
     def _describe(self, settings: EngineSettings) -> Described:
         needs = self._needs(settings)
@@ -96,7 +96,7 @@ class RayMachines:
         backend = given(settings.args, "--distributed-executor-backend")
         if backend == "ray":
             raise SettingsError(
-                "engine.args asks for vLLM's own Ray executor, but an engine runs on one machine of the cluster",
+                "engine.args selects vLLM's own Ray executor, but an engine runs on one machine of the cluster",
                 expected="as many GPUs in one machine as the model needs",
                 todo="remove --distributed-executor-backend from engine.args",
             )

@@ -111,7 +111,7 @@ class EngineNode:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         except (OSError, ValidationError, ValueError):
-            log.warning("a connection from the server broke", exc_info=True)
+            log.warning("a connection from the server was lost", exc_info=True)
         finally:
             self._writers.discard(writer)
             beating.cancel()
@@ -158,7 +158,7 @@ class EngineNode:
         found = await asyncio.to_thread(self._capabilities, self._folder)
         if found != command.capabilities:
             raise EngineError(
-                f"this machine differs from the others of the cluster: {found.model_dump_json()}",
+                f"this machine differs from the others in the cluster: {found.model_dump_json()}",
                 expected=command.capabilities.model_dump_json(),
                 todo="choose machines of one kind with ray.gpu_type",
             )

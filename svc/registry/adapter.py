@@ -27,7 +27,7 @@ _FEATURES = {
     "lora_bias": "LoRA with a bias",
     "modules_to_save": "LoRA with additional fully trained layers",
     "trainable_token_indices": "LoRA with trained embeddings",
-    "target_parameters": "LoRA on a mixture's experts",
+    "target_parameters": "LoRA on the experts of a mixture-of-experts model",
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "LoRA with replicated layers",
     "use_bdlora": "block-diagonal LoRA",

@@ -174,7 +174,7 @@ def _show_parity(registry: Registry, manifest: Manifest, *, as_json: bool) -> No
         raise NotFoundError(
             f"{manifest.id} has no parity report",
             expected="a version with a format that is a complete model",
-            todo="train it again with the format merged, for example",
+            todo="train it again with format merged, for example",
         )
     if as_json:
         print_json(manifest.parity.model_dump(mode="json"))

@@ -63,7 +63,7 @@ class Reclaimable:
 
 def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
     """Return the versions of a model that must not be removed, each mapped to the reason why."""
-    reasons = {version: f"has the alias {alias}" for alias, version in registry.tracking.aliases(name).items()}
+    reasons = {version: f"has alias {alias}" for alias, version in registry.tracking.aliases(name).items()}
     desired = read_desired(store, name)
     if desired is not None:
         if desired.previous is not None:
@@ -81,7 +81,7 @@ def _bases(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
             with suppress(NotFoundError, IntegrityError):  # missing or damaged: its base is unknown
                 base = VersionId.parse(registry.manifest(target.version).base.origin)
                 if base.name == name:
-                    reasons[base] = f"is the base of the adapter {target.version}"
+                    reasons[base] = f"is the base of adapter {target.version}"
     return reasons
 
 
@@ -155,7 +155,7 @@ def _refuse(registry: Registry, store: Store, version: VersionId) -> None:
         )
     rollout = active_rollout(store, version.name)
     if rollout is not None and version in (rollout.previous.version, rollout.target.version):
-        raise BusyError(f"{version} takes part in a rollout", todo="wait until the rollout ends; check svc rollout")
+        raise BusyError(f"{version} is part of a rollout", todo="wait until the rollout ends; check svc rollout")
     reason = protected(registry, store, version.name).get(version)
     if reason:
         raise BusyError(

@@ -187,7 +187,7 @@ def verify_chain(store: Store | Connection, *, expected: str | None = None) -> C
             head, count, seen = row.hash, row.id, seen or row.hash == expected
     if not seen:
         return ChainReport(
-            count, head, ChainFault(count + 1, f"no row has the hash {expected}: rows were deleted or rewritten")
+            count, head, ChainFault(count + 1, f"no row has hash {expected}: rows were deleted or rewritten")
         )
     return ChainReport(count, head)
 

@@ -227,7 +227,7 @@ def cancel_batch(store: Store, id: str, owner: str | None, entry: AuditEntry) ->
         row = find_row(session, BatchRow, id, owner, "batch")
         status = BatchStatus(row.status)
         if status.ended and status is not BatchStatus.CANCELLED:
-            raise BatchEndedError(f"the batch {row.id} has already ended: {status}")
+            raise BatchEndedError(f"batch {row.id} has already ended: {status}")
         if not status.ended and status is not BatchStatus.CANCELLING:
             row.status, row.cancelling_at = BatchStatus.CANCELLING.value, datetime.now(UTC)
             append_event(session, entry)

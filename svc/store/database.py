@@ -226,7 +226,7 @@ def _shown_error(path: Path, context: ExceptionContext) -> BaseException | None:
     error = context.original_exception
     code = error.sqlite_errorcode & 0xFF if isinstance(error, OperationalError) else None
     if code == SQLITE_BUSY:
-        wrong = f"another writer held the store {path} for {_BUSY_MS / 1000:g} s"
+        wrong = f"another writer held the lock on the store {path} for {_BUSY_MS / 1000:g} s"
         return StoreUnavailableError(RegistryError(wrong, todo="retry; if it happens again, check the disk's speed"))
     if code == SQLITE_FULL:
         return StoreUnavailableError(RegistryError(f"no space for the store {path}", todo="free space, then retry"))

@@ -186,7 +186,7 @@ def remove_unused_file(store: Store, id: str, owner: str | None) -> None:
         for noun, table, uses in (("job", JobRow, _used_by_job(id)), ("batch", BatchRow, _used_by_batch(id))):
             if user := session.scalar(select(table.id).where(uses).limit(1)):
                 raise FileInUseError(
-                    f"the file {id} is used by the unfinished {noun} {user}",
+                    f"file {id} is used by the unfinished {noun} {user}",
                     todo=f"cancel the {noun}, or delete the file when the {noun} has ended",
                 )
         session.delete(row)

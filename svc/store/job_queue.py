@@ -30,7 +30,7 @@ from svc.version import VersionId
 ABANDONED_AFTER = timedelta(minutes=1)
 """A running job returns to the queue when its worker has not reported for this time."""
 MAX_ATTEMPTS = 3
-"""Number of times that a job's training may die. Interruptions for other reasons are not counted."""
+"""Number of times that a job's training process may die. Interruptions for other reasons are not counted."""
 _RUNNING, _QUEUED = JobStatus.RUNNING.value, JobStatus.QUEUED.value
 
 
@@ -245,7 +245,7 @@ def _choose(session: Session, worker: str, may_run: Callable[[Job], bool]) -> Jo
 def _own(session: Session, id: str, worker: str) -> JobRow:
     row = session.get(JobRow, id)
     if row is None or row.status != _RUNNING or row.worker != worker:
-        raise JobLostError(f"the job {id} no longer belongs to the worker {worker}")
+        raise JobLostError(f"job {id} no longer belongs to worker {worker}")
     return row
 
 

@@ -119,7 +119,7 @@ def queue_checked(store: Store, id: str, *, request: str, recipe: str, training_
 
 
 def fail_checked(store: Store, id: str, error: JobError) -> None:
-    """End a job that cannot be trained, unless it has been cancelled."""
+    """End a job that cannot run, unless it has been cancelled."""
     with exclusive(store) as session:
         if row := _checking(session, id):
             row.status, row.finished_at, row.estimated_finish = JobStatus.FAILED.value, datetime.now(UTC), None
@@ -229,7 +229,7 @@ def _require_open(row: JobRow) -> None:
     ended = JobStatus(row.status).ended
     if ended or row.wanted == Wanted.CANCEL.value:
         state = f"has already ended: {row.status}" if ended else "is being cancelled"
-        raise JobEndedError(f"the job {row.id} {state}", todo="create a new job to train again")
+        raise JobEndedError(f"job {row.id} {state}", todo="create a new job to train again")
 
 
 def _begin_change(session: Session, row: JobRow, wanted: Wanted) -> None:

@@ -151,7 +151,7 @@ def _next_revision(session: Session) -> int:
 def _unrevoked(session: Session, key_id: str) -> KeyRow:
     row = session.get_one(KeyRow, key_id)
     if row.revoked_at is not None:
-        raise RefusedError(f"the key {key_id} has been revoked", todo="create a new key: svc keys create")
+        raise RefusedError(f"key {key_id} has been revoked", todo="create a new key: svc keys create")
     return row
 
 

@@ -182,7 +182,7 @@ def _extend(store: Store, lease: Lease, released: threading.Event) -> None:
         except LeaseLostError:
             return
         except SQLAlchemyError:
-            log_store_error(log, "could not extend the lease %s", lease.name)
+            log_store_error(log, "could not extend lease %s", lease.name)
 
 
 def _release(store: Store, lease: Lease) -> None:
@@ -193,7 +193,7 @@ def _release(store: Store, lease: Lease) -> None:
             if row is not None and row.holder == lease.holder:
                 row.until = database_time(session)
     except SQLAlchemyError:
-        log_store_error(log, "could not release the lease %s; it expires in %.0f s", lease.name, LEASE_S)
+        log_store_error(log, "could not release lease %s; it expires in %.0f s", lease.name, LEASE_S)
 
 
 def _take(session: Session, name: str, server: str, now: datetime) -> Lease | None:

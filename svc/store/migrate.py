@@ -189,7 +189,7 @@ def _take_empty(copy: sa.Connection) -> None:
     if filled:
         raise RefusedError(
             f"the database {location(copy.engine.url)} is not empty: it has rows in {', '.join(filled[:3])}",
-            expected="a database without rows of tuneserve",
+            expected="a database without tuneserve rows",
             todo="create a new one: createdb --encoding UTF8 --template template0 NAME",
         )
 

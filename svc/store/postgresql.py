@@ -136,7 +136,7 @@ def require_usable(connection: Connection) -> None:
     encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
     if encoding != "UTF8":
         raise RegistryError(
-            f"the database {where} has the encoding {encoding}",
+            f"the database {where} has encoding {encoding}",
             expected="UTF8",
             todo="create a database for the store: createdb --encoding UTF8 --template template0 NAME",
         )

@@ -16,9 +16,9 @@ from svc.store.page import EntryNotFoundError, find_row
 from svc.store.tables import UploadPartRow, UploadRow
 
 MAX_OPEN = 100
-"""Maximum number of unfinished uploads of one key."""
+"""Maximum number of unfinished uploads per key."""
 MAX_PARTS = 10_000
-"""Maximum number of parts of an upload."""
+"""Maximum number of parts per upload."""
 _KEPT = timedelta(days=1)
 """How long the row of an upload is kept after the upload expires."""
 
@@ -116,7 +116,7 @@ def require_pending(upload: Upload) -> None:
     expired = upload.status is UploadStatus.PENDING and upload.expires_at <= datetime.now(UTC)
     if expired or upload.status is not UploadStatus.PENDING:
         status = UploadStatus.EXPIRED if expired else upload.status
-        raise UploadEndedError(f"the upload {upload.id} is {status}", todo="create another upload")
+        raise UploadEndedError(f"upload {upload.id} is {status}", todo="create another upload")
 
 
 def add_part(store: Store, part: UploadPart) -> None:
@@ -150,7 +150,7 @@ def read_parts(store: Store, upload: Upload, ids: Sequence[str]) -> list[UploadP
         parts = {row.id: row.read(UploadPart) for row in rows}
     if missing := next((id for id in ids if id not in parts), None):
         raise EntryNotFoundError(
-            f"the upload {upload.id} has no part {missing[:100]!a}",
+            f"upload {upload.id} has no part {missing[:100]!a}",
             expected="ids of parts that belong to this upload",
             param="part_ids",
         )

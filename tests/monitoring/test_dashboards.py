@@ -106,7 +106,7 @@ def _layout_faults(name: str) -> Iterator[str]:
         if cells & taken or at["x"] + at["w"] > 24:
             yield f"{panel['title']}: lies over another panel or beyond the right edge"
         if panel["id"] in ids:
-            yield f"{panel['title']}: the id {panel['id']} is used twice"
+            yield f"{panel['title']}: id {panel['id']} is used twice"
         if panel.get("panels"):
             yield f"{panel['title']}: a collapsed row, whose panels are not checked; expand it"
         taken |= cells

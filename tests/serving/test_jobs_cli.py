@@ -130,7 +130,7 @@ def test_followed_job_that_failed_or_was_cancelled_is_an_error(home: WorkerHome,
     fail(home.store, failed, "w1", JobError("training_failed", "the loss is nan"))
     result = svc("follow", failed)
     assert isinstance(result.exception, TrainingError)
-    assert str(result.exception) == f"the job {failed} failed: the loss is nan"
+    assert str(result.exception) == f"job {failed} failed: the loss is nan"
     cancelled = home.add()
     home.want(cancelled, Wanted.CANCEL)
     assert isinstance(svc("follow", cancelled).exception, RefusedError)

@@ -134,7 +134,7 @@ def test_invalid_environment_variable_is_rejected(
         ("serve: {port: 70000}", "setting 'serve.port' is 70000"),
         ("serve: {port: [1]}", "setting 'serve.port' is [1]"),
         ("engine: yes please", "setting 'engine' is 'yes please'"),
-        ("home: ~nobody-of-this-name/x", "~nobody-of-this-name is not a user"),
+        ("home: ~nobody-of-this-name/x", "there is no user ~nobody-of-this-name"),
         ("- a\n- b", "must contain a YAML mapping of settings, got list"),
         ("5", "must contain a YAML mapping of settings, got int"),
         ("1: 2", "has a key that is not a string: 1"),

@@ -133,4 +133,4 @@ def test_estimate_counts_the_devices_that_the_recipe_names(svc: Svc, tmp_path: P
         ("4 x this machine", 4),
         ("4 x H200", 4),
     ]
-    assert "those of each GPU" in svc("--home", tmp_path / "home", *arguments).out
+    assert "the largest batch are per GPU" in svc("--home", tmp_path / "home", *arguments).out

@@ -19,9 +19,9 @@ _LANGUAGE_MODELS = {
 """Architectures whose language model can be used without the rest of the checkpoint. They are keyed by the
 `model_type` of the checkpoint and that of its language model."""
 _REFUSED = {
-    "llama4": "training, merging and serving its mixture of experts is not tested",
-    "qwen3_5": "training, merging and serving its linear attention layers is not tested",
-    "qwen3_5_moe": "training, merging and serving its linear attention layers and experts is not tested",
+    "llama4": "training, merging and serving its mixture of experts are not tested",
+    "qwen3_5": "training, merging and serving its linear attention layers are not tested",
+    "qwen3_5_moe": "training, merging and serving its linear attention layers and experts are not tested",
 }
 """Reasons for rejecting model families, keyed by `model_type`."""
 _TEXT_MODELS = (

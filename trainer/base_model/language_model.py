@@ -109,7 +109,7 @@ def _renamed(folder: Path, name: str) -> str | None:
         if name.startswith(old):
             return new + name.removeprefix(old)
     raise BaseModelError(
-        f"{folder} contains the tensor {name!r}, and it is unclear whether it belongs to the language model",
+        f"{folder} contains tensor {name!r}, and it is unclear whether it belongs to the language model",
         expected=f"tensor names that begin with {', '.join((*_RENAMED, *_LEFT_OUT))}",
         todo="use the publisher's unmodified checkpoint, or choose another base",
     )

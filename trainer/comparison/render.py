@@ -44,7 +44,7 @@ def print_compared(compared: Compared) -> None:
     )
     if judge := compared.judge:
         output.print(
-            f"The judge {judge.model} at {judge.url}: B wins {judge.win_rate} of {judge.pairs} pairs "
+            f"Judge {judge.model} at {judge.url}: B wins {judge.win_rate} of {judge.pairs} pairs "
             f"(ties count half); share of pairs judged the same in both orders: {judge.agreement}",
             markup=False,
             soft_wrap=True,

@@ -50,8 +50,8 @@ def tokenize_judged(
     """Tokenize pairs or labelled answers.
 
     Args:
-        train: the recipe's `train` section for answers to train on. If it says so, answers longer than its `max_length`
-            are dropped, and pairs in which either answer is too long. None for answers that are only measured.
+        train: the recipe's `train` section, or None for answers used only for evaluation. With `too_long: drop`,
+            answers longer than `max_length` are dropped, as are pairs with such an answer.
 
     Raises:
         DataError: an answer is too long or is rejected by the chat template, or all labelled answers have the same

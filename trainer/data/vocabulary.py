@@ -40,7 +40,7 @@ def check_tokenizer(
     for role, token in (named | {f"end-of-answer {stop}": stop for stop in stops}).items():
         if token is not None and token >= embedding_rows:
             raise BaseModelError(
-                f"the {role} token {tokenizer.convert_ids_to_tokens(token)!r} of {folder} has the id {token}, but the "
+                f"the {role} token {tokenizer.convert_ids_to_tokens(token)!r} of {folder} has id {token}, but the "
                 f"model has {embedding_rows} embedding rows",
                 expected=f"an id below {embedding_rows}",
                 todo=f"set it to an existing token in {folder / 'tokenizer_config.json'} (the end token can also "

@@ -194,7 +194,7 @@ def count_model(model: "PreTrainedModel", chosen: TargetChoice, notes: tuple[str
     total = max((shape[0] for shape in experts), default=0)
     used = next((value for name in _USED_EXPERTS if (value := getattr(config, name, None))), total)
     if total and used == total:
-        notes += ("the config does not say how many experts compute a token, so all are counted",)
+        notes += ("the config does not say how many experts process a token, so all are counted",)
     heads = config.num_attention_heads
     return ModelShape(
         architecture=config.model_type,

@@ -33,7 +33,7 @@ def print_estimate(estimate: Estimate) -> None:
         if on_device.sharded:
             output.print(f"{on_device.device.label}: {_divided(on_device)}")
     several = any(one.device.count > 1 for one in estimate.devices)
-    each = "Memory of GPUs and the largest batch are those of each GPU." if several else ""
+    each = "GPU memory and the largest batch are per GPU." if several else ""
     output.print(f"Disk: {_size(estimate.disk)}, excluding the base. Time and cost cover only training. {each}".strip())
 
 

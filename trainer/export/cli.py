@@ -59,7 +59,8 @@ def export(
             done = export_gguf(merged, out, name, examples, type=GgufType(number_type), modelfile=modelfile)
         result = {"file": str(done.file), "bytes": done.bytes, "pre": done.pre, "compared": done.compared}
         console.print(
-            f"  the token ids of {done.compared} held-out examples are the base's (pre-tokenizer {done.pre}); weights "
+            f"  the token ids of {done.compared} held-out examples match the base's (pre-tokenizer {done.pre}); "
+            "weights "
             f"changed by at most {done.worst_change:.4f} of their norm"
         )
     if as_json:
@@ -73,7 +74,7 @@ def _merged(registry: Registry, version: VersionId) -> Path:
     if Format.MERGED not in registry.manifest(version).formats:
         raise NotFoundError(
             f"{version} has no merged weights",
-            expected=f"a version with the format {Format.MERGED}",
+            expected=f"a version with format {Format.MERGED}",
             todo="run its recipe again with merged in `formats`: training is not repeated",
         )
     registry.verify(version, Format.MERGED)

@@ -89,7 +89,7 @@ def _merge(base: Path, weights: "StoredWeights", adapter: Path, out: Path) -> se
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         tensors = list(file.keys())
     if unexpected := [name for name in tensors if not _ADAPTER_TENSOR.search(name)]:
-        raise merge_failed(f"{adapter} contains the tensor {unexpected[0]!r}, which is not part of an adapted layer")
+        raise merge_failed(f"{adapter} contains tensor {unexpected[0]!r}, which is not part of an adapted layer")
     model = load_adapter(_without_weights(base), adapter)
     layers = adapted_tensors(model)
     named = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}

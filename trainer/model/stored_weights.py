@@ -93,8 +93,8 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         tensor = self._convert(self._first_of[name], partial(_in_type, dtype))[name]
         if tensor.shape != self._shapes[name].shape:
             raise IntegrityError(
-                f"tensor {name!r} in {self._folder} has the shape {list(tensor.shape)}",
-                expected=f"the shape {list(self._shapes[name].shape)}, as implied by config.json",
+                f"tensor {name!r} in {self._folder} has shape {list(tensor.shape)}",
+                expected=f"shape {list(self._shapes[name].shape)}, as implied by config.json",
                 todo="download or create the model again",
             )
         return tensor

@@ -23,7 +23,7 @@ def check_ray(settings: Settings, recipe: Recipe) -> None:
 
     Raises:
         SettingsError: the address of the cluster or of the object store is not set.
-        RecipeError: the recipe cannot be trained on a cluster.
+        RecipeError: the recipe cannot be used for training on a cluster.
         ServerNotRunningError: the cluster cannot be reached.
         BusyError, TrainingError: the cluster has too few free resources.
     """
@@ -46,11 +46,11 @@ def count_workers(recipe: Recipe) -> int:
     """Return the number of workers that train a recipe.
 
     Raises:
-        RecipeError: the recipe cannot be trained on a cluster.
+        RecipeError: the recipe cannot be used for training on a cluster.
     """
     train, asked = recipe.train, recipe.train.devices
     if recipe.objective.is_preference:
-        raise RecipeError("training on preferences was never tested on a Ray cluster", todo="omit --on ray")
+        raise RecipeError("preference tuning has not been tested on a Ray cluster", todo="omit --on ray")
     if isinstance(asked, tuple):
         raise RecipeError(
             f"train.devices lists GPUs {', '.join(map(str, asked))}, but Ray chooses the GPUs",

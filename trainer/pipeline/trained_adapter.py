@@ -82,7 +82,7 @@ class TrainedAdapter:
         Raises:
             RecipeError: the recipe has a different value for one of them.
         """
-        return complete_recipe(recipe, self._recipe_values(), f"the adapter {self.origin}")
+        return complete_recipe(recipe, self._recipe_values(), f"adapter {self.origin}")
 
     def _recipe_values(self) -> dict[str, Any]:
         return {
@@ -204,12 +204,12 @@ def check_fits(model: Path, adapter: TrainedAdapter) -> None:
     expected = _expected_shapes(model, adapter)
     problems = [
         *(
-            f"has the tensor {name}, which belongs to no layer of this base"
+            f"has tensor {name}, which belongs to no layer of this base"
             for name in sorted(saved.keys() - expected.keys())
         ),
-        *(f"lacks the tensor {name}" for name in sorted(expected.keys() - saved.keys())),
+        *(f"lacks tensor {name}" for name in sorted(expected.keys() - saved.keys())),
         *(
-            f"has the tensor {name} of shape {list(saved[name])}, but this base needs {list(expected[name])}"
+            f"has tensor {name} of shape {list(saved[name])}, but this base needs {list(expected[name])}"
             for name in sorted(saved.keys() & expected.keys())
             if saved[name] != expected[name]
         ),
@@ -237,7 +237,7 @@ def _expected_shapes(model: Path, adapter: TrainedAdapter) -> dict[str, tuple[in
 def _does_not_fit(adapter: TrainedAdapter, problem: str) -> BaseModelError:
     named = adapter.config.get("base_model_name_or_path")
     return BaseModelError(
-        f"the adapter {adapter.origin} does not fit the base: it {problem}",
+        f"adapter {adapter.origin} does not fit the base: it {problem}",
         expected=f"the base that it was trained on, {named or 'which it does not name'}",
         todo="choose that base with --base",
     )

@@ -19,7 +19,7 @@ def beside_recipe(value: Any, info: ValidationInfo) -> Any:
     try:
         return (folder / value.expanduser()).absolute() if isinstance(value, Path) else value
     except RuntimeError as error:
-        raise ValueError(f"cannot expand {value}: this machine has no such user") from error
+        raise ValueError(f"cannot expand {value}: there is no such user on this machine") from error
 
 
 def _as_sources(value: Any) -> Any:

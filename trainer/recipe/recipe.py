@@ -126,9 +126,7 @@ class Recipe(Section):
         if len(set(self.formats)) < len(self.formats):
             raise ValueError("`formats` lists a format twice")
         if Format.GGUF in self.formats and Format.MERGED not in self.formats:
-            raise ValueError(
-                "`formats` lists gguf without merged, whose evaluation stands for the same weights in GGUF"
-            )
+            raise ValueError("`formats` lists gguf without merged, which is evaluated in place of GGUF")
         if self.method is Method.FULL and Format.ADAPTER in self.formats:
             raise ValueError(f"`formats` lists adapter, but `method: {self.method}` trains no adapter")
         implied, named = ADAPTER_TYPES[self.method], self.adapter.type

@@ -94,7 +94,7 @@ class Train(Section):
     steps: Annotated[int, Field(ge=1)] | None = None
     """number of steps; overrides `epochs`"""
     devices: Devices | None = None
-    """GPUs of this machine to train on: a number, or a list of their indices. They divide the examples of each step
+    """GPUs on this machine to train on: a number, or a list of their indices. They divide the examples of each step
     among them; default: all that are free and equal; on a CPU a number of processes, useful only for testing; see
     [training](training.md#several-gpus)"""
     sharding: Sharding = Sharding.AUTO

@@ -17,8 +17,8 @@ from trainer.recipe_import.draft import Draft, Effect, Note
 from trainer.recipe_import.llama_factory import import_llama_factory, is_llama_factory
 
 _HEADINGS = {
-    Effect.CHANGED: "Check these, which do not mean exactly the same here:",
-    Effect.LEFT_OUT: "Not imported, so that training differs:",
+    Effect.CHANGED: "Check these keys, whose meaning differs slightly here:",
+    Effect.LEFT_OUT: "Not imported; training differs without these keys:",
     Effect.NOT_NEEDED: "Not needed here:",
 }
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CURVE_FILE = "curve.json"
 _MIN_EXAMPLES = 20
-"""Minimum number of examples for a learning curve. With fewer, a tenth of them is too little to train on."""
+"""Minimum number of examples for a learning curve. With fewer, a tenth of them is too few to train on."""
 _SHARES = (0.1, 0.25, 0.5, 1.0)
 _MIN_POINTS = 4
 _EXPONENTS = np.linspace(0.05, 2.0, 79)

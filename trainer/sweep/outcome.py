@@ -101,11 +101,11 @@ class TrialComparison:
             outcomes: trial outcomes in order of preference.
 
         Raises:
-            TrainingError: no trial was completed.
+            TrainingError: no trial completed.
         """
         complete = [outcome for outcome in outcomes if outcome.status is Status.COMPLETE]
         if not complete:
             whys = "; ".join(outcome.why or "" for outcome in outcomes)
-            raise TrainingError(f"no trial was completed: {whys}", todo="lower train.learning_rate in the recipe")
+            raise TrainingError(f"no trial completed: {whys}", todo="lower train.learning_rate in the recipe")
         best = min(complete, key=lambda outcome: outcome.mean)
         return next(outcome for outcome in complete if outcome is best or not self.distinct(outcome, best))

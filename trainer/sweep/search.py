@@ -87,7 +87,7 @@ class Search:
         """Run all trials and return the winning one. The first trial uses the unchanged recipe and is never pruned.
 
         Raises:
-            TrainingError: no trial was completed in one of the phases.
+            TrainingError: no trial completed in one of the phases.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         (unchanged,) = self._trials(Phase.RECIPE, {}, {})
@@ -212,7 +212,7 @@ class Search:
         """Try dropout if the best or the longest training run overfits."""
         longest = [best, *(trial for phase, trial in self.tried if phase is Phase.EPOCHS)][-1]
         if not (best.overfits or longest.overfits):
-            self.notes.append("dropout was not tried: no training showed overfitting beyond chance")
+            self.notes.append("dropout was not tried: no trial overfitted beyond chance")
             return best
         targets = {TARGETS: best.values[TARGETS]} if TARGETS in best.values else {}
         trials = self._trials(Phase.DROPOUT, {**longest.values, **targets}, {DROPOUT: _DROPOUTS})

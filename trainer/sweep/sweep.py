@@ -77,7 +77,7 @@ def run_sweep(place: Workplace, finals: Finals | None = None) -> SweepResult:
     Raises:
         InterruptedRunError: the sweep was interrupted; running the same command again resumes it.
         RecipeError: a value in the recipe's search space is not valid for its key.
-        TrainingError: no trial was completed.
+        TrainingError: no trial completed.
     """
     _check_space(place.recipe)
     base = place.base_loss()

@@ -1,4 +1,4 @@
-"""Runs a function in several processes of this machine, one for each device.
+"""Runs a function in several processes on this machine, one per device.
 
 The caller's process receives signals and serves the calls of the first process. This module does not import torch, so
 that a new process can quiet the libraries before it imports them.

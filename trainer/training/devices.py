@@ -97,9 +97,9 @@ def find_undivided(recipe: Recipe, number_type: NumberType, *, experts: bool) ->
         experts: whether the base is a mixture of experts.
     """
     if number_type is NumberType.FLOAT16:
-        return "loss scaling, which float16 needs, was never tested with divided weights"
+        return "loss scaling, which float16 needs, has not been tested with sharded weights"
     if experts:
-        return "a mixture of experts was never tested with divided weights"
+        return "a mixture of experts has not been tested with sharded weights"
     return recipe.undivided
 
 

@@ -64,5 +64,5 @@ def refused(version: VersionId, refusing: Sequence[GateRow]) -> GateError:
     """Return the error to raise when gates block a promotion."""
     return GateError(
         f"{version} did not pass every gate:\n" + "\n".join(f"  {gate}" for gate in refusing),
-        todo=f"fix the cause and train again, or force it: svc promote {version} --force --reason TEXT",
+        todo=f"fix the cause and train again, or force the promotion: svc promote {version} --force --reason TEXT",
     )

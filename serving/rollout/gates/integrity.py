@@ -68,7 +68,7 @@ def _check_files(folder: Path, manifest: Manifest, format: Format) -> GateRow:
     """
     records = [manifest.heldout, *manifest.reference, *manifest.formats[format].files]
     wrong = [record.path for record in records if _size(folder / record.path) != record.bytes]
-    reason = f"missing, or of another size: {', '.join(wrong[:3])}" if wrong else "hashes are checked by the swap"
+    reason = f"missing or with a different size: {', '.join(wrong[:3])}" if wrong else "hashes are checked by the swap"
     return GateRow(
         gate="files",
         measured=f"{len(records) - len(wrong)} of {len(records)} files have their registered size",

@@ -153,7 +153,7 @@ def _arm(registry: Registry, target: Target, manifest: Manifest) -> _Arm:
     format = evaluated_format(target.format)
     record = manifest.formats.get(format)
     if record is None or record.evaluation is None:
-        raise _IncomparableError(f"{target.version} was not evaluated in the format {format}")
+        raise _IncomparableError(f"{target.version} was not evaluated in format {format}")
     return _Arm(str(target.version), record.evaluation, registry.results(target.version, format))
 
 
@@ -195,7 +195,7 @@ def _metric(before: _Arm, after: _Arm) -> Metric:
         return _Stored(name, after.report.metrics[name])
     metric = named_metric(name)
     if metric.scored:
-        raise _IncomparableError(f"the registered results have no scores by {name}")
+        raise _IncomparableError(f"the registered results have no scores for {name}")
     return metric
 
 

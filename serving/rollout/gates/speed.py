@@ -34,7 +34,7 @@ def check_speed(
     except (NotFoundError, IntegrityError) as error:  # it must still be possible to replace it
         return _both(GateVerdict.UNDECIDED, error.wrong)
     if _is_same_model(after.formats[candidate.format].fingerprint, before.formats[production.format].fingerprint):
-        return _both(GateVerdict.SKIPPED, "architecture, quantization and tokenizer are those of production")
+        return _both(GateVerdict.SKIPPED, "architecture, quantization and tokenizer are the same as in production")
     now, then = _speed(after, candidate.format), _speed(before, production.format)
     if now is None or then is None:
         return _both(GateVerdict.UNDECIDED, "not measured for both versions")

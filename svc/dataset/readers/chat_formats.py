@@ -91,7 +91,7 @@ def check_keys(value: Any, own: StrEnum | None, form: StrEnum, keys: Sequence[st
     """
     listed = quoted(keys)
     if own is not None and own is not form:
-        wrong = f"the row is in the format {own.value}, but the file is in the format {form.value}"
+        wrong = f"the row is in format {own.value}, but the file is in format {form.value}"
         raise RowError(Code.MIXED_FORMATS, wrong, expected=f"{listed} in every row")
     if not isinstance(value, dict):
         raise RowError(Code.WRONG_FORMAT, f"the line is {kind_of(value)}", expected=f"an object with {listed}")

@@ -133,7 +133,7 @@ def _recognise(value: Any, expected: Kind | None) -> tuple[Kind, Format | PairFo
 
 def wrong_kind(path: Path, kind: Kind, expected: Kind) -> DataError:
     """Return the error for a file whose examples are not of the expected kind."""
-    todo = f"to train on this file, {_OBJECTIVES[kind]}; otherwise, give a file of {expected} (docs/data.md)"
+    todo = f"to train on this file, {_OBJECTIVES[kind]}; otherwise, provide a file of {expected} (docs/data.md)"
     return DataError(f"{path} contains {kind}", expected=f"{expected}", todo=todo)
 
 

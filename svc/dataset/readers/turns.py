@@ -13,7 +13,7 @@ from svc.dataset.schema.tool_calls import decode_inner, expect, json_text
 
 _CALLS = ("function_call", "tool_call")
 ASSISTANTS = ("gpt", "assistant", "model", "chatgpt", "bing", "bard", *_CALLS)
-"""Roles of the assistant in any format."""
+"""Names of the assistant role in all formats."""
 _SPEAKERS = {
     "system": ("system",),
     "user": ("human", "user"),
@@ -21,7 +21,7 @@ _SPEAKERS = {
     "tool": ("tool", "function_response", "observation"),
 }
 ROLES = {speaker: role for role, speakers in _SPEAKERS.items() for speaker in speakers}
-"""Role in the chat format for each role in any format."""
+"""Role in the chat format for each role name of any format."""
 _PLACE = re.compile(r"messages\[(\d+)\](?:\.(\w+))?")
 
 

@@ -355,8 +355,8 @@ def _check_order(messages: tuple[Message, ...]) -> None:
     if Role.USER not in roles:
         raise RowError(Code.NO_USER_TURN, "there is no user turn", expected="at least one user turn before the answer")
     if not ChatExample(messages).learnt:
-        wrong = "every assistant turn after the first user turn has the weight 0"
-        raise RowError(Code.WRONG_WEIGHT, wrong, expected="at least one of these turns with the weight 1")
+        wrong = "every assistant turn after the first user turn has weight 0"
+        raise RowError(Code.WRONG_WEIGHT, wrong, expected="at least one of these turns with weight 1")
 
 
 def _check_calls(example: ChatExample) -> None:
@@ -386,7 +386,7 @@ def _check_calls(example: ChatExample) -> None:
         elif identity is None and ids:
             del ids[next(iter(ids))]
         else:
-            call = "" if identity is None else f" for the call {identity!r:.80}"
+            call = "" if identity is None else f" for call {identity!r:.80}"
             wrong = f"is a tool turn{call} without a matching call before it"
             expected = "the assistant's call first, then the tool's result"
             raise RowError(Code.WRONG_TURNS, wrong, field=field, expected=expected)
@@ -409,6 +409,6 @@ def _call_ids(calls: tuple[ToolCall, ...], field: str) -> dict[str, None]:
     named = Counter(call.id for call in calls if call.id is not None)
     for identity, count in named.items():
         if count > 1:
-            wrong = f"contains two calls with the id {identity!r:.80}"
+            wrong = f"contains two calls with id {identity!r:.80}"
             raise RowError(Code.WRONG_TOOLS, wrong, field=field, expected="a unique id for each call")
     return dict.fromkeys(named)

@@ -69,7 +69,7 @@ def message_text(message: Mapping[str, Any]) -> str:
 
 
 def split_calls(answer: str) -> tuple[str, list[tuple[str, Any]]]:
-    """Split a text from `answer_text` into the content and the tool calls, each a pair of name and arguments."""
+    """Split text written by `answer_text` into the content and the tool calls, each a pair of name and arguments."""
     lines, calls = answer.split("\n"), list[tuple[str, Any]]()
     while lines:
         call = decode_inner(lines[-1]) if lines[-1].startswith('{"name": "') else None

@@ -222,7 +222,7 @@ class EnginePlanner:
         if total > available:
             total, origin, reason = available, Origin.MACHINE, f"half of the {_gib(free)} that the weights leave free"
             if available == minimum:
-                reason = f"room for one sequence; the weights leave only {_gib(free)} free"
+                reason = f"memory for only one sequence; the weights leave only {_gib(free)} free"
         size = max(1, total // ranks)
         return as_argument(name, size, origin, f"{_gib(size)}: {reason}")
 

@@ -129,7 +129,7 @@ def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | Non
         primary = (first or judging or metrics)[0]
     if primary.better is Better.NEITHER:
         raise RecipeError(
-            f"the metric {primary.name} cannot be the primary metric: it does not rank models",
+            f"metric {primary.name} cannot be the primary metric: it does not rank models",
             expected="a metric for which higher or lower values are better",
             todo=_SEE,
         )
@@ -201,7 +201,7 @@ def _require_json(name: str, examples: Sequence[ChatExample]) -> None:
     for place, example in enumerate(examples):
         if read_json(example.answer) is None:
             raise RecipeError(
-                f"the metric {name} compares JSON, but the reference answer of held-out example {place} is not JSON: "
+                f"metric {name} compares JSON, but the reference answer of held-out example {place} is not JSON: "
                 f"{example.answer!r:.80}",
                 todo=_SEE,
             )
@@ -226,12 +226,12 @@ def _load(point: EntryPoint) -> Metric:
         metric = point.load()()
     except Exception as error:
         raise RecipeError(
-            f"the metric {point.name} cannot be loaded from {point.value}: {error!r}",
+            f"metric {point.name} cannot be loaded from {point.value}: {error!r}",
             todo="fix or uninstall the package",
         ) from error
     if not isinstance(metric, Metric) or metric.name != point.name or not _NAME.fullmatch(point.name):
         raise RecipeError(
-            f"the metric {point.name} in {point.value} is {metric!r:.80}",
+            f"metric {point.name} in {point.value} is {metric!r:.80}",
             expected=f"a {Metric.__module__}.Metric named {point.name}; names may contain only a-z, 0-9 and _",
         )
     return metric

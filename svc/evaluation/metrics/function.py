@@ -80,7 +80,7 @@ class FunctionMetric(Metric):
         output = self._call(json.dumps(texts).encode())
         if "error" in output:
             raise RecipeError(
-                f"the metric {self.spec} failed:\n{output['error']}",
+                f"metric {self.spec} failed:\n{output['error']}",
                 expected="a list with one finite number for each answer",
                 todo="fix the function",
             )
@@ -93,7 +93,7 @@ class FunctionMetric(Metric):
             RecipeError: the file is missing, or the function took too long or exited its process.
         """
         if not self.spec.path.is_file():
-            raise RecipeError(f"the file of the metric {self.spec} does not exist", todo="correct evaluate.metrics")
+            raise RecipeError(f"the file of metric {self.spec} does not exist", todo="correct evaluate.metrics")
         arguments = [function_worker.__file__, str(self.spec.path), self.spec.function, str(math.ceil(self._seconds))]
         # -B: Python would use outdated bytecode if the file was changed within the same second.
         command = [sys.executable, "-B", *arguments]
@@ -108,7 +108,7 @@ class FunctionMetric(Metric):
                 output, _ = process.communicate(given, timeout=self._seconds)
             except subprocess.TimeoutExpired as error:
                 raise RecipeError(
-                    f"the metric {self.spec} did not finish within {self._seconds:g} s",
+                    f"metric {self.spec} did not finish within {self._seconds:g} s",
                     todo="speed up the function, raise evaluate.metric_seconds, or lower evaluate.limit",
                 ) from error
             finally:
@@ -118,6 +118,6 @@ class FunctionMetric(Metric):
             return dict(json.loads(output))
         except ValueError as error:
             raise RecipeError(
-                f"the process that ran the metric {self.spec} exited with code {process.returncode}",
+                f"the process that ran metric {self.spec} exited with code {process.returncode}",
                 todo="check its output above; the function must return its scores",
             ) from error

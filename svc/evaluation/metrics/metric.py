@@ -91,7 +91,7 @@ class Metric(ABC):
         scores = self.score(answered)
         if self.scored and (fault := _fault(scores, len(answered.results))):
             raise RecipeError(
-                f"the metric {self.name} returned invalid scores: {fault}",
+                f"metric {self.name} returned invalid scores: {fault}",
                 expected="one finite number for each answer",
                 todo="fix the metric, or choose other metrics in evaluate.metrics",
             )

@@ -20,7 +20,7 @@ def mixed(count: int, shares: dict[str, float], seed: int = 0) -> list[str]:
     return random.Random(seed).choices(list(shares), list(shares.values()), k=count)
 
 
-def test_batch_from_a_previously_quiet_client_counts_as_few_requests() -> None:
+def test_sudden_batch_from_a_new_client_adds_only_a_few_counted_requests() -> None:
     shares = ClientShares([], [], 1_000)
     counted(shares, mixed(600, {f"client {number}": 1 for number in range(100)}))
     assert sum(counted(shares, ["batch"] * 100)) == 5

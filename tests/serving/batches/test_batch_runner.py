@@ -363,7 +363,7 @@ async def test_revoked_key_fails_its_batch(service: BatchService) -> None:
         batch = await ended(admin, id)
     assert batch.status == "failed" and batch.errors is not None and batch.errors.data is not None
     (error,) = batch.errors.data
-    assert (error.code, error.message) == ("invalid_api_key", f"the key {alice.key.id} has been revoked")
+    assert (error.code, error.message) == ("invalid_api_key", f"key {alice.key.id} has been revoked")
     assert len(service.content(batch.output_file_id)) >= 4
 
 

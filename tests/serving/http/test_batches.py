@@ -144,7 +144,7 @@ async def test_file_that_is_deleted_during_the_creation_is_refused(
 
 async def test_file_with_another_purpose_or_with_errors_is_refused(service: BatchService, client: AsyncOpenAI) -> None:
     broken = service.add_input("{", status=FileStatus.ERROR, details="line 1: not JSON")
-    for file, message in ((service.add_file(), "the purpose batch"), (broken, "line 1: not JSON")):
+    for file, message in ((service.add_file(), "purpose batch"), (broken, "line 1: not JSON")):
         with pytest.raises(openai.BadRequestError, match=message):
             await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, **WINDOW)
 
@@ -191,7 +191,7 @@ async def test_key_needs_the_scopes_files_and_infer(service: BatchService) -> No
         key = service.key(scope)
         async with service.official(key) as client:
             file = service.add_input(line("a"), owner=key.key.id)
-            with pytest.raises(openai.PermissionDeniedError, match=f"lacks the scope {missing}"):
+            with pytest.raises(openai.PermissionDeniedError, match=f"lacks scope {missing}"):
                 await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, **WINDOW)
 
 

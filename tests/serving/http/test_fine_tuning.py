@@ -126,7 +126,7 @@ async def test_preference_job_is_refused_when_jobs_are_trained_on_ray(
     service = FineTuningService(socket_folder, store=store, base=base, place=TrainingPlace.RAY)
     async with service.run(), service.official() as client:
         file = service.add_file()
-        with pytest.raises(openai.BadRequestError, match="does not support preferences") as caught:
+        with pytest.raises(openai.BadRequestError, match="where preference tuning is not supported") as caught:
             await client.fine_tuning.jobs.create(model=BASE, training_file=file, method={"type": "dpo", "dpo": {}})
     assert caught.value.param == "method"
 
@@ -344,7 +344,7 @@ async def test_weights_and_biases_is_refused_with_the_tracker_that_is_used(
 @pytest.mark.parametrize(
     ("purpose", "status", "text"),
     [
-        (Purpose.BATCH, FileStatus.PROCESSED, "has the purpose batch; expected the purpose fine-tune"),
+        (Purpose.BATCH, FileStatus.PROCESSED, "has purpose batch; expected purpose fine-tune"),
         (Purpose.FINE_TUNE, FileStatus.ERROR, "line 7 is not JSON"),
     ],
 )
@@ -363,7 +363,7 @@ async def test_unusable_file_is_refused(
         (TrainingCheck(10, 1e-4, 1.0, refused="weights need 140 GB"), "model", "does not fit .*140 GB"),
         (DataError("{file}:7: no answer", expected="an answer"), "training_file", "400 - file-.*:7: no answer"),
         (RecipeError("'adapter.rank' is 5000: too large"), "method", "'adapter.rank' is 5000"),
-        (BaseModelError("/secret/base has no config.json"), "model", "cannot be trained on this server"),
+        (BaseModelError("/secret/base has no config.json"), "model", "cannot be fine-tuned on this server"),
         (NotFoundError("tuned@1 has no merged weights"), "model", "cannot be fine-tuned here"),
     ],
     ids=lambda value: type(value).__name__,

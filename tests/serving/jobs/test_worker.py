@@ -206,7 +206,7 @@ async def test_job_fails_when_its_training_is_killed_three_times(home: WorkerHom
             'Traceback (most recent call last):\n  File "/x/y.py", line 1\nValueError: no',
             {
                 "code": "server_error",
-                "message": "the training failed because of an error of the server; see the server's log",
+                "message": "the training failed because of a server error; see the server's log",
             },
         ),
     ],

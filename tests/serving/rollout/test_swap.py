@@ -244,7 +244,7 @@ async def test_swap_is_refused_if_running_requests_do_not_end_in_time(make: Make
         swap = await control.promote(2)
         assert swap.outcome is SwapOutcome.REFUSED
         assert swap.reason is not None
-        for part in ("requests still ran", "it needs 2 GiB", "serve.drain_timeout_s"):
+        for part in ("requests were still running", "it needs 2 GiB", "serve.drain_timeout_s"):
             assert part in swap.reason
         assert RELOAD not in control.double.calls
         assert control.state is EngineState.READY

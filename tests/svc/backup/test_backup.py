@@ -149,7 +149,7 @@ def test_backup_of_another_home_into_the_same_folder_is_rejected(
     manifest = used.registry.folder(version) / "manifest.json"
     manifest.chmod(0o600)
     manifest.write_text(manifest.read_text("utf-8").replace('"run-1"', '"run-2"'))
-    with pytest.raises(IntegrityError, match="differs from the version"):
+    with pytest.raises(IntegrityError, match="differs from version"):
         back_up()
 
 

@@ -48,8 +48,8 @@ def test_restored_key_stays_revoked_if_revoked_in_any_newer_snapshot(
     store = open_database(tmp_path / oldest.name)
     revoked = [event for event in read_events(store, newest=9) if event.action == "key.revoke"]
     assert sorted(str(event.reason) for event in revoked) == [
-        f"revoked in the snapshot {second.name}",
-        f"revoked in the snapshot {third.name}",
+        f"revoked in snapshot {second.name}",
+        f"revoked in snapshot {third.name}",
     ]
     assert verify_chain(store).fault is None
 
@@ -109,7 +109,7 @@ def test_restore_continues_if_an_option_confirms_the_keys(svc: Svc, used: UsedHo
     keys = json.loads(result.out)["keys"]
     assert [(key["name"], key["rotated_later"]) for key in keys["valid"]] == [("laptop", True)]
     assert [key["name"] for key in keys["revoked"]] == ["stolen"]
-    assert "revoked the key stolen" in result.err and "its secret was rotated later" in result.err
+    assert "revoked key stolen" in result.err and "its secret was rotated later" in result.err
     assert states(tmp_path / "again") == {"laptop": True, "stolen": False}
 
 

@@ -274,7 +274,7 @@ def test_scores_must_be_one_finite_number_per_answer(scores: list[float], wrong:
             return scores
 
     given = answered([("a", "a"), ("b", "c")])
-    with pytest.raises(RecipeError, match=f"the metric own returned invalid scores: {wrong}"):
+    with pytest.raises(RecipeError, match=f"metric own returned invalid scores: {wrong}"):
         judge(given.examples, given.results, 0.0, [Own()])
 
 

@@ -52,7 +52,7 @@ def test_card_has_no_text_of_an_example_no_label_and_no_path(
     ("origin", "shown"),
     [
         ("/home/alice/secret-model", "A model that is not on the Hub"),
-        ("secret@4", "A model that was fine-tuned before"),
+        ("secret@4", "A previously fine-tuned model"),
     ],
 )
 def test_base_that_is_not_on_the_hub_is_not_named(

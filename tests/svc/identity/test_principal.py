@@ -20,7 +20,7 @@ def test_admin_scope_grants_all_permissions(scope: Scope) -> None:
 
 
 def test_missing_scope_is_named_in_the_error() -> None:
-    with pytest.raises(PermissionDeniedError, match="lacks the scope jobs"):
+    with pytest.raises(PermissionDeniedError, match="lacks scope jobs"):
         CLIENT.require(Scope.JOBS)
 
 

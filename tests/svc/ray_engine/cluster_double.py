@@ -166,4 +166,4 @@ class ClusterDouble(RayCluster):
 
 
 def no_room() -> EngineError:
-    return EngineError("no machine of the Ray cluster had room")
+    return EngineError("no machine in the Ray cluster had capacity")

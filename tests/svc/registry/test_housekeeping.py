@@ -97,7 +97,7 @@ def test_version_with_an_alias_is_not_removed(
 ) -> None:
     version = publish().id
     registry.tracking.set_alias(version, alias)
-    with pytest.raises(BusyError, match=f"has the alias {alias}"):
+    with pytest.raises(BusyError, match=f"has alias {alias}"):
         remove_version(registry, store, version)
     assert registry.versions(version.name) == [version]
 
@@ -136,7 +136,7 @@ def test_base_version_of_a_served_or_previous_adapter_is_not_removed(
     targets = [Target(built[0], format), Target(built[1], Format.MERGED)]
     change_desired(store, None, *(targets if served else reversed(targets)))
     if format is Format.ADAPTER:
-        with pytest.raises(BusyError, match=f"is the base of the adapter {built[0]}"):
+        with pytest.raises(BusyError, match=f"is the base of adapter {built[0]}"):
             remove_version(registry, store, base)
     else:
         remove_version(registry, store, base)

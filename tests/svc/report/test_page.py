@@ -225,7 +225,7 @@ def tried(store: Store, version: VersionId, reason: str = "better") -> None:
         (VersionId(version.name, 9), "another loss"),
     ):
         begun = begin_rollout(store, seen, Target(candidate, Format.GPTQ), RolloutSettings(canary=(5, 100)), entry)
-        add_rollout_step(store, begun.id, "canary: 5 % of clients are answered by the candidate")
+        add_rollout_step(store, begun.id, "canary: the candidate serves 5 % of clients")
         store_signals(store, begun.id, (LOSS,))
         end_rollout(store, begun.id, RolloutOutcome.ROLLED_BACK, why)
 
@@ -242,7 +242,7 @@ def test_report_shows_the_rollouts_of_the_version_with_figures_and_outcome(
     assert f"Rollout 1, instead of {versions.name}@2: rolled back" in shown
     assert f"by user:ann: {SCRIPT}" in shown
     assert "UTC: invalid JSON 30.0 % instead of 0.0 %" in shown
-    assert "canary: 5 % of clients are answered by the candidate" in shown
+    assert "canary: the candidate serves 5 % of clients" in shown
     assert re.search(r"invalid\s*0\.000\s*0\.300\s*0\.100\s*0\.500\s*0\.01\s*90\s*failed", shown)
     assert "another loss" not in shown and "Rollout 2" not in shown
 

@@ -52,7 +52,7 @@ def test_store_is_unavailable_while_another_writer_holds_it(tmp_path: Path, monk
     store = open_database(tmp_path)
     with exclusive(store), pytest.raises(StoreUnavailableError) as error, exclusive(store):
         pass
-    assert error.value.shown.wrong == f"another writer held the store {tmp_path / 'svc.db'} for 0.05 s"
+    assert error.value.shown.wrong == f"another writer held the lock on the store {tmp_path / 'svc.db'} for 0.05 s"
 
 
 def test_store_is_unavailable_when_its_disk_is_full(tmp_path: Path) -> None:

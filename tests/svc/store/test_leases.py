@@ -43,7 +43,7 @@ def test_only_the_first_server_gets_the_lease(any_store: Store) -> None:
     assert report(any_store, "b") == {}
 
 
-def test_every_report_extends_the_lease_of_its_holder(any_store: Store) -> None:
+def test_every_report_extends_the_lease_of_the_server_that_sent_it(any_store: Store) -> None:
     report(any_store, "a")
     let_pass(any_store, LEASE_S - 1)
     assert report(any_store, "a") == {"teams": Lease("teams", "a", 1)}

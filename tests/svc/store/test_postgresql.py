@@ -254,7 +254,7 @@ def test_failed_creation_of_tables_is_rolled_back(database: StoreSettings, monke
 
 def test_database_with_another_encoding_is_rejected(postgresql: PostgresServer) -> None:
     postgresql.run("CREATE DATABASE ascii ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
-    with pytest.raises(RegistryError, match="has the encoding SQL_ASCII"):
+    with pytest.raises(RegistryError, match="has encoding SQL_ASCII"):
         open_store(Settings(store=postgresql.settings("ascii")))
 
 

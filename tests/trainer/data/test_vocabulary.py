@@ -32,12 +32,12 @@ def test_tokenizer_is_accepted_when_only_an_unused_token_has_no_embedding_row(
 
 def test_tokenizer_is_rejected_when_the_padding_token_has_no_embedding_row(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    with pytest.raises(BaseModelError, match=r"pad token '\[PAD\]' of model has the id 258, but the model has 258"):
+    with pytest.raises(BaseModelError, match=r"pad token '\[PAD\]' of model has id 258, but the model has 258"):
         check_tokenizer(FOLDER, tokenizer, {257}, 258)
 
 
 def test_tokenizer_is_rejected_when_an_end_token_has_no_embedding_row(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(BaseModelError, match="has the id 300"):
+    with pytest.raises(BaseModelError, match="has id 300"):
         check_tokenizer(FOLDER, tokenizer, {257, 300}, 258)
 
 

@@ -73,5 +73,5 @@ def test_tensor_with_a_different_shape_is_named_in_the_error(tmp_path: Path) -> 
     base = make_model(tmp_path / "base")
     name = "model.layers.1.mlp.up_proj.weight"
     change_files(base, **{name: torch.zeros(3, 64)})
-    with pytest.raises(IntegrityError, match=r"up_proj\.weight' in .* has the shape \[3, 64\]"):
+    with pytest.raises(IntegrityError, match=r"up_proj\.weight' in .* has shape \[3, 64\]"):
         StoredWeights(base)[name]

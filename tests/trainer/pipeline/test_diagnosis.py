@@ -108,7 +108,7 @@ def test_findings_are_stored_and_printed_with_the_version(
     ("evaluate", "advice"),
     [({}, "data.train: read the truncated answers"), ({"max_tokens": 3}, "evaluate.max_tokens from 3 to 6, or null")],
 )
-def test_version_reports_answers_truncated_at_the_limit(
+def test_version_report_shows_share_of_answers_cut_off_at_the_token_limit(
     make: Make, capsys: pytest.CaptureFixture[str], evaluate: dict[str, Any], advice: str
 ) -> None:
     pipeline = make(evaluate=evaluate)  # the engine's double ends no answer by itself

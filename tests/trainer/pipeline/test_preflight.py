@@ -64,7 +64,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[SvcError], str]] = {
     "fewer embedding rows than ids": (
         lambda base: change_json(base / "config.json", vocab_size=257),
         BaseModelError,
-        "has the id 257, but the model has 257 embedding rows",
+        "has id 257, but the model has 257 embedding rows",
     ),
     "impossible config": (
         lambda base: change_json(base / "config.json", num_attention_heads=3),

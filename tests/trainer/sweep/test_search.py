@@ -206,7 +206,7 @@ def test_exploding_loss_fails_only_the_affected_trial(make: Make) -> None:
 
 
 def test_sweep_fails_when_no_trial_completes(make: Make) -> None:
-    with pytest.raises(TrainingError, match="no trial was completed: the loss is nan"):
+    with pytest.raises(TrainingError, match="no trial completed: the loss is nan"):
         make(bowl(1e-4), {"diverges": lambda recipe: True}).run()
 
 

@@ -49,7 +49,7 @@ def test_worker_reserves_a_gpu_when_the_cluster_has_or_may_add_one(
     assert choose_kind(RaySettings(**settings), resources).bundle == bundle
 
 
-def test_refusal_says_how_many_workers_fit_when_the_cluster_is_too_small() -> None:
+def test_error_says_how_many_workers_fit_when_the_cluster_is_too_small() -> None:
     nodes = [
         node("a", CPU=64, GPU=8, type_H100=1),
         node("b", CPU=12, GPU=2, type_H100=1),  # CPU cores for one
@@ -62,7 +62,7 @@ def test_refusal_says_how_many_workers_fit_when_the_cluster_is_too_small() -> No
     assert "set train.devices to 9" in error.todo
 
 
-def test_refusal_says_that_others_use_the_resources_when_the_cluster_is_large_enough() -> None:
+def test_error_says_that_others_use_the_resources_when_the_cluster_is_large_enough() -> None:
     error = shortage(H100, 2, [node("a", CPU=64, GPU=8, type_H100=1)], {"CPU": 64, "GPU": 1}, 10)
     assert "others use them; free: 64 CPU, 1 GPU" in error.wrong
     assert "ray.wait_s" in error.todo

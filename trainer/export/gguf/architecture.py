@@ -99,9 +99,7 @@ def read_architecture(model: Path) -> Architecture:
             todo=todo,
         )
     if (kind := rope.get("rope_type", "default")) not in ("default", "llama3"):
-        raise TrainingError(
-            f"the positions of {model} are scaled by {kind!r}", expected="no scaling, or Llama 3's", todo=todo
-        )
+        raise TrainingError(f"{model} uses {kind!r} RoPE scaling", expected="no RoPE scaling, or Llama 3's", todo=todo)
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         config.model_type == "mistral" and config.sliding_window
     ):

@@ -276,7 +276,7 @@ def _tensors(model: Path, architecture: Architecture, stack: ExitStack) -> Itera
         for stored in file.keys():  # noqa: SIM118 - no mapping
             name = names.get_name(stored, try_suffixes=(".weight", ".bias"))
             if name is None:
-                raise TrainingError(f"GGUF has no name for the tensor {stored!r}", expected="a tensor of a known layer")
+                raise TrainingError(f"GGUF has no name for tensor {stored!r}", expected="a tensor of a known layer")
             shape = tuple(file.get_slice(stored).get_shape())
             yield _Tensor(name, shape, partial(_load, file, stored, architecture))
 
