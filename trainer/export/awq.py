@@ -95,8 +95,8 @@ def check_calibration(log: Sequence[Mapping[str, Any]]) -> None:
 def exact_clipping() -> Iterator[None]:
     """Make gptqmodel use our clipping search within the `with` block.
 
-    This replaces its method, which multiplies at most 512 tokens by every weight for each step. For SmolLM2-135M on two
-    cores, that took 10 of 12 minutes.
+    This replaces its method, which multiplies at most 512 tokens by every weight for each step: 28 s for one matrix
+    of 1,536 x 576 on two busy cores, and 1 to 2 s with ours and 6,144 tokens.
     """
     from gptqmodel.looper.awq_processor import AWQProcessor
 

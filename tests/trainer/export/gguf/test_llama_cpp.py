@@ -56,7 +56,6 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
 
 
-# Measured: Q4_K_M 6, Q5_K_M 10 and Q6_K 11 of 12 answers.
 @pytest.mark.usefixtures("tool")
 @pytest.mark.parametrize(("type", "least"), [(KQuant.Q4_K_M, 0.3), (KQuant.Q5_K_M, 0.5), (KQuant.Q6_K, 0.7)])
 def test_k_quants_of_llama_cpp_itself_are_accepted_and_answer_like_transformers(
