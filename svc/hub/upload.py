@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 CARD_FILE = "README.md"
+_XET_ADVICE = "; for a server without the Hub's Xet storage, set HF_HUB_DISABLE_XET=1"
 _ATTRIBUTES = ".gitattributes"
 """File that the Hub adds to every repository."""
 
@@ -238,12 +239,13 @@ def _hub_errors(repo: str) -> Iterator[None]:
     except (HTTPError, OSError) as error:
         raise ServerNotRunningError(
             f"the Hugging Face Hub does not respond: {_first_line(error)}",
-            todo="check the network and HF_ENDPOINT, and run the command again: files that arrived are not sent again",
+            todo="check the network and HF_ENDPOINT, and run the command again: files that arrived are not sent again"
+            + _XET_ADVICE,
         ) from error
     except (ValueError, RuntimeError) as error:  # an invalid response, or a file that could not be sent
         raise RefusedError(
             f"the upload to {repo} failed: {_first_line(error.__cause__ or error)}",
-            todo="run the command again; for a server that lacks the Hub's Xet storage, set HF_HUB_DISABLE_XET=1",
+            todo="run the command again" + _XET_ADVICE,
         ) from error
 
 

@@ -153,6 +153,16 @@ def test_hub_that_does_not_respond_is_reported(
     assert svc("push", str(manifest.id), "org/tickets", "--yes").code == ServerNotRunningError.exit_code
 
 
+def test_server_without_xet_is_reported_with_the_setting_for_it(
+    svc: Svc, manifest: Manifest, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    ended = svc("push", str(manifest.id), "org/tickets", "--yes")
+    assert ended.code == ServerNotRunningError.exit_code
+    assert "set HF_HUB_DISABLE_XET=1" in ended.err
+    assert "model.safetensors" not in hub.repositories["org/tickets"].files
+
+
 def test_changed_file_is_not_uploaded(svc: Svc, manifest: Manifest, versions: JudgedVersions, hub: HubServer) -> None:
     weights = versions.registry.artifact(manifest.id, Format.MERGED) / "model.safetensors"
     weights.chmod(0o644)
