@@ -173,16 +173,10 @@ def training_options(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _combined(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the adapters that were combined, with their weights. Adapters in folders are not named."""
-    combine = (recipe.get("adapter") or {}).get("combine") or {}
-    return [
-        f"{part['weight']:g} times {'an adapter from a folder' if _is_path(part['adapter']) else part['adapter']}"
-        for part in combine.get("adapters", ())
-    ]
-
-
-def _is_path(name: str) -> bool:
-    return name.startswith((".", "/", "~"))
+    """Return the adapters that were combined, with their weights. Only those on the Hub are named."""
+    parts = ((recipe.get("adapter") or {}).get("combine") or {}).get("adapters", ())
+    names = [part["adapter"] if _HUB_ID.fullmatch(part["adapter"]) else "an adapter not on the Hub" for part in parts]
+    return [f"{part['weight']:g} times {name}" for part, name in zip(parts, names, strict=True)]
 
 
 def _checks(manifest: Manifest, format: Format) -> str:

@@ -5,7 +5,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from svc.hub.card import make_card, training_options
+from svc.hub.card import make_card
 from svc.registry.manifest import BaseRecord, Manifest
 from svc.version import Format
 from tests.svc.report.judged_versions import JudgedVersions
@@ -66,7 +66,13 @@ def test_base_that_is_not_on_the_hub_is_not_named(
     assert "license:" not in card
 
 
-def test_parts_of_a_combined_adapter_are_named_but_not_their_folders() -> None:
-    parts = [{"adapter": "support@3", "weight": 0.7}, {"adapter": "/home/alice/lora", "weight": 0.3}]
-    options = training_options({"adapter": {"combine": {"method": "ties", "adapters": parts}, "rank": 8}})
-    assert options == {"adapter.rank": "8"}
+def test_parts_of_a_combined_adapter_are_named_only_if_they_are_on_the_hub(
+    versions: JudgedVersions, manifest: Manifest
+) -> None:
+    parts = [{"adapter": name, "weight": 0.5} for name in ("secret@3", "/home/alice/secret", "org/lora")]
+    recipe = {"adapter": {"combine": {"method": "ties", "adapters": parts}, "rank": 8}, "train": {"epochs": 1.0}}
+    card = make_card(versions.registry, manifest.model_copy(update={"recipe": recipe}), Format.MERGED, "org/tickets")
+    assert "with a combination of 3 adapters" in card
+    assert "0.5 times org/lora" in card
+    assert "secret" not in card
+    assert "train.epochs" not in card  # nothing was trained
