@@ -168,7 +168,7 @@ def training_options(recipe: Mapping[str, Any]) -> dict[str, str]:
     return {
         key: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         for key, value in values.items()
-        if value not in (None, False, [], {}) and key not in _PRIVATE_KEYS
+        if not (value is None or value is False or value in ([], {}) or key in _PRIVATE_KEYS)
     }
 
 
@@ -233,7 +233,7 @@ def _use_adapter(facts: AdapterFacts | None, base: str | None, repo: str) -> str
         if kwargs := dict(facts.base.template_kwargs):
             command += f" --default-chat-template-kwargs '{json.dumps(kwargs)}'"
         text = _code("sh", [command]) + "\n\n" + text
-    return text if base else f"{text}\n\n`BASE` is the model that was fine-tuned, which is not on the Hub."
+    return text if base else f"{text}\n\n`BASE` is the model that was fine-tuned. Its Hub id is not recorded."
 
 
 def _servable_adapter(registry: Registry, manifest: Manifest) -> AdapterFacts | None:

@@ -21,7 +21,7 @@ RECIPE = {
     "objective": "sft",
     "data": {"train": ["/home/alice/secret/train.jsonl"]},
     "adapter": {"rank": 16, "targets": ["q_proj", "v_proj"], "rslora": False, "trained": None},
-    "train": {"epochs": 2.0, "seed": 7, "learning_rate": 0.0005},
+    "train": {"epochs": 2.0, "seed": 0, "learning_rate": 0.0005},
     "evaluate": {"metrics": ["/home/alice/secret/metric.py:score"]},
     "judge": {"url": "http://judge.internal:8000"},
 }

@@ -33,6 +33,7 @@ def test_card_has_figures_with_intervals_and_changes_from_the_base(
     assert "gptq |" not in card.partition("## Training data")[0]
     assert "`sha256:2`" in card
     assert "| `train.epochs` | 2.0 |" in card
+    assert "| `train.seed` | 0 |" in card
     assert "vllm serve org/tickets" in card
 
 
