@@ -5,7 +5,7 @@ for images. This is harmless unless such an id is used, which causes an index er
 training, quantizing or serving.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,3 +78,30 @@ def checked_ids(
                 todo="remove the special token from the example's text, or choose another base",
             )
         yield rows
+
+
+def with_new_tokens(
+    examples: Iterable[Sequence[TokenizedExample]], tokens: Mapping[int, str]
+) -> Iterator[Sequence[TokenizedExample]]:
+    """Yield the examples, and check at the end that each new token occurred. Otherwise its embedding could not be
+    trained.
+
+    Args:
+        examples: the rows of each training example.
+        tokens: texts of the new tokens, keyed by id.
+
+    Raises:
+        DataError: a token does not occur.
+    """
+    unused = dict(tokens)
+    for rows in examples:
+        if unused:
+            for token in {token for row in rows for token in row.input_ids if token in unused}:
+                del unused[token]
+        yield rows
+    if unused:
+        raise DataError(
+            f"the new token {next(iter(unused.values()))!r} does not occur in the training examples",
+            expected="examples with each token in new_tokens",
+            todo="remove it from new_tokens, or check how the examples spell it",
+        )

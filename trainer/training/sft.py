@@ -38,7 +38,7 @@ from trainer.data.comparison import tokenize_judged
 from trainer.data.length import check_served_sizes, cut_documents, fitting_examples, truncate
 from trainer.data.packing import collate_packed, pack, refuse_recurrent
 from trainer.data.row_file import TrainingRows, read_or_write_rows, rows_key
-from trainer.data.vocabulary import checked_ids
+from trainer.data.vocabulary import checked_ids, with_new_tokens
 from trainer.library_output import library_output_to_log
 from trainer.model.acceleration import choose_acceleration, machine_facts, takes_liger_kernels
 from trainer.model.attention import takes_flash_attention
@@ -112,6 +112,7 @@ def train_model(
     kwargs = choose_template_kwargs(base, recipe.chat_template_kwargs)
     measured = recipe.stopping.measures or recipe.stopping.curve
     embedding_rows = load_config(base).get_text_config().vocab_size
+    new_tokens = {tokenizer.convert_tokens_to_ids(token): token for token in recipe.new_tokens}
     build: Callable[[TrainerSetup], ResumableTrainer]
     if data.judged:
         lengths: NDArray[np.int32]
@@ -119,7 +120,7 @@ def train_model(
         judged = data.heldout_judged if measured else ()
         heldout = tokenize_judged(tokenizer, judged, stops, kwargs)
         answers = [[comparison.first, comparison.second] for comparison in comparisons]
-        for _ in checked_ids(answers, embedding_rows, "training"):
+        for _ in checked_ids(with_new_tokens(answers, new_tokens), embedding_rows, "training"):
             pass
         lengths = np.array([max(len(row.input_ids) for row in rows) for rows in answers], np.int32)
         build = partial(build_preference_trainer, comparisons=comparisons, heldout=heldout)
@@ -132,7 +133,7 @@ def train_model(
         rows = read_or_write_rows(
             checkpoints.with_name("tokens"),
             rows_key(base, data.fingerprint or fingerprint(data.train), settings),
-            checked_ids(examples, embedding_rows, "training"),
+            checked_ids(with_new_tokens(examples, new_tokens), embedding_rows, "training"),
         )
         lengths = rows.lengths
         learnt = rows if processes is None or processes.are_local else rows.loaded()

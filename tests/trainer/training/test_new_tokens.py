@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
-from svc.errors import RecipeError, TrainingError
+from svc.errors import DataError, RecipeError, TrainingError
 from tests.trainer.conftest import losses_of, make_example, make_model, make_recipe
 from tests.trainer.training.test_resume import assert_same, train_in, train_until
 from tests.trainer.training.test_several_devices import CLOSE, train
@@ -97,6 +97,12 @@ def test_folder_with_config_and_tokenizer_alone_is_enough_for_an_estimate(tiny_b
     changed = folder_with_tokens(tmp_path / "base", TOKENS, tmp_path / "cache")
     config, tokenizer = json.loads((changed / "config.json").read_text("utf-8")), AutoTokenizer.from_pretrained(changed)
     assert config["vocab_size"] == len(tokenizer)
+
+
+def test_token_that_no_example_has_is_refused_before_training(tied: Path, tmp_path: Path) -> None:
+    data = TrainingData([make_example("a number", "<tool>1"), make_example("a number", "<tool>2")])
+    with pytest.raises(DataError, match="the new token '</tool>' does not occur in the training examples"):
+        train_in(FLOAT32, tied, data, recipe(), tmp_path)
 
 
 @pytest.mark.slow
