@@ -11,8 +11,9 @@ from trainer.recipe.section import Section
 class RopeType(StrEnum):
     """How rotary position embeddings are scaled.
 
-    Dynamic NTK scaling is left out: transformers scales only texts that are longer than the base's context, but vLLM
-    scales all of them, so that the engine would not serve the model that was trained.
+    Dynamic NTK scaling is left out: transformers scales a text that is longer than the base's context by its own
+    length, but vLLM computes all rotations once, for the base's context only, so that the engine could not serve the
+    model that was trained.
     """
 
     LINEAR = "linear"

@@ -117,3 +117,19 @@ def test_base_of_a_recipe_is_scaled_and_has_its_own_revision(tiny_base: Path, tm
     assert load_config(base.folder).max_position_embeddings == 4 * load_config(tiny_base).max_position_embeddings
     assert base.revision == revision_with_rope(find_base(plain, settings).revision, scaling())
     assert find_config(plain, settings, None, scaling()) == base.folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RopeType)
+def test_engine_rotates_positions_as_training_does(kind: RopeType, tiny_base: Path, tmp_path: Path) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    config = load_config(folder_with_rope(tiny_base, scaling(kind), tmp_path))
+    length, head = config.max_position_embeddings, config.hidden_size // config.num_attention_heads
+    with set_current_vllm_config(VllmConfig()):
+        engine = get_rope(head, length, rope_parameters=config.rope_parameters, dtype=torch.float32)
+    expected = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(length)[None])
+    for part, trained in zip(engine.cos_sin_cache[:length].chunk(2, dim=-1), expected, strict=True):
+        assert torch.equal(part, trained[0, :, : head // 2])
