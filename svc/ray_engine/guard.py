@@ -6,12 +6,17 @@ guard is a shell that waits until a pipe is closed. Only the actor has the pipe'
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from svc.engine.orphans import end_engine
 
-_WAIT = 'read -r _ || exec "$@"'
-"""A line in the pipe tells the guard to exit; the end of the pipe, when the actor dies, tells it to stop the engine."""
+_WAIT = 'exec 3<&0; (read -r _ <&3 || exec "$@" 3<&-) &'
+"""A line in the pipe tells the guard to leave; its end, when the actor dies, tells it to stop the engine.
+
+The guard is the child of a shell that exits immediately. An actor whose node is lost kills its own children before it
+exits: a guard among them died with vLLM's API server, and vLLM's core went on.
+"""
 
 
 class Guard:
@@ -20,11 +25,17 @@ class Guard:
     def __init__(self, state: Path) -> None:
         command = ["sh", "-c", _WAIT, "sh", sys.executable, "-m", "svc.ray_engine.guard", str(state)]
         # In a separate session, so that Ray does not kill it together with the actor.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        self._shell.wait()
 
     def dismiss(self) -> None:
         """Stop the guard, because the engine has been stopped."""
-        self._process.communicate(b"\n")
+        assert self._shell.stdin is not None  # noqa: S101 - a pipe
+        with suppress(BrokenPipeError):  # the guard was killed
+            self._shell.stdin.write(b"\n")
+            self._shell.stdin.flush()
+        with suppress(BrokenPipeError):
+            self._shell.stdin.close()
 
 
 if __name__ == "__main__":

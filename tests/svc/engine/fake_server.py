@@ -15,10 +15,13 @@ import time
 class Handler(http.server.BaseHTTPRequestHandler):
     """A handler that reports healthy for every request."""
 
+    protocol_version = "HTTP/1.1"  # as vLLM's
+
     def do_GET(self) -> None:
         """Respond with status 200."""
         self.send_response(200)
         self.send_header("content-length", "0")
+        self.send_header("connection", "close")  # one connection at a time
         self.end_headers()
 
     def address_string(self) -> str:

@@ -13,7 +13,7 @@ from svc.engine.orphans import runs
 
 SERVER = Path(__file__).parents[1] / "engine" / "fake_server.py"
 ACTOR = """
-import asyncio, sys
+import asyncio, os, psutil, sys
 from pathlib import Path
 from svc.engine.vllm import process
 from svc.engine.vllm.launch import EngineSpec
@@ -29,28 +29,33 @@ async def main():
     engine, guard = process.EngineProcess(spec), Guard(folder)
     await engine.start()
     print(engine._child.pid, flush=True)
-    if sys.stdin.readline():
+    if (line := sys.stdin.readline()) == "stop\\n":
         await engine.stop()
         guard.dismiss()
+    elif line:  # as an actor of Ray whose node is lost
+        for child in psutil.Process().children():
+            child.kill()
+        os._exit(1)
 
 asyncio.run(main())
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [True, False], ids=["killed", "stopped"])
-def test_engine_and_its_children_stop_with_their_actor(killed: bool) -> None:
+@pytest.mark.parametrize("end", ["killed", "stop", "lose the node"])
+def test_engine_and_its_children_stop_with_their_actor(end: str) -> None:
     with TemporaryDirectory(prefix="svc") as folder:
         pipe = subprocess.PIPE
         with subprocess.Popen([sys.executable, "-c", ACTOR, folder, SERVER], stdin=pipe, stdout=pipe) as actor:
-            assert actor.stdout
+            assert actor.stdin and actor.stdout
             engine = psutil.Process(int(actor.stdout.readline()))
             family = [engine, *engine.children()]
             assert len(family) == 2
-            if killed:
+            if end == "killed":
                 actor.kill()
             else:
-                actor.communicate(b"stop\n")
+                actor.stdin.write(f"{end}\n".encode())
+                actor.stdin.flush()
         deadline = time.monotonic() + 15
         while any(runs(process) for process in family):
             assert time.monotonic() < deadline
