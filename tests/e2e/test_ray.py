@@ -1,17 +1,23 @@
 """Engines on two nodes of a Ray cluster on this machine: answers, promotions under load, adoption, and lost nodes."""
 
+import json
 import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 
+from svc.engine.orphans import runs
+from svc.store.rollouts import RolloutOutcome, RolloutState
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import ANY_QUALITY, Instance
 from tests.e2e.json_versions import prompts
-from tests.e2e.test_rollout import Users
+from tests.e2e.test_rollout import PLAN, Users, latest, wait_for_state
 from tests.ray_cluster import RayNodes, actors, running_cluster
 
 pytestmark = [pytest.mark.slow]
@@ -35,6 +41,7 @@ def instance(home: Path, nodes: RayNodes, tmp_path_factory: pytest.TempPathFacto
         "SVC_ENGINE__DEVICE": "cpu",
         "SVC_ENGINE__ENVIRONMENT": '["OMP_WAIT_POLICY"]',
         "OMP_WAIT_POLICY": "PASSIVE",  # engines share the cores
+        "SVC_MODELS": json.dumps({"tiny": {"rollout": PLAN}}),
         "SVC_RAY__ADDRESS": nodes.address,
         "SVC_RAY__FOLDER": str(folder / "node"),
         "SVC_ARTIFACTS__URL": (folder / "store").as_uri(),
@@ -49,6 +56,48 @@ def instance(home: Path, nodes: RayNodes, tmp_path_factory: pytest.TempPathFacto
             yield instance
             instance.end()
     assert actors() == []
+
+
+def engine_of(actor: psutil.Process) -> list[psutil.Process]:
+    """Return all processes of the vLLM of an actor."""
+    first = next(each for each in actor.children() if "vllm" in " ".join(each.cmdline()))
+    return [first, *first.children(recursive=True)]
+
+
+def until_gone(engine: list[psutil.Process]) -> None:
+    """Wait until all processes of an engine have ended."""
+    deadline = time.monotonic() + 15
+    while left := [each for each in engine if runs(each)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def node_of(actor: psutil.Process) -> str:
+    """Return the name of an actor's node."""
+    raylet = actor.parent()
+    assert raylet is not None
+    return next(name for name in ("first", "second") if f"{name},1" in " ".join(raylet.cmdline()))
+
+
+@contextmanager
+def long_answer(instance: Instance) -> Iterator[None]:
+    """Ask for an answer of many tokens during the body, which its engine need not complete."""
+    body = {"model": "tiny", "messages": PROMPTS[0], "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    began = threading.Event()
+
+    def ask() -> None:
+        with (
+            suppress(httpx.HTTPError),
+            httpx.stream("POST", f"{instance.url}/v1/chat/completions", json=body, timeout=120) as answer,
+        ):
+            for _ in answer.iter_lines():
+                began.set()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert began.wait(30)
+    yield
+    thread.join()
 
 
 def test_promotion_and_kill_of_the_server_keep_the_engine_on_its_node(instance: Instance, report: Report) -> None:
@@ -72,14 +121,14 @@ def test_promotion_and_kill_of_the_server_keep_the_engine_on_its_node(instance: 
 @pytest.mark.matrix
 def test_killed_actor_is_replaced_and_leaves_no_engine(instance: Instance, report: Report) -> None:
     (actor,) = actors()
-    engine = next(each for each in actor.children() if "vllm" in " ".join(each.cmdline()))
+    engine = engine_of(actor)
     began = time.monotonic()
     actor.kill()
     instance.until(lambda status: status["engine"]["state"] != "ready", 15)
     noticed_s = time.monotonic() - began
     instance.until(lambda status: status["engine"]["state"] == "ready")
     report(f"Ray: a killed actor was noticed after {noticed_s:.1f} s, replaced after {time.monotonic() - began:.1f} s")
-    assert not engine.is_running()
+    until_gone(engine)
     assert len(actors()) == 1
 
 
@@ -88,10 +137,7 @@ def test_engine_of_a_lost_node_is_replaced_on_the_other_one_under_load(
     instance: Instance, nodes: RayNodes, report: Report
 ) -> None:
     (actor,) = actors()
-    engine = next(each for each in actor.children() if "vllm" in " ".join(each.cmdline()))
-    raylet = actor.parent()
-    assert raylet is not None
-    lost = next(name for name in ("first", "second") if f"{name},1" in " ".join(raylet.cmdline()))
+    engine, lost = engine_of(actor), node_of(actor)
     began = time.monotonic()
     with Users(instance.url, "tiny", prompts(50), streams=2).asking() as users:
         users.wait_for(5)
@@ -102,5 +148,60 @@ def test_engine_of_a_lost_node_is_replaced_on_the_other_one_under_load(
         took_s = time.monotonic() - began
     assert {version for version, _ in instance.answers()} == {"tiny@2"}
     report(f"Ray: a lost node was noticed after {noticed_s:.1f} s, its engine replaced after {took_s:.1f} s")
-    assert not engine.is_running()
+    until_gone(engine)
     assert len(actors()) == 1
+    nodes.add(lost)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("state", ["draining", "swapping"])
+def test_engine_of_a_node_lost_during_a_swap_is_replaced(
+    instance: Instance, nodes: RayNodes, report: Report, state: str
+) -> None:
+    (actor,) = actors()
+    engine, lost, before = engine_of(actor), node_of(actor), instance.status()["version"]
+    other = "tiny@1" if before == "tiny@2" else "tiny@2"
+    with long_answer(instance):
+        promotion = instance.try_to_promote(other, "--direct")
+        instance.until(lambda status: status["engine"]["state"] == state, 60)
+        nodes.kill(lost)
+        began = time.monotonic()
+    nodes.add(lost)
+    code = promotion.wait(240)
+    instance.until(lambda status: status["engine"]["state"] == "ready")
+    took_s, after = time.monotonic() - began, instance.status()["version"]
+    assert {version for version, _ in instance.answers()} == {after}
+    assert after == (other if code == 0 else before)
+    report(
+        f"Ray: a node lost while {state}: {after} serves after {took_s:.1f} s; svc promote {other} exited with {code}"
+    )
+    until_gone(engine)
+    assert len(actors()) == 1
+
+
+@pytest.mark.matrix
+def test_rollout_whose_candidates_node_is_lost_is_rolled_back(
+    instance: Instance, nodes: RayNodes, report: Report
+) -> None:
+    (production,) = actors()
+    before = instance.status()["version"]
+    other = "tiny@1" if before == "tiny@2" else "tiny@2"
+    with Users(instance.url, "tiny", prompts(50), streams=2).asking() as users:
+        users.wait_for(5)
+        promotion = instance.try_to_promote(other, "--canary", "50,100")
+        wait_for_state(instance, RolloutState.CANARY, "tiny")
+        (candidate,) = [each for each in actors() if each != production]
+        engine, lost = engine_of(candidate), node_of(candidate)
+        nodes.kill(lost)
+        began = time.monotonic()
+        assert promotion.wait(120) == 21
+        took_s = time.monotonic() - began
+        asked = len(users.versions)
+        users.wait_for(10)
+    assert latest(instance, "tiny").outcome is RolloutOutcome.ROLLED_BACK
+    assert set(users.versions[asked + 2 :]) == {before}
+    assert len(users.failed) <= 2  # those that the candidate was answering
+    report(f"Ray: a candidate's node lost: rolled back after {took_s:.1f} s, {len(users.failed)} requests failed")
+    until_gone(engine)
+    assert actors() == [production]
+    nodes.add(lost)
