@@ -82,7 +82,8 @@ class RayMachines:
         room = self._cluster.room(need)
         if room >= engines:
             return None
-        return f"{engines} more engines need {need.resources} each, and the Ray cluster has capacity for {room}"
+        each = " and ".join(f"{amount:g} {name}" for name, amount in need.resources.items())
+        return f"{engines} more engines need {each} each, and the Ray cluster has capacity for {room}"
 
     def _describe(self, settings: EngineSettings) -> Described:
         needs = self._needs(settings)
