@@ -74,8 +74,8 @@ def test_versions_in_a_format_replace_each_other_in_place(
         if version:
             swap: Any = svc_json(formats_home, "promote", version, *ANY_QUALITY)
             assert swap["kind"] == "inplace"
-            assert swap["outcome"] == "promoted"
+            assert swap["outcome"] == "succeeded"
         raw = client.chat.completions.with_raw_response.create(model="tiny", messages=messages, max_tokens=5)
         assert raw.headers["x-model-version"] == (version or "tiny@1")
     (model,) = svc_json(formats_home, "status")["models"]
-    assert model["target"]["format"] == formats[0]
+    assert model["format"] == formats[0]
