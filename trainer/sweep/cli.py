@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from svc.settings import Settings
     from trainer.recipe.recipe import Recipe
     from trainer.sweep.finals import Finals
+    from trainer.sweep.trial_runner import TrialRunner
     from trainer.sweep.values import Values
-    from trainer.sweep.workplace import Workplace
 
 
 @click.command()
@@ -35,21 +35,21 @@ def sweep(
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
     loaded.require_training("svc sweep")
-    place = _open_workplace(settings, loaded, "sweep", anyway=anyway, makes_version=register)
-    finals = _open_finals(settings, place)
+    runner = _open_trial_runner(settings, loaded, "sweep", anyway=anyway, makes_version=register)
+    finals = _open_finals(settings, runner)
     from trainer.sweep.picture import draw_sweep
     from trainer.sweep.sweep import RESULT_FILE, WINNER_FILE, print_sweep, run_sweep
 
-    with place.held():
-        result = run_sweep(place, finals)
-        picture = draw_sweep(result, place.folder / "trials.svg")
-        files = [place.folder / name for name in (RESULT_FILE, WINNER_FILE)]
-        place.publish({"heldout_loss": result.loss.value, "base_heldout_loss": result.base.value}, picture, *files)
+    with runner.held():
+        result = run_sweep(runner, finals)
+        picture = draw_sweep(result, runner.folder / "trials.svg")
+        files = [runner.folder / name for name in (RESULT_FILE, WINNER_FILE)]
+        runner.publish({"heldout_loss": result.loss.value, "base_heldout_loss": result.base.value}, picture, *files)
     if not as_json:
-        print_sweep(result, place.folder, picture)
-    version = _register(settings, place, result.winner, as_json=as_json) if register else None
+        print_sweep(result, runner.folder, picture)
+    version = _register(settings, runner, result.winner, as_json=as_json) if register else None
     if as_json:
-        outputs = {"folder": str(place.folder), "picture": str(picture), "version": version}
+        outputs = {"folder": str(runner.folder), "picture": str(picture), "version": version}
         print_json(result.model_dump(mode="json") | outputs)
 
 
@@ -57,28 +57,28 @@ def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_j
     """Measure a recipe's learning curve and print it to stdout."""
     from svc.terminal import output
 
-    place = _open_workplace(settings, recipe, "curve", anyway=anyway, makes_version=False)
+    runner = _open_trial_runner(settings, recipe, "curve", anyway=anyway, makes_version=False)
     from trainer.sweep.learning_curve import CURVE_FILE, print_curve, run_curve
     from trainer.sweep.picture import draw_curve
 
-    with place.held():
-        curve = run_curve(place)
-        picture = draw_curve(curve, place.folder / "curve.svg")
+    with runner.held():
+        curve = run_curve(runner)
+        picture = draw_curve(curve, runner.folder / "curve.svg")
         figures = {"heldout_loss": curve.points[-1].loss.value}
         if curve.gain:
             figures |= {"gain": curve.gain.value, "gain_low": curve.gain.low, "gain_high": curve.gain.high}
-        place.publish(figures, picture, place.folder / CURVE_FILE)
+        runner.publish(figures, picture, runner.folder / CURVE_FILE)
     if as_json:
-        print_json(curve.model_dump(mode="json") | {"folder": str(place.folder), "picture": str(picture)})
+        print_json(curve.model_dump(mode="json") | {"folder": str(runner.folder), "picture": str(picture)})
     else:
-        print_curve(curve, len(place.data.judged))
+        print_curve(curve, len(runner.data.judged))
         output.print(f"picture: {picture}", markup=False, soft_wrap=True)
 
 
-def _open_workplace(
+def _open_trial_runner(
     settings: "Settings", recipe: "Recipe", kind: str, *, anyway: bool, makes_version: bool
-) -> "Workplace":
-    """Return the workplace that runs a recipe's trials.
+) -> "TrialRunner":
+    """Return the runner of a recipe's trials.
 
     Args:
         kind: `sweep` or `curve`.
@@ -98,7 +98,7 @@ def _open_workplace(
     from trainer.pipeline.estimate import estimate_here
     from trainer.pipeline.examples import read_run_examples
     from trainer.pipeline.find_base import find_base
-    from trainer.sweep.workplace import Workplace
+    from trainer.sweep.trial_runner import TrialRunner
 
     if recipe.objective is not Objective.SFT:
         raise RecipeError(
@@ -111,10 +111,10 @@ def _open_workplace(
     estimate_here(recipe, examples, settings, anyway=anyway, makes_version=makes_version, trials=True)
     base = find_base(recipe.base, settings, recipe.chat_template, recipe.rope_scaling, recipe.new_tokens)
     number_type = read_capabilities(settings.home).training_type
-    return Workplace(settings.home / SWEEPS_FOLDER, kind, recipe, base, examples, registry.tracking, number_type)
+    return TrialRunner(settings.home / SWEEPS_FOLDER, kind, recipe, base, examples, registry.tracking, number_type)
 
 
-def _open_finals(settings: "Settings", place: "Workplace") -> "Finals | None":
+def _open_finals(settings: "Settings", runner: "TrialRunner") -> "Finals | None":
     """Return the finals of a sweep, or None if the recipe has none. Everything that can be checked before the
     first trial is checked.
     """
@@ -122,16 +122,16 @@ def _open_finals(settings: "Settings", place: "Workplace") -> "Finals | None":
     from trainer.pipeline.preflight import check_base
     from trainer.sweep.finals import Finals
 
-    if not place.has_finals:
+    if not runner.has_finals:
         return None
     capabilities = read_capabilities(settings.home)
-    check_base(place.base.folder, place.recipe, capabilities, settings.engine)
-    finals = Finals(place, settings, capabilities)
+    check_base(runner.base.folder, runner.recipe, capabilities, settings.engine)
+    finals = Finals(runner, settings, capabilities)
     finals.check()
     return finals
 
 
-def _register(settings: "Settings", place: "Workplace", winner: "Values", *, as_json: bool) -> str:
+def _register(settings: "Settings", runner: "TrialRunner", winner: "Values", *, as_json: bool) -> str:
     """Run all stages of `svc train` with the winning trial's values, and return the id of the resulting
     version.
     """
@@ -141,8 +141,8 @@ def _register(settings: "Settings", place: "Workplace", winner: "Values", *, as_
     from trainer.sweep.values import with_values
 
     registry = Registry.of(settings)
-    recipe = with_values(place.recipe, winner)
-    version = open_pipeline(settings, registry, recipe, place.examples.selected, place.base).train_version()
+    recipe = with_values(runner.recipe, winner)
+    version = open_pipeline(settings, registry, recipe, runner.examples.selected, runner.base).train_version()
     if not as_json:
         print_version(registry.manifest(version), registry.folder(version))
     return str(version)

@@ -45,8 +45,8 @@ from trainer.pipeline.evaluation_engine import LaunchModel, ReusedEngine, evalua
 from trainer.pipeline.forgetting import judge_forgetting
 from trainer.recipe.evaluate import Undecided
 from trainer.sweep.outcome import TrialComparison, TrialOutcome
+from trainer.sweep.trial_runner import TrialRunner
 from trainer.sweep.values import describe
-from trainer.sweep.workplace import Workplace
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Finals:
         launch: creates engines; defaults to vLLM processes on this machine.
     """
 
-    place: Workplace
+    runner: TrialRunner
     settings: Settings
     capabilities: DeviceCapabilities
     launch: LaunchModel | None = None
@@ -123,7 +123,7 @@ class Finals:
     @cached_property
     def examples(self) -> tuple[ChatExample, ...]:
         """The held-out examples that finalists have to answer."""
-        return self.place.judged[: self.place.recipe.evaluate.limit]
+        return self.runner.judged[: self.runner.recipe.evaluate.limit]
 
     @cached_property
     def metric(self) -> Metric:
@@ -132,12 +132,12 @@ class Finals:
         Raises:
             RecipeError: the recipe names a metric that does not exist or cannot score these examples.
         """
-        return choose_metrics(self.place.examples.heldout, self.place.recipe.evaluate.metric_options)[0]
+        return choose_metrics(self.runner.examples.heldout, self.runner.recipe.evaluate.metric_options)[0]
 
     @cached_property
     def _context(self) -> int:
         longest = self.settings.engine.max_model_len
-        return min(longest, read_model_facts(self.place.base.folder).context or longest)
+        return min(longest, read_model_facts(self.runner.base.folder).context or longest)
 
     def check(self) -> None:
         """Check before the first trial that the engine can answer the examples and that the metric can score them.
@@ -145,7 +145,7 @@ class Finals:
         Raises:
             SvcError: an example does not fit into the engine, or the metric cannot score the reference answers.
         """
-        room = self.place.recipe.evaluate.max_tokens or 0
+        room = self.runner.recipe.evaluate.max_tokens or 0
         check_call_parser(self.examples, self.settings.engine.args)
         check_served_length(self._tokenized, self._context, "held-out", room=room)
         check_served_length(self._tokenized_questions, self._context, "general", room=MAX_TOKENS)
@@ -158,7 +158,7 @@ class Finals:
         order = [*trials[:2], *sorted(trials[2:], key=lambda trial: trial.mean)]
         unique: dict[str, TrialOutcome] = {}
         for trial in order:
-            if trial.loss and self.place.adapter(trial).is_dir():
+            if trial.loss and self.runner.adapter(trial).is_dir():
                 unique.setdefault(trial.key, trial)
         return list(unique.values())
 
@@ -172,7 +172,7 @@ class Finals:
         Raises:
             SvcError: the engine failed.
         """
-        self.place.unload()
+        self.runner.unload()
         return asyncio.run(self._measure(trials))
 
     def choose(self, finalists: Sequence[Finalist], preferred: TrialOutcome, losses: TrialComparison) -> Finalist:
@@ -243,22 +243,22 @@ class Finals:
         return compared.difference, compared.direction
 
     async def _measure(self, trials: Sequence[TrialOutcome]) -> list[Finalist]:
-        base, questions = self.place.base, self.place.examples.questions
+        base, questions = self.runner.base, self.runner.examples.questions
         launch = self.launch or partial(
             evaluation_engine,
             settings=self.settings,
             capabilities=self.capabilities,
-            run=self.place.folder,
-            name=self.place.recipe.name,
+            run=self.runner.folder,
+            name=self.runner.recipe.name,
         )
         finalists: list[Finalist] = []
         async with ReusedEngine(launch) as engine:
             [before] = await self._ask(engine, "base", base.revision, lambda: base.folder, task=False)
             for trial in trials:
-                if len(finalists) > self.place.recipe.sweep.finalists and any(one.allowed for one in finalists):
+                if len(finalists) > self.runner.recipe.sweep.finalists and any(one.allowed for one in finalists):
                     break
-                name, revision = describe(trial.values), f"{self.place.folder.name}/{trial.key}"
-                if self.place.recipe.merge_dequantized:
+                name, revision = describe(trial.values), f"{self.runner.folder.name}/{trial.key}"
+                if self.runner.recipe.merge_dequantized:
                     revision += "/dequantized"
                 try:
                     results, after = await self._ask(engine, name, revision, partial(self._merge, trial), task=True)
@@ -273,7 +273,7 @@ class Finals:
     ) -> Finalist:
         """Score a trial's answers, print the resulting metrics, and add them to the trial's MLflow run."""
         evaluation = judge(self.examples, results, 0.0, [self.metric])
-        primary, options = evaluation.report.figures[self.metric.name].estimate, self.place.recipe.evaluate
+        primary, options = evaluation.report.figures[self.metric.name].estimate, self.runner.recipe.evaluate
         allowed = True
         if forgetting and options.max_forgetting is not None:
             outcome = judge_forgetting(forgetting, options.max_forgetting, Format.MERGED).verdict.outcome
@@ -284,7 +284,7 @@ class Finals:
         figures = {f"final_{self.metric.name}": primary.value} | (
             tracked(forgetting, Format.MERGED) if forgetting else {}
         )
-        self.place.log_final(trial, figures)
+        self.runner.log_final(trial, figures)
         return Finalist(trial, evaluation.results, primary, forgetting, allowed)
 
     async def _ask(
@@ -298,10 +298,10 @@ class Finals:
         Args:
             make: returns the model's folder. It is called only if answers are missing.
         """
-        place, kwargs = self.place, self.place.template_kwargs
-        cache = evaluation_cache(self.settings, self.capabilities, revision, place.base.folder, template_kwargs=kwargs)
+        runner, kwargs = self.runner, self.runner.template_kwargs
+        cache = evaluation_cache(self.settings, self.capabilities, revision, runner.base.folder, template_kwargs=kwargs)
         general = ("general questions", self._questions, self._tokenized_questions, MAX_TOKENS)
-        examples = ("examples", self.examples, self._tokenized, place.recipe.evaluate.max_tokens)
+        examples = ("examples", self.examples, self._tokenized, runner.recipe.evaluate.max_tokens)
         client: EngineClient | None = None
         answers = []
         for what, asked, tokenized, fixed in (examples, general) if task else (general,):
@@ -319,7 +319,7 @@ class Finals:
 
     @property
     def _questions(self) -> tuple[ChatExample, ...]:
-        questions = self.place.examples.questions
+        questions = self.runner.examples.questions
         return questions.examples if questions else ()
 
     @cached_property
@@ -331,16 +331,16 @@ class Finals:
         return self._tokenize(self._questions)
 
     def _tokenize(self, examples: Sequence[ChatExample]) -> list[TokenizedExample]:
-        return tokenize_as_trained(self.place.base.folder, examples, self.place.template_kwargs) if examples else []
+        return tokenize_as_trained(self.runner.base.folder, examples, self.runner.template_kwargs) if examples else []
 
     def _merged(self, trial: TrialOutcome) -> Path:
-        return self.place.folder / "finals" / trial.key
+        return self.runner.folder / "finals" / trial.key
 
     def _merge(self, trial: TrialOutcome) -> Path:
         """Write a trial's merged model and return its folder."""
         merged = self._merged(trial)
         shutil.rmtree(merged, ignore_errors=True)
-        dequantized = self.place.recipe.merge_dequantized
-        merge_adapter(self.place.base.folder, self.place.adapter(trial), merged, dequantized=dequantized)
-        write_template_kwargs(merged, self.place.template_kwargs)
+        dequantized = self.runner.recipe.merge_dequantized
+        merge_adapter(self.runner.base.folder, self.runner.adapter(trial), merged, dequantized=dequantized)
+        write_template_kwargs(merged, self.runner.template_kwargs)
         return merged

@@ -22,7 +22,7 @@ from svc.terminal import console, output
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from trainer.sweep.workplace import Workplace
+    from trainer.sweep.trial_runner import TrialRunner
 
     Floats = NDArray[np.float64]
 
@@ -94,33 +94,33 @@ class LearningCurve(_Result):
     sentence: str
 
 
-def run_curve(place: "Workplace") -> LearningCurve:
+def run_curve(runner: "TrialRunner") -> LearningCurve:
     """Run the training runs that are still missing, then write and return the learning curve. The caller must
-    hold the workplace's lock.
+    hold the runner's lock.
 
     Raises:
         DataError: there are too few examples.
         InterruptedRunError: the curve was interrupted; running the same command again resumes it.
         TrainingError: the loss of a training run exploded, or memory ran out.
     """
-    examples, rows = place.examples.train, place.data.train
+    examples, rows = runner.examples.train, runner.data.train
     if len(examples) < _MIN_EXAMPLES:
         raise DataError(
             f"found only {len(examples)} examples", expected=f"at least {_MIN_EXAMPLES} for a learning curve"
         )
-    base = place.base_loss()
+    base = runner.base_loss()
     points, each = [], []
-    for part in nested_subsets([example.answer for example in examples], place.recipe.data.seed):
+    for part in nested_subsets([example.answer for example in examples], runner.recipe.data.seed):
         console.print(f"[bold]{len(part)} of {len(examples)} examples[/bold]")
-        outcome = place.run_trial({}, lambda step, loss: None, [rows[number] for number in part])
+        outcome = runner.run_trial({}, lambda step, loss: None, [rows[number] for number in part])
         if outcome.loss is None:
             wrong = f"training on {len(part)} examples failed: {outcome.why}"
             raise TrainingError(wrong, todo="see docs/training.md")
         console.print(f"  held-out loss {outcome.loss}")
         points.append(Point(examples=len(part), loss=outcome.loss, steps=outcome.steps, seconds=outcome.seconds))
         each.append(outcome.heldout_each)
-    curve = extrapolate(points, each, place.answer_lengths, base)
-    write_whole(place.folder / CURVE_FILE, curve.model_dump_json(indent=1).encode("utf-8"))
+    curve = extrapolate(points, each, runner.answer_lengths, base)
+    write_whole(runner.folder / CURVE_FILE, curve.model_dump_json(indent=1).encode("utf-8"))
     return curve
 
 

@@ -26,8 +26,8 @@ from trainer.recipe.recipe import Recipe
 from trainer.recipe.sweep import Between
 from trainer.recipe.targets import Targets
 from trainer.sweep.outcome import TrialComparison, TrialOutcome
+from trainer.sweep.trial_runner import Watch
 from trainer.sweep.values import Values, describe, show, with_values
-from trainer.sweep.workplace import Watch
 
 RATE, RANK, EPOCHS, STEPS = "train.learning_rate", "adapter.rank", "train.epochs", "train.steps"
 TARGETS, DROPOUT = "adapter.targets", "adapter.dropout"

@@ -17,8 +17,8 @@ from trainer.recipe.sweep import Between
 from trainer.sweep.finals import Finals, FinalsResult
 from trainer.sweep.outcome import Summary, TrialComparison, TrialOutcome
 from trainer.sweep.search import Phase, Search
+from trainer.sweep.trial_runner import TrialRunner
 from trainer.sweep.values import Values, describe, with_values
-from trainer.sweep.workplace import Workplace
 
 RESULT_FILE, WINNER_FILE = "result.json", "winner.yaml"
 
@@ -67,8 +67,8 @@ class SweepResult(BaseModel):
     finals: FinalsResult | None = None
 
 
-def run_sweep(place: Workplace, finals: Finals | None = None) -> SweepResult:
-    """Run the remaining trials, then write and return the sweep's result. The caller must hold the workplace's
+def run_sweep(runner: TrialRunner, finals: Finals | None = None) -> SweepResult:
+    """Run the remaining trials, then write and return the sweep's result. The caller must hold the runner's
     lock.
 
     Args:
@@ -79,20 +79,20 @@ def run_sweep(place: Workplace, finals: Finals | None = None) -> SweepResult:
         RecipeError: a value in the recipe's search space is not valid for its key.
         TrainingError: no trial completed.
     """
-    _check_space(place.recipe)
-    base = place.base_loss()
-    console.print(f"  held-out loss of the base: {base} on {len(place.data.judged)} examples")
-    studies = place.folder.absolute() / "study.db"
+    _check_space(runner.recipe)
+    base = runner.base_loss()
+    console.print(f"  held-out loss of the base: {base} on {len(runner.data.judged)} examples")
+    studies = runner.folder.absolute() / "study.db"
     studies.unlink(missing_ok=True)  # created again from the outcomes of trials, so that a kill leaves no partial study
-    usual_rate = place.recipe.usual_learning_rate(read_width(place.base.folder))
-    compare = TrialComparison(place.answer_lengths)
-    search = Search(place.recipe, usual_rate, compare, place.run_trial, f"sqlite:///{studies}")
+    usual_rate = runner.recipe.usual_learning_rate(read_width(runner.base.folder))
+    compare = TrialComparison(runner.answer_lengths)
+    search = Search(runner.recipe, usual_rate, compare, runner.run_trial, f"sqlite:///{studies}")
     winner, measured = search.run(), None
     if finals:
         winner, measured = _run_finals(finals, search, winner)
     result = summarize(search, winner, base, measured)
-    write_whole(place.folder / RESULT_FILE, result.model_dump_json(indent=1).encode("utf-8"))
-    write_whole(place.folder / WINNER_FILE, recipe_text(with_values(place.recipe, result.winner)).encode("utf-8"))
+    write_whole(runner.folder / RESULT_FILE, result.model_dump_json(indent=1).encode("utf-8"))
+    write_whole(runner.folder / WINNER_FILE, recipe_text(with_values(runner.recipe, result.winner)).encode("utf-8"))
     return result
 
 

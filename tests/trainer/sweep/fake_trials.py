@@ -9,8 +9,8 @@ from optuna import TrialPruned
 from svc.evaluation.intervals import mean
 from trainer.recipe.recipe import Recipe
 from trainer.sweep.outcome import Status, TrialOutcome
+from trainer.sweep.trial_runner import Watch
 from trainer.sweep.values import Values, training_key, with_values
-from trainer.sweep.workplace import Watch
 
 LEVELS = (0.2, 0.5, 0.9, 1.4, 0.7, 0.3, 1.1, 0.8)
 """Loss level of each held-out example."""
@@ -30,7 +30,7 @@ def outcome(
 
 @dataclass
 class FakeTrials:
-    """Replaces the trainings of a workplace.
+    """Replaces the training runs of a trial runner.
 
     Attributes:
         made: values of each training, in order.

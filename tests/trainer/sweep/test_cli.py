@@ -151,7 +151,7 @@ from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import read_run_examples
 from trainer.recipe.file import load_recipe
 from trainer.sweep.sweep import run_sweep
-from trainer.sweep.workplace import Workplace
+from trainer.sweep.trial_runner import TrialRunner
 import trainer.training.trial
 for line in sys.stdin:
     sweeps = Path(line.strip())
@@ -164,9 +164,9 @@ for line in sys.stdin:
             base = Base(Path(recipe.base), recipe.base, "Apache-2.0", "sha256:0")
             tracking = Tracking(sys.argv[2])
             examples, number_type = read_run_examples(recipe), AVX512.training_type
-            place = Workplace(sweeps, "sweep", recipe, base, examples, tracking, number_type)
-            with place.held():
-                run_sweep(place)
+            runner = TrialRunner(sweeps, "sweep", recipe, base, examples, tracking, number_type)
+            with runner.held():
+                run_sweep(runner)
             code = 0
         except BaseException as error:
             code = getattr(error, "exit_code", 1)
@@ -233,10 +233,10 @@ def test_keyboard_interrupt_between_training_runs_interrupts_the_sweep(tmp_path:
     from tests.trainer.conftest import make_recipe
     from trainer.base_model.resolve import Base
     from trainer.pipeline.examples import Examples
-    from trainer.sweep.workplace import Workplace
+    from trainer.sweep.trial_runner import TrialRunner
 
     examples = Examples((), (), "", "", ())
     base = Base(tmp_path, "./base", None, "sha256:0")
-    place = Workplace(tmp_path, "sweep", make_recipe(), base, examples, Tracking(""), AVX512.training_type)
-    with pytest.raises(InterruptedRunError), place.held():
+    runner = TrialRunner(tmp_path, "sweep", make_recipe(), base, examples, Tracking(""), AVX512.training_type)
+    with pytest.raises(InterruptedRunError), runner.held():
         raise KeyboardInterrupt

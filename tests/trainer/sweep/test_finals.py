@@ -24,7 +24,7 @@ from trainer.sweep import finals as module
 from trainer.sweep.finals import Finalist, Finals
 from trainer.sweep.outcome import TrialComparison, TrialOutcome
 from trainer.sweep.search import RATE
-from trainer.sweep.workplace import Workplace
+from trainer.sweep.trial_runner import TrialRunner
 
 UNCHANGED = outcome(0.5, "unchanged")
 FAST, MIDDLE, SLOW = (
@@ -50,7 +50,7 @@ class Contest:
         monkeypatch.setattr(module, "tokenize_as_trained", _tokenize)
         monkeypatch.setattr(module, "merge_adapter", self._merge)
         monkeypatch.setattr(
-            Workplace, "log_final", lambda place, trial, figures: self.logged.update({trial.key: figures})
+            TrialRunner, "log_final", lambda runner, trial, figures: self.logged.update({trial.key: figures})
         )
 
     def open(self, right: Sequence[str] = (), knowing: Sequence[str] = ("base",), **sections: Any) -> Finals:
@@ -66,11 +66,13 @@ class Contest:
         examples = Examples((), heldout, "", "", (), questions=questions)
         base = Base(self._base, "./base", None, "sha256:0")
         recipe = make_recipe(**({"evaluate": {"metrics": "exact_match"}} | sections))
-        place = Workplace(self._folder / "sweeps", "sweep", recipe, base, examples, Tracking(""), AVX512.training_type)
+        runner = TrialRunner(
+            self._folder / "sweeps", "sweep", recipe, base, examples, Tracking(""), AVX512.training_type
+        )
         for trial in TRIALS:
-            place.adapter(trial).mkdir(parents=True, exist_ok=True)
+            runner.adapter(trial).mkdir(parents=True, exist_ok=True)
         settings = Settings(home=self._folder / "home", engine=EngineSettings(device=Device.CPU))
-        return Finals(place, settings, AVX512, self._launch)
+        return Finals(runner, settings, AVX512, self._launch)
 
     def _merge(self, base: Path, adapter: Path, out: Path, *, dequantized: bool) -> None:
         write_model(out, seed=1)
@@ -172,12 +174,12 @@ def test_finalists_are_evaluated_only_once_and_in_one_engine(contest: Contest) -
 def test_no_merged_weights_are_left_after_the_finals(contest: Contest) -> None:
     finals = contest.open()
     won(finals)
-    assert not list(finals.place.folder.glob("finals/*"))
+    assert not list(finals.runner.folder.glob("finals/*"))
 
 
 def test_trials_without_an_adapter_are_excluded_from_the_finals(contest: Contest) -> None:
     finals = contest.open()
-    finals.place.adapter(MIDDLE).rmdir()
+    finals.runner.adapter(MIDDLE).rmdir()
     assert [trial.key for trial in finals.rank(TRIALS)] == ["unchanged", "fast", "slow"]
 
 
@@ -192,4 +194,4 @@ def test_trials_without_an_adapter_are_excluded_from_the_finals(contest: Contest
     ],
 )
 def test_finals_require_adapters_and_a_merged_format(contest: Contest, sections: dict[str, Any], has: bool) -> None:
-    assert contest.open(**sections).place.has_finals is has
+    assert contest.open(**sections).runner.has_finals is has

@@ -59,7 +59,7 @@ _MAX_JUDGED, _MAX_WATCHED = 200, 64
 
 
 @dataclass(frozen=True)
-class Workplace:
+class TrialRunner:
     """Runs the trials of one sweep or learning curve. Commands with the same recipe, data and base share a
     folder.
 

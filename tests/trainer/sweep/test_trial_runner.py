@@ -17,21 +17,21 @@ from tests.trainer.conftest import make_example, make_recipe
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.sweep.outcome import Status
-from trainer.sweep.workplace import Workplace
+from trainer.sweep.trial_runner import TrialRunner
 
 pytestmark = pytest.mark.slow  # imports torch
 
 
 @pytest.fixture
-def place(tmp_path: Path, tracking: Tracking) -> Workplace:
+def runner(tmp_path: Path, tracking: Tracking) -> TrialRunner:
     from trainer.training.trial import TrialData
 
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 2304}', "utf-8")
     base, examples = Base(tmp_path, "./base", None, "sha256:0"), Examples((), (), "", "", ())
-    place = Workplace(tmp_path, "sweep", make_recipe(), base, examples, tracking, NumberType.FLOAT32)
+    runner = TrialRunner(tmp_path, "sweep", make_recipe(), base, examples, tracking, NumberType.FLOAT32)
     row = TokenizedExample((1, 2), ((1, 2),))
-    vars(place)["data"] = TrialData([[row]], [row], [row])
-    return place
+    vars(runner)["data"] = TrialData([[row]], [row], [row])
+    return runner
 
 
 def row_of(example: ChatExample) -> TokenizedExample:
@@ -56,22 +56,24 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, float]]]:
     return remaining
 
 
-def test_trials_are_judged_on_validation_examples_if_given(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_are_judged_on_validation_examples_if_given(
+    runner: TrialRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("trainer.data.chat_template.tokenize_turns_of", lambda folder, examples, kwargs: [])
     monkeypatch.setattr(
         "trainer.data.chat_template.tokenize_as_trained", lambda folder, examples, kwargs: [*map(row_of, examples)]
     )
     heldout, validation = (make_example("h", "no"),), (make_example("v", "yes"), make_example("w", "yes"))
-    examples = replace(place.examples, train=heldout, heldout=heldout, validation=validation)
-    assert sorted(row.prompt for row in replace(place, examples=examples).data.judged) == [(ord("v"),), (ord("w"),)]
-    assert [row.prompt for row in replace(place, examples=replace(examples, validation=())).data.judged] == [
+    examples = replace(runner.examples, train=heldout, heldout=heldout, validation=validation)
+    assert sorted(row.prompt for row in replace(runner, examples=examples).data.judged) == [(ord("v"),), (ord("w"),)]
+    assert [row.prompt for row in replace(runner, examples=replace(examples, validation=())).data.judged] == [
         (ord("h"),)
     ]
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("lora", 2.5e-4), ("vera", 3e-2)])
 def test_trial_uses_the_default_learning_rate_of_its_adapter_type(
-    place: Workplace, monkeypatch: pytest.MonkeyPatch, kind: str, rate: float
+    runner: TrialRunner, monkeypatch: pytest.MonkeyPatch, kind: str, rate: float
 ) -> None:
     from trainer.training.trial import TrialRun
 
@@ -82,54 +84,54 @@ def test_trial_uses_the_default_learning_rate_of_its_adapter_type(
         return TrialRun(3, (0.5,), ())
 
     monkeypatch.setattr("trainer.training.trial.train_trial", train)
-    place.run_trial({"adapter.type": kind}, lambda step, loss: None)
+    runner.run_trial({"adapter.type": kind}, lambda step, loss: None)
     assert rates == [rate]
 
 
 def test_measurements_before_an_interruption_are_replayed_on_resume(
-    place: Workplace, trainings: list[list[tuple[int, float]]]
+    runner: TrialRunner, trainings: list[list[tuple[int, float]]]
 ) -> None:
     trainings += [[(1, 0.9)], [(2, 0.8)]]
     seen: list[list[tuple[int, float]]] = [[], []]
     with pytest.raises(InterruptedRunError):
-        place.run_trial({}, lambda step, loss: seen[0].append((step, loss)))
-    outcome = place.run_trial({}, lambda step, loss: seen[1].append((step, loss)))
+        runner.run_trial({}, lambda step, loss: seen[0].append((step, loss)))
+    outcome = runner.run_trial({}, lambda step, loss: seen[1].append((step, loss)))
     assert seen == [[(1, 0.9)], [(1, 0.9), (2, 0.8)]]
     assert outcome.watched == {1: 0.9, 2: 0.8}
 
 
 def test_training_shared_by_two_trials_runs_only_once(
-    place: Workplace, trainings: list[list[tuple[int, float]]]
+    runner: TrialRunner, trainings: list[list[tuple[int, float]]]
 ) -> None:
     trainings.append([(1, 0.9)])
-    values = {"train.learning_rate": place.recipe.train.learning_rate}
-    first, second = (place.run_trial(changed, lambda step, loss: None) for changed in ({}, values))
+    values = {"train.learning_rate": runner.recipe.train.learning_rate}
+    first, second = (runner.run_trial(changed, lambda step, loss: None) for changed in ({}, values))
     assert second == first.model_copy(update={"values": values})
 
 
 def test_pruned_trial_stays_pruned_when_requested_again(
-    place: Workplace, trainings: list[list[tuple[int, float]]]
+    runner: TrialRunner, trainings: list[list[tuple[int, float]]]
 ) -> None:
     def prune(step: int, loss: float) -> None:
         raise TrialPruned(f"at step {step}")
 
     trainings.append([(1, 0.9)])
     for _ in range(2):
-        outcome = place.run_trial({}, prune)
+        outcome = runner.run_trial({}, prune)
         assert (outcome.status, outcome.why, outcome.watched) == (Status.PRUNED, "at step 1", {1: 0.9})
 
 
 def test_trial_that_failed_with_a_non_finite_loss_is_not_repeated(
-    place: Workplace, trainings: list[list[tuple[int, float]]]
+    runner: TrialRunner, trainings: list[list[tuple[int, float]]]
 ) -> None:
     trainings.append([(1, math.nan)])
-    outcomes = [place.run_trial({}, lambda step, loss: None) for _ in range(2)]
+    outcomes = [runner.run_trial({}, lambda step, loss: None) for _ in range(2)]
     assert all(math.isnan(outcome.watched[1]) for outcome in outcomes)
 
 
-def test_trial_with_a_non_finite_heldout_loss_fails(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_with_a_non_finite_heldout_loss_fails(runner: TrialRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer.training.trial import TrialRun
 
     monkeypatch.setattr("trainer.training.trial.train_trial", lambda *_, **__: TrialRun(3, (math.nan,), ()))
-    outcome = place.run_trial({}, lambda step, loss: None)
+    outcome = runner.run_trial({}, lambda step, loss: None)
     assert (outcome.status, outcome.why) == (Status.FAIL, "held-out loss is nan")
