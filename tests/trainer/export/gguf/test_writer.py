@@ -133,7 +133,7 @@ def test_rotation_of_llama_3_is_divided_as_in_transformers(tmp_path: Path) -> No
     [
         ({"model_type": "gemma2"}, "models of type 'gemma2'"),
         ({"model_type": "mistral", "sliding_window": 64}, "sliding-window attention"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "scaled by 'linear'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "uses 'linear' RoPE scaling"),
     ],
 )
 def test_model_that_llama_cpp_would_compute_differently_is_rejected(
