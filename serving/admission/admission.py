@@ -122,7 +122,7 @@ class Admission:
             may_wait: queue the request like requests with a key, because it has already waited for an adapter.
 
         Raises:
-            TooManyTokensError: the request asks for more tokens than may run at the same time.
+            TooManyTokensError: the request needs more tokens than may run at the same time.
             EngineUnavailableError: there is no engine.
             QueueOverflowError, QueueTimeoutError: admission is closed, and the queue is full or the request has waited
                 too long.

@@ -30,7 +30,7 @@ class OverloadedError(AdmissionError):
 
 
 class TooManyTokensError(SvcError):
-    """Raised when a request asks for more tokens than may run at the same time."""
+    """Raised when a request needs more tokens than may run at the same time."""
 
 
 class RateLimitedError(SvcError):

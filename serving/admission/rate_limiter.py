@@ -332,7 +332,7 @@ class _TokensOut(_OfMinute):
         """Return the request's maximum answer tokens, capped at the limit if the client did not limit the length.
 
         Raises:
-            RateLimitedError: the client asks for more tokens than the limit.
+            RateLimitedError: the client requests more tokens than the limit.
         """
         if demand.said and demand.tokens_out > self.most:
             raise RateLimitedError(

@@ -2,7 +2,7 @@
 
 read -> route -> reserve -> load the adapter -> admit -> resolve -> forward -> answer. Bytes pass through unchanged,
 with three exceptions: the model's name on the way in, an adapter's private name on the way out, and the chunk with
-token counts in a stream, which is dropped for clients that did not ask for it.
+token counts in a stream, which is dropped for clients that did not request it.
 
 The response headers are sent with the first complete event, so that a failure before that event can have its own
 status. Bytes that a client does not read immediately are buffered (serving.http.delivery) outside

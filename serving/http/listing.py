@@ -14,7 +14,7 @@ _MAX_DIGITS = 9
 
 
 def requested_page(request: Request, *, max_limit: int, default_limit: int) -> Page:
-    """Return the page that a request's query parameters ask for: by default, the first one, with the newest row first.
+    """Return the page that a request's query parameters select: by default, the first one, with the newest row first.
 
     An empty parameter counts as absent.
 

@@ -157,7 +157,7 @@ _SEVERAL = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
 
 
 def count_answers(fields: Fields, route: Route) -> int:
-    """Return the number of answers that a request asks for. `find_refusal` must have returned None for it."""
+    """Return the number of answers that a client requests. `find_refusal` must have returned None for it."""
     if route not in _SEVERAL:
         return 1
     return max(1, fields.get("n") or 1) * max(1, _count_prompts(fields.get("prompt")))

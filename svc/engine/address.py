@@ -1,4 +1,4 @@
-"""Where an engine accepts requests: a Unix socket of this machine, or a port of another machine over TLS."""
+"""Where an engine accepts requests: a Unix socket on this machine, or a port on another machine over TLS."""
 
 import asyncio
 import socket as sockets

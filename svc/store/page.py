@@ -30,7 +30,7 @@ class EntryNotFoundError(NotFoundError):
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The part of a list that a client asks for.
+    """The part of a list that a client requests.
 
     Attributes:
         limit: maximum number of rows.

@@ -183,7 +183,7 @@ async def test_version_stays_desired_when_a_starting_server_cannot_serve_what_an
         assert first.desired().target == target(4)
 
 
-async def test_promotion_waits_for_a_server_that_was_taken_for_dead_when_it_reports_again(
+async def test_promotion_waits_for_a_server_that_was_considered_dead_when_it_reports_again(
     both: tuple[Control, Control], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = both

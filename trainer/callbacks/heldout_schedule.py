@@ -1,6 +1,6 @@
 """Schedules measurements of held-out loss: at which steps, and on how many examples.
 
-If the recipe asks for held-out loss, it is measured on all examples. Otherwise it is measured on only a
+If the recipe requires held-out loss, it is measured on all examples. Otherwise it is measured on only a
 few, so that every run has a curve that costs less than a twentieth of its time, or a quarter for a short
 run. The schedule depends only on the recipe, the data and the trainer's state, so that a resumed run
 takes the same measurements as an uninterrupted one. Imports transformers.

@@ -119,7 +119,7 @@ class Training:
 
     @property
     def token_matrices(self) -> int:
-        """Number of matrices with a row for each token in which rows are trained beside the adapter."""
+        """Number of matrices with a row for each token in which rows are trained in addition to the adapter."""
         matrices = 2 if self.shape.untied else 1
         return 0 if self.full else matrices if self.recipe.new_tokens else self._whole_matrices
 

@@ -179,7 +179,7 @@ def _rank(recipe: Recipe, combine: Combine, parts: Sequence[TrainedAdapter]) -> 
         rank = recipe.adapter.rank or rank
     if rank > MAX_RANK:
         raise RecipeError(
-            f"the combination by {method} has the rank {rank}",
+            f"the combination by {method} has rank {rank}",
             expected=f"at most {MAX_RANK}",
             todo=f"set adapter.combine.method to {CombineMethod.SVD}, and adapter.rank",
         )

@@ -24,7 +24,7 @@ def choose_training_devices(recipe: Recipe, capabilities: DeviceCapabilities) ->
     if the training runs in this process.
 
     Raises:
-        RecipeError: the recipe asks for devices that are missing, in use or unequal, or among which a step cannot be
+        RecipeError: the recipe lists devices that are missing, in use or unequal, or among which a step cannot be
             divided.
     """
     first, train = capabilities.gpu.name if capabilities.gpu else None, recipe.train
@@ -53,7 +53,7 @@ def choose_sharding(recipe: Recipe, devices: int, number_type: NumberType, expec
         expected: estimate for this machine, or None if unknown.
 
     Raises:
-        RecipeError: the recipe asks for sharding, but the weights cannot be divided.
+        RecipeError: the recipe requires sharding, but the weights cannot be divided.
     """
     asked = recipe.train.sharding
     if devices < 2 or asked is Sharding.NEVER:

@@ -90,7 +90,7 @@ class Adapter(Section):
     16 iterations (1 to 999); lora only; default: a random and a zero matrix; see
     [training](training.md#first-matrices)"""
     modules_to_save: tuple[TokenLayer, ...] = ()
-    """embeddings to train in full beside the adapter: embed_tokens, lm_head or both; lora and dora only; see
+    """embeddings to train in full in addition to the adapter: embed_tokens, lm_head or both; lora and dora only; see
     [training](training.md#new-tokens)"""
     trained: FolderOrHubId = None
     """an adapter saved by PEFT, as a folder (`./name`) or Hugging Face id, that becomes the version instead of being

@@ -40,7 +40,7 @@ class SweepResult(BaseModel):
     Attributes:
         winner: values that the winner changes in the recipe. Empty if no trial is better by more than
             chance.
-        recipe: loss of the unchanged recipe, or None if that trial was not completed.
+        recipe: loss of the unchanged recipe, or None if that trial did not complete.
         runner_up: values of the best trial apart from the winner, or None if no other trial was completed.
         difference: held-out loss of the runner-up minus the winner's.
         warning: set if winner and runner-up cannot be distinguished.

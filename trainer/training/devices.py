@@ -104,7 +104,7 @@ def find_undivided(recipe: Recipe, number_type: NumberType, *, experts: bool) ->
 
 
 def choose_processes(train: Train) -> DeviceChoice:
-    """Return the processes that train on the CPU: one, unless the recipe asks for several.
+    """Return the processes that train on the CPU: one, unless the recipe requires several.
 
     Raises:
         RecipeError: the recipe lists GPUs, or a step cannot be divided.

@@ -48,7 +48,7 @@ async def test_chat_raises_if_the_model_is_not_served(home: Home) -> None:
             await say(Conversation(ServerAddress(str(client.base_url)), "other"), "hello")
 
 
-async def test_chat_raises_if_an_answer_breaks_off(home: Home) -> None:
+async def test_chat_raises_if_an_answer_is_cut_short(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         home.park.double.fault = Fault.DIE_IN_STREAM
         with pytest.raises(EngineError, match="aborted the response"):

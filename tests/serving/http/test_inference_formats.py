@@ -119,7 +119,7 @@ async def test_overlong_prompt_returns_context_length_exceeded(
         (RESPONSES, Fault.ERROR_IN_STREAM, "engine_error"),
     ],
 )
-async def test_stream_ends_with_an_error_if_the_engine_breaks_it_off(
+async def test_stream_ends_with_an_error_if_the_engine_aborts_it(
     service: Service, client: httpx.AsyncClient, path: str, fault: Fault, code: str
 ) -> None:
     service.double.fault = fault

@@ -250,7 +250,7 @@ async def test_request_over_the_concurrency_limit_is_rejected_until_another_ends
     assert (await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)).status_code == 200
 
 
-async def test_client_is_told_not_to_retry_at_the_daily_limit(service: Service, client: httpx.AsyncClient) -> None:
+async def test_client_must_not_retry_at_the_daily_limit(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, tokens_per_day=100)
     service.limiter.add_used_today({"limited": 100})
     answer = await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)

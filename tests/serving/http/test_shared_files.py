@@ -214,7 +214,7 @@ async def test_job_is_created_decided_and_trained_by_the_other_gateway(
     assert str(socket_folder / "2" / "fetched-files" / file) in check.recipes[-1]
 
 
-async def test_upload_gets_503_with_retry_after_and_leaves_nothing_while_the_object_store_is_away(
+async def test_upload_gets_503_with_retry_after_and_leaves_nothing_while_the_object_store_is_unavailable(
     clients: tuple[AsyncOpenAI, AsyncOpenAI], services: tuple[BatchService, BatchService], bucket: Bucket
 ) -> None:
     bucket.fault = lambda method, path: Fault.ERROR
@@ -227,7 +227,7 @@ async def test_upload_gets_503_with_retry_after_and_leaves_nothing_while_the_obj
     assert [path.name for path in (services[0].folder / "files").iterdir() if path.stat().st_size] == []
 
 
-async def test_local_content_is_read_and_deleted_while_the_object_store_is_away(
+async def test_local_content_is_read_and_deleted_while_the_object_store_is_unavailable(
     clients: tuple[AsyncOpenAI, AsyncOpenAI], bucket: Bucket
 ) -> None:
     file = await uploaded(clients[0])

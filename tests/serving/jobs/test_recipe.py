@@ -241,7 +241,7 @@ def test_suffix_can_be_recovered_from_a_name(owner: str, suffix: str) -> None:
     assert len(name) > 60 or suffix_of(name, owner) == suffix
 
 
-def test_long_suffixes_that_begin_alike_have_different_names() -> None:
+def test_long_suffixes_with_the_same_beginning_have_different_names() -> None:
     names = {registered_name("alice123", "x" * 60 + end) for end in "ab"}
     assert len(names) == 2
 

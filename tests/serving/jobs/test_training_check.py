@@ -80,7 +80,7 @@ async def test_training_that_cannot_fit_is_refused(tmp_path: Path, settings: Set
     ],
     ids=str,
 )
-async def test_training_that_would_fail_raises_its_error(
+async def test_check_raises_the_error_with_which_training_would_fail(
     tmp_path: Path, settings: Settings, fields: dict[str, Any], kind: type[SvcError], text: str
 ) -> None:
     with pytest.raises(kind, match=text) as caught:

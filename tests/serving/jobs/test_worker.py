@@ -43,7 +43,7 @@ def any_home(any_store: Store, tmp_path: Path) -> WorkerHome:
     return WorkerHome(any_store, tmp_path / "home")
 
 
-async def test_job_is_trained_and_its_result_is_recorded(any_home: WorkerHome) -> None:
+async def test_job_runs_and_its_result_is_recorded(any_home: WorkerHome) -> None:
     home, id = any_home, any_home.add()
     async with home.working():
         await home.ended(id)
@@ -66,7 +66,7 @@ async def test_job_is_trained_and_its_result_is_recorded(any_home: WorkerHome) -
     await home.until(lambda: not (home.job_folder(id) / "epochs").exists())
 
 
-async def test_training_reads_the_file_of_this_machine_when_another_one_made_the_recipe(home: WorkerHome) -> None:
+async def test_training_reads_the_file_on_this_machine_when_another_machine_made_the_recipe(home: WorkerHome) -> None:
     id = home.add()
     async with home.working():
         await home.ended(id)
@@ -235,7 +235,7 @@ async def test_job_waits_for_memory_while_others_are_trained(home: WorkerHome) -
     assert home.messages(big).count("Waiting until the server has enough free memory") == 1
 
 
-async def test_job_waits_while_the_ray_cluster_is_away(home: WorkerHome) -> None:
+async def test_job_waits_while_the_ray_cluster_is_unreachable(home: WorkerHome) -> None:
     id = home.add(exit=ServerNotRunningError.exit_code, text="error: no Ray cluster answers at head:6379")
     async with home.working():
         await home.until(lambda: len(home.starts(id)) >= 2)
@@ -324,7 +324,7 @@ async def test_job_fails_and_the_worker_continues_when_creating_the_result_raise
     assert "defect" not in (home.job(ids[0]).error or "")
 
 
-def test_worker_has_the_same_id_after_a_restart_and_another_one_in_another_home(tmp_path: Path) -> None:
+def test_worker_id_is_the_same_after_a_restart_and_differs_between_homes(tmp_path: Path) -> None:
     assert read_worker_id(tmp_path / "a") == read_worker_id(tmp_path / "a") != read_worker_id(tmp_path / "b")
 
 

@@ -118,7 +118,7 @@ async def test_as_many_replicas_are_added_as_fit_when_memory_is_short_for_all(
         assert control.pool.size == 2
 
 
-async def test_refused_replica_is_asked_for_with_growing_pauses_and_added_once_it_fits(
+async def test_refused_replica_is_retried_with_growing_pauses_and_added_once_it_fits(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with make(replicas=ReplicaRange(min=1, max=2)).run() as control:
@@ -150,9 +150,7 @@ async def test_added_replica_that_died_waits_for_memory(make: Make, monkeypatch:
         await until(lambda: len(control.pool.ready) == 2)
 
 
-async def test_question_that_cannot_be_asked_does_not_end_the_server(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_failed_memory_check_does_not_stop_the_server(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def shortage(engines: object) -> str | None:
         raise OSError("cannot allocate memory")
 

@@ -65,7 +65,7 @@ async def test_rejected_request_is_an_error_with_the_reason() -> None:
         await client(rejecting).ask([1], 2)
 
 
-async def test_shorter_answer_than_asked_for_is_an_error() -> None:
+async def test_answer_shorter_than_requested_is_an_error() -> None:
     events = _event(choices=[{"text": "a"}]) + _event(choices=[], usage={"completion_tokens": 1})
     with pytest.raises(EngineError, match="answered with 1 tokens"):
         await client(httpx.MockTransport(lambda _: httpx.Response(200, content=events))).ask([1], 2)

@@ -174,7 +174,7 @@ def test_next_batch_is_written_even_if_the_store_failed_for_one(
     assert "no space left on device" in caplog.text
 
 
-def test_rows_wait_while_the_database_is_away_and_overflow_is_counted(
+def test_rows_wait_while_the_database_is_unavailable_and_overflow_is_counted(
     postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_log, "_RETRY_S", 0.05)
@@ -194,7 +194,7 @@ def test_rows_wait_while_the_database_is_away_and_overflow_is_counted(
     assert (len(pen.rows()), pen.dropped) == (3, {Dropped.QUEUE_FULL: 2})
 
 
-def test_closing_does_not_wait_for_a_database_that_is_away(
+def test_closing_does_not_wait_for_an_unavailable_database(
     postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_log, "_RETRY_S", 0.05)

@@ -228,7 +228,7 @@ def test_keys_are_created_in_the_database_of_the_settings(svc: Svc, in_postgresq
     assert not Path(".svc", "svc.db").exists()
 
 
-def test_database_that_is_away_is_reported_without_a_traceback(
+def test_unavailable_database_is_reported_without_a_traceback(
     svc: Svc, in_postgresql: Store, postgresql: PostgresServer
 ) -> None:
     postgresql.stop()

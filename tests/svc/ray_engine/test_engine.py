@@ -318,7 +318,7 @@ def test_actor_of_an_unreachable_cluster_is_noted_and_does_not_stop_a_server(
     assert end_postponed(folder.parent) == ([], ["tuned-3"])
 
 
-async def test_actor_that_could_not_be_ended_is_not_forgotten_when_another_one_starts(
+async def test_actor_that_could_not_be_stopped_is_not_forgotten_when_another_one_starts(
     make: Make, folder: Path, cluster: ClusterDouble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = make()

@@ -258,7 +258,7 @@ def test_database_with_another_encoding_is_rejected(postgresql: PostgresServer) 
         open_store(Settings(store=postgresql.settings("ascii")))
 
 
-def test_user_without_privileges_is_told_how_to_get_them(postgresql: PostgresServer, database: StoreSettings) -> None:
+def test_error_says_how_to_get_missing_privileges(postgresql: PostgresServer, database: StoreSettings) -> None:
     assert database.url is not None
     postgresql.run("DROP ROLE IF EXISTS guest")
     postgresql.run("CREATE ROLE guest LOGIN")

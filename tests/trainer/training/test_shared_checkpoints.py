@@ -78,7 +78,7 @@ def test_best_checkpoint_is_shared_regardless_of_its_age(first: Machine, second:
     assert second.steps == [1, 3, 4]
 
 
-def test_newer_checkpoint_of_this_machine_is_kept(tmp_path: Path, first: Machine, bucket: Bucket) -> None:
+def test_newer_checkpoint_on_this_machine_is_kept(tmp_path: Path, first: Machine, bucket: Bucket) -> None:
     first.write(1)
     (tmp_path / "second" / "checkpoints" / "step-00000002").mkdir(parents=True)
     shared = SharedCheckpoints(

@@ -61,7 +61,7 @@ async def test_checks_share_one_connection(socket: Path) -> None:
         assert len(server.connections) == 1
 
 
-async def test_engine_that_closed_the_connection_is_asked_again(socket: Path) -> None:
+async def test_request_is_repeated_if_the_engine_had_closed_the_connection(socket: Path) -> None:
     async with serving(socket) as server, client_of(socket) as client:
         assert await client.healthy()
         server.connections[0].close()
