@@ -43,7 +43,7 @@ def boundary_of(content_type: bytes) -> bytes:
     """
     media_type, options = parse_options_header(content_type.decode("latin-1"))
     if media_type.strip() != _MEDIA_TYPE:
-        raise MediaTypeError("the content type is not that of a form with a file", expected=_MEDIA_TYPE.decode())
+        raise MediaTypeError("the content type is not that of a form", expected=_MEDIA_TYPE.decode())
     if not options.get(b"boundary"):
         raise InvalidRequestError("the content type has no boundary", param="content-type")
     return options[b"boundary"]

@@ -332,7 +332,7 @@ class ObjectStore:
         if not self._create(key, content) and self._read(key) != content:
             raise RegistryError(
                 f"{manifest.id} is already in {self.url}, registered by another machine: {key}",
-                expected="a number that no machine has published",
+                expected="a version number that no machine has published",
                 todo="run `svc train` again: it registers the next number, and does not send the files again",
             )
 
