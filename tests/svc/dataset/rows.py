@@ -166,7 +166,7 @@ DEFECTS: list[tuple[str, Code, Damage]] = [
     ("NaN", Code.NOT_JSON, _raw(lambda raw: raw[:-1] + b', "x": NaN}')),
     ("latin-1", Code.NOT_UTF8, _raw(lambda raw: raw[:-1] + b', "x": "caf\xe9"}')),
     ("no object", Code.WRONG_FORMAT, lambda form, value, chance: b'["a"]'),
-    ("other key", Code.WRONG_FORMAT, lambda form, value, chance: b'{"text": "a"}'),
+    ("other key", Code.WRONG_FORMAT, lambda form, value, chance: b'{"title": "a"}'),
     ("other format", Code.MIXED_FORMATS, _other_format),
     ("two formats", Code.MIXED_FORMATS, _two_formats),
     ("question null", Code.WRONG_CONTENT, _set(0, None)),
