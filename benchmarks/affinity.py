@@ -46,12 +46,15 @@ class Shape:
     Attributes:
         concurrency: number of concurrent conversations. When one ends, the next one begins.
         begin: number of tokens in the first prompt.
+        think_s: mean time between an answer and the next turn, in seconds. Without it, a conversation usually returns
+            to the replica that it has just left, because that one has the fewest requests.
     """
 
     conversations: int
     turns: int
     concurrency: int
     begin: int
+    think_s: float
 
 
 async def play(client: LoadClient, shape: Shape, seed: int, *, affinity: bool) -> list[float]:
@@ -67,6 +70,7 @@ async def play(client: LoadClient, shape: Shape, seed: int, *, affinity: bool) -
             prompt, firsts = tokens(shape.begin), list[float]()
             for _ in range(shape.turns):
                 firsts.append((await client.ask(prompt, _ANSWER, user)).first_s)
+                await asyncio.sleep(rng.expovariate(1 / shape.think_s))
                 prompt += tokens(_TURN_TOKENS)
             return firsts[1:]
 
@@ -98,11 +102,12 @@ async def counted(http: httpx.AsyncClient, metrics: httpx.URL) -> dict[str, floa
 @click.option("--turns", default=6)
 @click.option("--concurrency", default=6)
 @click.option("--begin", default=256, help="Tokens of the first prompt.")
+@click.option("--think", default=2.0, help="Mean seconds between an answer and the next turn.")
 @click.option("--rounds", default=3)
-def main(url: str, conversations: int, turns: int, concurrency: int, begin: int, rounds: int) -> None:
+def main(url: str, conversations: int, turns: int, concurrency: int, begin: int, think: float, rounds: int) -> None:
     """Send conversations to the server's model at URL, with and without affinity, and print both results."""
     quiet_libraries()
-    shape = Shape(conversations, turns, concurrency, begin)
+    shape = Shape(conversations, turns, concurrency, begin, think)
 
     async def run() -> dict[bool, list[Round]]:
         results: dict[bool, list[Round]] = {False: [], True: []}
