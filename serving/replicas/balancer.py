@@ -155,9 +155,11 @@ class Balancer:
             return candidates[0]
         if kept is not None and (same := next((pair for pair in candidates if kept.fits(*pair)), None)):
             return same
-        prepared = [pair for pair in candidates if not _lacks_adapter(*pair)] or candidates
-        chosen = _choose_engine([engine for engine, _ in prepared], who)
-        return next(pair for pair in prepared if pair[0] is chosen)
+        prepared = [pair for pair in candidates if not _lacks_adapter(*pair)]
+        # No engine has cached prompts of an adapter that it has not loaded.
+        pairs, who = (prepared, who) if prepared else (candidates, "")
+        chosen = _choose_engine([engine for engine, _ in pairs], who)
+        return next(pair for pair in pairs if pair[0] is chosen)
 
 
 class _Kept(NamedTuple):

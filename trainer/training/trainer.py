@@ -119,6 +119,12 @@ class ResumableTrainer(AnswerTrainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with LoRA+ in groups of different learning rates."""
+        if "8bit" in self.args.optim:
+            from bitsandbytes.optim.optimizer import GlobalOptimManager
+
+            manager: Any = GlobalOptimManager
+            # It remembers by their place which weights of an earlier optimizer of this process need 32 bits.
+            manager.get_instance().initialize()
         if self._lora_plus_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)

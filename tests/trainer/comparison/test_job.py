@@ -356,7 +356,7 @@ def test_configured_judge_compares_the_answers(bench: Bench, capsys: pytest.Capt
     assert everything(compared)["judge"]["model"] == "judge-model"
     capsys.readouterr()
     print_compared(compared)
-    assert "The judge judge-model at http://127.0.0.1" in capsys.readouterr().out
+    assert "Judge judge-model at http://127.0.0.1" in capsys.readouterr().out
 
 
 def test_base_without_a_chat_template_uses_that_of_the_version_trained_from_it(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -61,5 +62,5 @@ def test_training_on_documents_lowers_the_loss_of_other_documents(
     adapter = tmp_path / "adapter"
     summary = train_model(base, data, recipe, adapter, tmp_path / "checkpoints", number_type=NumberType.FLOAT32)
     losses, heldout = losses_of(summary), [point.heldout_loss for point in summary.points if point.heldout_loss]
-    assert losses[-1] < losses[0] - 0.25
+    assert fmean(losses[-5:]) < fmean(losses[:5]) - 0.1
     assert heldout[-1] < heldout[0] - 0.1

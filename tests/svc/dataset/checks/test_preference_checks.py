@@ -182,9 +182,10 @@ def test_kind_labels_and_bias_are_printed(tmp_path: Path) -> None:
 
 
 @given(st.lists(rows, max_size=5))
-def test_every_line_of_any_file_is_an_example_or_an_error(
+def test_every_line_of_any_file_is_an_example_an_error_or_skipped(
     tmp_path_factory: pytest.TempPathFactory, values: list[Row]
 ) -> None:
     (report,) = check_files([write_lines(tmp_path_factory.getbasetemp() / "any.jsonl", *values)])
     faulty = {problem.line for problem in report.problems if problem.severity is Severity.ERROR}
-    assert report.examples + len(faulty) == max(report.lines, 1)
+    skipped = {problem.line for problem in report.problems if problem.code is Code.NO_USER_TURN}
+    assert report.examples + len(faulty) + len(skipped) == max(report.lines, 1)
