@@ -323,6 +323,8 @@ async def test_rollout_continues_when_the_candidate_of_the_following_server_dies
         await until(lambda: has_step(servers.second, "gpu-2:8000: tuned@1 (merged) serves all clients"))
         assert splits(servers.first)
         assert record(servers.first).outcome is None
+        killed = len(users.statuses)
+        await until(lambda: len(users.statuses) > killed + 4)  # the dead engine's requests have failed
         answered = len(users.statuses)
         await until(lambda: len(users.statuses) > answered + 8)
         rollback(servers.first)
