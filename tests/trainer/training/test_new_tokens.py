@@ -192,7 +192,7 @@ def test_killed_run_ends_with_the_same_rows(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.matrix), True])
 def test_two_devices_train_new_tokens_as_one_does(
     sharded: bool, tied: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
