@@ -98,7 +98,7 @@ def _live(address: Address, pid: int, requests: int) -> float:
 
 
 def _batch(address: Address, pid: int, file: str, requests: int) -> float:
-    """Return the CPU time in ms per request of a batch."""
+    """Return the CPU time in ms per request in a batch."""
 
     def run() -> None:
         began = time.monotonic()

@@ -15,7 +15,7 @@ class ClientShares:
 
     Args:
         seen: clients of the newest requests, counted or not, oldest first. The newest `COMPARED` are
-            ignored, since they may be a batch.
+            ignored, since they may all come from one batch.
         kept: clients of the newest counted requests.
         most_seen: maximum number of seen requests from which the shares are computed.
     """

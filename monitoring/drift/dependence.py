@@ -27,9 +27,9 @@ treated as a burst or a change."""
 
 
 class Resemblance:
-    """Computes the similarity between items, half from their topic and half from their share of equal features.
+    """Computes the similarity between items, weighting topic and the fraction of matching features equally.
 
-    Numeric features are equal if their values lie in the same quarter of the reference.
+    Numeric features match if they fall in the same quartile of the reference.
 
     Args:
         usual: mean similarity of the reference's prompts.

@@ -50,13 +50,13 @@ class Admission:
         max_queued: maximum number of queued requests.
         queue_timeout_s: maximum time a request may wait in the queue, in seconds.
         wake_timeout_s: maximum wait for an engine that was stopped because it was idle, in seconds.
-        max_batched: maximum number of requests of batches in the engine.
+        max_batched: maximum number of batch requests in the engine.
         capacity: number of requests that the engines answer at the same time; `max_running` if None.
         running: number of requests in the engine.
         closed_s: how long admission was closed during the last change, in seconds, or None if it never was.
         queue: the queued requests.
         background_slot: the slot for the server's own requests.
-        batch_slots: the slots for requests of batches.
+        batch_slots: the slots for batch requests.
     """
 
     max_running: int
@@ -118,7 +118,7 @@ class Admission:
 
         Args:
             tokens: maximum number of tokens in the answers, which is the cost of the slot.
-            party: the tenant that sent the request. A request of a batch waits for spare capacity.
+            party: the tenant that sent the request. A request in a batch waits for spare capacity.
             may_wait: queue the request like requests with a key, because it has already waited for an adapter.
 
         Raises:
@@ -211,7 +211,9 @@ class Admission:
         self._settle()
 
     def _settle(self) -> None:
-        """Update the queued requests, the background slot and the closed time after a state change."""
+        """After a state change, update the queued requests, the background slot and the time for which admission was
+        closed.
+        """
         now = time.monotonic()
         if self._closed and self._closed_at is None:
             self._closed_at = now
@@ -301,7 +303,7 @@ class Admission:
             self.batch_slots.give(self._has_spare)
 
     def _has_spare(self, tokens: int) -> bool:
-        """Return whether there is spare capacity for another request of a batch."""
+        """Return whether there is spare capacity for another request in a batch."""
         if not self._ready or self._changing or self.queue:
             return False
         most = self._capacity - self._capacity // _FREE_SHARE
@@ -309,7 +311,7 @@ class Admission:
         return self.running + self.batch_slots.running < most and tokens <= self.max_tokens
 
     def _has_excess(self) -> bool:
-        """Return whether a running request of a batch must be interrupted for clients or for a change of the engine."""
+        """Return whether a running request in a batch must be interrupted for clients or for a change of the engine."""
         if not self._ready or self._changing:
             return True
         tokens = self._tokens + self.batch_slots.tokens

@@ -1,7 +1,7 @@
-"""Slots for requests of batches, which use the capacity that clients leave.
+"""Slots for batch requests, which use the capacity that clients leave.
 
 These requests do not count as running, so no client waits for them. They wait in arrival order while there is no spare
-capacity. When clients need the capacity, or the engine is changed, running requests of batches are interrupted, the
+capacity. When clients need the capacity, or the engine is changed, running batch requests are interrupted, the
 newest first. An interrupted request may be sent again.
 
 `serving.admission.admission` decides when there is spare capacity.
@@ -22,7 +22,7 @@ again.
 
 
 class InterruptedRequestError(OverloadedError):
-    """Raised when a request of a batch was interrupted, because clients need its capacity or its engine is changed."""
+    """Raised when a request in a batch was interrupted, because clients need its capacity or its engine is changed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +39,7 @@ class _Waiting:
 
 
 class BatchSlots:
-    """The slots of one model for requests of batches.
+    """The slots of one model for batch requests.
 
     Args:
         most: maximum number of requests that run at the same time.

@@ -15,7 +15,7 @@ class Party(NamedTuple):
         name: the key's id, which only the operator can create. Empty for the tenant of all requests without
             a key.
         weight: the tenant's share relative to other tenants when slots are scarce.
-        interruption: event with which admission interrupts a request of a batch. None for clients' requests, which are
+        interruption: event with which admission interrupts a request in a batch. None for clients' requests, which are
             never interrupted.
     """
 
@@ -36,7 +36,7 @@ def party_of(principal: Principal | None, interruption: OneShotEvent | None = No
     """Return the tenant of a client, which has a principal if it sent a key.
 
     Args:
-        interruption: for a request of a batch, see `Party`.
+        interruption: for a request in a batch, see `Party`.
     """
     if interruption is None:
         return Party(principal.key_id, principal.weight) if principal else NO_KEY

@@ -1,4 +1,4 @@
-"""The response to a request of a batch, and whether the request may be retried."""
+"""The response to a request in a batch, and whether the request may be retried."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ def is_temporary(code: ErrorCode | None, retry_after_s: float | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response to a request of a batch.
+    """A response to a request in a batch.
 
     Attributes:
         body: JSON.
@@ -54,7 +54,7 @@ class Answer:
 
 
 Ask = Callable[[Route, bytes, str], Awaitable[Answer]]
-"""Type of a function that answers a request of a batch.
+"""Type of a function that answers a request in a batch.
 
 It takes the path, the body and the owner's key id, and raises InvalidKeyError or PermissionDeniedError if the owner may
 no longer send requests.

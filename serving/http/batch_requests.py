@@ -1,4 +1,4 @@
-"""Sends the requests of batches to the completion endpoints, within this process and without a network connection."""
+"""Sends batch requests to the completion endpoints, within this process and without a network connection."""
 
 import json
 import secrets
@@ -21,13 +21,13 @@ _RETRY_AFTER = "retry-after"
 
 
 def is_repeated(error: ApiError) -> bool:
-    """Return whether a request of a batch is retried after an error. If so, the failed attempt does not count."""
+    """Return whether a request in a batch is retried after an error. If so, the failed attempt does not count."""
     after = error.headers.get(_RETRY_AFTER)
     return is_temporary(error.code, None if after is None else float(after))
 
 
 class BatchRequests:
-    """Sends the requests of batches.
+    """Sends batch requests.
 
     Args:
         endpoints: ASGI applications that answer completions, by path.

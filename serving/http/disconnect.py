@@ -10,7 +10,7 @@ from serving.http.request_state import RequestState
 
 async def while_connected(state: RequestState, work: Coroutine[object, object, None]) -> None:
     """Run `work` in the caller's task. Cancel it if the client disconnects or its key becomes invalid, or if it is a
-    request of a batch and admission interrupts it.
+    request in a batch and admission interrupts it.
 
     Raises:
         ClientGoneError: the client disconnected first.

@@ -23,7 +23,7 @@ class KeyAccount:
     A request without a key has no limits, only usage.
 
     Args:
-        interruption: for a request of a batch, see `serving.admission.party.Party`.
+        interruption: for a request in a batch, see `serving.admission.party.Party`.
 
     Attributes:
         body_bytes: size of the request's body.
@@ -72,7 +72,7 @@ class KeyAccount:
             raise
 
     def reserve_in_batch(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
-        """Reserve what a request of a batch may use, provided that half of each limit stays free for the key's other
+        """Reserve what a request in a batch may use, provided that half of each limit stays free for the key's other
         requests.
 
         This does not apply to the daily limit, all of which may be used.

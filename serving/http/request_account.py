@@ -42,7 +42,7 @@ class RequestAccount:
         status: HTTP status of the response, or None until the response begins.
         begun: whether the response headers were sent or passed to the delivery.
         complete: whether the engine has sent the complete answer.
-        withdrawn: whether this is a request of a batch that will be retried later. It is then neither counted nor
+        withdrawn: whether this is a request in a batch that will be retried later. It is then neither counted nor
             stored.
     """
 
@@ -99,7 +99,7 @@ class RequestAccount:
             self._content.expects_json = assignment.expects_json
 
     def admitted(self, waited_s: float) -> None:
-        """Record how long the request waited for admission. For a request of a batch, timing begins now."""
+        """Record how long the request waited for admission. For a request in a batch, timing begins now."""
         if self.state.in_batch:
             self._started = self.clock()
         else:

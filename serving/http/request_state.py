@@ -35,7 +35,7 @@ class RequestState:
         grant: the key's grant, or None if no key was needed.
         version: the version that answers the request.
         reservation: the share of its key's limits that the request has reserved.
-        interruption: event that interrupts a request of a batch; see `serving.admission.party.Party`.
+        interruption: event that interrupts a request in a batch; see `serving.admission.party.Party`.
     """
 
     request_id: str
@@ -62,7 +62,7 @@ class RequestState:
 
     @property
     def in_batch(self) -> bool:
-        """Whether this is a request of a batch, which no client waits for."""
+        """Whether this is a request in a batch, which no client waits for."""
         return self.interruption is not None
 
     @property

@@ -39,7 +39,7 @@ class AdmittedLease:
 
     async def __aenter__(self) -> Lease:
         try:
-            # A request of a batch loads its adapter once there is spare capacity.
+            # A request in a batch loads its adapter once there is spare capacity.
             waited = self.party.interruption is None and self.leasing.lacks_adapter()
             if waited:
                 await self._bring()

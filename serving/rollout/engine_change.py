@@ -3,12 +3,13 @@
 In place: stop sending requests -> drain -> reload -> reset the prefix cache -> check the probes. If no
 other engine accepts requests, requests are queued during the change. Blue-green: start a second engine with
 the version, check the probes, replace the first engine, then drain it. No request has to wait, but both
-engines must fit into memory. A version that this kind of engine has never loaded requires an engine that is
-started with it: a second engine or, if memory is short, the same engine after a restart. An adapter of the
-same base is loaded and checked while requests run.
+engines must fit into memory. Probes are recorded only on an engine that starts with the version. Until they
+exist for this kind of engine, the version is loaded by starting an engine with it: a second engine or, if
+memory is short, the same engine after a restart. An adapter of the same base is loaded and checked while
+requests run.
 
 A superseded change stops where it safely can: while it waits, while an engine starts, or after a reload. A
-reload is never cancelled, because that would leave the engine's weights unknown.
+reload is never cancelled, because that would leave the engine's weights in an unknown state.
 """
 
 import logging
@@ -311,7 +312,8 @@ class EngineChange:
     async def _load(
         self, engine: Replica, target: Target, report: Report, check: Callable[[], None] = lambda: None
     ) -> None:
-        """Load and verify a version. A reload is never cancelled, since that would leave the engine's weights unknown.
+        """Load and verify a version. A reload is never cancelled, since that would leave the engine's weights in an
+        unknown state.
 
         Args:
             check: function that raises an error if the change must stop.

@@ -144,8 +144,8 @@ def _few_clients_text(name: str) -> str:
 class ShadowEvidence:
     """Compares both versions' answers to the same requests.
 
-    Times are shown, but do not affect the outcome, because copies run one or two at a time, while production's requests
-    run at any load.
+    Latencies are shown but do not affect the outcome, because copies run one or two at a time, whereas production
+    requests run under whatever load there is.
 
     Args:
         wanted: function that returns the number of requests after which the step ends.

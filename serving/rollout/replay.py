@@ -172,8 +172,8 @@ def require_replay(
             f"{wrong}; the stored requests to be replayed come from {kept.units} users or conversations, and each of "
             "them counts as one observation",
             expected=f"requests of at least {MIN_UNITS} users or conversations",
-            todo=f"send `user` for each end user; if requests are independent, set models.{record.name}.rollout.unit: "
-            f"request; or {others}",
+            todo="send a distinct `user` value for each end user; if requests are independent, set "
+            f"models.{record.name}.rollout.unit: request; or {others}",
         )
 
 

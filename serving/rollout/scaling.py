@@ -14,9 +14,10 @@ MEAN_S = 30.0
 HOLD_S = 900.0
 """Time for which fewer replicas must have been enough before one is removed, in seconds."""
 _TARGET_SHARE = 0.7
-"""Share of a replica's sequences above which another replica is added. It takes a minute or two to start."""
+"""Fraction of a replica's sequence slots in use above which another replica is added. A new replica takes a minute or
+two to start."""
 _REMOVAL_SHARE = 0.5
-"""Share of the remaining replicas' sequences below which one is removed."""
+"""Fraction of the remaining replicas' sequence slots in use below which a replica is removed."""
 
 
 @dataclass(eq=False)

@@ -48,8 +48,8 @@ class Split:
     """How a rollout splits the requests for a model's name between two versions.
 
     A user or conversation keeps its version throughout the rollout, except when it moves from production to the
-    candidate as the share grows. Its name and the rollout determine its position between 0 and 1, and the
-    candidate answers all positions below the share, which never shrinks.
+    candidate as the share grows. Its name and the rollout determine its position between 0 and 1. The candidate serves
+    everyone whose position is below the share, which never shrinks.
 
     Attributes:
         rollout: id of the rollout. Different rollouts begin with different users.

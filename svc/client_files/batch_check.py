@@ -23,8 +23,8 @@ class BatchProblem:
     """A problem in a file of requests.
 
     Attributes:
-        code: kind of the problem, as in the errors of OpenAI's batches.
-        line: line number, starting at 1, or None if the file as a whole is wrong.
+        code: kind of the problem, as in OpenAI's batch errors.
+        line: line number, starting at 1, or None if the problem concerns the whole file.
         param: field of the line that causes the problem, or None.
     """
 

@@ -6,10 +6,9 @@ to the answer). Thanks to the second view, a change of topic that matters to the
 only about two thirds of the prompts. Lipton et al. 2018 and Rabanser et al. 2019 found a similar gain
 with a classifier's outputs.
 
-The map is not fitted on the examples with which live prompts are compared (drift_sample.py). Neither of the two
-compared sets therefore fits the map better than the other, as a permutation test requires. Texts cannot be recovered
-from the map, because n-grams and words are stored as hashes. This module knows nothing about statistical tests, windows
-or the served model.
+The map is not fitted on the examples with which live prompts are compared (drift_sample.py). The map therefore fits
+neither set better than the other, as a permutation test requires. Texts cannot be recovered from the map, because
+n-grams and words are stored as hashes. This module knows nothing about statistical tests, windows or the served model.
 """
 
 from collections.abc import Sequence

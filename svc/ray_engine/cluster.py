@@ -235,7 +235,8 @@ def _require_token(head: str) -> None:
             logging.getLogger(__name__).info("the cluster's head refuses unencrypted requests: %s", error.code())
             return
     raise EngineError(
-        f"the Ray cluster at {head} answers without a token, so anyone who reaches it can run code on its machines",
+        f"the Ray cluster at {head} accepts requests without a token, so anyone who can reach it can run code on its "
+        "machines",
         expected="token authentication, which is Ray's default",
         todo="restart the cluster with RAY_AUTH_MODE=token: docs.ray.io/en/latest/ray-security/token-auth.html",
     )

@@ -83,7 +83,8 @@ class RayMachines:
         if room >= engines:
             return None
         each = " and ".join(f"{amount:g} {name}" for name, amount in need.resources.items())
-        return f"{engines} more engines need {each} each, and the Ray cluster has capacity for {room}"
+        left = f"only {room}" if room else "none"
+        return f"{engines} more engines need {each} each, but the Ray cluster has room for {left}"
 
     def _describe(self, settings: EngineSettings) -> Described:
         needs = self._needs(settings)

@@ -90,7 +90,7 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
 
     Raises:
         NotFoundError: there is no such version.
-        BusyError: the version is needed, or is still in the object store.
+        BusyError: the version is in use or is the target of a rollback, or is still in the object store.
         RegistryError: the object store does not respond.
     """
     if version not in registry.versions(version.name):

@@ -82,7 +82,7 @@ def test_kuberay_schema_refuses_a_broken_group(broken: dict[str, Any], message: 
     assert any(message in each for each in errors_of(group | broken, part))
 
 
-def test_fields_of_the_gateway_exist_in_kubernetes() -> None:
+def test_gateway_pod_matches_the_schema_of_kubernetes() -> None:
     spec = gateway()["spec"]
     assert errors_of(spec, pod_schema()) == []
 

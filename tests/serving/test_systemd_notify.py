@@ -46,7 +46,7 @@ def test_no_listener_is_returned_if_no_socket_was_passed(given: dict[str, str]) 
 
 
 @pytest.mark.parametrize("count", ["0", "2", "many"])
-def test_number_of_passed_sockets_other_than_one_is_rejected(count: str) -> None:
+def test_anything_but_exactly_one_passed_socket_is_rejected(count: str) -> None:
     with pytest.raises(SettingsError, match=f"LISTEN_FDS={count}"):
         inherited_listener(variables(LISTEN_FDS=count))
 

@@ -110,7 +110,7 @@ def test_training_prints_checkpointing_and_its_reason_on_a_gpu(
 
 
 @pytest.mark.parametrize("command", [["train", "--curve"], ["sweep"]], ids=" ".join)
-def test_trials_keep_checkpointing_on_because_their_memory_differs(
+def test_checkpointing_is_not_chosen_for_trials_because_each_needs_different_memory(
     svc: Svc, tmp_path: Path, recipe: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "this_machine", lambda *_: replace(cpu_device(2e12), cpu=False))

@@ -1,4 +1,4 @@
-"""Saves the adapter at the end of each of the last epochs, for clients of the fine-tuning API.
+"""Saves the adapter at the end of each of the last few epochs, for clients of the fine-tuning API.
 
 A run cannot resume from them, because they lack the optimizer's state. Imports transformers.
 """

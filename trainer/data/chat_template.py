@@ -35,8 +35,8 @@ _THINKS = re.compile(r"<\|?(start_)?think(ing)?\|?>\s*$", re.IGNORECASE)
 
 
 def training_row(example: TokenizedExample) -> dict[str, list[int]]:
-    """Return an example as the trainer expects it. Labels are the token ids of learnt answers, and -100
-    everywhere else.
+    """Return an example as the trainer expects it. Labels are the token ids of answers that are trained on,
+    and -100 everywhere else.
     """
     ids = list(example.input_ids)
     labels = [IGNORED] * len(ids)
@@ -137,7 +137,7 @@ def tokenize_turns(
     stops: set[int],
     template_kwargs: TemplateKwargs,
 ) -> list[list[TokenizedExample]]:
-    """Tokenize each example into the rows on which its learnt answers are trained.
+    """Tokenize each example into one or more rows that contain the answers to train on.
 
     An example has one row if the template renders the turns before an answer the same way in every later
     prompt.
@@ -148,8 +148,8 @@ def tokenize_turns(
             svc.model_folder.chat_template.choose_template_kwargs).
 
     Raises:
-        DataError: the template rejects an example, as some do with a system turn, or the learnt text would
-            differ from the answer in serving.
+        DataError: the template rejects an example, as some do with a system turn, or the text trained on
+            would differ from the answer in serving.
     """
     return list(iterate_turns(tokenizer, examples, stops, template_kwargs))
 

@@ -1,4 +1,4 @@
-"""Handles examples longer than `train.max_length`, and checks that examples fit into the engine.
+"""Handles examples longer than `train.max_length`, and checks examples against the engine's maximum length.
 
 Works on token ids only.
 """
@@ -84,7 +84,7 @@ def truncate(row: TokenizedExample, length: int) -> TokenizedExample:
 
 
 def check_served_length(rows: Sequence[TokenizedExample], longest: int, what: str, *, room: int = 0) -> None:
-    """Raise DataError if any example does not fit into the engine.
+    """Raise DataError if any example exceeds the engine's maximum length.
 
     Args:
         longest: maximum number of tokens that the engine allows for a prompt with its answer.
@@ -98,7 +98,7 @@ def check_served_length(rows: Sequence[TokenizedExample], longest: int, what: st
 
 
 def check_served_sizes(lengths: NDArray[np.integer], longest: int, what: str) -> None:
-    """Raise DataError if any example does not fit into the engine.
+    """Raise DataError if any example exceeds the engine's maximum length.
 
     Args:
         lengths: number of tokens of each example.

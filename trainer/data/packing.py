@@ -1,7 +1,7 @@
 """Packs several short examples into one row, so that they fill the row's maximum length.
 
 Positions start again with each example. From them, transformers derives an attention mask between examples, so that
-each example is learnt as if it were alone in its row. Imports torch and TRL.
+each example is trained on as if it were alone in its row. Imports torch and TRL.
 """
 
 from collections.abc import Sequence

@@ -18,8 +18,8 @@ RISE = 0.1
 """Minimum rise of the held-out loss, as a share of its lowest value. A smaller rise is not worth another
 run."""
 FEW_EXAMPLES = 50
-"""Number of examples below which a data set is small: OpenAI's fine-tuning guide sees clear improvements
-from 50 to 100 examples."""
+"""Number of examples below which a data set is small: OpenAI's fine-tuning guide reports clear
+improvements with 50 to 100 examples."""
 MANY_EXAMPLES = 1000
 GAP, GAP_OF_MANY_EPOCHS, MANY_EPOCHS = 2.0, 1.5, 10
 """Ratio of held-out to training loss above which a model has memorized its examples. The second value

@@ -52,8 +52,8 @@ def with_checkpointing(estimate: Estimate, enabled: bool, served_length: int) ->
 
 
 def _sharding(estimate: Estimate) -> dict[str, str]:
-    """Return the recipe key that fixes whether the weights are divided among devices, as in an estimate. Weights that
-    fit undivided only with checkpointing are not divided.
+    """Return the recipe key that fixes whether the weights are sharded across devices, as in an estimate. Weights that
+    fit unsharded only with checkpointing are not sharded.
     """
     here = estimate.here
     if here.device.count == 1 or here.undivided:

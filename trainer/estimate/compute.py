@@ -59,7 +59,7 @@ def training_seconds(training: Training, workload: Workload, device: ComputeDevi
 
 
 def _gathered_bytes(training: Training) -> float:
-    """Return the bytes that a device receives in a batch when the weights are divided: all weights in the forward
+    """Return the bytes that a device receives in a batch when the weights are sharded: all weights in the forward
     pass and again in the backward pass, and the gradients of its share.
     """
     others = (training.devices - 1) / training.devices

@@ -38,8 +38,8 @@ class DeviceEstimate:
         seconds: time from the first training step to the last.
         dollars: price of `seconds` of training on all devices, or None if the device has no price.
         checkpointing: whether gradient checkpointing is enabled.
-        sharded: whether several devices divide the weights among them.
-        undivided: why several devices cannot divide the weights among them, or None if they can.
+        sharded: whether the weights are sharded across several devices.
+        undivided: reason why the weights cannot be sharded across devices, or None if they can.
     """
 
     device: ComputeDevice
@@ -140,8 +140,8 @@ def estimate_device(
 
 
 def _training(recipe: Recipe, shape: ModelShape, device: ComputeDevice, largest: Batch) -> Training:
-    """Return how a recipe is trained on one or several devices. The devices divide the weights among them if the recipe
-    says so or, by default, if all weights and the largest batch do not fit on one device.
+    """Return how a recipe is trained on one or several devices. The weights are sharded across the devices if the
+    recipe says so or, by default, if all weights and the largest batch do not fit on one device.
 
     Args:
         recipe: recipe with the batches of one device.

@@ -59,7 +59,7 @@ class Part(StrEnum):
 
 
 _DIVIDED = (Part.WEIGHTS, Part.ADAPTER, Part.GRADIENTS, Part.OPTIMIZER)
-"""Parts of which each device stores an equal share when the weights are divided."""
+"""Parts of which each device stores an equal share when the weights are sharded."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Training:
         recipe: recipe with the batches of one device.
         number_type: number type of the matrix products.
         devices: number of devices that train together.
-        sharded: whether the devices divide the weights among them.
+        sharded: whether the weights are sharded across the devices.
     """
 
     recipe: Recipe

@@ -37,7 +37,7 @@ def refuse_memory(estimate: Estimate, machine: Machine) -> None:
         several = len(machine.gpus) > 1 and not here.device.cpu
         each, copy = " on each GPU" if several else "", ""
         if here.sharded:
-            copy = f"; {here.device.count} devices already divide the weights among them"
+            copy = f"; the weights are already sharded across {here.device.count} devices"
         elif here.device.count > 1:
             copy = f"; {here.undivided or 'train.sharding is never'}"
         raise InsufficientMemoryError(

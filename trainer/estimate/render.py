@@ -54,7 +54,7 @@ def print_short(estimate: Estimate) -> None:
 
 
 def _divided(estimate: DeviceEstimate) -> str:
-    return f"{estimate.device.count} devices divide weights, gradients and moments among them"
+    return f"weights, gradients and moments are sharded across {estimate.device.count} devices"
 
 
 def lacking(estimate: DeviceEstimate) -> list[str]:

@@ -80,7 +80,7 @@ def check_calibration(log: Sequence[Mapping[str, Any]]) -> None:
     """Check in gptqmodel's records that each layer was calibrated with all tokens.
 
     Raises:
-        TrainingError: a layer was calibrated with only a part of the tokens.
+        TrainingError: a layer was calibrated with only some of the tokens.
     """
     for entry in log:
         if entry["activation_retained_tokens"] < entry["activation_raw_tokens"]:

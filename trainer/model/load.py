@@ -28,7 +28,7 @@ class ModelForm:
         quantization: quantization of the frozen weights.
         full: whether every weight is trained.
         attention: fastest attention implementation that the machine supports.
-        divided: whether several devices divide the weights among them. The weights are then loaded into main memory,
+        divided: whether the weights are sharded across several devices. The weights are then loaded into main memory,
             and trained weights are converted to float32 layer by layer (trainer.training.sharding).
     """
 
@@ -86,7 +86,7 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
 
 
 def _trained_type(base: Path, form: ModelForm) -> torch.dtype:
-    """Return the number type in which trained weights are loaded. Weights that will be divided keep their stored type,
+    """Return the number type in which trained weights are loaded. Weights that will be sharded keep their stored type,
     so that all processes share the mapped pages of the files.
     """
     if not form.divided:

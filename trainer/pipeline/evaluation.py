@@ -195,10 +195,10 @@ class RunEvaluation:
         return {format: PreferenceReport.of(pairs, base) for format, pairs in scores.items() if pairs}
 
     def check(self) -> None:
-        """Check before training that every example fits into the engine and can be scored.
+        """Check before training that no example exceeds the engine's maximum length, and that all can be scored.
 
         Raises:
-            SvcError: an example does not fit into the engine, the engine is not set up to extract tool calls
+            SvcError: an example exceeds the engine's maximum length, the engine is not set up to extract tool calls
                 from answers, or a metric cannot score the reference answers.
         """
         check_call_parser(self.heldout, self.settings.engine.args)

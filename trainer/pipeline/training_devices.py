@@ -46,14 +46,14 @@ def choose_training_devices(recipe: Recipe, capabilities: DeviceCapabilities) ->
 
 
 def choose_sharding(recipe: Recipe, devices: int, number_type: NumberType, expected: DeviceEstimate | None) -> bool:
-    """Return whether the devices divide the weights among them instead of each storing a copy, and print the choice.
+    """Return whether the weights are sharded across the devices instead of copied to each, and print the choice.
 
     Args:
         devices: number of devices.
         expected: estimate for this machine, or None if unknown.
 
     Raises:
-        RecipeError: the recipe requires sharding, but the weights cannot be divided.
+        RecipeError: the recipe requires sharding, but the weights cannot be sharded.
     """
     asked = recipe.train.sharding
     if devices < 2 or asked is Sharding.NEVER:

@@ -10,7 +10,7 @@ from trainer.recipe.section import Section
 
 
 class Learn(StrEnum):
-    """Which answers of a training example are learnt if none of its turns specifies a weight."""
+    """Which answers of a training example are trained on if none of its turns specifies a weight."""
 
     LAST = "last"
     ALL = "all"
@@ -34,8 +34,8 @@ class Data(Section):
     general_share: float = Field(0.1, gt=0, lt=1)
     """share of general examples in the training examples"""
     learn: Learn = Learn.ALL
-    """all or last: which answers of a training example are learnt; a `weight` on a turn overrides this, see
-    [data](data.md#conversations)"""
+    """all or last: which answers of a training example are trained on; a `weight` on a turn overrides this,
+    see [data](data.md#conversations)"""
     seed: int = Field(0, ge=0)
     """seed for selecting the held-out examples and the general examples"""
     skip: int = Field(0, ge=0)

@@ -155,11 +155,11 @@ class Recipe(Section):
 
     @property
     def undivided(self) -> str | None:
-        """Why several devices cannot divide the weights among them, or None if they can."""
+        """Reason why the weights cannot be sharded across devices, or None if they can."""
         if self.adapter_type not in (None, AdapterType.LORA, AdapterType.DORA):
-            return f"{self.adapter_type} cannot be divided among devices; lora, dora and full can"
+            return f"{self.adapter_type} cannot be sharded across devices; lora, dora and full can"
         if self.train.optimizer is not Optimizer.ADAMW:
-            return f"the moments of {self.train.optimizer} cannot be divided among devices; those of adamw can"
+            return f"the moments of {self.train.optimizer} cannot be sharded across devices; those of adamw can"
         return None
 
     @model_validator(mode="after")
@@ -203,7 +203,7 @@ class Recipe(Section):
         reasons = {
             "chat_template": self.chat_template is not NamedTemplate.TEXT and "documents have no turns",
             "chat_template_kwargs": self.chat_template_kwargs and "documents have no turns",
-            "data.learn": "learn" in self.data.model_fields_set and "all tokens are learnt",
+            "data.learn": "learn" in self.data.model_fields_set and "all tokens are trained on",
             "train.too_long": self.train.too_long is not TooLong.ERROR and "documents are cut into rows of max_length",
             "evaluate.metrics": evaluate.metrics and answers,
             "evaluate.primary": evaluate.primary and answers,

@@ -27,7 +27,7 @@ class TooLong(StrEnum):
 
 
 class Sharding(StrEnum):
-    """When several devices divide the weights among them instead of each storing a copy."""
+    """When the weights are sharded across several devices instead of copied to each."""
 
     AUTO = "auto"
     """Divide the weights only if a copy of the model does not fit on one device."""
@@ -98,8 +98,8 @@ class Train(Section):
     among them; default: all that are free and equal; on a CPU a number of processes, useful only for testing; see
     [training](training.md#several-gpus)"""
     sharding: Sharding = Sharding.AUTO
-    """auto, never or always: whether several devices divide the weights, gradients and moments among them (FSDP2)
-    instead of each having a copy; auto does so if a copy does not fit on one device; see
+    """auto, never or always: whether weights, gradients and moments are sharded across several devices (FSDP2)
+    instead of copied to each; auto does so if a copy does not fit on one device; see
     [training](training.md#models-that-do-not-fit-on-one-gpu)"""
     batch_size: int = Field(16, ge=1)
     """number of examples per batch; the examples of a step are batch_size x gradient_accumulation, on any number of

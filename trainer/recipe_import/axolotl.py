@@ -185,7 +185,7 @@ def _limit(draft: Draft, datasets: list[Any]) -> None:
         elif "[" in split:
             draft.leave_out(f"datasets[{number}].split", f"{split}; data.limit sets the total number of examples")
         elif split != "train":
-            draft.leave_out(f"datasets[{number}].split", f"{split}; name its files: hf:ORG/NAME/FILE")
+            draft.leave_out(f"datasets[{number}].split", f"{split}; list its files as hf:ORG/NAME/FILE")
 
 
 def _sources(draft: Draft, key: str, number: int, dataset: Any, folder: Path) -> list[str]:
@@ -259,7 +259,7 @@ def _import_train(draft: Draft) -> None:
     import_optimizer(draft, "optimizer", "adamw_torch_fused")
     import_schedule(draft, "lr_scheduler", "cosine")
     import_warmup(draft, 0.03, zero_steps=True)
-    draft.leave_out_if_set("train_on_inputs", "only answers are learnt")
+    draft.leave_out_if_set("train_on_inputs", "only answers are trained on")
     for key in ("fsdp", "fsdp_config", "fsdp_version", "deepspeed"):
         if draft.take(key):
             draft.changed(key, "train.devices and train.sharding decide about several GPUs")
@@ -283,4 +283,4 @@ def _import_template(draft: Draft) -> None:
     special = {key: value for key, value in (draft.take("special_tokens") or {}).items() if value}
     if other := sorted(special.keys() - {"pad_token"}):
         draft.leave_out(f"special_tokens.{other[0]}", "the base's own tokens are used")
-    draft.leave_out_if_set("eot_tokens", "the template's own end of a turn is learnt")
+    draft.leave_out_if_set("eot_tokens", "the template's own end-of-turn token is trained on")

@@ -145,7 +145,7 @@ def _import_data(draft: Draft, folder: Path, beginning: Path) -> None:
             draft.changed("max_samples", "is a number per data set there, and one for all data sets together here")
     if draft.take("mask_history"):
         draft.values["data.learn"] = Learn.LAST.value
-    draft.leave_out_if_set("train_on_prompt", "only answers are learnt")
+    draft.leave_out_if_set("train_on_prompt", "only answers are trained on")
 
 
 def _names(draft: Draft, key: str) -> list[str]:
@@ -176,7 +176,7 @@ def _sources(draft: Draft, name: str, info: Path | None, folder: Path) -> list[s
         draft.leave_out(key, f"it has the columns {', '.join(unusual)}; rename them to keys of docs/data.md")
     for other in ("subset", "split", "num_samples"):
         if entry.get(other) not in (None, "train"):
-            draft.leave_out(key, f"{other}: {entry[other]}; name the files: hf:ORG/NAME/FILE")
+            draft.leave_out(key, f"{other}: {entry[other]}; list the files as hf:ORG/NAME/FILE")
     if file := entry.get("file_name"):
         return [beside(info.parent / file, folder)]
     if hub := entry.get("hf_hub_url"):

@@ -143,7 +143,7 @@ class Finals:
         """Check before the first trial that the engine can answer the examples and that the metric can score them.
 
         Raises:
-            SvcError: an example does not fit into the engine, or the metric cannot score the reference answers.
+            SvcError: an example exceeds the engine's maximum length, or the metric cannot score the reference answers.
         """
         room = self.runner.recipe.evaluate.max_tokens or 0
         check_call_parser(self.examples, self.settings.engine.args)

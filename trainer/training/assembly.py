@@ -100,7 +100,7 @@ def assemble_trainer(
         make: class of the trainer.
 
     Raises:
-        RecipeError: the weights cannot be divided among the devices of the group.
+        RecipeError: the weights cannot be sharded across the devices of the group.
     """
     base, recipe, number_type, group = setup.base, setup.recipe, setup.number_type, setup.group
     set_seed(recipe.train.seed)

@@ -90,7 +90,7 @@ def share_of(train: Train, devices: int) -> Share:
 
 
 def find_undivided(recipe: Recipe, number_type: NumberType, *, experts: bool) -> str | None:
-    """Return why several devices cannot divide the weights among them, or None if they can.
+    """Return the reason why the weights cannot be sharded across devices, or None if they can.
 
     Args:
         number_type: number type of the matrix products.

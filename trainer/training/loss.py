@@ -191,8 +191,8 @@ def answer_loss(
 
     Args:
         input_ids: token ids of shape [batch, length].
-        labels: tensor of shape [batch, length], with the token id at learnt positions and -100 elsewhere.
-            Learnt positions may be anywhere in a row.
+        labels: tensor of shape [batch, length], with the token id at positions that count toward the loss and
+            -100 elsewhere. These positions may be anywhere in a row.
         position_ids: positions of shape [batch, length] for packed rows, in which they restart with each
             example.
         share_prefix: whether to share the common prefix. If false, each row is computed in full.
@@ -296,14 +296,14 @@ def _hidden_states(
     position_ids: Tensor | None,
     balance: Balance | None,
 ) -> Tensor:
-    """Return the inputs of the output head at the positions that predict learnt tokens, with shape [number of
-    learnt tokens, width].
+    """Return the inputs of the output head at the positions whose next token counts toward the loss, with shape
+    [number of target tokens, width].
 
     `logits_to_keep` would score the same positions in all rows. Because rows end at different positions,
     that can be ten times as many. The output of the head is not used here.
 
     Args:
-        learnt: mask of shape [batch, length - 1], true where the next token is learnt.
+        learnt: mask of shape [batch, length - 1], true where the next token counts toward the loss.
     """
     selected: list[Tensor] = []
 
@@ -422,7 +422,7 @@ def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
 
     Args:
         input_ids: token ids of shape [batch, length].
-        labels: tensor of shape [batch, length], with -100 at positions that are not learnt.
+        labels: tensor of shape [batch, length], with -100 at positions that do not count toward the loss.
     """
     if len(input_ids) < 2:
         return 0
@@ -436,7 +436,7 @@ def shared_prefix(input_ids: Tensor, labels: Tensor) -> int:
 
 def _can_share(model: PreTrainedModel | PeftModel) -> bool:
     """Return whether rows can share the keys and values of a prefix. This is not possible with gradient checkpointing,
-    which runs layers without a cache. Nor is it possible with weights divided among devices: the gradients of keys and
+    which runs layers without a cache. Nor is it possible with weights sharded across devices: the gradients of keys and
     values would reach a layer's weights before these are gathered.
     """
     if is_sharded(model):

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: turns chat examples and a base model into an adapter or a trained model.
 
-Only answers are learnt, including the token that ends them; all other turns are context. This module
+Only answers are trained on, including the token that ends them; all other turns are context. This module
 does not depend on where the examples come from, on registered versions, or on the quality of the result.
 Imports torch and TRL.
 """
@@ -98,7 +98,7 @@ def train_model(
         on_checkpoint: called with the path of each new checkpoint.
         processes: processes that train together. By default, this process trains alone.
         progress: file to which the steps and the held-out losses are written.
-        sharded: whether several devices divide the weights among them, instead of each having a copy.
+        sharded: whether the weights are sharded across several devices, instead of copied to each.
 
     Raises:
         DataError: an example is longer than `train.max_length` or than the engine accepts, is rejected by

@@ -4,7 +4,7 @@ Each device stores a share of every weight, and of its gradient and moments. The
 before the layer is computed, and released afterwards. The embeddings and the output head stay gathered from their
 first use in a step to the end of its backward pass. The same mechanism runs over gloo on CPUs and NCCL on GPUs.
 
-Weights in NF4 are divided and gathered as the bytes that bitsandbytes packed them into. Each device has all scales (3 %
+Weights in NF4 are sharded and gathered as the bytes that bitsandbytes packed them into. Each device has all scales (3 %
 of the packed weights), which bitsandbytes stores outside the parameters.
 
 Every function here that gathers must be called by all processes in the same order. Imports torch.
@@ -68,7 +68,7 @@ def _widen(module: nn.Module) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether the weights of a model are divided among devices."""
+    """Return whether the weights of a model are sharded across devices."""
     return isinstance(model, FSDPModule)
 
 
@@ -76,7 +76,7 @@ def check_sharded(model: nn.Module, devices: int) -> None:
     """Check that each process stores only its share of every weight.
 
     Raises:
-        TrainingError: a weight is stored in full, or is divided in a different way.
+        TrainingError: a weight is stored in full, or is sharded in a different way.
     """
     wrong = {
         f"{name} is stored as {_described(weight)}"
@@ -88,7 +88,7 @@ def check_sharded(model: nn.Module, devices: int) -> None:
     }
     if wrong or not is_sharded(model):
         raise TrainingError(
-            f"the weights are not divided among {devices} devices: {min(wrong, default='none of them is')}",
+            f"the weights are not sharded across {devices} devices: {min(wrong, default='none of them is')}",
             expected=f"shares of about 1/{devices} of every weight",
             todo="set train.sharding to never, or install the versions in deploy/constraints",
         )
@@ -109,7 +109,7 @@ def release_gathered(model: nn.Module) -> None:
 
 
 def whole(value: Tensor, *, keep: bool) -> Tensor:
-    """Gather a tensor in main memory. A tensor that is not divided is only copied.
+    """Gather a tensor in main memory. A tensor that is not sharded is only copied.
 
     Args:
         keep: whether this process needs the result. If not, it is an empty tensor.
@@ -122,7 +122,7 @@ def whole(value: Tensor, *, keep: bool) -> Tensor:
 
 @torch.no_grad()
 def copy_into(weight: Tensor, values: Tensor) -> None:
-    """Set a weight to the given values. If the weight is divided, only this process's share of the values is used."""
+    """Set a weight to the given values. If the weight is sharded, only this process's share of the values is used."""
     if isinstance(weight, DTensor):
         weight.to_local().copy_(_share(values, weight).to_local())
     else:
@@ -130,13 +130,13 @@ def copy_into(weight: Tensor, values: Tensor) -> None:
 
 
 def _share(values: Tensor, weight: DTensor) -> DTensor:
-    """Return this process's share of complete values, divided in the same way as a weight."""
+    """Return this process's share of complete values, sharded in the same way as a weight."""
     local = values.to(weight.device)
     return distribute_tensor(local, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """Gather the state of an optimizer in main memory, in the form that it would have with undivided weights.
+    """Gather the state of an optimizer in main memory, in the form that it would have with unsharded weights.
 
     Args:
         keep: whether this process needs the result.
@@ -152,7 +152,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> di
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of an optimizer whose weights were not divided. Each process takes its shares."""
+    """Load the state of an optimizer whose weights were not sharded. Each process takes its shares."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     shares = {
         number: {
@@ -168,7 +168,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 @torch.no_grad()
 def gather_trained(model: nn.Module, *, keep: bool, converted: Callable[[Tensor], Tensor] | None = None) -> None:
-    """Turn a divided model into one that can be saved, by replacing the shares of trained weights by whole weights in
+    """Turn a sharded model into one that can be saved, by replacing the shares of trained weights by whole weights in
     main memory. Afterwards, the model cannot be used for computation.
 
     Weights are gathered one after the other, in the order of `model.parameters()`.

@@ -163,7 +163,7 @@ class ResumableTrainer(AnswerTrainer):
         return figures
 
     def _own_loss_sums(self, rows: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the loss of each row of this process. With divided weights, a process without rows also computes one,
+        """Return the loss of each row of this process. With sharded weights, a process without rows also computes one,
         because the other processes need its shares of the weights.
         """
         if self.group.sharded and not rows:
@@ -245,7 +245,7 @@ class ResumableTrainer(AnswerTrainer):
             self._allocation.restore(checkpoint)
 
     def load_best(self, step: int) -> None:
-        """Load the trained weights of the step with the lowest held-out loss into the model that is saved. With divided
+        """Load the trained weights of the step with the lowest held-out loss into the model that is saved. With sharded
         weights, these are the shares of all processes, and otherwise the first process's copy.
 
         Only the first process reads the checkpoint. The others may be on machines that do not have it.

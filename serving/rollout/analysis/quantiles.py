@@ -3,7 +3,7 @@
 import math
 
 _RESOLUTION = math.log(1.01)
-"""Width of the histogram's bins on a logarithmic scale, which is 1%."""
+"""Relative width of the histogram's logarithmic bins: 1%."""
 _SHORTEST_S, _LONGEST_S = 1e-4, 1e5
 _BINS = math.ceil(math.log(_LONGEST_S / _SHORTEST_S) / _RESOLUTION) + 1
 

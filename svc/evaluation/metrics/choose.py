@@ -231,7 +231,7 @@ def _load(point: EntryPoint) -> Metric:
         ) from error
     if not isinstance(metric, Metric) or metric.name != point.name or not _NAME.fullmatch(point.name):
         raise RecipeError(
-            f"metric {point.name} in {point.value} is {metric!r:.80}",
+            f"the entry point {point.value} of metric {point.name} provides {metric!r:.80}",
             expected=f"a {Metric.__module__}.Metric named {point.name}; names may contain only a-z, 0-9 and _",
         )
     return metric

@@ -1,4 +1,4 @@
-"""Tests that requests of batches use only the capacity that clients leave."""
+"""Tests that batch requests use only the capacity that clients leave."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,7 +17,7 @@ from tests.serving.service import closed
 
 
 class Batched:
-    """A request of a batch that runs until it is ended or interrupted."""
+    """A request in a batch that runs until it is ended or interrupted."""
 
     def __init__(self, admission: Admission, tokens: int = 1) -> None:
         self.interruption, self._end = OneShotEvent(), asyncio.Event()
@@ -41,7 +41,7 @@ class Batched:
 
 @asynccontextmanager
 async def batched(admission: Admission, count: int, tokens: int = 1) -> AsyncIterator[list[Batched]]:
-    """Run requests of batches while the context is active."""
+    """Run batch requests while the context is active."""
     requests = [Batched(admission, tokens) for _ in range(count)]
     await settle()
     try:

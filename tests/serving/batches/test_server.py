@@ -38,7 +38,7 @@ async def create(home: Home, client: httpx.AsyncClient, count: int) -> str:
 
 
 async def until_completed(client: httpx.AsyncClient, id: str, count: int) -> dict[str, Any]:
-    """Wait until a number of requests of a batch are answered."""
+    """Wait until a number of requests in a batch are answered."""
     async with asyncio.timeout(20):
         while True:
             batch: dict[str, Any] = (await client.get(f"/v1/batches/{id}")).json()

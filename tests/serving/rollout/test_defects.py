@@ -72,7 +72,7 @@ async def test_engine_is_replaced_after_a_defect_in_the_reload(
     assert len(control.park.engines) == 2
 
 
-async def test_switched_engines_are_restored_after_a_defect_at_the_second_engine(
+async def test_switched_engines_are_restored_when_the_second_engine_fails(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control = make(replicas=2)
@@ -84,7 +84,7 @@ async def test_switched_engines_are_restored_after_a_defect_at_the_second_engine
 
 
 @pytest.mark.parametrize("method", ["run", "_end_requests"])
-async def test_switched_engines_are_replaced_after_a_defect_in_the_restoration(
+async def test_switched_engines_are_replaced_when_restoring_them_fails(
     make: Make, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     control = make(replicas=2, drain_timeout_s=0.1)

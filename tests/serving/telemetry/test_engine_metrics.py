@@ -94,7 +94,7 @@ async def test_unresponsive_engine_exports_no_metrics() -> None:
         assert generate_latest(registry) == b"", answer
 
 
-async def test_engine_metrics_are_empty_before_an_engine_holds_a_version() -> None:
+async def test_engine_metrics_are_empty_before_an_engine_has_loaded_a_version() -> None:
     collector, registry = EngineMetrics(list), CollectorRegistry()
     registry.register(collector)
     await collector.refresh()

@@ -94,7 +94,7 @@ def test_shortage_is_reported_when_the_cluster_has_no_room(tmp_path: Path, asked
     cluster = machines(tmp_path)
     assert cluster.shortage(settings, 1) is None
     shortage = cluster.shortage(settings, 2)
-    assert shortage == "2 more engines need 1 CPU each, and the Ray cluster has capacity for 1"
+    assert shortage == "2 more engines need 1 CPU each, but the Ray cluster has room for only 1"
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_devices_divide_the_weights_by_default_exactly_if_a_copy_does_not_fit() 
     ],
     ids=str,
 )
-def test_estimate_says_why_weights_cannot_be_divided(sections: dict[str, Any], reason: str) -> None:
+def test_estimate_says_why_weights_cannot_be_sharded(sections: dict[str, Any], reason: str) -> None:
     recipe = make_recipe(**sections | {"train": SINGLE_ROWS | sections.get("train", {})})
     estimated = several("llama-2-7b", 8, recipe)
     assert not estimated.sharded

@@ -120,7 +120,7 @@ def test_model_that_does_not_fit_on_one_of_several_gpus_is_refused_with_the_reas
         InsufficientMemoryError, match=r"GB on each GPU, but 2 x RTX 4090 has 25\.8 GB on each GPU"
     ) as caught:
         refuse_memory(estimate, two)
-    assert "2 devices already divide the weights among them" in caught.value.expected
+    assert "the weights are already sharded across 2 devices" in caught.value.expected
     assert "method=" in caught.value.todo
     quantized = estimate_recipe(
         recipe.changed({"train.optimizer": "adamw-8bit"}),
@@ -131,4 +131,4 @@ def test_model_that_does_not_fit_on_one_of_several_gpus_is_refused_with_the_reas
     )
     with pytest.raises(InsufficientMemoryError) as caught:
         refuse_memory(quantized, two)
-    assert "the moments of adamw-8bit cannot be divided among devices" in caught.value.expected
+    assert "the moments of adamw-8bit cannot be sharded across devices" in caught.value.expected

@@ -49,7 +49,7 @@ class Stages:
         number_types: number types with which stages were called.
         recipes: recipes with which models were trained.
         devices: number of devices of each training, or 0 for this process alone.
-        sharded: whether the devices of each training divide the weights among them.
+        sharded: whether each run's weights are sharded across its devices.
         compared: formats compared in each parity report.
         unequal: parity checks that fail.
         refused_gguf: whether the base cannot be written to GGUF.

@@ -295,10 +295,10 @@ def test_method_implies_adapter_type_and_quantization(
         ({"formats": []}, "'formats' is []"),
         ({"formats": ["gptq", "gptq"]}, "`formats` lists a format twice"),
         ({"formats": ["gguf"]}, "`formats` lists gguf without merged"),
-        ({"method": "vera", "train": {"sharding": "always"}}, "vera cannot be divided among devices"),
+        ({"method": "vera", "train": {"sharding": "always"}}, "vera cannot be sharded across devices"),
         (
             {"train": {"sharding": "always", "optimizer": "adamw-8bit"}},
-            "the moments of adamw-8bit cannot be divided among devices",
+            "the moments of adamw-8bit cannot be sharded across devices",
         ),
         ({"method": "full", "formats": ["adapter"]}, "`formats` lists adapter, but `method: full` trains no adapter"),
     ],

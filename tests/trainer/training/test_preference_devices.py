@@ -1,4 +1,4 @@
-"""Tests that two processes over gloo learn a preference as one device does, with copies and with divided weights."""
+"""Tests that two processes over gloo learn a preference as one device does, with copies and with sharded weights."""
 
 import os
 import signal

@@ -350,7 +350,7 @@ def test_training_fails_when_a_library_ignores_the_other_devices() -> None:
         DeviceGroup(0, 2).check(_SingleProcess(), nn.Linear(1, 1))
 
 
-def test_training_fails_when_weights_that_should_be_divided_are_whole() -> None:
+def test_training_fails_when_weights_that_should_be_sharded_are_whole() -> None:
     with pytest.raises(TrainingError, match=r"weight is stored as a whole tensor of shape \(1, 3\)") as caught:
         check_sharded(nn.Linear(3, 1, bias=False), 2)
     assert "train.sharding" in caught.value.todo

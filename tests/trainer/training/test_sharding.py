@@ -1,4 +1,4 @@
-"""Tests that weights, gradients and moments are really divided among two processes over gloo."""
+"""Tests that weights, gradients and moments are really sharded across two processes over gloo."""
 
 from dataclasses import dataclass
 from pathlib import Path
