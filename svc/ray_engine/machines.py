@@ -84,7 +84,8 @@ class RayMachines:
             return None
         each = " and ".join(f"{amount:g} {name}" for name, amount in need.resources.items())
         left = f"only {room}" if room else "none"
-        return f"{engines} more engines need {each} each, but the Ray cluster has room for {left}"
+        more = f"{engines} more engines need {each} each" if engines > 1 else f"one more engine needs {each}"
+        return f"{more}, but the Ray cluster has room for {left}"
 
     def _describe(self, settings: EngineSettings) -> Described:
         needs = self._needs(settings)
