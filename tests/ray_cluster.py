@@ -40,6 +40,10 @@ class RayNodes:
         """Let a node leave."""
         self._do("remove", name)
 
+    def restart_head(self) -> None:
+        """Kill the head's process that knows the cluster, and start it again without its memory."""
+        self._do("restart", "head")
+
     def _do(self, command: str, name: str) -> Any:
         ours, theirs = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
         ours.write(json.dumps([command, name]) + "\n")
@@ -94,6 +98,9 @@ def _main() -> None:
         command, name = json.loads(line)
         if command == "add":
             nodes[name] = cluster.add_node(num_cpus=1, resources={name: 1})
+        elif command == "restart":
+            cluster.head_node.kill_gcs_server()
+            cluster.head_node.start_gcs_server()
         else:
             cluster.remove_node(nodes.pop(name), allow_graceful=command == "remove")
         answer(None)

@@ -70,5 +70,6 @@ def test_adapter_of_trl_is_imported_compared_evaluated_and_served(
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
         messages: Any = [{"role": "user", "content": "hello"}]
-        answer = client.chat.completions.create(model="imported", messages=messages, max_tokens=8)
-    assert answer.model == "imported@1"
+        raw = client.chat.completions.with_raw_response.create(model="imported", messages=messages, max_tokens=8)
+    assert raw.headers["x-model-version"] == imported["version"]
+    assert raw.parse().choices[0].message.content

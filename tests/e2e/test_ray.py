@@ -24,6 +24,8 @@ from tests.ray_cluster import RayNodes, actors, running_cluster
 pytestmark = [pytest.mark.slow]
 
 PORT = 8991
+_HEAD_S = 75.0
+"""Longer than the minute after which Ray's processes stop if their head does not return."""
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +210,23 @@ def test_rollout_whose_candidates_node_is_lost_fails_and_production_serves(
     until_gone(engine)
     assert actors() == [production]
     nodes.add(lost)
+
+
+@pytest.mark.matrix
+def test_engine_serves_and_changes_its_version_after_the_head_was_restarted(
+    instance: Instance, nodes: RayNodes, report: Report
+) -> None:
+    before = instance.status()["version"]
+    other = "tiny@1" if before == "tiny@2" else "tiny@2"
+    engines = [each.pid for each in actors()]
+    with Users(instance.url, "tiny", prompts(50), streams=2).asking() as users:
+        users.wait_for(5)
+        nodes.restart_head()
+        time.sleep(_HEAD_S)
+        done = instance.command("promote", other, "--direct", *ANY_QUALITY)
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        users.wait_for(10)
+    assert users.failed == []
+    assert users.versions[-1] == other
+    assert [each.pid for each in actors()] == engines
+    report(f"Ray: the head restarted: {len(users.versions)} answers in {_HEAD_S:.0f} s and a promotion, 0 failed")
