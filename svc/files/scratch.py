@@ -18,6 +18,6 @@ def scratch_file(owner: object) -> BinaryIO:
     """
     usual = "/var/tmp"  # noqa: S108 - the file has no name
     folder = None if "TMPDIR" in os.environ or not os.access(usual, os.W_OK) else usual
-    file = cast("BinaryIO", tempfile.TemporaryFile(dir=folder))  # noqa: SIM115 - see below
+    file = cast("BinaryIO", tempfile.TemporaryFile(dir=folder))  # noqa: SIM115 - closed with its owner
     weakref.finalize(owner, file.close)
     return file

@@ -1,4 +1,4 @@
-"""Tests formats beside GPTQ on the real engine: written, evaluated, compared, registered, served and swapped."""
+"""Tests int8, fp8 and AWQ on the real engine, from writing the files to replacing one version by another."""
 
 import json
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.matrix]
 
 PORT = 8745
 GROUPS = ((Format.INT8, Format.FP8), (Format.AWQ,))
-"""Formats of a version beside the merged one. The first is what the server prefers."""
+"""Formats of a version in addition to merged. The server prefers the first one."""
 
 
 @pytest.fixture(scope="module", params=GROUPS, ids=lambda formats: "-".join(formats))
