@@ -5,10 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
 
 from serving.assembly import make_job_worker
-from serving.jobs.recipe import recipe_text
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
 from svc.registry.registry import Registry
@@ -16,10 +14,9 @@ from svc.settings import FineTuningSettings
 from svc.store.fine_tuned_models import find_model
 from svc.store.jobs import JobStatus, Wanted, read_checkpoints, read_events
 from svc.store.page import Page
-from svc.store.tables import JobRow
 from svc.version import Format
 from tests.new_store import new_store
-from tests.serving.jobs.worker_home import WorkerHome
+from tests.serving.jobs.worker_home import WorkerHome, add_real_job
 from tests.trainer.conftest import examples, tiny_base
 
 __all__ = ["examples", "tiny_base"]
@@ -35,19 +32,7 @@ async def test_version_and_metrics_exist_when_the_job_was_paused_and_resumed(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     home = WorkerHome(new_store(tmp_path / "home"), tmp_path / "home")
     write_examples(home.files.path(home.file), examples)
-    recipe = {
-        "name": "ft-alice-tiny",
-        "base": str(tiny_base),
-        "formats": ["adapter"],
-        "data": {"train": "/elsewhere/files/file-1"},
-        "adapter": {"rank": 4},
-        "train": {"batch_size": 2, "epochs": EPOCHS, "learning_rate": 0.01},
-        "checkpoints": {"keep_epochs": 3},
-    }
-    id = home.add()
-    with home.store.begin() as connection:
-        text = recipe_text(recipe)
-        connection.execute(update(JobRow).where(JobRow.id == id).values(recipe=text, name="ft-alice-tiny"))
+    id = add_real_job(home, tiny_base, epochs=EPOCHS)
     settings = home.settings.model_copy(update={"fine_tuning": FineTuningSettings(bases={"small": str(tiny_base)})})
     worker = make_job_worker(settings, Registry.of(settings), home.store, home.files, home.changes)
     assert worker is not None

@@ -3,20 +3,17 @@
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
 
 from serving.assembly import make_job_worker
-from serving.jobs.recipe import recipe_text
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
 from svc.registry.registry import Registry
 from svc.settings import FineTuningSettings, Settings
 from svc.store.jobs import JobStatus
-from svc.store.tables import JobRow
 from svc.version import Format
 from tests.new_store import new_store
 from tests.ray_cluster import running_cluster
-from tests.serving.jobs.worker_home import WorkerHome
+from tests.serving.jobs.worker_home import WorkerHome, add_real_job
 from tests.trainer.conftest import examples, tiny_base
 
 __all__ = ["examples", "tiny_base"]
@@ -30,19 +27,7 @@ async def test_job_is_trained_on_a_node_when_the_server_trains_on_ray(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     home = WorkerHome(new_store(tmp_path / "home"), tmp_path / "home")
     write_examples(home.files.path(home.file), examples)
-    recipe = {
-        "name": "ft-alice-tiny",
-        "base": str(tiny_base),
-        "formats": ["adapter"],
-        "data": {"train": "/elsewhere/files/file-1"},
-        "adapter": {"rank": 4},
-        "train": {"batch_size": 2, "epochs": 1, "learning_rate": 0.01},
-        "checkpoints": {"keep_epochs": 3},
-    }
-    id = home.add()
-    with home.store.begin() as connection:
-        text = recipe_text(recipe)
-        connection.execute(update(JobRow).where(JobRow.id == id).values(recipe=text, name="ft-alice-tiny"))
+    id = add_real_job(home, tiny_base, epochs=1)
     (tmp_path / "store").mkdir()
     with running_cluster("first") as nodes:
         settings = Settings(

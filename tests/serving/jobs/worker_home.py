@@ -17,8 +17,10 @@ from typing import Any
 import psutil
 import yaml
 from sqlalchemy import Engine as Store
+from sqlalchemy import update
 
 from serving.jobs.job_training import Pace
+from serving.jobs.recipe import recipe_text
 from serving.jobs.worker import JobWorker
 from svc.client_files.client_files import ClientFiles
 from svc.engine.orphans import runs
@@ -31,6 +33,7 @@ from svc.store.job_queue import JobResult
 from svc.store.job_requests import change_wanted, create_job
 from svc.store.jobs import Job, JobStatus, Wanted, find_job, read_events
 from svc.store.page import Page
+from svc.store.tables import JobRow
 from svc.version import VersionId
 from tests.file_row import add_file_row
 
@@ -172,3 +175,21 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def add_real_job(home: WorkerHome, base: Path, epochs: int) -> str:
+    """Queue a job that the real `svc train` can run, named ft-alice-tiny, and return its id."""
+    recipe = {
+        "name": "ft-alice-tiny",
+        "base": str(base),
+        "formats": ["adapter"],
+        "data": {"train": "/elsewhere/files/file-1"},
+        "adapter": {"rank": 4},
+        "train": {"batch_size": 2, "epochs": epochs, "learning_rate": 0.01},
+        "checkpoints": {"keep_epochs": 3},
+    }
+    id = home.add()
+    with home.store.begin() as connection:
+        values = {"recipe": recipe_text(recipe), "name": "ft-alice-tiny"}
+        connection.execute(update(JobRow).where(JobRow.id == id).values(values))
+    return id
