@@ -47,6 +47,12 @@ _FASTER_WITH_TORCH = {"x86_64-avx512f", "x86_64-avx512_bf16"}
 """Instruction sets on which PyTorch's 4-bit kernel decodes faster than vLLM's (docs/devices.md)."""
 _AWQ_CAPABILITY = (7, 5)
 """Lowest compute capability of a GPU for which vLLM loads AWQ (`AutoAWQConfig.get_min_capability`)."""
+_S_PER_FP8_WEIGHT = 3e-8
+"""Seconds per token and weight that vLLM takes for FP8 on a CPU without a kernel, where it calls PyTorch's reference
+`_scaled_mm`: 1.8 s for 70 tokens and 576 x 1536 weights on a Xeon with AMX, where bfloat16 took 0.3 ms.
+"""
+_MAX_FP8_WEIGHTS_WITHOUT_KERNEL = 10_000_000
+"""0.3 s per token, so that an evaluation takes minutes."""
 _CPU_MULTIPLE = 32
 """Block size of the 4-bit kernels for CPUs, which is the same in vLLM and PyTorch."""
 
@@ -189,11 +195,29 @@ class DeviceCapabilities(BaseModel):
         if self.vllm_int8 if format is Format.INT8 else self.vllm_fp8:
             return ""
         if format is Format.FP8 and self.device(settings) is Device.CPU:
-            return f"vLLM {self.vllm} has no fp8 kernel for {self.hardware(settings)} and decodes slowly; int8 is fast"
+            return f"vLLM {self.vllm} has no fp8 kernel for {self.hardware(settings)} and is very slow; use int8"
         raise EngineError(
             f"vLLM {self.vllm} has no {format} kernel for {self.hardware(settings)}",
             expected="a GPU with compute capability 7.5 or higher (Turing), or a CPU",
             todo=f"remove {format} from `formats`, or train on a machine like the one that will serve it",
+        )
+
+    def check_fp8_weights(self, count: int, settings: EngineSettings) -> None:
+        """Check that an engine computes with FP8 weights fast enough for an evaluation.
+
+        Args:
+            count: number of weights in the quantized layers.
+
+        Raises:
+            EngineError: the device has no kernel for FP8, and the model is too large to do without.
+        """
+        if self.vllm_fp8 or self.device(settings) is not Device.CPU or count <= _MAX_FP8_WEIGHTS_WITHOUT_KERNEL:
+            return
+        raise EngineError(
+            f"vLLM {self.vllm} has no fp8 kernel for {self.hardware(settings)}, and would take about "
+            f"{count * _S_PER_FP8_WEIGHT:.0f} s per token with the {count / 1e6:,.0f} million weights of this model",
+            expected="a GPU with compute capability 7.5 or higher (Turing)",
+            todo=f"replace {Format.FP8} with {Format.INT8} in `formats`, or train on a machine with a GPU",
         )
 
     def gptq_multiple(self, settings: EngineSettings) -> int:

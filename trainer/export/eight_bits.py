@@ -87,8 +87,8 @@ def quantize_to_8_bits(model: Path, out: Path, format: Format) -> RoundingSummar
     return RoundingSummary(layers=len(layers), seconds=time.monotonic() - started)
 
 
-def check_layers(model: Path) -> list[str]:
-    """Return the names of the linear layers to quantize, without loading weights.
+def check_layers(model: Path) -> dict[str, tuple[int, int]]:
+    """Return the input and output sizes of the linear layers to quantize, keyed by name, without loading weights.
 
     Raises:
         TrainingError: the model is a mixture of experts, has no linear layers, or stores its linear layers under other
@@ -101,8 +101,8 @@ def check_layers(model: Path) -> list[str]:
             expected="a model without experts",
             todo="remove int8 and fp8 from `formats`, or choose another base",
         )
-    layers, stored = list(linear_layers(empty)), {tensor.name for tensor in read_headers(model)}
-    if missing := next((name for name in layers or ["*"] if f"{name}.weight" not in stored), None):
+    layers, stored = linear_layers(empty), {tensor.name for tensor in read_headers(model)}
+    if missing := next((name for name in layers or ("*",) if f"{name}.weight" not in stored), None):
         raise TrainingError(
             f"{model} has no tensor {missing + '.weight'!r}, the weight of a linear layer",
             expected="linear layers, with weights under their names",

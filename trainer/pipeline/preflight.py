@@ -54,7 +54,7 @@ def check_base(
         IntegrityError: a weight file of the base is damaged.
         RecipeError, TrainingError: the base's layers cannot be quantized, at least not with these options,
             or the optimizer does not work on this machine.
-        EngineError: vLLM does not start.
+        EngineError: vLLM does not start, or is too slow in a format.
     """
     check_optimizer(recipe.train.optimizer, cuda=(trained or capabilities).training_device is Device.CUDA)
     served = not set(recipe.formats).isdisjoint(SERVED_FORMATS)
@@ -77,7 +77,9 @@ def check_base(
         if Format.AWQ in recipe.formats:
             check_awq(base, capabilities.training_type)
         if {Format.INT8, Format.FP8} & set(recipe.formats):
-            eight_bits.check_layers(base)
+            sizes = eight_bits.check_layers(base).values()
+            if Format.FP8 in recipe.formats:
+                capabilities.check_fp8_weights(sum(inputs * outputs for inputs, outputs in sizes), engine)
         if checked is not None:
             checked.wait()
 

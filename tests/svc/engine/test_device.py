@@ -268,8 +268,19 @@ def test_8_bit_formats_are_accepted_where_vllm_has_a_kernel() -> None:
         assert device.check_eight_bits(format, AUTO) == ""
 
 
-def test_fp8_on_a_cpu_without_a_kernel_is_accepted_with_a_warning() -> None:
-    assert "has no fp8 kernel for x86_64-amx_bf16 and decodes slowly" in AMX.check_eight_bits(Format.FP8, AUTO)
+def test_fp8_on_a_cpu_without_a_kernel_is_accepted_with_a_warning_for_a_tiny_model() -> None:
+    assert "has no fp8 kernel for x86_64-amx_bf16" in AMX.check_eight_bits(Format.FP8, AUTO)
+    AMX.check_fp8_weights(1_000_000, AUTO)
+
+
+def test_fp8_on_a_cpu_without_a_kernel_is_rejected_for_a_model_of_the_usual_size() -> None:
+    with pytest.raises(EngineError, match="about 3 s per token with the 106 million weights") as caught:
+        AMX.check_fp8_weights(106_000_000, AUTO)
+    assert "replace fp8 with int8" in caught.value.todo
+
+
+def test_fp8_on_a_gpu_is_accepted_for_a_model_of_any_size() -> None:
+    HOPPER.check_fp8_weights(70_000_000_000, AUTO)
 
 
 @pytest.mark.parametrize("format", [Format.INT8, Format.FP8])

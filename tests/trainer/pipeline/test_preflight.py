@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svc.engine.vllm.model_check import model_check
-from svc.errors import BaseModelError, IntegrityError, RecipeError, SvcError, TrainingError
+from svc.errors import BaseModelError, EngineError, IntegrityError, RecipeError, SvcError, TrainingError
 from svc.settings import EngineSettings
 from tests.svc.engine.devices import AVX2, AVX512
 from tests.trainer.conftest import make_recipe
@@ -139,6 +139,16 @@ def test_group_size_dividing_no_layer_width_is_rejected(base: Path) -> None:
 def test_awq_is_refused_where_bfloat16_is_slow(base: Path) -> None:
     with pytest.raises(TrainingError, match="computes AWQ in bfloat16 only"):
         check_base(base, make_recipe(**RECIPE, formats=["awq"]), AVX2, EngineSettings())
+
+
+def test_fp8_is_refused_where_an_engine_would_take_seconds_per_token(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(base, formats=["fp8"])
+    monkeypatch.setattr("svc.engine.device._MAX_FP8_WEIGHTS_WITHOUT_KERNEL", 1000)
+    with pytest.raises(EngineError, match=r"no fp8 kernel for .+ per token"):
+        check(base, formats=["fp8"])
+    check(base, formats=["int8"])
 
 
 def test_architecture_unsupported_by_gptqmodel_is_rejected(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,125 @@
+"""Tests on the real engine that adapters of TRL, combined and PiSSA adapters become versions and are served."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from examples.service import serving, svc_json
+from tests.e2e.conftest import Report
+
+pytestmark = [pytest.mark.matrix]
+
+PORT = 8747
+TRAINING = """
+import sys
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+base, data, out, seed = sys.argv[1:]
+trainer = SFTTrainer(
+    base,
+    args=SFTConfig(out, max_steps=8, learning_rate=1e-2, per_device_train_batch_size=4, use_cpu=True, bf16=False,
+                   report_to="none", save_strategy="no", logging_steps=1, seed=int(seed)),
+    train_dataset=load_dataset("json", data_files=data, split="train").select_columns(["messages"]),
+    peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM"),
+)
+trainer.train()
+trainer.save_model(out)
+"""
+"""A training script that imports nothing of this project."""
+
+
+@pytest.fixture(scope="module")
+def trained(workplace: Path) -> Path:
+    """Return the folder to which TRL saved its adapter."""
+    return train_with_trl(workplace, "trl-adapter", seed=0)
+
+
+def train_with_trl(workplace: Path, name: str, seed: int) -> Path:
+    out = workplace / name
+    arguments = (workplace / "base", workplace / "train.jsonl", out, seed)
+    subprocess.run([sys.executable, "-c", TRAINING, *map(str, arguments)], check=True, cwd=workplace)
+    return out
+
+
+def answer_of(home: Path, model: str, version: str) -> str:
+    """Serve a version, and return its answer to a request for the model."""
+    with (
+        serving(home, version, PORT) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        messages: Any = [{"role": "user", "content": "hello"}]
+        raw = client.chat.completions.with_raw_response.create(model=model, messages=messages, max_tokens=8)
+    assert raw.headers["x-model-version"] == version
+    return raw.parse().choices[0].message.content or ""
+
+
+def test_adapter_of_trl_is_imported_compared_evaluated_and_served(
+    workplace: Path, trained: Path, report: Report
+) -> None:
+    home = workplace / "imported-home"
+    sets = [
+        part
+        for value in ("qualify.restart=false", "evaluate.general=false", "evaluate.max_tokens=8")
+        for part in ("--set", value)
+    ]
+    data, base = str(workplace / "heldout.jsonl"), str(workplace / "base")
+    given = ("--name", "imported", "--data", data, "--base", base)
+    imported: Any = svc_json(home, "import", str(trained), *given, *sets)
+    version: Any = svc_json(home, "show", imported["version"])
+    merged = version["formats"]["merged"]
+    assert all(check["passed"] for check in version["parity"]["checks"])
+    assert len(merged["probes"]) == 8
+    before, after = version["base_evaluation"]["nll"]["value"], merged["evaluation"]["nll"]["value"]
+    assert after < before
+    config = json.loads((Path(imported["folder"]) / "adapter" / "adapter_config.json").read_text("utf-8"))
+    assert config["base_model_name_or_path"] == base
+    report(f"adapter of TRL: NLL base {before:.3f}, imported {after:.3f}")
+    assert answer_of(home, "imported", imported["version"])
+
+
+@pytest.mark.parametrize("format", ["adapter", "merged"])
+def test_combination_of_two_adapters_is_compared_evaluated_and_served(
+    workplace: Path, trained: Path, report: Report, tmp_path: Path, format: str
+) -> None:
+    home, other = workplace / f"combined-{format}-home", train_with_trl(workplace, "trl-other", seed=1)
+    adapters = [{"adapter": str(trained), "weight": 0.7}, {"adapter": str(other), "weight": 0.3}]
+    recipe = tmp_path / "recipe.yaml"
+    content = {
+        "name": "combined",
+        "base": str(workplace / "base"),
+        "formats": [format],
+        "data": {"heldout": str(workplace / "heldout.jsonl")},
+        "qualify": {"restart": False},
+        "evaluate": {"general": False, "max_tokens": 8},
+        "adapter": {"combine": {"method": "ties", "density": 0.5, "adapters": adapters}},
+    }
+    recipe.write_text(json.dumps(content), "utf-8")
+    combined: Any = svc_json(home, "train", str(recipe))
+    version: Any = svc_json(home, "show", combined["version"])
+    assert all(check["passed"] for check in version["parity"]["checks"])
+    before = version["base_evaluation"]["nll"]["value"]
+    after = version["formats"][format]["evaluation"]["nll"]["value"]
+    assert after < before
+    report(f"two adapters of TRL combined by TIES as {format}: NLL base {before:.3f}, combined {after:.3f}")
+    assert answer_of(home, "combined", combined["version"])
+
+
+def test_adapter_that_starts_from_singular_values_is_served_as_an_adapter(workplace: Path, report: Report) -> None:
+    home = workplace / "pissa-home"
+    sets = ('formats=["adapter"]', "adapter.init=pissa", "qualify.restart=false", "evaluate.general=false")
+    options = [part for value in sets for part in ("--set", value)]
+    trained: Any = svc_json(home, "train", str(workplace / "recipe.yaml"), *options)
+    version: Any = svc_json(home, "show", trained["version"])
+    assert all(check["passed"] for check in version["parity"]["checks"])
+    before = version["base_evaluation"]["nll"]["value"]
+    after = version["formats"]["adapter"]["evaluation"]["nll"]["value"]
+    assert after < before
+    report(f"adapter with PiSSA: NLL base {before:.3f}, tuned {after:.3f}")
+    assert answer_of(home, "tiny", trained["version"])
