@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from serving.client.promotion import Administration, ServerResult, follow, follow_rollout, read_served
 from serving.rollout.promotion import PromotionRequest, RolloutOptions, VersionChange
@@ -126,6 +127,9 @@ def serve(
                 manager.ready(f"serving {target}")
                 show(target, f"[green]serving {target} at {claim.url}/v1[/green]")
 
+            def show_failed(target: Target, error: SvcError) -> None:
+                show(target, f"[red]could not serve {target}:[/red] {escape(str(error))}")
+
             parts = assemble(
                 settings,
                 registry,
@@ -133,7 +137,7 @@ def serve(
                 capabilities,
                 on_phase=on_phase,
                 on_ready=show_served,
-                on_failure=lambda target, error: show(target, f"[red]could not serve {target}:[/red] {error}"),
+                on_failure=show_failed,
             )
             await server.serve(parts, settings.serve, wanted, claim, manager)
 

@@ -72,7 +72,7 @@ class Deployments:
         registered: function that returns the names of all models, for errors about models that are not
             served. It reads from disk.
         on_ready: called with each version that starts being served.
-        on_failure: called with the reason why a model cannot be served.
+        on_failure: called with the reason why a model cannot be served, unless `run` raises it.
         server: id of this server; empty if no other server can use the store.
         loaded_idle_s: time without requests after which a model that `load` started is stopped, in seconds.
         looked: event that is set once the engines of an earlier server, if any, have been adopted.
@@ -204,12 +204,13 @@ class Deployments:
         await self.slots.end_orphans()
         needed = {each.reconciler.actual.target: each.pool.size for each in missing}
         await asyncio.to_thread(self.slots.require_memory, needed)
-        failed: list[SvcError] = []
+        failed = 0
         for deployment in sorted(self.all, key=missing.__contains__):  # models that already answer come first
-            error = await self._start(deployment)
-            failed += [error] if error else []
-        if failed and len(failed) == len(self._all):
-            raise failed[0]
+            if error := await self._start(deployment):
+                failed += 1
+                if failed == len(self._all):
+                    raise error  # shown by the caller
+                self.on_failure(deployment.reconciler.actual.target, error)
 
     async def _leave_out_of_collections(self) -> None:
         """Exclude imported objects from garbage collection, once the last import has finished.
@@ -230,18 +231,18 @@ class Deployments:
     async def _start(self, deployment: Deployment) -> SvcError | None:
         """Start a deployment and keep it running.
 
-        If the start fails, return the error and keep retrying in the background.
+        If the start fails, return the error, which the caller must show, and keep retrying in the background.
         """
         target, failed = deployment.reconciler.actual.target, None
         try:
             await deployment.reconciler.start()
+        except SvcError as error:
+            failed = error
         except Exception as error:  # any error of one model must not affect the others
             log.exception("could not serve %s", target)
-            failed = error if isinstance(error, SvcError) else EngineError(f"could not start {target}: {error!r}")
+            failed = EngineError(f"could not start {target}: {error!r}")
         self._tasks[deployment.name] = asyncio.create_task(deployment.run())
-        if failed:
-            self.on_failure(target, failed)
-        else:
+        if not failed:
             self.on_ready(deployment.reconciler.actual.target)
         return failed
 
@@ -294,9 +295,12 @@ class Deployments:
             try:
                 async with self._bringing:
                     await self._load(load.version, load.targets)
+            except SvcError as error:
+                log.warning("could not load %s for a request: %s", load.version, error)
+                load.done.set_exception(error)
             except Exception as error:
                 log.exception("could not load %s for a request", load.version)
-                load.done.set_exception(error if isinstance(error, SvcError) else EngineError(repr(error)))
+                load.done.set_exception(EngineError(repr(error)))
             else:
                 load.done.set_result(None)
             finally:
@@ -357,7 +361,8 @@ class Deployments:
                 if desired is None:
                     raise NotFoundError(f"no desired version is recorded for {name}", todo=f"svc add {name}@N")
                 await self._make_room(desired.target)
-                failed = await self._start(await self._add(desired))
+                if failed := await self._start(await self._add(desired)):
+                    self.on_failure(desired.target, failed)
         except SvcError as error:
             failed = error
         if failed:

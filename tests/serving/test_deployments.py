@@ -128,6 +128,24 @@ async def test_other_models_are_served_even_if_one_cannot_be_served(two: Home) -
     assert "was changed after registration" in str(two.failures[0])
 
 
+async def test_reason_of_a_failed_start_is_reported_once_and_not_logged(
+    two: Home, caplog: pytest.LogCaptureFixture
+) -> None:
+    two.park.failing_starts = 1
+    async with two.serving(f"{NAME}@1", f"{OTHER}@7"):
+        await until(lambda: two.failures)
+        assert (len(two.failures), two.failures[0].wrong in caplog.text) == (1, False)
+
+
+async def test_reason_that_ends_the_server_is_raised_and_neither_reported_nor_logged(
+    home: Home, caplog: pytest.LogCaptureFixture
+) -> None:
+    home.park.failing_starts = 1
+    with server.claim(home.settings) as claim, pytest.raises(EngineError, match="no memory") as raised:
+        await home.serve(claim, f"{NAME}@1")
+    assert (home.failures, raised.value.wrong in caplog.text) == ([], False)
+
+
 async def test_other_models_are_served_if_a_disk_error_fails_the_start_of_one(two: Home) -> None:
     failures = [OSError("no space left on device")]
 
