@@ -99,12 +99,7 @@ def export_gguf(
     try:
         with waiting(f"Writing {file.name}"), library_output_to_log():
             _write(model, unfinished, name, architecture, tokenizer, kwargs, pre, type)
-        with waiting(f"Comparing {file.name} with the merged weights"):
-            change, tensor = compare_gguf(unfinished, model)
-        if change > MAX_CHANGE[type]:
-            raise TrainingError(
-                f"{tensor} changed by {change:.3f} of its norm in {file.name}", expected=f"at most {MAX_CHANGE[type]}"
-            )
+        change, tensor = compare_gguf(unfinished, model, file.name, MAX_CHANGE[type])
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -297,23 +292,32 @@ def permute(rows: "np.ndarray[Any, Any]", heads: int) -> "np.ndarray[Any, Any]":
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def compare_gguf(file: Path, model: Path) -> tuple[float, str]:
+def compare_gguf(file: Path, model: Path, name: str, most: float) -> tuple[float, str]:
     """Compare each matrix of a GGUF file with the same matrix of the model.
 
+    Args:
+        name: name of the file in messages.
+        most: maximum ratio of the norm of a matrix's change to its norm.
+
     Returns:
-        The largest ratio of the norm of a matrix's change to its norm, and the name of that matrix. The ratio is
-        infinite if a value is not a number.
+        The largest ratio, and the name of that matrix.
+
+    Raises:
+        TrainingError: a matrix changed more, or has a value that is not a number.
     """
     import gguf
     import numpy as np
 
-    written = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     changes = []
-    with ExitStack() as stack:
+    with waiting(f"Comparing {name} with the merged weights"), ExitStack() as stack:
+        written = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
         for tensor in _tensors(model, read_architecture(model), stack):
             before, found = tensor.read(), written.pop(tensor.name)
             after = gguf.dequantize(found.data, found.tensor_type).reshape(before.shape)
             norm = float(np.linalg.norm(before)) or 1.0
             change = float(np.linalg.norm(after - before)) / norm
             changes.append((math.inf if math.isnan(change) else change, tensor.name))
-    return max(changes)
+    largest, changed = max(changes)
+    if largest > most:
+        raise TrainingError(f"{changed} changed by {largest:.3f} of its norm in {name}", expected=f"at most {most}")
+    return largest, changed
