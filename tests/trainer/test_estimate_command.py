@@ -80,6 +80,23 @@ def test_estimate_says_what_to_change_when_the_chosen_device_is_too_small(
     assert "RTX 4090" not in ended.out
 
 
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        (["adapter.init=pissa_niter_16"], "; PiSSA's authors used about a tenth of LoRA's rate"),
+        (["train.lora_plus_ratio=8"], "; LoRA+'s authors advise about half of LoRA's rate"),
+        (["adapter.init=pissa", "train.learning_rate=1e-4"], None),
+        (["adapter.init=olora"], None),
+    ],
+)
+def test_estimate_names_published_lower_rates_when_the_recipe_sets_none(
+    svc: Svc, tmp_path: Path, recipe: Path, changes: list[str], advice: str | None
+) -> None:
+    options = [option for change in changes for option in ("--set", change)]
+    ended = svc("--home", tmp_path / "home", "estimate", recipe, "--device", "h200", *options)
+    assert ("authors" in ended.out, (advice or "") in ended.out) == (advice is not None, True)
+
+
 def test_estimate_says_what_to_download_when_the_base_has_no_config(svc: Svc, tmp_path: Path, recipe: Path) -> None:
     (tmp_path / "empty").mkdir()
     ended = svc("--home", tmp_path / "home", "estimate", recipe, "--set", f"base={tmp_path / 'empty'}")

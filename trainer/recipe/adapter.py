@@ -60,8 +60,8 @@ class Method(StrEnum):
 
 
 MAX_RANK = 1024
-GAUSSIAN, OLORA = "gaussian", "olora"
-"""Values of `adapter.init` with PEFT's names. The others start with `pissa`."""
+GAUSSIAN, OLORA, PISSA = "gaussian", "olora", "pissa"
+"""Values of `adapter.init` with PEFT's names. Those for an approximate PiSSA start with `pissa` too."""
 
 
 def pissa_iterations(init: str) -> int | None:
