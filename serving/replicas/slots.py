@@ -139,7 +139,7 @@ class EngineSlots:
         specs = [*chain.from_iterable([self._spec_for(target)] * number for target, number in engines.items())]
         on_ray = [spec.settings for spec in specs if spec.settings.launcher is Launcher.RAY]
         here = shortage([spec for spec in specs if spec.settings.launcher is Launcher.LOCAL])
-        return here or (self._ray.shortage(on_ray[0], len(on_ray)) if on_ray else None)
+        return here or (self._ray.shortage(on_ray) if on_ray else None)
 
     def require_memory(self, engines: Mapping[Target, int]) -> None:
         """Check that there is enough memory for additional engines.

@@ -10,7 +10,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -26,6 +26,7 @@ _ASK_S = 120.0
 _AUTH_TIMEOUT_S = 5.0
 _END_TIMEOUT_S = 5.0
 _UNAUTHENTICATED = "UNAUTHENTICATED"
+_ROUNDING = 1e-9
 _NODES_METHOD = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
 
 
@@ -41,9 +42,33 @@ class Need(_Model):
     def __hash__(self) -> int:
         return hash(frozenset(self.resources.items()))
 
-    def fits(self, has: dict[str, float]) -> int:
-        """Return how many engines fit on a machine with these resources."""
-        return int(min(has.get(name, 0.0) / amount + 1e-9 for name, amount in self.resources.items()))
+    def fits(self, has: Mapping[str, float]) -> bool:
+        """Return whether an engine fits on a machine with these resources."""
+        return all(has.get(name, 0.0) >= amount - _ROUNDING for name, amount in self.resources.items())
+
+    def __str__(self) -> str:
+        return " and ".join(f"{amount:g} {name}" for name, amount in self.resources.items())
+
+
+def count_fitting(needs: Sequence[Need], free: Sequence[Mapping[str, float]]) -> int:
+    """Return how many engines fit on a cluster's machines together.
+
+    The largest engines are placed first, each on the machine with the least left for others. This finds a place for
+    all if their sizes divide each other, as 1, 2, 4 and 8 GPUs do.
+
+    Args:
+        free: free resources of each machine.
+    """
+    left = [dict(machine) for machine in free]
+    fitting = 0
+    for need in sorted(needs, key=lambda need: max(need.resources.values()), reverse=True):
+        machines = [machine for machine in left if need.fits(machine)]
+        if machines:
+            machine = min(machines, key=lambda machine: [machine[name] for name in need.resources])
+            for name, amount in need.resources.items():
+                machine[name] -= amount
+            fitting += 1
+    return fitting
 
 
 class Describe(_Model):
@@ -54,11 +79,10 @@ class Describe(_Model):
     folder: str
 
 
-class Room(_Model):
-    """Return how many more engines fit in the cluster now."""
+class Free(_Model):
+    """Return the free resources of each machine."""
 
-    do: Literal["room"] = "room"
-    need: Need
+    do: Literal["free"] = "free"
 
 
 class Place(_Model):
@@ -99,11 +123,11 @@ class Answer(_Model):
 
     placed: Placed | None = None
     described: Described | None = None
-    room: int | None = None
+    free: tuple[dict[str, float], ...] | None = None
     problem: Problem | None = None
 
 
-Question = Describe | Room | Place | End
+Question = Describe | Free | Place | End
 _QUESTION: TypeAdapter[Question] = TypeAdapter(Annotated[Question, Field(discriminator="do")])
 
 
@@ -128,9 +152,9 @@ class RayCluster:
         assert answer is not None  # noqa: S101 - the answer to this question
         return answer
 
-    def room(self, need: Need) -> int:
-        """Return how many more engines fit in the cluster now. This blocks for seconds."""
-        return self._ask(Room(need=need)).room or 0
+    def free(self) -> tuple[dict[str, float], ...]:
+        """Return the free resources of each machine. This blocks for seconds."""
+        return self._ask(Free()).free or ()
 
     async def place(self, question: Place) -> Placed:
         """Create an actor, and wait until it runs.
@@ -194,9 +218,9 @@ def _answer(address: str, question: Question) -> Answer:
         case Describe():
             with _connected(address):
                 return Answer(described=_describe(question))
-        case Room():
+        case Free():
             with _connected(address):
-                return Answer(room=_room(question.need))
+                return Answer(free=_free())
         case Place():
             with _connected(address):
                 return Answer(placed=_place(question))
@@ -271,11 +295,10 @@ def _describe(question: Describe) -> Described:
     )
 
 
-def _room(need: Need) -> int:
+def _free() -> tuple[dict[str, float], ...]:
     from ray._private.state import available_resources_per_node
 
-    free = available_resources_per_node()
-    return sum(need.fits(each) for each in free.values())
+    return tuple(available_resources_per_node().values())
 
 
 def _place(question: Place) -> Placed:

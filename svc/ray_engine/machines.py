@@ -1,6 +1,8 @@
 """Derives from the settings the resources that engines need, and asks the Ray cluster whether it has them."""
 
 import threading
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +11,7 @@ from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.engine_args import given
 from svc.errors import SettingsError
 from svc.ray_cluster import find_address
-from svc.ray_engine.cluster import Described, Need, RayCluster
+from svc.ray_engine.cluster import Described, Need, RayCluster, count_fitting
 from svc.ray_engine.engine import Placement
 from svc.settings import Device, EngineSettings, Launcher, Settings
 
@@ -74,18 +76,25 @@ class RayMachines:
         """Return the capabilities of the machines for such engines. See `check` for errors and duration."""
         return self._describe(settings).capabilities
 
-    def shortage(self, settings: EngineSettings, engines: int) -> str | None:
+    def shortage(self, engines: Sequence[EngineSettings]) -> str | None:
         """Return a message if the cluster has no free resources for more engines now, or None if it has. This takes
         seconds.
+
+        Args:
+            engines: settings of each engine.
         """
-        need = self._describe(settings).need
-        room = self._cluster.room(need)
-        if room >= engines:
+        needs = [self._describe(settings).need for settings in engines]
+        fitting = count_fitting(needs, self._cluster.free())
+        if fitting == len(needs):
             return None
-        each = " and ".join(f"{amount:g} {name}" for name, amount in need.resources.items())
-        left = f"only {room}" if room else "none"
-        more = f"{engines} more engines need {each} each" if engines > 1 else f"one more engine needs {each}"
-        return f"{more}, but the Ray cluster has room for {left}"
+        kinds = Counter(needs)
+        if len(needs) == 1:
+            more = f"one more engine needs {needs[0]}"
+        elif len(kinds) == 1:
+            more = f"{len(needs)} more engines need {needs[0]} each"
+        else:
+            more = f"{len(needs)} more engines need {', '.join(f'{count} x {need}' for need, count in kinds.items())}"
+        return f"{more}, but the Ray cluster has room for {f'only {fitting}' if fitting else 'none'}"
 
     def _describe(self, settings: EngineSettings) -> Described:
         needs = self._needs(settings)

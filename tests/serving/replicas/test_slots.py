@@ -13,9 +13,11 @@ from svc.engine.vllm.folders import all_states, state_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError
 from svc.ray_engine.cluster import RayCluster
+from svc.ray_engine.machines import RayMachines
 from svc.ray_engine.record import ActorRecord, end_postponed, postpone_end, read_actor, write_actor
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings import EngineSettings, Settings
+from svc.version import Target, VersionId
 from tests.serving.control import until
 from tests.serving.versions import NAME, AliasBook, make_version, target
 from tests.svc.engine.devices import AVX512
@@ -45,6 +47,21 @@ def test_memory_is_checked_for_all_engines_of_all_versions(tmp_path: Path, monke
     monkeypatch.setattr(slots, "shortage", checked.extend)
     assert of_home.shortage({target(1): 2, target(2): 1}) is None
     assert [spec.model.parent.name for spec in checked] == ["1", "1", "2"]
+
+
+def test_room_in_the_cluster_is_checked_with_the_settings_of_each_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = {NAME: {"engine": {"tensor_parallel": 4}}, "other": {}}
+    settings = Settings.model_validate({"home": tmp_path, "engine": {"launcher": "ray"}, "models": models})
+    registry, checked = Registry(tmp_path / "models", AliasBook()), list[EngineSettings]()
+    for name in models:
+        make_version(registry, 1, name=name)
+    monkeypatch.setattr(RayMachines, "capabilities", lambda machines, settings: AVX512)
+    monkeypatch.setattr(RayMachines, "shortage", lambda machines, engines: checked.extend(engines))
+    of_home = EngineSlots(settings, registry, AVX512, list)
+    assert of_home.shortage({target(1): 1, Target(VersionId("other", 1), target(1).format): 2}) is None
+    assert [each.tensor_parallel for each in checked] == [4, None, None]
 
 
 @pytest.mark.parametrize(("other", "engines"), [("local", 5), ("ray", 4)])

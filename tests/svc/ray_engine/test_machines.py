@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 
 from svc.errors import EngineError, SettingsError
-from svc.ray_engine.cluster import Described, Need, RayCluster
+from svc.ray_engine.cluster import Described, Need, RayCluster, count_fitting
 from svc.ray_engine.machines import RayMachines
-from svc.settings import Device, Settings
+from svc.settings import Device, EngineSettings, Settings
 from tests.svc.engine.devices import AVX512
 
 ON_RAY = {"launcher": "ray"}
+H100 = {"GPU": 1.0, "accelerator_type:H100": 0.001}
 
 
 def machines(tmp_path: Path, **settings: Any) -> RayMachines:
@@ -19,9 +20,14 @@ def machines(tmp_path: Path, **settings: Any) -> RayMachines:
     return RayMachines(Settings.model_validate(values), tmp_path / "models")
 
 
+def engine(**values: Any) -> EngineSettings:
+    return EngineSettings.model_validate(ON_RAY | values)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Need, ...]]:
-    """Let every cluster have what is needed in the last place, and room for one engine. Return what was asked for."""
+    """Let every cluster have what is needed in the last place, and two machines
+    free. Return what was asked for."""
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     asked: list[tuple[Need, ...]] = []
 
@@ -30,7 +36,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Need, ...]]:
         return Described(need=needs[-1], capabilities=AVX512)
 
     monkeypatch.setattr(RayCluster, "describe", describe)
-    monkeypatch.setattr(RayCluster, "room", lambda self, need: 1)
+    monkeypatch.setattr(RayCluster, "free", lambda self: ({"CPU": 1.0, "GPU": 4.0}, {"GPU": 2.0}))
     return asked
 
 
@@ -90,26 +96,39 @@ def test_engine_needs_the_devices_that_its_settings_name(
 
 
 def test_shortage_is_reported_when_the_cluster_has_no_room(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
-    settings = Settings.model_validate({"engine": {"launcher": "ray", "device": Device.CPU}}).engine
-    cluster = machines(tmp_path)
-    assert cluster.shortage(settings, 1) is None
-    shortage = cluster.shortage(settings, 2)
+    cluster, on_cpu = machines(tmp_path), engine(device=Device.CPU)
+    assert cluster.shortage([on_cpu]) is None
+    shortage = cluster.shortage([on_cpu] * 2)
     assert shortage == "2 more engines need 1 CPU each, but the Ray cluster has room for only 1"
 
 
+def test_each_engine_is_counted_with_its_own_resources_when_several_models_start(
+    tmp_path: Path, asked: list[tuple[Need, ...]]
+) -> None:
+    small, large = engine(device=Device.CUDA), engine(device=Device.CUDA, tensor_parallel=4)
+    cluster = machines(tmp_path)
+    assert cluster.shortage([small, small, large]) is None
+    shortage = cluster.shortage([small, large, large])
+    assert shortage == "3 more engines need 1 x 1 GPU, 2 x 4 GPU, but the Ray cluster has room for only 2"
+
+
 @pytest.mark.parametrize(
-    ("need", "has", "fits"),
+    ("needs", "free", "fitting"),
     [
-        ({"GPU": 2.0}, {"GPU": 8.0}, 4),
-        ({"GPU": 2.0}, {"GPU": 1.0}, 0),
-        ({"GPU": 1.0, "accelerator_type:H100": 0.001}, {"GPU": 2.0}, 0),
-        ({"GPU": 1.0, "accelerator_type:H100": 0.001}, {"GPU": 2.0, "accelerator_type:H100": 1.0}, 2),
+        ([{"GPU": 2.0}] * 5, [{"GPU": 8.0}], 4),
+        ([{"GPU": 2.0}], [{"GPU": 1.0}, {"GPU": 1.0}], 0),
+        ([H100], [{"GPU": 2.0}], 0),
+        ([H100] * 3, [{"GPU": 2.0, "accelerator_type:H100": 1.0}], 2),
+        ([{"GPU": 1.0}] * 4 + [{"GPU": 4.0}], [{"GPU": 4.0}, {"GPU": 4.0}], 5),
+        ([{"GPU": 1.0}, {"GPU": 2.0}], [{"GPU": 2.0}, {"GPU": 1.0}], 2),
+        ([{"GPU": 1.0}, {"CPU": 2.0}], [{"CPU": 3.0}], 1),
+        ([{"CPU": 0.1}] * 10, [{"CPU": 1.0}], 10),
     ],
 )
-def test_engines_fit_a_machine_by_its_scarcest_resource(
-    need: dict[str, float], has: dict[str, float], fits: int
+def test_engines_fit_on_machines_by_their_scarcest_resource(
+    needs: list[dict[str, float]], free: list[dict[str, float]], fitting: int
 ) -> None:
-    assert Need(resources=need).fits(has) == fits
+    assert count_fitting([Need(resources=need) for need in needs], free) == fitting
 
 
 @pytest.mark.slow  # imports Ray
