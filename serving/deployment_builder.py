@@ -123,7 +123,7 @@ class DeploymentBuilder:
         limits = engine.replica_range
         metrics.replicas_wanted(limits.min)  # until the load needs more, and always if the number is fixed
         scaling = ReplicaScaling(
-            policy=ScalingPolicy(limits.min, limits.max, engine.max_concurrency),
+            policy=ScalingPolicy(limits.min, limits.max, engine.max_concurrency, limits.remove_after_s),
             pool=pool,
             admission=admission,
             metrics=metrics,

@@ -165,6 +165,8 @@ class ReplicaRange(_Section):
 
     min: int = Field(1, ge=1, le=64)
     max: int = Field(ge=1, le=64)
+    remove_after_s: float = Field(900.0, ge=30)
+    """Time for which fewer replicas must have been enough before one is removed, in seconds."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -242,7 +244,8 @@ class EngineSettings(_Section):
     )
     replicas: Annotated[int, Field(ge=1, le=64)] | ReplicaRange = Field(
         1,
-        description="number of engines per model, or `{min: 1, max: 8}` for a number that follows the load",
+        description="number of engines per model, or `{min: 1, max: 8}` for a number that follows the load; with "
+        "`remove_after_s: 300`, one is removed after five minutes of low load instead of 15",
     )
     start_timeout_s: float = Field(600.0, gt=0, description="maximum startup time of an engine, in seconds")
     args: tuple[str, ...] = Field((), description="additional arguments for vLLM's server, passed unchanged")

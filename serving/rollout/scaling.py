@@ -1,8 +1,9 @@
 """Decides how many replicas a model needs from the number of its requests over time. It does not start or stop any.
 
 Replicas are added when the mean load over half a minute exceeds the target load of the current replicas. They are
-removed when fewer replicas would have been enough, with a margin, for the busiest half minute of the last quarter of an
-hour. A short burst therefore adds no replica, and a replica that was needed recently is not removed.
+removed when fewer replicas would have been enough, with a margin, for the busiest half minute of a longer time, by
+default a quarter of an hour. A short burst therefore adds no replica, and a replica that was needed recently is not
+removed.
 """
 
 from collections import deque
@@ -11,8 +12,6 @@ from math import ceil
 
 MEAN_S = 30.0
 """Length of the window over which the load is averaged, in seconds."""
-HOLD_S = 900.0
-"""Time for which fewer replicas must have been enough before one is removed, in seconds."""
 _TARGET_SHARE = 0.7
 """Fraction of a replica's sequence slots in use above which another replica is added. A new replica takes a minute or
 two to start."""
@@ -27,11 +26,13 @@ class ScalingPolicy:
     Attributes:
         least, most: limits of the number of replicas.
         sequences: requests that one replica answers at the same time.
+        hold_s: time for which fewer replicas must have been enough before one is removed, in seconds.
     """
 
     least: int
     most: int
     sequences: int
+    hold_s: float
     _samples: deque[tuple[float, float]] = field(default_factory=deque, init=False)
     _means: deque[tuple[float, float]] = field(default_factory=deque, init=False)
     _since: float | None = field(default=None, init=False)
@@ -52,7 +53,7 @@ class ScalingPolicy:
         while self._means and self._means[-1][1] <= mean:  # only maxima of the rest of the window are kept
             self._means.pop()
         self._means.append((now, mean))
-        while self._means[0][0] <= now - HOLD_S:
+        while self._means[0][0] <= now - self.hold_s:
             self._means.popleft()
         if now - self._since < MEAN_S:
             return self._limited(replicas)
@@ -60,7 +61,7 @@ class ScalingPolicy:
         if needed > replicas:
             return self._limited(needed)
         enough = ceil(self._means[0][1] / (self.sequences * _REMOVAL_SHARE))
-        if now - self._since >= HOLD_S and enough < replicas:
+        if now - self._since >= self.hold_s and enough < replicas:
             return self._limited(replicas - 1)
         return self._limited(replicas)
 

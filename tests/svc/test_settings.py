@@ -229,7 +229,10 @@ def test_replicas_are_a_number_or_limits(
     assert (replicas.min, replicas.max) == limits
 
 
-@pytest.mark.parametrize("given", [0, 65, {}, {"min": 3, "max": 2}, {"min": 0, "max": 2}, {"max": 2, "step": 1}])
+@pytest.mark.parametrize(
+    "given",
+    [0, 65, {}, {"min": 3, "max": 2}, {"min": 0, "max": 2}, {"max": 2, "step": 1}, {"max": 2, "remove_after_s": 5}],
+)
 def test_impossible_replicas_are_rejected(given: object, tmp_path: Path) -> None:
     file = tmp_path / "svc.yaml"
     file.write_text(json.dumps({"engine": {"replicas": given}}))

@@ -201,7 +201,8 @@ def launch_digest(spec: EngineSpec) -> str:
     """
     # The number of engines that share a GPU is part of the launch, unless the share is given.
     shares = spec.device is Device.CUDA and spec.settings.gpu_memory_share is None
-    without = {"launcher", "start_timeout_s", "gptq_kernel"} | (set() if shares else {"replicas"})
+    without: dict[str, Any] = dict.fromkeys(("launcher", "start_timeout_s", "gptq_kernel"), True)
+    without["replicas"] = {"remove_after_s"} if shares else True
     settings, capabilities = spec.settings.model_dump(mode="json", exclude=without), spec.capabilities
     parts: list[Any] = [capabilities.engine_device.value, capabilities.vllm, spec.served_name, settings]
     # Only choices by the machine: those by the model follow from the engine's content.

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from serving.rollout.replica_scaling import ReplicaScaling
-from serving.rollout.scaling import HOLD_S, MEAN_S
+from serving.rollout.scaling import MEAN_S
 from svc.settings import EngineSettings, ReplicaRange
 from svc.store.swaps import SwapOutcome
 from tests.serving.control import Control, Make, ask, until
@@ -73,7 +73,7 @@ async def test_removed_replica_answers_its_requests_first(make: Make) -> None:
             engine.double.proceed.clear()
         answers = [asyncio.create_task(ask(client, stream=True)) for _ in range(3)]
         await until(lambda: sorted(engine.running for engine in control.pool.ready) == [1, 2])
-        await decide(control, 0, HOLD_S + 10)
+        await decide(control, 0, LIMITS.remove_after_s + 10)
         assert len(control.pool.ready) == 1
         assert control.park.alive == 2
         for engine in control.park.engines:

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from serving.rollout.scaling import HOLD_S, MEAN_S, ScalingPolicy
+from serving.rollout.scaling import MEAN_S, ScalingPolicy
+from svc.settings import ReplicaRange
 
 TRACE = Path(__file__).parents[2] / "data" / "traces" / "azure_2023_conversation_minutes.csv"
 DAY_S, STEP_S = 86_400, 5
 SEQUENCES, ANSWER_S, START_S = 16, 10.0, 120
+HOLD_S = ReplicaRange(max=8).remove_after_s
 MOST = 8
 
 
-def make_policy(least: int = 1, most: int = MOST) -> ScalingPolicy:
-    return ScalingPolicy(least, most, sequences=10)
+def make_policy(least: int = 1, most: int = MOST, hold_s: float = HOLD_S) -> ScalingPolicy:
+    return ScalingPolicy(least, most, sequences=10, hold_s=hold_s)
 
 
 def observe(policy: ScalingPolicy, requests: int, replicas: int, seconds: float, start: float = 0.0) -> int:
@@ -44,6 +46,13 @@ def test_replica_is_removed_only_after_the_load_has_been_low_for_a_while() -> No
     observe(policy, requests=25, replicas=4, seconds=60)
     assert observe(policy, requests=5, replicas=4, seconds=HOLD_S - 60, start=65) == 4
     assert observe(policy, requests=5, replicas=4, seconds=120, start=65 + HOLD_S) == 3
+
+
+def test_replica_is_removed_after_the_time_in_the_settings() -> None:
+    policy = make_policy(hold_s=120)
+    observe(policy, requests=25, replicas=4, seconds=60)
+    assert observe(policy, requests=5, replicas=4, seconds=100, start=65) == 4
+    assert observe(policy, requests=5, replicas=4, seconds=60, start=170) == 3
 
 
 def test_load_between_the_two_limits_changes_nothing() -> None:
@@ -85,7 +94,7 @@ def simulate_day(seed: int, scale: float = 1.0) -> Day:
     """Simulate a day whose load rises tenfold from 4:00 to 16:00, with the trace's bursts in every hour."""
     lines = TRACE.read_text("utf-8").splitlines()
     minutes = [int(line.split(",")[1]) for line in lines if line[0].isdigit()][:-1]
-    rng, day, policy = random.Random(seed), Day(), ScalingPolicy(1, MOST, SEQUENCES)
+    rng, day, policy = random.Random(seed), Day(), ScalingPolicy(1, MOST, SEQUENCES, HOLD_S)
     replicas = ready = 1
     starts, ends, queue = deque[int](), list[float](), deque[int]()
     for now in range(DAY_S):

@@ -233,6 +233,14 @@ def test_launch_digest_depends_on_the_number_of_engines_sharing_a_gpu(tmp_path: 
     assert not differs(device=Device.CPU)
 
 
+def test_launch_digest_does_not_depend_on_the_time_after_which_a_replica_is_removed(tmp_path: Path) -> None:
+    one, two = (
+        launch_digest(spec(tmp_path, device=Device.CUDA, replicas={"max": 2, "remove_after_s": seconds}))
+        for seconds in (300, 900)
+    )
+    assert one == two
+
+
 GPTQ = json.dumps({"dtype": "bfloat16", "quantization_config": {"quant_method": "gptq", "bits": 4}})
 
 
