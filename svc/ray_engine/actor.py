@@ -31,7 +31,7 @@ class EngineActor:
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it to the actor's CPUs; the engine's plan decides
         # Ray's workers have niceness 15. Next to other work, an engine of niceness 19 got 1 s of CPU time in 64.
         with contextlib.suppress(PermissionError):  # see docs/ray.md
-            os.setpriority(os.PRIO_PROCESS, 0, 0)
+            os.setpriority(os.PRIO_PROCESS, 0, min(0, os.getpriority(os.PRIO_PROCESS, 0)))
         self._listening: Future[Listening] = Future()
         threading.Thread(target=self._run, args=(name, folder, peer), daemon=True).start()
 
