@@ -203,7 +203,7 @@ class Deployments:
             self.looked.set()
         await self.slots.end_orphans()
         needed = {each.reconciler.actual.target: each.pool.size for each in missing}
-        await asyncio.to_thread(self.slots.require_memory, needed)
+        await self.slots.require_memory(needed)
         failed = 0
         for deployment in sorted(self.all, key=missing.__contains__):  # models that already answer come first
             if error := await self._start(deployment):
@@ -402,7 +402,7 @@ class Deployments:
         """Check that there is memory for the engines that a model starts or wakes now."""
         name = target.version.name
         engines = self._all[name].pool.size if name in self._all else self.slots.first_engines(name)
-        await asyncio.to_thread(self.slots.require_memory, {target: engines})
+        await self.slots.require_memory({target: engines})
 
     async def _end_asleep(self) -> bool:
         """Stop the engines of the sleeping model that has been idle longest. Return False if no model is asleep."""

@@ -125,23 +125,29 @@ class EngineSlots:
                 log.info("stopped actors that had been left on an unreachable Ray cluster: %s", ", ".join(ended))
             failures = failures + 1 if left else 0
 
-    def shortage(self, engines: Mapping[Target, int]) -> str | None:
+    async def shortage(self, engines: Mapping[Target, int]) -> str | None:
         """Return a message stating what is missing to start more engines, or None if there is enough.
 
-        On this machine, the limiting resource is memory; in a Ray cluster, it is the resources that an engine reserves.
+        On this machine, the limiting resource is memory; in a Ray cluster, it is the resources that an engine reserves,
+        for which this waits up to `ray.wait_s` if the cluster adds machines on demand.
 
         Args:
             engines: number of additional engines per target.
 
         Raises:
+            EngineError: the Ray cluster cannot be reached.
             NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model.
         """
+        here, on_ray = await asyncio.to_thread(self._shortage_here, engines)
+        return here or (await self._ray.shortage(on_ray) if on_ray else None)
+
+    def _shortage_here(self, engines: Mapping[Target, int]) -> tuple[str | None, list[EngineSettings]]:
+        """Return what is missing on this machine, or None, and the settings of the engines in a Ray cluster."""
         specs = [*chain.from_iterable([self._spec_for(target)] * number for target, number in engines.items())]
         on_ray = [spec.settings for spec in specs if spec.settings.launcher is Launcher.RAY]
-        here = shortage([spec for spec in specs if spec.settings.launcher is Launcher.LOCAL])
-        return here or (self._ray.shortage(on_ray) if on_ray else None)
+        return shortage([spec for spec in specs if spec.settings.launcher is Launcher.LOCAL]), on_ray
 
-    def require_memory(self, engines: Mapping[Target, int]) -> None:
+    async def require_memory(self, engines: Mapping[Target, int]) -> None:
         """Check that there is enough memory for additional engines.
 
         Args:
@@ -151,7 +157,7 @@ class EngineSlots:
             EngineError: not enough memory is free. The message states how much is needed and how much is free.
             NotFoundError: there is no such version or format.
         """
-        missing = self.shortage(engines)
+        missing = await self.shortage(engines)
         if missing:
             raise EngineError(
                 f"not enough memory for {', '.join(str(target) for target in engines)}: {missing}",

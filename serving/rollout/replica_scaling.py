@@ -103,7 +103,7 @@ class ReplicaScaling:
         """Return why these replicas cannot be added, or None if they can."""
         without_memory = sum(member.state in _NOT_STARTED for member in self.pool.members)
         try:
-            return await asyncio.to_thread(self.slots.shortage, {self.target(): more + without_memory})
+            return await self.slots.shortage({self.target(): more + without_memory})
         except (SvcError, OSError) as error:
             return error.wrong if isinstance(error, SvcError) else str(error)
 

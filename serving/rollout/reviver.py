@@ -111,7 +111,7 @@ class Reviver:
             return True
         try:
             engines = {self.target(): 1 + self.pool.starting}
-            shortage = await asyncio.to_thread(self.slots.shortage, engines)
+            shortage = await self.slots.shortage(engines)
         except (SvcError, OSError):
             return True  # the start fails with the same error
         if shortage:

@@ -150,7 +150,7 @@ class SwapPlanner:
         deadline = time.monotonic() + self.patience_s
         while True:
             starting = self.pool.starting
-            shortage = await asyncio.to_thread(self.slots.shortage, {target: 1 + starting})
+            shortage = await self.slots.shortage({target: 1 + starting})
             if not shortage or not (self.pool.retirement.under_way or starting) or time.monotonic() >= deadline:
                 return shortage
             await asyncio.sleep(_ROOM_POLL_S)

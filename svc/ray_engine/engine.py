@@ -18,11 +18,12 @@ from svc.engine.state import EnginePhase
 from svc.engine.vllm.health_checks import HealthChecks
 from svc.engine.vllm.launch import EngineSpec, launch_digest
 from svc.errors import EngineError, SvcError
-from svc.ray_engine.cluster import Need, Place, Placed, RayCluster
+from svc.ray_engine.cluster import Place, Placed, RayCluster
 from svc.ray_engine.files import files_of
 from svc.ray_engine.identity import Identity, client_context, make_identity
 from svc.ray_engine.link import ActorLink
 from svc.ray_engine.messages import Fetch, Reply, Simple, Start
+from svc.ray_engine.need import Need
 from svc.ray_engine.record import RECORD_FILE, ActorRecord, postpone_end, read_actor, write_actor
 from svc.settings import Device, EngineSettings
 

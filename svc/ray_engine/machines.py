@@ -1,6 +1,9 @@
 """Derives from the settings the resources that engines need, and asks the Ray cluster whether it has them."""
 
+import asyncio
+import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,9 +14,12 @@ from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.engine_args import given
 from svc.errors import SettingsError
 from svc.ray_cluster import find_address
-from svc.ray_engine.cluster import Described, Need, RayCluster, count_fitting
+from svc.ray_engine.cluster import Described, RayCluster
 from svc.ray_engine.engine import Placement
+from svc.ray_engine.need import Need, count_fitting
 from svc.settings import Device, EngineSettings, Launcher, Settings
+
+log = logging.getLogger(__name__)
 
 _SOME = 0.001
 """A machine has one unit of the resource `accelerator_type:TYPE`, regardless of how many GPUs of the type it has."""
@@ -76,32 +82,47 @@ class RayMachines:
         """Return the capabilities of the machines for such engines. See `check` for errors and duration."""
         return self._describe(settings).capabilities
 
-    def shortage(self, engines: Sequence[EngineSettings]) -> str | None:
-        """Return a message if the cluster has no free resources for more engines now, or None if it has. This takes
-        seconds.
+    async def shortage(self, engines: Sequence[EngineSettings]) -> str | None:
+        """Return a message if the cluster has no free resources for more engines, or None if it has.
+
+        This takes seconds, or up to `ray.wait_s` if the cluster adds machines on demand and has no room yet.
 
         Args:
             engines: settings of each engine.
+
+        Raises:
+            EngineError: the cluster cannot be reached.
         """
-        needs = [self._describe(settings).need for settings in engines]
-        fitting = count_fitting(needs, self._cluster.free())
+        needs = [(await asyncio.to_thread(self._describe, settings)).need for settings in engines]
+        resources, wait_s = await self._cluster.resources(), self._settings.ray.wait_s
+        fitting = count_fitting(needs, resources.free)
         if fitting == len(needs):
             return None
-        kinds = Counter(needs)
-        if len(needs) == 1:
-            more = f"one more engine needs {needs[0]}"
-        elif len(kinds) == 1:
-            more = f"{len(needs)} more engines need {needs[0]} each"
-        else:
-            more = f"{len(needs)} more engines need {', '.join(f'{count} x {need}' for need, count in kinds.items())}"
-        return f"{more}, but the Ray cluster has room for {f'only {fitting}' if fitting else 'none'}"
+        missing = _missing(needs, fitting)
+        if not resources.grows:
+            return missing
+        log.info("waiting up to %.0f s for machines: %s", wait_s, missing)
+        began = time.monotonic()
+        grown = await self._cluster.grow(needs, wait_s)
+        took_s = time.monotonic() - began
+        log.info("the Ray cluster %s machines after %.0f s", "has added" if grown else "did not add", took_s)
+        return None if grown else f"{missing}, and did not add machines within {took_s:.0f} s (ray.wait_s: {wait_s:g})"
 
     def _describe(self, settings: EngineSettings) -> Described:
         needs = self._needs(settings)
         with self._asking:
             if needs not in self._described:
-                self._described[needs] = self._cluster.describe(needs, str(self._settings.ray.folder))
+                self._described[needs] = self._ask_machines(needs)
             return self._described[needs]
+
+    def _ask_machines(self, needs: tuple[Need, ...]) -> Described:
+        ray = self._settings.ray
+        log.info(
+            "asking the Ray cluster for a machine with %s; waiting up to %.0f s if it adds machines on demand",
+            " or ".join(map(str, needs)),
+            ray.wait_s,
+        )
+        return self._cluster.describe(needs, str(ray.folder), ray.wait_s)
 
     def _needs(self, settings: EngineSettings) -> tuple[Need, ...]:
         """Return alternative sets of resources for an engine, in order of preference."""
@@ -119,3 +140,15 @@ class RayMachines:
         on_cpu = Need(resources={"CPU": settings.cores or self._settings.ray.cpus})
         by_device = {Device.CPU: (on_cpu,), Device.CUDA: (on_gpu,), Device.AUTO: (on_gpu, on_cpu)}
         return by_device[settings.device]
+
+
+def _missing(needs: Sequence[Need], fitting: int) -> str:
+    """Return a message about engines of which only some fit in the cluster."""
+    kinds = Counter(needs)
+    if len(needs) == 1:
+        more = f"one more engine needs {needs[0]}"
+    elif len(kinds) == 1:
+        more = f"{len(needs)} more engines need {needs[0]} each"
+    else:
+        more = f"{len(needs)} more engines need {', '.join(f'{count} x {need}' for need, count in kinds.items())}"
+    return f"{more}, but the Ray cluster has room for {f'only {fitting}' if fitting else 'none'}"

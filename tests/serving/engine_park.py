@@ -114,9 +114,9 @@ class ParkSlots(EngineSlots):
         self._park.ended.append(number)
         self._park.left.pop(number).kill()
 
-    def shortage(self, engines: Mapping[Target, int]) -> str | None:
+    async def shortage(self, engines: Mapping[Target, int]) -> str | None:
         """Return why there is not enough memory for more engines, or None if there is."""
-        return self._park.shortage(sum(engines.values()))
+        return await asyncio.to_thread(self._park.shortage, sum(engines.values()))
 
     def capabilities(self, target: Target) -> EngineCapabilities:
         """Return the capabilities of an engine launched now."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -40,16 +41,18 @@ def test_engine_kind_depends_on_its_model_settings(tmp_path: Path, name: str, mo
     assert slots_of(tmp_path, engine={"args": ["--no-enforce-eager"]}).facts(name, tmp_path).mode == mode
 
 
-def test_memory_is_checked_for_all_engines_of_all_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_memory_is_checked_for_all_engines_of_all_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     of_home, checked = slots_of(tmp_path), list[EngineSpec]()
     for number in (1, 2):
         make_version(Registry(tmp_path / "models", AliasBook()), number)
     monkeypatch.setattr(slots, "shortage", checked.extend)
-    assert of_home.shortage({target(1): 2, target(2): 1}) is None
+    assert await of_home.shortage({target(1): 2, target(2): 1}) is None
     assert [spec.model.parent.name for spec in checked] == ["1", "1", "2"]
 
 
-def test_room_in_the_cluster_is_checked_with_the_settings_of_each_model(
+async def test_room_in_the_cluster_is_checked_with_the_settings_of_each_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = {NAME: {"engine": {"tensor_parallel": 4}}, "other": {}}
@@ -57,10 +60,14 @@ def test_room_in_the_cluster_is_checked_with_the_settings_of_each_model(
     registry, checked = Registry(tmp_path / "models", AliasBook()), list[EngineSettings]()
     for name in models:
         make_version(registry, 1, name=name)
+
+    async def shortage(machines: RayMachines, engines: Sequence[EngineSettings]) -> None:
+        checked.extend(engines)
+
     monkeypatch.setattr(RayMachines, "capabilities", lambda machines, settings: AVX512)
-    monkeypatch.setattr(RayMachines, "shortage", lambda machines, engines: checked.extend(engines))
+    monkeypatch.setattr(RayMachines, "shortage", shortage)
     of_home = EngineSlots(settings, registry, AVX512, list)
-    assert of_home.shortage({target(1): 1, Target(VersionId("other", 1), target(1).format): 2}) is None
+    assert await of_home.shortage({target(1): 1, Target(VersionId("other", 1), target(1).format): 2}) is None
     assert [each.tensor_parallel for each in checked] == [4, None, None]
 
 

@@ -103,7 +103,7 @@ async def test_replica_is_refused_with_the_reason_when_memory_is_short(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with make(replicas=LIMITS).run() as control:
-        monkeypatch.setattr(control.slots, "shortage", lambda engines: "it needs about 9 GiB")
+        monkeypatch.setattr(control.park, "shortage", lambda more: "it needs about 9 GiB")
         scaling = await decide(control, 10 * PER_REPLICA, 2 * MEAN_S)
         assert len(control.pool.members) == 1
         assert scaling.status() == {"min": 1, "max": 3, "replicas": 1, "refused": "it needs about 9 GiB"}
@@ -113,7 +113,7 @@ async def test_as_many_replicas_are_added_as_fit_when_memory_is_short_for_all(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with make(replicas=LIMITS).run() as control:
-        monkeypatch.setattr(control.slots, "shortage", lambda engines: "full" if sum(engines.values()) > 1 else None)
+        monkeypatch.setattr(control.park, "shortage", lambda more: "full" if more > 1 else None)
         await decide(control, 10 * PER_REPLICA, MEAN_S)
         assert control.pool.size == 2
 
@@ -125,12 +125,12 @@ async def test_refused_replica_is_retried_with_growing_pauses_and_added_once_it_
         scaling = control.deployment.scaling
         asked = list[float]()
 
-        def shortage(engines: object) -> str | None:
+        def shortage(more: int) -> str | None:
             assert scaling
             asked.append(scaling.clock())
             return "no room" if len(asked) < 6 else None
 
-        monkeypatch.setattr(control.slots, "shortage", shortage)
+        monkeypatch.setattr(control.park, "shortage", shortage)
         await decide(control, 10 * PER_REPLICA, 400)
         assert [later - now for now, later in pairwise(asked[:6])] == [5, 10, 20, 40, 60]
         assert control.pool.size == 2
@@ -151,11 +151,11 @@ async def test_added_replica_that_died_waits_for_memory(make: Make, monkeypatch:
 
 
 async def test_failed_memory_check_does_not_stop_the_server(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def shortage(engines: object) -> str | None:
+    def shortage(more: int) -> str | None:
         raise OSError("cannot allocate memory")
 
     async with make(replicas=LIMITS).run() as control:
-        monkeypatch.setattr(control.slots, "shortage", shortage)
+        monkeypatch.setattr(control.park, "shortage", shortage)
         scaling = await decide(control, 10 * PER_REPLICA, 2 * MEAN_S)
         assert scaling.status()["refused"] == "cannot allocate memory"
 

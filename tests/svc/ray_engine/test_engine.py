@@ -20,9 +20,9 @@ from svc.engine.vllm.connection_pool import EngineConnections
 from svc.engine.vllm.folders import state_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError, IntegrityError
-from svc.ray_engine.cluster import Need
 from svc.ray_engine.engine import Placement, RayEngine
 from svc.ray_engine.identity import Identity, client_context, make_identity
+from svc.ray_engine.need import Need
 from svc.ray_engine.record import RECORD_FILE, ActorRecord, end_postponed, read_actor, write_actor
 from svc.registry.objects import ObjectStore
 from svc.registry.registry import HELDOUT_FILE, Registry

@@ -1,13 +1,15 @@
 """Tests what engines need of a cluster, and what is refused before a server starts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from svc.errors import EngineError, SettingsError
-from svc.ray_engine.cluster import Described, Need, RayCluster, count_fitting
+from svc.ray_engine.cluster import Described, RayCluster, Resources
 from svc.ray_engine.machines import RayMachines
+from svc.ray_engine.need import Need, count_fitting
 from svc.settings import Device, EngineSettings, Settings
 from tests.svc.engine.devices import AVX512
 
@@ -31,13 +33,35 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Need, ...]]:
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     asked: list[tuple[Need, ...]] = []
 
-    def describe(self: RayCluster, needs: tuple[Need, ...], folder: str) -> Described:
+    def describe(self: RayCluster, needs: tuple[Need, ...], folder: str, wait_s: float) -> Described:
         asked.append(needs)
         return Described(need=needs[-1], capabilities=AVX512)
 
     monkeypatch.setattr(RayCluster, "describe", describe)
-    monkeypatch.setattr(RayCluster, "free", lambda self: ({"CPU": 1.0, "GPU": 4.0}, {"GPU": 2.0}))
+    set_resources(monkeypatch, grows=False)
     return asked
+
+
+def set_resources(monkeypatch: pytest.MonkeyPatch, *, grows: bool) -> None:
+    """Let every cluster have two machines free, and add machines on demand or not."""
+
+    async def resources(self: RayCluster) -> Resources:
+        return Resources(free=({"CPU": 1.0, "GPU": 4.0}, {"GPU": 2.0}), grows=grows)
+
+    monkeypatch.setattr(RayCluster, "resources", resources)
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
+    """Let a cluster that adds machines add up to two. Return how many were requested, and for how long."""
+    requests: list[tuple[int, float]] = []
+
+    async def grow(self: RayCluster, needs: Sequence[Need], wait_s: float) -> bool:
+        requests.append((len(needs), wait_s))
+        return len(needs) <= 2
+
+    monkeypatch.setattr(RayCluster, "grow", grow)
+    return requests
 
 
 def test_cluster_is_not_queried_when_no_engine_runs_there(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
@@ -95,21 +119,55 @@ def test_engine_needs_the_devices_that_its_settings_name(
     assert [dict(need.resources) for need in asked[0]] == needs
 
 
-def test_shortage_is_reported_when_the_cluster_has_no_room(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
+async def test_shortage_is_reported_when_the_cluster_has_no_room(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
     cluster, on_cpu = machines(tmp_path), engine(device=Device.CPU)
-    assert cluster.shortage([on_cpu]) is None
-    shortage = cluster.shortage([on_cpu] * 2)
+    assert await cluster.shortage([on_cpu]) is None
+    shortage = await cluster.shortage([on_cpu] * 2)
     assert shortage == "2 more engines need 1 CPU each, but the Ray cluster has room for only 1"
 
 
-def test_each_engine_is_counted_with_its_own_resources_when_several_models_start(
+async def test_each_engine_is_counted_with_its_own_resources_when_several_models_start(
     tmp_path: Path, asked: list[tuple[Need, ...]]
 ) -> None:
     small, large = engine(device=Device.CUDA), engine(device=Device.CUDA, tensor_parallel=4)
     cluster = machines(tmp_path)
-    assert cluster.shortage([small, small, large]) is None
-    shortage = cluster.shortage([small, large, large])
+    assert await cluster.shortage([small, small, large]) is None
+    shortage = await cluster.shortage([small, large, large])
     assert shortage == "3 more engines need 1 x 1 GPU, 2 x 4 GPU, but the Ray cluster has room for only 2"
+
+
+async def test_start_waits_for_machines_when_the_cluster_adds_them_on_demand(
+    tmp_path: Path, asked: list[tuple[Need, ...]], requests: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, on_cpu = machines(tmp_path, ray={"wait_s": 600}), engine(device=Device.CPU)
+    set_resources(monkeypatch, grows=True)
+    assert await cluster.shortage([on_cpu] * 2) is None
+    assert requests == [(2, 600)]
+
+
+async def test_start_is_refused_when_no_machine_was_added_in_time(
+    tmp_path: Path, asked: list[tuple[Need, ...]], requests: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, on_cpu = machines(tmp_path, ray={"wait_s": 600}), engine(device=Device.CPU)
+    set_resources(monkeypatch, grows=True)
+    assert await cluster.shortage([on_cpu] * 3) == (
+        "3 more engines need 1 CPU each, but the Ray cluster has room for only 1, and did not add machines within 0 s "
+        "(ray.wait_s: 600)"
+    )
+
+
+@pytest.mark.parametrize("grows", [False, True])
+async def test_no_machine_is_requested_when_there_is_room_or_none_can_be_added(
+    tmp_path: Path,
+    asked: list[tuple[Need, ...]],
+    requests: list[tuple[int, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    grows: bool,
+) -> None:
+    cluster, on_cpu = machines(tmp_path), engine(device=Device.CPU)
+    set_resources(monkeypatch, grows=grows)
+    await cluster.shortage([on_cpu] * (1 if grows else 2))
+    assert requests == []
 
 
 @pytest.mark.parametrize(
