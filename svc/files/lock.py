@@ -78,6 +78,17 @@ def wait_for_lock(path: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def share_lock(path: Path) -> Iterator[None]:
+    """Hold a lock together with others that share it for the duration of the `with` block, waiting until nobody holds
+    it exclusively. `locked_file` fails meanwhile.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
 def lock_holder(path: Path) -> dict[str, Any] | None:
     """Return the lock holder's `pid` and info, or None if no process holds the lock."""
     return _read(path) if is_locked(path) else None

@@ -43,6 +43,7 @@ class Placement:
         folder, wait_s: see `RaySettings`.
         artifacts: URL of the artifact store.
         models: the registry's folder on this machine.
+        max_bytes: size of the versions on each machine above which unused ones are removed, or None for no limit.
     """
 
     cluster: RayCluster
@@ -51,6 +52,7 @@ class Placement:
     wait_s: float
     artifacts: str
     models: Path
+    max_bytes: float | None = None
 
 
 class RayEngine:
@@ -160,6 +162,7 @@ class RayEngine:
             template_kwargs=spec.template_kwargs,
             lora=spec.lora,
             idles=spec.idles,
+            max_bytes=self._placement.max_bytes,
         )
 
     def _settings(self) -> EngineSettings:

@@ -68,14 +68,15 @@ class RayMachines:
 
     def placement(self, settings: EngineSettings) -> Placement:
         """Return where an engine with these settings runs. See `check` for errors and duration."""
-        ray = self._settings.ray
+        ray, artifacts = self._settings.ray, self._settings.artifacts
         return Placement(
             cluster=self._cluster,
             need=self._describe(settings).need,
             folder=str(ray.folder),
             wait_s=ray.wait_s,
-            artifacts=self._settings.artifacts.url or "",
+            artifacts=artifacts.url or "",
             models=self._models,
+            max_bytes=None if artifacts.cache_gb is None else artifacts.cache_gb * 1e9,
         )
 
     def capabilities(self, settings: EngineSettings) -> DeviceCapabilities:

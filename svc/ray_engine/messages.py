@@ -50,6 +50,7 @@ class Start(_Message):
         artifacts: URL of the artifact store.
         capabilities: capabilities that the actor's machine must have, because the server derived probes and options
             from them.
+        max_bytes: see `NodeModels`.
         others: see `EngineSpec`.
     """
 
@@ -62,6 +63,7 @@ class Start(_Message):
     template_kwargs: TemplateKwargs | None
     lora: LoraSlots | None
     idles: bool
+    max_bytes: float | None = None
 
 
 class Fetch(_Message):

@@ -20,7 +20,7 @@ from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
 from svc.errors import EngineError
-from svc.ray_engine.files import fetch_model
+from svc.ray_engine.files import NodeModels
 from svc.ray_engine.guard import Guard
 from svc.ray_engine.identity import Identity, server_context
 from svc.ray_engine.messages import (
@@ -70,6 +70,7 @@ class EngineNode:
         make: Callable[[EngineSpec], EngineProcess] = EngineProcess,
     ) -> None:
         self._name, self._folder, self._host = name, folder, host
+        self._models = NodeModels(folder)
         self._tls = server_context(identity, peer)
         self._capabilities, self._make = capabilities, make
         self._engine: EngineProcess | None = None
@@ -97,6 +98,7 @@ class EngineNode:
         for writer in self._writers.copy():
             writer.transport.abort()
         await self._dismiss_guard()
+        self._models.close()
 
     async def finished(self) -> None:
         """Wait until the server has stopped this engine for good."""
@@ -128,7 +130,7 @@ class EngineNode:
                     except asyncio.CancelledError:
                         raise EngineError("the engine was stopped while it started") from None
                 case Fetch():
-                    path = await asyncio.to_thread(fetch_model, self._folder, command.artifacts, command.model)
+                    path = await asyncio.to_thread(self._models.fetch, command.artifacts, command.model)
                     reply = reply.model_copy(update={"path": path})
                 case Simple(do="sleep"):
                     await self._running.sleep()
@@ -162,7 +164,8 @@ class EngineNode:
                 expected=command.capabilities.model_dump_json(),
                 todo="choose machines of one kind with ray.gpu_type",
             )
-        model = await asyncio.to_thread(fetch_model, self._folder, command.artifacts, command.model)
+        self._models.max_bytes = command.max_bytes
+        model = await asyncio.to_thread(self._models.fetch, command.artifacts, command.model)
         engine = self._engine = self._make(self._spec(command, model))
         self._guard = await asyncio.to_thread(Guard, engine.spec.state)
         await engine.start(self._report_phase)
