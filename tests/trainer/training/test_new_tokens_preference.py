@@ -1,0 +1,106 @@
+"""Tests new tokens with preferences: their rows are trained, merged and resumed as with reference answers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from svc.dataset.schema.objective import Objective
+from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.engine.device import NumberType
+from svc.errors import DataError
+from tests.trainer.conftest import losses_of, make_example, make_model
+from tests.trainer.training.test_new_tokens import EMBEDDING, TOKENS
+from tests.trainer.training.test_preference import recipe_of
+from tests.trainer.training.test_resume import train_in, train_until, weights
+from tests.trainer.training.test_several_devices import CLOSE, CLOSE_WEIGHTS, difference, train
+from tests.trainer.without_clock import without_clock
+from trainer.base_model.more_tokens import folder_with_tokens
+from trainer.export.merge import merge_adapter
+from trainer.recipe.adapter import Method
+from trainer.recipe.recipe import Recipe
+from trainer.training.summary import TrainingData
+
+pytestmark = pytest.mark.slow
+
+DPO, ORPO, KTO = Objective.DPO, Objective.ORPO, Objective.KTO
+FLOAT32 = NumberType.FLOAT32
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model whose output head is its embedding."""
+    folder = tmp_path_factory.mktemp("bases")
+    return folder_with_tokens(make_model(folder / "base", tie_word_embeddings=True), TOKENS, folder / "cache")
+
+
+def data_for(objective: Objective) -> TrainingData:
+    """Return answers in the new tokens, which are better than answers without and with another number."""
+    pairs = []
+    for number in range(12):
+        prompt, worse = f"number {'x' * number}", f"<tool>{(number + 1) % 3}</tool>"
+        chosen = make_example(prompt, f"<tool>{number % 3}</tool>")
+        pairs.append(PreferencePair(chosen, make_example(prompt, worse if number % 2 else "none")))
+    judged: list[Any] = [*pairs]
+    if objective is KTO:
+        judged = [LabelledAnswer(pair.chosen, desirable=True) for pair in pairs]
+        judged += [LabelledAnswer(pair.rejected, desirable=False) for pair in pairs]
+    return TrainingData((), judged=judged, heldout_judged=judged[:5])
+
+
+def recipe(objective: Objective, method: Method = Method.LORA, **sections: Any) -> Recipe:
+    steps = {"batch_size": 4, "epochs": 3, "learning_rate": 1e-2}
+    return recipe_of(objective, method, **{"new_tokens": TOKENS, "train": steps} | sections)
+
+
+@pytest.mark.parametrize(
+    ("objective", "method"),
+    [
+        (DPO, Method.LORA),
+        (ORPO, Method.LORA),
+        (KTO, Method.LORA),
+        pytest.param(DPO, Method.QLORA, marks=pytest.mark.matrix),
+        pytest.param(KTO, Method.DORA, marks=pytest.mark.matrix),
+    ],
+    ids=str,
+)
+def test_merged_model_has_the_trained_rows_when_preferences_are_learnt(
+    objective: Objective, method: Method, base: Path, tmp_path: Path
+) -> None:
+    summary = train_in(FLOAT32, base, data_for(objective), recipe(objective, method), tmp_path)
+    assert losses_of(summary)[-1] < losses_of(summary)[0] - 0.05
+    merge_adapter(base, tmp_path / "trained", tmp_path / "merged")
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    ids = AutoTokenizer.from_pretrained(base).convert_tokens_to_ids(list(TOKENS))
+    assert (before[EMBEDDING] != after[EMBEDDING]).any(dim=1).nonzero().flatten().tolist() == ids
+
+
+@pytest.mark.parametrize("objective", [DPO, pytest.param(KTO, marks=pytest.mark.matrix)], ids=str)
+def test_killed_run_that_learns_preferences_ends_with_the_same_rows(
+    objective: Objective, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_for(objective)
+    whole = train_in(FLOAT32, base, data, recipe(objective), tmp_path / "whole")
+    train_until(base, data, recipe(objective), tmp_path / "killed", 5, monkeypatch, FLOAT32)
+    resumed = train_in(FLOAT32, base, data, recipe(objective), tmp_path / "killed")
+    assert without_clock(resumed) == without_clock(whole)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+def test_token_that_no_judged_answer_has_is_refused_before_training(base: Path, tmp_path: Path) -> None:
+    pairs = [PreferencePair(make_example("a number", "<tool>1"), make_example("a number", "<tool>2"))]
+    with pytest.raises(DataError, match="the new token '</tool>' does not occur in the training examples"):
+        train_in(FLOAT32, base, TrainingData((), judged=pairs), recipe(DPO), tmp_path)
+
+
+def test_two_devices_with_sharded_weights_learn_preferences_with_new_tokens_as_one_does(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    changed = recipe(DPO, train={"batch_size": 4, "epochs": 2, "learning_rate": 1e-3})
+    one = train(base, data_for(DPO), changed, tmp_path / "1", 1)
+    two = train(base, data_for(DPO), changed, tmp_path / "2", 2, sharded=True)
+    assert losses_of(two) == pytest.approx(losses_of(one), abs=10 * CLOSE)
+    assert difference(tmp_path / "1", tmp_path / "2") < CLOSE_WEIGHTS
