@@ -10,7 +10,7 @@ from benchmarks.gateway.processes import core_seconds, cpu_seconds, resident_byt
 
 _SETTLE_S = 1.0
 """Pause after the last response, in seconds, so that later work, such as writing rows, is counted too."""
-_REST_S, _LOAD_S, _MAX_S = 2.0, 3.0, 60.0
+_REST_S, _LOAD_S, _MAX_S = 10.0, 3.0, 60.0
 _WHOLE = Ask(chunks=16)
 _SHORT_STREAM = Ask(chunks=3, stream=True)
 _HALF_SECOND = Ask(chunks=50, stream=True)
