@@ -1,6 +1,5 @@
 """Tests sequences of examples that are on disk."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ from hypothesis import strategies as st
 
 from svc.dataset import stored_examples
 from svc.dataset.readers.reader import read_examples
-from svc.dataset.schema.example import ChatExample
 from svc.dataset.stored_examples import StoredExamples, collect, join, select
 from tests.published_examples import published
 from tests.svc.chats import chat
@@ -54,8 +52,10 @@ def test_selection_has_the_chosen_examples_in_order(chosen: list[int]) -> None:
     assert list(select(collect(IN_MEMORY), chosen)) == select(IN_MEMORY, chosen)
 
 
-@pytest.mark.parametrize("others", [[], IN_MEMORY[:3], collect(IN_MEMORY * 2600)], ids=["none", "list", "other file"])
-def test_joined_examples_follow_each_other(stored: StoredExamples, others: Sequence[ChatExample]) -> None:
+@pytest.mark.parametrize("count", [0, 3, 40], ids=["none", "list", "other file"])
+def test_joined_examples_follow_each_other(stored: StoredExamples, count: int) -> None:
+    others = collect(IN_MEMORY[:count])
+    assert isinstance(others, StoredExamples) == (count == 40)
     assert list(join(others, stored, stored[:2])) == [*others, *IN_MEMORY, *IN_MEMORY[:2]]
 
 
