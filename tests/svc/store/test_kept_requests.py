@@ -44,32 +44,36 @@ def test_at_most_the_limit_of_requests_older_than_a_given_row_is_found(store: St
     assert found(store, before_row=rows[0], limit=2) == rows[1:3]
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"outcome": RequestOutcome.CLIENT_GONE},
-        {"outcome": RequestOutcome.REFUSED},
-        {"outcome": RequestOutcome.ENGINE_ERROR},
-        {"outcome": RequestOutcome.SERVER_ERROR},
-        {"finish_reason": "tool_calls"},
-        {"prompt": None, "answer": None},
-        {"answer": answer_text("", [CALL]), "finish_reason": "stop"},
-        {"answer": answer_text("I look.", [CALL, CALL]), "finish_reason": "length"},
-        {"route": "/v1/completions"},
-        {"version": VersionId("tiny", 3)},
-        {"format": Format.MERGED},
-        {"started_at": NOON - 2 * DAY},
-        {"started_at": NOON + 2 * DAY},
-        {"answer": "call [phone]"},
-        {"prompt": '[{"role": "user", "content": "I am [mail]"}]'},
-        {"prompt": '[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]'},
-        {"prompt": '[{"role": "tool", "content": "rain"}]'},
-        {"prompt": '[{"role": "assistant", "tool_calls": [{"id": "1"}]}]'},
-    ],
-)
-def test_requests_that_cannot_be_sent_again_as_they_were_are_not_found(store: Store, fields: dict[str, Any]) -> None:
-    add_requests(store, [KEPT._replace(**fields)])
-    assert found(store) == []
+INCOMPLETE: list[dict[str, Any]] = [
+    {"outcome": RequestOutcome.CLIENT_GONE},
+    {"outcome": RequestOutcome.REFUSED},
+    {"outcome": RequestOutcome.ENGINE_ERROR},
+    {"outcome": RequestOutcome.SERVER_ERROR},
+    {"finish_reason": "tool_calls"},
+    {"prompt": None, "answer": None},
+    {"answer": answer_text("", [CALL]), "finish_reason": "stop"},
+    {"answer": answer_text("I look.", [CALL, CALL]), "finish_reason": "length"},
+    {"route": "/v1/completions"},
+    {"version": VersionId("tiny", 3)},
+    {"format": Format.MERGED},
+    {"started_at": NOON - 2 * DAY},
+    {"started_at": NOON + 2 * DAY},
+    {"answer": "call [phone]"},
+    {"prompt": '[{"role": "user", "content": "I am [mail]"}]'},
+    {"prompt": '[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]'},
+    {"prompt": '[{"role": "tool", "content": "rain"}]'},
+    {"prompt": '[{"role": "assistant", "tool_calls": [{"id": "1"}]}]'},
+]
+
+
+def test_requests_that_cannot_be_sent_again_as_they_were_are_not_found(store: Store) -> None:
+    wrong, count = [], 0
+    for fields in INCOMPLETE:
+        add_requests(store, [KEPT._replace(**fields)])
+        if len(found(store)) > count:
+            wrong.append(fields)
+            count += 1
+    assert wrong == []
 
 
 @pytest.mark.parametrize(
