@@ -75,7 +75,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def home(workplace: Path) -> Path:
-    """Return a home with a LoRA version and a QLoRA version."""
+    """Return a home with a LoRA version and a QLoRA version.
+
+    Needs the real engine: versions are registered only after it has evaluated, reloaded and restarted them.
+    """
     home, recipe = workplace / "home", str(workplace / "recipe.yaml")
     svc_json(home, "train", recipe)
     svc_json(home, "train", recipe, "--set", "method=qlora", "--set", "train.seed=1", "--set", "qualify.restart=false")

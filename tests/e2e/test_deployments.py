@@ -47,6 +47,7 @@ def check(answers: list[Answer], expected: dict[str, list[tuple[str, str]]]) -> 
 
 
 def test_official_client_gets_answers_from_both_models(instance: Instance) -> None:
+    """Needs the real engine: two of them must share memory and cores, and answer under their models' names."""
     messages: Any = PROMPTS[0]
     with openai.OpenAI(base_url=f"{instance.url}/v1", api_key="none", max_retries=0) as client:
         assert {TINY, f"{TINY}@1", OTHER, f"{OTHER}@2"} <= {model.id for model in client.models.list()}

@@ -109,7 +109,10 @@ def test_held_out_run_reproduces_the_results_from_registration(server: Server, r
 
 
 def test_live_answer_gets_the_engines_score_of_its_text(server: Server) -> None:
-    """It differs from the registered score, because the model's random answers are re-tokenized differently."""
+    """It differs from the registered score, because the model's random answers are re-tokenized differently.
+
+    Needs the real engine: only it computes the log-probabilities of which a score consists.
+    """
     registered = Registry.of(Settings(home=server.home)).results(VersionId("tiny", 1), Format.GPTQ)
     messages: Any = server.prompts[0]
     raw = server.client.chat.completions.with_raw_response.create(

@@ -104,6 +104,7 @@ def long_answer(instance: Instance) -> Iterator[None]:
 
 
 def test_promotion_and_kill_of_the_server_keep_the_engine_on_its_node(instance: Instance, report: Report) -> None:
+    """Needs the real engine: it must outlive its gateway on another node, and load fetched weights under load."""
     engines = [each.pid for each in actors()]
     with Users(instance.url, "tiny", prompts(50), streams=2).asking() as users:
         users.wait_for(10)
