@@ -1,5 +1,6 @@
 """A complete chat model, small enough to train in a second, with random weights and a byte-level tokenizer."""
 
+from multiprocessing import forkserver, set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from svc.dataset.schema.example import ChatExample, Message, Role
+from svc.engine.vllm.start import ForkingContext
 from tests.trainer.tiny_tokenizer import CHAT_TEMPLATE as CHAT_TEMPLATE
 from tests.trainer.tiny_tokenizer import make_tokenizer as make_tokenizer
 from tests.trainer.uninterrupted import UninterruptedRuns
@@ -80,3 +82,24 @@ def uninterrupted(
 ) -> UninterruptedRuns:
     """Return uninterrupted runs of the tiny model on all examples, five of which are held out."""
     return UninterruptedRuns(tiny_base, examples, tmp_path_factory.mktemp("uninterrupted"))
+
+
+@pytest.fixture(scope="session")
+def forking() -> ForkingContext:
+    """Return a context whose processes are forked from one that has imported the trainer's libraries."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")
+        environment.setenv("TQDM_DISABLE", "1")
+        environment.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        set_forkserver_preload(["trainer.training.sft"])
+        forkserver.ensure_running()
+    return ForkingContext()
+
+
+@pytest.fixture
+def forked_ranks(forking: ForkingContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the training processes. A new process takes 10 s of processor time to import the libraries.
+
+    For tests of what two processes exchange. Others start new processes, as trainings do.
+    """
+    monkeypatch.setattr("trainer.training.device_processes.get_context", lambda method: forking)

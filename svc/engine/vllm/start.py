@@ -35,7 +35,7 @@ class _Process(context.ForkServerProcess):
         super().run()
 
 
-class _Context(context.ForkServerContext):
+class ForkingContext(context.ForkServerContext):
     """A multiprocessing context that replaces "spawn" and forks processes from the fork server instead."""
 
     _name = "spawn"
@@ -51,7 +51,7 @@ def start(entry: str, preloaded: Sequence[str] = _CORE) -> None:
     """
     multiprocessing.set_forkserver_preload([entry, *preloaded])
     forkserver.ensure_running()
-    vars(context)["_concrete_contexts"]["spawn"] = _Context()  # typeshed does not have it
+    vars(context)["_concrete_contexts"]["spawn"] = ForkingContext()  # typeshed does not have it
     runpy.run_module(entry, run_name="__main__", alter_sys=True)
 
 

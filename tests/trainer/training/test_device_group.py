@@ -18,7 +18,7 @@ from trainer.training.devices import TrainingDevice
 from trainer.training.processes import Place
 from trainer.training.trainer import ResumableTrainer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 
 DEVICES = (TrainingDevice("the CPU"),) * 2
 WEIGHTS = torch.arange(10.0).reshape(5, 2)

@@ -29,7 +29,7 @@ from trainer.training.sharding import (
     whole_optimizer_state,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_ranks")]
 
 DEVICES = (TrainingDevice("the CPU"),) * 2
 Shape = tuple[int, ...]
