@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
 
 from examples.service import serving, svc_json
 from tests.e2e.conftest import Report
+from tests.e2e.instance import ANY_QUALITY
 
 pytestmark = [pytest.mark.matrix]
 
@@ -48,14 +51,19 @@ def train_with_trl(workplace: Path, name: str, seed: int) -> Path:
     return out
 
 
-def answer_of(home: Path, model: str, version: str) -> str:
-    """Serve a version, and return its answer to a request for the model."""
+@contextmanager
+def client_of(home: Path, version: str) -> Iterator[openai.OpenAI]:
     with (
         serving(home, version, PORT) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
-        messages: Any = [{"role": "user", "content": "hello"}]
-        raw = client.chat.completions.with_raw_response.create(model=model, messages=messages, max_tokens=8)
+        yield client
+
+
+def answer(client: openai.OpenAI, version: str) -> str:
+    """Return the answer of a version, which must be in production."""
+    model, messages = version.split("@")[0], [{"role": "user", "content": "hello"}]
+    raw = client.chat.completions.with_raw_response.create(model=model, messages=cast(Any, messages), max_tokens=8)
     assert raw.headers["x-model-version"] == version
     return raw.parse().choices[0].message.content or ""
 
@@ -81,45 +89,43 @@ def test_adapter_of_trl_is_imported_compared_evaluated_and_served(
     config = json.loads((Path(imported["folder"]) / "adapter" / "adapter_config.json").read_text("utf-8"))
     assert config["base_model_name_or_path"] == base
     report(f"adapter of TRL: NLL base {before:.3f}, imported {after:.3f}")
-    assert answer_of(home, "imported", imported["version"])
+    with client_of(home, imported["version"]) as client:
+        assert answer(client, imported["version"])
 
 
-@pytest.mark.parametrize("format", ["adapter", "merged"])
-def test_combination_of_two_adapters_is_compared_evaluated_and_served(
-    workplace: Path, trained: Path, report: Report, tmp_path: Path, format: str
+@pytest.mark.parametrize("kind", ["combined", "pissa"])
+def test_adapter_is_compared_and_evaluated_and_served_merged_and_as_an_adapter(
+    workplace: Path, trained: Path, report: Report, tmp_path: Path, kind: str
 ) -> None:
-    home, other = workplace / f"combined-{format}-home", train_with_trl(workplace, "trl-other", seed=1)
-    adapters = [{"adapter": str(trained), "weight": 0.7}, {"adapter": str(other), "weight": 0.3}]
-    recipe = tmp_path / "recipe.yaml"
-    content = {
-        "name": "combined",
+    """An adapter is `verified` if its probes are those of the merged weights, up to rounding."""
+    home, recipe = workplace / f"{kind}-home", tmp_path / "recipe.yaml"
+    content: dict[str, Any] = {
+        "name": kind,
         "base": str(workplace / "base"),
-        "formats": [format],
+        "formats": ["adapter", "merged"],
         "data": {"heldout": str(workplace / "heldout.jsonl")},
         "qualify": {"restart": False},
         "evaluate": {"general": False, "max_tokens": 8},
-        "adapter": {"combine": {"method": "ties", "density": 0.5, "adapters": adapters}},
     }
+    if kind == "combined":
+        other = train_with_trl(workplace, "trl-other", seed=1)
+        adapters = [{"adapter": str(trained), "weight": 0.7}, {"adapter": str(other), "weight": 0.3}]
+        content["adapter"] = {"combine": {"method": "ties", "density": 0.5, "adapters": adapters}}
+    else:
+        content["adapter"] = {"init": "pissa"}
+        content["data"]["train"] = str(workplace / "train.jsonl")
+        content["train"] = {"learning_rate": 0.02, "batch_size": 8}
     recipe.write_text(json.dumps(content), "utf-8")
-    combined: Any = svc_json(home, "train", str(recipe))
-    version: Any = svc_json(home, "show", combined["version"])
-    assert all(check["passed"] for check in version["parity"]["checks"])
-    before = version["base_evaluation"]["nll"]["value"]
-    after = version["formats"][format]["evaluation"]["nll"]["value"]
+    version: str = svc_json(home, "train", str(recipe))["version"]
+    shown: Any = svc_json(home, "show", version)
+    assert all(check["passed"] for check in shown["parity"]["checks"])
+    before = shown["base_evaluation"]["nll"]["value"]
+    after = shown["formats"]["merged"]["evaluation"]["nll"]["value"]
     assert after < before
-    report(f"two adapters of TRL combined by TIES as {format}: NLL base {before:.3f}, combined {after:.3f}")
-    assert answer_of(home, "combined", combined["version"])
-
-
-def test_adapter_that_starts_from_singular_values_is_served_as_an_adapter(workplace: Path, report: Report) -> None:
-    home = workplace / "pissa-home"
-    sets = ('formats=["adapter"]', "adapter.init=pissa", "qualify.restart=false", "evaluate.general=false")
-    options = [part for value in sets for part in ("--set", value)]
-    trained: Any = svc_json(home, "train", str(workplace / "recipe.yaml"), *options)
-    version: Any = svc_json(home, "show", trained["version"])
-    assert all(check["passed"] for check in version["parity"]["checks"])
-    before = version["base_evaluation"]["nll"]["value"]
-    after = version["formats"]["adapter"]["evaluation"]["nll"]["value"]
-    assert after < before
-    report(f"adapter with PiSSA: NLL base {before:.3f}, tuned {after:.3f}")
-    assert answer_of(home, "tiny", trained["version"])
+    report(f"{kind} adapter: NLL base {before:.3f}, tuned {after:.3f}")
+    with client_of(home, version) as client:
+        assert answer(client, version)
+        svc_json(home, "promote", version, "--format", "adapter", *ANY_QUALITY)
+        assert answer(client, version)
+        (model,) = svc_json(home, "status")["models"]
+    assert [{"version": version, "verified": True}] in [engine["adapters"] for engine in model["engines"]]
