@@ -36,7 +36,7 @@ class Sweep(Section):
     """maximum number of trials in `sweep.space`; if the space consists of lists with fewer combinations, all of
     them are tried"""
     seconds: Annotated[float, Field(gt=0)] | None = None
-    """time in seconds after which no new trial is started; default: no limit"""
+    """training time of all finished trials in seconds, after which no new trial is started; default: no limit"""
     finalists: int = Field(3, ge=0)
     """number of trials with the lowest held-out loss to evaluate on the engine, in addition to the unchanged
     recipe; further trials are evaluated as long as all of them exceed `evaluate.max_forgetting`. The primary

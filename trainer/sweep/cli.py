@@ -20,22 +20,48 @@ if TYPE_CHECKING:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key, for example train.epochs=2."
 )
+@click.option(
+    "--on",
+    "place",
+    type=click.Choice(["here", "ray"]),
+    default="here",
+    show_default=True,
+    help="Train on this machine, or several trials at the same time on a Ray cluster (docs/ray.md).",
+)
+@click.option(
+    "--parallel",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --on ray, train at most N trials at the same time.  [default: as many as the cluster has room for]",
+)
 @click.option("--register", is_flag=True, help="Train with the best values afterwards, and register the version.")
 @click.option("--anyway", is_flag=True, help="Start even without enough memory or disk space on this machine.")
 @json_option
 @click.pass_context
 def sweep(
-    ctx: click.Context, recipe: Path, overrides: tuple[str, ...], register: bool, anyway: bool, as_json: bool
+    ctx: click.Context,
+    recipe: Path,
+    overrides: tuple[str, ...],
+    place: str,
+    parallel: int | None,
+    register: bool,
+    anyway: bool,
+    as_json: bool,
 ) -> None:
     """Search for the best values for RECIPE, resuming an interrupted sweep."""
     from svc.terminal import quiet_libraries
     from trainer.recipe.file import load_recipe
 
+    on_ray = place == "ray"
+    if parallel is not None and not on_ray:
+        raise click.UsageError("--parallel needs --on ray: on this machine, trials train one after the other")
     quiet_libraries()
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
     loaded.require_training("svc sweep")
-    runner = _open_trial_runner(settings, loaded, "sweep", anyway=anyway, makes_version=register)
+    runner = _open_trial_runner(
+        settings, loaded, "sweep", anyway=anyway, makes_version=register, on_ray=on_ray, parallel=parallel
+    )
     finals = _open_finals(settings, runner)
     from trainer.sweep.picture import draw_sweep
     from trainer.sweep.sweep import RESULT_FILE, WINNER_FILE, print_sweep, run_sweep
@@ -47,7 +73,7 @@ def sweep(
         runner.publish({"heldout_loss": result.loss.value, "base_heldout_loss": result.base.value}, picture, *files)
     if not as_json:
         print_sweep(result, runner.folder, picture)
-    version = _register(settings, runner, result.winner, as_json=as_json) if register else None
+    version = _register(settings, runner, result.winner, on_ray=on_ray, as_json=as_json) if register else None
     if as_json:
         outputs = {"folder": str(runner.folder), "picture": str(picture), "version": version}
         print_json(result.model_dump(mode="json") | outputs)
@@ -76,7 +102,14 @@ def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_j
 
 
 def _open_trial_runner(
-    settings: "Settings", recipe: "Recipe", kind: str, *, anyway: bool, makes_version: bool
+    settings: "Settings",
+    recipe: "Recipe",
+    kind: str,
+    *,
+    anyway: bool,
+    makes_version: bool,
+    on_ray: bool = False,
+    parallel: int | None = None,
 ) -> "TrialRunner":
     """Return the runner of a recipe's trials.
 
@@ -84,8 +117,11 @@ def _open_trial_runner(
         kind: `sweep` or `curve`.
         anyway: whether to continue instead of raising an error if there is not enough memory or disk space.
         makes_version: whether the winner will be registered.
+        on_ray: whether the trials are trained on a Ray cluster.
+        parallel: maximum number of trials that train at the same time there, or None for as many as there is room for.
 
     Raises:
+        ServerNotRunningError, BusyError, TrainingError: the cluster cannot be reached, or has too few free resources.
         InsufficientMemoryError: a trial cannot fit into memory.
         DiskSpaceError: there is not enough disk space for the version.
         RecipeError: the recipe's objective is a preference.
@@ -98,6 +134,8 @@ def _open_trial_runner(
     from trainer.pipeline.estimate import estimate_here
     from trainer.pipeline.examples import read_run_examples
     from trainer.pipeline.find_base import find_base
+    from trainer.pipeline.ray_training import check_ray
+    from trainer.sweep.ray_trials import RayTrials
     from trainer.sweep.trial_runner import TrialRunner
 
     if recipe.objective is not Objective.SFT:
@@ -106,12 +144,17 @@ def _open_trial_runner(
             expected="objective: sft",
             todo="train with several values one after the other: svc train RECIPE --set train.learning_rate=...",
         )
+    if on_ray:
+        check_ray(settings, recipe)
     registry = Registry.of(settings)
     examples = read_run_examples(recipe, cache=settings.base_cache, learnt=registry.learnt_prompts(recipe.name))
-    estimate_here(recipe, examples, settings, anyway=anyway, makes_version=makes_version, trials=True)
+    if not on_ray:
+        estimate_here(recipe, examples, settings, anyway=anyway, makes_version=makes_version, trials=True)
     base = find_base(recipe.base, settings, recipe.chat_template, recipe.rope_scaling, recipe.new_tokens)
     number_type = read_capabilities(settings.home).training_type
-    return TrialRunner(settings.home / SWEEPS_FOLDER, kind, recipe, base, examples, registry.tracking, number_type)
+    cluster = RayTrials(settings, recipe, base, parallel) if on_ray else None
+    sweeps = settings.home / SWEEPS_FOLDER
+    return TrialRunner(sweeps, kind, recipe, base, examples, registry.tracking, number_type, cluster)
 
 
 def _open_finals(settings: "Settings", runner: "TrialRunner") -> "Finals | None":
@@ -131,7 +174,7 @@ def _open_finals(settings: "Settings", runner: "TrialRunner") -> "Finals | None"
     return finals
 
 
-def _register(settings: "Settings", runner: "TrialRunner", winner: "Values", *, as_json: bool) -> str:
+def _register(settings: "Settings", runner: "TrialRunner", winner: "Values", *, on_ray: bool, as_json: bool) -> str:
     """Run all stages of `svc train` with the winning trial's values, and return the id of the resulting
     version.
     """
@@ -142,7 +185,8 @@ def _register(settings: "Settings", runner: "TrialRunner", winner: "Values", *, 
 
     registry = Registry.of(settings)
     recipe = with_values(runner.recipe, winner)
-    version = open_pipeline(settings, registry, recipe, runner.examples.selected, runner.base).train_version()
+    examples = runner.examples.selected
+    version = open_pipeline(settings, registry, recipe, examples, runner.base, on_ray=on_ray).train_version()
     if not as_json:
         print_version(registry.manifest(version), registry.folder(version))
     return str(version)

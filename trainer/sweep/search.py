@@ -5,14 +5,20 @@ Each phase has an Optuna study, which proposes values from the recipe's space an
 are pruned. A resumed sweep repeats all calls to Optuna with new studies. Because the results of its
 trials are stored and the sampler is seeded, all decisions are the same. This module is independent of
 how trials are trained.
+
+Several trials may run at the same time. Their results are given to Optuna in the order in which the trials
+started, and only when a new trial needs their place. A trial is pruned by comparison with those that had
+been given to Optuna when it started. So the decisions depend on how many trials may run at the same time,
+but not on which of them finishes first.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
 from typing import Any
 
 import optuna
@@ -23,7 +29,7 @@ from optuna.trial import TrialState
 from svc.terminal import console
 from trainer.recipe.adapter import MAX_RANK, AdapterType
 from trainer.recipe.recipe import Recipe
-from trainer.recipe.sweep import Between
+from trainer.recipe.sweep import Between, Sweep
 from trainer.recipe.targets import Targets
 from trainer.sweep.outcome import TrialComparison, TrialOutcome
 from trainer.sweep.trial_runner import Watch
@@ -46,6 +52,8 @@ _RANDOM = 5
 """Number of random trials in the recipe's search space before the sampler starts to use results."""
 
 Space = Mapping[str, Sequence[Any] | Between]
+StartTrial = Callable[[int, Values, Watch], "Future[TrialOutcome]"]
+"""Starts a trial with a number and the given values. Trials with the same training have the same future."""
 
 
 class Phase(StrEnum):
@@ -60,6 +68,39 @@ class Phase(StrEnum):
     SPACE = "own space"
 
 
+@dataclass(frozen=True, slots=True)
+class _Study:
+    """Optuna's study of a phase.
+
+    Attributes:
+        fixed: values shared by all trials.
+        space: the values to search.
+    """
+
+    phase: Phase
+    study: optuna.Study
+    fixed: Values
+    space: dict[str, BaseDistribution]
+
+
+@dataclass(eq=False, slots=True)
+class _Trial:
+    """A trial that was started.
+
+    Attributes:
+        trial: the trial in Optuna's study.
+        result: the outcome of its training.
+        outcome: the outcome with this trial's values, once it has been given to Optuna.
+    """
+
+    number: int
+    study: _Study
+    trial: optuna.Trial
+    values: Values
+    result: "Future[TrialOutcome]"
+    outcome: TrialOutcome | None = None
+
+
 @dataclass
 class Search:
     """Runs the search of one sweep.
@@ -67,8 +108,9 @@ class Search:
     Args:
         recipe: the recipe as loaded.
         usual_rate: default learning rate for the recipe's method and base.
-        run_trial: trains with the given values, or returns the outcome if they were trained with before.
+        start_trial: starts training with the given values, unless they were trained with before.
         storage: Optuna storage, or its URL.
+        parallel: maximum number of trials that train at the same time.
 
     Attributes:
         tried: trials so far, in order. The same trial may be part of two phases.
@@ -78,10 +120,12 @@ class Search:
     recipe: Recipe
     usual_rate: float
     comparison: TrialComparison
-    run_trial: Callable[[Values, Watch], TrialOutcome]
+    start_trial: StartTrial
     storage: str | BaseStorage
     tried: list[tuple[Phase, TrialOutcome]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    parallel: int = 1
+    _running: deque[_Trial] = field(default_factory=deque)
 
     def run(self) -> TrialOutcome:
         """Run all trials and return the winning one. The first trial uses the unchanged recipe and is never pruned.
@@ -90,18 +134,19 @@ class Search:
             TrainingError: no trial completed in one of the phases.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        (unchanged,) = self._trials(Phase.RECIPE, {}, {})
+        unchanged = self._start(self._open(Phase.RECIPE, {}, {}), {})
         sweep = self.recipe.sweep
         if sweep.space is None:
             best = [self._phases(unchanged)]
         else:
-            trials = self._trials(Phase.SPACE, {}, sweep.space, _combinations(sweep.space, sweep.trials))
+            study = self._open(Phase.SPACE, {}, sweep.space)
+            trials = self._trials(study, _combinations(sweep.space, sweep.trials))
             best = sorted(trials, key=lambda trial: trial.mean)[:1]
-        return self.comparison.choose([unchanged, *best])
+        return self.comparison.choose([self._outcome(unchanged), *best])
 
-    def _phases(self, unchanged: TrialOutcome) -> TrialOutcome:
+    def _phases(self, unchanged: _Trial) -> TrialOutcome:
         ranks = possible_ranks(self.recipe)
-        best = self._learning_rate(unchanged)
+        best = self._learning_rate() or self._outcome(unchanged)
         if ranks:
             best = self._rank(best, ranks)
         best = self._epochs(best)
@@ -109,9 +154,10 @@ class Search:
             best = self._dropout(self._targets(best, ranks[-1]))
         return best
 
-    def _learning_rate(self, unchanged: TrialOutcome) -> TrialOutcome:
+    def _learning_rate(self) -> TrialOutcome | None:
         """Try learning rates outwards from the recipe's own rate. Among indistinguishable results, the recipe's
-        rate is preferred, followed by the one with the lowest loss, since all rates cost the same.
+        rate is preferred, followed by the one with the lowest loss, since all rates cost the same. Return None if
+        there was no time for any trial.
         """
         own = self.recipe.train.learning_rate or self.usual_rate
         rates = sorted({float(f"{rate * self.usual_rate:.3g}") for rate in _RATES} | {own})
@@ -119,8 +165,7 @@ class Search:
         lower = [float(f"{rates[0] / 2**step:.3g}") for step in range(1, _MAX_BEYOND_RATES + 1)]
         higher = [float(f"{rates[-1] * 2**step:.3g}") for step in range(1, _MAX_BEYOND_RATES + 1)]
         fixed = {EPOCHS: 1.0, STEPS: None}
-        chosen = self._outwards(Phase.LEARNING_RATE, fixed, RATE, order, lower, higher, lambda trial: trial.mean)
-        return chosen or unchanged
+        return self._outwards(Phase.LEARNING_RATE, fixed, RATE, order, lower, higher, lambda trial: trial.mean)
 
     def _rank(self, best: TrialOutcome, ranks: Sequence[int]) -> TrialOutcome:
         """Try different ranks. Among indistinguishable results, the recipe's own rank is preferred, followed by the
@@ -154,28 +199,28 @@ class Search:
         Returns:
             The chosen trial, or None if there was no time for any trial.
         """
-        trials: list[TrialOutcome] = []
+        study = self._open(phase, fixed, {key: [*order, *lower, *higher]})
+        trials = self._trials(study, [{key: value} for value in order])
+        if not trials:
+            return None
 
         def choose() -> TrialOutcome:
             return self.comparison.choose([*trials[:1], *sorted(trials[1:], key=preference)])
 
-        def proposals() -> Iterator[dict[str, Any]]:
-            yield from ({key: value} for value in order)
-            for beyond, edge, name in ((higher, max, "highest"), (lower, min, "lowest")):
-                for value in beyond:
-                    best = choose().values[key]
-                    if best != edge(trial.values[key] for trial in trials):
-                        break
-                    yield {key: value}
-                    self.notes.append(
-                        f"{key} {show(value)} was tried because the {name} value so far, {show(best)}, was the best"
-                    )
-                if beyond and choose().values[key] == beyond[-1]:
-                    self.notes.append(f"the best {key} is the {name} value tried: set it in the recipe and sweep again")
-
-        for trial in self._trials(phase, fixed, {key: [*order, *lower, *higher]}, proposals()):
-            trials.append(trial)
-        return choose() if trials else None
+        for beyond, edge, name in ((higher, max, "highest"), (lower, min, "lowest")):
+            for value in beyond:
+                best = choose().values[key]
+                if best != edge(trial.values[key] for trial in trials):
+                    break
+                if not (more := self._trials(study, [{key: value}])):
+                    return choose()
+                trials += more
+                self.notes.append(
+                    f"{key} {show(value)} was tried because the {name} value so far, {show(best)}, was the best"
+                )
+            if beyond and choose().values[key] == beyond[-1]:
+                self.notes.append(f"the best {key} is the {name} value tried: set it in the recipe and sweep again")
+        return choose()
 
     def _epochs(self, best: TrialOutcome) -> TrialOutcome:
         """Try one epoch, then more epochs as long as each increase lowers held-out loss. From the longest
@@ -184,8 +229,13 @@ class Search:
         own = None if self.recipe.train.steps else self.recipe.train.epochs
         lengths = sorted({*_EPOCHS, own or 1.0})
         most = lengths[-1]
+        lengths += [most + 1, most + 2]
+        study = self._open(Phase.EPOCHS, best.values, {EPOCHS: lengths})
         trials: list[TrialOutcome] = []
-        for trial in self._trials(Phase.EPOCHS, best.values, {EPOCHS: [*lengths, most + 1, most + 2]}):
+        for length in lengths:  # one after the other: most of the time, the longest are not needed
+            if not (more := self._trials(study, [{EPOCHS: length}])):
+                break
+            (trial,) = more
             trials.append(trial)
             before = trials[-2] if len(trials) > 1 else None
             if before and trial.mean >= before.mean:
@@ -205,7 +255,8 @@ class Search:
         if rank < largest:
             self.notes.append(f"adapters on more layers were not tried: rank {largest} is no better than {rank}")
             return best
-        trials = self._trials(Phase.TARGETS, best.values, {TARGETS: [Targets.ALL_LINEAR.value]})
+        study = self._open(Phase.TARGETS, best.values, {TARGETS: [Targets.ALL_LINEAR.value]})
+        trials = self._trials(study, [{TARGETS: Targets.ALL_LINEAR.value}])
         return self.comparison.choose([best, *trials])
 
     def _dropout(self, best: TrialOutcome) -> TrialOutcome:
@@ -215,49 +266,74 @@ class Search:
             self.notes.append("dropout was not tried: no trial overfitted beyond chance")
             return best
         targets = {TARGETS: best.values[TARGETS]} if TARGETS in best.values else {}
-        trials = self._trials(Phase.DROPOUT, {**longest.values, **targets}, {DROPOUT: _DROPOUTS})
+        study = self._open(Phase.DROPOUT, {**longest.values, **targets}, {DROPOUT: _DROPOUTS})
+        trials = self._trials(study, [{DROPOUT: dropout} for dropout in _DROPOUTS])
         return self.comparison.choose([best, *trials])
 
-    def _trials(
-        self,
-        phase: Phase,
-        fixed: Values,
-        space: Space,
-        combinations: Iterable[dict[str, Any] | None] | None = None,
-    ) -> Iterator[TrialOutcome]:
-        """Run the trials of a phase one after another. No trial is started once training has taken `sweep.seconds`
-        in total.
+    def _open(self, phase: Phase, fixed: Values, space: Space) -> _Study:
+        """Create the study of a phase.
 
         Args:
             fixed: values shared by all trials.
-            combinations: the values of each trial, or None for a trial whose values the sampler chooses. The
-                default is every combination in the space, which must then consist of lists only.
         """
         study = optuna.create_study(
             storage=self.storage,
             study_name=phase,
-            sampler=optuna.samplers.TPESampler(n_startup_trials=_RANDOM, seed=0),
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED),
+            sampler=optuna.samplers.TPESampler(n_startup_trials=_RANDOM, seed=0, constant_liar=True),
+            pruner=_pruner(),
         )
-        distributions = {key: _distribution(values) for key, values in space.items()}
-        for chosen in _combinations(space, None) if combinations is None else combinations:
+        return _Study(phase, study, fixed, {key: _distribution(values) for key, values in space.items()})
+
+    def _trials(self, study: _Study, combinations: Iterable[dict[str, Any] | None]) -> list[TrialOutcome]:
+        """Run trials of a phase, at most `parallel` at the same time. No trial is started once training has taken
+        `sweep.seconds` in total.
+
+        Args:
+            combinations: the values of each trial, or None for a trial whose values the sampler chooses.
+        """
+        trials = list[_Trial]()
+        for chosen in combinations:
+            self._make_room()
             if self._is_late():
-                return
-            if chosen is not None:
-                study.enqueue_trial(chosen)
-            trial = study.ask(distributions)
-            values = {**fixed, **trial.params}
-            console.print(f"[bold]{phase}[/bold]: {describe(values)}", soft_wrap=True)
-            outcome = self.run_trial(values, partial(_watch, trial))
-            result = f"held-out loss {outcome.loss}" if outcome.loss else f"{outcome.status}: {outcome.why}"
-            console.print(f"  {result}, {outcome.seconds:.0f} s", soft_wrap=True)
-            reported = study.trials[-1].intermediate_values
-            for step in outcome.watched.keys() - reported.keys():  # of an earlier training
-                trial.report(outcome.watched[step], step)
-            value = outcome.mean if outcome.loss else None
-            study.tell(trial, value, TrialState[outcome.status.name])
-            self.tried.append((phase, outcome))
-            yield outcome
+                break
+            trials.append(self._start(study, chosen))
+        return [self._outcome(trial) for trial in trials]
+
+    def _make_room(self) -> None:
+        """Wait until a further trial may train. Two trials that have the same training count as one."""
+        while len({id(trial.result) for trial in self._running}) >= self.parallel:
+            self._finish_oldest()
+
+    def _outcome(self, trial: _Trial) -> TrialOutcome:
+        """Wait for a trial, and return its outcome."""
+        while trial.outcome is None:
+            self._finish_oldest()
+        return trial.outcome
+
+    def _start(self, study: _Study, chosen: dict[str, Any] | None) -> _Trial:
+        if chosen is not None:
+            study.study.enqueue_trial(chosen)
+        trial, number = study.study.ask(study.space), len(self.tried) + len(self._running) + 1
+        values = {**study.fixed, **trial.params}
+        console.print(f"[bold]{study.phase}[/bold], trial {number}: {describe(values)}", soft_wrap=True)
+        started = _Trial(number, study, trial, values, self.start_trial(number, values, _Pruning(study.study)))
+        self._running.append(started)
+        return started
+
+    def _finish_oldest(self) -> None:
+        """Wait for the trial that was started first, and give its outcome to Optuna."""
+        oldest = self._running[0]
+        # It may be the training of an earlier trial, with the values spelled differently.
+        outcome = oldest.result.result().model_copy(update={"values": dict(oldest.values)})
+        result = f"held-out loss {outcome.loss}" if outcome.loss else f"{outcome.status}: {outcome.why}"
+        console.print(f"  trial {oldest.number}: {result}, {outcome.seconds:.0f} s", soft_wrap=True)
+        for step, loss in outcome.watched.items():
+            oldest.trial.report(loss, step)
+        value = outcome.mean if outcome.loss else None
+        oldest.study.study.tell(oldest.trial, value, TrialState[outcome.status.name])
+        self.tried.append((oldest.study.phase, outcome))
+        self._running.popleft()
+        oldest.outcome = outcome
 
     def _is_late(self) -> bool:
         limit = self.recipe.sweep.seconds
@@ -284,12 +360,17 @@ def possible_ranks(recipe: Recipe) -> list[int]:
     return sorted(ranks)
 
 
-def _combinations(space: Space, most: int | None) -> Sequence[dict[str, Any] | None]:
+def samples_values(sweep: Sweep) -> bool:
+    """Return whether a sampler chooses the values of trials, because the recipe's space has too many combinations."""
+    return sweep.space is not None and None in _combinations(sweep.space, sweep.trials)
+
+
+def _combinations(space: Space, most: int) -> Sequence[dict[str, Any] | None]:
     """Return every combination in a search space. If there are too many, return None for each trial, whose
     values are then left to the sampler.
     """
     lists = [values for values in space.values() if not isinstance(values, Between)]
-    if most is not None and (len(lists) < len(space) or math.prod(map(len, lists)) > most):
+    if len(lists) < len(space) or math.prod(map(len, lists)) > most:
         return [None] * most
     return [dict(zip(space, chosen, strict=True)) for chosen in itertools.product(*lists)]
 
@@ -302,7 +383,25 @@ def _distribution(values: Sequence[Any] | Between) -> BaseDistribution:
     return FloatDistribution(values.low, values.high, log=values.log)
 
 
-def _watch(trial: optuna.Trial, step: int, loss: float) -> None:
-    trial.report(loss, step)
-    if trial.should_prune():
-        raise optuna.TrialPruned(f"at step {step} with loss {loss:.3f}")
+def _pruner() -> optuna.pruners.BasePruner:
+    return optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED)
+
+
+class _Pruning:
+    """Decides after each measurement of a trial whether the trial is pruned. It may be called in any thread.
+
+    Args:
+        study: study of the trial. Of its trials, those that are complete now are compared with the trial.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._earlier = optuna.create_study()
+        self._earlier.add_trials(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+        self._losses: dict[int, float] = {}
+
+    def __call__(self, step: int, loss: float) -> None:
+        """Raise TrialPruned if the loss is above the median of the earlier trials."""
+        self._losses[step] = loss
+        trial = optuna.trial.create_trial(state=TrialState.RUNNING, intermediate_values=self._losses)
+        if _pruner().prune(self._earlier, trial):
+            raise optuna.TrialPruned(f"at step {step} with loss {loss:.3f}")

@@ -16,7 +16,7 @@ from trainer.recipe.recipe import Recipe
 from trainer.recipe.sweep import Between
 from trainer.sweep.finals import Finals, FinalsResult
 from trainer.sweep.outcome import Summary, TrialComparison, TrialOutcome
-from trainer.sweep.search import Phase, Search
+from trainer.sweep.search import Phase, Search, samples_values
 from trainer.sweep.trial_runner import TrialRunner
 from trainer.sweep.values import Values, describe, with_values
 
@@ -80,14 +80,16 @@ def run_sweep(runner: TrialRunner, finals: Finals | None = None) -> SweepResult:
         TrainingError: no trial completed.
     """
     _check_space(runner.recipe)
-    base = runner.base_loss()
-    console.print(f"  held-out loss of the base: {base} on {len(runner.data.judged)} examples")
-    studies = runner.folder.absolute() / "study.db"
-    studies.unlink(missing_ok=True)  # created again from the outcomes of trials, so that a kill leaves no partial study
     usual_rate = runner.recipe.usual_learning_rate(read_width(runner.base.folder))
     compare = TrialComparison(runner.answer_lengths)
-    search = Search(runner.recipe, usual_rate, compare, runner.run_trial, f"sqlite:///{studies}")
-    winner, measured = search.run(), None
+    with runner.training(sampled=samples_values(runner.recipe.sweep)) as parallel:
+        base = runner.base_loss()
+        console.print(f"  held-out loss of the base: {base} on {len(runner.data.judged)} examples")
+        studies = runner.folder.absolute() / "study.db"
+        studies.unlink(missing_ok=True)  # created again from the trials' outcomes, so a kill leaves no partial study
+        storage = f"sqlite:///{studies}"
+        search = Search(runner.recipe, usual_rate, compare, runner.start_trial, storage, parallel=parallel)
+        winner, measured = search.run(), None
     if finals:
         winner, measured = _run_finals(finals, search, winner)
     result = summarize(search, winner, base, measured)

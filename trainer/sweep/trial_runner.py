@@ -2,7 +2,7 @@
 MLflow runs.
 
     $SVC_HOME/sweeps/NAME-KEY/   lock  mlflow.json  base.json  study.db  result.json  winner.yaml
-    trials.svg
+    trials.svg  parallel.json
         trials/KEY/              mlflow.json  watched.json  checkpoints/  adapter/  outcome.json
 
 The base and the examples are read only once for all trials. `outcome.json` is written last, so an
@@ -16,9 +16,10 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,9 @@ from trainer.pipeline.tracked_run import TrackedRun, sending_curve, tracked_run
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage
 from trainer.sweep.outcome import Status, TrialOutcome
+from trainer.sweep.ray_trials import RayTrials
 from trainer.sweep.values import Values, describe, training_key, with_values
+from trainer.training.ray_processes import ClusterError
 
 if TYPE_CHECKING:
     from trainer.training.loaded_base import LoadedBase
@@ -66,7 +69,8 @@ class TrialRunner:
     Args:
         sweeps: folder that contains all sweeps and learning curves.
         kind: `sweep` or `curve`.
-        number_type: number type of matrix products in training.
+        number_type: number type of matrix products in training on this machine.
+        cluster: trains the trials, or None to train them on this machine.
     """
 
     sweeps: Path
@@ -76,6 +80,7 @@ class TrialRunner:
     examples: Examples
     tracking: Tracking
     number_type: NumberType
+    cluster: RayTrials | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -106,6 +111,35 @@ class TrialRunner:
                 raise InterruptedRunError(
                     "the trials were interrupted", todo="run the same command again: finished trials are kept"
                 ) from error
+
+    @contextmanager
+    def training(self, *, sampled: bool) -> Iterator[int]:
+        """Connect to the cluster, if the trials are trained on one, for the duration of the `with` block. Yield the
+        number of trials that may run at the same time.
+
+        If a sampler chooses the values, this number affects them, so it stays the same when the sweep is resumed.
+
+        Args:
+            sampled: whether a sampler chooses the values of trials.
+
+        Raises:
+            InterruptedRunError: a signal was received. Each trial has written a checkpoint.
+            ServerNotRunningError: the cluster cannot be reached.
+        """
+        _ = self.data, self._parent  # before there are threads
+        with self.cluster.joined() if self.cluster is not None else nullcontext(1) as parallel:
+            if sampled:
+                path = self.folder / "parallel.json"
+                if not path.is_file():
+                    write_whole(path, json.dumps({"parallel": parallel}).encode("utf-8"))
+                first = int(read_json_object(path)["parallel"])
+                if first != parallel:
+                    console.print(
+                        f"  the values are chosen for {first} trials at the same time, as when this sweep was started",
+                        soft_wrap=True,
+                    )
+                parallel = first
+            yield parallel
 
     @cached_property
     def loaded(self) -> "LoadedBase":
@@ -151,14 +185,41 @@ class TrialRunner:
         path = self.folder / "base.json"
         if not path.is_file():
             console.print("  held-out loss of the base")
-            each = untrained_losses(
-                self.loaded, self.data, self.recipe, self.folder / "base", number_type=self.number_type
-            )
+            if self.cluster is not None:
+                each = self.cluster.untrained_losses(self.data, self.recipe, self.folder / "trials" / "base")
+            else:
+                each = untrained_losses(
+                    self.loaded, self.data, self.recipe, self.folder / "base", number_type=self.number_type
+                )
             write_whole(path, json.dumps({"heldout_each": each}).encode("utf-8"))
         return mean(read_json_object(path)["heldout_each"], self.answer_lengths)
 
+    def start_trial(self, number: int, values: Values, watch: Watch) -> "Future[TrialOutcome]":
+        """Start a trial, as `run_trial` runs it. Trials with the same training have the same future. A trial on this
+        machine has finished when this method returns.
+
+        Args:
+            number: number of the trial, in messages.
+        """
+        key = training_key(self._recipe(values))
+        if key not in self._started:
+            work = partial(self.run_trial, values, watch, title=f"trial {number}")
+            self._started[key] = self.cluster.start(work) if self.cluster is not None else _finished(work())
+        return self._started[key]
+
+    @cached_property
+    def _started(self) -> "dict[str, Future[TrialOutcome]]":
+        return {}
+
+    def _recipe(self, values: Values) -> Recipe:
+        return with_values(self.recipe, values).with_learning_rate(read_width(self.base.folder))
+
     def run_trial(
-        self, values: Values, watch: Watch, train: Sequence[Sequence[TokenizedExample]] | None = None
+        self,
+        values: Values,
+        watch: Watch,
+        train: Sequence[Sequence[TokenizedExample]] | None = None,
+        title: str = "",
     ) -> TrialOutcome:
         """Train with the given values and return the outcome. If they were trained with before, return the earlier
         outcome.
@@ -168,11 +229,12 @@ class TrialRunner:
             watch: called with a step and its held-out loss after each measurement. It can raise
                 `optuna.TrialPruned` to prune the trial.
             train: the rows of each example to train on, or None for all examples.
+            title: name of the trial in front of its output, if it is trained on a cluster.
 
         Raises:
             InterruptedRunError: a signal was received. The next call resumes the training.
         """
-        recipe = with_values(self.recipe, values).with_learning_rate(read_width(self.base.folder))
+        recipe = self._recipe(values)
         key = training_key(recipe) + ("" if train is None else f"-{len(train)}")
         path = self.folder / "trials" / key / "outcome.json"
         if path.is_file():
@@ -185,7 +247,7 @@ class TrialRunner:
         with self.tracking.if_available():
             self.tracking.log_parameters(run_id, recipe.flat())
         with sending_curve(self.tracking, run_id) as send:
-            result = self._train(train or self.data.train, recipe, path.parent, send, watch)
+            result = self._train(train or self.data.train, recipe, path.parent, send, watch, title)
         seconds = round(time.monotonic() - started, 1)
         outcome = TrialOutcome(key=key, values=dict(values), seconds=seconds, **result)
         figures = {"trial_seconds": seconds}
@@ -197,6 +259,8 @@ class TrialRunner:
             self.tracking.end_run(run_id, failed=outcome.status is Status.FAIL)
         write_whole(path, outcome.model_dump_json().encode("utf-8"))
         shutil.rmtree(path.parent / "checkpoints", ignore_errors=True)
+        if self.cluster is not None:
+            self.cluster.remove_checkpoints(path.parent)
         release_memory()
         return outcome
 
@@ -232,7 +296,13 @@ class TrialRunner:
             self.tracking.end_run(self._parent)
 
     def _train(
-        self, train: Sequence[Sequence[TokenizedExample]], recipe: Recipe, folder: Path, send: Report, watch: Watch
+        self,
+        train: Sequence[Sequence[TokenizedExample]],
+        recipe: Recipe,
+        folder: Path,
+        send: Report,
+        watch: Watch,
+        title: str,
     ) -> dict[str, Any]:
         """Train a trial, and return the fields of its outcome that depend on training.
 
@@ -246,7 +316,7 @@ class TrialRunner:
         path = folder / "watched.json"  # measurements before an interruption
         watched = {int(step): loss for step, loss in read_json_object(path, {}).items()}
 
-        def report(step: int, figures: dict[str, float]) -> None:
+        def report(step: int, figures: Mapping[str, float]) -> None:
             send(step, figures)
             if HELDOUT_LOSS in figures and step not in watched:
                 watched[step] = figures[HELDOUT_LOSS]
@@ -258,11 +328,16 @@ class TrialRunner:
                 watch(step, loss)
             data, checkpoints = replace(self.data, train=train), folder / "checkpoints"
             adapter = folder / ADAPTER if self.kind == "sweep" and recipe.adapter_type else None
-            run = train_trial(
-                self.loaded, data, recipe, checkpoints, report, number_type=self.number_type, adapter=adapter
-            )
+            if self.cluster is not None:
+                run = self.cluster.train(title, data, recipe, folder, report, adapter)
+            else:
+                run = train_trial(
+                    self.loaded, data, recipe, checkpoints, report, number_type=self.number_type, adapter=adapter
+                )
         except TrialPruned as pruned:
             return {"status": Status.PRUNED, "why": str(pruned), "watched": watched}
+        except ClusterError:
+            raise
         except TrainingError as error:
             return {"status": Status.FAIL, "why": error.wrong, "watched": watched}
         loss = mean(run.heldout_each, self.answer_lengths)
@@ -280,3 +355,9 @@ class TrialRunner:
         return tracked_run(
             folder / "mlflow.json", lambda: self.tracking.start_run(experiment, {RUN_NAME: name, **tags})
         )
+
+
+def _finished(outcome: TrialOutcome) -> "Future[TrialOutcome]":
+    future = Future[TrialOutcome]()
+    future.set_result(outcome)
+    return future

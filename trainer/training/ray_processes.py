@@ -9,7 +9,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -45,8 +45,27 @@ _ATTEMPTS = 3
 _STOPPED = "stopped by {} before the first step"
 
 
-class WorkerLostError(TrainingError):
+class ClusterError(TrainingError):
+    """Raised when the cluster cannot train a model, whatever the recipe."""
+
+
+class WorkerLostError(ClusterError):
     """Raised when a worker has died, with or without its node."""
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """How a training runs at the same time as others of this process, in a thread.
+
+    Attributes:
+        title: text in front of each line of its output.
+        asked: receives the signals of this process.
+        others_train: returns whether others have workers, whose resources will become free.
+    """
+
+    title: str
+    asked: Preemption
+    others_train: Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +107,30 @@ def choose_kind(settings: RaySettings, resources: Mapping[str, float]) -> Worker
     return WorkerKind(settings.cpus, gpu, settings.gpu_type)
 
 
+def count_fitting(kind: WorkerKind, size: int, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float]) -> int:
+    """Return how many trainings with `size` workers each can run at the same time on the free part of a cluster. The
+    result is at least 1, and too high if the free resources are in small parts on many nodes.
+
+    Args:
+        nodes: the cluster's nodes, as `ray.nodes()` returns them.
+        free: resources that are free in the whole cluster.
+    """
+    on_nodes = sum(_fitting(kind, node["Resources"]) for node in nodes if node["Alive"])
+    return max(1, min(on_nodes, _fitting(kind, free)) // size)
+
+
 @contextmanager
-def reserved(kind: WorkerKind, size: int, wait_s: float, asked: Preemption | None = None) -> Iterator["PlacementGroup"]:
+def reserved(
+    kind: WorkerKind,
+    size: int,
+    wait_s: float,
+    asked: Preemption | None = None,
+    others_train: Callable[[], bool] = lambda: False,
+) -> Iterator["PlacementGroup"]:
     """Reserve the resources of all workers for the duration of the `with` block.
+
+    Args:
+        wait_s: maximum wait in seconds. It starts again as long as `others_train` returns True.
 
     Raises:
         BusyError: other jobs use the resources, and did not release them in time.
@@ -107,6 +147,8 @@ def reserved(kind: WorkerKind, size: int, wait_s: float, asked: Preemption | Non
         while not ray.wait([ready], timeout=POLL_S)[0]:
             if asked is not None and asked.by is not None:
                 raise InterruptedRunError(_STOPPED.format(asked.by.name), todo=AGAIN)
+            if others_train():
+                deadline = time.monotonic() + wait_s
             if time.monotonic() > deadline:
                 raise shortage(kind, size, ray.nodes(), ray.available_resources(), wait_s)
         yield group
@@ -116,7 +158,7 @@ def reserved(kind: WorkerKind, size: int, wait_s: float, asked: Preemption | Non
 
 def shortage(
     kind: WorkerKind, size: int, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float], wait_s: float
-) -> BusyError | TrainingError:
+) -> BusyError | ClusterError:
     """Return the error for resources that are not free.
 
     Args:
@@ -133,7 +175,7 @@ def shortage(
     else:
         why = f"others use them; free: {_described(free)}"
         todo = "wait until other jobs have finished, or raise ray.wait_s"
-    return (TrainingError if fit < size else BusyError)(
+    return (ClusterError if fit < size else BusyError)(
         f"the Ray cluster has no free resources for {size} workers of {kind} within {wait_s:g} s: {why}",
         expected=f"{size} x {kind}",
         todo=todo,
@@ -158,6 +200,7 @@ class RayProcesses:
         size: number of workers.
         run: description of the run that is sent to the nodes.
         checkpoints: the run's checkpoints.
+        beside: how the run trains at the same time as others of this process, or None if it is the only one.
 
     Attributes:
         size: see the argument.
@@ -168,13 +211,21 @@ class RayProcesses:
     """
 
     def __init__(
-        self, settings: RaySettings, kind: WorkerKind, size: int, run: SharedRun, checkpoints: SharedCheckpoints
+        self,
+        settings: RaySettings,
+        kind: WorkerKind,
+        size: int,
+        run: SharedRun,
+        checkpoints: SharedCheckpoints,
+        beside: SideBySide | None = None,
     ) -> None:
         self.size = size
         self._settings = settings
         self._kind = kind
         self._run = run
         self._checkpoints = checkpoints
+        self._beside = beside
+        self._output = _Output(beside.title if beside else "")
         self._stack = ExitStack()
         self._workers: _Workers | None = None
 
@@ -189,21 +240,42 @@ class RayProcesses:
         return False
 
     @property
+    def facts(self) -> NodeFacts:
+        """Information about the node of the first worker. The others have the same kind of device."""
+        assert self._workers is not None  # noqa: S101 - inside of the `with` block
+        return self._workers.facts[0]
+
+    @property
     def capabilities(self) -> DeviceCapabilities:
         """Capabilities of the device of each worker."""
-        assert self._workers is not None  # noqa: S101 - inside of the `with` block
-        return self._workers.facts[0].capabilities
+        return self.facts.capabilities
+
+    @property
+    def have_workers(self) -> bool:
+        """Whether the workers have been started, and none has been lost since."""
+        return self._workers is not None
+
+    def _preemption(self) -> AbstractContextManager[Preemption]:
+        return nullcontext(self._beside.asked) if self._beside else preemption()
 
     def __enter__(self) -> Self:
         """Start the workers."""
-        with self._stack, preemption() as asked:
-            self._workers = self._stack.enter_context(self._started(self._settings.wait_s, asked))
+        # Between two trainings of this process, other jobs may have taken the resources.
+        wait_s = max(self._settings.wait_s, _REPLACEMENT_S) if self._beside else self._settings.wait_s
+        with self._stack, self._preemption() as asked:
+            self._workers = self._stack.enter_context(self._started(wait_s, asked))
             self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Stop the workers."""
         self._stack.close()
+        self._workers = None
+
+    def kill(self) -> None:
+        """Kill the workers, without checkpoints. Call this in another thread than `run`, which then raises an error."""
+        if workers := self._workers:
+            workers.kill()
 
     def run(
         self,
@@ -224,7 +296,7 @@ class RayProcesses:
             self._checkpoints.fetch_trained(records, folders.out)
 
         own = {**functions, "on_checkpoint": on_checkpoint, TRAINED: on_trained}
-        with preemption() as asked:
+        with self._preemption() as asked:
             while True:
                 try:
                     return self._train(task, own, asked)
@@ -236,7 +308,7 @@ class RayProcesses:
                         raise
                     self._stack.close()
                     self._workers = None
-                    _say(f"{error.wrong}; starting all workers again, from the newest checkpoint")
+                    self._output.say(f"{error.wrong}; starting all workers again, from the newest checkpoint")
 
     def _train(self, task: bytes, functions: Mapping[str, Callable[..., object]], asked: Preemption) -> list[Any]:
         if self._workers is None:
@@ -254,7 +326,8 @@ class RayProcesses:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         kind = self._kind
-        with reserved(kind, self.size, wait_s, asked) as group, ExitStack() as stack:
+        others = (self._beside.others_train,) if self._beside else ()
+        with reserved(kind, self.size, wait_s, asked, *others) as group, ExitStack() as stack:
             options = {"num_cpus": kind.cpus, "num_gpus": int(kind.gpu), "max_concurrency": 4, "max_restarts": 0}
             actors = []
             for rank in range(self.size):
@@ -262,8 +335,8 @@ class RayProcesses:
                 actor = ray.remote(RayWorker).options(**options, scheduling_strategy=strategy)
                 actors.append(actor.remote(self._settings.folder))
                 stack.callback(ray.kill, actors[-1])
-            workers = _Workers(actors, replace(self._run, attempt=uuid4().hex[:8]), asked)
-            _say(f"{self.size} workers of {kind}: {', '.join(workers.names)}")
+            workers = _Workers(actors, replace(self._run, attempt=uuid4().hex[:8]), asked, self._output)
+            self._output.say(f"{self.size} workers of {kind}: {', '.join(workers.names)}")
             stack.callback(workers.clean)
             yield workers
 
@@ -271,8 +344,9 @@ class RayProcesses:
 class _Workers:
     """Interface through which a supervisor sees workers (trainer.training.processes.Started)."""
 
-    def __init__(self, actors: Sequence["Worker"], run: SharedRun, asked: Preemption) -> None:
+    def __init__(self, actors: Sequence["Worker"], run: SharedRun, asked: Preemption, output: "_Output") -> None:
         self._actors = actors
+        self._output = output
         self._run = run
         self.facts: list[NodeFacts] = self._results([actor.describe.remote() for actor in actors], asked)
         check_equal(self.facts)
@@ -299,7 +373,7 @@ class _Workers:
         (meeting,) = self._get([self._actors[0].find_meeting.remote()], asked)
         shared = ray.put(task)
         for rank, actor in enumerate(self._actors):
-            seat = Seat(rank, len(self._actors), meeting, console.is_terminal, console.width)
+            seat = Seat(rank, len(self._actors), meeting, self._output.is_terminal, console.width)
             self._training[actor.train.remote(self._run, seat, shared)] = rank
             self._receiving[actor.receive.remote()] = rank
 
@@ -323,8 +397,7 @@ class _Workers:
                 if isinstance(message, Failure):  # each node has its own monotonic clock
                     yield rank, replace(message, at=time.monotonic())
                 elif isinstance(message, Text):
-                    sys.stderr.write(message.text)
-                    sys.stderr.flush()
+                    self._output.write(message.text)
                 else:
                     yield rank, message
 
@@ -351,6 +424,12 @@ class _Workers:
 
     def explain_death(self, rank: int, where: str) -> TrainingError:
         return WorkerLostError(f"{where} was lost", todo=AGAIN)
+
+    def kill(self) -> None:
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
 
     def clean(self) -> None:
         import ray
@@ -391,13 +470,13 @@ def check_equal(facts: Sequence[NodeFacts]) -> None:
     own = version("tuneserve")
     for each in facts:
         if each.version != own:
-            raise TrainingError(
+            raise ClusterError(
                 f"node {each.address} has tuneserve {each.version}, but this machine has {own}",
                 todo="install the same version on all nodes",
             )
         first, other = (_device(one.capabilities) for one in (facts[0], each))
         if first != other:
-            raise TrainingError(
+            raise ClusterError(
                 f"the workers have different devices: {first} on node {facts[0].address}, {other} on {each.address}",
                 expected="equal devices, because each waits for the slowest",
                 todo="set ray.gpu_type to one of them, as Ray names it",
@@ -414,11 +493,39 @@ def _lost(error: Exception) -> TrainingError:
     text = str(error)
     if "ModuleNotFoundError" in text or "ImportError" in text:
         missing = next(line.strip() for line in text.splitlines() if "Error" in line)
-        return TrainingError(
+        return ClusterError(
             f"a worker could not be started: {missing}", todo="install tuneserve and its packages on all nodes"
         )
     return WorkerLostError("a worker was lost before its first step", todo=AGAIN)
 
 
-def _say(text: str) -> None:
-    console.print(f"  {text}", markup=False, soft_wrap=True)
+class _Output:
+    """Shows the output of the first worker.
+
+    Args:
+        title: text in front of each line, or an empty string to show the output as it is.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._line = ""
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the output may have progress bars. Those of several runs would overwrite each other."""
+        return console.is_terminal and not self._title
+
+    def write(self, text: str) -> None:
+        """Show a part of a worker's output. With a title, only complete lines are shown."""
+        if not self._title:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+            return
+        *lines, self._line = (self._line + text).split("\n")
+        for line in filter(str.strip, lines):
+            self.say(line.strip())
+
+    def say(self, text: str) -> None:
+        """Show a line about the workers."""
+        title = f"{self._title}: " if self._title else ""
+        console.print(f"  {title}{text}", markup=False, soft_wrap=True)

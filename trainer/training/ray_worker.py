@@ -24,7 +24,7 @@ import psutil
 
 from svc.engine.device import DeviceCapabilities, read_capabilities
 from svc.files.disk import write_whole
-from svc.files.lock import hold_lock, is_locked
+from svc.files.lock import hold_lock, is_locked, wait_for_lock
 from svc.registry.objects import ObjectStore
 from svc.terminal import console, quiet_libraries
 from trainer.training.processes import Call, Failure, Place, Result, TrainingFolders, outcome_of
@@ -32,6 +32,8 @@ from trainer.training.shared_base import fetch_base
 from trainer.training.shared_checkpoints import SharedCheckpoints
 
 _RECEIVE_S = 2.0
+_PREPARING = "preparing.lock"
+"""Name of a file in the node's folder. While a run locks it, no other run deletes folders or downloads a base model."""
 _CHECKPOINT, TRAINED = "on_checkpoint", "on_trained"
 """Names of the caller's callbacks, which report that a checkpoint or the trained model is in the object store."""
 
@@ -136,12 +138,13 @@ class RayWorker:
     def _prepare(self, run: SharedRun) -> None:
         self._run = run
         folder, objects = self._own(run), ObjectStore(run.artifacts)
-        for other in folder.parent.glob("*"):
-            if not is_locked(other / "lock"):  # its worker was killed
-                shutil.rmtree(other, ignore_errors=True)
-        self._stack.enter_context(hold_lock(folder / "lock", f"the folder {folder}"))
+        with wait_for_lock(run.folder / _PREPARING):  # another run may start on this node, too
+            for other in folder.parent.glob("*"):
+                if not is_locked(other / "lock"):  # its worker was killed
+                    shutil.rmtree(other, ignore_errors=True)
+            self._stack.enter_context(hold_lock(folder / "lock", f"the folder {folder}"))
+            fetch_base(objects, run.base, run.folder / "bases")
         write_whole(folder / "mlflow.json", run.tracking)
-        fetch_base(objects, run.base, run.folder / "bases")
         self._checkpoints(run).fetch()
 
     def _own(self, run: SharedRun) -> Path:
@@ -168,7 +171,7 @@ class RayWorker:
         folders = TrainingFolders(run.folder / "bases" / run.base, folder / "trained", folder / "checkpoints")
         work, arguments = pickle.loads(task)  # noqa: S301 - from the caller
         result = work(Place(seat.rank, seat.size, seat.meeting, self), folders, *arguments)
-        if seat.rank == 0:
+        if seat.rank == 0 and folders.out.is_dir():
             records = self._checkpoints(run).send_trained(folders.out)
             self.send(Call(TRAINED, (records,)))  # a thread of the work may receive the answer
         return result

@@ -9,7 +9,8 @@ import logging
 import resource
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -145,7 +146,7 @@ def train_model(
         check_served_sizes(lengths, data.served_length, "training")
     if processes is not None:
         functions: dict[str, Callable[..., object]]
-        functions = {"report": report or _ignore, "on_checkpoint": on_checkpoint or _ignore}
+        functions = {"report": report or ignore, "on_checkpoint": on_checkpoint or ignore}
         functions |= {"on_progress": progress.write} if progress else {}
         arguments = (build, recipe, number_type, progress is not None, sharded)
         folders = TrainingFolders(base, out, checkpoints, epochs_folder(progress))
@@ -176,6 +177,31 @@ def _train_in(
     sharded: bool,
 ) -> TrainingSummary:
     """Train in one of several processes. The first one reports the losses and writes the result."""
+    with trainer_in_group(place, folders, build, recipe, number_type, sharded=sharded) as (trainer, asked, caller):
+        if trainer.group.rank == 0 and writes_progress:
+            add_progress(trainer, tokenizer_of(trainer), partial(caller.call, "on_progress"), folders.epochs, recipe)
+        seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
+        save_in_group(trainer, folders.out, full=recipe.adapter_type is None)
+        return summarize(trainer, seconds, kept_best=recipe.stopping.keep_best)
+
+
+@contextmanager
+def trainer_in_group(
+    place: Place,
+    folders: TrainingFolders,
+    build: Callable[[TrainerSetup], ResumableTrainer],
+    recipe: Recipe,
+    number_type: NumberType,
+    *,
+    sharded: bool,
+) -> Iterator[tuple[ResumableTrainer, GroupPreemption, Caller]]:
+    """Join the group of one of several processes for the duration of the `with` block. Yield its trainer, the signals
+    of the caller, and the connection to the caller, whose functions `report` and `on_checkpoint` the first process
+    calls.
+
+    Raises:
+        TrainingError: memory runs out.
+    """
     with DeviceGroup.joined(place, sharded=sharded) as group, advising_on_memory(recipe):
         asked = GroupPreemption(group)
         caller = Caller(place, asked)
@@ -188,20 +214,26 @@ def _train_in(
             trainer = build(setup)
         if group.rank == 0:
             caller.listen()
-            if writes_progress:
-                write = partial(caller.call, "on_progress")
-                add_progress(trainer, tokenizer, write, folders.epochs, recipe)
-        seconds = run_trainer(trainer, recipe.stopping, asked, number_type)
-        full = recipe.adapter_type is None
-        if group.sharded:
-            rounded = StochasticRounding().to_bfloat16 if full else None
-            gather_trained(trainer.model, keep=group.rank == 0, converted=rounded)
-        if group.rank == 0:
-            save_model(trainer, tokenizer, folders.out, full=full)
-        return summarize(trainer, seconds, kept_best=recipe.stopping.keep_best)
+        yield trainer, asked, caller
 
 
-def _ignore(*arguments: object) -> None:
+def save_in_group(trainer: ResumableTrainer, out: Path, *, full: bool) -> None:
+    """Write the trained adapter, or with `full` the complete model, in the first of several processes."""
+    group = trainer.group
+    if group.sharded:
+        rounded = StochasticRounding().to_bfloat16 if full else None
+        gather_trained(trainer.model, keep=group.rank == 0, converted=rounded)
+    if group.rank == 0:
+        save_model(trainer, tokenizer_of(trainer), out, full=full)
+
+
+def tokenizer_of(trainer: ResumableTrainer) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a trainer."""
+    assert isinstance(trainer.processing_class, PreTrainedTokenizerBase)  # noqa: S101 - see assemble_trainer
+    return trainer.processing_class
+
+
+def ignore(*arguments: object) -> None:
     """Ignore a report, because the caller did not ask for any."""
 
 

@@ -143,14 +143,7 @@ class ResumableTrainer(AnswerTrainer):
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Return the mean loss of the held-out rows, in nats per token. No random numbers are drawn."""
-        sums: list[float] = []
-        size = self.args.per_device_train_batch_size * self.group.size
-        try:
-            for start in range(0, len(self._heldout), size):
-                with self._preemption.interruptible():
-                    sums += self.group.map(self._own_loss_sums, self._heldout[start : start + size])
-        finally:
-            release_gathered(self.model)
+        sums = self.heldout_sums(self._heldout)
         weights = [self.weight(row) for row in self._heldout]
         figures = {HELDOUT_LOSS: sum(sums) / sum(weights)}
         self.log(figures)
@@ -161,6 +154,23 @@ class ResumableTrainer(AnswerTrainer):
         }
         self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)  # changes control in place
         return figures
+
+    def heldout_sums(self, rows: Sequence[dict[str, Any]]) -> list[float]:
+        """Return the loss of each held-out row, not divided by its weight. The processes of the group divide the rows
+        among them. No random numbers are drawn.
+
+        Raises:
+            StepAbandoned: a signal was received.
+        """
+        sums: list[float] = []
+        size = self.args.per_device_train_batch_size * self.group.size
+        try:
+            for start in range(0, len(rows), size):
+                with self._preemption.interruptible():
+                    sums += self.group.map(self._own_loss_sums, rows[start : start + size])
+        finally:
+            release_gathered(self.model)
+        return sums
 
     def _own_loss_sums(self, rows: Sequence[dict[str, Any]]) -> list[float]:
         """Return the loss of each row of this process. With sharded weights, a process without rows also computes one,

@@ -1,12 +1,13 @@
 """Trains only to measure held-out loss, without merging or serving anything. Imports torch and TRL.
 
-A trial trains on one device. Its result is bit for bit the same as that of `train_model` on this device with the same
-recipe, even after other training runs in the same process.
+A trial on this machine trains on one device. Its result is bit for bit the same as that of `train_model` on this device
+with the same recipe, even after other training runs in the same process. On a cluster, it trains on one or more.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from svc.dataset.schema.tokenized_example import TokenizedExample
@@ -26,7 +27,16 @@ from trainer.training.assembly import TrainerSetup
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.loaded_base import LoadedBase
 from trainer.training.out_of_memory import advising_on_memory
-from trainer.training.sft import build_trainer, run_trainer, save_model, summarize
+from trainer.training.processes import Place, TrainingFolders, TrainingProcesses
+from trainer.training.sft import (
+    build_trainer,
+    ignore,
+    run_trainer,
+    save_in_group,
+    save_model,
+    summarize,
+    trainer_in_group,
+)
 from trainer.training.trainer import ResumableTrainer, answer_tokens
 
 _MEASUREMENTS = 3
@@ -89,19 +99,10 @@ def train_trial(
         TrainingError: the loss or a weight is not finite, the loss explodes, or memory runs out.
     """
     with _open(base, data, recipe, checkpoints, report, number_type) as (trainer, asked):
-        seconds = run_trainer(trainer, _STOPPING, asked, number_type)
-        try:
-            each = _judge(trainer, data.judged, asked)
-        except StepAbandoned as error:
-            trainer.save_step_start()
-            raise InterruptedRunError(
-                f"stopped by {error} after the last step of a trial",
-                todo="run the same command again: it resumes from there",
-            ) from error
+        run = _finish(trainer, data.judged, asked, number_type)
         if adapter:
             save_model(trainer, base.tokenizer, adapter, full=False)
-        summary = summarize(trainer, seconds, kept_best=False)
-    return TrialRun(summary.steps, each, summary.points)
+    return run
 
 
 def untrained_losses(
@@ -112,13 +113,128 @@ def untrained_losses(
     Raises:
         InterruptedRunError: a signal was received.
     """
-    with _open(base, data, recipe, folder, None, number_type) as (trainer, asked):
+    with _open(base, data, recipe, folder, None, number_type) as (trainer, _):
         try:
-            return _judge(trainer, data.judged, asked)
+            return _judge(trainer, data.judged)
         except StepAbandoned as error:
             raise InterruptedRunError(
                 f"stopped by {error} while measuring the base model", todo="run the same command again"
             ) from error
+
+
+def train_trial_in(
+    processes: TrainingProcesses,
+    data: TrialData,
+    recipe: Recipe,
+    folders: TrainingFolders,
+    report: Report,
+    *,
+    number_type: NumberType,
+    sharded: bool,
+    saves: bool,
+) -> TrialRun:
+    """Do the same as `train_trial` in other processes, which train together.
+
+    Args:
+        folders: `out` receives the adapter.
+        sharded: whether the weights are sharded across the processes, instead of copied to each.
+        saves: whether to write the trained adapter.
+
+    Raises:
+        InterruptedRunError: a signal was received, and a checkpoint was written.
+        SvcError: a process failed; see `TrainingProcesses.run`.
+    """
+    recipe = recipe.model_copy(update={"stopping": _STOPPING})
+    build = partial(build_trainer, rows=_rows(data, recipe), heldout=[], curve=_curve(data))
+    functions = {"report": report, "on_checkpoint": ignore}
+    arguments = (build, recipe, number_type, sharded, data.judged, saves)
+    runs: list[TrialRun] = processes.run(_train_in, folders, arguments, functions)
+    return runs[0]
+
+
+def untrained_losses_in(
+    processes: TrainingProcesses,
+    data: TrialData,
+    recipe: Recipe,
+    folders: TrainingFolders,
+    *,
+    number_type: NumberType,
+    sharded: bool,
+) -> tuple[float, ...]:
+    """Do the same as `untrained_losses` in other processes.
+
+    Raises:
+        InterruptedRunError: a signal was received.
+        SvcError: a process failed; see `TrainingProcesses.run`.
+    """
+    recipe = recipe.model_copy(update={"stopping": _STOPPING})
+    build = partial(build_trainer, rows=_rows(data, recipe), heldout=[], curve=_curve(data))
+    arguments = (build, recipe, number_type, sharded, data.judged)
+    losses: list[tuple[float, ...]] = processes.run(_measure_in, folders, arguments, {})
+    return losses[0]
+
+
+def _train_in(
+    place: Place,
+    folders: TrainingFolders,
+    build: Callable[[TrainerSetup], ResumableTrainer],
+    recipe: Recipe,
+    number_type: NumberType,
+    sharded: bool,
+    judged: Sequence[TokenizedExample],
+    saves: bool,
+) -> TrialRun:
+    with trainer_in_group(place, folders, build, recipe, number_type, sharded=sharded) as (trainer, asked, _):
+        run = _finish(trainer, judged, asked, number_type)
+        if saves:
+            save_in_group(trainer, folders.out, full=False)
+        return run
+
+
+def _measure_in(
+    place: Place,
+    folders: TrainingFolders,
+    build: Callable[[TrainerSetup], ResumableTrainer],
+    recipe: Recipe,
+    number_type: NumberType,
+    sharded: bool,
+    judged: Sequence[TokenizedExample],
+) -> tuple[float, ...]:
+    with trainer_in_group(place, folders, build, recipe, number_type, sharded=sharded) as (trainer, *_):
+        return _judge(trainer, judged)
+
+
+def _finish(
+    trainer: ResumableTrainer, judged: Sequence[TokenizedExample], asked: Preemption, number_type: NumberType
+) -> TrialRun:
+    """Train to the end, and measure the loss of each judged example.
+
+    Raises:
+        InterruptedRunError: a signal was received, and a checkpoint was written.
+        TrainingError: a trained weight is not finite, or the run diverges.
+    """
+    seconds = run_trainer(trainer, _STOPPING, asked, number_type)
+    try:
+        each = _judge(trainer, judged)
+        with asked.interruptible():  # a signal during the last batch must not be lost
+            pass
+    except StepAbandoned as error:
+        trainer.save_step_start()
+        raise InterruptedRunError(
+            f"stopped by {error} after the last step of a trial",
+            todo="run the same command again: it resumes from there",
+        ) from error
+    summary = summarize(trainer, seconds, kept_best=False)
+    return TrialRun(summary.steps, each, summary.points)
+
+
+def _curve(data: TrialData) -> HeldoutCurve:
+    schedule = HeldoutSchedule(None, _MEASUREMENTS, untrained=False)  # the base was measured once for all trials
+    return HeldoutCurve([training_row(row) for row in data.watched], schedule)
+
+
+def _rows(data: TrialData, recipe: Recipe) -> TrainingRows:
+    return TrainingRows.in_memory(fit_length(data.train, recipe.train))
 
 
 @contextmanager
@@ -126,8 +242,6 @@ def _open(
     base: LoadedBase, data: TrialData, recipe: Recipe, checkpoints: Path, report: Report | None, number_type: NumberType
 ) -> Iterator[tuple[ResumableTrainer, Preemption]]:
     recipe = recipe.model_copy(update={"stopping": _STOPPING})
-    schedule = HeldoutSchedule(None, _MEASUREMENTS, untrained=False)  # the base was measured once for all trials
-    curve = HeldoutCurve([training_row(row) for row in data.watched], schedule)
     try:
         with advising_on_memory(recipe), preemption() as asked:
             with asked.interruptible(), library_output_to_log():
@@ -135,9 +249,7 @@ def _open(
                 setup = TrainerSetup(
                     base.folder, base.tokenizer, recipe, checkpoints.parent, folder, report, asked, number_type
                 )
-                examples = fit_length(data.train, recipe.train)
-                rows = TrainingRows.in_memory(examples)
-                trainer = build_trainer(setup, rows, [], curve=curve, load=base.load)
+                trainer = build_trainer(setup, _rows(data, recipe), [], curve=_curve(data), load=base.load)
             yield trainer, asked
     except StepAbandoned as error:
         raise InterruptedRunError(
@@ -145,8 +257,7 @@ def _open(
         ) from error
 
 
-def _judge(trainer: ResumableTrainer, judged: Sequence[TokenizedExample], asked: Preemption) -> tuple[float, ...]:
+def _judge(trainer: ResumableTrainer, judged: Sequence[TokenizedExample]) -> tuple[float, ...]:
     rows = [training_row(row) for row in judged]
-    with asked.interruptible():
-        sums = trainer.loss_sums(rows)
+    sums = trainer.heldout_sums(rows)
     return tuple(total / answer_tokens(row) for total, row in zip(sums, rows, strict=True))

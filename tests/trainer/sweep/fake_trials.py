@@ -1,6 +1,7 @@
 """Fake trials whose held-out loss is a function of their values, with a different level for each example."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,12 @@ class FakeTrials:
     broken: Mapping[int, BaseException] = field(default_factory=dict)
     diverges: Callable[[Recipe], bool] = lambda recipe: False
     known: dict[str, TrialOutcome] = field(default_factory=dict)
+
+    def start(self, number: int, values: Values, watch: Watch) -> "Future[TrialOutcome]":
+        """Run a trial, as on this machine, where it has finished when this method returns."""
+        done = Future[TrialOutcome]()
+        done.set_result(self.run(values, watch))
+        return done
 
     def run(self, values: Values, watch: Watch) -> TrialOutcome:
         """Run a trial, or return its outcome if it is already stored."""

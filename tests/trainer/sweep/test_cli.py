@@ -138,6 +138,17 @@ def test_sweep_with_an_invalid_space_is_rejected_before_the_first_trial(
     assert "held-out loss of the base" not in ended.err
 
 
+def test_number_of_trials_at_the_same_time_is_refused_without_a_cluster(recipe: Path, run: Any) -> None:
+    ended = run("sweep", recipe, "--parallel", "2")
+    assert ended.code == 2
+    assert "--parallel needs --on ray" in ended.err
+
+
+def test_sweep_on_a_cluster_is_refused_when_no_cluster_is_set(recipe: Path, run: Any) -> None:
+    ended = run("sweep", recipe, "--on", "ray")
+    assert "the address of the Ray cluster is not set" in " ".join(ended.err.split())
+
+
 # Imports once, then sweeps in a new process for each line of input; prints the process id and the outcome.
 SCRIPT = """
 import os, signal, sys

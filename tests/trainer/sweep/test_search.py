@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from tests.trainer.sweep.fake_trials import TOKENS, FakeTrials, Landscape
 from trainer.recipe.recipe import Recipe
 from trainer.sweep.outcome import Status, TrialComparison, TrialOutcome
 from trainer.sweep.search import DROPOUT, EPOCHS, RANK, RATE, STEPS, TARGETS, Phase, Search
+from trainer.sweep.trial_runner import Watch
+from trainer.sweep.values import Values, training_key, with_values
 
 
 def rate_of(recipe: Recipe) -> float:
@@ -35,7 +38,7 @@ class Sweep:
 
     def _fresh(self) -> Search:
         trials = self.trials
-        return Search(trials.recipe, self.usual_rate, TrialComparison(TOKENS), trials.run, InMemoryStorage())
+        return Search(trials.recipe, self.usual_rate, TrialComparison(TOKENS), trials.start, InMemoryStorage())
 
     def run(self) -> TrialOutcome:
         return self.search.run()
@@ -218,6 +221,54 @@ def test_training_needed_by_two_phases_runs_only_once(make: Make) -> None:
     assert [values for values in sweep.trials.made if values.get(RATE, 5e-4) == 5e-4] == [{}]  # the recipe's own values
 
 
+class AtOnce:
+    """Trials that train at the same time as others, and finish when their result is asked for.
+
+    Attributes:
+        most: largest number of trainings that were running at the same time.
+        last_first: whether all running trials finish before the result of the oldest one is given, the last one first.
+    """
+
+    def __init__(self, trials: FakeTrials, *, last_first: bool) -> None:
+        self.trials = trials
+        self.most = 0
+        self._last_first = last_first
+        self._running: dict[str, _Running] = {}
+
+    def start(self, number: int, values: Values, watch: Watch) -> Future[TrialOutcome]:
+        key = training_key(with_values(self.trials.recipe, values))
+        if key not in self._running:
+            self._running[key] = _Running(self, values, watch)
+        self.most = max(self.most, sum(not each.done() for each in self._running.values()))
+        return self._running[key]
+
+    def finish(self, wanted: "_Running") -> None:
+        waiting = [each for each in self._running.values() if not each.done()]
+        for each in reversed(waiting) if self._last_first else [wanted]:
+            each.set_result(self.trials.run(each.values, each.watch))
+
+
+class _Running(Future[TrialOutcome]):
+    def __init__(self, trials: AtOnce, values: Values, watch: Watch) -> None:
+        super().__init__()
+        self.trials, self.values, self.watch = trials, values, watch
+
+    def result(self, timeout: float | None = None) -> TrialOutcome:
+        if not self.done():
+            self.trials.finish(self)
+        return super().result()
+
+
+def at_once(parallel: int, landscape: Landscape, *, last_first: bool = False, **sections: Any) -> tuple[Search, AtOnce]:
+    """Run a search with several trials at the same time."""
+    recipe = make_recipe(**sections)
+    trials = AtOnce(FakeTrials(recipe.with_learning_rate(576), landscape), last_first=last_first)
+    usual_rate, compare = recipe.usual_learning_rate(576), TrialComparison(TOKENS)
+    search = Search(trials.trials.recipe, usual_rate, compare, trials.start, InMemoryStorage(), parallel=parallel)
+    search.run()
+    return search, trials
+
+
 class Killed(BaseException):
     """An exception that no code catches."""
 
@@ -289,3 +340,55 @@ def test_recipe_wins_when_its_own_trial_takes_all_the_time(make: Make) -> None:
     sweep = make(bowl(1e-4), sweep={"seconds": 0.5}, adapter={"targets": "attention"})
     assert sweep.run().values == {}
     assert len(sweep.search.tried) == 1
+
+
+RANGES: dict[str, Any] = {
+    "sweep": {"space": {"train.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}, RANK: {"low": 2, "high": 64}}}
+}
+
+
+def ranges(recipe: Recipe) -> float:
+    return bowl(1e-4)(recipe) + 8 / recipe.rank
+
+
+@pytest.mark.parametrize("parallel", [2, 3])
+def test_as_many_trials_train_at_the_same_time_as_allowed(parallel: int) -> None:
+    assert at_once(parallel, bowl(1e-4))[1].most == parallel
+
+
+def test_unchanged_recipe_and_its_own_learning_rate_are_one_training_when_both_run_at_the_same_time() -> None:
+    search, trials = at_once(3, bowl(1e-4))
+    assert [trial.values for _, trial in search.tried[:2]] == [{}, {EPOCHS: 1.0, STEPS: None, RATE: 5e-4}]
+    assert [values for values in trials.trials.made if values.get(RATE, 5e-4) == 5e-4] == [{}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sections", [{}, RANGES], ids=["phases", "ranges"])
+def test_sweep_is_the_same_whichever_trial_finishes_first(sections: dict[str, Any]) -> None:
+    first, last = (at_once(3, ranges, last_first=last_first, **sections)[0] for last_first in (False, True))
+    assert first.tried == last.tried
+
+
+def test_phases_choose_the_same_values_when_trials_run_at_the_same_time(make: Make) -> None:
+    sweep = make(ranges)
+    sweep.run()
+    search, _ = at_once(3, ranges)
+
+    def complete(tried: list[tuple[Phase, TrialOutcome]]) -> list[dict[str, Any]]:
+        return [trial.values for phase, trial in tried if phase is Phase.EPOCHS]
+
+    assert complete(search.tried) == complete(sweep.search.tried)
+
+
+def test_trial_is_pruned_only_by_trials_that_had_finished_when_it_started() -> None:
+    space: dict[str, Any] = {"sweep": {"space": {RATE: [5e-4, 4e-4, 3e-4, 2e-4, 1e-4]}, "finalists": 0}}
+    search, _ = at_once(3, bowl(5e-4), **space)
+    statuses = [trial.status for phase, trial in search.tried if phase is Phase.SPACE]
+    assert statuses == [Status.COMPLETE] * 4 + [Status.PRUNED]  # two of them had finished when the fifth started
+
+
+@pytest.mark.slow
+def test_sampler_avoids_the_values_of_running_trials() -> None:
+    search, _ = at_once(6, ranges, **RANGES)
+    rates = [trial.values[RATE] for phase, trial in search.tried if phase is Phase.SPACE]
+    assert len(set(rates)) == len(rates)

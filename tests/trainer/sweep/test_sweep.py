@@ -23,7 +23,7 @@ def result_of(winner: TrialOutcome, *others: TrialOutcome) -> SweepResult:
     tried = [(Phase.LEARNING_RATE, trial) for trial in (winner, *others)]
     recipe = make_recipe()
     return summarize(
-        Search(recipe, 5e-4, TrialComparison(TOKENS), FakeTrials(recipe, lambda _: 0).run, "", tried), winner, BASE
+        Search(recipe, 5e-4, TrialComparison(TOKENS), FakeTrials(recipe, lambda _: 0).start, "", tried), winner, BASE
     )
 
 
@@ -85,7 +85,7 @@ def test_sweep_plot_is_reproducible_byte_for_byte(tmp_path: Path) -> None:
 def test_sweep_plot_supports_a_space_with_numbers_and_null(tmp_path: Path) -> None:
     recipe = make_recipe()
     trials = [outcome(loss, str(loss), {RANK: rank}) for loss, rank in ((0, None), (1, 8), (2, 4))]
-    search = Search(recipe, 5e-4, TrialComparison(TOKENS), FakeTrials(recipe, lambda _: 0).run, "")
+    search = Search(recipe, 5e-4, TrialComparison(TOKENS), FakeTrials(recipe, lambda _: 0).start, "")
     search.tried += [(Phase.SPACE, trial) for trial in trials]
     assert b"adapter.rank" in draw_sweep(summarize(search, trials[0], BASE), tmp_path / "one.svg").read_bytes()
 

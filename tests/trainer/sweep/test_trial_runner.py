@@ -1,8 +1,10 @@
 """Tests sweep trainings that are interrupted, pruned or requested twice."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +13,14 @@ from optuna import TrialPruned
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import NumberType
-from svc.errors import InterruptedRunError
+from svc.errors import InterruptedRunError, TrainingError
 from svc.registry.tracking import Tracking
 from tests.trainer.conftest import make_example, make_recipe
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.sweep.outcome import Status
 from trainer.sweep.trial_runner import TrialRunner
+from trainer.training.ray_processes import ClusterError, WorkerLostError
 
 pytestmark = pytest.mark.slow  # imports torch
 
@@ -135,3 +138,44 @@ def test_trial_with_a_non_finite_heldout_loss_fails(runner: TrialRunner, monkeyp
     monkeypatch.setattr("trainer.training.trial.train_trial", lambda *_, **__: TrialRun(3, (math.nan,), ()))
     outcome = runner.run_trial({}, lambda step, loss: None)
     assert (outcome.status, outcome.why) == (Status.FAIL, "held-out loss is nan")
+
+
+class _Cluster:
+    """A cluster that fails to train."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def train(self, *_: object) -> None:
+        raise self._error
+
+    def remove_checkpoints(self, folder: Path) -> None:
+        pass
+
+
+def test_trial_on_a_cluster_fails_when_its_training_fails(runner: TrialRunner) -> None:
+    cluster: Any = _Cluster(TrainingError("the loss is nan"))
+    outcome = with_cluster(runner, cluster).run_trial({}, lambda step, loss: None)
+    assert (outcome.status, outcome.why) == (Status.FAIL, "the loss is nan")
+
+
+def test_trial_has_no_outcome_when_the_cluster_fails(runner: TrialRunner) -> None:
+    cluster: Any = _Cluster(WorkerLostError("the node was lost"))
+    with pytest.raises(ClusterError, match="the node was lost"):
+        with_cluster(runner, cluster).run_trial({}, lambda step, loss: None)
+    assert not list(runner.folder.glob("trials/*/outcome.json"))
+
+
+def with_cluster(runner: TrialRunner, cluster: Any) -> TrialRunner:
+    changed = replace(runner, cluster=cluster)
+    vars(changed)["data"] = runner.data
+    return changed
+
+
+def test_number_of_trials_at_the_same_time_stays_when_a_sampled_sweep_is_resumed(runner: TrialRunner) -> None:
+    def parallel(now: int, *, sampled: bool) -> int:
+        joined: Any = SimpleNamespace(joined=lambda: nullcontext(now))
+        with with_cluster(runner, joined).training(sampled=sampled) as used:
+            return used
+
+    assert [parallel(3, sampled=True), parallel(5, sampled=True), parallel(5, sampled=False)] == [3, 3, 5]

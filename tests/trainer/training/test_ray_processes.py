@@ -1,5 +1,6 @@
 """Tests what a training on Ray asks of a cluster, and when it is refused."""
 
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,12 +8,21 @@ from typing import Any
 import pytest
 
 from svc.engine.device import DeviceCapabilities, TorchGpu
-from svc.errors import TrainingError
+from svc.errors import BusyError, TrainingError
 from svc.settings import RaySettings
 from tests.svc.engine.devices import AVX512
 from trainer.callbacks.preemption import Preemption
 from trainer.training.processes import Failure, Result, Supervisor
-from trainer.training.ray_processes import WorkerKind, _Workers, check_equal, choose_kind, shortage
+from trainer.training.ray_processes import (
+    WorkerKind,
+    _Output,
+    _Workers,
+    check_equal,
+    choose_kind,
+    count_fitting,
+    reserved,
+    shortage,
+)
 from trainer.training.ray_worker import NodeFacts, SharedRun
 
 H100 = WorkerKind(8, gpu=True, gpu_type="H100")
@@ -110,7 +120,51 @@ def test_failures_are_ordered_by_their_arrival_because_each_node_has_its_own_clo
     monkeypatch.setattr("ray.kill", lambda actor: None)
     actors: list[Any] = [_FailingActor(number, outcome) for number, outcome in enumerate(outcomes)]
     run = SharedRun("s3://bucket", "tiny-1", "base", b"{}", Path("/nodes"), "attempt")
-    workers = _Workers(actors, run, Preemption())
+    workers = _Workers(actors, run, Preemption(), _Output(""))
     workers.train(b"", Preemption())
     with pytest.raises(TrainingError, match="out of memory"):
         Supervisor(workers, {}, Preemption()).serve()
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "expected"),
+    [(1, 3.0, 3), (1, 2.0, 2), (2, 3.0, 1), (4, 3.0, 1)],
+    ids=["all", "used", "pairs", "few"],
+)
+def test_trainings_that_fit_are_counted_by_free_resources_and_at_least_one(
+    size: int, free: float, expected: int
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 1.0}}] * 3 + [{"Alive": False, "Resources": {"CPU": 9.0}}]
+    assert count_fitting(WorkerKind(1, gpu=False, gpu_type=None), size, nodes, {"CPU": free}) == expected
+
+
+def test_lines_of_a_worker_have_the_title_of_its_training(capsys: pytest.CaptureFixture[str]) -> None:
+    output = _Output("trial 3")
+    for part in ("  Training: ", "step 1/2\n\n  Trai", "ning: step 2/2\n"):
+        output.write(part)
+    assert capsys.readouterr().err == "  trial 3: Training: step 1/2\n  trial 3: Training: step 2/2\n"
+
+
+def test_resources_are_waited_for_as_long_as_other_trainings_have_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other training ends after a while, and then the wait ends too."""
+    trains = iter([True] * 5)
+    waits = list[object]()
+    group = SimpleNamespace(ready=lambda: "ready")
+    monkeypatch.setattr("trainer.training.ray_processes.time.monotonic", count().__next__)
+    monkeypatch.setattr("ray.util.placement_group", lambda *_, **__: group)
+    monkeypatch.setattr("ray.util.remove_placement_group", lambda group: None)
+
+    def wait(refs: list[object], timeout: float) -> tuple[list[object], list[object]]:
+        waits.append(refs)
+        return [], refs
+
+    monkeypatch.setattr("ray.wait", wait)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "NodeManagerHostname": "a", "Resources": {"CPU": 1.0}}])
+    monkeypatch.setattr("ray.available_resources", dict)
+    kind = WorkerKind(1, gpu=False, gpu_type=None)
+    with (
+        pytest.raises(BusyError, match="others use them"),
+        reserved(kind, 1, 1.5, None, lambda: next(trains, False)),
+    ):
+        pass
+    assert len(waits) > 5

@@ -165,9 +165,9 @@ def test_signal_during_the_last_measurement_repeats_no_step(attempt: Try, monkey
     whole = attempt(recipe(), "whole")
     judge = trial_module._judge
 
-    def judge_and_signal(trainer: Any, model: Any, questions: Any) -> Any:
+    def judge_and_signal(trainer: Any, judged: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return judge(trainer, model, questions)
+        return judge(trainer, judged)
 
     with monkeypatch.context() as patch:
         patch.setattr(trial_module, "_judge", judge_and_signal)
