@@ -201,7 +201,9 @@ class _Percents(click.ParamType[tuple[float, ...]]):
 @click.command()
 @click.argument("version")
 @_format_option
-@click.option("--shadow", type=int, metavar="N", help="First let VERSION answer copies of N requests.")
+@click.option(
+    "--shadow", type=int, metavar="N", help="First send VERSION copies of N requests; their answers are only compared."
+)
 @click.option(
     "--canary", type=_Percents(), help="Then let it answer these percentages of the clients, such as 5,25,100."
 )

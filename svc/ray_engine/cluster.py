@@ -80,7 +80,7 @@ class Placed(_Model):
 
 
 class Described(_Model):
-    """The first of the requested needs that a machine in the cluster can meet, and the machine's capabilities."""
+    """The first resource requirement that some machine in the cluster satisfies, and that machine's capabilities."""
 
     need: Need
     capabilities: DeviceCapabilities

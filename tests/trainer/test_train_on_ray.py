@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
-from svc.errors import InterruptedRunError, ServerNotRunningError, TrainingError
+from svc.errors import BusyError, InterruptedRunError, ServerNotRunningError, TrainingError
 from tests.trainer.conftest import make_example
 from tests.trainer.ray_nodes import RayNodes, nodes_of_workers, running_nodes, workers_left
 
@@ -30,28 +30,33 @@ REFUSED_S = 30.0
 
 @dataclass(frozen=True)
 class Place:
-    """A machine from which trainings are started."""
+    """A machine from which trainings are started. Its object store is `shared`, or its own folder."""
 
     folder: Path
     recipe: Path
     address: str
+    shared: Path | None = None
 
     @property
     def nodes(self) -> Path:
         return self.folder / "nodes"
 
     @property
+    def store(self) -> Path:
+        return (self.shared or self.folder) / "store"
+
+    @property
     def checkpoints(self) -> list[str]:
         """The complete checkpoints in the object store."""
-        return sorted(path.stem for path in self.folder.glob("store/checkpoints/*/step-*.json"))
+        return sorted(path.stem for path in self.store.glob("checkpoints/*/step-*.json"))
 
     def start(self, *options: str, address: str | None = None) -> "subprocess.Popen[str]":
         """Start `svc train` in a session of its own, so that a signal to it reaches no other process."""
-        (self.folder / "store").mkdir(parents=True, exist_ok=True)
+        self.store.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "RAY_ADDRESS": address or self.address,
-            "SVC_ARTIFACTS__URL": (self.folder / "store").as_uri(),
+            "SVC_ARTIFACTS__URL": self.store.as_uri(),
             "SVC_RAY__FOLDER": str(self.nodes),
             "SVC_RAY__WAIT_S": "3",
         }
@@ -161,6 +166,20 @@ def test_ctrl_c_stops_all_workers_and_the_next_run_continues(here: Place, place:
     assert code == 0, errors
     assert "resuming from step" in errors
     assert place.difference(here) <= SAME
+
+
+def test_second_command_for_the_same_run_is_refused_while_the_first_trains(place: Place, tmp_path: Path) -> None:
+    """The two commands share the object store and the cluster, but no home, as on two machines."""
+    other = replace(place, folder=tmp_path / "other", shared=place.folder)
+    with place.start("--on", "ray") as process:
+        try:
+            place.wait_for_checkpoint(process)
+            code, errors = other.train("--on", "ray")
+        finally:
+            process.terminate()
+        end(process)
+    assert code == BusyError.exit_code
+    assert f"process {process.pid} on" in errors
 
 
 def test_workers_end_when_the_command_is_killed(place: Place) -> None:

@@ -83,7 +83,7 @@ def read_or_write_rows(folder: Path, key: str, examples: Iterable[Sequence[Token
     """
     place = folder / key
     if rows := _read(place):
-        console.print(f"  {len(rows.dataset)} training rows were tokenized before")
+        console.print(f"  {len(rows.dataset)} training rows have already been tokenized")
         return rows
     shutil.rmtree(folder, ignore_errors=True)
     place.mkdir(parents=True)

@@ -58,8 +58,8 @@ def _trained_rows(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int])
     """Return the rows of the embedding and of the output head that are trained, keyed by layer: those of new tokens, or
     all.
 
-    PEFT changes a head that is tied to the embedding together with it. It would also train a layer in full with
-    `modules_to_save`, but then a tied head is a copy with shapes of its own.
+    If the head is tied to the embedding, PEFT updates both. With its `modules_to_save`, a tied head would become a
+    separate copy that is no longer tied.
     """
     config, saved = model.config.get_text_config(), set(recipe.adapter.modules_to_save)
     if saved and config.tie_word_embeddings:

@@ -16,6 +16,7 @@ from trainer.training.ray_processes import RayProcesses, choose_kind, reserved
 from trainer.training.ray_worker import SharedRun
 from trainer.training.shared_base import share_base
 from trainer.training.shared_checkpoints import SharedCheckpoints
+from trainer.training.sole_trainer import sole_trainer
 
 
 def check_ray(settings: Settings, recipe: Recipe) -> None:
@@ -77,13 +78,13 @@ def ray_processes(
     """
     assert settings.artifacts.url is not None  # noqa: S101 - check_ray
     size, address = count_workers(recipe), find_address(settings.ray.address)
-    checkpoints.send_newest()
     name = share_base(ObjectStore(settings.artifacts.url), base.folder, base.revision)
     tracking = run.tracking.read_bytes()
     shared = SharedRun(settings.artifacts.url, run.folder.name, name, tracking, settings.ray.folder, attempt="")
-    with connected(address):
+    with connected(address), sole_trainer(run.folder.name):
         import ray
 
+        checkpoints.send_newest()
         kind = choose_kind(settings.ray, ray.cluster_resources())
         with RayProcesses(settings.ray, kind, size, shared, checkpoints) as processes:
             yield processes

@@ -6,7 +6,7 @@ in the object store. This module does not import torch.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -37,6 +37,7 @@ from trainer.training.ray_processes import (
 from trainer.training.ray_worker import NodeFacts, SharedRun
 from trainer.training.shared_base import share_base
 from trainer.training.shared_checkpoints import SharedCheckpoints
+from trainer.training.sole_trainer import sole_trainer
 
 if TYPE_CHECKING:
     from trainer.training.trial import TrialData, TrialRun
@@ -182,8 +183,10 @@ class RayTrials:
 
         folders = self._folders(folder, adapter)
         shared = self._checkpoints(folder)
-        shared.send_newest()
-        with self._workers(title, folder, shared) as processes:
+        with ExitStack() as stack:
+            stack.enter_context(sole_trainer(_name(folder)))
+            shared.send_newest()
+            processes = stack.enter_context(self._workers(title, folder, shared))
             number_type = processes.capabilities.training_type
             sharded = choose_sharding(recipe, self._size, number_type, None)
             saves = adapter is not None

@@ -75,7 +75,7 @@ class WorkerKind:
     Attributes:
         cpus: number of CPU cores.
         gpu: whether the worker trains on a GPU.
-        gpu_type: Ray's name of the GPU's type, such as `H100`, or None for any.
+        gpu_type: Ray's name for the GPU type, such as `H100`, or None for any.
     """
 
     cpus: int

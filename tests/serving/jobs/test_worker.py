@@ -397,7 +397,7 @@ async def test_each_of_20_jobs_succeeds_once_when_the_server_is_killed_in_betwee
 
 
 @pytest.mark.slow
-async def test_training_of_a_job_that_ended_meanwhile_is_killed_when_the_server_starts(home: WorkerHome) -> None:
+async def test_training_of_a_job_that_ended_while_the_server_was_down_is_killed_at_the_start(home: WorkerHome) -> None:
     id = home.add(**LONG)
     with server(home):
         await home.until(lambda: home.step(id) > 2)

@@ -66,7 +66,7 @@ async def test_no_more_replicas_are_added_than_the_limit(make: Make) -> None:
         await until(lambda: len(control.pool.ready) == 3)
 
 
-async def test_removed_replica_answers_its_requests_first(make: Make) -> None:
+async def test_replica_completes_its_running_requests_before_it_is_removed(make: Make) -> None:
     async with make(replicas=LIMITS).run() as control, control.client() as client:
         await grow(control)
         for engine in control.park.engines:

@@ -100,7 +100,7 @@ def test_sweep_produces_a_table_a_plot_and_a_recipe(
 
 
 @pytest.mark.parametrize("command", [("sweep",), ("train", "--curve")])
-def test_sweep_and_curve_are_refused_when_the_objective_is_a_preference(
+def test_sweep_and_curve_are_refused_for_preference_objectives(
     command: tuple[str, ...], recipe: Path, run: Any
 ) -> None:
     ended = run(command[0], recipe, *command[1:], "--set", "objective=dpo")

@@ -1,0 +1,76 @@
+"""Prevents two commands, on any machines, from training the same run on one Ray cluster at the same time."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from svc.errors import BusyError
+
+_ENDS_S = 15.0
+"""Ray ends the actor of a killed command within seconds."""
+
+
+class RunHolder:
+    """A named actor that exists while a command trains a run.
+
+    Args:
+        command: machine and process of the command.
+    """
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+
+    def describe(self) -> str:
+        """Return the machine and process of the command."""
+        return self._command
+
+
+@contextmanager
+def sole_trainer(run: str) -> Iterator[None]:
+    """Hold a run for the duration of the `with` block, in which this process is connected to a cluster.
+
+    Ray lets only one actor of a namespace have a name, and ends it with the process that started it, even if that is
+    killed.
+
+    Args:
+        run: name of the run in the object store.
+
+    Raises:
+        BusyError: another command trains the run.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    name = f"training-{run}"
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    holder = ray.remote(RunHolder).options(name=name, num_cpus=0, scheduling_strategy=here)
+    deadline = time.monotonic() + _ENDS_S
+    while True:
+        try:
+            held = holder.remote(f"process {os.getpid()} on {socket.gethostname()}")
+            break
+        except ValueError as error:  # the name is taken
+            if time.monotonic() > deadline:
+                raise BusyError(
+                    f"{_holder(name)} trains {run} on this cluster",
+                    expected="one command per run",
+                    todo="wait until it has ended, or stop it; its progress is kept",
+                ) from error
+            time.sleep(0.5)
+    try:
+        yield
+    finally:
+        ray.kill(held)
+
+
+def _holder(name: str) -> str:
+    """Return a description of the command that holds a name."""
+    import ray
+
+    try:
+        described: str = ray.get(ray.get_actor(name).describe.remote(), timeout=5)
+    except (ValueError, ray.exceptions.RayError):
+        return "another command"
+    return described
