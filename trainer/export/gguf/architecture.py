@@ -15,8 +15,15 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PreTrainedConfig
 
-_ARCHITECTURES: Mapping[str, str] = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+_ARCHITECTURES: Mapping[str, str] = {
+    "llama": "LLAMA",
+    "mistral": "LLAMA",
+    "qwen2": "QWEN2",
+    "qwen3": "QWEN3",
+    "gemma2": "GEMMA2",
+}
 """Name of the architecture in the gguf package, keyed by `model_type`."""
+_GEMMA = "gemma2"
 _PAIRED = ("llama", "mistral")
 """Models for which llama.cpp rotates neighbouring numbers of a head instead of its halves."""
 
@@ -48,6 +55,12 @@ class Architecture:
         heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
         return heads.get(tensor.split(".")[-2])
 
+    def added_to(self, tensor: str) -> float:
+        """Return the number that llama.cpp expects to be added to a tensor: Gemma's norms multiply by 1 plus their
+        weights.
+        """
+        return 1.0 if self.config.model_type == _GEMMA and tensor.endswith("norm.weight") else 0.0
+
     def rope_factors(self) -> list[float] | None:
         """Return the divisors of the rotation frequencies as in Llama 3, or None if the model has none."""
         rope = self._rope
@@ -77,6 +90,10 @@ class Architecture:
         writer.add_rope_dimension_count(self.head_size)
         writer.add_rope_freq_base(float(self._rope["rope_theta"]))
         writer.add_vocab_size(config.vocab_size)
+        if config.model_type == _GEMMA:
+            writer.add_sliding_window(config.sliding_window)
+            writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
     @property
     def _rope(self) -> dict[str, Any]:
@@ -100,8 +117,30 @@ def read_architecture(model: Path) -> Architecture:
         )
     if (kind := rope.get("rope_type", "default")) not in ("default", "llama3"):
         raise TrainingError(f"{model} uses {kind!r} RoPE scaling", expected="no RoPE scaling, or Llama 3's", todo=todo)
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+    architecture = Architecture(name, config)
+    if config.model_type == _GEMMA:
+        if difference := _find_difference(architecture):
+            raise TrainingError(f"{model} {difference}", expected="a model as Google publishes it", todo=todo)
+    elif "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         config.model_type == "mistral" and config.sliding_window
     ):
         raise TrainingError(f"{model} has sliding-window attention", expected="full attention", todo=todo)
-    return Architecture(name, config)
+    return architecture
+
+
+def _find_difference(gemma: Architecture) -> str | None:
+    """Return how a Gemma 2 model differs from what llama.cpp computes for all of them, or None if it does not."""
+    config = gemma.config
+    kinds = ("sliding_attention", "full_attention")
+    if any(kind != kinds[place % 2] for place, kind in enumerate(config.layer_types)):
+        return "does not have full attention in every second layer, and a sliding window in all others"
+    if config.query_pre_attn_scalar != gemma.head_size:
+        return (
+            f"has query_pre_attn_scalar {config.query_pre_attn_scalar}, but llama.cpp scales attention scores by the "
+            f"head size {gemma.head_size}"
+        )
+    if config.attn_logit_softcapping is None or config.final_logit_softcapping is None:
+        return "does not cap its logits"
+    if config.use_bidirectional_attention:
+        return "has bidirectional attention"
+    return None

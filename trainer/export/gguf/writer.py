@@ -279,7 +279,7 @@ def _tensors(model: Path, architecture: Architecture, stack: ExitStack) -> Itera
 def _load(file: Any, stored: str, architecture: Architecture) -> "np.ndarray[Any, Any]":
     content: np.ndarray[Any, Any] = file.get_tensor(stored).float().numpy()
     heads = architecture.heads_to_permute(stored)
-    return content if heads is None else permute(content, heads)
+    return content + architecture.added_to(stored) if heads is None else permute(content, heads)
 
 
 def permute(rows: "np.ndarray[Any, Any]", heads: int) -> "np.ndarray[Any, Any]":

@@ -4,16 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from svc.dataset.readers.reader import read_examples
+from svc.dataset.schema.example import ChatExample
 from tests.hub_models.tokenizer import smollm2_folder
 from tests.trainer.export.gguf.test_tokens import TEXTS
+from tests.trainer.export.gguf.test_writer import GEMMA
 from trainer.data.chat_template import load_tokenizer
 from trainer.data.template_choice import template_text
 from trainer.export.gguf import k_quants
@@ -30,6 +33,7 @@ LIBRARIES = MODULES / "@node-llama-cpp" / "linux-x64" / "bins" / "linux-x64"
 EXAMPLES = read_examples(ROOT / "examples" / "debian-triage" / "heldout.jsonl")[:100]
 PROMPTS, TOKENS = 12, 12
 LLAMA_2 = ROOT / ".venv" / "tokenizers" / "tokenizer-llama2"
+GEMMA_3 = ROOT / ".venv" / "tokenizers" / "tokenizer-gemma3"
 
 
 def run_llama_cpp(model: Path, texts: list[str], prompts: list[str]) -> Any:
@@ -82,6 +86,22 @@ def test_llama_cpp_has_the_ids_of_llama_2_in_conversations(tmp_path: Path) -> No
     assert found == [loaded(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
+def test_llama_cpp_has_the_ids_of_gemma_and_answers_like_transformers(tmp_path: Path) -> None:
+    """The random Gemma 2 has the tokenizer of Gemma 3, and prompts are longer than its window."""
+    if not GEMMA_3.is_dir():
+        pytest.skip("npm could not fetch the tokenizer of Gemma 3")
+    tokenizer = AutoTokenizer.from_pretrained(GEMMA_3)
+    shape = GEMMA | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", vocab_size=262_144, **shape))
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, std=0.3 if "norm" in name else 0.08)  # other than the 0 of a new norm
+    model.bfloat16().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    file = export_gguf(tmp_path / "base", tmp_path, "tiny", EXAMPLES[:20], type=GgufType.F16, modelfile=False).file
+    check(tmp_path / "base", file, 0.9, EXAMPLES[:20])
+
+
 @pytest.mark.parametrize("type", GgufType)
 def test_llama_cpp_has_the_bases_token_ids_and_answers_like_transformers(tmp_path: Path, type: GgufType) -> None:
     base = smollm2_folder()
@@ -90,11 +110,11 @@ def test_llama_cpp_has_the_bases_token_ids_and_answers_like_transformers(tmp_pat
     check(base, file, 0.9 if type is GgufType.F16 else 0.7)
 
 
-def check(base: Path, file: Path, least: float) -> None:
+def check(base: Path, file: Path, least: float, examples: Sequence[ChatExample] = EXAMPLES) -> None:
     """Check in llama.cpp that a file has the base's token ids, and at least a share of transformers' answers."""
     tokenizer = load_tokenizer(base)
-    texts = [*render_examples(tokenizer, {}, EXAMPLES), *TEXTS]
-    turns = [[message.as_dict() for message in example.prompt] for example in EXAMPLES[:PROMPTS]]
+    texts = [*render_examples(tokenizer, {}, examples), *TEXTS]
+    turns = [[message.as_dict() for message in example.prompt] for example in examples[:PROMPTS]]
     prompts = [str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns]
     found = run_llama_cpp(file, texts, prompts)
     assert found["texts"] == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

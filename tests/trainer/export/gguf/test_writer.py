@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -27,6 +28,9 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 16, "num_hidden_layers": 4}
+"""Shape of a tiny Gemma 2."""
+
 
 def make_family(folder: Path, family: str) -> Path:
     """Write a tiny chat model of a family, whose heads are wider than the hidden size over their number."""
@@ -42,6 +46,7 @@ def make_family(folder: Path, family: str) -> Path:
     }
     shape |= {"head_dim": 128} if family == "qwen3" else {}
     shape |= {"sliding_window": None} if family == "mistral" else {}
+    shape |= GEMMA if family == "gemma2" else {}
     set_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
     for name, parameter in model.named_parameters():
@@ -60,7 +65,7 @@ def logits(folder: Path, file: str | None = None) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
 def test_transformers_reads_the_same_model_from_the_file(
     tmp_path: Path, examples: list[ChatExample], family: str
 ) -> None:
@@ -131,7 +136,7 @@ def test_rotation_of_llama_3_is_divided_as_in_transformers(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"model_type": "gemma2"}, "models of type 'gemma2'"),
+        ({"model_type": "gemma3_text"}, "models of type 'gemma3_text'"),
         ({"model_type": "mistral", "sliding_window": 64}, "sliding-window attention"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "uses 'linear' RoPE scaling"),
     ],
@@ -144,6 +149,22 @@ def test_model_that_llama_cpp_would_compute_differently_is_rejected(
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     with pytest.raises(TrainingError, match=told) as caught:
         read_architecture(base)
+    assert "convert_hf_to_gguf.py" in caught.value.todo
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"query_pre_attn_scalar": 144}, "has query_pre_attn_scalar 144"),
+        ({"final_logit_softcapping": None}, "does not cap its logits"),
+        ({"layer_types": ["sliding_attention"] * 4}, "full attention in every second layer"),
+        ({"use_bidirectional_attention": True}, "has bidirectional attention"),
+    ],
+)
+def test_gemma_unlike_the_published_ones_is_rejected(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    AutoConfig.for_model("gemma2", **GEMMA | changes).save_pretrained(tmp_path)
+    with pytest.raises(TrainingError, match=told) as caught:
+        read_architecture(tmp_path)
     assert "convert_hf_to_gguf.py" in caught.value.todo
 
 
