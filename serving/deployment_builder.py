@@ -74,7 +74,7 @@ class DeploymentBuilder:
         leadership = partial(self.leadership.leads, name)
 
         def leads() -> bool:
-            """Return whether this server leads the model. Nobody leads a model that was loaded without a promotion."""
+            """Return whether this server is the leader for the model. A model loaded without a promotion has none."""
             return reconciler.actual.generation > 0 and leadership()
 
         alias = ProductionAlias(self.registry.tracking, leads)

@@ -314,7 +314,7 @@ def _files() -> Json:
 
 
 def _uploads(schemas: Json) -> Json:
-    """Return the paths of uploads in parts. Their objects have OpenAI's format."""
+    """Return the paths of the endpoints for uploads in parts, which return objects in OpenAI's format."""
     store = {**_DEFECT, 503: "the server's database is not responding"}
     no_upload = {400: "the upload has ended", 404: "the upload does not exist or belongs to another key", **store}
     form = {

@@ -80,7 +80,7 @@ class Method(_Object):
 
 
 class Wandb(_Object):
-    """Project of Weights & Biases to which a job reports."""
+    """The Weights & Biases project that a job reports to."""
 
     project: str = Field(min_length=1, max_length=128, pattern=_NO_NUL)
     entity: str | None = Field(None, max_length=128, pattern=_NO_NUL)

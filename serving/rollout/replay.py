@@ -67,7 +67,7 @@ class Kept:
 
     Attributes:
         compared: number of comparisons that are already stored.
-        rows: row ids of the requests that were not replayed when the rollout began or continued, newest first.
+        rows: row ids of the requests that had not been replayed when the rollout started or resumed, newest first.
         units: number of distinct users, conversations or single requests among the requests to be compared. Counting
             stops at `MIN_UNITS`.
         done: number of `rows` that have been replayed or skipped since then.

@@ -275,7 +275,7 @@ class _Run:
         await self._production_ready()
         plan = await self._plan_candidate()
         if plan.shortage:
-            raise EngineError(f"not enough memory to run {self._record.target} next to it: {plan.shortage}")
+            raise EngineError(f"not enough memory to run {self._record.target} next to production: {plan.shortage}")
         return await self._load(plan, report)
 
     async def _lead(self) -> None:

@@ -182,7 +182,7 @@ def test_candidate_is_tried_at_both_servers_and_promoted(pair: Pair, clients: li
 
 
 @pytest.mark.parametrize("state", [RolloutState.SHADOW, RolloutState.CANARY])
-def test_rollback_ends_a_rollout_at_both_servers(pair: Pair, clients: list[Users], state: RolloutState) -> None:
+def test_rollback_ends_a_rollout_on_both_servers(pair: Pair, clients: list[Users], state: RolloutState) -> None:
     promotion = pair.servers[0].try_to_promote("tiny@2", *STEPS)
     pair.until(lambda: (record := pair.rollout()) is not None and record.state is state)
     assert pair.servers[1].command("rollback", "tiny").returncode == 0

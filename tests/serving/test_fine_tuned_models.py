@@ -97,7 +97,7 @@ async def test_owner_uses_a_model_by_both_names_when_its_base_is_served(served: 
     assert len(served.park.engines) == 1
 
 
-async def test_model_is_usable_when_it_is_trained_while_the_server_runs(served: Home) -> None:
+async def test_model_trained_while_the_server_runs_is_usable(served: Home) -> None:
     async with serving(served) as (client,):
         model = train(served.store, served.registry)
         assert await ask(client, model.name) == (200, str(model.version), "1")

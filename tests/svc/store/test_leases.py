@@ -57,7 +57,7 @@ def test_server_that_starts_again_gets_the_leases_of_its_killed_process_immediat
     assert running_servers(any_store) == {"again": "a:8000"}
 
 
-def test_two_servers_with_the_same_address_do_not_stop_each_other_after_their_start(any_store: Store) -> None:
+def test_two_running_servers_with_the_same_address_do_not_stop_each_other(any_store: Store) -> None:
     report_server(any_store, "a", "tuneserve:8000", ["teams"])
     report_server(any_store, "b", "tuneserve:8000", ["teams"])
     assert report_server(any_store, "a", "tuneserve:8000", ["teams"]) == {}

@@ -164,7 +164,7 @@ def test_death_is_reported_when_another_process_failed_because_of_it() -> None:
         run(fail_after_second_died)
 
 
-def test_signal_stops_all_processes_when_they_do_not_listen_yet(tmp_path: Path) -> None:
+def test_signal_stops_all_processes_even_before_they_listen(tmp_path: Path) -> None:
     thread = interrupt_when_started(tmp_path)
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM before the first step"):
         run(sleep, tmp_path)

@@ -53,7 +53,7 @@ def origin_and_value(plan: EnginePlan, name: str) -> tuple[Origin, object]:
     return plan[name].origin, plan[name].value
 
 
-def test_model_and_scheduler_share_a_process_with_one_thread_per_core() -> None:
+def test_model_and_scheduler_run_in_one_process_that_uses_one_thread_per_core() -> None:
     chosen = plan(machine=replace(HOST, cores=(2, 5)))
     assert chosen["distributed_executor_backend"].origin is Origin.MACHINE
     assert chosen.arguments[chosen.arguments.index("--distributed-executor-backend") + 1].endswith(".UniProcExecutor")
