@@ -5,6 +5,7 @@ too small, and cut-off answers.
 import math
 from statistics import fmean, stdev
 
+from svc.dataset.schema.objective import Objective
 from svc.evaluation.finding import Advice, Finding, FindingKind
 from svc.evaluation.training_curve import TrainingPoint
 from trainer.diagnosis.training_run import TrainingRun
@@ -89,8 +90,8 @@ def find_too_little_data(run: TrainingRun) -> Finding | None:
 
 
 def find_small_heldout(run: TrainingRun) -> Finding | None:
-    """Return a finding if the held-out metrics are too uncertain to compare versions."""
-    if run.evaluation is None:
+    """Return a finding if the held-out metrics are too uncertain to compare versions. Raw text has no exact match."""
+    if run.evaluation is None or run.recipe.objective is Objective.TEXT:
         return None
     match, asked, data = run.evaluation.exact_match, run.evaluation.examples, run.recipe.data
     if match.high - match.low <= WIDEST:

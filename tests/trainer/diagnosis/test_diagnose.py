@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from svc.dataset.schema.objective import Objective
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.finding import Finding, FindingKind
 from svc.evaluation.intervals import Interval, proportion
@@ -182,6 +183,11 @@ def test_finding_for_too_small_heldout_set_states_required_size(values: dict[str
     run = simulate(WELL, 0, evaluation=evaluation(15, 30), recipe=RECIPE.changed(values))
     assert only(run).kind is FindingKind.HELDOUT_TOO_SMALL
     assert str(only(run).advice) == advice
+
+
+def test_few_heldout_texts_are_no_finding_because_raw_text_has_no_exact_match() -> None:
+    recipe = RECIPE.model_copy(update={"objective": Objective.TEXT})
+    assert kinds(simulate(WELL, 0, evaluation=evaluation(0, 30), recipe=recipe)) == []
 
 
 @pytest.mark.parametrize(("hits", "asked"), [(60, 120), (29, 30), (0, 30)])
