@@ -40,7 +40,8 @@ def _machine_types() -> set[str]:
         return {node.ray_node_type_name for node in [*seen.active_nodes, *seen.idle_nodes]}
     status = internal_kv_get_gcs_client().internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode())  # as in `ray status`
     report = json.loads(status or "{}").get("autoscaler_report") or {}
-    return {*report.get("active_nodes", ()), *report.get("pending_launches", ())}
+    running = (report.get("node_type_mapping") or {}).values()  # `active_nodes` lacks a head that runs alone
+    return {*running, *report.get("active_nodes", ()), *report.get("pending_launches", ())}
 
 
 @contextmanager

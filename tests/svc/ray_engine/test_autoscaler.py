@@ -62,6 +62,14 @@ def test_cluster_with_types_of_machines_adds_them_even_if_only_its_head_runs(mon
     assert adds_machines()
 
 
+def test_cluster_whose_head_runs_alone_adds_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a report of Ray 2.60, with its provider of fake machines."""
+    seen = {"active_nodes": {}, "pending_launches": {}, "node_type_mapping": {HEAD: "ray.head.default"}, "legacy": True}
+    report(monkeypatch)
+    set_report(monkeypatch, json.dumps({"autoscaler_report": seen}).encode())
+    assert adds_machines()
+
+
 def test_cluster_adds_no_machines_before_its_autoscaler_has_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     report(monkeypatch)
     set_report(monkeypatch, None)
