@@ -723,7 +723,7 @@ class FineTuningSettings(_Section):
     place: TrainingPlace = Field(
         TrainingPlace.HERE,
         description="where jobs are trained; here: on the server's machine; ray: on the cluster `ray.address`, as with "
-        "`svc train --on ray`, while all other stages run on the server's machine",
+        "`svc train --on ray`; the server's machine only registers the version",
     )
     wandb: bool = Field(
         False,

@@ -36,7 +36,7 @@ _set_option = click.option(
     type=click.Choice(["here", "ray"]),
     default="here",
     show_default=True,
-    help="Train on this machine, or on a Ray cluster (docs/ray.md). All other stages run here.",
+    help="Train, merge, quantize and evaluate on this machine, or on a Ray cluster (docs/ray.md).",
 )
 @click.option("--skip-bad", is_flag=True, help="Skip lines that are unusable for training, and save them in a folder.")
 @click.option("--anyway", is_flag=True, help="Start even without enough memory or disk space on this machine.")
@@ -89,10 +89,11 @@ def train(
 
         learning_curve(settings, loaded, anyway=anyway, as_json=as_json)
         return
+    node = None
     if place == "ray":
         from trainer.pipeline.ray_training import check_ray
 
-        check_ray(settings, loaded)
+        node = check_ray(settings, loaded)
     if skip_bad and loaded.train.too_long is TooLong.ERROR:
         loaded = loaded.changed({"train.too_long": TooLong.DROP})
     bad_lines = BadLines(settings.home / "bad_lines" / loaded.name) if skip_bad else None
@@ -118,7 +119,7 @@ def train(
         register_failed=register_failed,
         expected=expected,
         progress=progress,
-        on_ray=place == "ray",
+        node=node,
     )
     manifest = registry.manifest(pipeline.train_version())
     if quick:

@@ -136,7 +136,15 @@ class ObjectStore:
         Raises:
             RegistryError: the store does not respond, or rejects the request.
         """
-        return [file for file in records if self.size(_file_key(manifest.name, file)) != file.bytes]
+        return self.lacks_files(manifest.name, records)
+
+    def lacks_files(self, name: str, records: Iterable[FileRecord]) -> list[FileRecord]:
+        """Return the files of a model's versions that are missing or incomplete in the store.
+
+        Raises:
+            RegistryError: the store does not respond, or rejects the request.
+        """
+        return [file for file in records if self.size(_file_key(name, file)) != file.bytes]
 
     def upload(self, manifest: Manifest, folder: Path) -> None:
         """Upload a version: first the files that the store lacks, then the manifest, which publishes it.
@@ -150,17 +158,44 @@ class ObjectStore:
                 different version with this name and number.
         """
         self._require_conditions()
-        missing = {_file_key(manifest.name, file): file for file in self.lacks(manifest, manifest.files)}
-        with _progress(f"uploading {manifest.id}", sum(file.bytes for file in missing.values())) as on_bytes:
+        self.upload_files(manifest.name, manifest.files, folder, str(manifest.id))
+        self._publish(manifest)
+
+    def upload_files(self, name: str, records: Iterable[FileRecord], folder: Path, what: str) -> None:
+        """Upload the files that the store lacks, of a version that may not be published yet.
+
+        Args:
+            name: the model's name.
+            folder: folder to which the files' paths are relative.
+            what: description of the files, for messages.
+
+        Raises:
+            IntegrityError: a file differs from its record.
+            RegistryError: the store does not respond, or rejects the request.
+        """
+        missing = {_file_key(name, file): file for file in self.lacks_files(name, records)}
+        with _progress(f"uploading {what}", sum(file.bytes for file in missing.values())) as on_bytes:
             for key, file in missing.items():
                 self._send(key, file, folder / file.path, on_bytes)
-        self._publish(manifest)
 
     def download(self, manifest: Manifest, records: Iterable[FileRecord], folder: Path) -> None:
         """Download files of a version. Files that are already in the folder are skipped.
 
         Args:
             folder: the version's folder, to which the files' paths are relative.
+
+        Raises:
+            DiskSpaceError, IntegrityError, RegistryError: see `download_files`.
+        """
+        self.download_files(manifest.name, records, folder, str(manifest.id))
+
+    def download_files(self, name: str, records: Iterable[FileRecord], folder: Path, what: str) -> None:
+        """Download files of a model's versions. Files that are already in the folder are skipped.
+
+        Args:
+            name: the model's name.
+            folder: folder to which the files' paths are relative.
+            what: description of the files, for messages.
 
         Raises:
             DiskSpaceError: there is not enough disk space.
@@ -172,13 +207,13 @@ class ObjectStore:
         folder.mkdir(parents=True, exist_ok=True)
         if total > (free := shutil.disk_usage(folder).free):
             raise DiskSpaceError(
-                f"not enough disk space in {folder} to download {manifest.id}: it needs {total / 1e6:.0f} MB, and "
+                f"not enough disk space in {folder} to download {what}: it needs {total / 1e6:.0f} MB, and "
                 f"{free / 1e6:.0f} MB are free",
                 todo="free disk space: svc gc, or a smaller artifacts.cache_gb",
             )
-        with _progress(f"downloading {manifest.id}", total) as on_bytes:
+        with _progress(f"downloading {what}", total) as on_bytes:
             for file in missing:
-                self._receive(_file_key(manifest.name, file), file, folder / file.path, on_bytes)
+                self._receive(_file_key(name, file), file, folder / file.path, on_bytes)
 
     def keys(self, prefix: str) -> list[str]:
         """Return the keys of all objects below a prefix, sorted.

@@ -14,7 +14,7 @@ RUN_RECORD_FILE = "run.json"
 
 
 class MachineRecord(BaseModel):
-    """The machine that registered a version.
+    """The machine that created a version.
 
     Attributes:
         processor: name of the processor, as reported by the kernel.
@@ -51,8 +51,8 @@ class RunRecord(BaseModel):
     """Measurements of a version's training run.
 
     Attributes:
-        machine: machine that registered the version; stages of an interrupted run may have run on other
-            machines.
+        machine: machine that registered the version or, for a run on a cluster, a node like those that ran the stages.
+            Stages of an interrupted run may have run on other machines.
         number_type: number type in which matrix products are computed.
         steps: number of optimizer steps.
         tokens: number of prompt and answer tokens trained on, without padding.

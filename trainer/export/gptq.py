@@ -80,7 +80,7 @@ class QuantizeSummary:
 def quantize_to_4_bits(
     format: Format,
     model: Path,
-    examples: Sequence[ChatExample],
+    calibration: Sequence[ChatExample],
     recipe: Recipe,
     out: Path,
     *,
@@ -91,7 +91,7 @@ def quantize_to_4_bits(
     Args:
         format: GPTQ or AWQ.
         model: folder of the merged model.
-        examples: training examples, from which `quantize.samples` are picked with the recipe's seed.
+        calibration: training examples on which rounding is calibrated (`pick_calibration`).
         out: output folder, created if missing. Identical input gives an identical config.json.
         number_type: number type in which the layers are computed; it does not change the types in the files.
 
@@ -101,8 +101,8 @@ def quantize_to_4_bits(
     """
     started = time.monotonic()
     layers = check_layers(model, recipe.quantize.group_size)
-    calibration = calibration_rows(model, examples, recipe)
-    texts = equal_blocks(calibration) if format is Format.AWQ else calibration
+    rows = calibration_rows(model, calibration, recipe)
+    texts = equal_blocks(rows) if format is Format.AWQ else rows
     computed = calibration_type(number_type)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{format}-", dir=out.parent) as work:
@@ -121,17 +121,16 @@ def quantize_to_4_bits(
     return QuantizeSummary(
         layers=len(layers),
         samples=len(calibration),
-        tokens=sum(map(len, calibration)),
+        tokens=sum(map(len, rows)),
         worst_layer=f"{worst['layer']}.{worst['module']}",
         worst_loss=float(worst["loss"]),
         seconds=time.monotonic() - started,
     )
 
 
-def calibration_rows(model: Path, examples: Sequence[ChatExample], recipe: Recipe) -> list[tuple[int, ...]]:
+def calibration_rows(model: Path, calibration: Sequence[ChatExample], recipe: Recipe) -> list[tuple[int, ...]]:
     """Return the token ids of the calibration examples, truncated to `train.max_length` as in training."""
-    picked = pick_calibration(examples, recipe.quantize.samples, recipe.train.seed)
-    rows = tokenize_as_trained(model, picked, choose_template_kwargs(model, recipe.chat_template_kwargs))
+    rows = tokenize_as_trained(model, calibration, choose_template_kwargs(model, recipe.chat_template_kwargs))
     return [row.input_ids[: recipe.train.max_length] for row in rows]
 
 

@@ -13,21 +13,18 @@ _METHODS = {Format.GPTQ: GPTQ, Format.AWQ: AWQ, Format.INT8: COMPRESSED_TENSORS,
 """Quantization method that the config of each quantized format names."""
 
 
-def say_number_types(
-    able: DeviceCapabilities, engine: EngineSettings, formats: Sequence[Format], trained: DeviceCapabilities
-) -> None:
+def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: Sequence[Format]) -> None:
     """Print the number types chosen for training and, on this machine, for serving each format, and why.
 
     Args:
         able: capabilities of this machine.
         formats: the recipe's formats.
-        trained: capabilities of the machine that trains.
 
     Raises:
         EngineError: a quantized format cannot be served on this machine.
     """
     served = able.device(engine)
-    _say("train", f"{trained.training_type} on {trained.training_device}", trained.training_reason)
+    _say("train", f"{able.training_type} on {able.training_device}", able.training_reason)
     for format in formats:
         if format is Format.ADAPTER:
             continue

@@ -40,14 +40,12 @@ def check_base(
     recipe: Recipe,
     capabilities: DeviceCapabilities,
     engine: EngineSettings,
-    trained: DeviceCapabilities | None = None,
 ) -> None:
     """Check that a base supports everything that the recipe needs.
 
     Args:
         base: folder of the base model.
         capabilities: capabilities of this machine.
-        trained: capabilities of the machine that trains, unless it is this one.
 
     Raises:
         BaseModelError: the base itself is faulty.
@@ -56,7 +54,7 @@ def check_base(
             or the optimizer does not work on this machine.
         EngineError: vLLM does not start, or is too slow in a format.
     """
-    check_optimizer(recipe.train.optimizer, cuda=(trained or capabilities).training_device is Device.CUDA)
+    check_optimizer(recipe.train.optimizer, cuda=capabilities.training_device is Device.CUDA)
     served = not set(recipe.formats).isdisjoint(SERVED_FORMATS)
     with model_check(base, engine) if served else nullcontext() as checked, waiting("Checking the base model"):
         config = load_config(base)

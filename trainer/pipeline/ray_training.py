@@ -1,26 +1,25 @@
 """Trains on a Ray cluster: checks that this is possible, and starts the workers. See docs/ray.md."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import replace
 
 from svc.errors import RecipeError, SettingsError
 from svc.ray_cluster import connected, find_address
-from svc.registry.objects import ObjectStore
 from svc.settings import Settings
 from svc.terminal import console
-from trainer.base_model.resolve import Base
-from trainer.pipeline.run_folder import Run
 from trainer.recipe.recipe import Recipe
 from trainer.training.devices import share_of
-from trainer.training.ray_processes import RayProcesses, choose_kind, reserved
-from trainer.training.ray_worker import SharedRun
-from trainer.training.shared_base import share_base
+from trainer.training.ray_processes import RayProcesses, WorkerKind, choose_kind, describe_node, reserved
+from trainer.training.ray_worker import NodeFacts, SharedRun
 from trainer.training.shared_checkpoints import SharedCheckpoints
-from trainer.training.sole_trainer import sole_trainer
 
 
-def check_ray(settings: Settings, recipe: Recipe) -> None:
-    """Check that the cluster has enough free resources for a recipe's workers. This takes seconds.
+def check_ray(settings: Settings, recipe: Recipe) -> NodeFacts:
+    """Check that the cluster has enough free resources for a recipe's workers, and a node for the stages after
+    training. This takes seconds.
+
+    Returns:
+        Information about that node.
 
     Raises:
         SettingsError: the address of the cluster or of the object store is not set.
@@ -38,9 +37,11 @@ def check_ray(settings: Settings, recipe: Recipe) -> None:
     with connected(address):
         import ray
 
-        kind = choose_kind(settings.ray, ray.cluster_resources())
+        resources = ray.cluster_resources()
+        kind = choose_kind(settings.ray, resources)
         with reserved(kind, size, settings.ray.wait_s):
             console.print(f"  Ray at {address}: {size} x {kind} free", markup=False, soft_wrap=True)
+        return describe_node(settings.ray, choose_stage_kind(settings, resources))
 
 
 def count_workers(recipe: Recipe) -> int:
@@ -66,25 +67,27 @@ def count_workers(recipe: Recipe) -> int:
     return asked or 1
 
 
-@contextmanager
-def ray_processes(
-    settings: Settings, recipe: Recipe, base: Base, run: Run, checkpoints: SharedCheckpoints
-) -> Iterator[RayProcesses]:
-    """Upload a run's base model and newest checkpoint to the object store, then yield workers that train the run.
+def choose_stage_kind(settings: Settings, resources: Mapping[str, float]) -> WorkerKind:
+    """Return the resources that the stages after training reserve on one node: those of an engine.
 
-    Raises:
-        RegistryError: the object store does not respond, or rejects a request.
-        ServerNotRunningError, BusyError, TrainingError: as for `check_ray`.
+    Args:
+        resources: all resources of the cluster.
     """
-    assert settings.artifacts.url is not None  # noqa: S101 - check_ray
-    size, address = count_workers(recipe), find_address(settings.ray.address)
-    name = share_base(ObjectStore(settings.artifacts.url), base.folder, base.revision)
-    tracking = run.tracking.read_bytes()
-    shared = SharedRun(settings.artifacts.url, run.folder.name, name, tracking, settings.ray.folder, attempt="")
-    with connected(address), sole_trainer(run.folder.name):
-        import ray
+    kind, engine = choose_kind(settings.ray, resources), settings.engine
+    if kind.gpus:
+        return replace(kind, gpus=engine.tensor_parallel or 1)
+    return replace(kind, cpus=engine.cores or kind.cpus)
 
-        checkpoints.send_newest()
-        kind = choose_kind(settings.ray, ray.cluster_resources())
-        with RayProcesses(settings.ray, kind, size, shared, checkpoints) as processes:
-            yield processes
+
+def ray_processes(
+    settings: Settings, recipe: Recipe, run: SharedRun, checkpoints: SharedCheckpoints, *, fetches: bool
+) -> RayProcesses:
+    """Return workers that train a run, on the cluster to which this process is connected.
+
+    Args:
+        fetches: whether the trained model is downloaded to this machine.
+    """
+    import ray
+
+    kind = choose_kind(settings.ray, ray.cluster_resources())
+    return RayProcesses(settings.ray, kind, count_workers(recipe), run, checkpoints, fetches=fetches)

@@ -58,10 +58,10 @@ from trainer.pipeline.examples import Examples, fingerprint_judged
 from trainer.pipeline.forgetting import judge_forgetting
 from trainer.pipeline.gate import check_gate
 from trainer.pipeline.quantization_gate import judge_quantized
-from trainer.pipeline.run_folder import Run
+from trainer.pipeline.run_folder import Run, StoredWeights
 from trainer.qualification import Qualified
 from trainer.recipe.recipe import Recipe
-from trainer.recipe.stage import Stage, choose_stages
+from trainer.recipe.stage import WRITE_STAGES, Stage, choose_stages
 from trainer.training.summary import TrainingSummary
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Registration:
         evaluation: evaluation of the run's models.
         number_type: number type used in training.
         tracking_run: id of the MLflow run.
+        machine: machine that ran the stages, unless it is this one.
     """
 
     registry: Registry
@@ -106,6 +107,7 @@ class Registration:
     evaluation: RunEvaluation
     number_type: NumberType
     tracking_run: str
+    machine: MachineRecord | None = None
 
     @cached_property
     def training(self) -> TrainingSummary:
@@ -269,7 +271,8 @@ class Registration:
         heldout.unlink(missing_ok=True)  # an interrupted run's file is hard-linked to its version, which is read-only
         write_examples(heldout, self.examples.heldout)
         content = {Format.ADAPTER.value: self.run.adapter} if self.recipe.adapter_type else {}
-        content |= {format.value: self.run.folder / format.value for format in (*self.qualified, *self._exported)}
+        written = (*self.qualified, *self._exported)
+        content |= {format.value: self.run.weights(format) for format in written if not self._stored(format)}
         content |= {HELDOUT_FILE: heldout, REFERENCE_FOLDER: self._reference()}
         return self.registry.publish(self.recipe.name, self.tracking_run, content, partial(self._manifest, failed))
 
@@ -321,12 +324,13 @@ class Registration:
         if self.recipe.adapter_type:
             formats[Format.ADAPTER] = FormatRecord(files=record_files(folder, folder / Format.ADAPTER))
         for format in self._exported:
-            formats[format] = FormatRecord(files=record_files(folder, folder / format))
+            stored = self._stored(format)
+            formats[format] = FormatRecord(files=stored.files if stored else record_files(folder, folder / format))
         for format, qualified in self.qualified.items():
-            speed = qualified.reading.speed
+            speed, stored = qualified.reading.speed, self._stored(format)
             formats[format] = FormatRecord(
-                files=record_files(folder, folder / format),
-                fingerprint=compatibility_fingerprint(folder / format),
+                files=stored.files if stored else record_files(folder, folder / format),
+                fingerprint=stored.fingerprint if stored else compatibility_fingerprint(folder / format),
                 evaluation=qualified.evaluation,
                 probes=qualified.probes,
                 load_seconds=speed.load_seconds.value if speed.load_seconds else None,
@@ -334,6 +338,10 @@ class Registration:
                 preference=preferences.get(format),
             )
         return formats
+
+    def _stored(self, format: Format) -> StoredWeights | None:
+        """Return the weights of a format that are only in the object store, or None if they are in the run's folder."""
+        return self.run.stored_weights(WRITE_STAGES[format])
 
     @property
     def _exported(self) -> list[Format]:
@@ -363,7 +371,7 @@ class Registration:
         """Return the record of the training run, which is stored with the version."""
         training = self.training
         return RunRecord(
-            machine=MachineRecord.of_this_one(),
+            machine=self.machine or MachineRecord.of_this_one(),
             number_type=self.number_type,
             steps=training.steps,
             tokens=training.tokens,

@@ -6,19 +6,25 @@ A stage is done if its result file exists and contains the key of the stage's cu
 written last and atomically, so an interrupted stage is repeated from its start, and a finished stage is
 not repeated. The folder is named after the key of the training stage, so recipes with the same training
 share a folder.
+
+A stage that ran on another machine leaves its weights in the object store. Its result file then contains the records of
+these weights.
 """
 
 import json
 import logging
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from svc.errors import DiskSpaceError, IntegrityError
 from svc.files.disk import sync_files, write_whole
 from svc.files.json_file import read_json_object
+from svc.registry.files import FileRecord
 from svc.version import Format
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
@@ -29,6 +35,32 @@ from trainer.recipe.stage import Stage
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+
+class StoredWeights(BaseModel):
+    """Weights in the object store that a stage wrote on another machine.
+
+    Attributes:
+        files: the files, with paths relative to the run's folder.
+        fingerprint: see svc.registry.fingerprint, or None for weights that the engine does not load.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    files: tuple[FileRecord, ...]
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteResult:
+    """Result of a stage that ran on another machine.
+
+    Attributes:
+        weights: weights that the stage wrote, or None if it wrote none that are stored.
+    """
+
+    result: object
+    weights: StoredWeights | None = None
 
 
 class Run:
@@ -83,6 +115,32 @@ class Run:
             return False
         return stored.get("key") == self._keys[stage] and all(output.is_dir() for output in outputs)
 
+    def stored_weights(self, stage: Stage) -> StoredWeights | None:
+        """Return the weights of a finished stage that are in the object store, or None if it left none there."""
+        if not self.done(stage):
+            return None
+        stored = read_json_object(self._result(stage)).get("stored")
+        return None if stored is None else StoredWeights.model_validate(stored)
+
+    def add_stored(self, stage: Stage, weights: StoredWeights | None) -> None:
+        """Record that the weights of a finished stage are in the object store or, with None, in the run's folder."""
+        stored = weights.model_dump(mode="json") if weights else None
+        content = read_json_object(self._result(stage)) | {"stored": stored}
+        write_whole(self._result(stage), json.dumps(content, indent=1).encode("utf-8"))
+
+    def at(self, folder: Path) -> "Run":
+        """Return the same run in another folder."""
+        return Run(folder, self._keys)
+
+    def copy_results(self, results: Mapping[Stage, bytes]) -> None:
+        """Adopt the results of stages that ran elsewhere, as `results` returned them."""
+        for stage, content in results.items():
+            write_whole(self._result(stage), content)
+
+    def results(self) -> dict[Stage, bytes]:
+        """Return the contents of the result files of all finished stages."""
+        return {stage: self._result(stage).read_bytes() for stage in Stage if self.done(stage)}
+
     def begin(self, stage: Stage) -> None:
         """Mark a stage as unfinished. This is called before its outputs are overwritten."""
         self._result(stage).unlink(missing_ok=True)
@@ -91,12 +149,15 @@ class Run:
         """Save a stage's result, which marks the stage as finished, and return the result.
 
         Args:
-            result: a dataclass or a pydantic model.
+            result: a dataclass or a pydantic model, or the result of a stage that ran on another machine.
         """
+        value, weights = (result.result, result.weights) if isinstance(result, RemoteResult) else (result, None)
         for folder in self._weights:
             if folder.is_dir():
                 sync_files(folder)  # a stage is not done before its outputs would survive a power cut
-        stored = {"key": self._keys[stage], "result": TypeAdapter(type(result)).dump_python(result, mode="json")}
+        stored = {"key": self._keys[stage], "result": TypeAdapter(type(value)).dump_python(value, mode="json")}
+        if weights is not None:
+            stored["stored"] = weights.model_dump(mode="json")
         write_whole(self._result(stage), json.dumps(stored, indent=1).encode("utf-8"))
         return result
 

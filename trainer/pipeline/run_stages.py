@@ -18,7 +18,7 @@ from trainer.pipeline.run_folder import Run
 from trainer.recipe.stage import Stage
 
 _SPARE_BYTES = 200_000_000  # logs, results, the tracking database
-_AGAIN = "run the same command again: finished stages and checkpoints are kept"
+RUN_AGAIN = "run the same command again: finished stages and checkpoints are kept"
 _OWN_PACKAGES = tuple(Path(__file__).parents[2] / package for package in ("svc", "trainer"))
 _PACKAGES = re.compile(r"(?:site|dist)-packages/(\w+)")
 _CHILD_FRAME = re.compile(r'^  File "(.+)", line \d+', re.MULTILINE)
@@ -70,21 +70,31 @@ def _explained(stage: Stage, run: Path) -> Iterator[None]:
     released afterwards.
     """
     try:
-        yield
+        with explained_full_disk(stage, run):
+            yield
     except KeyboardInterrupt as error:
-        raise InterruptedRunError(f"stage {stage} was interrupted", todo=_AGAIN) from error
+        raise InterruptedRunError(f"stage {stage} was interrupted", todo=RUN_AGAIN) from error
     except SvcError:
         raise
     except Exception as error:
-        if is_full(error, run):
-            raise DiskSpaceError(
-                f"stage {stage} ran out of disk space in {run}: {error}", todo=f"free up some space there and {_AGAIN}"
-            ) from error
         if failure := stage_failure(stage, error, run):
             raise failure from error
         raise
     finally:
         release_memory()
+
+
+@contextmanager
+def explained_full_disk(stage: Stage, run: Path) -> Iterator[None]:
+    """Turn the error of a full disk into an error that names the stage and its folder."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SvcError) or not is_full(error, run):
+            raise
+        raise DiskSpaceError(
+            f"stage {stage} ran out of disk space in {run}: {error}", todo=f"free up some space there and {RUN_AGAIN}"
+        ) from error
 
 
 def stage_failure(stage: Stage, error: Exception, run: Path) -> TrainingError | None:
@@ -105,7 +115,7 @@ def stage_failure(stage: Stage, error: Exception, run: Path) -> TrainingError | 
     cause = " ".join(str(error).split()) or "no message"
     return TrainingError(
         f"stage {stage} failed in {library}: {type(error).__name__}: {cause}",
-        todo=f"read the traceback in {run / LOG_FILE}; {_AGAIN}",
+        todo=f"read the traceback in {run / LOG_FILE}; {RUN_AGAIN}",
     )
 
 

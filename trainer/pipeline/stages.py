@@ -7,7 +7,6 @@ The recipe's formats decide which stages run. Measurements are compared with the
 that nothing is measured again if the limits change.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,25 +17,19 @@ from svc.dataset.schema.objective import Objective
 from svc.engine.device import DeviceCapabilities, read_capabilities
 from svc.evaluation.judge import JudgeReport
 from svc.files.lock import hold_lock
-from svc.model_folder.chat_template import choose_template_kwargs, write_template_kwargs
+from svc.model_folder.chat_template import choose_template_kwargs
 from svc.model_folder.weight_files import weight_files
 from svc.registry.housekeeping import size_on_disk
-from svc.registry.parity import ParityReport
 from svc.registry.registry import Registry
 from svc.settings import Settings
 from svc.terminal import console
 from svc.training_progress import ProgressFile
 from svc.training_progress import Registered as VersionRegistered
-from svc.version import QUANTIZED_FORMATS, SERVED_FORMATS, Format, VersionId
-from trainer.base_model.content import copy_shipped_files
+from svc.version import SERVED_FORMATS, Format, VersionId
 from trainer.base_model.resolve import Base
 from trainer.estimate.estimate import DeviceEstimate
 from trainer.estimate.memory import moment_bytes
-from trainer.export.eight_bits import RoundingSummary, quantize_to_8_bits
-from trainer.export.gguf.writer import GgufSummary, check_gguf, export_gguf
-from trainer.export.gptq import QuantizeSummary, calibration_type, quantize_to_4_bits
-from trainer.export.merge import merge_adapter
-from trainer.export.verify_merge import MergeSummary, verify_full
+from trainer.export.gptq import pick_calibration
 from trainer.model.config import read_width
 from trainer.pipeline.combined_adapter import CombinedAdapter
 from trainer.pipeline.estimate import compare_with_real, estimate_metrics
@@ -45,22 +38,22 @@ from trainer.pipeline.examples import Examples
 from trainer.pipeline.find_base import merged_revision
 from trainer.pipeline.gate import say_gates
 from trainer.pipeline.judging import compare_answers, judge_endpoint
-from trainer.pipeline.number_types import say_number_types
-from trainer.pipeline.preflight import check_base
-from trainer.pipeline.ray_training import ray_processes
+from trainer.pipeline.model_stages import ModelStages
+from trainer.pipeline.ray_stages import RayStages, fetch_stored
 from trainer.pipeline.registration import Registered, Registration
 from trainer.pipeline.reports import Report, check_reports, open_reports
-from trainer.pipeline.run_folder import Run
+from trainer.pipeline.run_folder import RemoteResult, Run, StoredWeights
 from trainer.pipeline.run_stages import Step, run_stages
 from trainer.pipeline.tracked_run import sending_curve, tracked_run
 from trainer.pipeline.trained_adapter import TrainedAdapter, check_fits
 from trainer.pipeline.training_devices import choose_sharding, choose_training_devices
 from trainer.qualification import Launch
 from trainer.recipe.recipe import Recipe
-from trainer.recipe.stage import QUALIFY_STAGES, QUANTIZE_STAGES, Stage, choose_stages
+from trainer.recipe.stage import Stage, choose_stages
 from trainer.training.device_processes import DeviceProcesses
 from trainer.training.processes import TrainingProcesses
 from trainer.training.ray_processes import RayProcesses
+from trainer.training.ray_worker import NodeFacts
 from trainer.training.shared_checkpoints import SharedCheckpoints
 from trainer.training.summary import TrainingData, TrainingSummary
 
@@ -75,7 +68,8 @@ class Pipeline:
         expected: estimated memory and time of training on this machine, or None if unknown.
         progress: file to which the progress is written for other programs.
         trained: adapter that was trained elsewhere, or adapters to combine, instead of training one.
-        on_ray: whether the model is trained on a Ray cluster. All other stages run on this machine.
+        node: a node of the Ray cluster that runs all stages but the registration, or None to run them on this machine.
+            `capabilities` are then those of the node.
     """
 
     settings: Settings
@@ -89,7 +83,7 @@ class Pipeline:
     register_failed: bool = False
     expected: DeviceEstimate | None = None
     progress: ProgressFile | None = None
-    on_ray: bool = False
+    node: NodeFacts | None = None
     trained: TrainedAdapter | CombinedAdapter | None = None
 
     def train_version(self) -> VersionId:
@@ -104,7 +98,12 @@ class Pipeline:
         self.run.folder.mkdir(parents=True, exist_ok=True)
         with hold_lock(self.run.lock, f"the run {self.run.folder.name}"):
             self._reopen_registration()
-            run_stages(self.run, self._steps(), self.progress)
+            if self.node is None:
+                self._fetch_stored()
+                run_stages(self.run, self._steps(), self.progress)
+            else:
+                with self._on_ray() as cluster:
+                    run_stages(self.run, self._steps_on(cluster), self.progress)
             self.run.clean()
             if self._shared_checkpoints:
                 self._shared_checkpoints.remove()
@@ -137,8 +136,7 @@ class Pipeline:
         return self.run.merged if self._full else self.run.adapter
 
     def _steps(self) -> dict[Stage, Step]:
-        """Return the stages that the recipe's formats need, with the disk space of each. Merging and quantizing
-        write at most as much as the base's size.
+        """Return the stages that the recipe's formats need, with the disk space of each.
 
         A checkpoint of full fine-tuning contains float32 weights and two moments. With AdamW, that is six times
         the size of the base in bf16. Besides the checkpoints to keep, there are the one being written and the
@@ -148,20 +146,50 @@ class Pipeline:
         kept = self.recipe.checkpoints.keep + 1 + self.recipe.stopping.keep_best
         checkpoint = int((4 + moment_bytes(self.recipe.train.optimizer)) / 2 * size)
         need = size + max(0, kept * checkpoint - size_on_disk(run.checkpoints)) if self._full else size // 4
-        steps = {
+        steps = self._models.steps | {
             Stage.TRAIN: Step(self._train, need, (self._trained,)),
-            Stage.MERGE: Step(self._merge, size, (run.merged,)),
-            Stage.EVALUATE: Step(self._evaluation.evaluate),
-            Stage.PARITY: Step(self._compare),
             Stage.JUDGE: Step(self._judge_pairs),
             Stage.REGISTER: Step(self._register),
         }
-        steps[Stage.EXPORT_GGUF] = Step(self._export_gguf, size, (run.weights(Format.GGUF),))
-        for format in QUANTIZED_FORMATS:
-            quantize, qualify = partial(self._quantize, format), partial(self._evaluation.qualify_quantized, format)
-            steps[QUANTIZE_STAGES[format]] = Step(quantize, size, (run.weights(format),))
-            steps[QUALIFY_STAGES[format]] = Step(qualify)
         return {stage: steps[stage] for stage in choose_stages(self.recipe)}
+
+    def _steps_on(self, cluster: RayStages) -> dict[Stage, Step]:
+        """Return the stages that the recipe's formats need. All but judging and the registration run on a cluster,
+        whose nodes check their disk space.
+        """
+        outputs = () if self._full else (self._trained,)  # a complete model stays in the object store
+        steps = {stage: Step(partial(cluster.run, stage)) for stage in self._models.steps}
+        steps |= {
+            Stage.TRAIN: Step(partial(self._train_on, cluster), 0, outputs),
+            Stage.JUDGE: Step(self._judge_pairs),
+            Stage.REGISTER: Step(self._register),
+        }
+        return {stage: steps[stage] for stage in choose_stages(self.recipe)}
+
+    @contextmanager
+    def _on_ray(self) -> Iterator[RayStages]:
+        """Connect to the cluster for the `with` block."""
+        shared = self._shared_checkpoints
+        assert shared is not None  # noqa: S101 - see the property
+        shared.fetch_tracking()
+        self._tracking_run()
+        assert self.node is not None  # noqa: S101 - the caller
+        with RayStages(self.settings, self._models, shared, self.node) as cluster:
+            cluster.share()
+            yield cluster
+
+    def _fetch_stored(self) -> None:
+        """Download the weights of stages that ran on a cluster, so that the run continues on this machine."""
+        if (objects := self.registry.objects) is not None:
+            run = self.run
+            shared = SharedCheckpoints(objects, run.folder.name, run.checkpoints, run.tracking)
+            fetch_stored(run, self.recipe, objects, shared)
+
+    @cached_property
+    def _models(self) -> ModelStages:
+        quantize, train = self.recipe.quantize, self.recipe.train
+        picked = pick_calibration(self.examples.train, quantize.samples, train.seed)
+        return ModelStages(self.recipe, self._evaluation, picked)
 
     @cached_property
     def _evaluation(self) -> RunEvaluation:
@@ -186,31 +214,30 @@ class Pipeline:
     def _train(self) -> TrainingSummary:
         if self.trained is not None:
             return self._import(self.trained)
-        shared = self._shared_checkpoints
-        if not self.on_ray:
-            return self._train_in(None)
-        assert shared is not None  # noqa: S101 - see the property
-        shared.fetch_tracking()
-        self._tracking_run()
-        with ray_processes(self.settings, self.recipe, self.base, self.run, shared) as processes:
-            return self._train_in(processes)
+        self._models.check()
+        return self._train_in(None, self._check_formats())
+
+    def _train_on(self, cluster: RayStages) -> RemoteResult:
+        """Train on a cluster. A complete model stays in the object store."""
+        served_length = self._check_formats()
+        cluster.check()
+        with cluster.training(fetches=not self._full) as processes:
+            summary = self._train_in(processes, served_length)
+        return RemoteResult(summary, StoredWeights(files=processes.trained) if self._full else None)
 
     def _import(self, adapter: TrainedAdapter | CombinedAdapter) -> TrainingSummary:
         """Copy or combine adapters that exist already, after the checks that otherwise precede training."""
         for part in adapter.parts:
             check_fits(self.base.folder, part)
-        check_base(self.base.folder, self.recipe, self.capabilities, self.settings.engine, self.capabilities)
-        say_number_types(self.capabilities, self.settings.engine, self.recipe.formats, self.capabilities)
+        self._models.check()
         self._check_formats()
         adapter.copy_to(self.run.fresh(self.run.adapter), self.base.folder)
         return TrainingSummary(steps=0, tokens=0, tokens_per_second=0.0, seconds=0.0)
 
     def _check_formats(self) -> int | None:
-        """Check before training that each format can be created and evaluated. Return the maximum length of an example
-        in tokens, or None if no format is served.
+        """Check before training that the examples of each format can be evaluated. Return the maximum length of an
+        example in tokens, or None if no format is served.
         """
-        if Format.GGUF in self.recipe.formats:
-            check_gguf(self.base.folder, self._evaluation.template_kwargs, self.examples.heldout)
         if set(self.recipe.formats).isdisjoint(SERVED_FORMATS):
             return None
         judge_endpoint(self.recipe.judge)
@@ -218,17 +245,18 @@ class Pipeline:
         say_gates(self.recipe, self.examples, self._evaluation.metrics[0])
         return self._evaluation.context
 
-    def _train_in(self, cluster: RayProcesses | None) -> TrainingSummary:
-        """Train in processes of a cluster, or on this machine."""
+    def _train_in(self, cluster: RayProcesses | None, served_length: int | None) -> TrainingSummary:
+        """Train in processes of a cluster, or on this machine.
+
+        Args:
+            served_length: as `_check_formats` returned it.
+        """
         trained = cluster.capabilities if cluster else self.capabilities
-        check_base(self.base.folder, self.recipe, self.capabilities, self.settings.engine, trained)
-        say_number_types(self.capabilities, self.settings.engine, self.recipe.formats, trained)
         processes: TrainingProcesses | None = cluster
         if cluster is None and (devices := choose_training_devices(self.recipe, self.capabilities)):
             processes = DeviceProcesses(devices)
         size = processes.size if processes else 1
         sharded = choose_sharding(self.recipe, size, trained.training_type, self.expected)
-        served_length = self._check_formats()
         from trainer.training.sft import train_model  # torch and TRL with it
 
         shared = self._shared_checkpoints
@@ -278,7 +306,7 @@ class Pipeline:
         """Return the run's checkpoints in the object store, or None if they are only on this machine. Checkpoints of
         training on Ray are always in the object store.
         """
-        if self.registry.objects is None or not (self.on_ray or self.settings.artifacts.checkpoints):
+        if self.registry.objects is None or not (self.node or self.settings.artifacts.checkpoints):
             return None
         return SharedCheckpoints(self.registry.objects, self.run.folder.name, self.run.checkpoints, self.run.tracking)
 
@@ -300,54 +328,6 @@ class Pipeline:
 
             yield report
 
-    def _merge(self) -> MergeSummary:
-        if self._full:
-            summary = verify_full(self.base.folder, self.run.merged)
-            copy_shipped_files(self.base.folder, self.run.merged)
-        else:
-            merged, dequantized = self.run.fresh(self.run.merged), self.recipe.merge_dequantized
-            summary = merge_adapter(self.base.folder, self.run.adapter, merged, dequantized=dequantized)
-        write_template_kwargs(self.run.merged, self._evaluation.template_kwargs)
-        shutil.rmtree(self.run.checkpoints, ignore_errors=True)  # the trained model is verified
-        return summary
-
-    def _quantize(self, format: Format) -> QuantizeSummary | RoundingSummary:
-        merged, out = self.run.merged, self.run.fresh(self.run.weights(format))
-        summary: QuantizeSummary | RoundingSummary
-        if format in (Format.GPTQ, Format.AWQ):
-            examples, number_type = self.examples.train, self.capabilities.training_type
-            summary = quantize_to_4_bits(format, merged, examples, self.recipe, out, number_type=number_type)
-        else:
-            summary = quantize_to_8_bits(merged, out, format)
-        write_template_kwargs(out, self._evaluation.template_kwargs)
-        return summary
-
-    def _export_gguf(self) -> GgufSummary:
-        out, examples = self.run.fresh(self.run.weights(Format.GGUF)), self.examples.heldout
-        return export_gguf(self.run.merged, out, self.recipe.name, examples)
-
-    def _compare(self) -> ParityReport:
-        from trainer.parity.report import BESIDE_NF4, Made, make_report  # torch
-
-        evaluation = self._evaluation
-        folders = {
-            format: (self.run.folder / format, qualified.reading) for format, qualified in evaluation.qualified.items()
-        }
-        made = Made(self.base.folder, None if self._full else self.run.adapter, self.run.merged, folders)
-        evaluated = len(evaluation.heldout[: evaluation.options.limit])
-        number_type = calibration_type(self.capabilities.training_type)
-        report = make_report(made, self.recipe, evaluation.compared, evaluated, number_type=number_type)
-        passed = sum(check.passed for check in report.checks)
-        summary = f"  {passed} of {len(report.checks)} checks passed"
-        console.print(summary if report.failed else f"{summary}: the model to serve matches the trained model")
-        if gap := report.differences.get(BESIDE_NF4):
-            console.print(
-                "  adapter on the base's original weights, compared with the NF4 weights it was trained on: negative "
-                f"log-likelihood {gap.shift:+.4f} nats per token, same top-1 token at {gap.agreement:.1%} of positions",
-                soft_wrap=True,
-            )
-        return report
-
     def _judge_pairs(self) -> JudgeReport:
         answers = self.run.load(Stage.EVALUATE, Evaluated)
         return compare_answers(self.recipe.judge, self.examples.heldout, answers.base_results, answers.merged.results)
@@ -355,12 +335,13 @@ class Pipeline:
     def _register(self) -> Registered:
         number_type, tracking_run = self.capabilities.training_type, self._tracking_run()
         parts = (self.registry, self.recipe, self.base, self.examples, self.run, self._evaluation)
-        registration = Registration(*parts, number_type, tracking_run)
+        registration = Registration(*parts, number_type, tracking_run, self.node.machine if self.node else None)
         manifest = registration.register(failed_too=self.register_failed)
         if figures := registration.figures():
             with self._report_to() as report:
                 report(registration.training.steps, figures)
-        if merged := registration.qualified.get(Format.MERGED):
+        merged = registration.qualified.get(Format.MERGED)
+        if merged and not self.node:  # the evaluations of a cluster's nodes are stored there
             folder = self.registry.artifact(manifest.id, Format.MERGED)
             self._evaluation.keep_merged(merged_revision(manifest), folder, merged)
         return Registered(name=manifest.name, number=manifest.number, failed=manifest.failed)
@@ -387,7 +368,7 @@ def open_pipeline(
     register_failed: bool = False,
     expected: DeviceEstimate | None = None,
     progress: ProgressFile | None = None,
-    on_ray: bool = False,
+    node: NodeFacts | None = None,
     trained: TrainedAdapter | CombinedAdapter | None = None,
 ) -> Pipeline:
     """Return the pipeline for a recipe. If the recipe was run before, the pipeline continues in the same
@@ -399,13 +380,13 @@ def open_pipeline(
     recipe = recipe.with_learning_rate(read_width(base.folder))
     digest = trained.digest if trained else None
     run = Run.of(settings.home / "runs", recipe, base, examples, digest)
-    capabilities = read_capabilities(settings.home)
+    capabilities = node.capabilities if node else read_capabilities(settings.home)
     parts = (settings, capabilities, registry, recipe, base, examples, run)
     return Pipeline(
         *parts,
         register_failed=register_failed,
         expected=expected,
         progress=progress,
-        on_ray=on_ray,
+        node=node,
         trained=trained,
     )

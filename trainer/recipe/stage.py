@@ -41,6 +41,12 @@ QUALIFY_STAGES: Mapping[Format, Stage] = {
     Format.FP8: Stage.QUALIFY_FP8,
 }
 """Stage that evaluates each quantized format on the engine."""
+WRITE_STAGES: Mapping[Format, Stage] = {
+    Format.MERGED: Stage.MERGE,
+    **QUANTIZE_STAGES,
+    Format.GGUF: Stage.EXPORT_GGUF,
+}
+"""Stage that writes each format, except for the adapter."""
 
 
 def choose_stages(recipe: Recipe) -> tuple[Stage, ...]:

@@ -180,13 +180,15 @@ def _register(settings: "Settings", runner: "TrialRunner", winner: "Values", *, 
     """
     from svc.registry.registry import Registry
     from svc.registry.render import print_version
+    from trainer.pipeline.ray_training import check_ray
     from trainer.pipeline.stages import open_pipeline
     from trainer.sweep.values import with_values
 
     registry = Registry.of(settings)
     recipe = with_values(runner.recipe, winner)
     examples = runner.examples.selected
-    version = open_pipeline(settings, registry, recipe, examples, runner.base, on_ray=on_ray).train_version()
+    node = check_ray(settings, recipe) if on_ray else None
+    version = open_pipeline(settings, registry, recipe, examples, runner.base, node=node).train_version()
     if not as_json:
         print_version(registry.manifest(version), registry.folder(version))
     return str(version)

@@ -1,4 +1,4 @@
-"""Runs training in several actors of a Ray cluster, one for each device.
+"""Runs training in several actors of a Ray cluster, one for each device, and the stages after it in one actor.
 
 When a worker and its node are lost, the other workers are stopped, and all are started again on the remaining nodes,
 from the newest complete checkpoint. Ray's own training library is not used; docs/ray.md gives the reasons. Does not
@@ -74,26 +74,26 @@ class WorkerKind:
 
     Attributes:
         cpus: number of CPU cores.
-        gpu: whether the worker trains on a GPU.
+        gpus: number of GPUs. A worker that trains has at most one.
         gpu_type: Ray's name for the GPU type, such as `H100`, or None for any.
     """
 
     cpus: int
-    gpu: bool
+    gpus: int
     gpu_type: str | None
 
     @property
     def bundle(self) -> dict[str, float]:
         """Resources as Ray names them."""
         bundle = {"CPU": float(self.cpus)}
-        if self.gpu:
-            bundle["GPU"] = 1.0
+        if self.gpus:
+            bundle["GPU"] = float(self.gpus)
         if self.gpu_type:
             bundle[f"accelerator_type:{self.gpu_type}"] = 0.001
         return bundle
 
     def __str__(self) -> str:
-        gpu = f" and 1 GPU{f' ({self.gpu_type})' if self.gpu_type else ''}" if self.gpu else ""
+        gpu = f" and {self.gpus} GPU{f' ({self.gpu_type})' if self.gpu_type else ''}" if self.gpus else ""
         return f"{self.cpus} CPU{gpu}"
 
 
@@ -104,7 +104,7 @@ def choose_kind(settings: RaySettings, resources: Mapping[str, float]) -> Worker
         resources: all resources of the cluster.
     """
     gpu = settings.gpu_type is not None or resources.get("GPU", 0) > 0
-    return WorkerKind(settings.cpus, gpu, settings.gpu_type)
+    return WorkerKind(settings.cpus, int(gpu), settings.gpu_type)
 
 
 def count_fitting(kind: WorkerKind, size: int, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float]) -> int:
@@ -201,9 +201,12 @@ class RayProcesses:
         run: description of the run that is sent to the nodes.
         checkpoints: the run's checkpoints.
         beside: how the run trains at the same time as others of this process, or None if it is the only one.
+        fetches: whether the trained model is downloaded to this machine.
+        like: a node whose device the workers must have, or None for any.
 
     Attributes:
         size: see the argument.
+        trained: records of the trained model's files in the object store, if a model was trained.
 
     Raises:
         InterruptedRunError: a signal was received.
@@ -218,21 +221,28 @@ class RayProcesses:
         run: SharedRun,
         checkpoints: SharedCheckpoints,
         beside: SideBySide | None = None,
+        *,
+        fetches: bool = True,
+        like: NodeFacts | None = None,
     ) -> None:
         self.size = size
+        self.trained: tuple[FileRecord, ...] = ()
         self._settings = settings
         self._kind = kind
         self._run = run
         self._checkpoints = checkpoints
         self._beside = beside
         self._output = _Output(beside.title if beside else "")
+        self._fetches = fetches
+        self._like = like
+        self._progressed = False
         self._stack = ExitStack()
         self._workers: _Workers | None = None
 
     @property
     def on_gpu(self) -> bool:
         """Whether the workers train on GPUs."""
-        return self._kind.gpu
+        return self._kind.gpus > 0
 
     @property
     def are_local(self) -> bool:
@@ -285,30 +295,55 @@ class RayProcesses:
         functions: Mapping[str, Callable[..., object]],
     ) -> list[Any]:
         """Call `work` in each worker, and return the results. If a worker is lost, all are started again."""
-        task, lost, progressed = pickle.dumps((work, arguments)), 0, False
 
         def on_checkpoint(path: Path) -> None:
-            nonlocal progressed
-            progressed = True
+            self._progressed = True
             functions["on_checkpoint"](path)
 
-        def on_trained(records: Sequence[FileRecord]) -> None:
-            self._checkpoints.fetch_trained(records, folders.out)
+        def on_trained(records: tuple[FileRecord, ...]) -> None:
+            self.trained = records
+            if self._fetches:
+                self._checkpoints.fetch_trained(records, folders.out)
 
         own = {**functions, "on_checkpoint": on_checkpoint, TRAINED: on_trained}
+        return self._repeat(work, arguments, own, "starting all workers again, from the newest checkpoint")
+
+    def call(self, work: Callable[..., Any], *arguments: object) -> Any:
+        """Call `work`, which is not training, in the only worker, and return the result. If the worker is lost, `work`
+        is called again on another node.
+
+        Args:
+            work: see `TrainingProcesses.run`.
+        """
+        (result,) = self._repeat(work, arguments, {}, "starting again on another node")
+        return result
+
+    def _repeat(
+        self,
+        work: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        functions: Mapping[str, Callable[..., object]],
+        again: str,
+    ) -> list[Any]:
+        """Call `work` in each worker until no worker is lost, and return the results.
+
+        Args:
+            again: end of the message about a lost worker.
+        """
+        task, lost, self._progressed = pickle.dumps((work, arguments)), 0, False
         with self._preemption() as asked:
             while True:
                 try:
-                    return self._train(task, own, asked)
+                    return self._train(task, functions, asked)
                 except WorkerLostError as error:
                     if asked.by is not None:
                         raise InterruptedRunError(f"stopped by {asked.by.name}: {error.wrong}", todo=AGAIN) from error
-                    lost, progressed = (1 if progressed else lost + 1), False
+                    lost, self._progressed = (1 if self._progressed else lost + 1), False
                     if lost == _ATTEMPTS:
                         raise
                     self._stack.close()
                     self._workers = None
-                    self._output.say(f"{error.wrong}; starting all workers again, from the newest checkpoint")
+                    self._output.say(f"{error.wrong}; {again}")
 
     def _train(self, task: bytes, functions: Mapping[str, Callable[..., object]], asked: Preemption) -> list[Any]:
         if self._workers is None:
@@ -322,23 +357,45 @@ class RayProcesses:
 
     @contextmanager
     def _started(self, wait_s: float, asked: Preemption) -> Iterator["_Workers"]:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
         kind = self._kind
         others = (self._beside.others_train,) if self._beside else ()
         with reserved(kind, self.size, wait_s, asked, *others) as group, ExitStack() as stack:
-            options = {"num_cpus": kind.cpus, "num_gpus": int(kind.gpu), "max_concurrency": 4, "max_restarts": 0}
-            actors = []
-            for rank in range(self.size):
-                strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-                actor = ray.remote(RayWorker).options(**options, scheduling_strategy=strategy)
-                actors.append(actor.remote(self._settings.folder))
-                stack.callback(ray.kill, actors[-1])
+            actors = _start_actors(self._settings, kind, self.size, group, stack)
             workers = _Workers(actors, replace(self._run, attempt=uuid4().hex[:8]), asked, self._output)
-            self._output.say(f"{self.size} workers of {kind}: {', '.join(workers.names)}")
+            check_equal([self._like, *workers.facts] if self._like else workers.facts)
+            self._output.say(f"{self.size} worker{'s' * (self.size > 1)} of {kind}: {', '.join(workers.names)}")
             stack.callback(workers.clean)
             yield workers
+
+
+def describe_node(settings: RaySettings, kind: WorkerKind) -> NodeFacts:
+    """Return information about a node that has resources free, from a worker that is stopped again.
+
+    Raises:
+        BusyError, InterruptedRunError, TrainingError: see `reserved` and `check_equal`.
+    """
+    run = SharedRun("", "", "", b"", settings.folder, attempt="")
+    with preemption() as asked, reserved(kind, 1, settings.wait_s, asked) as group, ExitStack() as stack:
+        (facts,) = _Workers(_start_actors(settings, kind, 1, group, stack), run, asked, _Output("")).facts
+    check_equal([facts])
+    return facts
+
+
+def _start_actors(
+    settings: RaySettings, kind: WorkerKind, size: int, group: "PlacementGroup", stack: ExitStack
+) -> list["Worker"]:
+    """Start workers, which are killed at the end of the stack's `with` block."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    options = {"num_cpus": kind.cpus, "num_gpus": kind.gpus, "max_concurrency": 4, "max_restarts": 0}
+    actors = list["Worker"]()
+    for rank in range(size):
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+        actor = ray.remote(RayWorker).options(**options, scheduling_strategy=strategy)
+        actors.append(actor.remote(settings.folder))
+        stack.callback(ray.kill, actors[-1])
+    return actors
 
 
 class _Workers:
@@ -349,7 +406,6 @@ class _Workers:
         self._output = output
         self._run = run
         self.facts: list[NodeFacts] = self._results([actor.describe.remote() for actor in actors], asked)
-        check_equal(self.facts)
         self._receiving = dict[Any, int]()
         self._training = dict[Any, int]()
 
@@ -496,7 +552,7 @@ def _lost(error: Exception) -> TrainingError:
         return ClusterError(
             f"a worker could not be started: {missing}", todo="install tuneserve and its packages on all nodes"
         )
-    return WorkerLostError("a worker was lost before its first step", todo=AGAIN)
+    return WorkerLostError("a worker was lost before its work began", todo=AGAIN)
 
 
 class _Output:

@@ -1,4 +1,5 @@
-"""The part of training on Ray that runs on a node of the cluster: an actor that trains in one of several processes.
+"""The part of a run on Ray that runs on a node of the cluster: an actor that trains in one of several processes, or
+runs the stages after training.
 
 A node needs no files from the submitting machine: the base model and the checkpoints are exchanged through the object
 store. This module does not import torch, so that environment variables can be set before torch is imported.
@@ -23,9 +24,11 @@ from urllib.parse import urlsplit
 import psutil
 
 from svc.engine.device import DeviceCapabilities, read_capabilities
+from svc.engine.orphans import end_engine
 from svc.files.disk import write_whole
 from svc.files.lock import hold_lock, is_locked, wait_for_lock
 from svc.registry.objects import ObjectStore
+from svc.registry.run_record import MachineRecord
 from svc.terminal import console, quiet_libraries
 from trainer.training.processes import Call, Failure, Place, Result, TrainingFolders, outcome_of
 from trainer.training.shared_base import fetch_base
@@ -46,13 +49,15 @@ class NodeFacts:
         node: Ray's id of the node.
         address: IP address at which other nodes reach the node.
         version: version of this project on the node.
-        capabilities: capabilities of the device that the worker trains on.
+        capabilities: capabilities of the device that the worker uses.
+        machine: description of the node, for the version's record.
     """
 
     node: str
     address: str
     version: str
     capabilities: DeviceCapabilities
+    machine: MachineRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class SharedRun:
         tracking: contents of the file with the id of the MLflow run.
         folder: folder of each node for base models and for checkpoints of unfinished runs.
         attempt: text that is different each time the workers are started.
+        resumes: whether the workers need the run's checkpoints.
     """
 
     artifacts: str
@@ -74,6 +80,7 @@ class SharedRun:
     tracking: bytes
     folder: Path
     attempt: str
+    resumes: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +110,8 @@ class Text:
 
 
 class RayWorker:
-    """Actor that trains in one process. Its methods run in threads, so that messages can be exchanged during
-    training.
+    """Actor that works in one process. Its methods run in threads, so that messages can be exchanged during the
+    work.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,9 +128,11 @@ class RayWorker:
 
     def describe(self) -> Result | Failure:
         """Return information about this worker's node."""
-        return outcome_of(
-            lambda: NodeFacts(self._node, self._address, version("tuneserve"), read_capabilities(self._folder))
-        )
+        return outcome_of(self._describe)
+
+    def _describe(self) -> NodeFacts:
+        capabilities, machine = read_capabilities(self._folder), MachineRecord.of_this_one()
+        return NodeFacts(self._node, self._address, version("tuneserve"), capabilities, machine)
 
     def find_meeting(self) -> str:
         """Return a URL with a free port of this node, through which the workers can find each other."""
@@ -136,6 +145,8 @@ class RayWorker:
         return outcome_of(lambda: self._prepare(run))
 
     def _prepare(self, run: SharedRun) -> None:
+        if self._run == run:  # for an earlier task
+            return
         self._run = run
         folder, objects = self._own(run), ObjectStore(run.artifacts)
         with wait_for_lock(run.folder / _PREPARING):  # another run may start on this node, too
@@ -145,7 +156,8 @@ class RayWorker:
             self._stack.enter_context(hold_lock(folder / "lock", f"the folder {folder}"))
             fetch_base(objects, run.base, run.folder / "bases")
         write_whole(folder / "mlflow.json", run.tracking)
-        self._checkpoints(run).fetch()
+        if run.resumes:
+            self._checkpoints(run).fetch()
 
     def _own(self, run: SharedRun) -> Path:
         return run.folder / "training" / f"{run.name}-{run.attempt}-{self._node[:12]}"
@@ -191,8 +203,9 @@ class RayWorker:
         self._inbox.put(message)
 
     def clean(self) -> None:
-        """Delete the run's folder on this node."""
+        """Stop the engine that an interrupted task has left, and delete the run's folder on this node."""
         if self._run is not None:
+            end_engine(self._own(self._run))  # first: it is found by a file in that folder
             shutil.rmtree(self._own(self._run), ignore_errors=True)
         self._stack.close()
 

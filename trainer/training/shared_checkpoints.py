@@ -114,6 +114,15 @@ class SharedCheckpoints:
         shutil.rmtree(folder, ignore_errors=True)
         _receive(self._objects, f"{self._prefix}/{_TRAINED}", records, folder)
 
+    def has_trained(self, records: Sequence[FileRecord]) -> bool:
+        """Return whether the store has the trained model with these records, completely.
+
+        Raises:
+            RegistryError: the store does not respond, or rejects the request.
+        """
+        prefix = f"{self._prefix}/{_TRAINED}"
+        return all(self._objects.size(f"{prefix}/{file.path}") == file.bytes for file in records)
+
     def remove(self) -> None:
         """Delete the run from the store, because its version is registered. If the store fails, the objects remain."""
         try:

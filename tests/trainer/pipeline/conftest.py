@@ -22,8 +22,8 @@ from tests.trainer.pipeline.stand_ins import TRAIN, Make, Stages
 from trainer.base_model.resolve import Base
 from trainer.parity import report as parity_module
 from trainer.pipeline import evaluation as evaluation_module
+from trainer.pipeline import model_stages as stages_module
 from trainer.pipeline import registration as registration_module
-from trainer.pipeline import stages as stages_module
 from trainer.pipeline.examples import Examples
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stages import Pipeline

@@ -99,7 +99,7 @@ class Stages:
         write_model(out, seed=1)
         return MergeSummary(2, 0.5, 0.1)
 
-    def check_base(self, base: Path, recipe: Recipe, capabilities: Any, engine: Any, trained: Any) -> None:
+    def check_base(self, base: Path, recipe: Recipe, capabilities: Any, engine: Any) -> None:
         """Reject GPTQ with a group size of 128."""
         if Format.GPTQ in recipe.formats and recipe.quantize.group_size == 128:
             raise RecipeError("quantize.group_size is 128")

@@ -10,7 +10,7 @@ import pytest
 from svc.errors import DiskSpaceError
 from tests.trainer.pipeline.stand_ins import Make, Stages
 from trainer.export.verify_merge import MergeSummary
-from trainer.pipeline import stages as stages_module
+from trainer.pipeline import model_stages as stages_module
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.stage import Stage
 

@@ -14,7 +14,7 @@ from svc.files.json_file import read_json_object
 from svc.registry.files import read_headers
 from tests.trainer.pipeline.failing import fail_in_numpy
 from tests.trainer.pipeline.stand_ins import Make, Stages
-from trainer.pipeline import stages as stages_module
+from trainer.pipeline import model_stages as stages_module
 from trainer.pipeline.run_stages import LOG_FILE, failed_library, stage_failure
 from trainer.recipe.stage import Stage
 

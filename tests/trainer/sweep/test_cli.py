@@ -91,7 +91,7 @@ def test_sweep_produces_a_table_a_plot_and_a_recipe(
     assert "winner: learning_rate 0.01" in table.out
     assert "--set train.learning_rate=0.01" in table.out
 
-    def pipeline(settings: Any, registry: Any, winner: Recipe, *others: Any, on_ray: bool) -> Any:
+    def pipeline(settings: Any, registry: Any, winner: Recipe, *others: Any, node: None) -> Any:
         assert (winner.train.learning_rate, winner.rank) == (won.train.learning_rate, won.rank)
         raise TrainingError("the winner is trained")
 

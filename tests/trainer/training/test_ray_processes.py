@@ -9,6 +9,7 @@ import pytest
 
 from svc.engine.device import DeviceCapabilities, TorchGpu
 from svc.errors import BusyError, TrainingError
+from svc.registry.run_record import MachineRecord
 from svc.settings import RaySettings
 from tests.svc.engine.devices import AVX512
 from trainer.callbacks.preemption import Preemption
@@ -25,7 +26,7 @@ from trainer.training.ray_processes import (
 )
 from trainer.training.ray_worker import NodeFacts, SharedRun
 
-H100 = WorkerKind(8, gpu=True, gpu_type="H100")
+H100 = WorkerKind(8, gpus=1, gpu_type="H100")
 
 
 def with_gpu(name: str, *, bfloat16: bool = True) -> DeviceCapabilities:
@@ -36,7 +37,8 @@ def with_gpu(name: str, *, bfloat16: bool = True) -> DeviceCapabilities:
 def facts(number: int, capabilities: DeviceCapabilities, version: str | None = None) -> NodeFacts:
     from importlib.metadata import version as installed
 
-    return NodeFacts(str(number), f"10.0.0.{number}", version or installed("tuneserve"), capabilities)
+    machine = MachineRecord(processor="CPU", cores=1, memory=1, gpus=(), system="Linux", python="3.11")
+    return NodeFacts(str(number), f"10.0.0.{number}", version or installed("tuneserve"), capabilities, machine)
 
 
 def node(name: str, *, alive: bool = True, **resources: float) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def test_trainings_that_fit_are_counted_by_free_resources_and_at_least_one(
     size: int, free: float, expected: int
 ) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 1.0}}] * 3 + [{"Alive": False, "Resources": {"CPU": 9.0}}]
-    assert count_fitting(WorkerKind(1, gpu=False, gpu_type=None), size, nodes, {"CPU": free}) == expected
+    assert count_fitting(WorkerKind(1, gpus=0, gpu_type=None), size, nodes, {"CPU": free}) == expected
 
 
 def test_lines_of_a_worker_have_the_title_of_its_training(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +163,7 @@ def test_resources_are_waited_for_as_long_as_other_trainings_have_workers(monkey
     monkeypatch.setattr("ray.wait", wait)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "NodeManagerHostname": "a", "Resources": {"CPU": 1.0}}])
     monkeypatch.setattr("ray.available_resources", dict)
-    kind = WorkerKind(1, gpu=False, gpu_type=None)
+    kind = WorkerKind(1, gpus=0, gpu_type=None)
     with (
         pytest.raises(BusyError, match="others use them"),
         reserved(kind, 1, 1.5, None, lambda: next(trains, False)),

@@ -1,0 +1,232 @@
+"""Tests that the stages after training run on nodes as they do on this machine. The nodes and the engine are doubles;
+the processes, the weights and the object store are real.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from transformers import set_seed
+
+from svc.dataset.fingerprint import fingerprint
+from svc.dataset.schema.example import ChatExample
+from svc.engine.device import DeviceCapabilities
+from svc.engine.engine import Engine
+from svc.errors import TrainingError
+from svc.registry.files import FileRecord, record_files
+from svc.registry.objects import ObjectStore
+from svc.registry.run_record import MachineRecord
+from svc.settings import ArtifactSettings, Device, EngineSettings, RaySettings, Settings
+from svc.version import Format
+from tests.svc.engine.devices import AVX512, HOPPER
+from tests.trainer.conftest import make_recipe
+from tests.trainer.engines import Engines
+from tests.trainer.export.test_merge import make_adapter
+from tests.trainer.training.ray_double import RayDouble
+from trainer.base_model.resolve import Base
+from trainer.pipeline import ray_stages
+from trainer.pipeline.evaluation import QualifiedQuantized, RunEvaluation
+from trainer.pipeline.examples import Examples
+from trainer.pipeline.model_stages import ModelStages
+from trainer.pipeline.ray_stages import RayStages, fetch_stored
+from trainer.pipeline.ray_training import choose_stage_kind
+from trainer.pipeline.run_folder import RemoteResult, Run
+from trainer.recipe.stage import Stage
+from trainer.training.ray_worker import NodeFacts
+from trainer.training.shared_checkpoints import SharedCheckpoints
+from trainer.training.summary import TrainingSummary
+
+pytestmark = pytest.mark.slow
+
+WRITING = (Stage.MERGE, Stage.QUANTIZE_INT8)
+
+
+def launch_double(folder: Path) -> Engine:
+    """Create an engine double, in any process."""
+    return Engines()(folder)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine with a trained adapter."""
+
+    settings: Settings
+    models: ModelStages
+
+    @property
+    def run(self) -> Run:
+        return self.models.evaluation.run
+
+    @property
+    def objects(self) -> ObjectStore:
+        return ObjectStore(str(self.settings.artifacts.url))
+
+    @property
+    def checkpoints(self) -> SharedCheckpoints:
+        return SharedCheckpoints(self.objects, self.run.folder.name, self.run.checkpoints, self.run.tracking)
+
+    def cluster(self, capabilities: DeviceCapabilities = AVX512) -> RayStages:
+        record = MachineRecord(processor="CPU", cores=1, memory=1, gpus=(), system="Linux", python="3.11")
+        node = NodeFacts("0", "10.0.0.1", version("tuneserve"), capabilities, record)
+        return RayStages(self.settings, self.models, self.checkpoints, node)
+
+    def run_on(self, cluster: RayStages, stage: Stage) -> RemoteResult:
+        result = cluster.run(stage)
+        self.run.save(stage, result)
+        return result
+
+    def run_here(self, stage: Stage) -> None:
+        self.run.save(stage, self.models.steps[stage].work())
+
+    def files(self, format: Format) -> tuple[FileRecord, ...]:
+        return record_files(self.run.folder, self.run.weights(format))
+
+
+@pytest.fixture
+def machine(tmp_path: Path, tiny_base: Path, examples: list[ChatExample]) -> Machine:
+    return make_machine(tmp_path / "machine", tiny_base, examples, Format.MERGED, Format.INT8)
+
+
+def make_machine(folder: Path, base: Path, examples: list[ChatExample], *formats: Format) -> Machine:
+    (folder / "store").mkdir(parents=True)
+    settings = Settings(
+        home=folder / "home",
+        artifacts=ArtifactSettings(url=(folder / "store").as_uri()),
+        engine=EngineSettings(device=Device.CPU),
+        ray=RaySettings(address="127.0.0.1:1", folder=folder / "nodes", wait_s=0.5),
+    )
+    recipe = make_recipe(formats=list(formats), qualify={"repeats": 1}, evaluate={"general": False})
+    train, heldout = tuple(examples[:8]), tuple(examples[8:])
+    of_run = Examples(train, heldout, fingerprint(train), fingerprint(heldout), (*train, *heldout))
+    of_base = Base(base, "./base", None, "sha256:" + "a" * 64)
+    run = Run.of(settings.home / "runs", recipe, of_base, of_run)
+    set_seed(0)
+    make_adapter(base, run.adapter)
+    run.tracking.write_bytes(b"{}")
+    run.save(Stage.TRAIN, TrainingSummary(1, 1, 1.0, 1.0))
+    evaluation = RunEvaluation(
+        settings=settings,
+        capabilities=AVX512,
+        base=of_base,
+        run=run,
+        heldout=heldout,
+        questions=None,
+        formats=recipe.formats,
+        options=recipe.evaluate,
+        qualify=recipe.qualify,
+        name=recipe.name,
+        template_kwargs={},
+        launch=launch_double,
+    )
+    return Machine(settings, ModelStages(recipe, evaluation, train))
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[RayDouble]:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    double = RayDouble(2, AVX512)
+    double.install(monkeypatch)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray_stages, "connected", nullcontext)
+    yield double
+    double.stop()
+
+
+def test_weights_written_on_a_node_equal_those_of_this_machine_and_are_only_in_the_store(
+    machine: Machine, ray: RayDouble, tmp_path: Path, tiny_base: Path, examples: list[ChatExample]
+) -> None:
+    here = make_machine(tmp_path / "here", tiny_base, examples, Format.MERGED, Format.INT8)
+    with machine.cluster() as cluster:
+        for stage in WRITING:
+            machine.run_on(cluster, stage)
+            here.run_here(stage)
+    for stage, format in zip(WRITING, (Format.MERGED, Format.INT8), strict=True):
+        stored = machine.run.stored_weights(stage)
+        assert stored is not None
+        assert stored.files == here.files(format)
+        assert machine.objects.lacks_files("tiny", stored.files) == []
+        assert not machine.run.weights(format).exists()
+    assert ray.running == []
+    assert list((machine.settings.ray.folder / "training").iterdir()) == []
+
+
+def test_stage_continues_on_another_node_with_the_weights_of_finished_stages_when_a_node_is_lost(
+    machine: Machine, ray: RayDouble, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with machine.cluster() as cluster:
+        for stage in WRITING:
+            machine.run_on(cluster, stage)
+        ray.remove(ray.nodes[0])
+        result = machine.run_on(cluster, Stage.QUALIFY_INT8).result
+    assert isinstance(result, QualifiedQuantized)
+    assert result.evaluation.examples == len(machine.models.evaluation.heldout)
+    assert "was lost before its work began; starting again on another node" in " ".join(capfd.readouterr().err.split())
+
+
+def test_merged_model_that_is_no_format_is_merged_again_when_its_node_is_lost(
+    tmp_path: Path, tiny_base: Path, examples: list[ChatExample], ray: RayDouble
+) -> None:
+    machine = make_machine(tmp_path / "machine", tiny_base, examples, Format.INT8)
+    with machine.cluster() as cluster:
+        assert machine.run_on(cluster, Stage.MERGE).weights is None
+        ray.remove(ray.nodes[0])
+        assert machine.run_on(cluster, Stage.QUANTIZE_INT8).weights is not None
+
+
+def test_weights_of_stages_that_ran_here_are_uploaded_when_the_run_continues_on_a_cluster(
+    machine: Machine, ray: RayDouble
+) -> None:
+    for stage in WRITING:
+        machine.run_here(stage)
+    machine.cluster().share()
+    for stage, format in zip(WRITING, (Format.MERGED, Format.INT8), strict=True):
+        stored = machine.run.stored_weights(stage)
+        assert stored is not None
+        assert stored.files == machine.files(format)
+        assert machine.objects.lacks_files("tiny", stored.files) == []
+
+
+def test_stage_is_repeated_when_its_weights_are_missing_in_the_store(machine: Machine, ray: RayDouble) -> None:
+    machine.run_here(Stage.MERGE)
+    machine.cluster().share()
+    machine.run.fresh(machine.run.merged)
+    objects = machine.objects
+    objects.delete(objects.keys("files"))
+    machine.cluster().share()
+    assert not machine.run.done(Stage.MERGE)
+    assert machine.run.done(Stage.TRAIN)
+
+
+def test_weights_are_downloaded_when_the_run_continues_on_this_machine(machine: Machine) -> None:
+    machine.run_here(Stage.MERGE)
+    machine.cluster().share()
+    written = machine.files(Format.MERGED)
+    machine.run.fresh(machine.run.merged)
+    fetch_stored(machine.run, machine.models.recipe, machine.objects, machine.checkpoints)
+    assert machine.files(Format.MERGED) == written
+    assert machine.run.stored_weights(Stage.MERGE) is None
+
+
+def test_stage_is_refused_when_the_node_differs_from_the_one_that_was_asked_first(
+    machine: Machine, ray: RayDouble
+) -> None:
+    with machine.cluster(HOPPER) as cluster, pytest.raises(TrainingError, match=r"different devices: .*H100"):
+        cluster.run(Stage.MERGE)
+
+
+@pytest.mark.parametrize(
+    ("resources", "engine", "bundle"),
+    [
+        ({"CPU": 8.0}, {}, {"CPU": 2.0}),
+        ({"CPU": 8.0}, {"cores": 4}, {"CPU": 4.0}),
+        ({"CPU": 8.0, "GPU": 4.0}, {"tensor_parallel": 4}, {"CPU": 2.0, "GPU": 4.0}),
+    ],
+)
+def test_stages_reserve_the_resources_of_an_engine(
+    resources: dict[str, float], engine: dict[str, int], bundle: dict[str, float], tmp_path: Path
+) -> None:
+    settings = Settings(home=tmp_path, engine=EngineSettings(**engine), ray=RaySettings(cpus=2))
+    assert choose_stage_kind(settings, resources).bundle == bundle
