@@ -21,7 +21,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType, read_capabilities
 from svc.errors import TrainingError
 from svc.invocation import print_json
-from svc.settings import load_settings
+from svc.settings.load import load_settings
 from svc.terminal import output
 from trainer.diagnosis.diagnose import diagnose
 

@@ -17,7 +17,7 @@ from svc.dataset.readers.reader import read_examples
 from svc.engine.device import DeviceCapabilities, NumberType, read_capabilities
 from svc.engine.machine import read_machine
 from svc.invocation import print_json
-from svc.settings import load_settings
+from svc.settings.load import load_settings
 from svc.terminal import counting, output, quiet_libraries
 from trainer.estimate.devices import ComputeDevice, this_machine
 from trainer.recipe.adapter import Method

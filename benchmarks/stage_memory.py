@@ -21,7 +21,7 @@ from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType, read_capabilities
 from svc.invocation import print_json
-from svc.settings import load_settings
+from svc.settings.load import load_settings
 from svc.terminal import console, output, quiet_libraries
 from svc.version import Format
 from trainer.recipe.file import load_recipe

@@ -31,7 +31,8 @@ from svc.engine.vllm.launch import EngineSpec, command, environment
 from svc.errors import EngineError
 from svc.invocation import print_json
 from svc.registry.registry import Registry
-from svc.settings import Settings, load_settings
+from svc.settings.load import load_settings
+from svc.settings.settings import Settings
 from svc.store.database import open_store
 from svc.terminal import counting, output
 

@@ -44,7 +44,8 @@ from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType, read_capabilities
 from svc.invocation import print_json
-from svc.settings import Device, load_settings
+from svc.settings.engine import Device
+from svc.settings.load import load_settings
 from svc.terminal import counting, output
 from trainer.estimate.batches import plan_batches, read_workload
 from trainer.estimate.checkpointing import choose_checkpointing

@@ -12,7 +12,7 @@ import click
 from pydantic import BaseModel
 
 from svc.cli import COMMANDS, group
-from svc.settings import ENV_PREFIX, Settings
+from svc.settings.settings import ENV_PREFIX, Settings
 from trainer.recipe.recipe import Recipe
 
 FOLDER = Path(__file__).parent

@@ -35,7 +35,7 @@ from svc.files.lock import lock_holder
 from svc.registry.registry import Registry
 from svc.registry.render import evaluation_table
 from svc.remote.server_url import LOCK_FILE
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.terminal import quiet_libraries, waiting
 from svc.version import VersionId
 from trainer.base_model.resolve import resolve_base

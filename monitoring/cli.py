@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from svc.errors import IntegrityError, NotFoundError, ServerNotRunningError
 from svc.invocation import json_option, print_json, remote_of, settings_of
 from svc.remote.server_url import ServerAddress, read_json, server_address
-from svc.settings import Settings, StoreSettings
+from svc.settings.settings import Settings
+from svc.settings.storage import StoreSettings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

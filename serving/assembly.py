@@ -57,7 +57,8 @@ from svc.client_files.uploads import ClientUploads
 from svc.engine.device import DeviceCapabilities
 from svc.registry.registry import Registry
 from svc.remote.listening import is_loopback
-from svc.settings import Settings, TelemetrySettings
+from svc.settings.monitoring import TelemetrySettings
+from svc.settings.settings import Settings
 from svc.store.change_listener import ChangeListener
 from svc.store.changes import Changes
 from svc.store.database import is_sqlite

@@ -27,7 +27,7 @@ from svc.errors import (
 from svc.files.lock import lock_holder
 from svc.invocation import json_option, print_json, reason_option, remote_of, settings_of
 from svc.remote.server_url import LOCK_FILE
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.gate_rows import GATE_ROWS, GateRow, GateVerdict
 from svc.store.rollouts import RolloutOutcome
 from svc.store.swaps import SwapOutcome, SwapResult

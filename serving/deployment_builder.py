@@ -34,7 +34,8 @@ from serving.rollout.swap_plan import SwapPlanner
 from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
 from serving.telemetry.metrics import GatewayMetrics
 from svc.registry.registry import Registry
-from svc.settings import EngineSettings, Settings
+from svc.settings.engine import EngineSettings
+from svc.settings.settings import Settings
 from svc.store.changes import Changes
 from svc.store.desired import Desired
 

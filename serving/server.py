@@ -24,7 +24,8 @@ from svc.errors import SettingsError, SvcError
 from svc.files.lock import hold_lock
 from svc.remote.listening import address_family, http_url, is_loopback, listen_error
 from svc.remote.server_url import LOCK_FILE
-from svc.settings import ServeSettings, Settings
+from svc.settings.serve import ServeSettings
+from svc.settings.settings import Settings
 from svc.store.desired import Desired
 
 log = logging.getLogger(__name__)

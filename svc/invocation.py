@@ -10,7 +10,8 @@ import click
 
 from svc.files.disk import close_to_others
 from svc.remote.server_url import ServerAddress
-from svc.settings import Settings, load_settings
+from svc.settings.load import load_settings
+from svc.settings.settings import Settings
 
 _HOME_MARKS = ("svc.db", "models", "runs")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON.")

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from svc.registry.tracking import Tracking
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from tests.command_line import Svc
 from tests.new_store import new_store
 from tests.postgresql import SHARED, PostgresServer, running_server

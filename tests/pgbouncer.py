@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from pydantic import SecretStr
 
-from svc.settings import StoreSettings
+from svc.settings.storage import StoreSettings
 from tests.postgresql import SHARED, PostgresServer, unprivileged
 
 _PORT = 6432

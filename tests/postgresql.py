@@ -25,7 +25,8 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine as Store
 
-from svc.settings import Settings, StoreSettings
+from svc.settings.settings import Settings
+from svc.settings.storage import StoreSettings
 from svc.store.database import open_store
 from svc.store.tables import Table
 

@@ -8,7 +8,7 @@ import click
 from svc.invocation import json_option, print_json, settings_of
 
 if TYPE_CHECKING:
-    from svc.settings import Settings
+    from svc.settings.settings import Settings
     from trainer.pipeline.run_folder import Run
     from trainer.recipe.recipe import Recipe
 

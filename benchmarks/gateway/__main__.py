@@ -34,7 +34,7 @@ from benchmarks.gateway.table import (
 )
 from svc.errors import EngineError
 from svc.invocation import print_json
-from svc.settings import load_settings
+from svc.settings.load import load_settings
 from svc.terminal import console, output
 
 _BY_NAME = (TRACED, REPLICATED, BARE)

@@ -23,7 +23,7 @@ from benchmarks.gateway.table import KEYLESS
 from svc.client_files.client_files import ClientFiles
 from svc.errors import EngineError
 from svc.invocation import print_json
-from svc.settings import load_settings
+from svc.settings.load import load_settings
 from svc.store.database import open_store
 from svc.store.files import FileStatus, Purpose
 from svc.terminal import console, output

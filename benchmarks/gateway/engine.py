@@ -17,7 +17,7 @@ from benchmarks.gateway.processes import running
 from benchmarks.interval import interval
 from benchmarks.start_time import Subject
 from svc.errors import EngineError
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.terminal import counting
 
 _STREAMS = 8

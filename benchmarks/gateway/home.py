@@ -15,7 +15,7 @@ from svc.engine.device import read_capabilities
 from svc.registry.files import record_file, record_files
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
 from svc.registry.registry import HELDOUT_FILE, Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.version import Format, VersionId
 
 _CONFIG = {

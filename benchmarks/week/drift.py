@@ -16,7 +16,7 @@ from monitoring.exporter.drift import DriftMetrics
 from svc.drift_reference.item import ItemMaker
 from svc.drift_reference.reference import read_reference
 from svc.redaction import Redactor
-from svc.settings import RequestLogSettings
+from svc.settings.monitoring import RequestLogSettings
 from svc.store.deployments import add_deployment
 from svc.store.desired import change_desired, read_desired
 from svc.store.drift import DriftAlarm, read_drift_alarms

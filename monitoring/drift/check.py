@@ -29,7 +29,7 @@ from svc.errors import RefusedError
 from svc.files.lock import hold_lock
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
-from svc.settings import RequestLogSettings
+from svc.settings.monitoring import RequestLogSettings
 from svc.store.answered import was_answered
 from svc.store.drift import DriftState, keep_drift, read_drift_baseline, read_drift_states
 from svc.store.drift_items import StoredItem, item_ids, prune_items, read_items, read_items_with

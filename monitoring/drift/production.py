@@ -9,7 +9,7 @@ from monitoring.drift.report import SignalReport
 from monitoring.quality import QualityReport, read_quality
 from svc.errors import BusyError
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.database import open_store
 from svc.store.deployments import deployed_names
 from svc.store.desired import read_desired

@@ -14,7 +14,7 @@ from multiprocessing import get_context
 
 from monitoring.drift.production import ProductionChecks
 from svc.child_process import end_with_parent
-from svc.settings import Settings
+from svc.settings.settings import Settings
 
 log = logging.getLogger(__name__)
 

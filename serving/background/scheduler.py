@@ -19,7 +19,7 @@ from serving.replicas.replica import LoadedWeights
 from svc.engine.client import EngineClient
 from svc.engine.state import EngineState
 from svc.errors import EngineError
-from svc.settings import HoldoutSettings
+from svc.settings.monitoring import HoldoutSettings
 
 log = logging.getLogger(__name__)
 

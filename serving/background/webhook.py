@@ -25,7 +25,7 @@ from sqlalchemy import Engine as Store
 
 from svc.errors import SettingsError
 from svc.identity.key_file import read_secret
-from svc.settings import WebhookSettings
+from svc.settings.webhook import WebhookSettings
 from svc.store.changes import Changes
 from svc.store.outage_log import log_store_error
 from svc.store.webhooks import (

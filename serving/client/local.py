@@ -12,7 +12,7 @@ from sqlalchemy import Engine as Store
 from serving.client.remote import RemoteAdministration
 from serving.rollout.promotion import PromotionRequest, VersionChange
 from svc.remote.server_url import ServerAddress, server_address
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.database import open_store
 from svc.store.rollouts import RolloutView, read_rollouts
 from svc.store.swaps import ServerSwap, server_swaps

@@ -9,7 +9,7 @@ from svc.engine.state import EngineState
 from svc.errors import NotFoundError, RefusedError
 from svc.registry.registry import Registry
 from svc.remote.server_url import read_status, server_address
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.database import open_store
 from svc.store.deployments import add_deployment, deployed_names, remove_deployment
 from svc.terminal import waiting

@@ -23,7 +23,7 @@ from serving.http.request_state import request_state
 from serving.protocols.request import InvalidRequestError
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.identity.principal import Scope
-from svc.settings import BatchSettings, FilesSettings
+from svc.settings.client_apis import BatchSettings, FilesSettings
 from svc.store.audit import Action, AuditEntry
 from svc.store.batches import Batch, cancel_batch, create_batch, find_batch, read_batches
 from svc.store.files import ClientFile, FileStatus, Purpose, find_file, require_storage

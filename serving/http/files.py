@@ -22,7 +22,7 @@ from serving.protocols.error_code import ErrorCode
 from serving.protocols.request import InvalidRequestError
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.client_files.client_files import ClientFiles
-from svc.settings import FilesSettings
+from svc.settings.client_apis import FilesSettings
 from svc.store.files import UPLOAD_PURPOSES, ClientFile, Purpose, StorageLimits, find_file, read_files, require_storage
 
 MAX_PAGE = 10_000

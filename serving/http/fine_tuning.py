@@ -23,7 +23,7 @@ from serving.jobs.creation import Client, JobCreation, require_enabled
 from serving.jobs.request import AUTO, DpoHyperparameters, Hyperparameters, JobRequest
 from serving.protocols.request import InvalidRequestError
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.audit import Action, AuditEntry
 from svc.store.job_requests import change_wanted, find_jobs
 from svc.store.jobs import (

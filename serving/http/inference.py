@@ -45,7 +45,7 @@ from serving.telemetry.request_log import RequestLog
 from serving.telemetry.traces.request_trace import RequestTrace
 from svc.access.usage_meter import UsageMeter
 from svc.engine.vllm.connection_pool import EngineAnswer
-from svc.settings import RequestLimits, ServeSettings
+from svc.settings.serve import RequestLimits, ServeSettings
 
 BeginTrace = Callable[[Sequence[tuple[bytes, bytes]]], RequestTrace]
 

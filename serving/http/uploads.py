@@ -22,7 +22,7 @@ from serving.http.uploading import Uploading, too_large
 from serving.protocols.request import InvalidRequestError
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.client_files.uploads import ClientUploads
-from svc.settings import FilesSettings
+from svc.settings.client_apis import FilesSettings
 from svc.store.files import ClientFile, StorageLimits, find_file, require_storage
 from svc.store.page import EntryNotFoundError
 from svc.store.uploads import (

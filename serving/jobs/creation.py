@@ -44,7 +44,8 @@ from svc.client_files.shared_contents import ContentDamagedError, ContentMissing
 from svc.errors import BaseModelError, DataError, NotFoundError, RecipeError, SvcError
 from svc.identity.actor import Actor
 from svc.identity.principal import Principal
-from svc.settings import Settings, TrainingPlace
+from svc.settings.client_apis import TrainingPlace
+from svc.settings.settings import Settings
 from svc.store.audit import Action, AuditEntry
 from svc.store.changes import Changes
 from svc.store.database import is_sqlite

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from svc.errors import BaseModelError, DataError, NotFoundError, RecipeError, SvcError
-from svc.settings import ENV_PREFIX, Settings
+from svc.settings.settings import ENV_PREFIX, Settings
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,8 @@ from serving.jobs.training_check import command_environment
 from serving.jobs.training_process import TrainingProcess, end_processes
 from svc.client_files.client_files import ClientFiles
 from svc.files.disk import write_whole
-from svc.settings import Settings, TrainingPlace
+from svc.settings.client_apis import TrainingPlace
+from svc.settings.settings import Settings
 from svc.store.changes import Changes
 from svc.store.job_queue import JobLostError, fail, take_job
 from svc.store.job_requests import JobError

@@ -17,7 +17,7 @@ from serving.protocols.route import Route
 from serving.protocols.structure import find_excess
 from serving.protocols.unsupported_fields import count_answers, find_refusal
 from svc.errors import SvcError
-from svc.settings import RequestLimits
+from svc.settings.serve import RequestLimits
 
 _MAX_STORED = 2**31 - 1
 _MAX_TOKENS_FIELDS = {

@@ -15,7 +15,7 @@ from serving.protocols.json_values import CONTAINERS, count_values, is_deeper
 from serving.protocols.refusal import Refusal
 from serving.protocols.route import Route
 from serving.protocols.usual_forms import is_usual_item, is_usual_message, is_usual_tool
-from svc.settings import RequestLimits
+from svc.settings.serve import RequestLimits
 
 Fields = Mapping[str, Any]
 

@@ -8,7 +8,7 @@ from svc.errors import RefusedError
 from svc.model_folder.chat_template import TemplateKwargs
 from svc.registry.adapter import AdapterBase, AdapterFacts, read_adapter
 from svc.registry.registry import Registry
-from svc.settings import AdapterSettings
+from svc.settings.engine import AdapterSettings
 from svc.version import Format, Target
 
 

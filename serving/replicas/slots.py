@@ -25,7 +25,8 @@ from svc.ray_engine.engine import RayEngine
 from svc.ray_engine.machines import RayMachines
 from svc.ray_engine.record import end_actor, end_postponed, postpone_end
 from svc.registry.registry import Registry
-from svc.settings import EngineSettings, Launcher, Settings
+from svc.settings.engine import EngineSettings, Launcher
+from svc.settings.settings import Settings
 from svc.version import Target
 
 log = logging.getLogger(__name__)

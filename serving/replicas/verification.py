@@ -17,7 +17,7 @@ from svc.engine.probes import MIN_TOLERANCE, EngineFacts, Probe, check_probes, m
 from svc.errors import ProbeError
 from svc.registry.adapter import AdapterFacts, read_adapter
 from svc.registry.registry import Registry
-from svc.settings import AdapterSettings
+from svc.settings.engine import AdapterSettings
 from svc.store.retaken_probes import find_retaken_probes, keep_retaken_probes
 from svc.version import SERVED_FORMATS, Format, Target, VersionId
 

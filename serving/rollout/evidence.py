@@ -18,7 +18,7 @@ from serving.rollout.analysis.betting import STAKES, Budget
 from serving.rollout.analysis.comparisons import Figure
 from serving.rollout.analysis.units import Arm, Rating, Request
 from svc.evaluation.verdict import GateOutcome
-from svc.settings import RolloutSettings, UnitKind
+from svc.settings.rollout import RolloutSettings, UnitKind
 from svc.store.assigned_requests import AssignedRequest, read_assigned, read_ratings, requests_per_day
 from svc.store.requests import RequestOutcome
 from svc.store.rollouts import RolloutRecord, SignalRow

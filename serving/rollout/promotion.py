@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from svc.errors import SettingsError
-from svc.settings import RolloutSettings
+from svc.settings.rollout import RolloutSettings
 from svc.store.gate_rows import GateRow, GateVerdict
 from svc.version import Format, Target, VersionId
 
@@ -44,7 +44,7 @@ class RolloutOptions:
     """Steps for a single promotion, which override the configured steps.
 
     Attributes:
-        shadow, canary: see `svc.settings.RolloutSettings`. None keeps the configured value.
+        shadow, canary: see `svc.settings.rollout.RolloutSettings`. None keeps the configured value.
         direct: promote in a single swap, without any of the configured steps.
     """
 

@@ -44,7 +44,7 @@ from svc.dataset.text.thinking import without_thinking
 from svc.errors import EngineError, SvcError
 from svc.evaluation.metrics.json_answers import is_json
 from svc.registry.registry import Registry
-from svc.settings import AtDeadline, UnitKind
+from svc.settings.rollout import AtDeadline, UnitKind
 from svc.store.changes import Changes
 from svc.store.desired import Desired, read_desired
 from svc.store.leases import Lease, LeaseLostError

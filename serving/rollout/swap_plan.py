@@ -11,7 +11,7 @@ from serving.replicas.verification import Verification
 from svc.errors import RefusedError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry
-from svc.settings import SwapChoice
+from svc.settings.serve import SwapChoice
 from svc.store.swaps import SwapKind
 from svc.version import Format, Target
 

@@ -15,7 +15,7 @@ from serving.rollout.promotion import PromotionRequest, VersionChange
 from svc.errors import BusyError, NotFoundError, RefusedError
 from svc.identity.actor import Actor
 from svc.registry.registry import Registry
-from svc.settings import ModelSettings
+from svc.settings.settings import ModelSettings
 from svc.store.audit import Action, AuditEntry
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.gate_rows import GateRow

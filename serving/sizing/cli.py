@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from serving.sizing.plan import Plan
     from serving.sizing.service_times import MeasuredTimes, StepTimes
     from svc.engine.gpus import ListedGpu
-    from svc.settings import Settings
+    from svc.settings.settings import Settings
 
 _GIB = 2**30
 _PROMPT, _ANSWER = 800, 200

@@ -23,7 +23,7 @@ from svc.evaluation.endpoint import Endpoint
 from svc.files.lock import lock_holder
 from svc.registry.registry import Registry
 from svc.remote.server_url import LOCK_FILE
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.terminal import advancing
 from svc.version import Target
 

@@ -28,7 +28,7 @@ from svc.drift_reference.text_embedding import TEXT_SPACE_FILE
 from svc.errors import IntegrityError, NotFoundError
 from svc.redaction import Redactor
 from svc.registry.registry import REFERENCE_FOLDER, Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.requests import RequestRecord
 from svc.version import Target
 

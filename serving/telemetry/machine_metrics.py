@@ -7,7 +7,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
 from svc.engine.device import DeviceCapabilities
-from svc.settings import EngineSettings
+from svc.settings.engine import EngineSettings
 
 
 def add_machine_metrics(

@@ -23,7 +23,7 @@ from serving.telemetry.drift_features import FeatureProcess
 from serving.telemetry.retention_clock import RetentionClock
 from serving.telemetry.traces.request_trace import RequestTrace, SpanSink
 from svc.redaction import RedactionTimeoutError, Redactor
-from svc.settings import RequestLogSettings
+from svc.settings.monitoring import RequestLogSettings
 from svc.store.database import is_sqlite
 from svc.store.requests import (
     Dropped,

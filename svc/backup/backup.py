@@ -26,7 +26,7 @@ from svc.registry.housekeeping import protected
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.database import open_database, open_store
 from svc.store.desired import desired_names
 from svc.store.files import FileContent, known_files, read_contents

@@ -27,7 +27,7 @@ from svc.client_files.shared_contents import COPIES_FOLDER, ContentMissingError,
 from svc.errors import IntegrityError
 from svc.files.disk import sync_folder
 from svc.registry.objects import ObjectStore, require_obstore
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.files import (
     ClientFile,
     FileContent,

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from svc.errors import EngineError
 from svc.files.disk import write_whole
-from svc.settings import Device, EngineSettings, GptqKernel
+from svc.settings.engine import Device, EngineSettings, GptqKernel
 from svc.version import Format
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from svc.engine.model_facts import read_model_facts
 from svc.engine.vllm.number_type import choose_dtype, choose_gptq_kernel
 from svc.engine.vllm.plan import is_eager
 from svc.errors import ProbeError
-from svc.settings import Device, EngineSettings, GptqKernel
+from svc.settings.engine import Device, EngineSettings, GptqKernel
 
 MAX_PROBES = 8
 MAX_TOKENS = 64

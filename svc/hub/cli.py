@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from svc.hub.upload import Destination, UploadFile
-    from svc.settings import Settings
+    from svc.settings.settings import Settings
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 

@@ -25,7 +25,7 @@ from svc.ray_engine.link import ActorLink
 from svc.ray_engine.messages import Fetch, Reply, Simple, Start
 from svc.ray_engine.need import Need
 from svc.ray_engine.record import RECORD_FILE, ActorRecord, postpone_end, read_actor, write_actor
-from svc.settings import Device, EngineSettings
+from svc.settings.engine import Device, EngineSettings
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from svc.ray_cluster import find_address
 from svc.ray_engine.cluster import Described, RayCluster
 from svc.ray_engine.engine import Placement
 from svc.ray_engine.need import Need, count_fitting
-from svc.settings import Device, EngineSettings, Launcher, Settings
+from svc.settings.engine import Device, EngineSettings, Launcher
+from svc.settings.settings import Settings
 
 log = logging.getLogger(__name__)
 

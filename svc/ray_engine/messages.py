@@ -14,7 +14,7 @@ from svc.engine.state import EnginePhase
 from svc.engine.vllm.lora import LoraSlots
 from svc.errors import EngineError, IntegrityError, SvcError
 from svc.model_folder.chat_template import TemplateKwargs
-from svc.settings import EngineSettings
+from svc.settings.engine import EngineSettings
 from svc.version import Format
 
 BEAT_S = 1.0

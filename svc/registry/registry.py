@@ -33,7 +33,7 @@ from svc.registry.files import verify_files
 from svc.registry.manifest import MANIFEST_FILE, FormatRecord, Manifest, read_manifest, write_manifest
 from svc.registry.objects import ObjectStore
 from svc.registry.tracking import Tracking
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.version import NAME_PATTERN, NUMBER_PATTERN, Alias, Format, VersionId
 
 log = logging.getLogger(__name__)

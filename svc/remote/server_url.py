@@ -12,7 +12,7 @@ from svc.errors import ServerNotRunningError, SettingsError
 from svc.files.lock import lock_holder
 from svc.identity.key_file import read_key
 from svc.remote.listening import is_loopback
-from svc.settings import Settings
+from svc.settings.settings import Settings
 
 if TYPE_CHECKING:
     import ssl

@@ -24,7 +24,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from svc.errors import BusyError, RegistryError
-from svc.settings import Settings, StoreSettings
+from svc.settings.settings import Settings
+from svc.settings.storage import StoreSettings
 from svc.store.postgresql import CHANNEL, WRITE_LOCK, connect, location, require_usable
 from svc.store.tables import Table
 from svc.store.unavailable import StoreUnavailableError

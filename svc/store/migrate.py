@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from svc.errors import IntegrityError, NotFoundError, RefusedError, RegistryError
 from svc.files.lock import hold_lock
 from svc.remote.server_url import LOCK_FILE
-from svc.settings import StoreSettings
+from svc.settings.storage import StoreSettings
 from svc.store.audit import verify_chain
 from svc.store.database import SQLITE_FILE, open_new_store, sole_access, take_write_lock
 from svc.store.postgresql import location

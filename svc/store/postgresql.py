@@ -14,7 +14,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 
 from svc.errors import RegistryError, SettingsError
-from svc.settings import StoreSettings
+from svc.settings.storage import StoreSettings
 from svc.store.unavailable import StoreUnavailableError
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from svc.errors import BusyError, NotFoundError
 from svc.identity.actor import Actor
-from svc.settings import RolloutSettings
+from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry, append_event
 from svc.store.database import announce_change, exclusive
 from svc.store.desired import Desired, write_desired

@@ -8,7 +8,8 @@ import yaml
 
 from serving.http.openapi import openapi_document
 from svc.remote.server_url import LOCK_FILE
-from svc.settings import ENV_PREFIX, Settings, load_settings, setting_keys
+from svc.settings.load import load_settings, setting_keys
+from svc.settings.settings import ENV_PREFIX, Settings
 from tests.deploy.deploy_files import (
     COMPOSE,
     DEPLOY,

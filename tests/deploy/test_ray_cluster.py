@@ -10,7 +10,8 @@ import jsonschema
 import pytest
 import yaml
 
-from svc.settings import Launcher, Settings
+from svc.settings.engine import Launcher
+from svc.settings.settings import Settings
 from tests.deploy.deploy_files import DEPLOY, KUBERNETES, documents
 
 OVERLAY = KUBERNETES / "overlays" / "ray"

@@ -11,7 +11,8 @@ import pytest
 from serving import systemd_notify
 from serving.http.http_server import _GRACE_S
 from svc.errors import NotFoundError, SettingsError
-from svc.settings import Settings, load_settings
+from svc.settings.load import load_settings
+from svc.settings.settings import Settings
 from tests.docs.pages import ROOT
 from tests.docs.svc_usage import usage_error
 

@@ -1,7 +1,7 @@
 """Tests that the generated pages are up to date."""
 
 from docs.generate import FOLDER, pages
-from svc.settings import setting_keys
+from svc.settings.load import setting_keys
 from trainer.recipe.file import recipe_keys
 
 

@@ -28,7 +28,8 @@ from svc.engine.state import EngineState
 from svc.errors import ServerNotRunningError
 from svc.registry.registry import Registry
 from svc.remote.server_url import ServerAddress
-from svc.settings import EngineSettings, Settings
+from svc.settings.engine import EngineSettings
+from svc.settings.settings import Settings
 from svc.store.feedback import Rating
 from svc.store.holdouts import HoldoutOutcome
 from svc.store.requests import Dropped, RequestOutcome

@@ -5,7 +5,8 @@ import shlex
 from pathlib import Path
 
 from svc.cli import COMMANDS
-from svc.settings import ENV_PREFIX, setting_keys
+from svc.settings.load import setting_keys
+from svc.settings.settings import ENV_PREFIX
 from tests.docs.pages import PAGES, ROOT, blocks, page_id, prose, read, rows
 from tests.docs.svc_usage import usage_error
 from trainer.recipe.file import load_recipe, recipe_keys

@@ -22,7 +22,8 @@ from svc.engine.orphans import find_engine
 from svc.engine.vllm.folders import state_folders
 from svc.registry.manifest import MANIFEST_FILE
 from svc.registry.registry import Registry
-from svc.settings import Settings, load_settings
+from svc.settings.load import load_settings
+from svc.settings.settings import Settings
 from svc.store.database import open_store
 from svc.version import VersionId
 from tests.e2e.server import of_one_model

@@ -16,7 +16,7 @@ from svc.registry.adapter import read_adapter
 from svc.registry.files import record_file, record_files
 from svc.registry.manifest import MANIFEST_FILE, Manifest, write_manifest
 from svc.registry.registry import HELDOUT_FILE, Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.version import Format, VersionId
 from tests.svc.chats import chat
 

@@ -15,7 +15,8 @@ from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
 from svc.model_folder.chat_template import choose_template_kwargs, write_template_kwargs
-from svc.settings import EngineSettings, Settings
+from svc.settings.engine import EngineSettings
+from svc.settings.settings import Settings
 from tests.e2e.tiny_model import build_tiny_model
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
 

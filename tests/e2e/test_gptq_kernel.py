@@ -15,7 +15,8 @@ from svc.engine.device import read_capabilities
 from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
-from svc.settings import EngineSettings, GptqKernel, Settings
+from svc.settings.engine import EngineSettings, GptqKernel
+from svc.settings.settings import Settings
 from tests.e2e.conftest import Report
 from tests.e2e.gptq_reference import RESULT, START, Logprobs, sequences
 from tests.e2e.tiny_model import build_tiny_model

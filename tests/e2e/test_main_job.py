@@ -29,7 +29,8 @@ from svc.engine.vllm.folders import socket_folder
 from svc.engine.vllm.launch import SOCKET_FILE
 from svc.evaluation.evaluator import mean_logprob
 from svc.registry.registry import Registry
-from svc.settings import EngineSettings, Settings
+from svc.settings.engine import EngineSettings
+from svc.settings.settings import Settings
 from svc.store.database import open_database
 from svc.store.holdouts import HoldoutCause, newest_holdout_run
 from svc.store.tables import RequestRow

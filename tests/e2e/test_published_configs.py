@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from svc.errors import BaseModelError
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from tests.e2e.conftest import FIGURES, Report
 from tests.hub_models.published import NO_TEMPLATE, build_published, refusal
 from tests.hub_models.training import check_merged, train_and_merge

@@ -10,7 +10,7 @@ import pytest
 from examples.load import Load
 from serving.client.local import LocalAdministration
 from serving.client.promotion import follow
-from svc.settings import load_settings
+from svc.settings.load import load_settings
 from svc.store.desired import read_desired
 from svc.store.swaps import SwapOutcome, find_swap
 from tests.e2e.conftest import PROMPTS, Report

@@ -14,7 +14,7 @@ import pytest
 
 from svc.errors import InterruptedRunError
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.version import Format, VersionId
 from tests.trainer.ray_nodes import RayNodes, nodes_of_workers, running_nodes, workers_left
 from trainer.export.eight_bits import quantize_to_8_bits

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.database import open_store
 from svc.store.rollouts import RolloutOutcome, RolloutRecord, RolloutState, find_rollout
 from svc.store.server_views import server_views

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from tests.hub_models.family import Family, Vocabulary
 
 _SENTENCEPIECE = {

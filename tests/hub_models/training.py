@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.engine.device import NumberType
-from svc.settings import EngineSettings, Settings
+from svc.settings.engine import EngineSettings
+from svc.settings.settings import Settings
 
 if TYPE_CHECKING:
     import torch

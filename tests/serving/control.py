@@ -27,7 +27,9 @@ from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
 from svc.identity.principal import Principal
 from svc.registry.registry import Registry
-from svc.settings import AdapterSettings, EngineSettings, ReplicaRange, ServeSettings, Settings
+from svc.settings.engine import AdapterSettings, EngineSettings, ReplicaRange
+from svc.settings.serve import ServeSettings
+from svc.settings.settings import Settings
 from svc.store.changes import Changes
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapResult, find_swap

@@ -18,7 +18,7 @@ from svc.engine.probes import EngineFacts
 from svc.engine.state import EnginePhase
 from svc.errors import EngineError
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.version import Target
 from tests.serving.engine_double import EngineDouble
 from tests.serving.socket_server import SocketServer

@@ -14,7 +14,7 @@ from serving.assembly import assemble
 from serving.rollout.initial_state import choose_deployments
 from svc.errors import SvcError
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from tests.new_store import new_store
 from tests.serving.engine_park import EnginePark, ParkSlots
 from tests.serving.versions import AliasBook, make_version

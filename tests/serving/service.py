@@ -33,15 +33,11 @@ from svc.engine.client import EngineClient, engine_transport
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.identity.principal import Principal
 from svc.registry.registry import Registry
-from svc.settings import (
-    ArtifactSettings,
-    FilesSettings,
-    FineTuningSettings,
-    RequestLogSettings,
-    ServeSettings,
-    Settings,
-    TelemetrySettings,
-)
+from svc.settings.client_apis import FilesSettings, FineTuningSettings
+from svc.settings.monitoring import RequestLogSettings, TelemetrySettings
+from svc.settings.serve import ServeSettings
+from svc.settings.settings import Settings
+from svc.settings.storage import ArtifactSettings
 from svc.store.changes import Changes
 from svc.version import Format, Target, VersionId
 from tests.serving.admission.opened import admitted

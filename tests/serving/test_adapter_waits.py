@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from svc.settings import AdapterSettings, SwapChoice
+from svc.settings.engine import AdapterSettings
+from svc.settings.serve import SwapChoice
 from svc.store.desired import change_desired
 from svc.store.swaps import SwapOutcome
 from svc.version import Format

@@ -14,7 +14,8 @@ from starlette.types import Message, Send
 from serving.admission.errors import QueueTimeoutError
 from serving.http.delivery import PART_BYTES
 from svc.engine.probes import EngineFacts
-from svc.settings import AdapterSettings, SwapChoice
+from svc.settings.engine import AdapterSettings
+from svc.settings.serve import SwapChoice
 from svc.store.desired import change_desired
 from svc.store.retaken_probes import find_retaken_probes
 from svc.store.swaps import SwapKind, SwapOutcome

@@ -20,7 +20,8 @@ from svc.cli import group
 from svc.errors import BusyError, GateError, NotFoundError, RefusedError, ServerNotRunningError, SvcError
 from svc.identity.actor import Actor
 from svc.remote.server_url import read_status, server_address
-from svc.settings import RolloutSettings, Settings
+from svc.settings.rollout import RolloutSettings
+from svc.settings.settings import Settings
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.deployments import deployed_names
 from svc.store.desired import change_desired, read_desired

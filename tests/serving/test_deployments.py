@@ -16,7 +16,8 @@ from serving.rollout.reconciler import Reconciler
 from serving.rollout.reviver import Reviver
 from svc.errors import EngineError
 from svc.identity.actor import Actor
-from svc.settings import FineTuningSettings, RolloutSettings
+from svc.settings.client_apis import FineTuningSettings
+from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry
 from svc.store.deployments import add_deployment, deployed_names, remove_deployment
 from svc.store.desired import change_desired, read_desired

@@ -15,7 +15,7 @@ from svc.access.keyring import IssuedKey, Keyring
 from svc.identity.actor import Actor
 from svc.identity.principal import Scope
 from svc.registry.housekeeping import remove_version
-from svc.settings import FineTuningSettings
+from svc.settings.client_apis import FineTuningSettings
 from svc.store.checkpoint_versions import checkpoint_version
 from svc.store.deployments import add_deployment, deployed_names
 from svc.store.desired import change_desired, read_desired

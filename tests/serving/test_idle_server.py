@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Engine as Store
 from sqlalchemy import event
 
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.changes import FALLBACK_POLL_S
 from tests.serving.home import Home
 from tests.serving.versions import NAME

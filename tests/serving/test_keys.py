@@ -19,7 +19,7 @@ from svc.errors import SettingsError
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
 from svc.remote.server_url import ServerAddress, server_address
-from svc.settings import ServeSettings
+from svc.settings.serve import ServeSettings
 from svc.store.usage import Usage, UsageOf, add_usage, hour_of
 from tests.serving.control import BODY, ask, until
 from tests.serving.home import Home

@@ -13,7 +13,8 @@ from svc.access.keyring import IssuedKey, Keyring
 from svc.identity.actor import Actor
 from svc.identity.key_secret import hash_secret, new_secret
 from svc.identity.principal import Scope
-from svc.settings import RequestLogSettings, ServeSettings
+from svc.settings.monitoring import RequestLogSettings
+from svc.settings.serve import ServeSettings
 from tests.serving.control import BODY
 from tests.serving.home import Home
 from tests.serving.test_cli import type_in

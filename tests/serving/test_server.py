@@ -17,7 +17,7 @@ from sqlalchemy import Engine as Store
 from serving import deployment, server
 from serving.http.http_server import HttpServer
 from svc.errors import BusyError, EngineError, IntegrityError, RegistryError, SettingsError
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapOutcome, find_swap
 from svc.store.unavailable import StoreUnavailableError

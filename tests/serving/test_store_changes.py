@@ -16,7 +16,8 @@ from svc.access.authenticator import Authenticator, KeysUnavailableError
 from svc.access.keyring import Keyring
 from svc.identity.actor import Actor
 from svc.identity.principal import Scope
-from svc.settings import ModelSettings, RolloutSettings
+from svc.settings.rollout import RolloutSettings
+from svc.settings.settings import ModelSettings
 from svc.store.change_listener import ChangeListener
 from svc.store.changes import Changes
 from svc.store.deployments import add_deployment, remove_deployment

@@ -16,7 +16,7 @@ from serving import server
 from serving.http.failed_keys import MAX_INVALID_PER_MINUTE
 from svc.errors import SettingsError
 from svc.identity.principal import Scope
-from svc.settings import ServeSettings
+from svc.settings.serve import ServeSettings
 from tests.serving.certificates import make_certificate
 from tests.serving.control import ask
 from tests.serving.home import Home

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serving.telemetry.traces.traces import Traces
-from svc.settings import RequestLogSettings, TelemetrySettings
+from svc.settings.monitoring import RequestLogSettings, TelemetrySettings
 from tests.command_line import Svc
 from tests.serving.home import Home
 from tests.serving.otlp_receiver import otlp_receiver

@@ -20,7 +20,7 @@ from serving.rollout.promotion import VersionChange
 from svc.errors import SvcError
 from svc.files.lock import hold_lock
 from svc.remote.server_url import LOCK_FILE, ServerAddress
-from svc.settings import HoldoutSettings
+from svc.settings.monitoring import HoldoutSettings
 from svc.store.desired import Desired, change_desired
 from svc.store.leases import LEASE_S, report_server
 from svc.store.served import Began, Ended, begin_serving, served_spans

@@ -26,7 +26,7 @@ from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest, write_manifest
 from svc.registry.registry import HELDOUT_FILE, HELDOUT_TOKENS_FILE, REFERENCE_FOLDER, Registry, results_file
 from svc.registry.tracking import Tracking
-from svc.settings import Device, GptqKernel
+from svc.settings.engine import Device, GptqKernel
 from svc.version import Alias, Format, Target, VersionId
 from tests.serving.engine_double import logprob_of, tokenized
 from tests.svc.chats import chat

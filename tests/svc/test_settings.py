@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svc.errors import SettingsError
-from svc.settings import ArtifactSettings, Device, Settings, environment_without_store, load_settings, setting_keys
+from svc.settings.engine import Device
+from svc.settings.load import environment_without_store, load_settings, setting_keys
+from svc.settings.settings import Settings
+from svc.settings.storage import ArtifactSettings
 from tests.svc.json_values import mappings_of
 
 Write = Callable[[str], Path]

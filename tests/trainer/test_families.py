@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from svc.model_folder.chat_template import read_chat_template
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from tests.hub_models.base_models import build_base_model
 from tests.hub_models.build import build_hub_model
 from tests.hub_models.family import DISTINCT, FAMILIES

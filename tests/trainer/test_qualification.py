@@ -11,7 +11,7 @@ from svc.errors import EngineError, ProbeError
 from svc.evaluation.general.general_set import MAX_TOKENS
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.token_scores import choose_examples
-from svc.settings import Device, GptqKernel
+from svc.settings.engine import Device, GptqKernel
 from tests.serving.engine_double import EngineDouble, logprob_of, tokenized
 from tests.trainer.conftest import make_example, make_recipe
 from tests.trainer.engines import Engines

@@ -23,7 +23,7 @@ from svc.evaluation.evaluator import ask_examples
 from svc.evaluation.results import ExampleResult
 from svc.model_folder.chat_template import TemplateKwargs
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.terminal import counting
 from trainer.comparison.model import LocalModel, Model
 from trainer.data.chat_template import tokenize_as_trained

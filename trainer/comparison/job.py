@@ -17,7 +17,7 @@ from svc.evaluation.metrics.choose import choose_metrics, try_on_references
 from svc.files.lock import hold_lock
 from svc.registry.fingerprint import tokenizer_fingerprint
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.terminal import console
 from svc.version import Format
 from trainer.comparison.ask import Answers, Interview, Tokenize

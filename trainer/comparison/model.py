@@ -13,7 +13,7 @@ from svc.model_folder.chat_template import (
 )
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.version import SERVED_FORMATS, Format
 from trainer.base_model.checks import has_chat_template
 from trainer.base_model.other_template import folder_with_template, revision_with_template

@@ -21,7 +21,7 @@ from svc.engine.gpus import GPUS_FILE, ListedGpu, read_gpus
 from svc.engine.machine import Machine, read_machine
 from svc.errors import SettingsError
 from svc.files.disk import write_whole
-from svc.settings import Device
+from svc.settings.engine import Device
 from svc.terminal import waiting
 from trainer.recipe.adapter import AdapterType, Method, Quantization
 from trainer.recipe.recipe import Recipe

@@ -7,7 +7,7 @@ from dataclasses import replace
 from svc.engine.device import read_capabilities
 from svc.engine.machine import read_machine
 from svc.errors import InsufficientMemoryError, SvcError
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.terminal import console
 from trainer.estimate.batches import read_preference_workload, read_workload
 from trainer.estimate.checkpointing import choose_checkpointing, with_checkpointing

@@ -30,7 +30,7 @@ from svc.evaluation.results import ExampleResult
 from svc.evaluation.token_scores import choose_examples
 from svc.model_folder.chat_template import TemplateKwargs
 from svc.registry.fingerprint import compatibility_fingerprint
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.terminal import console
 from svc.version import QUANTIZED_FORMATS, SERVED_FORMATS, Format
 from trainer.base_model.resolve import Base

@@ -9,7 +9,7 @@ from svc.engine.device import DeviceCapabilities
 from svc.engine.probes import engine_facts
 from svc.evaluation.cache import EvaluationCache
 from svc.model_folder.chat_template import TemplateKwargs
-from svc.settings import Settings
+from svc.settings.settings import Settings
 
 
 def evaluation_cache(

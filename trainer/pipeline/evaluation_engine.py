@@ -18,7 +18,7 @@ from svc.engine.vllm.process import EngineProcess
 from svc.evaluation.evaluator import CONCURRENCY
 from svc.model_folder.chat_template import TemplateKwargs
 from svc.registry.fingerprint import compatibility_fingerprint
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.scores import MOST_TOKENS
 from svc.terminal import advancing
 

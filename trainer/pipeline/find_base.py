@@ -8,7 +8,7 @@ from pathlib import Path
 from svc.model_folder.weight_files import TOKENIZER_FILES
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.terminal import console
 from svc.version import Format, VersionId
 from trainer.base_model.checks import check_chat_template, has_chat_template

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.model_facts import ModelFacts
 from svc.engine.vllm.number_type import AWQ, COMPRESSED_TENSORS, GPTQ, choose_dtype, explain_gptq_kernel
-from svc.settings import EngineSettings
+from svc.settings.engine import EngineSettings
 from svc.terminal import console
 from svc.version import Format
 

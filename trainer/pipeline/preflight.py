@@ -15,7 +15,7 @@ from svc.engine.vllm.model_check import model_check
 from svc.errors import BaseModelError, RecipeError
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.registry.files import hash_tensor, read_headers
-from svc.settings import Device, EngineSettings
+from svc.settings.engine import Device, EngineSettings
 from svc.terminal import waiting
 from svc.version import SERVED_FORMATS, Format
 from trainer.base_model.content import copy_shipped_files

@@ -24,7 +24,7 @@ from svc.ray_engine.guard import Guard
 from svc.registry.files import record_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.objects import ObjectStore
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.terminal import console
 from svc.version import QUANTIZED_FORMATS, Format
 from trainer.model.release_memory import release_memory

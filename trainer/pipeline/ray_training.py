@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from svc.errors import RecipeError, SettingsError
 from svc.ray_cluster import connected, find_address
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.terminal import console
 from trainer.recipe.recipe import Recipe
 from trainer.training.devices import share_of

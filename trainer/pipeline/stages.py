@@ -21,7 +21,7 @@ from svc.model_folder.chat_template import choose_template_kwargs
 from svc.model_folder.weight_files import weight_files
 from svc.registry.housekeeping import size_on_disk
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.terminal import console
 from svc.training_progress import ProgressFile
 from svc.training_progress import Registered as VersionRegistered

@@ -8,7 +8,7 @@ import click
 from svc.invocation import json_option, print_json, settings_of
 
 if TYPE_CHECKING:
-    from svc.settings import Settings
+    from svc.settings.settings import Settings
     from trainer.recipe.recipe import Recipe
     from trainer.sweep.finals import Finals
     from trainer.sweep.trial_runner import TrialRunner

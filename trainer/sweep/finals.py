@@ -34,7 +34,7 @@ from svc.evaluation.metrics.metric import Better, Metric
 from svc.evaluation.results import ExampleResult
 from svc.evaluation.verdict import GateOutcome
 from svc.model_folder.chat_template import write_template_kwargs
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.terminal import console, counting
 from svc.version import Format
 from trainer.data.chat_template import tokenize_as_trained

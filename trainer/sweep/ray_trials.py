@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from svc.errors import InterruptedRunError
 from svc.ray_cluster import connected, find_address
 from svc.registry.objects import ObjectStore
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.terminal import console
 from trainer.base_model.resolve import Base
 from trainer.callbacks.preemption import Preemption, preemption

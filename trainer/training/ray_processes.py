@@ -19,7 +19,7 @@ from uuid import uuid4
 from svc.engine.device import DeviceCapabilities
 from svc.errors import BusyError, InterruptedRunError, TrainingError
 from svc.registry.files import FileRecord
-from svc.settings import RaySettings
+from svc.settings.engine import RaySettings
 from svc.terminal import console
 from trainer.callbacks.preemption import Preemption, preemption
 from trainer.training.processes import AGAIN, POLL_S, Failure, Result, Supervisor, TrainingFolders

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serving.rollout.gates import entry_point
 from serving.rollout.gates.result_file import check_result_file
-from svc.settings import CommandGate, CustomGate, EntryPointGate, ResultFileGate, environment_without_store
+from svc.settings.gates import CommandGate, CustomGate, EntryPointGate, ResultFileGate
+from svc.settings.load import environment_without_store
 from svc.store.gate_rows import GateRow, GateVerdict
 from svc.version import Target
 

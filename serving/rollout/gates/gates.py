@@ -10,7 +10,7 @@ from serving.rollout.gates.quality import check_forgetting, check_quality, check
 from serving.rollout.gates.speed import check_speed
 from svc.errors import GateError
 from svc.registry.registry import Registry
-from svc.settings import GateSettings, UndecidedGates
+from svc.settings.gates import GateSettings, UndecidedGates
 from svc.store.gate_rows import GateRow, GateVerdict
 from svc.version import Target, VersionId
 

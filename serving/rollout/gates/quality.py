@@ -17,7 +17,7 @@ from svc.evaluation.results import ExampleResult
 from svc.evaluation.verdict import Gate, GateReport, Verdict, judge
 from svc.registry.manifest import Manifest
 from svc.registry.registry import HELDOUT_FILE, Registry
-from svc.settings import GateSettings
+from svc.settings.gates import GateSettings
 from svc.store.gate_rows import GateRow, GateVerdict
 from svc.version import Format, Target
 

@@ -11,7 +11,7 @@ from svc.engine.vllm.choice import Origin
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.number_type import choose_dtype, is_wide, weight_bytes
 from svc.engine.vllm.plan import GIB, EnginePlanner
-from svc.settings import Device
+from svc.settings.engine import Device
 
 ENGINE_OVERHEAD = 2 * GIB
 """Memory of an engine in addition to weights and KV cache. On a CPU, vLLM 0.32 with a model of a few

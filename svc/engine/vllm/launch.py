@@ -26,7 +26,7 @@ from svc.engine.vllm.lora import RUNTIME_VARIABLE, LoraSlots, lora_choices
 from svc.engine.vllm.number_type import choose_dtype, choose_gptq_kernel
 from svc.engine.vllm.plugin import EMPTY_TOKENS_VARIABLE, INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE
 from svc.model_folder.chat_template import TemplateKwargs
-from svc.settings import Device, EngineSettings, GptqKernel
+from svc.settings.engine import Device, EngineSettings, GptqKernel
 
 SOCKET_FILE = "engine.sock"
 HUGGING_FACE_FORMAT = ["--config-format", "hf", "--tokenizer-mode", "hf"]

@@ -18,7 +18,7 @@ from svc.engine.device import installed_vllm
 from svc.engine.vllm.environment import inherited_environment
 from svc.engine.vllm.launch import HUGGING_FACE_FORMAT
 from svc.errors import BaseModelError, EngineError
-from svc.settings import EngineSettings
+from svc.settings.engine import EngineSettings
 
 _TIMEOUT_S = 300.0
 _MAX_REASON = 160  # characters; vLLM lists all architectures that it has

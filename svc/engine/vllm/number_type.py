@@ -5,7 +5,7 @@ from svc.engine.model_facts import ModelFacts
 from svc.engine.vllm.choice import AUTO, Choice, Origin, as_argument, as_given
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
 from svc.errors import EngineError
-from svc.settings import Device, EngineSettings, GptqKernel
+from svc.settings.engine import Device, EngineSettings, GptqKernel
 
 GPTQ, AWQ = "gptq", "awq"
 """Quantization methods named in the config of a 4-bit model."""

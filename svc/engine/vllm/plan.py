@@ -18,7 +18,7 @@ from svc.engine.vllm.choice import AUTO, Choice, Origin, Value, as_argument, as_
 from svc.engine.vllm.engine_args import given, given_flag
 from svc.engine.vllm.number_type import FOUR_BITS, choose_dtype, explain_gptq_kernel, is_wide, weight_bytes
 from svc.errors import EngineError
-from svc.settings import Device, EngineSettings
+from svc.settings.engine import Device, EngineSettings
 
 GIB = 2**30
 _BLOCK_SIZE = 32

@@ -28,7 +28,7 @@ from svc.engine.vllm.health_checks import HealthChecks
 from svc.engine.vllm.launch import EngineSpec, command, environment, launch_digest
 from svc.engine.vllm.startup_phase import PhaseReader
 from svc.errors import EngineError
-from svc.settings import Device
+from svc.settings.engine import Device
 
 Result = TypeVar("Result")
 

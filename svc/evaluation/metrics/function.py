@@ -19,7 +19,7 @@ from typing import Any
 from svc.errors import RecipeError
 from svc.evaluation.metrics import function_worker
 from svc.evaluation.metrics.metric import Answered, Metric, Unit
-from svc.settings import environment_without_store
+from svc.settings.load import environment_without_store
 
 _SPEC = re.compile(r"(?P<path>.+\.py):(?P<function>\w+)")
 

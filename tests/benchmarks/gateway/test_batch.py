@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.gateway.batch import _add_input
 from svc.client_files.batch_check import check_batch_file
-from svc.settings import load_settings
+from svc.settings.load import load_settings
 from svc.store.database import open_store
 from svc.store.files import Purpose, find_file
 

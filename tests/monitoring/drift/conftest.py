@@ -10,7 +10,7 @@ from monitoring.drift.budget import Signal
 from monitoring.drift.check import DriftCheck
 from monitoring.drift.report import SignalReport
 from svc.registry.registry import Registry
-from svc.settings import RequestLogSettings
+from svc.settings.monitoring import RequestLogSettings
 from tests.monitoring.drift.traffic import Traffic, open_registry, register, target
 from tests.new_store import new_store
 

@@ -14,7 +14,7 @@ from monitoring.drift.report import Status
 from svc.errors import BusyError, NotFoundError
 from svc.evaluation.results import ExampleResult
 from svc.registry.registry import Registry
-from svc.settings import RequestLogSettings
+from svc.settings.monitoring import RequestLogSettings
 from svc.store.drift import DriftAlarm, keep_drift, read_drift_alarms, read_drift_states
 from svc.store.leases import Lease, LeaseLostError
 from svc.version import Format, VersionId

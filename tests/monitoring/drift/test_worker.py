@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from monitoring.drift.worker import checking_drift
-from svc.settings import MonitorSettings, Settings
+from svc.settings.monitoring import MonitorSettings
+from svc.settings.settings import Settings
 
 PATIENCE_S = 30.0
 

@@ -11,7 +11,7 @@ from monitoring.drift.check import DriftCheck
 from monitoring.drift.production import ProductionChecks
 from monitoring.exporter.drift import DriftMetrics
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.deployments import add_deployment, remove_deployment
 from svc.store.desired import change_desired
 from svc.store.drift import read_drift_states

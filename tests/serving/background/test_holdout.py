@@ -22,7 +22,8 @@ from svc.errors import RecipeError
 from svc.evaluation.metrics.metric import Metric
 from svc.evaluation.metrics.text import Rouge
 from svc.registry.registry import Registry
-from svc.settings import HoldoutSettings, SwapChoice
+from svc.settings.monitoring import HoldoutSettings
+from svc.settings.serve import SwapChoice
 from svc.store.holdouts import (
     HoldoutCause,
     HoldoutOutcome,

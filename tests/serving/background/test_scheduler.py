@@ -9,7 +9,7 @@ from serving.background.scheduler import ID_PREFIX, BackgroundScheduler, Superse
 from svc.dataset.schema.example import Message, Role
 from svc.engine.client import Answer, EngineClient
 from svc.errors import EngineError
-from svc.settings import HoldoutSettings
+from svc.settings.monitoring import HoldoutSettings
 from svc.store.swaps import SwapOutcome
 from tests.serving.control import Control, Make, ask, until
 from tests.serving.engine_double import Fault

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from serving.background import scoring
 from serving.background.scheduler import BackgroundScheduler
 from serving.background.scoring import LiveScores
-from svc.settings import HoldoutSettings
+from svc.settings.monitoring import HoldoutSettings
 from svc.store.requests import RequestRecord, add_requests
 from svc.store.scores import newest_unscored
 from svc.store.swaps import SwapOutcome

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from svc.client_files.client_files import ClientFiles
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.desired import change_desired, read_desired
 from svc.store.files import Purpose
 from tests.serving.home import Home

@@ -7,7 +7,8 @@ import pytest
 from serving.client.local import LocalAdministration
 from serving.rollout.promotion import PromotionRequest
 from svc.errors import GateError
-from svc.settings import ModelSettings, RolloutSettings
+from svc.settings.rollout import RolloutSettings
+from svc.settings.settings import ModelSettings
 from svc.store.rollouts import RolloutState, find_rollout
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version, target

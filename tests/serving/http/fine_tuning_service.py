@@ -15,7 +15,9 @@ from serving.http.connections import watched
 from serving.jobs.training_check import TrainingCheck
 from svc.access.keyring import IssuedKey
 from svc.client_files.client_files import ClientFiles
-from svc.settings import ArtifactSettings, FilesSettings, FineTuningSettings, Settings, TrainingPlace
+from svc.settings.client_apis import FilesSettings, FineTuningSettings, TrainingPlace
+from svc.settings.settings import Settings
+from svc.settings.storage import ArtifactSettings
 from svc.store.files import FileStatus, Purpose, set_file_status
 from tests.serving.http.keyed_service import KeyedService
 from tests.serving.service import ClientsProtocol

@@ -15,7 +15,7 @@ from sqlalchemy import update
 
 from serving.http import batches
 from svc.identity.principal import Scope
-from svc.settings import FilesSettings
+from svc.settings.client_apis import FilesSettings
 from svc.store import audit
 from svc.store.batches import BatchError, BatchProgress, BatchResult, BatchStatus, end_batch
 from svc.store.files import ClientFile, FileStatus

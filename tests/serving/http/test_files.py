@@ -26,7 +26,7 @@ from serving.http.files import MAX_PAGE
 from serving.http.uploading import MAX_UPLOADS
 from svc.client_files.file_writer import FileWriter
 from svc.identity.principal import Scope
-from svc.settings import FilesSettings
+from svc.settings.client_apis import FilesSettings
 from svc.store.files import FileStatus, Purpose, set_file_status
 from svc.store.jobs import JobStatus
 from svc.store.tables import BatchRow, JobRow

@@ -21,7 +21,8 @@ from serving.jobs.creation import JobCreation, decide_job
 from serving.jobs.training_check import CheckFailedError, CheckTimeoutError, TrainingCheck
 from svc.errors import BaseModelError, DataError, NotFoundError, RecipeError
 from svc.identity.principal import Scope
-from svc.settings import Settings, TrainingPlace
+from svc.settings.client_apis import TrainingPlace
+from svc.settings.settings import Settings
 from svc.store import audit
 from svc.store.changes import Changes
 from svc.store.files import FileStatus, Purpose, remove_file, set_file_status

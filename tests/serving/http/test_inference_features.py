@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from serving.telemetry import drift_features
 from svc.registry.registry import Registry
-from svc.settings import RequestLogSettings
+from svc.settings.monitoring import RequestLogSettings
 from svc.store.drift_items import Item, read_items
 from svc.store.requests import RequestRecord
 from svc.store.tables import RequestRow

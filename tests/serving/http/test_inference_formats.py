@@ -11,7 +11,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from svc.settings import RequestLogSettings
+from svc.settings.monitoring import RequestLogSettings
 from svc.store.tables import RequestRow
 from tests.serving.engine_double import Fault
 from tests.serving.http.test_inference import error_of, reason, until

@@ -12,7 +12,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from svc.settings import RequestLogSettings
+from svc.settings.monitoring import RequestLogSettings
 from svc.store.requests import hash_user
 from svc.store.tables import RequestRow
 from tests.serving.engine_double import Fault

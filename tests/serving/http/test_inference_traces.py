@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from serving.protocols.route import Route
-from svc.settings import RequestLogSettings, TelemetrySettings
+from svc.settings.monitoring import RequestLogSettings, TelemetrySettings
 from tests.serving.engine_double import Fault
 from tests.serving.http.keyed_service import BODIES, KeyedService
 from tests.serving.http.test_inference import until

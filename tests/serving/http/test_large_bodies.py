@@ -9,7 +9,7 @@ import pytest
 from starlette.types import Receive
 
 from serving.http.inference import Exchange
-from svc.settings import ServeSettings
+from svc.settings.serve import ServeSettings
 from tests.event_loop import max_cpu_s
 from tests.serving.http.test_inference import CHAT_PATH
 from tests.serving.service import NAME, Service

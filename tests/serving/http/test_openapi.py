@@ -34,7 +34,9 @@ from svc.access.authenticator import Authenticator
 from svc.access.keyring import Keyring
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
-from svc.settings import FilesSettings, FineTuningSettings, ServeSettings, Settings
+from svc.settings.client_apis import FilesSettings, FineTuningSettings
+from svc.settings.serve import ServeSettings
+from svc.settings.settings import Settings
 from tests.serving.engine_double import EngineDouble
 from tests.serving.service import NAME, ONE, OneBackend, Service, connections, gateway
 from tests.serving.socket_server import running_in_thread

@@ -22,7 +22,8 @@ from serving.jobs.worker import JobWorker
 from svc.client_files import client_files
 from svc.client_files.content_check import ContentCheck
 from svc.registry.objects import ObjectStore
-from svc.settings import ArtifactSettings, FilesSettings
+from svc.settings.client_apis import FilesSettings
+from svc.settings.storage import ArtifactSettings
 from svc.store.changes import Changes
 from svc.store.files import FileStatus, Purpose, find_file
 from svc.store.job_queue import JobResult

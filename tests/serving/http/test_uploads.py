@@ -16,7 +16,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import update
 
 from svc.identity.principal import Scope
-from svc.settings import FilesSettings
+from svc.settings.client_apis import FilesSettings
 from svc.store import uploads
 from svc.store.tables import UploadRow
 from tests.serving.http.fine_tuning_service import FineTuningService, strict

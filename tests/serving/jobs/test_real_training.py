@@ -10,7 +10,7 @@ from serving.assembly import make_job_worker
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
 from svc.registry.registry import Registry
-from svc.settings import FineTuningSettings
+from svc.settings.client_apis import FineTuningSettings
 from svc.store.fine_tuned_models import find_model
 from svc.store.jobs import JobStatus, Wanted, read_checkpoints, read_events
 from svc.store.page import Page

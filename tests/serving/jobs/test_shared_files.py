@@ -8,7 +8,8 @@ import pytest
 from serving.jobs.job_training import Pace
 from svc.client_files.client_files import ClientFiles
 from svc.client_files.shared_contents import ContentDamagedError, ContentStoreError
-from svc.settings import ArtifactSettings, Settings
+from svc.settings.settings import Settings
+from svc.settings.storage import ArtifactSettings
 from svc.store.job_queue import JobResult
 from svc.store.jobs import Job, JobStatus, Wanted
 from svc.version import VersionId

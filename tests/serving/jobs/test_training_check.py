@@ -15,7 +15,8 @@ from serving.jobs.request import JobRequest
 from serving.jobs.training_check import CheckTimeoutError, check_training, command_environment
 from svc.client_files.content_check import check_content
 from svc.errors import BaseModelError, DataError, RecipeError, SvcError
-from svc.settings import Settings, load_settings
+from svc.settings.load import load_settings
+from svc.settings.settings import Settings
 from svc.store.files import Purpose
 from tests.published_examples import published
 from tests.trainer.estimate.configs import FOLDER

@@ -8,7 +8,8 @@ from serving.assembly import make_job_worker
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
 from svc.registry.registry import Registry
-from svc.settings import FineTuningSettings, Settings
+from svc.settings.client_apis import FineTuningSettings
+from svc.settings.settings import Settings
 from svc.store.jobs import JobStatus
 from svc.version import Format
 from tests.new_store import new_store

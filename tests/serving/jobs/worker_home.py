@@ -25,7 +25,7 @@ from serving.jobs.worker import JobWorker
 from svc.client_files.client_files import ClientFiles
 from svc.engine.orphans import runs
 from svc.identity.actor import Actor
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.audit import Action, AuditEntry
 from svc.store.changes import Changes
 from svc.store.files import Purpose

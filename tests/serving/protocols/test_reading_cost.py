@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from serving.protocols.reading_cost import takes_longer
 from serving.protocols.request import InvalidJsonError, InvalidRequestError, parse_request
 from serving.protocols.route import Route
-from svc.settings import RequestLimits, ServeSettings
+from svc.settings.serve import RequestLimits, ServeSettings
 from tests.event_loop import max_cpu_s
 from tests.serving.protocols.worst_bodies import worst_bodies
 

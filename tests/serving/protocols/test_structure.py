@@ -9,7 +9,7 @@ from serving.protocols.json_values import count_values, is_deeper
 from serving.protocols.route import Route
 from serving.protocols.structure import find_excess
 from serving.protocols.usual_forms import is_usual_item, is_usual_message, is_usual_tool
-from svc.settings import RequestLimits
+from svc.settings.serve import RequestLimits
 
 CHAT, PLAIN, RESPONSES, MESSAGES = Route.CHAT_COMPLETIONS, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES
 USER = {"role": "user", "content": "a"}

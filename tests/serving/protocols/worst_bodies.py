@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from serving.protocols.route import Route
-from svc.settings import RequestLimits
+from svc.settings.serve import RequestLimits
 
 LIMITS = RequestLimits()
 CHAT, PLAIN, RESPONSES, MESSAGES = Route.CHAT_COMPLETIONS, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES

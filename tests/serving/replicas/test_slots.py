@@ -17,7 +17,8 @@ from svc.ray_engine.cluster import RayCluster
 from svc.ray_engine.machines import RayMachines
 from svc.ray_engine.record import ActorRecord, end_postponed, postpone_end, read_actor, write_actor
 from svc.registry.registry import Registry
-from svc.settings import EngineSettings, Settings
+from svc.settings.engine import EngineSettings
+from svc.settings.settings import Settings
 from svc.version import Target, VersionId
 from tests.serving.control import until
 from tests.serving.versions import NAME, AliasBook, make_version, target

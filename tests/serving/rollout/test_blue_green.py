@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from svc.engine.state import EngineState
-from svc.settings import SwapChoice
+from svc.settings.serve import SwapChoice
 from svc.store.swaps import SwapKind, SwapOutcome
 from svc.version import Format
 from tests.serving.control import Control, Load, Make, ask, until

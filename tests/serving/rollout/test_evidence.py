@@ -9,7 +9,7 @@ from sqlalchemy import update
 
 from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, doubts, exclusions, expectations
 from svc.identity.actor import Actor
-from svc.settings import RolloutSettings
+from svc.settings.rollout import RolloutSettings
 from svc.store.assigned_requests import unit_text
 from svc.store.audit import Action, AuditEntry
 from svc.store.desired import Desired, change_desired

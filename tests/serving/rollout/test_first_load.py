@@ -7,7 +7,7 @@ from sqlalchemy.exc import OperationalError
 
 from serving.replicas.verification import Verification
 from svc.engine.state import EngineState
-from svc.settings import SwapChoice
+from svc.settings.serve import SwapChoice
 from svc.store.retaken_probes import find_retaken_probes
 from svc.store.swaps import SwapKind, SwapOutcome
 from tests.serving.control import Control, Make, ask, until

@@ -10,7 +10,8 @@ import pytest
 from serving.rollout.promotion import PromotionRequest
 from serving.rollout.version_changes import VersionChanges
 from svc.identity.actor import Actor
-from svc.settings import ModelSettings, RolloutSettings
+from svc.settings.rollout import RolloutSettings
+from svc.settings.settings import ModelSettings
 from svc.store.deployments import add_deployment
 from svc.store.desired import change_desired, read_desired
 from svc.store.rollouts import RolloutState, find_rollout

@@ -12,7 +12,7 @@ from sqlalchemy import Engine as Store
 from serving.rollout.replay import find_kept
 from serving.rollout.split import Split
 from svc.engine.state import EngineState
-from svc.settings import RolloutSettings, UnitKind
+from svc.settings.rollout import RolloutSettings, UnitKind
 from svc.store.requests import RequestOutcome, RequestRecord, add_requests
 from svc.store.rollouts import RolloutOutcome, RolloutRecord, RolloutState
 from svc.store.shadow_pairs import ShadowPair, add_shadow_pair, read_shadow_pairs

@@ -7,7 +7,7 @@ import pytest
 
 from serving.rollout.replica_scaling import ReplicaScaling
 from serving.rollout.scaling import MEAN_S
-from svc.settings import EngineSettings, ReplicaRange
+from svc.settings.engine import EngineSettings, ReplicaRange
 from svc.store.swaps import SwapOutcome
 from tests.serving.control import Control, Make, ask, until
 from tests.serving.versions import target

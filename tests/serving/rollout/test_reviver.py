@@ -11,7 +11,7 @@ from serving.replicas.replica import Replica
 from svc.engine.client import Health
 from svc.engine.state import EngineState
 from svc.errors import BusyError, EngineError
-from svc.settings import SwapChoice
+from svc.settings.serve import SwapChoice
 from svc.store.desired import Desired
 from svc.store.swaps import SwapOutcome
 from svc.version import Target

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from svc.engine.state import EngineState
-from svc.settings import SwapChoice
+from svc.settings.serve import SwapChoice
 from svc.store.desired import Desired
 from svc.store.swaps import SwapKind, SwapOutcome
 from svc.version import Target

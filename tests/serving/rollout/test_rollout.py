@@ -20,7 +20,8 @@ from serving.rollout.promotion import PromotionRequest, RolloutOptions, VersionC
 from serving.rollout.version_changes import VersionChanges
 from svc.errors import BusyError, SettingsError
 from svc.identity.actor import Actor
-from svc.settings import AtDeadline, ModelSettings, RolloutSettings
+from svc.settings.rollout import AtDeadline, RolloutSettings
+from svc.settings.settings import ModelSettings
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.gate_rows import GATE_ROWS

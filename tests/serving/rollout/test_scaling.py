@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from serving.rollout.scaling import MEAN_S, ScalingPolicy
-from svc.settings import ReplicaRange
+from svc.settings.engine import ReplicaRange
 
 TRACE = Path(__file__).parents[2] / "data" / "traces" / "azure_2023_conversation_minutes.csv"
 DAY_S, STEP_S = 86_400, 5

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from svc.engine.state import EngineState
-from svc.settings import AdapterSettings
+from svc.settings.engine import AdapterSettings
 from svc.store.deployments import add_deployment
 from svc.store.desired import change_desired
 from svc.store.swaps import SwapOutcome

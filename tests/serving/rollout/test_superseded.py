@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from serving.rollout import reconciler
 from svc.engine.state import EngineState
-from svc.settings import SwapChoice
+from svc.settings.serve import SwapChoice
 from svc.store.desired import Desired, read_desired
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, find_swap
 from svc.version import Target

@@ -14,7 +14,7 @@ from serving.sizing.measure import LoadClient, engine_client, levels, measure
 from svc.engine.address import TlsAddress
 from svc.errors import EngineError
 from svc.ray_engine.identity import client_context, make_identity
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.version import Format, Target, VersionId
 
 STEP_S, TOKEN_S = 0.01, 0.0005

@@ -15,7 +15,7 @@ import pytest
 from serving.telemetry import drift_features
 from serving.telemetry.drift_features import BURST, PER_DAY, FeatureProcess
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.drift_items import item_ids, read_items
 from svc.store.requests import RequestRecord, add_requests
 from svc.version import Format, Target, VersionId

@@ -15,7 +15,7 @@ from serving.protocols.route import Route
 from serving.telemetry import request_log
 from serving.telemetry.content import Content
 from serving.telemetry.request_log import RequestLog
-from svc.settings import RequestLogSettings
+from svc.settings.monitoring import RequestLogSettings
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import Dropped, Pruned, add_requests
 from svc.store.tables import RequestRow

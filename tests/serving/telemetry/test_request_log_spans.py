@@ -13,7 +13,7 @@ from serving.telemetry import request_log
 from serving.telemetry.content import Content
 from serving.telemetry.request_log import RequestLog
 from serving.telemetry.traces.request_trace import RequestTrace
-from svc.settings import RequestLogSettings
+from svc.settings.monitoring import RequestLogSettings
 from svc.store.requests import Dropped, RequestRecord
 from svc.store.tables import RequestRow
 from tests.svc.store.test_requests import RECORD as OLD_RECORD

@@ -9,7 +9,7 @@ from sqlalchemy import Engine as Store
 
 from svc.errors import IntegrityError, NotFoundError
 from svc.identity.actor import Actor
-from svc.settings import RolloutSettings
+from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry, read_events, record_event, verify_chain
 from svc.store.desired import change_desired, read_desired
 from svc.store.requests import add_requests, hash_user

@@ -7,7 +7,7 @@ from sqlalchemy import Engine as Store
 
 from svc.audit.history import read_history
 from svc.identity.actor import Actor
-from svc.settings import RolloutSettings
+from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry, record_event
 from svc.store.desired import Desired, change_desired
 from svc.store.leases import report_server

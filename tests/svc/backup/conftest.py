@@ -17,7 +17,7 @@ from svc.dataset.readers.reader import write_examples
 from svc.identity.actor import Actor
 from svc.registry.registry import HELDOUT_FILE, Registry
 from svc.registry.tracking import Tracking
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.audit import Action, AuditEntry
 from svc.store.desired import change_desired, read_desired
 from svc.version import Alias, Format, Target, VersionId

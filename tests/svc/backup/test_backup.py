@@ -13,7 +13,7 @@ from svc.errors import BusyError, DiskSpaceError, IntegrityError
 from svc.files.lock import hold_lock
 from svc.registry.housekeeping import remove_version
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.version import Alias, Format
 from tests.svc.backup.conftest import NAME, BackUp, RestoreAs, UsedHome, progress
 

@@ -8,7 +8,7 @@ import pytest
 from svc.backup.archive import Archive
 from svc.backup.backup import Backup
 from svc.client_files.client_files import ClientFiles
-from svc.settings import ArtifactSettings
+from svc.settings.storage import ArtifactSettings
 from svc.store.files import Purpose, remove_file
 from tests.svc.backup.conftest import BackUp, RestoreAs, UsedHome
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from svc.errors import RefusedError
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.audit import read_events
 from svc.store.database import open_store
 from svc.store.desired import change_desired

@@ -9,7 +9,7 @@ from svc.backup.restore import Restore
 from svc.errors import BusyError, IntegrityError, NotFoundError, SettingsError
 from svc.files.lock import hold_lock
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.version import Format
 from tests.svc.backup.conftest import BackUp, RestoreAs, UsedHome, progress
 from tests.svc.registry.manifests import make_manifest

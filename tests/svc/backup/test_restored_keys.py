@@ -13,7 +13,7 @@ from svc.backup.restore import Restore
 from svc.errors import RefusedError
 from svc.identity.actor import Actor
 from svc.identity.principal import Scope
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.audit import read_events, verify_chain
 from svc.store.database import open_database
 from svc.store.keys import read_keys

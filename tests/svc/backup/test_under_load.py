@@ -17,7 +17,7 @@ from svc.errors import BusyError
 from svc.identity.actor import Actor
 from svc.registry.housekeeping import protected, remove_version
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.audit import Action, AuditEntry, record_event, verify_chain
 from svc.store.database import open_database
 from svc.store.desired import read_desired

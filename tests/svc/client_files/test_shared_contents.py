@@ -22,7 +22,9 @@ from svc.client_files.shared_contents import ContentDamagedError, ContentMissing
 from svc.client_files.uploads import ClientUploads
 from svc.errors import SettingsError
 from svc.registry.objects import ObjectStore
-from svc.settings import ArtifactSettings, FilesSettings, Settings
+from svc.settings.client_apis import FilesSettings
+from svc.settings.settings import Settings
+from svc.settings.storage import ArtifactSettings
 from svc.store.files import Purpose, StorageLimitError, StorageLimits
 from svc.store.jobs import JobStatus
 from svc.store.page import EntryNotFoundError

@@ -1,7 +1,7 @@
 """Devices of each kind, as torch and vLLM report them."""
 
 from svc.engine.device import DeviceCapabilities, TorchGpu
-from svc.settings import Device
+from svc.settings.engine import Device
 
 AVX512 = DeviceCapabilities(
     instruction_set="x86_64-avx512_bf16",

@@ -13,7 +13,7 @@ import pytest
 from svc.engine import device as module
 from svc.engine.device import DeviceCapabilities, NumberType, ask_capabilities, installed_vllm, read_capabilities
 from svc.errors import EngineError
-from svc.settings import Device, EngineSettings, GptqKernel
+from svc.settings.engine import Device, EngineSettings, GptqKernel
 from svc.version import Format
 from tests.svc.engine.devices import AMX, AVX2, AVX512, AVX512_ALONE, HOPPER, TURING
 

@@ -21,7 +21,7 @@ from svc.engine.vllm import process as process_module
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
 from svc.errors import EngineError
-from svc.settings import Device, EngineSettings
+from svc.settings.engine import Device, EngineSettings
 from tests.svc.engine.devices import AVX512
 
 pytestmark = pytest.mark.slow

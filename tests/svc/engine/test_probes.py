@@ -26,7 +26,7 @@ from svc.engine.probes import (
     measure_probes,
 )
 from svc.errors import ProbeError
-from svc.settings import Device, EngineSettings, GptqKernel
+from svc.settings.engine import Device, EngineSettings, GptqKernel
 from tests.serving.engine_double import EngineDouble
 from tests.svc.engine.devices import AMX, AVX2, AVX512
 from tests.svc.engine.in_process import client_of

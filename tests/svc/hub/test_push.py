@@ -16,7 +16,7 @@ from svc.errors import (
 from svc.registry.files import record_files
 from svc.registry.manifest import BaseRecord, FormatRecord, Manifest, write_manifest
 from svc.registry.registry import Registry
-from svc.settings import load_settings
+from svc.settings.load import load_settings
 from svc.store.audit import Action, read_events
 from svc.store.database import open_store
 from svc.version import Format

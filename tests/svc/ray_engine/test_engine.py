@@ -26,7 +26,8 @@ from svc.ray_engine.need import Need
 from svc.ray_engine.record import RECORD_FILE, ActorRecord, end_postponed, read_actor, write_actor
 from svc.registry.objects import ObjectStore
 from svc.registry.registry import HELDOUT_FILE, Registry
-from svc.settings import Device, EngineSettings, Settings
+from svc.settings.engine import Device, EngineSettings
+from svc.settings.settings import Settings
 from svc.version import VersionId
 from tests.svc.engine.devices import AVX512
 from tests.svc.ray_engine.cluster_double import ClusterDouble, ProcessDouble

@@ -10,7 +10,8 @@ from svc.errors import EngineError, SettingsError
 from svc.ray_engine.cluster import Described, RayCluster, Resources
 from svc.ray_engine.machines import RayMachines
 from svc.ray_engine.need import Need, count_fitting
-from svc.settings import Device, EngineSettings, Settings
+from svc.settings.engine import Device, EngineSettings
+from svc.settings.settings import Settings
 from tests.svc.engine.devices import AVX512
 
 ON_RAY = {"launcher": "ray"}

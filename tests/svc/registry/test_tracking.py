@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from svc.errors import RegistryError
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.version import Alias, VersionId
 
 

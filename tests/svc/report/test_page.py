@@ -25,7 +25,7 @@ from svc.registry.tracking import Tracking
 from svc.report.judged import BASE, ModelComparison
 from svc.report.page import duration, report_page, say_verdict
 from svc.report.report import gather_report
-from svc.settings import RolloutSettings
+from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry
 from svc.store.database import open_database
 from svc.store.desired import change_desired

@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Principal, Scope
-from svc.settings import RolloutSettings
+from svc.settings.rollout import RolloutSettings
 from svc.store import change_listener, outage_log, sqlite_listener
 from svc.store import changes as changes_module
 from svc.store import postgresql as postgresql_module

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from svc.errors import RefusedError, RegistryError, SettingsError
-from svc.settings import StoreSettings
+from svc.settings.storage import StoreSettings
 from tests.command_line import Svc
 from tests.filled_store import ROWS, fill
 from tests.new_store import new_store

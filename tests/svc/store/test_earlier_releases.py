@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine as Store
 
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store.audit import verify_chain
 from svc.store.database import SQLITE_FILE, open_store
 from svc.store.postgresql import connect

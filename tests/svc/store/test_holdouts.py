@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from svc.engine.probes import EngineFacts
-from svc.settings import Device, GptqKernel
+from svc.settings.engine import Device, GptqKernel
 from svc.store import holdouts
 from svc.store.holdouts import (
     HoldoutCause,

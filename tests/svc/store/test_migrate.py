@@ -13,7 +13,8 @@ from sqlalchemy import Engine as Store
 from svc.errors import BusyError, IntegrityError, NotFoundError, RefusedError, RegistryError
 from svc.files.lock import hold_lock
 from svc.remote.server_url import LOCK_FILE
-from svc.settings import Settings, StoreSettings
+from svc.settings.settings import Settings
+from svc.settings.storage import StoreSettings
 from svc.store import database as database_module
 from svc.store import migrate as migrate_module
 from svc.store.audit import Action, AuditEntry, record_event, verify_chain

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.store import change_listener
 from svc.store.audit import Action, AuditEntry, record_event, verify_chain
 from svc.store.database import announce_change, open_store

@@ -16,7 +16,8 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import IntegrityError
 
 from svc.errors import RegistryError, SettingsError
-from svc.settings import Settings, StoreSettings
+from svc.settings.settings import Settings
+from svc.settings.storage import StoreSettings
 from svc.store import postgresql as postgresql_module
 from svc.store.audit import Action, AuditEntry, record_event, verify_chain
 from svc.store.database import exclusive, open_store

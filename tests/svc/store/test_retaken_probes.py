@@ -4,7 +4,7 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from svc.engine.probes import EngineFacts, Probe
-from svc.settings import Device, GptqKernel
+from svc.settings.engine import Device, GptqKernel
 from svc.store.retaken_probes import find_retaken_probes, keep_retaken_probes
 from svc.version import Format, Target, VersionId
 

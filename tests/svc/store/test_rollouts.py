@@ -8,7 +8,7 @@ from sqlalchemy import Engine as Store
 
 from svc.errors import BusyError
 from svc.identity.actor import Actor
-from svc.settings import RolloutSettings
+from svc.settings.rollout import RolloutSettings
 from svc.store.assigned_requests import read_assigned, unit_text
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.desired import Desired, change_desired, read_desired

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from svc.identity.actor import Actor
-from svc.settings import RolloutSettings
+from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry
 from svc.store.desired import change_desired
 from svc.store.rollouts import RolloutOutcome, RolloutState, begin_rollout, end_rollout, enter_state

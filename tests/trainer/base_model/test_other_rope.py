@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svc.engine.model_facts import read_model_facts
 from svc.errors import BaseModelError
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from tests.trainer.conftest import make_model
 from trainer.base_model.other_rope import folder_with_rope, revision_with_rope
 from trainer.model.config import load_config

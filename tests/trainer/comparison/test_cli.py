@@ -9,7 +9,7 @@ from svc.evaluation.comparison import compare
 from svc.evaluation.endpoint import Endpoint
 from svc.evaluation.metrics.choose import MetricOptions
 from svc.evaluation.metrics.text import ExactMatch
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from tests.command_line import Svc
 from tests.svc.evaluation.answered import answered
 from trainer.comparison import job

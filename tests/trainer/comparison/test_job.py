@@ -21,7 +21,8 @@ from svc.model_folder.chat_template import TemplateKwargs, read_chat_template
 from svc.registry.files import record_files
 from svc.registry.manifest import write_manifest
 from svc.registry.registry import REFERENCE_FOLDER, Registry
-from svc.settings import Device, EngineSettings, Settings
+from svc.settings.engine import Device, EngineSettings
+from svc.settings.settings import Settings
 from svc.version import Alias, Format, VersionId
 from tests.serving.engine_double import EngineDouble, tokenized
 from tests.serving.versions import HELDOUT, NAME, AliasBook, make_version

@@ -7,7 +7,7 @@ import pytest
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.gpus import GPUS_FILE
 from svc.errors import SettingsError
-from svc.settings import Device
+from svc.settings.engine import Device
 from trainer.estimate import devices
 from trainer.estimate.devices import choose_devices, measured_speed, read_devices
 

@@ -12,7 +12,8 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.device import DeviceCapabilities
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
-from svc.settings import Device, EngineSettings, Settings
+from svc.settings.engine import Device, EngineSettings
+from svc.settings.settings import Settings
 from tests.serving.engine_double import tokenized
 from tests.svc.engine.devices import AVX512
 from tests.svc.registry.model_folder import write_model

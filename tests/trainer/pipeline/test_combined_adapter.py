@@ -16,7 +16,7 @@ from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
 from svc.errors import BaseModelError, NotFoundError, RecipeError
 from svc.registry.registry import Registry
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.version import Format
 from tests.command_line import Svc
 from tests.trainer.conftest import make_model, make_recipe

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.estimate import MEMORY, Case, measure
 from svc.engine.device import NumberType
-from svc.settings import load_settings
+from svc.settings.load import load_settings
 from tests.trainer.conftest import make_recipe
 from tests.trainer.estimate.configs import cpu_device, even_workload, published
 from trainer.base_model.resolve import resolve_base

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from svc.errors import BaseModelError, IntegrityError, NotFoundError
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from svc.version import Format
 from tests.hub_models.base_models import without_template
 from trainer.data.chat_template import load_tokenizer

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from svc.engine.vllm.model_check import model_check
 from svc.errors import BaseModelError, EngineError, IntegrityError, RecipeError, SvcError, TrainingError
-from svc.settings import EngineSettings
+from svc.settings.engine import EngineSettings
 from tests.svc.engine.devices import AVX2, AVX512
 from tests.trainer.conftest import make_recipe
 from trainer.pipeline import preflight

@@ -19,7 +19,9 @@ from svc.errors import TrainingError
 from svc.registry.files import FileRecord, record_files
 from svc.registry.objects import ObjectStore
 from svc.registry.run_record import MachineRecord
-from svc.settings import ArtifactSettings, Device, EngineSettings, RaySettings, Settings
+from svc.settings.engine import Device, EngineSettings, RaySettings
+from svc.settings.settings import Settings
+from svc.settings.storage import ArtifactSettings
 from svc.version import Format
 from tests.svc.engine.devices import AVX512, HOPPER
 from tests.trainer.conftest import make_recipe

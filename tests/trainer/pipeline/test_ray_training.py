@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from svc.errors import RecipeError, SettingsError
-from svc.settings import RaySettings, Settings
+from svc.settings.engine import RaySettings
+from svc.settings.settings import Settings
 from tests.trainer.conftest import make_recipe
 from trainer.pipeline.ray_training import check_ray, count_workers
 

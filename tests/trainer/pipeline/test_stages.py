@@ -14,7 +14,8 @@ from svc.files.lock import hold_lock
 from svc.registry.objects import ObjectStore
 from svc.registry.registry import Registry
 from svc.registry.training_runs import find_training_runs
-from svc.settings import ArtifactSettings, Device, EngineSettings, GptqKernel
+from svc.settings.engine import Device, EngineSettings, GptqKernel
+from svc.settings.storage import ArtifactSettings
 from svc.training_progress import ProgressFile, ProgressReader, Registered, StageBegun
 from svc.version import Format, VersionId
 from tests.serving.engine_double import tokenized

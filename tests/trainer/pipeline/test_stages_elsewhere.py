@@ -16,7 +16,8 @@ from svc.registry.objects import ObjectStore
 from svc.registry.registry import Registry
 from svc.registry.run_record import MachineRecord
 from svc.report.report import gather_report
-from svc.settings import ArtifactSettings, Settings
+from svc.settings.settings import Settings
+from svc.settings.storage import ArtifactSettings
 from svc.version import Format
 from tests.svc.engine.devices import AVX512
 from tests.trainer.pipeline.stand_ins import Make, Stages

@@ -11,7 +11,8 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.evaluation.general.general_set import GeneralSet
 from svc.model_folder.chat_template import TemplateKwargs
 from svc.registry.tracking import Tracking
-from svc.settings import Device, EngineSettings, Settings
+from svc.settings.engine import Device, EngineSettings
+from svc.settings.settings import Settings
 from tests.serving.engine_double import tokenized
 from tests.svc.engine.devices import AVX512
 from tests.svc.registry.model_folder import write_model

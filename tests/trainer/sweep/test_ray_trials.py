@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from svc.errors import InterruptedRunError
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from tests.trainer.conftest import make_recipe
 from tests.trainer.sweep.fake_trials import outcome
 from trainer.base_model.resolve import Base

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import DeviceCapabilities
 from svc.registry.tracking import Tracking
-from svc.settings import Settings
+from svc.settings.settings import Settings
 from tests.svc.engine.devices import AVX512
 from tests.trainer.conftest import make_recipe
 from tests.trainer.training.ray_double import RayDouble

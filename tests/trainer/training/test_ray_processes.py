@@ -10,7 +10,7 @@ import pytest
 from svc.engine.device import DeviceCapabilities, TorchGpu
 from svc.errors import BusyError, TrainingError
 from svc.registry.run_record import MachineRecord
-from svc.settings import RaySettings
+from svc.settings.engine import RaySettings
 from tests.svc.engine.devices import AVX512
 from trainer.callbacks.preemption import Preemption
 from trainer.training.processes import Failure, Result, Supervisor

@@ -15,7 +15,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.errors import InterruptedRunError, TrainingError
 from svc.registry.objects import ObjectStore
-from svc.settings import RaySettings
+from svc.settings.engine import RaySettings
 from tests.svc.engine.devices import AVX512
 from tests.trainer.conftest import make_recipe
 from tests.trainer.training.ray_double import RayDouble

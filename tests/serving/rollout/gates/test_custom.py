@@ -8,7 +8,8 @@ import pytest
 
 from serving.rollout.gates.custom import check_custom
 from svc.errors import SettingsError
-from svc.settings import CommandGate, CustomGate, EntryPointGate, ResultFileGate, load_settings
+from svc.settings.gates import CommandGate, CustomGate, EntryPointGate, ResultFileGate
+from svc.settings.load import load_settings
 from svc.store.gate_rows import GateRow, GateVerdict
 from tests.serving.versions import target
 

@@ -14,7 +14,7 @@ from svc.evaluation.metrics.labels import MacroF1
 from svc.registry.manifest import BaseRecord, DataRecord
 from svc.registry.objects import ObjectStore
 from svc.registry.registry import Registry
-from svc.settings import GateSettings
+from svc.settings.gates import GateSettings
 from svc.store.gate_rows import GateRow, GateVerdict
 from svc.version import Format, VersionId
 from tests.serving.rollout.gates.registered import edit, new_registry, promotion, register, row

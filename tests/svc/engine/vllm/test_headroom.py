@@ -12,7 +12,7 @@ from svc.engine.vllm import headroom
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.lora import LoraSlots
 from svc.engine.vllm.plan import GIB
-from svc.settings import EngineSettings
+from svc.settings.engine import EngineSettings
 from tests.svc.engine.devices import AVX512, HOPPER
 
 CONFIG = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 256, "max_position_embeddings": 1024}

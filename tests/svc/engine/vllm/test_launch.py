@@ -14,7 +14,7 @@ from svc.engine.vllm.launch import EngineSpec, command, environment, launch_dige
 from svc.engine.vllm.lora import LoraSlots
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, QUIET_VARIABLE
 from svc.model_folder.chat_template import write_template_kwargs
-from svc.settings import Device, EngineSettings, GptqKernel
+from svc.settings.engine import Device, EngineSettings, GptqKernel
 from tests.svc.engine.devices import AVX2, AVX512
 
 SLOTS = LoraSlots(max_loaded=3, max_batched=2, max_rank=16, targets=("q_proj",))

@@ -17,7 +17,7 @@ from svc.engine.vllm.number_type import weight_bytes
 from svc.engine.vllm.plan import GIB, EnginePlan, EnginePlanner
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE
 from svc.errors import EngineError
-from svc.settings import Device, EngineSettings
+from svc.settings.engine import Device, EngineSettings
 from tests.svc.engine.devices import AMX, AVX2, AVX512, AVX512_ALONE, HOPPER
 
 CACHE = Path("/home/cache")

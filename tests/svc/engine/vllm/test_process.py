@@ -27,7 +27,7 @@ from svc.engine.vllm import process as process_module
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
 from svc.errors import EngineError
-from svc.settings import Device, EngineSettings
+from svc.settings.engine import Device, EngineSettings
 from tests.event_loop import blocked_default_executor, watched_loop
 from tests.svc.engine.devices import AVX512
 

@@ -1,0 +1,1 @@
+"""Settings of this machine, from `svc.yaml`, the environment and the command line."""

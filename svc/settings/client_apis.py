@@ -1,0 +1,121 @@
+"""Settings of OpenAI's fine-tuning, batch and files APIs."""
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, field_validator
+
+from svc.settings.section import Section, absolute
+
+
+def _base(text: str) -> str:
+    """Resolve the path of a base against the working folder. Other kinds of bases are returned unchanged."""
+    is_path = text.startswith((".", "/", "~")) or text.endswith(".gguf")
+    return str(absolute(Path(text))) if is_path else text
+
+
+_CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
+"""Names of bases for clients. A colon would make the names of trained models, `ft:BASE:...`, ambiguous."""
+
+
+class TrainingPlace(StrEnum):
+    """Where jobs of the fine-tuning API are trained."""
+
+    HERE = "here"
+    RAY = "ray"
+
+
+class FineTuningSettings(Section):
+    """Settings of OpenAI's fine-tuning API. See docs/fine-tuning-api.md."""
+
+    bases: dict[str, Annotated[str, Field(min_length=1), AfterValidator(_base)]] = Field(
+        {},
+        description="bases that clients may fine-tune, keyed by the name that clients use; each is a base as in a "
+        "recipe; for "
+        "example `{gpt-4o-mini-2024-07-18: ./models/SmolLM2-135M-Instruct}`; default: none, and the API is off",
+    )
+    organization: str = Field(
+        "tuneserve",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
+        description="name of the organization in jobs and in the names of trained models, `ft:BASE:ORGANIZATION:...`",
+    )
+    idle_s: float = Field(
+        600,
+        gt=0,
+        description="time without requests after which a model that was loaded for a client's request is stopped, in "
+        "seconds",
+    )
+    max_age_days: float = Field(
+        90.0,
+        gt=0,
+        le=36_500,
+        description="days to keep a finished job and its events; a job is kept longer while its model or a "
+        "checkpoint is registered",
+    )
+    max_jobs: int = Field(50, ge=1, description="maximum number of unfinished jobs per key")
+    worker: bool = Field(
+        True, description="whether this server runs jobs; if not, another server that uses the same store must"
+    )
+    place: TrainingPlace = Field(
+        TrainingPlace.HERE,
+        description="where jobs are trained; here: on the server's machine; ray: on the cluster `ray.address`, as with "
+        "`svc train --on ray`; the server's machine only registers the version",
+    )
+    wandb: bool = Field(
+        False,
+        description="whether jobs may report to Weights & Biases, with the API key in this server's environment",
+    )
+
+    @field_validator("bases")
+    @classmethod
+    def _check_names(cls, bases: dict[str, str]) -> dict[str, str]:
+        for name in bases:
+            if not _CLIENT_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a valid name; use letters, digits and . _ - / only")
+        return bases
+
+
+class BatchSettings(Section):
+    """Settings of OpenAI's Batch API. See docs/batches-api.md."""
+
+    max_age_days: float = Field(
+        90.0, gt=0, le=36_500, description="days to keep a finished batch; its files are not deleted"
+    )
+    max_open: int = Field(20, ge=1, description="maximum number of unfinished batches per key")
+    concurrency: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="maximum number of batch requests that a model answers concurrently; fewer run while other clients "
+        "need the capacity",
+    )
+
+
+class FilesSettings(Section):
+    """Limits of the files that clients upload. See docs/files-api.md."""
+
+    max_mb: int = Field(
+        512, ge=1, description="maximum size of a file that is uploaded in one request, in MB of 2^20 bytes"
+    )
+    max_upload_gb: float = Field(
+        8.0, gt=0, description="maximum size of a file that is uploaded in parts, in GB of 2^30 bytes"
+    )
+    max_total_gb: float = Field(
+        100.0, gt=0, description="maximum total size of a key's files, in GB of 2^30 bytes, including results"
+    )
+    max_files: int = Field(10_000, ge=1, description="maximum number of files per key, including results")
+    min_free_gb: float = Field(
+        1.0, ge=0, description="free disk space below which uploads are refused, in GB of 2^30 bytes"
+    )
+
+    @property
+    def max_bytes(self) -> int:
+        """Maximum size of a file that is uploaded in one request, in bytes."""
+        return self.max_mb * 2**20
+
+    @property
+    def max_upload_bytes(self) -> int:
+        """Maximum size of a file that is uploaded in parts, in bytes."""
+        return int(self.max_upload_gb * 2**30)

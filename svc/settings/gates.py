@@ -1,0 +1,106 @@
+"""Settings of the gates that a version must pass before it is promoted."""
+
+from enum import StrEnum
+from typing import Annotated, Any, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from svc.settings.section import AbsolutePath, Section
+
+
+class UndecidedGates(StrEnum):
+    """What a promotion does when a gate is undecided."""
+
+    ALLOW = "allow"
+    REFUSE = "refuse"
+
+
+class _CustomGate(Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$", description="name of the gate")
+
+
+class _RunGate(_CustomGate):
+    timeout_s: float = Field(60.0, gt=0, le=600, description="maximum duration, seconds; then the gate has failed")
+
+
+class CommandGate(_RunGate):
+    """A gate that runs a command without a shell: exit code 0 passes, 1 fails."""
+
+    command: tuple[str, ...] = Field(min_length=1, description="program and arguments")
+
+
+class EntryPointGate(_RunGate):
+    """A gate that calls a Python function in a separate process."""
+
+    entry_point: str = Field(pattern=r"^\w+(\.\w+)*:\w+$", description="module:function")
+
+
+class ResultFileGate(_CustomGate):
+    """A gate that reads results exported by Promptfoo or OpenAI Evals."""
+
+    result_file: AbsolutePath = Field(description="exported file; {version} in its path stands for NAME@N")
+    min_pass_share: float = Field(ge=0, le=1, description="minimum share of passed tests")
+
+
+_GATE_KINDS: dict[str, type[_CustomGate]] = {
+    "command": CommandGate,
+    "entry_point": EntryPointGate,
+    "result_file": ResultFileGate,
+}
+
+
+def _gate_kind(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return next((kind for kind in _GATE_KINDS if kind in value), None)
+    return next((kind for kind, model in _GATE_KINDS.items() if isinstance(value, model)), None)
+
+
+CustomGate = Annotated[
+    Annotated[CommandGate, Tag("command")]
+    | Annotated[EntryPointGate, Tag("entry_point")]
+    | Annotated[ResultFileGate, Tag("result_file")],
+    Discriminator(
+        _gate_kind,
+        custom_error_type="gate_kind",
+        custom_error_message="a gate must have one of the keys command, entry_point and result_file",
+    ),
+]
+
+
+class GateSettings(Section):
+    """Gates that a version must pass before it is promoted.
+
+    A margin is the largest acceptable loss compared with the version in production. Without a margin, the loss is
+    only shown.
+    """
+
+    quality_margin: float | None = Field(
+        0.02,
+        ge=0,
+        description="margin for the primary metric on the same held-out examples; for a metric that is not a share, "
+        "relative to production's value",
+    )
+    nll_margin: float | None = Field(
+        0.05, ge=0, description="margin for the NLL of the held-out references, relative to production's NLL"
+    )
+    forgetting_margin: float | None = Field(
+        None, ge=0, le=1, description="margin for the share of correct answers to general questions lost by training"
+    )
+    speed_margin: float | None = Field(
+        0.2, ge=0, description="margin for tokens per second and time to first token: 0.2 is 20 % slower"
+    )
+    max_age_days: float | None = Field(
+        None, gt=0, description="maximum age of the training data, and of the version and its evaluation, in days"
+    )
+    undecided: UndecidedGates = Field(
+        UndecidedGates.ALLOW,
+        description="allow: promote with a warning if a gate is undecided; refuse: treat it as failed",
+    )
+    custom: tuple[CustomGate, ...] = Field((), max_length=50, description="additional gates, see docs/rollouts.md")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [gate.name for gate in self.custom]
+        if len(set(names)) < len(names):
+            raise ValueError("custom gates must have different names")
+        return self

@@ -1,0 +1,120 @@
+"""Settings of the request log, telemetry, held-out checks and the monitor."""
+
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field
+
+from svc.settings.section import AbsolutePath, Section
+
+
+def _pattern(text: str) -> str:
+    import regex
+
+    from svc.redaction import compile_pattern
+
+    try:
+        compile_pattern(text)
+    except regex.error as error:
+        raise ValueError(f"not a valid regular expression: {error}") from error
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+class RequestLogSettings(Section):
+    """Settings of the request log, which stores metrics of every request, drift features for many requests, and prompts
+    and answers for a sample.
+    """
+
+    max_age_days: float = Field(
+        30.0, gt=0, le=36_500, description="age in days at which a request and its feedback are deleted"
+    )
+    max_mib: int = Field(1024, ge=1, description="size of the log in MiB above which the oldest requests are deleted")
+    content_share: float = Field(0.0, ge=0, le=1, description="share of requests whose prompt and answer are stored")
+    features: bool = Field(
+        True, description="store drift features of at most 10,000 prompts per day and version, without their text"
+    )
+    max_content_kib: int = Field(
+        64,
+        ge=1,
+        description="maximum size of a stored prompt or answer, in KiB; if either is larger, neither is stored",
+    )
+    redact: tuple[Pattern, ...] = Field(
+        (),
+        description="regular expressions to redact in content, in addition to email addresses, phone and card numbers; "
+        "content on which they take longer than 0.25 s is not stored, so avoid nested repetitions",
+    )
+
+
+def _otlp_endpoint(text: str) -> str:
+    url = urlsplit(text)
+    if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
+        raise ValueError("must be the URL of a collector, such as http://collector:4318")
+    if "@" in url.netloc:
+        raise ValueError(
+            "the URL must not contain a password, which anyone who sees the settings could read; use headers instead, "
+            "see docs/traces.md"
+        )
+    return text
+
+
+class TelemetrySettings(Section):
+    """Settings for OpenTelemetry tracing of requests, sent to a collector, Langfuse, Phoenix or another
+    backend.
+    """
+
+    otlp_endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] | None = Field(
+        None,
+        description="URL to which spans are exported by OTLP over HTTP; `/v1/traces` is appended if missing; "
+        "headers are read from OTEL_EXPORTER_OTLP_HEADERS; default: no traces",
+    )
+    sample_share: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="share of requests that are traced; the decision in a client's `traceparent` takes precedence",
+    )
+
+
+class HoldoutSettings(Section):
+    """Settings for requests that the server itself sends for monitoring. They have a lower priority than
+    clients' requests.
+
+    The served version answers its held-out set after each start and swap, and then periodically. Client
+    answers whose content is stored are scored by their likelihood under the version.
+    """
+
+    every_hours: float = Field(6.0, ge=0, description="interval between held-out runs, in hours; 0 disables these runs")
+    requests_per_minute: float = Field(
+        60.0, gt=0, description="maximum number of held-out examples plus scored answers per minute"
+    )
+    scored_per_hour: int = Field(
+        200, ge=0, description="maximum number of live answers scored per hour, newest first; 0 disables scoring"
+    )
+    run_functions: bool = Field(
+        False,
+        description="whether to run a version's metric function, which is code from the user who registered it; if "
+        "not, such a version is monitored by exact match",
+    )
+
+
+class MonitorSettings(Section):
+    """Settings of `svc monitor`, which runs the metrics exporter as a separate process."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(9464, ge=0, le=65535, description="port to listen on")
+    server: str = Field("", description="URL of the server to monitor; default: the server of this home")
+    key_file: AbsolutePath | None = Field(
+        None, description="file that contains a metrics key for `monitor.server`; not needed on the same machine"
+    )
+    authority: AbsolutePath | None = Field(
+        None, description="file with the CA certificates used to verify `monitor.server`; default: those of the machine"
+    )
+    drift_every_s: float = Field(
+        60.0,
+        ge=0,
+        le=300,
+        description="interval between drift checks, in seconds; 0 disables them in `svc monitor`",
+    )

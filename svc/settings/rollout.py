@@ -1,0 +1,67 @@
+"""Settings of rollouts."""
+
+from enum import StrEnum
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from svc.settings.section import Section
+
+
+class AtDeadline(StrEnum):
+    """What a rollout does when a step reaches its deadline without a decision."""
+
+    HOLD = "hold"
+    ROLLBACK = "rollback"
+
+
+class UnitKind(StrEnum):
+    """The unit of traffic that a canary assigns to one version and counts as one observation."""
+
+    AUTO = "auto"
+    """Assign by the request's `user`, or else its conversation, or else the request itself."""
+    REQUEST = "request"
+
+
+class RolloutSettings(Section):
+    """Steps and limits of a gradual promotion, for example `svc promote NAME@N --shadow 200 --canary 5,25,100`.
+
+    A margin is the largest acceptable loss of the candidate compared with production over the same period.
+    """
+
+    shadow: int = Field(
+        0, ge=0, le=100_000, description="number of copied requests that the candidate answers first; 0: none"
+    )
+    canary: tuple[float, ...] = Field(
+        (), max_length=20, description="shares of clients that the candidate serves, in percent, ending with 100"
+    )
+    min_units: int = Field(
+        50, ge=1, description="minimum number of users or conversations that the candidate serves in each canary step"
+    )
+    max_step_s: float = Field(86_400.0, gt=0, description="deadline of each step, seconds")
+    at_deadline: AtDeadline = Field(
+        AtDeadline.ROLLBACK, description="rollback, or hold: stay at the step until it is decided or someone decides"
+    )
+    unit: UnitKind = Field(
+        UnitKind.AUTO, description="auto: `user`, else conversation, else request; request: every request by itself"
+    )
+    max_errors: float = Field(0.01, gt=0, lt=1, description="margin for the share of failed requests")
+    max_invalid: float = Field(0.01, gt=0, lt=1, description="margin for the share of answers that are not valid JSON")
+    max_slowdown: float = Field(
+        1.2, gt=1, description="margin for the time to the first token: 1.2 is 20 % slower than production"
+    )
+    max_negative: float = Field(0.05, gt=0, lt=1, description="margin for the share of negative feedback")
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        steps = self.canary
+        if steps and (list(steps) != sorted(set(steps)) or steps[0] <= 0 or steps[-1] != 100):
+            raise ValueError(
+                "canary steps must be increasing percentages above 0 that end with 100, for example 5,25,100"
+            )
+        return self
+
+    @property
+    def is_gradual(self) -> bool:
+        """Whether the promotion has at least one step before the switch."""
+        return bool(self.shadow or self.canary)

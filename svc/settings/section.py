@@ -1,0 +1,39 @@
+"""The base of all sections of the settings, and types of values that several sections share."""
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+)
+
+
+def absolute(path: Path) -> Path:
+    """Return a path relative to the working folder, or to a user's home, as an absolute one.
+
+    Raises:
+        ValueError: the user does not exist.
+    """
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"there is no user {path.parts[0]} on this machine") from error
+
+
+AbsolutePath = Annotated[Path, AfterValidator(absolute)]
+
+
+def _network(text: str) -> str:
+    return str(ipaddress.ip_network(text))
+
+
+Network = Annotated[str, AfterValidator(_network)]
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,0 +1,40 @@
+"""Settings of webhooks."""
+
+import ipaddress
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    Field,
+)
+
+from svc.settings.section import AbsolutePath, Section
+
+
+def _webhook_url(text: str) -> str:
+    url = urlsplit(text)
+    host = url.hostname or ""
+    if url.scheme not in ("http", "https") or not host or url.fragment or "@" in url.netloc or url.port == 0:
+        raise ValueError("the value is not the URL of a webhook, such as https://host/path")
+    if url.scheme == "http" and host != "localhost" and not _is_loopback_address(host):
+        raise ValueError("the messages would cross the network in plain text; use https")
+    return text
+
+
+def _is_loopback_address(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class WebhookSettings(Section):
+    """Settings of a webhook that is notified about rollouts."""
+
+    url: Annotated[str, AfterValidator(_webhook_url)] = Field(
+        description="URL to which the messages are posted; https, or http on this machine"
+    )
+    secret_file: AbsolutePath = Field(
+        description="file with the secrets that sign the messages, `whsec_` and base64; readable by its owner only"
+    )
