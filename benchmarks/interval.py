@@ -7,7 +7,7 @@ _CONFIDENCE = 0.95
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the mean by Student's t. It is infinite for a single value."""
+    """Return the 95% confidence interval of the mean by Student's t. It is infinite for a single value."""
     from scipy.stats import t
 
     if len(values) < 2:

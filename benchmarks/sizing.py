@@ -2,7 +2,7 @@
 
     python -m benchmarks.sizing http://127.0.0.1:8000/v1#NAME --seconds 60
 
-It measures the server's step times, then sends requests at random times (Poisson) at 30, 60 and 85 % of the
+It measures the server's step times, then sends requests at random times (Poisson) at 30, 60 and 85% of the
 capacity that the simulation predicts from them.
 """
 

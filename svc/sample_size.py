@@ -53,6 +53,6 @@ def about(examples: int) -> str:
 def say_detectable(examples: int, counted: str = "held-out examples") -> str:
     """Return a sentence saying how far a loss must be from its limit to be detected with this many examples."""
     return (
-        f"{examples} {counted} are enough to detect, with 80 % power, a loss that differs from its limit by at least "
-        f"{detectable_loss(examples):.3f}, assuming that {100 * ASSUMED_CHANGED:g} % of the answers change"
+        f"{examples} {counted} are enough to detect, with 80% power, a loss that differs from its limit by at least "
+        f"{detectable_loss(examples):.3f}, assuming that {100 * ASSUMED_CHANGED:g}% of the answers change"
     )

@@ -24,9 +24,7 @@ _set_option = click.option(
 @click.option(
     "--quick", is_flag=True, help="Quickly test the recipe as NAME-quick, on a tenth of the data for one epoch."
 )
-@click.option(
-    "--curve", is_flag=True, help="Train on 10 to 100 % of the data to predict how much more data would help."
-)
+@click.option("--curve", is_flag=True, help="Train on 10 to 100% of the data to predict how much more data would help.")
 @click.option(
     "--register-failed", is_flag=True, help="Register a version even if it fails a check; it cannot be promoted."
 )

@@ -17,7 +17,7 @@ PER_REQUESTS = 10_000
 
 
 def upper_limit(events: int) -> float:
-    """Return the one-sided upper 95 % confidence limit for a Poisson mean, given one observed count."""
+    """Return the one-sided upper 95% confidence limit for a Poisson mean, given one observed count."""
     from scipy.stats import chi2
 
     return float(chi2.ppf(0.95, 2 * (events + 1)) / 2)
@@ -74,7 +74,7 @@ def main(replays: int, as_json: bool) -> None:
         )
     output.print(changed)
     output.print(
-        "median / 95th percentile; in 10,000 at most: upper 95 % limit; KS, PSI: batches flagged as drift in 10,000"
+        "median / 95th percentile; in 10,000 at most: upper 95% limit; KS, PSI: batches flagged as drift in 10,000"
     )
 
 

@@ -124,7 +124,7 @@ def _answers(sections: Sequence[str], chance: random.Random) -> Sample:
 
 
 def rephrase(text: str, vocabulary: Sequence[str], chance: random.Random) -> str:
-    """Return the text with 8 to 25 % of its words replaced, dropped or moved."""
+    """Return the text with 8 to 25% of its words replaced, dropped or moved."""
     words = text.split(" ")
     for _ in range(max(1, int(len(words) * chance.uniform(0.08, 0.25)))):
         place, kind = chance.randrange(len(words)), chance.random()

@@ -166,13 +166,13 @@ WITH_CHANGE: dict[str, Change] = {
     "strong": Change("strong", 400),
     "medium": Change("medium", 400),
     "mild": Change("mild", 1_000),
-    "20 % strong": Change("strong", 1_500, share=0.2),
+    "20% strong": Change("strong", 1_500, share=0.2),
     "strong, growing over 5,000": Change("strong", 5_000, ramp=5_000),
     "strong, with day and night": Change("strong", 400, base=day_and_night),
     "mild, with day and night": Change("mild", 1_000, base=day_and_night),
     "mild, with weekends": Change("mild", 1_000, base=weekends),
-    "20 % strong, with runs of 5": Change("strong", 4_000, share=0.2, base=runs(5)),
-    "templated client, 5 %": Change("templated", 6_000, share=0.05),
+    "20% strong, with runs of 5": Change("strong", 4_000, share=0.2, base=runs(5)),
+    "templated client, 5%": Change("templated", 6_000, share=0.05),
     "2,100 fixed characters before each": Change("fixed", 400),
 }
 

@@ -89,7 +89,7 @@ def _ratio(upper: float, lower: float) -> float:
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """Return the tables of measurements and ratios, with one column per gateway."""
     gateways = result["gateways"]
-    figures = Table(Column("median ± half of the mean's 95 %", no_wrap=True), *gateways, box=None)
+    figures = Table(Column("median ± half of the mean's 95%", no_wrap=True), *gateways, box=None)
     for key, (title, digits) in _ROWS.items():
         figures.add_row(title, *(_cell(key, name, gateway, digits) for name, gateway in gateways.items()))
     ratios = Table(Column("ratio within rounds", no_wrap=True), *result["ratios"], box=None)

@@ -1,6 +1,6 @@
 """Formats the tables of decisions in Markdown.
 
-For equal candidates: the share of wrong rollbacks, with the upper limit of its 95 % interval. For others: requests to
+For equal candidates: the share of wrong rollbacks, with the upper limit of its 95% interval. For others: requests to
 the candidate before the rollback (median / 95th percentile of all rollouts), and the share of missed bad candidates.
 """
 
@@ -14,7 +14,7 @@ from benchmarks.rollout.traffic import AT_MARGIN, BAD, EQUAL, Kind
 
 
 def upper_limit(events: int, trials: int) -> float:
-    """Return the upper limit of Clopper and Pearson's 95 % interval of a probability."""
+    """Return the upper limit of Clopper and Pearson's 95% interval of a probability."""
     from scipy.stats import beta
 
     return float(beta.ppf(0.975, events + 1, trials - events)) if events < trials else 1.0

@@ -7,7 +7,7 @@ failed measurements, which need not be consecutive. Nothing is compared with pro
   `successCondition: result >= 0.95`, `failureLimit: 3`, so the fourth failed measurement rolls back; ten minutes at
   each weight.
 - Flagger's documentation ("Metrics Analysis", "How it works"): `interval: 1m`, `threshold: 5`,
-  `request-success-rate` at least 99 %, `request-duration` (99th percentile) at most 500 ms; the weight grows with each
+  `request-success-rate` at least 99%, `request-duration` (99th percentile) at most 500 ms; the weight grows with each
   successful measurement, and a failed one delays it.
 """
 

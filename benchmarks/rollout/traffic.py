@@ -33,7 +33,7 @@ class Shape(StrEnum):
     INDEPENDENT = "independent"
     SESSIONS = "sessions of 2 to 20"
     """Each user has their own rates and speed: most users have no errors, a few have many."""
-    HEAVY = "one client with 30 %"
+    HEAVY = "one client with 30%"
     """The client has three times as many errors as others, and times that are 1.5 times as long."""
     DAY = "day and night"
     """Load and errors swing by a factor of 9, and times by 2.7."""
@@ -63,13 +63,13 @@ class Kind:
 
 
 EQUAL = [Kind(f"equal, {shape}", shape=shape) for shape in Shape]
-AT_MARGIN = [Kind("first token +20 %, the margin", Version(slower=1.2))]
+AT_MARGIN = [Kind("first token +20%, the margin", Version(slower=1.2))]
 BAD = [
-    Kind("errors 1 % to 3 %", Version(errors=0.03)),
-    Kind("invalid 2 % to 10 %", Version(invalid=0.1)),
-    Kind("invalid 2 % to 30 %", Version(invalid=0.3)),
-    Kind("first token +50 %", Version(slower=1.5)),
-    Kind("bad ratings 20 % to 40 %", Version(bad=0.4)),
+    Kind("errors 1% to 3%", Version(errors=0.03)),
+    Kind("invalid 2% to 10%", Version(invalid=0.1)),
+    Kind("invalid 2% to 30%", Version(invalid=0.3)),
+    Kind("first token +50%", Version(slower=1.5)),
+    Kind("bad ratings 20% to 40%", Version(bad=0.4)),
 ]
 
 

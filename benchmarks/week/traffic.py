@@ -178,7 +178,7 @@ class Clients:
         return self._one_of(self._prompts.by_section[section]), section
 
     def _rephrased(self, text: str) -> str:
-        """Return a near copy of a prompt, with 8 to 25 % of the words replaced, dropped or moved."""
+        """Return a near copy of a prompt, with 8 to 25% of the words replaced, dropped or moved."""
         words = text.split(" ")
         for _ in range(max(1, int(len(words) * self._random.uniform(0.08, 0.25)))):
             place, kind = self._random.integers(len(words)), self._random.random()

@@ -1,7 +1,7 @@
 """The bets placed on a stream of requests.
 
 Each bet is on a set of feature values, chosen before an item arrives. Its bound is the largest share of items
-in the set that still counts as normal: `SLACK` times the upper limit of the 90 % Wilson interval of the
+in the set that still counts as normal: `SLACK` times the upper limit of the 90% Wilson interval of the
 reference's share. Daily cycles, weekends and a growing client change the shares of topics and lengths by less
 than that, so they do not count as drift.
 """

@@ -1,6 +1,6 @@
 """Evidence that a stream's features have changed, collected by betting, and the rule for raising an alarm.
 
-A bet is placed on a set of values of a feature, such as "shorter than 99 % of the reference". Its bound is
+A bet is placed on a set of values of a feature, such as "shorter than 99% of the reference". Its bound is
 the largest probability of the set that still counts as unchanged. The bet stakes a fraction l of its money
 on each item, and its money is multiplied by 1 - l + l * [item in set] / bound, which is at most 1 on
 average while nothing has changed. A new bet of 1 starts at each item, and the sum of all bets' money, M <- e

@@ -27,7 +27,7 @@ _MAX_RATINGS = 1_000
 _SHOWN = 100
 _MIN_ACCEPTED = 50
 _SURE = 2.0
-"""Upper end of the normal range, in standard errors. Shares up to the upper limit of the 95 % Wilson interval are
+"""Upper end of the normal range, in standard errors. Shares up to the upper limit of the 95% Wilson interval are
 normal. Unlike topics, ratings do not vary with the time of day."""
 
 

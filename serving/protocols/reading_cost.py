@@ -12,7 +12,7 @@ _ESCAPE_NS = 18.0
 _VALUE_NS = 100.0
 _CONTAINER_NS = 900.0
 """Estimated times for reading a byte, a backslash, a value, and an object or array, in nanoseconds. They are up to
-50 % higher than those measured on a Xeon with AMX, since other machines are slower."""
+50% higher than those measured on a Xeon with AMX, since other machines are slower."""
 _FLOAT_NS = 250.0
 """Additional time for a number with a decimal point or an exponent, in nanoseconds."""
 _MIN_CONTAINER_BYTES = 2

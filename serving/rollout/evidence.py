@@ -236,7 +236,7 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
     if len(plan.canary) > 1:
         units, share = _units_to_pass(plan), plan.canary[0] / 100
         texts.append(
-            f"canary at {plan.canary[0]:g} %: ruling out a loss takes about {units} users or conversations that "
+            f"canary at {plan.canary[0]:g}%: ruling out a loss takes about {units} users or conversations that "
             f"the candidate answers without a failure: {_takes(units / share, per_day)} at that rate, if each sends "
             "one request"
         )
@@ -246,7 +246,7 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
             )
         losses = Analysis(_margins(plan), _budget(plan)).detectable(units, share)
         texts.append(
-            f"losses that this number of users or conversations proves with 80 % power: "
+            f"losses that this number of users or conversations proves with 80% power: "
             f"{100 * losses[Signal.ERRORS]:.1f} points more failed requests, "
             f"{100 * losses[Signal.INVALID]:.1f} points more invalid JSON, or "
             f"{losses[Signal.FIRST_TOKEN]:.1f} times production's time to first token"
@@ -333,7 +333,7 @@ def _text(verdict: SignalVerdict) -> str:
         )
         return f"{label} {both}, {allowed}: {outcome}"
     allowed = f"at most {100 * verdict.margin:g} points more allowed"
-    return f"{label} {100 * candidate:.1f} % instead of {100 * production:.1f} %, {allowed}: {outcome}"
+    return f"{label} {100 * candidate:.1f}% instead of {100 * production:.1f}%, {allowed}: {outcome}"
 
 
 def _limits(figure: Figure) -> str:
@@ -370,7 +370,7 @@ def _pairs_text(pairs: list[ShadowPair]) -> str:
         for name in ("candidate_tokens", "production_tokens")
     ]
     return (
-        f"{len(pairs)} requests compared; {100 * equal:.0f} % equal answers, {100 * ends:.0f} % equal finish reasons, "
+        f"{len(pairs)} requests compared; {100 * equal:.0f}% equal answers, {100 * ends:.0f}% equal finish reasons, "
         f"median length {tokens[0]:g} instead of {tokens[1]:g} tokens, "
         f"median time {seconds[0]:.2f} s instead of {seconds[1]:.2f} s{_logprobs_text(compared)}"
     )

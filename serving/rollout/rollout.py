@@ -1,6 +1,6 @@
 """A rollout: the candidate is loaded, tried on copies of requests, then on a growing share of clients, then promoted.
 
-    requested ─▶ loading ─▶ shadow ─▶ canary 5 % ─▶ canary 25 % ─▶ switching ─▶ promoted
+    requested ─▶ loading ─▶ shadow ─▶ canary 5% ─▶ canary 25% ─▶ switching ─▶ promoted
                     └──────────┴────────────┴─────────────┴──▶ rolled back, undecided, cancelled or failed
 
 Each state is stored before it takes effect, so that a server that was killed continues where it stopped. The production
@@ -472,9 +472,9 @@ class _Run:
                 await self._enter(RolloutState.CANARY, step)
             evidence.start_step(self._record.step_began_at)
             self._divide(self._split_of(self._record))
-            self._report(f"canary: {self._record.target} serves {percent:g} % of clients")
+            self._report(f"canary: {self._record.target} serves {percent:g}% of clients")
             look = await self._until(candidate.check, evidence.look, partial(_is_passed, self._plan.min_units))
-            self._report(f"canary at {percent:g} %: {look.text}")
+            self._report(f"canary at {percent:g}%: {look.text}")
 
     async def _until(
         self, check: Callable[[], None], look: Callable[[], Look], is_done: Callable[[Look], bool]

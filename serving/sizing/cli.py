@@ -74,7 +74,7 @@ _positive = click.IntRange(1, 1_000_000)
     show_default=True,
     help="Standard deviation of both lengths, divided by their mean.",
 )
-@click.option("--p95", type=_Seconds(), metavar="TIME", help="Time in which 95 % of the answers must be complete.")
+@click.option("--p95", type=_Seconds(), metavar="TIME", help="Time in which 95% of the answers must be complete.")
 @click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Bits per weight.  [default: as in the files, or 16]")
 @click.option(
     "--reload", "reload_s", type=_Seconds(), metavar="TIME", help="Duration of a reload.  [default: estimated]"

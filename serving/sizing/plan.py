@@ -115,7 +115,7 @@ def choose_gpus(size: ModelSize, gpu: ListedGpu, tokens: int) -> tuple[int, Memo
 def make_plan(
     workload: Workload, p95_s: float, times: StepTimes, sequences: int, memory: Memory | None, reload_s: float | None
 ) -> Plan:
-    """Return the smallest number of replicas with which 95 % of the answers are complete in time.
+    """Return the smallest number of replicas with which 95% of the answers are complete in time.
 
     Args:
         p95_s: the demanded latency in seconds.
@@ -128,7 +128,7 @@ def make_plan(
     limits = Limits(sequences, memory.cache_tokens if memory else None)
     idle = [_alone(replace(workload, spread=0.0), times, limits, 1), _alone(workload, times, limits, 200)]
     if p95_s < idle[1].p95:
-        spread = f" (95 % of them within {idle[1].p95:.2f} s)" if workload.spread else ""
+        spread = f" (95% of them within {idle[1].p95:.2f} s)" if workload.spread else ""
         raise SettingsError(
             f"--p95 is {p95_s:g} s, but an answer takes {idle[0].p50:.2f} s on an idle replica{spread}",
             expected="a longer time; more replicas do not make one answer faster",

@@ -1,7 +1,7 @@
-"""Computes quantiles over the last five minutes to within 1 %, using a small, bounded amount of memory.
+"""Computes quantiles over the last five minutes to within 1%, using a small, bounded amount of memory.
 
-Samples are counted in buckets whose upper bounds grow by 2 %, as in a DDSketch (Masson, Rim and Lee 2019). The middle
-of a bucket is within 1 % of all its samples. Counts are kept for each half minute, can be merged exactly, and expire as
+Samples are counted in buckets whose upper bounds grow by 2%, as in a DDSketch (Masson, Rim and Lee 2019). The middle
+of a bucket is within 1% of all its samples. Counts are kept for each half minute, can be merged exactly, and expire as
 a whole. These quantiles give an operator a quick overview, whereas Prometheus histograms give quantiles for any time
 range and across servers, at the resolution of their buckets.
 """

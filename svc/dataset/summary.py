@@ -31,8 +31,8 @@ class Lengths(_Record):
     """Distribution of text lengths, in characters.
 
     Attributes:
-        median, p95, longest: lengths that 50 %, 95 % and 100 % of the texts do not exceed.
-        edges: edges of the histogram bars, each about 25 % above the previous one. The last edge is exclusive.
+        median, p95, longest: lengths that 50%, 95% and 100% of the texts do not exceed.
+        edges: edges of the histogram bars, each about 25% above the previous one. The last edge is exclusive.
         counts: number of texts in each bar.
     """
 

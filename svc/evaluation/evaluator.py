@@ -36,7 +36,7 @@ class MetricReport(BaseModel):
 
     Attributes:
         title: name of the metric for display.
-        estimate: the metric's value and its 95 % confidence interval.
+        estimate: the metric's value and its 95% confidence interval.
         better: whether higher or lower values are better.
         unit: unit of the values.
     """

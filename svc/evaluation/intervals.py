@@ -1,4 +1,4 @@
-"""Computes estimates with 95 % confidence intervals. No figure is reported without its uncertainty."""
+"""Computes estimates with 95% confidence intervals. No figure is reported without its uncertainty."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ how often each example was drawn."""
 
 
 class Interval(BaseModel):
-    """A value together with its 95 % confidence interval."""
+    """A value together with its 95% confidence interval."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -51,10 +51,10 @@ class Verdict(_Record):
     """Result of comparing a loss with the allowed margin.
 
     Attributes:
-        loss: how much worse the second model is, with its 95 % interval; negative if it is better.
+        loss: how much worse the second model is, with its 95% interval; negative if it is better.
         detectable: smallest distance between the loss and the margin that this number of examples can detect
-            with 80 % power.
-        examples_to_decide: approximate number of examples for 80 % power if the loss stays the same. None if
+            with 80% power.
+        examples_to_decide: approximate number of examples for 80% power if the loss stays the same. None if
             the outcome is decided, or if the loss is so close to the margin that more than a million would
             be needed.
     """

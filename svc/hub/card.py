@@ -108,7 +108,7 @@ def _evaluation(report: Report, format: Format) -> str:
     changes = [f"change of {model}" for model in models if model != BASE]
     text = (
         f"On {manifest.judged_examples:,} held-out examples, which are not published. The first metric is the primary "
-        "one. Values have 95 % confidence intervals; changes are relative to the base, paired by example."
+        "one. Values have 95% confidence intervals; changes are relative to the base, paired by example."
     )
     if selection := manifest.data.selection:
         text += f" Note: {selection}."

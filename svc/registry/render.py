@@ -98,7 +98,7 @@ def print_parity(report: ParityReport, page: Path) -> None:
 def evaluation_table(manifest: Manifest) -> Table:
     """Return a table that compares the quality, size and speed of the base, merged and quantized models.
 
-    Metrics are shown with 95 % intervals, primary metric first.
+    Metrics are shown with 95% intervals, primary metric first.
     """
     records = {format.value: record for format, record in manifest.formats.items() if record.evaluation}
     reports = {"base": manifest.base_evaluation} | {name: record.evaluation for name, record in records.items()}

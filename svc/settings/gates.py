@@ -87,7 +87,7 @@ class GateSettings(Section):
         None, ge=0, le=1, description="margin for the share of correct answers to general questions lost by training"
     )
     speed_margin: float | None = Field(
-        0.2, ge=0, description="margin for tokens per second and time to first token: 0.2 is 20 % slower"
+        0.2, ge=0, description="margin for tokens per second and time to first token: 0.2 is 20% slower"
     )
     max_age_days: float | None = Field(
         None, gt=0, description="maximum age of the training data, and of the version and its evaluation, in days"

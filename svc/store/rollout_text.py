@@ -16,4 +16,4 @@ def place_of(rollout: RolloutView) -> str:
     """Return text for a rollout's outcome, or for its current state or canary step if it has not ended."""
     if rollout.outcome is not None:
         return rollout.outcome.value.replace("_", " ")
-    return rollout.state.value if rollout.canary is None else f"canary {rollout.canary:g} %"
+    return rollout.state.value if rollout.canary is None else f"canary {rollout.canary:g}%"

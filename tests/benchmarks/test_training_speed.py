@@ -152,7 +152,7 @@ def test_losses_equal_those_of_trl_when_example_order_is_the_same(runs: dict[Con
 
 
 def test_plain_trl_uses_a_different_example_order(runs: dict[Contestant, Run]) -> None:
-    # The examples of this task are similar, so that losses of other batches differ by less than 1 %.
+    # The examples of this task are similar, so that losses of other batches differ by less than 1%.
     assert runs[Contestant.TRL].losses != pytest.approx(runs[Contestant.ALIKE].losses, rel=SAME / 5)
 
 

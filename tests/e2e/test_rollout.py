@@ -123,7 +123,7 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def instance(
     request: pytest.FixtureRequest, home: Path, starts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Instance]:
-    """Yield a server of `teams`, whose versions 1 to 3 answer in JSON, but version 2 in 70 % of cases only.
+    """Yield a server of `teams`, whose versions 1 to 3 answer in JSON, but version 2 in 70% of cases only.
 
     Adapters are tried in the engine of production, merged versions in a second engine.
     """
@@ -196,7 +196,7 @@ def test_candidate_with_30_percent_invalid_json_is_rolled_back_without_a_failed_
     assert ended.why is not None and "invalid JSON" in ended.why
     exposed = users.versions.count("teams@2")
     report(
-        f"30 % invalid JSON: rolled back after {time.monotonic() - began:.0f} s, {exposed} answers by it; {ended.why}"
+        f"30% invalid JSON: rolled back after {time.monotonic() - began:.0f} s, {exposed} answers by it; {ended.why}"
     )
 
 

@@ -282,7 +282,7 @@ def test_status_shows_the_step_and_figures_of_a_running_rollout(status: Status) 
     began = datetime.now(UTC) - timedelta(days=2)
     lines = status(rollout=ROLLOUT | {"step_began_at": began.isoformat()}).out.splitlines()
     (first,) = [number for number, line in enumerate(lines) if line.startswith("  rollout 3: ")]
-    assert lines[first].startswith("  rollout 3: tiny@2 -> tiny@3, canary 25 % for 2 days, 0:0")
+    assert lines[first].startswith("  rollout 3: tiny@2 -> tiny@3, canary 25% for 2 days, 0:0")
     assert " ".join(lines[first + 1].split()) == "signal production candidate loss from to margin units verdict"
     assert lines[first + 2].split() == ["errors", "0.010", "0.020", "-0.050", "0.060", "0.01", "120", "undecided"]
     assert lines[first + 3].split() == ["first_token", "0.400", "0.410", "1.150", "1.2", "118", "passed"]

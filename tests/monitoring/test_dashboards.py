@@ -205,8 +205,8 @@ def test_dashboard_faults_and_objectives_match_the_alert_rules() -> None:
     )
     (budget,) = [query.expr for query in QUERIES if query.panel == "Error budget left"]
     assert float(budget.rpartition(" / ")[2]) == round(1 - availability, 9)
-    assert f"{availability * 100:g} % of requests without a fault" in " ".join(recording.split())
-    assert f"{first_token * 100:g} % of streamed answers" in " ".join(recording.split())
+    assert f"{availability * 100:g}% of requests without a fault" in " ".join(recording.split())
+    assert f"{first_token * 100:g}% of streamed answers" in " ".join(recording.split())
 
 
 def test_grafana_scrape_interval_matches_that_of_prometheus() -> None:

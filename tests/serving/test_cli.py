@@ -477,7 +477,7 @@ async def test_rollout_command_shows_the_figures_and_outcome_of_the_latest_rollo
     seen = change_desired(home.store, None, target(1), None)
     entry = AuditEntry(Action.PROMOTE, f"{NAME}@2", Actor("user:ann", "box"), "better")
     tried = begin_rollout(home.store, seen, target(2), RolloutSettings(canary=(5, 100)), entry)
-    add_rollout_step(home.store, tried.id, "canary: 5 % of clients")
+    add_rollout_step(home.store, tried.id, "canary: 5% of clients")
     loss = SignalRow("errors", "failed", production=0.0, candidate=0.3, low=0.1, high=None, margin=0.01, units=90)
     store_signals(home.store, tried.id, (loss,))
     end_rollout(home.store, tried.id, RolloutOutcome.ROLLED_BACK, "it fails")
@@ -485,6 +485,6 @@ async def test_rollout_command_shows_the_figures_and_outcome_of_the_latest_rollo
         lines = (await type_in(home, "rollout", NAME)).output.splitlines()
         as_json = json.loads((await type_in(home, "rollout", NAME, "--json")).output)
     assert lines[0] == f"rollout {tried.id}: {NAME}@1 -> {NAME}@2, rolled back"
-    assert lines[2:4] == ["why: it fails", "  canary: 5 % of clients"]
+    assert lines[2:4] == ["why: it fails", "  canary: 5% of clients"]
     assert as_json["outcome"] == "rolled_back"
     assert [(signal["signal"], signal["candidate"]) for signal in as_json["signals"]] == [("errors", 0.3)]

@@ -42,6 +42,6 @@ def test_required_number_of_examples_is_rounded_up_to_two_digits(examples: int, 
 
 def test_detectable_loss_is_printed_with_its_assumption() -> None:
     assert say_detectable(200) == (
-        "200 held-out examples are enough to detect, with 80 % power, a loss that differs from its limit by at least "
-        "0.063, assuming that 10 % of the answers change"
+        "200 held-out examples are enough to detect, with 80% power, a loss that differs from its limit by at least "
+        "0.063, assuming that 10% of the answers change"
     )

@@ -38,7 +38,7 @@ def print_compared(compared: Compared) -> None:
         output.print(f"[dim]{escape(name)} was not computed: {escape(reason)}[/dim]")
     primary, tally = comparison.metrics[comparison.primary], comparison.tally
     by = escape(tally.metric)
-    output.print(f"\nBy {escape(primary.title)}: [bold]{_VERDICTS[comparison.direction]}[/bold] (95 %)")
+    output.print(f"\nBy {escape(primary.title)}: [bold]{_VERDICTS[comparison.direction]}[/bold] (95%)")
     output.print(
         f"By {by}, B wins {tally.wins}, loses {tally.losses}, ties {tally.ties}; sign test p = {tally.p_value:.2g}"
     )

@@ -55,5 +55,5 @@ def find_forgetting(run: TrainingRun) -> Finding | None:
         kind=FindingKind.FORGETTING,
         what=f"the score on general tasks changed by {change}",
         advice=advice,
-        rule=f"the 95 % interval of the change is below 0, and the score fell by more than {FORGOTTEN:g}",
+        rule=f"the 95% interval of the change is below 0, and the score fell by more than {FORGOTTEN:g}",
     )

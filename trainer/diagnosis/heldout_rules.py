@@ -84,7 +84,7 @@ def find_too_little_data(run: TrainingRun) -> Finding | None:
             value=str(wanted) if limited else f"{wanted} examples",
         ),
         rule=f"there are fewer than {FEW_EXAMPLES} training examples; or there are fewer than {MANY_EXAMPLES} and "
-        f"several epochs, and the 95 % interval of held-out loss lies above {GAP:g} times the final training loss, or "
+        f"several epochs, and the 95% interval of held-out loss lies above {GAP:g} times the final training loss, or "
         f"above {GAP_OF_MANY_EPOCHS:g} times that loss if there are {MANY_EPOCHS} epochs or more",
     )
 
@@ -110,7 +110,7 @@ def find_small_heldout(run: TrainingRun) -> Finding | None:
         kind=FindingKind.HELDOUT_TOO_SMALL,
         what=f"{asked} held-out examples are too few to compare versions: exact match is {match}",
         advice=advice,
-        rule=f"the 95 % interval of exact match is wider than {WIDEST:g}",
+        rule=f"the 95% interval of exact match is wider than {WIDEST:g}",
     )
 
 

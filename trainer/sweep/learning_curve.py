@@ -203,7 +203,7 @@ def extrapolate(
     elif gain.high < threshold:
         verdict = Benefit.LITTLE
     sentence = (
-        f"Twice the data would lower held-out loss by about {gain.value:.3f} (95 % {gain.low:.3f} to {gain.high:.3f}), "
+        f"Twice the data would lower held-out loss by about {gain.value:.3f} (95% {gain.low:.3f} to {gain.high:.3f}), "
         f"from {losses[-1]:.3f} to {doubled.value:.3f}: {verdict}."
     )
     return LearningCurve(
@@ -235,5 +235,5 @@ def print_curve(curve: LearningCurve, heldout: int) -> None:
     if curve.doubled:
         table.add_row(f"{2 * curve.points[-1].examples} (predicted)", str(curve.doubled))
     output.print(table)
-    output.print(f"\nnats per answer token on {heldout} held-out examples, with 95 % intervals")
+    output.print(f"\nnats per answer token on {heldout} held-out examples, with 95% intervals")
     output.print(f"[bold]{curve.sentence}[/bold]")

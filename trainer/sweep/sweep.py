@@ -188,7 +188,7 @@ def print_sweep(result: SweepResult, folder: Path, picture: Path) -> None:
             f"{line.seconds:.0f} s",
         )
     output.print(table)
-    output.print(f"\nheld-out loss in nats per answer token on {result.heldout} examples, with 95 % intervals")
+    output.print(f"\nheld-out loss in nats per answer token on {result.heldout} examples, with 95% intervals")
     if result.finals:
         _print_finals(result.finals, result.winner)
     output.print(f"base {result.base}, unchanged recipe {result.recipe or '-'}, winner {result.loss}")

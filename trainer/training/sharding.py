@@ -4,7 +4,7 @@ Each device stores a share of every weight, and of its gradient and moments. The
 before the layer is computed, and released afterwards. The embeddings and the output head stay gathered from their
 first use in a step to the end of its backward pass. The same mechanism runs over gloo on CPUs and NCCL on GPUs.
 
-Weights in NF4 are sharded and gathered as the bytes that bitsandbytes packed them into. Each device has all scales (3 %
+Weights in NF4 are sharded and gathered as the bytes that bitsandbytes packed them into. Each device has all scales (3%
 of the packed weights), which bitsandbytes stores outside the parameters.
 
 Every function here that gathers must be called by all processes in the same order. Imports torch.

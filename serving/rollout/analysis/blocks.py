@@ -12,7 +12,7 @@ from serving.rollout.analysis.units import Arm
 class Block:
     """Observations of one period, which contains at least one unit of each arm once it is complete.
 
-    At a candidate share of 5 %, a block has one candidate unit and about 19 production units.
+    At a candidate share of 5%, a block has one candidate unit and about 19 production units.
     """
 
     production: list[float] = field(default_factory=list)

@@ -42,7 +42,7 @@ def check_speed(
     if len(facts[0] | facts[1]) != 1:
         return _both(GateVerdict.UNDECIDED, "measured on different kinds of engine")
     if (busy := max(now.others_share, then.others_share)) > MAX_OTHERS_SHARE:
-        reason = f"other processes used {100 * busy:.0f} % of the processors during the measurement"
+        reason = f"other processes used {100 * busy:.0f}% of the processors during the measurement"
         return _both(GateVerdict.UNDECIDED, reason)
     decoded = [speed.tokens_per_second.get(STREAMS) for speed in (then, now)]
     first = [speed.first_token_seconds for speed in (then, now)]

@@ -36,7 +36,7 @@ class LengthBias:
     Attributes:
         longer: number of pairs whose chosen answer is longer.
         compared: number of pairs whose answers differ in length.
-        low, high: bounds of the 95 % interval of the share (Wilson 1927).
+        low, high: bounds of the 95% interval of the share (Wilson 1927).
         chosen_characters, rejected_characters: median length of the answers.
     """
 
@@ -55,8 +55,8 @@ class LengthBias:
     def __str__(self) -> str:
         share = 100 * self.longer / self.compared
         return (
-            f"the chosen answer is the longer one in {share:.0f} % of {self.compared} pairs "
-            f"(95 % interval {100 * self.low:.0f} to {100 * self.high:.0f} %); median length: chosen "
+            f"the chosen answer is the longer one in {share:.0f}% of {self.compared} pairs "
+            f"(95% interval {100 * self.low:.0f} to {100 * self.high:.0f}%); median length: chosen "
             f"{self.chosen_characters} characters, rejected {self.rejected_characters}"
         )
 

@@ -6,7 +6,7 @@ and Motwani 1998), which misses 2 in 10,000 of the pairs with similarity 0.8. Th
 estimate is 0.06. datasketch, which the tests use for comparison, takes ten times as long and 3 kB per
 text (6,000 questions of 60 words: 1.7 s instead of 0.15 s).
 
-Runs that occur in more than 5 % of the first 2,000 texts, and in more than 4 different texts, are
+Runs that occur in more than 5% of the first 2,000 texts, and in more than 4 different texts, are
 treated as the task's wording and ignored. Otherwise, two short questions after the same long instruction
 would look like copies. If fewer than 24 runs remain, texts count as near duplicates only if all their
 runs are the same, because in a short text a single different word makes a different question.

@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 _POLL_S = 0.1
 _CPU_NICENESS = 5
 """Niceness of an engine on the CPU relative to the server. The engine's threads keep every core busy: with
-equal priorities, the server's event loop had to wait 20 ms for a core in 1 % of its turns, whereas now
+equal priorities, the server's event loop had to wait 20 ms for a core in 1% of its turns, whereas now
 it waits 8 ms (docs/reliability.md)."""
 
 

@@ -42,7 +42,7 @@ def plot_lengths(data: DataSummary) -> str | None:
         figure.legend(loc="outside upper left", ncols=2)
 
     text = "; ".join(
-        f"{name}: half have at most {lengths.median} characters, 95 % at most {lengths.p95}, the longest has "
+        f"{name}: half have at most {lengths.median} characters, 95% at most {lengths.p95}, the longest has "
         f"{lengths.longest}"
         for name, (lengths, _) in parts.items()
     )

@@ -82,7 +82,7 @@ def test_each_frequent_category_and_all_new_categories_form_bet_sets() -> None:
     reference = of_names(["stop"] * 90 + ["length"] * 10)
     assert largest_win(reference, of_names(["error"])) == pytest.approx(1 / (SLACK * upper_limit(0, 100, SURE)))
     assert largest_win(reference, of_names(["length"])) == pytest.approx(1 / (SLACK * upper_limit(10, 100, SURE)))
-    assert largest_win(reference, of_names(["stop"])) == 0  # twice 90 % is more than all
+    assert largest_win(reference, of_names(["stop"])) == 0  # twice 90% is more than all
 
 
 def test_category_rare_in_the_reference_belongs_to_a_bet_set() -> None:

@@ -67,7 +67,7 @@ def add(store: Store, record: RolloutRecord, count: int, **of_candidate: object)
 def test_invalid_json_of_the_candidate_is_a_proven_loss(store: Store, record: RolloutRecord) -> None:
     add(store, record, 30, valid=False)
     look = CanaryEvidence(store, record).look()
-    assert look.losses.startswith("invalid JSON 100.0 % instead of 0.0 %, at most 5 points more allowed: failed")
+    assert look.losses.startswith("invalid JSON 100.0% instead of 0.0%, at most 5 points more allowed: failed")
 
 
 def test_equal_versions_pass_once_enough_requests_exclude_a_loss(store: Store, record: RolloutRecord) -> None:
@@ -83,7 +83,7 @@ def test_failures_of_the_candidates_engine_are_a_proven_loss(
     store: Store, record: RolloutRecord, outcome: RequestOutcome
 ) -> None:
     add(store, record, 30, outcome=outcome)
-    assert "failed requests 100.0 %" in CanaryEvidence(store, record).look().losses
+    assert "failed requests 100.0%" in CanaryEvidence(store, record).look().losses
 
 
 def test_requests_that_the_gateway_refused_are_not_held_against_a_version(store: Store, record: RolloutRecord) -> None:
@@ -105,7 +105,7 @@ def test_bad_ratings_can_end_a_rollout_but_do_not_hold_it(store: Store, record: 
             keep_feedback(store, f"{candidate}{number}", Feedback(rating))
             if (number, candidate) == (2, True):
                 assert CanaryEvidence(store, record).look().is_passed
-    assert "bad ratings 100.0 %" in CanaryEvidence(store, record).look().losses
+    assert "bad ratings 100.0%" in CanaryEvidence(store, record).look().losses
 
 
 def test_ratings_count_when_the_clock_of_the_server_that_stored_them_is_slow(
@@ -120,7 +120,7 @@ def test_ratings_count_when_the_clock_of_the_server_that_stored_them_is_slow(
             keep_feedback(store, f"{candidate}{number}", Feedback(Rating.BAD if candidate else Rating.GOOD))
     with store.begin() as connection:
         connection.execute(update(FeedbackRow).values(given_at=record.requested_at - timedelta(seconds=30)))
-    assert "bad ratings 100.0 %" in evidence.look().losses
+    assert "bad ratings 100.0%" in evidence.look().losses
 
 
 def test_only_units_since_the_beginning_of_the_step_count_for_its_minimum(store: Store, record: RolloutRecord) -> None:

@@ -131,7 +131,7 @@ async def test_candidate_with_invalid_json_is_rolled_back_after_a_replay(control
         await control.serves(target(11))
         assert control.double.weights.endswith("/11/merged")
     assert seen.outcome is RolloutOutcome.ROLLED_BACK
-    assert seen.why is not None and "invalid JSON 100.0 % instead of 0.0 %" in seen.why
+    assert seen.why is not None and "invalid JSON 100.0% instead of 0.0%" in seen.why
 
 
 async def test_request_during_a_replay_is_answered_by_production(control: Control) -> None:

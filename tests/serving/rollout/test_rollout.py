@@ -191,7 +191,7 @@ async def test_candidate_that_answers_invalid_json_is_rolled_back(control: Contr
             seen = await ended(control)
             await until(lambda: control.park.alive == 1)
     assert seen.outcome is RolloutOutcome.ROLLED_BACK
-    assert seen.why is not None and "invalid JSON 100.0 % instead of 0.0 %" in seen.why
+    assert seen.why is not None and "invalid JSON 100.0% instead of 0.0%" in seen.why
     assert control.reconciler.actual.target == target(11)
     assert set(users.statuses) == {200}
 

@@ -71,7 +71,7 @@ def test_history_lists_a_rollout_with_its_outcome_and_verdicts_between_the_perio
     entry = AuditEntry(Action.PROMOTE, "tickets@2", ALICE, "it is better")
     tried = begin_rollout(store, first, target(2), RolloutSettings(canary=(5, 100)), entry)
     store_signals(store, tried.id, (LOSS,))
-    end_rollout(store, tried.id, RolloutOutcome.ROLLED_BACK, "invalid JSON 30.0 % instead of 0.0 %")
+    end_rollout(store, tried.id, RolloutOutcome.ROLLED_BACK, "invalid JSON 30.0% instead of 0.0%")
     later = datetime.now(UTC) + timedelta(minutes=1)
     begin_serving(store, change_desired(store, first, target(3), first.target), Began.SWAP, at=later)
     rows = read_history(store, "tickets")
@@ -82,7 +82,7 @@ def test_history_lists_a_rollout_with_its_outcome_and_verdicts_between_the_perio
     ]
     row = rows[1]
     assert (row["who"], row["why"], row["ended_by"]) == ("user:alice", "it is better", "rolled_back")
-    assert row["rollout"]["why"] == "invalid JSON 30.0 % instead of 0.0 %"
+    assert row["rollout"]["why"] == "invalid JSON 30.0% instead of 0.0%"
     assert [(signal["signal"], signal["outcome"]) for signal in row["rollout"]["signals"]] == [("invalid", "failed")]
     assert set(row) == set(rows[0])
 

@@ -56,7 +56,7 @@ def test_detectable_loss_is_printed_when_a_held_out_file_is_given(tmp_path: Path
     for path, count in ((train, 3), (heldout, 40)):
         turns = ([QUESTION | {"content": f"{path.stem} {number}"}, ANSWER] for number in range(count))
         path.write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
-    said = "are enough to detect, with 80 % power, a loss that differs from its limit by at least 0.140"
+    said = "are enough to detect, with 80% power, a loss that differs from its limit by at least 0.140"
     assert said in check(str(train), "--heldout", str(heldout)).output
     assert "are enough to detect" not in check(str(train)).output
     assert "are enough to detect" not in check(str(train), "--heldout", str(heldout), "--json").output

@@ -221,11 +221,11 @@ def tried(store: Store, version: VersionId, reason: str = "better") -> None:
     seen = change_desired(store, None, first, None)
     entry = AuditEntry(Action.PROMOTE, str(version), Actor("user:ann", "box"), reason)
     for candidate, why in (
-        (version, "invalid JSON 30.0 % instead of 0.0 %"),
+        (version, "invalid JSON 30.0% instead of 0.0%"),
         (VersionId(version.name, 9), "another loss"),
     ):
         begun = begin_rollout(store, seen, Target(candidate, Format.GPTQ), RolloutSettings(canary=(5, 100)), entry)
-        add_rollout_step(store, begun.id, "canary: the candidate serves 5 % of clients")
+        add_rollout_step(store, begun.id, "canary: the candidate serves 5% of clients")
         store_signals(store, begun.id, (LOSS,))
         end_rollout(store, begun.id, RolloutOutcome.ROLLED_BACK, why)
 
@@ -241,8 +241,8 @@ def test_report_shows_the_rollouts_of_the_version_with_figures_and_outcome(
     assert parsed.open == [] and "script" not in parsed.tags
     assert f"Rollout 1, instead of {versions.name}@2: rolled back" in shown
     assert f"by user:ann: {SCRIPT}" in shown
-    assert "UTC: invalid JSON 30.0 % instead of 0.0 %" in shown
-    assert "canary: the candidate serves 5 % of clients" in shown
+    assert "UTC: invalid JSON 30.0% instead of 0.0%" in shown
+    assert "canary: the candidate serves 5% of clients" in shown
     assert re.search(r"invalid\s*0\.000\s*0\.300\s*0\.100\s*0\.500\s*0\.01\s*90\s*failed", shown)
     assert "another loss" not in shown and "Rollout 2" not in shown
 

@@ -270,7 +270,7 @@ def test_examples_are_unchanged_after_a_version_of_the_same_recipe_exists(
 def test_warning_is_printed_when_near_duplicates_enlarge_the_heldout_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], copies: int, warned: bool
 ) -> None:
-    """There are six examples in each group, so 1 - 0.9 ** 6 = 47 % of the groups are held out."""
+    """There are six examples in each group, so 1 - 0.9 ** 6 = 47% of the groups are held out."""
     chance = random.Random(0)
     texts = [text(chance, 60, 60) for _ in range(240 // copies)]
     read_train(tmp_path, [make_example(f"{prompt} {number}", "yes") for prompt in texts for number in range(copies)])

@@ -131,7 +131,7 @@ def test_nll_increase_is_accepted_after_the_recipe_raises_the_limit() -> None:
 
 
 def test_at_most_5_percent_of_models_are_rejected_when_the_difference_is_noise() -> None:
-    """The interval covers 95 %, and only one of its ends leads to rejection."""
+    """The interval covers 95%, and only one of its ends leads to rejection."""
     rejected = 0
     for seed in range(40):
         try:
@@ -159,7 +159,7 @@ def first_answers(lost: int, gained: int, total: int) -> tuple[Qualified, Qualif
         (0, 0, 200, GateOutcome.PASSED),
         (2, 1, 200, GateOutcome.PASSED),
         (10, 4, 200, GateOutcome.UNDECIDED),  # three points of an ordinary first version
-        (4, 0, 30, GateOutcome.UNDECIDED),  # 13 %
+        (4, 0, 30, GateOutcome.UNDECIDED),  # 13%
         (0, 0, 30, GateOutcome.UNDECIDED),
         (30, 0, 200, GateOutcome.FAILED),
     ],

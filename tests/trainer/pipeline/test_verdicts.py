@@ -131,7 +131,7 @@ def test_detectable_loss_is_printed_before_training(
     with pytest.raises(InterruptedRunError):
         make(WORSE_QUANTIZED).train_version()
     output = " ".join(capsys.readouterr().err.split())
-    assert "7 held-out examples are enough to detect, with 80 % power, a loss that differs from its limit by" in output
+    assert "7 held-out examples are enough to detect, with 80% power, a loss that differs from its limit by" in output
     assert "evaluate.max_gptq_loss is 0.05: about 320 are needed to pass a version without loss" in output
 
 

@@ -1,4 +1,4 @@
-"""Quantiles are accurate to 1 %, and their limits hold at any time."""
+"""Quantiles are accurate to 1%, and their limits hold at any time."""
 
 import math
 

@@ -305,7 +305,7 @@ def test_speed_is_skipped_when_versions_differ_only_in_weights(registry: Registr
 
 def test_speed_measured_on_a_busy_machine_is_undecided(registry: Registry) -> None:
     register_two(registry, 2.0, others_share=0.4)
-    assert "other processes used 40 %" in check(registry, "speed").reason
+    assert "other processes used 40%" in check(registry, "speed").reason
 
 
 def test_speed_measured_on_another_kind_of_engine_is_undecided(registry: Registry) -> None:

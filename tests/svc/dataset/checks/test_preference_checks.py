@@ -173,7 +173,7 @@ def test_kind_labels_and_bias_are_printed(tmp_path: Path) -> None:
     answers = write_lines(tmp_path / "answers.jsonl", labelled("q"), labelled("r", "two"), labelled("s", label=False))
     shown = CliRunner().invoke(group, ["data", "check", str(pairs), str(answers)]).output
     assert f"{pairs}: 3 preference pairs in 3 lines" in shown
-    assert "length bias: the chosen answer is the longer one in 67 % of 3 pairs (95 % interval 21 to 94 %)" in shown
+    assert "length bias: the chosen answer is the longer one in 67% of 3 pairs (95% interval 21 to 94%)" in shown
     assert f"{answers}: 3 labelled answers in 3 lines" in shown
     assert "labels: 2 desirable, 1 undesirable" in shown
     one, other = json.loads(CliRunner().invoke(group, ["data", "check", str(pairs), str(answers), "--json"]).output)
