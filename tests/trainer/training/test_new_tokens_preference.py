@@ -95,6 +95,7 @@ def test_token_that_no_judged_answer_has_is_refused_before_training(base: Path, 
         train_in(FLOAT32, base, TrainingData((), judged=pairs), recipe(DPO), tmp_path)
 
 
+@pytest.mark.matrix
 def test_two_devices_with_sharded_weights_learn_preferences_with_new_tokens_as_one_does(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

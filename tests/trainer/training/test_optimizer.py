@@ -110,7 +110,8 @@ def test_lora_plus_works_with_8_bit_moments_and_preferences(tiny_base: Path, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.matrix), True])
+@pytest.mark.matrix
+@pytest.mark.parametrize("sharded", [False, True])
 def test_lora_plus_is_the_same_on_two_devices(
     sharded: bool, tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

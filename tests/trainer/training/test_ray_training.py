@@ -160,6 +160,7 @@ def test_training_continues_on_the_third_node_when_one_is_lost(
     assert ray.running == []
 
 
+@pytest.mark.matrix
 def test_run_stopped_by_a_signal_leaves_no_worker_and_continues_with_the_same_result(
     here: Path, machine: Machine, ray: RayDouble, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,7 +68,8 @@ def test_killed_run_ends_with_the_same_weights(
     assert_same(train_in(BFLOAT16, tiny_base, data, recipe(start), tmp_path), tmp_path, whole)
 
 
-@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.matrix), True])
+@pytest.mark.matrix
+@pytest.mark.parametrize("sharded", [False, True])
 def test_two_devices_train_as_one_does(
     sharded: bool, tiny_base: Path, data: TrainingData, uninterrupted: UninterruptedRuns, tmp_path: Path
 ) -> None:

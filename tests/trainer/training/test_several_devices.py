@@ -155,7 +155,7 @@ def test_two_devices_have_the_same_losses_and_weights_as_one(
         pytest.param(Method.DORA, {"gradient_checkpointing": True}, marks=pytest.mark.matrix),
         (Method.FULL, {"max_grad_norm": 0.05}),
         pytest.param(Method.FULL, {"gradient_checkpointing": True}, marks=pytest.mark.matrix),
-        (Method.QLORA, {}),
+        pytest.param(Method.QLORA, {}, marks=pytest.mark.matrix),
         pytest.param(Method.QLORA, {"gradient_checkpointing": True}, marks=pytest.mark.matrix),
     ],
     ids=str,
