@@ -169,12 +169,12 @@ def test_ctrl_c_stops_all_workers_and_the_next_run_continues(here: Place, place:
 
 
 def test_second_command_for_the_same_run_is_refused_while_the_first_trains(place: Place, tmp_path: Path) -> None:
-    """The two commands share the object store and the cluster, but no home, as on two machines."""
+    """The two commands share the object store and the cluster, but no home, as on two machines. One node is free."""
     other = replace(place, folder=tmp_path / "other", shared=place.folder)
     with place.start("--on", "ray") as process:
         try:
             place.wait_for_checkpoint(process)
-            code, errors = other.train("--on", "ray")
+            code, errors = other.train("--on", "ray", "--set", "train.devices=1")
         finally:
             process.terminate()
         end(process)
