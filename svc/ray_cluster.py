@@ -3,9 +3,10 @@
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from urllib.parse import urlsplit
 
 from svc.errors import ServerNotRunningError, SettingsError
@@ -65,7 +66,8 @@ def connected(address: str) -> Iterator[None]:
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced it
-        yield
+        with redirect_stdout(sys.stderr):  # Ray prints events, such as a lost node, and stdout is for the result
+            yield
     finally:
         ray.shutdown()
 

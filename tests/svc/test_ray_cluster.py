@@ -1,6 +1,7 @@
 """Tests which Ray cluster is used, and that one that cannot be reached is refused at once."""
 
 import socket
+from unittest.mock import patch
 
 import pytest
 
@@ -32,3 +33,16 @@ def test_cluster_is_refused_when_nothing_listens() -> None:
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(ServerNotRunningError, match=f"no Ray cluster answers at {address}"), connected(address):
             pass
+
+
+def test_events_that_ray_prints_do_not_reach_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    from ray._private.worker import print_to_stdstream
+
+    event = {"pid": 1, "ip": "", "is_err": False, "lines": ["a node was lost"]}
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        with patch("ray.init"), patch("ray.shutdown"), connected(address):
+            print_to_stdstream(event, ignore_prefix=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "a node was lost" in captured.err

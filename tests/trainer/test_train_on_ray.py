@@ -171,14 +171,15 @@ def test_ctrl_c_stops_all_workers_and_the_next_run_continues(here: Place, place:
 def test_second_command_for_the_same_run_is_refused_while_the_first_trains(place: Place, tmp_path: Path) -> None:
     """The two commands share the object store and the cluster, but no home, as on two machines. One node is free."""
     other = replace(place, folder=tmp_path / "other", shared=place.folder)
-    with place.start("--on", "ray") as process:
+    command = ["--on", "ray", "--set", "train.epochs=3000"]  # the first still trains when the second has waited
+    with place.start(*command) as process:
         try:
             place.wait_for_checkpoint(process)
-            code, errors = other.train("--on", "ray", "--set", "train.devices=1")
+            code, errors = other.train(*command, "--set", "train.devices=1")
         finally:
             process.terminate()
         end(process)
-    assert code == BusyError.exit_code
+    assert code == BusyError.exit_code, errors
     assert f"process {process.pid} on" in errors
 
 
