@@ -24,7 +24,13 @@ from svc.engine.vllm.engine_args import given, given_flag
 from svc.engine.vllm.environment import inherited_environment
 from svc.engine.vllm.lora import RUNTIME_VARIABLE, LoraSlots, lora_choices
 from svc.engine.vllm.number_type import choose_dtype, choose_gptq_kernel
-from svc.engine.vllm.plugin import EMPTY_TOKENS_VARIABLE, INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE
+from svc.engine.vllm.plugin import (
+    EMPTY_TOKENS_VARIABLE,
+    INT4_LINEAR_VARIABLE,
+    LORA_VARIABLE,
+    QUIET_VARIABLE,
+    SCALES_VARIABLE,
+)
 from svc.model_folder.chat_template import TemplateKwargs
 from svc.settings.engine import Device, EngineSettings, GptqKernel
 
@@ -176,6 +182,7 @@ def environment(spec: EngineSpec) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         QUIET_VARIABLE: "1",
         EMPTY_TOKENS_VARIABLE: "1",
+        SCALES_VARIABLE: "1",
     }
     # In vLLM the first, an older setting of the cache size, overrides an argument. The next two are ours. The last
     # enables endpoints that are not needed without adapters.

@@ -19,6 +19,8 @@ QUIET_VARIABLE = "TUNESERVE_QUIET_ERRORS"
 """Environment variable that is set to 1 for engines whose log must not contain text from requests."""
 EMPTY_TOKENS_VARIABLE = "TUNESERVE_EMPTY_TOKENS"
 """Environment variable that is set to 1 for engines whose clients can request log-probabilities."""
+SCALES_VARIABLE = "TUNESERVE_KEEP_SCALES"
+"""Environment variable that is set to 1 for engines whose weights can be reloaded."""
 _REQUEST_LOGGERS = ("vllm.entrypoints.", "uvicorn.")
 """Loggers of request-handling code. Those of the core are excluded, because their errors explain why it exits."""
 
@@ -33,6 +35,8 @@ def register() -> None:
         _apply_no_adapter_to_the_base()
     if os.environ.get(EMPTY_TOKENS_VARIABLE) == "1":
         _show_ids_without_a_token_as_empty()
+    if os.environ.get(SCALES_VARIABLE) == "1":
+        _keep_scales_of_int8_weights()
 
 
 class _QuietRecords:
@@ -112,3 +116,22 @@ def _show_ids_without_a_token_as_empty() -> None:
         return restored
 
     detokenizer_utils._restore_leading_spaces = restore_leading_spaces
+
+
+@cache
+def _keep_scales_of_int8_weights() -> None:
+    """Make vLLM keep the scales of INT8 weights for as long as a oneDNN kernel reads them, after a reload too.
+
+    On a CPU without AMX, the kernel has a pointer to the scales of its layer. A reload in vLLM 0.32 creates a kernel
+    from new tensors, copies them into the layer's tensors and frees them. SmolLM2-135M then answered with NaN.
+    """
+    from vllm import _custom_ops
+
+    create = _custom_ops.create_onednn_scaled_mm
+
+    def create_onednn_scaled_mm(weight: Any, weight_scales: Any, *args: Any) -> Any:
+        handler = create(weight, weight_scales, *args)
+        handler.weight_scales = weight_scales
+        return handler
+
+    _custom_ops.create_onednn_scaled_mm = create_onednn_scaled_mm

@@ -14,6 +14,7 @@ from svc.engine.vllm.plugin import (
     INT4_LINEAR_VARIABLE,
     LORA_VARIABLE,
     QUIET_VARIABLE,
+    SCALES_VARIABLE,
     register,
 )
 from tests.forks import Forks, forking
@@ -27,7 +28,7 @@ def test_vllm_discovers_the_plugin_by_its_entry_point() -> None:
 @pytest.mark.parametrize("value", ["", "0", None])
 def test_plugin_imports_nothing_in_vllm_started_outside_our_server(value: str | None) -> None:
     code = "import sys; from svc.engine.vllm.plugin import register; register(); assert 'vllm' not in sys.modules"
-    names = (EMPTY_TOKENS_VARIABLE, INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE)
+    names = (EMPTY_TOKENS_VARIABLE, INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE, SCALES_VARIABLE)
     subprocess.run([sys.executable, "-c", code], check=True, env=dict.fromkeys(names, value) if value else {})
 
 
@@ -153,3 +154,30 @@ assert convert_ids_list_to_tokens(tokenizer, [1, 2]) == [" a", ""]
 @pytest.mark.slow
 def test_vllm_returns_empty_token_for_a_sentencepiece_id_without_text(vllm: Forks) -> None:
     vllm.run(TOKENS, **{EMPTY_TOKENS_VARIABLE: "1"})
+
+
+FREED_SCALES = """
+import torch
+from svc.engine.vllm.plugin import register
+register()
+from vllm import _custom_ops
+from vllm.platforms import current_platform
+current_platform.import_kernels()
+weight, scales = torch.ones(512, 64, dtype=torch.int8), torch.ones(512, 1)
+handler = _custom_ops.create_onednn_scaled_mm(weight.t(), scales, torch.bfloat16, True, False, 32)
+del scales  # a reload does so
+others = [torch.full((512, 1), 7.0) for _ in range(100)]
+ones = torch.ones(2, 64, dtype=torch.bfloat16)
+inputs, input_scales, _ = _custom_ops.onednn_scaled_int8_quant(ones, None, None, True)
+result = torch.empty(2, 512, dtype=torch.bfloat16)
+_custom_ops.onednn_scaled_mm(handler, inputs, result, input_scales, None, None, None)
+print(torch.allclose(result.float(), torch.full((2, 512), 64.0), rtol=0.02))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ours", [True, False])
+def test_int8_kernel_computes_with_its_own_scales_when_a_reload_has_freed_them(vllm: Forks, ours: bool) -> None:
+    """If a vLLM release does this by itself, the second case fails, and the plugin is no longer needed there."""
+    printed = vllm.run(FREED_SCALES, **({SCALES_VARIABLE: "1"} if ours else {}))
+    assert printed.split()[-1] == str(ours)
