@@ -121,7 +121,7 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
         return QualityReport(Quality.UNKNOWN, error.wrong)
     run = newest_holdout_run(store, target)
     if run is None:
-        return QualityReport(Quality.UNKNOWN, "the held-out set has not been run again yet")
+        return QualityReport(Quality.UNKNOWN, "no held-out run has been recorded since registration")
     if not all(run.metric in result.scores for result in results):
         run = _by_exact_match(run)
     registered = _registered(results, run.metric)
@@ -131,7 +131,8 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
     first = first_holdout_run(store, target, run.engine)
     if first is None or first.id == run.id:
         return QualityReport(
-            Quality.UNKNOWN, "this was the first run on this kind of engine; later runs are compared with it"
+            Quality.UNKNOWN,
+            "the newest held-out run is the first on this kind of engine; later runs are compared with it",
         )
     if first.metric != run.metric:  # the metric was temporarily unavailable here
         first, run = _by_exact_match(first), _by_exact_match(run)

@@ -205,7 +205,7 @@ class _Percents(click.ParamType[tuple[float, ...]]):
     "--shadow", type=int, metavar="N", help="First send VERSION copies of N requests; their answers are only compared."
 )
 @click.option(
-    "--canary", type=_Percents(), help="Then let it answer these percentages of the clients, such as 5,25,100."
+    "--canary", type=_Percents(), help="Then serve these percentages of clients with VERSION, such as 5,25,100."
 )
 @click.option("--direct", is_flag=True, help="Promote in a single swap, without the configured steps.")
 @click.option("--force", is_flag=True, help="Promote even if a gate refuses the version; requires --reason.")
@@ -349,7 +349,9 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
     for each in servers:
         if each.result is None:
             click.secho(
-                f"warning: {_server_text(each)}; it serves {target} after its next start", fg="yellow", err=True
+                f"warning: {_server_text(each)}; this server will serve {target} after its next start",
+                fg="yellow",
+                err=True,
             )
 
 

@@ -313,7 +313,7 @@ class Deployments:
         name = version.name
         if (other := self._all.get(name)) is not None:
             if name not in self._on_demand or not other.admission.idle_s:
-                raise BusyError(f"{name} is being served in another version", todo=f"svc promote {version}")
+                raise BusyError(f"another version of {name} is being served", todo=f"svc promote {version}")
             await self._take_away(name)
         desired = Desired(await self._fitting(targets), None, _NOT_PROMOTED)
         deployment = await self._add(desired)
@@ -372,7 +372,7 @@ class Deployments:
         if await asyncio.to_thread(is_served_elsewhere, self.store, name, self.server):
             if name in self._all:
                 await self._take_away(name, removed=False)
-            self._refused[name] = f"{why}; another server serves it, and this one will retry"
+            self._refused[name] = f"{why}; another server serves the model, and this server will retry"
             self._retry_at[name] = time.monotonic() + _RETRY_S
         else:
             self._refused[name] = str(why)

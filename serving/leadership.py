@@ -100,7 +100,7 @@ class Leadership:
         except SQLAlchemyError:
             log_store_error(
                 log,
-                "could not extend this server's leases; unless this succeeds within %.0f s, it stops leading",
+                "could not extend this server's leases; unless this succeeds within %.0f s, this server stops leading",
                 LEASE_S,
             )
             return

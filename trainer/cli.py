@@ -26,7 +26,9 @@ _set_option = click.option(
 )
 @click.option("--curve", is_flag=True, help="Train on 10 to 100% of the data to predict how much more data would help.")
 @click.option(
-    "--register-failed", is_flag=True, help="Register a version even if it fails a check; it cannot be promoted."
+    "--register-failed",
+    is_flag=True,
+    help="Register a version even if it fails a check; such a version cannot be promoted.",
 )
 @click.option(
     "--on",
@@ -145,7 +147,9 @@ def train(
 )
 @_set_option
 @click.option(
-    "--register-failed", is_flag=True, help="Register a version even if it fails a check; it cannot be promoted."
+    "--register-failed",
+    is_flag=True,
+    help="Register a version even if it fails a check; such a version cannot be promoted.",
 )
 @json_option
 @click.pass_context

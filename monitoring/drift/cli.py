@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model")
 @click.option(
-    "--accept", is_flag=True, help="End the active alarms, and compare later traffic with the traffic since they began."
+    "--accept", is_flag=True, help="End the active alarms, and use the traffic since their start as the new reference."
 )
 @json_option
 @click.pass_context
@@ -71,7 +71,7 @@ def _accept(check: "DriftCheck", store: "Store", target: "Target", lease: "Lease
     features = check.accept(target, lease)
     details = {"format": target.format.value, "features": features}
     record_event(store, AuditEntry(Action.ACCEPT_DRIFT, str(target.version), Actor.local(), details=details))
-    console.print(f"accepted: {', '.join(features)}; later traffic is compared with the traffic since the alarms began")
+    console.print(f"accepted: {', '.join(features)}; the new reference is the traffic since the alarms began")
 
 
 def _target(registry: "Registry", store: "Store", model: str) -> "Target":
@@ -92,8 +92,8 @@ def _target(registry: "Registry", store: "Store", model: str) -> "Target":
     served = [format for format in SERVED_FORMATS if format in formats]
     if not served:
         raise NotFoundError(
-            f"{version} was never served and has no format with complete weights",
-            expected="a version that was served, or one with a merged or quantized format",
+            f"{version} has never been served and has no format with complete weights",
+            expected="a version that has been served, or that has a merged or quantized format",
             todo="run `svc models` to see versions with their formats",
         )
     return Target(version, served[0])

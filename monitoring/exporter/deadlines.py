@@ -36,13 +36,13 @@ class DeadlineMetrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """Return the metrics, omitting any time that is unknown or cannot be read."""
         certificate = GaugeMetricFamily(
-            "svc_certificate_expiry_timestamp_seconds", "Time at which the server's certificate expires", labels=[]
+            "svc_certificate_expiry_timestamp_seconds", "Unix time at which the server's certificate expires", labels=[]
         )
         key = GaugeMetricFamily(
-            "svc_key_expiry_timestamp_seconds", "Time at which a usable key expires", labels=["key_id"]
+            "svc_key_expiry_timestamp_seconds", "Unix time at which a usable key expires", labels=["key_id"]
         )
         backup = GaugeMetricFamily(
-            "svc_backup_timestamp_seconds", "Time at which the newest backup was made", labels=[]
+            "svc_backup_timestamp_seconds", "Unix time at which the newest backup was made", labels=[]
         )
         if self._certificate:
             try:

@@ -27,12 +27,15 @@ log = logging.getLogger(__name__)
 _GAUGES = {
     "svc_drift_alarm": ("1 while a feature has an active alarm", ["signal", "feature"]),
     "svc_drift_watched": ("1 while new requests or ratings can be compared", ["signal"]),
-    "svc_drift_items": ("Requests (for people: ratings) compared since the version was first served", ["signal"]),
+    "svc_drift_items": (
+        "Requests (for the signal people: ratings) compared since the version was first served",
+        ["signal"],
+    ),
     "svc_drift_score": ("Size of the difference between the newest 100 items and the reference", ["signal", "feature"]),
     "svc_drift_evidence": ("Evidence for a change, on a logarithmic scale: 0 none, 1 alarm", ["signal", "feature"]),
-    "svc_drift_checked_timestamp_seconds": ("Time of the last drift check", []),
+    "svc_drift_checked_timestamp_seconds": ("Unix time of the last drift check", []),
     "svc_holdout_changed": (
-        "1 if the held-out results differ from those at registration: a fault of serving",
+        "1 if the held-out results differ from the results at registration, which indicates a serving fault",
         [],
     ),
     "svc_holdout_nll": ("Held-out negative log-likelihood, in nats per token", ["when"]),
@@ -40,7 +43,7 @@ _GAUGES = {
     "svc_holdout_score": ("Primary metric of the held-out answers", ["metric", "when"]),
     "svc_holdout_pvalue": ("p-value of the change since registration", ["metric"]),
     "svc_holdout_examples": ("Held-out examples in the newest run", []),
-    "svc_holdout_run_timestamp_seconds": ("End time of the newest held-out run, by outcome", ["outcome"]),
+    "svc_holdout_run_timestamp_seconds": ("Unix time at which the newest held-out run ended, by outcome", ["outcome"]),
 }
 """Each gauge's help text, and its labels besides `model` and `version`."""
 _Sample = tuple[str, list[str], float]

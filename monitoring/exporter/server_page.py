@@ -43,7 +43,9 @@ class ServerPage(Collector):
         yield GaugeMetricFamily("svc_server_up", "1 if the server responded", value=float(answer is not None))
         readable = float(families is not None)
         yield GaugeMetricFamily("svc_server_page_readable", "1 if the server's metrics could be read", value=readable)
-        yield GaugeMetricFamily("svc_server_scrape_duration_seconds", "Time the server took to respond", value=seconds)
+        yield GaugeMetricFamily(
+            "svc_server_scrape_duration_seconds", "Time in seconds that the server took to respond", value=seconds
+        )
         yield from families or ()
 
     def _ask(self) -> httpx.Response | None:

@@ -30,8 +30,8 @@ _REPORTED = {
 }
 _GAUGES = {
     _RUNNING: "1 while a training run of the model is active, in any stage",
-    _STARTED: "Start time of the newest run; an active run takes precedence over newer runs",
-    _WRITTEN: "Time at which an active run last wrote a file",
+    _STARTED: "Unix start time of the newest run; an active run takes precedence over newer runs",
+    _WRITTEN: "Unix time at which an active run last wrote a file",
     "svc_training_loss": "Latest loss of the newest run, in nats per token",
     "svc_training_heldout_loss": "Latest held-out loss of the newest run, in nats per answer token",
     "svc_training_epoch": "Completed epochs of the newest run",

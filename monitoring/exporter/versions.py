@@ -25,7 +25,7 @@ _SHOWN_DIGITS = 12  # of a held-out set's fingerprint: enough to distinguish the
 _VERSION = ["model", "version"]
 _EVALUATION = [*_VERSION, "heldout", "format", "metric", "primary"]
 _GAUGES = (
-    ("svc_registry_version_created_timestamp_seconds", "Time at which the version was registered", _VERSION),
+    ("svc_registry_version_created_timestamp_seconds", "Unix time at which the version was registered", _VERSION),
     ("svc_registry_version_size_bytes", "Size on disk", [*_VERSION, "format"]),
     ("svc_registry_version_evaluation", "Held-out results at registration, including the base model's", _EVALUATION),
     ("svc_registry_version_evaluation_low", "Lower end of a held-out result's 95% interval", _EVALUATION),

@@ -51,7 +51,7 @@ def _model(state: Mapping[str, Any], drift: Mapping[str, str], *, verbose: bool)
             lines.append(_replica(replica, f"{replica['state']}{version}, {replica['running']} running"))
     if scaling := state.get("scaling"):
         refused = f"; no more can be added: {scaling['refused']}" if scaling["refused"] else ""
-        lines.append(Text(f"  {scaling['replicas']} of {scaling['min']} to {scaling['max']} replicas{refused}"))
+        lines.append(Text(f"  {scaling['replicas']} replicas (from {scaling['min']} to {scaling['max']}){refused}"))
     lines += [_replica(each, each["verification"], "yellow") for each in engines if each.get("verified") is False]
     for replica in engines:
         adapters = replica.get("adapters")
@@ -76,7 +76,7 @@ def _servers(servers: Sequence[Mapping[str, Any]], this: str) -> RenderableType:
     table = Table("server", "serves", "last seen (UTC)", "leads", box=None)
     for server in servers:
         address = f"{server['address']} (this one)" if server["id"] == this else server["address"]
-        serves = ", ".join(server["serves"]) or "nothing yet" if server["running"] else "it no longer reports"
+        serves = ", ".join(server["serves"]) or "nothing yet" if server["running"] else "stopped reporting"
         seen = server["seen_at"][:19].replace("T", " ")
         leads = ", ".join("everything else" if name == "*" else name for name in server["leads"])
         table.add_row(address, serves, seen, leads or "-", style="" if server["running"] else "red")

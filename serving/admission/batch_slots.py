@@ -125,4 +125,4 @@ class BatchSlots:
     def _expire(self, waiting: _Waiting) -> None:
         if not waiting.given.done():
             self._waiting.remove(waiting)
-            waiting.given.set_exception(QueueTimeoutError(f"no spare capacity within {MAX_WAIT_S:g} s"))
+            waiting.given.set_exception(QueueTimeoutError(f"no capacity became available within {MAX_WAIT_S:g} s"))

@@ -181,7 +181,9 @@ class HoldoutRuns:
             scores = metric.checked_score(Answered([examples[place] for place in results], list(results.values())))
         except Exception:  # the boundary: a metric may come from a package, or be a function of the user
             log.warning(
-                "the primary metric of %s cannot run here; using exact match instead", run.target, exc_info=True
+                "the primary metric of %s cannot be computed on this server; using exact match instead",
+                run.target,
+                exc_info=True,
             )
             return replace(run, metric=ExactMatch.name, scores=tuple(map(float, run.hits)))
         return replace(run, metric=metric.name, scores=tuple(scores))

@@ -90,7 +90,7 @@ class BatchRunner:
         except LeaseLostError:
             log.info("another server continues batch %s", run.batch.id)
         except Exception:  # the boundary: other batches continue
-            log.exception("unexpected error in batch %s; continuing it in %.0f s", run.batch.id, _PAUSE_S)
+            log.exception("unexpected error in batch %s; resuming it in %.0f s", run.batch.id, _PAUSE_S)
             await asyncio.sleep(_PAUSE_S)
 
     async def _stop(self) -> None:

@@ -127,7 +127,7 @@ def follow(administration: Administration, change: VersionChange, on_step: Calla
             _refuse_without_server(administration, change)
         if time.monotonic() >= next_check:
             if pending and pending <= unwritten.keys():
-                on_step("the server could not write the result to its journal (see its log); its status shows it")
+                on_step("the server could not write the result to its journal; see the server's log")
                 return _ended(known, change, unwritten)
             unwritten = _results_from_status(administration.server, change)
             next_check = time.monotonic() + _UNWRITTEN_S

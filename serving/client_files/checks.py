@@ -81,7 +81,7 @@ class FileChecks:
         try:
             unchecked = await asyncio.to_thread(self._read_unchecked)
         except SQLAlchemyError:
-            log_store_error(log, "could not read which files must be checked")
+            log_store_error(log, "could not read the list of files to check")
             return
         for file in unchecked:
             owners = {running.owner for running in self._running.values()}

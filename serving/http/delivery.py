@@ -160,8 +160,8 @@ class Delivery:
             raise _too_large(self._held + size, self._buffers.max_answer_bytes)
         if not self._buffers.take(size, self._held, self._caller):
             raise OverloadedError(
-                f"{self._buffers.used} bytes of answers are waiting to be read by their clients, "
-                f"{self._buffers.held_by(self._caller)} of them by {self._caller or 'this client'}",
+                f"{self._buffers.used} bytes of answers are buffered for clients that have not read them yet, "
+                f"{self._buffers.held_by(self._caller)} bytes of them for {self._caller or 'this client'}",
                 todo="retry the request later",
             )
         self._held += size

@@ -133,7 +133,11 @@ class Files:
             if not writer.bytes:
                 raise InvalidRequestError("the file is empty", param="file")
             if form.filename is None:
-                raise InvalidRequestError("the file has no name", param="file", expected="a `filename` in its part")
+                raise InvalidRequestError(
+                    "the file has no name",
+                    param="file",
+                    expected="a `filename` in the Content-Disposition header of the form part",
+                )
             purpose = upload_purpose(form.fields.get("purpose"))
             return self._files.add(
                 id,
@@ -225,7 +229,7 @@ def expiry_of(anchor: str | None, after_s: int | None, purpose: Purpose) -> int 
         raise InvalidRequestError(
             "'expires_after' is invalid",
             param="expires_after",
-            expected=f"the anchor 'created_at', and seconds from {_MIN_EXPIRY_S} to {_MAX_EXPIRY_S}",
+            expected=f"the anchor 'created_at', and from {_MIN_EXPIRY_S} to {_MAX_EXPIRY_S} seconds",
         )
     return after_s
 

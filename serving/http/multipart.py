@@ -43,7 +43,7 @@ def boundary_of(content_type: bytes) -> bytes:
     """
     media_type, options = parse_options_header(content_type.decode("latin-1"))
     if media_type.strip() != _MEDIA_TYPE:
-        raise MediaTypeError("the content type is not that of a form", expected=_MEDIA_TYPE.decode())
+        raise MediaTypeError("the content type is not multipart/form-data", expected=_MEDIA_TYPE.decode())
     if not options.get(b"boundary"):
         raise InvalidRequestError("the content type has no boundary", param="content-type")
     return options[b"boundary"]
@@ -122,7 +122,7 @@ class _Reader:
             wrong = "the form is incomplete: the request body ends before its last boundary"
             raise InvalidRequestError(wrong, param=self._file)
         if not self._has_file:
-            raise InvalidRequestError(f"the form lacks {self._file!r}", param=self._file, expected="a file")
+            raise InvalidRequestError(f"the form has no field {self._file!r}", param=self._file, expected="a file")
         return Form({name: _decode(value, name) for name, value in self._fields.items()}, self._filename)
 
     def begin_part(self) -> None:
@@ -144,7 +144,7 @@ class _Reader:
         _, options = parse_options_header(self._disposition.decode("latin-1"))
         name = _decode(options.get(b"name", b""), "name")
         if (name == self._file and self._has_file) or name in self._fields:
-            raise InvalidRequestError(f"the form has {name!r} twice", param=name)
+            raise InvalidRequestError(f"the form contains the field {name!r} twice", param=name)
         if name == self._file:
             self._has_file, self._part = True, None
             if b"filename" in options:

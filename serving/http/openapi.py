@@ -238,18 +238,20 @@ def _small_paths() -> Json:
         503: "the request being rated has not been stored yet",
     }
     feedback = {**_BAD_BODY, **storage, **_DEFECT}
-    health = _operation("Whether the server accepts requests", _json(_OBJECT), {})
+    health = _operation("Check whether the server accepts requests", _json(_OBJECT), {})
     health["responses"]["503"] = _answer("no engine is available, or the server is about to stop", _json(_OBJECT))
     page = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}
     return {
         "/v1/models": {
             "get": _operation(
-                "List the names that are currently served, and the key's fine-tuned models", _json(models), _DEFECT
+                "List the names of the served models, and the key's fine-tuned models", _json(models), _DEFECT
             )
         },
         "/v1/models/{name}": {
             "parameters": [_MODEL_NAME],
-            "get": _operation("Show one of these models", _json(_ref("Model")), _NO_MODEL),
+            "get": _operation(
+                "Show a served model, or one of the key's fine-tuned models", _json(_ref("Model")), _NO_MODEL
+            ),
             "delete": _operation("Delete one of the key's fine-tuned models", _json(deleted), deletion),
         },
         "/v1/feedback": {
@@ -260,7 +262,7 @@ def _small_paths() -> Json:
         },
         "/health": {"get": health},
         "/health/live": {
-            "get": _operation("Whether the server is running, regardless of its engines", _json(_OBJECT), {})
+            "get": _operation("Check whether the server is running, regardless of its engines", _json(_OBJECT), {})
         },
         "/metrics": {"get": _operation("Metrics for Prometheus", page, _DEFECT)},
         "/svc/status": {"get": _operation("Show the server's status, as in `svc status`", _json(_OBJECT), _DEFECT)},

@@ -181,7 +181,7 @@ class RequestAccount:
             RuntimeError: `served_by` has not been called yet.
         """
         if self._served is None:
-            raise RuntimeError("the request was not sent to a version yet")
+            raise RuntimeError("the request has not been sent to a version yet")
         return self._served
 
     def end(self) -> None:

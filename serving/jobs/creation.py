@@ -258,7 +258,7 @@ class JobCreation:
         if request.integrations and not self._settings.fine_tuning.wandb:
             raise _invalid(
                 "integrations",
-                "this server does not report to Weights & Biases; it records every run in its MLflow",
+                "this server does not report to Weights & Biases; training runs are recorded in MLflow",
                 "no 'integrations', or a server with the setting `fine_tuning.wandb`",
             )
         base, suffix = self._base(request.model, client, "model")

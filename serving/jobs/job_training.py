@@ -377,7 +377,7 @@ class JobTraining:
                 "the training process of %s exited with code %s; see %s", self.job.id, code, self._folder / LOG_FILE
             )
             self._options.wait(self.job)
-            await self._release("The training died; it continues from its last checkpoint", died=True)
+            await self._release("The training process died; the training continues from its last checkpoint", died=True)
         else:
             await self._fail(code)
 

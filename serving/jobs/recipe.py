@@ -149,14 +149,14 @@ def check_conflicts(request: JobRequest) -> None:
         raise InvalidRequestError(
             "'hyperparameters' cannot be combined with 'method'",
             param="hyperparameters",
-            expected="the hyperparameters in `method` only",
+            expected="hyperparameters inside `method` only",
         )
     rate = (request.recipe or {}).get("train", {}).get("learning_rate")
     if rate is not None and request.values.learning_rate_multiplier is not None:
         raise InvalidRequestError(
             "'recipe.train.learning_rate' cannot be combined with 'learning_rate_multiplier'",
             param="recipe.train.learning_rate",
-            expected="one of the two",
+            expected="either `learning_rate_multiplier` or a learning rate in the recipe",
         )
 
 

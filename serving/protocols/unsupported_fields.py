@@ -47,7 +47,7 @@ _MEDIA_OPTIONS = {
 _STORED = {
     "background": Refusal("background", "background responses are not supported", "false", "wait for the response"),
     "store": Refusal(
-        "store", "responses are not stored here", "false", "leave it out, and send all turns with each request"
+        "store", "responses are not stored here", "false", "omit 'store', and send all turns with each request"
     ),
     **{
         name: Refusal(name, "responses are not stored here", todo="send all turns in 'input'")

@@ -153,7 +153,7 @@ def _failure(error: ConnectionFailedError) -> EngineError:
     if isinstance(error, UnreachableError):
         return EngineUnreachableError("the engine refused the connection; it is being restarted")
     if isinstance(error, SilenceError):
-        return EngineSilentError("the engine sent nothing for too long")
+        return EngineSilentError("the engine sent no data for too long")
     return EngineDiedError(_GONE)
 
 

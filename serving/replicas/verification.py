@@ -219,7 +219,7 @@ class Verification:
         await asyncio.to_thread(keep_retaken_probes, self.store, target, facts, probes)
         if without is None:
             log.warning(
-                "%s was qualified on another kind of engine (%s); its probes were recorded again here",
+                "%s was qualified on another kind of engine (%s); its probes were recorded again on this engine",
                 target,
                 recorded[0].engine,
             )
@@ -283,7 +283,8 @@ def _refuse_base(
         raise ProbeError(
             "the adapter is not applied: the probes' log-probabilities equal those of the base, and differ from the "
             f"version's by {own:.4f} nats on average",
-            expected=f"probes within {MIN_TOLERANCE} nats of the version's, or farther than that from the base's",
+            expected=f"a difference of at most {MIN_TOLERANCE} nats from the version, or of more than {MIN_TOLERANCE} "
+            "nats from the base",
             todo=f"serve the version with --format {Format.MERGED}",
         )
 

@@ -125,7 +125,7 @@ class EngineChange:
 
     def _replace(self, change: SwapInProgress, old: Replica, new: Replica) -> None:
         self.pool.replace(old, new)
-        change.report(f"new requests are sent to the second engine; {old.running} still run in the first")
+        change.report(f"new requests are sent to the second engine; {old.running} are still running in the first")
 
     async def _blue_green(self, change: SwapInProgress, old: Replica) -> Result:
         try:
@@ -134,8 +134,8 @@ class EngineChange:
             log.warning("could not start a second engine with %s", change.target, exc_info=True)
             return SwapOutcome.REFUSED, str(error)
         if shortage:
-            change.report(f"no memory for a second engine: {shortage}")
-            return SwapOutcome.REFUSED, f"no memory for a second engine: {shortage} ({change.plan.why})"
+            change.report(f"not enough memory for a second engine: {shortage}")
+            return SwapOutcome.REFUSED, f"not enough memory for a second engine: {shortage} ({change.plan.why})"
         change.plan = replace(change.plan, kind=SwapKind.BLUEGREEN)
         change.report(f"starting a second engine with {change.target}")
         try:
@@ -187,7 +187,7 @@ class EngineChange:
             except Exception as error:  # any error: the previous version must be restored
                 await self._give_back(change, engine, error)
                 raise
-            await self._give_back(change, engine, SupersededError("the body has ended"))
+            await self._give_back(change, engine, SupersededError("the candidate no longer needs the engine"))
 
     async def _give_back(self, change: SwapInProgress, engine: Replica, error: Exception) -> None:
         """Restore the previous version in a borrowed engine, or in a new engine if the borrowed one fails.

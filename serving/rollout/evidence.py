@@ -135,9 +135,9 @@ def _few_clients_text(name: str) -> str:
     changes and it is shown only once.
     """
     return (
-        "one user or conversation sends more than half of the requests; it counts as one observation, so other "
-        "clients must decide this step. If it stands for many users, send `user` with each request; if its requests "
-        f"are independent, set models.{name}.rollout.unit: request, and promote again"
+        "one user or conversation sends more than half of the requests but counts as one observation, so this step "
+        "depends on the requests of other clients. If this user stands for many users, send `user` with each request; "
+        f"if the requests are independent, set models.{name}.rollout.unit: request, and promote again"
     )
 
 
@@ -208,9 +208,10 @@ def _may_be_lost(row: SignalRow) -> bool:
 def _replay_expectations(store: Store, record: RolloutRecord, kept: int) -> list[str]:
     seconds = last_queued_s(store, record.previous)
     return [
-        f"replay: memory holds one engine, so {record.target} answers {min(record.plan.shadow, kept)} of {kept} stored "
-        f"requests to {record.previous} while no client sends requests, and no canary follows",
-        f"a request that arrives meanwhile waits until {record.previous} is loaded again: "
+        f"replay: there is memory for only one engine, so {record.target} answers "
+        f"{min(record.plan.shadow, kept)} of {kept} stored requests to {record.previous} while no client sends "
+        "requests, and no canary follows",
+        f"a request that arrives during the replay waits until {record.previous} is loaded again: "
         + (
             "an unknown time, because it was never loaded in place (two loads must fit in `serve.queue_timeout_s`)"
             if seconds is None
@@ -232,21 +233,22 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
     if kept is not None:
         return texts + _replay_expectations(store, record, kept)
     if plan.shadow:
-        texts.append(f"shadow: {plan.shadow} requests, {_takes(plan.shadow, per_day)} at that rate")
+        texts.append(f"shadow: {plan.shadow} requests, {_takes(plan.shadow, per_day)} at the rate of the last day")
     if len(plan.canary) > 1:
         units, share = _units_to_pass(plan), plan.canary[0] / 100
         texts.append(
-            f"canary at {plan.canary[0]:g}%: ruling out a loss takes about {units} users or conversations that "
-            f"the candidate answers without a failure: {_takes(units / share, per_day)} at that rate, if each sends "
-            "one request"
+            f"canary at {plan.canary[0]:g}%: to rule out a regression, the candidate must serve about {units} users or "
+            f"conversations without a failure: {_takes(units / share, per_day)} at the rate of the last day, if each "
+            "sends one request"
         )
         if per_day and 86_400 * units / share / per_day > plan.max_step_s:
             texts.append(
-                "that is longer than the deadline; raise max_step_s or the margins, or begin with a larger share"
+                "the canary step would take longer than its deadline; raise max_step_s or the margins, or begin with a "
+                "larger share"
             )
         losses = Analysis(_margins(plan), _budget(plan)).detectable(units, share)
         texts.append(
-            f"losses that this number of users or conversations proves with 80% power: "
+            f"regressions that {units} users or conversations can detect with 80% power: "
             f"{100 * losses[Signal.ERRORS]:.1f} points more failed requests, "
             f"{100 * losses[Signal.INVALID]:.1f} points more invalid JSON, or "
             f"{losses[Signal.FIRST_TOKEN]:.1f} times production's time to first token"

@@ -182,7 +182,7 @@ class Idling:
         try:
             await self.make_room()
         except SvcError as error:  # only an estimate: the start shows whether memory suffices
-            log.warning("could not free memory for %s; starting it nevertheless: %s", self.target(), error.wrong)
+            log.warning("could not free memory for %s; starting it anyway: %s", self.target(), error.wrong)
 
     async def _wanted(self) -> None:
         """Wait until a request is queued, a request in a batch is waiting, a rollout is in progress, or an engine was

@@ -71,7 +71,8 @@ def _require_same_models(names: Sequence[str], served: Sequence[str], others: Se
         f"serve {', '.join(served) or 'no model'}",
         expected="the same models on all servers; a server that was killed counts as running for "
         f"{LEASE_S:.0f} seconds",
-        todo="name no models: svc serve; then change the models of all servers with svc add and svc remove",
+        todo="start the server without model names: svc serve; then change the models of all servers with svc add "
+        "and svc remove",
     )
 
 
@@ -104,7 +105,7 @@ def choose_desired(
         return stored
     if fixed and stored:
         raise RefusedError(
-            f"{target} was named, but the running servers that use this store serve {stored.target}",
+            f"{target} was requested, but the running servers that use this store serve {stored.target}",
             expected=f"{stored.name}, or no model",
             todo=f"start the server without a version, then switch all servers: svc promote {target.version}",
         )
@@ -180,7 +181,7 @@ def _only_name(registry: Registry, store: Store) -> str:
     if len(names) != 1:
         known = f"`svc serve NAME...` with names from: {', '.join(names)}; or `svc serve --all`"
         first = "a registered model; there is none yet: create one with `svc train RECIPE`"
-        raise NotFoundError("no model was named", expected=known if names else first)
+        raise NotFoundError("no model was given", expected=known if names else first)
     return names[0]
 
 
@@ -196,6 +197,6 @@ def best_format(registry: Registry, version: VersionId) -> Format:
             return format
     raise NotFoundError(
         f"{version} has no format that can be served without a base",
-        expected=f"{' or '.join(SERVED_FORMATS)}; it has {', '.join(formats)}",
+        expected=f"{' or '.join(SERVED_FORMATS)}; the version has {', '.join(formats)}",
         todo=f"serve it as an adapter of its base: --format {Format.ADAPTER}" if Format.ADAPTER in formats else "",
     )

@@ -99,7 +99,10 @@ class Journal:
         except TimeoutError:
             self._gave_up.set()
             self._writer.shutdown(wait=False, cancel_futures=True)
-            log.error("could not write the results of %d swaps; the next start closes them", len(self._unwritten))
+            log.error(
+                "could not write the results of %d swaps; the next server start will mark them as ended",
+                len(self._unwritten),
+            )
 
     def _write_end(self, swap_id: int, result: SwapResult) -> None:
         if self._write(lambda: end_swap(self._store, swap_id, result)):

@@ -216,7 +216,7 @@ class Reconciler:
         before = self.actual
         swap_id = await retrying(lambda: self.journal.begin(desired))
         report = partial(self.journal.step, swap_id)
-        report(f"{before.target} is serving, {desired.target} is desired")
+        report(f"{before.target} is being served; {desired.target} is the desired version")
         if desired.forced:
             report(f"the version failed a check; it is promoted anyway, for this reason: {desired.forced}")
         cancellation = Cancellation()
@@ -300,7 +300,7 @@ class Reconciler:
         """
         elsewhere = partial(failed_elsewhere, self.store, before.target, server=self.leadership.server)
         if await asyncio.to_thread(elsewhere):
-            self.note_error(f"{failed.target} failed on this server, and {before.target} on another one")
+            self.note_error(f"{failed.target} failed on this server, and {before.target} on another server")
         else:
             await self._rewrite(failed, before.target, before.previous)
 
@@ -331,7 +331,7 @@ class Reconciler:
         try:
             self.actual = await asyncio.to_thread(change_desired, self.store, seen, target, previous)
         except BusyError:
-            log.info("another promotion was requested meanwhile and will be carried out next")
+            log.info("another promotion was requested in the meantime and will be carried out next")
 
     async def _correct_previous(self, before: Desired) -> None:
         """Correct the previous version recorded in the desired state.

@@ -148,7 +148,9 @@ def require_replay(
         raise RefusedError(wrong, todo=others)
     if engines > 1 or not plan.reloads:
         why = "several engines serve the model" if engines > 1 else plan.swap.why
-        raise RefusedError(f"{wrong}; nor can it be loaded in place to replay stored requests: {why}", todo=others)
+        raise RefusedError(
+            f"{wrong}; the candidate cannot be loaded in place to replay stored requests, either: {why}", todo=others
+        )
     if load_s is not None and 2 * load_s > queue_timeout_s:
         raise RefusedError(
             f"{wrong}; a request that arrives while stored requests are replayed may wait for two loads of "
@@ -158,12 +160,12 @@ def require_replay(
         )
     if record.plan.shadow < MIN_UNITS:
         raise RefusedError(
-            f"{wrong}; to replay stored requests instead, a shadow step of {record.plan.shadow} requests is too short",
-            todo=f"replay at least {MIN_UNITS} stored requests (--shadow {MIN_UNITS}), {others}",
+            f"{wrong}; a shadow step of {record.plan.shadow} requests is too short to replay stored requests instead",
+            todo=f"replay at least {MIN_UNITS} stored requests (--shadow {MIN_UNITS}), or {others}",
         )
     if kept.total < MIN_UNITS:
         raise RefusedError(
-            f"{wrong}; {kept.total} requests to {record.previous} are stored for a replay",
+            f"{wrong}; only {kept.total} requests to {record.previous} are stored and can be replayed",
             expected=f"at least {MIN_UNITS} chat completions of the last {MAX_AGE.days} days with stored content",
             todo=f"set `request_log.content_share`, and retry once enough requests are stored; or {others}",
         )
@@ -227,7 +229,7 @@ class Replay:
         if self._loans:
             self.report(
                 f"replay: {self.record.previous} was unloaded for {self._queued_s:.1f} s (loads: {self._loans}); "
-                f"{self._skipped} stored requests could not be replayed as they were"
+                f"{self._skipped} stored requests could not be replayed unchanged"
             )
 
     def _is_quiet(self, engine: Replica) -> bool:

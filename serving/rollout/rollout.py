@@ -330,7 +330,7 @@ class _Run:
         if record.state is RolloutState.REQUESTED:
             await self._enter(RolloutState.LOADING)
         else:
-            why = f"{leadership.address} now leads it" if leadership.server else "the server started again"
+            why = f"{leadership.address} now leads the rollout" if leadership.server else "the server started again"
             self._report(f"{why}; the rollout continues at {place_of(RolloutView.of(record))}")
         candidate = self._candidate
         if candidate is None:
@@ -458,7 +458,9 @@ class _Run:
         self._report(f"replay: {look.text}")
         if why := doubts(look, MIN_UNITS):
             raise StoppedError(RolloutOutcome.UNDECIDED, why)
-        self._report(f"{'no canary: memory holds one engine; ' if self._plan.canary else ''}{exclusions(look)}")
+        self._report(
+            f"{'no canary: there is memory for only one engine; ' if self._plan.canary else ''}{exclusions(look)}"
+        )
 
     async def _canary(self, candidate: LoadedCandidate) -> None:
         """Send a growing share of clients to the candidate.
@@ -512,7 +514,9 @@ class _Run:
                 if self._plan.at_deadline is AtDeadline.ROLLBACK:
                     raise StoppedError(RolloutOutcome.UNDECIDED, why)
                 held = True
-                self._report(f"{why}; holding this step until it is decided, or stopped by svc rollback")
+                self._report(
+                    f"{why}; staying at this step until the result is conclusive; to stop the rollout: svc rollback"
+                )
             await self._cancellation.interrupting(asyncio.sleep(_LOOK_S))
 
     async def _switch(self) -> None:
@@ -526,7 +530,7 @@ class _Run:
         if not await retrying(lambda: switch_rollout(self._store, record, lease=self._lease)):
             current = await retrying(lambda: find_rollout(self._store, record.name, record.id))
             if current is None or current.state is not RolloutState.SWITCHING:  # else only the first reply was lost
-                why = (current and current.stop) or "another version was promoted meanwhile"
+                why = (current and current.stop) or "another version was promoted in the meantime"
                 raise StoppedError(RolloutOutcome.CANCELLED, why)
 
     async def _continue_switch(self) -> None:
@@ -613,7 +617,7 @@ class _Run:
         """
         leadership = self._parts.leadership
         if self._watch.lapsed or leadership.lease(self._parts.names.name) != self._lease:
-            raise LeaseLostError("another server may have led it meanwhile")
+            raise LeaseLostError("another server may have led the rollout in the meantime")
 
     def _split_of(self, record: RolloutRecord) -> Split | None:
         """Return how the clients are split in the rollout's state, or None if production answers all of them."""

@@ -109,11 +109,11 @@ class RolloutWatch:
         elif self.seen.stop is not None:
             self.cancellation.ask(self.seen.stop)
         elif self.seen.state is not RolloutState.SWITCHING and desired and desired.generation != self.seen.generation:
-            self.cancellation.ask(f"{desired.target} was promoted meanwhile")
+            self.cancellation.ask(f"{desired.target} was promoted in the meantime")
 
     def _lapse(self) -> None:
         log.warning(
-            "the rollout of %s could not be read for %g s; %s serves its clients until it can be read again",
+            "the rollout of %s could not be read for %g s; %s serves all clients until the rollout can be read again",
             self.seen.target,
             LEASE_S,
             self.seen.previous,

@@ -126,7 +126,7 @@ class SwapPlanner:
         shortage = await self.shortage(target)
         if not shortage:
             return Plan(SwapKind.BLUEGREEN, why)
-        return Plan(kind, f"{why}; no memory for a second engine: {shortage}", restart=True, reloads=reloads)
+        return Plan(kind, f"{why}; not enough memory for a second engine: {shortage}", restart=True, reloads=reloads)
 
     def _fits(self, current: Target, target: Target) -> bool:
         """Return whether two versions have equal fingerprints, so that weights can be reloaded in place.

@@ -99,7 +99,8 @@ class VersionChanges:
         target = served if served != current.target else current.previous
         if target is None:
             raise NotFoundError(
-                f"{name} has no version before {current.target} to return to", todo=f"promote one: svc promote {name}@N"
+                f"{name} has no version before {current.target} to roll back to",
+                todo=f"promote a version: svc promote {name}@N",
             )
         entry = AuditEntry(Action.ROLLBACK, str(target.version), actor, reason)
         return self._change(current, served, target, entry)
@@ -148,6 +149,6 @@ def _require_comparable(current: Desired, served: Target, target: Target) -> Non
         raise BusyError(f"the promotion of {current.target} is in progress", todo="see `svc status`")
     if target.version == served.version:
         raise RefusedError(
-            f"{target} is the version in production in another format, which a rollout cannot compare",
+            f"{target} is the production version in another format, and a rollout cannot compare formats",
             todo=f"change the format in a single swap: svc promote {target.version} --format {target.format} --direct",
         )

@@ -55,7 +55,9 @@ _positive = click.IntRange(1, 1_000_000)
 
 
 @click.command()
-@click.option("--model", metavar="SIZE|FOLDER", help="Number of parameters such as 8b, or a folder with a config.json.")
+@click.option(
+    "--model", metavar="SIZE|FOLDER", help="Number of parameters, such as 8b, or a folder with a config.json."
+)
 @click.option("--gpu", metavar="NAME", help="GPU of a replica, such as h100; see svc/engine/gpus.yaml.")
 @click.option(
     "--times", type=click.Path(path_type=Path), help="File with a measurement to use instead of published figures."
@@ -80,9 +82,17 @@ _positive = click.IntRange(1, 1_000_000)
     "--reload", "reload_s", type=_Seconds(), metavar="TIME", help="Duration of a reload.  [default: estimated]"
 )
 @click.option(
-    "--price", type=_Number(0), metavar="DOLLARS", help="Price per GPU hour.  [default: as in the list of GPUs]"
+    "--price",
+    type=_Number(0),
+    metavar="DOLLARS",
+    help="Price per GPU hour, in dollars.  [default: as in svc/engine/gpus.yaml]",
 )
-@click.option("--measure", "target", metavar="NAME@N|URL", help="Measure a version, or https://HOST/v1#MODEL, instead.")
+@click.option(
+    "--measure",
+    "target",
+    metavar="NAME@N|URL",
+    help="Instead of planning, measure a version or the endpoint https://HOST/v1#MODEL.",
+)
 @click.option(
     "--format",
     "format_name",
@@ -121,7 +131,7 @@ def plan(
         print_json(times.model_dump(mode="json"))
         return
     _print_times(times)
-    click.echo(f"plan with it: svc plan --times {out} --rps 10 --p95 5s")
+    click.echo(f"to use this measurement: svc plan --times {out} --rps 10 --p95 5s")
 
 
 async def _measure(
@@ -137,9 +147,9 @@ async def _measure(
 
     quiet_libraries()
     if answer < 2:
-        raise SettingsError("--answer is 1", expected="at least 2 tokens, to measure the time between two")
+        raise SettingsError("--answer is 1", expected="at least 2 tokens, to measure the time between tokens")
     if "://" in target:
-        key = read_secret(key_file, "renew it at its provider") if key_file else None
+        key = read_secret(key_file, "get a new key from the provider") if key_file else None
         opened, label = server_client(Endpoint.parse(target, key)), target
         concurrency = settings.engine.max_concurrency
     else:
@@ -181,7 +191,9 @@ def _plan(
         raise click.UsageError("--rps and --p95 are required")
     listed = read_gpus()
     if gpu is not None and gpu not in listed:
-        raise SettingsError(f"unknown GPU {gpu!r}", expected=", ".join(listed), todo="add it to svc/engine/gpus.yaml")
+        raise SettingsError(
+            f"unknown GPU {gpu!r}", expected=", ".join(listed), todo="add the GPU to svc/engine/gpus.yaml"
+        )
     device = listed[gpu] if gpu else None
     size = read_model_size(model, int(bits) if bits else None) if model else None
     gpus, memory = choose_gpus(size, device, prompt + answer) if size and device else (1, None)
@@ -212,7 +224,7 @@ def _warning(times: "StepTimes", workload: Any) -> str | None:
     from serving.sizing.plan import differs_from_measurement
 
     if differs_from_measurement(workload, times):
-        return "the measured requests have other lengths: measure again with these --prompt and --answer"
+        return "the measured requests have different lengths: measure again with these --prompt and --answer"
     return None
 
 
@@ -238,7 +250,7 @@ def _print_plan(plan: "Plan", label: str, device: "ListedGpu | None") -> None:
         second = (
             "fits on the same GPUs" if memory.second_engine else f"needs {plan.gpus} more GPU{'s'[: plan.gpus > 1]}"
         )
-        lines.append(f"           a second engine next to one (blue-green, candidate) {second}")
+        lines.append(f"           a second engine during a rollout (blue-green, candidate) {second}")
     click.echo("\n".join(lines))
 
 

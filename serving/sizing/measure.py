@@ -92,7 +92,10 @@ class LoadClient:
         except httpx.HTTPError as error:
             raise EngineError(f"{self.model} did not answer a request of the measurement: {error!r}") from error
         if count != tokens:
-            raise EngineError(f"{self.model} answered with {count} tokens", expected=f"{tokens}, with `ignore_eos`")
+            raise EngineError(
+                f"{self.model} answered with {count} tokens",
+                expected=f"{tokens} tokens, because the request sets `ignore_eos`",
+            )
         return Answered(first, last, count)
 
 

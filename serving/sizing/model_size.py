@@ -112,10 +112,13 @@ def _of_folder(folder: Path, bits: int | None) -> ModelSize:
         ) from error
     if dense <= 0 or experts < 0:
         raise SettingsError(
-            f"{folder / 'config.json'} describes a model of {dense + experts} weights", expected="positive widths"
+            f"{folder / 'config.json'} describes a model with {dense + experts} weights",
+            expected="positive layer sizes",
         )
     if facts.token_bytes is None or facts.heads is None or facts.kv_heads is None:
-        raise SettingsError(f"{folder / 'config.json'} lacks the widths of attention", todo="use a size such as 8b")
+        raise SettingsError(
+            f"{folder / 'config.json'} lacks the number or size of the attention heads", todo="use a size such as 8b"
+        )
     parameters = dense + experts
     from_files = facts.weights or parameters * _BYTES
     return ModelSize(

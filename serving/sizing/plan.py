@@ -179,8 +179,8 @@ def _smallest(enough: Callable[[int], bool]) -> int:
         if high > _MAX_REPLICAS:
             raise SettingsError(
                 f"{_MAX_REPLICAS} replicas are not enough for this load",
-                expected="a load that replicas can share",
-                todo="allow a longer --p95",
+                expected=f"a load that at most {_MAX_REPLICAS} replicas can serve within --p95",
+                todo="set a longer --p95",
             )
     low = high // 2
     while high - low > 1:

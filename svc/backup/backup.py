@@ -99,7 +99,7 @@ class Backup:
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-        raise AssertionError("the last try returns a snapshot")
+        raise AssertionError("unreachable: the last attempt returns a snapshot")
 
     def _take(self, folder: Path, *, is_last: bool) -> Snapshot | None:
         """Copy the state into a snapshot's folder. Return None if a required version has since been removed."""

@@ -53,7 +53,7 @@ def read_prompt_hashes(path: Path) -> PromptHashes:
     Raises:
         IntegrityError: the file is missing or does not contain an array of hashes.
     """
-    todo = "restore it from a backup, or train again"
+    todo = "restore the file from a backup, or train again"
     try:
         with path.open("rb") as file:
             hashes = np.load(file, allow_pickle=False)

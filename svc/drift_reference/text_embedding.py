@@ -167,7 +167,9 @@ def load_text_space(path: Path) -> TextSpace:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {field.name: archive[field.name] for field in fields(TextSpace)}
     except Exception as error:  # NumPy and zipfile raise ten types for a damaged file
-        raise IntegrityError(f"cannot read {path}: {error}", todo="restore it from a backup, or train again") from error
+        raise IntegrityError(
+            f"cannot read {path}: {error}", todo="restore the file from a backup, or train again"
+        ) from error
     return TextSpace(**{**arrays, "axes": arrays["axes"].astype(np.float32)})
 
 

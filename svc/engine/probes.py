@@ -185,7 +185,7 @@ async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
     if not probes:
         raise ProbeError(
             "the version has no probes for this format",
-            todo="run its recipe again: svc train registers a version with probes for each of its formats",
+            todo="run the version's recipe again: svc train registers a version with probes for each of its formats",
         )
     differences = await asyncio.gather(*(_difference_on(client, probe) for probe in probes))
     for number, probe in enumerate(probes, start=1):

@@ -39,7 +39,7 @@ def proportion(hits: int, total: int) -> Interval:
         ValueError: `total` is 0.
     """
     if not 0 <= hits <= total or total == 0:
-        raise ValueError(f"{hits} hits of {total}")
+        raise ValueError(f"hits must be between 0 and a positive total, got {hits} hits of {total}")
     from scipy.stats import binomtest
 
     interval = binomtest(hits, total).proportion_ci(confidence_level=0.95, method="wilson")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     type=click.Choice(["sft", "dpo", "orpo", "kto"]),
     default="dpo",
     show_default=True,
-    help="Objective of the recipe: sft writes corrections, dpo and orpo pairs, kto answers with their ratings.",
+    help="Objective of the recipe: sft writes corrections; dpo and orpo write pairs; kto writes answers with ratings.",
 )
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="File to write.  [default: stdout]")
 @click.option("--since", type=time_past, metavar="TIME", help="Use only requests since this time in UTC, such as 30d.")

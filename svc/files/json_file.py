@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from svc.errors import IntegrityError
 
 _Record = TypeVar("_Record", bound=BaseModel)
-_TODO = "restore it from a backup, or train again"
+_TODO = "restore the file from a backup, or train again"
 """Advice to the user if a file that is stored with a version is damaged."""
 
 

@@ -31,7 +31,11 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
     help="Format to upload.",
 )
 @click.option("--public", is_flag=True, help="Create a repository that everyone can read.  [default: private]")
-@click.option("--replace", is_flag=True, help="Replace the content of an existing repository; its history keeps it.")
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Replace the content of an existing repository; the old content stays in its history.",
+)
 @click.option("--dry-run", is_flag=True, help="Write the model card and list the files, without using the network.")
 @click.option(
     "--output",
@@ -75,14 +79,14 @@ def push(
     if dry_run:
         _show(files, f"{version_id} ({kind})", repo, public=public)
         card = _write_card(files, output or Path(f"{version_id.name}-{version_id.number}-card.md"))
-        console.print(f"wrote the model card to {card}; nothing was sent", markup=False, soft_wrap=True)
+        console.print(f"wrote the model card to {card}; nothing was uploaded", markup=False, soft_wrap=True)
         result |= {"files": listed, "card": str(card)}
     else:
         api = connect()
         destination = check_destination(api, repo, version_id, public=public, replace=replace)
         _show(files, f"{version_id} ({kind})", f"{api.endpoint}/{repo}", public=public)
         if destination.files:
-            console.print(f"the {len(destination.files)} files of {repo} are replaced", markup=False)
+            console.print(f"the {len(destination.files)} existing files of {repo} will be replaced", markup=False)
         confirm(f"Upload {version_id} to {repo}?", yes=yes, as_json=as_json)
         result |= {"files": listed} | _upload(settings, api, destination, files, version_id, reason)
     if as_json:

@@ -239,7 +239,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
     except (HTTPError, OSError) as error:
         raise ServerNotRunningError(
             f"the Hugging Face Hub does not respond: {_first_line(error)}",
-            todo="check the network and HF_ENDPOINT, and run the command again: files that arrived are not sent again"
+            todo="check the network and HF_ENDPOINT, and run the command again: uploaded files are not sent again"
             + _XET_ADVICE,
         ) from error
     except (ValueError, RuntimeError) as error:  # an invalid response, or a file that could not be sent

@@ -87,7 +87,7 @@ def push(ctx: click.Context, versions: tuple[str, ...]) -> None:
     default=14.0,
     show_default=True,
     type=click.FloatRange(0),
-    help="Delete only what has not changed for this many days.",
+    help="Delete only files that have not changed for this many days.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be deleted without deleting it.")
 @reason_option

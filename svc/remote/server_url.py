@@ -137,5 +137,5 @@ def read_json(url: str, answer: "httpx.Response") -> Any:
     except ValueError as error:
         raise ServerNotRunningError(
             f"{url} returned status {answer.status_code} with a body that is not JSON",
-            todo="check that the URL is that of the server, not of a proxy",
+            todo="check that the URL points to the server, not to a proxy",
         ) from error

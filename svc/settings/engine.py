@@ -123,8 +123,8 @@ class EngineSettings(Section):
     args: tuple[str, ...] = Field((), description="additional arguments for vLLM's server, passed unchanged")
     environment: tuple[str, ...] = Field(
         (),
-        description="environment variables to pass to vLLM, in addition to those that its libraries read; all others "
-        "are withheld",
+        description="environment variables to pass to vLLM, in addition to the variables that its libraries read; "
+        "all other variables are withheld",
     )
 
     @property

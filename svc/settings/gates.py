@@ -20,7 +20,9 @@ class _CustomGate(Section):
 
 
 class _RunGate(_CustomGate):
-    timeout_s: float = Field(60.0, gt=0, le=600, description="maximum duration, seconds; then the gate has failed")
+    timeout_s: float = Field(
+        60.0, gt=0, le=600, description="maximum duration in seconds, after which the gate counts as failed"
+    )
 
 
 class CommandGate(_RunGate):
@@ -84,7 +86,10 @@ class GateSettings(Section):
         0.05, ge=0, description="margin for the NLL of the held-out references, relative to production's NLL"
     )
     forgetting_margin: float | None = Field(
-        None, ge=0, le=1, description="margin for the share of correct answers to general questions lost by training"
+        None,
+        ge=0,
+        le=1,
+        description="margin for the drop in the share of general questions answered correctly, caused by training",
     )
     speed_margin: float | None = Field(
         0.2, ge=0, description="margin for tokens per second and time to first token: 0.2 is 20% slower"

@@ -110,7 +110,8 @@ class MonitorSettings(Section):
         None, description="file that contains a metrics key for `monitor.server`; not needed on the same machine"
     )
     authority: AbsolutePath | None = Field(
-        None, description="file with the CA certificates used to verify `monitor.server`; default: those of the machine"
+        None,
+        description="file with the CA certificates used to verify `monitor.server`; default: the system's certificates",
     )
     drift_every_s: float = Field(
         60.0,

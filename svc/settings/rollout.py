@@ -38,12 +38,16 @@ class RolloutSettings(Section):
     min_units: int = Field(
         50, ge=1, description="minimum number of users or conversations that the candidate serves in each canary step"
     )
-    max_step_s: float = Field(86_400.0, gt=0, description="deadline of each step, seconds")
+    max_step_s: float = Field(86_400.0, gt=0, description="deadline of each step, in seconds")
     at_deadline: AtDeadline = Field(
-        AtDeadline.ROLLBACK, description="rollback, or hold: stay at the step until it is decided or someone decides"
+        AtDeadline.ROLLBACK,
+        description="action at the deadline: rollback; or hold, which stays at the step until the result is conclusive "
+        "or an operator acts",
     )
     unit: UnitKind = Field(
-        UnitKind.AUTO, description="auto: `user`, else conversation, else request; request: every request by itself"
+        UnitKind.AUTO,
+        description="unit that counts as one observation: auto is the `user`, else the conversation, else the request; "
+        "request is always a single request",
     )
     max_errors: float = Field(0.01, gt=0, lt=1, description="margin for the share of failed requests")
     max_invalid: float = Field(0.01, gt=0, lt=1, description="margin for the share of answers that are not valid JSON")

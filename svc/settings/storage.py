@@ -75,6 +75,6 @@ class ArtifactSettings(Section):
         None,
         gt=0,
         description="size of the versions in `home`, in GB, above which weights that the object store also has are "
-        "removed, least recently used first; also of those in `ray.folder` on each machine of a Ray cluster; "
+        "removed, least recently used first; also applies to `ray.folder` on each machine of a Ray cluster; "
         "default: unlimited",
     )

@@ -196,9 +196,9 @@ def _wrong(row: AuditRow, id: int, previous_hash: str) -> ChainFault | None:
     if row.id != id:
         return ChainFault(id, f"the row is missing; the next row is {row.id}")
     if row.previous_hash != previous_hash:
-        return ChainFault(id, "its previous hash does not match the row before it")
+        return ChainFault(id, "the hash of the previous row, stored in this row, does not match that row")
     if row.hash != _hash(row):
-        return ChainFault(id, "its hash does not match its content")
+        return ChainFault(id, "the row's hash does not match its content")
     return None
 
 

@@ -61,10 +61,11 @@ def migrate_store(ctx: click.Context, url: str, password_file: Path | None, as_j
         print_json({"to": result.target, "rows": result.rows, "replaced_texts": result.replaced_texts, "kept": path})
     else:
         print_table(("table", "rows"), result.rows.items())
-        click.secho(f"copied {count} rows to {result.target}; every row was compared", fg="green")
+        click.secho(f"copied {count} rows to {result.target} and compared each copy with the original", fg="green")
     if result.replaced_texts:
         click.echo(
-            f"{result.replaced_texts} texts had NULs or invalid bytes, which are question marks in the copy", err=True
+            f"{result.replaced_texts} texts contained NULs or invalid bytes; the copy has question marks instead",
+            err=True,
         )
     click.echo(
         f"{path} is unchanged, and the home uses it until store.url is set. Next:\n"

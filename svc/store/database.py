@@ -124,7 +124,9 @@ def sole_access(home: Path) -> Iterator[Connection]:
             revision = _revision(connection)
             if revision != _NEWEST:
                 raise _other_release(
-                    path, revision, todo="if it is an earlier release, migrate the tables with this one: svc keys list"
+                    path,
+                    revision,
+                    todo="if an earlier release wrote the tables, migrate them with this release: svc keys list",
                 )
             yield connection
     except DatabaseError as error:

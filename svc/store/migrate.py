@@ -175,7 +175,7 @@ def _require_unaltered_audit_log(connection: sa.Connection, where: object) -> No
     if fault is not None:
         raise IntegrityError(
             f"the audit log in {where} is altered at event {fault.id}: {fault.wrong}",
-            todo=f"restore the home from a backup made before that; {_NOTHING_COPIED}",
+            todo=f"restore the home from a backup made before the alteration; {_NOTHING_COPIED}",
         )
 
 

@@ -82,7 +82,7 @@ def find_row(
     if row is None or owner not in (None, row.owner):
         raise EntryNotFoundError(
             f"there is no {noun} {id[:100]!r}",
-            expected=f"the id of one of this key's {noun}s; those of other keys are hidden",
+            expected="an id that belongs to this key; objects of other keys are hidden",
             param=param,
         )
     return row

@@ -70,7 +70,7 @@ def test_stored_requests_are_replayed_when_memory_holds_only_one_engine(
     assert ended.outcome is RolloutOutcome.PROMOTED, ended
     assert len({pair.replayed for pair in pairs}) == len(pairs) == 100
     assert compared_before_kill < 100
-    assert any("no canary: memory holds one engine" in step for step in ended.steps), ended.steps
+    assert any("no canary: there is memory for only one engine" in step for step in ended.steps), ended.steps
     report(f"replay: a request waited {waited_s:.1f} s for its answer by production; {'; '.join(ended.steps)}")
 
 

@@ -132,7 +132,7 @@ def test_version_equals_that_of_this_machine_when_a_node_is_lost_during_the_eval
         code, errors = end(process)
     nodes.add()
     assert code == 0, errors
-    assert "was lost; starting again on another node" in errors
+    assert "was lost; restarting on another node" in errors
     assert place.engines_left() == []
     assert workers_left() == []
     assert not list(place.folder.glob("home/cache/capabilities-*")), "this machine was asked for its device"

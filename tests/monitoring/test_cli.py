@@ -141,7 +141,7 @@ def test_status_screen_shows_the_servers_of_the_store_when_there_are_several(sta
     page = SERVER | {"server": "a", "servers": servers}
     lines = [" ".join(line.split()) for line in status(pages={"/svc/status": (200, json.dumps(page))}).out.splitlines()]
     assert "gpu-1:8000 (this one) tiny@2 (gptq) 2026-01-02 03:04:05 everything else, tiny" in lines
-    assert "gpu-2:8000 it no longer reports 2026-01-02 03:04:05 -" in lines
+    assert "gpu-2:8000 stopped reporting 2026-01-02 03:04:05 -" in lines
 
 
 def test_status_screen_shows_no_table_of_servers_when_there_is_one(status: Status) -> None:
@@ -204,7 +204,7 @@ def test_unverified_engine_is_shown_with_the_reason(status: Status) -> None:
 
 def test_status_shows_why_the_load_gets_no_more_replicas(status: Status) -> None:
     scaling = {"min": 1, "max": 4, "replicas": 2, "refused": "it needs about 9 GiB"}
-    assert "2 of 1 to 4 replicas; no more can be added: it needs about 9 GiB" in status(scaling=scaling).out
+    assert "2 replicas (from 1 to 4); no more can be added: it needs about 9 GiB" in status(scaling=scaling).out
     assert "replicas;" not in status(scaling=scaling | {"refused": None}).out
 
 

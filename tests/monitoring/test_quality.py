@@ -119,7 +119,7 @@ def test_newest_completed_held_out_run_is_compared(registry: Registry, tmp_path:
 def test_quality_is_unknown_without_a_held_out_run(registry: Registry, tmp_path: Path) -> None:
     report = read_quality(registry, new_store(tmp_path), target())
     assert report.quality is Quality.UNKNOWN
-    assert "not been run again yet" in report.why
+    assert "no held-out run" in report.why
 
 
 def test_quality_is_unknown_if_the_version_has_no_registered_answers(registry: Registry, tmp_path: Path) -> None:

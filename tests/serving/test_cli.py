@@ -113,7 +113,7 @@ async def test_reason_is_shown_if_only_another_server_can_serve_an_added_model(
         serve_elsewhere(home.store, Target(VersionId(other, 7), Format.MERGED))
         home.park.room = "it needs 9 GiB"
         error = error_of(await type_in(home, "add", other))
-    assert "it needs 9 GiB" in error.wrong and "another server serves it" in error.wrong
+    assert "it needs 9 GiB" in error.wrong and "another server serves the model" in error.wrong
     assert deployed_names(home.store) == [NAME, other]
 
 

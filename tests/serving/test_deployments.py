@@ -296,7 +296,7 @@ async def test_model_that_another_server_serves_stays_in_the_set_and_is_tried_ag
         two.park.failing_starts = 1000 if fault == "no start" else 0
         serve_elsewhere(two.store, Target(VersionId(OTHER, 7), Format.MERGED))
         add_deployment(two.store, OTHER)
-        assert "another server serves it" in (await refused_of(client))[OTHER]
+        assert "another server serves the model" in (await refused_of(client))[OTHER]
         assert deployed_names(two.store) == [NAME, OTHER]
         two.park.room, two.park.failing_starts = None, 0
         await all_ready(client, NAME, OTHER)

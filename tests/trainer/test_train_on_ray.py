@@ -145,7 +145,7 @@ def test_training_continues_on_another_node_when_one_is_lost(
         code, errors = end(process)
     nodes.add()
     assert code == 0, errors
-    assert "starting all workers again, from the newest checkpoint" in errors
+    assert "restarting all workers from the newest checkpoint" in errors
     resumed = int(errors.partition("resuming from step ")[2].split()[0])
     assert resumed >= int(removed.removeprefix("step-"))
     assert place.difference(here) <= SAME

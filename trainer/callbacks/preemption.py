@@ -77,7 +77,7 @@ def preemption() -> Iterator[Preemption]:
         # The reader of the log may have received the same signal, and rich exits the process if it cannot write.
         with suppress(OSError, RuntimeError, SystemExit):
             console.print(
-                f"  {signal.Signals(number).name} received: abandoning this step; send it again to stop immediately"
+                f"  {signal.Signals(number).name} received: abandoning this step; repeat the signal to stop immediately"
             )
         received.receive(signal.Signals(number))
 

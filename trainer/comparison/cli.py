@@ -28,7 +28,7 @@ _RENEW = "ask its issuer to replace it"
 @click.option(
     "--format",
     type=click.Choice([format.value for format in SERVED_FORMATS]),
-    help="Format to use for versions.  [default: the one that a server prefers]",
+    help="Format to use for versions.  [default: the format that `svc serve` would choose]",
 )
 @click.option(
     "--max-tokens",
@@ -41,7 +41,7 @@ _RENEW = "ask its issuer to replace it"
     "metrics",
     multiple=True,
     metavar="NAME",
-    help="Metric to compute.  [default: the metrics in the version's recipe; with --data, those of the task]",
+    help="Metric to compute.  [default: the metrics in the version's recipe; with --data, the metrics for the task]",
 )
 @click.option("--primary", metavar="NAME", help="Metric that decides which model is better.")
 @click.option("--fresh", is_flag=True, help="Generate all answers again instead of reusing stored answers.")

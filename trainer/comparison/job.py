@@ -105,7 +105,7 @@ def _warn(models: Sequence[Model], questions: Questions, registry: Registry) -> 
         if isinstance(model, Endpoint):
             message = f"the prompts of {count} examples will be sent to {model.url}"
         elif model.manifest and (learnt := count_learnt(model.manifest, questions.examples, registry)):
-            message = f"{model} was trained on {learnt} of {count} prompts, so its figures on them are too optimistic"
+            message = f"{model} was trained on {learnt} of {count} prompts, so its results are too optimistic"
         if message:
             console.print(message, style="yellow", markup=False, soft_wrap=True)
 

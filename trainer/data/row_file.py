@@ -94,7 +94,7 @@ def read_or_write_rows(folder: Path, key: str, examples: Iterable[Sequence[Token
         raise
     if rows := _read(place):
         return rows
-    raise IntegrityError(f"{place} changed while it was written", todo="run the same command again")
+    raise IntegrityError(f"{place} was changed while it was being written", todo="run the same command again")
 
 
 def rows_key(base: Path, fingerprint: str, settings: Sequence[Any]) -> str:

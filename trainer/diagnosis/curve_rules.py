@@ -44,7 +44,7 @@ def find_divergence(run: TrainingRun) -> Finding | None:
         kind=FindingKind.DIVERGENCE,
         what=f"the training loss rose from {start.mean:.3f} at the start to {parts[-1].mean:.3f} at the end",
         advice=_slower(run),
-        rule="the mean loss over the last tenth of the steps exceeds that over the first tenth, or the loss before "
+        rule="the mean loss over the last tenth of the steps exceeds the mean over the first tenth, or the loss before "
         f"the first step, by more than {SURE:g} standard errors and by more than {ABOVE_START:.0%}",
     )
 
@@ -65,7 +65,7 @@ def find_high_rate(run: TrainingRun) -> Finding | None:
         what=f"the training loss rose from {lowest.mean:.3f} at step {lowest.step} to {worst.mean:.3f} at step "
         f"{worst.step}, then fell to {parts[-1].mean:.3f}",
         advice=_slower(run),
-        rule="the mean loss over a tenth of the steps exceeds that over an earlier tenth, or the loss before the "
+        rule="the mean loss over a tenth of the steps exceeds the mean over an earlier tenth, or the loss before the "
         f"first step, by more than {SURE:g} standard errors, by more than {ABOVE_START:.0%} of the loss before the "
         f"first step and by more than {GIVEN_BACK:.0%} of the decrease so far",
     )
@@ -89,8 +89,9 @@ def find_low_rate(run: TrainingRun) -> Finding | None:
         kind=FindingKind.LEARNING_RATE_LOW,
         what=f"the training loss hardly fell: {change}" if flat else f"the training loss was still falling, {change}",
         advice=_other_rate(run, f"{run.usual_learning_rate:g}"),
-        rule=f"the learning rate is at most a third of the method's default, and either the last third of the learning "
-        f"brought more than {UNFINISHED_SHARE:.0%} of the decrease in loss, or the loss did not decrease",
+        rule=f"the learning rate is at most a third of the method's default, and either the last third of training, "
+        f"measured by the cumulative learning rate, accounted for more than {UNFINISHED_SHARE:.0%} of the decrease in "
+        "loss, or the loss did not decrease",
     )
 
 
@@ -104,8 +105,8 @@ def find_underfitting(run: TrainingRun) -> Finding | None:
     return not_learnt(
         run,
         f"the training loss was still falling when the run ended: {first.mean:.3f} at the start, "
-        f"{two_thirds.mean:.3f} after two thirds of the learning, {last.mean:.3f} at the end",
-        f"the last third of the learning, measured by the sum of the learning rates, brought more than "
+        f"{two_thirds.mean:.3f} after two thirds of training, {last.mean:.3f} at the end",
+        f"the last third of training, measured by the cumulative learning rate, accounted for more than "
         f"{UNFINISHED_SHARE:.0%} of the decrease in training loss and more than {HELDOUT_SHARE:.0%} of the decrease in "
         "held-out loss",
     )

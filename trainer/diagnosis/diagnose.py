@@ -46,7 +46,7 @@ def find_forgetting(run: TrainingRun) -> Finding | None:
     advice = (
         Advice(
             key="data.general",
-            value="examples of other tasks; by default, data.general_share makes them a tenth of all",
+            value="examples of other tasks, which by default make up a tenth of the training data (data.general_share)",
         )
         if run.recipe.data.general is None
         else Advice(key="data.general_share", before=f"{share:g}", value=f"{min(0.5, 2 * share):g}")

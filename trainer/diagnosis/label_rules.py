@@ -95,16 +95,16 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
             run,
             what,
             f"the prompts explain at most {HARDLY_GAINED:.0%} of the label entropy, and the run had fewer than "
-            f"{FEW_STEPS} steps, or its training loss fell in the last third of the learning by more than "
-            f"{STILL_FALLING:.0%} of its final value and by more than {LATE_SURE:g} standard errors",
+            f"{FEW_STEPS} steps, or its training loss fell in the last third of training (by cumulative learning rate) "
+            f"by more than {STILL_FALLING:.0%} of its final value and by more than {LATE_SURE:g} standard errors",
         )
     if short and mean <= PARTLY_GAINED * entropy and _still_falls(run):
         return not_learnt(
             run,
             what,
             f"the prompts explain at most {PARTLY_GAINED:.0%} of the label entropy, the run had fewer than {FEW_STEPS} "
-            f"steps, and in their second half held-out loss fell by more than {HELDOUT_FALLING:.0%} of its final value "
-            f"and by more than {HELDOUT_SURE:g} standard errors",
+            f"steps, and held-out loss fell in the second half of the run by more than {HELDOUT_FALLING:.0%} of its "
+            f"final value and by more than {HELDOUT_SURE:g} standard errors",
         )
     return _finding(what) if nothing else None
 
@@ -153,10 +153,11 @@ def _finding(what: str) -> Finding:
         kind=FindingKind.LABEL_NOISE,
         what=what,
         advice=Advice(key="data.train", value="correct or drop the examples with wrong labels; see `svc data check`"),
-        rule=f"the answers are labels, and the run has none of the faults above; and either (1) there are at least "
-        f"{MIN_ASKED} held-out answers, the most confident third of them has a mean probability of at least {LEARNT:g} "
-        f"but is, beyond doubt, wrong in more than {WRONG:.0%} of cases, the most confident sixth has a mean "
+        rule=f"the answers are labels, no other training fault was found, and one of three conditions holds: (1) there "
+        f"are at least {MIN_ASKED} held-out answers, the most confident third of them has a mean probability of at "
+        f"least {LEARNT:g} but an error rate significantly above {WRONG:.0%}, the most confident sixth has a mean "
         f"probability of at most {SURE:g}, and the training loss fell by at most {STILL_LEARNING:.0%} of its final "
-        f"value in the last third of the learning; or (2) the prompts explain, beyond doubt, at most {GAINED:.0%} of "
-        f"the label entropy; or (3) more than {CONTRADICTED:.0%} of the training examples contradict another example",
+        f"value in the last third of training (by cumulative learning rate); (2) the prompts "
+        f"explain significantly less than {GAINED:.0%} of the label entropy; (3) more than {CONTRADICTED:.0%} of the "
+        "training examples contradict another example",
     )

@@ -30,14 +30,14 @@ def choose_checkpointing(estimate: Estimate) -> Checkpointing:
     if asked is not None:
         return Checkpointing(asked, _KEY)
     if device.cpu:
-        return Checkpointing(False, "on a CPU, time is scarcer than memory")
+        return Checkpointing(False, "on a CPU, speed matters more than memory")
     if estimate.shape.stores_scores:
-        return Checkpointing(True, "without it, the attention scores of all layers would be stored")
+        return Checkpointing(True, "without checkpointing, the attention scores of all layers would be stored")
     stored = recipe.changed({_KEY: False, **_sharding(estimate)})
     need = SPARE * memory_on(stored, estimate.shape, estimate.workload.largest, device)
     return Checkpointing(
         need > device.memory,
-        f"without it, training needs up to {need / 1e9:.1f} GB; {device.memory / 1e9:.1f} GB are free",
+        f"without checkpointing, training needs up to {need / 1e9:.1f} GB; {device.memory / 1e9:.1f} GB are free",
     )
 
 

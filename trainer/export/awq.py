@@ -87,7 +87,7 @@ def check_calibration(log: Sequence[Mapping[str, Any]]) -> None:
             raise TrainingError(
                 f"gptqmodel calibrated {entry['layer']}.{entry['module']} with {entry['activation_retained_tokens']} "
                 f"of {entry['activation_raw_tokens']} tokens",
-                expected="all of them",
+                expected="all tokens",
             )
 
 

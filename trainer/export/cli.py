@@ -75,7 +75,7 @@ def _merged(registry: Registry, version: VersionId) -> Path:
         raise NotFoundError(
             f"{version} has no merged weights",
             expected=f"a version with format {Format.MERGED}",
-            todo="run its recipe again with merged in `formats`: training is not repeated",
+            todo="run the version's recipe again with merged in `formats`: training is not repeated",
         )
     registry.verify(version, Format.MERGED)
     return registry.artifact(version, Format.MERGED)

@@ -63,7 +63,7 @@ def check_quantizer(model: Path) -> None:
         raise TrainingError(
             f"gptqmodel {version('gptqmodel')} cannot quantize {family!r}, the model_type of {model}",
             expected="an architecture that gptqmodel supports",
-            todo="set `formats: [merged]`, which quantizes nothing; or choose another base",
+            todo="set `formats: [merged]` to skip quantization, or choose another base",
         )
 
 
@@ -76,13 +76,13 @@ def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
             f"{expert!r} is part of a mixture of experts, and the experts of {family!r} models cannot be "
             "quantized for the engine",
             expected=f"a mixture of experts of {' or '.join(_QUANTIZED_MIXTURES)}, or a model without experts",
-            todo="set `formats: [merged]`, which quantizes nothing; or choose another base",
+            todo="set `formats: [merged]` to skip quantization, or choose another base",
         )
     if on_cpu and not torch.cpu._is_amx_tile_supported():
         raise TrainingError(
             f"{expert!r} is part of a mixture of experts, and the engine does not support 4-bit experts on this CPU",
             expected="a CPU with AMX, or a GPU",
-            todo="set `formats: [merged]`, which quantizes nothing; or train and serve on a GPU",
+            todo="set `formats: [merged]` to skip quantization, or train and serve on a GPU",
         )
 
 
@@ -103,10 +103,8 @@ def _check_inputs(widths: dict[str, int], group_size: int) -> None:
     raise RecipeError(
         f"quantize.group_size is {group_size}, but layer {misfit!r} has {widths[misfit]} inputs",
         expected="a group size that divides the number of inputs of every layer: "
-        f"{', '.join(fitting) or f'none of {sizes} does'}",
-        todo=f"set quantize.group_size to {fitting[-1]}"
-        if fitting
-        else "set `formats: [merged]`, which quantizes nothing",
+        f"{', '.join(fitting) or f'none of {sizes} divides them all'}",
+        todo=f"set quantize.group_size to {fitting[-1]}" if fitting else "set `formats: [merged]` to skip quantization",
     )
 
 

@@ -85,7 +85,7 @@ def _join(tensors: "dict[str, torch.Tensor]", layer: str, parts: list[str]) -> N
         raise TrainingError(
             f"{' and '.join(parts)} were quantized with different input groups",
             expected=f"the same groups, because the engine fuses them into one layer, {layer!r}",
-            todo="set `formats: [merged]`, which quantizes nothing",
+            todo="set `formats: [merged]` to skip quantization",
         )
     tensors[f"{layer}.{_INPUT_GROUPS}"] = groups[0]
     for kind, dimension in _OUTPUT_DIMENSION.items():

@@ -134,7 +134,9 @@ def _change_of_rows(
     """
     differing = set((before != after).any(dim=1).nonzero().flatten().tolist())
     if other := sorted(differing - set(rows)):
-        raise merge_failed(f"row {other[0]} of {name!r} differs from the base model's, but is not that of a new token")
+        raise merge_failed(
+            f"row {other[0]} of {name!r} differs from the base model's, but does not belong to a new token"
+        )
     return _change(name, before[list(rows)], after[list(rows)])
 
 

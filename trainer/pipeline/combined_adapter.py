@@ -79,10 +79,10 @@ class CombinedAdapter:
         for version, revision in self.bases.items():
             if revision != base.revision:
                 raise BaseModelError(
-                    f"{version} was trained on another base than {base.origin} ({revision[:19]}, not "
+                    f"{version} was trained on a different base from {base.origin} ({revision[:19]}, not "
                     f"{base.revision[:19]})",
                     expected="adapters of one base, with the same chat template",
-                    todo=f"show its base: svc show {version}",
+                    todo=f"run `svc show {version}` to see the base of this version",
                 )
 
     def copy_to(self, out: Path, base: Path) -> None:
@@ -179,7 +179,7 @@ def _rank(recipe: Recipe, combine: Combine, parts: Sequence[TrainedAdapter]) -> 
         rank = recipe.adapter.rank or rank
     if rank > MAX_RANK:
         raise RecipeError(
-            f"the combination by {method} has rank {rank}",
+            f"the adapter combined by {method} would have rank {rank}",
             expected=f"at most {MAX_RANK}",
             todo=f"set adapter.combine.method to {CombineMethod.SVD}, and adapter.rank",
         )
@@ -196,6 +196,6 @@ def warn_learnt(registry: Registry, versions: Sequence[str], heldout: Sequence[C
             continue
         if count := int(np.isin(prompts, learnt).sum()):
             console.print(
-                f"[yellow]{name} was trained on {count} of {len(heldout)} held-out prompts: the figures are too "
-                "optimistic[/yellow]"
+                f"[yellow]{name} was trained on {count} of {len(heldout)} held-out prompts: the evaluation "
+                "will be too optimistic[/yellow]"
             )

@@ -142,7 +142,7 @@ def read_run_examples(
     all_heldout, heldout = heldout, read.references(heldout)
     if not heldout:
         raise DataError(
-            "no held-out answer is desirable",
+            "no held-out answer is labelled desirable",
             expected="at least one desirable answer, because these are the reference answers of the evaluation",
             todo="set data.heldout to a file with desirable answers, or raise data.heldout_share",
         )
@@ -335,7 +335,7 @@ def _warn_learnt(name: str, heldout: Sequence[ChatExample], learnt: PromptHashes
     if count := int(np.isin(hash_prompts(heldout), learnt).sum()):
         console.print(
             f"[yellow]an earlier version of {name} was trained on {count} of {len(heldout)} held-out prompts: "
-            "its figures, and those of versions based on it, are too optimistic[/yellow]"
+            "evaluations of that version, and of versions based on it, are too optimistic[/yellow]"
         )
 
 

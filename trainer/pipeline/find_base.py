@@ -46,7 +46,9 @@ def find_base(
     base = _find(name, settings)
     if template is not None:
         if has_chat_template(base.folder):
-            console.print(f"  the chat template {template} replaces the base's own", markup=False, soft_wrap=True)
+            console.print(
+                f"  the chat template {template} replaces the base's own template", markup=False, soft_wrap=True
+            )
         text = template_text(template, base.folder)
         folder = folder_with_template(base.folder, text, settings.base_cache)
         base = replace(base, folder=folder, revision=revision_with_template(base.revision, text))

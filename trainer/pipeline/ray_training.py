@@ -61,7 +61,8 @@ def count_workers(recipe: Recipe) -> int:
         )
     if recipe.checkpoints.keep_epochs:
         raise RecipeError(
-            "the adapters of single epochs stay on the nodes", todo="remove checkpoints.keep_epochs from the recipe"
+            "checkpoints.keep_epochs cannot be used on Ray: the adapters of single epochs would stay on the nodes",
+            todo="remove checkpoints.keep_epochs from the recipe",
         )
     share_of(train, asked or 1)
     return asked or 1

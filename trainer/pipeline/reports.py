@@ -45,7 +45,7 @@ def check_reports(wanted: tuple[ReportTo, ...]) -> None:
             raise RecipeError(
                 "report_to contains wandb, but W&B has no API key",
                 expected="WANDB_API_KEY, or WANDB_MODE=offline, which sends nothing",
-                todo="set one of the two, or run `wandb login`",
+                todo="set WANDB_API_KEY or WANDB_MODE=offline, or run `wandb login`",
             )
 
 

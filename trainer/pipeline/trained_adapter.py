@@ -238,6 +238,6 @@ def _does_not_fit(adapter: TrainedAdapter, problem: str) -> BaseModelError:
     named = adapter.config.get("base_model_name_or_path")
     return BaseModelError(
         f"adapter {adapter.origin} does not fit the base: it {problem}",
-        expected=f"the base that it was trained on, {named or 'which it does not name'}",
+        expected=f"the base that the adapter was trained on: {named or 'unknown, because its config names none'}",
         todo="choose that base with --base",
     )

@@ -233,7 +233,7 @@ class Recipe(Section):
             "train.neftune_alpha": self.train.neftune_alpha and "its noise would change the compared likelihoods",
             "adapter.dropout": self.adapter.dropout and "it would change the compared likelihoods at random",
             "train.too_long: truncate": self.train.too_long is TooLong.TRUNCATE
-            and "a truncated answer is not the one that was compared; use drop",
+            and "the preference does not apply to a truncated answer; use drop",
             "data.general": self.data.general and "general examples have no preferences",
             "data.learn": self.data.learn is not Learn.ALL and "only final answers are compared",
         }

@@ -154,8 +154,8 @@ def _import_data(draft: Draft, folder: Path) -> None:
         draft.content.setdefault("chat_template", _ALPACA)
         draft.changed(
             "datasets.type",
-            "alpaca writes prompts under Alpaca's headings, and so does `chat_template: alpaca`, with one introduction "
-            "for examples with and without input; remove it to use the base's own",
+            "`chat_template: alpaca` was added, because Axolotl's alpaca format puts prompts under Alpaca's headings; "
+            "its introduction is the same with and without input; remove the key to use the base's own template",
         )
     _limit(draft, datasets)
     if tests := draft.take("test_datasets"):
@@ -196,7 +196,7 @@ def _sources(draft: Draft, key: str, number: int, dataset: Any, folder: Path) ->
     if isinstance(dataset.get("type"), dict) or (dataset.get("type") == _COMPLETION and not text):
         draft.leave_out(f"{place}.type", "rewrite the data in one of the formats of docs/data.md")
     if name := dataset.get("name"):
-        draft.leave_out(f"{place}.name", f"{name}; name the files of this configuration: hf:ORG/NAME/FOLDER")
+        draft.leave_out(f"{place}.name", f"{name}; give the folder of this configuration instead: hf:ORG/NAME/FOLDER")
     for other in sorted(dataset.keys() - _DATASET_KEYS):
         if dataset[other] not in (None, *_USUAL_COLUMNS.get(other, ())):
             draft.leave_out(f"{place}.{other}", "only the keys in docs/data.md are read; rename the keys of the data")
@@ -230,7 +230,10 @@ def _import_adapter(draft: Draft) -> None:
     if isinstance(start := draft.take("peft_init_lora_weights"), str):
         import_start(draft, "peft_init_lora_weights", start)
     elif start is False:
-        draft.leave_out("peft_init_lora_weights", "false starts with random values in both matrices")
+        draft.leave_out(
+            "peft_init_lora_weights",
+            "false would initialize both adapter matrices with random values, which is not available",
+        )
     if names and not linear:
         import_targets(draft, "lora_target_modules", names)
     draft.leave_out_if_set("lora_model_dir", "training starts from the base; `base: NAME@N` continues from a version")
@@ -262,7 +265,7 @@ def _import_train(draft: Draft) -> None:
     draft.leave_out_if_set("train_on_inputs", "only answers are trained on")
     for key in ("fsdp", "fsdp_config", "fsdp_version", "deepspeed"):
         if draft.take(key):
-            draft.changed(key, "train.devices and train.sharding decide about several GPUs")
+            draft.changed(key, "training on several GPUs is set with train.devices and train.sharding")
     if draft.content.get("wandb_project"):
         draft.values["report_to"] = ["mlflow", "wandb"]
 
@@ -271,7 +274,7 @@ def _import_template(draft: Draft) -> None:
     name, text = draft.take("chat_template"), draft.take("chat_template_jinja")
     if draft.values.get("objective") == Objective.TEXT:
         if name or text:
-            draft.changed("chat_template", "documents have no turns, so none is used")
+            draft.changed("chat_template", "documents have no turns, so no chat template is used")
     elif name in tuple(NamedTemplate):
         draft.values["chat_template"] = name
     elif text and str(text).endswith(".jinja"):
@@ -279,7 +282,9 @@ def _import_template(draft: Draft) -> None:
     elif text:
         draft.leave_out("chat_template_jinja", "save the template to a file, and set chat_template to ./FILE.jinja")
     elif name and name != "tokenizer_default":
-        draft.changed("chat_template", f"{name!r} became the base's own template; check that they are the same")
+        draft.changed(
+            "chat_template", f"{name!r} was replaced by the base's own template; check that both are the same"
+        )
     special = {key: value for key, value in (draft.take("special_tokens") or {}).items() if value}
     if other := sorted(special.keys() - {"pad_token"}):
         draft.leave_out(f"special_tokens.{other[0]}", "the base's own tokens are used")

@@ -30,7 +30,7 @@ _PRESETS = {
     frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}): Targets.ATTENTION,
     frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}): Targets.ALL_LINEAR,
 }
-PER_GPU = "is a number per GPU there, and counts all GPUs together here: multiply it by their number"
+PER_GPU = "the imported value is per GPU, but here it is the total for all GPUs: multiply it by the number of GPUs"
 
 
 def import_optimizer(draft: Draft, key: str, default: str) -> None:
@@ -86,7 +86,7 @@ def import_targets(draft: Draft, key: str, names: Any) -> None:
         preset = _PRESETS.get(frozenset(names))
         draft.values["adapter.targets"] = preset.value if preset else sorted(set(names))
     else:
-        draft.leave_out(key, "a pattern for names of layers; list their last parts in adapter.targets")
+        draft.leave_out(key, "a pattern for layer names; list the last part of each layer name in adapter.targets")
 
 
 def import_start(draft: Draft, key: str, start: str) -> None:
@@ -95,12 +95,12 @@ def import_start(draft: Draft, key: str, start: str) -> None:
     try:
         adapter = Adapter(init=start)
     except ValidationError:
-        draft.leave_out(key, f"{start} is not available; adapter.init lists those that are")
+        draft.leave_out(key, f"{start} is not available; see adapter.init in docs/recipe.md for the available values")
         return
     if plain and not (rooted and adapter.starts_from_base):
         draft.values["adapter.init"] = start
     else:
-        draft.leave_out(key, f"{start} is available for method: lora without rslora only")
+        draft.leave_out(key, f"{start} is available only for `method: lora` without rslora")
 
 
 def import_rope(draft: Draft, key: str, kind: str, factor: float | None) -> None:
@@ -122,7 +122,7 @@ def import_new_tokens(draft: Draft, key: str, *, special: bool = False) -> None:
     if tokens:
         draft.values["new_tokens"] = [*draft.values.get("new_tokens", ()), *tokens]
         if special:
-            draft.changed(key, "are not special here: they remain in answers")
+            draft.changed(key, "the new tokens are not special tokens here, so they are not removed from answers")
 
 
 def import_modules_to_save(draft: Draft, key: str) -> None:
@@ -134,7 +134,7 @@ def import_modules_to_save(draft: Draft, key: str) -> None:
     if set(listed) <= set(TokenLayer):
         draft.values["adapter.modules_to_save"] = listed
     else:
-        draft.leave_out(key, f"of layers other than the adapter's, only {' and '.join(TokenLayer)} can be trained")
+        draft.leave_out(key, f"besides the adapted layers, only {' and '.join(TokenLayer)} can be trained")
 
 
 def import_dropout(draft: Draft) -> None:
@@ -145,7 +145,7 @@ def import_dropout(draft: Draft) -> None:
     if not Objective(draft.values.get("objective", Objective.SFT)).is_preference:
         draft.values["adapter.dropout"] = dropout
     else:
-        draft.leave_out("lora_dropout", "it would change the compared likelihoods at random")
+        draft.leave_out("lora_dropout", "dropout would randomly change the likelihoods that are compared")
 
 
 def import_run(draft: Draft) -> None:
@@ -169,7 +169,9 @@ def import_run(draft: Draft) -> None:
     if checkpointing is not None:
         draft.values["train.gradient_checkpointing"] = bool(checkpointing)
         if isinstance(checkpointing, str):
-            draft.changed("gradient_checkpointing", f"{checkpointing!r} became true; activations are not moved")
+            draft.changed(
+                "gradient_checkpointing", f"{checkpointing!r} was imported as true; activations are not offloaded"
+            )
     draft.copy("neftune_noise_alpha", "train.neftune_alpha")
     ratio = draft.take("loraplus_lr_ratio")
     if ratio is not None and draft.values["method"] != Method.FULL:

@@ -99,7 +99,7 @@ def import_llama_factory(draft: Draft, folder: Path, beginning: Path) -> None:
     _import_adapter(draft)
     _import_train(draft)
     if template := draft.take("template"):
-        draft.changed("template", f"{template!r} became the base's own template; check that they are the same")
+        draft.changed("template", f"{template!r} was replaced by the base's own template; check that both are the same")
     if draft.take("enable_thinking"):
         draft.values["chat_template_kwargs"] = {"enable_thinking": True}
     draft.finish(_NOT_NEEDED)
@@ -142,7 +142,9 @@ def _import_data(draft: Draft, folder: Path, beginning: Path) -> None:
     if limit := draft.take("max_samples"):
         draft.values["data.limit"] = limit * len(trained)
         if len(trained) > 1:
-            draft.changed("max_samples", "is a number per data set there, and one for all data sets together here")
+            draft.changed(
+                "max_samples", "the limit is per data set in LLaMA-Factory, but for all data sets together here"
+            )
     if draft.take("mask_history"):
         draft.values["data.learn"] = Learn.LAST.value
     draft.leave_out_if_set("train_on_prompt", "only answers are trained on")
@@ -167,13 +169,18 @@ def _sources(draft: Draft, name: str, info: Path | None, folder: Path) -> list[s
     entry = read_json_object(info).get(name) if info else None
     key = f"dataset {name!r}"
     if info is None or not isinstance(entry, dict):
-        draft.leave_out(key, f"it is not in a {_DATASET_INFO} here; replace {name}.jsonl by its file or by hf:ORG/NAME")
+        draft.leave_out(
+            key,
+            f"no {_DATASET_INFO} lists this data set; replace {name}.jsonl by its file or by hf:ORG/NAME",
+        )
         return [f"./{name}.jsonl"]
     columns = entry.get("columns") or {}
     if unusual := [
         f"{ours}: {theirs}" for ours, theirs in columns.items() if theirs not in _USUAL_COLUMNS.get(ours, ())
     ]:
-        draft.leave_out(key, f"it has the columns {', '.join(unusual)}; rename them to keys of docs/data.md")
+        draft.leave_out(
+            key, f"the columns {', '.join(unusual)} are not supported; rename them to the keys in docs/data.md"
+        )
     for other in ("subset", "split", "num_samples"):
         if entry.get(other) not in (None, "train"):
             draft.leave_out(key, f"{other}: {entry[other]}; list the files as hf:ORG/NAME/FILE")
@@ -182,7 +189,7 @@ def _sources(draft: Draft, name: str, info: Path | None, folder: Path) -> list[s
     if hub := entry.get("hf_hub_url"):
         inside = entry.get("folder")
         return source(hub, folder, (inside,) if inside else ())
-    draft.leave_out(key, f"it has neither file_name nor hf_hub_url; replace {name}.jsonl by its file")
+    draft.leave_out(key, f"the entry has neither file_name nor hf_hub_url; replace {name}.jsonl by its file")
     return [f"./{name}.jsonl"]
 
 
@@ -195,7 +202,7 @@ def _import_adapter(draft: Draft) -> None:
     if bits and not four_bit:
         draft.changed("quantization_bit", "the frozen weights are in 16 bits; method: qlora stores them in 4 bits")
     elif bits and quantizer not in ("bnb", "bitsandbytes"):
-        draft.changed("quantization_method", f"{quantizer} became bitsandbytes' NF4")
+        draft.changed("quantization_method", f"{quantizer} was replaced by bitsandbytes' NF4")
     import_method(draft, adapter=kind == "lora", dora=bool(draft.take("use_dora")), four_bit=four_bit)
     rank, alpha = draft.take("lora_rank", 8), draft.take("lora_alpha")
     import_dropout(draft)
@@ -230,7 +237,7 @@ def _import_train(draft: Draft) -> None:
         draft.values["train.too_long"] = (TooLong.DROP if objective.is_preference else TooLong.TRUNCATE).value
     if objective.is_preference:
         draft.changed(
-            "cutoff_len", "longer pairs are dropped, because a truncated answer is not the one that was compared"
+            "cutoff_len", "longer pairs are dropped, because the preference does not apply to a truncated answer"
         )
     draft.copy("packing", "train.packing", True if objective is Objective.TEXT else None)
     if draft.take("neat_packing"):  # it implies packing, in which examples attend only to themselves, as always here
@@ -241,7 +248,7 @@ def _import_train(draft: Draft) -> None:
     import_warmup(draft, 0)
     for key in ("deepspeed", "fsdp", "fsdp_config"):
         if draft.take(key):
-            draft.changed(key, "train.devices and train.sharding decide about several GPUs")
+            draft.changed(key, "training on several GPUs is set with train.devices and train.sharding")
     reports = draft.take("report_to", "none")
     wanted = [reports] if isinstance(reports, str) else reports
     if trackers := [name for name in wanted if name in tuple(ReportTo)]:

@@ -263,7 +263,7 @@ class Search:
         """Try dropout if the best or the longest training run overfits."""
         longest = [best, *(trial for phase, trial in self.tried if phase is Phase.EPOCHS)][-1]
         if not (best.overfits or longest.overfits):
-            self.notes.append("dropout was not tried: no trial overfitted beyond chance")
+            self.notes.append("dropout was not tried: no trial overfitted significantly")
             return best
         targets = {TARGETS: best.values[TARGETS]} if TARGETS in best.values else {}
         study = self._open(Phase.DROPOUT, {**longest.values, **targets}, {DROPOUT: _DROPOUTS})

@@ -135,7 +135,7 @@ class TrialRunner:
                 first = int(read_json_object(path)["parallel"])
                 if first != parallel:
                     console.print(
-                        f"  the values are chosen for {first} trials at the same time, as when this sweep was started",
+                        f"  values are chosen for {first} parallel trials, because this sweep was started with {first}",
                         soft_wrap=True,
                     )
                 parallel = first

@@ -84,7 +84,7 @@ def share_of(train: Train, devices: int) -> Share:
     near = [count for count in possible if count < devices][-1:] + [count for count in possible if count > devices][:1]
     raise RecipeError(
         f"a step of {step} examples cannot be divided among {devices} devices",
-        expected="train.batch_size x train.gradient_accumulation to be a multiple of the number of devices",
+        expected="train.batch_size x train.gradient_accumulation is a multiple of the number of devices",
         todo=f"set train.devices to {' or '.join(map(str, near))}, or change train.batch_size",
     )
 
@@ -191,7 +191,7 @@ def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int
     """Return the listed numbers, after checking that these GPUs exist and are equal to the one that torch would use."""
     if missing := [number for number in numbers if number >= len(gpus)]:
         raise RecipeError(
-            f"train.devices lists GPU {missing[0]}, but this machine has {len(gpus)} that may be used",
+            f"train.devices lists GPU {missing[0]}, but only {len(gpus)} GPUs of this machine may be used",
             expected=f"numbers from 0 to {len(gpus) - 1}, as nvidia-smi or CUDA_VISIBLE_DEVICES orders them",
             todo="change train.devices",
         )
@@ -201,8 +201,8 @@ def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int
         listed = ", ".join(f"GPU {number}: {_described(gpus[number])}" for number in numbers)
         raise RecipeError(
             f"train.devices lists GPUs that differ from each other or from {first}, which torch would use: {listed}",
-            expected="equal GPUs, because each waits for the slowest",
-            todo="list equal ones; to use others, hide these with CUDA_VISIBLE_DEVICES",
+            expected="identical GPUs, because all of them wait for the slowest",
+            todo="list identical GPUs; to use another GPU type, hide the rest with CUDA_VISIBLE_DEVICES",
         )
     return list(numbers)
 

@@ -128,7 +128,7 @@ class FirstStep:
         if self._recomputed is not checkpointing:
             raise _inactive(
                 f"train.gradient_checkpointing: {str(checkpointing).lower()}",
-                f"the backward pass {'computed' if self._recomputed else 'did not compute'} the layers again",
+                f"the backward pass {'recomputed' if self._recomputed else 'did not recompute'} the layers",
                 "layers that are computed twice" if checkpointing else "layers that are computed once",
                 f"set train.gradient_checkpointing to {str(not checkpointing).lower()}",
             )
@@ -168,8 +168,8 @@ def check_liger(model: nn.Module, *, chosen: bool) -> None:
     if wrong or (chosen and not layers):
         raise _inactive(
             f"Liger kernels: {'on' if chosen else 'off'}",
-            f"{len(wrong)} of {len(layers)} layers have {'none' if chosen else 'some'}",
-            f"kernels in {'every layer' if chosen else 'no layer'}",
+            f"{len(wrong)} of {len(layers)} layers have {'no' if chosen else 'some'} Liger kernels",
+            f"Liger kernels in {'every layer' if chosen else 'no layer'}",
             "update liger-kernel, or remove it: pip uninstall liger-kernel",
         )
 
@@ -198,7 +198,7 @@ def check_checkpointing(model: nn.Module, *, chosen: bool) -> None:
     if wrong or (chosen and not layers):
         raise _inactive(
             f"train.gradient_checkpointing: {str(chosen).lower()}",
-            f"it is {'off' if chosen else 'on'} in {len(wrong)} of {len(layers)} layers",
+            f"checkpointing is {'off' if chosen else 'on'} in {len(wrong)} of {len(layers)} layers",
             f"{'on' if chosen else 'off'} in every layer",
             f"set train.gradient_checkpointing to {str(not chosen).lower()}",
         )
@@ -286,8 +286,8 @@ def check_padding_free(batch: dict[str, Any], rows: list[dict[str, Any]]) -> Non
     if shape[0] != 1 or "attention_mask" in batch or starts != examples:
         raise _inactive(
             "batches without padding",
-            f"{len(rows)} rows with {examples} examples became a batch of shape {shape} with {starts} starts",
-            f"one row with {examples} starts and no mask",
+            f"{len(rows)} rows with {examples} examples became a batch of shape {shape} with {starts} example starts",
+            f"one row with {examples} example starts and no attention mask",
             _REPORT,
         )
 
@@ -326,7 +326,7 @@ def check_optimizer_class(optimizer: torch.optim.Optimizer, chosen: Optimizer, *
         if needed and largest < smallest:
             raise _inactive(
                 f"train.optimizer: {chosen}",
-                f"no weight has {what} moments: the largest trained weight has {largest:,} elements",
+                f"no weight has {what} optimizer moments: the largest trained weight has {largest:,} elements",
                 f"a weight of at least {smallest:,} elements",
                 f"set train.optimizer to {Optimizer.ADAMW}",
             )
@@ -376,9 +376,11 @@ def check_moments(optimizer: torch.optim.Optimizer, model: nn.Module, chosen: Op
         if moment is None:
             continue
         if chosen.is_8bit and weight.numel() >= _MIN_8BIT and id(weight) not in embeddings:
-            wrong |= {f"those of {name} are in {_name(moment.dtype)}"} if moment.dtype is not torch.uint8 else set()
+            wrong |= (
+                {f"the moments of {name} are in {_name(moment.dtype)}"} if moment.dtype is not torch.uint8 else set()
+            )
         if chosen.is_paged and weight.numel() >= _MIN_PAGED:
-            wrong |= {f"those of {name} are not paged"} if not getattr(moment, "is_paged", False) else set()
+            wrong |= {f"the moments of {name} are not paged"} if not getattr(moment, "is_paged", False) else set()
     if wrong:
         todo = f"set train.optimizer to {Optimizer.ADAMW}, or install another release of bitsandbytes"
         raise _inactive(f"train.optimizer: {chosen}", _first_of(wrong), "moments as chosen", todo)

@@ -17,7 +17,7 @@ from svc.errors import InterruptedRunError, SvcError, TrainingError
 from trainer.callbacks.preemption import Preemption, StepAbandoned
 
 POLL_S = 0.2
-AGAIN = "run the same command again: it resumes from the last checkpoint"
+AGAIN = "run the same command again to resume from the last checkpoint"
 _UNLISTENED = "stopped by {} before the first step"
 
 

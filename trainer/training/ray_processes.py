@@ -306,7 +306,7 @@ class RayProcesses:
                 self._checkpoints.fetch_trained(records, folders.out)
 
         own = {**functions, "on_checkpoint": on_checkpoint, TRAINED: on_trained}
-        return self._repeat(work, arguments, own, "starting all workers again, from the newest checkpoint")
+        return self._repeat(work, arguments, own, "restarting all workers from the newest checkpoint")
 
     def call(self, work: Callable[..., Any], *arguments: object) -> Any:
         """Call `work`, which is not training, in the only worker, and return the result. If the worker is lost, `work`
@@ -315,7 +315,7 @@ class RayProcesses:
         Args:
             work: see `TrainingProcesses.run`.
         """
-        (result,) = self._repeat(work, arguments, {}, "starting again on another node")
+        (result,) = self._repeat(work, arguments, {}, "restarting on another node")
         return result
 
     def _repeat(
@@ -534,8 +534,8 @@ def check_equal(facts: Sequence[NodeFacts]) -> None:
         if first != other:
             raise ClusterError(
                 f"the workers have different devices: {first} on node {facts[0].address}, {other} on {each.address}",
-                expected="equal devices, because each waits for the slowest",
-                todo="set ray.gpu_type to one of them, as Ray names it",
+                expected="identical devices, because all workers wait for the slowest",
+                todo="set ray.gpu_type to one GPU type, as Ray names it",
             )
 
 

@@ -259,13 +259,13 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
     else:
         if newest is not None and (before := number_type_of(newest)) is not number_type:
             console.print(
-                f"  converted at step {state.global_step} from {before} to {number_type}, this machine's number type: "
-                "the result differs in rounding from that of an uninterrupted run"
+                f"  checkpoint of step {state.global_step} converted from {before} to {number_type}, this machine's "
+                "number type: the result differs in rounding from that of an uninterrupted run"
             )
         if newest is not None and (earlier := devices_of(newest)) != trainer.group.size:
             console.print(
-                f"  converted at step {state.global_step} from {earlier} to {trainer.group.size} devices: the result "
-                "differs in rounding and random numbers from that of an uninterrupted run"
+                f"  checkpoint of step {state.global_step} converted from {earlier} to {trainer.group.size} devices: "
+                "the result differs in rounding and random numbers from that of an uninterrupted run"
             )
         try:
             if newest is None:
@@ -284,7 +284,7 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
         step, last = trainer.state.global_step, trainer.state.max_steps
         where = f"after step {step} of {last}" if step else "before the first step"
         raise InterruptedRunError(
-            f"stopped by {asked.by.name} {where}", todo="run the same command again: it resumes from there"
+            f"stopped by {asked.by.name} {where}", todo="run the same command again to resume from there"
         )
     return seconds
 

@@ -59,7 +59,7 @@ def fetch_base(objects: ObjectStore, name: str, cache: Path) -> Path:
     except ValidationError:
         raise IntegrityError(f"{objects.url}/{_key(name)} is not a list of files", todo="delete the object") from None
     if any(PurePosixPath(file.path).name != file.path for file in records):
-        raise IntegrityError(f"{objects.url}/{_key(name)} names files in other folders", todo="delete the object")
+        raise IntegrityError(f"{objects.url}/{_key(name)} lists files in other folders", todo="delete the object")
     temporary = cache / f".{name}-{uuid4().hex[:8]}"
     try:
         temporary.mkdir(parents=True)

@@ -150,7 +150,7 @@ class SharedCheckpoints:
                 f"{self._objects.url}/{key} is not a list of files", todo="delete the object"
             ) from None
         if any(PurePosixPath(file.path).name != file.path for file in records):
-            raise IntegrityError(f"{self._objects.url}/{key} names files in other folders", todo="delete the object")
+            raise IntegrityError(f"{self._objects.url}/{key} lists files in other folders", todo="delete the object")
         temporary = self._folder / f".fetch-{step}"
         shutil.rmtree(temporary, ignore_errors=True)
         _receive(self._objects, f"{self._prefix}/{step}", records, temporary)

@@ -54,9 +54,9 @@ def sole_trainer(run: str) -> Iterator[None]:
         except ValueError as error:  # the name is taken
             if time.monotonic() > deadline:
                 raise BusyError(
-                    f"{_holder(name)} trains {run} on this cluster",
-                    expected="one command per run",
-                    todo="wait until it has ended, or stop it; its progress is kept",
+                    f"{_holder(name)} is already training {run} on this cluster",
+                    expected="only one command per run at a time",
+                    todo="wait until that process has ended, or stop it; the run's progress is kept",
                 ) from error
             time.sleep(0.5)
     try:

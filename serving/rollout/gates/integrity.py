@@ -89,7 +89,9 @@ def _check_parity(manifest: Manifest) -> GateRow:
     report = manifest.parity
     if report is None:
         if set(manifest.formats) == {Format.ADAPTER}:
-            return GateRow(gate="parity", verdict=GateVerdict.SKIPPED, reason="not measured for adapters alone")
+            return GateRow(
+                gate="parity", verdict=GateVerdict.SKIPPED, reason="not measured for versions with only an adapter"
+            )
         return GateRow(gate="parity", verdict=GateVerdict.UNDECIDED, reason="the version has no parity report")
     passed = len(report.checks) - len(report.failed)
     return GateRow(
@@ -106,7 +108,9 @@ def _check_probes(manifest: Manifest, format: Format) -> GateRow:
     count = sum(len(record.probes) for record in records)
     if not count:
         return GateRow(
-            gate="probes", verdict=GateVerdict.UNDECIDED, reason="without probes, loaded weights cannot be verified"
+            gate="probes",
+            verdict=GateVerdict.UNDECIDED,
+            reason="the version has no probes, so its loaded weights cannot be verified",
         )
     return GateRow(gate="probes", measured=f"{count} probes", limit="at least 1", verdict=GateVerdict.PASSED)
 

@@ -227,7 +227,7 @@ class _LineChecks:
         for place, call in enumerate(message.tool_calls):
             if call.encoded_twice:
                 field = f"{turn}.tool_calls[{place}].function.arguments"
-                report.add(number, Code.ENCODED_TWICE, f"{field} is JSON text within JSON text", field)
+                report.add(number, Code.ENCODED_TWICE, f"{field} is double-encoded JSON", field)
 
     def _check_length(self, report: DataReport, number: int, sides: Sequence[ChatExample]) -> None:
         """Check the number of tokens of an example, with the longer answer if there are two."""

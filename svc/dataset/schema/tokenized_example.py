@@ -74,4 +74,6 @@ def read_tokenized(path: Path) -> tuple[TokenizedExample, ...]:
     try:
         return tuple(_LINE.validate_json(line) for line in path.read_bytes().splitlines())
     except (OSError, ValidationError) as error:
-        raise IntegrityError(f"cannot read {path}: {error}", todo="restore it from a backup, or train again") from error
+        raise IntegrityError(
+            f"cannot read {path}: {error}", todo="restore the file from a backup, or train again"
+        ) from error

@@ -200,7 +200,7 @@ class EngineConnection(asyncio.Protocol):
         now = self._loop.time()
         since = self._heard if self._waiter is not None else now  # without a waiting reader there is no silence
         if now - since >= self._silence_s:
-            self._fail(SilenceError(f"the engine sent nothing for {self._silence_s:g} s"))
+            self._fail(SilenceError(f"the engine sent no data for {self._silence_s:g} s"))
         else:
             self._timer = self._loop.call_at(since + self._silence_s, self._check_silence)
 

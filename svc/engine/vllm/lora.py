@@ -88,7 +88,9 @@ def lora_choices(slots: LoraSlots, args: Sequence[str]) -> tuple[Choice, ...]:
         "enable_lora", True, Origin.DEFAULT, "to serve adapters of the base", ("--enable-lora",), variables
     )
     targets = ("--lora-target-modules", *slots.targets)
-    layers = Choice("lora_target_modules", " ".join(slots.targets), Origin.MODEL, "never the output layer", targets)
+    layers = Choice(
+        "lora_target_modules", " ".join(slots.targets), Origin.MODEL, "the output layer is never adapted", targets
+    )
     limits = (
         as_given(name, args) or as_argument(name, value, Origin.SETTING, "adapters") for name, value in values.items()
     )

@@ -123,7 +123,9 @@ class EnginePlanner:
 
     def _which_device(self) -> Choice:
         if self._settings.device is Device.AUTO:
-            return Choice("device", self._device.value, Origin.MACHINE, "the installed vLLM is built for it")
+            return Choice(
+                "device", self._device.value, Origin.MACHINE, "the device for which the installed vLLM is built"
+            )
         return Choice("device", self._device.value, Origin.SETTING)
 
     def _max_model_len(self) -> Choice:
@@ -171,7 +173,7 @@ class EnginePlanner:
         if machine.threads_bind is not None or machine.nodes > 1:
             return Choice(name, AUTO, Origin.VLLM, "binds threads to cores")
         # Saves one import of torch and vLLM, 8 of 32 s; decoding is a tenth faster, with 0.7 GiB less memory.
-        return as_argument(name, _ONE_PROCESS, Origin.MACHINE, "the machine has one memory node")
+        return as_argument(name, _ONE_PROCESS, Origin.MACHINE, "the machine has one NUMA node")
 
     def _threads(self, ranks: int, *, bindable: bool) -> Choice:
         name, variable = "threads", "VLLM_CPU_OMP_THREADS_BIND"
@@ -179,7 +181,7 @@ class EnginePlanner:
         if bound is not None:
             return Choice(name, bound, Origin.ENVIRONMENT, variable, variables=((variable, bound),))
         if ranks > 1:
-            return Choice(name, AUTO, Origin.VLLM, "the cores of one memory node per rank")
+            return Choice(name, AUTO, Origin.VLLM, "the cores of one NUMA node per rank")
         (most, reason), count, origin = self._most_cores(), self._settings.cores, Origin.SETTING
         if count is None:
             # If threads of two engines compete for one core, both engines slow down to a quarter.
@@ -207,7 +209,7 @@ class EnginePlanner:
         if choice := as_given(name, self._args):
             return choice
         if given(self._args, *_SHARE_OPTIONS) is not None:
-            return Choice(name, AUTO, Origin.ARGS, f"the memory that {_SHARE_OPTIONS[0]} leaves")
+            return Choice(name, AUTO, Origin.ARGS, f"the rest of the memory allowed by {_SHARE_OPTIONS[0]}")
         if setting is not None:
             return as_argument(name, int(setting * GIB), Origin.SETTING, _gib(setting * GIB))
         free = max(0, self._machine.free - weight_bytes(self._model, wide=wide))
@@ -220,7 +222,7 @@ class EnginePlanner:
             total, origin = sequence * (count + 1), Origin.MODEL  # one more, because vLLM reserves a block
             reason = f"enough for {count} sequences of {length.value} tokens"
         if total > available:
-            total, origin, reason = available, Origin.MACHINE, f"half of the {_gib(free)} that the weights leave free"
+            total, origin, reason = available, Origin.MACHINE, f"half of the {_gib(free)} left free by the weights"
             if available == minimum:
                 reason = f"memory for only one sequence; the weights leave only {_gib(free)} free"
         size = max(1, total // ranks)

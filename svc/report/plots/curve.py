@@ -73,7 +73,7 @@ def plot_learning_rate(curve: Sequence[TrainingPoint]) -> str | None:
         axes.yaxis.get_offset_text().set_color(Colour.MUTED.value)
         _finish(axes)
 
-    return draw_svg("learning-rate", f"learning rate, {rates.max():.2g} at most", _HEIGHT, draw)
+    return draw_svg("learning-rate", f"learning rate, maximum {rates.max():.2g}", _HEIGHT, draw)
 
 
 def _finish(axes: "Axes") -> None:

@@ -142,7 +142,7 @@ async def test_swap_refusal_is_reported_even_if_the_server_cannot_write_it(unwri
     unwritten.park.room = "full"
     swap = await change(unwritten, 4)
     assert swap.outcome is SwapOutcome.REFUSED
-    assert swap.reason is not None and "no memory for a second engine: full" in swap.reason
+    assert swap.reason is not None and "not enough memory for a second engine: full" in swap.reason
 
 
 async def test_promotion_waits_for_a_long_swap(serving: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ async def test_reason_for_a_refused_swap_is_reported(serving: Home) -> None:
     serving.park.room = "full"
     swap = await change(serving, 4)
     assert swap.outcome is SwapOutcome.REFUSED
-    assert swap.reason is not None and "no memory for a second engine: full" in swap.reason
+    assert swap.reason is not None and "not enough memory for a second engine: full" in swap.reason
 
 
 async def test_swap_result_is_returned_if_swap_ended_before_the_first_check(home: Home) -> None:

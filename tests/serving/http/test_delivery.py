@@ -184,7 +184,7 @@ async def test_answer_is_rejected_if_its_caller_holds_half_the_buffers() -> None
         return made
 
     reserve("one"), reserve("one")
-    with pytest.raises(OverloadedError, match="of them by one"):
+    with pytest.raises(OverloadedError, match="of them for one"):
         reserve("one")
     assert reserve("other").pending
 

@@ -334,7 +334,7 @@ async def test_request_that_cannot_work_is_refused_with_its_parameter(
 async def test_weights_and_biases_is_refused_with_the_tracker_that_is_used(
     service: FineTuningService, client: AsyncOpenAI
 ) -> None:
-    with pytest.raises(openai.BadRequestError, match="records every run in its MLflow"):
+    with pytest.raises(openai.BadRequestError, match="training runs are recorded in MLflow"):
         await client.fine_tuning.jobs.create(
             model=BASE,
             training_file=service.add_file(),

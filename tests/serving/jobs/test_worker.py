@@ -156,7 +156,7 @@ async def test_training_that_is_killed_by_a_signal_continues_from_its_checkpoint
         await home.ended(id)
     assert home.job(id).status is JobStatus.SUCCEEDED
     assert len(home.starts(id)) == 2
-    assert "The training died; it continues from its last checkpoint" in home.messages(id)
+    assert "The training process died; the training continues from its last checkpoint" in home.messages(id)
 
 
 async def test_processes_without_a_mark_are_killed_when_their_training_has_died(home: WorkerHome) -> None:

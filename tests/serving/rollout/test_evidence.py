@@ -215,7 +215,7 @@ def test_logprobs_do_not_affect_the_decision(store: Store, record: RolloutRecord
 
 def test_expectations_say_that_traffic_is_too_small_for_the_deadline(store: Store, record: RolloutRecord) -> None:
     add_requests(store, [answered(record, 0, candidate=False)._replace(started_at=datetime.now(UTC))])
-    assert any("longer than the deadline" in text for text in expectations(store, record))
+    assert any("longer than its deadline" in text for text in expectations(store, record))
 
 
 def test_expectations_of_a_replay_say_how_long_requests_may_wait(store: Store, record: RolloutRecord) -> None:

@@ -28,7 +28,7 @@ def test_only_model_is_served_if_none_is_named(home: Home) -> None:
 
 def test_error_is_raised_if_none_of_several_models_is_named(home: Home) -> None:
     make_version(home.registry, 1, name="other")
-    with pytest.raises(NotFoundError, match="no model was named"):
+    with pytest.raises(NotFoundError, match="no model was given"):
         choose(home)
     assert choose(home, "other")[0] == "other@1"
 

@@ -104,11 +104,11 @@ async def test_steps_say_what_was_replayed_and_which_losses_are_not_excluded(con
         start(control, 2)
         seen = await ended(control)
     text = "\n".join(seen.steps)
-    assert "memory holds one engine, so tuned@2 (merged) answers 20 of 30 stored requests to tuned@1 (merged)" in text
+    assert "only one engine, so tuned@2 (merged) answers 20 of 30 stored requests to tuned@1 (merged)" in text
     assert "an unknown time, because it was never loaded in place" in text
     assert "replay: comparing 20 stored answers of tuned@1 (merged) from the request log" in text
-    assert "no canary: memory holds one engine; losses beyond the margins: excluded: none; not excluded: failed" in text
-    assert "(loads: 1); 0 stored requests could not be replayed as they were" in text
+    assert "no canary: there is memory for only one engine; losses beyond the margins: excluded: none;" in text
+    assert "(loads: 1); 0 stored requests could not be replayed unchanged" in text
 
 
 async def test_all_kept_requests_are_replayed_when_fewer_than_configured_are_kept(control: Control) -> None:
@@ -330,7 +330,7 @@ async def test_requests_whose_prompt_is_not_stored_in_full_are_not_replayed(cont
         seen = await ended(control)
     assert seen.outcome is RolloutOutcome.PROMOTED, seen.steps
     assert len(pairs(control)) == 25
-    assert any("5 stored requests could not be replayed as they were" in step for step in seen.steps)
+    assert any("5 stored requests could not be replayed unchanged" in step for step in seen.steps)
 
 
 async def test_slow_candidate_has_not_failed_when_it_answers_for_longer_than_the_silence_limit(make: Make) -> None:
@@ -486,7 +486,7 @@ async def test_requests_of_one_user_count_each_when_the_unit_is_the_request(cont
 @pytest.mark.parametrize(
     ("plan", "kept", "why"),
     [
-        (ALL, 0, "0 requests to tuned@1 (merged) are stored for a replay"),
+        (ALL, 0, "only 0 requests to tuned@1 (merged) are stored"),
         (ALL, 19, "set `request_log.content_share`"),
         (ALL.model_copy(update={"shadow": 19}), 30, "replay at least 20 stored requests (--shadow 20)"),
         (ALL.model_copy(update={"shadow": 0}), 30, "a shadow step of 0 requests is too short"),
@@ -511,7 +511,9 @@ async def test_rollout_fails_when_the_candidate_needs_another_engine(control: Co
         start(control, 4)
         seen = await ended(control)
     assert seen.outcome is RolloutOutcome.FAILED
-    assert seen.why is not None and "nor can it be loaded in place to replay stored requests: architecture" in seen.why
+    assert (
+        seen.why is not None and "cannot be loaded in place to replay stored requests, either: architecture" in seen.why
+    )
 
 
 async def test_rollout_in_the_canary_fails_when_memory_holds_one_engine_after_a_restart(make: Make) -> None:

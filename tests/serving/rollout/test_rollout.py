@@ -386,7 +386,7 @@ async def test_rollout_is_held_at_its_deadline_until_someone_decides(control: Co
     plan = ALL.model_copy(update={"shadow": 0, "max_step_s": 0.1, "at_deadline": AtDeadline.HOLD})
     async with control.run():
         start(control, 2, plan)
-        await until(lambda: any("holding this step" in step for step in record(control).steps))
+        await until(lambda: any("staying at this step" in step for step in record(control).steps))
         assert record(control).outcome is None
         shown = control.deployment.status()["rollout"]
         assert (shown["version"], shown["state"], shown["canary"]) == (f"{NAME}@2", "canary", 25)

@@ -252,7 +252,7 @@ async def test_rollout_is_completed_by_the_other_server_when_the_leading_one_is_
             await servers.second.serves(target(2))
         assert len(servers.second.park.engines) == 2
     assert seen.outcome is RolloutOutcome.PROMOTED, (seen.why, seen.steps)
-    assert has_step(servers.second, f"gpu-2:8000 now leads it; the rollout continues at {state}")
+    assert has_step(servers.second, f"gpu-2:8000 now leads the rollout; the rollout continues at {state}")
     assert set(users.statuses) == {200}
 
 
@@ -387,7 +387,7 @@ async def test_other_server_continues_the_rollout_when_the_leading_one_cannot_re
         await until(lambda: splits(servers.first, servers.second))
         servers.cut_off.add(servers.first.store)
         await until(lambda: unsplit(servers.first))
-        await until(lambda: has_step(servers.second, "gpu-2:8000 now leads it"))
+        await until(lambda: has_step(servers.second, "gpu-2:8000 now leads the rollout"))
         assert splits(servers.second)
         servers.cut_off.clear()
         await until(lambda: splits(servers.first))

@@ -41,7 +41,7 @@ def test_copied_rows_are_listed_by_table_with_the_next_steps(svc: Svc, home: Pat
     result = svc("--home", home, "store", "migrate", "--from", "sqlite", "--to", url)
     assert result.code == 0, result.err
     assert ["holdout_runs", str(ROWS)] in [line.split() for line in result.out.splitlines()]
-    assert "every row was compared" in result.out
+    assert "compared each copy with the original" in result.out
     for part in ("store.url", str(home / "svc.db"), "svc.db-wal", "svc forget"):
         assert part in result.err
 

@@ -39,7 +39,7 @@ def test_8b_with_lora_needs_checkpointing_on_24_gb_but_not_on_141_gb() -> None:
 
 def test_reason_names_the_memory_that_is_needed_and_free() -> None:
     reason = choose_checkpointing(on_gpu(24e9)).reason
-    assert reason == f"without it, training needs up to {SPARE * STORED / 1e9:.1f} GB; 24.0 GB are free"
+    assert reason == f"without checkpointing, training needs up to {SPARE * STORED / 1e9:.1f} GB; 24.0 GB are free"
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -52,7 +52,7 @@ def test_group_size_error_names_layer_and_sizes(tiny_base: Path) -> None:
 
 def test_group_size_error_proposes_merged_only_when_no_group_size_fits(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", hidden_size=48)
-    with pytest.raises(RecipeError, match=r"set `formats: \[merged\]`, which quantizes nothing"):
+    with pytest.raises(RecipeError, match=r"set `formats: \[merged\]` to skip quantization"):
         check_layers(base, 32)
 
 

@@ -128,7 +128,7 @@ class Stages:
     def check_gguf(self, base: Path, kwargs: Any, examples: Any) -> None:
         """Refuse a base whose texts llama.cpp would split differently."""
         if self.refused_gguf:
-            raise TrainingError("1 of 2 held-out examples would have other token ids in llama.cpp")
+            raise TrainingError("1 of 2 held-out examples would have different token ids in llama.cpp")
 
     def make_report(self, made: Made, recipe: Any, compared: Any, judged: int, *, number_type: Any) -> ParityReport:
         """Return a report in which the checks in `unequal` fail."""

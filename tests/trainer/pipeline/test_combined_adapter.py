@@ -234,7 +234,7 @@ def test_missing_version_is_reported(registry: Registry) -> None:
 def test_versions_of_another_base_are_refused(folders: Mapping[str, Path]) -> None:
     adapter = replace(find(folders, *PAIR, method="cat"), bases={"support@3": "sha256:1"})
     adapter.check_revision(Base(Path(), "org/base", None, "sha256:1"))
-    with pytest.raises(BaseModelError, match=r"support@3 was trained on another base than org/base"):
+    with pytest.raises(BaseModelError, match=r"support@3 was trained on a different base from org/base"):
         adapter.check_revision(Base(Path(), "org/base", None, "sha256:2"))
 
 

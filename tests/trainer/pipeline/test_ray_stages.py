@@ -165,7 +165,7 @@ def test_stage_continues_on_another_node_with_the_weights_of_finished_stages_whe
         result = machine.run_on(cluster, Stage.QUALIFY_INT8).result
     assert isinstance(result, QualifiedQuantized)
     assert result.evaluation.examples == len(machine.models.evaluation.heldout)
-    assert "was lost before its work began; starting again on another node" in " ".join(capfd.readouterr().err.split())
+    assert "was lost before its work began; restarting on another node" in " ".join(capfd.readouterr().err.split())
 
 
 def test_merged_model_that_is_no_format_is_merged_again_when_its_node_is_lost(

@@ -22,7 +22,7 @@ def test_recipe_gives_the_number_of_workers(train: dict[str, Any], count: int) -
     [
         ({"train": {"devices": [0, 1]}}, "train.devices lists GPUs 0, 1, but Ray chooses"),
         ({"train": {"devices": 3, "batch_size": 4, "gradient_accumulation": 1}}, "cannot be divided among 3 devices"),
-        ({"checkpoints": {"keep_epochs": 3}}, "adapters of single epochs stay on the nodes"),
+        ({"checkpoints": {"keep_epochs": 3}}, "adapters of single epochs would stay on the nodes"),
         ({"objective": "dpo"}, "preference tuning has not been tested on a Ray cluster"),
     ],
 )

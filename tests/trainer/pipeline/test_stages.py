@@ -51,7 +51,7 @@ def test_training_runs_in_as_many_processes_as_the_recipe_says_and_prints_them(
 ) -> None:
     make(train={"devices": 2, "batch_size": 4, "gradient_accumulation": 2}).train_version()
     output = " ".join(capsys.readouterr().err.split())
-    assert "train on 2 processes on the CPU: each computes 1 x 4 of the 2 x 4 examples of a step" in output
+    assert "training on 2 processes on the CPU: each computes 1 x 4 of the 2 x 4 examples of a step" in output
     assert stages.devices == [2]
 
 
@@ -64,7 +64,7 @@ def test_free_gpus_are_chosen_from_what_nvidia_smi_reports(
     make(capabilities=HOPPER).train_version()
     output = " ".join(capsys.readouterr().err.split())
     assert "GPU 0 not used: another process uses 75.2 GB of it" in output
-    assert f"train on GPU 1 ({GPU}), GPU 2 ({GPU}): each computes 1 x 8 of the 1 x 16 examples of a step" in output
+    assert f"training on GPU 1 ({GPU}), GPU 2 ({GPU}): each computes 1 x 8 of the 1 x 16 examples of a step" in output
     assert stages.devices == [2]
 
 
@@ -227,7 +227,7 @@ def test_gguf_file_is_registered_without_an_evaluation(make: Make, stages: Stage
 
 def test_base_that_cannot_be_written_to_gguf_is_rejected_before_training(make: Make, stages: Stages) -> None:
     stages.refused_gguf = True
-    with pytest.raises(TrainingError, match="would have other token ids"):
+    with pytest.raises(TrainingError, match="would have different token ids"):
         make(formats=["merged", "gguf"]).train_version()
     assert stages.ran == []
 

@@ -313,7 +313,7 @@ def test_contradictory_recipe_keys_are_rejected(write: Write, sections: dict[str
     [
         ({"train": {"packing": True}}, "train.packing cannot be used"),
         ({"train": {"neftune_alpha": 5}}, "train.neftune_alpha cannot be used"),
-        ({"train": {"too_long": "truncate"}}, "a truncated answer is not the one that was compared"),
+        ({"train": {"too_long": "truncate"}}, "the preference does not apply to a truncated answer"),
         ({"adapter": {"dropout": 0.1}}, "adapter.dropout cannot be used"),
         ({"data": GOOD["data"] | {"general": "g.jsonl"}}, "data.general cannot be used"),
         ({"data": GOOD["data"] | {"learn": "last"}}, "data.learn cannot be used"),

@@ -156,5 +156,5 @@ def test_trial_continues_on_another_node_when_its_node_is_lost(
         code, result, errors = end(process)
     nodes.add()
     assert code == 0, errors
-    assert "starting all workers again, from the newest checkpoint" in errors
+    assert "restarting all workers from the newest checkpoint" in errors
     assert losses(result) == pytest.approx(here, abs=SAME)

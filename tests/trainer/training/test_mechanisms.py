@@ -110,15 +110,15 @@ def bind_liger(module: torch.nn.Module) -> None:
 
 def test_liger_is_active_only_when_it_replaced_a_part_of_every_layer(model: Any) -> None:
     check_liger(model, chosen=False)
-    with pytest.raises(TrainingError, match="2 of 2 layers have none") as caught:
+    with pytest.raises(TrainingError, match="2 of 2 layers have no Liger kernels") as caught:
         check_liger(model, chosen=True)
     assert "pip uninstall liger-kernel" in caught.value.todo
     bind_liger(model.model.layers[0].input_layernorm)
-    with pytest.raises(TrainingError, match="1 of 2 layers have none"):
+    with pytest.raises(TrainingError, match="1 of 2 layers have no Liger kernels"):
         check_liger(model, chosen=True)
     bind_liger(model.model.layers[1].input_layernorm)
     check_liger(model, chosen=True)
-    with pytest.raises(TrainingError, match="2 of 2 layers have some"):
+    with pytest.raises(TrainingError, match="2 of 2 layers have some Liger kernels"):
         check_liger(model, chosen=False)
 
 
@@ -143,12 +143,12 @@ def test_liger_is_not_imported_without_a_gpu(tiny_base: Path, monkeypatch: pytes
 
 def test_checkpointing_must_be_the_same_in_every_layer(model: Any) -> None:
     check_checkpointing(model, chosen=False)
-    with pytest.raises(TrainingError, match="it is off in 2 of 2 layers"):
+    with pytest.raises(TrainingError, match="checkpointing is off in 2 of 2 layers"):
         check_checkpointing(model, chosen=True)
     model.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
-    with pytest.raises(TrainingError, match="it is off in 1 of 2 layers"):
+    with pytest.raises(TrainingError, match="checkpointing is off in 1 of 2 layers"):
         check_checkpointing(model, chosen=True)
-    with pytest.raises(TrainingError, match="it is on in 1 of 2 layers") as caught:
+    with pytest.raises(TrainingError, match="checkpointing is on in 1 of 2 layers") as caught:
         check_checkpointing(model, chosen=False)
     assert caught.value.todo == "set train.gradient_checkpointing to true"
 
@@ -164,7 +164,7 @@ def test_run_stops_after_its_first_step_if_layers_are_not_computed_again(
     train: Callable[..., TrainingSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.modeling_utils.checkpoint", lambda function, *args, **kwargs: function(*args))
-    with pytest.raises(TrainingError, match="the backward pass did not compute the layers again"):
+    with pytest.raises(TrainingError, match="the backward pass did not recompute the layers"):
         train(gradient_checkpointing=True)
 
 
@@ -233,7 +233,7 @@ def test_examples_that_are_not_separated_are_an_error() -> None:
     rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "seq_lengths": [2, 1]}] * 2
     forgotten = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
     batch = DataCollatorForLanguageModeling(0, padding_free=True).torch_call(forgotten)
-    with pytest.raises(TrainingError, match=r"2 rows with 4 examples became a batch of shape .* with 2 starts"):
+    with pytest.raises(TrainingError, match=r"2 rows with 4 examples became a batch of shape .* with 2 example starts"):
         check_padding_free(batch, rows)
 
 
@@ -323,7 +323,7 @@ def test_optimizer_that_affects_no_weight_is_an_error_before_the_first_step(
 ) -> None:
     """Every matrix of the tiny model's adapter has fewer than 4,096 weights, so its moments stay in float32."""
     with pytest.raises(
-        TrainingError, match="no weight has 8-bit moments: the largest trained weight has 2,048"
+        TrainingError, match="no weight has 8-bit optimizer moments: the largest trained weight has 2,048"
     ) as caught:
         train(optimizer="adamw-8bit")
     assert caught.value.todo == "set train.optimizer to adamw"
@@ -357,7 +357,7 @@ def test_moments_that_are_not_paged_are_an_error() -> None:
     optimizer = optimizer_of(model, is_paged=True)
     model.weight.grad = torch.ones_like(model.weight)
     optimizer.step()
-    with pytest.raises(TrainingError, match="those of weight are not paged"):
+    with pytest.raises(TrainingError, match="the moments of weight are not paged"):
         check_moments(optimizer, model, Optimizer.PAGED_ADAMW)
 
 

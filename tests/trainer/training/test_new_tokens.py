@@ -172,7 +172,7 @@ def test_merge_fails_when_another_row_changed(tied: Path, data: TrainingData, tm
     content = json.loads(config.read_text("utf-8"))
     first, second = content["trainable_token_indices"]["model.embed_tokens"]
     monkeypatch.setattr("trainer.export.merge._all_rows", lambda *_: {EMBEDDING: [first], "lm_head.weight": [first]})
-    with pytest.raises(TrainingError, match=rf"row {second} of .* but is not that of a new token"):
+    with pytest.raises(TrainingError, match=rf"row {second} of .* but does not belong to a new token"):
         merge_adapter(tied, tmp_path / "trained", tmp_path / "merged")
 
 

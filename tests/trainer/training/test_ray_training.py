@@ -155,7 +155,7 @@ def test_training_continues_on_the_third_node_when_one_is_lost(
     machine.train(lose)
     assert machine.difference(here) <= 1e-6
     errors = " ".join(capfd.readouterr().err.split())
-    assert f"rank {rank} of 2 on node 127.0.0.1 was lost; starting all workers again" in errors
+    assert f"rank {rank} of 2 on node 127.0.0.1 was lost; restarting all workers" in errors
     assert f"resuming from step 6 of {STEPS}" in errors
     assert ray.running == []
 

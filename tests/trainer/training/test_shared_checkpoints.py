@@ -144,7 +144,7 @@ def test_checkpoint_with_a_path_outside_its_folder_is_rejected(first: Machine, s
     records = json.loads(objects.read(key) or b"")
     records[0]["path"] = "../../escaped"
     objects.write(key, json.dumps(records).encode())
-    with pytest.raises(IntegrityError, match="names files in other folders"):
+    with pytest.raises(IntegrityError, match="lists files in other folders"):
         second.shared.fetch()
 
 

@@ -120,7 +120,9 @@ def read_architecture(model: Path) -> Architecture:
     architecture = Architecture(name, config)
     if config.model_type == _GEMMA:
         if difference := _find_difference(architecture):
-            raise TrainingError(f"{model} {difference}", expected="a model as Google publishes it", todo=todo)
+            raise TrainingError(
+                f"{model} {difference}", expected="the config that Google publishes for this model", todo=todo
+            )
     elif "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         config.model_type == "mistral" and config.sliding_window
     ):

@@ -79,7 +79,7 @@ def make_modelfile(tokenizer: "PreTrainedTokenizerBase", template_kwargs: Templa
     if kind is None:
         raise TrainingError(
             f"the chat template of {tokenizer.name_or_path} cannot be written for Ollama",
-            expected=f"a template that renders like {' or '.join(known.name for known in KINDS)}, and nothing more",
+            expected=f"a template that renders exactly like {' or '.join(known.name for known in KINDS)}",
             todo="export with --no-modelfile: llama.cpp reads the template from the GGUF file",
         )
     prefix = render(_TURNS).removeprefix(kind.render(_TURNS))
@@ -100,8 +100,8 @@ def _default_system(kind: TemplateKind, render: Callable[[_Turns], str], prefix:
     is_system = text in (plain, kind.render((("system", added), *turns)) + prefix)
     if not is_system or '"""' in added or added.startswith('"') or added.endswith('"'):  # read as a part of the quotes
         raise TrainingError(
-            "the chat template adds text to a conversation without a system message that Ollama cannot add",
-            expected="a system message or nothing",
+            "if a conversation has no system message, the chat template adds text that Ollama cannot add",
+            expected="a template that adds a default system message or nothing",
             todo="export with --no-modelfile: llama.cpp reads the template from the GGUF file",
         )
     return added if text != plain else ""

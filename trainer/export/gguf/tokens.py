@@ -70,7 +70,7 @@ def read_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     if content["model"].get("type") != "BPE" or ("ByteLevel" not in kinds and not has_bytes(content)):
         raise TrainingError(
             f"the tokenizer {tokenizer.name_or_path} is neither byte-level BPE nor SentencePiece's BPE with bytes",
-            expected="a tokenizer like those of Llama 2, Llama 3, SmolLM2 or Qwen",
+            expected="a tokenizer of the kind used by Llama 2, Llama 3, SmolLM2 or Qwen",
             todo="export the version as hf, and convert it with llama.cpp's convert_hf_to_gguf.py",
         )
     return content
@@ -107,9 +107,9 @@ def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[s
             return pre
     best = min(differ, key=lambda name: differ[name])
     raise TrainingError(
-        f"{differ[best]} of {len(texts)} texts (the held-out examples and {len(_SAMPLES)} samples) would have other "
-        f"token ids in llama.cpp, even with its pre-tokenizer {best!r}",
-        expected=f"the base's ids for every text with one of {', '.join(differ)}",
+        f"{differ[best]} of {len(texts)} texts (the held-out examples and {len(_SAMPLES)} samples) would have "
+        f"different token ids in llama.cpp, even with its pre-tokenizer {best!r}",
+        expected=f"the token ids of the base's tokenizer for every text, with one pre-tokenizer of {', '.join(differ)}",
         todo="export the version as hf; the model would answer differently in llama.cpp",
     )
 

@@ -271,7 +271,9 @@ def _tensors(model: Path, architecture: Architecture, stack: ExitStack) -> Itera
         for stored in file.keys():  # noqa: SIM118 - no mapping
             name = names.get_name(stored, try_suffixes=(".weight", ".bias"))
             if name is None:
-                raise TrainingError(f"GGUF has no name for tensor {stored!r}", expected="a tensor of a known layer")
+                raise TrainingError(
+                    f"GGUF has no name for tensor {stored!r}", expected="only tensors of layers that GGUF supports"
+                )
             shape = tuple(file.get_slice(stored).get_shape())
             yield _Tensor(name, shape, partial(_load, file, stored, architecture))
 
@@ -319,5 +321,7 @@ def compare_gguf(file: Path, model: Path, name: str, most: float) -> tuple[float
             changes.append((math.inf if math.isnan(change) else change, tensor.name))
     largest, changed = max(changes)
     if largest > most:
-        raise TrainingError(f"{changed} changed by {largest:.3f} of its norm in {name}", expected=f"at most {most}")
+        raise TrainingError(
+            f"tensor {changed} changed by {largest:.3f} of its norm in {name}", expected=f"at most {most}"
+        )
     return largest, changed

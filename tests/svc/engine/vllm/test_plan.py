@@ -149,7 +149,7 @@ def test_cache_size_is_rounded_up_to_complete_blocks_per_sequence() -> None:
 def test_cache_takes_at_most_half_of_the_memory_left_after_weights() -> None:
     made = plan(machine=replace(HOST, free=2 * GIB + GIB // 4))
     assert origin_and_value(made, "kv_cache_memory_bytes") == (Origin.MACHINE, GIB)
-    assert made["kv_cache_memory_bytes"].reason == "1.0 GiB: half of the 2.0 GiB that the weights leave free"
+    assert made["kv_cache_memory_bytes"].reason == "1.0 GiB: half of the 2.0 GiB left free by the weights"
 
 
 def test_cache_for_one_sequence_is_tried_when_memory_is_short() -> None:

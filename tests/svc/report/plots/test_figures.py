@@ -61,7 +61,7 @@ def test_training_curve_description_has_its_first_and_last_values() -> None:
         r"training loss from 2\.\d+ to 0\.\d+ in 80 steps; held-out loss from 2\.900 to 0\.503, lowest 0\.503",
         description,
     )
-    assert label_of(plot_learning_rate(curve())) == "learning rate, 0.00049 at most"
+    assert label_of(plot_learning_rate(curve())) == "learning rate, maximum 0.00049"
 
 
 def test_training_curve_is_plotted_without_held_out_loss() -> None:

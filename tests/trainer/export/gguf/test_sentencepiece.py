@@ -52,7 +52,7 @@ def test_merges_that_scores_cannot_express_are_rejected() -> None:
         content.get_vocab() | {"aa": 300}, [("a", "b")], unk_token="<unk>", byte_fallback=True, fuse_unk=True
     )
     changed = PreTrainedTokenizerFast(tokenizer_object=content, bos_token="<s>", eos_token="</s>")
-    with pytest.raises(TrainingError, match=r"^1 of 7 texts .* would have other token ids"):
+    with pytest.raises(TrainingError, match=r"^1 of 7 texts .* would have different token ids"):
         choose_pre_tokenizer(changed, ["<s>aab", "<s>ab"])
 
 

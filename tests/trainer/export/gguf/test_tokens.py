@@ -59,7 +59,7 @@ def test_tokenizer_that_no_pre_tokenizer_reproduces_is_rejected_with_the_number_
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     with pytest.raises(
-        TrainingError, match=r"^1 of 7 texts \(the held-out examples and 5 samples\) would have other token ids"
+        TrainingError, match=r"^1 of 7 texts \(the held-out examples and 5 samples\) would have different token ids"
     ):
         choose_pre_tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer), ["x1ax", "plain"])
 
