@@ -65,7 +65,7 @@ class Figures(NamedTuple):
 
 
 class Quality(StrEnum):
-    """How the held-out quality of the served version compares with its quality at registration."""
+    """Result of comparing the held-out quality of the served version with its quality at registration."""
 
     UNKNOWN = "unknown"
     """The held-out set has not been rerun, or cannot be rerun."""
@@ -80,13 +80,14 @@ class QualityReport:
     Attributes:
         why: the reason if the quality is unknown.
         nll, registered_nll: negative log-likelihood of the reference answers in nats per token, averaged
-            over their tokens. On an engine of a different kind from that at registration, the figures of the
-            first run there replace the registered ones.
+            over their tokens. On a different kind of engine than at registration, the figures of the first run on that
+            engine replace the registered ones.
         nll_p: p-value of the mean change under the hypothesis that only rounding differs.
         exact_match, registered_exact_match: shares of answers that match the reference exactly.
         exact_match_p: p-value of McNemar's exact test; only for display, unless exact match is the watched
             metric.
-        metric: name of the watched metric: the primary metric, or its per-example part.
+        metric: name of the watched metric: the primary metric or, if the primary metric names one, its `watched_by`
+            metric.
         score, registered_score: means of the watched metric.
         score_p: p-value of the exact test of its scores.
         examples: number of examples compared.

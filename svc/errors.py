@@ -105,7 +105,7 @@ class SwapError(SvcError):
 
 
 class RolledBackError(SvcError):
-    """Raised when a rollout ends with the previous version.
+    """Raised when a rollout ends with the previous version in production.
 
     Either the candidate proved worse, or a user stopped the rollout.
     """

@@ -1,6 +1,6 @@
 """Names of fine-tuned models for clients, in OpenAI's form: `ft:BASE:ORGANIZATION:SUFFIX:ID`.
 
-The name of a checkpoint is that of its model followed by `:ckpt-step-N`. The suffix may be empty.
+A checkpoint's name is its model's name followed by `:ckpt-step-N`. The suffix may be empty.
 """
 
 import re

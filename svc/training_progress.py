@@ -87,10 +87,10 @@ class ProgressFile:
     """Writes progress to a file, which is created if it does not exist.
 
     Args:
-        path: the file, whose folder exists.
+        path: the progress file, whose folder must exist.
 
     Attributes:
-        path: see the argument.
+        path: the progress file.
     """
 
     def __init__(self, path: Path) -> None:

@@ -21,10 +21,10 @@ SLACK, SURE = 2.0, 1.64
 _MAX_BOUND = 0.7
 """Largest bound a set may have. A bet on a set with a larger bound could win almost nothing."""
 _TAILS = (0.0, 0.02, 0.1)
-"""Total shares of the reference in the two tails of a feature. With 0, the tails contain only values
+"""Shares of the reference that lie in a feature's two tails combined. With a share of 0, the tails contain only values
 outside the reference's range."""
 _MIN_SHARE = 0.02
-"""Minimum share of the reference for a category to get its own set. Rarer and new categories share another one."""
+"""Minimum share of the reference for a category to get its own set. All rarer categories and new ones share one set."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class _Bets:
     """A drift detector for one version's traffic, together with the reference it was built from.
 
     Attributes:
-        accepted: the accepted traffic that serves as reference, or None if the version's examples do.
+        accepted: the accepted traffic that serves as reference, or None if the reference is the version's examples.
         detector: the detector, or None if nothing can be compared.
         missing: the reason why answers, or any data at all, cannot be compared.
     """
@@ -128,7 +128,7 @@ class DriftCheck:
         return self._advance(target, traffic, ratings, AlarmBook(self._store, target), accepted, lease, earlier)
 
     def accept(self, target: Target, lease: Lease | None = None) -> list[str]:
-        """End a version's active alarms by making the traffic since they began the new reference.
+        """End a version's active alarms. The traffic received since the alarms began becomes the new reference.
 
         Traffic alarms and rating alarms are accepted independently of each other.
 
@@ -260,7 +260,9 @@ class DriftCheck:
         return next(iter(read_items(self._store, target, after=0, newest=1)), None)
 
     def _items(self, target: Target, state: TrafficState) -> list[StoredItem]:
-        """Return the requests to process, in order: counted requests, the newest already seen, and new requests."""
+        """Return the requests to process, in order: counted requests, the newest requests already seen, and new
+        requests.
+        """
         kept = read_items_with(self._store, target, state.kept)
         newest = read_items(self._store, target, after=0, newest=_MAX_READ)
         items = sorted({item.id: item for item in (*kept, *newest)}.values(), key=lambda item: item.id)

@@ -77,7 +77,8 @@ def _accept(check: "DriftCheck", store: "Store", target: "Target", lease: "Lease
 def _target(registry: "Registry", store: "Store", model: str) -> "Target":
     """Return the version that a model name refers to, as a target.
 
-    The format is the one in which the version is or was last served, or else the preferred format.
+    The target's format is the one in which the version is being served or was last served. If it was never served, the
+    preferred format is used.
     """
     from svc.store.desired import read_desired
     from svc.version import Target

@@ -5,7 +5,7 @@ from collections import Counter, deque
 COMPARED = 100
 """Number of most recent counted requests over which each client's share is limited."""
 _MIN_COUNT = 5
-"""Number of counted requests that any client may have within this window, regardless of its share."""
+"""Number of the last `COMPARED` counted requests that may come from any one client, regardless of its share."""
 _SLACK = 1.2
 """Factor by which a client may exceed its usual share."""
 
@@ -31,7 +31,7 @@ class ClientShares:
     def may_count(self, client: str) -> bool:
         """Record the next request's client and return whether the request is within that client's share.
 
-        Until at least `COMPARED` requests precede the newest `COMPARED`, every request is within its client's share.
+        Until `2 * COMPARED` requests have been seen, every request is within its client's share.
 
         Args:
             client: the request's client. If it is unknown, pass an empty string; the request is then always within

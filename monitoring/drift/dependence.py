@@ -20,7 +20,7 @@ ENOUGH = 226
 """Number of items required to examine all lags. With fewer items, only lags up to a fifth of their number are
 examined."""
 _SURE = 2.5
-"""Number of standard errors by which the similarity at a lag must exceed the usual one to count as higher."""
+"""Number of standard errors by which the similarity at a lag must exceed the usual similarity to count as higher."""
 _BURST_SHARE = 0.25
 """If the share of item pairs with an equal feature value exceeds the reference's by this much, the items are
 treated as a burst or a change."""

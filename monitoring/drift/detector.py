@@ -35,7 +35,7 @@ _LEARNED_SHARE = 0.7
 """Share of the input budget that goes to the domain classifier's learned sets, which detect changes that no single
 feature shows. All other bets share the rest equally."""
 _JUDGE_EVERY = 20
-"""Number of items after which the distance of dependence (see `monitoring.drift.dependence`) is estimated again."""
+"""Number of items after which the dependence distance (see `monitoring.drift.dependence`) is estimated again."""
 
 
 @dataclass(frozen=True)

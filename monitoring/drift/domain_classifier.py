@@ -7,8 +7,8 @@ of the maximum mean discrepancy (Gretton et al. 2012). Each set is learned from 
 bet on the next one, so learning causes no false alarms (as in prequential two-sample tests).
 
 Two bets with different bounds are placed on each learned set. The first bound is `_LEARNED_SLACK` times the
-reference's share of the set. The second is slightly above the set's share in the hundreds of items that precede
-those it was learned from, or slightly above the reference's share if that is larger. The bet with the second
+reference's share of the set. The second is slightly above the set's share in the hundreds of items that precede the
+items from which the set was learned, or slightly above the reference's share if that is larger. The bet with the second
 bound detects small sudden changes, but not slow ones such as daily cycles.
 """
 
@@ -28,7 +28,8 @@ WIDTHS = (1.0, 0.55)
 LEARNED_FROM = (16, 40)
 """Numbers of newest items from which sets are learned."""
 HISTORY = 400
-"""Number of items, before those a set is learned from, in which the set's share also counts as normal."""
+"""Maximum number of earlier items used to determine a learned set's usual share. They immediately precede the items
+from which the set is learned."""
 _MIN_HISTORY = 50
 _FAR = (0.0, 0.02, 0.1)
 """Shares of the reference's own prompts that count as far from the reference."""

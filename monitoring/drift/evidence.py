@@ -29,8 +29,8 @@ STAKES = np.array([0.1, 0.35, 0.7])
 gross change within four items, the smallest a share of 1.5 times its bound within about 2,000 items."""
 _MIN_PATIENCE, _MAX_PATIENCE = 200, 1_000
 _LASTING = 20.0
-"""A statistic larger than this multiple of the patience indicates that the change continues. Without a
-change, fewer than one in 20 alarms has such an indication within its patience."""
+"""A statistic above this multiple of the alarm's patience (see `FeatureAlarm.patience`) indicates that the change
+continues. Without a change, fewer than one in 20 alarms reach this value within their patience."""
 
 Hits = NDArray[np.int8]
 HIT, MISS, NOT_THERE = 1, 0, -1
@@ -68,7 +68,8 @@ class FeatureState:
     Attributes:
         money: the statistics of the bets. During an alarm, they restart at each sign that the change
             continues.
-        began: for each statistic, the last position at which it was no higher than without a change.
+        began: for each statistic, the newest position at which its value was still normal, that is, no higher than
+            expected without a change.
     """
 
     money: tuple[float, ...]

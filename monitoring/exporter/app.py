@@ -81,8 +81,8 @@ def exporting(
 def _page(metrics: CollectorRegistry) -> "WSGIApplication":
     """Return prometheus_client's metrics page, keeping vLLM's metric names unchanged in OpenMetrics too.
 
-    Its OpenMetrics encoder writes `vllm:` as `vllm_` unless the request accepts UTF-8 names, so this option
-    is added to every request's `Accept` header.
+    prometheus_client's OpenMetrics encoder writes `vllm:` as `vllm_` unless the request accepts UTF-8 names. The option
+    `escaping=allow-utf-8` is therefore added to every request's `Accept` header.
     """
     page = make_wsgi_app(metrics)
 

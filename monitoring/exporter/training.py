@@ -1,7 +1,7 @@
 """Training metrics: which models are being trained, and the results so far of each model's newest run.
 
-Active runs are detected by their locks. MLflow cannot tell, because it receives data only during training, not
-during merging, evaluation and quantization, and because a killed run stays open there. The results come from
+Active runs are detected by their locks. MLflow does not show which runs are active: it receives data only during
+training, not during merging, evaluation and quantization, and it never closes a killed run. The results come from
 MLflow. Runs of other homes that share the same MLflow are included, but they never count as active.
 """
 

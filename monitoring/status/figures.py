@@ -29,7 +29,7 @@ class VersionFigures:
         errors: requests that failed because of a server fault, including broken streams.
         duration_s: seconds until an answer was complete, one value per entry of `QUANTILES`, over the last 5
             minutes.
-        first_token_s: seconds until the first token of a streamed answer, in the same form.
+        first_token_s: seconds until the first token of a streamed answer, in the same form as `duration_s`.
     """
 
     version: str

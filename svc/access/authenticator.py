@@ -157,7 +157,7 @@ class Authenticator:
                 grant.ended.end(error)
 
     def _valid_s(self) -> float:
-        """Return the time until the next secret stops being valid by itself, in seconds.
+        """Return the time until the next secret expires, in seconds.
 
         This includes secrets that have no grant yet, because one may be created during the wait.
         """
@@ -189,7 +189,7 @@ class Authenticator:
         return grant
 
     def principal(self, key_id: str) -> Principal | None:
-        """Return the principal of a key, whether or not the key is still valid. None if there is no such key."""
+        """Return the principal of a key, even if the key is no longer valid, or None if there is no such key."""
         key = self._keys.get(key_id)
         return key.principal if key else None
 

@@ -66,7 +66,7 @@ class Keyring:
         Args:
             name: name of the key, or None to use its id.
             models: names of the models that the key may use, or None for all models.
-            expires_at: when the key expires, or None if it never does.
+            expires_at: expiry time of the key, or None for a key that does not expire.
 
         Raises:
             SettingsError: a name is invalid, or the expiry time is in the past.

@@ -135,7 +135,7 @@ def history(ctx: click.Context, name: str, as_json: bool) -> None:
 
 
 def _reasons(row: Mapping[str, Any]) -> str:
-    """Return why a version was requested and, for a rollout, also the reason for its outcome and its verdicts."""
+    """Return the reason for requesting a version and, for a rollout, its verdicts and the reason for its outcome."""
     rollout = row["rollout"] or {"why": None, "signals": []}
     verdicts = ", ".join(f"{signal['signal']} {signal['outcome']}" for signal in rollout["signals"])
     return "; ".join(filter(None, (row["why"], rollout["why"], verdicts)))
@@ -192,7 +192,7 @@ def forget(
 def _which(
     store: "Store", user: str | None, key: str | None, before: datetime | None
 ) -> tuple["ColumnElement[bool]", str]:
-    """Return a condition that selects the requests, and the audit event's subject. Any user in it is hashed."""
+    """Return a condition that selects the requests, and the audit event's subject, in which a user's name is hashed."""
     from svc.store import erasure as forgetting
     from svc.store.keys import find_key
     from svc.store.requests import hash_user

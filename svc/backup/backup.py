@@ -177,8 +177,8 @@ class Backup:
 
         Returns:
             The reasons why the contents of damaged or missing files are not in the archive, keyed by file id. Files
-            that clients have deleted meanwhile are omitted. Missing files are omitted too if the store is in PostgreSQL
-            or there is an object store, because another server or the object store may have them.
+            that clients have deleted during the backup are omitted. Missing files are omitted too if the store is in
+            PostgreSQL or there is an object store, because another server or the object store may have them.
         """
         home, archive = self.settings.home / FILES_FOLDER, self.archive.contents
         kept, absent, lost = list[FileContent](), list[str](), dict[str, str]()

@@ -242,8 +242,8 @@ class ClientFiles:
         return len(ids)
 
     def remove_unknown(self) -> int:
-        """Delete contents without a row, and return their number. They were left by a crash, or their file was deleted
-        on another server.
+        """Delete the contents of files that have no row in the store, and return the number of deleted files. Such
+        contents remain after a crash, or if another server deleted the file.
 
         Contents that are being written or are less than an hour old are skipped. If none of the files has a row,
         nothing is deleted, because the server is probably using a different store than the one that the contents belong

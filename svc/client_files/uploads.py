@@ -125,14 +125,15 @@ class ClientUploads:
         shutil.rmtree(self._folder / id, ignore_errors=True)
 
     def remove_expired(self) -> int:
-        """End the uploads that have expired, delete their parts, and return their number."""
+        """End the uploads that have expired, delete their parts, and return the number of these uploads."""
         ids = expire_uploads(self._store, datetime.now(UTC))
         for id in ids:
             self.remove_parts(id)
         return len(ids)
 
     def remove_unknown(self) -> int:
-        """Delete parts that a crash left from uploads that have ended or are unknown, and return their number.
+        """Delete parts that a crash left from uploads that have ended or are unknown, and return the number of deleted
+        parts.
 
         Parts that are being written or are less than an hour old are skipped.
         """

@@ -1,9 +1,8 @@
 """Records the prompts that a version was trained on, as eight-byte hashes instead of texts.
 
-An example that one version was trained on is not held out for a later version of the same name. Prompts
-that differ only in spacing and case share a hash. A hash does not reveal the text, but anyone who has a
-prompt can test whether its hash is in the record. This module knows nothing about versions or near
-duplicates.
+An example that one version was trained on is not held out for a later version of the same model. Prompts that differ
+only in spacing and case share a hash. A hash does not reveal the text, but anyone who has a prompt can test whether its
+hash is in the record. This module knows nothing about versions or near duplicates.
 """
 
 import hashlib

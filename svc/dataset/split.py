@@ -160,9 +160,9 @@ def _answered_elsewhere(table: LineTable, groups: NDArray[np.int64]) -> NDArray[
 def _openings(examples: Sequence[ChatExample], share: float) -> PromptHashes:
     """Return a hash for each example by which examples of the same conversation can be recognized.
 
-    It covers the turns up to the first user turn. If more examples share an opening than will be held out, as with a
-    greeting, it must belong to many conversations. In that case, the hash extends to the next user turn, and so on as
-    far as necessary.
+    The hash covers the turns up to the first user turn. If more examples share this opening than will be held out, as
+    with a greeting, the opening is assumed to belong to many conversations. In that case, the hash is extended to the
+    next user turn, as often as necessary.
     """
     most, questions = max(_FEW_TOGETHER, share * len(examples)), 1
     openings = _opening_hashes(examples, questions)

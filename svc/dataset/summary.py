@@ -106,7 +106,7 @@ def _counts(lengths: Iterable[int]) -> NDArray[np.int64]:
 def _labels(examples: Sequence[ChatExample]) -> dict[str, int]:
     """Return the count of each label, or an empty dict if the examples are not a labeling task.
 
-    That is the case if any answer is not a label, or if there are too many different labels.
+    The examples are not a labeling task if any answer is not a label, or if there are too many different labels.
     """
     counts: Counter[str] = Counter()
     for example in examples:

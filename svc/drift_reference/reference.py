@@ -95,7 +95,7 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
 def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redactor) -> Answer:
     """Return a held-out answer in the form in which a live answer would be stored.
 
-    It has no score if it calls tools, or if the prompt or the answer contains text that is redacted.
+    The answer has no score if it calls tools, or if the prompt or the answer contains text that is redacted.
     """
     texts = [*(message.content for message in example.prompt), result.answer]
     unredacted = all(redactor.text(text) == text for text in texts)

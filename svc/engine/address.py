@@ -1,4 +1,4 @@
-"""Where an engine accepts requests: a Unix socket on this machine, or a port on another machine over TLS."""
+"""Address at which an engine accepts requests: a Unix socket on this machine, or a TLS port on another machine."""
 
 import asyncio
 import socket as sockets

@@ -83,7 +83,8 @@ class Answer:
         """Mean natural-log probability of the text's tokens, or None for an empty answer.
 
         The token that ended the answer is excluded, so that the result is the same as when the text is scored.
-        It may still differ for a cut-off answer whose text is tokenized into other tokens than were generated.
+        The results may still differ for a cut-off answer, if its text is tokenized into other tokens than those that
+        were generated.
         """
         of_text = self.logprobs if self.finish_reason == CUT_OFF else self.logprobs[:-1]
         return statistics.fmean(of_text) if of_text else None
@@ -119,7 +120,7 @@ class StatusChecks(Protocol):
     """Sends health checks to an engine."""
 
     async def status(self) -> int:
-        """Return the HTTP status of the answer, or raise OSError if there is none."""
+        """Return the HTTP status of the response, or raise OSError if there is no response."""
         ...
 
     def close(self) -> None:

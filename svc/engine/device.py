@@ -52,7 +52,8 @@ _S_PER_FP8_WEIGHT = 3e-8
 `_scaled_mm`: 1.8 s for 70 tokens and 576 x 1536 weights on a Xeon with AMX, where bfloat16 took 0.3 ms.
 """
 _MAX_FP8_WEIGHTS_WITHOUT_KERNEL = 10_000_000
-"""0.3 s per token, so that an evaluation takes minutes."""
+"""Maximum number of FP8 weights on a CPU without a kernel. At this number, each token takes 0.3 s, so an evaluation
+takes minutes."""
 _CPU_MULTIPLE = 32
 """Block size of the 4-bit kernels for CPUs, which is the same in vLLM and PyTorch."""
 
@@ -167,7 +168,7 @@ class DeviceCapabilities(BaseModel):
         return chosen
 
     def check_awq(self, settings: EngineSettings) -> None:
-        """Check that an engine can serve AWQ on this device. On a CPU, AWQ has the kernels of GPTQ.
+        """Check that an engine can serve AWQ on this device. On a CPU, AWQ uses the same kernels as GPTQ.
 
         Raises:
             EngineError: vLLM cannot serve AWQ on this GPU.
@@ -181,7 +182,7 @@ class DeviceCapabilities(BaseModel):
         )
 
     def check_eight_bits(self, format: Format, settings: EngineSettings) -> str:
-        """Check that an engine can serve a version in an 8-bit format, and return a warning if it is slow there.
+        """Check that an engine can serve a version in an 8-bit format, and return a warning if the format is slow.
 
         Args:
             format: INT8 or FP8.
@@ -209,7 +210,7 @@ class DeviceCapabilities(BaseModel):
             count: number of weights in the quantized layers.
 
         Raises:
-            EngineError: the device has no kernel for FP8, and the model is too large to do without.
+            EngineError: the device has no kernel for FP8, and the model is too large to be evaluated without one.
         """
         if self.vllm_fp8 or self.device(settings) is not Device.CPU or count <= _MAX_FP8_WEIGHTS_WITHOUT_KERNEL:
             return
@@ -337,7 +338,7 @@ def _gpu_identity() -> list[str]:
 
 
 def _ask() -> DeviceCapabilities:
-    """Read the capabilities in this process, which must be the one that may import torch and vLLM."""
+    """Read the capabilities in this process, which must be a separate one because torch and vLLM are imported."""
     import torch
 
     device, number = installed_vllm()

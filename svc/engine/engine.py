@@ -68,7 +68,8 @@ class LastingEngine(Engine, Protocol):
         """
 
     async def record(self, holds: str | None) -> None:
-        """Record for a later server what the engine has loaded. Pass None if that is unknown.
+        """Record which weights the engine has loaded, so that a later server can adopt it. Pass None if they are
+        unknown.
 
         Raises:
             OSError: the record cannot be written.
@@ -82,7 +83,7 @@ class LastingEngine(Engine, Protocol):
         """
 
     async def wake(self) -> None:
-        """Restore the engine on its GPU. Afterwards, the caller must verify what it has loaded.
+        """Restore the engine on its GPU. Afterwards, the caller must verify the loaded weights.
 
         Raises:
             EngineError: the engine could not be woken up and is no longer usable.

@@ -1,4 +1,4 @@
-"""Optional capabilities of an engine. Those of the machine and the installed vLLM are in device.py."""
+"""Optional capabilities of an engine. The capabilities of the machine and the installed vLLM are in device.py."""
 
 from dataclasses import dataclass
 

@@ -134,8 +134,8 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
 def _cgroup_folders(controller: str) -> Iterator[Path]:
     """Yield the folders of this process's cgroup and its parents for a controller (cgroups v1 or v2).
 
-    In a container, the cgroup path may be that on the host, whose folders do not exist here. Files are then
-    found only in the topmost folder, which is the container's own cgroup.
+    In a container, the cgroup path may be the path on the host, whose folders do not exist in the container. Files are
+    then found only in the topmost folder, which is the container's own cgroup.
     """
     for line in (_read(_OWN_CGROUPS) or "").splitlines():
         number, names, path = line.split(":", 2)

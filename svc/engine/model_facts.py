@@ -1,4 +1,4 @@
-"""Reads from a model folder what determines an engine's memory use and parallelism. No model is loaded.
+"""Reads the properties of a model folder that determine an engine's memory use and parallelism. No model is loaded.
 
 Some models do not cache the keys and values of every layer (sliding windows, latent attention, state
 spaces). For these, the size of a token in the KV cache is an upper bound.

@@ -34,14 +34,14 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """What is recorded about a running engine, so that a later server can find it.
+    """Record of a running engine, by which a later server can find the engine.
 
     Attributes:
         pid: id of the first process, which is also the id of its process group.
         boot, ticks: start time of that process, which guards against a reused pid; see `start_of`.
         launch: digest of the engine's launch options; see svc.engine.vllm.launch.launch_digest.
         plan: the launch options, for display; see svc.engine.vllm.plan.EnginePlan.rows.
-        holds: what was last verified to be loaded, or None if unknown.
+        holds: identity of the weights that were last verified to be loaded, or None if unknown.
     """
 
     pid: int

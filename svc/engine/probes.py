@@ -42,7 +42,7 @@ class EngineFacts(BaseModel):
 
     Attributes:
         dtype: number type that the engine computes in.
-        kernel: kernel for 4-bit weights, or `vllm` if the model has none.
+        kernel: kernel for 4-bit weights, or `vllm` if the model has no 4-bit weights.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from svc.dataset.schema.tokenized_example import TokenizedExample
 
 REFERENCE_FACTOR = 1.5
-"""Factor on the length of the reference. A right answer in other words may be 1.5 times as long."""
+"""Factor by which the length of the reference is multiplied. A correct answer in different words may be 1.5 times as
+long."""
 SPARE_TOKENS = 16
 """Tokens added to the limit because references may be short. Half of the few tokens in a label would leave too
 little room for different wording, and with some templates the model ends an answer with more than one token."""

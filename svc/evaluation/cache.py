@@ -81,7 +81,7 @@ def results_by_example(pairs: Iterable[tuple[ChatExample, ExampleResult]]) -> Kn
 def find_results(
     known: KnownResults, examples: Sequence[ChatExample], limits: Sequence[int]
 ) -> tuple[ExampleResult, ...] | None:
-    """Return the results for these examples, in order, or None if the result of one with its limit is missing."""
+    """Return the results for these examples, in order, or None if any example has no result with its limit."""
     results = [known.get(key) for key in zip(_names(examples), limits, strict=True)]
     return tuple(result for result in results if result is not None) if all(results) else None
 

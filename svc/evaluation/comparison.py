@@ -25,8 +25,8 @@ from svc.evaluation.results import ExampleResult
 SHOWN = 20
 """Maximum number of examples for which the two answers are shown side by side."""
 _MIN_DIFFERENT = 6
-"""Minimum number of examples with different scores. With fewer, all of them would favour the same model by
-chance in more than one of twenty comparisons."""
+"""Minimum number of examples with different scores. With fewer, all of them would favor the same model by chance in
+more than one of twenty comparisons."""
 _EQUAL = 1e-9
 
 

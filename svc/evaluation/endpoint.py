@@ -1,9 +1,8 @@
 """Client for a model at any OpenAI endpoint, used to answer examples or as a judge.
 
-The endpoint may be another provider's or this gateway. Differences between providers are detected from
-their errors: some reject a temperature, or use another name for the token limit. No provider returns the
-log-probabilities of a prompt, so the likelihood of a reference is unknown. The API key is never written
-to a message, a log or a file.
+The endpoint may belong to another provider, or be this gateway. Differences between providers are detected from their
+errors: some reject a temperature, or use another name for the token limit. No provider returns the log-probabilities of
+a prompt, so the likelihood of a reference is unknown. The API key is never written to a message, a log or a file.
 """
 
 import asyncio
@@ -111,7 +110,7 @@ class Chat:
     """Client for one endpoint. It adapts to the options that the endpoint accepts, and tries each request up to
     five times.
 
-    At most eight requests run at the same time, while the others wait.
+    At most eight requests run at the same time; further requests wait.
 
     Args:
         http: HTTP client, which the caller must close.

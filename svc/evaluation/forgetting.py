@@ -28,8 +28,8 @@ class Forgetting(BaseModel):
             version, in nats per token. It is more sensitive than the share.
         nll_difference: `nll_after` minus `nll_before`. It is positive if the references have
             become less likely.
-        lost, gained: number of questions that only the base answers correctly, and number that only the
-            version does.
+        lost, gained: number of questions that only the base answers correctly, and number that only the version answers
+            correctly.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,7 +48,9 @@ class Forgetting(BaseModel):
 
     @property
     def loss(self) -> Interval:
-        """Share of questions that only the base answers correctly, minus the share that only the version does."""
+        """Share of questions that only the base answers correctly, minus the share that only the version answers
+        correctly.
+        """
         unchanged = self.examples - self.lost - self.gained
         return share_difference([1.0] * self.lost + [-1.0] * self.gained + [0.0] * unchanged)
 

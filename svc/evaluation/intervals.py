@@ -132,7 +132,7 @@ def bootstrap(examples: int, statistic: Statistic) -> Interval:
 def mean_or_proportion(values: Sequence[float]) -> Interval:
     """Return the mean of the values with its interval.
 
-    This is Wilson's score interval if all values are 0 or 1, and a bootstrap interval otherwise.
+    The interval is Wilson's score interval if all values are 0 or 1, and a bootstrap interval otherwise.
     """
     if values and set(values) <= {0, 1}:
         return proportion(round(math.fsum(values)), len(values))

@@ -1,8 +1,8 @@
 """Asks a judge, a model at any OpenAI endpoint, which of two answers is better.
 
 Prompts, references and answers are sent to that endpoint, so judging is off by default, and the
-destination is printed before they are sent. Judges tend to favour the first answer, so each pair is
-judged in both orders. The report says how often the two verdicts agree.
+destination is printed before they are sent. Judges tend to favor the first answer, so each pair is judged in both
+orders. The report says how often the two verdicts agree.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ class JudgeReport(BaseModel):
     Attributes:
         url, model: the judge's endpoint and model.
         pairs: number of pairs with a readable verdict in both orders.
-        unread: number of pairs without one, which are excluded from all figures.
+        unread: number of all other pairs, which are excluded from all figures.
         win_rate: win rate of the second model, averaged over pairs and orders. A win counts 1 and a tie 0.5.
         agreement: share of pairs with the same verdict in both orders.
         verdicts: the two verdicts on each pair, or an empty tuple if one is not readable.

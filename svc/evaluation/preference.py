@@ -1,6 +1,6 @@
 """Preference accuracy: the share of held-out pairs whose chosen answer is more likely than the rejected one.
 
-Likelihoods are measured on the engine. Likelihood alone favours short answers. The implied reward is therefore measured
+Likelihoods are measured on the engine. Likelihood alone favors short answers. The implied reward is therefore measured
 too: how much more likely an answer has become than under the base (Rafailov et al. 2023, eq. 5, divided by beta).
 """
 
@@ -41,15 +41,16 @@ class PairScores(BaseModel):
 
 
 class PreferenceReport(BaseModel):
-    """How often a model prefers the chosen answers of held-out pairs, and by how much.
+    """Preference accuracy of a model on held-out pairs, with the margins between chosen and rejected answers.
 
     Attributes:
         pairs: number of pairs.
         accuracy: share of pairs whose chosen answer is more likely than the rejected one.
-        margin: mean difference of their log-probabilities, in nats.
+        margin: mean difference between the log-probabilities of the chosen and the rejected answer, in nats.
         reward_accuracy: share of pairs in which training made the chosen answer more likely by a larger factor than the
             rejected one. None for the base itself, or if the base was not measured.
-        reward_margin: mean difference of these gains, in nats.
+        reward_margin: mean difference between the log-probability gains of the chosen and the rejected answer in
+            training, in nats.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

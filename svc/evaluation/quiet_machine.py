@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MAX_OTHERS_SHARE = 0.1
-"""Maximum share of all CPUs that other processes may use. An idle system with a progress bar stays below
-it, and less than this does not affect an engine."""
+"""Maximum share of all CPUs that other processes may use. An idle system with a progress bar stays below this share,
+and a smaller share does not affect an engine's speed."""
 _TRIES = 3
 _PAUSE_S = 10.0
 

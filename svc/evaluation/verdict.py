@@ -54,9 +54,8 @@ class Verdict(_Record):
         loss: how much worse the second model is, with its 95% interval; negative if it is better.
         detectable: smallest distance between the loss and the margin that this number of examples can detect
             with 80% power.
-        examples_to_decide: approximate number of examples for 80% power if the loss stays the same. None if
-            the outcome is decided, or if the loss is so close to the margin that more than a million would
-            be needed.
+        examples_to_decide: approximate number of examples for 80% power if the loss stays the same; None if the outcome
+            is decided, or if the loss is so close to the margin that more than a million would be needed.
     """
 
     outcome: GateOutcome
@@ -89,7 +88,7 @@ class GateReport(_Record):
         measured: text with the figures before and after.
         limit: text with the recipe's key for the margin and, for a relative margin, the figure it is a share
             of.
-        format: the format whose loss was measured, or None in versions of releases that only had GPTQ.
+        format: the format whose loss was measured, or None in versions from releases that supported only GPTQ.
     """
 
     gate: Gate

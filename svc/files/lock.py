@@ -71,7 +71,7 @@ def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
 
 @contextmanager
 def wait_for_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock for the duration of the `with` block, waiting until no other thread or process does."""
+    """Hold an exclusive lock during the `with` block, waiting until no other thread or process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -81,7 +81,7 @@ def wait_for_lock(path: Path) -> Iterator[None]:
 @contextmanager
 def share_lock(path: Path) -> Iterator[None]:
     """Hold a lock together with others that share it for the duration of the `with` block, waiting until nobody holds
-    it exclusively. `locked_file` fails meanwhile.
+    it exclusively. While the lock is shared, `locked_file` fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:

@@ -57,7 +57,7 @@ def hub_base(manifest: Manifest) -> str | None:
 
 
 def _metadata(manifest: Manifest, format: Format) -> str:
-    """Return the block of YAML from which the Hub shows the licence, the base and the task."""
+    """Return the block of YAML from which the Hub shows the license, the base and the task."""
     from huggingface_hub import ModelCardData
 
     base, method = hub_base(manifest), manifest.recipe.get("method")

@@ -6,8 +6,8 @@
 The id is public and appears in rows, metrics and tables. The prefix lets secret scanners find keys in
 repositories and logs, and the checksum detects a typo before any lookup.
 
-Only the SHA-256 is stored. A slow password hash would not help, because nobody can try 2^190 secrets,
-however fast the hash is, and it would slow down every request.
+Only the SHA-256 is stored. A slow password hash would add no security, because nobody can try 2^190 secrets, however
+fast the hash is. A slow hash would also delay every request.
 """
 
 import binascii

@@ -52,7 +52,8 @@ def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[s
 
 
 def pin_date(template: str) -> str:
-    """Return the template with today's date fixed, if no argument can set the date, as in SmolLM3's template.
+    """Return the template with a fixed date in place of today's date, if no argument can set the date, as in SmolLM3's
+    template.
 
     Otherwise a version would be trained with one prompt and used with a different prompt every day.
     """

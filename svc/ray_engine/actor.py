@@ -1,7 +1,7 @@
 """The Ray actor of an engine. It only starts `EngineNode` in a separate thread, and reports its address.
 
-Ray never restarts an actor. The server's reviver does that, because it knows what to load and when. The actor of a
-server that was killed continues to run with its engine until the next server adopts or stops it.
+Ray never restarts an actor. Restarting is left to the server, which knows what to load and when. The actor of a server
+that was killed continues to run with its engine until the next server adopts or stops it.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
-"""Asks a Ray cluster's autoscaler for machines. Only for a process that is connected to the cluster.
+"""Asks a Ray cluster's autoscaler for machines, from a process that is connected to the cluster.
 
-Ray's interface for this, `ray.autoscaler.sdk.request_resources`, is not used: it has one request for the whole cluster,
-which would replace that of another program. A pending placement group is a request of its own, and ends with this
-process.
+Ray's interface for this, `ray.autoscaler.sdk.request_resources`, is not used: it sets a single request for the whole
+cluster, which would replace another program's request. A pending placement group is a separate request, which ends with
+this process.
 """
 
 import json
@@ -18,8 +18,8 @@ _POLL_S = 1.0
 def adds_machines() -> bool:
     """Return whether the cluster adds machines on demand.
 
-    Every cluster has an autoscaler, but only reports machines that were started by hand, and names the type of each
-    after the machine's id. Any other type is one that the autoscaler can start.
+    Every cluster has an autoscaler, even if all machines are started by hand. In the autoscaler's report, the type of a
+    machine started by hand is named after the machine's id. Any other type is one that the autoscaler can start.
     """
     import ray
 
@@ -46,9 +46,9 @@ def _machine_types() -> set[str]:
 
 @contextmanager
 def requested(needs: Sequence[Need], wait_s: float) -> Iterator[bool]:
-    """Request machines for engines, and yield whether the engines have room within a time limit.
+    """Request machines for engines, and yield whether enough resources are available within a time limit.
 
-    The room is reserved for the duration of the `with` block.
+    The resources are reserved for the duration of the `with` block.
 
     Args:
         wait_s: time limit in seconds. It is not used up if the autoscaler reports that it cannot add such machines.

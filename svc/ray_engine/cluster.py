@@ -1,8 +1,8 @@
 """Creates and stops actors in a Ray cluster, and asks the cluster which machines have enough resources for an engine.
 
 Each query runs in a short-lived process (cluster_query.py), because a connection to Ray adds threads and signal
-handlers and costs 100 MB. It also terminates its process when the cluster's head is unreachable for a minute. Requests
-to a running engine do not go through Ray.
+handlers and costs 100 MB. Ray also terminates a connected process when the cluster's head is unreachable for a minute.
+Requests to a running engine do not go through Ray.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ class Capacity(_Model):
 
 
 class Grow(_Model):
-    """Let the cluster add machines, and return whether the engines have room within a time limit."""
+    """Let the cluster add machines, and return whether the engines fit within a time limit."""
 
     do: Literal["grow"] = "grow"
     needs: tuple[Need, ...]
@@ -65,7 +65,7 @@ class Place(_Model):
 
 
 class End(_Model):
-    """End actors, if they exist."""
+    """Stop actors, if they exist."""
 
     do: Literal["end"] = "end"
     names: tuple[str, ...]
@@ -90,7 +90,7 @@ class Resources(_Model):
     """Free resources of a cluster.
 
     Attributes:
-        free: those of each machine.
+        free: free resources of each machine.
         grows: whether the cluster adds machines on demand.
     """
 
@@ -99,7 +99,7 @@ class Resources(_Model):
 
 
 class Answer(_Model):
-    """The answer to a query: one of the attributes is set, or none for `end`."""
+    """The answer to a query. One of the attributes is set, except after a successful `end`."""
 
     placed: Placed | None = None
     described: Described | None = None
@@ -123,8 +123,9 @@ class RayCluster:
     address: str
 
     def describe(self, needs: tuple[Need, ...], folder: str, wait_s: float) -> Described:
-        """Return the capabilities of the machines for engines. This blocks for seconds, and imports torch on such a
-        machine. If there is none, and the cluster adds machines on demand, it blocks until one is added.
+        """Return the capabilities of the machines that have the resources for an engine. This call imports torch on
+        such a machine, and blocks for seconds. If there is no such machine, and the cluster adds machines on demand,
+        the call blocks until a machine is added.
 
         Args:
             wait_s: maximum wait for a machine, in seconds.
@@ -147,7 +148,7 @@ class RayCluster:
         return answer
 
     async def grow(self, needs: Sequence[Need], wait_s: float) -> bool:
-        """Let the cluster add machines, and return whether engines have room within a time limit.
+        """Let the cluster add machines, and return whether the engines fit within a time limit.
 
         Args:
             needs: resources of each engine.

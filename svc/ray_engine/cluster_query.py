@@ -1,4 +1,4 @@
-"""Answers a query about a Ray cluster in a process of its own, which is connected to Ray: see cluster.py.
+"""Answers a query about a Ray cluster in a separate process, which is connected to Ray; see cluster.py.
 
 The address is the argument, the query is read from standard input, and the answer is written to standard output.
 """
@@ -70,7 +70,7 @@ def _require_token(head: str) -> None:
     """Check that the cluster's head rejects a request without a token.
 
     Raises:
-        EngineError: the head accepts it, so anyone who can reach it can run code on the cluster.
+        EngineError: the head accepts the request, so anyone who can reach the head can run code on the cluster.
     """
     import grpc  # type: ignore[import-untyped]
 

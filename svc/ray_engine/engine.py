@@ -36,7 +36,7 @@ _STOP_TIMEOUT_S = 40.0
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a server's engines run.
+    """Location and resources of a server's engines.
 
     Attributes:
         need: resources of one engine.
@@ -59,7 +59,7 @@ class RayEngine:
     """A vLLM server that runs with an actor on another machine and outlives this process.
 
     Args:
-        spec: specification of the engine. Its paths are this machine's; the actor's machine has its own.
+        spec: specification of the engine. Its paths are on this machine. The actor's machine uses other paths.
 
     Attributes:
         plan: see `LastingEngine.plan`.
@@ -246,7 +246,8 @@ class RayEngine:
         return path
 
     async def record(self, holds: str | None) -> None:
-        """Record for a later server what the engine has loaded. Pass None if that is unknown.
+        """Record which weights the engine has loaded, so that a later server can adopt it. Pass None if they are
+        unknown.
 
         Raises:
             OSError: the record cannot be written.
@@ -301,7 +302,9 @@ class RayEngine:
         await self._close_client()
 
     async def _end_recorded(self) -> None:
-        """Stop the recorded actor through Ray. If its cluster cannot be reached, postpone this until it can."""
+        """Stop the recorded actor through Ray. If its cluster cannot be reached, postpone the stop until the cluster is
+        reachable.
+        """
         record = await asyncio.to_thread(read_actor, self.spec.state)
         if record is None:
             return
@@ -328,7 +331,7 @@ class RayEngine:
 
 
 class _NodeClient(EngineClient):
-    """A client that passes the engine paths on the engine's own machine.
+    """A client whose requests name the paths of model folders on the engine's machine.
 
     Args:
         path_there: function that fetches a model folder on the engine's machine, and returns its path there.

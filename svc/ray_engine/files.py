@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _FETCHING = ".fetching"
 _MODELS = "models"
 _KEPT = 2
-"""Number of model folders that an engine may read: those of its version, and of the version that replaces it."""
+"""Number of model folders that an engine may read: those of its current version and of the version that replaces it."""
 
 
 class NodeModels:
@@ -33,8 +33,8 @@ class NodeModels:
         folder: folder with all versions on this machine.
 
     Attributes:
-        max_bytes: size of all versions above which those that no engine uses are removed before a download, least
-            recently used first, or None if none is removed.
+        max_bytes: size limit for all versions, in bytes, or None for no limit. If it is exceeded before a download,
+            model folders that no engine uses are removed, least recently used first.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,8 +103,8 @@ class NodeModels:
 
 
 def evict(models: Path, max_bytes: float) -> None:
-    """Remove model folders that no engine of this machine uses, least recently used first, until the others take at
-    most `max_bytes`.
+    """Remove model folders that no engine on this machine uses, least recently used first, until the remaining folders
+    take at most `max_bytes`.
 
     Args:
         models: folder with the versions of all models.
@@ -133,7 +133,7 @@ def files_of(models: Path, folder: Path) -> ModelFiles:
     """Return the values that identify a model folder on every machine.
 
     Args:
-        models: the registry's folder, `models/NAME/N/FORMAT`.
+        models: the registry's folder, which contains the model folders `NAME/N/FORMAT`.
     """
     if folder.is_relative_to(models):
         name, number, format = folder.relative_to(models).parts

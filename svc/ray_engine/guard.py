@@ -12,15 +12,17 @@ from pathlib import Path
 from svc.engine.orphans import end_engine
 
 _WAIT = 'exec 3<&0; (read -r _ <&3 || exec "$@" 3<&-) &'
-"""A line in the pipe tells the guard to leave; its end, when the actor dies, tells it to stop the engine.
+"""Shell command of the guard. The guard exits if it reads a line from the pipe, and stops the engine if the pipe is
+closed because the actor has died.
 
-The guard is the child of a shell that exits immediately. An actor whose node is lost kills its own children before it
-exits: a guard among them died with vLLM's API server, and vLLM's core went on.
+The guard is the child of a shell that exits immediately. It must not be a child of the actor, because an actor whose
+node is lost kills its own children before it exits. Such a guard died together with vLLM's API server, and vLLM's core
+kept running.
 """
 
 
 class Guard:
-    """The guard of an engine, which is given by the folder with its lock and record."""
+    """The guard of the engine whose lock and record are in a given folder."""
 
     def __init__(self, state: Path) -> None:
         command = ["sh", "-c", _WAIT, "sh", sys.executable, "-m", "svc.ray_engine.guard", str(state)]

@@ -50,7 +50,7 @@ class ActorLink:
         """Connect to an actor.
 
         Raises:
-            OSError: the actor is not listening, or another process is.
+            OSError: the actor is not listening, or another process is listening at its address.
         """
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(

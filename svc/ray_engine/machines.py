@@ -23,7 +23,8 @@ from svc.settings.settings import Settings
 log = logging.getLogger(__name__)
 
 _SOME = 0.001
-"""A machine has one unit of the resource `accelerator_type:TYPE`, regardless of how many GPUs of the type it has."""
+"""Amount of the resource `accelerator_type:TYPE` that an engine needs. A machine has one unit of this resource,
+regardless of how many GPUs of the type it has."""
 
 
 class RayMachines:
@@ -44,7 +45,7 @@ class RayMachines:
         return RayCluster(find_address(self._settings.ray.address))
 
     def check(self) -> None:
-        """Check that engines can run in the cluster, if the engines of any model are configured to. This can take
+        """Check that engines can run in the cluster, if any model's engines are configured to run there. This can take
         several seconds.
 
         Raises:
@@ -81,13 +82,13 @@ class RayMachines:
         )
 
     def capabilities(self, settings: EngineSettings) -> DeviceCapabilities:
-        """Return the capabilities of the machines for such engines. See `check` for errors and duration."""
+        """Return the capabilities of machines for engines with these settings. See `check` for errors and duration."""
         return self._describe(settings).capabilities
 
     async def shortage(self, engines: Sequence[EngineSettings]) -> str | None:
-        """Return a message if the cluster has no free resources for more engines, or None if it has.
+        """Return a message if the cluster has too few free resources for more engines, or None if it has enough.
 
-        This takes seconds, or up to `ray.wait_s` if the cluster adds machines on demand and has no room yet.
+        This takes seconds, or up to `ray.wait_s` if the cluster adds machines on demand and has too few free resources.
 
         Args:
             engines: settings of each engine.
@@ -145,7 +146,7 @@ class RayMachines:
 
 
 def _missing(needs: Sequence[Need], fitting: int) -> str:
-    """Return a message about engines of which only some fit in the cluster."""
+    """Return a message saying how many of the engines fit in the cluster."""
     kinds = Counter(needs)
     if len(needs) == 1:
         more = f"one more engine needs {needs[0]}"

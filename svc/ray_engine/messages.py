@@ -44,14 +44,13 @@ class ModelFiles(_Message):
 
 
 class Start(_Message):
-    """Start the engine.
+    """Start the engine. For the attributes that are not listed here, see `EngineSpec`.
 
     Attributes:
         artifacts: URL of the artifact store.
         capabilities: capabilities that the actor's machine must have, because the server derived probes and options
             from them.
         max_bytes: see `NodeModels`.
-        others: see `EngineSpec`.
     """
 
     do: Literal["start"] = "start"

@@ -26,10 +26,10 @@ class Need(BaseModel):
 
 
 def count_fitting(needs: Sequence[Need], free: Sequence[Mapping[str, float]]) -> int:
-    """Return how many engines fit on a cluster's machines together.
+    """Return how many of the engines fit on a cluster's machines at the same time.
 
-    The largest engines are placed first, each on the machine with the least left for others. This finds a place for
-    all if their sizes divide each other, as 1, 2, 4 and 8 GPUs do.
+    The largest engines are placed first, each on the machine with the least left for others. If the engines' sizes
+    divide each other, as 1, 2, 4 and 8 GPUs do, this places all engines whenever that is possible.
 
     Args:
         free: free resources of each machine.

@@ -1,7 +1,7 @@
 """The part of an engine that runs on a machine of the cluster: it starts vLLM there and makes it reachable over TLS.
 
-It listens on two ports, both of which accept only one certificate. One port is for commands (messages.py). The bytes
-sent to the other one go to vLLM's Unix socket; it is open only while vLLM runs. When this process dies, a guard stops
+It listens on two ports, both of which accept only one certificate. One port is for commands (messages.py). The other
+port, which is open only while vLLM runs, forwards bytes to vLLM's Unix socket. When this process dies, a guard stops
 vLLM. This module knows nothing about Ray.
 """
 
@@ -52,7 +52,7 @@ class EngineNode:
         name: name of the actor, which also names the engine's folders.
         folder: folder for everything that the engine writes.
         host: address of this machine.
-        identity: key pair of this side.
+        identity: key pair of this process.
         peer: certificate of the server.
         capabilities: function that returns the capabilities of this machine.
         make: function that returns an engine for a specification.
@@ -201,7 +201,7 @@ class EngineNode:
         """Refuse connections as soon as the engine has exited, as the socket of a local engine would, and stop the
         actor.
 
-        Its resources are then free for the next engine.
+        The actor's resources are then free for the next engine.
         """
         code = await engine.wait()
         front.close()

@@ -28,7 +28,7 @@ class ActorRecord(BaseModel):
         placed: address of the actor, or None before it runs.
         launch: digest of the engine's launch options, or None before it runs.
         plan: the launch options, for display.
-        holds: what was last verified to be loaded, or None if unknown.
+        holds: identity of the weights that were last verified to be loaded, or None if unknown.
         folder: the engine's folder, which `write_actor` adds.
     """
 
@@ -104,7 +104,7 @@ def end_postponed(engines: Path) -> tuple[list[str], list[str]]:
         reached.
 
     Raises:
-        OSError: a note cannot be read or deleted.
+        OSError: the note of a postponed stop cannot be read or deleted.
     """
     by_cluster = dict[str, dict[str, Path]]()
     for note in sorted((engines / _ENDING).glob("*.json")):
@@ -124,7 +124,9 @@ def end_postponed(engines: Path) -> tuple[list[str], list[str]]:
 
 
 def _postponed(note: Path) -> ActorRecord | None:
-    """Return the actor of a note, or None if the note is damaged or was copied along with its home."""
+    """Return the actor named in the note of a postponed stop, or None if the note is damaged or was copied along with
+    its home.
+    """
     with suppress(ValidationError):
         record = ActorRecord.model_validate_json(note.read_bytes())
         if record.folder is not None and record.folder.parent == note.parent.parent.resolve():

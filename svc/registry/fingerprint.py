@@ -37,7 +37,7 @@ _QUANTIZATION_DEFAULTS: dict[str, Any] = {
 }
 _COMPRESSED_TENSORS = "compressed-tensors"
 _COMPRESSED_FIELDS = ("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme")
-"""The corresponding fields of the compressed-tensors layout, which have no defaults."""
+"""Quantization fields of the compressed-tensors layout that affect the kernel. They have no defaults."""
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
@@ -117,7 +117,7 @@ def _shared_embedding(folder: Path, config: dict[str, Any], names: list[str]) ->
 
 
 def normal_quantization(config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the quantization fields that affect the kernel, with defaults filled in. None if the model is not
+    """Return the quantization fields that affect the kernel, with defaults filled in, or None if the model is not
     quantized.
     """
     if config is None:

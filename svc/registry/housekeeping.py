@@ -124,9 +124,7 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
 
 
 def _run_of(registry: Registry, version: VersionId) -> Path | None:
-    """Return the folder of the run that created a version. None if the folder is missing or the version is
-    damaged.
-    """
+    """Return the folder of the run that created a version, or None if it is missing or the version is damaged."""
     try:
         folder = registry.models.parent / RUNS_FOLDER / registry.manifest(version).run
     except IntegrityError:

@@ -120,7 +120,7 @@ class ObjectStore:
         return parse_manifest(content, version, f"{self.url}/{key}")
 
     def has(self, manifest: Manifest, format: Format) -> bool:
-        """Return whether the store has this version's manifest and all files of one format, completely.
+        """Return whether the store has this version's manifest and complete copies of all files of one format.
 
         Raises:
             RegistryError: the store does not respond, or rejects the request.
@@ -162,7 +162,7 @@ class ObjectStore:
         self._publish(manifest)
 
     def upload_files(self, name: str, records: Iterable[FileRecord], folder: Path, what: str) -> None:
-        """Upload the files that the store lacks, of a version that may not be published yet.
+        """Upload a version's files that the store lacks. The version may not be published yet.
 
         Args:
             name: the model's name.

@@ -34,16 +34,17 @@ _HTTP = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
-"""With MLflow's own values, every command would wait for 4 minutes while the tracking server is down, or for 16 if its
-host does not respond. With these values, it waits for 3 s or half a minute."""
+"""MLflow's timeout and retries. With MLflow's defaults, every command would wait for 4 minutes while the tracking
+server is down, or for 16 minutes if the server's host does not respond. With these values, it waits for 3 s or half a
+minute."""
 _MAX_METRICS = 1000
-"""MLflow's limit for one request."""
+"""Maximum number of metrics that MLflow accepts in one request."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFigures:
-    """Metrics of one MLflow run. MLflow cannot tell whether a run is still active, because a killed run stays
-    open there.
+    """Metrics of one MLflow run. MLflow cannot tell whether a run is still active, because a killed run stays open in
+    MLflow.
 
     Attributes:
         metrics: the latest value of each metric, keyed by name.

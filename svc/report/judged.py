@@ -73,7 +73,7 @@ class Judged:
 
     @property
     def tuned(self) -> str | None:
-        """Return the format that represents the version, merged if possible. None if none was evaluated."""
+        """Return the format that represents the version, merged if possible, or None if no format was evaluated."""
         return next((format for format in reversed(SERVED_FORMATS) if format in self.evaluations), None)
 
     @cached_property

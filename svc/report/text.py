@@ -12,7 +12,7 @@ class CutText(NamedTuple):
 
     Attributes:
         start: the part that is always visible: the beginning of a long text, otherwise the whole text.
-        rest: the part that is initially folded; empty if `start` is the whole text.
+        rest: the part that is initially collapsed; empty if `start` is the whole text.
         left_out: number of characters that are not on the page.
     """
 
@@ -22,7 +22,7 @@ class CutText(NamedTuple):
 
 
 def cut_text(text: str) -> CutText:
-    """Split a text into a short beginning and a folded rest. Text after the 4,000th character is left out."""
+    """Split a text into a short beginning and a collapsed rest. Text after the 4,000th character is left out."""
     shown = visible(text[:LONGEST])
     start = "".join(shown.splitlines(keepends=True)[:_PREVIEW_LINES])[:_PREVIEW]
     left_out = max(0, len(text) - LONGEST)

@@ -21,7 +21,7 @@ _CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
 
 
 class TrainingPlace(StrEnum):
-    """Where jobs of the fine-tuning API are trained."""
+    """Location where jobs of the fine-tuning API are trained."""
 
     HERE = "here"
     RAY = "ray"

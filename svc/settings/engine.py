@@ -18,7 +18,7 @@ class Device(StrEnum):
 
 
 class Launcher(StrEnum):
-    """Where engines run."""
+    """Location where engines run: this machine or a Ray cluster."""
 
     LOCAL = "local"
     RAY = "ray"

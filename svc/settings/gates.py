@@ -9,7 +9,7 @@ from svc.settings.section import AbsolutePath, Section
 
 
 class UndecidedGates(StrEnum):
-    """What a promotion does when a gate is undecided."""
+    """Action that a promotion takes when a gate is undecided."""
 
     ALLOW = "allow"
     REFUSE = "refuse"

@@ -1,8 +1,8 @@
 """One settings object for all packages, merged in the order defaults < svc.yaml < `SVC_*` environment <
 flags.
 
-An unknown key is an error in every source, because a misspelt setting would otherwise be silently
-ignored. Recipe keys (trainer/recipe/) are not settings: settings belong to a machine, recipes to a model.
+An unknown key is an error in every source, because a misspelled setting would otherwise be silently ignored. Recipe
+keys (trainer/recipe/) are not settings: settings belong to a machine, recipes to a model.
 """
 
 import os

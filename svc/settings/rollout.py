@@ -9,7 +9,7 @@ from svc.settings.section import Section
 
 
 class AtDeadline(StrEnum):
-    """What a rollout does when a step reaches its deadline without a decision."""
+    """Action that a rollout takes when a step reaches its deadline without a decision."""
 
     HOLD = "hold"
     ROLLBACK = "rollback"

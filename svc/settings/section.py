@@ -12,7 +12,7 @@ from pydantic import (
 
 
 def absolute(path: Path) -> Path:
-    """Return a path relative to the working folder, or to a user's home, as an absolute one.
+    """Convert a path relative to the working folder or to a user's home to an absolute path.
 
     Raises:
         ValueError: the user does not exist.

@@ -9,7 +9,7 @@ from svc.settings.section import AbsolutePath, Network, Section
 
 
 class SwapChoice(StrEnum):
-    """How engines switch to another version of a model."""
+    """Method by which engines switch to another version of a model."""
 
     AUTO = "auto"
     BLUEGREEN = "bluegreen"

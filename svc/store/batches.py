@@ -1,6 +1,7 @@
 """Batches of requests, one row each.
 
-A batch's owner creates and cancels it. The server that runs batches (serving.batches) changes its status otherwise:
+A batch's owner creates and cancels it. All other changes of status are made by the server that runs batches
+(serving.batches):
 
     validating ──▶ in_progress ──▶ finalizing ──▶ completed, expired
         │               │              │
@@ -92,7 +93,7 @@ class BatchResult:
 
     Attributes:
         output_file, error_file: ids of the files with the answers and with the failures, or None if there are none.
-        errors: why it failed.
+        errors: why the batch failed.
     """
 
     status: BatchStatus
@@ -152,8 +153,8 @@ def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int
         max_open: maximum number of unfinished batches of one owner.
 
     Raises:
-        EntryNotFoundError: its input file has been deleted.
-        TooManyBatchesError: the owner already has this many.
+        EntryNotFoundError: the batch's input file has been deleted.
+        TooManyBatchesError: the owner already has `max_open` unfinished batches.
     """
     with exclusive(store) as session:
         if repeated := session.scalar(_equal_to(batch)):

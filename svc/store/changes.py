@@ -9,8 +9,8 @@ import time
 from contextlib import suppress
 
 FALLBACK_POLL_S = 5.0
-"""Seconds between two reads of the store while notifications arrive. A change whose notification is lost is noticed
-this much later at most."""
+"""Seconds between two reads of the store while notifications arrive. If a notification is lost, its change is noticed
+after at most this time."""
 
 
 class Changes:
@@ -35,10 +35,11 @@ class Changes:
         return time.monotonic() < self._heard_until
 
     async def wait(self, count: int, poll_s: float, *, within_s: float = math.inf) -> None:
-        """Wait for a change since the given `count`, but no longer than until the store must be read again.
+        """Wait until a change arrives after the given `count`, or until the store must be read again.
 
         Args:
-            poll_s: longest wait in seconds if notifications may not arrive. Otherwise, it is `FALLBACK_POLL_S`.
+            poll_s: longest wait in seconds if notifications may not arrive. Otherwise, the longest wait is
+                `FALLBACK_POLL_S`.
             within_s: longest wait in seconds in both cases, for work that is due at a certain time.
         """
         if self.count != count:
@@ -54,7 +55,7 @@ class Changes:
         changed.set()
 
     def trust(self, seconds: float) -> None:
-        """Assume that notifications arrive for the given time. Earlier ones may have been lost, so end all waits."""
+        """For the given time, assume that notifications arrive. End all waits, as earlier ones may have been lost."""
         if not self.heard:
             self.announce()
         self._heard_until = time.monotonic() + seconds

@@ -1,8 +1,8 @@
 """Opens the SQL store, migrated to the latest schema: an SQLite database in WAL mode under the home, or a database in
 PostgreSQL.
 
-Both serialise writers. Every transaction that reads before it writes, or that changes several rows, must hold the
-write lock (`exclusive` or `write_transaction`). PostgreSQL's default isolation level then suffices, row ids become
+Both databases serialize writers. Every transaction that reads before it writes, or that changes several rows, must hold
+the write lock (`exclusive` or `write_transaction`). PostgreSQL's default isolation level then suffices, row ids become
 visible in increasing order, and no two writers deadlock.
 """
 
@@ -250,7 +250,7 @@ def _prepare_sqlite(connection: DBAPIConnection, record: ConnectionPoolEntry) ->
 
 
 def _exclude_others(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-    """Let a connection read only, and lock the file against all other connections until it is closed."""
+    """Make a connection read-only, and lock the file against all other connections until this one is closed."""
     connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout={_BUSY_MS}")

@@ -42,7 +42,7 @@ class Purpose(StrEnum):
 
 
 UPLOAD_PURPOSES = (Purpose.FINE_TUNE, Purpose.BATCH)
-"""Purposes of files that clients upload. The server writes the others."""
+"""Purposes of files that clients upload. Files with other purposes are written by the server."""
 
 
 class FileStatus(StrEnum):
@@ -78,7 +78,7 @@ class ClientFile:
 
 @dataclass(frozen=True, slots=True)
 class StorageLimits:
-    """How much one key may store.
+    """Limits on the files that one key may store.
 
     Attributes:
         bytes: maximum total size of all files and of the parts of uploads.

@@ -48,7 +48,7 @@ GATE_ROWS = TypeAdapter(tuple[GateRow, ...])
 
 
 def gate_details(gates: tuple[GateRow, ...]) -> dict[str, Any]:
-    """Return the gate results in the form in which a promotion's audit event records them. Empty if there are
-    no gates.
+    """Return the gate results in the form in which a promotion's audit event records them. The result is empty if there
+    are no gates.
     """
     return {"gates": GATE_ROWS.dump_python(gates, mode="json")} if gates else {}

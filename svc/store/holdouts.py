@@ -23,7 +23,7 @@ KEPT_RUNS = 200
 
 
 class HoldoutCause(StrEnum):
-    """What triggered a held-out run."""
+    """Trigger of a held-out run."""
 
     START = "start"
     """The run was triggered by the start of an engine."""
@@ -95,7 +95,7 @@ def newest_holdout_run(store: Store, target: Target, *, completed: bool = True) 
 def first_holdout_run(store: Store, target: Target, engine: EngineFacts) -> HoldoutRun | None:
     """Return the oldest completed held-out run of a version in a given format on one kind of engine.
 
-    None if there is no such run.
+    The result is None if there is no such run.
     """
     completed = HoldoutRunRow.outcome == HoldoutOutcome.COMPLETED
     query = select(HoldoutRunRow).where(is_of(HoldoutRunRow, target), completed, HoldoutRunRow.engine == engine.key)

@@ -79,8 +79,8 @@ def take_job(store: Store, worker: str, may_run: Callable[[Job], bool]) -> Job |
 
     First comes a job that the store records as running on this worker, because an earlier process of the worker took
     it. Next comes a job that this worker had to interrupt. Otherwise, the queued job of the owner with the fewest
-    running jobs is taken, so that keys share the machines; among equals, it is the owner whose last job was started
-    longest ago.
+    running jobs is taken, so that keys share the machines. If several owners have equally few, the owner whose last job
+    was started longest ago comes first.
 
     Args:
         worker: id of the worker, which runs one job at a time.
@@ -105,7 +105,7 @@ def take_job(store: Store, worker: str, may_run: Callable[[Job], bool]) -> Job |
 
 
 def read_wanted(store: Store, id: str, worker: str) -> Wanted:
-    """Return whether the owner of a running job wants it to continue, pause or be cancelled.
+    """Return what the owner of a running job has requested for it: to continue, to pause or to be cancelled.
 
     Raises:
         JobLostError: this worker does not run the job.
@@ -148,8 +148,8 @@ def report_job(
 def release_job(
     store: Store, id: str, worker: str, message: str, *, died: bool = False, resumes_here: bool = False
 ) -> None:
-    """Return a running job to the queue. A job whose owner has paused it waits there until it is resumed, and a job
-    whose owner has cancelled it ends.
+    """Return a running job to the queue. A job that its owner has paused waits in the queue until it is resumed, and a
+    job that its owner has cancelled ends.
 
     Args:
         message: the reason, as an event. It is omitted if it repeats one of the last two events.

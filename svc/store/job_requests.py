@@ -23,8 +23,8 @@ from svc.store.tables import FileRow, JobRow
 from svc.version import VersionId
 
 REPEAT_WINDOW = timedelta(minutes=15)
-"""Time after the creation of a job or batch during which an equal request returns it, unless it has ended or is being
-cancelled. OpenAI's client waits 10 minutes for an answer, and then sends the request again."""
+"""Time after the creation of a job or batch during which an identical request returns that job or batch, unless it has
+ended or is being cancelled. OpenAI's client waits 10 minutes for an answer, and then sends the request again."""
 _OPEN = [status.value for status in JobStatus if not status.ended]
 _CHUNK = 100
 
@@ -57,7 +57,7 @@ def find_repeated(store: Store, fingerprint: str, owner: str, *, max_jobs: int) 
         max_jobs: maximum number of unfinished jobs of one owner.
 
     Raises:
-        TooManyJobsError: the owner already has this many.
+        TooManyJobsError: the owner already has `max_jobs` unfinished jobs.
     """
     with Session(store) as session:
         row = _find_repeated(session, fingerprint, owner, max_jobs)
@@ -76,8 +76,8 @@ def create_job(
         events: messages of the job's first events.
 
     Raises:
-        EntryNotFoundError: one of its files has been deleted.
-        TooManyJobsError: the owner already has this many.
+        EntryNotFoundError: one of the job's files has been deleted.
+        TooManyJobsError: the owner already has `max_jobs` unfinished jobs.
     """
     with exclusive(store) as session:
         row = _find_repeated(session, job.fingerprint, job.owner, max_jobs)
@@ -191,7 +191,9 @@ def find_trained(store: Store, model: str, owner: str | None) -> VersionId | Non
 
 
 def owners_of(store: Store, name: str) -> frozenset[str]:
-    """Return the owners of the jobs that register versions or checkpoints under a name. Empty if no job does."""
+    """Return the owners of the jobs that register versions or checkpoints under a name. The result is empty if there
+    are no such jobs.
+    """
     registers = or_(JobRow.name == name, JobRow.id == job_of_checkpoints(name))
     with Session(store) as session:
         return frozenset(session.scalars(select(JobRow.owner).where(registers)))

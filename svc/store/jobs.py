@@ -42,7 +42,7 @@ STAGE_BEGUN = "Stage begun: "
 
 
 class Wanted(StrEnum):
-    """What a job's owner has requested for it. A paused job has the status `queued`, and no worker takes it."""
+    """A request of a job's owner. A paused job has the status `queued`, and no worker takes it."""
 
     RUN = "run"
     PAUSE = "pause"

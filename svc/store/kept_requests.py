@@ -13,11 +13,12 @@ from svc.store.tables import RequestRow
 from svc.version import Format, Target, VersionId
 
 CALL = '{"name": "%", "arguments": %}'
-"""SQL pattern that matches a tool call in a stored answer, which `answer_text` rewrote from the model's text."""
+"""SQL pattern that matches a tool call in a stored answer. `answer_text` writes calls in this form, which differs from
+the text that the model generated."""
 _NOT_TEXT = ('"type": "image', '"type": "input_', '"type": "video', '"type": "audio', '"type": "file"')
 _TOOLS = ('"tool_calls": ', '"tool_call_id": ', '"role": "tool"')
-"""Texts that occur in the stored JSON of messages only if they have content other than text, or use tools. In the text
-of a message, quotes are escaped, so it does not match."""
+"""Texts that occur in the stored JSON of messages only if they have content other than text, or use tools. They cannot
+occur in the text of a message, where quotes are escaped."""
 
 
 def find_kept_requests(
@@ -33,10 +34,11 @@ def find_kept_requests(
 ) -> list[int]:
     """Return the row ids of a version's requests that can be sent again, newest first.
 
-    Requests without a complete answer are left out, as are those with tool calls, images or other content than text.
+    Requests without a complete answer are left out, as are those with tool calls, images or other content that is not
+    text.
 
     Args:
-        since, before: the requests started in this period.
+        since, before: start and end of the period in which the requests started.
         without: leave out requests whose prompt or answer contains any of these texts.
         before_row: leave out requests with this row id or a higher one.
         limit: largest number of requests to return.

@@ -57,8 +57,8 @@ class Lease:
 def report_server(store: Store, server: str, address: str, names: Collection[str]) -> dict[str, Lease]:
     """Record that a server is running, extend its leases, and take those that have expired or were never taken.
 
-    When a server first reports, an earlier server with the same address counts as stopped, because only one can listen
-    there.
+    When a server first reports, an earlier server with the same address counts as stopped, because only one server can
+    listen at an address.
 
     Args:
         address: host name and port of the server.
@@ -103,8 +103,8 @@ def _end_leases(session: Session, holder: str, now: datetime) -> None:
 
 
 def running_servers(store: Store) -> dict[str, str]:
-    """Return host name and port of the servers that have reported within the last `LEASE_S`, keyed by the random id of
-    their process, in start order. The result is empty with SQLite.
+    """Return the host name and port of each server that has reported within the last `LEASE_S`, keyed by the random id
+    of its process, in start order. The result is empty with SQLite.
     """
     with Session(store) as session:
         running = running_ids(session)
@@ -142,7 +142,7 @@ def hold_lease(store: Store, name: str, what: str) -> Iterator[Lease | None]:
 
     Args:
         name: name of the lease.
-        what: noun for what the lease is for, used in error messages.
+        what: noun for the work that the lease covers, used in error messages.
 
     Raises:
         BusyError: another process holds the lease, or has taken it because the store did not respond for `LEASE_S`.

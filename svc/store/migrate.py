@@ -1,6 +1,6 @@
 """Copies the SQLite store of a home to a database in PostgreSQL.
 
-All rows are copied in one transaction, which is committed only if the rows that it reads back equal the rows in
+All rows are copied in one transaction, which is committed only if the rows read back from PostgreSQL equal the rows in
 SQLite. Rows are streamed, so memory does not depend on their number.
 """
 

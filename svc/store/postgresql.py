@@ -48,7 +48,7 @@ _SESSION = (
 _TOO_SLOW = {"57014": "a statement took longer than 60 s", "55P03": "another writer held a lock for more than 10 s"}
 _READ_ONLY = "25006"
 _UNAVAILABLE = ("08", "53", "57P", "58", _READ_ONLY)
-"""SQLSTATE classes for lost connections, missing resources, shutdowns and failures of the server's disk."""
+"""SQLSTATE classes for lost connections, insufficient resources, shutdowns and failures of the server's disk."""
 
 
 class _Pool(QueuePool):

@@ -53,7 +53,7 @@ class RolloutState(StrEnum):
 
 
 class RolloutOutcome(StrEnum):
-    """How a rollout ended. In all cases except `promoted`, the previous version stays in production."""
+    """Outcome of a rollout. In all cases except `promoted`, the previous version stays in production."""
 
     PROMOTED = "promoted"
     ROLLED_BACK = "rolled_back"
@@ -94,11 +94,11 @@ class RolloutRecord:
 
     Attributes:
         previous: version that was in production when the rollout was requested.
-        generation: generation of the desired state at that time.
+        generation: generation of the desired state when the rollout was requested.
         plan: shadow and canary steps, and limits.
         step: index of the current canary step.
         step_began_at: time at which the current state or canary step began.
-        stop: reason for which a user asked to stop the rollout; None if no user did.
+        stop: reason for which a user asked to stop the rollout; None if no user has asked.
         actor, origin: see `svc.identity.actor.Actor`.
         forced: reason for promoting a version that failed a gate; None for any other version.
         why: reason for the outcome.
@@ -240,8 +240,8 @@ def active_rollout(store: Store, name: str) -> RolloutRecord | None:
 
 
 def find_rollout(store: Store, name: str, rollout: int | None = None) -> RolloutRecord | None:
-    """Return a model's rollout with the given id, or its latest rollout if no id is given. None if there is
-    none.
+    """Return a model's rollout with the given id, or its latest rollout if no id is given. The result is None if there
+    is no such rollout.
     """
     query = select(RolloutRow).where(RolloutRow.name == name).order_by(RolloutRow.id.desc()).limit(1)
     if rollout is not None:

@@ -36,7 +36,7 @@ _FAILURES = {SwapOutcome.REFUSED, SwapOutcome.RESTORED, SwapOutcome.FAILED}
 
 
 class SwapKind(StrEnum):
-    """How a swap loads the version into the engines."""
+    """Method by which a swap loads the version into the engines."""
 
     INPLACE = "inplace"
     """Reload the weights of the only engine while requests wait in the queue."""
@@ -96,8 +96,8 @@ class ServerSwap:
         address: host name and port of the server; empty if it is unknown.
         running: whether the server has reported recently.
         swap: its swap to the version, or None if it has not begun a swap.
-        later: target of its last swap for a later desired state, or None if there is none. Once there is one, the
-            server will not begin an earlier swap.
+        later: target of its last swap for a later desired state, or None if there is none. Once it is set, the server
+            will not begin an earlier swap.
     """
 
     server: str

@@ -555,7 +555,8 @@ class UploadPartRow(Table):
 class JobRow(Table):
     """A fine-tuning job. `request` and `error` are JSON, `recipe` is YAML.
 
-    `worker` runs the job, and last reported at `seen_at`. `wanted` is what the owner wants to happen to it.
+    `worker` runs the job, and last reported at `seen_at`. `wanted` is what the owner has requested for the job: to run,
+    pause or cancel it.
     """
 
     __tablename__ = "jobs"

@@ -82,7 +82,7 @@ class DataReport:
 
     @property
     def length_bias(self) -> LengthBias | None:
-        """How often the chosen answer is the longer one, or None if no pair has answers of different lengths."""
+        """Length bias of the pairs, or None if no pair has answers of different lengths."""
         return measure_length_bias(self.answer_lengths)
 
     def add(self, line: int, code: Code, message: str, where: str = "") -> None:
@@ -151,7 +151,7 @@ def _is_no_reference(example: AnyExample) -> bool:
 
 
 def _check_labels(reports: Sequence[DataReport]) -> None:
-    """Report labelled answers that all have the same label. A pair has an answer of each label."""
+    """Report labelled answers that all have the same label. A pair counts as one answer with each label."""
     labelled = [report for report in reports if report.desirable]
     labels = {label for report in labelled for label in report.desirable}
     if len(labels) == 1 and not any(report.kind is Kind.PAIRS for report in reports):

@@ -2,9 +2,9 @@
 
 A label is an answer from a small set: a short text, or a JSON object that contains a single text or
 number. If the instruction lists the labels of nearly all examples, the set consists of the labels that
-it lists. Otherwise, a label that occurs only once is reported if all the others occur often, unless it is
-a number and most labels are, too. A rare spelling of a frequent label is always reported. This module
-knows nothing about files.
+it lists. Otherwise, a label that occurs only once is reported if all other labels occur often, unless it is a number
+and most labels are numbers. A rare spelling of a frequent label is always reported. This module knows nothing about
+files.
 """
 
 import re
@@ -101,7 +101,7 @@ def odd_answers(
     labels: NDArray[np.uint64],
     kinds: NDArray[np.uint8],
 ) -> dict[int, tuple[Code, str]]:
-    """Return a problem code and message for each answer that is unlike the others to its task.
+    """Return a problem code and message for each answer that is unlike the other answers to the same task.
 
     The result is keyed by the index of the answer.
 
@@ -160,9 +160,9 @@ def _odd_labels(kinds: NDArray[np.uint8], answers: NDArray[np.uint64], labels: N
 
 
 def _usual_numbers(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Return a mask of the labels that are numbers, or all False unless most labels are.
+    """Return a mask of the labels that are numbers, or all False unless most labels are numbers.
 
-    Among numbers, a rare label is not unusual.
+    If most labels are numbers, a rare number is not unusual.
     """
     numbers = kinds & AnswerKind.NUMBER > 0
     return numbers if numbers.mean() > 0.5 else np.zeros_like(numbers)

@@ -31,7 +31,7 @@ class AnswerLengths:
 
 @dataclass(frozen=True, slots=True)
 class LengthBias:
-    """How often the chosen answer is the longer one.
+    """Frequency with which the chosen answer of a pair is the longer one.
 
     Attributes:
         longer: number of pairs whose chosen answer is longer.

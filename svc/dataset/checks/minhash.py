@@ -206,7 +206,7 @@ def _near(
 
 
 def unite(group: NDArray[np.int64], ones: NDArray[np.int64], others: NDArray[np.int64]) -> None:
-    """Merge the groups of each pair of texts in place. The merged group keeps the smaller number.
+    """Merge the groups of each pair of texts in place. The merged group keeps the smaller index.
 
     Args:
         group: for each text, the index of the first text in its group.

@@ -97,7 +97,7 @@ _WARNINGS = {
     Code.ONE_LABEL: "add answers with the other label; KTO compares desirable with undesirable answers",
 }
 TODO: dict[Code, str] = {**_ERRORS, **_WARNINGS}
-"""What the user should do about a problem, keyed by problem code."""
+"""Instructions to the user for fixing a problem, keyed by problem code."""
 
 
 def severity_of(code: Code) -> Severity:

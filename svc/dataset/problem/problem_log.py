@@ -9,7 +9,7 @@ from svc.dataset.problem.problem import TODO, Code, Problem, Severity, severity_
 
 
 class ProblemLog:
-    """The problems in a file, ordered by line. Those on the same line keep the order in which they were added."""
+    """The problems in a file, ordered by line. Problems on the same line keep the order in which they were added."""
 
     def __init__(self) -> None:
         self.codes: Counter[Code] = Counter()

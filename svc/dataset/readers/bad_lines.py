@@ -22,7 +22,7 @@ class BadLines:
     The folder is created only when the first line is added.
 
     Args:
-        folder: where to store the lines; not used by anything else.
+        folder: folder that is used only for bad lines.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,7 +48,7 @@ class BadLines:
     def _name(self, path: Path) -> str:
         """Return the name under which to store lines of this file: its own name, without a compression suffix.
 
-        If two files have the same name, the second one's gets a number.
+        If two files have the same name, a number is added to the second name.
         """
         if path not in self._names:
             name = path.stem if path.suffix.lower() in COMPRESSIONS else path.name

@@ -85,7 +85,7 @@ def check_keys(value: Any, own: StrEnum | None, form: StrEnum, keys: Sequence[st
     """Raise RowError if a row is in a different format than its file, or lacks a key of the format.
 
     Args:
-        own: format of the row, if it has the keys of any.
+        own: the row's format, or None if the row does not have the keys of any format.
         form: format of the file.
         keys: required keys of the file's format.
     """

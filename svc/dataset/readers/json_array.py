@@ -108,7 +108,7 @@ class _ListReader:
         self._at = 0
 
     def _give_up(self, line: int, error: RowError) -> Row:
-        """Return a final row with the error. The next element cannot be found, because the end of this one
+        """Return a final row with the error. The next element cannot be found, because the end of the current element
         is unknown.
         """
         self._lost = True

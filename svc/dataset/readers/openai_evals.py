@@ -61,7 +61,7 @@ def _key(item: dict[str, Any], names: Sequence[str], field: str) -> str:
 
 
 def chat_turns(value: Any, field: str) -> list[dict[str, Any]]:
-    """Return roles and texts of the turns of a prompt in OpenAI's format. A text is a single user turn.
+    """Return roles and texts of the turns of a prompt in OpenAI's format. Plain text becomes a single user turn.
 
     Raises:
         RowError: the value is neither a text nor a list of turns.

@@ -98,7 +98,7 @@ def parse_labelled(value: Any, form: Format) -> tuple[LabelledAnswer, tuple[str,
 
 
 def _as_label(value: Any) -> bool | None:
-    """Return a label, which is text in CSV files. Return None for any other value."""
+    """Convert a label to a boolean; in CSV files, labels are text. Return None if the value is not a label."""
     if isinstance(value, bool):
         return value
     return {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else None
@@ -199,8 +199,8 @@ def _add_turns(chat: Turns, turns: list[Any], key: str, raw: Any) -> None:
 def _hh_turns(answer: str, prompt: Any) -> list[tuple[str, str]]:
     """Return roles and texts of a conversation in one text, as in Anthropic's HH, or an empty list for other texts.
 
-    The conversation may be split into `prompt`, which contains all turns and ends with the mark of the answer, and the
-    answer.
+    The conversation may be split into `prompt`, which contains all turns and ends with the marker of the assistant's
+    turn, and the answer.
     """
     text = answer if is_absent(prompt) else ""
     if isinstance(prompt, str) and prompt.rstrip().endswith(_ASSISTANT):

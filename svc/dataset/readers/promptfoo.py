@@ -29,7 +29,8 @@ test contains is used."""
 
 
 def read_promptfoo(path: Path, stream: BinaryIO) -> Iterator[Row]:
-    """Yield a row for each combination of a test and a prompt. Its line number is where the test starts.
+    """Yield a row for each combination of a test and a prompt. A row's line number is the line on which its test
+    starts.
 
     Args:
         path: path of the YAML file; files that it refers to must be in the same folder or below.

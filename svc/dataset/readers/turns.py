@@ -37,7 +37,7 @@ class Turns:
 
         Args:
             place: field of the content.
-            role_place: field of the role, if it is not the content's.
+            role_place: field of the role, if it differs from `place`.
         """
         self.turns.append({"role": role, "content": content, **more})
         self.fields.append((role_place or place, place))

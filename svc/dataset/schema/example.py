@@ -111,7 +111,7 @@ class ChatExample:
 
     @classmethod
     def of_document(cls, text: str) -> "ChatExample":
-        """Return a document."""
+        """Create the example for a document with the given text."""
         return cls((Message(Role.USER, ""), Message(Role.ASSISTANT, text)))
 
     @property
@@ -121,7 +121,7 @@ class ChatExample:
 
     @property
     def question(self) -> str:
-        """Text of the last user turn before the answer. Of a document, its text."""
+        """Text of the last user turn before the answer. For a document, the document's text."""
         if self.is_document:
             return self.messages[-1].content
         return next(message.content for message in reversed(self.prompt) if message.role is Role.USER)
@@ -218,7 +218,7 @@ def any_call_tools(examples: Iterable[ChatExample]) -> bool:
 def normal_prompt(example: ChatExample) -> str:
     """Return the example's prompt as normalized text. Prompts that differ only in spacing and case have equal texts.
 
-    A document stands for itself, so equal documents have equal texts.
+    For a document, the result is derived from the document's own text.
     """
     if example.is_document:
         return f"text:{normal(example.messages[-1].content)}"
@@ -277,7 +277,7 @@ def parse_document(value: dict[str, Any]) -> ChatExample:
     """Convert a decoded JSON object with `text` to a document.
 
     Raises:
-        RowError: the text is missing, blank or no string.
+        RowError: the text is missing, blank or not a string.
     """
     text = _parse_content("text", {"content": value.get("text")}, may_be_blank=False)
     return ChatExample.of_document(text)

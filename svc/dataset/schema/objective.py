@@ -4,19 +4,20 @@ from enum import StrEnum
 
 
 class Objective(StrEnum):
-    """What a model learns from: reference answers, a preference among judged answers, or documents."""
+    """A training objective. The model learns from reference answers, preferences among judged answers, or documents."""
 
     SFT = "sft"
-    """The likelihood of the reference answers."""
+    """Maximize the likelihood of the reference answers."""
     DPO = "dpo"
-    """Pairs of answers, compared with the model before training (Rafailov et al. 2023)."""
+    """Prefer the better answer of each pair, relative to the model before training (Rafailov et al. 2023)."""
     ORPO = "orpo"
-    """Pairs of answers, and the likelihood of the better ones; no reference model (Hong et al. 2024)."""
-    KTO = "kto"
-    """Single answers that are desirable or not, compared with the model before training (Ethayarajh et al.
+    """Prefer the better answer of each pair and maximize its likelihood, without a reference model (Hong et al.
     2024)."""
+    KTO = "kto"
+    """Prefer desirable over undesirable answers, without pairs, relative to the model before training (Ethayarajh et
+    al. 2024)."""
     TEXT = "text"
-    """The likelihood of all tokens of documents, without turns (continued pretraining)."""
+    """Maximize the likelihood of all tokens of documents, without turns (continued pretraining)."""
 
     @property
     def is_preference(self) -> bool:

@@ -130,7 +130,7 @@ def parse_tools(tools: Any) -> tuple[str, ...]:
         tools: a list in OpenAI's format, either decoded or, as in some files, as JSON text.
 
     Raises:
-        RowError: the value is neither.
+        RowError: the value is not in this format.
     """
     if tools is None:
         return ()

@@ -11,7 +11,7 @@ AUTO = "auto"
 
 
 class Origin(StrEnum):
-    """Where an option's value comes from."""
+    """Source of an option's value."""
 
     ARGS = "engine.args"
     SETTING = "setting"

@@ -10,7 +10,8 @@ from time import perf_counter
 from typing import cast
 
 _MAX_BUFFERED_BYTES = 256 * 1024
-"""Maximum number of unread response bytes. The last read from the socket may exceed it by as much again."""
+"""Maximum number of unread response bytes. Before reading is paused, the last read may exceed this limit by up to the
+same amount."""
 _MAX_JOINED_BYTES = 64 * 1024
 """Maximum total size of chunks that are returned together, in bytes. A single chunk may be larger."""
 _MAX_STRAY_BYTES = 64 * 1024
@@ -39,7 +40,7 @@ class SilenceError(ConnectionFailedError):
 
 
 class EngineConnection(asyncio.Protocol):
-    """A connection to an engine. It sends one request at a time and keeps the response until the next one.
+    """A connection to an engine. It sends one request at a time and keeps the response until the next request.
 
     Args:
         silence_s: maximum time to wait for the next bytes, in seconds.

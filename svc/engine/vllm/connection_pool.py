@@ -131,7 +131,7 @@ class EngineConnections:
 
     @property
     def _oldest(self) -> float:
-        """Cutoff time. Connections that have been idle since before it are closed."""
+        """Cutoff time on the event loop's clock. Connections that became idle before this time are closed."""
         return asyncio.get_running_loop().time() - _IDLE_S
 
     def _sweep(self) -> None:

@@ -19,10 +19,10 @@ class HealthChecks:
         self._connections = EngineConnections(address, silence_s=HEALTH_TIMEOUT_S)
 
     async def status(self) -> int:
-        """Return the HTTP status with which the engine answers a health check.
+        """Return the HTTP status of the engine's response to a health check.
 
         Raises:
-            OSError: it does not answer.
+            OSError: the engine does not respond.
         """
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S), self._connections.get("/health") as answer:

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_qua
 from vllm.scalar_type import scalar_types
 
 _GROUP_SIZES = (256, 128, 64, 32)
-"""Group sizes that the operator supports as of PyTorch 2.13."""
+"""Group sizes that PyTorch's operator for 4-bit weights supports as of PyTorch 2.13."""
 _WIDTH = 32
 """A layer's input and output sizes must be multiples of this, as they must for vLLM's own kernel."""
 
@@ -41,8 +41,8 @@ class Int4LinearKernel(MPLinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Convert weights, scales and zero points to the operator's layout. This runs after each load, including in-
-        place reloads.
+        """Convert weights, scales and zero points to the operator's layout. This runs after each load, and after each
+        reload in place.
         """
         inputs = self.config.partition_weight_shape[0]
         self._group_size = operator_group_size(self.config.group_size, inputs)

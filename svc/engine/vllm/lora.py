@@ -26,7 +26,7 @@ prompt log-probabilities are requested."""
 
 @dataclass(frozen=True, slots=True)
 class LoraSlots:
-    """How many adapters an engine can load, and of what size.
+    """An engine's capacity for adapters: how many it can load, and of what size.
 
     Attributes:
         max_loaded: maximum number of adapters loaded at the same time.

@@ -22,7 +22,8 @@ EMPTY_TOKENS_VARIABLE = "TUNESERVE_EMPTY_TOKENS"
 SCALES_VARIABLE = "TUNESERVE_KEEP_SCALES"
 """Environment variable that is set to 1 for engines whose weights can be reloaded."""
 _REQUEST_LOGGERS = ("vllm.entrypoints.", "uvicorn.")
-"""Loggers of request-handling code. Those of the core are excluded, because their errors explain why it exits."""
+"""Loggers of request-handling code. Loggers of the engine core are excluded, because their errors explain why the core
+exits."""
 
 
 def register() -> None:

@@ -1,8 +1,8 @@
 """Manages the life cycle of a vLLM process on this machine, from its start or adoption until it is stopped.
 
-No engine is left behind for good. An engine outlives a killed server, but the next server finds its record and adopts
-or stops it. Restarting an engine is left to the supervisor. Waiting for files, locks and processes happens in threads,
-because the event loop handles clients' requests.
+An engine outlives a killed server, but does not run forever: the next server finds the engine's record, and adopts or
+stops the engine. Restarting an engine is left to the supervisor. Waiting for files, locks and processes happens in
+threads, because the event loop handles clients' requests.
 """
 
 import asyncio
@@ -35,8 +35,8 @@ Result = TypeVar("Result")
 _POLL_S = 0.1
 _CPU_NICENESS = 5
 """Niceness of an engine on the CPU relative to the server. The engine's threads keep every core busy: with
-equal priorities, the server's event loop had to wait 20 ms for a core in 1% of its turns, whereas now
-it waits 8 ms (docs/reliability.md)."""
+equal priorities, the server's event loop had to wait 20 ms for a core in 1% of its iterations. With this niceness, it
+waits 8 ms (docs/reliability.md)."""
 
 
 class EngineProcess:
@@ -172,7 +172,8 @@ class EngineProcess:
         """Do nothing, because the engine reads this machine's files."""
 
     async def record(self, holds: str | None) -> None:
-        """Record for a later server what the engine has loaded. Pass None if that is unknown.
+        """Record which weights the engine has loaded, so that a later server can adopt it. Pass None if they are
+        unknown.
 
         Raises:
             OSError: the record cannot be written.

@@ -27,7 +27,7 @@ class Nll(SetMetric):
 class Perplexity(Nll):
     """Exponential of the negative log-likelihood per token.
 
-    This is the number of equally likely tokens among which a choice would be as uncertain.
+    A perplexity of k means that the model is as uncertain as when choosing among k equally likely tokens.
     """
 
     name = "perplexity"

@@ -23,14 +23,14 @@ _LOOKS = {
     Format.INT8.value: (Colour.INT8, "^"),
     Format.FP8.value: (Colour.FP8, "v"),
 }
-"""Colour and marker of each model. Either one alone identifies the model."""
+"""Color and marker of each model. Either one alone identifies the model."""
 _ROW = 46
 _MAX_TITLE_CHARS = 24
 
 
 def plot_shares(rows: Sequence[MetricRow]) -> str | None:
-    """Return a plot, on one common axis, of all metrics that are shares for which higher is better. None if
-    there are no such metrics.
+    """Return a plot, on one common axis, of all metrics that are shares for which higher is better, or None if there
+    are no such metrics.
     """
     shares = [row for row in rows if row.unit is Unit.SHARE and row.better is Better.HIGHER]
     if not shares:
@@ -47,8 +47,8 @@ def plot_shares(rows: Sequence[MetricRow]) -> str | None:
 
 
 def plot_numbers(rows: Sequence[MetricRow]) -> str | None:
-    """Return a plot of all metrics that rank models and are not shares, each on its own axis. None if there are
-    no such metrics.
+    """Return a plot of all metrics that rank models and are not shares, each on its own axis, or None if there are no
+    such metrics.
 
     Perplexity is left out because it is a function of the log-likelihood.
     """

@@ -1,8 +1,7 @@
-"""Draws matplotlib figures as SVG that inherits colours and typeface from the surrounding page.
+"""Draws matplotlib figures as SVG that inherits colors and typeface from the surrounding page.
 
-The same figure therefore works in light, dark and print styles. Matplotlib is given a placeholder colour
-for each role, and the page's stylesheet defines the role's actual colour. This module does not know what
-is drawn.
+The same figure therefore works in light, dark and print styles. Matplotlib is given a placeholder color for each role,
+and the page's stylesheet defines the role's actual color. This module does not know what is drawn.
 """
 
 import io
@@ -24,7 +23,7 @@ _FONT = 12
 
 
 class Colour(StrEnum):
-    """A colour role and its placeholder colour in matplotlib. The page's CSS variable has the role's name."""
+    """A color role and its placeholder color in matplotlib. The page's CSS variable has the role's name."""
 
     INK = "#010101"
     MUTED = "#010102"

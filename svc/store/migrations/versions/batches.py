@@ -10,7 +10,7 @@ _INTEGER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def upgrade() -> None:
-    """Add the tables."""
+    """Add the table for batches."""
     op.create_table(
         "batches",
         sa.Column("id", sa.String(), nullable=False),

@@ -8,7 +8,7 @@ down_revision = "initial"
 
 
 def upgrade() -> None:
-    """Add the tables and the column, and delete alarms and states."""
+    """Add the tables and the column for drift features, and delete the alarms and states of earlier releases."""
     op.create_table(
         "drift_items",
         sa.Column("id", sa.Integer(), nullable=False),

@@ -10,7 +10,7 @@ _INTEGER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def upgrade() -> None:
-    """Add the tables, and replace the scope."""
+    """Add the tables for files and uploads, and replace the scope `train` with `files` and `jobs`."""
     op.execute("UPDATE keys SET scopes = replace(scopes, 'train', 'files jobs')")
     op.create_table(
         "files",

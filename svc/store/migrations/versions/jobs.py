@@ -10,7 +10,7 @@ _INTEGER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def upgrade() -> None:
-    """Add the tables."""
+    """Add the tables for jobs, events and checkpoints."""
     op.create_table(
         "jobs",
         sa.Column("id", sa.String(), nullable=False),

@@ -8,7 +8,7 @@ down_revision = "drift"
 
 
 def upgrade() -> None:
-    """Add the tables and the columns."""
+    """Add the tables for rollouts and webhooks, and the columns of requests that a rollout reads."""
     op.create_table(
         "rollouts",
         sa.Column("id", sa.Integer(), nullable=False),

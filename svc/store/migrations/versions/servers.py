@@ -8,7 +8,7 @@ down_revision = "rollouts"
 
 
 def upgrade() -> None:
-    """Add the tables and the columns."""
+    """Add the tables for servers and leases, and the columns for the server of a swap or serving period."""
     op.create_table(
         "servers",
         sa.Column("id", sa.String(), nullable=False),
