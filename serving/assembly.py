@@ -66,7 +66,7 @@ from svc.store.requests import Dropped
 from svc.store.sqlite_listener import SqliteListener
 
 MAX_BUFFERED_BYTES = 256 * 2**20
-"""Memory limit for all answers that are waiting for slow clients. It fits sixteen answers of the largest size, and
+"""Memory limit for all answers that are waiting for slow clients. It is enough for sixteen answers of maximum size, and
 is a small part of the memory of a machine that runs an engine."""
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class GatewayParts:
     """The application that serves clients, and its components that must be run or closed.
 
     Attributes:
-        draining: to be set when load balancers must stop sending requests.
+        draining: event to set when load balancers must stop sending requests.
     """
 
     app: Application
@@ -101,7 +101,7 @@ class Parts:
         authenticator: loads the keys from the store; they must be loaded before the first request.
         leadership: leases of this server, which must be released when it stops.
         works: coroutine functions that must run while the server runs.
-        job_worker: runs fine-tuning jobs, as one of the works. None if this server runs none.
+        job_worker: runs fine-tuning jobs; its coroutine is one of `works`. None if this server runs no jobs.
     """
 
     gateway: GatewayParts

@@ -62,11 +62,11 @@ def serve(
 ) -> None:
     """Serve MODELS to OpenAI clients until SIGTERM or Ctrl-C.
 
-    Each model is given as NAME or NAME@N. By default, the models that were served last are served, or the
-    only registered model. With `fine_tuning.bases`, no model is needed. NAME@N becomes the production version,
-    while NAME alone keeps the version that was served last. If a server is already running on this home, MODELS
-    are added to that server, as with `svc add`. While servers on other homes use the same store, MODELS can only
-    be those that they serve.
+    Each model is given as NAME or NAME@N. By default, the models that were served last are served, or the only
+    registered model. With `fine_tuning.bases`, no model is needed. NAME@N becomes the production version, while NAME
+    alone keeps the version that was served last. If a server is already running on this home, MODELS are added to that
+    server, as with `svc add`. While servers on other homes use the same store, MODELS can only name models that those
+    servers serve.
     """
     if every and models:
         raise click.UsageError("MODELS and --all cannot be combined")

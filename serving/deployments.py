@@ -67,7 +67,7 @@ class Deployments:
     Attributes:
         build: function that builds a deployment from its first desired state and a function that frees
             memory for its engines.
-        changes: changes in the store, for which this waits.
+        changes: notifications about changes in the store, which this object waits for.
         leadership: the id of this server.
         registered: function that returns the names of all models, for errors about models that are not
             served. It reads from disk.
@@ -279,7 +279,7 @@ class Deployments:
         return name not in self._tasks and name not in self._on_demand  # those are started independently of this task
 
     def _is_idle(self, name: str) -> bool:
-        """Return whether a model that `load` started is idle, so that its engines have been stopped."""
+        """Return whether a model that `load` started has become idle, in which case its engines are stopped."""
         deployment = self._all[name]
         return deployment.pool.state is EngineState.IDLE and not deployment.admission.queued
 
@@ -382,7 +382,7 @@ class Deployments:
         """Put idle models to sleep or stop them, longest idle first, until there is enough memory for a version's
         engines.
 
-        Sleeping models are stopped last, because that frees little GPU memory and makes their next start slow.
+        Sleeping models are stopped last, because stopping them frees little GPU memory and makes their next start slow.
 
         Raises:
             SvcError: there is not enough memory, and no idle model is left.

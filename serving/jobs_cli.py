@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _POLL_S = 1.0
 _RESTART_S = 60.0
-"""Seconds for which a server may not respond while a job is followed, for example during a restart."""
+"""Seconds for which a server may fail to respond while a job is followed, for example during a restart."""
 _FIELDS = {
     "id": "job",
     "status": "status",

@@ -69,7 +69,8 @@ class Leadership:
         return not self.server or (name in self._leases and self._clock() < self._until)
 
     def lease(self, name: str) -> Lease | None:
-        """Return the lease that writes about a model must name. None if no other server can use the store.
+        """Return the lease to specify when writing to the store about a model, or None if no other server can use the
+        store.
 
         Raises:
             LeaseLostError: this server is not the leader for the model.

@@ -30,7 +30,7 @@ class ModelNames:
         clock: returns the Unix time, in seconds.
 
     Attributes:
-        served: the version in production, or None until a version serves.
+        served: the version in production, or None until a version is served.
         loaded: the versions that engines have loaded. During a swap of several engines, there are two.
         since: time at which the production version was promoted, in Unix seconds.
         candidate: the version that a rollout tries, or None if there is no rollout.

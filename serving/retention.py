@@ -21,7 +21,7 @@ _INTERVAL_S = 3600.0
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Retention:
-    """Deletes ended jobs and batches. Several servers may do so.
+    """Deletes ended jobs and batches. Several servers may run this concurrently.
 
     Attributes:
         batches_days, jobs_days: age at which batches and jobs are deleted, in days since their end.

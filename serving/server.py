@@ -150,8 +150,8 @@ async def serve(
     manager: ServiceManager = _NO_MANAGER,
 ) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP. The server first drains for `serve.drain_s`, and then stops without
-    accepting further requests. Another signal ends the draining, and one more stops without waiting for running
-    requests.
+    accepting further requests. While the server drains, another signal ends the draining. After that, another signal
+    stops the server without waiting for running requests.
 
     SIGUSR1 also stops the server, but leaves the engines and the training of a fine-tuning job running for the next
     server, which adopts them.
@@ -190,8 +190,8 @@ class _Server:
         self._http: list[HttpServer] = []
 
     def stop(self, *, leave: bool = False) -> None:
-        """Make `run` return once the server has drained and running requests have finished. The next call ends the
-        draining, and one more cancels these requests.
+        """Make `run` return once the server has drained and running requests have finished. While the server drains,
+        another call ends the draining. After that, another call cancels the running requests.
 
         Args:
             leave: whether to keep the engines running for the next server.

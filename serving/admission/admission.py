@@ -31,18 +31,19 @@ from serving.admission.queue import RequestQueue
 
 _ENDED_POLL_S = 0.05
 _FREE_SHARE = 4
-"""Batch requests leave 1/N of the capacity free, so that clients rarely interrupt them; this is N."""
+"""Batch requests leave the fraction 1/_FREE_SHARE of the capacity free, so that they rarely have to be interrupted for
+clients."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Admission:
     """Decides which requests run in the engine, are queued or are rejected.
 
-    The decision depends on whether an engine accepts requests, whether an engine is being changed (a swap),
-    and whether all slots or all tokens are taken. Each request is counted with its maximum number of tokens, since
-    it can ask for hundreds of answers. If no engine accepts requests, they are queued while an engine is being
-    changed (admission is closed), even during a swap that restarts the engine. Otherwise they are rejected.
-    Initially there is no engine.
+    The decision depends on whether an engine accepts requests, whether an engine is being changed (a swap), and whether
+    all slots or all tokens are taken. Each request is counted with its maximum number of tokens, because a single
+    request can ask for hundreds of answers. If no engine accepts requests, they are queued while an engine is being
+    changed (admission is closed), even during a swap that restarts the engine. Otherwise they are rejected. Initially
+    there is no engine.
 
     Attributes:
         max_running: maximum number of requests in the engine.
@@ -53,7 +54,7 @@ class Admission:
         max_batched: maximum number of batch requests in the engine.
         capacity: number of requests that the engines answer at the same time; `max_running` if None.
         running: number of requests in the engine.
-        closed_s: how long admission was closed during the last change, in seconds, or None if it never was.
+        closed_s: how long admission was closed during the last change, in seconds, or None if it stayed open.
         queue: the queued requests.
         background_slot: the slot for the server's own requests.
         batch_slots: the slots for batch requests.
@@ -93,8 +94,8 @@ class Admission:
 
     @property
     def idle_s(self) -> float:
-        """Seconds since a request last ran or waited, or since an engine became ready; 0 while any request runs or
-        waits.
+        """Seconds since a request last ran or waited, or since an engine became ready; 0 while any request is running
+        or waiting.
         """
         return 0.0 if self.running or self.queue or self._preparing else time.monotonic() - self._idle_since
 

@@ -26,7 +26,7 @@ class BackgroundSlot:
         self.taken: asyncio.Timeout | None = None
 
     def show(self, *, open: bool, running: int) -> None:
-        """Tell the slot whether admission is open, and how many requests are running."""
+        """Update the slot with whether admission is open and how many requests are running."""
         quiet = open and not running
         if open is not self._open.is_set() or quiet is not self._quiet.is_set():  # called for every request
             _set(self._open, open)

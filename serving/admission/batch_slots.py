@@ -56,17 +56,17 @@ class BatchSlots:
 
     @property
     def running(self) -> int:
-        """Number of running requests, without those that have been interrupted."""
+        """Number of running requests, excluding interrupted ones."""
         return len(self._running)
 
     @property
     def busy(self) -> bool:
-        """Whether any request runs or waits."""
+        """Whether any request is running or waiting."""
         return bool(self._running or self._waiting)
 
     @property
     def wanted(self) -> bool:
-        """Whether any request waits."""
+        """Whether any request is waiting for a slot."""
         return bool(self._waiting)
 
     async def enter(self, tokens: int, interruption: OneShotEvent, fits: Callable[[int], bool]) -> None:
@@ -97,14 +97,15 @@ class BatchSlots:
             timer.cancel()
 
     def leave(self, interruption: OneShotEvent) -> None:
-        """Release the slot of a request, if it still has it."""
+        """Release a request's slot, unless the request was interrupted and has already lost it."""
         self.tokens -= self._running.pop(interruption, 0)
 
     def give(self, fits: Callable[[int], bool]) -> None:
         """Give slots to waiting requests in order.
 
         Args:
-            fits: function that returns whether there is spare capacity for one more request with a number of tokens.
+            fits: function that returns whether there is spare capacity for one more request with the given number of
+                tokens.
         """
         while self._waiting and len(self._running) < self._most:
             waiting = next((each for each in self._waiting if not each.given.done()), None)

@@ -1,4 +1,4 @@
-"""Errors for requests that were not run. They state after how long a client may retry."""
+"""Errors for requests that were not run. Each error states how long a client should wait before it retries."""
 
 from svc.errors import SvcError
 
@@ -24,7 +24,7 @@ class AdmissionError(SvcError):
 
 
 class OverloadedError(AdmissionError):
-    """Raised when the maximum number of requests is running, or their answers may use up all available tokens."""
+    """Raised when the maximum number of requests is running, or running answers have reserved all available tokens."""
 
     retry_after_s = OVERLOADED_RETRY_S
 

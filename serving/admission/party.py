@@ -12,8 +12,7 @@ class Party(NamedTuple):
     This is a tuple because one is created for each request, and tuples are cheap to create.
 
     Attributes:
-        name: the key's id, which only the operator can create. Empty for the tenant of all requests without
-            a key.
+        name: the key's id. Only the operator can create keys. Empty for the tenant of all requests without a key.
         weight: the tenant's share relative to other tenants when slots are scarce.
         interruption: event with which admission interrupts a request in a batch. None for clients' requests, which are
             never interrupted.

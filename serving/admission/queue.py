@@ -111,7 +111,7 @@ class RequestQueue:
             give_back: called to release the slot if the request was cancelled just as it got the slot.
 
         Raises:
-            QueueOverflowError: the queue is full, and the request was dropped in favour of another tenant's request.
+            QueueOverflowError: the queue is full, and the request was dropped in favor of another tenant's request.
             QueueTimeoutError: the request has waited for `timeout_s`.
             AdmissionError: the request was rejected.
         """

@@ -8,9 +8,9 @@ store, so clients cannot create any. When the server starts, it adds the usage f
 If several servers share a store, each adds the usage of the others shortly afterwards
 (`serving.telemetry.usage_writer`). Within t minutes, N servers then allow a key at most its limit x (t + N + d (N -
 1)), where d is the time in minutes until a server knows of another's usage. Proof: the last server to admit a request
-has counted all usage except that of the N - 1 others within the last d, so the counted usage is at most limit x (t +
-1). Each of the others can use at most limit x (1 + d) within d. With d = 10 s, the total is less than limit x (t + 1.2
-N).
+has counted all usage except what the N - 1 other servers have used within the last d, so the counted usage is at most
+limit x (t + 1). Each of these servers can use at most limit x (1 + d) within d. With d = 10 s, the total is less than
+limit x (t + 1.2 N).
 
 A prompt's token count is known only after the engine has counted it. Until then, it is estimated from
 the request's size: text in most languages has three to five bytes per token, and a request has more
@@ -35,8 +35,8 @@ _UNTIL_ONE_ENDS_S = 1.0
 _ROUNDING = 1e-9
 _NONE = Limits()
 _DEBT_PER_SERVER = 1.2
-"""Level up to which usage on other servers fills a limit per minute, as a multiple of the limit for each running
-server. Usage would exceed it only after an outage of the store, when all usage since then is added in one step."""
+"""Maximum amount by which usage on other servers may fill a per-minute limit, as a multiple of that limit per running
+server. It is reached only after an outage of the store, when all usage during the outage is added in one step."""
 
 
 class Limit(StrEnum):
@@ -303,7 +303,7 @@ class _OfMinute(_Quota):
         self._at = now
 
     def add_used_elsewhere(self, used: Usage, servers: int) -> None:
-        """Add usage of other servers, up to `_DEBT_PER_SERVER` for each server."""
+        """Add the usage of other servers, until past use reaches `_DEBT_PER_SERVER` times the limit per server."""
         self.forget()
         self.used = max(self.used, min(self.used + self.spent(used), _DEBT_PER_SERVER * servers * self.most))
 

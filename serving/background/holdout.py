@@ -222,7 +222,7 @@ class HoldoutRuns:
             return {}, error.wrong if isinstance(error, SvcError) else repr(error)
 
     def _find_set(self, target: Target) -> Mapping[int, _Ask]:
-        """Return a function for each selected example that sends it to an engine, keyed by its index in the file.
+        """Return functions that each send one selected example to an engine, keyed by the example's index in the file.
 
         New answers have the same token limit as the registered answers.
         """

@@ -27,8 +27,8 @@ Result = TypeVar("Result")
 
 ID_PREFIX = "holdout-"
 PATIENCE_S = 30.0
-"""Maximum time that a background request waits for an idle engine, in seconds. After that, it runs concurrently
-with other requests. 200 held-out examples then take less than two hours of the six between two runs."""
+"""Maximum time that a background request waits for an idle engine, in seconds. After that, it runs concurrently with
+other requests. 200 held-out examples then take less than two of the six hours between two runs."""
 _POLL_S = 1.0
 _MAX_DEATHS = 3
 _DEATHS_WITHIN_S = 24 * 3600.0

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 MAX_AGE = timedelta(days=1)
 """Age after which a message is no longer retried."""
 MAX_PENDING = 1000
-"""Maximum number of pending messages per receiver. Beyond it, the oldest are dropped."""
+"""Maximum number of pending messages per receiver. When there are more, the oldest messages are dropped."""
 MAX_DELAY_S = 7200.0
 _FIRST_DELAY_S = 5.0
 _GROWTH = 4
@@ -59,9 +59,9 @@ class Webhook:
     """Sends one receiver's messages. Failed deliveries are retried for a day with increasing delays.
 
     Attributes:
-        keys: keys that sign each message; during a rotation, the new and the old one.
-        changes: changes in the store, for which this waits.
-        count: called with the outcome of attempts and their number.
+        keys: keys that sign each message; during a rotation, both the new and the old key.
+        changes: notifications about changes in the store, which this object waits for.
+        count: called with an outcome and the number of attempts or messages with that outcome.
         leads: function that returns whether this server sends the messages. If there are several servers, only one of
             them does.
     """
@@ -196,7 +196,8 @@ def delay_s(attempts: int) -> float:
 
 
 def read_webhook_keys(path: Path) -> tuple[bytes, ...]:
-    """Return the keys in a file. It holds one secret or, during a rotation, several separated by whitespace.
+    """Return the keys in a file. The file contains one secret or, during a rotation, several secrets separated by
+    whitespace.
 
     Raises:
         SettingsError: the file cannot be read, is readable by other users, or contains an invalid secret.

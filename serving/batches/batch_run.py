@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MAX_ATTEMPTS = 3
-"""Number of times that a request is sent to an engine that dies or fails. A request that kills engines must not kill
-every new engine."""
+"""Maximum number of attempts for a request whose engine dies or fails, so that a request that kills engines does not
+kill every new one."""
 _RECORD_S = 2.0
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.5, 30.0
 _COPY_BYTES = 1024 * 1024

@@ -1,6 +1,6 @@
 """Runs batches while the server runs. If several servers share a store, only the leader for batches runs them.
 
-A batch that was interrupted, because its server stopped or lost the lead, continues where it was interrupted.
+A batch that was interrupted, because its server stopped or lost its lease, continues where it was interrupted.
 """
 
 import asyncio
@@ -30,10 +30,10 @@ _PAUSE_S = 60.0
 
 @dataclass(eq=False)
 class BatchRunner:
-    """Runs batches.
+    """Runs the open batches in the store.
 
     Attributes:
-        changes: changes in the store, for which this waits while there is no open batch.
+        changes: notifications about changes in the store, which `run` waits for while there is no open batch.
         leads: function that returns whether this server runs batches.
         ready: coroutine function that returns once the server answers requests.
     """
@@ -111,10 +111,10 @@ def _remove_leftovers(folder: Path, open_ids: Collection[str]) -> None:
 
 
 def next_batches(batches: Sequence[Batch], running: dict[str, str]) -> list[Batch]:
-    """Return the batches to begin now: all that only need to be ended, and others as long as fewer than `MAX_RUNNING`
-    run.
+    """Return the batches to start now.
 
-    The owner with the fewest running batches is next, with its oldest batch.
+    All cancelled and expired batches are started, because they only need to be finalized. Other batches are started
+    until `MAX_RUNNING` are running: each time, the oldest batch of the owner with the fewest running batches.
 
     Args:
         batches: all open batches, oldest first.

@@ -40,7 +40,7 @@ class ResultLine(msgspec.Struct, frozen=True):
     """A line of a result file.
 
     Attributes:
-        response: None if the request was not answered in time.
+        response: the response, or None if the request was not answered in time.
     """
 
     custom_id: str

@@ -95,7 +95,7 @@ class Progress:
     Attributes:
         done: custom ids of all requests with a result.
         expired: number of requests that were not answered in time.
-        counts: number of results, and tokens.
+        counts: numbers of answered and failed requests, and of their tokens.
     """
 
     def __init__(self, folder: Path, route: Route) -> None:
@@ -154,7 +154,7 @@ class Progress:
         await self._append(b"", (), failed=True)  # the failures are written last
 
     def close(self) -> None:
-        """Complete and close the files. Call this in a thread, after `run` has been cancelled."""
+        """Flush the files to disk and close them. Call this in a thread, after `run` has been cancelled."""
         for file in self._files.values():
             try:
                 file.sync()

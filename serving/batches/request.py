@@ -1,4 +1,4 @@
-"""The request that creates a batch, in the form of OpenAI's client. Unknown fields are rejected."""
+"""The request that creates a batch, in the format that OpenAI's client sends. Unknown fields are rejected."""
 
 from typing import Annotated, Literal
 

@@ -1,6 +1,6 @@
 """Fine-tuning jobs for `svc jobs`, read from the store of this machine or from a server through its API.
 
-Both return the JSON objects of OpenAI's API, so that the commands' output is the same.
+Both sources return the JSON objects of OpenAI's API, so that the commands' output is the same.
 """
 
 from collections.abc import Callable, Iterator

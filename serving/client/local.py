@@ -44,7 +44,7 @@ class LocalAdministration:
         return RemoteAdministration(self.server).rollback(name, reason=reason)
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return each server's progress towards the version in a generation of a model's desired state."""
+        """Return each server's progress toward the version that a model's desired state has in the given generation."""
         return server_swaps(self.store, name, generation)
 
     def rollouts(self, name: str) -> list[RolloutView]:

@@ -1,7 +1,7 @@
 """The client side of a promotion: changes the desired version, then follows the swap on the server.
 
-On the server's machine, it uses the home's store; elsewhere, it uses the server's API (serving.client.remote).
-Both ways write the same desired state and read the same journal.
+On the server's machine, the client uses the store in the home; on other machines, it uses the server's API
+(serving.client.remote). Both ways write the same desired state and read the same journal.
 """
 
 import time
@@ -21,8 +21,8 @@ from svc.version import Format, Target, VersionId
 _POLL_S = 0.1
 _ROLLOUT_POLL_S = 0.5
 _SOON_S = 5.0
-"""Seconds between two polls of a rollout, and seconds after which this interval applies. Before, the server is polled
-as often as for a swap, because a rollback ends within that time."""
+"""Seconds between two polls of a rollout after its first `_SOON_S` seconds. Until then, the server is polled as often
+as for a swap, because a rollback ends within that time."""
 _UNWRITTEN_S = 30.0
 """How long the server may take to write a result to the journal, in seconds."""
 
@@ -33,7 +33,7 @@ class ServerResult:
 
     Attributes:
         address: host name and port of the server; empty if no other server can use the store.
-        result: result of its swap, or None if the server stopped before the swap ended.
+        result: result of the swap on this server, or None if the server stopped before the swap ended.
     """
 
     address: str
@@ -50,7 +50,8 @@ class FollowedChange:
     def result(self) -> SwapResult:
         """The first failure, or the first success if the change succeeded on every server that has a result.
 
-        A failure elsewhere also cancels the swaps of other servers, so a cancelled swap comes after all other failures.
+        A failure on one server also cancels the swaps on the other servers, so a cancelled swap is returned only if
+        there is no other failure.
         """
         results = [server.result for server in self.servers if server.result]
         return min(results, key=lambda result: _ORDER.get(result.outcome, 0))
@@ -73,7 +74,8 @@ class Administration(Protocol):
         """Roll a model back; see `VersionChanges.rollback`."""
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return each server's progress towards the version in a generation; see `svc.store.swaps.server_swaps`.
+        """Return each server's progress toward the version that a model's desired state has in the given generation.
+        See `svc.store.swaps.server_swaps`.
 
         Raises:
             ServerNotRunningError: the server does not respond.
@@ -190,8 +192,10 @@ def swap_result(row: Mapping[str, Any]) -> SwapResult | None:
 
 
 def _updated(known: Mapping[str, ServerSwap], swaps: Sequence[ServerSwap]) -> dict[str, ServerSwap]:
-    """Return what is known about each server. For a stopped server, the store has no address, and no entry at all if it
-    began no swap.
+    """Return the latest known state of each server, keyed by server id.
+
+    Earlier values are kept for stopped servers: the store has no address of a stopped server, and no entry if the
+    server had not begun a swap.
     """
     stopped = {server: replace(each, running=False) for server, each in known.items()}
     return stopped | {

@@ -40,7 +40,7 @@ class RemoteAdministration:
         return _change(RemoteServer(self.server).post("/svc/rollback", {"model": name, "reason": reason}))
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return each server's progress towards the version in a generation of a model's desired state."""
+        """Return each server's progress toward the version that a model's desired state has in the given generation."""
         return [
             ServerSwap(
                 row["server"],

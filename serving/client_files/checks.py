@@ -4,7 +4,8 @@
                          └──▶ error, with the reason
 
 A file stays `uploaded` until its check has ended. A server that starts continues with these files. If the contents are
-in an object store, any server may check a file that its own server has not checked within a minute.
+in an object store, any server may check a file that has not been checked within a minute by the server that received
+it.
 """
 
 import asyncio
@@ -43,7 +44,7 @@ _SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # each
 
 
 class FileChecks:
-    """Checks files.
+    """Checks uploaded files in the background.
 
     Args:
         check: function that checks a file's contents.
@@ -58,7 +59,7 @@ class FileChecks:
         self._changed = asyncio.Event()
 
     def wake(self) -> None:
-        """Look for files immediately. Call this in the event loop, after a file has been uploaded."""
+        """Look for unchecked files immediately. Call this in the event loop, after a file has been uploaded."""
         self._changed.set()
 
     async def run(self) -> None:
@@ -91,7 +92,9 @@ class FileChecks:
                 task.add_done_callback(self._ended)
 
     def _read_unchecked(self) -> list[ClientFile]:
-        """Return the files to check whose contents are on this machine, then those that can be fetched."""
+        """Return the files to check: first files whose contents are on this machine, then files whose contents can be
+        fetched.
+        """
         here, elsewhere, long_ago = list[ClientFile](), list[ClientFile](), datetime.now(UTC) - _TAKE_OVER_AFTER
         now = time.monotonic()
         self._not_before = {id: moment for id, moment in self._not_before.items() if moment > now}

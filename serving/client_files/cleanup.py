@@ -1,4 +1,4 @@
-"""Removes expired files and uploads of clients, and contents that a crash has left without a row.
+"""Removes expired files and uploads of clients, and file contents that have no row in the store because of a crash.
 
 With an object store, contents of deleted files are removed from it, and missing contents are uploaded to it.
 """
@@ -20,7 +20,7 @@ _UNKNOWN_EVERY = 60  # times the interval
 
 
 async def run_cleanup(files: ClientFiles, uploads: ClientUploads, *, interval_s: float = _INTERVAL_S) -> None:
-    """Clean up at intervals until cancelled. Several servers may do so."""
+    """Clean up at intervals until cancelled. Several servers may run this concurrently."""
     count = 0
     while True:
         try:

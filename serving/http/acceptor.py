@@ -52,7 +52,7 @@ class Acceptor:
         self._resume()
 
     async def stop(self, patience_s: float) -> None:
-        """Stop accepting connections. Those already accepted are still passed to their protocols.
+        """Stop accepting connections. Connections that were already accepted are still passed to their protocols.
 
         Args:
             patience_s: longest wait for handshakes in progress, in seconds.

@@ -12,8 +12,7 @@ class AddressLimit:
 
     Args:
         most: maximum number of connections from one peer.
-        unlimited: networks without a limit, such as that of a proxy, which connects on behalf of many
-            clients.
+        unlimited: networks without a limit, such as the network of a proxy, which connects on behalf of many clients.
     """
 
     def __init__(self, most: int, unlimited: Iterable[str] = ()) -> None:

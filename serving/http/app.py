@@ -69,7 +69,7 @@ def build_app(
         batches: answers /v1/batches.
         files: answers /v1/files.
         uploads: answers /v1/uploads.
-        draining: set once load balancers must stop sending requests.
+        draining: event that is set when load balancers must stop sending requests.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     endpoints = completion_endpoints(gateway) | token_count_endpoints(gateway)

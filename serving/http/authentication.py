@@ -1,4 +1,4 @@
-"""Authenticates and authorises each request before reading anything else in it, in particular its body.
+"""Authenticates and authorizes each request before reading anything else in it, in particular its body.
 
 Keys are required as soon as one exists, and always for administration. Requests through the home's socket need no
 key, because only the home's owner can open the socket.

@@ -21,7 +21,9 @@ _RETRY_AFTER = "retry-after"
 
 
 def is_repeated(error: ApiError) -> bool:
-    """Return whether a request in a batch is retried after an error. If so, the failed attempt does not count."""
+    """Return whether a request in a batch is retried after an error. If so, the failed attempt is neither counted nor
+    stored.
+    """
     after = error.headers.get(_RETRY_AFTER)
     return is_temporary(error.code, None if after is None else float(after))
 

@@ -131,7 +131,7 @@ def _no_file(error: EntryNotFoundError) -> InvalidRequestError:
 
 
 def batch_object(batch: Batch) -> dict[str, Any]:
-    """Return a batch in the form of OpenAI's API."""
+    """Return a batch in the format of OpenAI's API."""
     errors = json.loads(batch.errors) if batch.errors else None
     return {
         "object": "batch",

@@ -23,7 +23,7 @@ REQUEST_DEADLINE_S = 15.0
 """Maximum time in seconds from the start of a connection, or its last response, until the headers of the next
 request are complete."""
 FULL_DEADLINES = 4
-"""Number of deadlines after which a client that reads none of its response is disconnected. Completions have
+"""A client that reads none of its response is disconnected after this many times `REQUEST_DEADLINE_S`. Completions have
 their own, shorter timeout, which is counted as `client_slow` (serving.http.delivery)."""
 LAST_REQUEST_S = 1.0
 """When the server stops, it still answers requests that arrive on open connections within this many seconds."""

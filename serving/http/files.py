@@ -182,7 +182,7 @@ class Files:
 
 
 def file_object(file: ClientFile) -> dict[str, Any]:
-    """Return a file in the form of OpenAI's API."""
+    """Return a file in the format of OpenAI's API."""
     return {
         "object": "file",
         "id": file.id,
@@ -197,7 +197,7 @@ def file_object(file: ClientFile) -> dict[str, Any]:
 
 
 def storage_limits(settings: FilesSettings) -> StorageLimits:
-    """Return the limits of one key."""
+    """Return the storage limits that apply to each key."""
     return StorageLimits(int(settings.max_total_gb * 2**30), settings.max_files)
 
 

@@ -145,7 +145,7 @@ class FineTuning:
 
 
 def job_object(job: Job, organization: str) -> dict[str, Any]:
-    """Return a job in the form of OpenAI's API."""
+    """Return a job in the format of OpenAI's API."""
     request = JobRequest.model_validate_json(job.request)
     values = request.values
     kind = "dpo" if isinstance(values, DpoHyperparameters) else "supervised"
@@ -185,7 +185,7 @@ def event_number(id: str) -> int | str:
 
 
 def event_object(event: JobEvent) -> dict[str, Any]:
-    """Return an event of a job in the form of OpenAI's API."""
+    """Return an event of a job in the format of OpenAI's API."""
     return {
         "object": "fine_tuning.job.event",
         "id": f"{_EVENT}{event.id}",

@@ -72,8 +72,8 @@ class KeyAccount:
             raise
 
     def reserve_in_batch(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
-        """Reserve what a request in a batch may use, provided that half of each limit stays free for the key's other
-        requests.
+        """Reserve the maximum amount that a request in a batch may use, provided that half of each limit stays free for
+        the key's other requests.
 
         This does not apply to the daily limit, all of which may be used.
 

@@ -27,7 +27,7 @@ class Form:
 
     Attributes:
         fields: the fields' texts by name, without the file.
-        filename: the client's name for the file, or None if it has none.
+        filename: the client's name for the file, or None if the client sent no name.
     """
 
     fields: Mapping[str, str]
@@ -104,7 +104,7 @@ def clean_name(text: str, param: str) -> str:
 
 
 class _Reader:
-    """Collects the parser's callbacks."""
+    """Receives the multipart parser's callbacks and collects the form's fields."""
 
     def __init__(self, file: str, fields: Collection[str], write: Callable[[bytes], object]) -> None:
         self._file = file

@@ -280,7 +280,7 @@ def _page(most: int) -> list[Json]:
 
 
 def _files() -> Json:
-    """Return the paths of files. Their objects have OpenAI's format."""
+    """Return the OpenAPI paths of the endpoints for files, which return objects in OpenAI's format."""
     store = {**_DEFECT, 503: "the server's database is not responding"}
     no_file = {404: "the file does not exist or belongs to another key", **store}
     expiry = {"expires_after[anchor]": {"const": "created_at"}, "expires_after[seconds]": {"type": "integer"}}
@@ -316,7 +316,7 @@ def _files() -> Json:
 
 
 def _uploads(schemas: Json) -> Json:
-    """Return the paths of the endpoints for uploads in parts, which return objects in OpenAI's format."""
+    """Return the OpenAPI paths of the endpoints for uploads in parts, which return objects in OpenAI's format."""
     store = {**_DEFECT, 503: "the server's database is not responding"}
     no_upload = {400: "the upload has ended", 404: "the upload does not exist or belongs to another key", **store}
     form = {
@@ -348,7 +348,7 @@ def _uploads(schemas: Json) -> Json:
 
 
 def _batches(schemas: Json) -> Json:
-    """Return the paths of batches. Their objects have OpenAI's format."""
+    """Return the OpenAPI paths of the endpoints for batches, which return objects in OpenAI's format."""
     store = {**_DEFECT, 503: "the server's database is not responding"}
     no_batch = {404: "the batch does not exist or belongs to another key", **store}
     creation = {
@@ -367,7 +367,7 @@ def _batches(schemas: Json) -> Json:
 
 
 def _fine_tuning(schemas: Json) -> Json:
-    """Return the paths of fine-tuning jobs. Their objects have OpenAI's format."""
+    """Return the OpenAPI paths of the endpoints for fine-tuning jobs, which return objects in OpenAI's format."""
     off = {403: "fine-tuning over HTTP is off", **_DEFECT, 503: "the server's database is not responding"}
     no_job = {404: "the job does not exist or belongs to another key", **off}
     id, page = _ID, _page(MAX_PAGE)

@@ -1,7 +1,7 @@
 """`POST /v1/messages/count_tokens` and `POST /tokenize`: count a prompt's tokens before it is sent.
 
 An engine counts tokens without running its model. These requests therefore take no slot in admission and are not stored
-in the request log. They do not count towards any key limit either, except that a rejected request counts towards the
+in the request log. They do not count toward any key limit either, except that a rejected request counts toward the
 requests per minute. They are queued only while no engine accepts requests because one is being changed. Because they
 use CPU, at most MAX_CONCURRENT of them are answered concurrently, and half of those for any one caller.
 """

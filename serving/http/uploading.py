@@ -20,7 +20,7 @@ from svc.errors import PermissionDeniedError, SvcError
 from svc.files.disk import is_full
 
 MAX_UPLOADS = 16
-"""Maximum number of concurrent uploads; half of them from one key or, without keys, from one address."""
+"""Maximum number of concurrent uploads. One key or, without keys, one address may have at most half of them."""
 _CHECK_DISK_EVERY = 64 * 2**20
 Result = TypeVar("Result")
 

@@ -203,7 +203,7 @@ class Uploads:
 
 
 def upload_object(upload: Upload, file: ClientFile | None) -> dict[str, Any]:
-    """Return an upload in the form of OpenAI's API."""
+    """Return an upload in the format of OpenAI's API."""
     return {
         "object": "upload",
         "id": upload.id,
@@ -218,7 +218,7 @@ def upload_object(upload: Upload, file: ClientFile | None) -> dict[str, Any]:
 
 
 def part_object(part: UploadPart) -> dict[str, Any]:
-    """Return a part in the form of OpenAI's API."""
+    """Return a part of an upload in the format of OpenAI's API."""
     return {
         "object": "upload.part",
         "id": part.id,

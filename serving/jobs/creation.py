@@ -1,4 +1,4 @@
-"""Creates fine-tuning jobs, and rejects those that cannot work before anything is trained.
+"""Creates fine-tuning jobs. Jobs that cannot succeed are rejected before any training.
 
     request ──▶ base, files ──▶ recipe ──▶ `svc estimate` ──▶ job: queued
                                                 │
@@ -129,7 +129,7 @@ class JobCreation:
     """Creates fine-tuning jobs.
 
     Args:
-        changes: changes in the store, for which this waits while no job's files are being checked.
+        changes: notifications about changes in the store, which `run` waits for while no job's files are being checked.
         check: function that checks a recipe.
     """
 
@@ -154,7 +154,7 @@ class JobCreation:
         """Return a new job for a request, or the job that an identical request created.
 
         Raises:
-            InvalidRequestError: the job cannot work, or the client may not use the files or models that it names.
+            InvalidRequestError: the job cannot succeed, or the client may not use the files or models that it names.
             TooManyJobsError: the owner has too many unfinished jobs.
             OverloadedError: too many jobs are being created.
         """
@@ -174,7 +174,9 @@ class JobCreation:
             task.exception()  # all clients may have disconnected; asyncio would warn about the unread error
 
     async def run(self) -> None:
-        """Queue or fail the jobs whose files are being checked, until cancelled. Several servers may do so."""
+        """Queue or fail jobs once their files have been checked, until cancelled. Several servers may run this
+        concurrently.
+        """
         deciding: dict[str, asyncio.Task[None]] = {}
         while True:
             count = self._changes.count
@@ -273,8 +275,8 @@ class JobCreation:
         return _Plan(request, name, recipe, ids, all(file.status is FileStatus.PROCESSED for file in files.values()))
 
     def _base(self, model: str, client: Client, param: str) -> tuple[str, str]:
-        """Return the base for a client's model name, as a recipe names it, and the default suffix for models trained
-        from it.
+        """Return the base for a client's model name, in the form used in recipes, and the default suffix for models
+        trained from it.
         """
         bases = self._settings.fine_tuning.bases
         if model in bases:
@@ -397,7 +399,7 @@ def _unknown_base(model: str, param: str, bases: Iterable[str]) -> InvalidReques
 
 
 def _existing(base: str, model: str, param: str) -> str:
-    """Return a base. A file or folder must exist; other bases are not looked up."""
+    """Return the base unchanged, after checking that it has weights if it is an absolute path on this machine."""
     path = Path(base)
     if path.is_absolute() and not (path.is_file() or any(path.glob("*.safetensors"))):
         log.error("base %s of model %s, from `fine_tuning.bases`, has no weights", base, model)

@@ -33,7 +33,8 @@ PREFIXES: Final = (PREFIX, "ft-")
 """Prefixes of the names of fine-tuned models: for clients, and in the registry (serving.jobs.recipe)."""
 _NAME = re.compile(r"[A-Za-z0-9:._/@-]{1,512}")  # PostgreSQL rejects some other characters
 _KNOWN_S = 5.0
-"""Seconds for which a model that was read is cached. Another server may answer for a deleted model for that long."""
+"""Seconds for which a model read from the store is cached. After a model is deleted on one server, other servers may
+serve it for that much longer."""
 _UNKNOWN_S = 1.0
 _MAX_KNOWN = 10_000
 
@@ -177,8 +178,8 @@ class FineTunedModels:
         return Destination(backend, str(model.version), version=model.version)
 
     async def _loaded(self, loader: Loader, model: FineTunedModel) -> None:
-        """Wait until an engine has been started for a model. All requests share one start, which continues even if none
-        of them waits any longer.
+        """Wait until an engine has been started for a model. All requests share one start, which continues even if no
+        request is waiting any longer.
         """
         task = self._loading.get(model.version)
         if task is None:

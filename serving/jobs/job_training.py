@@ -1,8 +1,8 @@
 """Runs one fine-tuning job that this machine's worker has taken, from its start to its end.
 
-    does its process still run? ── no ──▶ start `svc train RECIPE --progress FILE`
+    is the job's process alive? ── no ──▶ start `svc train RECIPE --progress FILE`
                │ yes                                        │
-               └────────────▶ follow the file ◀─────────────┘ ──▶ how it ended ──▶ release, fail, succeed
+               └────────────▶ follow the file ◀─────────────┘ ──▶ outcome ──▶ release, fail, succeed
 
 Every step may be repeated after a crash of the server: a finished training command is started again, finds its stages
 complete, and ends with the same result.
@@ -144,7 +144,7 @@ class JobTraining:
         folder: the job's folder.
 
     Attributes:
-        job: the job, as of when it was taken.
+        job: the job, in the state in which the worker took it.
     """
 
     def __init__(self, job: Job, folder: Path, options: TrainingOptions) -> None:

@@ -23,7 +23,7 @@ DEFAULT_BETA = 0.1
 MAX_CHECKPOINTS = 3
 """Number of epochs, counted from the end, whose checkpoints a job keeps, as at OpenAI."""
 BASE_KEY = "base"
-"""Key of `recipe` that names a base in place of `model`. It is not a key of a recipe itself."""
+"""Key in a request's `recipe` that names a base in place of `model`. The recipes of `svc train` have no such key."""
 _PREFIX = "ft-"
 _NO_OWNER = "local"
 _MAX_NAME = 63
@@ -140,7 +140,7 @@ def check_recipe_keys(recipe: Mapping[str, Any]) -> None:
 
 
 def check_conflicts(request: JobRequest) -> None:
-    """Check that a request sets no value twice.
+    """Check that a request does not set the hyperparameters or the learning rate twice, in different fields.
 
     Raises:
         InvalidRequestError: a value is set twice.
@@ -163,8 +163,8 @@ def check_conflicts(request: JobRequest) -> None:
 def registered_name(owner: str, suffix: str) -> str:
     """Return the name under which an owner's models with a suffix are registered.
 
-    It contains the owner's id, so two owners never share a name. No key has the id `local`, because ids have 8
-    characters.
+    The name contains the owner's id, so two owners never share a name. For requests without a key, it contains `local`,
+    which is never the id of a key, because these ids have 8 characters.
 
     Args:
         owner: id of a key; empty for requests without a key.
@@ -179,7 +179,7 @@ def registered_name(owner: str, suffix: str) -> str:
 
 
 def suffix_of(name: str, owner: str) -> str:
-    """Return the suffix in a name that `registered_name` made, or any other name unchanged."""
+    """Return the suffix in a name that `registered_name` created, or any other name unchanged."""
     return name.removeprefix(f"{_PREFIX}{owner or _NO_OWNER}-")
 
 
@@ -211,7 +211,7 @@ def complete(
     of the training, in seconds.
 
     Args:
-        check: the check of this recipe, which was made with one epoch.
+        check: result of checking this recipe with one epoch.
     """
     values, train = request.values, dict(recipe["train"])
     epochs = values.n_epochs or default_epochs(check.examples)

@@ -1,4 +1,4 @@
-"""The request that creates a fine-tuning job, in the form of OpenAI's client.
+"""The request that creates a fine-tuning job, in the format that OpenAI's client sends.
 
 Unknown fields are rejected. `recipe` is the only field that is not in OpenAI's API; clients send it through
 `extra_body`.

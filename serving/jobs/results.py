@@ -165,7 +165,7 @@ def _cells(record: StepDone | HeldoutLoss | None) -> tuple[str, str]:
 
 
 def _checkpoint_manifest(published: Manifest, version: VersionId, root: Path) -> Manifest:
-    """Return the manifest of a checkpoint, which is that of the job's version without its measurements."""
+    """Return the manifest of a checkpoint: the manifest of the job's version, without its measurements."""
     adapter = FormatRecord(files=record_files(root, root / Format.ADAPTER))
     return published.model_copy(
         update={

@@ -9,7 +9,7 @@ from svc.training_progress import HeldoutLoss, ProgressRecord, StepDone
 MAX_EVENTS = 500
 """Maximum number of events with metrics per job."""
 _SPARE = 100
-"""Number of these events that are reserved for held-out losses and resumed training runs."""
+"""Number of the `MAX_EVENTS` events that are reserved for held-out losses and resumed training runs."""
 
 
 class StepEvents:

@@ -26,7 +26,8 @@ MARKER = "TUNESERVE_JOB_FOLDER"
 """Environment variable that names the job's folder to the process and all its descendants."""
 _EARLIER_LOG = "log.1"
 _NICENESS = 10
-"""Niceness relative to the server: training keeps every core busy. An engine on the CPU has 5."""
+"""Niceness of the training relative to the server, because training keeps every core busy. CPU engines have a niceness
+of 5."""
 _KILL_S = 30.0
 _PAUSE_S = 0.02
 
@@ -117,12 +118,13 @@ class TrainingProcess:
 
 
 def end_processes(folder: Path, noted: Mapping[int, tuple[str, int]] | None = None) -> None:
-    """Kill all processes of a folder, and wait until they have exited.
+    """Kill all processes that belong to a job's folder, and wait until they have exited.
 
     The search is repeated until no process is left, because a process may create another one before it is killed.
 
     Args:
-        noted: start times of other processes of the folder, as `start_of` returns them, by process id.
+        noted: start times of further processes that belong to the folder, as returned by `start_of`, keyed by process
+            id.
     """
     record = _read_record(folder)
     sessions = set() if record is None or _is_reused(record) else {record.pid}

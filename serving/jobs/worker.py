@@ -50,7 +50,9 @@ def training_command(recipe: Path, progress: Path) -> Sequence[str]:
 
 
 def command_on_ray(recipe: Path, progress: Path) -> Sequence[str]:
-    """Return the command that trains a recipe on a Ray cluster. There, the adapters of single epochs are not kept."""
+    """Return the command that trains a recipe on a Ray cluster. On Ray, the adapters of individual epochs are not
+    kept.
+    """
     return (*training_command(recipe, progress), "--on", "ray", "--set", "checkpoints.keep_epochs=0")
 
 
@@ -80,7 +82,7 @@ class JobWorker:
     """Runs fine-tuning jobs on this machine, one at a time.
 
     Args:
-        changes: changes in the store, for which this waits while the queue is empty.
+        changes: notifications about changes in the store, which the worker waits for while the queue is empty.
         complete: function, called in a thread, that creates the result of a job that has succeeded.
         command: function that returns the command that trains a recipe; default: the one for `fine_tuning.place`.
 

@@ -71,8 +71,8 @@ CLIENT_FAULTS = frozenset(
         ErrorCode.CLIENT_SLOW,
     }
 )
-"""Failures caused by the client. A request that fails for such a reason still counts towards its key's requests
-per minute."""
+"""Failures caused by the client. A request that fails for such a reason still counts toward its key's requests per
+minute."""
 _OUTCOMES = {
     ErrorCode.CLIENT_GONE: RequestOutcome.CLIENT_GONE,
     ErrorCode.CLIENT_SLOW: RequestOutcome.CLIENT_SLOW,

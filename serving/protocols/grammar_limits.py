@@ -26,7 +26,7 @@ from serving.protocols.json_values import count_values
 from serving.protocols.refusal import Refusal
 
 MAX_BYTES = 64 * 1024
-"""Maximum total size of a request's grammars, serialised as JSON, in bytes."""
+"""Maximum total size of a request's grammars, serialized as JSON, in bytes."""
 MAX_VALUES = 8192
 """Maximum total number of JSON values in a request's grammars. Checking more would block the event loop."""
 MAX_PROPERTIES = 500

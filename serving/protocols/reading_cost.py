@@ -1,6 +1,6 @@
 """Estimates from a request body's raw bytes whether reading it would block the event loop for too long.
 
-Reading a body means parsing it, checking its fields and serialising it again for the engine. This blocks the event
+Reading a body means parsing it, checking its fields and serializing it again for the engine. This blocks the event
 loop, and a thread would not help, because the parser holds the interpreter's lock. Size alone does not predict the
 time: 4 MiB of text take 5 ms, but 4 MiB of `{},{},{}` take half a second.
 """

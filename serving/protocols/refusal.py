@@ -1,11 +1,11 @@
-"""The reason for which the gateway rejects a request."""
+"""The reason why the gateway rejects a request."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An invalid field because of which the gateway rejects a request, and the text of the error message.
+    """A field for which the gateway rejects a request, and the text of the error message.
 
     Attributes:
         param: the invalid field.

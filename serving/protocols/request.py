@@ -1,6 +1,6 @@
 """Parses a completion request once: its JSON and the few fields that the gateway must understand.
 
-The engine checks everything else. Only the serialised result of this parser reaches the engine, so that no second
+The engine checks everything else. Only the serialized result of this parser reaches the engine, so that no second
 parser can interpret the client's bytes differently from the checks made here.
 """
 
@@ -174,7 +174,7 @@ _DECODER = msgspec.json.Decoder(float_hook=_finite)
 
 
 def _read_json(body: bytes) -> tuple[dict[str, Any], Callable[[dict[str, Any]], bytes]]:
-    """Parse the JSON object in a body, and return it along with a function that serialises it.
+    """Parse the JSON object in a body, and return it along with a function that serializes it.
 
     msgspec is several times faster than the standard library, but rejects some valid JSON: lone surrogates, and
     numbers that Python can hold. Whatever msgspec rejects is therefore parsed by the standard library, which can also

@@ -15,7 +15,8 @@ from serving.protocols.server_sent_events import json_of
 _UNKNOWN = -9999.0
 """vLLM's value for a log-probability that is unknown or minus infinity."""
 _WITHOUT_LOGPROBS = ("echo", "use_beam_search")
-"""Fields whose requests get no log-probabilities: `echo` would score the prompt, and beams are not sampled."""
+"""Log-probabilities are not requested if one of these fields is set: `echo` would score the prompt, and beams are not
+sampled."""
 
 
 def with_logprobs(route: Route, members: bytes) -> bytes:

@@ -5,8 +5,8 @@ special event. All values are returned in the terms of chat completions. A part 
 JSON body or one event of a stream. This module reads the bytes that vLLM writes, but changes none of
 them.
 
-Nearly all events of a stream contain one piece of text and nothing else. Each format recognises such
-events without parsing them, and parses only the remaining events.
+Nearly all events of a stream contain one piece of text and nothing else. Each format recognizes such events without
+parsing them, and parses only the remaining events.
 """
 
 import json
@@ -33,8 +33,8 @@ _USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,40})"')
 _DONE = b"[DONE]"
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete"})
-"""Names of the events that end a response. vLLM always sends the first one; OpenAI sends the second one after a
-truncated answer."""
+"""Names of the events that end a response. vLLM always sends `response.completed`; OpenAI sends `response.incomplete`
+after a truncated answer."""
 _STOP_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length", "tool_use": "tool_calls"}
 
 
@@ -47,7 +47,7 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one event of a stream contains.
+    """Contents of one event of a stream.
 
     Attributes:
         token: whether the event contains generated tokens and is not the event with token counts.
@@ -102,7 +102,7 @@ class WireFormat(ABC):
         return Seen(token, end, usage, self.finish_reason(event), find_error(event))
 
     def is_plain_token(self, event: bytes) -> bool:
-        """Return whether an event is recognised, without parsing it, as containing text and nothing else."""
+        """Return whether an event is recognized, without parsing it, as containing text and nothing else."""
         return event.startswith(self._plain_head) and b'"error"' not in event
 
     @abstractmethod

@@ -25,7 +25,8 @@ from svc.version import Format, Target
 
 _PRIME = 2**61 - 1
 _MAX_SHARE = 1.25
-"""Maximum requests of an engine as a multiple of the mean, when a request follows its conversation.
+"""Maximum number of requests on an engine, as a multiple of the engines' mean, up to which a conversation's next
+request still goes to the same engine.
 
 See "Consistent Hashing with Bounded Loads" (Mirrokni, Thorup and Zadimoghaddam, 2016).
 """

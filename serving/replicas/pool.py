@@ -86,7 +86,9 @@ class EnginePool:
         return [*self.ready, candidate] if held and held.version == wanted else self.ready
 
     async def applies(self, version: VersionId) -> bool:
-        """Return whether the members apply a version as an adapter to their base. Any of them stands for all."""
+        """Return whether the members apply a version as an adapter to their base. If none has loaded it, only one
+        member is checked, on behalf of all.
+        """
         if any(engine.adapters and engine.adapters.has(version) for engine in self.members):
             return True
         first = self.primary or next(iter(self.members), None)

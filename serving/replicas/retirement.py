@@ -33,7 +33,9 @@ class Retirement:
         return bool(self._endings)
 
     def after_requests(self, engine: Replica) -> None:
-        """Stop a replaced engine in the background, after its last request or at most `RETIRE_TIMEOUT_S`."""
+        """Stop a replaced engine in the background, after its last request, or after `RETIRE_TIMEOUT_S` at the
+        latest.
+        """
         self._later(self._end_drained(engine))
 
     def after_start(self, engine: Replica, starting: asyncio.Task[Any]) -> None:

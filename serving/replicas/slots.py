@@ -143,7 +143,9 @@ class EngineSlots:
         return here or (await self._ray.shortage(on_ray) if on_ray else None)
 
     def _shortage_here(self, engines: Mapping[Target, int]) -> tuple[str | None, list[EngineSettings]]:
-        """Return what is missing on this machine, or None, and the settings of the engines in a Ray cluster."""
+        """Return a message stating what is missing on this machine, or None, together with the settings of those
+        engines that would run in a Ray cluster.
+        """
         specs = [*chain.from_iterable([self._spec_for(target)] * number for target, number in engines.items())]
         on_ray = [spec.settings for spec in specs if spec.settings.launcher is Launcher.RAY]
         return shortage([spec for spec in specs if spec.settings.launcher is Launcher.LOCAL]), on_ray

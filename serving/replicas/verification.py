@@ -29,8 +29,8 @@ _ADAPTER_REPEATS = 2
 """How often each probe is measured on an adapter's first use. The number is small because a request is
 waiting."""
 _OTHER_WEIGHTS_NATS = 0.5
-"""Mean difference, in nats, above which the weights must be different. Results of different kernels differ in
-the second decimal, those of different weights by whole nats."""
+"""Mean difference, in nats, above which the weights must be different. With the same weights, results of different
+kernels differ in the second decimal; results of different weights differ by whole nats."""
 
 
 class UnknownProbesError(ProbeError):
@@ -104,10 +104,10 @@ class Verification:
         """Check all probes on the engine concurrently, and return the result.
 
         If this kind of engine has not run the version before, there are no probes to compare with. New probes are then
-        recorded, and every later load is compared with them. Two versions of the same base can differ by less than two
-        kinds of engine do, so a load that had no effect could go unnoticed. Probes are therefore recorded only on
-        engines that were started with the version's files. For the same reason, an engine that cannot be probed is only
-        accepted for the version it was started with.
+        recorded, and every later load is compared with them. Probes can differ less between two versions of the same
+        base than between two kinds of engine, so a load that had no effect could go unnoticed. Probes are therefore
+        recorded only on engines that were started with the version's files. For the same reason, an engine that cannot
+        be probed is only accepted for the version it was started with.
 
         Args:
             fresh: whether the engine was newly started with the version's files, rather than already running.
@@ -259,7 +259,7 @@ def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence
     The check is needed because the load may have had no effect.
 
     Raises:
-        ProbeError: the probes differ by more than two kinds of engine do.
+        ProbeError: the probes differ by more than the same weights can differ between two kinds of engine.
     """
     difference = _mean_difference([probe.logprobs for probe in recorded], measured)
     if not difference <= _OTHER_WEIGHTS_NATS:  # also true for NaN

@@ -193,7 +193,7 @@ class EngineChange:
         """Restore the previous version in a borrowed engine, or in a new engine if the borrowed one fails.
 
         Raises:
-            EngineError: the engine had been fine, but had to be replaced.
+            EngineError: the engine was healthy before it was borrowed, but had to be replaced.
         """
         weights = engine.weights
         with suppress(EngineError):  # then the load fails too, and the engine is replaced

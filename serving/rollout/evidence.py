@@ -1,4 +1,4 @@
-"""Judges a rollout by the results that the server stored about both versions' answers.
+"""Evaluates a rollout from the results that the server stored about both versions' answers.
 
 All evidence is read from the store, so a restarted server has the same evidence.
 """
@@ -111,7 +111,7 @@ class CanaryEvidence:
 
 
 class _Clients:
-    """Counts the requests of a canary step, of both versions together, by their user or conversation."""
+    """Counts the requests of a canary step per user or conversation, for both versions together."""
 
     def __init__(self) -> None:
         self._requests = Counter[str]()
@@ -126,7 +126,9 @@ class _Clients:
 
     @property
     def is_mostly_one(self) -> bool:
-        """Whether one user or conversation sends more than half of the requests; False for too few requests."""
+        """Whether one user or conversation sends more than half of the requests. False if there are too few requests to
+        tell.
+        """
         return self._all >= _MIN_REQUESTS_FOR_SHARE and self._most > _LARGE_SHARE * self._all
 
 
@@ -257,7 +259,7 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
 
 
 def _takes(requests: float, per_day: int) -> str:
-    """Return how long it takes to receive this many requests at the rate of the last day."""
+    """Return text that says how long it takes to receive this many requests at the rate of the last day."""
     if not per_day:
         return "an unknown time"
     return f"about {timedelta(seconds=round(86_400 * requests / per_day))}"
@@ -294,8 +296,8 @@ def _arm(assigned: AssignedRequest) -> Arm:
 def _request(assigned: AssignedRequest) -> Request | None:
     """Return a request as an observation of its assigned version, or None if it says nothing about that version.
 
-    Requests refused by the gateway never count. Requests refused by an engine count for both versions: clients'
-    own mistakes cancel out, and a version that refuses what the other version answers is detected. If a client
+    Requests refused by the gateway never count. Requests refused by an engine count for both versions: clients' own
+    mistakes cancel out, and a version that refuses requests that the other version answers is detected. If a client
     leaves before the first token, the time it waited is used instead.
     """
     refused, gone = assigned.outcome is RequestOutcome.REFUSED, assigned.outcome is RequestOutcome.CLIENT_GONE

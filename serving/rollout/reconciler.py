@@ -58,7 +58,7 @@ class Reconciler:
 
     Attributes:
         actual: the state that is being served or started. Initially, this is the desired state at server start.
-        changes: changes in the store, for which this waits.
+        changes: notifications about changes in the store, which this object waits for.
         leadership: the id of this server, and whether it leads the model.
         slots: engine slots, which tell whether there is memory for another engine.
         swap: object that changes the version of the engines.
@@ -96,7 +96,7 @@ class Reconciler:
         )
 
     async def start(self) -> None:
-        """Start an engine with the desired version if none was adopted. The reviver starts the other engines.
+        """Start an engine with the desired version if no engine was adopted. The reviver starts the other engines.
 
         Raises:
             SvcError: the version cannot be served. The error is a SwapError if another version was served before.
@@ -336,9 +336,10 @@ class Reconciler:
     async def _correct_previous(self, before: Desired) -> None:
         """Correct the previous version recorded in the desired state.
 
-        A promotion that is requested during another promotion can only guess the previous version. If the change
-        directly follows the served state, the recorded version is already right, or the change returns to an earlier
-        state after a failure. Only one server makes the correction, because servers may have served different versions.
+        A promotion that is requested during another promotion can only guess the previous version. Nothing is corrected
+        if the change directly follows the served state: either the recorded version is already right, or the change
+        returns to an earlier state after a failure. Only one server makes the correction, because servers may have
+        served different versions.
         """
         is_same = self.actual.target == before.target
         if not self.leadership.leads(before.name) or (not is_same and self.actual.generation == before.generation + 1):

@@ -70,7 +70,7 @@ class Kept:
         rows: row ids of the requests that had not been replayed when the rollout started or resumed, newest first.
         units: number of distinct users, conversations or single requests among the requests to be compared. Counting
             stops at `MIN_UNITS`.
-        done: number of `rows` that have been replayed or skipped since then.
+        done: number of `rows` that have been replayed or skipped since the rollout started or resumed.
     """
 
     compared: int
@@ -80,7 +80,7 @@ class Kept:
 
     @property
     def total(self) -> int:
-        """Number of comparisons already stored plus those that can still be made."""
+        """Number of comparisons that are already stored or can still be made."""
         return self.compared + len(self.rows) - self.done
 
 

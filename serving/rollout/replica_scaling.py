@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _INTERVAL_S = 5.0
 _MAX_REFUSED_PAUSE_S = 60.0
-"""Longest pause after a refusal. Each query to a Ray cluster takes a process 2 to 3 s of CPU time."""
+"""Longest pause after a refusal. Each query to a Ray cluster runs in a process that takes 2 to 3 s of CPU time."""
 _NOT_STARTED = {EngineState.STOPPED, EngineState.STARTING, EngineState.FAILED}
 
 

@@ -98,12 +98,12 @@ class Rollouts:
     """Carries out one model's rollouts; see `serving.rollout.reconciler.Reconciler.follow`.
 
     Attributes:
-        changes: changes in the store, for which this waits.
+        changes: notifications about changes in the store, which this object waits for.
         leadership: tells whether this server leads the model's rollouts.
         report: function called with the rollout's id and a description of each step.
         split: function that sets how the model's requests are split between two versions. None sends them all
             to production.
-        active: whether a rollout is in progress. It needs an engine with the production version.
+        active: whether a rollout is in progress. A rollout needs an engine with the production version.
         webhooks: URLs to which each transition is reported.
     """
 

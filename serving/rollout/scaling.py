@@ -16,7 +16,7 @@ _TARGET_SHARE = 0.7
 """Fraction of a replica's sequence slots in use above which another replica is added. A new replica takes a minute or
 two to start."""
 _REMOVAL_SHARE = 0.5
-"""Fraction of the remaining replicas' sequence slots in use below which a replica is removed."""
+"""A replica is removed if, without it, the load would use less than this fraction of the remaining sequence slots."""
 
 
 @dataclass(eq=False)

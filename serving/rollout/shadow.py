@@ -165,7 +165,7 @@ class Shadow:
         """Return production's mean log-probability for a request, from its answer to the client or to a copy.
 
         Returns:
-            None if the answer contains none and no copy is sent, or if the copy was not answered.
+            None if the answer contains no log-probabilities and no copy is sent, or if the copy was not answered.
         """
         known = await asyncio.to_thread(mean_logprob, copy.answer)
         if known is not None or not next(self._turns) or self.admission.queued:

@@ -107,7 +107,7 @@ async def measure(
     Args:
         prompt, answer: lengths of the requests in tokens.
         concurrency: largest number of running answers.
-        on_step: called after each measured point; there are `len(levels(concurrency)) + 2`.
+        on_step: called after each of the `len(levels(concurrency)) + 2` measured points.
     """
     rng = random.Random(time.time_ns())  # noqa: S311 - no secret
 

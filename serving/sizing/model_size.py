@@ -40,7 +40,8 @@ class ModelSize:
         used_share: share of the experts that are used for a token.
         weight_bytes: size of all weights in memory.
         token_bytes: size of one token in the KV cache over all layers.
-        heads, kv_heads: numbers of attention heads, which several GPUs must divide evenly.
+        heads, kv_heads: numbers of attention heads and key-value heads, which limit the numbers of GPUs that can share
+            the model.
     """
 
     label: str
@@ -58,7 +59,7 @@ class ModelSize:
         return self.parameters * (1 - self.expert_share * (1 - self.used_share))
 
     def read_bytes(self, tokens: int) -> float:
-        """Return the size of the weights that a step reads. Few tokens do not use all experts."""
+        """Return the number of bytes of weights that a step reads. A step with few tokens does not use all experts."""
         unused = (1 - self.used_share) ** tokens
         return self.weight_bytes * (1 - self.expert_share * unused)
 
@@ -68,7 +69,7 @@ def read_model_size(model: str, bits: int | None) -> ModelSize:
 
     Args:
         model: a size in billions of parameters, such as `8b`, or a folder with a config.json, or that file.
-        bits: bits per weight, or None for the size of the folder's weight files, or 16.
+        bits: bits per weight. None stands for the size of the folder's weight files or, without such files, 16 bits.
 
     Raises:
         SettingsError: the model is none of these, or its config lacks the layer widths.

@@ -21,7 +21,8 @@ _HORIZON = 20
 """Simulated time as a multiple of the demanded latency, so that a queue that keeps growing exceeds it."""
 _RELOAD_BYTES_PER_S = 4e9
 _RELOAD_S = 3.0
-"""Reloads in place on an H200 took 3.5 s for 16 GB (vllm#49459); 3 s if the size of the weights is unknown."""
+"""Assumed speed of an in-place reload, and its duration in seconds if the size of the weights is unknown. On an H200,
+reloading 16 GB took 3.5 s (vllm#49459)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Plan:
 
     Attributes:
         gpus: GPUs per replica.
-        idle_s: duration of a mean answer on an idle replica, in seconds.
+        idle_s: duration of an answer of mean length on an idle replica, in seconds.
         memory: memory per replica, or None if the model or the GPU is unknown.
     """
 

@@ -36,7 +36,7 @@ class Point(BaseModel):
     """A measured time.
 
     Attributes:
-        count: running answers of a decoding step, or tokens of a prompt.
+        count: number of running answers in a decoding step, or of tokens in a prompt.
         seconds: median duration of the step, or time to first token.
     """
 
@@ -51,9 +51,10 @@ class MeasuredTimes(BaseModel):
 
     Attributes:
         model: model name and where it was served.
-        prompt, answer: lengths of the measured requests in tokens. Steps with other lengths may take other times.
+        prompt, answer: lengths of the measured requests in tokens. Steps may take a different time for requests of
+            other lengths.
         decoding: time of a step without prompts, by number of running answers.
-        prefill: time to first token of a prompt that is not cached, on an idle engine, by its tokens.
+        prefill: time to first token of an uncached prompt on an idle engine, by number of prompt tokens.
         step_tokens: maximum number of tokens in one step.
     """
 

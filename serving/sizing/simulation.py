@@ -51,7 +51,7 @@ class Workload:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A simulated request. Times are in seconds; those of the answer are set by the simulation.
+    """A simulated request. Times are in seconds; the simulation sets the times of the answer.
 
     Attributes:
         first, last: times of the first and last token.
@@ -76,7 +76,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one replica can run.
+    """Capacity of one replica.
 
     Attributes:
         sequences: maximum number of concurrent requests; further ones wait.
@@ -177,7 +177,7 @@ class _Rollout:
     ends: float = inf
 
     def away(self, replicas: Sequence[_Replica], now: float) -> int | None:
-        """Return the index of the replica that gets no requests at a time, or None."""
+        """Return the index of the replica that gets no requests at a given time, or None."""
         if now < self.begins or self.index == len(replicas):
             return None
         if self.idle_at is None and not replicas[self.index].load:

@@ -16,7 +16,7 @@ MAX_ANSWER_BYTES = 4 * 2**20
 
 @dataclass(slots=True)
 class Content:
-    """The forwarded bytes of a request and its answer, and what they are needed for.
+    """The forwarded bytes of a request and its answer, and the purposes for which they are kept.
 
     Attributes:
         route: route of the request, which determines the format of `payload` and `answer`.

@@ -1,8 +1,8 @@
 """Writes a row for each completed request, and deletes old rows. A single thread does this in batches.
 
-Requests never wait for the log: rows are dropped and counted if they do not fit into the queue or the store
-rejects them. While a database in PostgreSQL is unavailable, rows wait in the queue. Content is extracted, redacted and
-checked against its size limit here rather than while the request runs.
+Requests never wait for the log: rows are dropped and counted if they do not fit into the queue or the store rejects
+them. While a PostgreSQL database is unavailable, rows wait in the queue. Content is extracted, redacted and checked
+against its size limit here rather than while the request runs.
 """
 
 import logging

@@ -33,7 +33,8 @@ class RetentionClock:
         max_age: maximum age of rows to keep.
         now: function that returns wall-clock time.
         elapsed_s: function that returns the seconds since a fixed moment, independently of the wall clock.
-        rows, setting: noun for the rows, and the setting with their maximum age, for log messages.
+        rows, setting: noun for the rows, and name of the setting that holds their maximum age; both are used in log
+            messages.
     """
 
     max_age: timedelta

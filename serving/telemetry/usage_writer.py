@@ -23,17 +23,17 @@ from svc.store.usage import Usage
 log = logging.getLogger(__name__)
 
 _EVERY_S = 5.0
-"""Seconds between writes, and therefore the most usage that is lost if the server dies. Each write adds one
-row for each key and model in use."""
+"""Seconds between writes. If the server dies, at most the usage of this period is lost. Each write adds one row for
+each key and model in use."""
 
 
 @dataclass(eq=False)
 class UsageWriter:
-    """Writes the counts of a usage meter to the store, and reads those of other servers.
+    """Writes the counts of a usage meter to the store, and reads the counts of other servers.
 
     Attributes:
         on_used_today: called with tokens that keys used today, by key id. The first call has the tokens from before the
-            start of this server, and later calls those that other servers have added since.
+            start of this server. Later calls have the tokens that other servers have added since the previous call.
         on_used_elsewhere: called with usage on other servers since the last call, by key id, and the number of servers.
         now: function that returns the current time, which decides which day is today.
     """
@@ -59,8 +59,8 @@ class UsageWriter:
             await asyncio.sleep(self.every_s)
 
     async def exchange(self) -> None:
-        """Write the counts, and read those of other servers. With SQLite, there are no other servers, so the store is
-        read only once.
+        """Write the counts, and read the counts of other servers. With SQLite, there are no other servers, so the store
+        is read only once.
 
         Raises:
             SQLAlchemyError: the store failed. The next call tries again.

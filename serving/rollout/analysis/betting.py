@@ -26,8 +26,8 @@ from svc.evaluation.verdict import GateOutcome
 Floats = NDArray[np.float64]
 
 STAKES = (0.1, 0.2, 0.4, 0.8)
-"""Fractions of the money staked on each payoff. The largest proves a gross loss within 50 candidate units. The
-smallest suits losses close to the margin in frequent events."""
+"""Fractions of the money staked on each payoff. The largest stake proves a large loss within 50 candidate units. The
+smallest stake suits losses close to the margin in frequent events."""
 _MAX_MONEY = 1e100  # far beyond any decision, and far from overflow
 _BISECTIONS = 20
 
@@ -128,7 +128,7 @@ def limits(
 
 
 def last_refuted(refuted: Callable[[float], bool], end: float, other: float) -> float:
-    """Search from `end` towards `other` for the last refuted bound. Return `end` if none is refuted."""
+    """Search from `end` toward `other` for the last refuted bound. Return `end` if none is refuted."""
     if not refuted(end):
         return end
     for _ in range(_BISECTIONS):

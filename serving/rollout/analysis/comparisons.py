@@ -23,8 +23,8 @@ from svc.evaluation.verdict import GateOutcome
 
 PERCENTILE = 0.95
 _MIN_PRODUCTION = 50
-"""Number of production units needed for a first estimate of their 95th percentile. Times are not compared
-before."""
+"""Number of production units needed for a first estimate of their 95th percentile. Times are not compared until
+then."""
 _GROWTH = 1.01
 """Factor by which the number of production units must grow before the percentile is estimated again."""
 _RATIOS = (0.01, 100.0)

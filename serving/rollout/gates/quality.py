@@ -105,7 +105,7 @@ def evaluated_format(format: Format) -> Format:
 
 
 def _arms(registry: Registry, candidate: Target, production: Target) -> tuple[_Arm, _Arm]:
-    """Return the results to compare, limited to the same examples. Those of production or of the base come first.
+    """Return the results to compare, limited to the same examples. The results of production or of the base come first.
 
     Raises:
         _IncomparableError, NotFoundError: results are missing, or belong to other examples.

@@ -1,6 +1,6 @@
 """Checks results exported by other tools: the share of passed tests and its 95% interval.
 
-Three file formats are recognised by their content:
+Three file formats are recognized by their content:
 
 - Promptfoo (`promptfoo eval -o results.json`): `results.stats` with `successes`, `failures` and, in newer exports,
   `errors`.

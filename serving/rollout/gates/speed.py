@@ -67,7 +67,9 @@ def _speed(manifest: Manifest, format: Format) -> Speed | None:
 
 
 def _facts(manifest: Manifest, format: Format) -> frozenset[str]:
-    """Return the kinds of engine that qualified a format, as strings that can be compared for equality."""
+    """Return the kinds of engine on which a format's probes were recorded, as strings that can be compared for
+    equality.
+    """
     probes = manifest.formats[format].probes
     return frozenset(probe.engine.model_dump_json(exclude=set(_OF_FORMAT)) for probe in probes)
 
