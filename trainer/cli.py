@@ -192,7 +192,7 @@ def import_command(
 def _import(
     settings: "Settings", recipe: "Recipe", *, register_failed: bool, progress_file: Path | None, as_json: bool
 ) -> None:
-    """Register a version with an adapter that exists already, or is combined from others, and print it."""
+    """Register and print a version whose adapter already exists or is combined from other adapters."""
     from svc.registry.registry import Registry
     from svc.registry.render import print_version
     from svc.terminal import console

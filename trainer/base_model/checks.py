@@ -16,8 +16,8 @@ _LANGUAGE_MODELS = {
     ("gemma3", "gemma3_text"): "Gemma3ForCausalLM",
     ("mistral3", "mistral"): "MistralForCausalLM",
 }
-"""Architectures whose language model can be used without the rest of the checkpoint. They are keyed by the
-`model_type` of the checkpoint and that of its language model."""
+"""Architecture of each language model that can be used without the rest of its checkpoint, keyed by the `model_type` of
+the checkpoint and the `model_type` of the language model."""
 _REFUSED = {
     "llama4": "training, merging and serving its mixture of experts are not tested",
     "qwen3_5": "training, merging and serving its linear attention layers are not tested",

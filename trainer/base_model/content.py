@@ -84,9 +84,7 @@ def _write_config(model: Path, out: Path, quantization: Mapping[str, Any] | None
 
 
 def pinned_template(model: Path) -> str | None:
-    """Return a replacement for a chat template that renders today's date, or None if the model's template does
-    not.
-    """
+    """Return a replacement for the model's chat template if it renders today's date, or None if it does not."""
     template = read_chat_template(model) or ""
     pinned = pin_date(template)
     return pinned if pinned != template else None

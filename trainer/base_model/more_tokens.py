@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
-"""Ends of the names of the stored matrices that have a row for each token."""
+"""Suffixes of the names of the stored matrices that have a row for each token."""
 _NOT_OF_TOKENIZER = ("generation_config.json", "chat_template.json")
-"""Files that a version gets from its base, although the tokenizer does not write them."""
+"""Shipped files that come from the base's folder, because saving the tokenizer does not write them."""
 
 
 def revision_with_tokens(revision: str, tokens: Sequence[str]) -> str:
@@ -35,8 +35,8 @@ def revision_with_tokens(revision: str, tokens: Sequence[str]) -> str:
 def folder_with_tokens(folder: Path, tokens: Sequence[str], cache: Path) -> Path:
     """Return a cache folder that links to a model's files, but whose tokenizer and embeddings have more tokens.
 
-    The row of a new token starts as the mean of the rows of the tokens into which the base divides its text. Other rows
-    and ids do not change. The tokens are not special: an engine does not remove them from answers.
+    The row of a new token is initialized to the mean of the rows of the tokens into which the base splits its text.
+    Other rows and ids do not change. The new tokens are not special: an engine does not remove them from answers.
 
     Args:
         folder: folder of the model. Without weights, only config and tokenizer are changed.
@@ -44,7 +44,7 @@ def folder_with_tokens(folder: Path, tokens: Sequence[str], cache: Path) -> Path
 
     Raises:
         RecipeError: the tokenizer already has one of the tokens.
-        BaseModelError: the model's embeddings have other names than usual.
+        BaseModelError: the model's embeddings have unusual names.
     """
     files = sorted(str(path) for path in folder.absolute().iterdir() if path.is_file())
     digest = hashlib.sha256(json.dumps([list(tokens), files]).encode()).hexdigest()

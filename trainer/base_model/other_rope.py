@@ -15,7 +15,7 @@ from trainer.model.config import load_config
 from trainer.recipe.rope import RopeScaling, RopeType
 
 _KEPT = ("rope_theta", "partial_rotary_factor")
-"""Keys of the base's own rotary embeddings that are not part of a scaling."""
+"""Keys of the base's rotary embedding config that are kept, because they are not part of the scaling."""
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
@@ -27,8 +27,8 @@ def revision_with_rope(revision: str, scaling: RopeScaling) -> str:
 def folder_with_rope(folder: Path, scaling: RopeScaling, cache: Path) -> Path:
     """Return a cache folder that links to a model's files but whose config scales its positions.
 
-    The context of the new config is that of the base times the factor. vLLM expects this of YaRN, and takes it as an
-    upper limit otherwise.
+    The maximum length in the new config is the base's maximum length times the factor. vLLM expects this for YaRN; for
+    other types, vLLM treats the value as an upper limit.
 
     Args:
         scaling: has a type and a factor.

@@ -96,9 +96,9 @@ def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False
 def _exploded(first: Sequence[float], last: Sequence[float]) -> bool:
     """Return whether the last losses are far above the first ones.
 
-    They are if their mean is far higher, beyond chance, or if even the lowest of them is far above the
-    highest of the first losses. The second condition catches a steadily growing loss, whose growth counts as
-    scatter and hides it from the first condition.
+    The result is true if the mean of the last losses is far higher, by more than chance, or if even the lowest of the
+    last losses is far above the highest of the first ones. The second condition catches a steadily growing loss, whose
+    growth counts as scatter and hides it from the first condition.
     """
     start, highest = fmean(first), max(first)
     rise = fmean(last) - start

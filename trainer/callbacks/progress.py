@@ -1,5 +1,5 @@
 """Shows the progress of a training run: a live bar on a terminal, or else a line every 15 s and one at the
-end. Writes it to a file for other programs.
+end. Also writes the progress to a file for other programs.
 
 Imports transformers.
 """

@@ -252,7 +252,7 @@ class _Conversation:
         """Return an answer and its ending, as the template renders them.
 
         Raises:
-            DataError: the model would learn a different text.
+            DataError: the model would learn a text that differs from the example's answer.
         """
         message, conversation = self.example.messages[turn], self.text(turn + 1)
         todo = "set chat_template_kwargs in the recipe to the arguments that the template needs, or choose another base"

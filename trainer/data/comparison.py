@@ -96,7 +96,7 @@ def comparison_row(comparison: Comparison, index: int) -> dict[str, Any]:
     """Return a comparison as the trainer expects it.
 
     Args:
-        index: index of its reference log-probabilities among all those of the run.
+        index: index of this comparison's log-probabilities in the run's list of reference log-probabilities.
     """
     second = {f"second_{key}": value for key, value in training_row(comparison.second).items()}
     return {**training_row(comparison.first), **second, "desirable": comparison.desirable, "index": index}

@@ -18,7 +18,7 @@ class DeviceBatches(Sampler[list[int]]):
     """Yields the batches of one device, as lists of example indices.
 
     Every device has the same number of batches in a step, because the devices wait for each other. If an epoch's last
-    step has too few examples, some batches contain only a filler: the first index after those of the examples.
+    step has too few examples, some batches contain only a filler, whose index is the number of examples.
 
     Args:
         order: order of the examples, the same on every device.

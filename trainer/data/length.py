@@ -22,7 +22,7 @@ def fit_length(examples: Sequence[Sequence[TokenizedExample]], train: Train) -> 
 
 def fitting_examples(examples: Iterable[Sequence[TokenizedExample]], train: Train) -> Iterator[list[TokenizedExample]]:
     """Yield training examples, with those longer than `train.max_length` dropped or truncated. At the end, print how
-    many there were.
+    many were dropped and truncated.
 
     Args:
         examples: the rows of each example. The length of an example is the length of its longest row.
@@ -69,7 +69,7 @@ def fitting_examples(examples: Iterable[Sequence[TokenizedExample]], train: Trai
 def cut_documents(documents: Iterable[Sequence[TokenizedExample]], length: int) -> Iterator[list[TokenizedExample]]:
     """Yield the rows of documents after cutting those that are longer than the given length.
 
-    Each row begins with the token that begins the document, and together they learn all other tokens once.
+    Each row begins with the document's first token. Every other token of the document is trained on exactly once.
     """
     for rows in documents:
         first, *tokens = rows[0].input_ids
@@ -92,7 +92,7 @@ def check_served_length(rows: Sequence[TokenizedExample], longest: int, what: st
         room: minimum number of tokens to reserve for an answer, even if the example's own answer is shorter.
 
     Raises:
-        DataError: names the longest example.
+        DataError: an example is too long; the message names the longest one.
     """
     check_served_sizes(np.array([max(len(row.input_ids), len(row.prompt) + room - 1) for row in rows]), longest, what)
 

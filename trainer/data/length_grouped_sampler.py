@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 _LISTED = 2**16
-"""Number of indices that are Python objects at the same time."""
+"""Number of indices that are converted to Python objects at a time, which limits memory."""
 _MAX_WINDOW = 50
 """Number of batches whose examples are sorted by length together."""
 

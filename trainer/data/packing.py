@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _TOGETHER = 100_000
-"""Number of examples that are packed together. All of a larger set would need its size in memory."""
+"""Number of examples that are packed together. Packing a larger data set as a whole would load all of it into
+memory."""
 
 
 def refuse_recurrent(config: "PreTrainedConfig") -> None:

@@ -61,7 +61,7 @@ class TrainingRows:
         return int(row_lengths(self.dataset).sum())
 
     def loaded(self) -> "TrainingRows":
-        """Return the same rows in memory, for processes of other machines."""
+        """Return a copy of the rows in memory, for processes on other machines."""
         files = [file["filename"] for file in self.dataset.cache_files]
         return TrainingRows(Dataset.from_file(*files, in_memory=True) if files else self.dataset, self.lengths)
 
@@ -98,7 +98,7 @@ def read_or_write_rows(folder: Path, key: str, examples: Iterable[Sequence[Token
 
 
 def rows_key(base: Path, fingerprint: str, settings: Sequence[Any]) -> str:
-    """Return the key of the rows of some examples.
+    """Return the key that identifies the file with the rows of the given examples.
 
     Args:
         base: folder with the tokenizer and the chat template.

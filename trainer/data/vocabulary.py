@@ -67,7 +67,7 @@ def checked_ids(
         what: kind of examples, for the error message, such as `training`.
 
     Raises:
-        DataError: names the first example with an id that has no embedding row.
+        DataError: an id has no embedding row; the message names the first example with such an id.
     """
     for number, rows in enumerate(examples, start=1):
         if (largest := max(max(row.input_ids) for row in rows)) >= embedding_rows:

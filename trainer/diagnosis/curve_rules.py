@@ -164,8 +164,8 @@ def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
 
 
 def _late_heldout(run: TrainingRun, step: int) -> bool | None:
-    """Return whether much of the held-out loss's fall came after the given step. None if there are no
-    measurements before and after it.
+    """Return whether much of the held-out loss's fall came after the given step, or None if held-out loss was not
+    measured both before and after this step.
     """
     points = [point for point in run.curve if len(point.heldout_each) > 1]
     measured = [point for point in points if len(point.heldout_each) == len(points[-1].heldout_each)]
@@ -183,13 +183,13 @@ def _pairs(parts: list[Window]) -> list[tuple[Window, Window]]:
 
 
 def _is_above(window: Window, other: Window, least: float) -> bool:
-    """Return whether a window's mean exceeds another's by more than `least`, beyond chance."""
+    """Return whether a window's mean exceeds another's by more than `least` and by more than chance."""
     difference, error = window.above(other)
     return difference > max(SURE * error, least)
 
 
 def _slower(run: TrainingRun) -> Advice:
-    """Return the same advice as for a run that was stopped for divergence (trainer.callbacks.divergence)."""
+    """Return advice to lower the learning rate, as for a run stopped for divergence (trainer.callbacks.divergence)."""
     return _other_rate(run, f"{run.learning_rate / 3:.1g}")
 
 

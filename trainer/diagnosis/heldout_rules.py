@@ -177,8 +177,9 @@ def _least_gap(run: TrainingRun) -> float:
 def _gap(run: TrainingRun) -> tuple[float, float] | None:
     """Return the final training loss and a lower bound of the held-out loss, in nats per token.
 
-    None within the first epoch, because the training loss of an example's first pass is itself a held-out loss. It is
-    also None if answers other than the final ones are learnt, because the two losses are then not comparable.
+    The result is None within the first epoch, because the training loss of an example's first pass is itself a held-out
+    loss. It is also None if answers other than the final ones are learnt, because then the two losses are not
+    comparable.
     """
     parts = windows(run.curve)
     if not parts or run.curve[-1].epoch <= 1.0 or not run.learns_final_answers:

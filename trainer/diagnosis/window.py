@@ -12,7 +12,7 @@ from svc.evaluation.training_curve import TrainingPoint
 MIN_STEPS = 20
 """Minimum number of steps needed to interpret a loss curve. Shorter curves show nothing."""
 FEW_STEPS = 50
-"""Number of steps below which a run counts as short. That alone may explain why its labels were not learnt.
+"""Number of steps below which a run counts as short. Too few steps may explain why the labels were not learnt.
 The held-out loss of a short run is measured on more examples."""
 MIN_MEASURED = 8
 """Minimum number of held-out examples in a loss measurement. Fewer are not representative."""

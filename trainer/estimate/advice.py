@@ -72,8 +72,8 @@ def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
 
 
 def _sizes(train: Train) -> list[int]:
-    """Return the divisors of the recipe's batch size, largest first. A divisor keeps the number of steps the
-    same.
+    """Return the divisors of the recipe's batch size, largest first. With a divisor as batch size, accumulation can
+    keep the number of steps the same.
     """
     size = train.batch_size
     return [divisor for divisor in range(size, 0, -1) if size % divisor == 0]

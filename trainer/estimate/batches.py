@@ -194,7 +194,11 @@ def plan_batches(rows: Sequence[TokenizedExample], train: Train) -> list[Batch]:
 
 
 def _plan(units: Sequence[Sequence[TokenizedExample]], train: Train) -> list[Batch]:
-    """Return the batches of the first epoch, in which each unit counts as one example."""
+    """Return the batches of the first epoch.
+
+    Args:
+        units: the examples, each as one or more rows that stay in the same batch.
+    """
     from trainer.data.length_grouped_sampler import LengthGroupedSampler
 
     size, step = train.batch_size, train.batch_size * train.gradient_accumulation

@@ -24,7 +24,7 @@ _LAUNCHES_S = 2e-3
 """Seconds needed to launch a layer's kernels, forward and backward: about 200 kernels at 10 microseconds
 each. On any fast GPU, launches determine the speed of a small model. Assumed, not measured."""
 _LINK = 2e10
-"""Bytes per second between two GPUs, of PCIe 4.0. Assumed, not measured; NVLink is faster."""
+"""Bandwidth between two GPUs over PCIe 4.0, in bytes per second. Assumed, not measured; NVLink is faster."""
 _CALLS_S = 1e-2
 """Seconds that a CPU spends starting and stopping all its threads for a layer's operations, forward and
 backward: about 500 operations at 20 microseconds each, in a profile of SmolLM2-135M on two cores. A GPU

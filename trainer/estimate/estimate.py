@@ -1,9 +1,9 @@
 """Estimates a recipe on each device: a breakdown of the memory it needs, whether it fits, the largest batch
 size, time and cost.
 
-Estimated memory was within a fifth of the measured memory. Estimated time was mostly within a third, less often with
-AMX (docs/estimate.md). A run is therefore rejected only if `least`, which no batch size reduces, exceeds the memory.
-With several GPUs, memory is given per GPU.
+Estimated memory was within a fifth of the measured memory. Estimated time was usually within a third of the measured
+time, less often with AMX (docs/estimate.md). A run is therefore rejected only if `least`, which no batch size reduces,
+exceeds the memory. With several GPUs, memory is given per GPU.
 """
 
 import math

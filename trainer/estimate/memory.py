@@ -119,13 +119,15 @@ class Training:
 
     @property
     def token_matrices(self) -> int:
-        """Number of matrices with a row for each token in which rows are trained in addition to the adapter."""
+        """Number of matrices with a row for each token (embedding, output head) whose rows, or some of whose rows, are
+        trained in addition to the adapter.
+        """
         matrices = 2 if self.shape.untied else 1
         return 0 if self.full else matrices if self.recipe.new_tokens else self._whole_matrices
 
     @property
     def _whole_matrices(self) -> int:
-        """Number of these matrices of which all rows are trained."""
+        """Number of matrices with a row for each token (embedding, output head) that are trained in full."""
         return min(2 if self.shape.untied else 1, len(set(self.recipe.adapter.modules_to_save)))
 
     @cached_property

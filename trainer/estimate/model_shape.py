@@ -124,7 +124,7 @@ def read_model_shape(folder: Path, chosen: TargetChoice = Targets.ALL_LINEAR) ->
 
     Raises:
         BaseModelError: the config is missing or lacks the model's widths.
-        RecipeError: the model lacks these layers.
+        RecipeError: the model lacks the chosen layers.
     """
     config, notes = _read_config(folder)
     try:

@@ -133,8 +133,10 @@ def _learning_rate(estimate: Estimate) -> str:
 
 
 def _lower_rate(recipe: Recipe) -> str:
-    """Return what is known about lower rates than the default. No factor is built into the default, because none was
-    measured here, and LLaMA-Factory's examples use LoRA's rate for both methods.
+    """Return a note on the lower learning rates published for PiSSA and LoRA+, or an empty string for other methods.
+
+    The default rate does not take them into account, because they were not measured here, and LLaMA-Factory's examples
+    use LoRA's rate for both methods.
     """
     if (recipe.adapter.init or "").startswith(PISSA):
         return "; PiSSA's authors used about a tenth of LoRA's rate"

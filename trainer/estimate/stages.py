@@ -123,7 +123,7 @@ def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int
     """Return the memory that an engine needs to serve the merged weights, in bytes, keyed by what it is used
     for.
 
-    It is counted as svc.engine.vllm.headroom does before an engine starts.
+    The calculation is the one that svc.engine.vllm.headroom applies before an engine starts.
 
     The KV cache has room for one sequence of maximum length.
     """
@@ -162,7 +162,7 @@ def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
 
 def _merge(training: Training) -> tuple[Need, Need]:
     """Return the requirements of a merge. It needs two bf16 copies of the largest tensor or four float32 copies
-    of the largest adapted tensor, whichever take more.
+    of the largest adapted tensor, whichever is more.
 
     After full fine-tuning, the trained model is compared with the base instead. This needs a layer of both
     models, mapped and read, their difference, and a mask of the differences.

@@ -1,1 +1,1 @@
-"""Exports trained weights to the formats that are served: merged, and quantized with GPTQ."""
+"""Exports trained weights to a version's formats: merged, quantized (GPTQ, AWQ, INT8, FP8) and GGUF."""

@@ -1,4 +1,4 @@
-"""The parts of a quantization with gptqmodel that only AWQ has: its options, its calibration texts and its clipping.
+"""The AWQ-specific parts of quantization with gptqmodel: options, calibration texts and clipping.
 
 Before rounding, AWQ scales up the input columns of a layer that matter most, and scales the preceding layer down by the
 same factors: the norm or, for `down_proj`, the rows of `up_proj`. It then clips each group's weights where that lowers
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from gptqmodel import QuantizeConfig
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-"""Models whose scaling was compared with the merged weights (trainer.parity.awq). gptqmodel has definitions of others,
-in which other layers take the scales."""
+"""Architectures whose AWQ scales trainer.parity.awq can undo to compare the weights with the merged model. In
+gptqmodel's definitions of other architectures, the scales are applied to other layers."""
 _BLOCK = 512
 """Tokens in a calibration text. gptqmodel calibrates AWQ with the last batch alone if texts have different lengths."""
 _CLIP_STEPS, _CLIP_SHARE = 10, 0.05
@@ -95,8 +95,8 @@ def check_calibration(log: Sequence[Mapping[str, Any]]) -> None:
 def exact_clipping() -> Iterator[None]:
     """Make gptqmodel use our clipping search within the `with` block.
 
-    This replaces its method, which multiplies at most 512 tokens by every weight for each step: 28 s for one matrix
-    of 1,536 x 576 on two busy cores, and 1 to 2 s with ours and 6,144 tokens.
+    This replaces gptqmodel's method, which multiplies at most 512 tokens by every weight for each step. For one matrix
+    of 1,536 x 576 on two busy cores, gptqmodel's method took 28 s, and ours 1 to 2 s with 6,144 tokens.
     """
     from gptqmodel.looper.awq_processor import AWQProcessor
 

@@ -82,9 +82,10 @@ def _merged(registry: Registry, version: VersionId) -> Path:
 
 
 def _copy(merged: Path, out: Path) -> dict[str, object]:
-    """Copy the model to a new folder, whose files may be changed, unlike the registry's.
+    """Copy the model to a new folder. Unlike the registry's files, the copies are writable.
 
-    The files get their places when all of them are complete, so an interrupted copy cannot be taken for a model.
+    The files are moved to their final paths only after all of them have been copied, so an interrupted copy cannot be
+    mistaken for a model.
     """
     import shutil
 

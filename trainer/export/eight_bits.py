@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SCALE_SUFFIX = "_scale"
 """Appended to the name of a weight to name the tensor with its scales."""
 _NUMBERS = {Format.INT8: ("int", "int-quantized"), Format.FP8: ("float", "float-quantized")}
-"""Kind of numbers, and the layout's name for their files, in a quantization config."""
+"""Values of `type` and of the layout's `format` in the quantization config, keyed by the format of a version."""
 
 
 @dataclass(frozen=True, slots=True)

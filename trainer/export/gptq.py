@@ -239,7 +239,7 @@ def _gptq_options(quantize: Quantize, offload: str) -> "QuantizeConfig":
 def faster_rounding(*, cpu: bool) -> Iterator[None]:
     """Make gptqmodel use our scale search and block size within the `with` block.
 
-    This replaces its methods, because it has no options for either.
+    This replaces gptqmodel's methods, because gptqmodel has no options for either.
 
     Args:
         cpu: whether the layers are on a CPU; on a GPU, gptqmodel has a kernel for its own blocks.

@@ -130,7 +130,7 @@ def _change_of_rows(
     name: str, before: "torch.Tensor", after: "torch.Tensor", rows: Sequence[int]
 ) -> tuple[float, float]:
     """Return the share of weights in the given rows that differ, and the largest difference. Raise TrainingError if
-    none differs, or another row does.
+    no weight in these rows differs, or if any weight in another row differs.
     """
     differing = set((before != after).any(dim=1).nonzero().flatten().tolist())
     if other := sorted(differing - set(rows)):

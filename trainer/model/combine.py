@@ -1,7 +1,7 @@
 """Combines LoRA adapters of one base into one, with PEFT's `add_weighted_adapter`.
 
-The base's weights are not read. In their place the layers have zeros that occupy no memory, because PEFT puts a new
-adapter on the device of its layer.
+The base's weights are not read. The layers contain zeros that occupy no memory instead. They are not on the meta
+device, because PEFT puts a new adapter on the device of its layer.
 """
 
 import json
@@ -87,7 +87,7 @@ def combine_adapters(
 
 
 def _without_memory(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace the weights of a model on the meta device by zeros on the CPU that all share one number."""
+    """Replace the weights of a model on the meta device by zeros on the CPU that all share a single element."""
     zero = torch.zeros(())
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
@@ -96,10 +96,11 @@ def _without_memory(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _as_plain_lora(part: LoraPart, folder: Path) -> Path:
-    """Link an adapter's weights in a new folder, with a config that has only its scale and its layers.
+    """Copy an adapter's weights to a new folder, with a plain LoRA config that states only rank, scale and layers.
 
-    PEFT gives the result the first adapter's config: with rsLoRA, its scale would be wrong by the root of the rank,
-    and a restriction to some layers would drop those of the others. The scale is therefore stored as that of LoRA.
+    PEFT gives the combined adapter the config of the first adapter. With rsLoRA, the scale would then be wrong by the
+    square root of the rank, and a restriction to some layers would drop the other adapters' layers. The config written
+    here therefore has an alpha that gives the same scale without rsLoRA, and lists the layers by name.
     """
     config, rank = part.config, part.config["r"]
     scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)

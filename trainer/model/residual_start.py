@@ -1,13 +1,13 @@
 """Starts an adapter from a part of the base's weights, as PiSSA and OLoRA do, and saves the result as plain LoRA.
 
-Such a start W = R + s B0 A0 trains B and A and freezes the residual R, so that the adapter only fits R, which is not
-stored anywhere. Because R + s B A = W + s (B A - B0 A0), the trained change is also a plain LoRA of twice the rank,
-which fits the original base. The first matrices B0 and A0 are part of each checkpoint, because another machine may
-compute them with other signs or in another order.
+The base's weights are split into W = R + s B0 A0. Training updates B and A and freezes the residual R, so the adapter
+fits only R, which is not stored anywhere. Because R + s B A = W + s (B A - B0 A0), the trained change is also a plain
+LoRA of twice the rank, which fits the original base. The first matrices B0 and A0 are part of each checkpoint, because
+another machine may compute them with other signs or in another order.
 
-PEFT has the same starts and a conversion. Its start cannot continue from stored matrices. Its conversion adds two
-products of large matrices that almost cancel out, so an engine that rounds the matrices to bf16 loses much of a small
-change. Imports torch and PEFT.
+PEFT also implements these initializations and a conversion. PEFT's initialization cannot continue from stored matrices.
+PEFT's conversion adds two products of large matrices that almost cancel out, so an engine that rounds the matrices to
+bf16 loses much of a small change. Imports torch and PEFT.
 """
 
 import json
@@ -50,8 +50,8 @@ def first_matrices(model: PeftModel, start: str, seed: int) -> Matrices:
 
 
 def _factors(weight: Tensor, rank: int, scale: float, start: str) -> tuple[Tensor, Tensor]:
-    """Return A and B of a layer: the largest singular values of its weight, or the first columns of its QR
-    decomposition.
+    """Return A and B of a layer, computed from the largest singular values of its weight, or from the first columns of
+    its QR decomposition.
     """
     if start == OLORA:
         columns, rows = torch.linalg.qr(weight)

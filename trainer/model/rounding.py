@@ -41,7 +41,7 @@ def round_to_bfloat16(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Convert float32 parameters to bf16 in place. The same parameters always give the same bits.
 
     Args:
-        parameters: finite weights. Those that are not in float32 are left unchanged.
+        parameters: finite weights. Weights that are not in float32 are left unchanged.
     """
     rounding = StochasticRounding()
     for weight in parameters:

@@ -1,5 +1,5 @@
-"""Gives access to the weights in a model folder, keyed by parameter name. Each is read from its file on
-demand.
+"""Gives access to the weights in a model folder, keyed by parameter name. Each weight is read from its file
+on demand.
 
 No model is loaded, so only the tensors that a caller keeps are in memory. Names and tensors in the files
 may differ from the model's: transformers renames some, and joins the experts of a mixture into one

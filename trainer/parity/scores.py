@@ -31,7 +31,7 @@ _WITH_LOGITS = 2 * 2**30
 
 
 def load(folder: Path, number_type: NumberType) -> PreTrainedModel:
-    """Load a model from a folder. It is placed on the GPU if there is one with enough free memory."""
+    """Load a model from a folder onto the GPU, or onto the CPU if no GPU has enough free memory."""
     bound_product_caches()
     dtype: torch.dtype = getattr(torch, number_type)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -1,7 +1,7 @@
 """Combines adapters of one base into the adapter of a version, in place of training.
 
-What PEFT cannot combine, or would combine to something else than the recipe says, is refused from configs and tensor
-headers, before weights of the base are read.
+Adapters that PEFT cannot combine, or would combine differently from what the recipe says, are rejected. The check
+reads only configs and tensor headers, and runs before the base's weights are read.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class CombinedAdapter:
 
     Attributes:
         parts: the adapters, in the order of the recipe.
-        bases: the base's revision of each part that is a registered version, keyed by the version.
+        bases: revision of the base on which each registered version among the parts was trained, keyed by version.
         rank: rank of the result.
         seed: seed of the values that DARE drops.
     """
@@ -53,7 +53,7 @@ class CombinedAdapter:
         """Return a recipe completed with the type, rank, alpha and layers of the result. Its scale is 1.
 
         Raises:
-            RecipeError: the recipe has another value for one of them.
+            RecipeError: the recipe has another value for one of these keys.
         """
         values = {
             "adapter.type": AdapterType.LORA,
@@ -67,14 +67,14 @@ class CombinedAdapter:
         return complete_recipe(recipe, values, f"the combination by {self.combine.method}")
 
     def warnings(self, base: str) -> list[str]:
-        """Return what users should know before the adapters are combined with this base."""
+        """Return warnings about adapters that name a different base from the given one."""
         return [warning for part in self.parts if (warning := part.check_base(base)) and part.origin not in self.bases]
 
     def check_revision(self, base: Base) -> None:
         """Check that all parts that are registered versions were trained on exactly this base.
 
         Raises:
-            BaseModelError: one was trained on another base.
+            BaseModelError: a version was trained on another base.
         """
         for version, revision in self.bases.items():
             if revision != base.revision:

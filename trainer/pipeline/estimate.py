@@ -43,7 +43,8 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
 def _several(device: ComputeDevice, recipe: Recipe, settings: Settings) -> ComputeDevice:
     """Return a device with the number of GPUs or processes that the recipe would train on.
 
-    Without `train.devices`, this is one for a listed GPU, and all free ones for this machine.
+    If `train.devices` is not set, the number is 1 for a GPU listed in gpus.yaml. For this machine, the number
+    is that of the devices that `find_devices` chooses.
     """
     asked = recipe.train.devices
     if device.name == HERE:

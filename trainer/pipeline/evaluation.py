@@ -105,7 +105,7 @@ class RunEvaluation:
 
     @cached_property
     def tokenized(self) -> list[TokenizedExample]:
-        """The held-out examples, tokenized as in training. Of a document, the beginning."""
+        """The held-out examples, tokenized as in training. Documents are truncated to `document_length`."""
         rows = tokenize_as_trained(self.base.folder, self.heldout, self.template_kwargs)
         if self.document_length is None:
             return rows

@@ -233,8 +233,8 @@ class _Reader:
         return better
 
     def judged(self, examples: Sequence[ChatExample]) -> tuple[Judged, ...]:
-        """Return the pairs or labelled answers that the given examples represent. Empty if the objective is not a
-        preference.
+        """Return the pairs or labelled answers that the given examples represent. The result is empty if the
+        objective is not a preference.
         """
         return tuple(self._judged[id(example)][1] for example in examples) if self._judged else ()
 

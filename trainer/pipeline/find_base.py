@@ -35,7 +35,7 @@ def find_base(
 
     Args:
         template: chat template to use in place of the base's own, or None to keep the base's own.
-        scaling: scaling of the positions, if it has a type.
+        scaling: scaling of the positions; its type is None to keep the base's own positions.
         tokens: tokens that the base lacks.
 
     Raises:
@@ -85,7 +85,7 @@ def find_config(
     Args:
         template: chat template to use in place of the base's own, if the folder has a tokenizer, or None to
             keep the base's own.
-        scaling: scaling of the positions, if it has a type.
+        scaling: scaling of the positions; its type is None to keep the base's own positions.
         tokens: tokens that the base lacks.
 
     Raises:

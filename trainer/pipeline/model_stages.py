@@ -1,7 +1,7 @@
 """The stages between training and registration, which create and evaluate a version's formats.
 
-They need the device on which versions are evaluated, and no other part of the service: no registry, no tracking, no
-files of the recipe. They can therefore run on another machine (trainer.pipeline.ray_stages).
+These stages need the device on which versions are evaluated, but not the registry, the tracking server or the recipe's
+files. They can therefore run on another machine (trainer.pipeline.ray_stages).
 """
 
 import shutil
@@ -46,7 +46,7 @@ class ModelStages:
 
     @property
     def steps(self) -> dict[Stage, Step]:
-        """The stages, with the disk space of each. Merging and quantizing write at most as much as the base's size."""
+        """The stages, with the disk space of each. A merged or quantized model is at most as large as the base."""
         run, size = self._run, sum(path.stat().st_size for path in weight_files(self._base))
         steps = {
             Stage.MERGE: Step(self._merge, size, (run.merged,)),

@@ -94,7 +94,7 @@ def _check_architecture(base: Path, config: "PreTrainedConfig") -> None:
 
 
 def _check_rank(config: "PreTrainedConfig", recipe: Recipe) -> None:
-    """Reject a rank that a part of the base's weights cannot have."""
+    """Reject a rank that exceeds a target layer's smaller dimension, which PiSSA and OLoRA cannot use."""
     model = without_weights(config)
     sizes = linear_layers(model)
     smallest = min(target_layers(model, recipe.adapter.targets), key=lambda name: min(sizes[name]))

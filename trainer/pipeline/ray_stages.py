@@ -3,7 +3,7 @@
     to the node      as a message: recipe, examples, and results of earlier stages
                      through the object store: base, and trained model
     from the node    as a message: results, and hashes of the weights
-                     through the object store: weights of the recipe's formats, at the place where versions have them
+                     through the object store: weights of the recipe's formats, with the same keys as a version's
 
 All stages run on one node, which has the weights on its disk. If the node is lost, another one gets the weights of
 finished stages from the object store. A merged model that is not among the recipe's formats is not stored there, but
@@ -49,13 +49,13 @@ _QUALIFIED: Mapping[Stage, Format] = {stage: format for format, stage in QUALIFY
 
 @dataclass(frozen=True)
 class StageTask:
-    """Everything that a node needs to know of a run. It is pickled.
+    """Everything that a node needs to know about a run. A task is sent to the node in pickled form.
 
     Args:
         evaluation: the run's evaluation, without the settings of this machine.
         calibration: see `ModelStages`.
         artifacts: URL of the object store.
-        adapter: the trained adapter, or None before and after full fine-tuning.
+        adapter: the trained adapter, or None before training and for full fine-tuning.
         trained: the model trained by full fine-tuning, with paths relative to its folder.
         weights: weights of finished stages.
         results: results of finished stages, as `Run.results` returns them.
@@ -78,8 +78,8 @@ class RayStages:
     Args:
         models: the run's stages, as this machine would run them.
         checkpoints: the run's checkpoints in the object store.
-        node: the node that was described before training. Measurements of nodes with other devices are not comparable,
-            so they are refused.
+        node: the node that was described before training. Nodes with other devices are rejected, because their
+            measurements are not comparable.
     """
 
     def __init__(

@@ -96,7 +96,7 @@ class Registration:
         evaluation: evaluation of the run's models.
         number_type: number type used in training.
         tracking_run: id of the MLflow run.
-        machine: machine that ran the stages, unless it is this one.
+        machine: machine that ran the stages, or None if this machine ran them.
     """
 
     registry: Registry
@@ -177,7 +177,7 @@ class Registration:
         return the existing manifest.
 
         Args:
-            failed_too: whether to register the version even if it fails a check. It can then not be promoted.
+            failed_too: whether to register the version even if it fails a check. Such a version cannot be promoted.
 
         Raises:
             TrainingError: the version fails a check.

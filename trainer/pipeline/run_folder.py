@@ -116,7 +116,7 @@ class Run:
         return stored.get("key") == self._keys[stage] and all(output.is_dir() for output in outputs)
 
     def stored_weights(self, stage: Stage) -> StoredWeights | None:
-        """Return the weights of a finished stage that are in the object store, or None if it left none there."""
+        """Return the weights of a finished stage that are in the object store, or None if there are none."""
         if not self.done(stage):
             return None
         stored = read_json_object(self._result(stage)).get("stored")

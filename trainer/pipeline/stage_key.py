@@ -35,8 +35,8 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
     """Return the keys of a run's stages, keyed by stage.
 
     Data paths, the checkpoint interval and the held-out loss curve are excluded, because they do not affect the result.
-    The exception is a preference, for which the held-out curve is included because the model must score its examples
-    before training. Devices are excluded because they affect only rounding, so that a run can resume on other devices.
+    As an exception, preference objectives include the held-out curve, because the model must score its examples before
+    training. Devices are excluded because they affect only rounding, so that a run can resume on other devices.
 
     Args:
         trained: hash of an adapter that is not trained in this run. Its path is excluded.

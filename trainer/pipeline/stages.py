@@ -64,7 +64,7 @@ class Pipeline:
 
     Args:
         launch: creates engines; defaults to vLLM processes on this machine.
-        register_failed: whether to register a version even if it fails a check. It can then not be promoted.
+        register_failed: whether to register a version even if it fails a check. Such a version cannot be promoted.
         expected: estimated memory and time of training on this machine, or None if unknown.
         progress: file to which the progress is written for other programs.
         trained: adapter that was trained elsewhere, or adapters to combine, instead of training one.
@@ -139,8 +139,8 @@ class Pipeline:
         """Return the stages that the recipe's formats need, with the disk space of each.
 
         A checkpoint of full fine-tuning contains float32 weights and two moments. With AdamW, that is six times
-        the size of the base in bf16. Besides the checkpoints to keep, there are the one being written and the
-        best one. The checkpoints of a resumed run are already on the disk.
+        the size of the base in bf16. In addition to the checkpoints to keep, the disk holds the checkpoint being
+        written and the best checkpoint. The checkpoints of a resumed run are already on the disk.
         """
         run, size = self.run, sum(path.stat().st_size for path in weight_files(self.base.folder))
         kept = self.recipe.checkpoints.keep + 1 + self.recipe.stopping.keep_best

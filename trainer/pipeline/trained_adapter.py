@@ -47,7 +47,7 @@ class TrainedAdapter:
 
     @property
     def base(self) -> str | None:
-        """The base that the adapter names, or None if it is a folder, which may be on another machine."""
+        """The base that the adapter names, or None if it names a folder, which may be on another machine."""
         named = str(self.config.get("base_model_name_or_path") or "")
         return named if named in KNOWN or _HUB_ID.fullmatch(named) else None
 
@@ -68,19 +68,19 @@ class TrainedAdapter:
 
     @property
     def layers(self) -> list[str]:
-        """The names of the layers that it changes."""
+        """The names of the layers that the adapter changes."""
         names = {tensor.name.partition(".lora_")[0] for tensor in read_headers(self.folder)}
         return sorted(name.removeprefix("base_model.model.") for name in names)
 
     def warnings(self, base: str) -> list[str]:
-        """Return what users should know before it is combined with this base."""
+        """Return warnings if the adapter names a different base from the given one, or can only be served merged."""
         return [warning for warning in (self.check_base(base), merged_only(self.config)) if warning]
 
     def describe(self, recipe: Recipe) -> Recipe:
         """Return a recipe completed with the adapter's type, rank, alpha and layers.
 
         Raises:
-            RecipeError: the recipe has a different value for one of them.
+            RecipeError: the recipe has a different value for one of these keys.
         """
         return complete_recipe(recipe, self._recipe_values(), f"adapter {self.origin}")
 
@@ -94,8 +94,8 @@ class TrainedAdapter:
         }
 
     def copy_to(self, out: Path, base: Path) -> None:
-        """Copy the adapter to a new folder. In the copy's config, the base is replaced by this machine's base, and a
-        pattern for layers by a list of their names, because an engine needs both.
+        """Copy the adapter to a new folder. In the copy's config, the base becomes the given folder, and a pattern for
+        layers becomes a list of layer names, because an engine needs a local base and explicit names.
         """
         out.mkdir(parents=True)
         shutil.copyfile(self.folder / _WEIGHTS_FILE, out / _WEIGHTS_FILE)
@@ -113,7 +113,7 @@ def complete_recipe(recipe: Recipe, values: Mapping[str, Any], adapter: str) -> 
         adapter: the adapter, for error messages.
 
     Raises:
-        RecipeError: the recipe has another value for one of them.
+        RecipeError: the recipe has another value for one of these keys.
     """
     implied = ADAPTER_TYPES[recipe.method]
     if "method" in recipe.model_fields_set and implied is not values["adapter.type"]:

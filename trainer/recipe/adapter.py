@@ -33,7 +33,7 @@ class Quantization(StrEnum):
 
 
 class TokenLayer(StrEnum):
-    """Layer with a row of weights for each token. If both are tied, they are one."""
+    """Layer with a row of weights for each token. Tied layers share their weights."""
 
     EMBEDDING = "embed_tokens"
     HEAD = "lm_head"
@@ -61,7 +61,7 @@ class Method(StrEnum):
 
 MAX_RANK = 1024
 GAUSSIAN, OLORA, PISSA = "gaussian", "olora", "pissa"
-"""Values of `adapter.init` with PEFT's names. Those for an approximate PiSSA start with `pissa` too."""
+"""Values of `adapter.init`, named as in PEFT. The values for an approximate PiSSA also start with `pissa`."""
 
 
 def pissa_iterations(init: str) -> int | None:
@@ -86,17 +86,17 @@ class Adapter(Section):
     rslora: bool = False
     """scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones; lora and dora only"""
     init: Annotated[str, Field(pattern=r"^(gaussian|olora|pissa|pissa_niter_[1-9]\d{0,2})$")] | None = None
-    """how the first matrices are chosen: gaussian, olora, pissa, or pissa_niter_16 for a faster approximate pissa with
-    16 iterations (1 to 999); lora only; default: a random and a zero matrix; see
+    """how the adapter's matrices are initialized: gaussian, olora, pissa, or pissa_niter_16 for a faster approximate
+    pissa with 16 iterations (1 to 999); lora only; default: one random and one zero matrix; see
     [training](training.md#first-matrices)"""
     modules_to_save: tuple[TokenLayer, ...] = ()
     """embeddings to train in full in addition to the adapter: embed_tokens, lm_head or both; lora and dora only; see
     [training](training.md#new-tokens)"""
     trained: FolderOrHubId = None
-    """an adapter saved by PEFT, as a folder (`./name`) or Hugging Face id, that becomes the version instead of being
-    trained; the keys of `train` then have no effect; see [adapters](adapters.md#adapters-trained-elsewhere)"""
+    """an adapter saved by PEFT, as a folder (`./name`) or Hugging Face id, to register as the version without
+    training; the keys of `train` then have no effect; see [adapters](adapters.md#adapters-trained-elsewhere)"""
     combine: Combine | None = None
-    """adapters from which the version's adapter is computed instead of training it: `{method: , density: , adapters:
+    """adapters to combine into the version's adapter, instead of training one: `{method: , density: , adapters:
     [{adapter: , weight: }, ...]}`; see [adapters](adapters.md#combining-adapters)"""
 
     @property

@@ -13,8 +13,8 @@ VERSION_PATTERN = rf"{NAME_PATTERN.removesuffix('$')}@{NUMBER_PATTERN}$"
 
 
 class CombineMethod(StrEnum):
-    """Method of PEFT's `add_weighted_adapter`. Those without `_svd`, except `cat`, combine the factors A and B of
-    LoRA separately; those with `_svd` combine the products B A, and factorize the result.
+    """Method of PEFT's `add_weighted_adapter`. Methods whose name ends in `svd` combine the products B A of LoRA's
+    factors, and factorize the result. All others, except `cat`, combine the factors A and B separately.
     """
 
     CAT = "cat"
@@ -22,20 +22,20 @@ class CombineMethod(StrEnum):
     SVD = "svd"
     """The weighted sum of the updates, reduced to a smaller rank."""
     LINEAR = "linear"
-    """The weighted sum of the factors, which only approximates that of the updates."""
+    """The weighted sum of the factors, which only approximates the weighted sum of the updates."""
     TIES = "ties"
-    """Small values are dropped, and those whose sign is outvoted (Yadav et al. 2023)."""
+    """Small values are dropped, and then values whose sign differs from the majority's (Yadav et al. 2023)."""
     TIES_SVD = "ties_svd"
     DARE_LINEAR = "dare_linear"
-    """Random values are dropped, and the others enlarged (Yu et al. 2024)."""
+    """Random values are dropped, and the remaining values are scaled up (Yu et al. 2024)."""
     DARE_LINEAR_SVD = "dare_linear_svd"
     DARE_TIES = "dare_ties"
-    """Random values are dropped, and those whose sign is outvoted."""
+    """Random values are dropped, and then values whose sign differs from the majority's."""
     DARE_TIES_SVD = "dare_ties_svd"
 
     @property
     def drops(self) -> bool:
-        """Whether it drops values, and thus needs a density."""
+        """Whether the method drops values, and therefore needs a density."""
         return self.startswith(("ties", "dare"))
 
     @property
@@ -57,7 +57,7 @@ class WeightedAdapter(Section):
     ]
     """a version (`NAME@N`), a folder (`./name`) or a Hugging Face id"""
     weight: float = 1.0
-    """factor of its update; may be negative"""
+    """factor by which the adapter's update is multiplied; may be negative"""
 
 
 class Combine(Section):

@@ -15,7 +15,7 @@ class NamedTemplate(StrEnum):
     ZEPHYR = "zephyr"
     """Turns after `<|ROLE|>`, as in Zephyr and TinyLlama Chat."""
     TEXT = "text"
-    """The texts of all turns one after the other, as a base continues them; used by `objective: text`."""
+    """The texts of all turns, one after another, without anything in between; used by `objective: text`."""
 
 
 TEMPLATE_CHOICES = f"one of {', '.join(NamedTemplate)}; or a file that ends in .jinja"

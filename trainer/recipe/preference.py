@@ -30,7 +30,8 @@ class Preference(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """dpo with `loss: robust`: share of the pairs whose preference is wrong"""
     desirable_weight: float = Field(1.0, gt=0)
-    """kto: weight of desirable answers; the ratio of both weights should balance the numbers of answers"""
+    """kto: weight of desirable answers; choose both weights so that they balance the numbers of desirable and
+    undesirable answers"""
     undesirable_weight: float = Field(1.0, gt=0)
     """kto: weight of undesirable answers"""
 

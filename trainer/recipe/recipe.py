@@ -42,8 +42,8 @@ class ReportTo(StrEnum):
 # 2e-3 2.52; vera 0.36, at 2e-2 0.73. Their vectors start at or near 0, and Adam moves each by no more than the rate.
 _LEARNING_RATES = {None: 5e-5, AdapterType.ADALORA: 1e-2, AdapterType.VERA: 6e-2}
 _MEASURED_WIDTH = 576
-"""Hidden width of SmolLM2-135M, with which these learning rates were measured. See docs/training.md for
-rates of wider models."""
+"""Hidden width of SmolLM2-135M, for which the default learning rates were measured. See docs/training.md for rates of
+wider models."""
 
 
 _PREFERENCE_RATES = {
@@ -52,7 +52,7 @@ _PREFERENCE_RATES = {
     Objective.ORPO: (0.2, 0.2),
 }
 """Default learning rate of each preference objective as a share of the rate for reference answers, for adapters and for
-full fine-tuning. docs/training.md gives the published rates between which they lie."""
+full fine-tuning. These defaults are between the published rates that docs/training.md lists."""
 
 
 NewTokens = Annotated[
@@ -190,7 +190,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _text_defaults(cls, content: Any) -> Any:
-        """Set the values that documents need, unless the recipe has others, which are then rejected."""
+        """Set the values that documents need. Other values in the recipe are left unchanged, to be rejected later."""
         if not isinstance(content, dict) or content.get("objective") != Objective.TEXT:
             return content
         evaluate = content.get("evaluate") or {}
@@ -327,8 +327,9 @@ class Recipe(Section):
         """Return the default learning rate for a base of the given width. It depends on the objective and the
         adapter type, or on whether all weights are trained.
 
-        The rate falls with the square root of the width. This lies between the exponents of "LoRA Without
-        Regret" for Llama (0.78) and Qwen (0.08), and within the usual rates for models from 1B to 70B.
+        The rate is inversely proportional to the square root of the width. This exponent, 0.5, lies between the
+        exponents of "LoRA Without Regret" for Llama (0.78) and Qwen (0.08). For models from 1B to 70B, it gives rates
+        in the usual range.
         """
         rate = _LEARNING_RATES.get(self.adapter_type, 5e-4) * min(1.0, math.sqrt(_MEASURED_WIDTH / width))
         if shares := _PREFERENCE_RATES.get(self.objective):

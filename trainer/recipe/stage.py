@@ -33,7 +33,8 @@ QUANTIZE_STAGES: Mapping[Format, Stage] = {
     Format.INT8: Stage.QUANTIZE_INT8,
     Format.FP8: Stage.QUANTIZE_FP8,
 }
-"""Stage that writes each quantized format. Every format has its own stages, so adding one repeats no other."""
+"""Stage that writes each quantized format. Every format has its own stages, so adding a format does not repeat
+the stages of other formats."""
 QUALIFY_STAGES: Mapping[Format, Stage] = {
     Format.GPTQ: Stage.QUALIFY,
     Format.AWQ: Stage.QUALIFY_AWQ,

@@ -35,4 +35,4 @@ TargetChoice = Annotated[
     BeforeValidator(_as_targets),
     WithJsonSchema({"anyOf": [{"enum": list(Targets)}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
-"""A preset, or the ends of layer names, such as `q_proj` or `mlp.up_proj`."""
+"""A preset, or suffixes of layer names, such as `q_proj` or `mlp.up_proj`."""

@@ -36,7 +36,7 @@ class Sharding(StrEnum):
 
 
 class Optimizer(StrEnum):
-    """Optimizer. The choice determines the size of its two moments per weight and where they are stored."""
+    """Optimizer for training, which determines the size of its two moments per weight and where they are stored."""
 
     ADAMW = "adamw"
     """AdamW with moments in float32 (Loshchilov and Hutter 2019)."""
@@ -83,8 +83,8 @@ class Train(Section):
     """peak learning rate; default for bases of hidden width 576 or less: 5e-4, or 1e-2 for adalora, 6e-2 for
     vera and 5e-5 for full; lower for wider bases and for preferences, see [training](training.md#learning-rate)"""
     lora_plus_ratio: Annotated[float, Field(ge=1)] | None = None
-    """learning rate of LoRA's B matrices as a multiple of `learning_rate`, which is then that of A (LoRA+); lora, qlora
-    and dora only; default: the same for both"""
+    """learning rate of LoRA's B matrices as a multiple of `learning_rate`, which then applies to the A matrices
+    (LoRA+); lora, qlora and dora only; default: the same for both"""
     schedule: Schedule = Schedule.LINEAR
     """how the learning rate decays: linear or cosine to 0, or constant"""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
@@ -102,8 +102,7 @@ class Train(Section):
     instead of copied to each; auto does so if a copy does not fit on one device; see
     [training](training.md#models-that-do-not-fit-on-one-gpu)"""
     batch_size: int = Field(16, ge=1)
-    """number of examples per batch; the examples of a step are batch_size x gradient_accumulation, on any number of
-    devices"""
+    """number of examples per batch; a step has batch_size x gradient_accumulation examples, on any number of devices"""
     gradient_accumulation: int = Field(1, ge=1)
     """batches per optimizer step; accumulating batches needs less memory than a larger batch"""
     weight_decay: float = Field(0.0, ge=0)
@@ -119,7 +118,7 @@ class Train(Section):
     then counts as one example"""
     gradient_checkpointing: bool | None = None
     """recompute activations instead of storing them; default: on a GPU, true unless training fits in its free
-    memory without; false on a CPU"""
+    memory without it; on a CPU, false"""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
     """strength of the noise added to the embeddings (Jain et al. 2023), usually 5; default: no noise"""
     seed: int = Field(0, ge=0, lt=2**32)

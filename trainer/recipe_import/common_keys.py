@@ -34,7 +34,7 @@ PER_GPU = "the imported value is per GPU, but here it is the total for all GPUs:
 
 
 def import_optimizer(draft: Draft, key: str, default: str) -> None:
-    """Import the optimizer, under the name that transformers gives it."""
+    """Import the optimizer, which the other tool names as transformers does."""
     name = draft.take(key, default)
     if optimizer := next((ours for ours, names in _OPTIMIZERS.items() if name in names), None):
         draft.values["train.optimizer"] = optimizer.value
@@ -90,7 +90,7 @@ def import_targets(draft: Draft, key: str, names: Any) -> None:
 
 
 def import_start(draft: Draft, key: str, start: str) -> None:
-    """Import the start of an adapter, under PEFT's name. Call this after the method has been imported."""
+    """Import an adapter's initialization, given by its name in PEFT. Call this after the method has been imported."""
     plain, rooted = draft.values["method"] == Method.LORA, draft.values.get("adapter.rslora")
     try:
         adapter = Adapter(init=start)
@@ -138,7 +138,9 @@ def import_modules_to_save(draft: Draft, key: str) -> None:
 
 
 def import_dropout(draft: Draft) -> None:
-    """Import the adapter's dropout, which preferences do not permit. Call this after the method has been imported."""
+    """Import the adapter's dropout, which preference objectives do not support. Call this after the method has been
+    imported.
+    """
     dropout = draft.take("lora_dropout")
     if not dropout or draft.values["method"] == Method.FULL:
         return

@@ -17,11 +17,11 @@ class Effect(StrEnum):
     """Effect of an import on a key."""
 
     CHANGED = "changed"
-    """It was imported, but does not mean exactly the same."""
+    """The key was imported, but does not mean exactly the same as in the other tool."""
     LEFT_OUT = "left out"
-    """It was not imported, and training differs without it."""
+    """The key was not imported, and training differs without it."""
     NOT_NEEDED = "not needed"
-    """It was not imported, because the trainer decides this itself or has no use for it."""
+    """The key was not imported, because the trainer chooses the value itself or has no use for it."""
 
 
 @dataclass(frozen=True, slots=True)

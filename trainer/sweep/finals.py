@@ -2,7 +2,7 @@
 decide which trial wins.
 
 Held-out loss says little about general ability, and does not fully predict the primary metric. Measuring
-either takes answers, so this is done for only a few trials, in a single engine. Each adapter is merged,
+either one requires generated answers, so only a few trials are measured, in a single engine. Each adapter is merged,
 and the merged weights are loaded in place, in the same way as `svc train` evaluates a version. This
 works for every adapter type, including those that vLLM does not serve.
 """
@@ -152,8 +152,8 @@ class Finals:
         try_on_references([self.metric], self.examples)
 
     def rank(self, trials: Sequence[TrialOutcome]) -> list[TrialOutcome]:
-        """Return the completed trials that have an adapter, without duplicates. The first two keep their place; the
-        rest are sorted by held-out loss.
+        """Return the completed trials that have an adapter, without duplicates. The first two trials, the
+        unchanged recipe and the preferred trial, stay first; the others are sorted by held-out loss.
         """
         order = [*trials[:2], *sorted(trials[2:], key=lambda trial: trial.mean)]
         unique: dict[str, TrialOutcome] = {}

@@ -70,7 +70,8 @@ class RayTrials:
 
     Args:
         base: base model of all trials.
-        limit: maximum number of trials that train at the same time. By default, as many as the cluster has room for.
+        limit: maximum number of trials that train at the same time. By default, as many as the cluster has resources
+            for.
     """
 
     def __init__(self, settings: Settings, recipe: Recipe, base: Base, limit: int | None) -> None:
@@ -97,7 +98,7 @@ class RayTrials:
             InterruptedRunError: a signal was received.
             RegistryError: the object store does not respond, or rejects a request.
             ServerNotRunningError: the cluster cannot be reached.
-            SvcError: a trial could not be trained, and not because of its values.
+            SvcError: a trial could not be trained, for a reason other than its values.
         """
         base = share_base(ObjectStore(self._artifacts), self._base.folder, self._base.revision)
         with connected(find_address(self._settings.address)), preemption() as asked:
@@ -198,7 +199,7 @@ class RayTrials:
         """Return the untrained model's loss on each judged example.
 
         Args:
-            folder: folder as of a trial. Nothing is written to it.
+            folder: folder like that of a trial. Nothing is written to it.
 
         Raises:
             InterruptedRunError: a signal was received.

@@ -108,7 +108,7 @@ class Search:
     Args:
         recipe: the recipe as loaded.
         usual_rate: default learning rate for the recipe's method and base.
-        start_trial: starts training with the given values, unless they were trained with before.
+        start_trial: starts training with the given values, unless a trial with these values has already been trained.
         storage: Optuna storage, or its URL.
         parallel: maximum number of trials that train at the same time.
 
@@ -223,8 +223,8 @@ class Search:
         return choose()
 
     def _epochs(self, best: TrialOutcome) -> TrialOutcome:
-        """Try one epoch, then more epochs as long as each increase lowers held-out loss. From the longest
-        configured training on, it must fall by more than chance.
+        """Try one epoch, then more epochs as long as each increase lowers held-out loss. From the largest
+        planned number of epochs on, the loss must fall by more than chance.
         """
         own = None if self.recipe.train.steps else self.recipe.train.epochs
         lengths = sorted({*_EPOCHS, own or 1.0})
@@ -391,7 +391,7 @@ class _Pruning:
     """Decides after each measurement of a trial whether the trial is pruned. It may be called in any thread.
 
     Args:
-        study: study of the trial. Of its trials, those that are complete now are compared with the trial.
+        study: study of the trial. The trial is compared with the trials that are complete when this object is created.
     """
 
     def __init__(self, study: optuna.Study) -> None:

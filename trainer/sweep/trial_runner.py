@@ -221,8 +221,8 @@ class TrialRunner:
         train: Sequence[Sequence[TokenizedExample]] | None = None,
         title: str = "",
     ) -> TrialOutcome:
-        """Train with the given values and return the outcome. If they were trained with before, return the earlier
-        outcome.
+        """Train with the given values and return the outcome. If a trial with these values has already been trained,
+        return its outcome.
 
         Args:
             values: the values to change in the recipe.

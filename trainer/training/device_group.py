@@ -29,10 +29,10 @@ from trainer.training.processes import Call, Listens, Place
 from trainer.training.sharding import check_sharded
 
 _GRADIENTS_TIMEOUT = timedelta(minutes=30)
-"""Maximum time that a process waits for the gradients of the others. The caller notices within seconds if a process
-dies, so this limit only stops a run in which a process hangs."""
+"""Maximum time that a process waits for the gradients of the other processes. The caller notices within seconds if a
+process dies, so this limit only stops a run in which a process hangs."""
 _TIMEOUT = timedelta(hours=3)
-"""Maximum time that a process waits for the first one, which writes and uploads checkpoints."""
+"""Maximum time that a process waits for the first process, which writes and uploads checkpoints."""
 
 Value = TypeVar("Value")
 Row = TypeVar("Row")
@@ -274,7 +274,7 @@ class GroupCheckpoints(CheckpointFolder):
 
 
 def devices_of(checkpoint: Path) -> int:
-    """Return the number of devices on which a checkpoint was trained. Each has its own random state in the
-    checkpoint.
+    """Return the number of devices on which a checkpoint was trained. Each device has its own random
+    state in the checkpoint.
     """
     return len(list(checkpoint.glob("rng_state_*.pth"))) or 1

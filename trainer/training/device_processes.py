@@ -61,7 +61,7 @@ class DeviceProcesses:
 
     @property
     def are_local(self) -> bool:
-        """Whether they can read this machine's files."""
+        """Whether the processes can read this machine's files."""
         return True
 
     def run(

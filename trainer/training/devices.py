@@ -15,7 +15,8 @@ from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Train
 
 _MAX_USED = 1.5 * 2**30
-"""Bytes that may be in use on a free GPU, for example by a desktop or by the estimate that precedes training."""
+"""Maximum number of bytes in use on a GPU that still counts as free, for example by a desktop or by the estimate that
+precedes training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,8 @@ def choose_gpus(train: Train, gpus: Sequence[Gpu], first: str) -> DeviceChoice:
         first: name of the GPU that torch would use alone, whose number type is used.
 
     Raises:
-        RecipeError: a listed GPU does not exist or differs, fewer GPUs are free than the recipe asks for, or a step
-            cannot be divided.
+        RecipeError: a listed GPU does not exist or differs from the one that torch would use, fewer GPUs are free than
+            the recipe asks for, or a step cannot be divided.
     """
     asked = train.devices
     reasons: list[str] = []

@@ -154,10 +154,10 @@ def as_forward_pass(model: torch.nn.Module, work: Callable[[], Tensor], inputs: 
 def fused_head_is_right(model: PreTrainedModel | PeftModel) -> bool:
     """Return whether TRL's output head computes the same log-probabilities as the model's own forward pass.
 
-    TRL multiplies hidden states by the head's weights itself. From config keys, it knows how most models
-    change logits, such as the scale of Granite and Cohere and the soft cap of Gemma. Changes that it does
-    not know, such as RecurrentGemma's cap and Inkling's scale, are silently ignored. They are detected with
-    hidden states whose logits reach 100, where the difference far exceeds the rounding of any number type.
+    TRL multiplies hidden states by the head's weights itself. TRL reads from config keys how most models change logits,
+    such as the scale of Granite and Cohere and the soft cap of Gemma. TRL silently ignores changes that it does not
+    know, such as RecurrentGemma's cap and Inkling's scale. These changes are detected with hidden states whose logits
+    reach 100, where the difference far exceeds the rounding of any number type.
 
     Args:
         model: a model to which TRL has added its output head.
@@ -205,8 +205,8 @@ def answer_loss(
 def answer_token_losses(
     model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
 ) -> Tensor:
-    """Return the cross entropy of each answer token in nats, row by row. It has no gradient; for the rest, see
-    `answer_loss`.
+    """Return the cross entropy of each answer token in nats, row by row, without a gradient. For the
+    arguments, see `answer_loss`.
     """
     hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=True)
     size = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
@@ -218,7 +218,7 @@ def answer_logprobs(
     model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor, balance: "Balance | None" = None
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each row's answer in nats, summed over its tokens, with its gradient, and the
-    number of these tokens. For the rest, see `answer_loss`.
+    number of these tokens. For the other arguments, see `answer_loss`.
 
     Args:
         balance: receives the loss that balances the experts of a mixture. If given, each row is computed in full.
@@ -300,7 +300,7 @@ def _hidden_states(
     [number of target tokens, width].
 
     `logits_to_keep` would score the same positions in all rows. Because rows end at different positions,
-    that can be ten times as many. The output of the head is not used here.
+    this can be ten times as many positions. The output of the head is not used here.
 
     Args:
         learnt: mask of shape [batch, length - 1], true where the next token counts toward the loss.
@@ -341,7 +341,7 @@ def _summed_cross_entropy(
         hidden: hidden states of shape [positions, width], from `_hidden_states`.
         targets: token ids of shape [positions].
         logits_at_once: maximum number of logits in memory (positions times vocabulary).
-        correct: as in `answer_loss`. The gradient's recomputation adds to it again.
+        correct: as in `answer_loss`. If logits are recomputed for the gradient, their counts are added a second time.
     """
     size = max(1, logits_at_once // model.config.get_text_config().vocab_size)
     if len(hidden) <= size:

@@ -27,7 +27,7 @@ from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Optimizer
 
 _MIN_8BIT, _MIN_PAGED = 4096, 100_000
-"""Numbers of elements of the smallest weights whose moments bitsandbytes stores in 8 bits, and pages."""
+"""Minimum number of elements of a weight for bitsandbytes to store its moments in 8 bits, and to page them."""
 _REINSTALL_FLASH = "install a flash-attn made for this torch and transformers, or remove it: pip uninstall flash-attn"
 _REPORT = "report this with the output of: pip list"
 
@@ -271,7 +271,7 @@ def _stays_wide(model: nn.Module, name: str) -> bool:
 
 
 def check_padding_free(batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Check that a batch of several rows is one row, in which positions start again with each example.
+    """Check that a batch joins its rows into one, in which positions start again with each example.
 
     Args:
         rows: the rows from which the collator made the batch.

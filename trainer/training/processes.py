@@ -79,7 +79,7 @@ class TrainingProcesses(Protocol):
 
     @property
     def are_local(self) -> bool:
-        """Whether they are on this machine and can read its files."""
+        """Whether the processes are on this machine and can read its files."""
 
     def run(
         self,

@@ -41,7 +41,7 @@ node dead after 14 s."""
 _REPLACEMENT_S = 600.0
 _CLEAN_S = 5.0
 _ATTEMPTS = 3
-"""Number of times in a row that workers may be lost without a new checkpoint."""
+"""Number of consecutive losses of workers, without a new checkpoint in between, after which the run fails."""
 _STOPPED = "stopped by {} before the first step"
 
 
@@ -55,12 +55,12 @@ class WorkerLostError(ClusterError):
 
 @dataclass(frozen=True, slots=True)
 class SideBySide:
-    """How a training runs at the same time as others of this process, in a thread.
+    """Options for a training run in a thread, at the same time as other runs of this process.
 
     Attributes:
-        title: text in front of each line of its output.
+        title: text in front of each line of the run's output.
         asked: receives the signals of this process.
-        others_train: returns whether others have workers, whose resources will become free.
+        others_train: returns whether other runs have workers, whose resources will become free.
     """
 
     title: str
@@ -108,8 +108,8 @@ def choose_kind(settings: RaySettings, resources: Mapping[str, float]) -> Worker
 
 
 def count_fitting(kind: WorkerKind, size: int, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float]) -> int:
-    """Return how many trainings with `size` workers each can run at the same time on the free part of a cluster. The
-    result is at least 1, and too high if the free resources are in small parts on many nodes.
+    """Return how many training runs with `size` workers each can run at the same time on a cluster's free resources.
+    The result is at least 1, and is too high if the free resources are spread in small parts over many nodes.
 
     Args:
         nodes: the cluster's nodes, as `ray.nodes()` returns them.
@@ -130,7 +130,7 @@ def reserved(
     """Reserve the resources of all workers for the duration of the `with` block.
 
     Args:
-        wait_s: maximum wait in seconds. It starts again as long as `others_train` returns True.
+        wait_s: maximum wait in seconds, counted from the last time that `others_train` returned True.
 
     Raises:
         BusyError: other jobs use the resources, and did not release them in time.
@@ -200,7 +200,7 @@ class RayProcesses:
         size: number of workers.
         run: description of the run that is sent to the nodes.
         checkpoints: the run's checkpoints.
-        beside: how the run trains at the same time as others of this process, or None if it is the only one.
+        beside: options for training at the same time as other runs of this process, or None if this is the only run.
         fetches: whether the trained model is downloaded to this machine.
         like: a node whose device the workers must have, or None for any.
 
@@ -246,7 +246,7 @@ class RayProcesses:
 
     @property
     def are_local(self) -> bool:
-        """Whether they can read this machine's files."""
+        """Whether the workers can read this machine's files."""
         return False
 
     @property
@@ -283,7 +283,7 @@ class RayProcesses:
         self._workers = None
 
     def kill(self) -> None:
-        """Kill the workers, without checkpoints. Call this in another thread than `run`, which then raises an error."""
+        """Kill the workers, without checkpoints. Call this in a different thread from `run`, which then fails."""
         if workers := self._workers:
             workers.kill()
 
@@ -369,7 +369,7 @@ class RayProcesses:
 
 
 def describe_node(settings: RaySettings, kind: WorkerKind) -> NodeFacts:
-    """Return information about a node that has resources free, from a worker that is stopped again.
+    """Return information about a node with free resources. A worker is started on it and then stopped again.
 
     Raises:
         BusyError, InterruptedRunError, TrainingError: see `reserved` and `check_equal`.
@@ -568,7 +568,7 @@ class _Output:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the output may have progress bars. Those of several runs would overwrite each other."""
+        """Whether the output may have progress bars. The bars of several runs would overwrite each other."""
         return console.is_terminal and not self._title
 
     def write(self, text: str) -> None:

@@ -36,7 +36,8 @@ from trainer.training.shared_checkpoints import SharedCheckpoints
 
 _RECEIVE_S = 2.0
 _PREPARING = "preparing.lock"
-"""Name of a file in the node's folder. While a run locks it, no other run deletes folders or downloads a base model."""
+"""Name of a file in the node's folder. While a run holds its lock, no other run deletes folders or downloads a base
+model."""
 _CHECKPOINT, TRAINED = "on_checkpoint", "on_trained"
 """Names of the caller's callbacks, which report that a checkpoint or the trained model is in the object store."""
 
@@ -221,7 +222,7 @@ class RayWorker:
 
     @contextmanager
     def _forwarded(self, seat: Seat) -> Iterator[None]:
-        """Send the output of the first worker to the caller, and discard that of the others, which is identical."""
+        """Send the output of the first worker to the caller, and discard the identical output of the others."""
         if seat.rank > 0:
             console.quiet = True
             logging.disable(logging.WARNING)

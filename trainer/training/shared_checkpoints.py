@@ -5,8 +5,9 @@
     checkpoints/RUN/step-00000120/FILE
     checkpoints/RUN/trained/FILE         the result, if another machine continues with it
 
-RUN identifies everything that determines the result. Machines that train the same recipe therefore share a run, and one
-machine can continue where another one disappeared. The store contains the checkpoints of the machine that trained last.
+RUN identifies everything that determines the result. Machines that train the same recipe therefore share a run, and a
+machine can continue the run of another machine that is gone. The store contains the checkpoints of the machine that
+trained last.
 """
 
 import logging

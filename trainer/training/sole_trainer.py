@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from svc.errors import BusyError
 
 _ENDS_S = 15.0
-"""Ray ends the actor of a killed command within seconds."""
+"""Seconds to wait for Ray to stop the actor of a command that was killed."""
 
 
 class RunHolder:
@@ -31,8 +31,8 @@ class RunHolder:
 def sole_trainer(run: str) -> Iterator[None]:
     """Hold a run for the duration of the `with` block, in which this process is connected to a cluster.
 
-    Ray lets only one actor of a namespace have a name, and ends it with the process that started it, even if that is
-    killed.
+    Within a namespace, Ray allows only one actor with a given name. Ray stops the actor when the process that started
+    it ends, even if this process is killed.
 
     Args:
         run: name of the run in the object store.

@@ -118,7 +118,7 @@ class ResumableTrainer(AnswerTrainer):
         shard_model(self.model, self.group.size, number_type, full=full)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer, with LoRA+ in groups of different learning rates."""
+        """Create the optimizer. With LoRA+, its parameter groups have different learning rates."""
         if "8bit" in self.args.optim:
             from bitsandbytes.optim.optimizer import GlobalOptimManager
 
@@ -173,8 +173,8 @@ class ResumableTrainer(AnswerTrainer):
         return sums
 
     def _own_loss_sums(self, rows: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the loss of each row of this process. With sharded weights, a process without rows also computes one,
-        because the other processes need its shares of the weights.
+        """Return the loss of each row of this process. With sharded weights, a process without rows still runs the
+        model on one row, because the other processes need its shares of the weights.
         """
         if self.group.sharded and not rows:
             self.loss_sums(self._heldout[:1])
@@ -215,8 +215,8 @@ class ResumableTrainer(AnswerTrainer):
         super().log(logs, start_time)
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """Run a batch forward and backward. Of the state that a checkpoint contains, this changes only the random
-        number state.
+        """Run the forward and backward pass of a batch. The random number state is the only part of a checkpoint's
+        state that this changes.
 
         Raises:
             StepAbandoned: a signal was received.
@@ -334,8 +334,8 @@ class ResumableTrainer(AnswerTrainer):
         self.load_weights(Path(resume_from_checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load this device's random number state from a checkpoint, unless it was trained on another number of
-        devices.
+        """Load this device's random number state from a checkpoint, unless the checkpoint was saved with another number
+        of devices.
         """
         if checkpoint is not None and devices_of(Path(checkpoint)) == self.group.size:
             super()._load_rng_state(checkpoint)

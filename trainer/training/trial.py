@@ -1,7 +1,8 @@
 """Trains only to measure held-out loss, without merging or serving anything. Imports torch and TRL.
 
 A trial on this machine trains on one device. Its result is bit for bit the same as that of `train_model` on this device
-with the same recipe, even after other training runs in the same process. On a cluster, it trains on one or more.
+with the same recipe, even after other training runs in the same process. On a cluster, a trial trains on one or more
+devices.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -131,7 +131,9 @@ def read_architecture(model: Path) -> Architecture:
 
 
 def _find_difference(gemma: Architecture) -> str | None:
-    """Return how a Gemma 2 model differs from what llama.cpp computes for all of them, or None if it does not."""
+    """Return how a Gemma 2 model differs from the Gemma 2 architecture that llama.cpp hard-codes, or None if it does
+    not differ.
+    """
     config = gemma.config
     kinds = ("sliding_attention", "full_attention")
     if any(kind != kinds[place % 2] for place, kind in enumerate(config.layer_types)):

@@ -1,5 +1,5 @@
-"""Writes a merged model to a GGUF file in 4 to 6 bits. This uses llama.cpp's tool, because the `gguf` package cannot
-write these types.
+"""Writes a merged model to a GGUF file in 4 to 6 bits. This uses llama.cpp's `llama-quantize`, because the `gguf`
+package cannot write these types.
 """
 
 import os
@@ -32,12 +32,13 @@ class KQuant(StrEnum):
 
 
 MAX_CHANGE = {KQuant.Q4_K_M: 0.2, KQuant.Q5_K_M: 0.1, KQuant.Q6_K: 0.05}
-"""As `MAX_CHANGE` of the writer. Measured for SmolLM2's worst matrix, in this order: 0.052, 0.053 and 0.018. Its width
-of 576 is not a multiple of 256, and llama.cpp gives such matrices types with smaller blocks."""
+"""Maximum ratio of the norm of a matrix's change to the norm of the matrix. Measured for SmolLM2's worst matrix, in
+this order: 0.052, 0.053 and 0.018. The width of 576 is not a multiple of 256, and llama.cpp stores such matrices in
+types with smaller blocks."""
 
 
 def find_tool() -> str:
-    """Return the path of llama.cpp's tool.
+    """Return the path of llama.cpp's `llama-quantize`.
 
     Raises:
         NotFoundError: the tool is not installed.
@@ -55,9 +56,9 @@ def find_tool() -> str:
 def export_k_quant(
     model: Path, out: Path, name: str, examples: "Sequence[ChatExample]", type: KQuant, *, modelfile: bool = True
 ) -> GgufSummary:
-    """Write a merged model as `export_gguf` does, with the same checks, but in a type that needs llama.cpp's tool.
+    """Write a merged model as `export_gguf` does, with the same checks, but in a type that needs `llama-quantize`.
 
-    `export_gguf` writes the F16 file that the tool reads. The tool's file is compared with the model.
+    `export_gguf` writes the F16 file that `llama-quantize` reads. The quantized file is compared with the model.
 
     Raises:
         NotFoundError: the tool is not installed.
@@ -79,7 +80,7 @@ def export_k_quant(
 
 
 def _run(tool: str, source: Path, target: Path, type: KQuant) -> None:
-    """Run llama.cpp's tool.
+    """Run llama.cpp's `llama-quantize`.
 
     Raises:
         TrainingError: the tool failed, did not exit in time, or wrote no file.

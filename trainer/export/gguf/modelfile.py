@@ -1,7 +1,7 @@
 """Writes Ollama's Modelfile, whose Go template has to render the same text as the base's chat template.
 
-Ollama cannot read chat templates. Known kinds of template are recognized by their output, not by their source text. All
-others are rejected. This module does not know about weights.
+Ollama cannot read chat templates. Known kinds of template are recognized by their output, not by their source text.
+Templates of other kinds are rejected. This module does not know about weights.
 """
 
 from collections.abc import Callable, Sequence

@@ -22,8 +22,8 @@ class SentencePiece:
 
     Attributes:
         content: contents of the base's tokenizer.json.
-        prefix: whether a text, also one after a special token, gets a space in front.
-        name: its name in summaries; the file names no pre-tokenizer.
+        prefix: whether a space is put in front of a text, including the text after a special token.
+        name: name of the tokenizer in summaries. The GGUF file does not name a pre-tokenizer.
     """
 
     content: dict[str, Any] = field(repr=False)
@@ -32,18 +32,18 @@ class SentencePiece:
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
-        """Ids of all pieces but the added ones."""
+        """Ids of all pieces except added tokens."""
         vocabulary: dict[str, int] = self.content["model"]["vocab"]
         return vocabulary
 
     @cached_property
     def added(self) -> dict[str, int]:
-        """Ids of special tokens and other added ones."""
+        """Ids of special tokens and other added tokens."""
         return {token["content"]: token["id"] for token in self.content.get("added_tokens", [])}
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """Scores of the pieces that merges lead to; the first merge has the highest."""
+        """Score of each piece that a merge produces. The piece of the first merge has the highest score."""
         scores: dict[str, float] = {}
         for rank, merge in enumerate(self.content["model"]["merges"]):
             piece = "".join(merge.split(" ") if isinstance(merge, str) else merge)
@@ -51,11 +51,13 @@ class SentencePiece:
         return scores
 
     def score(self, piece: str) -> float:
-        """Return the score of a piece. One without merges is only a single character."""
+        """Return the score of a piece. A piece that no merge produces, such as a single character, has the lowest
+        score.
+        """
         return self.scores.get(piece, -float(len(self.scores) + len(self.vocabulary)))
 
     def encode(self, text: str) -> list[int]:
-        """Return a text's token ids, in which special tokens are recognized, without those added around it."""
+        """Return the token ids of a text. Special tokens in the text are recognized, but none are added around it."""
         if not self.added:
             return list(self._encode_plain(text))
         pattern = "|".join(re.escape(token) for token in sorted(self.added, key=len, reverse=True))

@@ -1,4 +1,4 @@
-"""Chooses the way in which llama.cpp splits texts, and checks that it gives the same token ids as the base's tokenizer.
+"""Chooses llama.cpp's pre-tokenizer for a model, and checks that it gives the same token ids as the base's tokenizer.
 
 A GGUF file names llama.cpp's pre-tokenizer instead of containing one. A wrong name changes the ids of a few texts and
 has no other symptom: SmolLM2 seems to work with `smollm`, although it splits some texts differently. The name is
@@ -77,7 +77,7 @@ def read_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 
 def has_bytes(content: dict[str, Any]) -> bool:
-    """Return whether a tokenizer writes characters without a token as bytes, as those of SentencePiece do."""
+    """Return whether a tokenizer encodes characters without a token as byte tokens, as SentencePiece tokenizers do."""
     return bool(content["model"].get("byte_fallback")) and "<0x00>" in content["model"]["vocab"]
 
 
@@ -90,7 +90,7 @@ def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[s
         texts: rendered held-out examples, with answers.
 
     Raises:
-        TrainingError: no pre-tokenizer does, or the tokenizer is of another kind.
+        TrainingError: no pre-tokenizer gives these ids, or the kind of tokenizer is not supported.
     """
     content = read_tokenizer(tokenizer)
     # Some SentencePiece tokenizers put a space before a whole text, but not after a special token as in conversations.

@@ -182,7 +182,7 @@ def _write_vocabulary(
 ) -> None:
     """Write tokens, merges, special tokens and the chat template.
 
-    Embedding rows without a token get unused tokens.
+    Embedding rows without a token get placeholder tokens.
     """
     from gguf import TokenType
 
@@ -287,8 +287,8 @@ def _load(file: Any, stored: str, architecture: Architecture) -> "np.ndarray[Any
 def permute(rows: "np.ndarray[Any, Any]", heads: int) -> "np.ndarray[Any, Any]":
     """Return the rows of a query or key matrix in llama.cpp's order.
 
-    transformers rotates each number of a head together with the number half a head away, and llama.cpp together with
-    its neighbour.
+    For the rotation, transformers pairs each number of a head with the number half a head away, whereas llama.cpp pairs
+    adjacent numbers.
     """
     halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
@@ -305,7 +305,7 @@ def compare_gguf(file: Path, model: Path, name: str, most: float) -> tuple[float
         The largest ratio, and the name of that matrix.
 
     Raises:
-        TrainingError: a matrix changed more, or has a value that is not a number.
+        TrainingError: a matrix changed by more than `most`, or contains NaN.
     """
     import gguf
     import numpy as np
