@@ -59,7 +59,7 @@ def test_speed_ratios_are_unchanged_if_a_whole_round_is_slow() -> None:
     assert result[Contestant.GROUPED]["median"] == pytest.approx(2.0)
 
 
-def test_training_losses_are_reported_in_pairs() -> None:
+def test_training_losses_of_both_trainers_are_reported_in_pairs() -> None:
     result = summary(ROUNDS, CURVES)
     assert result["losses"] == [(2.0, 2.02), (1.0, 1.0)]
     assert result["mean_loss_difference"] == pytest.approx(0.02 / 3.02)
@@ -80,13 +80,13 @@ AMPERE = (8, 0)
         (Facts(AMPERE, **ALL), "python", (Contestant.KERNELS, Contestant.UNSLOTH)),
     ],
 )
-def test_rivals_on_a_gpu_are_those_whose_packages_are_installed(
+def test_trainers_compared_on_a_gpu_are_those_with_installed_packages(
     facts: Facts, unsloth: str | None, more: tuple[Contestant, ...]
 ) -> None:
     assert choose_rivals(facts, unsloth) == (*RIVALS, *more)
 
 
-def test_unsloth_runs_with_the_named_interpreter_or_with_this_one_if_it_has_unsloth(
+def test_unsloth_runs_with_the_configured_interpreter_or_the_current_one_if_it_has_unsloth(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(UNSLOTH_PYTHON, raising=False)
@@ -98,7 +98,7 @@ def test_unsloth_runs_with_the_named_interpreter_or_with_this_one_if_it_has_unsl
     assert find_unsloth() == "/other/python"
 
 
-def test_table_has_a_row_of_speed_and_a_column_of_losses_for_each_rival_on_a_gpu(
+def test_table_has_a_speed_row_and_a_loss_column_for_each_compared_trainer_on_a_gpu(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     unsloth = Run(100, 0.5, 3 * 10**9, (2.04, 1.0))
@@ -178,7 +178,7 @@ def test_unsloth_trains_on_the_same_batches_as_our_trainer(
 
 
 @pytest.mark.parametrize("attention", [Attention.SDPA, Attention.FLASH_2])
-def test_trl_gets_the_chosen_kernels(attention: Attention) -> None:
+def test_chosen_attention_and_liger_kernels_are_passed_to_trl(attention: Attention) -> None:
     padding_free = attention is Attention.FLASH_2
     chosen = Acceleration(attention, padding_free=padding_free, liger_kernels=True, gradient_checkpointing=True)
     loading, options = kernel_options(chosen)

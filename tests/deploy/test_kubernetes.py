@@ -90,7 +90,7 @@ def test_engine_sockets_are_in_a_memory_backed_volume() -> None:
     assert {mount["name"] for mount in mounts if mount["mountPath"] == "/tmp"} == {"tmp"}
 
 
-def test_only_one_server_pod_uses_a_home() -> None:
+def test_server_stateful_set_has_only_one_replica_per_home() -> None:
     (manifest,) = [one for _, one in objects() if one["kind"] == "StatefulSet" and "replicas" in one["spec"]]
     assert manifest["spec"]["replicas"] == 1
 

@@ -56,7 +56,7 @@ def test_every_container_runs_an_existing_command() -> None:
 
 
 def test_every_folder_that_a_container_writes_has_a_volume() -> None:
-    """This matters because the rest of the file system is read-only."""
+    """The rest of a container's file system is read-only."""
     missing = []
     for container in CONTAINERS:
         if not container.mounts:  # compose.tls.yaml adds to a service

@@ -65,7 +65,7 @@ def pod_schema() -> dict[str, Any]:
     return part
 
 
-def test_kuberay_accepts_the_cluster() -> None:
+def test_kuberay_schema_accepts_the_cluster_manifest() -> None:
     assert errors_of({**cluster(), "metadata": {}}, {**schema(), "additionalProperties": True}) == []
 
 
@@ -77,7 +77,7 @@ def test_kuberay_accepts_the_cluster() -> None:
         ({"template": {"spec": {"containers": [{"image": "tuneserve"}]}}}, "'name' is a required property"),
     ],
 )
-def test_kuberay_schema_refuses_a_broken_group(broken: dict[str, Any], message: str) -> None:
+def test_kuberay_schema_rejects_an_invalid_worker_group(broken: dict[str, Any], message: str) -> None:
     part = schema()["properties"]["spec"]["properties"]["workerGroupSpecs"]["items"]
     (group,) = cluster()["spec"]["workerGroupSpecs"]
     assert any(message in each for each in errors_of(group | broken, part))
@@ -100,7 +100,7 @@ def test_pods_of_the_cluster_run_with_minimal_privileges() -> None:
             assert own["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_ray_has_the_version_of_the_image_in_which_it_is_installed() -> None:
+def test_ray_version_in_the_manifest_matches_the_version_installed_in_the_images() -> None:
     for variant in ("cpu", "gpu"):
         locked = (DEPLOY / "constraints" / f"{variant}.txt").read_text("utf-8").splitlines()
         assert f"ray=={cluster()['spec']['rayVersion']}" in locked
@@ -115,7 +115,7 @@ def test_gateway_and_nodes_have_the_same_image() -> None:
     assert overlay["images"] == [{"name": "tuneserve", "newTag": "gpu"}]
 
 
-def test_cluster_demands_the_token_that_the_gateway_has() -> None:
+def test_cluster_requires_a_token_and_the_gateway_has_it() -> None:
     assert cluster()["spec"]["authOptions"] == {"mode": "token"}
     spec = gateway()["spec"]
     for container in (*spec["initContainers"], *spec["containers"]):
@@ -125,7 +125,7 @@ def test_cluster_demands_the_token_that_the_gateway_has() -> None:
         assert secret == {"name": cluster()["metadata"]["name"], "key": "auth_token"}
 
 
-def test_only_pods_of_the_cluster_and_the_gateway_reach_each_other() -> None:
+def test_network_policy_allows_traffic_only_between_cluster_and_gateway_pods() -> None:
     (policy,) = documents(OVERLAY / "network.yaml")
     peers = [{"podSelector": {"matchLabels": LABEL}}]
     assert policy["spec"]["podSelector"] == {"matchLabels": LABEL}
@@ -135,14 +135,14 @@ def test_only_pods_of_the_cluster_and_the_gateway_reach_each_other() -> None:
         assert labels.items() >= LABEL.items()
 
 
-def test_head_runs_no_engines_and_nodes_offer_their_gpus() -> None:
+def test_head_node_offers_no_cpus_or_gpus_and_worker_nodes_offer_their_gpu() -> None:
     head, node = groups()
     assert head["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"}
     (container,) = node["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
-def test_settings_of_the_gateway_are_those_of_the_base_and_name_the_head(tmp_path: Path) -> None:
+def test_gateway_settings_extend_the_base_settings_with_the_address_of_the_ray_head(tmp_path: Path) -> None:
     own = yaml.safe_load((OVERLAY / "svc.yaml").read_text("utf-8"))
     base = yaml.safe_load((KUBERNETES / "base" / "svc.yaml").read_text("utf-8"))
     assert own.items() >= base.items()

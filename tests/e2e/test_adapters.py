@@ -97,7 +97,7 @@ def test_each_adapter_name_answers_like_its_merged_version(
 
 
 def test_adapter_scores_prompts_while_requests_run(instance: Instance, own: Texts, report: Report) -> None:
-    """Such requests crashed vLLM on a CPU before the output layer was excluded."""
+    """Scoring prompts with an adapter crashed vLLM on a CPU before the output layer was excluded."""
     (number,) = instance.engines_by_replica()
     examples = read_examples(DATA / "heldout.jsonl")[:24]
 

@@ -325,7 +325,7 @@ def test_metric_exemplars_point_to_stored_requests(watched: Watched) -> None:
 
 
 def test_latency_percentiles_match_the_stored_requests(watched: Watched) -> None:
-    """They must agree within the sketch's 1%, at rank q(n-1) of the stored rows, rounded down."""
+    """Both percentiles must agree within the sketch's 1%, at rank q(n-1) of the stored rows, rounded down."""
     answered = select(RequestRow.seconds).where(RequestRow.number == 1, RequestRow.status < 400)
     with Session(open_database(watched.server.home)) as session:
         seconds = sorted(session.scalars(answered))

@@ -40,7 +40,7 @@ def ask(client: OpenAI, model: str) -> str:
     return answer.choices[0].message.content or ""
 
 
-def test_example_trains_a_model_and_chats_with_it(client: OpenAI, workplace: Path) -> None:
+def test_fine_tuning_example_script_trains_a_model_and_chats_with_it(client: OpenAI, workplace: Path) -> None:
     """Needs the real engine: it evaluates the trained model, and answers the example's question with its adapter."""
     options = {"--base-url": str(client.base_url), "--model": "small", "--question": PROMPTS[0][-1]["content"]}
     words = [word for option in options.items() for word in option]
@@ -72,7 +72,7 @@ def test_model_checkpoint_and_version_answer_through_one_engine(client: OpenAI, 
     assert int(lines[-1].partition(",")[0]) == last.step_number
 
 
-def test_batch_has_the_answers_that_the_model_gives(client: OpenAI) -> None:
+def test_batch_answers_equal_live_answers_of_the_model(client: OpenAI) -> None:
     [job] = client.fine_tuning.jobs.list()
     model = job.fine_tuned_model or ""
     body = {"model": model, "messages": PROMPTS[0], "max_tokens": 8, "temperature": 0}

@@ -53,7 +53,7 @@ def client(versions: list[Any], formats_home: Path) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_format_passes_all_checks_and_is_as_good_as_merged(
+def test_quantized_format_passes_all_checks_and_has_nearly_the_nll_of_merged_weights(
     versions: list[Any], formats: tuple[Format, ...], report: Report
 ) -> None:
     made, base = versions[0]["formats"], versions[0]["base_evaluation"]["nll"]["value"]
@@ -65,7 +65,7 @@ def test_format_passes_all_checks_and_is_as_good_as_merged(
         report(f"{format}: NLL base {base:.3f}, merged {merged:.3f}, {format} {rounded:.3f}")
 
 
-def test_versions_in_a_format_replace_each_other_in_place(
+def test_versions_of_the_same_format_are_swapped_in_place(
     versions: list[Any], formats_home: Path, formats: tuple[Format, ...], client: openai.OpenAI
 ) -> None:
     """The server chooses the quantized format before merged weights, and compares the probes after the reload."""

@@ -110,7 +110,7 @@ def test_held_out_run_reproduces_the_results_from_registration(server: Server, r
 
 
 def test_live_answer_gets_the_engines_score_of_its_text(server: Server) -> None:
-    """It differs from the registered score, because the model's random answers are re-tokenized differently.
+    """The live score differs from the registered one, because the model's random answers are re-tokenized differently.
 
     Needs the real engine: only it computes the log-probabilities of which a score consists.
     """
@@ -262,7 +262,7 @@ def test_status_and_metrics_show_served_requests(server: Server) -> None:
 
 
 def test_dead_engine_is_restarted_and_serves_again(server: Server) -> None:
-    """Needs the real engine: SIGKILL must leave no process of vLLM behind, and the new one must answer as before."""
+    """Needs the real engine: SIGKILL must leave no process of vLLM behind, and the new engine must answer as before."""
     before = server.answers()
     pid = engine_pid(server.home)
     with Load(server.url, "tiny", server.prompts, max_tokens=400) as load:

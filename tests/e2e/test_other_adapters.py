@@ -68,7 +68,7 @@ def answer(client: openai.OpenAI, version: str) -> str:
     return raw.parse().choices[0].message.content or ""
 
 
-def test_adapter_of_trl_is_imported_compared_evaluated_and_served(
+def test_adapter_trained_with_trl_is_imported_compared_evaluated_and_served(
     workplace: Path, trained: Path, report: Report
 ) -> None:
     home = workplace / "imported-home"
@@ -94,7 +94,7 @@ def test_adapter_of_trl_is_imported_compared_evaluated_and_served(
 
 
 @pytest.mark.parametrize("kind", ["combined", "pissa"])
-def test_adapter_is_compared_and_evaluated_and_served_merged_and_as_an_adapter(
+def test_imported_adapter_is_evaluated_and_served_both_merged_and_as_an_adapter(
     workplace: Path, trained: Path, report: Report, tmp_path: Path, kind: str
 ) -> None:
     """An adapter is `verified` if its probes are those of the merged weights, up to rounding."""

@@ -103,7 +103,9 @@ def long_answer(instance: Instance) -> Iterator[None]:
     thread.join()
 
 
-def test_promotion_and_kill_of_the_server_keep_the_engine_on_its_node(instance: Instance, report: Report) -> None:
+def test_engine_stays_on_its_node_after_a_promotion_and_after_the_server_is_killed(
+    instance: Instance, report: Report
+) -> None:
     """Needs the real engine: it must outlive its gateway on another node, and load fetched weights under load."""
     engines = [each.pid for each in actors()]
     with Users(instance.url, "tiny", prompts(50), streams=2).asking() as users:
@@ -123,7 +125,7 @@ def test_promotion_and_kill_of_the_server_keep_the_engine_on_its_node(instance: 
 
 
 @pytest.mark.matrix
-def test_killed_actor_is_replaced_and_leaves_no_engine(instance: Instance, report: Report) -> None:
+def test_engine_of_a_killed_actor_is_stopped_and_the_actor_is_replaced(instance: Instance, report: Report) -> None:
     (actor,) = actors()
     engine = engine_of(actor)
     began = time.monotonic()
@@ -137,7 +139,7 @@ def test_killed_actor_is_replaced_and_leaves_no_engine(instance: Instance, repor
 
 
 @pytest.mark.matrix
-def test_engine_of_a_lost_node_is_replaced_on_the_other_one_under_load(
+def test_engine_is_restarted_on_the_other_node_when_its_node_is_lost_under_load(
     instance: Instance, nodes: RayNodes, report: Report
 ) -> None:
     (actor,) = actors()
@@ -159,7 +161,7 @@ def test_engine_of_a_lost_node_is_replaced_on_the_other_one_under_load(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("state", ["draining", "swapping"])
-def test_engine_of_a_node_lost_during_a_swap_is_replaced(
+def test_engine_is_replaced_when_its_node_is_lost_during_a_swap(
     instance: Instance, nodes: RayNodes, report: Report, state: str
 ) -> None:
     (actor,) = actors()
@@ -184,7 +186,7 @@ def test_engine_of_a_node_lost_during_a_swap_is_replaced(
 
 
 @pytest.mark.matrix
-def test_rollout_whose_candidates_node_is_lost_fails_and_production_serves(
+def test_rollout_fails_and_production_keeps_serving_when_the_node_of_the_candidate_is_lost(
     instance: Instance, nodes: RayNodes, report: Report
 ) -> None:
     (production,) = actors()
@@ -214,7 +216,7 @@ def test_rollout_whose_candidates_node_is_lost_fails_and_production_serves(
 
 
 @pytest.mark.matrix
-def test_engine_serves_and_changes_its_version_after_the_head_was_restarted(
+def test_engine_serves_and_can_swap_versions_after_the_ray_head_is_restarted(
     instance: Instance, nodes: RayNodes, report: Report
 ) -> None:
     before = instance.status()["version"]

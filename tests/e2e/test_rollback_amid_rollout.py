@@ -52,7 +52,7 @@ def roll_back(instance: Instance) -> float:
         pytest.param(("tiny@2", "--format", "merged"), "starting", 8.0, id="a second engine loads"),
     ],
 )
-def test_rollback_during_a_rollout_takes_at_most_two_seconds(
+def test_rollback_during_a_rollout_takes_effect_within_two_seconds(
     instance: Instance, arguments: tuple[str, ...], state: str, after_s: float, report: Report
 ) -> None:
     instance.until(lambda status: {engine["state"] for engine in status["engines"]} == {"ready"})

@@ -236,7 +236,7 @@ STATES = [RolloutState.LOADING, RolloutState.SHADOW, RolloutState.CANARY, Rollou
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("state", STATES)
-def test_rollback_keeps_production_without_a_failed_request(
+def test_production_keeps_serving_without_a_failed_request_when_a_rollout_is_rolled_back(
     instance: Instance, users: Users, starts: Path, state: RolloutState, report: Report
 ) -> None:
     with _slow_plan(starts, state is RolloutState.SWITCHING):
@@ -258,7 +258,7 @@ def test_rollback_keeps_production_without_a_failed_request(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("state", STATES)
-def test_rollout_is_completed_after_the_server_was_killed(
+def test_rollout_is_completed_after_the_server_is_killed_and_restarted(
     instance: Instance, users: Users, starts: Path, state: RolloutState, report: Report
 ) -> None:
     with _slow_plan(starts, state is RolloutState.SWITCHING):

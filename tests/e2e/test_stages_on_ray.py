@@ -121,7 +121,7 @@ def make_here(place: Place, base: Path, format: Format) -> Path:
 
 
 @pytest.mark.parametrize("format", [Format.MERGED, Format.INT8])
-def test_version_equals_that_of_this_machine_when_a_node_is_lost_during_the_evaluation(
+def test_version_equals_a_local_version_even_if_a_ray_node_is_lost_during_evaluation(
     format: Format, place: Place, nodes: RayNodes, workplace: Path
 ) -> None:
     write_recipe(place, workplace, format)
@@ -142,7 +142,7 @@ def test_version_equals_that_of_this_machine_when_a_node_is_lost_during_the_eval
     assert written.read_bytes() == make_here(place, workplace / "base", format).read_bytes()
 
 
-def test_ctrl_c_stops_the_engine_of_a_node_and_finished_stages_are_kept(place: Place, workplace: Path) -> None:
+def test_ctrl_c_stops_the_engine_on_a_ray_node_and_keeps_finished_stages(place: Place, workplace: Path) -> None:
     write_recipe(place, workplace, Format.MERGED)
     with place.start() as process:
         place.wait_for_engine(process)

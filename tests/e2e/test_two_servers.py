@@ -130,7 +130,7 @@ def clients(pair: Pair) -> Iterator[list[Users]]:
     assert [each.failed for each in clients] == [[], []]
 
 
-def test_version_promoted_at_one_server_is_served_by_both_although_the_object_store_fails(
+def test_both_servers_serve_a_promoted_version_even_if_the_object_store_fails_temporarily(
     pair: Pair, clients: list[Users], report: Report
 ) -> None:
     faults = itertools.cycle([Fault.ERROR, None, Fault.CUT, None, Fault.STALL, None])
@@ -172,7 +172,9 @@ def test_server_keeps_serving_without_a_network_and_catches_up_once_it_is_back(
     pair.until(lambda: pair.served() == ["tiny@2"] * 2)
 
 
-def test_candidate_is_tried_at_both_servers_and_promoted(pair: Pair, clients: list[Users], report: Report) -> None:
+def test_candidate_receives_traffic_on_both_servers_and_is_promoted(
+    pair: Pair, clients: list[Users], report: Report
+) -> None:
     began = time.monotonic()
     done = pair.servers[1].command("promote", "tiny@2", *STEPS, *ANY_QUALITY)
     assert done.returncode == 0, (done.stdout, done.stderr)

@@ -125,7 +125,7 @@ def test_status_screen_shows_version_engine_traffic_and_errors(status: Status) -
         assert text in ended.out
 
 
-def test_status_screen_shows_the_servers_of_the_store_when_there_are_several(status: Status) -> None:
+def test_status_screen_lists_the_servers_when_several_share_the_store(status: Status) -> None:
     seen: dict[str, Any] = {"started_at": "2026-01-02T03:00:00+00:00", "seen_at": "2026-01-02T03:04:05+00:00"}
     servers = [
         {
@@ -144,7 +144,7 @@ def test_status_screen_shows_the_servers_of_the_store_when_there_are_several(sta
     assert "gpu-2:8000 stopped reporting 2026-01-02 03:04:05 -" in lines
 
 
-def test_status_screen_shows_no_table_of_servers_when_there_is_one(status: Status) -> None:
+def test_status_screen_shows_no_server_table_when_there_is_only_one_server(status: Status) -> None:
     page = SERVER | {"server": "", "servers": []}
     assert "last seen" not in status(pages={"/svc/status": (200, json.dumps(page))}).out
 
@@ -202,7 +202,7 @@ def test_unverified_engine_is_shown_with_the_reason(status: Status) -> None:
     assert "8 probes" not in status(engines=[STATE["engines"][0] | verified]).out
 
 
-def test_status_shows_why_the_load_gets_no_more_replicas(status: Status) -> None:
+def test_status_shows_why_no_replica_can_be_added(status: Status) -> None:
     scaling = {"min": 1, "max": 4, "replicas": 2, "refused": "it needs about 9 GiB"}
     assert "2 replicas (from 1 to 4); no more can be added: it needs about 9 GiB" in status(scaling=scaling).out
     assert "replicas;" not in status(scaling=scaling | {"refused": None}).out
@@ -221,7 +221,7 @@ def test_status_is_shown_while_the_store_is_unavailable(status: Status, monkeypa
     assert "engine ready" in ended.out
 
 
-def test_status_shows_no_drift_of_svc_db_when_the_store_is_in_postgresql(
+def test_status_does_not_read_drift_from_svc_db_when_the_store_is_in_postgresql(
     status: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = REPORT.dump_json(SignalReport(Signal.INPUT, DriftStatus.STEADY)).decode()

@@ -209,7 +209,7 @@ def test_dashboard_faults_and_objectives_match_the_alert_rules() -> None:
     assert f"{first_token * 100:g}% of streamed answers" in " ".join(recording.split())
 
 
-def test_grafana_scrape_interval_matches_that_of_prometheus() -> None:
+def test_scrape_interval_in_grafana_matches_prometheus() -> None:
     source = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text("utf-8"))
     prometheus = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text("utf-8"))
     interval = source["datasources"][0]["jsonData"]["timeInterval"]

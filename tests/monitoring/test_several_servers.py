@@ -44,7 +44,7 @@ def query(panel: str, metric: str) -> str:
         ("Next run", "svc_holdout", 'model="m",version="1"', (2, 2), 4000),
     ],
 )
-def test_panel_shows_one_figure_for_two_servers_that_hides_no_fault(
+def test_panel_combines_two_servers_into_one_figure_without_hiding_a_fault(
     tmp_path: Path, panel: str, metric: str, labels: str, values: tuple[float, float], shown: float
 ) -> None:
     expr = query(panel, metric)
@@ -61,7 +61,7 @@ def test_panel_shows_one_figure_for_two_servers_that_hides_no_fault(
     run_cases(tmp_path, [case(expr, series, {f"{{{expected}}}": shown})])
 
 
-def test_no_two_servers_have_lines_with_the_same_name() -> None:
+def test_every_panel_line_is_aggregated_over_servers_or_names_its_server() -> None:
     faults = []
     for path in sorted(FOLDER.glob("*.json")):
         for panel in json.loads(path.read_text("utf-8"))["panels"]:

@@ -111,7 +111,7 @@ async def test_adapter_stays_loaded_while_its_request_waits_for_a_slot(make: Mak
     assert len(control.double.adapter_loads) == 3
 
 
-async def test_second_key_gets_its_turn_in_order_while_the_first_floods(make: Make) -> None:
+async def test_second_key_gets_its_turn_for_an_adapter_while_another_key_floods(make: Make) -> None:
     control = made(make, max_queued=8)
     control.principals = {name: principal(name) for name in ("flooding", "modest")}
     async with control.run(), control.client() as client:

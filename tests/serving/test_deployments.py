@@ -129,7 +129,7 @@ async def test_other_models_are_served_even_if_one_cannot_be_served(two: Home) -
     assert "was changed after registration" in str(two.failures[0])
 
 
-async def test_reason_of_a_failed_start_is_reported_once_and_not_logged(
+async def test_reason_for_a_failed_model_start_is_reported_once_and_not_logged(
     two: Home, caplog: pytest.LogCaptureFixture
 ) -> None:
     two.park.failing_starts = 1
@@ -138,7 +138,7 @@ async def test_reason_of_a_failed_start_is_reported_once_and_not_logged(
         assert (len(two.failures), two.failures[0].wrong in caplog.text) == (1, False)
 
 
-async def test_reason_that_ends_the_server_is_raised_and_neither_reported_nor_logged(
+async def test_startup_failure_that_ends_the_server_is_raised_but_not_reported_or_logged(
     home: Home, caplog: pytest.LogCaptureFixture
 ) -> None:
     home.park.failing_starts = 1
@@ -185,7 +185,7 @@ async def test_server_started_without_names_serves_the_last_served_models(two: H
         assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
 
 
-async def test_server_that_only_trains_is_healthy_and_serves_a_model_that_is_added(home: Home) -> None:
+async def test_training_only_server_is_healthy_and_can_serve_a_model_added_later(home: Home) -> None:
     tuning = FineTuningSettings(bases={"small": "/models/small"})
     home.settings = home.settings.model_copy(update={"fine_tuning": tuning})
     async with home.serving() as client:
@@ -284,7 +284,7 @@ async def refused_of(client: httpx.AsyncClient) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("fault", ["no memory", "no start"])
-async def test_model_that_another_server_serves_stays_in_the_set_and_is_tried_again(
+async def test_model_served_by_another_server_is_retried_after_a_failed_start(
     two: Home, postgresql_store: Store, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr("serving.deployments._RETRY_S", 0.5)
@@ -303,7 +303,7 @@ async def test_model_that_another_server_serves_stays_in_the_set_and_is_tried_ag
         assert (await client.get("/svc/status")).json()["refused"] == {}
 
 
-async def test_rollout_of_another_server_continues_when_this_one_cannot_start_the_model(
+async def test_rollout_on_another_server_continues_when_the_local_server_cannot_start_the_model(
     two: Home, postgresql_store: Store
 ) -> None:
     two.store = postgresql_store
@@ -319,9 +319,7 @@ async def test_rollout_of_another_server_continues_when_this_one_cannot_start_th
         assert active_rollout(two.store, OTHER) is not None
 
 
-async def test_refused_model_leaves_the_status_when_it_is_removed_from_the_set(
-    two: Home, postgresql_store: Store
-) -> None:
+async def test_refused_model_disappears_from_the_status_when_it_is_removed(two: Home, postgresql_store: Store) -> None:
     two.store = postgresql_store
     change_desired(two.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
     async with two.serving(f"{NAME}@1") as client:

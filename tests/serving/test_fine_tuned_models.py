@@ -85,7 +85,7 @@ async def listed(client: Client) -> list[str]:
     return [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
 
 
-async def test_owner_uses_a_model_by_both_names_when_its_base_is_served(served: Home) -> None:
+async def test_owner_can_use_a_fine_tuned_model_by_both_of_its_names_when_its_base_is_served(served: Home) -> None:
     alice = key(served)
     model = train(served.store, served.registry, owner=alice.key.id, number=7)
     async with serving(served, alice) as (client,):
@@ -97,13 +97,13 @@ async def test_owner_uses_a_model_by_both_names_when_its_base_is_served(served: 
     assert len(served.park.engines) == 1
 
 
-async def test_model_trained_while_the_server_runs_is_usable(served: Home) -> None:
+async def test_model_trained_while_the_server_runs_is_usable_without_a_restart(served: Home) -> None:
     async with serving(served) as (client,):
         model = train(served.store, served.registry)
         assert await ask(client, model.name) == (200, str(model.version), "1")
 
 
-async def test_other_key_gets_the_same_error_as_for_an_unknown_model(served: Home) -> None:
+async def test_key_of_another_owner_gets_the_same_error_as_for_an_unknown_model(served: Home) -> None:
     alice, bob = key(served), key(served)
     model = train(served.store, served.registry, owner=alice.key.id)
     async with serving(served, alice, bob) as (of_alice, of_bob):
@@ -118,7 +118,7 @@ async def test_other_key_gets_the_same_error_as_for_an_unknown_model(served: Hom
         assert await listed(of_bob) == [BASE.name, str(BASE), f"{BASE.name}@production"]
 
 
-async def test_admin_and_a_key_restricted_to_the_model_use_it(served: Home) -> None:
+async def test_admin_key_and_key_restricted_to_a_fine_tuned_model_can_use_it(served: Home) -> None:
     alice = key(served)
     model = train(served.store, served.registry, owner=alice.key.id)
     admin, listed_key = key(served, Scope.ADMIN), key(served, models=[model.version.name])
@@ -127,7 +127,7 @@ async def test_admin_and_a_key_restricted_to_the_model_use_it(served: Home) -> N
             assert (await ask(client, model.name))[0] == 200
 
 
-async def test_owner_uses_its_model_when_its_key_is_restricted_to_others(served: Home) -> None:
+async def test_owner_can_use_its_fine_tuned_model_even_if_its_key_lists_other_models(served: Home) -> None:
     alice = key(served, models=[BASE.name])
     model = train(served.store, served.registry, owner=alice.key.id)
     async with serving(served, alice) as (client,):
@@ -150,7 +150,7 @@ async def test_served_model_of_a_job_is_hidden_from_other_keys(home: Home) -> No
 
 
 @pytest.mark.parametrize("adapter", [{"r": 64}, {"base_model_name_or_path": "other"}])
-async def test_another_engine_is_started_when_the_served_base_cannot_apply_the_adapter(
+async def test_second_engine_is_started_when_the_served_base_cannot_apply_the_adapter(
     served: Home, adapter: dict[str, Any]
 ) -> None:
     if "base_model_name_or_path" in adapter:
@@ -168,7 +168,7 @@ async def test_another_engine_is_started_when_the_served_base_cannot_apply_the_a
 @pytest.mark.parametrize(
     "name", ["ft:", "ft:small:org::1", "ft:a\0b", "ft:\ud800", "ft:" + "x" * 9999, "ft-x@1", "ft-"]
 )
-async def test_unknown_fine_tuned_model_is_not_found(served: Home, name: str) -> None:
+async def test_request_for_an_unknown_fine_tuned_model_returns_not_found(served: Home, name: str) -> None:
     async with serving(served) as (client,):
         assert (await ask(client, name))[0] == 404
 
@@ -219,7 +219,7 @@ def tuning(home: Home, **settings: Any) -> None:
     home.settings = home.settings.model_copy(update={"fine_tuning": FineTuningSettings(**settings)})
 
 
-async def test_engine_is_started_for_a_model_and_shared_by_the_next_ones_of_its_base(merged: Home) -> None:
+async def test_engine_started_for_a_fine_tuned_model_is_shared_by_other_models_of_its_base(merged: Home) -> None:
     alice, bob = key(merged), key(merged)
     first = train(merged.store, merged.registry, owner=alice.key.id, number=5)
     second = train(merged.store, merged.registry, owner=bob.key.id, number=6)
@@ -235,7 +235,7 @@ async def test_engine_is_started_for_a_model_and_shared_by_the_next_ones_of_its_
     assert len(merged.park.engines) == 2
 
 
-async def test_engine_is_started_once_for_concurrent_requests(merged: Home) -> None:
+async def test_engine_for_a_fine_tuned_model_is_started_once_for_concurrent_requests(merged: Home) -> None:
     merged.park.start_delay_s = 0.1
     models = [train(merged.store, merged.registry, number=number) for number in (5, 6)]
     async with serving(merged) as (client,):
@@ -244,7 +244,7 @@ async def test_engine_is_started_once_for_concurrent_requests(merged: Home) -> N
     assert len(merged.park.engines) == 2
 
 
-async def test_loaded_model_is_neither_promoted_nor_served_after_a_restart(merged: Home) -> None:
+async def test_model_loaded_on_demand_is_not_promoted_and_not_loaded_after_a_restart(merged: Home) -> None:
     model = train(merged.store, merged.registry)
     async with serving(merged) as (client,):
         assert (await ask(client, model.name))[0] == 200
@@ -269,7 +269,7 @@ async def test_model_is_unloaded_when_idle_and_loaded_again_for_the_next_request
                     await asyncio.sleep(0.05)
 
 
-async def test_operator_keeps_a_loaded_model_by_adding_it(merged: Home) -> None:
+async def test_model_loaded_on_demand_stays_loaded_once_an_operator_adds_it(merged: Home) -> None:
     tuning(merged, idle_s=0.3)
     model = train(merged.store, merged.registry)
     async with serving(merged) as (client,):
@@ -283,7 +283,9 @@ async def test_operator_keeps_a_loaded_model_by_adding_it(merged: Home) -> None:
 
 
 @pytest.mark.parametrize("memory", [True, False])
-async def test_model_that_cannot_be_loaded_names_the_command_and_is_tried_again(merged: Home, memory: bool) -> None:
+async def test_error_for_a_model_that_cannot_be_loaded_names_a_command_and_loading_is_retried(
+    merged: Home, memory: bool
+) -> None:
     model = train(merged.store, merged.registry)
     async with serving(merged) as (client,):
         if memory:
@@ -298,7 +300,7 @@ async def test_model_that_cannot_be_loaded_names_the_command_and_is_tried_again(
         assert (await ask(client, model.name))[0] == 200
 
 
-async def test_request_gets_503_when_loading_takes_too_long_and_a_later_one_is_answered(merged: Home) -> None:
+async def test_request_gets_503_while_its_model_loads_too_slowly_and_succeeds_later(merged: Home) -> None:
     merged.settings = merged.settings.model_copy(
         update={"serve": merged.settings.serve.model_copy(update={"queue_timeout_s": 0.1})}
     )
@@ -312,7 +314,7 @@ async def test_request_gets_503_when_loading_takes_too_long_and_a_later_one_is_a
     assert len(merged.park.engines) == 2
 
 
-async def test_merged_version_replaces_another_of_its_name_when_that_one_is_not_in_use(merged: Home) -> None:
+async def test_merged_version_replaces_an_unused_version_of_the_same_model_name(merged: Home) -> None:
     models = [train(merged.store, merged.registry, number=number, formats=(Format.MERGED,)) for number in (5, 6)]
     async with serving(merged) as (client,):
         for model in (*models, models[0]):
@@ -320,7 +322,7 @@ async def test_merged_version_replaces_another_of_its_name_when_that_one_is_not_
         assert merged.park.alive == 2
 
 
-async def test_smaller_format_is_loaded_when_there_is_no_memory_for_the_adapters_base(
+async def test_smaller_format_is_loaded_when_memory_is_too_small_for_the_base_of_the_adapter(
     merged: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = train(merged.store, merged.registry, formats=(Format.ADAPTER, Format.MERGED, Format.GPTQ))
@@ -334,14 +336,14 @@ async def test_smaller_format_is_loaded_when_there_is_no_memory_for_the_adapters
     assert merged.park.double.weights.endswith("/gptq")
 
 
-async def test_model_without_a_version_is_not_found(merged: Home) -> None:
+async def test_request_for_a_fine_tuned_model_without_a_version_returns_not_found(merged: Home) -> None:
     model = train(merged.store, merged.registry)
     remove_version(merged.registry, merged.store, model.version)
     async with serving(merged) as (client,):
         assert (await ask(client, model.name))[0] == 404
 
 
-async def test_owner_uses_a_checkpoint_and_others_do_not(merged: Home) -> None:
+async def test_checkpoint_can_be_used_only_by_its_owner(merged: Home) -> None:
     alice, bob = key(merged), key(merged)
     job = add_job(merged.store, owner=alice.key.id)
     version, name = checkpoint_version(job.id, 20), f"{job.fine_tuned_model}:ckpt-step-20"

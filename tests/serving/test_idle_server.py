@@ -18,7 +18,7 @@ STARTED_S, IDLE_S = 5.0, 10.0
 
 
 @pytest.mark.slow
-async def test_each_table_is_read_only_every_few_seconds_when_a_server_is_idle(home: Home, any_store: Store) -> None:
+async def test_idle_server_reads_each_database_table_only_every_few_seconds(home: Home, any_store: Store) -> None:
     home.store, counts = any_store, Counter[str]()
     home.settings = Settings.model_validate(home.settings.model_dump() | {"fine_tuning": {"bases": BASES}})
 

@@ -64,7 +64,7 @@ def test_jobs_are_listed_newest_first(home: WorkerHome, svc: Svc) -> None:
     assert [row["id"] for row in json.loads(svc("list", "--json", "--limit", "1").output)] == [second]
 
 
-def test_stage_is_shown_in_place_of_the_remaining_time_after_the_last_step(home: WorkerHome, svc: Svc) -> None:
+def test_job_shows_its_stage_instead_of_the_remaining_time_after_the_last_step(home: WorkerHome, svc: Svc) -> None:
     id = home.add()
     take(home)
     report_job(home.store, id, "w1", left_s=90.0, news=[JobNews("Stage begun: train"), STEP])
@@ -114,7 +114,7 @@ def test_job_is_followed_until_it_succeeds(home: WorkerHome, svc: Svc, monkeypat
     assert f"fine-tuned model: ft:small:org::{id}" in result.stdout
 
 
-def test_followed_job_is_one_json_value_per_line(home: WorkerHome, svc: Svc) -> None:
+def test_followed_job_prints_one_json_value_per_line(home: WorkerHome, svc: Svc) -> None:
     id = home.add()
     take(home)
     report_job(home.store, id, "w1", news=[STEP])
@@ -124,7 +124,7 @@ def test_followed_job_is_one_json_value_per_line(home: WorkerHome, svc: Svc) -> 
     assert objects[1]["data"]["train_loss"] == 1.25
 
 
-def test_followed_job_that_failed_or_was_cancelled_is_an_error(home: WorkerHome, svc: Svc) -> None:
+def test_following_a_job_that_fails_or_is_cancelled_exits_with_an_error(home: WorkerHome, svc: Svc) -> None:
     failed = home.add()
     take(home)
     fail(home.store, failed, "w1", JobError("training_failed", "the loss is nan"))
@@ -136,7 +136,7 @@ def test_followed_job_that_failed_or_was_cancelled_is_an_error(home: WorkerHome,
     assert isinstance(svc("follow", cancelled).exception, RefusedError)
 
 
-def test_job_is_followed_through_a_restart_of_the_server(
+def test_job_is_followed_even_if_the_server_restarts(
     home: WorkerHome, svc: Svc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs_cli, "_POLL_S", 0.01)
@@ -182,7 +182,7 @@ def test_job_is_not_cancelled_without_confirmation(home: WorkerHome, svc: Svc) -
 
 
 @pytest.mark.parametrize("command", ["show", "follow", "pause", "resume"])
-def test_unknown_job_is_an_error(svc: Svc, command: str) -> None:
+def test_jobs_commands_fail_for_an_unknown_job(svc: Svc, command: str) -> None:
     assert isinstance(svc(command, "ftjob-none/../x").exception, NotFoundError)
 
 
@@ -195,7 +195,7 @@ async def remote(store: Store, socket_folder: Path, tmp_path: Path) -> AsyncIter
         yield RemoteJobs(ServerAddress("http://localhost", socket)), WorkerHome(store, socket_folder)
 
 
-async def test_jobs_look_the_same_when_read_from_the_server_or_the_store(remote: tuple[RemoteJobs, WorkerHome]) -> None:
+async def test_jobs_read_from_the_server_equal_those_read_from_the_store(remote: tuple[RemoteJobs, WorkerHome]) -> None:
     source, home = remote
     local = LocalJobs(home.store, "tuneserve")
     id = home.add()
@@ -210,7 +210,7 @@ async def test_jobs_look_the_same_when_read_from_the_server_or_the_store(remote:
     assert await asyncio.to_thread(lambda: list(source.events(id, after))) == list(local.events(id, after))
 
 
-async def test_job_is_changed_on_the_server_and_errors_are_those_of_the_store(
+async def test_remote_job_changes_raise_the_same_errors_as_local_changes(
     remote: tuple[RemoteJobs, WorkerHome],
 ) -> None:
     source, home = remote

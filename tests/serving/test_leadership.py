@@ -21,12 +21,12 @@ def leadership(store: Store, clock: Callable[[], float] = lambda: 0.0, *, addres
     return Leadership(store, Changes(), address, lambda: ["teams"], clock=clock)
 
 
-def test_only_server_on_sqlite_leads_every_model_without_a_lease(store: Store) -> None:
+def test_server_with_a_sqlite_store_leads_every_model_without_a_lease(store: Store) -> None:
     only = leadership(store)
     assert (only.server, only.leads("teams"), only.lease("teams")) == ("", True, None)
 
 
-async def test_report_writes_nothing_on_sqlite(store: Store) -> None:
+async def test_server_with_a_sqlite_store_writes_no_liveness_report(store: Store) -> None:
     await leadership(store).report()
     with Session(store) as session:
         assert session.scalars(select(ServerRow)).all() == []

@@ -61,7 +61,7 @@ def test_load_time_is_in_whole_seconds() -> None:
     assert names().since == 7
 
 
-def test_assigned_request_gets_the_candidate_while_its_engine_runs_else_production() -> None:
+def test_request_assigned_to_a_candidate_gets_production_if_the_candidate_engine_died() -> None:
     model_names = names()
     model_names.candidate = TWO.version
     model_names.loaded = {ONE, TWO}
@@ -72,6 +72,6 @@ def test_assigned_request_gets_the_candidate_while_its_engine_runs_else_producti
         model_names.resolve("tuned@candidate")
 
 
-def test_assigned_request_that_was_queued_until_the_rollout_ended_gets_production() -> None:
+def test_request_assigned_to_a_candidate_gets_production_if_the_rollout_ended_meanwhile() -> None:
     model_names = names()
     assert model_names.resolve(model_names.assigned) is None

@@ -124,7 +124,7 @@ def test_clients_are_divided_by_the_candidates_share() -> None:
         assert len(candidates(percent)) == pytest.approx(expected, abs=deviation), percent
 
 
-def test_growing_share_keeps_the_candidates_clients() -> None:
+def test_clients_of_the_candidate_keep_it_when_its_share_grows() -> None:
     assert candidates(5) < candidates(25) < candidates(100) == set(CLIENTS)
 
 

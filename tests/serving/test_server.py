@@ -72,7 +72,9 @@ async def test_started_server_answers_and_reports_its_status(home: Home) -> None
     assert status["last_swap"] is None
 
 
-async def test_status_without_the_store_has_what_is_in_memory(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_status_shows_in_memory_values_while_the_store_is_unavailable(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(store: Store, name: str, *, server: str) -> None:
         raise StoreUnavailableError(RegistryError("the store at db:5432/x is not responding", todo="check it"))
 
@@ -251,7 +253,7 @@ async def test_second_signal_ends_draining_but_not_running_answers(home: Home) -
     assert (answer.status, answer.error) == (200, None)
 
 
-async def test_draining_server_leaves_its_engine_when_asked_to(home: Home) -> None:
+async def test_draining_server_leaves_its_engine_running_if_requested_by_signal(home: Home) -> None:
     drain_for(home, 0.2)
     async with started(home) as (task, _):
         await home.ready.wait()
@@ -379,7 +381,7 @@ async def test_second_server_on_a_home_fails_immediately(home: Home) -> None:
 
 
 async def test_second_server_on_a_port_fails_immediately(home: Home, tmp_path: Path) -> None:
-    """This holds even before the first server responds."""
+    """The second server fails even before the first server responds."""
     with server.claim(home.settings) as first:
         port = int(first.url.rpartition(":")[2])
         other = Settings.model_validate({"home": tmp_path / "other", "serve": {"port": port}})
@@ -387,7 +389,7 @@ async def test_second_server_on_a_port_fails_immediately(home: Home, tmp_path: P
             pass
 
 
-def test_port_is_free_after_its_claim_has_ended(home: Home) -> None:
+def test_port_is_released_after_its_claim_has_ended(home: Home) -> None:
     with server.claim(home.settings) as first:
         port = int(first.url.rpartition(":")[2])
     again = Settings.model_validate({"home": home.settings.home, "serve": {"port": port}})

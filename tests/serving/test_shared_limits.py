@@ -106,7 +106,7 @@ async def test_request_on_one_server_counts_towards_every_limit_on_the_other(two
     assert [second.remaining(limit) for limit in Limit if limit is not Limit.CONCURRENT] == [55, 550, 1100, 999_850]
 
 
-async def test_own_requests_count_once_however_often_the_store_is_read(two: Two) -> None:
+async def test_requests_on_this_server_count_once_however_often_the_store_is_read(two: Two) -> None:
     _, first, second = two
     first.ask()
     second.ask()
@@ -116,7 +116,7 @@ async def test_own_requests_count_once_however_often_the_store_is_read(two: Two)
 
 
 @pytest.mark.slow
-async def test_two_servers_allow_the_limit_per_minute_and_one_burst_each(two: Two) -> None:
+async def test_two_servers_together_exceed_a_shared_limit_by_at_most_one_burst_each(two: Two) -> None:
     clock, first, second = two
     accepted, minutes = 0, 10
     for second_of_time in range(minutes * 60):
@@ -140,7 +140,7 @@ async def test_usage_before_midnight_does_not_count_towards_the_new_day(two: Two
     assert second.remaining(Limit.TOKENS_PER_DAY) == 10**6 - 2
 
 
-async def test_usage_before_midnight_counts_towards_the_minute_after_it(two: Two) -> None:
+async def test_usage_just_before_midnight_counts_towards_the_per_minute_limit_after_midnight(two: Two) -> None:
     clock, first, second = two
     clock.at = NOON.replace(hour=23, minute=59, second=58)
     first.ask_all()
@@ -149,7 +149,7 @@ async def test_usage_before_midnight_counts_towards_the_minute_after_it(two: Two
     assert second.remaining(Limit.REQUESTS_PER_MINUTE) == 0
 
 
-async def test_usage_across_an_hour_is_counted_once(two: Two) -> None:
+async def test_usage_before_and_after_a_full_hour_is_counted_once(two: Two) -> None:
     clock, first, second = two
     clock.at = NOON.replace(minute=59, second=58)
     first.ask()
@@ -160,7 +160,7 @@ async def test_usage_across_an_hour_is_counted_once(two: Two) -> None:
     assert second.remaining(Limit.TOKENS_PER_DAY) == 10**6 - 60
 
 
-async def test_usage_before_a_restart_counts_once_and_only_towards_the_day(two: Two) -> None:
+async def test_usage_before_a_restart_counts_once_towards_the_daily_limit_only(two: Two) -> None:
     clock, first, second = two
     first.ask(10, 20)
     await exchange(first, second)
@@ -201,7 +201,7 @@ async def test_usage_during_an_outage_is_added_afterwards_without_a_long_lockout
     assert first.ask() and second.ask()
 
 
-async def test_no_limit_changes_when_the_store_cannot_be_read(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_limits_are_unchanged_while_the_store_cannot_be_read(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     _, first, second = two
     first.ask()
     await exchange(first)

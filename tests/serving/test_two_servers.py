@@ -96,7 +96,7 @@ async def test_both_servers_swap_after_one_promotion(both: tuple[Control, Contro
 
 
 @pytest.mark.parametrize("place", [0, 1])
-async def test_both_servers_return_to_the_previous_version_when_one_cannot_load_the_new_one(
+async def test_both_servers_restore_the_previous_version_if_one_cannot_load_the_promoted_version(
     first: Control, second: Control, place: int
 ) -> None:
     servers = (first, second)
@@ -117,7 +117,7 @@ async def test_both_servers_return_to_the_previous_version_when_one_cannot_load_
         assert (first.desired(), settled.target, settled.previous) == (settled, target(1), None)
 
 
-async def test_version_that_failed_on_another_server_is_not_made_the_desired_one_again(first: Control) -> None:
+async def test_version_that_failed_on_another_server_does_not_become_desired_again(first: Control) -> None:
     """Two servers that each reject the other's version would change it forever."""
     make_version(first.registry, 4, probes_of="/elsewhere")
     report_server(first.store, "other", SECOND, [])
@@ -145,7 +145,7 @@ async def test_promotion_does_not_wait_for_a_server_that_stops_reporting(
     assert outcomes(await following) == {FIRST: SwapOutcome.SUCCEEDED, SECOND: None}
 
 
-async def test_promotion_names_a_server_that_was_stopped_meanwhile(first: Control, second: Control) -> None:
+async def test_promotion_names_a_server_that_stopped_during_the_promotion(first: Control, second: Control) -> None:
     async with first.run(), AsyncExitStack() as stack:
         await stack.enter_async_context(second.run())
         await until(lambda: len(served_spans(first.store, NAME)) == 2)
@@ -157,7 +157,7 @@ async def test_promotion_names_a_server_that_was_stopped_meanwhile(first: Contro
         assert outcomes(await following) == {FIRST: SwapOutcome.SUCCEEDED, SECOND: None}
 
 
-async def test_promotion_does_not_wait_for_a_server_that_started_with_the_version(
+async def test_promotion_does_not_wait_for_a_server_that_started_with_the_promoted_version(
     first: Control, second: Control
 ) -> None:
     async with first.run():
@@ -168,7 +168,7 @@ async def test_promotion_does_not_wait_for_a_server_that_started_with_the_versio
             assert outcomes(await follow_change(first, wish)) == {FIRST: SwapOutcome.SUCCEEDED}
 
 
-async def test_version_stays_desired_when_a_starting_server_cannot_serve_what_another_one_serves(
+async def test_version_stays_desired_if_a_starting_server_cannot_serve_it_but_another_serves_it(
     first: Control, second: Control
 ) -> None:
     make_version(first.registry, 4)
@@ -183,7 +183,7 @@ async def test_version_stays_desired_when_a_starting_server_cannot_serve_what_an
         assert first.desired().target == target(4)
 
 
-async def test_promotion_waits_for_a_server_that_was_considered_dead_when_it_reports_again(
+async def test_promotion_waits_for_a_server_considered_dead_once_it_reports_again(
     both: tuple[Control, Control], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = both
@@ -200,7 +200,7 @@ async def test_promotion_waits_for_a_server_that_was_considered_dead_when_it_rep
     assert any([await awaited() == {FIRST, SECOND} for _ in range(3)])
 
 
-async def test_stopping_one_server_ends_only_its_own_period_of_service(first: Control, second: Control) -> None:
+async def test_stopping_a_server_ends_only_its_own_served_interval(first: Control, second: Control) -> None:
     async with first.run():
         async with second.run():
             await until(lambda: len(served_spans(first.store, NAME)) == 2)
@@ -209,7 +209,9 @@ async def test_stopping_one_server_ends_only_its_own_period_of_service(first: Co
         assert spans == {first.leadership.server: None, second.leadership.server: Ended.STOP}
 
 
-async def test_swap_of_a_server_that_died_ends_when_another_one_starts(first: Control, second: Control) -> None:
+async def test_unfinished_swap_of_a_dead_server_is_ended_when_another_server_starts(
+    first: Control, second: Control
+) -> None:
     change_desired(first.store, first.desired(), target(2), target(1))
     wish = first.desired()
     begin_swap(first.store, wish, server="died")
@@ -221,7 +223,7 @@ async def test_swap_of_a_server_that_died_ends_when_another_one_starts(first: Co
         assert died.swap.result.outcome is SwapOutcome.FAILED
 
 
-async def test_held_out_set_runs_on_one_server_and_moves_to_the_other_when_that_stops(
+async def test_held_out_set_runs_on_only_one_server_and_on_the_other_after_that_server_stops(
     first: Control, second: Control
 ) -> None:
     for server in (first, second):
@@ -271,6 +273,6 @@ async def test_only_the_leader_writes_the_production_alias_until_it_stops(first:
             await until(lambda: first.book.book == {Alias.PRODUCTION: target(1).version})
 
 
-async def test_views_of_servers_have_address_version_and_leases(both: tuple[Control, Control]) -> None:
+async def test_server_list_shows_address_version_and_leases_of_each_server(both: tuple[Control, Control]) -> None:
     views = [(view.address, view.running, view.serves, view.leads) for view in server_views(both[0].store)]
     assert views == [(FIRST, True, (str(target(1)),), ("*", NAME)), (SECOND, True, (str(target(1)),), ())]

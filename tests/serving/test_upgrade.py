@@ -224,7 +224,7 @@ def test_no_request_fails_when_a_load_balancer_stops_sending_while_the_server_dr
 
 @pytest.mark.matrix
 @pytest.mark.skipif(not Path(HAPROXY).exists(), reason="HAProxy is not installed: apt-get install haproxy")
-def test_no_request_fails_when_servers_behind_haproxy_are_replaced_one_after_the_other(
+def test_no_request_fails_during_a_rolling_replacement_of_servers_behind_haproxy(
     memory_folder: Path, socket_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SVC_SERVE__DRAIN_S", "2")

@@ -59,7 +59,7 @@ if __name__ == "__main__":
 
 
 def test_child_process_may_clean_up_after_its_work_is_done(tmp_path: Path) -> None:
-    """A child that is killed at once leaks semaphores, and Python warns about each when the caller exits."""
+    """A child that is killed immediately leaks semaphores, and Python warns about each when the caller exits."""
     script = tmp_path / "leaves_late.py"
     script.write_text(LEAVES_LATE, "utf-8")
     done = subprocess.run(

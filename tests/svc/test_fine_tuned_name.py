@@ -11,27 +11,27 @@ def make(model: str, suffix: str = "tickets") -> str:
     return str(make_fine_tuned_name(model=model, organization="org", suffix=suffix, job=JOB))
 
 
-def test_name_has_base_organization_suffix_and_short_id_of_the_job() -> None:
+def test_fine_tuned_name_has_base_organization_suffix_and_short_job_id() -> None:
     assert make("small") == "ft:small:org:tickets:0123456789ab"
 
 
-def test_name_has_an_empty_suffix_when_the_client_chose_none() -> None:
+def test_fine_tuned_name_has_an_empty_suffix_when_the_client_chose_none() -> None:
     assert make("small", "") == "ft:small:org::0123456789ab"
 
 
 @pytest.mark.parametrize("model", ["ft:small:org:first:ab12", "ft:small:org::ab12", "ft:small:org::ab12:ckpt-step-10"])
-def test_name_has_the_first_base_when_a_fine_tuned_model_is_trained_further(model: str) -> None:
+def test_name_of_a_further_trained_model_contains_the_original_base(model: str) -> None:
     assert make(model) == "ft:small:org:tickets:0123456789ab"
 
 
 @pytest.mark.parametrize("suffix", ["", "tickets"])
 @pytest.mark.parametrize("step", [None, 1, 2000])
-def test_parsed_name_equals_the_created_name(suffix: str, step: int | None) -> None:
+def test_fine_tuned_name_round_trips_through_parsing(suffix: str, step: int | None) -> None:
     name = FineTunedName("HuggingFaceTB/SmolLM2-135M", "org", suffix, "ab12", step)
     assert parse_fine_tuned_name(str(name)) == name
 
 
-def test_name_of_a_checkpoint_is_that_of_its_model_with_the_step() -> None:
+def test_checkpoint_name_is_the_model_name_followed_by_the_step() -> None:
     assert str(FineTunedName("small", "org", "", "ab12").at_step(20)) == "ft:small:org::ab12:ckpt-step-20"
 
 
@@ -50,5 +50,5 @@ def test_name_of_a_checkpoint_is_that_of_its_model_with_the_step() -> None:
         "ft:a:b:c:1:ckpt-step-1:2",
     ],
 )
-def test_texts_of_another_form_are_not_names(text: str) -> None:
+def test_text_in_another_format_is_not_parsed_as_a_fine_tuned_name(text: str) -> None:
     assert parse_fine_tuned_name(text) is None

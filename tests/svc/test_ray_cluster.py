@@ -9,25 +9,25 @@ from svc.errors import ServerNotRunningError, SettingsError
 from svc.ray_cluster import connected, find_address
 
 
-def test_setting_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_address_setting_overrides_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "other:6379")
     assert find_address("head:6379") == "head:6379"
     assert find_address(None) == "other:6379"
 
 
-def test_missing_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_address_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(SettingsError, match="is not set"):
         find_address(None)
 
 
-def test_dashboard_of_ray_job_submit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dashboard_url_is_rejected_as_a_ray_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with pytest.raises(SettingsError, match="http://head:8265 is the address of Ray's dashboard"):
         find_address(None)
 
 
-def test_cluster_is_refused_when_nothing_listens() -> None:
+def test_connecting_to_a_ray_address_where_nothing_listens_raises_error() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
@@ -35,7 +35,7 @@ def test_cluster_is_refused_when_nothing_listens() -> None:
             pass
 
 
-def test_events_that_ray_prints_do_not_reach_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+def test_events_printed_by_ray_do_not_reach_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     from ray._private.worker import print_to_stdstream
 
     event = {"pid": 1, "ip": "", "is_err": False, "lines": ["a node was lost"]}

@@ -221,7 +221,7 @@ def test_model_setting_equal_to_the_default_overrides_the_global_one() -> None:
         ('{"min": 2, "max": 8}', (2, 8)),
     ],
 )
-def test_replicas_are_a_number_or_limits(
+def test_replicas_setting_accepts_a_number_or_a_range(
     given: object, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if isinstance(given, str):
@@ -236,7 +236,7 @@ def test_replicas_are_a_number_or_limits(
     "given",
     [0, 65, {}, {"min": 3, "max": 2}, {"min": 0, "max": 2}, {"max": 2, "step": 1}, {"max": 2, "remove_after_s": 5}],
 )
-def test_impossible_replicas_are_rejected(given: object, tmp_path: Path) -> None:
+def test_invalid_replicas_setting_is_rejected(given: object, tmp_path: Path) -> None:
     file = tmp_path / "svc.yaml"
     file.write_text(json.dumps({"engine": {"replicas": given}}))
     with pytest.raises(SettingsError, match=r"engine\.replicas"):

@@ -41,7 +41,7 @@ def test_invalid_duration_is_rejected(text: str) -> None:
         ("2026-12-31T08:30+02:00", datetime(2026, 12, 31, 6, 30, tzinfo=UTC)),
     ],
 )
-def test_date_means_the_same_moment_in_past_and_future_options(text: str, moment: datetime) -> None:
+def test_date_is_parsed_identically_by_past_and_future_time_options(text: str, moment: datetime) -> None:
     assert time_past(text) == time_to_come(text) == moment
 
 

@@ -7,7 +7,7 @@ from svc.training_progress import ProgressFile, ProgressReader, Registered, Stag
 _STEP = StepDone(step=3, steps=12, epoch=0.25, loss=1.5, tokens=900)
 
 
-def test_each_record_is_read_once_in_the_order_of_writing(tmp_path: Path) -> None:
+def test_progress_records_are_read_once_in_the_order_written(tmp_path: Path) -> None:
     file, reader = ProgressFile(tmp_path / "progress"), ProgressReader(tmp_path / "progress")
 
     assert reader.read() == []
@@ -19,7 +19,7 @@ def test_each_record_is_read_once_in_the_order_of_writing(tmp_path: Path) -> Non
     assert reader.read() == [Registered(version="bot@1")]
 
 
-def test_incomplete_line_is_read_when_it_is_complete(tmp_path: Path) -> None:
+def test_incomplete_progress_line_is_read_once_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "progress"
     ProgressFile(path).write(_STEP)
     line = path.read_bytes()
@@ -31,7 +31,7 @@ def test_incomplete_line_is_read_when_it_is_complete(tmp_path: Path) -> None:
     assert reader.read() == [_STEP]
 
 
-def test_line_that_a_full_disk_has_cut_is_skipped(tmp_path: Path) -> None:
+def test_progress_line_truncated_by_a_full_disk_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "progress"
     path.write_bytes(b'{"kind":"step","st')
     ProgressFile(path).write(_STEP)

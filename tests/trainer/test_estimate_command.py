@@ -89,7 +89,7 @@ def test_estimate_says_what_to_change_when_the_chosen_device_is_too_small(
         (["adapter.init=olora"], None),
     ],
 )
-def test_estimate_names_published_lower_rates_when_the_recipe_sets_none(
+def test_estimate_mentions_lower_published_learning_rates_when_the_recipe_sets_none(
     svc: Svc, tmp_path: Path, recipe: Path, changes: list[str], advice: str | None
 ) -> None:
     options = [option for change in changes for option in ("--set", change)]
@@ -135,9 +135,7 @@ def test_checkpointing_is_not_chosen_for_trials_because_each_needs_different_mem
 
 
 @pytest.mark.parametrize("command", [["train"], ["train", "--curve"], ["sweep"]], ids=" ".join)
-def test_anyway_option_continues_past_the_memory_check(
-    svc: Svc, tmp_path: Path, recipe: Path, command: list[str]
-) -> None:
+def test_anyway_option_skips_the_memory_check(svc: Svc, tmp_path: Path, recipe: Path, command: list[str]) -> None:
     ended = svc("--home", tmp_path / "home", *command, recipe, "--anyway")
     assert ended.code == 5  # the folder has no weights
     assert "is missing model.safetensors" in ended.err

@@ -11,7 +11,7 @@ def test_candidate_with_mostly_invalid_outputs_is_rolled_back_after_few_requests
     assert decision.after_s < 200
 
 
-def test_equal_candidate_without_faults_serves_everything() -> None:
+def test_faultless_candidate_reaches_all_traffic_before_the_deadline() -> None:
     perfect = Version(errors=0.0, invalid=0.0, slower=0.5, bad=0.0)
     decision = decide(generate(Kind("perfect", perfect), DEADLINE_S, seed=2))
     assert decision.end is End.FULL

@@ -8,7 +8,7 @@ from benchmarks.rollout.table import lines, upper_limit
 from benchmarks.rollout.traffic import AT_MARGIN, BAD, EQUAL, Kind
 
 
-def test_upper_limit_is_clopper_and_pearsons() -> None:
+def test_upper_confidence_limit_matches_the_clopper_pearson_interval() -> None:
     assert upper_limit(0, 1000) == pytest.approx(0.003682, abs=1e-5)
     assert upper_limit(5, 1000) == pytest.approx(0.01163, abs=1e-4)
     assert upper_limit(3, 3) == 1.0
@@ -25,7 +25,7 @@ def test_tables_show_wrong_rollbacks_and_exposed_requests_of_each_policy() -> No
     assert bad.count("150 / 150 (5%)") == (len(BAD) + 1) * len(POLICIES)
 
 
-def test_exposure_is_shown_as_never_when_too_few_rollouts_are_rolled_back() -> None:
+def test_table_shows_never_for_exposure_when_too_few_rollouts_are_rolled_back() -> None:
     full, back = Decision(End.FULL, 4000, 7200.0), Decision(End.ROLLED_BACK, 150, 300.0)
     decisions: dict[Kind, Decisions] = {kind: dict.fromkeys(POLICIES, [back] * 12 + [full] * 8) for kind in EQUAL}
     decisions |= dict.fromkeys((*AT_MARGIN, *BAD), decisions[EQUAL[0]])

@@ -17,7 +17,7 @@ def measured(values: Floats) -> Windows:
     return Windows(values, 10 * numbers, 60 * numbers)
 
 
-def test_measurements_are_those_of_the_candidate() -> None:
+def test_measured_signals_reflect_the_faults_of_the_candidate() -> None:
     bad = Version(errors=0.2, invalid=0.5, slower=3.0, bad=0.9)
     windows = thresholds.measure(generate(Kind("bad", bad), 600.0, seed=1), POLICY)
     assert windows.values.shape == (7, thresholds.SIGNALS)

@@ -9,7 +9,7 @@ HOUR_S = 3600.0
 
 
 @pytest.mark.parametrize("shape", [Shape.INDEPENDENT, Shape.SESSIONS])
-def test_rates_of_both_versions_are_the_declared_ones(shape: Shape) -> None:
+def test_generated_traffic_has_the_rates_configured_for_each_version(shape: Shape) -> None:
     candidate = Version(errors=0.03, invalid=0.1, bad=0.4)
     traffic = generate(Kind("bad", candidate, shape), 2 * HOUR_S, seed=1)
     for row, version in enumerate((Version(), candidate)):
@@ -24,7 +24,7 @@ def test_slower_candidate_takes_longer_for_each_request() -> None:
 
 
 @pytest.mark.parametrize("kind", EQUAL, ids=str)
-def test_equal_versions_give_equal_results_in_order_of_time(kind: Kind) -> None:
+def test_equal_versions_have_identical_results_in_chronological_order(kind: Kind) -> None:
     traffic = generate(kind, HOUR_S, seed=3)
     for results in (traffic.failed, traffic.invalid, traffic.first_token_s, traffic.bad):
         np.testing.assert_array_equal(results[0], results[1])
@@ -33,7 +33,7 @@ def test_equal_versions_give_equal_results_in_order_of_time(kind: Kind) -> None:
     assert not any(bad.equal for bad in BAD)
 
 
-def test_requests_of_a_user_share_a_hash_place_and_sessions_have_2_to_20_requests() -> None:
+def test_requests_of_a_user_share_a_hash_value_and_sessions_have_2_to_20_requests() -> None:
     traffic = generate(Kind("sessions", shape=Shape.SESSIONS), HOUR_S, seed=4)
     users, counts = np.unique(traffic.unit, return_counts=True)
     assert counts.min() >= 2

@@ -76,5 +76,5 @@ def test_every_expected_alert_exists_and_starts_before_it_ends() -> None:
         assert one.begins[0] <= one.begins[1] < one.ends[0] <= one.ends[1]
 
 
-def test_printed_moment_of_the_week_can_be_parsed_back() -> None:
+def test_printed_day_and_time_can_be_parsed_back() -> None:
     assert moment(at("3 11:25")) == "3 11:25"

@@ -66,12 +66,12 @@ def test_tail_bets_cover_both_sides_and_stay_within_bounds_without_change() -> N
 
 
 @pytest.mark.parametrize("moved", [-10.0, 10.0])
-def test_numbers_beyond_the_reference_range_are_in_all_sets_on_that_side(moved: float) -> None:
+def test_number_beyond_the_reference_range_is_in_all_tail_sets_on_its_side(moved: float) -> None:
     bets = feature_bets(of_numbers(np.random.default_rng(1).normal(size=200)))
     assert sorted(hit_table(bets, of_numbers([moved]))[0].tolist()) == [MISS] * 3 + [HIT] * 3
 
 
-def test_differing_number_is_in_a_set_if_all_reference_numbers_are_equal() -> None:
+def test_number_that_differs_is_in_a_tail_set_if_all_reference_numbers_are_equal() -> None:
     bets = feature_bets(of_numbers([3.0] * 200))
     assert all(bet.bound == pytest.approx(SLACK * upper_limit(0, 200, SURE)) for bet in bets)
     below, same, above = (hit_table(bets, of_numbers([value]))[0] for value in (2.0, 3.0, 4.0))

@@ -36,7 +36,9 @@ def alarmed(store: Store, signal: Signal) -> set[str]:
     return {alarm.feature for alarm in alarms(store, signal)}
 
 
-def test_traffic_like_the_held_out_set_is_steady(check: Check, traffic: Traffic, store: Store) -> None:
+def test_drift_status_is_steady_if_traffic_resembles_the_held_out_set(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
     traffic.ask(ALIKE[:120])
     reports = check()
     assert [reports[signal].status for signal in (Signal.INPUT, Signal.OUTPUT)] == [Status.STEADY] * 2
@@ -543,7 +545,9 @@ def test_traffic_change_is_accepted_even_if_ratings_are_too_few_to_accept(
     assert lasting == {"bad_ratings"}
 
 
-def test_two_homes_with_one_store_do_not_check_at_the_same_time(postgresql_store: Store, tmp_path: Path) -> None:
+def test_two_homes_that_share_a_store_do_not_check_drift_at_the_same_time(
+    postgresql_store: Store, tmp_path: Path
+) -> None:
     with only_check(tmp_path / "a", postgresql_store) as lease:
         assert lease is not None
         with pytest.raises(BusyError, match="the drift check is in use"), only_check(tmp_path / "b", postgresql_store):
@@ -552,7 +556,7 @@ def test_two_homes_with_one_store_do_not_check_at_the_same_time(postgresql_store
         pass
 
 
-def test_check_whose_lease_was_taken_stores_nothing(registry: Registry, store: Store, traffic: Traffic) -> None:
+def test_drift_check_stores_nothing_if_its_lease_was_taken(registry: Registry, store: Store, traffic: Traffic) -> None:
     traffic.ask(prompts("none")[:12])
     checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     with pytest.raises(LeaseLostError):

@@ -63,7 +63,7 @@ def test_learned_sets_are_bet_on_once_there_are_enough_earlier_items(dependence:
 
 @settings(max_examples=25)
 @given(st.integers(ALL_LEARNED + 65, SIZE - 1), st.integers(1, 65), st.data())
-def test_learned_sets_and_bounds_ignore_items_within_the_dependence(
+def test_learned_sets_and_bounds_ignore_items_within_the_dependence_length(
     place: int, dependence: int, data: st.DataObject
 ) -> None:
     hits, bounds = CLASSIFIER.learned_hits(SIMILAR, place, float(dependence))
@@ -76,7 +76,7 @@ def test_learned_sets_and_bounds_ignore_items_within_the_dependence(
 
 
 @pytest.mark.parametrize("dependence", [1.0, 5.0])
-def test_bet_limits_and_bounds_do_not_depend_on_the_item_itself(dependence: float) -> None:
+def test_score_limits_and_bounds_of_learned_sets_do_not_depend_on_the_checked_item(dependence: float) -> None:
     place, expected = 500, CLASSIFIER.learned_hits(SIMILAR, 500, dependence)[1]
     results = []
     for score in np.linspace(-1, 1, 41):
@@ -91,8 +91,8 @@ def test_bet_limits_and_bounds_do_not_depend_on_the_item_itself(dependence: floa
 
 
 @pytest.mark.parametrize("dependence", [1, 5])
-def test_learned_set_changes_with_the_nearest_item_beyond_the_dependence(dependence: int) -> None:
-    """Control for the tests above."""
+def test_learned_set_changes_with_the_nearest_item_beyond_the_dependence_length(dependence: int) -> None:
+    """Control: shows that the classifier does react to older items."""
     changes = 0
     for place in range(500, 540):
         changed = copy(SIMILAR)
@@ -126,7 +126,7 @@ def test_items_hit_learned_sets_more_often_than_bounds_after_topic_change() -> N
     assert (hits[:, :4].mean(axis=0) > bounds[:, :4].mean(axis=0)).all()
 
 
-def test_share_already_seen_in_earlier_items_is_within_the_second_bound() -> None:
+def test_second_bound_of_a_learned_set_rises_with_its_share_in_recent_items() -> None:
     """Long after a change, the share in the reference differs from the recent share."""
     half_moved = draw_requests(3, 250, moved=2.0).prompts.followed_by(draw_requests(4, 250).prompts)
     mixed = half_moved.at(np.random.default_rng(1).permutation(500))

@@ -66,6 +66,6 @@ def test_comparing_traffic_with_the_drift_sample_causes_no_alarm(requests: list[
 def test_comparing_traffic_with_text_space_prompts_would_cause_an_alarm(
     requests: list[ChatExample],
 ) -> None:
-    """This is why the reference sample is excluded from the text space."""
+    """Shows why the reference sample is excluded from the text space."""
     drawn = draw_drift_sample(requests[:GIVEN], 0)
     assert alarms([*drawn.rest, *drawn.sample], drawn.sample, requests[GIVEN:][:LIVE]) != []

@@ -100,7 +100,7 @@ def test_words_become_rare_again_if_no_recent_request_contains_them() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_requests_with_at_most_one_word_are_compared_by_all_their_words(count: int) -> None:
+def test_repeated_request_of_at_most_one_word_is_a_near_copy(count: int) -> None:
     same, other = distinct(1, count), distinct(2, 3)
     assert decide(NearCopies([]), [same, other, same]) == [False, False, True]
 

@@ -83,7 +83,7 @@ def test_examples_are_ordered_farthest_from_reference_first_then_newest_first() 
     assert most_moved("length", lengths(10.0, 11.0, 12.0, NAN), live) == [4, 1, 5, 3, 0]
 
 
-def test_alarm_examples_come_from_the_category_that_grew_newest_first() -> None:
+def test_alarm_examples_are_the_newest_items_of_the_category_that_grew() -> None:
     live = reasons("length", "stop", "error", NOT_THERE, "error", "error")
     assert most_moved("reason", reasons(*["stop"] * 90, *["length"] * 10), live)[:3] == [5, 4, 2]
 

@@ -75,14 +75,14 @@ def test_key_expiry_is_exported_while_the_key_is_usable(store: Store) -> None:
     assert shown(store, KEY, key_id=forever) is None
 
 
-def test_newest_finished_backup_is_exported_even_after_a_later_interrupted_one(store: Store, tmp_path: Path) -> None:
+def test_newest_finished_backup_is_exported_even_after_an_interrupted_backup(store: Store, tmp_path: Path) -> None:
     back_up(store, tmp_path / "backups", "20260101T030000.000Z")
     back_up(store, tmp_path / "backups", "20260102T030000.500Z")
     back_up(store, tmp_path / "backups", None)
     assert shown(store, BACKUP) == datetime(2026, 1, 2, 3, 0, 0, 500_000, tzinfo=UTC).timestamp()
 
 
-def test_backup_start_time_is_exported_if_its_folder_is_elsewhere(store: Store, tmp_path: Path) -> None:
+def test_backup_start_time_is_exported_if_its_folder_is_on_another_machine(store: Store, tmp_path: Path) -> None:
     back_up(store, tmp_path / "of-another-machine", None)
     assert shown(store, BACKUP) == pytest.approx(time.time(), abs=60)
 

@@ -93,7 +93,7 @@ def test_removed_model_is_neither_checked_nor_exported(
     assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION)
 
 
-def test_defect_in_one_models_check_does_not_stop_checks_of_other_models(
+def test_failed_check_of_one_model_does_not_stop_checks_of_other_models(
     checks: ProductionChecks, store: Store, other: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unpatched = DriftCheck.run
@@ -163,7 +163,9 @@ def test_held_out_run_is_exported(metrics: CollectorRegistry, registry: Registry
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) == 1
 
 
-def test_export_includes_failed_held_out_run_and_last_completed_one(metrics: CollectorRegistry, store: Store) -> None:
+def test_export_includes_the_failed_and_the_last_completed_held_out_run(
+    metrics: CollectorRegistry, store: Store
+) -> None:
     failed = replace(run([], []), outcome=HoldoutOutcome.FAILED, reason="away")
     add_holdout_run(store, failed)
     shown = metrics.get_sample_value("svc_holdout_run_timestamp_seconds", {**VERSION, "outcome": "failed"})

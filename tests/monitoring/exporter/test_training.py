@@ -53,12 +53,12 @@ def work(tmp_path: Path) -> Iterator[Work]:
         yield work
 
 
-def test_training_is_running_if_a_run_of_that_name_is_active(read: Read, work: Work) -> None:
+def test_training_is_reported_as_running_if_a_run_of_the_model_name_is_active(read: Read, work: Work) -> None:
     work()
     assert read("svc_training_running") == 1
 
 
-def test_training_is_not_running_if_no_run_of_that_name_is_active(read: Read, tmp_path: Path) -> None:
+def test_training_is_reported_as_not_running_if_no_run_of_the_model_name_is_active(read: Read, tmp_path: Path) -> None:
     with hold_lock(tmp_path / RUNS_FOLDER / "tiny-0123456789ab" / RUN_LOCK, "a run"):
         pass
     assert read("svc_training_running") == 0
@@ -78,24 +78,26 @@ def test_no_newest_file_time_is_exported_without_an_active_run(read: Read, tmp_p
     assert read("svc_training_written_timestamp_seconds") is None
 
 
-def test_training_is_running_if_one_of_several_runs_is_active(read: Read, work: Work) -> None:
+def test_training_is_reported_as_running_if_one_of_several_runs_is_active(read: Read, work: Work) -> None:
     folder = work()
     (folder.parent / "tiny-fedcba987654").mkdir()
     (folder.parent / "tiny-fedcba987654" / RUN_LOCK).touch()
     assert read("svc_training_running") == 1
 
 
-def test_training_is_not_running_if_no_run_of_that_name_exists(read: Read, work: Work) -> None:
+def test_training_is_reported_as_not_running_if_no_run_of_the_model_name_exists(read: Read, work: Work) -> None:
     work("other-0123456789ab")
     assert read("svc_training_running") == 0
 
 
-def test_training_is_running_even_if_mlflow_does_not_know_the_name(read: Read, work: Work) -> None:
+def test_training_is_reported_as_running_even_if_mlflow_does_not_know_the_model_name(read: Read, work: Work) -> None:
     work("other-0123456789ab")
     assert read("svc_training_running", "other") == 1
 
 
-def test_training_is_running_even_if_mlflow_does_not_respond(read: Read, work: Work, mlflow: TrackedRuns) -> None:
+def test_training_is_reported_as_running_even_if_mlflow_does_not_respond(
+    read: Read, work: Work, mlflow: TrackedRuns
+) -> None:
     work()
     mlflow.away = True
     assert read("svc_training_running") == 1

@@ -170,7 +170,7 @@ async def test_idle_time_counts_from_the_end_of_the_last_request() -> None:
 
 
 async def test_idle_time_counts_from_when_an_engine_becomes_ready() -> None:
-    """Otherwise, a model that loaded for longer than `idle_s`, or was promoted while idle, would stop at once."""
+    """Otherwise, a model that loaded for longer than `idle_s`, or was promoted while idle, would stop immediately."""
     admission = open_admission()
     admission.unavailable("the engine is starting")
     await asyncio.sleep(0.05)
@@ -179,7 +179,7 @@ async def test_idle_time_counts_from_when_an_engine_becomes_ready() -> None:
 
 
 async def test_admitted_request_is_requeued_if_a_swap_begins_before_it_runs() -> None:
-    """Its own task, which would send it to an engine, runs one event-loop turn after the swap begins."""
+    """The request's own task, which would send it to an engine, runs one event-loop turn after the swap begins."""
     admission, end, order = open_admission(max_running=3), asyncio.Event(), list[int]()
 
     async def request(number: int) -> None:

@@ -56,7 +56,7 @@ def begun(requests: list[Batched]) -> list[bool]:
     return [request.began for request in requests]
 
 
-async def test_a_quarter_of_the_capacity_stays_free_for_clients() -> None:
+async def test_batch_requests_leave_a_quarter_of_the_capacity_free_for_clients() -> None:
     admission = open_admission(max_running=8)
     async with batched(admission, 8) as requests:
         assert begun(requests) == [True] * 6 + [False] * 2
@@ -66,7 +66,7 @@ async def test_a_quarter_of_the_capacity_stays_free_for_clients() -> None:
         assert begun(requests) == [True] * 7 + [False]
 
 
-async def test_clients_enter_immediately_and_interrupt_the_newest_requests() -> None:
+async def test_client_requests_run_immediately_and_interrupt_the_newest_batch_requests() -> None:
     admission = open_admission(max_running=4)
     async with batched(admission, 3) as requests, admitted(admission):
         assert not any(request.interrupted for request in requests)
@@ -99,7 +99,7 @@ async def test_batch_requests_are_interrupted_when_clients_need_their_tokens() -
             assert [request.interrupted for request in requests] == [False, True, False]
 
 
-async def test_request_that_can_never_run_is_refused() -> None:
+async def test_batch_request_that_exceeds_the_token_capacity_is_rejected() -> None:
     admission = open_admission(max_tokens=10)
     with pytest.raises(TooManyTokensError):
         await admission.enter(11, Party("alice", 1, OneShotEvent()))
@@ -112,7 +112,7 @@ async def test_number_of_running_batch_requests_is_limited_by_the_setting() -> N
         assert begun(requests) == [True, True, False]
 
 
-async def test_requests_are_interrupted_and_wait_while_the_engine_is_changed() -> None:
+async def test_batch_requests_are_interrupted_and_wait_while_admission_is_closed_for_a_swap() -> None:
     admission = open_admission()
     async with batched(admission, 1) as (first,):
         async with closed(admission):
@@ -127,7 +127,7 @@ async def test_requests_are_interrupted_and_wait_while_the_engine_is_changed() -
             assert third.began
 
 
-async def test_requests_wait_for_an_engine_that_starts() -> None:
+async def test_batch_requests_wait_while_the_engine_starts() -> None:
     admission = open_admission()
     admission.unavailable("the engine is starting")
     async with batched(admission, 1) as (request,):
@@ -139,7 +139,7 @@ async def test_requests_wait_for_an_engine_that_starts() -> None:
         assert not admission.batch_slots.wanted
 
 
-async def test_request_stops_waiting_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_batch_request_times_out_after_waiting_for_the_maximum_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_slots, "MAX_WAIT_S", 0.01)
     admission = open_admission(max_running=1)
     async with admitted(admission):
@@ -149,7 +149,7 @@ async def test_request_stops_waiting_after_a_minute(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("ticks", [0, 1, 2])
-async def test_cancelled_request_leaves_no_slot_taken(ticks: int) -> None:
+async def test_cancelled_batch_request_occupies_no_slot(ticks: int) -> None:
     admission = open_admission(max_running=1)
     await admission.enter(1, NO_KEY)
     waiting = asyncio.create_task(admission.enter(1, Party("alice", 1, OneShotEvent())))

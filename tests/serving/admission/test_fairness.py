@@ -234,7 +234,7 @@ class TestFull:
                     pass
         assert admission.queued == 0
 
-    async def test_request_is_rejected_immediately_if_the_queue_has_no_room(self) -> None:
+    async def test_request_is_rejected_immediately_if_the_queue_is_full(self) -> None:
         admission = open_admission(max_running=1, max_queued=0)
         async with admitted(admission, 1, A):
             with pytest.raises(OverloadedError):

@@ -76,7 +76,7 @@ async def test_every_request_gets_its_turn_if_more_wait_than_may_run() -> None:
     assert entered == list(range(7))
 
 
-async def test_client_disconnecting_in_its_admission_tick_leaves_no_trace() -> None:
+async def test_request_cancelled_in_the_moment_of_its_admission_occupies_no_slot() -> None:
     admission = open_admission()
     async with closed(admission):
         task = asyncio.create_task(run_until(admission, asyncio.Event()))
@@ -114,7 +114,7 @@ async def test_requests_are_rejected_if_the_on_demand_engine_fails_to_start() ->
         await waiting
 
 
-async def test_requests_wait_as_long_as_an_engine_start_may_take() -> None:
+async def test_requests_wait_for_as_long_as_an_engine_start_may_take() -> None:
     admission = Admission(max_running=1, max_tokens=9, max_queued=9, queue_timeout_s=0.01, wake_timeout_s=0.2)
     admission.sleep()
     admission.unavailable(None)

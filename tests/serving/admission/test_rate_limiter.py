@@ -55,7 +55,7 @@ class TestRequests:
         clock.now = 2
         assert clock.limiter.allowances(key)[Limit.REQUESTS_PER_MINUTE] == Allowance(60, 2, 58.0)
 
-    def test_request_rejected_elsewhere_does_not_use_up_the_limit(self) -> None:
+    def test_request_released_without_running_does_not_use_up_the_limit(self) -> None:
         clock, key = Clock(), principal(requests_per_minute=1, tokens_per_day=10)
         clock.limiter.reserve(key, asks(5)).release()
         clock.limiter.reserve(key, asks(5))
@@ -276,7 +276,7 @@ class Exchange:
         max_size=30,
     ),
 )
-def test_several_servers_allow_the_limit_per_minute_and_little_more_than_one_limit_each(
+def test_excess_over_a_shared_limit_is_little_more_than_one_limit_per_server(
     limit: int, phases: list[float], steps: list[tuple[float, float, bool]]
 ) -> None:
     servers, used = Exchange(limit, phases), list[tuple[float, int]]()
@@ -295,7 +295,7 @@ def test_several_servers_allow_the_limit_per_minute_and_little_more_than_one_lim
             assert total <= limit * ((at - since) / 60 + count + (count - 1) * DELAY_MIN) + 1e-6
 
 
-def test_usage_elsewhere_delays_requests_until_it_has_expired() -> None:
+def test_usage_on_other_servers_delays_requests_until_it_has_expired() -> None:
     clock, key = Clock(), principal(tokens_out_per_minute=60, requests_per_minute=6)
     clock.limiter = RateLimiter({"k1": key}.get, clock=lambda: clock.now)
     clock.limiter.add_used_elsewhere({"k1": Usage(2, 1, 90)}, 2)
@@ -306,7 +306,7 @@ def test_usage_elsewhere_delays_requests_until_it_has_expired() -> None:
     assert refused(clock.limiter, key, asks(1)).retry_after_s == 31
 
 
-def test_usage_elsewhere_expires_while_its_key_makes_no_request_here() -> None:
+def test_usage_on_other_servers_expires_even_if_the_key_sends_no_request_to_this_server() -> None:
     clock, key = Clock(), principal(tokens_out_per_minute=60)
     clock.limiter = RateLimiter({"k1": key}.get, clock=lambda: clock.now)
     for _ in range(10):
@@ -315,14 +315,14 @@ def test_usage_elsewhere_expires_while_its_key_makes_no_request_here() -> None:
     assert clock.limiter.allowances(key)[Limit.TOKENS_OUT_PER_MINUTE].remaining == 60
 
 
-def test_late_usage_of_a_long_time_delays_requests_by_little_more_than_a_minute_for_each_server() -> None:
+def test_delay_after_late_usage_reports_is_little_more_than_a_minute_per_server() -> None:
     clock, key = Clock(), principal(tokens_out_per_minute=60)
     clock.limiter = RateLimiter({"k1": key}.get, clock=lambda: clock.now)
     clock.limiter.add_used_elsewhere({"k1": Usage(1, 1, 10**6)}, 3)
     assert clock.limiter.allowances(key)[Limit.TOKENS_OUT_PER_MINUTE].reset_s == pytest.approx(3 * 1.2 * 60)
 
 
-def test_usage_elsewhere_of_keys_without_limits_is_not_stored() -> None:
+def test_usage_of_keys_without_limits_on_other_servers_is_not_stored() -> None:
     limiter = RateLimiter({"k1": principal()}.get)
     limiter.add_used_elsewhere({"k1": Usage(1, 1, 1), "unknown": Usage(1, 1, 1)}, 2)
     assert not limiter._keys

@@ -167,7 +167,7 @@ async def sending(
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_server_that_does_not_lead_sends_nothing_until_it_leads(
+async def test_server_sends_no_webhook_messages_until_it_becomes_the_leader(
     store: Store, receiver: Receiver, secret_file: Path
 ) -> None:
     leads = False
@@ -295,7 +295,7 @@ async def test_oldest_messages_are_dropped_when_too_many_wait(
     assert counted[DROPPED] == 2
 
 
-async def test_message_is_dropped_when_the_receiver_is_gone(
+async def test_message_is_dropped_when_the_receiver_responds_with_410_gone(
     store: Store, receiver: Receiver, secret_file: Path
 ) -> None:
     receiver.statuses = [410]

@@ -133,7 +133,7 @@ async def test_input_of_an_open_batch_is_not_deleted(service: BatchService, clie
         ("/v1/responses", {"model": NAME, "input": "one two"}),
     ],
 )
-async def test_batch_is_answered_for_each_endpoint(
+async def test_batch_completes_on_every_supported_endpoint(
     service: BatchService, client: AsyncOpenAI, path: str, body: dict[str, Any]
 ) -> None:
     content = json.dumps({"custom_id": "a", "method": "POST", "url": path, "body": body}) + "\n"
@@ -171,7 +171,9 @@ async def test_failed_requests_are_in_the_error_file(service: BatchService, clie
     assert failed["stream"]["response"]["body"]["error"]["param"] == "stream"
 
 
-async def test_byte_order_mark_and_other_line_ends_do_not_matter(service: BatchService, client: AsyncOpenAI) -> None:
+async def test_batch_input_may_have_a_byte_order_mark_blank_lines_and_windows_line_endings(
+    service: BatchService, client: AsyncOpenAI
+) -> None:
     mark = "\ufeff"
     async with service.running_batches():
         for content in (mark + line("a"), f"{mark}\n" + line("a"), f"{mark} \r\n" + line("a").replace("\n", "\r\n")):
@@ -179,7 +181,9 @@ async def test_byte_order_mark_and_other_line_ends_do_not_matter(service: BatchS
             assert (batch.status, list(service.content(batch.output_file_id))) == ("completed", ["a"])
 
 
-async def test_invalid_input_fails_the_batch_with_its_lines(service: BatchService, client: AsyncOpenAI) -> None:
+async def test_batch_with_invalid_input_fails_and_names_the_invalid_lines(
+    service: BatchService, client: AsyncOpenAI
+) -> None:
     async with service.running_batches():
         batch = await ended(client, await create(client, service.add_input(line("a") + line("a") + "{\n")))
         assert batch.errors is not None and batch.errors.data is not None
@@ -192,7 +196,7 @@ async def test_invalid_input_fails_the_batch_with_its_lines(service: BatchServic
     assert service.double.requests == []
 
 
-async def test_missing_input_fails_the_batch(service: BatchService, client: AsyncOpenAI) -> None:
+async def test_batch_fails_when_its_input_file_is_missing(service: BatchService, client: AsyncOpenAI) -> None:
     file = service.add_input(line("a"))
     id = await create(client, file)
     service.files.path(file).unlink()
@@ -202,7 +206,7 @@ async def test_missing_input_fails_the_batch(service: BatchService, client: Asyn
     assert batch.errors.data[0].code == "input_file_unavailable"
 
 
-async def test_finished_requests_are_not_sent_again_after_an_interruption(
+async def test_finished_requests_are_not_sent_again_after_a_batch_is_interrupted(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:
     service.double.token_delay_s = 0.002
@@ -222,7 +226,7 @@ async def test_finished_requests_are_not_sent_again_after_an_interruption(
     assert batch.usage is not None and batch.usage.input_tokens == 180
 
 
-async def test_folders_that_a_killed_server_left_are_removed(service: BatchService, client: AsyncOpenAI) -> None:
+async def test_batch_folders_left_by_a_killed_server_are_removed(service: BatchService, client: AsyncOpenAI) -> None:
     left = service.folder / "batches/batch_ended"
     left.mkdir(parents=True)
     service.leads = False
@@ -233,7 +237,7 @@ async def test_folders_that_a_killed_server_left_are_removed(service: BatchServi
         await until(lambda: not left.exists())
 
 
-async def test_server_that_does_not_lead_leaves_the_batches(service: BatchService, client: AsyncOpenAI) -> None:
+async def test_batch_is_paused_while_the_server_is_not_the_leader(service: BatchService, client: AsyncOpenAI) -> None:
     service.double.token_delay_s = 0.002
     id = await create(client, service.add_input(lines(40)))
     async with service.running_batches():
@@ -270,7 +274,7 @@ async def test_waiting_batch_can_be_cancelled(service: BatchService, client: Asy
     assert (batch.status, batch.output_file_id, service.double.requests) == ("cancelled", None, [])
 
 
-async def test_expired_batch_keeps_its_answers_and_names_the_other_requests(
+async def test_expired_batch_keeps_its_answers_and_lists_the_unanswered_requests(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:
     service.double.token_delay_s = 0.002
@@ -288,7 +292,7 @@ async def test_expired_batch_keeps_its_answers_and_names_the_other_requests(
     assert (result["response"], result["error"]["code"]) == (None, "batch_expired")
 
 
-async def test_live_request_is_admitted_before_those_of_a_batch(socket_folder: Path, store: Store) -> None:
+async def test_live_requests_interrupt_batch_requests_when_no_slot_is_free(socket_folder: Path, store: Store) -> None:
     service = BatchService(socket_folder, store=store, max_running=4)
     service.double.proceed.clear()
     async with service.run(), service.official() as client, service.running_batches(concurrency=8):
@@ -305,7 +309,9 @@ async def test_live_request_is_admitted_before_those_of_a_batch(socket_folder: P
     assert batch.status == "completed" and len(service.content(batch.output_file_id)) == 20
 
 
-async def test_requests_wait_while_the_engine_is_changed(service: BatchService, client: AsyncOpenAI) -> None:
+async def test_batch_requests_wait_while_admission_is_closed_for_a_swap(
+    service: BatchService, client: AsyncOpenAI
+) -> None:
     service.double.token_delay_s = 0.002
     async with service.running_batches():
         id = await create(client, service.add_input(lines(60)))
@@ -316,7 +322,7 @@ async def test_requests_wait_while_the_engine_is_changed(service: BatchService, 
     assert (batch.status, batch.error_file_id) == ("completed", None)
 
 
-async def test_request_is_sent_at_most_three_times_to_a_failing_engine(
+async def test_batch_request_is_sent_at_most_three_times_to_a_failing_engine(
     service: BatchService, client: AsyncOpenAI
 ) -> None:
     service.double.refuse_with = 500, {"message": "no", "type": "InternalServerError", "code": 500}
@@ -326,7 +332,7 @@ async def test_request_is_sent_at_most_three_times_to_a_failing_engine(
     assert len(service.double.requests) == 3
 
 
-async def test_requests_are_counted_and_logged_without_their_durations(
+async def test_batch_requests_are_counted_and_logged_but_their_durations_are_not_measured(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:
     key = service.key(*CLIENT)
@@ -349,7 +355,7 @@ async def test_requests_are_counted_and_logged_without_their_durations(
     assert (used.usage.requests, used.usage.tokens_in) == (5, 15)
 
 
-async def test_revoked_key_fails_its_batch(service: BatchService) -> None:
+async def test_batch_fails_when_its_key_is_revoked(service: BatchService) -> None:
     service.double.token_delay_s = 0.002
     alice, root = service.key(*CLIENT), service.key(Scope.ADMIN)
     async with AsyncExitStack() as stack:
@@ -367,7 +373,7 @@ async def test_revoked_key_fails_its_batch(service: BatchService) -> None:
     assert len(service.content(batch.output_file_id)) >= 4
 
 
-async def test_requests_have_the_rights_and_limits_of_the_key(service: BatchService) -> None:
+async def test_batch_requests_have_the_permissions_and_limits_of_their_key(service: BatchService) -> None:
     other = service.key(*CLIENT, models=frozenset({"other"}))
     limited = service.key(*CLIENT, limits=Limits(concurrent=4))
     async with service.official(other) as client, service.running_batches():
@@ -387,7 +393,7 @@ async def test_requests_have_the_rights_and_limits_of_the_key(service: BatchServ
         assert (await ended(client, id)).status == "completed"
 
 
-async def test_batch_begins_on_notification_of_its_creation_without_polling_the_store(
+async def test_batch_starts_when_its_creation_is_notified_without_polling_the_store(
     service: BatchService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []
@@ -442,7 +448,7 @@ async def test_batch_survives_an_engine_death(service: BatchService, client: Asy
     assert (batch.status, batch.error_file_id) == ("completed", None)
 
 
-def test_owner_with_the_fewest_batches_is_next() -> None:
+def test_next_batch_belongs_to_the_owner_with_the_fewest_running_batches() -> None:
     now = datetime.now(UTC)
 
     def batch(id: str, owner: str, **fields: Any) -> StoredBatch:
@@ -457,7 +463,7 @@ def test_owner_with_the_fewest_batches_is_next() -> None:
     assert next_batches([*batches, *ending], running) == ending
 
 
-async def test_batch_object_is_found_in_the_store_after_its_end(
+async def test_finished_batch_cannot_be_cancelled_and_its_output_file_expires_as_requested(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:
     async with service.running_batches():

@@ -56,7 +56,7 @@ async def ended(client: httpx.AsyncClient, id: str) -> dict[str, Any]:
             await asyncio.sleep(0.01)
 
 
-async def test_batch_wakes_an_idle_model_and_keeps_it_awake(home: Home) -> None:
+async def test_batch_wakes_an_idle_model_and_keeps_it_awake_until_the_batch_ends(home: Home) -> None:
     home.settings = Settings.model_validate({"home": home.settings.home, "serve": {"port": 0, "idle_s": IDLE_S}})
     async with home.serving(f"{NAME}@1") as client:
         async with asyncio.timeout(5):
@@ -81,7 +81,7 @@ async def test_no_request_of_a_batch_fails_because_of_a_promotion(home: Home) ->
         assert (await client.get("/v1/models")).json()["data"][0]["id"] == NAME
 
 
-async def test_next_server_continues_a_batch(home: Home) -> None:
+async def test_batch_is_continued_by_the_next_server_after_a_restart(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         home.park.double.token_delay_s = 0.01
         id = await create(home, client, 150)

@@ -64,7 +64,7 @@ async def test_promotion_without_a_running_server_changes_nothing(home: Home) ->
 
 
 async def test_promotion_of_an_unserved_name_is_rejected(serving: Home) -> None:
-    """This holds even if the name was served before, because no server would carry out the promotion."""
+    """Rejected even if the name was served before, because no server would carry out the promotion."""
     make_version(serving.registry, 1, name="other")
     change_desired(serving.store, None, Target(VersionId("other", 1), Format.MERGED), None)
     made = LocalAdministration.of(serving.settings)

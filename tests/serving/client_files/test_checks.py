@@ -81,7 +81,9 @@ async def test_check_results_are_stored(store: Store, files: ClientFiles, check:
     assert status(store, result)[0] is FileStatus.UPLOADED
 
 
-async def test_owners_with_many_files_do_not_delay_others(store: Store, files: ClientFiles, check: HeldCheck) -> None:
+async def test_file_check_is_not_delayed_by_another_owner_with_many_files(
+    store: Store, files: ClientFiles, check: HeldCheck
+) -> None:
     many = [add(files, owner="alice") for _ in range(5)]
     async with running(FileChecks(store, files, check)) as checks:
         await until(lambda: list(check.running) == many[:1])
@@ -117,7 +119,7 @@ async def test_file_that_is_deleted_during_its_check_stays_deleted(
         await until(lambda: next_id in check.running)
 
 
-async def test_file_without_content_is_unusable_if_no_other_server_can_have_it(
+async def test_file_is_marked_unusable_if_its_content_cannot_be_on_any_server(
     store: Store, files: ClientFiles, check: HeldCheck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = add(files, owner="alice")

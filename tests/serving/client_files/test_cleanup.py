@@ -103,7 +103,7 @@ def test_expired_uploads_are_removed_with_their_parts(store: Store, uploads: Cli
         assert [row.id for row in session.query(UploadRow)] == [kept.id]
 
 
-def test_contents_without_a_row_are_removed(store: Store, files: ClientFiles, tmp_path: Path) -> None:
+def test_file_contents_without_a_database_row_are_removed(store: Store, files: ClientFiles, tmp_path: Path) -> None:
     kept, folder = add(store, files), tmp_path / "files"
     for name in ("file-left", "file-new"):
         (folder / name).write_bytes(b"{}")
@@ -118,14 +118,16 @@ def test_contents_without_a_row_are_removed(store: Store, files: ClientFiles, tm
     assert find_file(store, written, "alice").bytes == 2
 
 
-def test_contents_of_another_store_are_left_alone(files: ClientFiles, tmp_path: Path) -> None:
+def test_file_contents_are_kept_if_the_store_knows_none_of_the_files(files: ClientFiles, tmp_path: Path) -> None:
     (tmp_path / "files/file-1").write_bytes(b"{}")
     age(tmp_path / "files/file-1")
     assert files.remove_unknown() == 0
     assert (tmp_path / "files/file-1").exists()
 
 
-def test_parts_of_ended_uploads_are_removed(store: Store, uploads: ClientUploads, tmp_path: Path) -> None:
+def test_parts_on_disk_are_removed_when_their_upload_has_ended(
+    store: Store, uploads: ClientUploads, tmp_path: Path
+) -> None:
     (kept, part), folder = add_pending(store, uploads), tmp_path / "uploads"
     for name in ("upload_left", "upload_new"):
         (folder / name).mkdir()
@@ -137,7 +139,7 @@ def test_parts_of_ended_uploads_are_removed(store: Store, uploads: ClientUploads
     assert (folder / kept.id / part).is_file()
 
 
-async def test_cleanup_runs_regularly(store: Store, files: ClientFiles, uploads: ClientUploads) -> None:
+async def test_file_cleanup_runs_at_its_interval(store: Store, files: ClientFiles, uploads: ClientUploads) -> None:
     running = asyncio.create_task(run_cleanup(files, uploads, interval_s=0.05))
     for _ in range(2):
         expired = add(store, files, expired=True)
@@ -146,7 +148,7 @@ async def test_cleanup_runs_regularly(store: Store, files: ClientFiles, uploads:
     await asyncio.wait([running])
 
 
-async def test_object_is_removed_although_the_object_store_did_not_answer_at_first(
+async def test_object_of_a_deleted_file_is_removed_once_the_object_store_responds_again(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "objects").mkdir()

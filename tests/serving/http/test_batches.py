@@ -44,7 +44,7 @@ async def raw(client: AsyncOpenAI, path: str = "", **query: Any) -> Any:
     return await client.get(f"/batches{path}", cast_to=object, options={"params": query})
 
 
-async def test_created_batch_is_a_complete_object(service: BatchService, client: AsyncOpenAI) -> None:
+async def test_batch_creation_returns_a_complete_batch_object(service: BatchService, client: AsyncOpenAI) -> None:
     file = service.add_input(line("a"))
     created = await client.batches.create(
         input_file_id=file,
@@ -90,7 +90,7 @@ async def test_failed_batch_shows_its_errors_by_line(service: BatchService, clie
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
-async def test_invalid_creation_is_refused(
+async def test_batch_creation_with_an_invalid_field_is_rejected(
     service: BatchService, client: AsyncOpenAI, change: dict[str, Any], param: str
 ) -> None:
     body = {"input_file_id": service.add_input(line("a")), "endpoint": CHAT_PATH, **WINDOW} | change
@@ -100,7 +100,7 @@ async def test_invalid_creation_is_refused(
     assert (await client.batches.list()).data == []
 
 
-async def test_equal_create_requests_create_one_batch_when_concurrent_or_repeated_later(
+async def test_identical_create_requests_create_only_one_batch(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:
     given: dict[str, Any] = {"input_file_id": service.add_input(line("a")), "endpoint": CHAT_PATH, **WINDOW}
@@ -125,7 +125,7 @@ async def test_batch_is_refused_when_its_answers_would_exceed_the_storage_of_the
     assert caught.value.code == "storage_limit"
 
 
-async def test_file_that_is_deleted_during_the_creation_is_refused(
+async def test_batch_creation_is_rejected_if_its_file_is_deleted_meanwhile(
     service: BatchService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = batches._find_usable
@@ -186,7 +186,7 @@ async def test_keys_do_not_see_each_others_batches_and_files(service: BatchServi
         assert [batch.id for batch in (await client.batches.list()).data] == [id]
 
 
-async def test_key_needs_the_scopes_files_and_infer(service: BatchService) -> None:
+async def test_batch_creation_requires_a_key_with_the_files_and_infer_scopes(service: BatchService) -> None:
     for scope, missing in ((Scope.INFER, "files"), (Scope.FILES, "infer")):
         key = service.key(scope)
         async with service.official(key) as client:
@@ -195,7 +195,7 @@ async def test_key_needs_the_scopes_files_and_infer(service: BatchService) -> No
                 await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, **WINDOW)
 
 
-async def test_batch_is_cancelled_once_and_not_after_its_end(
+async def test_batch_can_be_cancelled_repeatedly_but_not_after_it_has_ended(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:
     created = await client.batches.create(input_file_id=service.add_input(line("a")), endpoint=CHAT_PATH, **WINDOW)
@@ -212,7 +212,9 @@ async def test_batch_is_cancelled_once_and_not_after_its_end(
     assert caught.value.response.headers["x-should-retry"] == "false"
 
 
-async def test_batch_is_refused_when_too_many_of_the_key_are_open(service: BatchService, client: AsyncOpenAI) -> None:
+async def test_batch_is_rejected_when_its_key_has_too_many_unfinished_batches(
+    service: BatchService, client: AsyncOpenAI
+) -> None:
     file = service.add_input(line("a"))
     for number in range(20):
         given = {"number": str(number)}

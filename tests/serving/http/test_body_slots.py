@@ -6,7 +6,7 @@ from serving.admission.errors import OverloadedError
 from serving.http.body_slots import BodySlots
 
 
-def test_bodies_received_at_once_are_limited_by_the_number_of_slots() -> None:
+def test_number_of_bodies_received_concurrently_is_limited_by_the_slots() -> None:
     slots = BodySlots(2)
     with slots.reading("one"):
         with slots.reading("other"), pytest.raises(OverloadedError), slots.reading("third"):

@@ -149,7 +149,7 @@ def test_connection_limit_is_at_most_half_the_file_descriptor_limit() -> None:
 
 @pytest.mark.parametrize("name", [b"x: " + b"y" * 1000, b"x-%d: y"], ids=["long", "many"])
 async def test_connection_is_closed_if_headers_never_end(name: bytes) -> None:
-    """This also applies after a request that is still being answered."""
+    """The connection is also closed if an earlier request is still being answered."""
     async with serving(most=2, deadline_s=30) as connect:
         for begun in (b"", ASK):
             reader, writer = await connect()

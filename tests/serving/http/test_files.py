@@ -78,7 +78,7 @@ async def uploaded(client: AsyncOpenAI, **options: Any) -> FileObject:
     return await client.files.create(**({"file": ("a.jsonl", CONTENT), "purpose": "fine-tune"} | options))
 
 
-async def test_uploaded_file_is_a_complete_object(service: FineTuningService, client: AsyncOpenAI) -> None:
+async def test_upload_returns_a_complete_file_object(service: FineTuningService, client: AsyncOpenAI) -> None:
     created = await uploaded(client)
     raw = await client.get(f"/files/{created.id}", cast_to=object)
     file = strict(FileObject, raw)
@@ -90,7 +90,7 @@ async def test_uploaded_file_is_a_complete_object(service: FineTuningService, cl
 
 
 @pytest.mark.slow
-async def test_training_file_as_openai_publishes_it_is_processed(
+async def test_training_file_in_the_format_published_by_openai_is_processed(
     service: FineTuningService, client: AsyncOpenAI, store: Store
 ) -> None:
     checks = asyncio.create_task(FileChecks(store, service.files).run())
@@ -100,7 +100,7 @@ async def test_training_file_as_openai_publishes_it_is_processed(
     assert (file.status, file.status_details) == ("processed", None)
 
 
-async def test_content_is_sent_as_it_was_uploaded(client: AsyncOpenAI) -> None:
+async def test_downloaded_file_content_equals_the_uploaded_content(client: AsyncOpenAI) -> None:
     content = bytes(range(256)) * 4096 + b"\r\n--" + BOUNDARY.encode()
     file = await uploaded(client, file=("ä b.jsonl", content))
     response = await client.files.content(file.id)
@@ -114,7 +114,7 @@ async def test_content_is_sent_as_it_was_uploaded(client: AsyncOpenAI) -> None:
 @pytest.mark.parametrize(
     ("range", "status", "size"), [("items=0-1", 400, None), ("bytes=2-0", 400, None), ("bytes=999-", 416, "bytes */3")]
 )
-async def test_invalid_range_of_a_content_is_an_error_in_the_form_of_the_api(
+async def test_invalid_range_header_for_file_content_returns_an_api_error(
     service: FineTuningService, client: AsyncOpenAI, range: str, status: int, size: str | None
 ) -> None:
     id = (await uploaded(client, file=("a.jsonl", b"abc"))).id
@@ -127,7 +127,7 @@ async def test_invalid_range_of_a_content_is_an_error_in_the_form_of_the_api(
     assert (part.status_code, part.content) == (206, b"bc")
 
 
-async def test_deleted_file_is_gone(service: FineTuningService, client: AsyncOpenAI) -> None:
+async def test_deleted_file_is_not_found(service: FineTuningService, client: AsyncOpenAI) -> None:
     file = await uploaded(client)
     deleted = await client.files.delete(file.id)
     assert strict(FileDeleted, deleted.model_dump()) == FileDeleted(id=file.id, object="file", deleted=True)
@@ -155,7 +155,9 @@ async def test_files_are_listed_in_pages_and_by_purpose(service: FineTuningServi
         await client.files.list(after="file-\0")
 
 
-async def test_expiry_is_as_the_client_asks_and_30_days_for_batches(client: AsyncOpenAI) -> None:
+async def test_file_expires_when_the_client_requests_and_batch_files_after_30_days_by_default(
+    client: AsyncOpenAI,
+) -> None:
     file = await uploaded(client, expires_after={"anchor": "created_at", "seconds": 3600})
     assert file.expires_at == file.created_at + 3600
     batch = await uploaded(client, purpose="batch")
@@ -163,7 +165,7 @@ async def test_expiry_is_as_the_client_asks_and_30_days_for_batches(client: Asyn
 
 
 @pytest.mark.parametrize("seconds", [3599, 2_592_001, -1, "1e4"])
-async def test_expiry_outside_of_the_limits_is_refused(
+async def test_file_expiry_outside_the_limits_is_rejected(
     service: FineTuningService, client: AsyncOpenAI, seconds: Any
 ) -> None:
     with pytest.raises(openai.BadRequestError) as error:
@@ -184,7 +186,7 @@ async def test_expiry_outside_of_the_limits_is_refused(
     ],
     ids=range(6),
 )
-async def test_unusable_form_is_refused(
+async def test_upload_form_with_an_invalid_field_is_rejected(
     service: FineTuningService, client: AsyncOpenAI, options: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as error:
@@ -211,7 +213,9 @@ async def raw_client(service: FineTuningService) -> AsyncIterator[httpx.AsyncCli
     ],
     ids=range(6),
 )
-async def test_file_name_is_the_last_part_of_the_given_path(service: FineTuningService, sent: bytes, name: str) -> None:
+async def test_file_name_is_the_last_component_of_the_submitted_path(
+    service: FineTuningService, sent: bytes, name: str
+) -> None:
     async with raw_client(service) as client:
         answer = await client.post("/v1/files", headers=FORM, content=form(sent))
     assert answer.status_code == 200, answer.text
@@ -225,7 +229,7 @@ async def test_file_name_is_the_last_part_of_the_given_path(service: FineTuningS
     [b"", b"..", b"a/..", b"a/", b"a\0b", b"x" * 256, b"x" * 10_000, b"\xed\xa0\x80", b"\xff", "a\u2028b".encode()],
     ids=range(10),
 )
-async def test_unusable_name_is_refused(service: FineTuningService, sent: bytes) -> None:
+async def test_upload_with_an_invalid_file_name_is_rejected(service: FineTuningService, sent: bytes) -> None:
     async with raw_client(service) as client:
         answer = await client.post("/v1/files", headers=FORM, content=form(sent))
     assert answer.status_code == 400, answer.text
@@ -252,7 +256,7 @@ async def test_unusable_name_is_refused(service: FineTuningService, sent: bytes)
     ],
     ids=range(13),
 )
-async def test_malformed_form_is_refused(service: FineTuningService, body: bytes) -> None:
+async def test_malformed_upload_form_is_rejected(service: FineTuningService, body: bytes) -> None:
     async with raw_client(service) as client:
         answer = await client.post("/v1/files", headers=FORM, content=body)
     assert answer.status_code == 400, answer.text
@@ -269,14 +273,16 @@ async def test_malformed_form_is_refused(service: FineTuningService, body: bytes
         (f"multipart/form-data; boundary={'x' * 257}", 400),
     ],
 )
-async def test_other_content_type_is_refused(service: FineTuningService, content_type: str, status: int) -> None:
+async def test_upload_with_a_content_type_other_than_form_data_is_rejected(
+    service: FineTuningService, content_type: str, status: int
+) -> None:
     async with raw_client(service) as client:
         answer = await client.post("/v1/files", headers={"content-type": content_type}, content=form())
     assert answer.status_code == status, answer.text
     assert contents(service) == []
 
 
-async def test_page_of_another_site_may_not_upload_without_a_key(service: FineTuningService) -> None:
+async def test_cross_site_page_may_not_upload_a_file_without_a_key(service: FineTuningService) -> None:
     async with raw_client(service) as client:
         answer = await client.post("/v1/files", headers={**FORM, "origin": "https://evil.example"}, content=form())
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "permission_denied")
@@ -285,7 +291,7 @@ async def test_page_of_another_site_may_not_upload_without_a_key(service: FineTu
     assert contents(service) == [own.json()["id"]]
 
 
-async def test_file_above_the_limit_is_refused(service: FineTuningService, client: AsyncOpenAI) -> None:
+async def test_file_larger_than_the_limit_is_rejected(service: FineTuningService, client: AsyncOpenAI) -> None:
     assert (await uploaded(client, file=("a", b"x" * 2 * 2**20))).bytes == 2 * 2**20
     with pytest.raises(openai.APIStatusError) as error:
         await uploaded(client, file=("a", b"x" * (2 * 2**20 + 1)))
@@ -294,7 +300,9 @@ async def test_file_above_the_limit_is_refused(service: FineTuningService, clien
     assert len(contents(service)) == 1
 
 
-async def test_announced_file_above_the_limit_is_refused_before_it_is_read(service: FineTuningService) -> None:
+async def test_file_with_a_content_length_above_the_limit_is_rejected_before_it_is_read(
+    service: FineTuningService,
+) -> None:
     async with sending(service, f"content-length: {10 * 2**30}") as (reader, _):
         head = await reader.readuntil(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 413 ")
@@ -315,7 +323,7 @@ async def sending(
             writer.close()
 
 
-async def test_body_without_a_length_is_accepted_and_limited(service: FineTuningService) -> None:
+async def test_upload_without_a_content_length_is_accepted_up_to_the_limit(service: FineTuningService) -> None:
     async def chunks(size: int) -> AsyncIterator[bytes]:
         yield part("purpose", b"batch")
         yield part("file", b"x" * size, b"a")[:-2]
@@ -331,7 +339,7 @@ async def test_body_without_a_length_is_accepted_and_limited(service: FineTuning
     assert len(contents(service)) == 1
 
 
-async def test_endless_body_after_the_form_is_refused(service: FineTuningService) -> None:
+async def test_upload_is_rejected_if_the_body_continues_endlessly_after_the_form(service: FineTuningService) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         yield form()
         for _ in range(40):
@@ -343,7 +351,7 @@ async def test_endless_body_after_the_form_is_refused(service: FineTuningService
     assert contents(service) == []
 
 
-async def test_body_shorter_than_announced_leaves_nothing_behind(
+async def test_body_shorter_than_its_content_length_leaves_no_file_behind(
     service: FineTuningService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threaded_body, "IDLE_S", 0.3)
@@ -355,7 +363,7 @@ async def test_body_shorter_than_announced_leaves_nothing_behind(
     assert contents(service) == []
 
 
-async def test_body_longer_than_announced_is_cut_off(service: FineTuningService) -> None:
+async def test_body_longer_than_its_content_length_is_not_stored(service: FineTuningService) -> None:
     async with sending(service, f"content-length: {len(form()) - 5}") as (reader, writer):
         writer.write(form())
         answer = await reader.read()
@@ -363,7 +371,7 @@ async def test_body_longer_than_announced_is_cut_off(service: FineTuningService)
     await until(lambda: contents(service) == [])
 
 
-async def test_client_that_sends_too_slowly_is_stopped(
+async def test_upload_is_aborted_if_the_client_sends_too_slowly(
     service: FineTuningService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.http.uploading.ThreadedBody", partial(threaded_body.ThreadedBody, idle_s=0.5))
@@ -378,7 +386,7 @@ async def test_client_that_sends_too_slowly_is_stopped(
     assert contents(service) == []
 
 
-async def test_client_that_disconnects_leaves_nothing_behind(service: FineTuningService) -> None:
+async def test_client_that_disconnects_during_an_upload_leaves_no_file_behind(service: FineTuningService) -> None:
     async with sending(service, "content-length: 100000") as (_, writer):
         writer.write(form()[:-60])
         await until(lambda: contents(service) != [])
@@ -421,7 +429,7 @@ async def test_concurrent_uploads_of_one_client_are_limited(service: FineTuningS
         assert {post.result().status_code for post in posts} == {200}
 
 
-async def test_full_disk_is_reported_and_leaves_nothing_behind(
+async def test_full_disk_during_an_upload_is_reported_and_leaves_no_file_behind(
     service: FineTuningService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: FileWriter, part: bytes) -> None:
@@ -458,7 +466,7 @@ async def limited(socket_folder: Path, store: Store) -> AsyncIterator[FineTuning
         yield service
 
 
-async def test_files_of_one_key_are_limited(limited: FineTuningService) -> None:
+async def test_number_and_total_size_of_the_files_of_a_key_are_limited(limited: FineTuningService) -> None:
     one, two = limited.key(Scope.FILES), limited.key(Scope.FILES)
     async with limited.official(one) as client:
         await uploaded(client, file=("a", b"x" * 600))
@@ -475,7 +483,7 @@ async def test_files_of_one_key_are_limited(limited: FineTuningService) -> None:
     assert len(contents(limited)) == 3
 
 
-async def test_concurrent_uploads_cannot_exceed_the_limit_of_a_key(limited: FineTuningService) -> None:
+async def test_concurrent_uploads_cannot_exceed_the_storage_limit_of_a_key(limited: FineTuningService) -> None:
     async with limited.official() as client:
         results = await asyncio.gather(
             *(uploaded(client, file=("a", b"x" * 600)) for _ in range(6)), return_exceptions=True
@@ -500,7 +508,7 @@ async def test_keys_do_not_see_each_others_files(service: FineTuningService) -> 
         assert (await client.files.content(file.id)).content == CONTENT
 
 
-async def test_key_without_the_scope_is_refused(service: FineTuningService) -> None:
+async def test_key_without_the_files_scope_is_rejected(service: FineTuningService) -> None:
     async with service.official(service.key(Scope.INFER)) as client:
         with pytest.raises(openai.PermissionDeniedError):
             await uploaded(client)
@@ -543,7 +551,9 @@ async def test_file_of_a_batch_is_deleted_only_after_the_batch(client: AsyncOpen
     assert (await client.files.delete(file)).deleted
 
 
-async def test_file_content_on_another_server_is_reported(service: FineTuningService, client: AsyncOpenAI) -> None:
+async def test_file_whose_content_is_not_on_this_server_returns_503(
+    service: FineTuningService, client: AsyncOpenAI
+) -> None:
     file = (await uploaded(client)).id
     service.files.path(file).unlink()
     with pytest.raises(openai.InternalServerError) as error:
@@ -551,7 +561,7 @@ async def test_file_content_on_another_server_is_reported(service: FineTuningSer
     assert (error.value.status_code, error.value.code) == (503, "file_content_missing")
 
 
-async def test_other_requests_are_answered_while_a_disk_hangs(
+async def test_other_requests_are_answered_while_an_upload_waits_for_a_hanging_disk(
     service: FineTuningService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging, write = threading.Event(), FileWriter.write
@@ -594,7 +604,7 @@ async def test_large_upload_takes_little_memory(socket_folder: Path, store: Stor
     assert peak - before < 20 * 2**20
 
 
-async def test_client_waits_until_a_file_has_been_checked(
+async def test_official_client_can_wait_until_a_file_has_been_checked(
     service: FineTuningService, client: AsyncOpenAI, store: Store
 ) -> None:
     file = (await uploaded(client)).id

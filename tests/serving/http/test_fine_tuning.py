@@ -88,7 +88,7 @@ def change(store: Store, id: str, **columns: Any) -> None:
         connection.execute(update(JobRow).where(JobRow.id == id).values(columns))
 
 
-async def test_created_job_is_a_complete_object(service: FineTuningService, client: AsyncOpenAI) -> None:
+async def test_job_creation_returns_a_complete_job_object(service: FineTuningService, client: AsyncOpenAI) -> None:
     file, heldout = service.add_file(), service.add_file()
     created = await client.fine_tuning.jobs.create(
         model=BASE, training_file=file, validation_file=heldout, suffix="tickets", seed=3, metadata={"team": "a"}
@@ -121,7 +121,7 @@ async def test_preference_job_has_the_hyperparameters_of_its_method(
     assert job.method.supervised is None
 
 
-async def test_preference_job_is_refused_when_jobs_are_trained_on_ray(
+async def test_preference_job_is_rejected_when_jobs_are_trained_on_ray(
     socket_folder: Path, store: Store, check: FakeCheck, base: Path
 ) -> None:
     service = FineTuningService(socket_folder, store=store, base=base, place=TrainingPlace.RAY)
@@ -132,7 +132,7 @@ async def test_preference_job_is_refused_when_jobs_are_trained_on_ray(
     assert caught.value.param == "method"
 
 
-async def test_recipe_has_settings_from_the_extra_body(
+async def test_recipe_includes_settings_from_the_extra_body_of_the_request(
     service: FineTuningService, client: AsyncOpenAI, store: Store, base: Path
 ) -> None:
     recipe = {"method": "dora", "adapter": {"rank": 8}, "formats": ["adapter"], "evaluate": {"max_forgetting": 0.1}}
@@ -145,7 +145,7 @@ async def test_recipe_has_settings_from_the_extra_body(
     assert written["data"] == {"train": str(service.files.path(file))}
 
 
-async def test_succeeded_and_failed_jobs_are_complete_objects(
+async def test_succeeded_and_failed_jobs_are_returned_as_complete_job_objects(
     service: FineTuningService, client: AsyncOpenAI, store: Store
 ) -> None:
     ended = {"finished_at": datetime.now(UTC), "trained_tokens": 12345}
@@ -251,7 +251,7 @@ async def test_ended_job_cannot_be_changed_and_the_client_does_not_retry(
         assert caught.value.response.headers["x-should-retry"] == "false"
 
 
-async def test_equal_concurrent_create_requests_create_one_job(
+async def test_identical_concurrent_create_requests_create_one_job(
     service: FineTuningService, client: AsyncOpenAI, check: FakeCheck
 ) -> None:
     file = service.add_file()
@@ -267,7 +267,7 @@ async def test_equal_concurrent_create_requests_create_one_job(
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
-async def test_file_that_is_deleted_during_the_creation_is_refused(
+async def test_job_creation_is_rejected_if_a_file_is_deleted_meanwhile(
     socket_folder: Path, store: Store, base: Path, monkeypatch: pytest.MonkeyPatch, param: str
 ) -> None:
     async def check_and_delete(recipe: str, settings: Settings, *, timeout_s: float) -> TrainingCheck:
@@ -284,7 +284,7 @@ async def test_file_that_is_deleted_during_the_creation_is_refused(
         assert (await client.fine_tuning.jobs.list()).data == []
 
 
-async def test_equal_create_requests_on_two_servers_create_one_job(
+async def test_identical_create_requests_on_two_servers_create_one_job(
     service: FineTuningService, store: Store, socket_folder: Path, base: Path, check: FakeCheck
 ) -> None:
     (socket_folder / "other").mkdir()
@@ -319,7 +319,7 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
 
 
 @pytest.mark.parametrize(("fields", "param"), REFUSED, ids=str)
-async def test_request_that_cannot_work_is_refused_with_its_parameter(
+async def test_error_names_the_parameter_when_a_create_request_is_invalid(
     service: FineTuningService, client: AsyncOpenAI, check: FakeCheck, fields: dict[str, Any], param: str | None
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
@@ -331,7 +331,7 @@ async def test_request_that_cannot_work_is_refused_with_its_parameter(
     assert check.recipes == []
 
 
-async def test_weights_and_biases_is_refused_with_the_tracker_that_is_used(
+async def test_error_names_mlflow_when_a_job_requests_weights_and_biases(
     service: FineTuningService, client: AsyncOpenAI
 ) -> None:
     with pytest.raises(openai.BadRequestError, match="training runs are recorded in MLflow"):
@@ -349,7 +349,7 @@ async def test_weights_and_biases_is_refused_with_the_tracker_that_is_used(
         (Purpose.FINE_TUNE, FileStatus.ERROR, "line 7 is not JSON"),
     ],
 )
-async def test_unusable_file_is_refused(
+async def test_job_with_an_unusable_training_file_is_rejected(
     service: FineTuningService, client: AsyncOpenAI, purpose: Purpose, status: FileStatus, text: str
 ) -> None:
     file = service.add_file(purpose=purpose, status=status, details="line 7 is not JSON")
@@ -369,7 +369,7 @@ async def test_unusable_file_is_refused(
     ],
     ids=lambda value: type(value).__name__,
 )
-async def test_job_is_refused_when_its_training_would_fail(
+async def test_job_is_rejected_when_its_training_would_fail(
     service: FineTuningService, client: AsyncOpenAI, check: FakeCheck, result: Any, param: str, text: str
 ) -> None:
     file = service.add_file()
@@ -384,7 +384,7 @@ async def test_job_is_refused_when_its_training_would_fail(
     assert (await client.fine_tuning.jobs.list()).data == []
 
 
-async def test_check_that_fails_for_another_reason_is_an_internal_error(
+async def test_job_creation_returns_an_internal_error_if_its_check_crashes(
     service: FineTuningService, client: AsyncOpenAI, check: FakeCheck
 ) -> None:
     check.result = CheckFailedError("Traceback ... /secret")
@@ -422,7 +422,7 @@ async def test_job_waits_for_the_check_of_its_file(
         (FileStatus.PROCESSED, CheckTimeoutError("it took 3600 s"), "invalid_request", None),
     ],
 )
-async def test_waiting_job_fails_when_it_cannot_work(
+async def test_waiting_job_fails_when_its_file_or_training_check_fails(
     service: FineTuningService,
     client: AsyncOpenAI,
     check: FakeCheck,
@@ -446,7 +446,7 @@ async def test_waiting_job_fails_when_it_cannot_work(
     assert (job.error.code, job.error.param) == (code, param)
 
 
-async def test_unreadable_file_that_is_still_being_checked_is_left_to_its_check(
+async def test_job_with_an_unreadable_file_is_not_rejected_before_the_file_check_ends(
     service: FineTuningService, client: AsyncOpenAI, check: FakeCheck
 ) -> None:
     check.result = DataError("line 7 is not JSON")
@@ -454,7 +454,7 @@ async def test_unreadable_file_that_is_still_being_checked_is_left_to_its_check(
     assert (await client.fine_tuning.jobs.create(model=BASE, training_file=file)).status == "validating_files"
 
 
-async def test_job_whose_check_takes_long_is_decided_later(
+async def test_job_stays_in_validation_when_its_training_check_times_out(
     service: FineTuningService, client: AsyncOpenAI, check: FakeCheck
 ) -> None:
     check.result = CheckTimeoutError("too long")
@@ -462,7 +462,7 @@ async def test_job_whose_check_takes_long_is_decided_later(
     assert job.status == "validating_files"
 
 
-async def test_server_decides_waiting_jobs(
+async def test_server_queues_waiting_jobs_once_their_checks_have_passed(
     service: FineTuningService, client: AsyncOpenAI, check: FakeCheck, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.jobs.creation._POLL_S", 0.01)
@@ -495,7 +495,9 @@ async def test_keys_see_only_their_own_jobs_and_files(service: FineTuningService
     assert find_job(store, other.id, None).name == f"ft-{bob.key.id}-x"
 
 
-async def test_fine_tuned_model_is_trained_further_only_by_its_owner(service: FineTuningService, store: Store) -> None:
+async def test_only_the_owner_of_a_fine_tuned_model_can_train_it_further(
+    service: FineTuningService, store: Store
+) -> None:
     alice, bob = service.key(Scope.JOBS), service.key(Scope.JOBS)
     operator = service.key(Scope.JOBS, models=frozenset({f"ft-{alice.key.id}-x", "tickets"}))
     files = {key.key.id: service.add_file(owner=key.key.id) for key in (alice, bob, operator)}
@@ -515,7 +517,7 @@ async def test_fine_tuned_model_is_trained_further_only_by_its_owner(service: Fi
             await third.fine_tuning.jobs.create(model="other@1", training_file=files[operator.key.id])
 
 
-async def test_job_is_refused_without_a_retry_when_the_key_has_too_many(
+async def test_job_is_rejected_without_a_retry_when_the_key_has_too_many_open_jobs(
     socket_folder: Path, store: Store, base: Path, check: FakeCheck
 ) -> None:
     service = FineTuningService(socket_folder, store=store, base=base, max_jobs=1)
@@ -528,7 +530,7 @@ async def test_job_is_refused_without_a_retry_when_the_key_has_too_many(
     assert len(check.recipes) == 1
 
 
-async def test_api_is_off_without_bases(socket_folder: Path, store: Store) -> None:
+async def test_fine_tuning_api_is_disabled_when_no_bases_are_configured(socket_folder: Path, store: Store) -> None:
     service = FineTuningService(socket_folder, store=store, base=None)
     async with service.run(), service.official() as client:
         for answer in (
@@ -541,13 +543,15 @@ async def test_api_is_off_without_bases(socket_folder: Path, store: Store) -> No
             assert caught.value.code == "fine_tuning_disabled"
 
 
-async def test_large_body_is_refused(service: FineTuningService, client: AsyncOpenAI) -> None:
+async def test_job_creation_with_an_oversized_body_is_rejected(service: FineTuningService, client: AsyncOpenAI) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         await client.fine_tuning.jobs.create(model=BASE, training_file="x" * 70_000)
     assert (caught.value.status_code, caught.value.code) == (413, "body_too_large")
 
 
-async def test_creation_and_cancelling_are_in_the_audit_log(service: FineTuningService, store: Store) -> None:
+async def test_job_creation_and_cancellation_are_recorded_in_the_audit_log(
+    service: FineTuningService, store: Store
+) -> None:
     key = service.key(Scope.JOBS)
     async with service.official(key) as client:
         file = service.add_file(owner=key.key.id)

@@ -260,7 +260,7 @@ class TestRefusals:
                 assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
 
     async def test_client_that_sends_all_of_an_oversized_body_can_read_the_error(self, socket_folder: Path) -> None:
-        """OpenAI's client does this: it reads nothing before it has sent the whole body."""
+        """OpenAI's client reads nothing before it has sent the whole body."""
         async with Service(socket_folder, max_body_bytes=1024).run() as service, service.socket_client() as client:
             answer = await client.post(CHAT_PATH, content=b" " * 2**22, headers={"content-type": "application/json"})
             assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")

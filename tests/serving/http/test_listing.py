@@ -27,7 +27,7 @@ def page(query: str) -> Page:
         ("limit=100&order=desc", Page(100)),
     ],
 )
-def test_page_is_read_when_parameters_are_valid(query: str, expected: Page) -> None:
+def test_page_is_parsed_from_valid_query_parameters(query: str, expected: Page) -> None:
     assert page(query) == expected
 
 
@@ -64,7 +64,7 @@ def test_list_object_is_valid_for_the_official_client() -> None:
     assert parsed.has_more is True
 
 
-def test_list_object_names_no_ids_when_it_is_empty() -> None:
+def test_empty_list_object_has_no_first_or_last_id() -> None:
     assert list_object([], has_more=False) == {
         "object": "list",
         "data": [],

@@ -93,7 +93,7 @@ async def uploaded(client: AsyncOpenAI, content: bytes = CONTENT, purpose: str =
     return (await client.files.create(file=("a.jsonl", content), purpose=purpose)).id  # type: ignore[arg-type]
 
 
-async def test_client_reads_and_deletes_at_one_gateway_what_it_uploaded_at_the_other(
+async def test_file_uploaded_through_one_gateway_can_be_read_and_deleted_through_another(
     clients: tuple[AsyncOpenAI, AsyncOpenAI], services: tuple[BatchService, BatchService], bucket: Bucket
 ) -> None:
     file = await uploaded(clients[0])
@@ -105,7 +105,7 @@ async def test_client_reads_and_deletes_at_one_gateway_what_it_uploaded_at_the_o
     assert services[1].files.find(file) is None
 
 
-async def test_upload_in_parts_at_one_gateway_is_read_at_the_other(
+async def test_file_uploaded_in_parts_through_one_gateway_can_be_read_through_another(
     clients: tuple[AsyncOpenAI, AsyncOpenAI],
 ) -> None:
     uploads = clients[0].uploads
@@ -116,7 +116,7 @@ async def test_upload_in_parts_at_one_gateway_is_read_at_the_other(
     assert (await clients[1].files.content(completed.file.id)).content == CONTENT
 
 
-async def test_batch_is_answered_at_one_gateway_and_its_output_is_read_at_the_other(
+async def test_batch_output_written_by_one_gateway_can_be_read_through_another(
     clients: tuple[AsyncOpenAI, AsyncOpenAI], services: tuple[BatchService, BatchService]
 ) -> None:
     id = await create(clients[0], await uploaded(clients[0], lines(5).encode(), "batch"))
@@ -128,7 +128,7 @@ async def test_batch_is_answered_at_one_gateway_and_its_output_is_read_at_the_ot
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT"])
-async def test_batch_waits_while_the_object_store_does_not_answer(
+async def test_batch_waits_while_the_object_store_does_not_respond(
     clients: tuple[AsyncOpenAI, AsyncOpenAI], services: tuple[BatchService, BatchService], bucket: Bucket, method: str
 ) -> None:
     id = await create(clients[0], await uploaded(clients[0], lines(2).encode(), "batch"))
@@ -164,10 +164,10 @@ async def test_batch_fails_if_its_input_in_the_object_store_was_altered(
     assert f"client-files/{file}" in (batch.errors.data[0].message or "")
 
 
-async def test_job_is_created_decided_and_trained_by_the_other_gateway(
+async def test_job_can_be_created_and_trained_by_a_gateway_that_lacks_its_file_locally(
     socket_folder: Path, any_store: Store, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The training is a double; it copies what its recipe names as training data."""
+    """The training command is a double that copies the training data named in its recipe."""
     check = FakeCheck()
     monkeypatch.setattr("serving.assembly.JobCreation", partial(JobCreation, check=check))
     (tmp_path / "base").mkdir()
@@ -215,7 +215,7 @@ async def test_job_is_created_decided_and_trained_by_the_other_gateway(
     assert str(socket_folder / "2" / "fetched-files" / file) in check.recipes[-1]
 
 
-async def test_upload_gets_503_with_retry_after_and_leaves_nothing_while_the_object_store_is_unavailable(
+async def test_upload_returns_503_and_leaves_no_file_while_the_object_store_is_unavailable(
     clients: tuple[AsyncOpenAI, AsyncOpenAI], services: tuple[BatchService, BatchService], bucket: Bucket
 ) -> None:
     bucket.fault = lambda method, path: Fault.ERROR
@@ -228,7 +228,7 @@ async def test_upload_gets_503_with_retry_after_and_leaves_nothing_while_the_obj
     assert [path.name for path in (services[0].folder / "files").iterdir() if path.stat().st_size] == []
 
 
-async def test_local_content_is_read_and_deleted_while_the_object_store_is_unavailable(
+async def test_local_file_can_be_read_and_deleted_while_the_object_store_is_unavailable(
     clients: tuple[AsyncOpenAI, AsyncOpenAI], bucket: Bucket
 ) -> None:
     file = await uploaded(clients[0])
@@ -240,7 +240,7 @@ async def test_local_content_is_read_and_deleted_while_the_object_store_is_unava
     assert (await clients[0].files.delete(file)).deleted
 
 
-async def test_altered_content_is_not_sent(clients: tuple[AsyncOpenAI, AsyncOpenAI], bucket: Bucket) -> None:
+async def test_altered_file_content_is_not_sent(clients: tuple[AsyncOpenAI, AsyncOpenAI], bucket: Bucket) -> None:
     file = await uploaded(clients[0])
     ObjectStore(bucket.url).write(f"client-files/{file}", CONTENT.replace(b"a", b"b"))
     with pytest.raises(openai.InternalServerError, match=f"client-files/{file}") as error:
@@ -248,7 +248,7 @@ async def test_altered_content_is_not_sent(clients: tuple[AsyncOpenAI, AsyncOpen
     assert (error.value.status_code, error.value.code) == (503, "file_content_missing")
 
 
-async def test_other_gateway_checks_a_file_whose_own_gateway_has_not_done_so(
+async def test_another_gateway_checks_a_file_if_the_receiving_gateway_has_not_done_so(
     clients: tuple[AsyncOpenAI, AsyncOpenAI],
     services: tuple[BatchService, BatchService],
     any_store: Store,

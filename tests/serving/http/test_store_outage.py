@@ -47,7 +47,7 @@ async def test_requests_are_answered_during_an_outage_and_stored_after_it(
         await asyncio.sleep(0.05)
 
 
-async def test_feedback_during_an_outage_is_answered_without_naming_the_database(
+async def test_feedback_error_during_an_outage_does_not_name_the_database(
     client: httpx.AsyncClient, postgresql: PostgresServer
 ) -> None:
     postgresql.stop()
@@ -60,7 +60,7 @@ async def test_feedback_during_an_outage_is_answered_without_naming_the_database
 
 
 @pytest.mark.slow
-async def test_event_loop_is_not_blocked_by_a_database_that_does_not_answer(
+async def test_event_loop_is_not_blocked_by_a_database_that_does_not_respond(
     client: httpx.AsyncClient, postgresql: PostgresServer
 ) -> None:
     with postgresql.frozen():

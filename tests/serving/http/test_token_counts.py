@@ -60,7 +60,7 @@ async def test_token_counting_occupies_no_admission_slot(
 
 
 @both
-async def test_token_count_waits_for_the_engine_while_it_is_changed(
+async def test_token_count_request_waits_for_the_engine_during_a_swap(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     async with closed(service.admission):
@@ -72,7 +72,7 @@ async def test_token_count_waits_for_the_engine_while_it_is_changed(
 
 
 @both
-async def test_token_count_gets_503_when_the_engine_is_changed_for_too_long(socket_folder: Path, path: str) -> None:
+async def test_token_count_request_gets_503_when_a_swap_takes_too_long(socket_folder: Path, path: str) -> None:
     async with (
         Service(socket_folder, queue_timeout_s=0.02).run() as service,
         service.socket_client() as client,
@@ -83,7 +83,7 @@ async def test_token_count_gets_503_when_the_engine_is_changed_for_too_long(sock
 
 
 @both
-async def test_model_is_not_idle_when_tokens_are_counted(
+async def test_model_is_not_idle_while_tokens_are_counted(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     await asyncio.sleep(0.05)
@@ -93,7 +93,9 @@ async def test_model_is_not_idle_when_tokens_are_counted(
 
 
 @both
-async def test_token_counting_costs_a_key_nothing(service: Service, client: httpx.AsyncClient, path: str) -> None:
+async def test_token_counting_does_not_use_up_the_limits_of_a_key(
+    service: Service, client: httpx.AsyncClient, path: str
+) -> None:
     key = principal("k", requests_per_minute=1, tokens_in_per_minute=10, tokens_per_day=10, concurrent=1)
     service.principals["k"] = key
     answers = [await client.post(path, json=BODY, headers={"x-api-key": "k"}) for _ in range(3)]

@@ -48,7 +48,7 @@ def parts_on_disk(service: FineTuningService) -> list[str]:
     return [path.name for path in (service.folder / "uploads").glob("*/*")]
 
 
-async def test_file_larger_than_one_request_is_uploaded_in_parts(
+async def test_file_too_large_for_one_request_is_uploaded_in_parts(
     service: FineTuningService, client: AsyncOpenAI
 ) -> None:
     content = bytes(range(256)) * (3 * MEGABYTE // 256)
@@ -69,7 +69,7 @@ async def test_file_larger_than_one_request_is_uploaded_in_parts(
     assert parts_on_disk(service) == []
 
 
-async def test_upload_and_part_objects_are_complete(client: AsyncOpenAI) -> None:
+async def test_upload_api_returns_complete_upload_and_part_objects(client: AsyncOpenAI) -> None:
     given = {"bytes": 2, "filename": "a", "mime_type": "text/jsonl", "purpose": "batch"}
     raw: Any = await client.post("/uploads", cast_to=object, body=given)
     upload = strict(Upload, raw)
@@ -88,7 +88,7 @@ async def test_upload_and_part_objects_are_complete(client: AsyncOpenAI) -> None
     assert (await client.uploads.complete(upload.id, part_ids=[part.id])).file is None
 
 
-async def test_parts_are_joined_in_the_given_order_when_sent_in_another(client: AsyncOpenAI) -> None:
+async def test_upload_parts_are_joined_in_the_order_given_at_completion(client: AsyncOpenAI) -> None:
     upload = await created(client, expires_after={"anchor": "created_at", "seconds": 7200})
     parts = await asyncio.gather(*(client.uploads.parts.create(upload.id, data=data) for data in (b"ab", b"cd", b"ef")))
     done = await client.uploads.complete(upload.id, part_ids=[parts[2].id, parts[0].id, parts[1].id])
@@ -97,7 +97,7 @@ async def test_parts_are_joined_in_the_given_order_when_sent_in_another(client: 
     assert done.file.expires_at == done.file.created_at + 7200
 
 
-async def test_upload_whose_content_is_not_as_announced_stays_pending(
+async def test_upload_stays_pending_if_its_parts_do_not_match_the_announced_size(
     service: FineTuningService, client: AsyncOpenAI
 ) -> None:
     upload = await created(client)
@@ -117,7 +117,7 @@ async def test_upload_whose_content_is_not_as_announced_stays_pending(
     assert (await client.uploads.complete(upload.id, part_ids=[one.id, two.id])).status == "completed"
 
 
-async def test_cancelled_upload_keeps_nothing(service: FineTuningService, client: AsyncOpenAI) -> None:
+async def test_cancelled_upload_leaves_no_parts_behind(service: FineTuningService, client: AsyncOpenAI) -> None:
     upload = await created(client)
     part = await client.uploads.parts.create(upload.id, data=b"abcdef")
     assert (await client.uploads.cancel(upload.id)).status == "cancelled"
@@ -133,7 +133,7 @@ async def test_cancelled_upload_keeps_nothing(service: FineTuningService, client
     assert contents(service) == []
 
 
-async def test_expired_upload_is_refused(client: AsyncOpenAI, store: Store) -> None:
+async def test_requests_for_an_expired_upload_are_rejected(client: AsyncOpenAI, store: Store) -> None:
     upload = await created(client)
     part = await client.uploads.parts.create(upload.id, data=b"abcdef")
     with store.begin() as connection:
@@ -147,7 +147,9 @@ async def test_expired_upload_is_refused(client: AsyncOpenAI, store: Store) -> N
             await request
 
 
-async def test_concurrent_completions_make_one_file(service: FineTuningService, client: AsyncOpenAI) -> None:
+async def test_concurrent_completions_of_one_upload_create_one_file(
+    service: FineTuningService, client: AsyncOpenAI
+) -> None:
     upload = await created(client)
     part = await client.uploads.parts.create(upload.id, data=b"abcdef")
     completions = (client.uploads.complete(upload.id, part_ids=[part.id]) for _ in range(5))
@@ -171,13 +173,15 @@ async def test_concurrent_completions_make_one_file(service: FineTuningService, 
     ],
     ids=range(8),
 )
-async def test_unusable_upload_is_refused(client: AsyncOpenAI, options: dict[str, Any], param: str) -> None:
+async def test_upload_creation_with_an_invalid_field_is_rejected(
+    client: AsyncOpenAI, options: dict[str, Any], param: str
+) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         await created(client, **options)
     assert error.value.param == param
 
 
-async def test_lone_surrogate_in_a_name_is_refused(service: FineTuningService) -> None:
+async def test_lone_surrogate_in_a_file_name_is_rejected(service: FineTuningService) -> None:
     body = b'{"bytes": 6, "filename": "a\\ud800", "mime_type": "a", "purpose": "batch"}'
     async with raw_client(service) as client:
         answer = await client.post("/v1/uploads", headers={"content-type": "application/json"}, content=body)
@@ -209,7 +213,7 @@ async def test_size_and_storage_limits_apply_to_uploads(
     assert len(parts_on_disk(service)) == 2
 
 
-async def test_malformed_part_is_refused(service: FineTuningService, client: AsyncOpenAI) -> None:
+async def test_malformed_upload_part_is_rejected(service: FineTuningService, client: AsyncOpenAI) -> None:
     upload = await created(client)
     async with raw_client(service) as raw:
         for body in (form(), b"", b"x"):

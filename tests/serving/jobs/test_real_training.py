@@ -26,7 +26,7 @@ EPOCHS = 20
 
 
 @pytest.mark.slow
-async def test_version_and_metrics_exist_when_the_job_was_paused_and_resumed(
+async def test_paused_and_resumed_job_registers_a_version_with_metrics(
     tmp_path: Path, tiny_base: Path, examples: list[ChatExample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

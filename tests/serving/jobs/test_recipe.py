@@ -110,14 +110,14 @@ def loaded(folder: Path, recipe: dict[str, Any]) -> Recipe:
     return load_recipe(path)
 
 
-def test_job_makes_no_quantized_model_unless_it_asks_for_one(tmp_path: Path) -> None:
+def test_recipe_of_a_job_has_no_quantized_format_unless_the_request_names_one(tmp_path: Path) -> None:
     requests = request_of(), request_of(recipe={"formats": ["gptq"]})
     formats = [loaded(tmp_path, make_recipe(each, "tuned", SOURCES)).formats for each in requests]
     assert formats == [(Format.MERGED,), (Format.GPTQ,)]
 
 
 @given(fields=REQUESTS, owner=OWNERS, examples=st.integers(1, 10**6))
-def test_every_recipe_is_accepted_by_the_trainer(
+def test_recipe_made_from_any_valid_request_is_accepted_by_the_trainer(
     tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any], owner: str, examples: int
 ) -> None:
     request = request_of(**fields)
@@ -140,7 +140,7 @@ def test_every_recipe_is_accepted_by_the_trainer(
     assert request_of(**json.loads(completed.json_text())) == completed
 
 
-def test_hyperparameters_become_keys_of_the_recipe(tmp_path: Path) -> None:
+def test_hyperparameters_of_a_request_become_recipe_keys(tmp_path: Path) -> None:
     values = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5, "beta": 0.3}
     request = request_of(method={"type": "dpo", "dpo": {"hyperparameters": values}}, seed=7)
     _, made, seconds = complete(request, make_recipe(request, "tuned", SOURCES), CHECK)
@@ -151,7 +151,7 @@ def test_hyperparameters_become_keys_of_the_recipe(tmp_path: Path) -> None:
     assert seconds == 20.0
 
 
-def test_auto_hyperparameters_have_values_once_the_examples_are_known(tmp_path: Path) -> None:
+def test_auto_hyperparameters_are_resolved_once_the_examples_are_counted(tmp_path: Path) -> None:
     request = request_of()
     completed, made, _ = complete(request, make_recipe(request, "tuned", SOURCES), CHECK)
     expected = {"n_epochs": 3, "batch_size": 16, "learning_rate_multiplier": 1.0}
@@ -159,7 +159,7 @@ def test_auto_hyperparameters_have_values_once_the_examples_are_known(tmp_path: 
     assert loaded(tmp_path, made).train.learning_rate is None
 
 
-def test_deprecated_hyperparameters_mean_the_same_as_those_of_the_method() -> None:
+def test_deprecated_hyperparameters_give_the_same_recipe_as_method_hyperparameters() -> None:
     values = {"n_epochs": 2, "batch_size": 4}
     old, new = (
         request_of(hyperparameters=values),
@@ -171,11 +171,11 @@ def test_deprecated_hyperparameters_mean_the_same_as_those_of_the_method() -> No
 @pytest.mark.parametrize(
     ("examples", "epochs"), [(1, 25), (10, 10), (33, 3), (100, 3), (8333, 3), (10_000, 2), (25_000, 1), (10**6, 1)]
 )
-def test_default_epochs_follow_openais_published_rule(examples: int, epochs: int) -> None:
+def test_default_number_of_epochs_follows_the_rule_published_by_openai(examples: int, epochs: int) -> None:
     assert default_epochs(examples) == epochs
 
 
-def test_keys_of_clients_are_keys_of_a_recipe_without_paths_addresses_or_code() -> None:
+def test_recipe_keys_that_clients_may_set_contain_no_paths_addresses_or_code() -> None:
     assert set(RECIPE_KEYS) <= set(recipe_keys())
     forbidden = {"name", "base", "objective", "report_to", "train.devices", "evaluate.json_schema"}
     sections = {"judge", "sweep", "qualify", "checkpoints"}
@@ -214,13 +214,13 @@ def test_keys_of_clients_are_keys_of_a_recipe_without_paths_addresses_or_code() 
     ],
     ids=str,
 )
-def test_key_that_a_client_may_not_set_is_refused_by_name(recipe: dict[str, Any], param: str) -> None:
+def test_error_names_a_recipe_key_that_clients_may_not_set(recipe: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         check_recipe_keys(recipe)
     assert caught.value.param == param
 
 
-def test_value_that_is_set_twice_is_refused() -> None:
+def test_request_that_sets_a_hyperparameter_twice_is_rejected() -> None:
     both = request_of(method={"type": "supervised"}, hyperparameters={"n_epochs": 1})
     with pytest.raises(InvalidRequestError, match="'hyperparameters' cannot be combined with 'method'"):
         check_conflicts(both)
@@ -230,23 +230,23 @@ def test_value_that_is_set_twice_is_refused() -> None:
 
 
 @given(first=OWNERS, second=OWNERS, suffixes=st.tuples(st.text(max_size=100), st.text(max_size=100)))
-def test_two_owners_never_share_a_name(first: str, second: str, suffixes: tuple[str, str]) -> None:
+def test_registered_names_of_two_owners_always_differ(first: str, second: str, suffixes: tuple[str, str]) -> None:
     names = [registered_name(owner, suffix or "x") for owner, suffix in zip((first, second), suffixes, strict=True)]
     assert first == second or names[0] != names[1]
 
 
 @given(owner=OWNERS, suffix=st.text("abc09._-", min_size=1, max_size=51))
-def test_suffix_can_be_recovered_from_a_name(owner: str, suffix: str) -> None:
+def test_suffix_can_be_recovered_from_a_registered_name(owner: str, suffix: str) -> None:
     name = registered_name(owner, suffix)
     assert len(name) > 60 or suffix_of(name, owner) == suffix
 
 
-def test_long_suffixes_with_the_same_beginning_have_different_names() -> None:
+def test_registered_names_differ_if_long_suffixes_have_the_same_beginning() -> None:
     names = {registered_name("alice123", "x" * 60 + end) for end in "ab"}
     assert len(names) == 2
 
 
-def test_equal_requests_have_equal_texts() -> None:
+def test_equivalent_requests_have_identical_json_texts() -> None:
     first = request_of(metadata={"b": "1", "a": "2"}, suffix=None, hyperparameters={"n_epochs": "auto"})
     second = request_of(hyperparameters={}, metadata={"a": "2", "b": "1"})
     assert first.json_text() == second.json_text()
@@ -288,7 +288,7 @@ def test_invalid_request_is_rejected(fields: dict[str, Any]) -> None:
         request_of(**fields)
 
 
-def test_weights_and_biases_gets_the_project_that_the_client_names(tmp_path: Path) -> None:
+def test_weights_and_biases_settings_of_the_client_are_passed_to_the_training_run(tmp_path: Path) -> None:
     wandb = {"project": "tickets", "entity": "team", "tags": ["a", "b"]}
     request = request_of(integrations=[{"type": "wandb", "wandb": wandb}])
     assert loaded(tmp_path, make_recipe(request, "tuned", SOURCES)).report_to == ("mlflow", "wandb")
@@ -300,7 +300,7 @@ def test_weights_and_biases_gets_the_project_that_the_client_names(tmp_path: Pat
     assert training_variables(request_of()) == {}
 
 
-def test_every_name_is_valid_for_the_registry() -> None:
+def test_every_registered_name_is_valid_for_the_registry() -> None:
     for suffix in ("Tickets", "my/model", "gpt-4o-mini-2024-07-18", "a" * 64, "ü", ".-"):
         for owner in ("", "0a1b2c3d"):
             assert re.fullmatch(NAME_PATTERN, registered_name(owner, suffix))

@@ -101,7 +101,7 @@ def own_files(store: Store) -> list[Any]:
     return read_files(store, "alice", page=Page(10))[0]
 
 
-def test_result_file_has_openais_columns_and_belongs_to_the_owner_of_the_job(
+def test_result_file_has_the_openai_columns_and_belongs_to_the_job_owner(
     store: Store, files: ClientFiles, results: JobResults
 ) -> None:
     result = results.complete(JOB, VERSION)
@@ -118,7 +118,7 @@ def test_result_file_has_openais_columns_and_belongs_to_the_owner_of_the_job(
     ]
 
 
-def test_completing_a_job_again_after_a_crash_gives_the_same_result_and_one_file(
+def test_completing_a_job_again_after_a_crash_creates_no_second_result_file(
     store: Store, files: ClientFiles, results: JobResults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -134,7 +134,7 @@ def test_completing_a_job_again_after_a_crash_gives_the_same_result_and_one_file
     assert [file.id for file in own_files(store)] == [first.result_file]
 
 
-def test_file_that_was_written_in_part_is_replaced(store: Store, files: ClientFiles, results: JobResults) -> None:
+def test_partially_written_result_file_is_replaced(store: Store, files: ClientFiles, results: JobResults) -> None:
     first = results.complete(JOB, VERSION)
     assert first.result_file is not None
     files.delete(first.result_file)
@@ -143,7 +143,7 @@ def test_file_that_was_written_in_part_is_replaced(store: Store, files: ClientFi
     assert files.path(first.result_file).read_text().count("\n") == 3
 
 
-def test_last_three_epochs_become_checkpoints_and_the_last_one_is_the_model(
+def test_last_three_epochs_become_checkpoints_and_the_last_epoch_is_the_model(
     store: Store, registry: Registry, progress: ProgressFile, results: JobResults
 ) -> None:
     add_job(store, owner="alice", id=JOB.id, name=VERSION.name, fine_tuned_model=NAME)
@@ -186,7 +186,7 @@ def test_checkpoint_is_a_version_that_engines_load_as_an_adapter(
 
 
 @pytest.mark.parametrize("config", [{"peft_type": "ADALORA"}, {"use_dora": True}])
-def test_adapter_that_no_engine_can_apply_does_not_become_a_checkpoint(
+def test_adapter_that_engines_cannot_apply_does_not_become_a_checkpoint(
     store: Store, registry: Registry, progress: ProgressFile, results: JobResults, config: dict[str, Any]
 ) -> None:
     save_epoch(registry, progress, 2, **config)
@@ -218,19 +218,19 @@ def test_registered_checkpoints_remain_when_their_folders_are_gone(
         registry.verify(checkpoint_version(JOB.id, step), Format.ADAPTER)
 
 
-def test_jobs_have_different_files_and_names(results: JobResults) -> None:
+def test_result_files_and_model_names_of_two_jobs_differ(results: JobResults) -> None:
     other = replace(JOB, id="ftjob-76543210fedcba9876543210")
     first, second = results.complete(JOB, VERSION), results.complete(other, VERSION)
     assert first.result_file != second.result_file
     assert first.fine_tuned_model != second.fine_tuned_model
 
 
-def test_result_file_has_only_the_columns_when_no_step_was_reported(files: ClientFiles, results: JobResults) -> None:
+def test_result_file_has_only_a_header_row_when_no_step_was_reported(files: ClientFiles, results: JobResults) -> None:
     result = results.complete(replace(JOB, id="ftjob-76543210fedcba9876543210"), VERSION)
     assert result.result_file is not None
     assert files.path(result.result_file).read_text().count("\n") == 1
 
 
-def test_last_record_of_a_step_counts_when_a_resumed_training_run_repeats_it() -> None:
+def test_result_file_uses_the_last_record_of_a_step_repeated_by_a_resumed_run() -> None:
     text = metrics_csv([step(1, 3.0), step(2, 2.0), step(1, 1.0), HeldoutLoss(step=3, loss=0.5)])
     assert text.splitlines()[1:] == ["1,1.00000,,,", "2,2.00000,,,", "3,,,0.50000,"]

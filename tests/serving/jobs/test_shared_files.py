@@ -75,7 +75,7 @@ async def test_job_fails_if_its_file_was_altered(home: WorkerHome) -> None:
     assert home.starts(id) == []
 
 
-async def test_worker_reports_its_job_while_the_file_is_fetched(home: WorkerHome) -> None:
+async def test_worker_keeps_reporting_and_can_cancel_a_job_while_its_file_is_fetched(home: WorkerHome) -> None:
     id = home.add()
     fetched(home).fetch_s = 0.5
     async with home.working(home.worker(pace=Pace(poll_s=0.05, report_s=0.05))):
@@ -88,7 +88,7 @@ async def test_worker_reports_its_job_while_the_file_is_fetched(home: WorkerHome
     assert home.job(id).status is JobStatus.CANCELLED
 
 
-async def test_result_is_written_again_once_the_object_store_answers(home: WorkerHome) -> None:
+async def test_job_completes_once_the_object_store_accepts_its_result(home: WorkerHome) -> None:
     id, errors = home.add(), [AWAY]
 
     def complete(job: Job, version: VersionId) -> JobResult:

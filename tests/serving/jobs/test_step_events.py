@@ -9,7 +9,7 @@ def step(number: int, of: int = 10, accuracy: float | None = None) -> StepDone:
     return StepDone(step=number, steps=of, epoch=number / of, loss=2.0, accuracy=accuracy, tokens=9)
 
 
-def test_newest_step_is_the_next_event() -> None:
+def test_next_event_reports_the_newest_training_step() -> None:
     events = StepEvents(Reported(0, 0))
     events.add([step(1), step(2, accuracy=0.5)])
     metrics = {"step": 2, "total_steps": 10, "train_loss": 2.0, "train_mean_token_accuracy": 0.5}
@@ -17,7 +17,7 @@ def test_newest_step_is_the_next_event() -> None:
     assert events.next() is None
 
 
-def test_held_out_loss_is_an_event_even_when_its_step_was_reported_before() -> None:
+def test_held_out_loss_creates_an_event_even_if_its_step_was_already_reported() -> None:
     events = StepEvents(Reported(0, 0))
     events.add([step(4)])
     events.next()
@@ -28,7 +28,7 @@ def test_held_out_loss_is_an_event_even_when_its_step_was_reported_before() -> N
     assert event.message == "Step 5/10: training loss=2.00"
 
 
-def test_losses_of_one_step_are_one_event() -> None:
+def test_training_and_held_out_loss_of_one_step_share_an_event() -> None:
     events = StepEvents(Reported(0, 0))
     events.add([step(4), HeldoutLoss(step=4, loss=1.5)])
     assert (event := events.next()) is not None
@@ -36,7 +36,7 @@ def test_losses_of_one_step_are_one_event() -> None:
     assert events.next() is None
 
 
-def test_steps_reported_before_create_no_events_when_a_training_run_is_followed_again() -> None:
+def test_already_reported_steps_create_no_events_when_a_job_is_followed_again() -> None:
     events = StepEvents(Reported(3, 5))
     events.add([step(4), HeldoutLoss(step=5, loss=1.5), step(5)])
     assert events.next(last=True) is None
@@ -56,7 +56,7 @@ def test_long_training_run_has_few_events_and_one_for_its_last_step() -> None:
     assert len(messages) == MAX_EVENTS - 1
 
 
-def test_training_of_a_few_hundred_steps_has_an_event_for_each() -> None:
+def test_training_run_of_a_few_hundred_steps_has_an_event_for_every_step() -> None:
     events = StepEvents(Reported(0, 0))
     count = 0
     for number in range(1, 401):

@@ -43,7 +43,9 @@ def recipe(folder: Path, config: str = "llama-3.2-1b", *, bad: bool = False, **f
 
 
 @pytest.mark.slow
-async def test_check_of_a_valid_training_returns_its_figures(tmp_path: Path, settings: Settings) -> None:
+async def test_training_check_returns_examples_learning_rate_and_duration_of_a_valid_recipe(
+    tmp_path: Path, settings: Settings
+) -> None:
     check = await check_training(recipe(tmp_path), settings, timeout_s=300)
     assert 30 <= check.examples < 40  # about a tenth is held out
     assert 0 < check.learning_rate < 5e-4
@@ -52,7 +54,7 @@ async def test_check_of_a_valid_training_returns_its_figures(tmp_path: Path, set
 
 
 @pytest.mark.slow
-async def test_check_accepts_examples_that_openai_publishes(tmp_path: Path, settings: Settings) -> None:
+async def test_training_check_accepts_examples_published_by_openai(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "file-1").write_text(published(toy=4, drone=3), "utf-8")
     assert check_content(tmp_path / "file-1", Purpose.FINE_TUNE).usable
     request = JobRequest.model_validate_json('{"model": "small", "training_file": "file-1"}')
@@ -62,7 +64,7 @@ async def test_check_accepts_examples_that_openai_publishes(tmp_path: Path, sett
 
 
 @pytest.mark.slow
-async def test_training_that_cannot_fit_is_refused(tmp_path: Path, settings: Settings) -> None:
+async def test_training_check_refuses_a_model_that_does_not_fit_in_memory(tmp_path: Path, settings: Settings) -> None:
     full = recipe(tmp_path, "llama-2-70b", recipe={"method": "full"})
     check = await check_training(full, settings, timeout_s=300)
     assert check.refused is not None
@@ -81,7 +83,7 @@ async def test_training_that_cannot_fit_is_refused(tmp_path: Path, settings: Set
     ],
     ids=str,
 )
-async def test_check_raises_the_error_with_which_training_would_fail(
+async def test_training_check_raises_the_error_that_training_would_raise(
     tmp_path: Path, settings: Settings, fields: dict[str, Any], kind: type[SvcError], text: str
 ) -> None:
     with pytest.raises(kind, match=text) as caught:
@@ -95,13 +97,13 @@ def _is_estimate(process: psutil.Process) -> bool:
     return False
 
 
-async def test_check_that_takes_too_long_leaves_no_process(tmp_path: Path, settings: Settings) -> None:
+async def test_timed_out_training_check_leaves_no_process_behind(tmp_path: Path, settings: Settings) -> None:
     with pytest.raises(CheckTimeoutError):
         await check_training(recipe(tmp_path), settings, timeout_s=0.3)
     assert not any(map(_is_estimate, psutil.Process().children()))
 
 
-async def test_cancelled_check_leaves_no_process(tmp_path: Path, settings: Settings) -> None:
+async def test_cancelled_training_check_leaves_no_process_behind(tmp_path: Path, settings: Settings) -> None:
     task = asyncio.create_task(check_training(recipe(tmp_path), settings, timeout_s=60))
     await asyncio.sleep(0.3)
     task.cancel()
@@ -110,7 +112,9 @@ async def test_cancelled_check_leaves_no_process(tmp_path: Path, settings: Setti
     assert not any(map(_is_estimate, psutil.Process().children()))
 
 
-def test_command_has_the_settings_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_command_has_the_settings_of_the_server_except_the_store_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SVC_ENGINE__MAX_MODEL_LEN", "512")
     monkeypatch.setenv("SVC_STORE__URL", "postgresql://user:password@host/database")
     given = load_settings(home=tmp_path / "home", engine={"max_model_len": 1024})

@@ -15,14 +15,14 @@ from svc.store.job_requests import JobError
         ("no path", "no path"),
     ],
 )
-def test_only_the_last_part_of_a_path_remains(text: str, expected: str) -> None:
+def test_paths_in_error_messages_are_shortened_to_their_last_component(text: str, expected: str) -> None:
     assert without_paths(text) == expected
 
 
-def test_last_error_counts_when_the_output_has_several() -> None:
+def test_last_error_in_the_output_becomes_the_job_error() -> None:
     log = "error: first\n  do: a\nwarming up\n\x1b[31merror: the loss is nan at step 3\x1b[0m\n  do: lower the rate\n"
     assert read_error(12, log) == JobError("training_failed", "the loss is nan at step 3")
 
 
-def test_unknown_exit_code_is_an_error_of_the_server() -> None:
+def test_unknown_exit_code_of_a_training_run_is_reported_as_a_server_error() -> None:
     assert read_error(9, "error: damaged").code == "server_error"

@@ -66,14 +66,14 @@ async def test_job_runs_and_its_result_is_recorded(any_home: WorkerHome) -> None
     await home.until(lambda: not (home.job_folder(id) / "epochs").exists())
 
 
-async def test_training_reads_the_file_on_this_machine_when_another_machine_made_the_recipe(home: WorkerHome) -> None:
+async def test_recipe_written_by_another_machine_is_adapted_to_the_local_file_path(home: WorkerHome) -> None:
     id = home.add()
     async with home.working():
         await home.ended(id)
     assert str(home.folder / "files" / home.file) in (home.job_folder(id) / "recipe.yaml").read_text()
 
 
-async def test_job_is_taken_on_notification_of_its_creation_without_polling_the_queue(
+async def test_job_is_taken_when_its_creation_is_notified_without_polling_the_queue(
     home: WorkerHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []
@@ -101,7 +101,7 @@ async def test_job_waits_in_the_queue_when_its_file_is_not_on_this_machine(home:
     assert home.job(away).status is JobStatus.QUEUED
 
 
-async def test_nothing_is_left_within_5_s_when_a_job_is_cancelled(home: WorkerHome) -> None:
+async def test_all_processes_of_a_cancelled_job_end_within_5_seconds(home: WorkerHome) -> None:
     id = home.add(grandchild=True, deaf=True, **LONG)
     pace = Pace(event_s=PACE.event_s)
     async with home.working(home.worker(pace=pace)):
@@ -150,7 +150,7 @@ async def test_paused_training_is_killed_when_it_writes_no_checkpoint_in_time(ho
     assert home.messages(id)[-1] == "Fine-tuning job paused"
 
 
-async def test_training_that_is_killed_by_a_signal_continues_from_its_checkpoint(home: WorkerHome) -> None:
+async def test_training_killed_by_a_signal_continues_from_its_checkpoint(home: WorkerHome) -> None:
     id = home.add(steps=6, at=3)
     async with home.working():
         await home.ended(id)
@@ -159,7 +159,7 @@ async def test_training_that_is_killed_by_a_signal_continues_from_its_checkpoint
     assert "The training process died; the training continues from its last checkpoint" in home.messages(id)
 
 
-async def test_processes_without_a_mark_are_killed_when_their_training_has_died(home: WorkerHome) -> None:
+async def test_child_processes_are_killed_when_their_training_process_has_died(home: WorkerHome) -> None:
     id = home.add(grandchild=True, steps=2000, step_s=0.02)
     async with home.working():
         await home.until(lambda: home.step(id) > 20)
@@ -224,7 +224,7 @@ async def test_job_fails_with_the_error_of_its_training(
     assert len(home.starts(id)) == 1
 
 
-async def test_job_waits_for_memory_while_others_are_trained(home: WorkerHome) -> None:
+async def test_job_waiting_for_memory_does_not_block_other_jobs(home: WorkerHome) -> None:
     big = home.add(exit=20, text="error: training needs 90 GB")
     others = [home.add() for _ in range(2)]
     async with home.working():
@@ -260,7 +260,7 @@ async def test_job_returns_to_the_queue_with_a_checkpoint_when_the_server_stops(
         await home.ended(id, other)
 
 
-async def test_nothing_is_left_when_the_server_stops_while_a_training_starts(
+async def test_no_process_is_left_when_the_server_stops_while_a_training_run_starts(
     home: WorkerHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     id = home.add(**LONG)
@@ -383,7 +383,7 @@ async def test_job_succeeds_when_its_training_ended_while_no_server_was_running(
 
 
 @pytest.mark.slow
-async def test_each_of_20_jobs_succeeds_once_when_the_server_is_killed_in_between(home: WorkerHome) -> None:
+async def test_each_of_20_jobs_succeeds_once_when_the_server_is_killed_repeatedly(home: WorkerHome) -> None:
     ids = [home.add(f"owner-{number % 3}", steps=5, step_s=0.02) for number in range(20)]
     for ended in (4, 9, 14):
         with server(home):
@@ -397,7 +397,7 @@ async def test_each_of_20_jobs_succeeds_once_when_the_server_is_killed_in_betwee
 
 
 @pytest.mark.slow
-async def test_training_of_a_job_that_ended_while_the_server_was_down_is_killed_at_the_start(home: WorkerHome) -> None:
+async def test_leftover_training_of_an_ended_job_is_killed_when_the_server_starts(home: WorkerHome) -> None:
     id = home.add(**LONG)
     with server(home):
         await home.until(lambda: home.step(id) > 2)

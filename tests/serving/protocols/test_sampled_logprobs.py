@@ -63,38 +63,38 @@ def test_request_is_unchanged_when_client_asked_for_logprobs(route: Route, field
 
 
 @pytest.mark.parametrize("field", ["echo", "use_beam_search"])
-def test_no_logprobs_are_requested_when_prompt_would_be_scored_or_beams_searched(field: str) -> None:
+def test_no_logprobs_are_requested_when_client_asked_for_beam_search_or_prompt_scoring(field: str) -> None:
     for route, fields in ROUTES.items():
         assert asking(route, fields | {field: True}) == fields | {field: True}
 
 
 @pytest.mark.parametrize("route", [Route.RESPONSES, Route.MESSAGES])
-def test_request_is_unchanged_when_route_is_not_supported(route: Route) -> None:
+def test_request_is_unchanged_when_its_route_has_no_logprobs(route: Route) -> None:
     assert with_logprobs(route, b'{"input":"a"}') == b'{"input":"a"}'
 
 
-def test_text_that_utf8_cannot_encode_survives() -> None:
+def test_text_that_utf8_cannot_encode_is_unchanged() -> None:
     request = b'{"messages":[{"role":"user","content":"\\ud800"}]}'
     assert b"\\ud800" in with_logprobs(Route.CHAT_COMPLETIONS, request)
 
 
-def test_mean_is_over_all_tokens_of_all_choices() -> None:
+def test_mean_logprob_covers_all_tokens_of_all_choices() -> None:
     assert mean_logprob([body(chat_logprobs(-1.0, -2.0), chat_logprobs(-6.0))]) == -3.0
     assert mean_logprob([body(plain_logprobs(-1.0, -3.0))]) == -2.0
 
 
-def test_mean_is_over_all_events_when_answer_is_streamed() -> None:
+def test_mean_logprob_covers_all_events_of_a_streamed_answer() -> None:
     events = [event(None), event(chat_logprobs(-1.0)), event(chat_logprobs(-2.0, -3.0)), b"data: [DONE]\n\n"]
     assert mean_logprob(events) == -2.0
 
 
-def test_unknown_logprobs_are_skipped() -> None:
+def test_mean_logprob_skips_tokens_with_unknown_logprobs() -> None:
     assert mean_logprob([body(chat_logprobs(-1.0, -9999.0))]) == -1.0
     assert mean_logprob([body(plain_logprobs(None, -1.0))]) == -1.0
 
 
 @pytest.mark.parametrize("part", [body(None), body(chat_logprobs()), b"{}", b"no JSON", b": note\n\n"])
-def test_mean_is_unknown_when_answer_has_no_logprobs(part: bytes) -> None:
+def test_mean_logprob_is_unknown_when_the_answer_has_no_logprobs(part: bytes) -> None:
     assert mean_logprob([part]) is None
 
 
@@ -110,7 +110,7 @@ def test_vllm_samples_with_logprobs_and_does_not_score_the_prompt() -> None:
 
 
 @pytest.mark.slow  # vLLM's import takes some ten seconds
-def test_answers_of_vllms_response_models_are_read() -> None:
+def test_logprobs_are_read_from_responses_in_the_format_of_vllm() -> None:
     pytest.importorskip("vllm")
     from vllm.entrypoints.openai.chat_completion.protocol import (
         ChatCompletionLogProbs,

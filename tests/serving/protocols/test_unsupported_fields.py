@@ -159,7 +159,7 @@ OTHER_FIELDS: tuple[tuple[Route, dict[str, Any]], ...] = (
 )
 
 
-def test_text_is_accepted_in_all_its_forms() -> None:
+def test_text_content_is_accepted_in_every_supported_form() -> None:
     assert [fields for route, fields in TEXT_FORMS if find_refusal(fields, route)] == []
 
 

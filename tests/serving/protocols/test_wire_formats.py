@@ -207,7 +207,7 @@ class TestResponses:
             assert RESPONSES.finish_reason(part) == "tool_calls"
             assert RESPONSES.text([part]) == '{"name": "f", "arguments": {}}'
 
-    def test_openais_event_for_a_truncated_answer_ends_the_stream(self) -> None:
+    def test_openai_event_for_a_truncated_answer_ends_the_stream(self) -> None:
         response = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
         last = event("response.incomplete", response=response)
         assert RESPONSES.is_end(last)

@@ -372,7 +372,7 @@ def test_adapter_cache_respects_limits_and_serves_right_adapter_in_any_order(
     dropped: list[tuple[int, int]],
     stuck: int,
 ) -> None:
-    """The shelf checks the maximum, that adapters in use stay, that names are unique, and who answers."""
+    """The double checks the slot limit, adapters in use, unique names, and which adapter answers."""
 
     async def run() -> None:
         shelf = Shelf(most)

@@ -46,20 +46,20 @@ def test_request_of_an_unknown_client_goes_to_the_engine_with_the_fewest_request
     assert chosen([engine(0, 3), engine(1, 1), engine(2, 2)]) == 1
 
 
-def test_conversation_stays_with_its_engine_while_others_have_a_little_less_to_do() -> None:
+def test_conversation_stays_with_its_engine_while_other_engines_are_slightly_less_busy() -> None:
     who = "How do I return a parcel?"
     home = chosen([engine(0), engine(1), engine(2)], who)
     assert chosen([engine(each, 4 if each == home else 3) for each in range(3)], who) == home
 
 
-def test_conversation_moves_to_the_same_second_engine_whenever_its_own_is_busy() -> None:
+def test_conversation_always_moves_to_the_same_second_engine_when_its_own_is_busy() -> None:
     who = "How do I return a parcel?"
     home = chosen([engine(0), engine(1), engine(2)], who)
     busy = [engine(each, 9 if each == home else 3) for each in range(3)]
     assert chosen(busy, who) == chosen([each for each in busy if each.replica != home], who) != home
 
 
-def test_other_conversations_stay_with_their_engines_when_one_is_added() -> None:
+def test_conversations_move_only_to_the_new_engine_when_an_engine_is_added() -> None:
     three, four = [engine(0), engine(1), engine(2)], [engine(0), engine(1), engine(2), engine(3)]
     moved = [who for who in map(str, range(400)) if chosen(three, who) != (new := chosen(four, who)) and new != 3]
     assert moved == []
@@ -71,7 +71,7 @@ def test_conversations_are_spread_evenly() -> None:
 
 
 @pytest.mark.parametrize("who", ["", "a client"])
-def test_choosing_an_engine_calls_as_many_functions_with_twenty_replicas_as_with_three(who: str) -> None:
+def test_cost_of_choosing_an_engine_does_not_grow_with_the_number_of_replicas(who: str) -> None:
     def calls(replicas: int) -> int:
         of_model, counted = balancer([engine(number) for number in range(replicas)]), list[str]()
         of_model.choose("m", who)  # fills caches
@@ -86,7 +86,7 @@ def test_choosing_an_engine_calls_as_many_functions_with_twenty_replicas_as_with
 
 
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=20), st.text(min_size=1))
-def test_no_engine_gets_more_than_five_quarters_of_the_mean_because_of_a_conversation(
+def test_conversation_affinity_never_loads_an_engine_above_125_percent_of_the_mean(
     running: list[int], who: str
 ) -> None:
     number = chosen([engine(each, load) for each, load in enumerate(running)], who)

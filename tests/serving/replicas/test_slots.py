@@ -32,7 +32,9 @@ def slots_of(home: Path, **of_model: object) -> EngineSlots:
 
 
 @pytest.mark.parametrize(("name", "idles"), [(NAME, True), ("other", False)])
-def test_engine_is_started_with_idling_only_if_its_model_may_idle(tmp_path: Path, name: str, idles: bool) -> None:
+def test_engine_is_started_with_sleep_support_only_if_its_model_may_idle(
+    tmp_path: Path, name: str, idles: bool
+) -> None:
     assert slots_of(tmp_path, idle_s=60).spec(0, name, ServedModel(tmp_path)).idles is idles
 
 
@@ -53,7 +55,7 @@ async def test_memory_is_checked_for_all_engines_of_all_versions(
     assert [spec.model.parent.name for spec in checked] == ["1", "1", "2"]
 
 
-async def test_room_in_the_cluster_is_checked_with_the_settings_of_each_model(
+async def test_cluster_capacity_is_checked_with_the_engine_settings_of_each_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = {NAME: {"engine": {"tensor_parallel": 4}}, "other": {}}
@@ -73,7 +75,9 @@ async def test_room_in_the_cluster_is_checked_with_the_settings_of_each_model(
 
 
 @pytest.mark.parametrize(("other", "engines"), [("local", 5), ("ray", 4)])
-def test_engines_of_a_cluster_do_not_share_this_machine(tmp_path: Path, other: str, engines: int) -> None:
+def test_engines_on_a_ray_cluster_do_not_count_as_sharing_the_local_machine(
+    tmp_path: Path, other: str, engines: int
+) -> None:
     settings = Settings.model_validate(
         {
             "home": tmp_path,
@@ -84,7 +88,7 @@ def test_engines_of_a_cluster_do_not_share_this_machine(tmp_path: Path, other: s
     assert of_home.spec(0, NAME, ServedModel(tmp_path)).engines == engines
 
 
-async def test_actor_is_ended_after_its_cluster_is_back_even_if_its_number_has_a_local_engine(
+async def test_actor_is_stopped_once_its_cluster_is_reachable_even_if_a_local_engine_replaced_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slots, "_END_PAUSES_S", (0.01,))
@@ -111,7 +115,7 @@ async def test_actor_is_ended_after_its_cluster_is_back_even_if_its_number_has_a
     ending.cancel()
 
 
-def test_postponed_actors_of_a_copied_home_are_left_to_the_first_home(
+def test_copied_home_does_not_stop_the_postponed_actors_of_the_original_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RayCluster, "end_now", lambda cluster, *names: pytest.fail("ended"))

@@ -44,7 +44,7 @@ async def test_version_folder_is_returned_if_its_files_are_unaltered(make: Make)
 
 
 async def test_slow_hashing_does_not_block_the_default_executor(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The status and every read from the store run there."""
+    """The default executor also runs the status and every read from the store."""
     control, free = make(), threading.Event()
     monkeypatch.setattr(control.registry, "verify", lambda version, format: free.wait(5))
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max_workers=1))
@@ -105,7 +105,7 @@ async def test_stored_probes_are_checked_next_time(elsewhere: Control) -> None:
 
 
 async def test_no_probes_are_recorded_if_engine_was_not_started_with_the_version(elsewhere: Control) -> None:
-    """This holds however small the difference: a reload without effect would be taken for the version."""
+    """After a reload without effect, probes would be recorded for the wrong weights, however similar."""
     sibling = make_version(elsewhere.registry, 4, probes_of=elsewhere.double.weights)
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     wanted = Target(sibling, Format.MERGED)

@@ -126,7 +126,7 @@ async def test_swap_succeeds_if_the_server_died_before_recording_it(left: Contro
 
 
 async def test_only_the_desired_one_of_two_engines_is_adopted(make: Make) -> None:
-    """This happens when a server dies after a second engine has started and before it has replaced the first."""
+    """A server that dies while its second engine is replacing the first leaves two engines."""
     control = make(replicas=2)
     control.leaves = True
     async with control.run():

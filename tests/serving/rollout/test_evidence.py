@@ -64,13 +64,15 @@ def add(store: Store, record: RolloutRecord, count: int, **of_candidate: object)
         add_requests(store, [answered(record, number, candidate=False, valid=True), candidate])
 
 
-def test_invalid_json_of_the_candidate_is_a_proven_loss(store: Store, record: RolloutRecord) -> None:
+def test_canary_proves_a_loss_if_the_candidate_answers_invalid_json(store: Store, record: RolloutRecord) -> None:
     add(store, record, 30, valid=False)
     look = CanaryEvidence(store, record).look()
     assert look.losses.startswith("invalid JSON 100.0% instead of 0.0%, at most 5 points more allowed: failed")
 
 
-def test_equal_versions_pass_once_enough_requests_exclude_a_loss(store: Store, record: RolloutRecord) -> None:
+def test_canary_of_an_equal_version_passes_once_enough_requests_exclude_a_loss(
+    store: Store, record: RolloutRecord
+) -> None:
     evidence = CanaryEvidence(store, record)
     add(store, record, 20, valid=True)
     assert (evidence.look().is_passed, evidence.look().units) == (False, 20)
@@ -79,25 +81,29 @@ def test_equal_versions_pass_once_enough_requests_exclude_a_loss(store: Store, r
 
 
 @pytest.mark.parametrize("outcome", [RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR, RequestOutcome.REFUSED])
-def test_failures_of_the_candidates_engine_are_a_proven_loss(
+def test_canary_proves_a_loss_if_the_engine_of_the_candidate_fails_requests(
     store: Store, record: RolloutRecord, outcome: RequestOutcome
 ) -> None:
     add(store, record, 30, outcome=outcome)
     assert "failed requests 100.0%" in CanaryEvidence(store, record).look().losses
 
 
-def test_requests_that_the_gateway_refused_are_not_held_against_a_version(store: Store, record: RolloutRecord) -> None:
+def test_requests_rejected_by_the_gateway_do_not_count_against_a_version(store: Store, record: RolloutRecord) -> None:
     add(store, record, 30, outcome=RequestOutcome.REFUSED, served=False)
     assert CanaryEvidence(store, record).look().units == 0
 
 
-def test_clients_that_leave_before_the_first_token_count_as_having_waited(store: Store, record: RolloutRecord) -> None:
+def test_waits_of_clients_that_leave_before_the_first_token_count_as_time_to_first_token(
+    store: Store, record: RolloutRecord
+) -> None:
     add(store, record, 200, outcome=RequestOutcome.CLIENT_GONE, seconds=10.0)
     losses = CanaryEvidence(store, record).look().losses
     assert "time to first token" in losses and "failed requests" not in losses
 
 
-def test_bad_ratings_can_end_a_rollout_but_do_not_hold_it(store: Store, record: RolloutRecord) -> None:
+def test_bad_ratings_can_fail_a_rollout_but_missing_ratings_do_not_hold_it_up(
+    store: Store, record: RolloutRecord
+) -> None:
     add(store, record, 300, valid=True)
     for number in range(300):
         for candidate in (False, True):
@@ -108,9 +114,7 @@ def test_bad_ratings_can_end_a_rollout_but_do_not_hold_it(store: Store, record: 
     assert "bad ratings 100.0%" in CanaryEvidence(store, record).look().losses
 
 
-def test_ratings_count_when_the_clock_of_the_server_that_stored_them_is_slow(
-    store: Store, record: RolloutRecord
-) -> None:
+def test_ratings_count_even_if_the_clock_of_the_storing_server_is_slow(store: Store, record: RolloutRecord) -> None:
     evidence = CanaryEvidence(store, record)
     add(store, record, 201, valid=True)
     keep_feedback(store, "False200", Feedback(Rating.GOOD))
@@ -123,7 +127,9 @@ def test_ratings_count_when_the_clock_of_the_server_that_stored_them_is_slow(
     assert "bad ratings 100.0%" in evidence.look().losses
 
 
-def test_only_units_since_the_beginning_of_the_step_count_for_its_minimum(store: Store, record: RolloutRecord) -> None:
+def test_only_units_observed_since_the_start_of_a_step_count_towards_its_minimum(
+    store: Store, record: RolloutRecord
+) -> None:
     add(store, record, 60)
     evidence = CanaryEvidence(store, record)
     evidence.start_step(record.requested_at + timedelta(seconds=1.4))
@@ -146,27 +152,29 @@ def add_of_units(store: Store, record: RolloutRecord, units: list[str], start: i
         ([""] * 200, False),
     ],
 )
-def test_unit_that_sends_most_requests_is_reported_from_100_requests_on(
+def test_warning_about_a_unit_that_sends_most_requests_starts_at_100_requests(
     store: Store, record: RolloutRecord, units: list[str], warns: bool
 ) -> None:
     add_of_units(store, record, units)
     assert bool(CanaryEvidence(store, record).look().warning) is warns
 
 
-def test_requests_of_both_versions_count_for_the_share_of_a_unit(store: Store, record: RolloutRecord) -> None:
+def test_share_of_requests_sent_by_a_unit_covers_both_versions(store: Store, record: RolloutRecord) -> None:
     add_of_units(store, record, ["ann"] * 100)
     add_requests(store, [answered(record, number, candidate=True) for number in range(100)])
     assert CanaryEvidence(store, record).look().warning == ""
 
 
-def test_warning_about_a_unit_with_most_requests_says_what_to_do(store: Store, record: RolloutRecord) -> None:
+def test_warning_about_a_unit_that_sends_most_requests_says_what_to_do(store: Store, record: RolloutRecord) -> None:
     add_of_units(store, record, ["ann"] * 100)
     warning = CanaryEvidence(store, record).look().warning
     assert "counts as one observation" in warning
     assert "send `user`" in warning and f"models.{NAME}.rollout.unit: request" in warning
 
 
-def test_share_of_a_unit_is_counted_again_in_each_step(store: Store, record: RolloutRecord) -> None:
+def test_share_of_requests_sent_by_a_unit_is_computed_separately_for_each_step(
+    store: Store, record: RolloutRecord
+) -> None:
     evidence = CanaryEvidence(store, record)
     add_of_units(store, record, ["ann"] * 100)
     assert evidence.look().warning
@@ -175,7 +183,7 @@ def test_share_of_a_unit_is_counted_again_in_each_step(store: Store, record: Rol
     assert evidence.look().warning == ""
 
 
-def test_shadow_pairs_of_one_user_are_one_observation(store: Store, record: RolloutRecord) -> None:
+def test_shadow_pairs_of_one_user_count_as_one_observation(store: Store, record: RolloutRecord) -> None:
     bad = ShadowPair("ann", False, True, None, None, None, "stop", None, 3, None, 0.1, 0.1)
     good = ShadowPair("", False, False, True, True, True, "stop", "stop", 3, 3, 0.1, 0.2)
     for pair in [bad] * 30 + [good] * 30:
@@ -189,7 +197,9 @@ def test_shadow_pairs_of_one_user_are_one_observation(store: Store, record: Roll
     assert "failed requests" in ShadowEvidence(store, record, lambda: 50).look().losses
 
 
-def test_shadow_text_compares_logprobs_of_requests_with_both_figures(store: Store, record: RolloutRecord) -> None:
+def test_shadow_report_compares_logprobs_of_requests_answered_by_both_versions(
+    store: Store, record: RolloutRecord
+) -> None:
     pair = ShadowPair("", False, False, None, None, True, "stop", "stop", 3, 3, 0.1, 0.2)
     known = replace(pair, candidate_logprob=-0.5, production_logprob=-0.25)
     alone = replace(pair, candidate_logprob=-9.0)
@@ -199,13 +209,13 @@ def test_shadow_text_compares_logprobs_of_requests_with_both_figures(store: Stor
     assert "mean log-probability -0.38 instead of -0.25 nats per token (2 requests)" in text
 
 
-def test_shadow_text_has_no_logprobs_when_production_has_none(store: Store, record: RolloutRecord) -> None:
+def test_shadow_report_omits_logprobs_when_production_has_none(store: Store, record: RolloutRecord) -> None:
     pair = ShadowPair("", False, False, None, None, True, "stop", "stop", 3, 3, 0.1, 0.2, candidate_logprob=-0.5)
     add_shadow_pair(store, record.id, pair)
     assert "log-probability" not in ShadowEvidence(store, record, lambda: 50).look().text
 
 
-def test_logprobs_do_not_affect_the_decision(store: Store, record: RolloutRecord) -> None:
+def test_logprobs_do_not_affect_the_rollout_decision(store: Store, record: RolloutRecord) -> None:
     pair = ShadowPair("", False, False, None, None, True, "stop", "stop", 3, 3, 0.1, 0.2, -0.1, -9.0)
     for _ in range(60):
         add_shadow_pair(store, record.id, pair)
@@ -213,12 +223,12 @@ def test_logprobs_do_not_affect_the_decision(store: Store, record: RolloutRecord
     assert (look.losses, {signal.signal for signal in look.signals}) == ("", {"errors"})
 
 
-def test_expectations_say_that_traffic_is_too_small_for_the_deadline(store: Store, record: RolloutRecord) -> None:
+def test_rollout_preview_warns_when_traffic_is_too_low_for_the_deadline(store: Store, record: RolloutRecord) -> None:
     add_requests(store, [answered(record, 0, candidate=False)._replace(started_at=datetime.now(UTC))])
     assert any("longer than its deadline" in text for text in expectations(store, record))
 
 
-def test_expectations_of_a_replay_say_how_long_requests_may_wait(store: Store, record: RolloutRecord) -> None:
+def test_replay_preview_says_how_long_client_requests_may_wait(store: Store, record: RolloutRecord) -> None:
     swap = begin_swap(store, Desired(record.previous, None, 1))
     end_swap(store, swap, SwapResult(SwapOutcome.SUCCEEDED, None, 1.25, kind=SwapKind.INPLACE))
     texts = expectations(store, record, kept=33)
@@ -235,7 +245,7 @@ GOOD = ShadowPair("", False, False, True, True, True, "stop", "stop", 3, 3, 0.1,
 FAILED = replace(GOOD, candidate_failed=True, candidate_valid=None, agrees=None)
 
 
-def test_shadow_look_that_is_not_complete_stays_so_when_fewer_requests_are_wanted_meanwhile(
+def test_shadow_result_stays_incomplete_if_its_required_requests_decrease_during_the_check(
     store: Store, record: RolloutRecord
 ) -> None:
     wanted = iter((31, 30))
@@ -256,21 +266,23 @@ def doubts_about(store: Store, record: RolloutRecord, pairs: list[ShadowPair]) -
 
 
 @pytest.mark.parametrize("pair", [GOOD, FAILED])
-def test_replay_of_too_few_users_is_in_doubt_whatever_the_candidate_answers(
+def test_replay_of_requests_from_too_few_users_is_never_conclusive(
     store: Store, record: RolloutRecord, pair: ShadowPair
 ) -> None:
     pairs = [replace(pair, unit=f"user {number % 15}") for number in range(200)]
     assert doubts_about(store, record, pairs).startswith("only 15 users or conversations were compared; at least 20")
 
 
-def test_replay_is_in_doubt_when_a_measured_loss_is_neither_proven_nor_excluded(
+def test_replay_is_inconclusive_when_a_measured_loss_is_neither_proven_nor_excluded(
     store: Store, record: RolloutRecord
 ) -> None:
     text = doubts_about(store, record, [FAILED, *[GOOD] * 4] * 4)
     assert text.startswith("losses beyond the margins were measured, but not proven: failed requests: 20 requests")
 
 
-def test_replay_is_not_in_doubt_when_the_candidate_answers_as_well(store: Store, record: RolloutRecord) -> None:
+def test_replay_is_conclusive_when_the_candidate_answers_as_well_as_production(
+    store: Store, record: RolloutRecord
+) -> None:
     assert doubts_about(store, record, [GOOD] * 20) == ""
 
 

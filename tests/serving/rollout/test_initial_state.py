@@ -173,12 +173,12 @@ def shared(home: Home, postgresql_store: Store) -> Home:
 
 
 @pytest.mark.parametrize("model", [None, NAME, f"{NAME}@1"])
-def test_server_starts_next_to_another_one_with_the_same_models(shared: Home, model: str | None) -> None:
+def test_server_starts_next_to_another_server_with_the_same_models(shared: Home, model: str | None) -> None:
     assert choose(shared, model)[0] == f"{NAME}@1"
 
 
 @pytest.mark.parametrize("models", [["other"], [NAME, "other"]])
-def test_server_with_other_models_than_a_running_one_is_refused(shared: Home, models: list[str]) -> None:
+def test_server_start_is_refused_if_a_running_server_serves_different_models(shared: Home, models: list[str]) -> None:
     with pytest.raises(RefusedError, match=rf"gpu-1:8000\) serve {NAME}") as raised:
         choose_deployments(shared.registry, shared.store, models, None)
     assert "svc add" in raised.value.todo

@@ -66,7 +66,7 @@ def quick_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_pauses")
-async def test_swap_result_is_retried_until_written_whatever_the_store_raises(
+async def test_writing_a_swap_result_is_retried_even_after_an_os_error(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "end_swap", _fails(end_swap, 3 * module._ATTEMPTS, OSError("disk full")))

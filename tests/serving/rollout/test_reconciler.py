@@ -215,7 +215,7 @@ async def test_start_is_retried_if_an_engine_does_not_come_back(control: Control
 
 
 async def test_error_quoting_an_engine_death_message_keeps_the_engine_in_service(control: Control) -> None:
-    """vLLM quotes such a text when a client sends it as a value."""
+    """vLLM quotes the death message when a client sends that message as a value."""
     for status in (400, 422, 500):
         control.double.refuse_with = status, {"message": f"Input should be a valid number, got '{DEAD_MESSAGE}'"}
         async with control.client() as client:

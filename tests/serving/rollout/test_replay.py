@@ -98,7 +98,7 @@ async def test_good_candidate_is_promoted_after_a_replay_without_a_second_engine
     ] * ALL.shadow
 
 
-async def test_steps_say_what_was_replayed_and_which_losses_are_not_excluded(control: Control) -> None:
+async def test_rollout_steps_say_what_was_replayed_and_which_losses_are_not_excluded(control: Control) -> None:
     keep(control)
     async with control.run():
         start(control, 2)
@@ -111,7 +111,7 @@ async def test_steps_say_what_was_replayed_and_which_losses_are_not_excluded(con
     assert "(loads: 1); 0 stored requests could not be replayed unchanged" in text
 
 
-async def test_all_kept_requests_are_replayed_when_fewer_than_configured_are_kept(control: Control) -> None:
+async def test_all_stored_requests_are_replayed_when_fewer_than_configured_are_stored(control: Control) -> None:
     keep(control, 25)
     async with control.run():
         start(control, 2, ALL.model_copy(update={"shadow": 100}))
@@ -148,7 +148,7 @@ async def test_request_during_a_replay_is_answered_by_production(control: Contro
     assert len({pair.replayed for pair in pairs(control)}) == len(pairs(control)) == ALL.shadow
 
 
-async def test_request_during_a_replay_does_not_wait_for_a_long_kept_request(control: Control) -> None:
+async def test_request_during_a_replay_does_not_wait_for_a_long_stored_request(control: Control) -> None:
     keep(control)
     async with control.run(), control.client() as client:
         start(control, 2)
@@ -172,7 +172,7 @@ async def test_token_count_during_a_replay_is_answered_by_production(control: Co
         assert (control.double.cancelled, holds_candidate(control)) == (1, False)
 
 
-async def test_replay_waits_for_a_longer_pause_after_it_was_interrupted(control: Control) -> None:
+async def test_replay_waits_for_a_longer_pause_in_traffic_after_each_interruption(control: Control) -> None:
     keep(control)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = SLOW_S
@@ -200,7 +200,7 @@ async def test_rollback_during_a_replay_restores_production(control: Control) ->
     assert len(control.park.engines) == 1
 
 
-async def test_held_out_runs_do_not_take_a_restored_production_version_for_a_new_load(control: Control) -> None:
+async def test_restoring_production_after_a_replay_starts_no_held_out_run(control: Control) -> None:
     keep(control)
     async with control.run():
         weights = control.pool.weights
@@ -212,7 +212,9 @@ async def test_held_out_runs_do_not_take_a_restored_production_version_for_a_new
         assert control.pool.weights == weights
 
 
-async def test_replay_continues_after_the_server_was_stopped_with_the_candidate_loaded(control: Control) -> None:
+async def test_replay_continues_after_a_restart_that_stopped_the_server_with_the_candidate_loaded(
+    control: Control,
+) -> None:
     keep(control)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", SLOW_S)
     async with control.run():
@@ -228,7 +230,7 @@ async def test_replay_continues_after_the_server_was_stopped_with_the_candidate_
     assert len({pair.replayed for pair in pairs(control)}) == len(pairs(control)) == ALL.shadow
 
 
-async def test_engine_is_left_with_production_when_the_server_stops_during_a_replay(control: Control) -> None:
+async def test_production_is_restored_in_the_engine_when_the_server_stops_during_a_replay(control: Control) -> None:
     keep(control)
     control.leaves = True
     async with control.run():
@@ -244,7 +246,7 @@ async def test_engine_is_left_with_production_when_the_server_stops_during_a_rep
         assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
 
 
-async def test_engine_is_stopped_when_production_is_not_loaded_in_time_at_the_stop_of_the_server(
+async def test_engine_is_stopped_if_restoring_production_times_out_during_server_shutdown(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.rollout.rollout._STOP_TIMEOUT_S", 0.05)
@@ -258,7 +260,7 @@ async def test_engine_is_stopped_when_production_is_not_loaded_in_time_at_the_st
     assert (control.park.left, control.park.alive) == ({}, 0)
 
 
-async def test_engine_with_the_candidate_is_not_adopted_when_the_server_was_killed(control: Control) -> None:
+async def test_engine_with_a_candidate_loaded_is_not_adopted_after_the_server_is_killed(control: Control) -> None:
     keep(control)
     async with control.run():
         control.double.token_delay_s = SLOW_S
@@ -269,7 +271,7 @@ async def test_engine_with_the_candidate_is_not_adopted_when_the_server_was_kill
         await ended(control)
 
 
-async def test_engine_is_replaced_when_production_cannot_be_loaded_again(control: Control) -> None:
+async def test_engine_is_replaced_when_production_cannot_be_restored_after_a_replay(control: Control) -> None:
     keep(control)
     async with control.run(), control.client() as client:
         control.double.loadable = lambda folder: not folder.endswith("/1/merged")
@@ -282,7 +284,7 @@ async def test_engine_is_replaced_when_production_cannot_be_loaded_again(control
     assert len(control.park.engines) == 2
 
 
-async def test_rollout_fails_when_a_request_needs_a_new_engine_because_production_cannot_be_loaded(
+async def test_rollout_fails_when_production_cannot_be_restored_for_a_client_request(
     control: Control,
 ) -> None:
     keep(control)
@@ -308,7 +310,7 @@ async def test_rollout_fails_when_the_candidate_does_not_pass_its_probes(control
     assert len(control.park.engines) == 1
 
 
-async def test_rollout_fails_when_the_engine_dies_with_the_candidate(control: Control) -> None:
+async def test_rollout_fails_when_the_engine_dies_with_the_candidate_loaded(control: Control) -> None:
     keep(control)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = SLOW_S
@@ -322,7 +324,7 @@ async def test_rollout_fails_when_the_engine_dies_with_the_candidate(control: Co
     assert seen.why is not None and "the engine died while tuned@2 (merged) answered a stored request" in seen.why
 
 
-async def test_requests_whose_prompt_is_not_stored_in_full_are_not_replayed(control: Control) -> None:
+async def test_requests_with_incompletely_stored_prompts_are_not_replayed(control: Control) -> None:
     keep(control, 25)
     keep(control, 5, tokens_in=200)
     async with control.run():
@@ -333,7 +335,7 @@ async def test_requests_whose_prompt_is_not_stored_in_full_are_not_replayed(cont
     assert any("5 stored requests could not be replayed unchanged" in step for step in seen.steps)
 
 
-async def test_slow_candidate_has_not_failed_when_it_answers_for_longer_than_the_silence_limit(make: Make) -> None:
+async def test_slow_candidate_does_not_fail_while_it_keeps_sending_tokens(make: Make) -> None:
     control = on_small_machine(make(request_timeout_s=0.3))
     keep(control)
     async with control.run():
@@ -345,7 +347,7 @@ async def test_slow_candidate_has_not_failed_when_it_answers_for_longer_than_the
         await ended(control)
 
 
-async def test_kept_request_is_skipped_when_the_answer_is_too_large(
+async def test_stored_request_is_skipped_when_the_answer_is_too_large(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.rollout.shadow.MAX_ANSWER_BYTES", 100)
@@ -371,7 +373,7 @@ async def test_engine_is_kept_when_an_unexpected_error_ends_the_replay(
     assert (seen.outcome, len(control.park.engines)) == (RolloutOutcome.FAILED, 1)
 
 
-async def test_engine_names_no_version_while_production_is_loaded_again(control: Control) -> None:
+async def test_engine_reports_no_version_while_production_is_being_restored(control: Control) -> None:
     keep(control)
     named, waiting = list[str | None](), list[asyncio.Task[Answer]]()
     async with control.run(), control.client() as client:
@@ -401,7 +403,7 @@ async def test_rollout_is_undecided_when_too_few_requests_can_be_replayed(contro
     assert seen.why is not None and seen.why.startswith("only 0 users or conversations were compared")
 
 
-async def test_requests_that_the_candidate_rejects_are_not_held_against_it(control: Control) -> None:
+async def test_requests_rejected_by_the_candidate_do_not_count_against_it(control: Control) -> None:
     keep(control, 25)
 
     def reject_first(path: str) -> None:
@@ -432,7 +434,9 @@ async def test_rollout_is_undecided_when_half_of_the_requests_fail_without_a_pro
     assert control.names.served == target(1)
 
 
-async def test_rollout_fails_before_any_load_when_kept_requests_are_of_few_users(control: Control) -> None:
+async def test_rollout_fails_before_loading_the_candidate_when_stored_requests_are_from_few_users(
+    control: Control,
+) -> None:
     keep(control, 30, user_hash="one user")
     async with control.run():
         start(control, 2)
@@ -442,7 +446,7 @@ async def test_rollout_fails_before_any_load_when_kept_requests_are_of_few_users
     assert seen.why is not None and "come from 1 users or conversations" in seen.why
 
 
-async def test_rollout_fails_before_any_load_when_clients_cannot_wait_for_two_loads(
+async def test_rollout_fails_before_loading_the_candidate_when_clients_cannot_wait_for_two_loads(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.rollout.rollout.last_queued_s", lambda store, target: 1.25)
@@ -476,7 +480,7 @@ async def test_client_does_not_wait_for_a_slow_store(control: Control, monkeypat
     assert len({pair.replayed for pair in pairs(control)}) == len(pairs(control)) == ALL.shadow
 
 
-async def test_requests_of_one_user_count_each_when_the_unit_is_the_request(control: Control) -> None:
+async def test_each_request_of_a_user_counts_separately_when_the_unit_is_the_request(control: Control) -> None:
     keep(control, 30, user_hash="one user")
     async with control.run():
         start(control, 2, ALL.model_copy(update={"unit": UnitKind.REQUEST}))
@@ -492,7 +496,7 @@ async def test_requests_of_one_user_count_each_when_the_unit_is_the_request(cont
         (ALL.model_copy(update={"shadow": 0}), 30, "a shadow step of 0 requests is too short"),
     ],
 )
-async def test_rollout_fails_before_any_load_when_nothing_can_be_replayed(
+async def test_rollout_fails_before_loading_the_candidate_when_no_request_can_be_replayed(
     control: Control, plan: RolloutSettings, kept: int, why: str
 ) -> None:
     keep(control, kept)
@@ -504,7 +508,7 @@ async def test_rollout_fails_before_any_load_when_nothing_can_be_replayed(
     assert seen.why is not None and why in seen.why
 
 
-async def test_rollout_fails_when_the_candidate_needs_another_engine(control: Control) -> None:
+async def test_rollout_fails_without_memory_for_a_candidate_that_cannot_be_loaded_in_place(control: Control) -> None:
     make_version(control.registry, 4, width=8)
     keep(control)
     async with control.run():
@@ -516,7 +520,7 @@ async def test_rollout_fails_when_the_candidate_needs_another_engine(control: Co
     )
 
 
-async def test_rollout_in_the_canary_fails_when_memory_holds_one_engine_after_a_restart(make: Make) -> None:
+async def test_canary_fails_when_memory_is_too_small_for_a_second_engine_after_a_restart(make: Make) -> None:
     control = make()
     keep(control)
     async with control.run():
@@ -529,7 +533,7 @@ async def test_rollout_in_the_canary_fails_when_memory_holds_one_engine_after_a_
     assert seen.why is not None and seen.why.startswith("not enough memory to run tuned@2")
 
 
-async def test_kept_requests_of_the_rollout_itself_are_not_replayed(control: Control) -> None:
+async def test_requests_made_during_the_rollout_or_over_a_week_ago_are_not_replayed(control: Control) -> None:
     async with control.run():
         start(control, 2, ALL.model_copy(update={"shadow": 5}))
         seen: RolloutRecord = await ended(control)

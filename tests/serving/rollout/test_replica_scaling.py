@@ -92,7 +92,7 @@ async def test_replicas_do_not_change_during_a_swap(make: Make) -> None:
         assert (await swap).outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_all_replicas_are_swapped_after_the_load_has_added_one(make: Make) -> None:
+async def test_all_replicas_are_swapped_after_a_replica_was_added_for_load(make: Make) -> None:
     async with make(replicas=LIMITS).run() as control:
         await grow(control)
         assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
@@ -136,7 +136,9 @@ async def test_refused_replica_is_retried_with_growing_pauses_and_added_once_it_
         assert control.pool.size == 2
 
 
-async def test_added_replica_that_died_waits_for_memory(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_added_replica_that_died_is_restarted_once_memory_suffices(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("serving.rollout.reviver._ROOM_PAUSE_S", 0.01)
     async with make(replicas=LIMITS).run() as control:
         control.reconciler.reviver.backoff_s = (0.01,)

@@ -332,7 +332,7 @@ async def test_other_engines_start_even_if_one_cannot_start(control: Control) ->
 
 
 async def test_wait_for_changes_returns_immediately_if_an_engine_died_before_it(control: Control) -> None:
-    """This happens while the remains of another engine are being stopped, which takes seconds."""
+    """The engine dies while the remains of another engine are being stopped, which takes seconds."""
     control.pool.fill()
     control.pool.members[1].enter(EngineState.FAILED)
     async with asyncio.timeout(1):

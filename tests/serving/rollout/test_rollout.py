@@ -196,7 +196,7 @@ async def test_candidate_that_answers_invalid_json_is_rolled_back(control: Contr
     assert set(users.statuses) == {200}
 
 
-async def test_candidate_that_fails_on_copies_is_rolled_back_before_any_client_gets_it(control: Control) -> None:
+async def test_candidate_that_fails_shadow_requests_is_rolled_back_before_serving_any_client(control: Control) -> None:
     async with control.run(), control.client() as client, Users(client).asking() as users:
         start(control, 2, ALL.model_copy(update={"shadow": 1000}))
         await until(lambda: record(control).state is RolloutState.SHADOW)
@@ -246,7 +246,7 @@ async def test_production_answers_and_the_rollout_fails_when_the_candidates_engi
         RolloutState.CANARY,
     ],
 )
-async def test_rollout_continues_at_the_same_state_when_the_server_was_killed(
+async def test_rollout_continues_in_the_same_state_after_the_server_is_killed(
     control: Control, state: RolloutState
 ) -> None:
     slow = ALL.model_copy(update={"shadow": 60})
@@ -272,7 +272,9 @@ def switched(control: Control) -> RolloutRecord:
     return found
 
 
-async def test_switch_is_completed_if_the_server_was_killed_before_its_swap(control: Control) -> None:
+async def test_promotion_of_the_candidate_is_completed_if_the_server_was_killed_before_the_swap(
+    control: Control,
+) -> None:
     control.leaves = True  # a killed server leaves its engine running
     async with control.run():
         pass
@@ -286,7 +288,7 @@ async def test_switch_is_completed_if_the_server_was_killed_before_its_swap(cont
     assert set(users.statuses) == {200}
 
 
-async def test_switch_has_ended_when_the_next_server_starts_with_the_candidate(control: Control) -> None:
+async def test_rollout_is_promoted_when_the_restarted_server_serves_the_candidate(control: Control) -> None:
     switched(control)
     control.assemble()
     async with control.run():
@@ -294,7 +296,7 @@ async def test_switch_has_ended_when_the_next_server_starts_with_the_candidate(c
         await control.serves(target(2))
 
 
-async def test_switch_fails_when_the_next_server_cannot_start_the_candidate(control: Control) -> None:
+async def test_rollout_fails_when_the_restarted_server_cannot_start_the_candidate(control: Control) -> None:
     begun = switched(control)
     swap = begin_swap(control.store, Desired(target(2), target(1), begun.generation + 1))
     end_swap(control.store, swap, SwapResult(SwapOutcome.FAILED, "the server stopped during the swap"))
@@ -306,7 +308,7 @@ async def test_switch_fails_when_the_next_server_cannot_start_the_candidate(cont
     assert (seen.outcome, seen.why) == (RolloutOutcome.FAILED, "the server stopped during the swap")
 
 
-async def test_switch_ends_as_promoted_when_its_swap_succeeded_and_another_version_followed(control: Control) -> None:
+async def test_rollout_ends_as_promoted_if_its_swap_succeeded_before_a_later_promotion(control: Control) -> None:
     begun = switched(control)
     swap = begin_swap(control.store, Desired(target(2), target(1), begun.generation + 1))
     end_swap(control.store, swap, SwapResult(SwapOutcome.SUCCEEDED))
@@ -318,7 +320,7 @@ async def test_switch_ends_as_promoted_when_its_swap_succeeded_and_another_versi
         await control.serves(target(1))
 
 
-async def test_candidate_is_promoted_when_only_the_reply_to_the_switch_was_lost(
+async def test_candidate_is_promoted_if_the_database_reply_to_the_switch_is_lost(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost: list[bool] = []
@@ -338,7 +340,7 @@ async def test_candidate_is_promoted_when_only_the_reply_to_the_switch_was_lost(
     assert lost
 
 
-async def test_desired_version_is_swapped_to_before_a_rollout_compares_with_it(control: Control) -> None:
+async def test_pending_swap_to_the_desired_version_completes_before_a_rollout_starts(control: Control) -> None:
     async with control.run(), control.client() as client, Users(client).asking() as users:
         desired = read_desired(control.store, NAME)
         assert desired is not None
@@ -350,7 +352,7 @@ async def test_desired_version_is_swapped_to_before_a_rollout_compares_with_it(c
     assert f"{NAME}@3" in set().union(*users.versions.values())
 
 
-async def test_rollout_without_a_decision_ends_undecided_at_its_deadline(control: Control) -> None:
+async def test_rollout_ends_undecided_when_a_step_reaches_its_deadline_without_a_decision(control: Control) -> None:
     async with control.run():
         start(control, 2, ALL.model_copy(update={"shadow": 0, "max_step_s": 0.2}))
         seen = await ended(control)
@@ -382,7 +384,7 @@ async def test_time_without_a_server_does_not_count_towards_the_deadline_of_a_st
         assert record(control).outcome is None
 
 
-async def test_rollout_is_held_at_its_deadline_until_someone_decides(control: Control) -> None:
+async def test_rollout_is_held_at_its_deadline_until_an_operator_decides_if_configured(control: Control) -> None:
     plan = ALL.model_copy(update={"shadow": 0, "max_step_s": 0.1, "at_deadline": AtDeadline.HOLD})
     async with control.run():
         start(control, 2, plan)
@@ -394,7 +396,7 @@ async def test_rollout_is_held_at_its_deadline_until_someone_decides(control: Co
         assert (await ended(control)).outcome is RolloutOutcome.CANCELLED
 
 
-async def test_rollout_reports_once_that_one_client_sends_most_requests(control: Control) -> None:
+async def test_warning_that_one_client_sends_most_requests_is_reported_once(control: Control) -> None:
     endless = ALL.model_copy(update={"shadow": 0, "max_errors": 0.001})
 
     def warnings() -> int:
@@ -418,7 +420,7 @@ async def test_rollout_reports_once_that_one_client_sends_most_requests(control:
         await ended(control)
 
 
-async def test_rollout_fails_before_any_step_when_memory_holds_one_engine_only(control: Control) -> None:
+async def test_rollout_fails_before_its_first_step_when_memory_holds_only_one_engine(control: Control) -> None:
     control.park.room = "2 GB are missing"
     async with control.run():
         start(control, 2)
@@ -437,7 +439,7 @@ async def test_second_promotion_is_refused_while_a_rollout_is_in_progress(contro
         await ended(control)
 
 
-async def test_adapter_is_tried_in_the_engine_of_production_without_a_second_engine(make: Make) -> None:
+async def test_adapter_candidate_runs_in_the_production_engine_without_a_second_engine(make: Make) -> None:
     control = make(format=Format.ADAPTER)
     async with control.run(), control.client() as client, Users(client).asking() as users:
         start(control, 2, ALL)
@@ -448,7 +450,7 @@ async def test_adapter_is_tried_in_the_engine_of_production_without_a_second_eng
     assert set(users.statuses) == {200}
 
 
-async def test_several_engines_are_all_switched_at_the_end(make: Make) -> None:
+async def test_all_of_several_engines_serve_the_candidate_after_a_rollout(make: Make) -> None:
     control = make(replicas=2)
     async with control.run(), control.client() as client, Users(client).asking() as users:
         await until(lambda: len(control.pool.ready) == 2)
@@ -469,12 +471,12 @@ async def test_several_engines_are_all_switched_at_the_end(make: Make) -> None:
         (RolloutOptions(shadow=5, direct=True), "a direct promotion has no shadow"),
     ],
 )
-def test_invalid_steps_are_rejected(options: RolloutOptions, wrong: str) -> None:
+def test_invalid_rollout_steps_are_rejected(options: RolloutOptions, wrong: str) -> None:
     with pytest.raises(SettingsError, match=wrong):
         options.plan(RolloutSettings())
 
 
-def test_options_replace_configured_steps() -> None:
+def test_promotion_options_override_the_configured_rollout_steps() -> None:
     configured = RolloutSettings(shadow=9, canary=(5, 100), min_units=7)
     assert RolloutOptions().plan(configured) == configured
     assert RolloutOptions(direct=True).plan(configured).is_gradual is False

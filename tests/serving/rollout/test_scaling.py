@@ -31,7 +31,7 @@ def observe(policy: ScalingPolicy, requests: int, replicas: int, seconds: float,
     return wanted
 
 
-def test_replicas_are_added_when_the_load_stays_above_their_share() -> None:
+def test_replicas_are_added_when_the_load_stays_above_the_target_per_replica() -> None:
     assert observe(make_policy(), requests=20, replicas=1, seconds=MEAN_S) == 3
 
 
@@ -55,7 +55,7 @@ def test_replica_is_removed_after_the_time_in_the_settings() -> None:
     assert observe(policy, requests=5, replicas=4, seconds=60, start=170) == 3
 
 
-def test_load_between_the_two_limits_changes_nothing() -> None:
+def test_load_between_the_scale_down_and_scale_up_limits_changes_no_replicas() -> None:
     # Two replicas get up to 14 requests; one would be enough for at most 5.
     assert {observe(make_policy(), count, 2, 2 * HOLD_S) for count in (6, 10, 14)} == {2}
 
@@ -68,7 +68,7 @@ def test_number_of_replicas_stays_within_its_limits(requests: int, wanted: int) 
     assert replicas == wanted
 
 
-def test_no_replica_is_removed_soon_after_a_reset() -> None:
+def test_no_replica_is_removed_soon_after_the_scaling_policy_is_reset() -> None:
     policy = make_policy()
     observe(policy, requests=0, replicas=4, seconds=HOLD_S - 10)
     policy.reset()
@@ -130,7 +130,7 @@ def _poisson(rng: random.Random, mean: float) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 1.3])
-def test_day_of_the_trace_has_few_changes_short_queues_and_fewer_replica_hours(scale: float) -> None:
+def test_simulated_day_has_few_scaling_changes_short_waits_and_fewer_replica_hours(scale: float) -> None:
     day = simulate_day(seed=1, scale=scale)
     waits = sorted(day.waits)
     assert day.changes <= 40

@@ -179,7 +179,7 @@ async def test_good_candidate_becomes_production_on_both_servers_when_it_passes_
     assert counts == [1, 0]
 
 
-async def test_following_server_swaps_with_the_engine_that_it_has_loaded_when_the_candidate_is_promoted(
+async def test_follower_swaps_to_its_loaded_candidate_engine_when_the_candidate_is_promoted(
     servers: Servers,
 ) -> None:
     async with servers.run(), servers.first.client() as client, Users(client).asking():
@@ -203,7 +203,7 @@ async def test_rollout_fails_when_the_following_server_cannot_serve_the_candidat
     assert (seen.why or "").startswith("gpu-2:8000: ")
 
 
-async def test_user_gets_the_same_version_when_asking_both_servers(servers: Servers) -> None:
+async def test_user_gets_the_same_version_from_both_servers_during_a_canary(servers: Servers) -> None:
     async with servers.run(), servers.first.client() as first, servers.second.client() as second:
         start(servers.first, 2, ENDLESS)
         await until(lambda: splits(servers.first, servers.second))
@@ -222,7 +222,7 @@ async def test_rollout_passes_its_canary_when_only_the_following_server_has_clie
     assert seen.outcome is RolloutOutcome.PROMOTED, (seen.why, seen.steps)
 
 
-async def test_following_server_sends_no_copies_when_the_shadow_step_runs(servers: Servers) -> None:
+async def test_following_server_sends_no_shadow_requests_during_the_shadow_step(servers: Servers) -> None:
     plan = ALL.model_copy(update={"shadow": 1000})
     async with servers.run(), servers.second.client() as client:
         start(servers.first, 2, plan)
@@ -238,7 +238,7 @@ async def test_following_server_sends_no_copies_when_the_shadow_step_runs(server
 
 
 @pytest.mark.parametrize("state", [RolloutState.LOADING, RolloutState.SHADOW, RolloutState.CANARY])
-async def test_rollout_is_completed_by_the_other_server_when_the_leading_one_is_killed(
+async def test_rollout_is_completed_by_the_other_server_when_the_leading_server_is_killed(
     servers: Servers, state: RolloutState
 ) -> None:
     if state is RolloutState.LOADING:
@@ -256,7 +256,7 @@ async def test_rollout_is_completed_by_the_other_server_when_the_leading_one_is_
     assert set(users.statuses) == {200}
 
 
-async def test_outcome_is_stored_by_the_other_server_when_the_leading_one_is_killed_in_its_swap(
+async def test_other_server_stores_the_outcome_when_the_leading_server_is_killed_in_its_swap(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_to = Reconciler.change_to
@@ -276,7 +276,7 @@ async def test_outcome_is_stored_by_the_other_server_when_the_leading_one_is_kil
         assert (await ended(servers.second)).outcome is RolloutOutcome.PROMOTED
 
 
-async def test_server_whose_lease_was_taken_stores_nothing_when_it_believes_that_it_leads(
+async def test_server_that_lost_its_lease_unnoticed_stores_nothing(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with servers.first.run():
@@ -314,7 +314,7 @@ async def test_following_server_serves_only_production_when_memory_holds_one_eng
     assert versions == {ONE}
 
 
-async def test_rollout_continues_when_the_candidate_of_the_following_server_dies(servers: Servers) -> None:
+async def test_rollout_continues_when_the_candidate_engine_of_the_following_server_dies(servers: Servers) -> None:
     async with servers.run(), servers.second.client() as client, Users(client).asking() as users:
         start(servers.first, 2, ENDLESS)
         await until(lambda: splits(servers.first, servers.second))
@@ -344,7 +344,7 @@ async def test_both_servers_stop_sending_clients_to_the_candidate_when_a_user_ro
     assert record(servers.first).outcome is RolloutOutcome.CANCELLED
 
 
-async def test_following_server_sees_a_rollback_and_later_ends_the_rollout_when_the_leading_server_is_dead(
+async def test_follower_applies_a_rollback_and_later_ends_the_rollout_when_the_leader_is_dead(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with servers.run():
@@ -381,7 +381,9 @@ async def test_following_server_sends_all_clients_to_production_when_it_cannot_r
     assert len(servers.second.park.engines) == 2
 
 
-async def test_other_server_continues_the_rollout_when_the_leading_one_cannot_reach_the_store(servers: Servers) -> None:
+async def test_other_server_continues_the_rollout_when_the_leading_server_cannot_reach_the_store(
+    servers: Servers,
+) -> None:
     async with servers.run():
         start(servers.first, 2, ENDLESS)
         await until(lambda: splits(servers.first, servers.second))
@@ -419,7 +421,7 @@ async def test_only_the_leading_server_ends_the_rollout_when_the_model_is_remove
         await until(lambda: unsplit(servers.first, servers.second))
 
 
-async def test_engines_may_not_idle_when_a_rollout_waits_for_a_leading_server(servers: Servers) -> None:
+async def test_engines_do_not_idle_while_a_rollout_waits_for_a_leading_server(servers: Servers) -> None:
     report_server(servers.first.store, "other", "gpu-3:8000", [NAME])
     async with servers.second.run():
         start(servers.first, 2, ENDLESS)

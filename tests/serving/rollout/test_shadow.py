@@ -113,7 +113,7 @@ def answered(number: int, route: Route) -> RequestRecord:
 
 @pytest.mark.parametrize("more", [{}, STREAM])
 @pytest.mark.parametrize(("route", "fields"), [(Route.CHAT_COMPLETIONS, CHAT), (Route.COMPLETIONS, PLAIN)])
-async def test_pair_has_logprobs_of_both_versions(
+async def test_shadow_pair_has_logprobs_of_both_versions(
     copies: Copies, route: Route, fields: dict[str, Any], more: dict[str, Any]
 ) -> None:
     [pair] = await copies.compare(fields | more, route=route)
@@ -123,34 +123,34 @@ async def test_pair_has_logprobs_of_both_versions(
     assert copies.models == ["2", "1"]
 
 
-async def test_one_copy_in_four_is_also_sent_to_production(copies: Copies) -> None:
+async def test_one_shadow_request_in_four_is_also_sent_to_production(copies: Copies) -> None:
     pairs = await copies.compare(CHAT, count=2 * PRODUCTION_INTERVAL)
     assert sum(pair.production_logprob is not None for pair in pairs) == 2
     assert all(pair.candidate_logprob is not None for pair in pairs)
     assert copies.models.count("1") == 2
 
 
-async def test_no_copy_is_sent_to_production_when_client_asked_for_logprobs(copies: Copies) -> None:
+async def test_no_shadow_request_is_sent_to_production_when_client_asked_for_logprobs(copies: Copies) -> None:
     [pair] = await copies.compare(CHAT | {"logprobs": True}, ANSWER_WITH_LOGPROBS)
     assert pair.production_logprob == -1.0
     assert copies.models == ["2"]
 
 
-async def test_no_logprobs_are_requested_when_prompt_would_be_scored(copies: Copies) -> None:
+async def test_no_logprobs_are_requested_for_a_shadow_request_when_its_prompt_would_be_scored(copies: Copies) -> None:
     [pair] = await copies.compare(PLAIN | {"echo": True}, route=Route.COMPLETIONS)
     assert (pair.candidate_logprob, pair.production_logprob) == (None, None)
     assert copies.models == ["2"] and "logprobs" not in copies.sent[0]
 
 
 @pytest.mark.parametrize("route", [Route.RESPONSES, Route.MESSAGES])
-async def test_pair_has_no_logprobs_when_route_has_none(copies: Copies, route: Route) -> None:
+async def test_shadow_pair_has_no_logprobs_when_its_route_has_none(copies: Copies, route: Route) -> None:
     [pair] = await copies.compare(CHAT if route is Route.MESSAGES else {"input": "one"}, route=route)
     assert (pair.candidate_logprob, pair.production_logprob) == (None, None)
     assert copies.models == ["2"]
 
 
 @pytest.mark.parametrize("more", [{}, STREAM])
-async def test_copy_is_dropped_when_the_answer_is_too_large(
+async def test_shadow_request_is_dropped_when_its_answer_is_too_large(
     copies: Copies, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("serving.rollout.shadow.MAX_ANSWER_BYTES", 100)
@@ -158,7 +158,7 @@ async def test_copy_is_dropped_when_the_answer_is_too_large(
     assert copies.dropped == 1
 
 
-async def test_failed_copy_does_not_count_as_a_failure_of_production(copies: Copies) -> None:
+async def test_failed_shadow_request_to_production_does_not_count_as_a_production_failure(copies: Copies) -> None:
     def fail_next(path: str) -> None:
         if path == Route.CHAT_COMPLETIONS and copies.sent:
             copies.control.double.refuse_with = (500, {"message": "CUDA error"})
@@ -169,7 +169,7 @@ async def test_failed_copy_does_not_count_as_a_failure_of_production(copies: Cop
     assert (pair.production_failed, pair.production_logprob) == (False, None)
 
 
-async def test_no_copy_is_sent_to_production_when_requests_are_queued(copies: Copies) -> None:
+async def test_no_shadow_request_is_sent_to_production_while_client_requests_are_queued(copies: Copies) -> None:
     def queue(path: str) -> None:
         copies.admission.queued = int(path == Route.CHAT_COMPLETIONS)
 
@@ -179,7 +179,7 @@ async def test_no_copy_is_sent_to_production_when_requests_are_queued(copies: Co
     assert copies.models == ["2"]
 
 
-async def test_memory_of_a_copy_is_released_when_it_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_memory_of_a_shadow_request_is_released_when_it_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.rollout.shadow.MAX_QUEUED_BYTES", 2 * len(ANSWER))
     leases: list[str] = []
 

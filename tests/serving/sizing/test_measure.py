@@ -43,7 +43,7 @@ def client(transport: httpx.AsyncBaseTransport) -> LoadClient:
     return LoadClient(httpx.AsyncClient(transport=transport, base_url="http://engine"), "/v1/completions", "bot")
 
 
-async def test_measurement_finds_the_times_of_steps_and_prompts() -> None:
+async def test_measurement_determines_decode_step_and_prompt_times_of_an_engine() -> None:
     done: list[None] = []
     times = await measure(
         client(httpx.MockTransport(_answer)),
@@ -59,13 +59,13 @@ async def test_measurement_finds_the_times_of_steps_and_prompts() -> None:
     assert times.prefill_token_s == pytest.approx(TOKEN_S, rel=0.4)
 
 
-async def test_rejected_request_is_an_error_with_the_reason() -> None:
+async def test_rejected_request_fails_the_measurement_with_the_reason() -> None:
     rejecting = httpx.MockTransport(lambda _: httpx.Response(404, json={"error": {"message": "no such model"}}))
     with pytest.raises(EngineError, match="no such model"):
         await client(rejecting).ask([1], 2)
 
 
-async def test_answer_shorter_than_requested_is_an_error() -> None:
+async def test_answer_shorter_than_requested_fails_the_measurement() -> None:
     events = _event(choices=[{"text": "a"}]) + _event(choices=[], usage={"completion_tokens": 1})
     with pytest.raises(EngineError, match="answered with 1 tokens"):
         await client(httpx.MockTransport(lambda _: httpx.Response(200, content=events))).ask([1], 2)

@@ -22,20 +22,20 @@ from tests.trainer.estimate.configs import FOLDER
         ("mixtral-8x7b", 46.7),
     ],
 )
-def test_parameters_are_those_that_the_publisher_states(name: str, billions: float) -> None:
+def test_parameter_count_matches_the_published_count(name: str, billions: float) -> None:
     assert read_model_size(str(FOLDER / name), None).parameters == pytest.approx(billions * 1e9, rel=0.005)
 
 
-def test_only_some_experts_of_a_mixture_compute_a_token() -> None:
+def test_active_parameters_of_a_mixture_include_only_the_experts_used_per_token() -> None:
     assert read_model_size(str(FOLDER / "mixtral-8x7b"), None).active == pytest.approx(12.9e9, rel=0.01)
 
 
-def test_size_without_a_config_has_the_cache_of_a_typical_model() -> None:
+def test_model_size_without_a_config_assumes_the_kv_cache_of_a_typical_model() -> None:
     published = read_model_size(str(FOLDER / "llama-3.1-8b"), None)
     assert read_model_size("8b", None).token_bytes == published.token_bytes
 
 
-def test_bits_change_the_weights_and_not_the_cache() -> None:
+def test_fewer_bits_reduce_the_weight_size_but_not_the_kv_cache_size() -> None:
     four, sixteen = read_model_size("8b", 4), read_model_size("8b", None)
     assert (four.weight_bytes, four.token_bytes) == (sixteen.weight_bytes / 4, sixteen.token_bytes)
 

@@ -31,7 +31,7 @@ def plan_json(home: Path, *arguments: str) -> Any:
     return json.loads(svc_plan(home, *arguments, "--json").stdout)
 
 
-def test_planned_replicas_are_the_fewest_that_answer_in_time() -> None:
+def test_plan_has_the_fewest_replicas_that_meet_the_latency_target() -> None:
     times = make_times(slope_s=0.002)
     plan = make_plan(LOAD, 0.6, times, 64, None, None)
     assert plan.replicas > 1
@@ -39,12 +39,12 @@ def test_planned_replicas_are_the_fewest_that_answer_in_time() -> None:
     assert predict(LOAD, plan.replicas - 1, times, 64).p95 > 0.6
 
 
-def test_time_shorter_than_an_idle_answer_is_refused_with_that_time() -> None:
+def test_latency_target_below_that_of_an_idle_replica_is_rejected() -> None:
     with pytest.raises(SettingsError, match=r"0\.21 s on an idle replica"):
         make_plan(LOAD, 0.1, make_times(), 64, None, None)
 
 
-def test_rollout_with_one_replica_delays_requests_by_the_reload() -> None:
+def test_planned_rollout_with_one_replica_delays_requests_by_the_reload_time() -> None:
     plan = make_plan(Workload(2.0, 100, 20), 1.0, make_times(), 64, None, reload_s=5.0)
     assert plan.replicas == 1
     assert 4.0 < plan.rollout.longest_wait_s < 6.0
@@ -57,18 +57,18 @@ def test_plan_from_published_figures_is_labelled_unmeasured(home: Path) -> None:
     assert plan["dollars_per_hour"] == pytest.approx(plan["replicas"] * 3.99)
 
 
-def test_given_price_replaces_the_listed_one(home: Path) -> None:
+def test_price_option_overrides_the_listed_gpu_price(home: Path) -> None:
     plan = plan_json(home, *EXAMPLE, "--p95", "2s", "--price", "1")
     assert plan["dollars_per_hour"] == plan["replicas"]
 
 
-def test_model_that_fits_no_single_gpu_is_divided(home: Path) -> None:
+def test_plan_splits_a_model_across_gpus_if_it_does_not_fit_on_one(home: Path) -> None:
     plan = plan_json(home, "--model", "70b", "--gpu", "h100", "--rps", "1", "--p95", "60s")
     assert plan["gpus"] == 2
     assert not plan["memory"]["second_engine"]
 
 
-def test_measurement_is_used_and_named(home: Path, tmp_path: Path) -> None:
+def test_plan_uses_and_names_the_given_measurement(home: Path, tmp_path: Path) -> None:
     make_times().write(tmp_path / "times.json")
     arguments = ("--times", str(tmp_path / "times.json"), "--rps", "1", "--p95", "1s", "--prompt", "100")
     plan = plan_json(home, *arguments, "--answer", "20")
@@ -76,7 +76,7 @@ def test_measurement_is_used_and_named(home: Path, tmp_path: Path) -> None:
     assert plan["warning"] is None
 
 
-def test_plan_warns_when_requests_are_longer_than_the_measured_ones(home: Path, tmp_path: Path) -> None:
+def test_plan_warns_when_requests_are_longer_than_those_measured(home: Path, tmp_path: Path) -> None:
     make_times().write(tmp_path / "times.json")
     result = svc_plan(home, "--times", str(tmp_path / "times.json"), "--rps", "1", "--p95", "10s", "--answer", "200")
     assert "measure again" in result.stderr
@@ -102,7 +102,7 @@ def test_invalid_measurement_is_refused(tmp_path: Path, content: str) -> None:
         (*EXAMPLE, "--p95", "2s", "--price", "inf"),
     ],
 )
-def test_incomplete_or_impossible_demand_is_a_usage_error(home: Path, arguments: tuple[str, ...]) -> None:
+def test_incomplete_or_invalid_workload_options_are_a_usage_error(home: Path, arguments: tuple[str, ...]) -> None:
     assert svc_plan(home, *arguments).exit_code == 2
 
 

@@ -101,7 +101,7 @@ async def test_engine_metrics_are_empty_before_an_engine_has_loaded_a_version() 
     assert generate_latest(registry) == b""
 
 
-async def test_several_engines_have_separate_series_in_one_metric_family() -> None:
+async def test_each_of_several_engines_has_its_own_series_in_one_metric_family() -> None:
     engine = client(lambda request: httpx.Response(200, text=PAGE))
     collector = EngineMetrics(lambda: [EngineSource(engine, ONE, 0), EngineSource(engine, TWO, 1)])
     await collector.refresh()

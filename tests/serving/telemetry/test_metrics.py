@@ -196,7 +196,7 @@ def test_version_is_counted_from_zero_if_requested_after_its_removal(
     assert requests_of(registry, ONE) == 1
 
 
-def test_rest_of_a_stream_is_counted_despite_an_idle_day_before(
+def test_rest_of_a_stream_is_counted_even_after_a_day_without_requests(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     stream(metrics, ONE)

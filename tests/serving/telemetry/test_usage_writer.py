@@ -95,7 +95,7 @@ async def test_failed_usage_read_is_retried_without_counting_own_usage(
     assert known == [{}]
 
 
-async def test_own_usage_is_not_remembered_when_the_store_has_no_other_server(
+async def test_written_usage_is_not_kept_in_memory_when_no_other_server_shares_the_store(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remembered: list[Mapping[UsageOf, Usage]] = []

@@ -394,7 +394,9 @@ def test_grant_ends_when_its_key_expires(authenticator: Authenticator, issued: I
     assert grant.ended.error.fault is KeyFault.EXPIRED
 
 
-async def test_grant_that_is_given_during_the_wait_ends_when_its_key_expires(store: Store, keyring: Keyring) -> None:
+async def test_grant_issued_while_waiting_for_key_changes_ends_when_its_key_expires(
+    store: Store, keyring: Keyring
+) -> None:
     issued = keyring.create(INFER, expires_at=datetime.now(UTC) + timedelta(seconds=0.5))
     authenticator, changes = Authenticator(store), Changes()
     changes.trust(60)

@@ -78,7 +78,7 @@ def test_regenerable_files_are_excluded(used: UsedHome, archive: Archive, back_u
     assert files == {"svc.db", "mlflow.db", "files/svc.yaml", "snapshot.json"}
 
 
-def test_no_snapshot_needs_a_version_removed_before_it_was_copied(
+def test_snapshot_does_not_need_a_version_that_was_removed_before_being_copied(
     used: UsedHome, back_up: BackUp, restore_as: RestoreAs
 ) -> None:
     first, second, third = used.publish(), used.publish(), used.publish()

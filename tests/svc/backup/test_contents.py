@@ -29,7 +29,7 @@ def names(archive: Archive) -> list[str]:
     return [path.name for path in archive.contents.iterdir()]
 
 
-def test_file_contents_are_stored_once_and_restored_with_owner_only_permissions(
+def test_identical_file_contents_are_backed_up_once_and_restored_with_owner_only_permissions(
     files: ClientFiles, archive: Archive, back_up: BackUp, restore_as: RestoreAs
 ) -> None:
     ids = [add(files, b"same"), add(files, b"same"), add(files, b"other")]
@@ -42,7 +42,7 @@ def test_file_contents_are_stored_once_and_restored_with_owner_only_permissions(
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_content_is_pruned_when_no_snapshot_needs_it(files: ClientFiles, used: UsedHome, archive: Archive) -> None:
+def test_file_content_is_pruned_when_no_snapshot_needs_it(files: ClientFiles, used: UsedHome, archive: Archive) -> None:
     gone = add(files, b"gone")
     add(files, b"stays")
     Backup(used.settings, archive).run(keep=1)
@@ -53,7 +53,7 @@ def test_content_is_pruned_when_no_snapshot_needs_it(files: ClientFiles, used: U
     assert len(names(archive)) == 1
 
 
-def test_damaged_and_missing_contents_are_named_and_the_rest_is_backed_up(
+def test_damaged_and_missing_file_contents_are_named_and_the_rest_is_backed_up(
     files: ClientFiles, used: UsedHome, archive: Archive, back_up: BackUp
 ) -> None:
     damaged, missing, _ = add(files, b"damaged"), add(files, b"missing"), add(files, b"good")
@@ -66,7 +66,7 @@ def test_damaged_and_missing_contents_are_named_and_the_rest_is_backed_up(
     assert back_up().snapshot.left_out.keys() == {damaged}
 
 
-def test_content_that_is_only_in_the_object_store_is_not_reported_as_missing(
+def test_file_content_that_is_only_in_the_object_store_is_not_reported_as_missing(
     files: ClientFiles, used: UsedHome, archive: Archive, tmp_path: Path
 ) -> None:
     elsewhere, _ = add(files, b"elsewhere"), add(files, b"here")
@@ -76,7 +76,7 @@ def test_content_that_is_only_in_the_object_store_is_not_reported_as_missing(
     assert len(names(archive)) == 1
 
 
-def test_damaged_copy_is_replaced_by_verify_and_never_restored(
+def test_damaged_file_content_in_a_backup_is_replaced_by_verify_and_never_restored(
     files: ClientFiles, archive: Archive, back_up: BackUp, restore_as: RestoreAs
 ) -> None:
     id = add(files, b"content")

@@ -27,7 +27,7 @@ def settings(used: UsedHome, postgresql: PostgresServer, monkeypatch: pytest.Mon
     return Settings(home=used.settings.home, store=store)
 
 
-def test_backup_has_the_versions_needed_by_the_database_and_names_what_is_missing(
+def test_backup_includes_the_versions_in_use_and_says_to_back_up_postgresql_separately(
     svc: Svc, used: UsedHome, settings: Settings
 ) -> None:
     version = used.publish()
@@ -42,7 +42,7 @@ def test_backup_has_the_versions_needed_by_the_database_and_names_what_is_missin
     store.dispose()
 
 
-def test_restore_leaves_the_database_alone_and_says_what_to_do(
+def test_restore_does_not_change_postgresql_and_says_to_run_pg_restore(
     svc: Svc, used: UsedHome, settings: Settings, tmp_path: Path
 ) -> None:
     version = used.publish()
@@ -53,7 +53,7 @@ def test_restore_leaves_the_database_alone_and_says_what_to_do(
     assert not (tmp_path / "again" / "svc.db").exists()
 
 
-def test_restore_cannot_revoke_keys_that_the_snapshot_does_not_have(
+def test_revoke_keys_option_is_refused_if_the_keys_are_in_postgresql(
     svc: Svc, used: UsedHome, settings: Settings
 ) -> None:
     used.publish()
@@ -73,7 +73,7 @@ def test_restore_warns_when_store_url_leaves_the_snapshot_store_unused(
     assert (result.code, "is not used, because store.url is set" in result.err) == (0, True)
 
 
-def test_restore_cannot_revoke_keys_of_an_unused_store(
+def test_revoke_keys_option_is_refused_if_store_url_leaves_the_snapshot_store_unused(
     svc: Svc, used: UsedHome, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

@@ -27,7 +27,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "file-1"
 
 
-def test_valid_file_has_no_problems(file: Path) -> None:
+def test_valid_batch_file_has_no_problems(file: Path) -> None:
     completion = line(custom_id="b", url="/v1/completions", body={"model": "other@2"}, note="more keys are allowed")
     file.write_bytes(b"\xef\xbb\xbf" + line() + b"\n" + completion)
     check = check_batch_file(file)
@@ -60,7 +60,9 @@ def test_valid_file_has_no_problems(file: Path) -> None:
     ],
     ids=range(18),
 )
-def test_invalid_request_is_reported_by_its_line(file: Path, content: bytes, param: str | None, code: str) -> None:
+def test_invalid_batch_request_is_reported_with_its_line_number(
+    file: Path, content: bytes, param: str | None, code: str
+) -> None:
     file.write_bytes(line() + content + line(custom_id="last"))
     check = check_batch_file(file)
     (problem,) = check.problems
@@ -69,14 +71,14 @@ def test_invalid_request_is_reported_by_its_line(file: Path, content: bytes, par
     assert len(problem.message) < 500
 
 
-def test_empty_file_is_a_problem(file: Path) -> None:
+def test_empty_batch_file_is_reported_as_a_problem(file: Path) -> None:
     file.write_bytes(b"\n\n")
     (problem,) = check_batch_file(file).problems
     assert (problem.line, problem.code) == (None, "empty_file")
 
 
 @pytest.mark.slow
-def test_more_requests_than_the_maximum_are_a_problem(file: Path) -> None:
+def test_batch_file_with_too_many_requests_is_reported_as_a_problem(file: Path) -> None:
     file.write_bytes(b"".join(line(custom_id=str(number)) for number in range(MAX_REQUESTS)))
     assert check_batch_file(file).problems == ()
     with file.open("ab") as end:
@@ -85,7 +87,7 @@ def test_more_requests_than_the_maximum_are_a_problem(file: Path) -> None:
     assert (problem.line, problem.code) == (None, "too_many_requests")
 
 
-def test_only_the_first_problems_are_kept(file: Path) -> None:
+def test_problem_list_of_a_batch_file_is_limited_to_the_maximum(file: Path) -> None:
     file.write_bytes(b"{}\n" * (MAX_PROBLEMS + 5))
     check = check_batch_file(file)
     assert len(check.problems) == MAX_PROBLEMS

@@ -25,12 +25,12 @@ def test_valid_examples_are_usable_although_there_are_warnings(file: Path) -> No
     assert check_content(file, Purpose.FINE_TUNE) == ContentCheck(True)
 
 
-def test_files_that_openai_publishes_are_usable(file: Path) -> None:
+def test_training_files_published_by_openai_are_usable(file: Path) -> None:
     file.write_text(published(toy=4, drone=3))
     assert check_content(file, Purpose.FINE_TUNE) == ContentCheck(True)
 
 
-def test_errors_of_examples_are_described_by_line(file: Path) -> None:
+def test_errors_in_examples_are_described_with_line_numbers(file: Path) -> None:
     file.write_text(EXAMPLE + "no JSON\n" + EXAMPLE + '{"messages": []}\n')
     check = check_content(file, Purpose.FINE_TUNE)
     assert not check.usable and check.details is not None
@@ -38,14 +38,14 @@ def test_errors_of_examples_are_described_by_line(file: Path) -> None:
     assert str(file.parent) not in check.details
 
 
-def test_only_the_first_errors_are_described(file: Path) -> None:
+def test_description_of_an_unusable_file_lists_only_the_first_errors(file: Path) -> None:
     file.write_text("no JSON\n" * 500)
     details = check_content(file, Purpose.FINE_TUNE).details or ""
     assert "line 20: " in details and "line 21: " not in details
     assert details.endswith("and 481 more errors")  # one of them: the file has no examples
 
 
-def test_file_of_another_kind_is_not_read_to_its_end(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_stops_reading_a_file_with_too_many_errors(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svc.dataset.checks.check.check_files", None)
     file.write_text((EXAMPLE + "no JSON\n") * 100_000)
     details = check_content(file, Purpose.FINE_TUNE).details or ""
@@ -53,7 +53,7 @@ def test_file_of_another_kind_is_not_read_to_its_end(file: Path, monkeypatch: py
     assert details.endswith("and at least 4980 more errors")
 
 
-def test_text_of_a_file_is_escaped_and_shortened(file: Path) -> None:
+def test_file_text_quoted_in_an_error_is_escaped_and_truncated(file: Path) -> None:
     file.write_bytes(b'{"\\ud800\\u0000' + b"x" * 10_000 + b'": 1}\n')
     details = check_content(file, Purpose.FINE_TUNE).details or ""
     assert 0 < len(details) < 1000
@@ -67,7 +67,7 @@ def test_empty_file_is_unusable(file: Path) -> None:
     assert "no requests" in (check_content(file, Purpose.BATCH).details or "")
 
 
-def test_file_of_requests_is_checked_by_the_rules_of_batches(file: Path) -> None:
+def test_file_with_purpose_batch_is_checked_as_batch_requests(file: Path) -> None:
     file.write_bytes(line())
     assert check_content(file, Purpose.BATCH) == ContentCheck(True)
     file.write_bytes(line() + line() + b"{}\n" * 200)

@@ -113,11 +113,13 @@ def add_job(store: Store, file: str, status: JobStatus = JobStatus.QUEUED) -> No
         connection.execute(insert(JobRow), asdict(job(training_file=file)) | {"status": status.value})
 
 
-async def test_content_is_the_same_on_the_other_server(first: ClientFiles, second: ClientFiles) -> None:
+async def test_file_content_fetched_by_another_server_equals_the_upload(
+    first: ClientFiles, second: ClientFiles
+) -> None:
     assert (await second.content(add(first))).read_bytes() == CONTENT
 
 
-async def test_fetched_content_is_not_fetched_again(
+async def test_fetched_file_content_is_not_fetched_again(
     first: ClientFiles, second: ClientFiles, objects: ObjectStore
 ) -> None:
     id = add(first)
@@ -126,14 +128,14 @@ async def test_fetched_content_is_not_fetched_again(
     assert await second.content(id) == path
 
 
-async def test_local_content_is_not_fetched(first: ClientFiles, objects: ObjectStore) -> None:
+async def test_file_content_on_the_local_disk_is_not_fetched(first: ClientFiles, objects: ObjectStore) -> None:
     id = add(first)
     objects.delete([f"client-files/{id}"])
     assert await first.content(id) == first.path(id)
 
 
 @pytest.mark.parametrize("damaged", [CONTENT[:-1], CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])], ids=["truncated", "bit"])
-async def test_damaged_object_is_refused_with_its_key_and_leaves_nothing(
+async def test_damaged_object_is_rejected_with_its_key_and_leaves_no_file_behind(
     first: ClientFiles, second: ClientFiles, objects: ObjectStore, tmp_path: Path, damaged: bytes
 ) -> None:
     id = add(first)
@@ -144,7 +146,7 @@ async def test_damaged_object_is_refused_with_its_key_and_leaves_nothing(
     assert names(tmp_path / "second") == []
 
 
-async def test_content_that_the_object_store_lacks_is_missing(
+async def test_fetching_content_absent_from_the_object_store_raises_missing_content_error(
     first: ClientFiles, second: ClientFiles, objects: ObjectStore
 ) -> None:
     id = add(first)
@@ -153,7 +155,9 @@ async def test_content_that_the_object_store_lacks_is_missing(
         await second.content(id)
 
 
-async def test_missing_content_names_the_setting_if_there_is_no_object_store(tmp_path: Path, store: Store) -> None:
+async def test_missing_content_error_names_the_setting_if_no_object_store_is_configured(
+    tmp_path: Path, store: Store
+) -> None:
     id = add(files_of(tmp_path / "first", store, None))
     with pytest.raises(ContentMissingError, match=r"artifacts\.url"):
         await files_of(tmp_path / "second", store, None).content(id)
@@ -167,7 +171,9 @@ async def test_content_of_a_deleted_file_is_not_found(first: ClientFiles, second
 
 
 @slow
-async def test_content_needed_by_several_readers_is_fetched_once(tmp_path: Path, store: Store, bucket: Bucket) -> None:
+async def test_file_content_requested_by_concurrent_readers_is_fetched_once(
+    tmp_path: Path, store: Store, bucket: Bucket
+) -> None:
     first, second = (files_of(tmp_path / name, store, bucket.url) for name in ("first", "second"))
     id = add(first)
     bucket.requests.clear()
@@ -175,7 +181,7 @@ async def test_content_needed_by_several_readers_is_fetched_once(tmp_path: Path,
     assert len([path for method, path in bucket.requests if method == "GET"]) == 2  # one for each part
 
 
-async def test_two_processes_of_a_home_fetch_the_same_content(
+async def test_two_processes_of_a_home_can_fetch_the_same_content_concurrently(
     first: ClientFiles, tmp_path: Path, store: Store, url: str
 ) -> None:
     id = add(first)
@@ -187,7 +193,9 @@ async def test_two_processes_of_a_home_fetch_the_same_content(
 
 @slow
 @pytest.mark.parametrize("fault", [Fault.ERROR, Fault.CUT, Fault.LOST])
-async def test_interrupted_fetch_leaves_no_content(tmp_path: Path, store: Store, bucket: Bucket, fault: Fault) -> None:
+async def test_interrupted_fetch_leaves_no_partial_file_content(
+    tmp_path: Path, store: Store, bucket: Bucket, fault: Fault
+) -> None:
     first, second = (files_of(tmp_path / name, store, bucket.url) for name in ("first", "second"))
     id = add(first)
     bucket.fail(fault, "GET", id, times=100)
@@ -220,7 +228,7 @@ async def test_content_that_does_not_fit_on_the_disk_is_not_fetched(
 
 @slow
 @pytest.mark.parametrize("fault", [Fault.ERROR, Fault.LOST])
-async def test_file_is_not_added_if_the_object_store_does_not_answer(
+async def test_file_is_not_added_if_the_object_store_does_not_respond(
     tmp_path: Path, store: Store, bucket: Bucket, fault: Fault
 ) -> None:
     files = files_of(tmp_path, store, bucket.url)
@@ -256,7 +264,7 @@ def test_completed_upload_is_in_the_object_store(
 
 
 @slow
-def test_upload_is_still_pending_if_the_object_store_does_not_answer(
+def test_upload_stays_pending_if_the_object_store_does_not_respond(
     tmp_path: Path, store: Store, bucket: Bucket
 ) -> None:
     files = files_of(tmp_path, store, bucket.url)
@@ -274,7 +282,7 @@ def test_upload_is_still_pending_if_the_object_store_does_not_answer(
     assert complete(limits=StorageLimits(bytes=100, files=10))[0].status is UploadStatus.COMPLETED
 
 
-def test_object_of_a_file_that_any_server_deletes_is_deleted(
+def test_object_is_deleted_whichever_server_deletes_its_file(
     first: ClientFiles, second: ClientFiles, objects: ObjectStore
 ) -> None:
     id = add(first, b"{}\n")
@@ -293,7 +301,7 @@ def test_object_of_an_expired_file_is_deleted(first: ClientFiles, store: Store, 
 
 
 @slow
-def test_deleted_file_is_deleted_in_the_object_store_once_the_store_responds(
+def test_object_of_a_deleted_file_is_deleted_once_the_object_store_responds(
     tmp_path: Path, store: Store, bucket: Bucket
 ) -> None:
     files = files_of(tmp_path, store, bucket.url)
@@ -307,7 +315,7 @@ def test_deleted_file_is_deleted_in_the_object_store_once_the_store_responds(
     assert ObjectStore(bucket.url).keys("client-files") == []
 
 
-def test_object_is_kept_if_a_later_attempt_has_added_the_file(first: ClientFiles, objects: ObjectStore) -> None:
+def test_object_is_kept_if_its_file_was_added_by_a_later_attempt(first: ClientFiles, objects: ObjectStore) -> None:
     id = add(first, b"{}\n")
     first.path(f".removed-{id}").touch()
     first.tidy_shared()
@@ -324,7 +332,7 @@ def test_object_left_by_a_crash_is_deleted(first: ClientFiles, objects: ObjectSt
     assert objects.keys("client-files") == [f"client-files/{id}"]
 
 
-async def test_copy_of_a_deleted_file_is_removed(first: ClientFiles, second: ClientFiles, tmp_path: Path) -> None:
+async def test_local_copy_of_a_deleted_file_is_removed(first: ClientFiles, second: ClientFiles, tmp_path: Path) -> None:
     id, other = add(first), add(first)
     for each in (id, other):
         await second.content(each)
@@ -334,7 +342,7 @@ async def test_copy_of_a_deleted_file_is_removed(first: ClientFiles, second: Cli
 
 
 @pytest.mark.parametrize("needed", [True, False])
-async def test_unused_copy_is_removed_unless_a_job_needs_it(
+async def test_unused_local_copy_of_a_file_is_removed_unless_a_job_needs_it(
     first: ClientFiles, second: ClientFiles, store: Store, tmp_path: Path, needed: bool
 ) -> None:
     id = add(first)
@@ -344,7 +352,9 @@ async def test_unused_copy_is_removed_unless_a_job_needs_it(
     assert names(tmp_path / "second") == ([id] if needed else [])
 
 
-async def test_copy_that_is_used_again_is_kept(first: ClientFiles, second: ClientFiles, tmp_path: Path) -> None:
+async def test_recently_used_local_copy_of_a_file_is_kept(
+    first: ClientFiles, second: ClientFiles, tmp_path: Path
+) -> None:
     id = add(first)
     age(await second.content(id))
     await second.content(id)
@@ -352,7 +362,7 @@ async def test_copy_that_is_used_again_is_kept(first: ClientFiles, second: Clien
     assert names(tmp_path / "second") == [id]
 
 
-async def test_file_from_before_the_object_store_is_uploaded(
+async def test_file_added_before_the_object_store_was_configured_is_uploaded(
     tmp_path: Path, store: Store, url: str, second: ClientFiles
 ) -> None:
     id = add(files_of(tmp_path / "first", store, None))
@@ -361,7 +371,7 @@ async def test_file_from_before_the_object_store_is_uploaded(
     assert (await second.content(id)).read_bytes() == CONTENT
 
 
-def test_damaged_file_from_before_the_object_store_does_not_prevent_other_uploads(
+def test_damaged_local_file_does_not_prevent_other_files_from_being_uploaded(
     tmp_path: Path, store: Store, url: str, objects: ObjectStore
 ) -> None:
     old = files_of(tmp_path / "first", store, None)
@@ -371,7 +381,7 @@ def test_damaged_file_from_before_the_object_store_does_not_prevent_other_upload
     assert objects.keys("client-files") == [f"client-files/{good}"]
 
 
-async def test_copies_are_removed_with_every_database(any_store: Store, tmp_path: Path) -> None:
+async def test_unused_local_copies_are_removed_with_either_database(any_store: Store, tmp_path: Path) -> None:
     (tmp_path / "objects").mkdir()
     first, second = (files_of(tmp_path / name, any_store, (tmp_path / "objects").as_uri()) for name in ("a", "b"))
     needed, unneeded = add(first, b"{}\n"), add(first, b"{}\n")
@@ -382,7 +392,7 @@ async def test_copies_are_removed_with_every_database(any_store: Store, tmp_path
     assert (names(tmp_path / "b"), second.find(unneeded)) == ([needed], None)
 
 
-def test_missing_client_of_the_object_store_is_refused_before_the_server_runs(
+def test_missing_object_store_package_is_reported_before_the_server_starts(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "obstore.store", None)

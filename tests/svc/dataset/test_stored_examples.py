@@ -27,7 +27,7 @@ def stored() -> StoredExamples:
     return examples
 
 
-def test_few_examples_stay_in_memory() -> None:
+def test_small_number_of_examples_is_kept_in_memory() -> None:
     assert collect(iter(IN_MEMORY[:5])) == IN_MEMORY[:5]
 
 
@@ -38,7 +38,7 @@ def test_stored_examples_are_read_like_a_list(stored: StoredExamples) -> None:
     assert list(stored[3:20:2]) == IN_MEMORY[3:20:2]
 
 
-def test_tools_and_weights_survive_the_disk(tmp_path: Path) -> None:
+def test_tools_and_weights_are_unchanged_in_examples_stored_on_disk(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text(published(drone=3))
     (tmp_path / "drone.jsonl").write_text(published(drone=3) * 3)
     examples = read_examples(tmp_path / "drone.jsonl")
@@ -48,12 +48,12 @@ def test_tools_and_weights_survive_the_disk(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 39)))
-def test_selection_has_the_chosen_examples_in_order(chosen: list[int]) -> None:
+def test_selection_of_stored_examples_keeps_the_chosen_order(chosen: list[int]) -> None:
     assert list(select(collect(IN_MEMORY), chosen)) == select(IN_MEMORY, chosen)
 
 
 @pytest.mark.parametrize("count", [0, 3, 40], ids=["none", "list", "other file"])
-def test_joined_examples_follow_each_other(stored: StoredExamples, count: int) -> None:
+def test_joined_examples_are_read_one_list_after_the_other(stored: StoredExamples, count: int) -> None:
     others = collect(IN_MEMORY[:count])
     assert isinstance(others, StoredExamples) == (count == 40)
     assert list(join(others, stored, stored[:2])) == [*others, *IN_MEMORY, *IN_MEMORY[:2]]

@@ -291,7 +291,7 @@ def test_8_bit_formats_are_rejected_on_a_gpu_without_a_kernel(format: Format) ->
     assert f"remove {format} from `formats`" in caught.value.todo
 
 
-def test_awq_is_accepted_on_a_cpu_and_on_a_gpu_since_turing() -> None:
+def test_awq_is_accepted_on_cpus_and_on_gpus_from_turing_on() -> None:
     for device in (AVX2, AMX, TURING, HOPPER):
         device.check_awq(AUTO)
 

@@ -96,7 +96,7 @@ def test_maximum_cgroups_v1_value_means_no_limit(limits: Limits) -> None:
     assert (machine.quota, machine.memory) == (None, psutil.virtual_memory().total)
 
 
-def test_free_memory_is_that_of_the_numa_node_of_the_first_core(
+def test_free_memory_is_read_from_the_numa_node_of_the_first_usable_core(
     limits: Limits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})

@@ -30,7 +30,7 @@ def test_equal_likelihoods_count_as_no_preference() -> None:
     assert PreferenceReport.of(same).accuracy.value == 0
 
 
-async def test_answers_of_pairs_are_scored_on_the_engine_by_the_sum_over_their_tokens() -> None:
+async def test_answers_of_a_pair_are_scored_by_the_sum_of_their_token_log_probabilities() -> None:
     double = EngineDouble(weights="/run/merged", name="tiny")
     pair = tokenized(make_example("question", "a long answer")), tokenized(make_example("question", "short"))
     async with client_of(double, double.name) as client:

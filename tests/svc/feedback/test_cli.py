@@ -36,19 +36,19 @@ def written(svc: Svc, folder: Path, *arguments: str) -> Path:
     return path
 
 
-def test_correction_and_given_answer_are_a_pair(svc: Svc, store: Store, tmp_path: Path) -> None:
+def test_correction_and_original_answer_form_a_preference_pair(svc: Svc, store: Store, tmp_path: Path) -> None:
     rate(store, CORRECTION)
     assert read_pairs(written(svc, tmp_path, "tiny")) == [PreferencePair(CORRECTED, GIVEN)]
 
 
-def test_correction_is_the_answer_of_a_chat_example_when_the_objective_is_sft(
+def test_correction_becomes_the_answer_of_a_chat_example_when_the_objective_is_sft(
     svc: Svc, store: Store, tmp_path: Path
 ) -> None:
     rate(store, CORRECTION)
     assert read_examples(written(svc, tmp_path, "tiny", "--objective", "sft")) == [CORRECTED]
 
 
-def test_ratings_are_labels_when_the_objective_is_kto(svc: Svc, store: Store, tmp_path: Path) -> None:
+def test_ratings_become_labels_when_the_objective_is_kto(svc: Svc, store: Store, tmp_path: Path) -> None:
     rate(store, CORRECTION, "req-1")
     rate(store, Feedback(Rating.GOOD), "req-2")
     rate(store, Feedback(Rating.BAD), "req-3")
@@ -67,18 +67,18 @@ def test_ratings_are_labels_when_the_objective_is_kto(svc: Svc, store: Store, tm
         [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Name a red fruit."}]}],
     ],
 )
-def test_parts_of_text_are_joined(svc: Svc, store: Store, tmp_path: Path, prompt: Any) -> None:
+def test_text_parts_of_a_rated_prompt_are_joined(svc: Svc, store: Store, tmp_path: Path, prompt: Any) -> None:
     rate(store, CORRECTION, prompt=prompt)
     assert read_pairs(written(svc, tmp_path, "tiny")) == [PreferencePair(CORRECTED, GIVEN)]
 
 
-def test_developer_turn_is_a_system_turn(svc: Svc, store: Store, tmp_path: Path) -> None:
+def test_developer_turn_becomes_a_system_turn(svc: Svc, store: Store, tmp_path: Path) -> None:
     rate(store, CORRECTION, prompt=[turn("developer", "Be short."), *ASKED])
     (pair,) = read_pairs(written(svc, tmp_path, "tiny"))
     assert [message.role for message in pair.chosen.prompt] == ["system", "user"]
 
 
-def test_thinking_is_not_part_of_the_given_answer(svc: Svc, store: Store, tmp_path: Path) -> None:
+def test_thinking_is_removed_from_the_original_answer(svc: Svc, store: Store, tmp_path: Path) -> None:
     rate(store, CORRECTION, answer="Red? Yellow.</think>\n\nA banana.")
     assert read_pairs(written(svc, tmp_path, "tiny")) == [PreferencePair(CORRECTED, GIVEN)]
 
@@ -100,7 +100,7 @@ CALL = '{"name": "rain", "arguments": {}}'
         ({}, Feedback(Rating.GOOD, correction="A banana.\n"), "there is no correction, or it equals"),
     ],
 )
-def test_feedback_is_counted_as_not_used_when_it_gives_no_pair(
+def test_feedback_that_yields_no_pair_is_counted_as_not_used(
     svc: Svc, store: Store, tmp_path: Path, fields: dict[str, Any], feedback: Feedback, reason: str
 ) -> None:
     rate(store, feedback, "other", **fields)
@@ -120,7 +120,7 @@ def test_feedback_is_counted_as_not_used_when_it_gives_no_pair(
         (["tiny", "--since", "2020-01-01"], ["new"]),
     ],
 )
-def test_feedback_is_limited_to_a_version_and_a_time(
+def test_feedback_can_be_selected_by_version_and_time(
     svc: Svc, store: Store, arguments: list[str], ids: list[str]
 ) -> None:
     rate(store, CORRECTION, "old", started_at=LONG_AGO)
@@ -135,14 +135,16 @@ def test_written_file_is_readable_only_by_its_owner(svc: Svc, store: Store, tmp_
     assert written(svc, tmp_path, "tiny").stat().st_mode & 0o777 == 0o600
 
 
-def test_error_names_the_file_when_it_cannot_be_written(svc: Svc, store: Store, tmp_path: Path) -> None:
+def test_error_names_the_output_file_when_it_cannot_be_written(svc: Svc, store: Store, tmp_path: Path) -> None:
     rate(store, CORRECTION)
     ended = svc("feedback", "tiny", "--output", tmp_path / "missing" / "out.jsonl")
     assert ended.code == 2
     assert "out.jsonl: No such file" in ended.err
 
 
-def test_existing_file_stays_when_there_is_nothing_to_write(svc: Svc, store: Store, tmp_path: Path) -> None:
+def test_existing_output_file_is_kept_when_there_is_no_feedback_to_write(
+    svc: Svc, store: Store, tmp_path: Path
+) -> None:
     (tmp_path / "out.jsonl").write_text("old")
     assert svc("feedback", "tiny", "--output", tmp_path / "out.jsonl").code == NotFoundError.exit_code
     assert (tmp_path / "out.jsonl").read_text() == "old"

@@ -21,7 +21,7 @@ def test_hub_reads_licence_base_and_task_from_the_card(manifest: Manifest, versi
     assert (data.get("library_name"), data.get("pipeline_tag")) == ("transformers", "text-generation")
 
 
-def test_card_has_figures_with_intervals_and_changes_from_the_base(
+def test_card_has_metrics_with_intervals_and_changes_from_the_base(
     manifest: Manifest, versions: JudgedVersions
 ) -> None:
     card = make_card(versions.registry, manifest, Format.MERGED, "org/tickets")
@@ -38,7 +38,7 @@ def test_card_has_figures_with_intervals_and_changes_from_the_base(
 
 
 @pytest.mark.parametrize("format", [Format.MERGED, Format.GPTQ])
-def test_card_has_no_text_of_an_example_no_label_and_no_path(
+def test_card_contains_no_example_text_labels_or_paths(
     manifest: Manifest, versions: JudgedVersions, format: Format
 ) -> None:
     card = make_card(versions.registry, manifest, format, "org/tickets")
@@ -56,7 +56,7 @@ def test_card_has_no_text_of_an_example_no_label_and_no_path(
         ("secret@4", "A previously fine-tuned model"),
     ],
 )
-def test_base_that_is_not_on_the_hub_is_not_named(
+def test_card_does_not_name_a_base_that_is_not_on_the_hub(
     versions: JudgedVersions, manifest: Manifest, origin: str, shown: str
 ) -> None:
     local = manifest.model_copy(update={"base": BaseRecord(origin=origin, revision="abc", licence=None)})
@@ -67,7 +67,7 @@ def test_base_that_is_not_on_the_hub_is_not_named(
     assert "license:" not in card
 
 
-def test_parts_of_a_combined_adapter_are_named_only_if_they_are_on_the_hub(
+def test_card_names_parts_of_a_combined_adapter_only_if_they_are_on_the_hub(
     versions: JudgedVersions, manifest: Manifest
 ) -> None:
     parts = [{"adapter": name, "weight": 0.5} for name in ("secret@3", "/home/alice/secret", "org/lora")]

@@ -45,12 +45,14 @@ def test_version_is_uploaded_as_one_private_commit_with_a_tag(
     assert list(hub.objects.values()) == [content["model.safetensors"]]  # sent once, as a large file
 
 
-def test_public_repository_needs_the_option(svc: Svc, manifest: Manifest, hub: HubServer) -> None:
+def test_push_creates_a_public_repository_only_with_the_public_option(
+    svc: Svc, manifest: Manifest, hub: HubServer
+) -> None:
     assert svc("push", str(manifest.id), "org/tickets", "--format", "gptq", "--public", "--yes").code == 0
     assert not hub.repositories["org/tickets"].private
 
 
-def test_nothing_is_sent_without_confirmation(
+def test_push_sends_nothing_without_confirmation(
     svc: Svc, manifest: Manifest, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("click.termui.visible_prompt_func", lambda prompt: "n")
@@ -101,7 +103,7 @@ def test_repository_with_content_is_replaced_only_on_request(svc: Svc, manifest:
 
 
 @pytest.mark.parametrize("options", [(), ("--public",)])
-def test_existing_repository_with_other_readers_is_refused(
+def test_push_to_an_existing_repository_of_different_visibility_is_refused(
     svc: Svc, manifest: Manifest, hub: HubServer, options: tuple[str, ...]
 ) -> None:
     hub.repositories["org/tickets"] = Repository(private=bool(options), files={})
@@ -110,7 +112,9 @@ def test_existing_repository_with_other_readers_is_refused(
     assert "model.safetensors" not in hub.repositories["org/tickets"].files
 
 
-def test_server_that_ignores_privacy_gets_no_file(svc: Svc, manifest: Manifest, hub: HubServer) -> None:
+def test_no_file_is_uploaded_to_a_server_that_cannot_make_repositories_private(
+    svc: Svc, manifest: Manifest, hub: HubServer
+) -> None:
     hub.knows_visibility = False
     ended = svc("push", str(manifest.id), "org/tickets", "--yes")
     assert ended.code == RefusedError.exit_code
@@ -128,7 +132,7 @@ def test_repository_that_changed_since_the_check_is_not_overwritten(
     assert "was changed during the upload" in ended.err
 
 
-def test_missing_token_is_reported_with_what_to_do(
+def test_error_for_a_missing_token_says_how_to_log_in(
     svc: Svc, manifest: Manifest, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
@@ -153,7 +157,7 @@ def test_hub_that_does_not_respond_is_reported(
     assert svc("push", str(manifest.id), "org/tickets", "--yes").code == ServerNotRunningError.exit_code
 
 
-def test_server_without_xet_is_reported_with_the_setting_for_it(
+def test_error_for_a_server_without_xet_names_the_setting_that_disables_xet(
     svc: Svc, manifest: Manifest, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
@@ -210,7 +214,7 @@ def test_config_of_an_adapter_names_the_base_on_the_hub_instead_of_a_folder(
     "changes",
     [{"new_tokens": ["<tool>"]}, {"chat_template": "/home/alice/t.jinja"}, {"rope_scaling": {"type": "yarn"}}],
 )
-def test_adapter_of_a_changed_base_is_refused(
+def test_adapter_trained_on_a_modified_base_is_refused(
     svc: Svc, versions: JudgedVersions, hub: HubServer, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
 ) -> None:
     monkeypatch.setattr(Registry, "of", lambda settings: versions.registry)
@@ -222,7 +226,7 @@ def test_adapter_of_a_changed_base_is_refused(
 
 
 @pytest.mark.parametrize("repo", ["tickets", "org/a/b", "../org/tickets", "https://hub/org/tickets"])
-def test_name_that_is_not_a_repository_is_refused(svc: Svc, manifest: Manifest, hub: HubServer, repo: str) -> None:
+def test_invalid_repository_name_is_rejected(svc: Svc, manifest: Manifest, hub: HubServer, repo: str) -> None:
     assert svc("push", str(manifest.id), repo, "--yes").code == 2
     assert hub.requests == []
 

@@ -50,19 +50,23 @@ def report_v2(monkeypatch: pytest.MonkeyPatch, *types: str) -> None:
     monkeypatch.setattr("ray.autoscaler.v2.sdk.get_cluster_status", lambda address: ClusterStatus(idle_nodes=idle))
 
 
-def test_cluster_of_machines_started_by_hand_adds_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_without_autoscaler_node_types_adds_no_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.autoscaler._private.util import format_readonly_node_type
 
     report(monkeypatch, format_readonly_node_type(HEAD), format_readonly_node_type(WORKER))
     assert not adds_machines()
 
 
-def test_cluster_with_types_of_machines_adds_them_even_if_only_its_head_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_with_autoscaler_node_types_adds_machines_even_if_only_its_head_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     report(monkeypatch, "headgroup")
     assert adds_machines()
 
 
-def test_cluster_whose_head_runs_alone_adds_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_with_a_legacy_autoscaler_report_of_its_head_alone_adds_machines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """From a report of Ray 2.60, with its provider of fake machines."""
     seen = {"active_nodes": {}, "pending_launches": {}, "node_type_mapping": {HEAD: "ray.head.default"}, "legacy": True}
     report(monkeypatch)
@@ -77,8 +81,6 @@ def test_cluster_adds_no_machines_before_its_autoscaler_has_reported(monkeypatch
 
 
 @pytest.mark.parametrize(("types", "adds"), [(["headgroup", f"node_{WORKER}"], True), ([f"node_{HEAD}"], False)])
-def test_second_version_of_the_autoscaler_is_recognized(
-    monkeypatch: pytest.MonkeyPatch, types: list[str], adds: bool
-) -> None:
+def test_report_of_autoscaler_v2_is_recognized(monkeypatch: pytest.MonkeyPatch, types: list[str], adds: bool) -> None:
     report_v2(monkeypatch, *types)
     assert adds_machines() is adds

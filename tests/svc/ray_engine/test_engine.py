@@ -97,7 +97,7 @@ def engine_of(cluster: ClusterDouble) -> ProcessDouble:
     return list(cluster.engines.values())[-1]
 
 
-async def test_started_engine_answers_over_tls_with_the_weights_of_its_own_machine(
+async def test_started_engine_answers_over_tls_and_loads_weights_from_its_own_machine(
     make: Make, folder: Path, cluster: ClusterDouble
 ) -> None:
     engine, phases = make(), list[EnginePhase]()
@@ -111,7 +111,7 @@ async def test_started_engine_answers_over_tls_with_the_weights_of_its_own_machi
     assert engine.plan == engine_of(cluster).plan
 
 
-async def test_reload_gives_the_engine_the_path_on_its_machine(
+async def test_reload_passes_the_path_on_the_remote_machine_to_the_engine(
     make: Make, folder: Path, cluster: ClusterDouble
 ) -> None:
     engine = make()
@@ -121,7 +121,7 @@ async def test_reload_gives_the_engine_the_path_on_its_machine(
     assert engine_of(cluster).double.weights == str(folder / "node" / "models" / NAME / "2" / "merged")
 
 
-async def test_file_changed_on_the_engines_machine_is_never_loaded(
+async def test_weights_altered_on_the_machine_of_the_engine_are_not_loaded(
     make: Make, folder: Path, cluster: ClusterDouble
 ) -> None:
     engine = make()
@@ -135,7 +135,7 @@ async def test_file_changed_on_the_engines_machine_is_never_loaded(
     assert "/collective_rpc" not in engine_of(cluster).double.calls
 
 
-async def test_version_that_is_only_on_this_machine_is_refused_with_the_command_that_uploads_it(
+async def test_error_for_a_version_absent_from_the_object_store_names_the_push_command(
     make: Make, folder: Path
 ) -> None:
     (folder / "store" / "manifests" / NAME / "1.json").unlink()
@@ -159,7 +159,9 @@ async def answers(port: int, context: ssl.SSLContext) -> bool:
         writer.transport.abort()
 
 
-async def test_other_certificate_is_refused_at_both_ports(make: Make, folder: Path) -> None:
+async def test_connection_with_an_unknown_client_certificate_is_rejected_at_both_ports(
+    make: Make, folder: Path
+) -> None:
     engine = make()
     await engine.start()
     record = read_actor(folder / "state")
@@ -171,19 +173,21 @@ async def test_other_certificate_is_refused_at_both_ports(make: Make, folder: Pa
     assert not await answers(record.placed.port, stranger)
 
 
-async def test_record_with_the_private_key_is_readable_only_by_its_owner(make: Make, folder: Path) -> None:
+async def test_actor_record_with_the_private_key_is_readable_only_by_its_owner(make: Make, folder: Path) -> None:
     await make().start()
     assert stat.S_IMODE((folder / "state" / RECORD_FILE).stat().st_mode) == 0o600
 
 
-async def test_copy_of_a_home_neither_adopts_nor_stops_its_engine(make: Make, folder: Path) -> None:
+async def test_copied_home_neither_adopts_nor_stops_the_engine_of_the_original(make: Make, folder: Path) -> None:
     await make().start()
     shutil.copytree(folder / "state", folder / "copy")
     assert read_actor(folder / "copy") is None
     assert read_actor(folder / "state")
 
 
-async def test_later_server_adopts_the_engine_that_was_left(make: Make, cluster: ClusterDouble) -> None:
+async def test_next_server_adopts_the_engine_that_an_earlier_server_left_running(
+    make: Make, cluster: ClusterDouble
+) -> None:
     first = make()
     await first.start()
     await first.record("tuned@1 (merged)")
@@ -195,7 +199,7 @@ async def test_later_server_adopts_the_engine_that_was_left(make: Make, cluster:
     assert len(cluster.engines) == 1
 
 
-async def test_engine_with_other_options_is_not_adopted_but_stopped_by_the_next_start(
+async def test_engine_with_different_options_is_stopped_by_the_next_start_instead_of_adopted(
     make: Make, cluster: ClusterDouble
 ) -> None:
     first = make()
@@ -232,7 +236,9 @@ async def test_lost_actor_counts_as_engine_death_and_fails_further_commands(make
         await engine.sleep()
 
 
-async def test_silent_machine_is_lost_after_a_few_seconds(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unresponsive_machine_counts_as_lost_after_a_few_seconds(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("svc.ray_engine.node.BEAT_S", 0.02)
     engine = make()
     await engine.start()
@@ -241,7 +247,7 @@ async def test_silent_machine_is_lost_after_a_few_seconds(make: Make, monkeypatc
     assert await asyncio.wait_for(engine.wait(), 5) is None
 
 
-async def test_stop_ends_the_engine_and_its_actor_without_ray(make: Make, folder: Path, cluster: ClusterDouble) -> None:
+async def test_engine_and_actor_can_be_stopped_without_ray(make: Make, folder: Path, cluster: ClusterDouble) -> None:
     engine = make()
     await engine.start()
     await engine.stop()
@@ -250,7 +256,7 @@ async def test_stop_ends_the_engine_and_its_actor_without_ray(make: Make, folder
     assert not (folder / "state" / RECORD_FILE).exists()
 
 
-async def test_failed_start_names_the_machine_and_leaves_no_actor(
+async def test_failed_engine_start_names_the_machine_and_leaves_no_actor(
     make: Make, folder: Path, cluster: ClusterDouble
 ) -> None:
     vars(cluster)["failure"] = EngineError("vLLM exited with code 1", todo="check the log")
@@ -260,7 +266,7 @@ async def test_failed_start_names_the_machine_and_leaves_no_actor(
     assert not (folder / "state" / RECORD_FILE).exists()
 
 
-async def test_machine_of_another_kind_is_refused(make: Make, cluster: ClusterDouble) -> None:
+async def test_machine_that_differs_from_the_other_machines_is_rejected(make: Make, cluster: ClusterDouble) -> None:
     vars(cluster)["machine"] = AVX512.model_copy(update={"vllm": "0.31.0"})
     with pytest.raises(EngineError, match="differs from the others") as error:
         await make().start()
@@ -285,7 +291,7 @@ async def test_memory_and_cpu_time_of_the_engine_are_reported(make: Make, monkey
     assert (engine.memory(), engine.processor_s(), engine.front_s()) == (2**30, 3.0, 1.0)
 
 
-async def test_engine_notices_that_a_client_left(make: Make, cluster: ClusterDouble) -> None:
+async def test_engine_stops_generating_when_a_client_disconnects(make: Make, cluster: ClusterDouble) -> None:
     engine = make()
     await engine.start()
     double = engine_of(cluster).double
@@ -308,7 +314,7 @@ async def test_long_answer_to_a_slow_reader_arrives_in_full(make: Make, cluster:
     assert isinstance(engine.address, TlsAddress)
 
 
-def test_actor_of_an_unreachable_cluster_is_noted_and_does_not_stop_a_server(
+def test_actor_of_an_unreachable_cluster_is_recorded_without_failing_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("svc.ray_engine.cluster.sys.executable", "/bin/false")
@@ -319,7 +325,7 @@ def test_actor_of_an_unreachable_cluster_is_noted_and_does_not_stop_a_server(
     assert end_postponed(folder.parent) == ([], ["tuned-3"])
 
 
-async def test_actor_that_could_not_be_stopped_is_not_forgotten_when_another_one_starts(
+async def test_actor_that_could_not_be_stopped_is_stopped_later_even_if_another_has_started(
     make: Make, folder: Path, cluster: ClusterDouble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = make()

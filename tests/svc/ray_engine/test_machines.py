@@ -65,34 +65,34 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
     return requests
 
 
-def test_cluster_is_not_queried_when_no_engine_runs_there(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
+def test_ray_cluster_is_not_queried_when_no_engine_runs_on_ray(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
     machines(tmp_path, engine={}).check()
     assert asked == []
 
 
-def test_model_with_its_own_launcher_setting_is_checked_too(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
+def test_model_with_its_own_ray_launcher_setting_is_also_checked(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
     machines(tmp_path, engine={}, models={"big": {"engine": ON_RAY}}).check()
     assert len(asked) == 1
 
 
-def test_missing_artifact_store_is_refused(tmp_path: Path) -> None:
+def test_missing_artifact_store_setting_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"artifacts\.url is not set") as error:
         machines(tmp_path, artifacts={}).check()
     assert "svc models push" in error.value.todo
 
 
-def test_missing_address_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_cluster_address_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(SettingsError, match="address of the Ray cluster is not set"):
         machines(tmp_path).check()
 
 
-def test_layers_divided_among_machines_are_refused(tmp_path: Path) -> None:
+def test_engine_that_spans_several_machines_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="own Ray executor"):
         machines(tmp_path, engine={**ON_RAY, "args": ["--distributed-executor-backend", "ray"]}).check()
 
 
-def test_unreachable_cluster_is_refused_with_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_the_address_of_an_unreachable_ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svc.ray_engine.cluster.sys.executable", "/bin/false")
     with pytest.raises(EngineError, match="head:6379 did not answer"):
         machines(tmp_path, ray={"address": "head:6379"}).check()
@@ -109,7 +109,7 @@ def test_unreachable_cluster_is_refused_with_its_address(tmp_path: Path, monkeyp
         ({}, {"cpus": 4}, [{"GPU": 1}, {"CPU": 4}]),
     ],
 )
-def test_engine_needs_the_devices_that_its_settings_name(
+def test_engine_requests_the_devices_named_in_its_settings(
     tmp_path: Path,
     asked: list[tuple[Need, ...]],
     engine: dict[str, Any],
@@ -120,7 +120,9 @@ def test_engine_needs_the_devices_that_its_settings_name(
     assert [dict(need.resources) for need in asked[0]] == needs
 
 
-async def test_shortage_is_reported_when_the_cluster_has_no_room(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
+async def test_shortage_is_reported_when_the_cluster_lacks_capacity(
+    tmp_path: Path, asked: list[tuple[Need, ...]]
+) -> None:
     cluster, on_cpu = machines(tmp_path), engine(device=Device.CPU)
     assert await cluster.shortage([on_cpu]) is None
     shortage = await cluster.shortage([on_cpu] * 2)
@@ -146,7 +148,7 @@ async def test_start_waits_for_machines_when_the_cluster_adds_them_on_demand(
     assert requests == [(2, 600)]
 
 
-async def test_start_is_refused_when_no_machine_was_added_in_time(
+async def test_shortage_is_reported_when_the_cluster_adds_no_machine_in_time(
     tmp_path: Path, asked: list[tuple[Need, ...]], requests: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster, on_cpu = machines(tmp_path, ray={"wait_s": 600}), engine(device=Device.CPU)
@@ -158,7 +160,7 @@ async def test_start_is_refused_when_no_machine_was_added_in_time(
 
 
 @pytest.mark.parametrize("grows", [False, True])
-async def test_no_machine_is_requested_when_there_is_room_or_none_can_be_added(
+async def test_no_machine_is_requested_when_capacity_suffices_or_the_cluster_cannot_grow(
     tmp_path: Path,
     asked: list[tuple[Need, ...]],
     requests: list[tuple[int, float]],
@@ -184,13 +186,13 @@ async def test_no_machine_is_requested_when_there_is_room_or_none_can_be_added(
         ([{"CPU": 0.1}] * 10, [{"CPU": 1.0}], 10),
     ],
 )
-def test_engines_fit_on_machines_by_their_scarcest_resource(
+def test_number_of_engines_that_fit_is_limited_by_the_scarcest_resource_of_a_machine(
     needs: list[dict[str, float]], free: list[dict[str, float]], fitting: int
 ) -> None:
     assert count_fitting([Need(resources=need) for need in needs], free) == fitting
 
 
 @pytest.mark.slow  # imports Ray
-def test_address_without_a_cluster_is_refused_before_ray_tries_for_minutes(tmp_path: Path) -> None:
+def test_address_without_a_ray_cluster_is_rejected_without_minutes_of_retries(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"no Ray cluster answers at 127\.0\.0\.1:1: .*refused"):
         machines(tmp_path, ray={"address": "127.0.0.1:1"}).check()

@@ -191,7 +191,7 @@ def test_no_version_is_removed_while_a_swap_determines_the_rollback_target(
 def test_version_currently_being_removed_is_not_treated_as_an_interrupted_removal(
     registry: Registry, store: Store, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This holds however old the removal is, because the version may still be restored."""
+    """A removal is never old enough to be cleaned up, because the version may still be restored."""
     version = publish().id
     age(registry.folder(version), 100)
     found: list[list[Path]] = []
@@ -369,7 +369,7 @@ def test_old_folders_of_jobs_and_batches_are_removed_when_they_ended_or_are_unkn
     assert {path for path in left if path.name != ".removing"} == kept
 
 
-def test_folder_of_an_unknown_job_is_kept_for_a_day_whatever_the_option_says(store: Store, tmp_path: Path) -> None:
+def test_folder_of_an_unknown_job_is_kept_for_a_day_regardless_of_the_age_option(store: Store, tmp_path: Path) -> None:
     ended = make_folder(tmp_path, f"jobs/{add_job(store, owner='alice').id}", 0.5)
     make_folder(tmp_path, "jobs/ftjob-gone", 0.5)
     assert [found.path for found in find_ended(store, tmp_path, 0)] == [ended]
@@ -414,7 +414,7 @@ def test_rm_command_names_the_missing_version(svc: Svc) -> None:
 
 
 def test_housekeeping_and_trainer_agree_on_run_file_names() -> None:
-    """The name is repeated in housekeeping, because svc does not import the trainer."""
+    """The file name is repeated in housekeeping, because svc does not import the trainer."""
     from trainer.pipeline.run_folder import Run
     from trainer.recipe.stage import Stage
 

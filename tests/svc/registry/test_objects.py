@@ -83,7 +83,7 @@ def keys(objects: ObjectStore) -> list[str]:
     return sorted(entry["path"] for page in obstore.list(objects._client) for entry in page)
 
 
-def test_downloaded_version_equals_the_uploaded_one(
+def test_downloaded_version_equals_the_uploaded_version(
     objects: ObjectStore, manifest: Manifest, folder: Path, tmp_path: Path
 ) -> None:
     objects.upload(manifest, folder)
@@ -107,7 +107,9 @@ def test_identical_files_are_uploaded_once(objects: ObjectStore, manifest: Manif
     assert len([key for key in keys(objects) if key.endswith("/tokenizer.json")]) == 1
 
 
-def test_upload_leaves_nothing_but_the_version(objects: ObjectStore, manifest: Manifest, folder: Path) -> None:
+def test_upload_creates_only_the_files_and_manifest_of_the_version(
+    objects: ObjectStore, manifest: Manifest, folder: Path
+) -> None:
     objects.upload(manifest, folder)
     assert {key.split("/")[0] for key in keys(objects)} == {"files", "manifests"}
 
@@ -163,7 +165,7 @@ def test_racing_registrations_publish_exactly_one_version(
     assert objects.lacks(other, other.files) == []
 
 
-def test_repeated_upload_succeeds(objects: ObjectStore, manifest: Manifest, folder: Path) -> None:
+def test_repeated_upload_of_a_version_succeeds(objects: ObjectStore, manifest: Manifest, folder: Path) -> None:
     objects.upload(manifest, folder)
     objects.upload(manifest, folder)
     assert objects.manifest(manifest.id) == manifest
@@ -266,12 +268,12 @@ def test_download_is_refused_when_the_disk_is_too_small(
         objects.download(manifest, manifest.files, tmp_path / "copy")
 
 
-def test_unmounted_folder_is_reported(tmp_path: Path) -> None:
+def test_missing_object_store_folder_raises_error(tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="cannot open the object store file:"):
         ObjectStore((tmp_path / "nowhere").as_uri()).versions()
 
 
-def test_missing_extra_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_object_store_package_raises_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(SettingsError, match="obstore is not installed"):
         _ = ObjectStore("s3://bucket")._client
@@ -336,7 +338,7 @@ def test_download_that_keeps_failing_names_the_key_and_leaves_no_file(
 
 
 @slow
-def test_server_that_ignores_conditions_is_refused_before_anything_is_sent(
+def test_object_store_that_ignores_conditional_writes_is_rejected_before_any_upload(
     s3: ObjectStore, bucket: Bucket, manifest: Manifest, folder: Path
 ) -> None:
     bucket.fault = lambda method, path: Fault.UNCONDITIONAL
@@ -347,14 +349,14 @@ def test_server_that_ignores_conditions_is_refused_before_anything_is_sent(
 
 @slow
 @pytest.mark.usefixtures("bucket")
-def test_missing_bucket_is_reported_with_the_code_of_the_store(manifest: Manifest, folder: Path) -> None:
+def test_missing_bucket_error_contains_the_error_code_of_the_object_store(manifest: Manifest, folder: Path) -> None:
     with pytest.raises(RegistryError, match="NoSuchBucket") as caught:
         ObjectStore("s3://no-such-bucket", retries=1).upload(manifest, folder)
     assert "HostId" not in caught.value.wrong
 
 
 @slow
-def test_unreachable_store_is_reported_within_seconds(monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
+def test_unreachable_object_store_is_reported_within_seconds(monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     started = time.monotonic()
     with pytest.raises(RegistryError, match=f"{bucket.url} could not list manifests"):
@@ -363,7 +365,7 @@ def test_unreachable_store_is_reported_within_seconds(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("format", [Format.MERGED, Format.GPTQ])
-def test_only_the_given_files_are_downloaded(
+def test_only_the_requested_files_are_downloaded(
     objects: ObjectStore, manifest: Manifest, folder: Path, tmp_path: Path, format: Format
 ) -> None:
     objects.upload(manifest, folder)

@@ -116,7 +116,7 @@ def test_missing_source_file_leaves_no_version(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["at the manifest", "at the last step"])
-def test_publication_works_after_an_earlier_one_was_killed(
+def test_publication_succeeds_after_an_earlier_publication_was_killed(
     registry: Registry, name: str, content: dict[str, Path], publish: Publish, moment: str
 ) -> None:
     arguments = [str(registry.models), name, moment, str(content["merged"]), str(content[HELDOUT_FILE])]

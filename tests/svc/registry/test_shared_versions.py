@@ -107,7 +107,7 @@ def test_fetched_version_is_read_only(other: Registry, publish: Publish) -> None
 
 
 @pytest.mark.parametrize("family", ["smollm2", "gemma_3"])
-def test_published_model_files_survive_the_round_trip(
+def test_published_model_files_are_unchanged_after_upload_and_download(
     registry: Registry, other: Registry, name: str, content: dict[str, Path], run: str, tmp_path: Path, family: str
 ) -> None:
     model = build_hub_model(tmp_path / "hub", family)
@@ -205,7 +205,7 @@ def test_two_machines_cannot_publish_the_same_number(
     assert objects.manifest(VersionId(name, 3)).run == "run-1"
 
 
-def test_fetched_version_can_have_an_alias_in_a_separate_mlflow(
+def test_fetched_version_can_have_an_alias_in_the_mlflow_of_another_machine(
     objects: ObjectStore, publish: Publish, tmp_path: Path, name: str
 ) -> None:
     publish()
@@ -235,12 +235,12 @@ def test_version_registered_before_the_object_store_existed_can_be_pushed(
     assert svc("show", str(manifest.id)).code == 0
 
 
-def test_missing_version_raises_not_found_with_an_object_store(other: Registry) -> None:
+def test_version_absent_from_the_object_store_raises_not_found(other: Registry) -> None:
     with pytest.raises(NotFoundError, match="there is no version nobody@1"):
         other.manifest(VersionId("nobody", 1))
 
 
-def test_version_in_the_store_is_not_removed_from_the_home(
+def test_version_in_the_object_store_is_not_removed_from_the_home(
     registry: Registry, objects: ObjectStore, publish: Publish, store: Store
 ) -> None:
     version = publish().id
@@ -303,7 +303,7 @@ def test_weights_used_in_the_last_hour_are_not_evicted(other: Registry, store: S
 
 
 @pytest.mark.parametrize("missing", ["manifest", "weights"])
-def test_weights_that_the_store_lacks_are_not_evicted(
+def test_weights_absent_from_the_object_store_are_not_evicted(
     other: Registry, store: Store, cached: list[VersionId], objects: ObjectStore, missing: str
 ) -> None:
     if missing == "manifest":
@@ -345,7 +345,7 @@ def test_gc_evicts_weights_above_the_limit(
     assert [weights(other, version).exists() for version in cached] == [False, False, False]
 
 
-def test_refresh_without_a_store_does_nothing(
+def test_registry_refresh_without_an_object_store_does_nothing(
     tmp_path: Path, tracking: Tracking, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):

@@ -42,7 +42,7 @@ def test_run_being_removed_is_not_listed(folder: Path, tmp_path: Path) -> None:
 
 
 def test_runs_created_by_the_trainer_are_listed(tmp_path: Path) -> None:
-    """Their file names are repeated in the registry, because svc does not import the trainer."""
+    """File names of the trainer are repeated in the registry, because svc does not import the trainer."""
     from trainer.base_model.resolve import Base
     from trainer.pipeline.examples import Examples
     from trainer.pipeline.run_folder import Run

@@ -86,7 +86,7 @@ def test_batches_are_listed_newest_first_in_pages(store: Store, add: Add) -> Non
     assert len(read_batches(store, None, page=Page(10))[0]) == 4
 
 
-def test_equal_request_returns_the_first_batch_when_it_has_not_ended(store: Store, add: Add) -> None:
+def test_identical_create_request_returns_the_existing_batch_while_it_is_unfinished(store: Store, add: Add) -> None:
     fields: dict[str, Any] = {"input_file": "file-1", "labels": '{"team": "a"}', "output_expires_s": 3600}
     first, without = add(**fields), add(input_file="file-1")
     assert add(**fields, max_open=1) == first
@@ -109,12 +109,14 @@ def test_equal_request_returns_the_first_batch_when_it_has_not_ended(store: Stor
     ],
     ids=str,
 )
-def test_request_that_differs_creates_another_batch(add: Add, change: dict[str, Any]) -> None:
+def test_create_request_that_differs_creates_another_batch(add: Add, change: dict[str, Any]) -> None:
     fields: dict[str, Any] = {"input_file": "file-1", "labels": '{"team": "a"}', "output_expires_s": 3600}
     assert add(**fields).id != add(**(fields | change)).id
 
 
-def test_equal_request_creates_a_batch_when_the_first_is_being_cancelled_or_has_ended(store: Store, add: Add) -> None:
+def test_identical_create_request_creates_a_batch_when_the_earlier_one_is_cancelled_or_ended(
+    store: Store, add: Add
+) -> None:
     first = add(input_file="file-1")
     cancel(store, first.id)
     second = add(input_file="file-1")
@@ -122,12 +124,12 @@ def test_equal_request_creates_a_batch_when_the_first_is_being_cancelled_or_has_
     assert len({first.id, second.id, add(input_file="file-1").id}) == 3
 
 
-def test_equal_request_creates_a_batch_when_the_first_is_too_old_to_be_a_retry(add: Add) -> None:
+def test_identical_create_request_creates_a_batch_when_the_earlier_one_is_too_old(add: Add) -> None:
     first = add(input_file="file-1", created_at=datetime.now(UTC) - REPEAT_WINDOW - timedelta(seconds=1))
     assert add(input_file="file-1").id != first.id
 
 
-def test_twenty_concurrent_equal_requests_create_one_batch(add: Add) -> None:
+def test_twenty_concurrent_identical_requests_create_one_batch(add: Add) -> None:
     with ThreadPoolExecutor(20) as threads:
         created = list(threads.map(lambda _: add(input_file="file-1"), range(20)))
     assert len({batch.id for batch in created}) == 1
@@ -140,7 +142,7 @@ def test_batch_is_refused_when_its_file_has_been_deleted(store: Store, add: Add)
     assert (read_open_batches(store), audit.read_events(store, newest=10)) == ([], [])
 
 
-def test_batch_is_refused_when_too_many_of_its_owner_are_open(store: Store, add: Add) -> None:
+def test_batch_is_rejected_when_its_owner_has_too_many_unfinished_batches(store: Store, add: Add) -> None:
     first = add(max_open=1)
     with pytest.raises(TooManyBatchesError, match="1 unfinished batches"):
         add(max_open=1)
@@ -176,7 +178,7 @@ def test_failed_batch_has_errors_by_line(store: Store, add: Add) -> None:
     assert BatchError(**stored) == error
 
 
-def test_cancelled_batch_ends_as_cancelled_however_far_it_came(store: Store, add: Add) -> None:
+def test_cancelled_batch_ends_as_cancelled_even_if_it_completes_meanwhile(store: Store, add: Add) -> None:
     id = add().id
     cancelling = cancel(store, id)
     assert (cancelling.status, cancelling.cancelling_at is None) == (BatchStatus.CANCELLING, False)
@@ -192,7 +194,7 @@ def test_cancelled_batch_ends_as_cancelled_however_far_it_came(store: Store, add
     assert events == ["batch.create", "batch.cancel"]
 
 
-def test_ended_batch_and_that_of_another_key_are_not_cancelled(store: Store, add: Add) -> None:
+def test_ended_batch_and_batch_of_another_key_cannot_be_cancelled(store: Store, add: Add) -> None:
     id = add().id
     with pytest.raises(EntryNotFoundError):
         cancel(store, id, "bob")
@@ -201,7 +203,7 @@ def test_ended_batch_and_that_of_another_key_are_not_cancelled(store: Store, add
         cancel(store, id)
 
 
-def test_server_that_lost_its_lease_changes_nothing(store: Store, add: Add) -> None:
+def test_server_that_lost_its_lease_cannot_change_a_batch(store: Store, add: Add) -> None:
     batch, lost = add(), Lease("*", "another", 1)
     with pytest.raises(LeaseLostError):
         begin_batch(store, batch.id, total=3, model=None, lease=lost)

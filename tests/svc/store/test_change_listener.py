@@ -199,7 +199,7 @@ def _take_job(store: Store) -> None:
         "returned job",
     ],
 )
-async def test_change_is_notified(
+async def test_change_of_the_store_is_notified_to_the_listener(
     any_store: Store, before: Callable[[Store], Any], change: Callable[[Store], Any]
 ) -> None:
     before(any_store)
@@ -209,7 +209,7 @@ async def test_change_is_notified(
         await until(lambda: changes.count > count)
 
 
-async def test_change_that_is_rolled_back_is_not_notified(any_store: Store) -> None:
+async def test_change_in_a_rolled_back_transaction_is_not_notified(any_store: Store) -> None:
     async with heard(any_store) as changes:
         count = changes.count
         with any_store.connect() as connection:
@@ -220,14 +220,14 @@ async def test_change_that_is_rolled_back_is_not_notified(any_store: Store) -> N
         assert changes.count == count
 
 
-async def test_echoes_of_another_server_are_not_changes(store: Store) -> None:
+async def test_echo_notifications_of_another_server_do_not_count_as_changes(store: Store) -> None:
     async with heard(store) as changes:
         count = changes.count
         async with heard(store):
             assert changes.count == count
 
 
-async def test_killed_listener_connects_again_and_the_store_is_polled_meanwhile(
+async def test_listener_reconnects_after_its_connection_is_killed_and_polls_the_store_meanwhile(
     postgresql: PostgresServer, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(change_listener, "_PAUSE_S", 1.0)
@@ -248,7 +248,7 @@ async def test_killed_listener_connects_again_and_the_store_is_polled_meanwhile(
 
 
 @pytest.mark.slow
-async def test_listener_connects_again_when_the_database_was_restarted(
+async def test_listener_reconnects_after_the_database_restarts(
     postgresql: PostgresServer, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with heard(store) as changes:
@@ -266,7 +266,7 @@ async def test_listener_connects_again_when_the_database_was_restarted(
     assert len(caplog.records) == 1
 
 
-async def test_notifications_are_not_trusted_when_they_are_swallowed(
+async def test_notifications_are_not_trusted_when_test_echoes_do_not_arrive(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(postgresql_module, "CHANNEL", "elsewhere")
@@ -285,7 +285,9 @@ async def test_notifications_are_not_trusted_when_they_are_swallowed(
 
 
 @pytest.mark.slow
-async def test_trust_ends_when_later_echoes_are_swallowed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_notifications_are_no_longer_trusted_when_later_test_echoes_do_not_arrive(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(change_listener, "_ECHO_INTERVAL_S", 1.0)
     monkeypatch.setattr(change_listener, "_UNHEARD_PAUSE_S", 60.0)
     async with heard(store) as changes:
@@ -295,7 +297,7 @@ async def test_trust_ends_when_later_echoes_are_swallowed(store: Store, monkeypa
         await until(lambda: not changes.heard)
 
 
-async def test_no_connection_is_left_when_the_listener_is_cancelled(store: Store) -> None:
+async def test_cancelled_listener_leaves_no_database_connection_open(store: Store) -> None:
     def count() -> int:
         with store.connect() as connection:
             listeners: int = connection.exec_driver_sql(f"SELECT count(*) {LISTENERS}").scalar_one()

@@ -26,20 +26,20 @@ async def is_waiting(changes: Changes, poll_s: float) -> bool:
     return going_on
 
 
-async def test_wait_lasts_one_poll_interval_when_notifications_do_not_arrive() -> None:
+async def test_wait_for_changes_lasts_one_poll_interval_when_notifications_are_not_trusted() -> None:
     changes = Changes()
     assert await is_waiting(changes, LONG_S)
     async with asyncio.timeout(SOON_S):
         await changes.wait(changes.count, SHORT_S)
 
 
-async def test_wait_exceeds_the_poll_interval_when_notifications_arrive() -> None:
+async def test_wait_for_changes_exceeds_the_poll_interval_when_notifications_are_trusted() -> None:
     changes = Changes()
     changes.trust(LONG_S)
     assert await is_waiting(changes, SHORT_S)
 
 
-async def test_wait_ends_after_the_fallback_interval_when_no_change_is_notified(
+async def test_wait_for_changes_ends_after_the_fallback_interval_when_no_change_is_notified(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(changes_module, "FALLBACK_POLL_S", SHORT_S)
@@ -49,14 +49,14 @@ async def test_wait_ends_after_the_fallback_interval_when_no_change_is_notified(
         await changes.wait(changes.count, SHORT_S)
 
 
-async def test_wait_ends_when_something_is_due_although_notifications_arrive() -> None:
+async def test_wait_for_changes_ends_after_its_own_time_limit_even_if_notifications_are_trusted() -> None:
     changes = Changes()
     changes.trust(LONG_S)
     async with asyncio.timeout(SOON_S):
         await changes.wait(changes.count, LONG_S, within_s=SHORT_S)
 
 
-async def test_poll_interval_applies_again_when_trust_has_expired() -> None:
+async def test_poll_interval_applies_again_when_trust_in_notifications_has_expired() -> None:
     changes = Changes()
     changes.trust(SHORT_S)
     await asyncio.sleep(SHORT_S)
@@ -64,7 +64,7 @@ async def test_poll_interval_applies_again_when_trust_has_expired() -> None:
         await changes.wait(changes.count, SHORT_S)
 
 
-async def test_change_ends_the_waits_of_all_tasks() -> None:
+async def test_change_wakes_all_waiting_tasks() -> None:
     changes = Changes()
     waits = [asyncio.create_task(changes.wait(changes.count, LONG_S)) for _ in range(3)]
     await asyncio.sleep(SHORT_S)
@@ -81,7 +81,7 @@ async def test_change_during_a_read_is_not_missed() -> None:
         await changes.wait(count, LONG_S)
 
 
-async def test_no_change_is_missed_when_it_comes_at_any_step_of_the_loop() -> None:
+async def test_no_change_is_missed_at_whichever_step_of_the_loop_it_is_announced() -> None:
     changes = Changes()
     for steps in range(20):
         count = changes.count
@@ -94,7 +94,7 @@ async def test_no_change_is_missed_when_it_comes_at_any_step_of_the_loop() -> No
 
 
 @pytest.mark.parametrize("heard", [True, False])
-async def test_waits_end_when_trust_begins_or_is_lost(heard: bool) -> None:
+async def test_waiting_tasks_wake_when_trust_in_notifications_begins_or_ends(heard: bool) -> None:
     changes = Changes()
     if heard:
         changes.trust(LONG_S)
@@ -108,7 +108,7 @@ async def test_waits_end_when_trust_begins_or_is_lost(heard: bool) -> None:
         await waiting
 
 
-async def test_renewed_trust_ends_no_wait() -> None:
+async def test_renewed_trust_in_notifications_wakes_no_waiting_task() -> None:
     changes = Changes()
     changes.trust(LONG_S)
     count = changes.count

@@ -55,14 +55,16 @@ def test_copied_rows_are_reported_as_json(svc: Svc, home: Path, url: str) -> Non
     assert "@" not in report["to"]
 
 
-def test_home_works_with_the_copied_store(svc: Svc, home: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_audit_log_of_the_copied_store_passes_verification(
+    svc: Svc, home: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     svc("--home", home, "store", "migrate", "--to", url)
     monkeypatch.setenv("SVC_STORE__URL", url)
     result = svc("--home", home, "audit", "--verify")
     assert result.code == 0, result.err
 
 
-def test_password_is_in_no_output(
+def test_password_of_the_target_database_is_never_printed(
     svc: Svc, home: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "password").write_text(SECRET, "utf-8")

@@ -161,7 +161,7 @@ print(read_desired(open_database(Path(sys.argv[1])), "tiny"))
 
 @pytest.mark.slow
 def test_two_processes_can_open_a_new_store_concurrently(tmp_path: Path) -> None:
-    """This happens when `svc serve` and `svc promote` run on a new home."""
+    """`svc serve` and `svc promote` may open the store of a new home at the same time."""
     arguments = [sys.executable, "-c", OPENER, str(tmp_path)]
     processes = [
         subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -51,7 +51,7 @@ def exists(store: Store, id: str) -> bool:
 
 
 @pytest.mark.parametrize("status", [status for status in BatchStatus if status.ended])
-def test_batch_is_deleted_without_its_files_when_it_ended_long_ago(
+def test_batch_that_ended_long_ago_is_deleted_but_its_files_are_kept(
     store: Store,
     add_batch: AddBatch,  # noqa: F811
     status: BatchStatus,
@@ -70,7 +70,7 @@ def test_batch_is_deleted_without_its_files_when_it_ended_long_ago(
 
 
 @pytest.mark.parametrize("status", [JobStatus.FAILED, JobStatus.CANCELLED])
-def test_job_is_deleted_with_its_events_when_it_ended_long_ago(
+def test_job_that_ended_long_ago_is_deleted_with_its_events(
     store: Store,
     add_job: AddJob,  # noqa: F811
     status: JobStatus,
@@ -85,7 +85,7 @@ def test_job_is_deleted_with_its_events_when_it_ended_long_ago(
     assert newest_job_at(store) == recent.created_at
 
 
-def test_job_stays_while_its_model_or_a_checkpoint_is_registered(store: Store, add_job: AddJob) -> None:  # noqa: F811
+def test_job_is_kept_while_its_model_or_a_checkpoint_is_registered(store: Store, add_job: AddJob) -> None:  # noqa: F811
     model, checkpoints = add_job(name="ft-alice-a").id, add_job(name="ft-alice-b").id
     end_job(store, model, JobStatus.SUCCEEDED, number=1)
     end_job(store, checkpoints, JobStatus.CANCELLED)
@@ -107,7 +107,7 @@ def test_failed_job_is_deleted_when_another_job_owns_the_registered_name(
     assert (exists(store, failed), exists(store, succeeded)) == (False, True)
 
 
-def test_job_of_another_machine_stays_because_its_models_are_not_known_here(
+def test_job_of_another_machine_is_kept_because_its_models_are_unknown_locally(
     store: Store,
     add_job: AddJob,  # noqa: F811
 ) -> None:
@@ -117,7 +117,7 @@ def test_job_of_another_machine_stays_because_its_models_are_not_known_here(
     assert remove_ended_jobs(store, LIMIT, worker="w2", registered=list) == 1
 
 
-def test_started_job_without_a_worker_stays_if_another_machine_may_have_run_it(
+def test_started_job_without_a_worker_is_kept_if_another_machine_may_have_run_it(
     store: Store,
     add_job: AddJob,  # noqa: F811
 ) -> None:

@@ -45,9 +45,7 @@ def filled(store: Store) -> Store:
     return store
 
 
-def test_selected_requests_and_their_feedback_are_deleted_and_others_kept(
-    three: Store, which: ColumnElement[bool]
-) -> None:
+def test_only_selected_requests_and_their_feedback_are_deleted(three: Store, which: ColumnElement[bool]) -> None:
     assert forget_requests(three, which) == Forgotten(requests=1, contents=1, feedback=1)
     assert kept(three) == ["other", "nobody"]
     with Session(three) as session:

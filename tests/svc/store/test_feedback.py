@@ -27,7 +27,7 @@ def test_feedback_on_a_missing_request_is_not_stored(store: Store) -> None:
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD)) is None
 
 
-def test_second_feedback_replaces_the_first_entirely(store: Store) -> None:
+def test_second_feedback_on_a_request_replaces_the_first_entirely(store: Store) -> None:
     add_requests(store, [RECORD])
     keep_feedback(store, "req-1", Feedback(Rating.GOOD, "hardware", "a correction"))
     kept = keep_feedback(store, "req-1", Feedback(Rating.BAD))
@@ -39,7 +39,7 @@ def test_second_feedback_replaces_the_first_entirely(store: Store) -> None:
 
 
 def test_concurrent_feedback_is_accepted(store: Store) -> None:
-    """A double click causes this."""
+    """A double click sends the same feedback twice."""
     add_requests(store, [RECORD])
     with ThreadPoolExecutor(8) as threads:
         kept = list(threads.map(lambda _: keep_feedback(store, "req-1", Feedback(Rating.GOOD)), range(32)))

@@ -19,7 +19,7 @@ from tests.serving.trained import add_job
 ENTRY = AuditEntry(Action.DELETE_MODEL, "ft:x", Actor("key:alice", "10.0.0.1"))
 
 
-def test_model_is_found_by_both_names_with_its_owner(store: Store) -> None:
+def test_fine_tuned_model_is_found_by_both_of_its_names_with_its_owner(store: Store) -> None:
     job = add_job(store, owner="alice", name="ft-alice-x", number=3)
     assert job.fine_tuned_model
     model = find_model(store, job.fine_tuned_model)
@@ -29,7 +29,7 @@ def test_model_is_found_by_both_names_with_its_owner(store: Store) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "ft:", "ft:small:org::0", "ft-alice-x", "ft-alice-x@4", "ft-alice-x@0", "@1"])
-def test_other_names_are_not_found(store: Store, name: str) -> None:
+def test_names_that_belong_to_no_fine_tuned_model_are_not_found(store: Store, name: str) -> None:
     add_job(store, owner="alice", name="ft-alice-x", number=3)
     assert find_model(store, name) is None
 
@@ -42,7 +42,7 @@ def test_job_without_a_result_has_no_model(store: Store, fields: dict[str, Any])
     assert read_models(store, "alice") == []
 
 
-def test_own_models_are_read_newest_first(store: Store) -> None:
+def test_fine_tuned_models_of_an_owner_are_listed_newest_first(store: Store) -> None:
     now = datetime.now(UTC)
     jobs = [add_job(store, owner="alice", finished_at=now + timedelta(seconds=second)) for second in (1, 3, 2)]
     other = add_job(store, owner="bob", finished_at=now)
@@ -65,7 +65,7 @@ def test_checkpoint_is_found_with_its_owner_until_it_is_deleted(store: Store) ->
     assert find_model(store, job.fine_tuned_model or "") is not None
 
 
-def test_deleted_model_is_not_found_and_its_job_stays(store: Store) -> None:
+def test_deleted_fine_tuned_model_is_not_found_but_its_job_is_kept(store: Store) -> None:
     job = add_job(store, owner="alice", name="ft-alice-x")
     (model,) = read_models(store, "alice")
     for _ in range(2):

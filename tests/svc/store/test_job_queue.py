@@ -89,7 +89,7 @@ def silence(store: Store, id: str, time: timedelta = ABANDONED_AFTER + timedelta
         connection.execute(update(JobRow).where(JobRow.id == id).values(seen_at=before))
 
 
-def test_oldest_job_of_an_owner_is_taken_first_and_is_running(store: Store, add: Add) -> None:
+def test_worker_takes_the_oldest_job_of_an_owner_and_marks_it_as_running(store: Store, add: Add) -> None:
     first = add()
     add()
     assert take(store) == first
@@ -99,7 +99,7 @@ def test_oldest_job_of_an_owner_is_taken_first_and_is_running(store: Store, add:
     assert messages(store, first) == ["Fine-tuning job started"]
 
 
-def test_nothing_is_taken_when_no_job_may_run(store: Store, add: Add) -> None:
+def test_worker_takes_no_job_when_no_job_may_run(store: Store, add: Add) -> None:
     assert take(store) is None
     id = add(wanted=Wanted.PAUSE)
     add(status=JobStatus.VALIDATING_FILES)
@@ -145,7 +145,7 @@ def test_each_of_20_jobs_is_run_once_when_five_workers_take_them_at_the_same_tim
     assert {find(store, id).status for id in ids} == {JobStatus.SUCCEEDED}
 
 
-def test_restarted_worker_gets_its_own_job_before_others(store: Store, add: Add) -> None:
+def test_restarted_worker_takes_its_own_job_before_other_jobs(store: Store, add: Add) -> None:
     first = add()
     add("bob")
     take(store)
@@ -156,7 +156,9 @@ def test_restarted_worker_gets_its_own_job_before_others(store: Store, add: Add)
     assert messages(store, first) == ["Fine-tuning job started"]
 
 
-def test_job_of_a_silent_worker_is_taken_by_another_and_the_first_one_notices(store: Store, add: Add) -> None:
+def test_job_of_a_silent_worker_is_taken_by_another_worker_and_later_reports_are_rejected(
+    store: Store, add: Add
+) -> None:
     id = add()
     take(store)
     silence(store, id, timedelta(seconds=30))
@@ -181,7 +183,7 @@ def test_job_of_a_silent_worker_is_taken_by_another_and_the_first_one_notices(st
         (Wanted.PAUSE, JobStatus.QUEUED, "Fine-tuning job paused"),
     ],
 )
-def test_job_of_a_silent_worker_gets_its_requested_state_when_another_worker_polls(
+def test_requested_cancel_or_pause_is_applied_to_a_job_whose_worker_is_silent(
     store: Store, add: Add, wanted: Wanted, status: JobStatus, last: str
 ) -> None:
     id = add()
@@ -210,12 +212,12 @@ def test_report_returns_the_requested_state_and_records_the_progress(store: Stor
     assert find(store, id).trained_tokens == 99
 
 
-def test_nothing_has_been_reported_when_a_job_has_no_steps(store: Store, add: Add) -> None:
+def test_no_steps_count_as_reported_for_a_new_job(store: Store, add: Add) -> None:
     assert read_reported(store, add()) == Reported(0, 0)
 
 
 @pytest.mark.parametrize("died", [False, True])
-def test_attempt_is_counted_only_when_the_training_died(store: Store, add: Add, died: bool) -> None:
+def test_job_attempt_is_counted_only_when_the_training_process_died(store: Store, add: Add, died: bool) -> None:
     id = add()
     for _ in range(2):
         take(store)
@@ -223,7 +225,7 @@ def test_attempt_is_counted_only_when_the_training_died(store: Store, add: Add, 
     assert find(store, id).attempts == (2 if died else 0)
 
 
-def test_waiting_is_announced_once_when_a_job_is_retried_repeatedly(store: Store, add: Add) -> None:
+def test_job_event_for_waiting_is_recorded_once_when_the_job_is_retried_repeatedly(store: Store, add: Add) -> None:
     id = add()
     for _ in range(3):
         take(store)
@@ -243,7 +245,7 @@ def test_paused_job_waits_in_the_queue_when_its_worker_releases_it(store: Store,
     assert take(store) == id
 
 
-def test_interrupted_job_is_resumed_before_others_when_its_worker_has_its_checkpoint(store: Store, add: Add) -> None:
+def test_interrupted_job_is_taken_first_by_the_worker_that_has_its_checkpoint(store: Store, add: Add) -> None:
     id = add("alice")
     take(store)
     other = add("bob")

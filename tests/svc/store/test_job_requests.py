@@ -89,25 +89,25 @@ def test_created_job_is_stored_with_its_first_events_and_an_audit_event(store: S
     assert (event.action, event.subject, event.actor) == ("job.create", created.id, "key:alice")
 
 
-def test_equal_request_returns_the_first_job_when_it_has_not_ended(store: Store, add: Add) -> None:
+def test_identical_create_request_returns_the_existing_job_while_it_is_unfinished(store: Store, add: Add) -> None:
     first = add(fingerprint="same")
     assert add(fingerprint="same", max_jobs=1) == first
     assert messages(store, first.id) == ["created", "queued"]
     assert len(audit.read_events(store, newest=10)) == 1
 
 
-def test_equal_request_creates_a_job_when_the_first_has_ended(store: Store, add: Add) -> None:
+def test_identical_create_request_creates_a_job_when_the_earlier_job_has_ended(store: Store, add: Add) -> None:
     first = add(fingerprint="same")
     change(store, first.id, status="failed")
     assert add(fingerprint="same").id != first.id
 
 
-def test_equal_request_creates_a_job_when_the_first_is_too_old_to_be_a_retry(store: Store, add: Add) -> None:
+def test_identical_create_request_creates_a_job_when_the_earlier_job_is_too_old(store: Store, add: Add) -> None:
     first = add(fingerprint="same", created_at=datetime.now(UTC) - REPEAT_WINDOW - timedelta(seconds=1))
     assert add(fingerprint="same").id != first.id
 
 
-def test_equal_request_creates_a_job_when_the_first_is_being_cancelled(store: Store, add: Add) -> None:
+def test_identical_create_request_creates_a_job_when_the_earlier_job_is_being_cancelled(store: Store, add: Add) -> None:
     first = add(fingerprint="same")
     change(store, first.id, status="running", wanted="cancel")
     assert add(fingerprint="same").id != first.id
@@ -121,7 +121,7 @@ def test_job_is_refused_when_its_file_has_been_deleted(store: Store, add: Add, p
     assert (read_checking(store), audit.read_events(store, newest=10)) == ([], [])
 
 
-def test_twenty_concurrent_equal_requests_create_one_job(store: Store, add: Add) -> None:
+def test_twenty_concurrent_identical_requests_create_one_job(store: Store, add: Add) -> None:
     with ThreadPoolExecutor(20) as threads:
         created = list(threads.map(lambda _: add(fingerprint="same"), range(20)))
     assert len({each.id for each in created}) == 1
@@ -139,7 +139,7 @@ def test_job_is_refused_when_the_owner_has_too_many_open_jobs(store: Store, add:
     add(max_jobs=2)
 
 
-def test_estimated_finish_counts_the_jobs_that_come_first(store: Store, add: Add) -> None:
+def test_estimated_finish_of_a_job_includes_the_jobs_queued_before_it(store: Store, add: Add) -> None:
     first, second = add(training_s=100.0), add(training_s=50.0)
     assert first.estimated_finish is not None
     assert second.estimated_finish == first.estimated_finish + timedelta(seconds=50)
@@ -158,7 +158,7 @@ def test_queued_job_ends_immediately_when_it_is_cancelled(store: Store, add: Add
     assert [event.action for event in audit.read_events(store, newest=10)] == ["job.create", "job.cancel"]
 
 
-def test_running_job_is_left_to_its_worker_when_it_is_cancelled(store: Store, add: Add) -> None:
+def test_cancelled_job_keeps_running_until_its_worker_stops_it(store: Store, add: Add) -> None:
     created = add()
     change(store, created.id, status="running", worker="worker-1")
     cancelled = change_wanted(store, created.id, "alice", Wanted.CANCEL)
@@ -262,7 +262,7 @@ def test_fine_tuned_model_is_found_by_its_owner_when_the_job_has_succeeded(store
     assert owners_of(store, "tickets") == frozenset()
 
 
-def test_job_is_unchanged_by_reading_it_back(store: Store, add: Add) -> None:
+def test_stored_job_round_trips_unchanged(store: Store, add: Add) -> None:
     add_file_row(store, "file-2")
     created = add(validation_file="file-2", trained_tokens=2**40)
     assert find_job(store, created.id, None) == replace(created)

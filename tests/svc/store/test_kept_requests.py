@@ -31,13 +31,13 @@ def found(store: Store, *, before_row: int | None = None, limit: int = 100) -> l
     )
 
 
-def test_newest_kept_request_is_found_first(store: Store) -> None:
+def test_stored_requests_for_replay_are_found_newest_first(store: Store) -> None:
     records = [KEPT._replace(answer="old"), KEPT._replace(answer="new")]
     add_requests(store, records)
     assert [read_kept_request(store, row) for row in found(store)] == records[::-1]
 
 
-def test_at_most_the_limit_of_requests_older_than_a_given_row_is_found(store: Store) -> None:
+def test_search_for_replayable_requests_respects_its_limit_and_starting_row(store: Store) -> None:
     add_requests(store, [KEPT] * 4)
     rows = found(store)
     assert found(store, limit=3) == rows[:3]
@@ -66,7 +66,7 @@ INCOMPLETE: list[dict[str, Any]] = [
 ]
 
 
-def test_requests_that_cannot_be_sent_again_as_they_were_are_not_found(store: Store) -> None:
+def test_requests_that_cannot_be_replayed_exactly_are_not_found(store: Store) -> None:
     wrong, count = [], 0
     for fields in INCOMPLETE:
         add_requests(store, [KEPT._replace(**fields)])
@@ -86,12 +86,12 @@ def test_requests_that_cannot_be_sent_again_as_they_were_are_not_found(store: St
         {"prompt": '[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]'},
     ],
 )
-def test_requests_with_text_only_are_found(store: Store, fields: dict[str, Any]) -> None:
+def test_text_only_requests_can_be_replayed(store: Store, fields: dict[str, Any]) -> None:
     add_requests(store, [KEPT._replace(**fields)])
     assert len(found(store)) == 1
 
 
-def test_deleted_request_is_none(store: Store) -> None:
+def test_reading_a_deleted_request_returns_none(store: Store) -> None:
     add_requests(store, [KEPT])
     (row,) = found(store)
     prune_requests(store, before=NOON + DAY, max_bytes=2**40)

@@ -43,7 +43,7 @@ def test_only_the_first_server_gets_the_lease(any_store: Store) -> None:
     assert report(any_store, "b") == {}
 
 
-def test_every_report_extends_the_lease_of_the_server_that_sent_it(any_store: Store) -> None:
+def test_liveness_report_extends_the_leases_of_its_server(any_store: Store) -> None:
     report(any_store, "a")
     let_pass(any_store, LEASE_S - 1)
     assert report(any_store, "a") == {"teams": Lease("teams", "a", 1)}
@@ -51,13 +51,13 @@ def test_every_report_extends_the_lease_of_the_server_that_sent_it(any_store: St
     assert report(any_store, "b") == {}
 
 
-def test_server_that_starts_again_gets_the_leases_of_its_killed_process_immediately(any_store: Store) -> None:
+def test_restarted_server_immediately_gets_the_leases_of_its_killed_process(any_store: Store) -> None:
     report_server(any_store, "killed", "a:8000", ["teams"])
     assert report_server(any_store, "again", "a:8000", ["teams"]) == {"teams": Lease("teams", "again", 2)}
     assert running_servers(any_store) == {"again": "a:8000"}
 
 
-def test_two_running_servers_with_the_same_address_do_not_stop_each_other(any_store: Store) -> None:
+def test_two_running_servers_with_the_same_address_do_not_remove_each_other(any_store: Store) -> None:
     report_server(any_store, "a", "tuneserve:8000", ["teams"])
     report_server(any_store, "b", "tuneserve:8000", ["teams"])
     assert report_server(any_store, "a", "tuneserve:8000", ["teams"]) == {}
@@ -65,14 +65,14 @@ def test_two_running_servers_with_the_same_address_do_not_stop_each_other(any_st
     assert set(running_servers(any_store)) == {"a", "b"}
 
 
-def test_ended_lease_goes_to_another_server_with_a_new_generation(any_store: Store) -> None:
+def test_expired_lease_goes_to_another_server_with_a_new_generation(any_store: Store) -> None:
     report(any_store, "a")
     let_pass(any_store, LEASE_S + 1)
     assert report(any_store, "b") == {"teams": Lease("teams", "b", 2)}
     assert report(any_store, "a") == {}
 
 
-def test_holder_that_reports_late_keeps_a_lease_that_nobody_took(any_store: Store) -> None:
+def test_late_liveness_report_keeps_a_lease_that_no_other_server_took(any_store: Store) -> None:
     report(any_store, "a")
     let_pass(any_store, LEASE_S + 1)
     assert report(any_store, "a") == {"teams": Lease("teams", "a", 1)}
@@ -94,7 +94,7 @@ def test_write_with_a_lost_lease_is_rejected(any_store: Store) -> None:
             require_lease(session, lost)
 
 
-def test_write_with_an_ended_lease_that_nobody_took_is_accepted(any_store: Store) -> None:
+def test_write_with_an_expired_lease_that_no_other_server_took_is_accepted(any_store: Store) -> None:
     lease = report(any_store, "a")["teams"]
     let_pass(any_store, LEASE_S + 1)
     with exclusive(any_store) as session:
@@ -132,7 +132,7 @@ def test_held_lease_is_refused_to_another_process_until_it_is_released(postgresq
         assert lease and lease.generation == 2
 
 
-def test_held_lease_is_extended(postgresql_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_lease_is_extended_while_the_work_runs(postgresql_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svc.store.leases.LEASE_S", 0.3)
     with hold(postgresql_store) as lease:
         time.sleep(0.6)
@@ -166,7 +166,7 @@ def test_lost_lease_is_not_taken_again_when_the_other_process_has_released_it(
             assert lease and lease.generation == 3
 
 
-def test_process_holds_no_lease_with_sqlite(tmp_path: Path) -> None:
+def test_process_needs_no_lease_with_a_sqlite_store(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     with hold(store) as lease:
         assert lease is None

@@ -88,7 +88,7 @@ def test_every_table_is_copied_with_all_values(home: Path, target: StoreSettings
     assert read_tables(copy) == read_tables(open_database(home))
 
 
-def test_tables_are_created_when_the_database_has_none(home: Path, target: StoreSettings) -> None:
+def test_copy_creates_missing_tables_in_the_target_database(home: Path, target: StoreSettings) -> None:
     migrate(home, target)
     store = open_store(Settings(home=home, store=target))
     assert verify_chain(store).events == ROWS
@@ -106,7 +106,7 @@ def test_sqlite_file_is_unchanged_after_the_copy(home: Path, target: StoreSettin
     assert (home / "svc.db").read_bytes() == before
 
 
-def test_next_row_gets_the_next_id(home: Path, target: StoreSettings, copy: Store) -> None:
+def test_next_row_after_the_copy_gets_the_next_unused_id(home: Path, target: StoreSettings, copy: Store) -> None:
     migrate(home, target)
     with copy.connect() as connection:
         numbers = {
@@ -116,7 +116,9 @@ def test_next_row_gets_the_next_id(home: Path, target: StoreSettings, copy: Stor
     assert numbers == dict.fromkeys(NUMBERED, LAST_ID + 1)
 
 
-def test_ids_of_deleted_drift_items_are_not_used_again(home: Path, target: StoreSettings, copy: Store) -> None:
+def test_ids_of_deleted_drift_items_are_not_reused_after_the_copy(
+    home: Path, target: StoreSettings, copy: Store
+) -> None:
     run(home, "DELETE FROM drift_items")
     migrate(home, target)
     with copy.connect() as connection:
@@ -130,7 +132,7 @@ def test_audit_log_continues_after_the_copy(home: Path, target: StoreSettings, c
     assert (report.events, report.fault) == (ROWS + 1, None)
 
 
-def test_texts_are_compared_in_byte_order_when_the_database_has_another(
+def test_copy_succeeds_when_the_database_sorts_texts_by_another_collation(
     home: Path, target: StoreSettings, copy: Store
 ) -> None:
     with copy.begin() as connection:
@@ -316,7 +318,9 @@ def test_row_damaged_during_the_copy_is_detected(
     assert not any(read_tables(copy).values())
 
 
-def test_characters_that_no_store_accepts_become_question_marks(home: Path, target: StoreSettings, copy: Store) -> None:
+def test_characters_not_storable_in_postgresql_are_replaced_by_question_marks(
+    home: Path, target: StoreSettings, copy: Store
+) -> None:
     run(home, "UPDATE requests SET prompt = CAST(x'6100628063' AS TEXT) WHERE id = 7")  # a, NUL, b, not UTF-8, c
     assert migrate(home, target).replaced_texts == 1
     with copy.connect() as connection:
@@ -336,7 +340,7 @@ def test_characters_that_no_store_accepts_become_question_marks(home: Path, targ
         ("drift_items", "topic", "'private'", "bytes"),
     ],
 )
-def test_invalid_value_is_reported_with_its_place_and_without_the_value(
+def test_error_for_an_invalid_value_names_table_row_and_column_but_not_the_value(
     home: Path, target: StoreSettings, table: str, column: str, value: str, expected: str
 ) -> None:
     run(home, f"UPDATE {table} SET {column} = {value} WHERE id = 28")
@@ -346,7 +350,7 @@ def test_invalid_value_is_reported_with_its_place_and_without_the_value(
     assert "private" not in str(caught.value)
 
 
-def test_row_that_postgresql_rejects_is_reported_without_its_texts(
+def test_error_for_a_row_rejected_by_postgresql_does_not_quote_its_texts(
     home: Path, target: StoreSettings, copy: Store
 ) -> None:
     text = secrets.token_hex(2_000)

@@ -22,7 +22,7 @@ def ids(store: Store, page: Page, owner: str | None = "key-1") -> tuple[list[str
 
 
 @pytest.mark.parametrize("newest_first", [True, False])
-def test_pages_together_list_every_row_once_when_rows_have_the_same_time(store: Store, newest_first: bool) -> None:
+def test_successive_pages_list_every_row_once_even_if_rows_have_the_same_time(store: Store, newest_first: bool) -> None:
     for id, second in (("a", 0), ("b", 1), ("c", 1), ("d", 1), ("e", 2)):
         add(store, id, second=second)
     listed: list[str] = []
@@ -40,21 +40,21 @@ def test_page_has_only_the_rows_of_its_owner(store: Store) -> None:
     assert ids(store, Page(10), owner=None) == (["b", "a"], False)
 
 
-def test_page_after_a_row_of_another_owner_is_refused(store: Store) -> None:
+def test_page_that_starts_after_a_row_of_another_owner_is_rejected(store: Store) -> None:
     add(store, "a", owner="key-2")
     with pytest.raises(EntryNotFoundError, match="no entry 'a'"):
         ids(store, Page(10, "a"))
 
 
 @pytest.mark.parametrize("id", ["", "a\0", "../a", "x" * 10_000, "file-\u00e9"])
-def test_an_id_that_no_row_can_have_is_not_found(store: Store, id: str) -> None:
+def test_malformed_id_is_not_found(store: Store, id: str) -> None:
     with pytest.raises(EntryNotFoundError):
         find_file(store, id, None)
     with pytest.raises(EntryNotFoundError):
         ids(store, Page(10, id))
 
 
-def test_a_row_of_another_owner_is_not_found(store: Store) -> None:
+def test_row_of_another_owner_is_not_found(store: Store) -> None:
     add(store, "a", owner="key-2")
     with pytest.raises(EntryNotFoundError, match="no file 'a'"):
         find_file(store, "a", "key-1")

@@ -70,7 +70,7 @@ async def test_notifications_are_trusted_only_if_pgbouncer_delivers_them(
             assert changes.heard == (mode == "session")
 
 
-def test_stray_notifications_are_not_kept_in_memory(postgresql: PostgresServer) -> None:
+def test_notifications_received_on_pooled_connections_are_discarded(postgresql: PostgresServer) -> None:
     store = postgresql.empty()
     with store.connect() as connection:
         connection.exec_driver_sql("LISTEN tuneserve")

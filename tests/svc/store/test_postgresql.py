@@ -76,14 +76,14 @@ def test_rejected_connection_is_reported_with_its_reason(postgresql: PostgresSer
     assert "store.url" in error.shown.todo
 
 
-def test_password_is_in_no_text_of_settings_and_store() -> None:
+def test_printed_settings_and_store_do_not_contain_the_database_password() -> None:
     settings = settings_of(NOWHERE)
     store = postgresql_module.connect(settings.store)
     shown = [repr(settings), str(settings), settings.model_dump_json(), repr(store), str(store.url)]
     assert not [text for text in shown if SECRET in text]
 
 
-def test_password_is_read_from_its_file_without_the_line_end(tmp_path: Path) -> None:
+def test_password_is_read_from_its_file_without_the_line_ending(tmp_path: Path) -> None:
     path = tmp_path / "password"
     path.write_text(f"{SECRET}\n", "utf-8")
     store = postgresql_module.connect(settings_of("postgresql://svc@db/store", path).store)
@@ -110,7 +110,7 @@ def test_missing_driver_is_reported_with_the_install_command(monkeypatch: pytest
         open_store(settings_of(NOWHERE))
 
 
-def test_location_has_the_default_port_and_no_user() -> None:
+def test_displayed_store_location_has_the_default_port_and_no_user() -> None:
     assert location(make_url(f"postgresql://svc:{SECRET}@db/store")) == "db:5432/store"
 
 
@@ -307,7 +307,7 @@ def test_processes_can_create_a_store_and_write_its_audit_log_concurrently(
     store.dispose()
 
 
-def test_times_are_read_in_utc_whatever_the_time_zone_of_the_session_is(store: Store) -> None:
+def test_times_are_read_in_utc_regardless_of_the_session_time_zone(store: Store) -> None:
     add_deployment(store, "tiny")
     with store.connect() as connection:
         assert connection.exec_driver_sql("SHOW timezone").scalar_one() == "Asia/Kolkata"

@@ -52,7 +52,7 @@ def test_second_rollout_of_a_model_is_refused_until_the_first_has_ended(store: S
     begin(store)
 
 
-def test_switch_makes_the_candidate_the_desired_version_and_is_audited(store: Store) -> None:
+def test_final_rollout_step_makes_the_candidate_the_desired_version_and_is_audited(store: Store) -> None:
     _, record = begin(store)
     switched = switch_rollout(store, record)
     assert switched is not None and switched.state is RolloutState.SWITCHING
@@ -64,7 +64,7 @@ def test_switch_makes_the_candidate_the_desired_version_and_is_audited(store: St
     ]
 
 
-def test_stopped_rollout_can_no_longer_switch(store: Store) -> None:
+def test_stopped_rollout_can_no_longer_promote_its_candidate(store: Store) -> None:
     _, record = begin(store)
     assert stop(store) is not None
     assert switch_rollout(store, record) is None
@@ -72,13 +72,13 @@ def test_stopped_rollout_can_no_longer_switch(store: Store) -> None:
     assert desired is not None and desired.target == ONE
 
 
-def test_rollout_cannot_switch_after_another_promotion(store: Store) -> None:
+def test_rollout_cannot_promote_its_candidate_after_another_promotion(store: Store) -> None:
     desired, record = begin(store)
     change_desired(store, desired, THREE, ONE)
     assert switch_rollout(store, record) is None
 
 
-def test_rollout_that_is_switching_is_not_stopped_but_rolled_back_like_a_swap(store: Store) -> None:
+def test_rollout_can_no_longer_be_stopped_once_its_final_swap_has_begun(store: Store) -> None:
     _, record = begin(store)
     switch_rollout(store, record)
     assert stop(store) is None
@@ -111,7 +111,7 @@ def test_write_is_rejected_and_changes_nothing_when_another_server_has_taken_the
     write(any_store, record, held)
 
 
-def test_only_the_rollouts_own_requests_are_read_in_order_and_once(store: Store) -> None:
+def test_requests_of_a_rollout_are_read_in_order_exactly_once(store: Store) -> None:
     _, record = begin(store)
     row = RequestRecord(
         request_id="r",

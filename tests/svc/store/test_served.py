@@ -72,7 +72,7 @@ def test_served_intervals_of_running_servers_are_independent(postgresql_store: S
     assert spans == [("a", Ended.SWAP), ("b", None), ("a", Ended.STOP)]
 
 
-def test_interval_of_a_server_that_no_longer_runs_is_ended_by_the_start_of_another(postgresql_store: Store) -> None:
+def test_served_interval_of_a_dead_server_ends_when_another_server_starts(postgresql_store: Store) -> None:
     begin_serving(postgresql_store, ONE, Began.START, at=minute(0), server="died")
     report_server(postgresql_store, "a", "a:8000", [])
     begin_serving(postgresql_store, ONE, Began.START, at=minute(5), server="a")

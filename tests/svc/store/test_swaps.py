@@ -73,7 +73,7 @@ def test_last_swap_of_a_name_is_found(store: Store) -> None:
     assert found.id == last
 
 
-def test_queued_time_is_that_of_the_last_successful_in_place_swap_to_the_version(store: Store) -> None:
+def test_queued_time_is_read_from_the_last_successful_in_place_swap_to_the_version(store: Store) -> None:
     results = [
         SwapResult(SwapOutcome.SUCCEEDED, None, 1.5, kind=SwapKind.INPLACE),
         SwapResult(SwapOutcome.RESTORED, "why", 2.5, kind=SwapKind.INPLACE),
@@ -121,7 +121,7 @@ def test_server_resumes_only_its_own_swap(shared: Store) -> None:
     assert [swap.id for swap in found if swap] == [first, second]
 
 
-def test_unfinished_swaps_are_those_of_running_servers(any_store: Store) -> None:
+def test_unfinished_swaps_include_only_swaps_of_running_servers(any_store: Store) -> None:
     begin_swap(any_store, desired(2, 5))
     begin_swap(any_store, desired(3, 5), server="a")
     is_sqlite = any_store.dialect.name == "sqlite"
@@ -129,7 +129,7 @@ def test_unfinished_swaps_are_those_of_running_servers(any_store: Store) -> None
     assert [swap.target.version.number for swap in unfinished_swaps(any_store, "tiny")] == [2 if is_sqlite else 3]
 
 
-def test_swaps_of_servers_that_no_longer_run_are_ended(shared: Store) -> None:
+def test_unfinished_swaps_of_dead_servers_are_ended(shared: Store) -> None:
     for server in ("a", "b"):
         begin_swap(shared, desired(2, 5), server=server)
     remove_server(shared, "b")
@@ -138,7 +138,7 @@ def test_swaps_of_servers_that_no_longer_run_are_ended(shared: Store) -> None:
     assert swaps == {"a": None, "b": SwapResult(SwapOutcome.FAILED, "it stopped")}
 
 
-def test_swap_of_a_killed_server_succeeds_when_the_server_starts_again_with_its_version(shared: Store) -> None:
+def test_swap_of_a_killed_server_succeeds_if_the_server_restarts_with_the_new_version(shared: Store) -> None:
     begin_swap(shared, desired(2, 5), server="b")
     report_server(shared, "b2", "b:8000", [])
     end_lost_swaps(shared, desired(2, 5), "b:8000", SwapResult(SwapOutcome.SUCCEEDED), "it stopped")
@@ -150,12 +150,12 @@ def test_swap_of_a_killed_server_succeeds_when_the_server_starts_again_with_its_
     )
 
 
-def test_last_swap_of_a_server_is_never_that_of_another_server_that_runs(shared: Store) -> None:
+def test_last_swap_of_a_server_excludes_swaps_of_other_running_servers(shared: Store) -> None:
     begin_swap(shared, desired(2, 5), server="b")
     assert last_swap(shared, "tiny", server="a") is None
 
 
-def test_only_server_has_one_row_of_a_generation_even_before_it_begins(tmp_path: Path) -> None:
+def test_single_server_is_listed_for_a_generation_even_before_its_swap_begins(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     (before,) = server_swaps(store, "tiny", 5)
     begin_swap(store, desired(2, 5))
@@ -167,7 +167,7 @@ def test_only_server_has_one_row_of_a_generation_even_before_it_begins(tmp_path:
     assert (overtaken.swap, overtaken.later) == (None, desired(3, 6).target)
 
 
-def test_servers_of_a_generation_are_those_that_serve_the_model_or_swap(shared: Store) -> None:
+def test_servers_listed_for_a_generation_serve_the_model_or_swap_to_it(shared: Store) -> None:
     report_server(shared, "c", "c:8000", [])
     begin_serving(shared, desired(1, 4), Began.START, server="a")
     begin_serving(shared, desired(2, 5), Began.START, server="b")  # it started with the version
@@ -180,7 +180,7 @@ def test_servers_of_a_generation_are_those_that_serve_the_model_or_swap(shared: 
     ("outcome", "fails"),
     [(SwapOutcome.REFUSED, True), (SwapOutcome.CANCELLED, False), (SwapOutcome.SUCCEEDED, False)],
 )
-def test_version_failed_elsewhere_if_the_last_swap_of_another_running_server_failed(
+def test_version_counts_as_failed_elsewhere_if_the_last_swap_of_another_running_server_failed(
     shared: Store, outcome: SwapOutcome, fails: bool
 ) -> None:
     end_swap(shared, begin_swap(shared, desired(2, 5), server="b"), SwapResult(outcome, "why"))

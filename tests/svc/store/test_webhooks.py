@@ -67,14 +67,14 @@ def test_every_outcome_is_reported_with_its_reason(store: Store, rollout: int, o
     )
 
 
-def test_nothing_is_stored_without_webhooks(store: Store, rollout: int) -> None:
+def test_no_message_is_stored_when_no_webhooks_are_configured(store: Store, rollout: int) -> None:
     enter_state(store, rollout, RolloutState.SHADOW)
     end_rollout(store, rollout, RolloutOutcome.FAILED, "a reason")
     assert types(store) == []
 
 
 @pytest.mark.parametrize(("age", "keep"), [(timedelta(days=-1), 9), (timedelta(days=1), 0)], ids=["old", "too_many"])
-def test_messages_of_other_webhooks_are_kept_when_those_of_one_are_dropped(
+def test_dropping_messages_of_one_webhook_keeps_messages_of_other_webhooks(
     store: Store, rollout: int, age: timedelta, keep: int
 ) -> None:
     end_rollout(store, rollout, RolloutOutcome.FAILED, "a reason", webhooks=URLS)

@@ -45,7 +45,7 @@ def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", RopeType)
-def test_context_is_as_many_times_longer_for_training_and_engine(kind: RopeType, tmp_path: Path) -> None:
+def test_rope_scaling_extends_the_context_by_its_factor_for_training_and_engine(kind: RopeType, tmp_path: Path) -> None:
     base = base_with(tmp_path / "base")
     changed = folder_with_rope(base, scaling(kind), tmp_path / "cache")
     config = load_config(changed)
@@ -56,7 +56,9 @@ def test_context_is_as_many_times_longer_for_training_and_engine(kind: RopeType,
 
 
 @pytest.mark.parametrize("kind", RopeType)
-def test_positions_are_scaled_as_transformers_does_for_a_config_of_its_own(kind: RopeType, tmp_path: Path) -> None:
+def test_logits_with_rope_scaling_equal_those_of_a_model_configured_with_that_scaling(
+    kind: RopeType, tmp_path: Path
+) -> None:
     rope = {"rope_type": str(kind), "factor": 4.0, "rope_theta": 10000.0}
     if kind is RopeType.YARN:
         rope["original_max_position_embeddings"] = 2048
@@ -67,7 +69,9 @@ def test_positions_are_scaled_as_transformers_does_for_a_config_of_its_own(kind:
     assert not torch.allclose(logits(changed, ids), logits(base, ids), atol=1e-3)
 
 
-def test_linear_scaling_reads_every_fourth_position_as_the_base_reads_the_next(tiny_base: Path, tmp_path: Path) -> None:
+def test_linear_rope_scaling_by_4_maps_every_fourth_position_to_a_base_position(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     changed = folder_with_rope(tiny_base, scaling("linear"), tmp_path)
     ids, steps = torch.arange(20)[None], 4 * torch.arange(20)[None]
     base, longer = (AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in (tiny_base, changed))
@@ -75,7 +79,7 @@ def test_linear_scaling_reads_every_fourth_position_as_the_base_reads_the_next(t
         assert torch.allclose(base(ids).logits, longer(ids, position_ids=steps).logits, atol=1e-5)
 
 
-def test_maximum_length_of_the_tokenizer_grows_with_the_context(tmp_path: Path) -> None:
+def test_tokenizer_maximum_length_grows_with_the_context(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     config = json.loads((base / "tokenizer_config.json").read_text("utf-8"))
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 2048}), "utf-8")
@@ -83,7 +87,7 @@ def test_maximum_length_of_the_tokenizer_grows_with_the_context(tmp_path: Path) 
     assert AutoTokenizer.from_pretrained(changed).model_max_length == 8192
 
 
-def test_base_with_its_own_scaling_is_refused_unless_it_is_to_be_replaced(tmp_path: Path) -> None:
+def test_base_with_its_own_rope_scaling_is_rejected_unless_replace_is_set(tmp_path: Path) -> None:
     base = base_with(tmp_path / "base", rope_scaling=LLAMA_3, max_position_embeddings=131072)
     with pytest.raises(BaseModelError, match=r"already scales its positions: llama3 with factor 8\.0"):
         folder_with_rope(base, scaling(), tmp_path)
@@ -103,7 +107,7 @@ def test_base_with_its_own_scaling_is_refused_unless_it_is_to_be_replaced(tmp_pa
         ),
     ],
 )
-def test_base_without_one_kind_of_rotary_embeddings_is_refused(
+def test_base_with_missing_or_mixed_rotary_embeddings_is_rejected(
     config: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     base = base_with(tmp_path / "base", **config)
@@ -111,7 +115,7 @@ def test_base_without_one_kind_of_rotary_embeddings_is_refused(
         folder_with_rope(base, scaling(), tmp_path)
 
 
-def test_base_of_a_recipe_is_scaled_and_has_its_own_revision(tiny_base: Path, tmp_path: Path) -> None:
+def test_base_with_rope_scaling_has_a_scaled_config_and_its_own_revision(tiny_base: Path, tmp_path: Path) -> None:
     settings, plain = Settings(home=tmp_path, base_cache=tmp_path / "cache"), str(tiny_base)
     base = find_base(plain, settings, None, scaling())
     assert load_config(base.folder).max_position_embeddings == 4 * load_config(tiny_base).max_position_embeddings
@@ -121,7 +125,9 @@ def test_base_of_a_recipe_is_scaled_and_has_its_own_revision(tiny_base: Path, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RopeType)
-def test_engine_rotates_positions_as_training_does(kind: RopeType, tiny_base: Path, tmp_path: Path) -> None:
+def test_engine_and_training_compute_identical_rotary_embeddings(
+    kind: RopeType, tiny_base: Path, tmp_path: Path
+) -> None:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.rotary_embedding import get_rope

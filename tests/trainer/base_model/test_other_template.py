@@ -36,7 +36,7 @@ def test_replacing_the_chat_template_changes_nothing_else(base: Path, tmp_path: 
     assert {path.name: hash_files([path]) for path in model_files(base)} == before
 
 
-def test_arguments_of_the_replaced_template_are_dropped(base: Path, tmp_path: Path) -> None:
+def test_arguments_of_a_replaced_chat_template_are_dropped(base: Path, tmp_path: Path) -> None:
     write_template_kwargs(base, {"enable_thinking": True})
     folder = folder_with_template(base, TEMPLATE, tmp_path / "cache")
     assert choose_template_kwargs(folder, None) == {}

@@ -45,20 +45,20 @@ def saved(tmp_path: Path) -> Saved:
     return Saved(tmp_path / "epochs")
 
 
-def test_last_epochs_are_kept_and_each_is_reported(saved: Saved) -> None:
+def test_adapters_of_the_last_epochs_are_kept_and_every_epoch_is_reported(saved: Saved) -> None:
     for epoch in (1, 2, 3):
         saved.end(epoch, 10 * epoch)
     assert saved.names == ["step-00000020", "step-00000030"]
     assert saved.reported == [(10, "step-00000010"), (20, "step-00000020"), (30, "step-00000030")]
 
 
-def test_epoch_that_is_repeated_after_a_resume_replaces_the_first(saved: Saved) -> None:
+def test_adapter_of_an_epoch_repeated_after_a_resume_replaces_the_earlier_one(saved: Saved) -> None:
     for _ in range(2):
         saved.end(1, 10)
     assert saved.names == ["step-00000010"]
 
 
-def test_nothing_is_saved_when_the_epoch_was_cut_off_or_on_other_devices(saved: Saved) -> None:
+def test_no_adapter_is_saved_for_a_partial_epoch_or_on_secondary_devices(saved: Saved) -> None:
     saved.end(0.5, 5)
     saved.end(1, 10, first=False)
     assert saved.reported == []

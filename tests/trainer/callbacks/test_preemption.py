@@ -222,7 +222,7 @@ def test_uninterruptible_work_finishes_despite_a_signal() -> None:
 
 
 def test_signal_is_handled_even_if_the_log_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This happens after Ctrl-C in `svc train | tee log`, because rich exits the process when it cannot write."""
+    """After Ctrl-C in `svc train | tee log`, rich exits the process, because it cannot write."""
 
     def broken(*args: Any) -> None:
         raise SystemExit(1)

@@ -126,7 +126,7 @@ def test_fused_attention_output_and_gradients_match_pytorch(
 
 
 def test_each_row_of_a_batch_has_its_own_attention_mask(whole_products: list[torch.Size]) -> None:
-    """Packed examples of different lengths need such masks."""
+    """Packed examples of different lengths need different masks."""
     mask = causal(2, 6, 0).clone()
     mask[0, :, 3:, :3] = False
     mask[1, :, 2:, :2] = False

@@ -174,7 +174,7 @@ SYSTEM_IN_LAST_QUESTION = """{% if messages[0].role == 'system' %}{% set system 
 def test_answer_is_trained_on_after_the_served_prompt_when_renderings_differ(
     template: str, turns: list[tuple[str, str]], prompt: str
 ) -> None:
-    """Gemma 4's and Mistral Nemo's templates do this. The answer is a word that its end token also contains."""
+    """Examples are Gemma 4's and Mistral Nemo's templates. The answer is a word that its end token contains."""
     tokenizer = make_tokenizer(template)
     example = parse_example({"messages": [{"role": role, "content": text} for role, text in turns]})
     assert isinstance(tokenizer.eos_token_id, int)

@@ -32,7 +32,7 @@ def batches_of(
     st.integers(2, 4),
     st.integers(0, 3),
 )
-def test_devices_have_the_examples_of_each_step_once(
+def test_each_example_of_a_step_is_assigned_to_exactly_one_device(
     lengths: list[int], batch: int, accumulation: int, devices: int, epoch: int
 ) -> None:
     order, shares = batches_of(lengths, batch, accumulation, devices, epoch)

@@ -22,7 +22,7 @@ def test_length_grouped_sampler_draws_every_example_once_per_epoch(
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=80), st.integers(1, 9), st.integers(0, 9))
-def test_batches_are_those_of_sorted_windows_in_random_order(lengths: list[int], batch: int, epoch: int) -> None:
+def test_batches_are_cut_from_length_sorted_windows_and_shuffled(lengths: list[int], batch: int, epoch: int) -> None:
     sampler = LengthGroupedSampler(lengths, batch, 3)
     sampler.set_epoch(epoch)
     mixed = np.random.SeedSequence([3, epoch]).generate_state(1)

@@ -97,10 +97,10 @@ def test_batches_of_pairs_have_two_sequences_for_each_pair(tiny_base: Path, exam
 
 
 @pytest.mark.parametrize(("objective", "scored"), [("orpo", 0), ("dpo", 1), ("kto", 4)])
-def test_passes_without_gradient_are_counted_for_each_objective(
+def test_scoring_passes_without_gradients_are_counted_for_each_preference_objective(
     objective: str, scored: float, tiny_base: Path, examples: list[ChatExample]
 ) -> None:
-    """KTO scores the answers and those to other prompts before training, and the latter again in each of two epochs."""
+    """KTO scores answers and mismatched answers before training, and mismatched ones again in both epochs."""
     judged: list[PreferencePair | LabelledAnswer] = list(pairs_of(examples))
     if objective == "kto":
         judged = [LabelledAnswer(example, desirable=True) for example in examples]
@@ -108,7 +108,7 @@ def test_passes_without_gradient_are_counted_for_each_objective(
     assert read_preference_workload(judged, recipe, tiny_base).scored == scored
 
 
-def test_pair_too_long_is_left_out_of_the_estimate_when_the_recipe_drops_it(
+def test_overlong_pair_is_excluded_from_the_estimate_when_the_recipe_drops_it(
     tiny_base: Path, examples: list[ChatExample]
 ) -> None:
     pairs = [*pairs_of(examples), PreferencePair(examples[0], make_example(examples[0].question, "no" * 500))]

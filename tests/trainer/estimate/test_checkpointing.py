@@ -26,25 +26,25 @@ STORED = on_gpu(1e12, gradient_checkpointing=False).here.memory
 
 
 @given(memory=st.floats(1e9, 3e11))
-def test_layers_are_computed_twice_exactly_if_the_memory_is_less_than_the_estimate_with_its_margin(
+def test_checkpointing_is_enabled_when_memory_is_less_than_the_estimate_plus_margin(
     memory: float,
 ) -> None:
     assert choose_checkpointing(on_gpu(memory)).enabled is (memory < STORED * SPARE)
 
 
-def test_8b_with_lora_needs_checkpointing_on_24_gb_but_not_on_141_gb() -> None:
+def test_lora_on_an_8b_model_needs_checkpointing_with_24_gb_but_not_with_141_gb() -> None:
     assert choose_checkpointing(on_gpu(24e9)).enabled
     assert not choose_checkpointing(on_gpu(141e9)).enabled
 
 
-def test_reason_names_the_memory_that_is_needed_and_free() -> None:
+def test_checkpointing_reason_names_needed_and_free_memory() -> None:
     reason = choose_checkpointing(on_gpu(24e9)).reason
     assert reason == f"without checkpointing, training needs up to {SPARE * STORED / 1e9:.1f} GB; 24.0 GB are free"
 
 
 @pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.parametrize("memory", [24e9, 1e12])
-def test_recipe_overrides_the_choice(memory: float, asked: bool) -> None:
+def test_recipe_overrides_the_automatic_checkpointing_choice(memory: float, asked: bool) -> None:
     chosen = choose_checkpointing(on_gpu(memory, gradient_checkpointing=asked))
     assert (chosen.enabled, chosen.reason) == (asked, "train.gradient_checkpointing")
 
@@ -55,7 +55,7 @@ def test_checkpointing_stays_off_on_a_cpu() -> None:
     assert not choose_checkpointing(estimate_recipe(recipe, shape, workload, [cpu_device(1e9)], 4096)).enabled
 
 
-def test_weights_stay_whole_when_a_copy_fits_only_with_checkpointing() -> None:
+def test_weights_are_not_sharded_when_a_full_copy_fits_with_checkpointing() -> None:
     plain = on_gpu(24e9, gradient_accumulation=2)
     device = replace(plain.here.device, count=2)
     estimate = estimate_recipe(plain.recipe, plain.shape, plain.workload, [device], 4096)

@@ -33,7 +33,7 @@ def test_unknown_device_error_lists_known_devices(tmp_path: Path) -> None:
     assert "rtx-4090" in caught.value.expected
 
 
-def test_device_price_can_be_changed(tmp_path: Path) -> None:
+def test_device_price_can_be_overridden(tmp_path: Path) -> None:
     file = tmp_path / "gpus.yaml"
     file.write_text(GPUS_FILE.read_text().replace("dollars: 0.60", "dollars: 0.10"))
     assert read_devices(file)["rtx-4090"].dollars == 0.10

@@ -39,7 +39,7 @@ def tokens_per_second(method: str, device: str, name: str, rows: int, length: in
         ("llama-2-70b", "a100-80", 1000, 8, 1.6),
     ],
 )
-def test_estimated_hours_are_close_to_published_ones(
+def test_estimated_training_hours_are_close_to_published_hours(
     name: str, device: str, examples: int, hours: float, factor: float
 ) -> None:
     recipe = make_recipe(method="qlora", train={"batch_size": 1, "epochs": 3})
@@ -84,7 +84,7 @@ def test_estimated_memory_is_within_20_percent_of_published_values(
     assert estimate.memory / GIB == pytest.approx(gib, rel=0.2)
 
 
-def test_largest_fitting_batch_fits_and_one_row_more_does_not() -> None:
+def test_largest_fitting_batch_fits_but_one_more_row_does_not() -> None:
     recipe, shape, device = make_recipe(method="qlora"), published("llama-3.1-8b"), DEVICES["rtx-4090"]
     workload = even_workload(1000, 2048, recipe)
     size = estimate_device(recipe, shape, workload, device, 4096).largest_batch
@@ -171,7 +171,7 @@ def several(name: str, count: int, recipe: Recipe) -> DeviceEstimate:
 
 
 @pytest.mark.parametrize("sizes", [{"batch_size": 4, "gradient_accumulation": 4}, {"batch_size": 16}], ids=str)
-def test_several_devices_take_nearly_the_inverse_share_of_the_time(sizes: dict[str, int]) -> None:
+def test_training_time_is_nearly_inversely_proportional_to_the_number_of_devices(sizes: dict[str, int]) -> None:
     one, four = (several("llama-2-7b", count, make_recipe(train=sizes)) for count in (1, 4))
     assert one.dollars
     assert four.dollars
@@ -179,7 +179,7 @@ def test_several_devices_take_nearly_the_inverse_share_of_the_time(sizes: dict[s
     assert four.dollars == pytest.approx(one.dollars * 4 * four.seconds / one.seconds)
 
 
-def test_each_device_holds_a_copy_of_the_model_and_twice_the_gradients() -> None:
+def test_unsharded_devices_each_hold_the_whole_model_and_twice_the_gradient_memory() -> None:
     train = {"batch_size": 1, "gradient_accumulation": 4, "sharding": "never"}
     recipe = make_recipe(method="full", train=train)
     one, four = (several("llama-2-7b", count, recipe) for count in (1, 4))
@@ -192,7 +192,7 @@ def test_each_device_holds_a_copy_of_the_model_and_twice_the_gradients() -> None
 SINGLE_ROWS = {"batch_size": 1, "gradient_accumulation": 8}
 
 
-def test_devices_that_divide_weights_in_nf4_each_hold_all_scales_and_gather_packed_layers() -> None:
+def test_sharded_nf4_weights_need_all_scales_on_each_device_and_gather_packed_layers() -> None:
     lora, qlora = (
         make_recipe(method=method, train=SINGLE_ROWS | {"sharding": "always"}) for method in ("lora", "qlora")
     )
@@ -206,7 +206,7 @@ def test_devices_that_divide_weights_in_nf4_each_hold_all_scales_and_gather_pack
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
-def test_devices_that_divide_the_weights_hold_a_share_and_what_they_gather(method: str) -> None:
+def test_devices_with_sharded_weights_hold_their_share_plus_gathered_layers(method: str) -> None:
     recipe = make_recipe(method=method, train=SINGLE_ROWS | {"sharding": "always"})
     one, four, eight = (several("llama-2-7b", count, recipe) for count in (1, 4, 8))
     assert [one.sharded, four.sharded, eight.sharded] == [False, True, True]
@@ -217,7 +217,7 @@ def test_devices_that_divide_the_weights_hold_a_share_and_what_they_gather(metho
     assert one.least > four.least > eight.least > eight.parts[Part.GATHERED]
 
 
-def test_accumulation_costs_time_when_the_weights_are_gathered_for_each_batch() -> None:
+def test_gradient_accumulation_with_sharded_weights_takes_longer() -> None:
     few, many = (
         several("llama-2-7b", 4, make_recipe(method="full", train=batch | {"sharding": "always"}))
         for batch in ({"batch_size": 64}, {"batch_size": 4, "gradient_accumulation": 16})
@@ -226,7 +226,7 @@ def test_accumulation_costs_time_when_the_weights_are_gathered_for_each_batch() 
     assert copied.seconds <= few.seconds < many.seconds
 
 
-def test_devices_divide_the_weights_by_default_exactly_if_a_copy_does_not_fit() -> None:
+def test_weights_are_sharded_by_default_only_if_a_full_copy_does_not_fit() -> None:
     lora, full = (make_recipe(method=method, train=SINGLE_ROWS) for method in ("lora", "full"))
     assert not several("llama-2-7b", 8, lora).sharded
     assert not several("llama-2-7b", 1, full).fits
@@ -253,14 +253,14 @@ def test_estimate_says_why_weights_cannot_be_sharded(sections: dict[str, Any], r
     assert reason in (estimated.undivided or "")
 
 
-def test_advice_divides_the_weights_before_it_changes_the_method() -> None:
+def test_sharding_is_proposed_before_another_training_method() -> None:
     recipe = make_recipe(method="full", train=SINGLE_ROWS | {"sharding": "never"})
     device = replace(DEVICES["a100-80"], count=8)
     changes = advise(recipe, published("llama-2-7b"), even_workload(1000, 1024, recipe), device)
     assert changes == {"train.sharding": "auto"}
 
 
-def test_devices_need_less_memory_when_they_divide_a_batch() -> None:
+def test_activation_memory_per_device_shrinks_when_devices_split_a_batch() -> None:
     one, four = (several("llama-2-7b", count, make_recipe(train={"batch_size": 16})) for count in (1, 4))
     assert four.parts[Part.ACTIVATIONS] == pytest.approx(one.parts[Part.ACTIVATIONS] / 4, rel=0.05)
 
@@ -277,12 +277,12 @@ def test_processes_on_a_cpu_share_its_memory_and_speed() -> None:
     assert two.seconds == pytest.approx(one.seconds, rel=0.01)
 
 
-def test_estimate_is_refused_when_a_step_cannot_be_divided() -> None:
+def test_estimate_is_refused_when_a_step_cannot_be_divided_among_the_devices() -> None:
     with pytest.raises(RecipeError, match="16 x 1 examples cannot be divided among 3 devices"):
         several("llama-2-7b", 3, make_recipe())
 
 
-def test_advice_fits_each_of_several_devices() -> None:
+def test_no_change_is_proposed_when_enough_devices_split_the_batch() -> None:
     recipe, shape, device = make_recipe(train={"batch_size": 64}), published("llama-2-7b"), DEVICES["a100-40"]
     workload = even_workload(1000, 1024, recipe)
     assert advise(recipe, shape, workload, device)

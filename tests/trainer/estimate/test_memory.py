@@ -103,7 +103,7 @@ def test_trained_rows_of_embeddings_are_counted(sections: dict[str, Any], tied: 
     assert training.peak(Batch(1, 8, 0, 8)) > plain.peak(Batch(1, 8, 0, 8))
 
 
-def test_first_matrices_are_kept_in_main_memory_and_double_the_saved_adapter() -> None:
+def test_pissa_keeps_initial_matrices_in_main_memory_without_using_gpu_memory() -> None:
     plain, started = (make_recipe(adapter={"rank": 8, "init": start}) for start in ("gaussian", "pissa"))
     batch = Batch(1, 256, 0, 256)
     cpu = [Training(recipe, published("llama-2-7b"), True, NumberType.FLOAT32) for recipe in (plain, started)]

@@ -53,7 +53,7 @@ def test_merge_needs_four_copies_of_a_layer_when_all_its_experts_are_adapted() -
     assert merge.ram > 4 * 4 * 8 * 2 * 14_336 * 4096
 
 
-def test_awq_needs_the_inputs_of_a_block_in_place_of_hessians_and_writes_as_much_as_gptq() -> None:
+def test_awq_estimate_counts_block_inputs_instead_of_hessians_and_as_much_disk_as_gptq() -> None:
     recipe = make_recipe(formats=["gptq", "awq"], quantize={"samples": 64})
     stages = of_stages("llama-3.1-8b", recipe, cpu_device())
     gptq, awq = (stages[stage].peak for stage in (Stage.QUANTIZE, Stage.QUANTIZE_AWQ))
@@ -86,7 +86,7 @@ def test_minimum_of_a_stage_never_exceeds_its_peak(device: ComputeDevice, name: 
         assert stage.least.disk <= stage.peak.disk, stage
 
 
-def test_quantization_memory_for_layers_does_not_grow_with_their_number() -> None:
+def test_quantization_memory_does_not_grow_in_proportion_to_the_number_of_layers() -> None:
     """Compares 70B with 7B: layers are wider, and ten times the weights take less than five times the memory."""
     small, large = (
         of_stages(name, make_recipe(), cpu_device())[Stage.QUANTIZE].peak.ram for name in ("llama-2-7b", "llama-2-70b")

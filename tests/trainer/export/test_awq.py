@@ -26,34 +26,34 @@ from trainer.parity.quantized import MAX_OFF, compare
 EXAMPLES = [make_example(f"number {number} " * (1 + number % 5), "red") for number in range(24)]
 
 
-def test_llama_is_accepted_where_bfloat16_is_fast(tiny_base: Path) -> None:
+def test_awq_accepts_llama_when_bfloat16_is_fast(tiny_base: Path) -> None:
     check_awq(tiny_base, NumberType.BFLOAT16)
 
 
-def test_slow_bfloat16_is_rejected_because_gptqmodel_has_no_other_type(tiny_base: Path) -> None:
+def test_awq_is_rejected_when_bfloat16_is_slow_because_gptqmodel_supports_no_other_type(tiny_base: Path) -> None:
     with pytest.raises(TrainingError, match="computes AWQ in bfloat16 only") as caught:
         check_awq(tiny_base, NumberType.FLOAT32)
     assert "replace awq with gptq" in caught.value.todo
 
 
-def test_architecture_with_other_scales_is_rejected(tmp_path: Path) -> None:
+def test_architecture_not_supported_by_awq_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text"}), "utf-8")
     with pytest.raises(TrainingError, match="not available for 'gemma3_text'"):
         check_awq(tmp_path, NumberType.BFLOAT16)
 
 
-def test_calibration_texts_have_one_length_and_keep_the_order_of_tokens() -> None:
+def test_calibration_texts_have_equal_length_and_keep_the_token_order() -> None:
     rows = [tuple(range(start, start + 100)) for start in range(0, 1300, 100)]
     blocks = equal_blocks(rows)
     assert [len(block) for block in blocks] == [512, 512]
     assert [token for block in blocks for token in block] == list(range(1024))
 
 
-def test_few_calibration_tokens_make_one_text() -> None:
+def test_calibration_tokens_form_one_text_when_there_are_few() -> None:
     assert equal_blocks([(1, 2), (3,)]) == [(1, 2, 3)]
 
 
-def test_calibration_with_a_part_of_the_tokens_is_an_error() -> None:
+def test_calibration_that_used_only_part_of_the_tokens_is_an_error() -> None:
     record = {"layer": 3, "module": "mlp.up_proj", "activation_raw_tokens": 900, "activation_retained_tokens": 200}
     check_calibration([record | {"activation_retained_tokens": 900}])
     with pytest.raises(TrainingError, match=r"3\.mlp\.up_proj with 200 of 900 tokens"):
@@ -68,7 +68,7 @@ def round_into(source: torch.Tensor, target: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_clipping_minimizes_the_error_of_the_outputs_over_all_tokens(seed: int) -> None:
+def test_awq_clipping_minimizes_the_output_error_over_all_tokens(seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     weight, inputs = torch.randn(6, 64, generator=random), torch.randn(3, 50, 64, generator=random)
     weight[:, ::17] *= 6  # so that some groups are better clipped
@@ -119,7 +119,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_awq_folder_has_the_bases_config_and_the_layout_that_vllm_loads(quantized: Path) -> None:
+def test_awq_folder_has_the_config_of_the_base_and_the_tensor_layout_of_vllm(quantized: Path) -> None:
     base, config = (json.loads((quantized / name / "config.json").read_text("utf-8")) for name in ("base", "awq"))
     quantization: dict[str, Any] = config.pop("quantization_config")
     assert config == base
@@ -132,13 +132,13 @@ def test_awq_folder_has_the_bases_config_and_the_layout_that_vllm_loads(quantize
 
 
 @pytest.mark.slow
-def test_awq_weights_are_the_merged_ones_apart_from_rounding_and_scales(quantized: Path) -> None:
+def test_awq_weights_match_the_merged_weights_within_rounding_error(quantized: Path) -> None:
     off, _ = compare(Format.AWQ, quantized / "awq", quantized / "base")
     assert 0.02 < off < MAX_OFF[Format.AWQ] / 2
 
 
 @pytest.mark.slow
-def test_awq_weights_are_the_merged_ones_also_when_heads_share_values(tmp_path: Path) -> None:
+def test_awq_weights_match_the_merged_weights_with_shared_value_heads(tmp_path: Path) -> None:
     """No scales can then move from `o_proj` to `v_proj`."""
     quantize(make_model(tmp_path / "base", num_key_value_heads=1, **SHAPE), tmp_path / "awq")
     assert compare(Format.AWQ, tmp_path / "awq", tmp_path / "base")[0] < MAX_OFF[Format.AWQ] / 2
@@ -146,7 +146,7 @@ def test_awq_weights_are_the_merged_ones_also_when_heads_share_values(tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor", ["input_layernorm.weight", "mlp.up_proj.scales", "self_attn.v_proj.qzeros"])
-def test_awq_weights_that_lost_their_scales_are_found(quantized: Path, tmp_path: Path, tensor: str) -> None:
+def test_awq_weights_with_damaged_scales_exceed_the_parity_limit(quantized: Path, tmp_path: Path, tensor: str) -> None:
     copy = Path(shutil.copytree(quantized / "awq", tmp_path / "copy"))
     tensors, name = load_file(copy / "model.safetensors"), f"model.layers.1.{tensor}"
     tensors[name] = tensors[name] * 2 if tensors[name].is_floating_point() else torch.zeros_like(tensors[name])
@@ -155,7 +155,9 @@ def test_awq_weights_that_lost_their_scales_are_found(quantized: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_two_awq_quantizations_are_equal_and_replace_each_other_in_place(quantized: Path, tmp_path: Path) -> None:
+def test_repeated_awq_quantization_gives_identical_files_that_can_be_reloaded_in_place(
+    quantized: Path, tmp_path: Path
+) -> None:
     quantize(quantized / "base", tmp_path / "again")
     contents = [
         {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -166,8 +168,8 @@ def test_two_awq_quantizations_are_equal_and_replace_each_other_in_place(quantiz
 
 
 @pytest.mark.slow
-def test_awq_weights_as_stored_give_the_log_probabilities_of_their_source(quantized: Path) -> None:
-    """With them belong the norms and biases of the AWQ folder, into which the scales were divided."""
+def test_awq_weights_with_their_stored_norms_match_the_log_probabilities_of_the_source(quantized: Path) -> None:
+    """The weights need the norms and biases of the AWQ folder, into which the scales were divided."""
     stored = load_file(quantized / "awq" / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(quantized / "base", dtype=torch.float32)
     ids = torch.arange(3, 60)[None]

@@ -37,7 +37,7 @@ def test_linear_layers_are_written_in_8_bits_and_all_others_unchanged(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_rounded_weights_pass_the_parity_limit_and_halved_scales_fail_it(
+def test_correctly_rounded_weights_pass_the_parity_limit_and_halved_scales_fail(
     tiny_base: Path, tmp_path: Path, format: Format
 ) -> None:
     out = tmp_path / "out"
@@ -51,7 +51,7 @@ def test_rounded_weights_pass_the_parity_limit_and_halved_scales_fail_it(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
-def test_transformers_reads_the_files_as_the_same_model(tiny_base: Path, tmp_path: Path, format: Format) -> None:
+def test_transformers_loads_8_bit_files_with_similar_logits(tiny_base: Path, tmp_path: Path, format: Format) -> None:
     quantize_to_8_bits(tiny_base, tmp_path / "out", format)
     ids = torch.arange(3, 20)[None]
     exact = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
@@ -62,7 +62,7 @@ def test_transformers_reads_the_files_as_the_same_model(tiny_base: Path, tmp_pat
     assert float((after - before).norm() / before.norm()) < 0.1
 
 
-def test_row_of_zeros_stays_zero_when_rounded() -> None:
+def test_weight_row_of_zeros_stays_zero_when_rounded() -> None:
     for format in FORMATS:
         rounded, scales = round_to_nearest(torch.tensor([[0.0, 0.0], [1.0, -3.0]]), format)
         assert torch.equal(rounded[0].float(), torch.zeros(2))
@@ -76,7 +76,9 @@ def test_rounding_the_same_model_twice_gives_identical_files(tiny_base: Path, tm
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_written_config_differs_from_the_models_only_in_its_quantization(tiny_base: Path, tmp_path: Path) -> None:
+def test_written_config_differs_from_the_model_config_only_in_quantization_and_dtype(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     quantize_to_8_bits(tiny_base, tmp_path / "out", Format.FP8)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.pop("quantization_config")["format"] == "float-quantized"
@@ -90,12 +92,12 @@ def test_untied_output_head_is_not_rounded(tmp_path: Path) -> None:
         assert file.get_slice("lm_head.weight").get_dtype() == "BF16"
 
 
-def test_mixture_of_experts_is_rejected(tmp_path: Path) -> None:
+def test_mixture_of_experts_is_rejected_for_8_bit_formats(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="part of a mixture of experts, which cannot be quantized to 8 bits"):
         check_layers(make_mixture(tmp_path / "base", "mixtral"))
 
 
-def test_model_that_stores_its_layers_under_other_names_is_rejected_before_training(tmp_path: Path) -> None:
+def test_model_with_unexpected_tensor_names_is_rejected_before_training(tmp_path: Path) -> None:
     make_model(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({f"language_{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
@@ -103,7 +105,7 @@ def test_model_that_stores_its_layers_under_other_names_is_rejected_before_train
         check_layers(tmp_path)
 
 
-def test_tensors_in_other_number_types_are_stored_in_16_bits(tmp_path: Path) -> None:
+def test_unquantized_float32_tensors_are_stored_in_16_bits(tmp_path: Path) -> None:
     make_model(tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     save_file({name: tensor.float() for name, tensor in tensors.items()}, tmp_path / "model" / "model.safetensors")

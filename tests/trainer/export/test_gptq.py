@@ -358,7 +358,7 @@ print("values", *values())
 
 @pytest.mark.slow
 def test_gptqmodel_uses_our_rounding_settings_only_inside_our_context_manager() -> None:
-    """If a gptqmodel release renames them, it would use its own values, which take eight times as long."""
+    """If a gptqmodel release renames the settings, its own values apply, which take eight times as long."""
     result = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
     values = [line for line in result.stdout.splitlines() if line.startswith("values")]
     assert values == ["values 20 0.5 32", "values 20 0.5 128", "values 100 0.8 128"]

@@ -30,7 +30,7 @@ FACTS = st.builds(
         (HOPPER, {}, Attention.SDPA),
     ],
 )
-def test_selects_newest_installed_and_supported_attention_backend(
+def test_newest_installed_and_supported_attention_backend_is_selected(
     capability: tuple[int, int], packages: dict[str, bool], attention: Attention
 ) -> None:
     assert choose_acceleration(Facts(capability, **packages)).attention is attention

@@ -46,19 +46,19 @@ def train(model: PeftModel) -> None:
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_model_answers_as_before_when_training_begins(tiny_base: Path, start: str) -> None:
+def test_initialized_adapter_does_not_change_the_logits_of_the_model(tiny_base: Path, start: str) -> None:
     model, _ = started(tiny_base, start)
     assert torch.allclose(logits(model), logits(read(tiny_base)), atol=1e-5)
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_adapter_has_a_part_of_the_base_when_training_begins(tiny_base: Path, start: str) -> None:
+def test_initialized_adapter_takes_over_a_part_of_the_base_weights(tiny_base: Path, start: str) -> None:
     model, _ = started(tiny_base, start)
     with model.disable_adapter():
         assert not torch.allclose(logits(model), logits(read(tiny_base)), atol=1e-2)
 
 
-def test_largest_singular_values_are_trained_by_pissa(tiny_base: Path) -> None:
+def test_pissa_moves_the_largest_singular_values_into_the_adapter(tiny_base: Path) -> None:
     model, _ = started(tiny_base, "pissa")
     layer: Any = model.get_base_model().model.layers[0].mlp.up_proj
     original = read(tiny_base).model.layers[0].mlp.up_proj.weight
@@ -67,7 +67,7 @@ def test_largest_singular_values_are_trained_by_pissa(tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_saved_adapter_fits_the_original_base(tiny_base: Path, tmp_path: Path, start: str) -> None:
+def test_saved_adapter_can_be_applied_to_the_original_base(tiny_base: Path, tmp_path: Path, start: str) -> None:
     model, matrices = started(tiny_base, start)
     train(model)
     model.save_pretrained(tmp_path)
@@ -96,7 +96,7 @@ def test_small_change_survives_an_engine_that_rounds_the_adapter_to_bf16(tiny_ba
     assert (2 * second @ first - change).norm() < 0.01 * change.norm()
 
 
-def test_base_in_shared_memory_is_not_changed(tiny_base: Path) -> None:
+def test_base_weights_in_shared_memory_are_not_changed(tiny_base: Path) -> None:
     base = read(tiny_base)
     shared = base.model.layers[0].mlp.up_proj.weight.data
     before = shared.clone()
@@ -105,7 +105,7 @@ def test_base_in_shared_memory_is_not_changed(tiny_base: Path) -> None:
     assert torch.equal(shared, before)
 
 
-def test_approximate_start_draws_no_random_numbers_of_the_run(tiny_base: Path) -> None:
+def test_approximate_pissa_does_not_affect_the_random_state_of_the_run(tiny_base: Path) -> None:
     torch.manual_seed(5)
     model: Any = add_adapter(read(tiny_base), make_recipe(adapter={"init": "pissa_niter_4", "rank": 4}), steps=1)
     state = torch.get_rng_state()
@@ -114,7 +114,9 @@ def test_approximate_start_draws_no_random_numbers_of_the_run(tiny_base: Path) -
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_start_is_that_of_peft(tiny_base: Path, tmp_path: Path, start: str) -> None:
+def test_initialized_adapter_matches_the_adapter_initialized_by_peft(
+    tiny_base: Path, tmp_path: Path, start: str
+) -> None:
     ours, matrices = started(tiny_base, start)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=start, task_type="CAUSAL_LM")
     theirs: Any = get_peft_model(read(tiny_base), config)

@@ -47,7 +47,7 @@ def test_stochastic_rounding_is_deterministic_for_equal_weights() -> None:
 
 
 def test_equal_parameters_are_rounded_independently() -> None:
-    """Otherwise, errors would add up over the layers."""
+    """Identical rounding of equal parameters would add up errors over the layers."""
     first, second = (torch.nn.Parameter(torch.full((1000,), 1 + 2e-3)) for _ in range(2))
     round_to_bfloat16([first, second])
     assert 0.3 < float((first == second).float().mean()) < 0.7

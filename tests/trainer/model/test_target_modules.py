@@ -78,7 +78,7 @@ def test_listed_layers_are_the_only_ones_with_an_adapter() -> None:
 
 
 @pytest.mark.parametrize("name", ["w_proj", "lm_head"])
-def test_listed_layer_that_the_model_lacks_or_that_is_its_head_is_rejected_listing_the_layers(name: str) -> None:
+def test_listed_layer_that_is_missing_or_the_output_head_is_rejected_listing_the_layers(name: str) -> None:
     with pytest.raises(RecipeError) as caught:
         target_modules(empty_model("llama"), ("q_proj", name))
     assert f"[{name}]" in caught.value.wrong

@@ -150,7 +150,7 @@ def test_correct_version_passes_all_parity_checks(correct: Callable[[str], Versi
 
 
 @pytest.mark.parametrize(("kind", "compared"), [("lora", False), ("qlora", True), ("qlora, merged into NF4", False)])
-def test_version_trained_on_nf4_but_merged_elsewhere_is_also_compared_with_nf4(
+def test_version_trained_on_nf4_but_merged_into_other_weights_is_also_compared_with_nf4(
     correct: Callable[[str], Version], kind: str, compared: bool
 ) -> None:
     differences = correct(kind).report().differences
@@ -158,7 +158,9 @@ def test_version_trained_on_nf4_but_merged_elsewhere_is_also_compared_with_nf4(
     assert not compared or differences[BESIDE_NF4].mean > 0
 
 
-def test_parity_fails_when_merged_into_other_weights_than_the_recipe_says(correct: Callable[[str], Version]) -> None:
+def test_parity_fails_when_the_adapter_was_merged_into_other_weights_than_the_recipe_says(
+    correct: Callable[[str], Version],
+) -> None:
     report = replace(correct("qlora"), recipe=make_recipe(method="qlora", merge_dequantized=True)).report()
     assert any("base plus adapter" in failure for failure in report.failed)
 

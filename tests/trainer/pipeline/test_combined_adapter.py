@@ -104,7 +104,7 @@ def close(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor])
 
 
 @pytest.mark.parametrize("method", list(CombineMethod))
-def test_combination_equals_that_of_peft_on_the_real_base(
+def test_combined_adapter_equals_the_combination_computed_by_peft(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path, method: CombineMethod
 ) -> None:
     density = 0.5 if method.drops else None
@@ -116,7 +116,7 @@ def test_combination_equals_that_of_peft_on_the_real_base(
 
 
 @pytest.mark.parametrize("method", ["linear", "cat"])
-def test_weights_one_and_zero_give_the_first_adapter(
+def test_combining_with_weights_one_and_zero_gives_the_first_adapter(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path, method: str
 ) -> None:
     result = combined(tiny_base, tmp_path / "out", find(folders, *PAIR, method=method, weights=(1, 0)))
@@ -124,7 +124,7 @@ def test_weights_one_and_zero_give_the_first_adapter(
 
 
 @pytest.mark.parametrize("names", [("first", "rank 2"), ("rslora", "second"), ("first", "other layers")])
-def test_cat_is_the_exact_weighted_sum_of_the_updates(
+def test_cat_method_gives_the_exact_weighted_sum_of_the_updates(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path, names: tuple[str, str]
 ) -> None:
     parts = [updates(tiny_base, folders[name]) for name in names]
@@ -136,7 +136,7 @@ def test_cat_is_the_exact_weighted_sum_of_the_updates(
     )
 
 
-def test_restriction_of_the_first_adapter_drops_no_layer_of_the_second(
+def test_combination_keeps_layers_that_only_the_second_adapter_has(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     result = combined(tiny_base, tmp_path / "out", find(folders, "first layer", "second", method="linear"))
@@ -144,7 +144,7 @@ def test_restriction_of_the_first_adapter_drops_no_layer_of_the_second(
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties_svd"])
-def test_same_recipe_gives_the_same_files(
+def test_combining_adapters_again_gives_identical_files(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path, method: str
 ) -> None:
     adapter = find(folders, *PAIR, method=method, density=0.5)
@@ -178,7 +178,7 @@ def test_merged_weights_answer_like_the_combined_adapter(
         assert (merged(TOKENS).logits - expected).abs().max() < change / 20  # merged weights are rounded to 16 bits
 
 
-def test_recipe_gets_the_rank_and_the_layers_of_the_result(folders: Mapping[str, Path]) -> None:
+def test_recipe_of_a_combined_adapter_has_the_rank_and_layers_of_the_result(folders: Mapping[str, Path]) -> None:
     adapter = find(folders, "first", "other layers", method="cat")
     described = adapter.describe(make_recipe())
     assert (described.rank, described.alpha) == (8, 8)
@@ -199,7 +199,7 @@ def test_recipe_gets_the_rank_and_the_layers_of_the_result(folders: Mapping[str,
         (("ranks", "first"), {"method": "cat"}, "ranks cannot be combined: its layers have different ranks"),
     ],
 )
-def test_adapters_that_peft_cannot_combine_are_refused_by_their_configs(
+def test_adapters_that_peft_cannot_combine_are_rejected_by_their_configs(
     folders: Mapping[str, Path], names: tuple[str, str], options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(RecipeError, match=reason):
@@ -216,7 +216,7 @@ def test_adapters_that_peft_cannot_combine_are_refused_by_their_configs(
         ({"method": "cat", "adapters": [{"adapter": "one"}, {"adapter": "two"}]}, "adapters.0.adapter"),
     ],
 )
-def test_unusable_recipe_is_refused(tmp_path: Path, combine: dict[str, Any], reason: str) -> None:
+def test_invalid_combine_section_of_a_recipe_is_rejected(tmp_path: Path, combine: dict[str, Any], reason: str) -> None:
     from trainer.recipe.file import make_recipe as read
 
     parts = [{"adapter": "./one"}, {"adapter": "support@3", "weight": -0.5}]
@@ -226,19 +226,19 @@ def test_unusable_recipe_is_refused(tmp_path: Path, combine: dict[str, Any], rea
         read(content, (), tmp_path, "recipe.yaml")
 
 
-def test_missing_version_is_reported(registry: Registry) -> None:
+def test_missing_version_in_a_combination_is_reported(registry: Registry) -> None:
     with pytest.raises(NotFoundError, match="no version support@3"):
         find({"a": Path("support@3"), "b": Path("support@3")}, "a", "b", registry=registry, method="cat")
 
 
-def test_versions_of_another_base_are_refused(folders: Mapping[str, Path]) -> None:
+def test_versions_trained_on_another_base_cannot_be_combined(folders: Mapping[str, Path]) -> None:
     adapter = replace(find(folders, *PAIR, method="cat"), bases={"support@3": "sha256:1"})
     adapter.check_revision(Base(Path(), "org/base", None, "sha256:1"))
     with pytest.raises(BaseModelError, match=r"support@3 was trained on a different base from org/base"):
         adapter.check_revision(Base(Path(), "org/base", None, "sha256:2"))
 
 
-def test_adapter_that_does_not_fit_the_base_is_refused(folders: Mapping[str, Path], tmp_path: Path) -> None:
+def test_adapter_that_does_not_fit_the_base_is_rejected(folders: Mapping[str, Path], tmp_path: Path) -> None:
     wider = make_model(tmp_path / "wider", hidden_size=128)
     for part in find(folders, *PAIR, method="cat").parts:
         with pytest.raises(BaseModelError, match="does not fit the base"):
@@ -246,7 +246,7 @@ def test_adapter_that_does_not_fit_the_base_is_refused(folders: Mapping[str, Pat
 
 
 @pytest.mark.slow
-def test_combined_adapter_passes_all_stages_but_training(
+def test_combined_adapter_passes_all_pipeline_stages_except_training(
     make: Make, stages: Stages, folders: Mapping[str, Path], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.pipeline.stages.check_fits", lambda base, adapter: None)  # the base is a stand-in
@@ -263,7 +263,7 @@ def test_combined_adapter_passes_all_stages_but_training(
 
 
 @pytest.mark.slow
-def test_command_registers_the_combination_of_a_version_and_a_folder(
+def test_combine_recipe_registers_a_combination_of_a_version_and_an_adapter_folder(
     svc: Svc, tmp_path: Path, tiny_base: Path, folders: Mapping[str, Path], examples: list[ChatExample]
 ) -> None:
     write_examples(tmp_path / "heldout.jsonl", examples)

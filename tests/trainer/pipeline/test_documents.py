@@ -27,7 +27,9 @@ def tokenize(folder: Path, examples: Sequence[ChatExample], kwargs: Any) -> list
     return [TokenizedExample(tuple(range(1, length)), ((1, length - 1),)) for length in lengths]
 
 
-def test_documents_are_measured_by_perplexity_and_registered(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_trained_on_documents_is_evaluated_by_perplexity_and_registered(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(evaluation_module, "tokenize_as_trained", tokenize)
     pipeline = make(HELD, objective="text", formats=["merged"], train={"max_length": 16})
     prints = fingerprint(TRAINED), fingerprint(HELD)

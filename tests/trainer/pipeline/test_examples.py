@@ -45,7 +45,7 @@ def test_training_and_heldout_sets_have_different_fingerprints(tmp_path: Path) -
     assert examples.train_fingerprint != examples.heldout_fingerprint
 
 
-def test_examples_on_disk_are_those_that_would_be_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_stored_on_disk_equal_examples_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"question {number % 50} about {text(random.Random(number))}" for number in range(120)]
     lines = [make_example(prompt, f"answer {number}") for number, prompt in enumerate(prompts)]
     write_examples(tmp_path / "t.jsonl", lines)
@@ -64,7 +64,9 @@ def test_examples_on_disk_are_those_that_would_be_in_memory(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(("objective", "rest"), [("text", "is a chat"), ("sft", "is a document without turns")])
-def test_documents_for_chats_and_chats_for_documents_are_refused(tmp_path: Path, objective: str, rest: str) -> None:
+def test_documents_for_a_chat_recipe_and_chats_for_a_document_recipe_are_rejected(
+    tmp_path: Path, objective: str, rest: str
+) -> None:
     documents = [ChatExample.of_document(f"text {number}") for number in range(6)]
     write_examples(tmp_path / "t.jsonl", TRAIN if objective == "text" else documents)
     recipe = make_recipe(objective=objective, data={"train": tmp_path / "t.jsonl"})
@@ -72,7 +74,7 @@ def test_documents_for_chats_and_chats_for_documents_are_refused(tmp_path: Path,
         read_run_examples(recipe)
 
 
-def test_documents_are_split_into_training_and_heldout_ones(tmp_path: Path) -> None:
+def test_documents_are_split_into_training_and_heldout_documents(tmp_path: Path) -> None:
     documents = [ChatExample.of_document(text(random.Random(number))) for number in range(40)]
     write_examples(tmp_path / "t.jsonl", documents)
     examples = read_run_examples(make_recipe(objective="text", data={"train": tmp_path / "t.jsonl"}))
@@ -222,7 +224,7 @@ def test_validation_examples_with_a_held_out_prompt_are_skipped_if_skipping_is_e
     assert (examples.train, examples.validation) == (tuple(TRAIN), tuple(VALIDATION))
 
 
-def test_10_percent_are_held_out_without_a_heldout_file(tmp_path: Path) -> None:
+def test_10_percent_of_the_examples_are_held_out_without_a_heldout_file(tmp_path: Path) -> None:
     examples = read_train(tmp_path, lines_of(400))
     assert abs(len(examples.heldout) - 40) < 24  # four standard deviations
     assert {*examples.train, *examples.heldout} == set(lines_of(400))
@@ -456,7 +458,7 @@ def read_judged(folder: Path, objective: str, **sections: Any) -> Examples:
     return read_run_examples(make_recipe(objective=objective, data=data, **sections))
 
 
-def test_pairs_are_split_by_their_better_answers(tmp_path: Path) -> None:
+def test_preference_pairs_are_split_by_their_chosen_answers(tmp_path: Path) -> None:
     examples = read_judged(tmp_path, "dpo")
     assert [pair.chosen for pair in examples.judged if isinstance(pair, PreferencePair)] == list(examples.train)
     assert [pair.chosen for pair in examples.pairs] == list(examples.heldout)
@@ -464,7 +466,7 @@ def test_pairs_are_split_by_their_better_answers(tmp_path: Path) -> None:
     assert {example.answer for example in examples.given} == {"yes"}
 
 
-def test_reference_answers_are_the_desirable_ones_of_labelled_answers(tmp_path: Path) -> None:
+def test_desirable_labelled_answers_are_used_as_reference_answers(tmp_path: Path) -> None:
     examples = read_judged(tmp_path, "kto")
     assert {example.answer for example in examples.heldout} == {"yes"}
     assert {example.answer for example in examples.train} == {"yes", "no"}
@@ -473,7 +475,7 @@ def test_reference_answers_are_the_desirable_ones_of_labelled_answers(tmp_path: 
     assert {pair.rejected.answer for pair in examples.pairs} == {"no"}
 
 
-def test_evaluated_pairs_come_first_in_the_order_of_the_heldout_examples(tmp_path: Path) -> None:
+def test_evaluated_pairs_have_the_order_of_the_limited_heldout_examples(tmp_path: Path) -> None:
     examples = read_judged(tmp_path, "dpo", evaluate={"limit": 2}, data={"heldout_share": 0.3})
     assert [pair.chosen for pair in examples.pairs] == list(examples.heldout)
     assert examples.heldout != read_judged(tmp_path, "dpo", data={"heldout_share": 0.3}).heldout

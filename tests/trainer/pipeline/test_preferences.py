@@ -39,7 +39,7 @@ def margin(weights: str, pair: PreferencePair) -> float:
     return chosen - rejected
 
 
-def test_preferences_of_base_and_formats_are_recorded_with_the_version(make: Make) -> None:
+def test_preference_metrics_of_base_and_formats_are_recorded_with_the_version(make: Make) -> None:
     pipeline = with_pairs(make(objective="dpo", evaluate={"max_gptq_loss": 1, "max_gptq_nll": 1e6}))
     manifest = pipeline.registry.manifest(pipeline.train_version())
     assert list(manifest.preferences) == ["base", "merged", "gptq"]
@@ -53,7 +53,7 @@ def test_preferences_of_base_and_formats_are_recorded_with_the_version(make: Mak
     assert report.reward_margin and report.reward_margin.value == pytest.approx(sum(gains) / 8)
 
 
-def test_preferences_are_logged_to_mlflow(make: Make) -> None:
+def test_preference_metrics_are_logged_to_mlflow(make: Make) -> None:
     pipeline = with_pairs(make(objective="dpo", formats=["merged"]))
     manifest = pipeline.registry.manifest(pipeline.train_version())
     metrics = MlflowClient(pipeline.registry.tracking.uri).get_run(manifest.tracking_run).data.metrics
@@ -61,7 +61,7 @@ def test_preferences_are_logged_to_mlflow(make: Make) -> None:
     assert {"preference_accuracy_base", "reward_accuracy_merged", "reward_margin_merged"} <= set(metrics)
 
 
-def test_version_without_merged_format_has_no_reward_because_the_base_is_not_evaluated(make: Make) -> None:
+def test_version_without_merged_format_has_no_reward_accuracy(make: Make) -> None:
     pipeline = with_pairs(make(objective="dpo", formats=["gptq"]))
     manifest = pipeline.registry.manifest(pipeline.train_version())
     assert list(manifest.preferences) == ["gptq"]

@@ -123,7 +123,7 @@ def test_context_length_is_rejected_when_vllm_would_use_long_rope_factors(base: 
         check_base(base, recipe, AVX512, EngineSettings(max_model_len=4097))
 
 
-def test_rank_that_a_part_of_a_layer_cannot_have_is_rejected(base: Path) -> None:
+def test_pissa_rank_larger_than_the_smallest_layer_dimension_is_rejected(base: Path) -> None:
     check(base, adapter={"init": "pissa", "rank": 32})
     check(base, adapter={"init": "gaussian", "rank": 64})
     with pytest.raises(RecipeError, match=r"adapter\.rank is 64, but model\.layers\.0\.self_attn\.k_proj") as raised:

@@ -137,7 +137,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[RayDouble]:
     double.stop()
 
 
-def test_weights_written_on_a_node_equal_those_of_this_machine_and_are_only_in_the_store(
+def test_weights_written_on_a_ray_node_equal_local_ones_and_are_kept_in_the_object_store(
     machine: Machine, ray: RayDouble, tmp_path: Path, tiny_base: Path, examples: list[ChatExample]
 ) -> None:
     here = make_machine(tmp_path / "here", tiny_base, examples, Format.MERGED, Format.INT8)
@@ -155,7 +155,7 @@ def test_weights_written_on_a_node_equal_those_of_this_machine_and_are_only_in_t
     assert list((machine.settings.ray.folder / "training").iterdir()) == []
 
 
-def test_stage_continues_on_another_node_with_the_weights_of_finished_stages_when_a_node_is_lost(
+def test_stage_restarts_on_another_node_with_the_weights_of_finished_stages_after_node_loss(
     machine: Machine, ray: RayDouble, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with machine.cluster() as cluster:
@@ -168,7 +168,7 @@ def test_stage_continues_on_another_node_with_the_weights_of_finished_stages_whe
     assert "was lost before its work began; restarting on another node" in " ".join(capfd.readouterr().err.split())
 
 
-def test_merged_model_that_is_no_format_is_merged_again_when_its_node_is_lost(
+def test_unregistered_merged_model_is_merged_again_when_its_node_is_lost(
     tmp_path: Path, tiny_base: Path, examples: list[ChatExample], ray: RayDouble
 ) -> None:
     machine = make_machine(tmp_path / "machine", tiny_base, examples, Format.INT8)
@@ -178,7 +178,7 @@ def test_merged_model_that_is_no_format_is_merged_again_when_its_node_is_lost(
         assert machine.run_on(cluster, Stage.QUANTIZE_INT8).weights is not None
 
 
-def test_weights_of_stages_that_ran_here_are_uploaded_when_the_run_continues_on_a_cluster(
+def test_weights_of_local_stages_are_uploaded_when_the_run_continues_on_a_ray_cluster(
     machine: Machine, ray: RayDouble
 ) -> None:
     for stage in WRITING:
@@ -191,7 +191,7 @@ def test_weights_of_stages_that_ran_here_are_uploaded_when_the_run_continues_on_
         assert machine.objects.lacks_files("tiny", stored.files) == []
 
 
-def test_stage_is_repeated_when_its_weights_are_missing_in_the_store(machine: Machine, ray: RayDouble) -> None:
+def test_stage_is_repeated_when_its_weights_are_missing_from_the_object_store(machine: Machine, ray: RayDouble) -> None:
     machine.run_here(Stage.MERGE)
     machine.cluster().share()
     machine.run.fresh(machine.run.merged)
@@ -202,7 +202,7 @@ def test_stage_is_repeated_when_its_weights_are_missing_in_the_store(machine: Ma
     assert machine.run.done(Stage.TRAIN)
 
 
-def test_weights_are_downloaded_when_the_run_continues_on_this_machine(machine: Machine) -> None:
+def test_weights_are_downloaded_when_a_run_from_a_ray_cluster_continues_locally(machine: Machine) -> None:
     machine.run_here(Stage.MERGE)
     machine.cluster().share()
     written = machine.files(Format.MERGED)
@@ -212,7 +212,7 @@ def test_weights_are_downloaded_when_the_run_continues_on_this_machine(machine: 
     assert machine.run.stored_weights(Stage.MERGE) is None
 
 
-def test_stage_is_refused_when_the_node_differs_from_the_one_that_was_asked_first(
+def test_stage_fails_when_its_node_has_different_devices_than_the_node_checked_first(
     machine: Machine, ray: RayDouble
 ) -> None:
     with machine.cluster(HOPPER) as cluster, pytest.raises(TrainingError, match=r"different devices: .*H100"):
@@ -227,7 +227,7 @@ def test_stage_is_refused_when_the_node_differs_from_the_one_that_was_asked_firs
         ({"CPU": 8.0, "GPU": 4.0}, {"tensor_parallel": 4}, {"CPU": 2.0, "GPU": 4.0}),
     ],
 )
-def test_stages_reserve_the_resources_of_an_engine(
+def test_pipeline_stage_on_ray_reserves_the_resources_of_an_engine(
     resources: dict[str, float], engine: dict[str, int], bundle: dict[str, float], tmp_path: Path
 ) -> None:
     settings = Settings(home=tmp_path, engine=EngineSettings(**engine), ray=RaySettings(cpus=2))

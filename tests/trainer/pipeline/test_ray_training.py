@@ -13,7 +13,7 @@ from trainer.pipeline.ray_training import check_ray, count_workers
 
 
 @pytest.mark.parametrize(("train", "count"), [({}, 1), ({"devices": 4, "batch_size": 8}, 4)])
-def test_recipe_gives_the_number_of_workers(train: dict[str, Any], count: int) -> None:
+def test_number_of_ray_workers_is_derived_from_the_recipe(train: dict[str, Any], count: int) -> None:
     assert count_workers(make_recipe(train=train)) == count
 
 
@@ -26,12 +26,12 @@ def test_recipe_gives_the_number_of_workers(train: dict[str, Any], count: int) -
         ({"objective": "dpo"}, "preference tuning has not been tested on a Ray cluster"),
     ],
 )
-def test_recipe_is_refused_when_workers_cannot_train_it(sections: dict[str, Any], message: str) -> None:
+def test_recipe_that_ray_workers_cannot_train_is_rejected(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         count_workers(make_recipe(**sections))
 
 
-def test_training_is_refused_without_an_object_store(tmp_path: Path) -> None:
+def test_training_on_ray_is_refused_without_an_object_store(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path, ray=RaySettings(address="127.0.0.1:1"))
     with pytest.raises(SettingsError, match="training on Ray needs an object store") as caught:
         check_ray(settings, make_recipe())

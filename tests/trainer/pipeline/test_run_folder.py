@@ -70,7 +70,7 @@ def test_run_folder_changes_with_any_training_key(change: dict[str, Any]) -> Non
         ({"method": "qlora"}, {"method": "lora", "quantization": "nf4"}),
     ],
 )
-def test_run_folder_is_the_same_whether_a_method_is_named_or_spelled_out(
+def test_run_folder_is_the_same_whether_a_method_is_named_or_set_key_by_key(
     method: dict[str, Any], spelled_out: dict[str, Any]
 ) -> None:
     assert folder(make_recipe(**method)) == folder(make_recipe(**spelled_out))

@@ -46,7 +46,7 @@ def test_training_and_quantization_use_the_fast_number_type_of_the_device(
     assert stages.number_types == [number_type, number_type]
 
 
-def test_training_runs_in_as_many_processes_as_the_recipe_says_and_prints_them(
+def test_training_uses_and_prints_the_number_of_processes_in_the_recipe(
     make: Make, stages: Stages, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(train={"devices": 2, "batch_size": 4, "gradient_accumulation": 2}).train_version()
@@ -55,7 +55,7 @@ def test_training_runs_in_as_many_processes_as_the_recipe_says_and_prints_them(
     assert stages.devices == [2]
 
 
-def test_free_gpus_are_chosen_from_what_nvidia_smi_reports(
+def test_training_uses_the_gpus_that_nvidia_smi_reports_as_free(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     used = (70, 0, 0)
@@ -68,7 +68,7 @@ def test_free_gpus_are_chosen_from_what_nvidia_smi_reports(
     assert stages.devices == [2]
 
 
-def test_run_resumes_in_the_same_folder_on_other_devices(make: Make) -> None:
+def test_run_folder_does_not_depend_on_devices_and_sharding(make: Make) -> None:
     changed = make(train={"devices": 2, "sharding": "always"})
     assert make().run.folder == changed.run.folder
     assert not {"train.devices", "train.sharding"} & set(changed.recipe.flat())
@@ -78,7 +78,7 @@ def test_run_resumes_in_the_same_folder_on_other_devices(make: Make) -> None:
     ("sharding", "memory", "sharded"),
     [("always", 1e12, True), ("auto", 1e12, False), ("auto", 2e9, True), ("never", 2e9, False)],
 )
-def test_devices_divide_the_weights_if_the_recipe_says_so_or_a_copy_does_not_fit(
+def test_weights_are_sharded_if_the_recipe_says_so_or_a_full_copy_does_not_fit(
     make: Make, stages: Stages, sharding: str, memory: float, sharded: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline = make(train={"devices": 2, "sharding": sharding})
@@ -91,12 +91,12 @@ def test_devices_divide_the_weights_if_the_recipe_says_so_or_a_copy_does_not_fit
 
 
 @pytest.mark.parametrize("sharding", ["always", "auto"])
-def test_single_training_process_does_not_divide_the_weights(make: Make, stages: Stages, sharding: str) -> None:
+def test_single_training_process_does_not_shard_the_weights(make: Make, stages: Stages, sharding: str) -> None:
     make(train={"sharding": sharding}).train_version()
     assert stages.sharded == [False]
 
 
-def test_number_types_and_why_they_were_chosen_are_printed_before_training(
+def test_number_types_and_the_reasons_for_them_are_printed_before_training(
     make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(capabilities=AVX2).train_version()

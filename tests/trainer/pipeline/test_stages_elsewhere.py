@@ -84,7 +84,7 @@ def pipeline(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pip
     return replace(here, settings=settings, registry=registry, node=NODE)
 
 
-def test_version_is_registered_from_the_hashes_of_weights_that_are_only_in_the_store(
+def test_version_is_registered_without_local_weights_if_they_are_in_the_object_store(
     pipeline: Pipeline, stages: Stages
 ) -> None:
     version = pipeline.train_version()
@@ -98,7 +98,7 @@ def test_version_is_registered_from_the_hashes_of_weights_that_are_only_in_the_s
     assert stages.ran == [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE]
 
 
-def test_finished_stages_are_not_repeated_when_the_run_continues_on_the_cluster(
+def test_finished_stages_are_not_repeated_when_the_run_continues_on_a_ray_cluster(
     pipeline: Pipeline, stages: Stages
 ) -> None:
     stages.broken.add(Stage.QUANTIZE)
@@ -109,7 +109,9 @@ def test_finished_stages_are_not_repeated_when_the_run_continues_on_the_cluster(
     assert stages.ran == [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE, Stage.QUANTIZE]
 
 
-def test_run_continues_on_this_machine_with_the_weights_from_the_store(pipeline: Pipeline, stages: Stages) -> None:
+def test_run_from_a_ray_cluster_continues_locally_with_weights_from_the_object_store(
+    pipeline: Pipeline, stages: Stages
+) -> None:
     stages.broken.add(Stage.QUANTIZE)
     with pytest.raises(InterruptedRunError, match="stage quantize was interrupted"):
         pipeline.train_version()
@@ -119,6 +121,6 @@ def test_run_continues_on_this_machine_with_the_weights_from_the_store(pipeline:
     assert (pipeline.registry.folder(version) / Format.MERGED).is_dir()
 
 
-def test_record_of_the_version_describes_the_node(pipeline: Pipeline) -> None:
+def test_run_record_of_a_version_trained_on_ray_describes_the_node(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     assert gather_report(pipeline.registry, version).run.machine == MACHINE

@@ -38,7 +38,7 @@ def test_training_ends_normally_if_the_tracking_server_stays_down(capsys: pytest
     assert f"curve points that are missing in MLflow at {UNREACHABLE}: 1" in capsys.readouterr().err
 
 
-def test_training_run_does_not_wait_for_each_curve_point_when_the_tracking_server_is_slow_to_fail(
+def test_training_run_is_not_delayed_when_the_tracking_server_fails_slowly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tracking, attempts = Tracking(UNREACHABLE), []

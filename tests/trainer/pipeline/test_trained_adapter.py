@@ -91,16 +91,16 @@ def test_published_adapter_config_of_a_chat_model_is_accepted() -> None:
         (TINYLLAMA | {"lora_alpha": 0.5}, "its lora_alpha is 0.5, which is not a positive whole number"),
     ],
 )
-def test_adapter_that_cannot_be_merged_is_refused_by_its_config(config: dict[str, Any], reason: str) -> None:
+def test_adapter_that_cannot_be_merged_is_rejected_by_its_config(config: dict[str, Any], reason: str) -> None:
     assert refusal(config) == reason
 
 
-def test_dora_and_a_pattern_of_layers_can_be_merged() -> None:
+def test_dora_adapters_and_layer_patterns_are_accepted_for_merging() -> None:
     assert refusal(TINYLLAMA | {"use_dora": True}) is None
     assert refusal(TINYLLAMA | {"target_modules": r".*\\.(q_proj|v_proj)$"}) is None
 
 
-def test_pickled_weights_are_refused(plain: Path, tmp_path: Path) -> None:
+def test_adapter_with_pickled_weights_is_rejected(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_bytes((plain / "adapter_config.json").read_bytes())
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(BaseModelError, match=r"only adapter_model\.bin, a pickle file"):
@@ -125,7 +125,7 @@ def test_only_config_and_safetensors_of_a_hub_adapter_are_downloaded(
     assert fetched == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_adapter_of_plain_peft_is_merged_exactly_once(tiny_base: Path, plain: Path, tmp_path: Path) -> None:
+def test_adapter_trained_with_plain_peft_is_merged_exactly(tiny_base: Path, plain: Path, tmp_path: Path) -> None:
     adapter = find_adapter(str(plain), tmp_path)
     check_fits(tiny_base, adapter)
     adapter.copy_to(tmp_path / "adapter", tiny_base)
@@ -145,7 +145,7 @@ def test_first_tensor_that_does_not_fit_the_base_is_named(plain: Path, tmp_path:
         check_fits(shallower, find_adapter(str(plain), tmp_path))
 
 
-def test_recipe_gets_the_adapters_type_rank_alpha_and_layers(tiny_base: Path, tmp_path: Path) -> None:
+def test_recipe_for_a_trained_adapter_gets_its_type_rank_alpha_and_layers(tiny_base: Path, tmp_path: Path) -> None:
     folder = train_with_peft(tiny_base, tmp_path / "dora", use_dora=True, target_modules=r".*\.(q_proj|up_proj)$")
     adapter = find_adapter(str(folder), tmp_path)
     check_fits(tiny_base, adapter)
@@ -171,14 +171,16 @@ def test_base_is_taken_from_the_adapter_only_if_it_is_a_hub_id(
     assert replace(adapter, config=dict(adapter.config) | {"base_model_name_or_path": named}).base == base
 
 
-def test_warning_is_given_when_the_base_is_not_the_one_that_the_adapter_names(plain: Path, tmp_path: Path) -> None:
+def test_warning_is_printed_when_the_base_differs_from_the_one_named_by_the_adapter(
+    plain: Path, tmp_path: Path
+) -> None:
     adapter = replace(find_adapter(str(plain), tmp_path), config=TINYLLAMA)
     assert adapter.check_base("TinyLlama/TinyLlama-1.1B-Chat-v1.0") is None
     assert "names the base TinyLlama/TinyLlama-1.1B-Chat-v1.0" in (adapter.check_base("./other") or "")
 
 
 @pytest.mark.slow
-def test_imported_adapter_passes_all_stages_but_training(
+def test_imported_adapter_passes_all_pipeline_stages_except_training(
     make: Make, stages: Stages, plain: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("trainer.pipeline.stages.check_fits", lambda base, adapter: None)  # the base is a stand-in
@@ -194,7 +196,7 @@ def test_imported_adapter_passes_all_stages_but_training(
 
 
 @pytest.mark.slow
-def test_command_registers_an_adapter_with_its_report(
+def test_import_command_registers_an_adapter_with_its_report(
     svc: Svc, tmp_path: Path, tiny_base: Path, plain: Path, examples: list[ChatExample]
 ) -> None:
     write_examples(tmp_path / "heldout.jsonl", examples)

@@ -74,7 +74,7 @@ def test_version_has_its_parity_report_and_page(make: Make, stages: Stages) -> N
 
 
 def test_new_version_is_registered_once_a_failed_check_passes(make: Make, stages: Stages) -> None:
-    """This happens after a release that measures differently. The recipe must not return the failed version."""
+    """A later release may measure differently. The recipe must then not return the failed version."""
     stages.unequal = ["another template"]
     failed = replace(make(), register_failed=True).train_version()
     stages.unequal = []
@@ -85,7 +85,7 @@ def test_new_version_is_registered_once_a_failed_check_passes(make: Make, stages
     assert pipeline.registry.manifest(version).failed == ()
 
 
-def test_version_after_a_failed_one_gets_the_next_number(make: Make) -> None:
+def test_version_registered_after_a_failed_version_gets_the_next_number(make: Make) -> None:
     failed = replace(make(WORSE_QUANTIZED), register_failed=True).train_version()
     pipeline = make(WORSE_QUANTIZED, evaluate={"max_gptq_loss": 1.0})
     version = pipeline.train_version()

@@ -38,7 +38,7 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_remaining_recipe_keys_have_defaults_given_name_base_and_training_data(write: Write) -> None:
+def test_recipe_with_only_name_base_and_training_data_gets_default_values(write: Write) -> None:
     recipe = load_recipe(write())
     assert (recipe.name, recipe.base) == ("tiny", "org/model")
     assert recipe.train == Recipe.model_fields["train"].default
@@ -353,13 +353,13 @@ def test_recipe_for_documents_is_refused_when_a_key_needs_turns(
     assert key in refusal(write(**{"objective": "text"} | sections))
 
 
-def test_recipe_for_documents_asks_no_general_questions(write: Write) -> None:
+def test_recipe_for_documents_disables_general_questions(write: Write) -> None:
     recipe = load_recipe(write(objective="text", evaluate={"limit": 5}))
     assert (recipe.chat_template, recipe.evaluate.general, recipe.evaluate.limit) == (NamedTemplate.TEXT, False, 5)
     assert recipe.changed({"train.seed": 3}).objective is Objective.TEXT
 
 
-def test_parameters_of_a_run_have_only_the_preference_keys_of_its_objective(write: Write) -> None:
+def test_run_parameters_include_only_the_preference_keys_of_the_objective(write: Write) -> None:
     keys = {
         objective: {key for key in load_recipe(write(objective=objective)).flat() if key.startswith("preference.")}
         for objective in ("sft", "orpo")

@@ -59,7 +59,7 @@ def test_axolotl_lora_example_keeps_its_hyperparameters(tmp_path: Path) -> None:
     assert (train["max_length"], train["too_long"], train["packing"]) == (2048, "drop", True)
 
 
-def test_completions_of_axolotl_become_raw_text(tmp_path: Path) -> None:
+def test_axolotl_completion_datasets_become_raw_text(tmp_path: Path) -> None:
     datasets = [
         {"path": "org/books", "type": "completion", "field": "text"},
         {"path": "org/more", "type": "completion"},
@@ -73,7 +73,7 @@ def test_completions_of_axolotl_become_raw_text(tmp_path: Path) -> None:
     assert "datasets[0].type" in left_out(imported(tmp_path, datasets=mixed))
 
 
-def test_pretraining_of_llama_factory_becomes_raw_text(tmp_path: Path) -> None:
+def test_llama_factory_pretraining_becomes_raw_text(tmp_path: Path) -> None:
     content = imported_from_llama_factory(tmp_path, stage="pt", cutoff_len=512)
     assert content["objective"] == "text"
     assert (content["train"]["packing"], content["train"]["max_length"]) == (True, 512)
@@ -88,7 +88,7 @@ def test_llama_factory_dpo_example_keeps_its_hyperparameters_and_finds_its_data(
     assert (content["adapter"]["rank"], content["train"]["learning_rate"], content["train"]["epochs"]) == (8, 5e-6, 3)
 
 
-def test_values_that_the_other_tool_would_default_to_are_written_if_ours_differ(tmp_path: Path) -> None:
+def test_defaults_of_the_other_tool_are_written_if_they_differ_from_ours(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("{model_name_or_path: org/base, dataset: mine}")
     content = import_recipe(config, tmp_path).content
@@ -100,28 +100,26 @@ def test_values_that_the_other_tool_would_default_to_are_written_if_ours_differ(
 @pytest.mark.parametrize(
     ("warmup", "ratio"), [({}, 0.03), ({"warmup_steps": 0}, 0), ({"warmup_steps": 0, "warmup_ratio": 0.1}, 0)]
 )
-def test_zero_warmup_steps_of_axolotl_disable_the_warmup(warmup: dict[str, Any], ratio: float, tmp_path: Path) -> None:
+def test_zero_warmup_steps_in_axolotl_disable_the_warmup(warmup: dict[str, Any], ratio: float, tmp_path: Path) -> None:
     assert imported(tmp_path, **warmup).content["train"]["warmup_ratio"] == ratio
 
 
-def test_warmup_ratio_of_llama_factory_is_used_unless_it_has_warmup_steps(tmp_path: Path) -> None:
+def test_llama_factory_warmup_ratio_is_used_if_warmup_steps_is_zero(tmp_path: Path) -> None:
     content = imported_from_llama_factory(tmp_path, warmup_steps=0, warmup_ratio=0.1)
     assert content["train"]["warmup_ratio"] == 0.1
 
 
-def test_neat_packing_of_llama_factory_becomes_packing(tmp_path: Path) -> None:
+def test_llama_factory_neat_packing_becomes_packing(tmp_path: Path) -> None:
     assert imported_from_llama_factory(tmp_path, neat_packing=True)["train"]["packing"] is True
 
 
-def test_layers_of_llama_factory_may_be_a_list(tmp_path: Path) -> None:
+def test_llama_factory_lora_target_may_be_a_list(tmp_path: Path) -> None:
     content = imported_from_llama_factory(tmp_path, lora_target=["q_proj", "o_proj"])
     assert content["adapter"]["targets"] == ["o_proj", "q_proj"]
 
 
 @given(key=st.from_regex(r"[a-z_]{3,20}", fullmatch=True).filter(lambda key: not key.startswith(("wandb_", "hub_"))))
-def test_key_that_the_importer_does_not_know_is_listed_as_left_out(
-    key: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_key_unknown_to_the_importer_is_listed_as_left_out(key: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     result = imported(tmp_path_factory.getbasetemp(), **{f"x{key}": 1})
     assert f"x{key}" in left_out(result)
 
@@ -144,7 +142,7 @@ def test_key_without_counterpart_is_listed_as_left_out(content: dict[str, Any], 
     assert key in left_out(imported(tmp_path, **content))
 
 
-def test_listed_layers_become_a_preset_if_it_is_equal_and_are_listed_otherwise(tmp_path: Path) -> None:
+def test_listed_target_layers_become_the_equivalent_preset_if_there_is_one(tmp_path: Path) -> None:
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
     equal = imported(tmp_path, adapter="lora", lora_target_modules=attention)
     assert equal.content["adapter"]["targets"] == "attention"
@@ -152,7 +150,7 @@ def test_listed_layers_become_a_preset_if_it_is_equal_and_are_listed_otherwise(t
     assert other.content["adapter"]["targets"] == ["down_proj", "v_proj"]
 
 
-def test_warmup_steps_become_a_ratio_if_the_number_of_steps_is_known(tmp_path: Path) -> None:
+def test_axolotl_warmup_steps_become_a_ratio_if_the_number_of_steps_is_known(tmp_path: Path) -> None:
     assert imported(tmp_path, warmup_steps=10, max_steps=200).content["train"]["warmup_ratio"] == 0.05
 
 
@@ -160,18 +158,18 @@ def test_warmup_steps_become_a_ratio_if_the_number_of_steps_is_known(tmp_path: P
     "content",
     [{"rl": "grpo"}, {"reward_model": True}, {"adapter": "llama-adapter"}, {"processor_type": "AutoProcessor"}],
 )
-def test_config_for_a_task_that_is_not_supported_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
+def test_config_for_an_unsupported_task_is_rejected(content: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(RecipeError):
         imported(tmp_path, **content)
 
 
-def test_inconsistent_values_are_imported_with_the_reason_why_the_trainer_refuses_them(tmp_path: Path) -> None:
+def test_inconsistent_values_are_imported_with_the_reason_why_the_trainer_rejects_them(tmp_path: Path) -> None:
     result = imported(tmp_path, sample_packing=True, neftune_noise_alpha=5)
     assert result.refused is not None
     assert "train.neftune_alpha" in result.text().splitlines()[1]
 
 
-def test_command_writes_the_recipe_and_lists_what_was_left_out(tmp_path: Path) -> None:
+def test_import_command_writes_the_recipe_and_lists_keys_that_were_left_out(tmp_path: Path) -> None:
     config, to = tmp_path / "My Config.yml", tmp_path / "recipe.yaml"
     config.write_text("{base_model: org/base, datasets: [{path: ./data.jsonl}], optimizer: muon}")
     result = CliRunner().invoke(group, ["recipe", "import", str(config), "--to", str(to)], catch_exceptions=False)
@@ -182,14 +180,14 @@ def test_command_writes_the_recipe_and_lists_what_was_left_out(tmp_path: Path) -
     assert isinstance(again.exception, RecipeError)
 
 
-def test_command_prints_the_notes_for_machines(tmp_path: Path) -> None:
+def test_import_command_prints_its_notes_as_json(tmp_path: Path) -> None:
     result = CliRunner().invoke(group, ["recipe", "import", str(AXOLOTL[0]), "--json"], catch_exceptions=False)
     printed = json.loads(result.output)
     assert printed["refused"] is None
     assert {note["effect"] for note in printed["notes"]} <= {effect.value for effect in Effect}
 
 
-def test_config_of_an_unknown_tool_is_refused(tmp_path: Path) -> None:
+def test_config_of_an_unknown_tool_is_rejected(tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("name: x")
     with pytest.raises(RecipeError, match="not a config of a tool"):
@@ -204,7 +202,7 @@ def test_config_of_an_unknown_tool_is_refused(tmp_path: Path) -> None:
         ({"adapter": "lora", "peft_init_lora_weights": True}, None),
     ],
 )
-def test_start_of_the_adapter_is_imported_from_axolotl(
+def test_adapter_initialization_is_imported_from_axolotl(
     content: dict[str, Any], start: str | None, tmp_path: Path
 ) -> None:
     result = imported(tmp_path, **content)
@@ -220,7 +218,7 @@ def test_start_of_the_adapter_is_imported_from_axolotl(
         {"adapter": "lora", "peft_init_lora_weights": False},
     ],
 )
-def test_start_of_an_adapter_that_cannot_be_used_is_reported(content: dict[str, Any], tmp_path: Path) -> None:
+def test_unsupported_adapter_initialization_is_reported_as_left_out(content: dict[str, Any], tmp_path: Path) -> None:
     assert left_out(imported(tmp_path, **content)) == {"peft_init_lora_weights"}
 
 
@@ -243,19 +241,19 @@ def test_lora_plus_is_imported_from_both_tools(tmp_path: Path) -> None:
         {"overrides_of_model_config": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}},
     ],
 )
-def test_scaling_of_positions_is_imported_from_axolotl(content: dict[str, Any], tmp_path: Path) -> None:
+def test_rope_scaling_is_imported_from_axolotl(content: dict[str, Any], tmp_path: Path) -> None:
     result = imported(tmp_path, **content)
     assert (result.content["rope_scaling"], result.refused) == ({"type": "yarn", "factor": 4.0}, None)
     assert not left_out(result)
 
 
-def test_scaling_of_positions_that_the_engine_would_apply_otherwise_is_reported(tmp_path: Path) -> None:
+def test_rope_scaling_that_the_engine_would_apply_differently_is_reported_as_left_out(tmp_path: Path) -> None:
     result = imported(tmp_path, overrides_of_model_config={"rope_scaling": {"type": "dynamic", "factor": 2}, "x": 1})
     assert left_out(result) == {"rope_scaling", "overrides_of_model_config"}
     assert "rope_scaling" not in result.content
 
 
-def test_scaling_of_positions_without_a_factor_is_reported_for_llama_factory(tmp_path: Path) -> None:
+def test_llama_factory_rope_scaling_without_a_factor_is_reported_as_left_out(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("{model_name_or_path: org/base, dataset: own, rope_scaling: yarn}")
     assert "rope_scaling" in left_out(import_recipe(config, tmp_path))

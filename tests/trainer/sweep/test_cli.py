@@ -100,7 +100,7 @@ def test_sweep_produces_a_table_a_plot_and_a_recipe(
 
 
 @pytest.mark.parametrize("command", [("sweep",), ("train", "--curve")])
-def test_sweep_and_curve_are_refused_for_preference_objectives(
+def test_sweep_and_learning_curve_are_refused_for_preference_objectives(
     command: tuple[str, ...], recipe: Path, run: Any
 ) -> None:
     ended = run(command[0], recipe, *command[1:], "--set", "objective=dpo")
@@ -138,13 +138,13 @@ def test_sweep_with_an_invalid_space_is_rejected_before_the_first_trial(
     assert "held-out loss of the base" not in ended.err
 
 
-def test_number_of_trials_at_the_same_time_is_refused_without_a_cluster(recipe: Path, run: Any) -> None:
+def test_parallel_option_is_refused_without_a_ray_cluster(recipe: Path, run: Any) -> None:
     ended = run("sweep", recipe, "--parallel", "2")
     assert ended.code == 2
     assert "--parallel needs --on ray" in ended.err
 
 
-def test_sweep_on_a_cluster_is_refused_when_no_cluster_is_set(recipe: Path, run: Any) -> None:
+def test_sweep_on_ray_is_refused_when_no_cluster_address_is_set(recipe: Path, run: Any) -> None:
     ended = run("sweep", recipe, "--on", "ray")
     assert "the address of the Ray cluster is not set" in " ".join(ended.err.split())
 

@@ -11,7 +11,7 @@ NOISY = tuple(level + shift for level, shift in zip(LEVELS, (0.3, -0.4, 0.2, -0.
 """Losses that are slightly better than the plain losses on average, but not significantly."""
 
 
-def test_earlier_listed_trial_is_chosen_among_indistinguishable_ones() -> None:
+def test_first_listed_trial_is_chosen_among_indistinguishable_trials() -> None:
     plain, noisy, worse = outcome(0, "plain"), outcome(0, "noisy", each=NOISY), outcome(1, "worse")
     assert noisy.mean < plain.mean
     assert COMPARISON.choose([worse, plain, noisy]).key == "plain"

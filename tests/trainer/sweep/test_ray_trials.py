@@ -79,7 +79,9 @@ class Trials:
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, NODES), (2, 2)])
-def test_as_many_trials_run_as_the_cluster_has_room_for_unless_limited(limit: int | None, expected: int) -> None:
+def test_number_of_parallel_trials_is_the_cluster_capacity_or_the_configured_limit(
+    limit: int | None, expected: int
+) -> None:
     place = make_trials(limit)
     with place.joined() as parallel:
         assert parallel == expected

@@ -89,7 +89,7 @@ def test_no_ranks_are_tried_for_full_fine_tuning(make: Make) -> None:
     assert sweep.of(Phase.RANK) == []
 
 
-def test_values_of_the_recipe_are_always_tried_first(make: Make) -> None:
+def test_first_trial_of_each_phase_uses_the_values_of_the_recipe(make: Make) -> None:
     sweep = make(bowl(3e-4), train={"learning_rate": 3e-4}, adapter={"rank": 4})
     assert sweep.run().values == {}
     assert sweep.of(Phase.LEARNING_RATE)[0].values[RATE] == 3e-4
@@ -163,7 +163,7 @@ def test_no_further_epochs_are_tried_when_the_last_one_brought_no_gain(make: Mak
     assert [trial.values[EPOCHS] for trial in sweep.of(Phase.EPOCHS)] == [1, 2]
 
 
-def test_recipe_with_steps_is_compared_unchanged(make: Make) -> None:
+def test_unchanged_recipe_takes_part_in_the_comparison_when_it_sets_steps(make: Make) -> None:
     sweep = make(lambda recipe: -1.0 if recipe.train.steps else 0.0, train={"steps": 7})
     assert sweep.run().values == {}
 
@@ -336,7 +336,7 @@ def test_sweep_ends_after_its_time_limit(make: Make) -> None:
     assert any("sweep.seconds" in note for note in sweep.search.notes)
 
 
-def test_recipe_wins_when_its_own_trial_takes_all_the_time(make: Make) -> None:
+def test_recipe_wins_when_its_own_trial_uses_up_the_time_limit(make: Make) -> None:
     sweep = make(bowl(1e-4), sweep={"seconds": 0.5}, adapter={"targets": "attention"})
     assert sweep.run().values == {}
     assert len(sweep.search.tried) == 1
@@ -352,11 +352,11 @@ def ranges(recipe: Recipe) -> float:
 
 
 @pytest.mark.parametrize("parallel", [2, 3])
-def test_as_many_trials_train_at_the_same_time_as_allowed(parallel: int) -> None:
+def test_number_of_concurrent_trials_equals_the_allowed_number(parallel: int) -> None:
     assert at_once(parallel, bowl(1e-4))[1].most == parallel
 
 
-def test_unchanged_recipe_and_its_own_learning_rate_are_one_training_when_both_run_at_the_same_time() -> None:
+def test_equivalent_trials_started_concurrently_share_one_training() -> None:
     search, trials = at_once(3, bowl(1e-4))
     assert [trial.values for _, trial in search.tried[:2]] == [{}, {EPOCHS: 1.0, STEPS: None, RATE: 5e-4}]
     assert [values for values in trials.trials.made if values.get(RATE, 5e-4) == 5e-4] == [{}]
@@ -364,12 +364,12 @@ def test_unchanged_recipe_and_its_own_learning_rate_are_one_training_when_both_r
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, RANGES], ids=["phases", "ranges"])
-def test_sweep_is_the_same_whichever_trial_finishes_first(sections: dict[str, Any]) -> None:
+def test_sweep_result_does_not_depend_on_which_trial_finishes_first(sections: dict[str, Any]) -> None:
     first, last = (at_once(3, ranges, last_first=last_first, **sections)[0] for last_first in (False, True))
     assert first.tried == last.tried
 
 
-def test_phases_choose_the_same_values_when_trials_run_at_the_same_time(make: Make) -> None:
+def test_phases_choose_the_same_values_when_trials_run_concurrently(make: Make) -> None:
     sweep = make(ranges)
     sweep.run()
     search, _ = at_once(3, ranges)
@@ -380,7 +380,7 @@ def test_phases_choose_the_same_values_when_trials_run_at_the_same_time(make: Ma
     assert complete(search.tried) == complete(sweep.search.tried)
 
 
-def test_trial_is_pruned_only_by_trials_that_had_finished_when_it_started() -> None:
+def test_trial_is_pruned_only_by_comparison_with_trials_finished_before_its_start() -> None:
     space: dict[str, Any] = {"sweep": {"space": {RATE: [5e-4, 4e-4, 3e-4, 2e-4, 1e-4]}, "finalists": 0}}
     search, _ = at_once(3, bowl(5e-4), **space)
     statuses = [trial.status for phase, trial in search.tried if phase is Phase.SPACE]

@@ -113,5 +113,5 @@ def test_equivalent_trial_values_have_the_same_training_key(
     assert (keys[0] == keys[1]) is same
 
 
-def test_values_are_formatted_human_readably() -> None:
+def test_trial_values_are_formatted_for_humans() -> None:
     assert describe({RATE: 2e-4, "train.steps": None, RANK: 8}) == "learning_rate 0.0002, rank 8"

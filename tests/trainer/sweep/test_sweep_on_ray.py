@@ -118,7 +118,7 @@ def place(tmp_path: Path, recipe: Path, nodes: RayNodes) -> Place:
     return Place(tmp_path, recipe, nodes.address)
 
 
-def test_trials_train_at_the_same_time_with_the_losses_of_a_sweep_here(here: dict[float, float], place: Place) -> None:
+def test_concurrent_trials_on_ray_have_the_same_losses_as_a_local_sweep(here: dict[float, float], place: Place) -> None:
     with place.start("--on", "ray") as process:
         place.wait_until_training(process, 2)
         code, result, errors = end(process)
@@ -132,7 +132,7 @@ def test_trials_train_at_the_same_time_with_the_losses_of_a_sweep_here(here: dic
     assert workers_left() == []
 
 
-def test_interrupted_sweep_continues_its_trials(here: dict[float, float], place: Place) -> None:
+def test_resumed_sweep_continues_its_interrupted_trials(here: dict[float, float], place: Place) -> None:
     with place.start("--on", "ray") as process:
         place.wait_until_training(process, 2)
         process.send_signal(signal.SIGINT)

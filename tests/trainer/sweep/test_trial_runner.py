@@ -153,13 +153,13 @@ class _Cluster:
         pass
 
 
-def test_trial_on_a_cluster_fails_when_its_training_fails(runner: TrialRunner) -> None:
+def test_trial_on_a_ray_cluster_fails_when_its_training_fails(runner: TrialRunner) -> None:
     cluster: Any = _Cluster(TrainingError("the loss is nan"))
     outcome = with_cluster(runner, cluster).run_trial({}, lambda step, loss: None)
     assert (outcome.status, outcome.why) == (Status.FAIL, "the loss is nan")
 
 
-def test_trial_has_no_outcome_when_the_cluster_fails(runner: TrialRunner) -> None:
+def test_trial_outcome_is_not_stored_when_the_ray_cluster_fails(runner: TrialRunner) -> None:
     cluster: Any = _Cluster(WorkerLostError("the node was lost"))
     with pytest.raises(ClusterError, match="the node was lost"):
         with_cluster(runner, cluster).run_trial({}, lambda step, loss: None)
@@ -172,7 +172,7 @@ def with_cluster(runner: TrialRunner, cluster: Any) -> TrialRunner:
     return changed
 
 
-def test_number_of_trials_at_the_same_time_stays_when_a_sampled_sweep_is_resumed(runner: TrialRunner) -> None:
+def test_resumed_sampled_sweep_keeps_its_number_of_concurrent_trials(runner: TrialRunner) -> None:
     def parallel(now: int, *, sampled: bool) -> int:
         joined: Any = SimpleNamespace(joined=lambda: nullcontext(now))
         with with_cluster(runner, joined).training(sampled=sampled) as used:

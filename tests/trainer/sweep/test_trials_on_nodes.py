@@ -75,7 +75,7 @@ def there(tmp_path: Path, here: TrialRunner, double: RayDouble) -> TrialRunner:
     return replace(here, sweeps=tmp_path / "there", cluster=RayTrials(settings, here.recipe, here.base, None))
 
 
-def test_trials_on_nodes_have_the_results_of_trials_here(
+def test_trials_on_ray_nodes_have_the_same_results_as_local_trials(
     here: TrialRunner, there: TrialRunner, double: RayDouble, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     most = 0

@@ -55,19 +55,19 @@ def find_newest(place: Place, machines: Path) -> str:
         return newest.name if newest else "none"
 
 
-def test_divided_weights_become_the_best_ones_when_only_the_first_machine_has_them(tmp_path: Path) -> None:
+def test_all_devices_load_their_shard_of_the_best_weights_when_only_the_first_has_the_file(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "0", 4)
     first, second = run_on_devices(DEVICES, load_best, (tmp_path, True), {})
     assert first + second == WEIGHTS.tolist()
 
 
-def test_process_that_saves_the_model_gets_the_best_weights_when_only_it_has_them(tmp_path: Path) -> None:
+def test_saving_process_loads_the_best_weights_when_other_processes_lack_the_file(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "0", 4)
     first, _ = run_on_devices(DEVICES, load_best, (tmp_path, False), {})
     assert first == WEIGHTS.tolist()
 
 
-def test_processes_do_not_continue_from_different_checkpoints(tmp_path: Path) -> None:
+def test_processes_with_different_newest_checkpoints_refuse_to_continue(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "0", 4)
     write_checkpoint(tmp_path / "1", 6)
     with pytest.raises(TrainingError, match="different newest checkpoints: step-00000004, step-00000006"):

@@ -123,11 +123,11 @@ def test_results_are_returned_in_the_order_of_the_devices() -> None:
     assert "LOCAL_RANK" not in os.environ
 
 
-def test_single_device_gets_a_process_without_a_rank_in_its_environment() -> None:
+def test_process_for_a_single_device_has_no_rank_in_its_environment() -> None:
     assert run_on_devices(DEVICES[:1], describe, ("a",), {}) == [("a", 0, 1, None)]
 
 
-def test_first_process_calls_functions_of_the_caller_in_order() -> None:
+def test_callbacks_of_the_first_process_run_in_the_calling_process_in_order() -> None:
     numbers: list[int] = []
     processes = run(call_twice, add=numbers.append)
     assert numbers == [1, 2]
@@ -145,7 +145,7 @@ def test_exception_of_a_library_names_rank_and_device_and_has_its_traceback() ->
     assert "in fail_in_second" in caught.value.__notes__[0]
 
 
-def test_error_names_no_rank_when_all_processes_fail_in_the_same_way() -> None:
+def test_error_names_no_rank_when_all_processes_fail_with_the_same_error() -> None:
     with pytest.raises(TrainingError, match=r"^the loss exploded"):
         run(fail_in_both)
 
@@ -159,12 +159,12 @@ def test_all_processes_end_within_seconds_when_one_is_killed(tmp_path: Path) -> 
     assert alive(tmp_path) == []
 
 
-def test_death_is_reported_when_another_process_failed_because_of_it() -> None:
+def test_error_reports_the_killed_process_and_not_the_process_that_failed_as_a_result() -> None:
     with pytest.raises(TrainingError, match=r"rank 1 of 2 .* was killed by SIGKILL"):
         run(fail_after_second_died)
 
 
-def test_signal_stops_all_processes_even_before_they_listen(tmp_path: Path) -> None:
+def test_signal_stops_all_processes_even_before_they_handle_signals(tmp_path: Path) -> None:
     thread = interrupt_when_started(tmp_path)
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM before the first step"):
         run(sleep, tmp_path)
@@ -181,7 +181,7 @@ def test_all_processes_stop_and_clean_up_when_a_signal_arrives(tmp_path: Path, b
     assert len(list(tmp_path.glob("exited-*"))) == 2
 
 
-def test_run_is_interrupted_when_a_signal_arrives_too_late_for_the_processes(tmp_path: Path) -> None:
+def test_run_is_interrupted_when_a_signal_arrives_after_the_last_step(tmp_path: Path) -> None:
     thread = interrupt_when_started(tmp_path)
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM after the last step"):
         run(finish_when_told, tmp_path)

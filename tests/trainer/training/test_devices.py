@@ -45,14 +45,16 @@ def numbers(choice: DeviceChoice) -> list[str]:
         (3, 2, 4, None),
     ],
 )
-def test_accumulation_is_reduced_before_the_batch_when_a_step_is_divided(
+def test_dividing_a_step_among_devices_reduces_accumulation_before_batch_size(
     batch_size: int, accumulation: int, devices: int, share: Share | None
 ) -> None:
     assert divide_step(make(batch_size=batch_size, gradient_accumulation=accumulation), devices) == share
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 16))
-def test_devices_together_compute_the_examples_of_a_step(batch_size: int, accumulation: int, devices: int) -> None:
+def test_shares_of_all_devices_add_up_to_the_examples_of_a_step(
+    batch_size: int, accumulation: int, devices: int
+) -> None:
     share = divide_step(make(batch_size=batch_size, gradient_accumulation=accumulation), devices)
     step = batch_size * accumulation
     assert (share is None) == (step % devices != 0)
@@ -66,18 +68,18 @@ def test_cpu_trains_in_one_process_unless_the_recipe_asks_for_several() -> None:
     assert choose_processes(make(devices=2)).devices == (TrainingDevice("the CPU"),) * 2
 
 
-def test_list_of_gpus_is_refused_on_a_cpu() -> None:
+def test_list_of_gpus_is_rejected_when_training_runs_on_the_cpu() -> None:
     with pytest.raises(RecipeError, match=r"train.devices lists GPUs 0, 1, but training runs on the CPU"):
         choose_processes(make(devices=[0, 1]))
 
 
-def test_number_that_does_not_divide_a_step_is_refused_with_the_nearest_ones() -> None:
+def test_error_suggests_the_nearest_device_counts_that_divide_a_step() -> None:
     with pytest.raises(RecipeError, match="6 x 1 examples cannot be divided among 4 devices") as caught:
         choose_processes(make(devices=4, batch_size=6))
     assert "set train.devices to 3 or 6" in caught.value.todo
 
 
-def test_all_free_gpus_train_by_default() -> None:
+def test_all_free_gpus_are_used_by_default() -> None:
     choice = choose_gpus(make(), [a100(0), a100(1)], A100)
     assert [device.name for device in choice.devices] == [f"GPU 0 ({A100})", f"GPU 1 ({A100})"]
     assert numbers(choice) == ["GPU-0", "GPU-1"]
@@ -85,7 +87,7 @@ def test_all_free_gpus_train_by_default() -> None:
 
 
 @pytest.mark.parametrize("gpus", [[], [a100(0)], [a100(0, used=70)]], ids=["unknown", "one", "one in use"])
-def test_only_gpu_trains_in_the_same_process(gpus: list[Gpu]) -> None:
+def test_training_on_the_only_gpu_runs_in_the_calling_process(gpus: list[Gpu]) -> None:
     assert choose_gpus(make(), gpus, A100) == DeviceChoice()
 
 
@@ -95,35 +97,35 @@ def test_gpu_that_another_process_uses_is_not_chosen() -> None:
     assert choice.reasons == ("GPU 0 not used: another process uses 75.2 GB of it",)
 
 
-def test_single_free_gpu_gets_a_process_unless_it_is_the_first() -> None:
+def test_training_on_a_single_free_gpu_runs_in_its_own_process_unless_it_is_the_first_gpu() -> None:
     assert numbers(choose_gpus(make(), [a100(0, used=70), a100(1)], A100)) == ["GPU-1"]
     assert choose_gpus(make(), [a100(0), a100(1, used=70)], A100).devices == ()
 
 
-def test_first_gpu_trains_when_none_is_free() -> None:
+def test_first_gpu_is_used_when_no_gpu_is_free() -> None:
     choice = choose_gpus(make(), [a100(0, used=70), a100(1, used=70)], A100)
     assert choice.devices == ()
     assert len(choice.reasons) == 2
 
 
-def test_gpus_that_differ_from_the_one_torch_prefers_are_not_chosen() -> None:
+def test_gpus_that_differ_from_the_default_torch_device_are_not_chosen() -> None:
     choice = choose_gpus(make(), [t4(0), a100(1), a100(2)], A100)
     assert numbers(choice) == ["GPU-1", "GPU-2"]
     assert choice.reasons == (f"GPU 0 not used: {T4} with 15 GiB is not equal to {A100} with 80 GiB",)
 
 
-def test_gpus_that_a_step_cannot_be_divided_among_are_not_chosen() -> None:
+def test_surplus_gpus_that_do_not_divide_a_step_are_not_chosen() -> None:
     choice = choose_gpus(make(batch_size=16), [a100(number) for number in range(3)], A100)
     assert numbers(choice) == ["GPU-0", "GPU-1"]
     assert choice.reasons == ("GPU 2 not used: a step of 16 x 1 examples cannot be divided among 3 devices",)
 
 
-def test_first_free_gpus_train_when_the_recipe_gives_a_number() -> None:
+def test_first_free_gpus_are_used_when_the_recipe_sets_a_number_of_devices() -> None:
     choice = choose_gpus(make(devices=2), [a100(0, used=9), *(a100(number) for number in (1, 2, 3))], A100)
     assert numbers(choice) == ["GPU-1", "GPU-2"]
 
 
-def test_number_above_that_of_free_gpus_is_refused_with_the_reason() -> None:
+def test_device_count_above_the_number_of_free_gpus_is_rejected_with_the_reason() -> None:
     with pytest.raises(RecipeError, match=r"train.devices is 2, but 1 equal GPUs are free: GPU 1 not used: another"):
         choose_gpus(make(devices=2), [a100(0), a100(1, used=70)], A100)
     with pytest.raises(RecipeError, match=r"train.devices is 2, but 1 equal GPUs are free"):
@@ -148,17 +150,17 @@ def test_listed_gpus_train_even_when_they_are_in_use() -> None:
     ],
     ids=["missing", "different", "other than torch's"],
 )
-def test_missing_and_unequal_listed_gpus_are_refused(gpus: list[Gpu], message: str) -> None:
+def test_listed_gpus_that_are_missing_or_unequal_are_rejected(gpus: list[Gpu], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         choose_gpus(make(devices=[0, 1]), gpus, A100)
 
 
-def test_listed_gpus_that_do_not_divide_a_step_are_refused() -> None:
+def test_listed_gpus_among_which_a_step_cannot_be_divided_are_rejected() -> None:
     with pytest.raises(RecipeError, match="5 x 1 examples cannot be divided among 2 devices"):
         choose_gpus(make(devices=[0, 1], batch_size=5), [a100(0), a100(1)], A100)
 
 
 @pytest.mark.parametrize("devices", [0, [], [1, 1], [-1]], ids=str)
-def test_meaningless_devices_are_rejected(devices: Any) -> None:
+def test_invalid_devices_setting_is_rejected(devices: Any) -> None:
     with pytest.raises(ValueError, match="devices"):
         make(devices=devices)

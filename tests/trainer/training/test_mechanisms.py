@@ -70,7 +70,7 @@ def adapted(base: Path, recipe: Recipe, number_type: NumberType = NumberType.BFL
     return add_adapter(load_model(base, ModelForm(number_type, recipe.base_quantization)), recipe, 2)
 
 
-def test_run_stops_before_its_first_step_if_another_attention_is_used(
+def test_run_stops_before_its_first_step_if_the_chosen_attention_is_not_active(
     train: Callable[..., TrainingSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model is loaded with PyTorch's attention although FlashAttention was chosen."""
@@ -108,7 +108,7 @@ def bind_liger(module: torch.nn.Module) -> None:
     module.__dict__["forward"] = MethodType(forward, module)
 
 
-def test_liger_is_active_only_when_it_replaced_a_part_of_every_layer(model: Any) -> None:
+def test_liger_counts_as_active_only_when_it_patched_every_layer(model: Any) -> None:
     check_liger(model, chosen=False)
     with pytest.raises(TrainingError, match="2 of 2 layers have no Liger kernels") as caught:
         check_liger(model, chosen=True)
@@ -123,7 +123,7 @@ def test_liger_is_active_only_when_it_replaced_a_part_of_every_layer(model: Any)
 
 
 @pytest.mark.parametrize(("kind", "takes"), [("llama", True), ("gpt_neox", False)])
-def test_liger_is_chosen_only_for_models_that_it_knows(
+def test_liger_is_chosen_only_for_model_types_that_it_supports(
     kind: str, takes: bool, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     liger = ModuleType("liger_kernel.transformers.monkey_patch")
@@ -141,7 +141,7 @@ def test_liger_is_not_imported_without_a_gpu(tiny_base: Path, monkeypatch: pytes
     assert not takes_liger_kernels(tiny_base)
 
 
-def test_checkpointing_must_be_the_same_in_every_layer(model: Any) -> None:
+def test_gradient_checkpointing_must_match_the_chosen_setting_in_every_layer(model: Any) -> None:
     check_checkpointing(model, chosen=False)
     with pytest.raises(TrainingError, match="checkpointing is off in 2 of 2 layers"):
         check_checkpointing(model, chosen=True)
@@ -154,13 +154,13 @@ def test_checkpointing_must_be_the_same_in_every_layer(model: Any) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_run_passes_all_checks_when_its_options_are_active(
+def test_run_passes_all_checks_when_its_chosen_options_are_active(
     train: Callable[..., TrainingSummary], checkpointing: bool
 ) -> None:
     assert train(gradient_checkpointing=checkpointing).steps == 2
 
 
-def test_run_stops_after_its_first_step_if_layers_are_not_computed_again(
+def test_run_stops_after_its_first_step_if_checkpointed_layers_are_not_recomputed(
     train: Callable[..., TrainingSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.modeling_utils.checkpoint", lambda function, *args, **kwargs: function(*args))
@@ -168,7 +168,7 @@ def test_run_stops_after_its_first_step_if_layers_are_not_computed_again(
         train(gradient_checkpointing=True)
 
 
-def test_recomputed_layers_are_detected_in_a_model_that_begins_with_an_image_encoder() -> None:
+def test_recomputed_layers_are_detected_in_a_model_with_an_image_encoder() -> None:
     text = Gemma3TextConfig(
         vocab_size=64,
         hidden_size=32,
@@ -191,7 +191,7 @@ def test_recomputed_layers_are_detected_in_a_model_that_begins_with_an_image_enc
     step.check(checkpointing=True)
 
 
-def test_run_stops_in_its_first_step_if_layers_compute_in_another_number_type(
+def test_run_stops_in_its_first_step_if_layers_compute_in_an_unexpected_number_type(
     train: Callable[..., TrainingSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arguments, "SFTConfig", lambda **options: SFTConfig(**options | {"bf16": False}))
@@ -199,7 +199,7 @@ def test_run_stops_in_its_first_step_if_layers_compute_in_another_number_type(
         train()
 
 
-def test_batch_of_several_rows_is_an_error_when_batches_have_no_padding(
+def test_padding_free_batch_with_several_rows_is_an_error(
     train: Callable[..., TrainingSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     padding_free = replace(PLAIN, padding_free=True)
@@ -221,7 +221,7 @@ real_torch_call = DataCollatorForLanguageModeling.torch_call
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_collator_without_padding_makes_one_row_and_separates_all_examples(packed: bool) -> None:
+def test_padding_free_collator_makes_one_row_and_separates_all_examples(packed: bool) -> None:
     lengths = {"seq_lengths": [2, 1]} if packed else {}
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], **lengths}] * 2
     check_padding_free(DataCollatorForLanguageModeling(0, padding_free=True).torch_call(rows), rows)
@@ -229,7 +229,7 @@ def test_collator_without_padding_makes_one_row_and_separates_all_examples(packe
         check_padding_free(DataCollatorForLanguageModeling(0).torch_call(rows), rows)
 
 
-def test_examples_that_are_not_separated_are_an_error() -> None:
+def test_padding_free_batch_that_does_not_separate_its_examples_is_an_error() -> None:
     rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "seq_lengths": [2, 1]}] * 2
     forgotten = [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
     batch = DataCollatorForLanguageModeling(0, padding_free=True).torch_call(forgotten)
@@ -246,7 +246,7 @@ def test_trained_weight_in_16_bits_is_an_error(tiny_base: Path) -> None:
         check_number_types(model, NumberType.BFLOAT16)
 
 
-def test_frozen_layer_in_float32_is_an_error_unless_transformers_keeps_it_so(tiny_base: Path) -> None:
+def test_frozen_layer_in_float32_is_an_error_unless_transformers_requires_float32(tiny_base: Path) -> None:
     model = adapted(tiny_base, make_recipe())
     layer = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
     layer.weight.data = layer.weight.data.float()
@@ -268,7 +268,7 @@ def test_layers_that_are_not_in_nf4_are_an_error(tiny_base: Path) -> None:
 
 
 @needs_bitsandbytes
-def test_shares_of_nf4_weights_are_recognized_by_the_state_of_their_layers(tiny_base: Path) -> None:
+def test_sharded_nf4_weights_pass_the_check_if_their_layers_have_nf4_state(tiny_base: Path) -> None:
     """Packed into floats, as other trainers divide them, some bytes would be NaN, which copies may change."""
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -290,7 +290,7 @@ def optimizer_of(model: torch.nn.Module, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_fused_optimizer_must_be_fused_as_chosen(fused: bool) -> None:
+def test_optimizer_check_fails_if_fusing_differs_from_the_choice(fused: bool) -> None:
     optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), fused=fused)
     check_optimizer_class(optimizer, Optimizer.ADAMW, fused=fused)
     with pytest.raises(TrainingError, match=f"AdamW with fused={fused}"):
@@ -306,7 +306,7 @@ def test_fused_optimizer_must_be_fused_as_chosen(fused: bool) -> None:
         (Optimizer.PAGED_ADAMW_8BIT, {"optim_bits": 8, "is_paged": True}),
     ],
 )
-def test_optimizer_of_bitsandbytes_must_have_the_chosen_bits_and_paging(
+def test_optimizer_check_fails_if_bitsandbytes_bits_or_paging_differ_from_the_choice(
     chosen: Optimizer, options: dict[str, Any]
 ) -> None:
     layer = torch.nn.Linear(400, 400)
@@ -333,7 +333,7 @@ def test_optimizer_that_affects_no_weight_is_an_error_before_the_first_step(
 
 
 @needs_bitsandbytes
-def test_moments_must_be_in_8_bits_except_those_of_embeddings_and_small_weights() -> None:
+def test_moments_of_large_weights_must_be_in_8_bits_except_for_embeddings() -> None:
     model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(100, 64), "layer": torch.nn.Linear(64, 64)})
     optimizer = optimizer_of(model, optim_bits=8)
     for weight in model.parameters():
@@ -351,7 +351,7 @@ def test_moments_must_be_in_8_bits_except_those_of_embeddings_and_small_weights(
 
 @needs_bitsandbytes
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-def test_moments_that_are_not_paged_are_an_error() -> None:
+def test_unpaged_moments_of_a_paged_optimizer_are_an_error() -> None:
     """On a CPU bitsandbytes pages nothing; it only warns."""
     model = torch.nn.Linear(400, 400)
     optimizer = optimizer_of(model, is_paged=True)
@@ -361,11 +361,11 @@ def test_moments_that_are_not_paged_are_an_error() -> None:
         check_moments(optimizer, model, Optimizer.PAGED_ADAMW)
 
 
-def test_every_layer_of_a_model_can_be_observed(model: Any) -> None:
+def test_every_layer_of_a_model_is_included_in_the_checkpointing_check(model: Any) -> None:
     assert checkpointed_layers(model) == list(model.model.layers)
 
 
-def test_learning_rates_of_lora_plus_are_checked() -> None:
+def test_unexpected_learning_rate_of_a_lora_plus_matrix_is_an_error() -> None:
     model = nn.ModuleDict({"layer": nn.ModuleDict({"lora_A": nn.Linear(2, 2), "lora_B": nn.Linear(2, 2)})})
     groups = [
         {"params": model["layer"][part].parameters(), "lr": rate} for part, rate in (("lora_A", 1), ("lora_B", 4))

@@ -58,7 +58,7 @@ def recipe(method: str = "lora", **sections: Any) -> Recipe:
     return make_recipe(**content | adapter | sections)
 
 
-def test_new_token_is_one_id_and_ordinary_text_has_the_same_ids(tied: Path, tiny_base: Path) -> None:
+def test_new_token_gets_one_id_and_ids_of_ordinary_text_are_unchanged(tied: Path, tiny_base: Path) -> None:
     before, after = AutoTokenizer.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tied)
     text = "Say the colour <tool in one word, été."
     assert after(text).input_ids == before(text).input_ids
@@ -67,7 +67,7 @@ def test_new_token_is_one_id_and_ordinary_text_has_the_same_ids(tied: Path, tiny
     assert after.chat_template == before.chat_template
 
 
-def test_row_of_a_new_token_starts_as_the_mean_of_its_parts(untied: Path) -> None:
+def test_embedding_row_of_a_new_token_starts_as_the_mean_of_its_former_token_parts(untied: Path) -> None:
     weights, tokenizer = load_file(untied / "model.safetensors"), AutoTokenizer.from_pretrained(untied)
     parts = tokenizer("<").input_ids + tokenizer("tool>").input_ids
     for name in (EMBEDDING, "lm_head.weight"):
@@ -76,12 +76,12 @@ def test_row_of_a_new_token_starts_as_the_mean_of_its_parts(untied: Path) -> Non
         assert torch.equal(weights[name][tokenizer.convert_tokens_to_ids("<tool>")], mean)
 
 
-def test_token_that_the_base_has_is_refused(tied: Path, tmp_path: Path) -> None:
+def test_new_token_that_the_base_already_has_is_rejected(tied: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"new_tokens lists '<tool>', which the tokenizer already has"):
         folder_with_tokens(tied, ["<other>", "<tool>"], tmp_path)
 
 
-def test_base_with_spare_rows_keeps_its_size(tmp_path: Path) -> None:
+def test_base_with_spare_embedding_rows_keeps_its_size(tmp_path: Path) -> None:
     """Qwen's embeddings have more rows than its tokenizer has ids."""
     base = make_model(tmp_path / "base", vocab_size=320)
     changed = folder_with_tokens(base, TOKENS, tmp_path / "cache")
@@ -89,7 +89,7 @@ def test_base_with_spare_rows_keeps_its_size(tmp_path: Path) -> None:
     assert json.loads((changed / "config.json").read_text("utf-8"))["vocab_size"] == 320
 
 
-def test_folder_with_config_and_tokenizer_alone_is_enough_for_an_estimate(tiny_base: Path, tmp_path: Path) -> None:
+def test_new_tokens_can_be_added_to_a_base_without_weights_for_an_estimate(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     for path in tiny_base.iterdir():
         if path.suffix != ".safetensors":
@@ -99,7 +99,7 @@ def test_folder_with_config_and_tokenizer_alone_is_enough_for_an_estimate(tiny_b
     assert config["vocab_size"] == len(tokenizer)
 
 
-def test_token_that_no_example_has_is_refused_before_training(tied: Path, tmp_path: Path) -> None:
+def test_new_token_absent_from_all_examples_is_rejected_before_training(tied: Path, tmp_path: Path) -> None:
     data = TrainingData([make_example("a number", "<tool>1"), make_example("a number", "<tool>2")])
     with pytest.raises(DataError, match="the new token '</tool>' does not occur in the training examples"):
         train_in(FLOAT32, tied, data, recipe(), tmp_path)
@@ -108,7 +108,7 @@ def test_token_that_no_example_has_is_refused_before_training(tied: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
 @pytest.mark.parametrize("base", ["tied", "untied"])
-def test_merged_model_has_the_trained_rows_and_the_outputs_of_base_plus_adapter(
+def test_merged_model_has_the_trained_token_rows_and_the_outputs_of_base_plus_adapter(
     method: str, base: str, data: TrainingData, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder: Path = request.getfixturevalue(base)
@@ -144,7 +144,7 @@ def test_merged_model_has_the_trained_rows_and_the_outputs_of_base_plus_adapter(
         ("untied", ["embed_tokens"], {EMBEDDING}),
     ],
 )
-def test_all_rows_of_saved_layers_are_trained_and_merged(
+def test_all_rows_of_layers_in_modules_to_save_are_trained_and_merged(
     base: str, saved: list[str], changed: set[str], data: TrainingData, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder: Path = request.getfixturevalue(base)
@@ -166,7 +166,9 @@ def test_all_rows_of_saved_layers_are_trained_and_merged(
 
 
 @pytest.mark.slow
-def test_merge_fails_when_another_row_changed(tied: Path, data: TrainingData, tmp_path: Path, monkeypatch: Any) -> None:
+def test_merge_fails_when_an_embedding_row_of_an_existing_token_changed(
+    tied: Path, data: TrainingData, tmp_path: Path, monkeypatch: Any
+) -> None:
     train_in(FLOAT32, tied, data, recipe(train={"steps": 2, "learning_rate": 1e-2}), tmp_path)
     config = tmp_path / "trained" / "adapter_config.json"
     content = json.loads(config.read_text("utf-8"))
@@ -183,7 +185,7 @@ def test_full_fine_tuning_learns_new_tokens(tied: Path, data: TrainingData, tmp_
 
 
 @pytest.mark.slow
-def test_killed_run_ends_with_the_same_rows(
+def test_killed_and_resumed_run_ends_with_the_same_token_rows(
     tied: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = UninterruptedRuns(tied, data.train, tmp_path / "whole").run(recipe())
@@ -193,7 +195,7 @@ def test_killed_run_ends_with_the_same_rows(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.matrix), True])
-def test_two_devices_train_new_tokens_as_one_does(
+def test_training_new_tokens_on_two_devices_gives_the_losses_of_one_device(
     sharded: bool, tied: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -212,7 +214,7 @@ def test_two_devices_train_new_tokens_as_one_does(
     ],
     ids=["pissa", "lora-plus", "packing"],
 )
-def test_new_tokens_are_learnt_with_other_options(
+def test_new_tokens_can_be_trained_and_merged_with_other_training_options(
     sections: dict[str, Any], untied: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     summary = train_in(BFLOAT16, untied, data, recipe(**sections), tmp_path)

@@ -66,7 +66,7 @@ def recipe(objective: Objective, method: Method = Method.LORA, **sections: Any) 
     ],
     ids=str,
 )
-def test_merged_model_has_the_trained_rows_when_preferences_are_learnt(
+def test_merged_model_has_the_trained_token_rows_after_preference_training(
     objective: Objective, method: Method, base: Path, tmp_path: Path
 ) -> None:
     summary = train_in(FLOAT32, base, data_for(objective), recipe(objective, method), tmp_path)
@@ -78,7 +78,7 @@ def test_merged_model_has_the_trained_rows_when_preferences_are_learnt(
 
 
 @pytest.mark.parametrize("objective", [DPO, pytest.param(KTO, marks=pytest.mark.matrix)], ids=str)
-def test_killed_run_that_learns_preferences_ends_with_the_same_rows(
+def test_killed_and_resumed_preference_run_ends_with_the_same_token_rows(
     objective: Objective, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = data_for(objective)
@@ -89,14 +89,14 @@ def test_killed_run_that_learns_preferences_ends_with_the_same_rows(
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
 
 
-def test_token_that_no_judged_answer_has_is_refused_before_training(base: Path, tmp_path: Path) -> None:
+def test_new_token_absent_from_all_preference_answers_is_rejected_before_training(base: Path, tmp_path: Path) -> None:
     pairs = [PreferencePair(make_example("a number", "<tool>1"), make_example("a number", "<tool>2"))]
     with pytest.raises(DataError, match="the new token '</tool>' does not occur in the training examples"):
         train_in(FLOAT32, base, TrainingData((), judged=pairs), recipe(DPO), tmp_path)
 
 
 @pytest.mark.matrix
-def test_two_devices_with_sharded_weights_learn_preferences_with_new_tokens_as_one_does(
+def test_sharded_preference_training_of_new_tokens_on_two_devices_matches_one_device(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -103,7 +103,7 @@ def test_lora_plus_learns_faster_and_resumes_with_the_same_weights(
 
 
 @pytest.mark.slow
-def test_lora_plus_works_with_8_bit_moments_and_preferences(tiny_base: Path, tmp_path: Path) -> None:
+def test_lora_plus_can_be_combined_with_8_bit_moments_and_preference_training(tiny_base: Path, tmp_path: Path) -> None:
     train = {"optimizer": "adamw-8bit", "steps": 2}
     recipe = lora_plus(objective="dpo", adapter={"rank": 64}, train=train)
     train_in(NumberType.FLOAT32, tiny_base, data_for(recipe.objective), recipe, tmp_path)
@@ -112,7 +112,7 @@ def test_lora_plus_works_with_8_bit_moments_and_preferences(tiny_base: Path, tmp
 @pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.parametrize("sharded", [False, True])
-def test_lora_plus_is_the_same_on_two_devices(
+def test_lora_plus_on_two_devices_matches_one_device(
     sharded: bool, tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -156,7 +156,7 @@ def trl_loss(trainer: Any) -> float:
         ({"loss": "robust", "label_smoothing": 0.2}, {"loss_type": ["robust"], "label_smoothing": 0.2}),
     ],
 )
-def test_dpo_loss_equals_that_of_trls_trainer(
+def test_dpo_loss_equals_the_loss_of_the_trl_trainer(
     ours: dict[str, Any], theirs: dict[str, Any], tiny_base: Path, tmp_path: Path
 ) -> None:
     loss = changed_loss(trainer_of(tiny_base, PAIRS, recipe_of(Objective.DPO, preference=ours), tmp_path))
@@ -172,7 +172,7 @@ def test_dpo_loss_equals_that_of_trls_trainer(
     assert loss == pytest.approx(trl_loss(trl), rel=1e-5)
 
 
-def test_dpo_loss_of_a_mixture_of_experts_balances_them_as_trls_trainer_does(tmp_path: Path) -> None:
+def test_dpo_loss_of_a_mixture_of_experts_includes_the_same_balancing_loss_as_trl(tmp_path: Path) -> None:
     set_seed(0)
     config = Qwen3MoeConfig(**SHAPE, num_experts=4, router_aux_loss_coef=0.5)
     Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
@@ -196,7 +196,7 @@ def test_dpo_loss_of_a_mixture_of_experts_balances_them_as_trls_trainer_does(tmp
         assert loss > float(trainer.compute_loss(trainer.model, batch)) + 0.4
 
 
-def test_kto_loss_equals_that_of_trls_trainer(tiny_base: Path, tmp_path: Path) -> None:
+def test_kto_loss_equals_the_loss_of_the_trl_trainer(tiny_base: Path, tmp_path: Path) -> None:
     weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
     loss = changed_loss(trainer_of(tiny_base, LABELLED, recipe_of(Objective.KTO, preference=weights), tmp_path))
     config = KTOConfig(precompute_ref_log_probs=True, **trl_options(tmp_path, len(LABELLED)), **weights)
@@ -210,7 +210,7 @@ def test_kto_loss_equals_that_of_trls_trainer(tiny_base: Path, tmp_path: Path) -
     assert loss == pytest.approx(trl_loss(trl), rel=1e-5)
 
 
-def test_orpo_loss_equals_that_of_trls_trainer_except_that_prompts_are_not_learnt(
+def test_orpo_loss_equals_the_trl_loss_restricted_to_answer_tokens(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -294,7 +294,7 @@ def test_resumed_run_does_not_score_the_answers_again(
     assert scoring not in capsys.readouterr().err
 
 
-def test_signal_during_a_step_leaves_a_checkpoint_that_the_run_resumes_from(
+def test_run_interrupted_during_a_step_resumes_from_a_checkpoint(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(Objective.DPO, checkpoints={"every_steps": None})
@@ -326,7 +326,7 @@ def test_signal_while_answers_are_scored_interrupts_the_run(
 
 
 @pytest.mark.parametrize("objective", [Objective.DPO, Objective.KTO])
-def test_loss_before_the_first_step_is_that_of_a_model_without_a_preference(
+def test_preference_loss_before_the_first_step_is_that_of_an_indifferent_model(
     objective: Objective, tiny_base: Path, tmp_path: Path
 ) -> None:
     summary = train(tiny_base, recipe_of(objective, stopping={"every_steps": 2}), tmp_path)
@@ -348,10 +348,10 @@ def test_loss_before_the_first_step_is_that_of_a_model_without_a_preference(
         (Objective.KTO, Method.QLORA),
     ],
 )
-def test_preference_is_learnt_with_every_method_and_objective(
+def test_preference_is_learned_with_every_method_and_objective(
     objective: Objective, method: Method, tiny_base: Path, tmp_path: Path
 ) -> None:
-    """Red is always better than blue."""
+    """Every pair prefers the answer "red" to "blue"."""
     judged: list[Any] = []
     for number in range(12):
         red, blue = (make_example(f"number {'x' * number}", colour) for colour in ("red", "blue"))
@@ -366,7 +366,7 @@ def test_preference_is_learnt_with_every_method_and_objective(
 
 
 @pytest.mark.parametrize("objective", [Objective.DPO, Objective.ORPO])
-def test_half_the_batch_with_twice_the_accumulation_trains_the_same(
+def test_halving_the_batch_and_doubling_the_accumulation_gives_the_same_losses(
     objective: Objective, tiny_base: Path, tmp_path: Path
 ) -> None:
     """Twelve pairs in batches of 8, so that the last step has an incomplete batch."""
@@ -379,7 +379,7 @@ def test_half_the_batch_with_twice_the_accumulation_trains_the_same(
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-def test_tokens_of_the_prompt_are_not_scored(tiny_base: Path) -> None:
+def test_prompt_tokens_are_not_scored_in_preference_training(tiny_base: Path) -> None:
     tokenizer = load_tokenizer(tiny_base)
     for comparison, pair in zip(comparisons_of(tiny_base, list(PAIRS), recipe_of(Objective.DPO)), PAIRS, strict=True):
         assert comparison.first.prompt == comparison.second.prompt
@@ -387,7 +387,7 @@ def test_tokens_of_the_prompt_are_not_scored(tiny_base: Path) -> None:
             assert tokenizer.decode(row.answer) == example.answer + str(tokenizer.eos_token)
 
 
-def test_labelled_answers_are_compared_with_answers_to_other_prompts(tiny_base: Path) -> None:
+def test_kto_compares_labelled_answers_with_answers_to_other_prompts(tiny_base: Path) -> None:
     twice = [answer for answer in LABELLED for _ in range(2)]
     for comparison in comparisons_of(tiny_base, twice, recipe_of(Objective.KTO)):
         assert comparison.second.prompt == comparison.first.prompt
@@ -410,7 +410,7 @@ def test_pair_is_dropped_when_either_answer_is_too_long(tiny_base: Path) -> None
     assert len(comparisons_of(tiny_base, pairs, recipe)) == 3
 
 
-def test_heldout_pairs_longer_than_training_pairs_may_be_are_measured(tiny_base: Path) -> None:
+def test_heldout_pairs_longer_than_the_training_limit_are_still_measured(tiny_base: Path) -> None:
     tokenizer, long = load_tokenizer(tiny_base), PreferencePair(make_example("n", "red" * 500), make_example("n", "b"))
     assert len(tokenize_judged(tokenizer, [long], stop_tokens(tiny_base, tokenizer), {})) == 1
 
@@ -422,7 +422,7 @@ def test_best_weights_are_kept_by_heldout_preference_loss(tiny_base: Path, tmp_p
     assert summary.best_step == min(measured, key=lambda step: measured[step])
 
 
-def test_saved_adapter_has_no_second_adapter(tiny_base: Path, tmp_path: Path) -> None:
+def test_saved_adapter_does_not_contain_the_reference_adapter(tiny_base: Path, tmp_path: Path) -> None:
     train(tiny_base, recipe_of(Objective.DPO), tmp_path)
     config = json.loads((tmp_path / "trained" / "adapter_config.json").read_text("utf-8"))
     assert config["peft_type"] == "LORA"

@@ -80,7 +80,7 @@ def train(recipe: Recipe, base: Path, folder: Path, processes: int, *, sharded: 
     ],
     ids=str,
 )
-def test_two_devices_learn_a_preference_as_one_does(
+def test_preference_training_on_two_devices_matches_one_device(
     objective: Objective, method: Method, settings: dict[str, Any], sharded: bool, tiny_base: Path, tmp_path: Path
 ) -> None:
     changed = recipe(objective, method, **settings)
@@ -95,7 +95,7 @@ def test_two_devices_learn_a_preference_as_one_does(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(("objective", "sharded"), [(DPO, False), (KTO, True)])
-def test_interrupted_preference_on_two_devices_resumes_with_bitwise_the_same_result(
+def test_interrupted_preference_run_on_two_devices_resumes_with_a_bitwise_identical_result(
     objective: Objective, sharded: bool, tiny_base: Path, tmp_path: Path
 ) -> None:
     changed = recipe(objective, epochs=5)

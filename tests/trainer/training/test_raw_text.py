@@ -40,7 +40,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder_with_template(folder / "base", template_text(NamedTemplate.TEXT, folder / "base"), folder / "cache")
 
 
-def test_every_token_of_a_document_is_learnt_once_and_its_end_too(base: Path, documents: list[ChatExample]) -> None:
+def test_every_token_of_a_document_and_its_end_token_are_trained_on_exactly_once(
+    base: Path, documents: list[ChatExample]
+) -> None:
     tokenizer = load_tokenizer(base)
     stops = stop_tokens(base, tokenizer)
     for document, rows in zip(

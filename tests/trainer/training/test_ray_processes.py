@@ -55,7 +55,7 @@ def node(name: str, *, alive: bool = True, **resources: float) -> dict[str, Any]
     ],
     ids=["no GPUs", "GPUs", "GPUs that the cluster may add"],
 )
-def test_worker_reserves_a_gpu_when_the_cluster_has_or_may_add_one(
+def test_ray_worker_reserves_a_gpu_when_the_cluster_has_gpus_or_can_add_them(
     settings: dict[str, Any], resources: dict[str, float], bundle: dict[str, float]
 ) -> None:
     assert choose_kind(RaySettings(**settings), resources).bundle == bundle
@@ -74,22 +74,22 @@ def test_error_says_how_many_workers_fit_when_the_cluster_is_too_small() -> None
     assert "set train.devices to 9" in error.todo
 
 
-def test_error_says_that_others_use_the_resources_when_the_cluster_is_large_enough() -> None:
+def test_error_says_that_other_jobs_use_the_resources_when_the_cluster_is_large_enough() -> None:
     error = shortage(H100, 2, [node("a", CPU=64, GPU=8, type_H100=1)], {"CPU": 64, "GPU": 1}, 10)
     assert "others use them; free: 64 CPU, 1 GPU" in error.wrong
     assert "ray.wait_s" in error.todo
 
 
-def test_workers_are_accepted_when_they_are_equal() -> None:
+def test_ray_workers_with_equal_devices_and_versions_are_accepted() -> None:
     check_equal([facts(1, with_gpu("H100")), facts(2, with_gpu("H100"))])
 
 
-def test_workers_are_refused_when_their_gpus_differ() -> None:
+def test_ray_workers_with_different_gpus_are_rejected() -> None:
     with pytest.raises(TrainingError, match=r"H100 with \w+ on node 10\.0\.0\.1, A100 with \w+ on 10\.0\.0\.2"):
         check_equal([facts(1, with_gpu("H100")), facts(2, with_gpu("A100"))])
 
 
-def test_workers_are_refused_when_a_node_has_another_version() -> None:
+def test_ray_workers_are_rejected_when_a_node_has_another_tuneserve_version() -> None:
     with pytest.raises(TrainingError, match=r"node 10\.0\.0\.2 has tuneserve 0\.0\.1, but this machine"):
         check_equal([facts(1, AVX512), facts(2, AVX512, "0.0.1")])
 
@@ -111,7 +111,7 @@ class _FailingActor:
         return SimpleNamespace(remote=Reference)
 
 
-def test_failures_are_ordered_by_their_arrival_because_each_node_has_its_own_clock(
+def test_first_worker_failure_to_arrive_is_reported_even_if_node_clocks_differ(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second worker's connection breaks because the first one has run out of memory."""
@@ -133,22 +133,26 @@ def test_failures_are_ordered_by_their_arrival_because_each_node_has_its_own_clo
     [(1, 3.0, 3), (1, 2.0, 2), (2, 3.0, 1), (4, 3.0, 1)],
     ids=["all", "used", "pairs", "few"],
 )
-def test_trainings_that_fit_are_counted_by_free_resources_and_at_least_one(
+def test_number_of_training_runs_that_fit_is_computed_from_free_resources_and_at_least_one(
     size: int, free: float, expected: int
 ) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 1.0}}] * 3 + [{"Alive": False, "Resources": {"CPU": 9.0}}]
     assert count_fitting(WorkerKind(1, gpus=0, gpu_type=None), size, nodes, {"CPU": free}) == expected
 
 
-def test_lines_of_a_worker_have_the_title_of_its_training(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_lines_of_a_ray_worker_start_with_the_title_of_its_training_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     output = _Output("trial 3")
     for part in ("  Training: ", "step 1/2\n\n  Trai", "ning: step 2/2\n"):
         output.write(part)
     assert capsys.readouterr().err == "  trial 3: Training: step 1/2\n  trial 3: Training: step 2/2\n"
 
 
-def test_resources_are_waited_for_as_long_as_other_trainings_have_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other training ends after a while, and then the wait ends too."""
+def test_wait_for_resources_has_no_timeout_while_other_training_runs_have_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The wait ends once the other training run has ended."""
     trains = iter([True] * 5)
     waits = list[object]()
     group = SimpleNamespace(ready=lambda: "ready")

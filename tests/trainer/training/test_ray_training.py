@@ -130,7 +130,7 @@ def machine(tmp_path: Path, tiny_base: Path, data: TrainingData, ray: RayDouble)
     return Machine(tmp_path, tiny_base, data)
 
 
-def test_workers_on_two_nodes_train_the_same_adapter_as_two_processes_here(
+def test_workers_on_two_ray_nodes_train_the_same_adapter_as_two_local_processes(
     here: Path, machine: Machine, ray: RayDouble, capfd: pytest.CaptureFixture[str]
 ) -> None:
     summary = machine.train()
@@ -145,7 +145,7 @@ def test_workers_on_two_nodes_train_the_same_adapter_as_two_processes_here(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("rank", [0, 1])
-def test_training_continues_on_the_third_node_when_one_is_lost(
+def test_training_continues_on_a_third_ray_node_when_a_node_is_lost(
     rank: int, here: Path, machine: Machine, ray: RayDouble, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def lose(name: str) -> None:
@@ -192,7 +192,7 @@ def test_run_ends_when_workers_are_lost_three_times_without_a_checkpoint(machine
     assert lost == [1, 1, 1]
 
 
-def test_training_is_refused_when_the_nodes_are_too_few(machine: Machine, ray: RayDouble) -> None:
+def test_training_is_refused_when_the_cluster_has_too_few_nodes(machine: Machine, ray: RayDouble) -> None:
     for node in ray.nodes[:2]:
         ray.remove(node)
     with pytest.raises(TrainingError, match=r"no free resources for 2 workers .* its nodes have capacity for 1"):

@@ -86,7 +86,7 @@ def fail(place: Place, folders: TrainingFolders) -> None:
     raise TrainingError("the loss exploded")
 
 
-def test_checkpoint_is_in_the_object_store_when_it_is_announced(worker: RayWorker, run: SharedRun) -> None:
+def test_checkpoint_is_in_the_object_store_before_it_is_announced(worker: RayWorker, run: SharedRun) -> None:
     messages = train(worker, run, write_checkpoint)
     assert [message.name for message in messages if isinstance(message, Call)] == ["on_checkpoint", TRAINED]
     assert messages[-1] == Result("done")
@@ -94,7 +94,9 @@ def test_checkpoint_is_in_the_object_store_when_it_is_announced(worker: RayWorke
     assert "checkpoints/tiny-1/step-00000007.json" in keys
 
 
-def test_trained_model_reaches_the_caller(worker: RayWorker, run: SharedRun, tmp_path: Path) -> None:
+def test_trained_adapter_is_passed_to_the_caller_through_the_object_store(
+    worker: RayWorker, run: SharedRun, tmp_path: Path
+) -> None:
     messages = train(worker, run, write_checkpoint)
     (records,) = next(
         message.arguments for message in messages if isinstance(message, Call) and message.name == TRAINED
@@ -104,18 +106,18 @@ def test_trained_model_reaches_the_caller(worker: RayWorker, run: SharedRun, tmp
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == b"adapter"
 
 
-def test_output_is_sent_to_the_caller(worker: RayWorker, run: SharedRun) -> None:
+def test_console_output_of_a_ray_worker_is_sent_to_the_caller(worker: RayWorker, run: SharedRun) -> None:
     text = "".join(message.text for message in train(worker, run, print_lines) if isinstance(message, Text))
     assert text == "on the console\na warning\n"
 
 
-def test_failure_is_the_last_message_when_the_work_fails(worker: RayWorker, run: SharedRun) -> None:
+def test_last_message_of_a_ray_worker_is_the_failure_when_its_work_fails(worker: RayWorker, run: SharedRun) -> None:
     last = train(worker, run, fail)[-1]
     assert isinstance(last, Failure)
     assert str(last.error) == "the loss exploded"
 
 
-def test_folder_of_a_killed_worker_is_deleted_by_the_next_one(worker: RayWorker, run: SharedRun) -> None:
+def test_folder_of_a_killed_worker_is_deleted_by_the_next_worker(worker: RayWorker, run: SharedRun) -> None:
     killed = run.folder / "training" / "other-attempt-node"
     killed.mkdir(parents=True)
     (killed / "lock").write_text("")
@@ -130,7 +132,7 @@ def test_no_folder_of_the_run_remains_when_the_worker_has_cleaned_up(worker: Ray
     assert (run.folder / "bases" / run.base).is_dir()
 
 
-def test_runs_of_a_machine_are_kept_when_its_home_is_the_workers_folder(worker: RayWorker, run: SharedRun) -> None:
+def test_run_folders_are_kept_when_a_ray_worker_uses_the_home_as_its_folder(worker: RayWorker, run: SharedRun) -> None:
     own = run.folder / "runs" / "tiny-0123456789ab"
     own.mkdir(parents=True)
     (own / "lock").write_text("")

@@ -55,7 +55,7 @@ def test_merged_model_matches_the_original_base_plus_adapter(
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4"])
-def test_killed_run_ends_with_the_same_weights(
+def test_killed_and_resumed_pissa_run_ends_with_the_same_weights(
     start: str,
     tiny_base: Path,
     data: TrainingData,
@@ -70,7 +70,7 @@ def test_killed_run_ends_with_the_same_weights(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_devices_train_as_one_does(
+def test_pissa_training_on_two_devices_matches_one_device(
     sharded: bool, tiny_base: Path, data: TrainingData, uninterrupted: UninterruptedRuns, tmp_path: Path
 ) -> None:
     alone = uninterrupted.run(recipe(), FLOAT32)
@@ -81,7 +81,7 @@ def test_two_devices_train_as_one_does(
         assert torch.allclose(weight, theirs[name], atol=1e-3), name
 
 
-def test_reference_of_a_preference_is_the_original_base(tiny_base: Path, tmp_path: Path) -> None:
+def test_preference_training_with_pissa_uses_the_original_base_as_reference(tiny_base: Path, tmp_path: Path) -> None:
     judged = recipe(objective=Objective.DPO, train={"batch_size": 4, "steps": 1})
     summary = train_in(FLOAT32, tiny_base, data_for(Objective.DPO), judged, tmp_path)
     assert losses_of(summary)[0] == pytest.approx(math.log(2), abs=1e-4)

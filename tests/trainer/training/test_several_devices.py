@@ -133,7 +133,7 @@ def at_checkpoint(folder: Path, step: int, act: Callable[[], None]) -> threading
     ],
     ids=str,
 )
-def test_two_devices_have_the_same_losses_and_weights_as_one(
+def test_training_on_two_devices_gives_the_losses_and_weights_of_one_device(
     method: Method, settings: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     changed = recipe(method, train=settings, stopping={"every_steps": 3})
@@ -160,7 +160,7 @@ def test_two_devices_have_the_same_losses_and_weights_as_one(
     ],
     ids=str,
 )
-def test_devices_that_divide_the_weights_train_and_save_as_one_does(
+def test_sharded_training_on_two_devices_gives_the_losses_and_saved_weights_of_one_device(
     method: Method, settings: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     """The second device has none of the last held-out examples, of which there are five."""
@@ -175,7 +175,7 @@ def test_devices_that_divide_the_weights_train_and_save_as_one_does(
 
 
 @pytest.mark.matrix
-def test_devices_that_divide_weights_in_nf4_train_dora_as_one_does(
+def test_sharded_nf4_training_of_dora_on_two_devices_matches_one_device(
     tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     """DoRA dequantizes the gathered weights for their norms."""
@@ -188,7 +188,7 @@ def test_devices_that_divide_weights_in_nf4_train_dora_as_one_does(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("method", [Method.LORA, Method.QLORA, Method.FULL])
-def test_devices_that_divide_the_weights_have_nearly_the_same_losses_in_bfloat16(
+def test_sharded_bfloat16_training_on_two_devices_has_nearly_the_losses_of_one_device(
     method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     one = train(tiny_base, data, recipe(method), tmp_path / "1", 1, NumberType.BFLOAT16)
@@ -197,8 +197,10 @@ def test_devices_that_divide_the_weights_have_nearly_the_same_losses_in_bfloat16
 
 
 @pytest.mark.matrix
-def test_mixture_of_experts_has_nearly_the_same_losses_on_two_devices(data: TrainingData, tmp_path: Path) -> None:
-    """The second loss of a mixture is a mean over batches. TRL computes both, as it does for all models on a GPU."""
+def test_mixture_of_experts_has_nearly_the_same_losses_on_two_devices_as_on_one(
+    data: TrainingData, tmp_path: Path
+) -> None:
+    """The balancing loss is a mean over batches. TRL computes both losses, as for all models on a GPU."""
     set_seed(0)
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, num_experts=4)).bfloat16().save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
@@ -206,7 +208,7 @@ def test_mixture_of_experts_has_nearly_the_same_losses_on_two_devices(data: Trai
     assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-3)
 
 
-def test_losses_are_reported_and_checkpoints_announced_once_when_two_devices_train(
+def test_losses_and_checkpoints_are_reported_once_when_training_on_two_devices(
     tiny_base: Path, data: TrainingData, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     reported: list[int] = []
@@ -233,7 +235,7 @@ def test_losses_are_reported_and_checkpoints_announced_once_when_two_devices_tra
     ("method", "sharded"),
     [(Method.LORA, False), *((method, True) for method in (Method.LORA, Method.QLORA, Method.DORA, Method.FULL))],
 )
-def test_interrupted_run_on_two_devices_resumes_with_bitwise_the_same_result(
+def test_interrupted_run_on_two_devices_resumes_with_a_bitwise_identical_result(
     method: Method, sharded: bool, tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     """The run is stopped by a signal, and then killed; dropout needs the random numbers of each device."""
@@ -267,7 +269,7 @@ def rank(number: int) -> int:
 
 
 @pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.matrix)])
-def test_other_processes_end_within_seconds_when_one_is_killed(
+def test_other_processes_end_within_seconds_when_a_training_process_is_killed(
     sharded: bool, tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     killed: list[float] = []
@@ -294,7 +296,7 @@ def test_other_processes_end_within_seconds_when_one_is_killed(
         pytest.param(1, 2, True, marks=pytest.mark.matrix),
     ],
 )
-def test_run_resumed_on_another_number_of_devices_is_nearly_equal_and_says_so(
+def test_run_resumed_on_another_number_of_devices_has_nearly_equal_results_and_a_notice(
     begun: int,
     resumed_on: int,
     sharded: bool,
@@ -316,7 +318,7 @@ def test_run_resumed_on_another_number_of_devices_is_nearly_equal_and_says_so(
     assert difference(tmp_path / "a", tmp_path / "b") < CLOSE_WEIGHTS
 
 
-def test_single_device_in_a_separate_process_gives_bitwise_the_same_result(
+def test_training_in_a_separate_process_gives_a_bitwise_identical_result(
     tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     changed = recipe(adapter={"dropout": 0.2})
@@ -329,7 +331,7 @@ def test_single_device_in_a_separate_process_gives_bitwise_the_same_result(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("sharded", [False, True])
-def test_divergence_on_all_devices_is_one_error(
+def test_divergence_on_all_devices_is_reported_as_one_error(
     sharded: bool, tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     changed = recipe(train={"learning_rate": 1e30, "max_grad_norm": 1e30})
@@ -345,12 +347,12 @@ class _SingleProcess:
     num_processes = 1
 
 
-def test_training_fails_when_a_library_ignores_the_other_devices() -> None:
+def test_training_fails_when_the_library_uses_only_one_of_several_devices() -> None:
     with pytest.raises(TrainingError, match=r"does not train on several devices: .*NO with 1 processes, Linear"):
         DeviceGroup(0, 2).check(_SingleProcess(), nn.Linear(1, 1))
 
 
-def test_training_fails_when_weights_that_should_be_sharded_are_whole() -> None:
+def test_training_fails_when_weights_are_not_sharded_as_chosen() -> None:
     with pytest.raises(TrainingError, match=r"weight is stored as a whole tensor of shape \(1, 3\)") as caught:
         check_sharded(nn.Linear(3, 1, bias=False), 2)
     assert "train.sharding" in caught.value.todo

@@ -351,7 +351,9 @@ def test_answer_only_loss_equals_the_full_loss_with_sliding_window_and_logit_cap
     torch.testing.assert_close(answer_loss(model, *batch), whole_loss(model, *batch), rtol=1e-4, atol=1e-4)
 
 
-def test_best_weights_are_those_of_the_best_step(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+def test_saved_best_weights_equal_those_of_a_run_that_ends_at_the_best_step(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
     """At a constant learning rate, a run that ends at that step has the same weights."""
     data = TrainingData(examples, [make_example(f"number {letter}", "blue") for letter in "abc"])
     steady = {"batch_size": 4, "learning_rate": 0.05, "schedule": "constant", "warmup_ratio": 0}

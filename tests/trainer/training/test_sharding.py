@@ -111,7 +111,7 @@ def observe(place: Place, base: Path) -> Seen:
         return Seen(shapes, outside, total, gradients, weights, saved, moments, reloaded)
 
 
-def test_two_processes_store_half_of_each_weight_gradient_and_moment_and_compute_the_same_step(
+def test_two_processes_each_store_half_of_the_training_state_and_compute_the_same_step(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -153,7 +153,7 @@ def observe_packed(place: Place, base: Path) -> tuple[dict[str, Shape], Arrays, 
         return shares, gathered, type(model.model.layers[0].self_attn.q_proj.weight).__name__
 
 
-def test_two_processes_store_half_of_each_weight_in_nf4_and_gather_the_same_bytes(
+def test_two_processes_each_store_half_of_an_nf4_weight_and_gather_identical_bytes(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -32,7 +32,7 @@ def write_base(folder: Path, weights: bytes = b"weights") -> Path:
     return folder
 
 
-def test_fetched_base_has_the_files_of_the_shared_one(tmp_path: Path, objects: ObjectStore) -> None:
+def test_fetched_base_has_the_same_files_as_the_uploaded_base(tmp_path: Path, objects: ObjectStore) -> None:
     base = write_base(tmp_path / "base")
     (base / "pytorch_model.bin").write_bytes(b"pickled")
     fetched = fetch_base(objects, share_base(objects, base, REVISION), tmp_path / "cache")
@@ -51,7 +51,7 @@ def test_base_is_uploaded_and_downloaded_only_once(tmp_path: Path, objects: Obje
     assert fetch_base(objects, name, tmp_path / "cache") == fetched
 
 
-def test_nothing_remains_on_the_machine_when_a_file_was_altered(tmp_path: Path, objects: ObjectStore) -> None:
+def test_no_base_files_remain_after_fetching_when_a_file_was_altered(tmp_path: Path, objects: ObjectStore) -> None:
     name = share_base(objects, write_base(tmp_path / "base"), REVISION)
     objects.write(f"bases/{name}/model.safetensors", b"weightz")
     with pytest.raises(IntegrityError, match="was altered"):
@@ -59,7 +59,7 @@ def test_nothing_remains_on_the_machine_when_a_file_was_altered(tmp_path: Path, 
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_interrupted_upload_is_continued(tmp_path: Path, objects: ObjectStore) -> None:
+def test_interrupted_upload_of_a_base_is_continued(tmp_path: Path, objects: ObjectStore) -> None:
     base = write_base(tmp_path / "base")
     name = share_base(objects, base, REVISION)
     objects.delete([f"bases/{name}.json", f"bases/{name}/config.json"])

@@ -60,7 +60,7 @@ def second(tmp_path: Path, bucket: Bucket) -> Machine:
     return Machine(tmp_path / "second", bucket)
 
 
-def test_other_machine_gets_the_newest_checkpoints_and_the_mlflow_run(first: Machine, second: Machine) -> None:
+def test_another_machine_fetches_the_newest_checkpoints_and_the_mlflow_run_id(first: Machine, second: Machine) -> None:
     for step in (1, 2, 3):
         first.write(step)
     assert second.shared.fetch() == "step-00000003"
@@ -87,7 +87,7 @@ def test_newer_checkpoint_on_this_machine_is_kept(tmp_path: Path, first: Machine
     assert shared.fetch() is None
 
 
-def test_nothing_is_fetched_from_an_empty_store(second: Machine) -> None:
+def test_no_checkpoint_is_fetched_from_an_empty_object_store(second: Machine) -> None:
     assert second.shared.fetch() is None
 
 
@@ -118,7 +118,7 @@ def test_best_checkpoint_is_shared_when_its_own_upload_failed(first: Machine, se
     assert second.steps == [1, 3, 4]
 
 
-def test_new_checkpoint_is_shared_when_an_earlier_one_is_damaged(
+def test_new_checkpoint_is_shared_when_an_earlier_checkpoint_is_damaged(
     first: Machine, second: Machine, bucket: Bucket
 ) -> None:
     bucket.fault = lambda method, path: Fault.ERROR
@@ -148,13 +148,13 @@ def test_checkpoint_with_a_path_outside_its_folder_is_rejected(first: Machine, s
         second.shared.fetch()
 
 
-def test_start_is_refused_while_the_object_store_is_unavailable(second: Machine, bucket: Bucket) -> None:
+def test_training_start_is_refused_while_the_object_store_is_unavailable(second: Machine, bucket: Bucket) -> None:
     bucket.fault = lambda method, path: Fault.ERROR
     with pytest.raises(RegistryError, match="could not list checkpoints/tiny-1"):
         second.shared.fetch()
 
 
-def test_registered_run_is_deleted_from_the_store(first: Machine, bucket: Bucket) -> None:
+def test_checkpoints_of_a_registered_run_are_deleted_from_the_object_store(first: Machine, bucket: Bucket) -> None:
     first.write(1)
     first.shared.remove()
     assert ObjectStore(bucket.url).keys("checkpoints") == []

@@ -72,7 +72,7 @@ def curve(run: TrialRun) -> list[tuple[int, float | None, tuple[float, ...]]]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_trial_matches_a_separate_training_even_after_other_trials(
+def test_trial_matches_a_separate_training_run_even_after_other_trials(
     method: Method, attempt: Try, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     others = {"batch_size": 3, "learning_rate": 5e-2, "seed": 3}
@@ -93,7 +93,7 @@ def test_trial_matches_a_separate_training_even_after_other_trials(
         assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_trial_measures_its_watched_examples_three_times(attempt: Try) -> None:
+def test_trial_measures_heldout_loss_three_times(attempt: Try) -> None:
     reported: list[int] = []
 
     def report(step: int, figures: dict[str, float]) -> None:

@@ -55,7 +55,7 @@ def verdict(analysis: Analysis, signal: Signal) -> SignalVerdict:
 
 
 @pytest.mark.parametrize("session", [1, 5])
-def test_equal_candidates_are_rarely_rolled_back_when_every_request_is_checked(session: int) -> None:
+def test_candidates_equal_to_production_are_rarely_rolled_back_when_every_request_is_checked(session: int) -> None:
     draw = np.random.default_rng(0)
     rates, failed = Rates(errors=0.1, invalid=0.1), 0
     for _ in range(40):
@@ -68,7 +68,7 @@ def test_equal_candidates_are_rarely_rolled_back_when_every_request_is_checked(s
     assert failed / 40 <= LARGE.wrong_rollback
 
 
-def test_invalid_outputs_of_10_instead_of_2_percent_are_proven_within_800_candidate_units() -> None:
+def test_rise_from_2_to_10_percent_invalid_outputs_is_proven_within_800_candidate_units() -> None:
     draw, units = np.random.default_rng(1), []
     for _ in range(10):
         analysis = Analysis()
@@ -79,14 +79,14 @@ def test_invalid_outputs_of_10_instead_of_2_percent_are_proven_within_800_candid
     assert max(units) < 800
 
 
-def test_candidate_with_30_percent_invalid_outputs_is_proven_within_100_candidate_units() -> None:
+def test_candidate_with_30_percent_invalid_outputs_fails_within_100_candidate_units() -> None:
     analysis = Analysis()
     decided_after(analysis, requests(np.random.default_rng(2), Rates(), Rates(invalid=0.3)), 2_000)
     assert analysis.outcome is GateOutcome.FAILED
     assert analysis.units < 100
 
 
-def test_equal_candidate_passes_and_slower_candidate_fails() -> None:
+def test_candidate_equal_to_production_passes_and_slower_candidate_fails() -> None:
     equal, slow = Analysis(), Analysis()
     decided_after(equal, requests(np.random.default_rng(3), Rates(), Rates()), 20_000)
     decided_after(slow, requests(np.random.default_rng(3), Rates(), Rates(slower=1.6)), 20_000)
@@ -116,7 +116,7 @@ def test_one_client_with_most_failures_does_not_fail_the_candidate() -> None:
     assert analysis.outcomes[Signal.ERRORS] is GateOutcome.PASSED
 
 
-def test_signal_without_data_is_undecided_and_holds_no_rollout() -> None:
+def test_signal_without_data_is_undecided_and_does_not_hold_up_a_rollout() -> None:
     analysis = Analysis()
     for second in range(4_000):
         analysis.add(Request(None, Arm.CANDIDATE if second % 3 == 0 else Arm.PRODUCTION, float(second)))
@@ -144,7 +144,7 @@ def test_bad_ratings_fail_the_candidate_and_each_rater_counts_once_per_step() ->
     assert analysis.outcome is GateOutcome.FAILED
 
 
-def test_verdicts_are_equal_when_the_requests_are_added_again() -> None:
+def test_verdicts_do_not_depend_on_how_often_they_are_computed() -> None:
     traffic = list(islice(requests(np.random.default_rng(7), Rates(0.02), Rates(0.03, 0.05), session=3), 2_000))
     first, second = Analysis(), Analysis()
     for place, request in enumerate(traffic):
@@ -161,7 +161,7 @@ def test_verdicts_are_equal_when_the_requests_are_added_again() -> None:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25])
-def test_detectable_loss_is_proven_in_about_four_of_five_rollouts(share: float) -> None:
+def test_detectable_loss_is_proven_in_about_80_percent_of_rollouts(share: float) -> None:
     units, production, draw = 250, 0.02, np.random.default_rng(8)
     loss = Analysis().detectable(units, share)[Signal.INVALID]
     proven = 0

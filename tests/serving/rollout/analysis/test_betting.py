@@ -41,7 +41,9 @@ def wrong_share(streams: Floats, margin: float, outcome: GateOutcome) -> float:
 
 @pytest.mark.parametrize("production", [0.02, 0.2])
 @pytest.mark.parametrize("margin", [0.0, 0.1])
-def test_wrong_decisions_at_the_margin_are_rare_when_every_block_is_checked(production: float, margin: float) -> None:
+def test_wrong_decisions_are_rare_for_losses_at_the_margin_when_every_block_is_checked(
+    production: float, margin: float
+) -> None:
     draw = np.random.default_rng(0)
     streams = (draw.random((STREAMS, BLOCKS)) < production + margin).astype(float)
     streams -= draw.binomial(10, production, (STREAMS, BLOCKS)) / 10
@@ -49,7 +51,7 @@ def test_wrong_decisions_at_the_margin_are_rare_when_every_block_is_checked(prod
     assert wrong_share(streams, margin, GateOutcome.PASSED) <= LARGE.wrong_advance
 
 
-def test_wrong_proofs_are_rare_when_rates_change_with_the_time_of_day() -> None:
+def test_false_proofs_of_a_loss_are_rare_when_rates_vary_with_the_time_of_day() -> None:
     draw = np.random.default_rng(1)
     rate = 0.2 + 0.2 * np.sin(np.arange(BLOCKS) / 20)
     streams = (draw.random((STREAMS, BLOCKS)) < rate) - draw.binomial(10, rate, (STREAMS, BLOCKS)) / 10
@@ -76,7 +78,7 @@ def test_confidence_limits_agree_with_the_test_outcome(values: list[float], marg
 
 
 @given(differences, margins)
-def test_money_of_bets_does_not_depend_on_the_order(values: list[float], margin: float) -> None:
+def test_wealth_of_a_betting_test_does_not_depend_on_the_order_of_values(values: list[float], margin: float) -> None:
     counts = Counter(values)
     for payoffs in (proof, exclusion):
         one_by_one = wealth(payoffs(np.array(values), margin))
@@ -84,7 +86,7 @@ def test_money_of_bets_does_not_depend_on_the_order(values: list[float], margin:
         assert one_by_one == pytest.approx(counted, rel=1e-6)
 
 
-def test_limits_contain_the_true_difference_at_all_times() -> None:
+def test_confidence_limits_contain_the_true_difference_at_all_times() -> None:
     draw = np.random.default_rng(2)
     missed = 0
     for _ in range(60):
@@ -105,6 +107,6 @@ def test_evidence_stays_finite_for_a_rollout_of_any_length() -> None:
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0, -0.1])
-def test_budget_rejects_probabilities_that_are_not_between_0_and_1(probability: float) -> None:
+def test_error_budget_rejects_probabilities_outside_0_to_1(probability: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         Budget(wrong_rollback=probability)

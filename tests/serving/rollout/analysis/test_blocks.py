@@ -24,6 +24,6 @@ def test_blocks_are_minimal_and_contain_all_units_of_both_arms(observations: lis
         assert values == [value for of, value in observations[:used] if of is arm]
 
 
-def test_difference_is_between_the_means_of_the_arms() -> None:
+def test_block_difference_is_the_difference_between_the_means_of_the_arms() -> None:
     block = Block(production=[0.0, 0.0, 1.0, 0.0], candidate=[1.0])
     assert block.difference == pytest.approx(0.75)

@@ -19,19 +19,19 @@ def test_quantile_is_at_most_1_percent_above_the_exact_one(values: list[float], 
     assert exact * (1 - 1e-9) <= times.quantile(share) <= exact * 1.01 * (1 + 1e-9)
 
 
-def test_quantile_of_no_times_raises() -> None:
+def test_quantile_raises_error_when_no_times_were_recorded() -> None:
     with pytest.raises(ValueError, match="no times"):
         Times().quantile(0.95)
 
 
-def test_limits_are_unknown_when_there_are_few_times() -> None:
+def test_upper_confidence_limit_of_a_quantile_is_unknown_with_few_times() -> None:
     times = Times()
     assert times.limits(0.95, 0.05) == (0.0, None)
     times.add(0.3)
     assert times.limits(0.95, 0.05) == (0.0, None)
 
 
-def test_limits_contain_the_true_quantile_at_all_times() -> None:
+def test_confidence_limits_contain_the_true_quantile_at_all_times() -> None:
     draw = np.random.default_rng(0)
     truth, missed = math.exp(0.5 * 1.645), 0
     for _ in range(50):
@@ -48,7 +48,7 @@ def test_limits_contain_the_true_quantile_at_all_times() -> None:
     assert high / low < 1.6
 
 
-def test_times_outside_of_the_range_are_clipped() -> None:
+def test_times_outside_the_supported_range_are_clipped() -> None:
     times = Times()
     for value in (0.0, 1e9):
         times.add(value)

@@ -14,7 +14,7 @@ def closed(units: Units, *requests: Request) -> list[Unit]:
     return [unit for request in requests for unit in units.add(request)]
 
 
-def test_request_without_user_or_conversation_is_a_unit_by_itself() -> None:
+def test_request_without_user_or_conversation_forms_its_own_unit() -> None:
     units = Units()
     failed = Request(None, CANDIDATE, 1.0, failed=True, valid=False)
     good = Request(None, PRODUCTION, 1.0, valid=True, first_token_s=0.2)
@@ -33,14 +33,14 @@ def test_unit_observation_averages_its_requests() -> None:
     assert closed(units, Request(None, PRODUCTION, WINDOW_S))[0] == Unit(CANDIDATE, 0.25, 0.5, 2.0)
 
 
-def test_requests_after_the_window_are_not_used() -> None:
+def test_requests_after_the_window_of_their_unit_are_ignored() -> None:
     units = Units()
     closed(units, Request("ada", CANDIDATE, 0.0))
     late = [Request("ada", CANDIDATE, WINDOW_S + second, failed=True) for second in range(100)]
     assert closed(units, *late, Request("ada", CANDIDATE, 1e6)) == [Unit(CANDIDATE, 0.0, None, None)]
 
 
-def test_next_step_observes_units_of_production_again_but_not_of_the_candidate() -> None:
+def test_units_already_observed_on_the_candidate_are_ignored_in_the_next_step() -> None:
     units = Units()
     closed(units, Request("moved", PRODUCTION, 0.0), Request("stays", CANDIDATE, 0.0))
     assert [unit.arm for unit in units.start_step()] == [PRODUCTION, CANDIDATE]
@@ -50,7 +50,7 @@ def test_next_step_observes_units_of_production_again_but_not_of_the_candidate()
     assert units.start_step() == []
 
 
-def test_request_answered_by_the_other_arm_is_not_used() -> None:
+def test_request_answered_by_the_other_arm_is_ignored() -> None:
     units = Units()
     closed(units, Request("ada", PRODUCTION, 0.0), Request("ada", CANDIDATE, 1.0, failed=True))
     assert units.start_step() == [Unit(PRODUCTION, 0.0, None, None)]

@@ -25,46 +25,46 @@ def python(code: str, timeout_s: float = 30.0) -> CommandGate:
     return CommandGate(name="mine", command=(sys.executable, "-c", code), timeout_s=timeout_s)
 
 
-def test_command_passes_with_exit_code_0_and_fails_with_1() -> None:
+def test_gate_command_passes_with_exit_code_0_and_fails_with_exit_code_1() -> None:
     assert check(python("")) == GateRow(gate="mine", verdict=GateVerdict.PASSED)
     assert check(python("raise SystemExit(1)")).verdict is GateVerdict.FAILED
 
 
-def test_json_output_gives_figures_and_verdict() -> None:
+def test_json_output_of_a_gate_command_sets_the_measured_text_and_verdict() -> None:
     output = '{"measured": "12 ms", "limit": "10 ms", "verdict": "undecided", "reason": "noise", "more": 1}'
     assert check(python(f"print('{output}')")) == GateRow(
         gate="mine", measured="12 ms", limit="10 ms", verdict=GateVerdict.UNDECIDED, reason="noise"
     )
 
 
-def test_exit_code_1_fails_whatever_the_json_says() -> None:
+def test_gate_command_with_exit_code_1_fails_even_if_its_json_says_passed() -> None:
     row = check(python("""print('{"measured": "x", "verdict": "passed"}'); raise SystemExit(1)"""))
     assert (row.verdict, row.measured) == (GateVerdict.FAILED, "x")
 
 
-def test_last_line_of_other_output_is_the_measured_text() -> None:
+def test_last_line_of_non_json_output_becomes_the_measured_text() -> None:
     assert check(python("print('starting'); print('3 of 3 passed')")).measured == "3 of 3 passed"
 
 
-def test_invalid_json_result_fails() -> None:
+def test_gate_command_with_an_invalid_json_result_fails() -> None:
     row = check(python("""print('{"verdict": "great"}')"""))
     assert row.verdict is GateVerdict.FAILED
     assert "is not the result of a gate" in row.reason
 
 
-def test_command_gets_the_version_and_no_shell() -> None:
+def test_gate_command_receives_the_version_and_runs_without_a_shell() -> None:
     code = "import os; print(os.environ['GATE_VERSION'], os.environ['GATE_PRODUCTION'], os.environ['GATE_FOLDER'])"
     assert check(python(code)).measured == "tuned@2 tuned@1 models/tuned/2"
     gate = CommandGate(name="mine", command=("echo", "$GATE_VERSION; exit 1"))
     assert check(gate).measured == "$GATE_VERSION; exit 1"
 
 
-def test_command_does_not_get_the_store_url(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gate_command_does_not_receive_the_store_url(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVC_STORE__URL", "postgresql://svc:s3cret@db/store")
     assert check(python("import os; print('SVC_STORE__URL' in os.environ)")).measured == "False"
 
 
-def test_command_that_cannot_run_or_crashes_fails_with_the_reason() -> None:
+def test_gate_command_that_cannot_run_or_crashes_fails_with_the_reason() -> None:
     assert "cannot run ./none" in check(CommandGate(name="mine", command=("./none",))).reason
     row = check(python("import sys; sys.exit('out of memory')"))  # Python exits with 1
     assert row.verdict is GateVerdict.FAILED
@@ -72,17 +72,17 @@ def test_command_that_cannot_run_or_crashes_fails_with_the_reason() -> None:
     assert (row.verdict, row.reason) == (GateVerdict.FAILED, "exit code 3: out of memory")
 
 
-def test_command_that_times_out_fails_and_is_stopped_with_its_children() -> None:
+def test_gate_command_that_times_out_fails_and_is_stopped_with_its_child_processes() -> None:
     code = "import subprocess; subprocess.run(['sleep', '60'])"
     row = check(python(code, timeout_s=0.5))
     assert (row.verdict, row.reason) == (GateVerdict.FAILED, "did not finish within 0.5 s")
 
 
-def test_long_output_is_clipped() -> None:
+def test_long_output_of_a_gate_command_is_truncated() -> None:
     assert len(check(python("""print('{"measured": "' + 'x' * 1000 + '"}')""")).measured) == 300
 
 
-def test_output_that_is_not_valid_text_fails_or_is_replaced() -> None:
+def test_invalid_unicode_in_gate_output_fails_the_gate_or_is_replaced() -> None:
     assert check(python(r"""print(r'{"measured": "\ud800"}')""")).verdict is GateVerdict.FAILED
     assert check(python("import sys; sys.stdout.buffer.write(bytes([255]))")).measured == "\ufffd"
 
@@ -106,13 +106,13 @@ def breaks(version, folder):
 
 
 @pytest.mark.usefixtures("module")
-def test_entry_point_is_called_with_version_and_folder() -> None:
+def test_gate_entry_point_is_called_with_version_and_folder() -> None:
     row = check(EntryPointGate(name="mine", entry_point="own_gates:passes"))
     assert (row.verdict, row.measured) == (GateVerdict.PASSED, "tuned@2 in 2"), row.reason
 
 
 @pytest.mark.usefixtures("module")
-def test_entry_point_fails_if_it_returns_false_or_raises() -> None:
+def test_gate_entry_point_fails_if_it_returns_false_or_raises() -> None:
     assert check(EntryPointGate(name="mine", entry_point="own_gates:fails")).verdict is GateVerdict.FAILED
     row = check(EntryPointGate(name="mine", entry_point="own_gates:breaks"))
     assert (row.verdict, row.reason) == (
@@ -127,7 +127,7 @@ def test_result_file_may_be_named_after_the_version(tmp_path: Path) -> None:
     assert check(gate).verdict is GateVerdict.PASSED
 
 
-def test_kind_of_a_custom_gate_follows_from_its_keys(tmp_path: Path) -> None:
+def test_kind_of_a_custom_gate_is_determined_by_its_setting_keys(tmp_path: Path) -> None:
     path = tmp_path / "svc.yaml"
     path.write_text(
         "models: {tuned: {gates: {custom: [{name: a, command: [x]}, {name: b, entry_point: m:f}, "

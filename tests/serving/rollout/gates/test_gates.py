@@ -55,7 +55,7 @@ def test_no_gate_fails_for_an_equal_version(registry: Registry) -> None:
     assert refusing_gates(rows, GateSettings()) == ()
 
 
-def test_version_with_failed_registration_checks_is_refused_and_they_are_listed(registry: Registry) -> None:
+def test_version_with_failed_registration_checks_is_refused_with_a_list_of_them(registry: Registry) -> None:
     register(registry, 1), register(registry, 2, failed=("GPTQ lost 0.3", "the tokens differ"))
     failed = check(registry, "checks")
     assert (failed.verdict, failed.reason) == (FAILED, "GPTQ lost 0.3; the tokens differ")
@@ -65,7 +65,7 @@ def test_version_with_failed_registration_checks_is_refused_and_they_are_listed(
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter"])
-def test_version_with_a_damaged_file_fails_without_hashing(registry: Registry, damage: str) -> None:
+def test_files_gate_detects_a_missing_or_truncated_file_without_hashing(registry: Registry, damage: str) -> None:
     register(registry, 1), register(registry, 2)
     weights = registry.folder(VersionId(NAME, 2)) / "merged" / "model.safetensors"
     if damage == "missing":
@@ -76,20 +76,20 @@ def test_version_with_a_damaged_file_fails_without_hashing(registry: Registry, d
     assert files.verdict is FAILED and "merged/model.safetensors" in files.reason
 
 
-def test_failed_parity_report_fails(registry: Registry) -> None:
+def test_parity_gate_fails_if_a_check_in_the_parity_report_failed(registry: Registry) -> None:
     register(registry, 1), register(registry, 2, parity=make_parity("template"))
     parity = check(registry, "parity")
     assert (parity.verdict, parity.measured) == (FAILED, "1 of 2 checks passed")
     assert "template" in parity.reason
 
 
-def test_missing_parity_report_and_licence_are_undecided(registry: Registry) -> None:
+def test_parity_and_licence_gates_are_undecided_without_a_report_and_a_licence(registry: Registry) -> None:
     register(registry, 1)
     register(registry, 2, parity=None, base=BaseRecord(origin="base", revision="1", licence=None))
     assert check(registry, "parity").verdict is check(registry, "licence").verdict is UNDECIDED
 
 
-def test_missing_probes_are_undecided_unless_an_adapter_has_those_of_another_format(registry: Registry) -> None:
+def test_probes_gate_is_undecided_without_probes_but_adapters_may_use_those_of_merged(registry: Registry) -> None:
     formats = (Format.MERGED, Format.ADAPTER)
     register(registry, 1, formats=formats), register(registry, 2, formats=formats)
     assert check(registry, "probes", format=Format.ADAPTER).verdict is PASSED
@@ -98,7 +98,7 @@ def test_missing_probes_are_undecided_unless_an_adapter_has_those_of_another_for
     assert row(rows, "probes").verdict is UNDECIDED
 
 
-def test_better_version_passes_the_quality_gate(registry: Registry) -> None:
+def test_version_with_better_quality_passes_the_quality_gate(registry: Registry) -> None:
     register(registry, 1, 60), register(registry, 2, 80)
     quality = check(registry, "quality")
     assert quality.verdict is PASSED
@@ -106,21 +106,21 @@ def test_better_version_passes_the_quality_gate(registry: Registry) -> None:
     assert quality.limit == "loss of at most 0.020"
 
 
-def test_proven_loss_of_quality_fails_and_refuses_the_promotion(registry: Registry) -> None:
+def test_promotion_is_refused_by_a_proven_loss_of_quality(registry: Registry) -> None:
     register(registry, 1, 80), register(registry, 2, 60)
     rows = check_gates(promotion(registry), GateSettings(), NOW)
     assert [each.gate for each in refusing_gates(rows, GateSettings())] == ["quality"]
     assert row(rows, "quality").reason.startswith("a loss of 0.1")
 
 
-def test_small_loss_on_few_examples_is_undecided_with_the_number_to_decide(registry: Registry) -> None:
+def test_quality_gate_with_too_few_examples_is_undecided_and_names_the_number_needed(registry: Registry) -> None:
     register(registry, 1, 80), register(registry, 2, 79)
     quality = check(registry, "quality")
     assert quality.verdict is UNDECIDED
     assert "cannot be excluded with 100 examples; about 2,300 would decide" in quality.reason
 
 
-def test_undecided_gate_refuses_only_if_configured(registry: Registry) -> None:
+def test_undecided_gate_refuses_a_promotion_only_if_configured(registry: Registry) -> None:
     register(registry, 1, 80), register(registry, 2, 79)
     strict = GateSettings.model_validate({"undecided": "refuse"})
     rows = check_gates(promotion(registry), strict, NOW)
@@ -128,14 +128,14 @@ def test_undecided_gate_refuses_only_if_configured(registry: Registry) -> None:
     assert refusing_gates(rows, GateSettings()) == ()
 
 
-def test_loss_is_only_shown_without_a_margin(registry: Registry) -> None:
+def test_quality_gate_without_a_margin_is_skipped_but_shows_the_loss(registry: Registry) -> None:
     register(registry, 1, 80), register(registry, 2, 10)
     quality = check(registry, "quality", quality_margin=None)
     assert (quality.verdict, quality.reason) == (SKIPPED, "no margin is set")
     assert "loss 0.700" in quality.measured
 
 
-def test_less_likely_references_fail_the_nll_gate(registry: Registry) -> None:
+def test_version_that_makes_references_less_likely_fails_the_nll_gate(registry: Registry) -> None:
     register(registry, 1, nll=1.0), register(registry, 2, nll=1.2)
     nll = check(registry, "nll")
     assert nll.verdict is FAILED
@@ -143,18 +143,18 @@ def test_less_likely_references_fail_the_nll_gate(registry: Registry) -> None:
     assert check(registry, "nll", nll_margin=0.3).verdict is PASSED
 
 
-def test_nll_is_undecided_if_the_references_have_different_tokens(registry: Registry) -> None:
+def test_nll_gate_is_undecided_if_the_references_have_different_tokens(registry: Registry) -> None:
     register(registry, 1), register(registry, 2, scored=4)
     nll = check(registry, "nll")
     assert (nll.verdict, nll.reason) == (UNDECIDED, "the tokenizers or chat templates differ")
 
 
-def test_version_evaluated_on_fewer_examples_is_compared_on_those(registry: Registry) -> None:
+def test_versions_are_compared_only_on_examples_that_both_were_evaluated_on(registry: Registry) -> None:
     register(registry, 1, 40, 100), register(registry, 2, 40, 40)
     assert check(registry, "quality").measured.startswith("exact match: 1.000 tuned@1, 1.000 tuned@2")
 
 
-def test_different_heldout_examples_are_undecided_with_the_comparing_command(registry: Registry) -> None:
+def test_quality_gate_names_the_compare_command_if_heldout_examples_differ(registry: Registry) -> None:
     data = DataRecord(train_fingerprint="a", train_examples=1, heldout_fingerprint="c", heldout_examples=1)
     register(registry, 1), register(registry, 2, data=data)
     quality, nll = check(registry, "quality"), check(registry, "nll")
@@ -163,7 +163,7 @@ def test_different_heldout_examples_are_undecided_with_the_comparing_command(reg
     assert f"svc compare tuned@1 tuned@2 --data {heldout}" in quality.reason
 
 
-def test_different_primary_metrics_are_undecided(registry: Registry) -> None:
+def test_quality_gate_is_undecided_if_the_primary_metrics_differ(registry: Registry) -> None:
     register(registry, 1)
     register(registry, 2, evaluation=report().model_copy(update={"primary": "accuracy"}))
     quality = check(registry, "quality")
@@ -171,7 +171,7 @@ def test_different_primary_metrics_are_undecided(registry: Registry) -> None:
     assert "exact_match and accuracy" in quality.reason
 
 
-def test_metric_of_the_whole_set_is_compared_with_the_references(registry: Registry) -> None:
+def test_corpus_metric_is_recomputed_from_the_answers_by_the_quality_gate(registry: Registry) -> None:
     metric = MacroF1()
     scored = report().model_copy(
         update={"primary": metric.name, "metrics": {metric.name: report().metrics["exact_match"]}}
@@ -191,7 +191,7 @@ def test_metric_function_of_a_version_is_never_run_by_a_gate(registry: Registry,
     assert (quality.verdict, (tmp_path / "ran").exists()) == (UNDECIDED, False)
 
 
-def test_missing_results_are_undecided_and_altered_ones_fail(registry: Registry) -> None:
+def test_quality_gate_is_undecided_without_results_and_fails_if_they_were_altered(registry: Registry) -> None:
     register(registry, 1), register(registry, 2)
     results = registry.folder(VersionId(NAME, 2)) / "reference" / "merged.jsonl"
     results.write_bytes(results.read_bytes().replace(b"0.0", b"1.0"))
@@ -225,7 +225,7 @@ def test_version_in_production_is_compared_with_its_base(registry: Registry) -> 
     assert quality.measured.startswith("exact match: 0.200 base, 0.800 tuned@1")
 
 
-def test_adapter_is_compared_by_the_results_of_its_merged_model(registry: Registry) -> None:
+def test_quality_gate_compares_an_adapter_by_the_results_of_its_merged_model(registry: Registry) -> None:
     formats = (Format.MERGED, Format.ADAPTER)
     register(registry, 1, 60, formats=formats), register(registry, 2, 80, formats=formats)
     assert check(registry, "quality", format=Format.ADAPTER).verdict is PASSED
@@ -233,7 +233,7 @@ def test_adapter_is_compared_by_the_results_of_its_merged_model(registry: Regist
     assert (speed.verdict, speed.reason) == (SKIPPED, "not measured for adapters")
 
 
-def test_undecided_limits_of_the_recipe_appear_as_gates(registry: Registry) -> None:
+def test_recipe_limits_left_undecided_at_registration_appear_as_gates(registry: Registry) -> None:
     register(registry, 1), register(registry, 2, gates=(gate_report(0.09),))
     gptq = check(registry, "gptq_quality")
     assert gptq.verdict is UNDECIDED
@@ -250,7 +250,7 @@ def forgetting(lost: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("lost", "verdict"), [(0, PASSED), (12, UNDECIDED), (30, FAILED)])
-def test_share_of_forgotten_answers_is_compared_with_the_margin(
+def test_forgetting_gate_compares_the_share_of_lost_answers_with_its_margin(
     registry: Registry, lost: int, verdict: GateVerdict
 ) -> None:
     register(registry, 1), register(registry, 2, **forgetting(lost))
@@ -258,7 +258,7 @@ def test_share_of_forgotten_answers_is_compared_with_the_margin(
     assert check(registry, "forgetting").verdict is SKIPPED
 
 
-def test_configured_forgetting_margin_without_questions_is_undecided(registry: Registry) -> None:
+def test_forgetting_gate_is_undecided_without_general_questions(registry: Registry) -> None:
     register(registry, 1), register(registry, 2)
     assert check(registry, "forgetting", forgetting_margin=0.1).verdict is UNDECIDED
 
@@ -293,22 +293,24 @@ def register_two(registry: Registry, factor: float, others_share: float = 0.0, *
 
 
 @pytest.mark.parametrize(("factor", "verdict"), [(0.5, PASSED), (1.1, PASSED), (1.2, UNDECIDED), (1.5, FAILED)])
-def test_slowdown_is_compared_with_the_margin(registry: Registry, factor: float, verdict: GateVerdict) -> None:
+def test_speed_gates_compare_the_slowdown_with_their_margin(
+    registry: Registry, factor: float, verdict: GateVerdict
+) -> None:
     register_two(registry, factor)
     assert check(registry, "speed").verdict is check(registry, "first_token").verdict is verdict
 
 
-def test_speed_is_skipped_when_versions_differ_only_in_weights(registry: Registry) -> None:
+def test_speed_gate_is_skipped_when_versions_differ_only_in_weights(registry: Registry) -> None:
     register_two(registry, 1.5, same=True)
     assert check(registry, "speed").verdict is check(registry, "first_token").verdict is SKIPPED
 
 
-def test_speed_measured_on_a_busy_machine_is_undecided(registry: Registry) -> None:
+def test_speed_gate_is_undecided_when_the_machine_was_busy(registry: Registry) -> None:
     register_two(registry, 2.0, others_share=0.4)
     assert "other processes used 40%" in check(registry, "speed").reason
 
 
-def test_speed_measured_on_another_kind_of_engine_is_undecided(registry: Registry) -> None:
+def test_speed_gate_is_undecided_when_the_engine_kinds_differ(registry: Registry) -> None:
     version = register_two(registry, 2.0)
     record = registry.manifest(version).formats[Format.MERGED]
     probes = tuple(probe.model_copy(update={"engine": OTHER_FACTS}) for probe in record.probes)
@@ -327,7 +329,7 @@ def data_of_age(days: float | None) -> dict[str, Any]:
     ("limit", "data", "verdict"),
     [(None, 12, SKIPPED), (9, 5, FAILED), (11, 5, PASSED), (11, 12, FAILED), (13, 12, PASSED), (1, -1, FAILED)],
 )
-def test_older_of_data_and_evaluation_is_compared_with_the_maximum(
+def test_freshness_gate_compares_the_age_of_data_and_evaluation_with_the_maximum(
     registry: Registry, limit: float | None, data: float, verdict: GateVerdict
 ) -> None:
     register(registry, 1), register(registry, 2, **data_of_age(data))
@@ -337,7 +339,7 @@ def test_older_of_data_and_evaluation_is_compared_with_the_maximum(
 
 
 @pytest.mark.parametrize(("limit", "verdict"), [(None, SKIPPED), (9, FAILED), (11, UNDECIDED)])
-def test_freshness_is_undecided_when_the_age_of_the_data_is_unknown(
+def test_freshness_gate_is_undecided_when_the_age_of_the_data_is_unknown(
     registry: Registry, limit: float | None, verdict: GateVerdict
 ) -> None:
     register(registry, 1), register(registry, 2, **data_of_age(None))
@@ -346,7 +348,7 @@ def test_freshness_is_undecided_when_the_age_of_the_data_is_unknown(
     assert freshness.measured == "data of unknown age, evaluation 10.0 days"
 
 
-def test_files_of_a_version_in_an_object_store_are_downloaded_before_they_are_checked(tmp_path: Path) -> None:
+def test_files_of_a_version_in_the_object_store_are_downloaded_before_the_check(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     objects = ObjectStore((tmp_path / "shared").as_uri())
     trains, serves = (Registry(tmp_path / home / "models", AliasBook(), objects) for home in ("trains", "serves"))

@@ -43,7 +43,7 @@ def run(**changes: Any) -> dict[str, Any]:
     return {"object": "eval.run", "status": "completed", "created_at": 1763640415, "result_counts": counts} | changes
 
 
-def test_run_of_the_openai_evals_api_is_read_once_it_is_completed(tmp_path: Path) -> None:
+def test_openai_evals_api_run_is_read_only_if_it_is_completed(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps(run(), indent=2))
     assert read_results(path) == ExportedResults(
@@ -68,7 +68,7 @@ def test_share_of_passed_tests_is_compared_with_its_interval(tmp_path: Path, pas
     assert check(promptfoo(tmp_path, successes=passed, failures=1000 - passed)).verdict is verdict
 
 
-def test_too_few_tests_are_undecided_with_the_number_to_decide(tmp_path: Path) -> None:
+def test_gate_with_too_few_tests_is_undecided_and_names_the_number_needed(tmp_path: Path) -> None:
     row = check(DATA / "promptfoo.json")
     assert row.verdict is GateVerdict.UNDECIDED
     assert row.measured.startswith("Promptfoo: 3 of 3 passed: 1.000 [0.4")
@@ -76,7 +76,7 @@ def test_too_few_tests_are_undecided_with_the_number_to_decide(tmp_path: Path) -
     assert row.reason.endswith("tests would decide")
 
 
-def test_results_from_before_the_registration_are_undecided() -> None:
+def test_gate_is_undecided_if_the_results_are_older_than_the_registration() -> None:
     row = check(DATA / "promptfoo.json", 0.1, datetime(2026, 1, 1, tzinfo=UTC))
     assert row.verdict is GateVerdict.UNDECIDED
     assert row.reason == "run on 2025-11-21, before the version was registered"
@@ -99,7 +99,7 @@ def test_results_from_before_the_registration_are_undecided() -> None:
         b"[" * 100_000,
     ],
 )
-def test_unusable_file_fails_with_the_reason(tmp_path: Path, content: bytes) -> None:
+def test_gate_with_an_unusable_result_file_fails_with_the_reason(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "results.json"
     path.write_bytes(content)
     row = check(path)
@@ -107,5 +107,5 @@ def test_unusable_file_fails_with_the_reason(tmp_path: Path, content: bytes) -> 
     assert row.reason.startswith(f"{path}: ")
 
 
-def test_missing_file_fails(tmp_path: Path) -> None:
+def test_gate_with_a_missing_result_file_fails(tmp_path: Path) -> None:
     assert check(tmp_path / "none.json").reason.endswith("No such file or directory")

@@ -289,7 +289,7 @@ def test_client_trace_headers_are_not_logged(caplog: pytest.LogCaptureFixture) -
     assert caplog.records == []
 
 
-def test_configured_share_of_traces_started_here_is_sampled() -> None:
+def test_configured_share_of_traces_started_by_the_gateway_is_sampled() -> None:
     cases: list[tuple[float, int, int]] = [(0.0, 0, 0), (0.25, 400, 600), (1.0, 2000, 2000)]
     for share, least, most in cases:
         tracer = Tracer(share)

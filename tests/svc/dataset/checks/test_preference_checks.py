@@ -49,7 +49,7 @@ def problems(report: DataReport) -> list[tuple[int, Code, str]]:
         (pair("q") | {"messages": [turn("user", "q"), turn("assistant", "a")]}, Kind.PAIRS),
     ],
 )
-def test_kind_is_recognised_by_the_rows(tmp_path: Path, row: Row, kind: Kind) -> None:
+def test_kind_of_a_data_file_is_detected_from_its_rows(tmp_path: Path, row: Row, kind: Kind) -> None:
     assert check(tmp_path, row).kind is kind
 
 
@@ -72,7 +72,7 @@ def test_pairs_without_defects_have_no_problems(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_line_is_an_error_when_a_pair_cannot_be_learnt(tmp_path: Path, row: Row, code: Code) -> None:
+def test_line_is_an_error_when_its_pair_cannot_be_trained_on(tmp_path: Path, row: Row, code: Code) -> None:
     report = check(tmp_path, pair("other"), row)
     assert [(line, found) for line, found, _ in problems(report)] == [(2, code)]
     assert report.problems.errors == 1
@@ -83,7 +83,7 @@ def test_pair_is_a_contradiction_when_an_earlier_line_has_its_answers_swapped(tm
     assert problems(report) == [(3, Code.CONTRADICTION, "same as line 1, but with the opposite preference")]
 
 
-def test_pair_is_no_contradiction_when_its_tools_differ(tmp_path: Path) -> None:
+def test_pair_is_not_a_contradiction_when_its_tools_differ(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}]
     assert problems(check(tmp_path, pair("q", "one", "two"), pair("q", "two", "one", tools=tools))) == []
 
@@ -93,13 +93,13 @@ def test_pair_is_a_duplicate_when_prompt_and_both_answers_are_the_same(tmp_path:
     assert problems(check(tmp_path, *rows)) == [(3, Code.DUPLICATE, "same as line 1")]
 
 
-def test_labelled_answer_is_a_contradiction_when_an_earlier_line_has_the_other_label(tmp_path: Path) -> None:
+def test_labelled_answer_is_a_contradiction_when_an_earlier_line_has_the_opposite_label(tmp_path: Path) -> None:
     rows = [labelled("q"), labelled("q", "two", label=False), labelled("q", label=False), labelled("r", label=False)]
     report = check(tmp_path, *rows)
     assert problems(report) == [(3, Code.CONTRADICTION, "same as line 1, but with the opposite preference")]
 
 
-def test_same_label_twice_is_a_duplicate(tmp_path: Path) -> None:
+def test_labelled_answer_is_a_duplicate_when_an_earlier_line_has_the_same_label(tmp_path: Path) -> None:
     rows = [labelled("q", label=False), labelled("q", label=False), labelled("r")]
     assert problems(check(tmp_path, *rows)) == [(2, Code.DUPLICATE, "same as line 1")]
 
@@ -125,7 +125,7 @@ def test_suspicious_text_is_reported_once_when_it_is_in_any_field(tmp_path: Path
     assert [(problem.code, problem.field) for problem in report.problems] == [(Code.SPECIAL_TOKEN, field)]
 
 
-def test_undesirable_answers_are_not_compared_with_the_labels_of_the_others(tmp_path: Path) -> None:
+def test_undesirable_answers_are_not_checked_against_the_label_set(tmp_path: Path) -> None:
     rows = [labelled(f"Is {number} odd? Say yes or no.", ("no", "yes")[number % 2]) for number in range(40)]
     odd = labelled("Is a fish odd? Say yes or no.", "Let me think about it for a while.", label=False)
     report = check(tmp_path, *rows, odd)
@@ -135,7 +135,7 @@ def test_undesirable_answers_are_not_compared_with_the_labels_of_the_others(tmp_
 
 
 @pytest.mark.parametrize("longer", [1, 84, 100])
-def test_interval_of_the_longer_share_is_wilsons(longer: int) -> None:
+def test_interval_of_the_share_of_longer_chosen_answers_is_a_wilson_interval(longer: int) -> None:
     chosen = [2 if place < longer else 1 for place in range(100)]
     bias = measure_length_bias(AnswerLengths(array("I", chosen), array("I", [3 - length for length in chosen])))
     assert bias is not None
@@ -144,7 +144,7 @@ def test_interval_of_the_longer_share_is_wilsons(longer: int) -> None:
 
 
 @pytest.mark.parametrize(("longer", "reported"), [(80, True), (78, False), (20, False)])
-def test_length_bias_is_reported_when_over_70_percent_longer_is_proven(
+def test_length_bias_is_reported_when_over_70_percent_of_chosen_answers_are_provably_longer(
     tmp_path: Path, longer: int, reported: bool
 ) -> None:
     rows = [pair(f"q{number}", *((LONG, "no") if number < longer else ("no", LONG))) for number in range(100)]
@@ -157,7 +157,7 @@ def test_length_bias_ignores_pairs_of_equal_length(tmp_path: Path) -> None:
     assert check(tmp_path, pair("q")).length_bias is None
 
 
-def test_missing_label_is_reported_when_all_files_have_the_other(tmp_path: Path) -> None:
+def test_missing_label_is_reported_when_all_labelled_answers_have_the_opposite_label(tmp_path: Path) -> None:
     one, other = (
         write_lines(tmp_path / f"{label}.jsonl", labelled(f"{label} q", label=label), labelled("r", label=label))
         for label in (True, False)
@@ -168,7 +168,7 @@ def test_missing_label_is_reported_when_all_files_have_the_other(tmp_path: Path)
     assert Code.ONE_LABEL not in check_files([one, pairs])[0].problems.codes
 
 
-def test_kind_labels_and_bias_are_printed(tmp_path: Path) -> None:
+def test_data_check_prints_file_kind_label_counts_and_length_bias(tmp_path: Path) -> None:
     pairs = write_lines(tmp_path / "pairs.jsonl", pair("q", LONG, "no"), pair("r", "no", LONG), pair("s", LONG, "no"))
     answers = write_lines(tmp_path / "answers.jsonl", labelled("q"), labelled("r", "two"), labelled("s", label=False))
     shown = CliRunner().invoke(group, ["data", "check", str(pairs), str(answers)]).output
@@ -182,7 +182,7 @@ def test_kind_labels_and_bias_are_printed(tmp_path: Path) -> None:
 
 
 @given(st.lists(rows, max_size=5))
-def test_every_line_of_any_file_is_an_example_an_error_or_skipped(
+def test_every_line_of_a_preference_file_is_an_example_an_error_or_skipped(
     tmp_path_factory: pytest.TempPathFactory, values: list[Row]
 ) -> None:
     (report,) = check_files([write_lines(tmp_path_factory.getbasetemp() / "any.jsonl", *values)])

@@ -35,7 +35,7 @@ def test_each_row_with_a_text_is_a_document(tmp_path: Path) -> None:
     assert texts(write_lines(tmp_path / "c4.jsonl", *rows)) == [TEXT, " other"]
 
 
-def test_documents_are_written_as_they_are_read(tmp_path: Path) -> None:
+def test_documents_round_trip_through_a_file(tmp_path: Path) -> None:
     examples = read_examples(write_lines(tmp_path / "one.jsonl", {"text": TEXT}))
     write_examples(tmp_path / "two.jsonl", examples)
     assert json.loads((tmp_path / "two.jsonl").read_text("utf-8")) == {"text": TEXT}
@@ -47,12 +47,12 @@ def test_text_file_that_begins_like_jsonl_is_read_as_jsonl(tmp_path: Path) -> No
     assert not read_examples(path)[0].is_document
 
 
-def test_row_of_another_format_may_have_a_text_too(tmp_path: Path) -> None:
+def test_chat_row_may_also_have_a_text_field(tmp_path: Path) -> None:
     rows = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "text": "a b"}
     assert read_examples(write_lines(tmp_path / "x.jsonl", rows))[0].answer == "b"
 
 
-def test_folder_without_data_files_means_its_documents(tmp_path: Path) -> None:
+def test_folder_without_data_files_is_read_as_documents(tmp_path: Path) -> None:
     for name in ("b.md", "a.txt", "README.md", "c.png"):
         (tmp_path / name).write_text("text")
     assert [path.name for path in data_files(tmp_path)] == ["a.txt", "b.md"]
@@ -70,13 +70,13 @@ def test_unreadable_document_is_reported(tmp_path: Path, content: bytes, code: C
 
 
 @pytest.mark.parametrize("text", ["", "  \n", 3, None])
-def test_row_without_a_text_is_an_error(tmp_path: Path, text: object) -> None:
+def test_document_row_with_an_invalid_text_is_an_error(tmp_path: Path, text: object) -> None:
     path = write_lines(tmp_path / "x.jsonl", {"text": "a"}, {"text": text})
     with pytest.raises(DataError, match=r"x.jsonl:2: "):
         read_examples(path)
 
 
-def test_check_finds_copied_documents_and_ignores_their_length(tmp_path: Path) -> None:
+def test_data_check_finds_copied_documents_and_reports_no_excess_length(tmp_path: Path) -> None:
     licence = LICENCE.read_text("utf-8")
     rows = [{"text": licence}, {"text": licence + " "}, {"text": licence.replace("Licen", "Lizen", 3)}, {"text": TEXT}]
     report = check_file(write_lines(tmp_path / "x.jsonl", *rows))
@@ -84,7 +84,7 @@ def test_check_finds_copied_documents_and_ignores_their_length(tmp_path: Path) -
     assert [(each.line, each.code) for each in report.problems] == [(2, Code.DUPLICATE), (3, Code.NEAR_DUPLICATE)]
 
 
-def test_different_documents_are_split_and_copies_stay_together(tmp_path: Path) -> None:
+def test_split_separates_different_documents_but_keeps_copies_together(tmp_path: Path) -> None:
     rows = [{"text": f"Document {number}: {TEXT}"} for number in range(200)]
     examples = read_examples(write_lines(tmp_path / "x.jsonl", *rows, *rows[:50]))
     split = split_heldout(examples, 0.2, 0)
@@ -94,6 +94,6 @@ def test_different_documents_are_split_and_copies_stay_together(tmp_path: Path) 
     assert len(set(group_near_duplicates(examples).tolist())) == 200
 
 
-def test_document_is_asked_by_its_text() -> None:
+def test_question_and_answer_of_a_document_example_are_its_text() -> None:
     example = ChatExample.of_document("a b")
     assert (example.question, example.answer, example.learnt) == ("a b", "a b", (1,))

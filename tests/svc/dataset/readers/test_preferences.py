@@ -112,7 +112,7 @@ def test_pair_is_read_from_every_published_format(tmp_path: Path, name: str) -> 
     assert read_pairs(write_lines(tmp_path / "x.jsonl", PUBLISHED[name])) == [PAIR]
 
 
-def test_pair_gives_a_desirable_and_an_undesirable_answer_when_labels_are_needed(tmp_path: Path) -> None:
+def test_pair_becomes_a_desirable_and_an_undesirable_answer_when_read_as_labelled_answers(tmp_path: Path) -> None:
     answers = read_labelled(write_lines(tmp_path / "x.jsonl", ULTRAFEEDBACK))
     assert answers == [LabelledAnswer(PAIR.chosen, desirable=True), LabelledAnswer(PAIR.rejected, desirable=False)]
 
@@ -141,7 +141,7 @@ SYSTEM_TURN = turn("system", "be short")
         {**OPENAI, "input": {"messages": [SYSTEM_TURN, ASKED]}},
     ],
 )
-def test_system_prompt_is_read_when_it_is_a_turn_or_a_key(tmp_path: Path, value: dict[str, Any]) -> None:
+def test_system_prompt_is_read_from_a_turn_or_from_its_own_field(tmp_path: Path, value: dict[str, Any]) -> None:
     assert read_pairs(write_lines(tmp_path / "x.jsonl", value)) == [SYSTEM]
 
 
@@ -171,7 +171,7 @@ def test_answer_may_be_a_tool_call_when_the_row_has_tools(tmp_path: Path, value:
     assert pair.rejected.answer == WORSE
 
 
-def test_earlier_turns_belong_to_the_prompt_when_a_text_of_hh_has_several(tmp_path: Path) -> None:
+def test_earlier_turns_of_an_hh_conversation_become_part_of_the_prompt(tmp_path: Path) -> None:
     start = "\n\nHuman: Hi.\n\nAssistant: Hello! Human: or not?\n\nHuman: A fruit?\n\nAssistant:"
     (pair,) = read_pairs(
         write_lines(tmp_path / "x.jsonl", {"chosen": f"{start} A cherry.\n", "rejected": f"{start} No.\n\nReally."})
@@ -273,7 +273,7 @@ CHAT = {"messages": [ASKED, GOOD]}
         (read_labelled, CHAT, "contains chat examples", "set `objective: sft`"),
     ],
 )
-def test_error_names_the_objective_when_a_file_is_of_another_kind(
+def test_error_names_the_matching_objective_when_a_file_has_the_wrong_kind(
     tmp_path: Path, read: Any, value: Any, wrong: str, todo: str
 ) -> None:
     path = write_lines(tmp_path / "x.jsonl", *[value] * 3)
@@ -326,7 +326,7 @@ def test_pair_is_read_from_parquet_when_other_columns_are_present(tmp_path: Path
     assert read_pairs(tmp_path) == [PAIR, PAIR]
 
 
-def test_pair_is_a_bad_line_when_its_prompt_is_held_out(tmp_path: Path) -> None:
+def test_pair_with_a_held_out_prompt_is_rejected_or_skipped_as_a_bad_line(tmp_path: Path) -> None:
     other = {"prompt": "Another fruit?", "chosen": BETTER, "rejected": WORSE}
     path, bad = write_lines(tmp_path / "x.jsonl", HH, other), BadLines(tmp_path / "bad")
     kept_back = [chat(QUESTION.upper(), "some answer")]
@@ -336,7 +336,7 @@ def test_pair_is_a_bad_line_when_its_prompt_is_held_out(tmp_path: Path) -> None:
     assert (bad.folder / "x.jsonl").read_bytes() == path.read_bytes().splitlines(keepends=True)[0]
 
 
-def test_pair_is_one_bad_line_when_labelled_answers_are_read(tmp_path: Path) -> None:
+def test_pair_skipped_as_labelled_answers_counts_as_one_bad_line(tmp_path: Path) -> None:
     bad = BadLines(tmp_path / "bad")
     path = write_lines(tmp_path / "x.jsonl", HH)
     assert read_labelled(path, minimum=0, kept_back=[PAIR.chosen], bad_lines=bad) == []
@@ -344,7 +344,7 @@ def test_pair_is_one_bad_line_when_labelled_answers_are_read(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("read", "noun"), [(read_pairs, "preference pairs"), (read_labelled, "labelled answers")])
-def test_empty_file_has_too_few_examples(tmp_path: Path, read: Any, noun: str) -> None:
+def test_empty_preference_file_raises_too_few_examples(tmp_path: Path, read: Any, noun: str) -> None:
     with pytest.raises(DataError, match=f"found only 0 {noun}"):
         read(write_lines(tmp_path / "x.jsonl"))
 
@@ -353,7 +353,7 @@ def test_empty_file_has_too_few_examples(tmp_path: Path, read: Any, noun: str) -
 @pytest.mark.parametrize(
     "name", [name for name in PUBLISHED if name.startswith(("TRL, turns", "TRL, impl", "UltraFeedback", "ORPO"))]
 )
-def test_pair_equals_that_of_trl(tmp_path: Path, name: str) -> None:
+def test_pair_equals_the_pair_extracted_by_trl(tmp_path: Path, name: str) -> None:
     from trl.data_utils import is_conversational, maybe_extract_prompt
 
     row = {key: value for key, value in PUBLISHED[name].items() if key in ("prompt", "chosen", "rejected")}
@@ -380,7 +380,7 @@ def test_pairs_round_trip_when_written_to_a_file(
 
 
 @given(pairs)
-def test_pair_is_the_same_when_its_format_changes(pair: PreferencePair) -> None:
+def test_pair_is_the_same_in_every_format(pair: PreferencePair) -> None:
     question, better, worse = pair.chosen.question, pair.chosen.answer, pair.rejected.answer
     asked, good, bad = turn("user", question), turn("assistant", better), turn("assistant", worse)
     rows = [
@@ -422,7 +422,7 @@ rows = st.fixed_dictionaries(
 
 
 @given(rows | json_values, st.sampled_from(list(PairFormat)))
-def test_any_row_is_a_pair_with_one_prompt_or_an_error(value: Any, form: PairFormat) -> None:
+def test_any_row_is_parsed_as_a_pair_with_one_prompt_or_is_an_error(value: Any, form: PairFormat) -> None:
     try:
         pair, fields = parse_pair(value, form)
     except RowError:
@@ -433,7 +433,7 @@ def test_any_row_is_a_pair_with_one_prompt_or_an_error(value: Any, form: PairFor
 
 
 @given(rows | json_values, st.sampled_from(list(Format)))
-def test_any_row_is_a_labelled_answer_or_an_error(value: Any, form: Format) -> None:
+def test_any_row_is_parsed_as_a_labelled_answer_or_is_an_error(value: Any, form: Format) -> None:
     try:
         answer, fields = parse_labelled(value, form)
     except RowError:

@@ -175,7 +175,7 @@ def test_tool_call_arguments_must_be_a_strict_json_object(arguments: Any) -> Non
     assert error.code in (Code.WRONG_TOOLS, Code.WRONG_CONTENT)
 
 
-def test_arguments_that_are_encoded_twice_become_the_object_of_the_api() -> None:
+def test_tool_call_arguments_encoded_as_json_twice_are_decoded() -> None:
     inner = json.dumps({"city": "Rome"})
     twice = parse(calling("1", arguments=json.dumps(inner)), giving("1"), ANSWER)
     [call] = twice.messages[1].tool_calls

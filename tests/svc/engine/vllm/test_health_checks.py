@@ -53,7 +53,7 @@ def client_of(socket: Path) -> EngineClient:
     return EngineClient(engine_http(socket), "tuned", checks=HealthChecks(socket))
 
 
-async def test_checks_share_one_connection(socket: Path) -> None:
+async def test_health_checks_share_one_connection(socket: Path) -> None:
     async with serving(socket) as server, client_of(socket) as client:
         assert [await client.health() for _ in range(3)] == [Health.GOOD] * 3
         server.answer = DEAD
@@ -61,7 +61,7 @@ async def test_checks_share_one_connection(socket: Path) -> None:
         assert len(server.connections) == 1
 
 
-async def test_request_is_repeated_if_the_engine_had_closed_the_connection(socket: Path) -> None:
+async def test_health_check_is_repeated_if_the_engine_had_closed_the_connection(socket: Path) -> None:
     async with serving(socket) as server, client_of(socket) as client:
         assert await client.healthy()
         server.connections[0].close()

@@ -427,7 +427,7 @@ def test_configured_pytorch_kernel_is_used_even_if_vllm_has_one() -> None:
 
 
 @pytest.mark.parametrize("capabilities", [AVX2, AMX])
-def test_awq_has_the_4_bit_kernel_of_gptq_on_a_cpu(capabilities: DeviceCapabilities) -> None:
+def test_awq_uses_the_4_bit_kernel_chosen_for_gptq_on_a_cpu(capabilities: DeviceCapabilities) -> None:
     of_gptq, of_awq = (
         plan(model=replace(GPTQ, quantization=name), capabilities=capabilities) for name in ("gptq", "awq")
     )

@@ -130,7 +130,7 @@ print(torch.allclose(whole, expected), torch.allclose(parts, of_base))
 @pytest.mark.slow
 @pytest.mark.parametrize("ours", [True, False])
 def test_base_model_requests_are_unaffected_by_adapters_in_the_same_batch(vllm: Forks, ours: bool) -> None:
-    """If a vLLM release does this by itself, the second case fails, and the plugin is no longer needed there."""
+    """If a vLLM release isolates adapters itself, the second case fails, and the plugin is no longer needed there."""
     printed = vllm.run(MIXED_BATCH, **({LORA_VARIABLE: "1"} if ours else {}))
     assert printed.split()[-2:] == (["True", "True"] if ours else ["False", "False"])
 

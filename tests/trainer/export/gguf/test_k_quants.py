@@ -40,7 +40,7 @@ def make_tool(folder: Path, body: str) -> Path:
 
 
 @pytest.mark.parametrize("type", KQuant)
-def test_tool_gets_the_f16_file_and_the_type_and_leaves_one_file_with_a_modelfile(
+def test_quantize_tool_converts_the_f16_file_to_one_k_quant_file_with_a_modelfile(
     tiny_base: Path, examples: list[ChatExample], bin_folder: Path, tmp_path: Path, type: KQuant
 ) -> None:
     record, out = make_tool(bin_folder, COPY), tmp_path / "out"
@@ -54,7 +54,7 @@ def test_tool_gets_the_f16_file_and_the_type_and_leaves_one_file_with_a_modelfil
     assert (done.bytes, done.compared) == (done.file.stat().st_size, len(examples))
 
 
-def test_missing_tool_is_reported_before_any_file_is_written(
+def test_missing_quantize_tool_is_reported_before_any_file_is_written(
     tiny_base: Path, examples: list[ChatExample], bin_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(NotFoundError, match="llama-quantize is not on PATH") as caught:
@@ -73,7 +73,7 @@ def test_missing_tool_is_reported_before_any_file_is_written(
     ],
     ids=["fails", "writes nothing", "writes other weights"],
 )
-def test_failing_or_faulty_tool_leaves_no_files(
+def test_failing_or_faulty_quantize_tool_leaves_no_files(
     tiny_base: Path, examples: list[ChatExample], bin_folder: Path, tmp_path: Path, body: str, told: str
 ) -> None:
     make_tool(bin_folder, body)
@@ -82,7 +82,7 @@ def test_failing_or_faulty_tool_leaves_no_files(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_tool_that_does_not_end_is_stopped(
+def test_quantize_tool_is_stopped_after_its_timeout(
     tiny_base: Path, examples: list[ChatExample], bin_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_tool(bin_folder, "import time; time.sleep(60)")

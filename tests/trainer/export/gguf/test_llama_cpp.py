@@ -62,7 +62,9 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tool")
 @pytest.mark.parametrize("type", KQuant)
-def test_k_quants_of_llama_cpp_itself_are_accepted_and_answer_like_transformers(tmp_path: Path, type: KQuant) -> None:
+def test_k_quant_files_made_by_llama_cpp_are_accepted_and_answer_like_transformers(
+    tmp_path: Path, type: KQuant
+) -> None:
     base = smollm2_folder()
     done = export_k_quant(base, tmp_path / "out", "smol", EXAMPLES, type)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"Modelfile", done.file.name}
@@ -70,7 +72,7 @@ def test_k_quants_of_llama_cpp_itself_are_accepted_and_answer_like_transformers(
     check(base, done.file, 0.15)
 
 
-def test_llama_cpp_has_the_ids_of_llama_2_in_conversations(tmp_path: Path) -> None:
+def test_llama_cpp_tokenizes_llama_2_conversations_like_transformers(tmp_path: Path) -> None:
     if not LLAMA_2.is_dir():
         pytest.skip("npm could not fetch the tokenizer of Llama 2")
     tokenizer = AutoTokenizer.from_pretrained(LLAMA_2)
@@ -86,7 +88,7 @@ def test_llama_cpp_has_the_ids_of_llama_2_in_conversations(tmp_path: Path) -> No
     assert found == [loaded(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def test_llama_cpp_has_the_ids_of_gemma_and_answers_like_transformers(tmp_path: Path) -> None:
+def test_llama_cpp_tokenizes_and_answers_like_transformers_for_gemma(tmp_path: Path) -> None:
     """The random Gemma 2 has the tokenizer of Gemma 3, and prompts are longer than its window."""
     if not GEMMA_3.is_dir():
         pytest.skip("npm could not fetch the tokenizer of Gemma 3")
@@ -103,7 +105,7 @@ def test_llama_cpp_has_the_ids_of_gemma_and_answers_like_transformers(tmp_path: 
 
 
 @pytest.mark.parametrize("type", GgufType)
-def test_llama_cpp_has_the_bases_token_ids_and_answers_like_transformers(tmp_path: Path, type: GgufType) -> None:
+def test_llama_cpp_tokenizes_and_answers_like_transformers_for_smollm2(tmp_path: Path, type: GgufType) -> None:
     base = smollm2_folder()
     file = export_gguf(base, tmp_path, "smol", EXAMPLES, type=type).file
     # Two tokens are nearly equally likely now and then. A wrong order of rows changes every answer.

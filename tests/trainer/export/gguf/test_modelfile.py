@@ -39,7 +39,7 @@ def as_ollama_renders(modelfile: str, turns: list[tuple[str, str]]) -> str:
     ids=["chatml", "default system message", "qwen3 without thinking", "llama3"],
 )
 @pytest.mark.parametrize("first", [0, 1])
-def test_ollama_renders_what_the_chat_template_renders(
+def test_ollama_template_renders_the_same_prompt_as_the_chat_template(
     template: str | None, kwargs: TemplateKwargs, first: int
 ) -> None:
     tokenizer = make_tokenizer()
@@ -52,7 +52,7 @@ def test_ollama_renders_what_the_chat_template_renders(
 
 
 @pytest.mark.parametrize("system", ['Answer "yes" or "no"', '"Brief." is the motto'])
-def test_default_system_message_next_to_the_quotes_of_the_file_is_rejected(system: str) -> None:
+def test_default_system_message_that_a_modelfile_cannot_quote_is_rejected(system: str) -> None:
     tokenizer = make_tokenizer()
     added = f"{{% if messages[0].role != 'system' %}}<|im_start|>system\n{system}<|im_end|>\n{{% endif %}}"
     tokenizer.chat_template = added + str(tokenizer.chat_template)

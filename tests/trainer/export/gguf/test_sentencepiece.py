@@ -37,15 +37,15 @@ def make_tokenizer(*, prefix: bool = True) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_prefix_and_merges_are_chosen_by_token_ids(*, prefix: bool) -> None:
+def test_space_prefix_option_is_detected_by_comparing_token_ids(*, prefix: bool) -> None:
     texts = ["<s>abc</s>", "<s>ab abc  x\u00e9\n</s><s>bcabc", "abc"]
     chosen = choose_pre_tokenizer(make_tokenizer(prefix=prefix), texts)
     assert isinstance(chosen, SentencePiece)
     assert chosen.prefix is prefix
 
 
-def test_merges_that_scores_cannot_express_are_rejected() -> None:
-    """llama.cpp merges whatever is in the vocabulary, this tokenizer only listed pairs: `aa` is not listed."""
+def test_tokenizer_with_merges_that_scores_cannot_express_is_rejected() -> None:
+    """llama.cpp merges every pair in the vocabulary; this tokenizer merges only listed pairs, without `aa`."""
     tokenizer = make_tokenizer()
     content = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     content.model = models.BPE(
@@ -58,7 +58,7 @@ def test_merges_that_scores_cannot_express_are_rejected() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not LLAMA_2.is_dir(), reason="npm could not fetch the tokenizer")
-def test_real_llama_2_tokenizer_is_accepted_on_real_texts() -> None:
+def test_published_llama_2_tokenizer_is_accepted_on_real_texts() -> None:
     examples = read_examples(ROOT / "examples" / "debian-triage" / "heldout.jsonl")[:100]
     texts = [
         f"<s>[INST] {message.content} [/INST] \u65e5\u672c \U0001f642 </s>" for e in examples for message in e.messages
@@ -67,7 +67,9 @@ def test_real_llama_2_tokenizer_is_accepted_on_real_texts() -> None:
     assert isinstance(chosen, SentencePiece)
 
 
-def test_file_has_scores_and_types_of_a_sentencepiece_vocabulary(tmp_path: Path, examples: list[ChatExample]) -> None:
+def test_gguf_file_has_scores_and_types_of_a_sentencepiece_vocabulary(
+    tmp_path: Path, examples: list[ChatExample]
+) -> None:
     tokenizer = make_tokenizer()
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, **shape))

