@@ -327,7 +327,7 @@ async def test_smaller_format_is_loaded_when_memory_is_too_small_for_the_base_of
 ) -> None:
     model = train(merged.store, merged.registry, formats=(Format.ADAPTER, Format.MERGED, Format.GPTQ))
 
-    def shortage(self: ParkSlots, engines: Mapping[Target, int]) -> str | None:
+    async def shortage(self: ParkSlots, engines: Mapping[Target, int]) -> str | None:
         return "no room" if any(target.format is not Format.GPTQ for target in engines) else None
 
     async with serving(merged) as (client,):

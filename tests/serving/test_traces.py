@@ -90,7 +90,7 @@ LOADED = """
 import sys
 import serving.server
 from serving.assembly import make_traces
-from svc.settings import TelemetrySettings
+from svc.settings.monitoring import TelemetrySettings
 assert make_traces(TelemetrySettings(), None) is None
 print([name for name in sys.modules if name.startswith("opentelemetry")])
 """

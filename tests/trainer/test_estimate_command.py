@@ -115,7 +115,8 @@ def test_training_that_cannot_fit_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
-    ("memory", "choice"), [(2e12, "gradient checkpointing: off (without it"), (200e9, "gradient checkpointing: on (")]
+    ("memory", "choice"),
+    [(2e12, "gradient checkpointing: off (without checkpointing"), (200e9, "gradient checkpointing: on (")],
 )
 def test_training_prints_checkpointing_and_its_reason_on_a_gpu(
     svc: Svc, tmp_path: Path, recipe: Path, memory: float, choice: str, monkeypatch: pytest.MonkeyPatch

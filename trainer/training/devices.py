@@ -192,7 +192,7 @@ def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int
     """Return the listed numbers, after checking that these GPUs exist and are equal to the one that torch would use."""
     if missing := [number for number in numbers if number >= len(gpus)]:
         raise RecipeError(
-            f"train.devices lists GPU {missing[0]}, but only {len(gpus)} GPUs of this machine may be used",
+            f"train.devices lists GPU {missing[0]}, but the number of usable GPUs on this machine is {len(gpus)}",
             expected=f"numbers from 0 to {len(gpus) - 1}, as nvidia-smi or CUDA_VISIBLE_DEVICES orders them",
             todo="change train.devices",
         )

@@ -32,7 +32,7 @@ import asyncio, sys
 from pathlib import Path
 from svc.engine.vllm import process
 from svc.engine.vllm.launch import EngineSpec
-from svc.settings import EngineSettings
+from svc.settings.engine import EngineSettings
 from tests.svc.engine.devices import AVX512
 
 folder, server, mode, fail = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]

@@ -18,7 +18,7 @@ from pathlib import Path
 from svc.engine.vllm import process
 from svc.engine.vllm.launch import EngineSpec
 from svc.ray_engine.guard import Guard
-from svc.settings import EngineSettings
+from svc.settings.engine import EngineSettings
 from tests.svc.engine.devices import AVX512
 
 folder, server = Path(sys.argv[1]), sys.argv[2]

@@ -275,7 +275,8 @@ import sys
 from pathlib import Path
 from pydantic import SecretStr
 from svc.identity.actor import Actor
-from svc.settings import Settings, StoreSettings
+from svc.settings.settings import Settings
+from svc.settings.storage import StoreSettings
 from svc.store.audit import Action, AuditEntry, record_event
 from svc.store.database import open_store
 print("ready", flush=True)

@@ -262,8 +262,8 @@ def test_unquantized_weights_are_written_in_bfloat16_after_float32_computation(t
 
 
 def quantize(base: Path, out: Path, number_type: NumberType = NumberType.BFLOAT16) -> None:
-    examples = [make_example(f"number {number}", "red") for number in range(16)]
-    recipe = make_recipe(quantize={"group_size": 32, "samples": 8})
+    examples = [make_example(f"number {number}", "red") for number in range(8)]
+    recipe = make_recipe(quantize={"group_size": 32})
     assert quantize_to_4_bits(Format.GPTQ, base, examples, recipe, out, number_type=number_type).layers == 14
 
 

@@ -3,6 +3,7 @@
 The nodes are doubles; the processes, their messages, checkpoints and training are real.
 """
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -78,18 +79,20 @@ def there(tmp_path: Path, here: TrialRunner, double: RayDouble) -> TrialRunner:
 def test_trials_on_ray_nodes_have_the_same_results_as_local_trials(
     here: TrialRunner, there: TrialRunner, double: RayDouble, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    most = 0
+    most, counted = 0, threading.Event()
 
-    def count(step: int, loss: float) -> None:
-        nonlocal most
-        most = max(most, len(double.running))
+    def wait(step: int, loss: float) -> None:
+        counted.wait(60)
 
     def prune(step: int, loss: float) -> None:
+        nonlocal most
+        most = len(double.running)
+        counted.set()
         raise TrialPruned(f"at step {step}")
 
     with there.training(sampled=False) as parallel:
         base = there.base_loss()
-        starts: list[tuple[dict[str, Any], Any]] = [({}, count), ({RATE: 1e-3}, count), ({RATE: 1e-4}, prune)]
+        starts: list[tuple[dict[str, Any], Any]] = [({}, wait), ({RATE: 1e-3}, wait), ({RATE: 1e-4}, prune)]
         results: list[Future[TrialOutcome]]
         results = [there.start_trial(number, values, watch) for number, (values, watch) in enumerate(starts, start=1)]
         outcomes = [result.result() for result in results]

@@ -144,7 +144,7 @@ def test_listed_gpus_train_even_when_they_are_in_use() -> None:
 @pytest.mark.parametrize(
     ("gpus", "message"),
     [
-        ([a100(0)], "lists GPU 1, but this machine has 1"),
+        ([a100(0)], "lists GPU 1, but the number of usable GPUs on this machine is 1"),
         ([a100(0), t4(1)], "GPUs that differ from each other or from NVIDIA A100"),
         ([t4(0), t4(1), a100(2)], "GPUs that differ from each other or from NVIDIA A100"),
     ],

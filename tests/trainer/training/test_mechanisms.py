@@ -328,7 +328,7 @@ def test_optimizer_that_affects_no_weight_is_an_error_before_the_first_step(
         train(optimizer="adamw-8bit")
     assert caught.value.todo == "set train.optimizer to adamw"
     paged = optimizer_of(torch.nn.Linear(100, 100), is_paged=True)
-    with pytest.raises(TrainingError, match="no weight has paged moments"):
+    with pytest.raises(TrainingError, match="no weight has paged optimizer moments"):
         check_optimizer_class(paged, Optimizer.PAGED_ADAMW, fused=False)
 
 
@@ -345,7 +345,7 @@ def test_moments_of_large_weights_must_be_in_8_bits_except_for_embeddings() -> N
     check_moments(optimizer, model, Optimizer.ADAMW_8BIT)
     state = optimizer.state[model["layer"].weight]
     state["state1"] = state["state1"].float()
-    with pytest.raises(TrainingError, match=r"those of layer.weight are in float32"):
+    with pytest.raises(TrainingError, match=r"the moments of layer.weight are in float32"):
         check_moments(optimizer, model, Optimizer.ADAMW_8BIT)
 
 
