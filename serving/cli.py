@@ -202,15 +202,17 @@ class _Percents(click.ParamType[tuple[float, ...]]):
 @click.argument("version")
 @_format_option
 @click.option(
-    "--shadow", type=int, metavar="N", help="First send VERSION copies of N requests; their answers are only compared."
+    "--shadow", type=int, metavar="N", help="First send VERSION copies of N requests; clients do not get its answers."
 )
 @click.option(
-    "--canary", type=_Percents(), help="Then serve these percentages of clients with VERSION, such as 5,25,100."
+    "--canary", type=_Percents(), help="Then serve VERSION to these percentages of clients, such as 5,25,100."
 )
 @click.option("--direct", is_flag=True, help="Promote in a single swap, without the configured steps.")
-@click.option("--force", is_flag=True, help="Promote even if a gate refuses the version; requires --reason.")
+@click.option("--force", is_flag=True, help="Promote even if a gate rejects the version; requires --reason.")
 @click.option(
-    "--dry-run", is_flag=True, help="Only show the gates: exit code 0 if they pass, 23 if one refuses the version."
+    "--dry-run",
+    is_flag=True,
+    help="Only evaluate the gates: exit code 0 if all pass, 23 if any gate rejects the version.",
 )
 @reason_option
 @json_option

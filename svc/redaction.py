@@ -47,9 +47,9 @@ class RedactionTimeoutError(SvcError):
 
     def __init__(self, pattern: str) -> None:
         super().__init__(
-            f"the request_log.redact pattern {pattern!r} took longer than {LIMIT_S:g} s on one text",
+            f"the request_log.redact pattern {pattern!r} took longer than {LIMIT_S:g} s on a single text",
             expected="a pattern without nested repetitions",
-            todo="rewrite the pattern so that it can match a text in only one way",
+            todo="rewrite the pattern so that it can match the same text in only one way",
         )
         self.pattern = pattern
 

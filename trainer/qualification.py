@@ -193,11 +193,11 @@ class Qualifier:
         judged = await self._judge(client, text)
         answered, pairs = await self._ask_general(client, text), await self._score_pairs(client, text)
         picked = self._tokenized[:: max(1, len(self.judged) // MAX_PROBES)]
-        with waiting(f"probes of {text}"):
+        with waiting(f"measuring probes of {text}"):
             sequences = choose_sequences([(example.prompt, example.answer) for example in picked], MAX_PROBES)
             measured = await measure_probes(client, sequences, repeats=options.repeats)
             probes = make_probes(sequences, measured, self._facts(folder))
-        with waiting(f"speed and parity of {text}"):
+        with waiting(f"measuring speed and parity of {text}"):
             prompts = [example.prompt for example in picked]
             reading = await self._read(engine, prompts, mean(loads) if loads else None, others_share)
         if options.restart:
@@ -274,7 +274,7 @@ class Qualifier:
         if self._general is None:
             return ()
         examples, tokenized = self._general.examples, self._general.tokenized
-        with counting(f"general questions to {text}", len(examples)) as advance:
+        with counting(f"sending general questions to {text}", len(examples)) as advance:
             limits = [MAX_TOKENS] * len(examples)
             return await ask_examples(client, examples, tokenized, limits=limits, trained=False, on_done=advance)
 
@@ -282,7 +282,7 @@ class Qualifier:
         """Return a model's scores of the held-out pairs, or None if there are no pairs."""
         if not self._pairs:
             return None
-        with counting(f"held-out pairs of {text}", len(self._pairs)) as advance:
+        with counting(f"scoring held-out pairs of {text}", len(self._pairs)) as advance:
             return await score_pairs(client, self._pairs, on_done=advance)
 
     @asynccontextmanager

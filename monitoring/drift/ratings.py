@@ -183,8 +183,8 @@ def accept_ratings(store: Store, target: Target, state: RatingState, since: date
     if len(ratings) < _MIN_ACCEPTED:
         raise RefusedError(
             f"only {len(ratings)} ratings were submitted since the change",
-            expected=f"at least {_MIN_ACCEPTED} ratings; only one per person and day counts",
-            todo=f"repeat `svc drift {target.version} --accept` once there are enough",
+            expected=f"at least {_MIN_ACCEPTED} ratings; only one rating per person and day counts",
+            todo=f"repeat `svc drift {target.version} --accept` once enough ratings have been submitted",
         )
     return replace(state, base=_pairs(ratings), features={})
 

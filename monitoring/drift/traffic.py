@@ -116,7 +116,7 @@ def accepted_baseline(detector: Detector, state: TrafficState, items: Sequence[S
         raise RefusedError(
             f"only {requests.size} comparable requests arrived since the change in traffic",
             expected=f"at least {_MIN_ACCEPTED} requests",
-            todo="repeat `svc drift MODEL --accept` once there are enough",
+            todo="repeat `svc drift MODEL --accept` once enough requests have arrived",
         )
     return Baseline(requests.prompts, requests.words, requests.answers)
 

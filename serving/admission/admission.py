@@ -131,7 +131,7 @@ class Admission:
         """
         if tokens > self.max_tokens:
             raise TooManyTokensError(
-                f"the answers to this request may have up to {tokens} tokens in total",
+                f"the answers to this request could reach {tokens} tokens in total",
                 expected=f"at most {self.max_tokens} tokens per request; reduce 'n' or 'max_tokens'",
             )
         if party.interruption is not None:

@@ -336,7 +336,7 @@ class _TokensOut(_OfMinute):
         """
         if demand.said and demand.tokens_out > self.most:
             raise RateLimitedError(
-                f"the answers to this request may have up to {demand.tokens_out} tokens, more than this key's limit of "
+                f"the answers to this request could reach {demand.tokens_out} tokens, more than this key's limit of "
                 f"{self.most} {_NAMED[self.limit]}",
                 todo="reduce 'n' or 'max_tokens'",
                 limit=self.limit.value,

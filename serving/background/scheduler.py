@@ -118,7 +118,7 @@ class BackgroundScheduler:
         self._deaths.append(now)
         recent = sum(now - at < _DEATHS_WITHIN_S for at in self._deaths)
         log.warning(
-            "the engine died during a background request (deaths in the last day: %d; background requests stop at %d)",
+            "the engine died during a background request (deaths in the last day: %d, limit: %d)",
             recent,
             _MAX_DEATHS,
         )

@@ -73,7 +73,7 @@ class LiveScores:
                 if self.per_hour and idle and self.scheduler.off is None:
                     pause_s = 0.0 if await self._score_newest() else _PAUSE_S
             except SupersededError:
-                log.debug("skipped an answer, because the engine has loaded different weights")
+                log.debug("skipped scoring an answer, because the engine has loaded different weights")
             except Exception:  # the boundary: serving and scoring continue
                 log.exception("could not score live answers")
                 pause_s = _PAUSE_S

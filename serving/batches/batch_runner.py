@@ -88,7 +88,7 @@ class BatchRunner:
         try:
             await run.run()
         except LeaseLostError:
-            log.info("another server continues batch %s", run.batch.id)
+            log.info("another server has taken over batch %s", run.batch.id)
         except Exception:  # the boundary: other batches continue
             log.exception("unexpected error in batch %s; resuming it in %.0f s", run.batch.id, _PAUSE_S)
             await asyncio.sleep(_PAUSE_S)

@@ -94,7 +94,7 @@ class Acceptor:
             return False
         if address is not None and not self.address_limit.enter(address):
             log.warning(
-                "%s has reached `serve.max_connections_per_address`, %d connections; closing further ones",
+                "%s has reached `serve.max_connections_per_address` (%d connections); closing its new connections",
                 address,
                 self.address_limit.most,
             )

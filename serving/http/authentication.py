@@ -95,7 +95,8 @@ class Authentication:
             if self._failed.add(state.address):
                 sender = state.address or "a local client"
                 log.warning(
-                    "too many invalid API keys from %s, the last of them %s; rejecting more with status 429",
+                    "too many invalid API keys from %s (latest fault: %s); rejecting further invalid keys with status "
+                    "429",
                     sender,
                     error.fault,
                 )

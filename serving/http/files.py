@@ -229,7 +229,7 @@ def expiry_of(anchor: str | None, after_s: int | None, purpose: Purpose) -> int 
         raise InvalidRequestError(
             "'expires_after' is invalid",
             param="expires_after",
-            expected=f"the anchor 'created_at', and from {_MIN_EXPIRY_S} to {_MAX_EXPIRY_S} seconds",
+            expected=f"anchor 'created_at', and {_MIN_EXPIRY_S} to {_MAX_EXPIRY_S} seconds",
         )
     return after_s
 

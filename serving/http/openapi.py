@@ -326,7 +326,7 @@ def _uploads(schemas: Json) -> Json:
         "properties": {"data": {"type": "string", "format": "binary"}},
     }
     creation = {
-        **_operation("Create an upload in parts", _json(_OBJECT), {**_BAD_BODY, **store}),
+        **_operation("Create a multipart upload", _json(_OBJECT), {**_BAD_BODY, **store}),
         "requestBody": {"required": True, "content": _json(_schema(CreateUploadRequest, schemas))},
     }
     addition = {
@@ -412,7 +412,7 @@ def _administration(schemas: Json) -> Json:
     generation = {"type": "integer", "minimum": 1, "maximum": 999_999_999}
     swap["parameters"] = [_MODEL_NAME, {"name": "generation", "in": "query", "schema": generation}]
     paths["/svc/swaps/{name}"] = {"get": swap}
-    rollouts = _operation("All rollouts of a model, oldest first", _json(_OBJECT), _DEFECT)
+    rollouts = _operation("List all rollouts of a model, oldest first", _json(_OBJECT), _DEFECT)
     paths["/svc/rollouts/{name}"] = {"get": rollouts | {"parameters": [_MODEL_NAME]}}
     return paths
 

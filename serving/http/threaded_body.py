@@ -76,7 +76,7 @@ class ThreadedBody:
         except TimeoutError as error:
             raise BodyTimeoutError(
                 "the request body arrived too slowly",
-                expected=f"at least {MIN_BYTES_PER_S} bytes per second, and no pause of {self._idle_s:g} s",
+                expected=f"at least {MIN_BYTES_PER_S} bytes per second, and no pause longer than {self._idle_s:g} s",
             ) from error
         if message["type"] == "http.disconnect":
             raise ClientGoneError

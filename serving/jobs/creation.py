@@ -444,7 +444,7 @@ def _files_checked(store: Store, job: Job) -> bool:
             try:
                 file = find_file(store, id, None)
             except EntryNotFoundError as error:
-                raise _invalid(param, error.wrong, "a file that is not deleted before the job ends") from error
+                raise _invalid(param, error.wrong, "a file that is kept until the job has ended") from error
             _require_valid(file, param)
             checked = checked and file.status is FileStatus.PROCESSED
     return checked

@@ -26,12 +26,15 @@ _TRANSFER = {
 """Fields that name a host from which the engine fetches memory blocks, or that make it keep blocks after the answer
 until they are fetched. `kv_transfer_params` in `vllm_xargs` makes vLLM fail on an assertion."""
 _PROMPT_LOGPROBS = {
-    "prompt_logprobs": Refusal("prompt_logprobs", f"log-probabilities of the prompt are not supported: {_ENDS_ENGINE}")
+    "prompt_logprobs": Refusal(
+        "prompt_logprobs", f"log-probabilities of the prompt are not supported, because {_ENDS_ENGINE}"
+    )
 }
 """Fields that make vLLM score the whole prompt, which can exhaust or crash an engine."""
 _ECHO = {
     "echo": Refusal(
-        "echo", f"'echo' is not supported for chat, because it requests the prompt's log-probabilities: {_ENDS_ENGINE}"
+        "echo",
+        f"'echo' is not supported for chat, because it requests the prompt's log-probabilities, and {_ENDS_ENGINE}",
     )
 }
 """Rejected for chat, where vLLM's `top_logprobs` defaults to 0, which is enough to make it score the prompt."""
@@ -87,8 +90,11 @@ def _transfer_in_xargs(fields: Fields) -> Refusal | None:
 def _echo_with_logprobs(fields: Fields) -> Refusal | None:
     if not fields.get("echo") or fields.get("logprobs") is None:
         return None
-    wrong = f"'echo' with 'logprobs' requests the prompt's log-probabilities, which are not supported: {_ENDS_ENGINE}"
-    return Refusal("echo", wrong, todo="send only 'echo' or only 'logprobs'")
+    wrong = (
+        "'echo' with 'logprobs' requests the prompt's log-probabilities, which are not supported, because "
+        f"{_ENDS_ENGINE}"
+    )
+    return Refusal("echo", wrong, todo="send either 'echo' or 'logprobs', not both")
 
 
 _TEXT_PARTS = frozenset(

@@ -69,7 +69,7 @@ def require_fit(model: ServedModel, adapter: AdapterFacts) -> None:
     slots = model.lora
     if slots is None or adapter.base != model.base:
         raise RefusedError(
-            f"{adapter.version} has a different base model or chat template from the served version",
+            f"{adapter.version} and the served version have different base models or chat templates",
             expected="an adapter with the same base model and chat template",
             todo=f"ask the operator to promote it: svc promote {adapter.version}",
         )
@@ -77,8 +77,9 @@ def require_fit(model: ServedModel, adapter: AdapterFacts) -> None:
         raise _too_large(adapter, slots.max_rank)
     if others := sorted(adapter.targets.difference(slots.targets)):
         raise RefusedError(
-            f"{adapter.version} adapts the layers {', '.join(others)}, which the engine was not started for",
-            expected=f"changes only to {', '.join(slots.targets)}",
+            f"{adapter.version} adapts the layers {', '.join(others)}, which the engine was not configured to adapt "
+            "when it started",
+            expected=f"an adapter that changes only {', '.join(slots.targets)}",
             todo=f"ask the operator to promote it: svc promote {adapter.version}",
         )
 
@@ -86,6 +87,6 @@ def require_fit(model: ServedModel, adapter: AdapterFacts) -> None:
 def _too_large(adapter: AdapterFacts, max_rank: int) -> RefusedError:
     return RefusedError(
         f"the adapter of {adapter.version} has rank {adapter.rank}",
-        expected=f"a rank of at most {max_rank}, set by `adapters.max_rank` or else by the engine's first version",
+        expected=f"a rank of at most {max_rank}: `adapters.max_rank`, or the default for the engine's first version",
         todo="increase `adapters.max_rank` and restart the engine, or serve the version with --format merged",
     )

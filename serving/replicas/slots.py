@@ -79,7 +79,7 @@ class EngineSlots:
         if number is None:
             number = next(number for number in count() if number not in self._taken)
         elif number in self._taken:
-            raise ValueError(f"engine number {number} is taken")
+            raise ValueError(f"engine number {number} is already in use")
         self._taken.add(number)
         return number
 

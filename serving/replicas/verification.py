@@ -242,7 +242,7 @@ def _unprobed(target: Target, why: str, *, fresh: bool) -> Checked:
     if not fresh:
         raise UnknownProbesError(
             f"cannot verify that the engine runs {target}: {why}",
-            expected="an engine that was started with the version or can be probed",
+            expected="an engine that was started with the version, or that can be probed",
             todo="start an engine with this version",
         )
     return _unverified(target, why)
@@ -264,7 +264,7 @@ def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence
     difference = _mean_difference([probe.logprobs for probe in recorded], measured)
     if not difference <= _OTHER_WEIGHTS_NATS:  # also true for NaN
         raise ProbeError(
-            f"the probes differ by {difference:.2f} nats on average: these are not the version's weights",
+            f"the probes differ by {difference:.2f} nats on average: the loaded weights are not the version's weights",
             expected=f"a difference of at most {_OTHER_WEIGHTS_NATS} nats between two kinds of engine",
             todo="restore the version's folder from a backup, or train it on a machine with this kind of engine",
         )

@@ -102,7 +102,9 @@ class CandidateLoader:
             with ExitStack() as adapters:
                 if plan.swap.kind is SwapKind.ADAPTER:
                     await cancellation.interrupting(self._load_adapter(target, adapters))
-                    report(f"{target} is loaded as an adapter in the engines of {current}, which share its base")
+                    report(
+                        f"{target} is loaded as an adapter in the engines that serve {current}, which has the same base"
+                    )
                     loaded = LoadedCandidate(None)
                 else:
                     loaded = LoadedCandidate(await self._start(target, report, cancellation))

@@ -125,7 +125,9 @@ class EngineChange:
 
     def _replace(self, change: SwapInProgress, old: Replica, new: Replica) -> None:
         self.pool.replace(old, new)
-        change.report(f"new requests are sent to the second engine; {old.running} are still running in the first")
+        change.report(
+            f"new requests are sent to the second engine; requests still running in the first engine: {old.running}"
+        )
 
     async def _blue_green(self, change: SwapInProgress, old: Replica) -> Result:
         try:
@@ -245,7 +247,7 @@ class EngineChange:
                 engine.enter(EngineState.DRAINING)
                 try:
                     if not self.pool.ready:
-                        change.report(f"queueing new requests; {self.admission.running} running")
+                        change.report(f"queueing new requests; requests still running: {self.admission.running}")
                     yield
                 except BaseException:
                     # Cancelled, or a defect. The engine's weights are unknown, so it must not receive requests.

@@ -235,13 +235,15 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
     if kept is not None:
         return texts + _replay_expectations(store, record, kept)
     if plan.shadow:
-        texts.append(f"shadow: {plan.shadow} requests, {_takes(plan.shadow, per_day)} at the rate of the last day")
+        texts.append(
+            f"shadow: {plan.shadow} requests, {_takes(plan.shadow, per_day)} at the request rate of the last day"
+        )
     if len(plan.canary) > 1:
         units, share = _units_to_pass(plan), plan.canary[0] / 100
         texts.append(
             f"canary at {plan.canary[0]:g}%: to rule out a regression, the candidate must serve about {units} users or "
-            f"conversations without a failure: {_takes(units / share, per_day)} at the rate of the last day, if each "
-            "sends one request"
+            f"conversations without a failure: {_takes(units / share, per_day)} at the request rate of the last day, "
+            "if each sends one request"
         )
         if per_day and 86_400 * units / share / per_day > plan.max_step_s:
             texts.append(
@@ -250,9 +252,9 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
             )
         losses = Analysis(_margins(plan), _budget(plan)).detectable(units, share)
         texts.append(
-            f"regressions that {units} users or conversations can detect with 80% power: "
-            f"{100 * losses[Signal.ERRORS]:.1f} points more failed requests, "
-            f"{100 * losses[Signal.INVALID]:.1f} points more invalid JSON, or "
+            f"regressions that would be detected with 80% power after {units} users or conversations: "
+            f"{100 * losses[Signal.ERRORS]:.1f} percentage points more failed requests, "
+            f"{100 * losses[Signal.INVALID]:.1f} percentage points more invalid JSON, or "
             f"{losses[Signal.FIRST_TOKEN]:.1f} times production's time to first token"
         )
     return texts
@@ -336,7 +338,7 @@ def _text(verdict: SignalVerdict) -> str:
             f"{candidate:.3f} s{_limits(verdict.candidate)} instead of {production:.3f} s{_limits(verdict.production)}"
         )
         return f"{label} {both}, {allowed}: {outcome}"
-    allowed = f"at most {100 * verdict.margin:g} points more allowed"
+    allowed = f"allowed increase {100 * verdict.margin:g} percentage points"
     return f"{label} {100 * candidate:.1f}% instead of {100 * production:.1f}%, {allowed}: {outcome}"
 
 

@@ -300,7 +300,7 @@ class Reconciler:
         """
         elsewhere = partial(failed_elsewhere, self.store, before.target, server=self.leadership.server)
         if await asyncio.to_thread(elsewhere):
-            self.note_error(f"{failed.target} failed on this server, and {before.target} on another server")
+            self.note_error(f"{failed.target} failed on this server, and {before.target} failed on another server")
         else:
             await self._rewrite(failed, before.target, before.previous)
 

@@ -149,7 +149,9 @@ def require_replay(
     if engines > 1 or not plan.reloads:
         why = "several engines serve the model" if engines > 1 else plan.swap.why
         raise RefusedError(
-            f"{wrong}; the candidate cannot be loaded in place to replay stored requests, either: {why}", todo=others
+            f"{wrong}; replaying stored requests is not possible either, because the candidate cannot be loaded in "
+            f"place: {why}",
+            todo=others,
         )
     if load_s is not None and 2 * load_s > queue_timeout_s:
         raise RefusedError(
@@ -165,15 +167,15 @@ def require_replay(
         )
     if kept.total < MIN_UNITS:
         raise RefusedError(
-            f"{wrong}; only {kept.total} requests to {record.previous} are stored and can be replayed",
-            expected=f"at least {MIN_UNITS} chat completions of the last {MAX_AGE.days} days with stored content",
+            f"{wrong}; only {kept.total} stored requests to {record.previous} can be replayed",
+            expected=f"at least {MIN_UNITS} chat completions from the last {MAX_AGE.days} days with stored content",
             todo=f"set `request_log.content_share`, and retry once enough requests are stored; or {others}",
         )
     if kept.units < MIN_UNITS:
         raise RefusedError(
-            f"{wrong}; the stored requests to be replayed come from {kept.units} users or conversations, and each of "
+            f"{wrong}; the replayable stored requests come from only {kept.units} users or conversations, and each of "
             "them counts as one observation",
-            expected=f"requests of at least {MIN_UNITS} users or conversations",
+            expected=f"requests from at least {MIN_UNITS} users or conversations",
             todo="send a distinct `user` value for each end user; if requests are independent, set "
             f"models.{record.name}.rollout.unit: request; or {others}",
         )

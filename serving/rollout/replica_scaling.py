@@ -95,7 +95,7 @@ class ReplicaScaling:
             self._refuse(shortage)
         elif self._may_change():  # a swap may have begun meanwhile
             self._allow()
-            log.info("%s: adding replicas for the load: %d instead of %d", self.target(), wanted, self.pool.size)
+            log.info("%s: scaling up from %d to %d replicas", self.target(), self.pool.size, wanted)
             self.pool.grow(wanted)
             self._set_capacity()
 

@@ -74,12 +74,16 @@ _positive = click.IntRange(1, 1_000_000)
     type=_Number(0, 5),
     default=0.0,
     show_default=True,
-    help="Standard deviation of both lengths, divided by their mean.",
+    help="Coefficient of variation of both lengths: standard deviation divided by mean.",
 )
 @click.option("--p95", type=_Seconds(), metavar="TIME", help="Time in which 95% of the answers must be complete.")
 @click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Bits per weight.  [default: as in the files, or 16]")
 @click.option(
-    "--reload", "reload_s", type=_Seconds(), metavar="TIME", help="Duration of a reload.  [default: estimated]"
+    "--reload",
+    "reload_s",
+    type=_Seconds(),
+    metavar="TIME",
+    help="Duration of an in-place reload.  [default: estimated]",
 )
 @click.option(
     "--price",

@@ -113,7 +113,7 @@ def _of_folder(folder: Path, bits: int | None) -> ModelSize:
         ) from error
     if dense <= 0 or experts < 0:
         raise SettingsError(
-            f"{folder / 'config.json'} describes a model with {dense + experts} weights",
+            f"{folder / 'config.json'} implies an impossible number of weights: {dense + experts}",
             expected="positive layer sizes",
         )
     if facts.token_bytes is None or facts.heads is None or facts.kv_heads is None:

@@ -47,7 +47,7 @@ class DeploymentInstruments:
         self.batched = gauge("svc_batch_requests_running", "Batch requests currently running in the engines", model)
         self.queued = gauge("svc_requests_queued", "Requests currently waiting for a slot or an adapter", model)
         self.engine_state = gauge("svc_engine_state", "Number of engines, by state", ("model", "state"))
-        self.replicas_wanted = gauge("svc_replicas_wanted", "Number of engines that the load needs", model)
+        self.replicas_wanted = gauge("svc_replicas_wanted", "Number of engines required for the current load", model)
         self.restarts = counter("svc_engine_restarts_total", "Engine restarts after an engine died", model)
         self.swaps = counter("svc_swaps_total", "Number of swaps, by outcome", outcome)
         self.rollouts = counter("svc_rollouts_total", "Rollouts that have ended, by outcome", outcome)
@@ -61,7 +61,7 @@ class DeploymentInstruments:
         )
         self.swap_duration = histogram(
             "svc_swap_duration_seconds",
-            "Time in seconds for which a swap held back new requests",
+            "Time in seconds for which a swap queued new requests",
             outcome,
             buckets=_SWAP_BUCKETS_S,
         )

@@ -167,7 +167,7 @@ class GatewayMetrics:
         )
         self.loop_lagged = Histogram(
             "svc_event_loop_lag_seconds",
-            "Delay in seconds with which the event loop wakes up a task, measured ten times per second",
+            "Event-loop lag in seconds: how late a task is woken up, measured ten times per second",
             buckets=_LAG_BUCKETS_S,
             registry=self.registry,
         ).observe

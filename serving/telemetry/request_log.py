@@ -268,7 +268,7 @@ class RequestLog:
                 if self._closing:
                     raise
                 if not is_waiting:
-                    log.warning("rows of the request log wait in memory: %s", error)
+                    log.warning("keeping rows of the request log in memory until the store accepts them: %s", error)
                 is_waiting = True
             time.sleep(_RETRY_S)
 

@@ -78,7 +78,7 @@ class UsageWriter:
         try:
             self.meter.flush()
         except SQLAlchemyError:
-            log_store_error(log, "could not write the latest usage counts per key, which are lost")
+            log_store_error(log, "could not write the latest usage counts per key; these counts are lost")
 
     def _read(self) -> tuple[NewUsage, int]:
         new = self._elsewhere.read()

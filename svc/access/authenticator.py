@@ -139,7 +139,8 @@ class Authenticator:
                     again_s = LOOK_S  # a change that was announced before is not announced again
                     log_store_error(
                         log,
-                        "could not read the API keys; the keys in memory stay in use until %.0f s after the last read",
+                        "could not read the API keys; cached keys stay in use until %.0f s after the last successful "
+                        "read",
                         _STALE_S,
                     )
                 self.end_wrong()

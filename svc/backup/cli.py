@@ -220,5 +220,5 @@ def _confirm_keys(keys: "RestoredKeys", *, asks: bool) -> None:
     names = ", ".join(f"{key.principal.name} ({key.id})" for key in keys.valid)
     raise RefusedError(
         f"the restored home would accept keys that were not confirmed: {names}",
-        todo="add --yes if all of these keys may be valid, or --revoke-keys to revoke them all",
+        todo="add --yes to accept all of these keys, or --revoke-keys to revoke them",
     )

@@ -46,7 +46,7 @@ def check_content(path: Path, purpose: Purpose) -> ContentCheck:
     try:
         problems = _training_problems(path) if purpose is Purpose.FINE_TUNE else _batch_problems(path)
     except MemoryError:
-        return ContentCheck(False, f"the check of the file needs more than {_MAX_MEMORY // 2**30} GiB of memory")
+        return ContentCheck(False, f"checking the file needs more than {_MAX_MEMORY // 2**30} GiB of memory")
     except sqlite3.Error:
         return ContentCheck(False, "the file has too many problems; check that it is JSONL with one example per line")
     except DataError as error:

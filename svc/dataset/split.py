@@ -118,7 +118,7 @@ def mix_general(
     if wanted > len(usable):
         raise DataError(
             f"data.general has only {len(usable)} examples that are not held out",
-            expected=f"at least {wanted}, for a share of {share:g} with {len(train)} training examples",
+            expected=f"at least {wanted} examples, a share of {share:g} when mixed with {len(train)} training examples",
             todo="add general examples, or lower data.general_share",
         )
     return select(general, np.sort(_seeded(usable, general, seed)[:wanted]))

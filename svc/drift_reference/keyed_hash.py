@@ -49,7 +49,7 @@ class KeyedHash:
             raise IntegrityError(
                 f"the key in {path} has {len(key)} bytes",
                 expected=f"a key of {_KEY_BYTES} bytes",
-                todo="restore the file from a backup; if there is none, remove it",
+                todo="restore the file from a backup, or remove the file if there is no backup",
             )
         return cls(key)
 

@@ -67,4 +67,4 @@ def read_results(path: Path) -> tuple[ExampleResult, ...]:
     Raises:
         IntegrityError: the file is missing, or one of its lines is not a valid result.
     """
-    return read_records(path, ExampleResult, "result of an example")
+    return read_records(path, ExampleResult, "valid result of an example")

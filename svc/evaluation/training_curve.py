@@ -55,4 +55,4 @@ def read_training_curve(path: Path) -> tuple[TrainingPoint, ...]:
     Raises:
         IntegrityError: the file is missing, or one of its lines is not a valid point.
     """
-    return read_records(path, TrainingPoint, "point of a training curve")
+    return read_records(path, TrainingPoint, "valid point of a training curve")

@@ -90,7 +90,7 @@ def _summary(manifest: Manifest, format: Format) -> str:
     licence = manifest.base.licence or "unknown: its publisher states none"
     return (
         f"{origin}{how}. This repository contains the format `{format}`, registered on "
-        f"{manifest.created_at:%Y-%m-%d}.\n\nLicence of the base: {licence}."
+        f"{manifest.created_at:%Y-%m-%d}.\n\nLicense of the base: {licence}."
     )
 
 

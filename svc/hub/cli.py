@@ -40,7 +40,7 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 @click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="With --dry-run: file for the model card.  [default: NAME-N-card.md]",
+    help="With --dry-run: file to write the model card to.  [default: NAME-N-card.md]",
 )
 @yes_option
 @reason_option

@@ -179,7 +179,7 @@ class RayEngine:
         except OSError as error:
             raise EngineError(
                 f"the actor at {placed.host}:{placed.port} cannot be reached: {error!r}",
-                expected="a network in which this machine reaches any port of the cluster's machines",
+                expected="network access from this machine to all ports of the cluster's machines",
                 todo="check firewalls and network policies",
             ) from error
         return self._link

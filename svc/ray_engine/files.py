@@ -120,7 +120,7 @@ def evict(models: Path, max_bytes: float) -> None:
             shutil.rmtree(hidden, ignore_errors=True)  # of an interrupted eviction
             folder.rename(hidden)  # a partly removed folder is never used
             shutil.rmtree(hidden)
-            log.info("removed %s, which no engine uses, to make room for another version", folder)
+            log.info("removed %s, which no engine uses, to free disk space for another version", folder)
             excess -= sizes[folder]
 
 

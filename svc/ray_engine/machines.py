@@ -104,12 +104,16 @@ class RayMachines:
         missing = _missing(needs, fitting)
         if not resources.grows:
             return missing
-        log.info("waiting up to %.0f s for machines: %s", wait_s, missing)
+        log.info("waiting up to %.0f s for new machines: %s", wait_s, missing)
         began = time.monotonic()
         grown = await self._cluster.grow(needs, wait_s)
         took_s = time.monotonic() - began
         log.info("the Ray cluster %s machines after %.0f s", "has added" if grown else "did not add", took_s)
-        return None if grown else f"{missing}, and did not add machines within {took_s:.0f} s (ray.wait_s: {wait_s:g})"
+        if grown:
+            return None
+        if took_s < wait_s:  # the autoscaler reported that it cannot add them
+            return f"{missing}, and cannot add suitable machines"
+        return f"{missing}, and added no suitable machines within {wait_s:g} s (ray.wait_s)"
 
     def _describe(self, settings: EngineSettings) -> Described:
         needs = self._needs(settings)
@@ -149,9 +153,10 @@ def _missing(needs: Sequence[Need], fitting: int) -> str:
     """Return a message saying how many of the engines fit in the cluster."""
     kinds = Counter(needs)
     if len(needs) == 1:
-        more = f"one more engine needs {needs[0]}"
-    elif len(kinds) == 1:
+        return f"one more engine needs {needs[0]}, but the Ray cluster does not have these resources free"
+    if len(kinds) == 1:
         more = f"{len(needs)} more engines need {needs[0]} each"
     else:
         more = f"{len(needs)} more engines need {', '.join(f'{count} x {need}' for need, count in kinds.items())}"
-    return f"{more}, but the Ray cluster has room for {f'only {fitting}' if fitting else 'none'}"
+    enough = f"only {fitting}" if fitting else "none"
+    return f"{more}, but the Ray cluster has enough free resources for {enough} of them"

@@ -128,7 +128,7 @@ class EngineNode:
                     try:
                         await self._starting
                     except asyncio.CancelledError:
-                        raise EngineError("the engine was stopped while it started") from None
+                        raise EngineError("the engine was stopped while it was starting") from None
                 case Fetch():
                     path = await asyncio.to_thread(self._models.fetch, command.artifacts, command.model)
                     reply = reply.model_copy(update={"path": path})
@@ -160,7 +160,8 @@ class EngineNode:
         found = await asyncio.to_thread(self._capabilities, self._folder)
         if found != command.capabilities:
             raise EngineError(
-                f"this machine differs from the others in the cluster: {found.model_dump_json()}",
+                "this machine has different capabilities from the other machines in the cluster: "
+                f"{found.model_dump_json()}",
                 expected=command.capabilities.model_dump_json(),
                 todo="choose machines of one kind with ray.gpu_type",
             )

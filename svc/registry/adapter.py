@@ -98,7 +98,7 @@ def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
         )
     template = read_chat_template(base) or ""
     if pin_date(template) != template:
-        raise _refused(version, "its base's chat template inserts today's date, which was fixed in training")
+        raise _refused(version, "its base's chat template inserts today's date, but training used a fixed date")
     kwargs = choose_template_kwargs(base, manifest.recipe.get("chat_template_kwargs"))
     return AdapterFacts(
         version=version,

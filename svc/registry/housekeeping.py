@@ -149,7 +149,8 @@ def _refuse(registry: Registry, store: Store, version: VersionId) -> None:
     for swap in unfinished_swaps(store, version.name):
         # Its outcome determines the target of a rollback.
         raise BusyError(
-            f"a swap of {version.name} to {swap.target} is running", todo="wait until the swap ends; check svc status"
+            f"{version.name} is already being swapped to {swap.target}",
+            todo="wait until the swap ends; check svc status",
         )
     rollout = active_rollout(store, version.name)
     if rollout is not None and version in (rollout.previous.version, rollout.target.version):
@@ -263,7 +264,7 @@ def find_evictable(registry: Registry, store: Store, max_bytes: float) -> Iterat
             _refuse(registry, store, version)
             size, manifest = _size(folder), registry.manifest(version)
             if size and time.time() - used > _UNUSED_S and registry.objects.has(manifest, Format(folder.name)):
-                yield Reclaimable(folder, size, "in the object store too, and not used recently", used)
+                yield Reclaimable(folder, size, "also in the object store, and not used recently", used)
                 excess -= size
 
 

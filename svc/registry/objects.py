@@ -368,7 +368,7 @@ class ObjectStore:
             raise RegistryError(
                 f"{manifest.id} is already in {self.url}, registered by another machine: {key}",
                 expected="a version number that no machine has published",
-                todo="run `svc train` again: it registers the next number, and does not send the files again",
+                todo="run `svc train` again: it registers the next version number and does not upload the files again",
             )
 
     def _require_conditions(self) -> None:
@@ -387,8 +387,9 @@ class ObjectStore:
             with self._asking(f"delete {key}"):
                 obstore.delete(self._client, key)
         raise RegistryError(
-            f"the object store {self.url} ignores conditions: it overwrote an object in spite of `If-None-Match: *`",
-            expected="a store that answers 412, so that two machines cannot publish the same version",
+            f"the object store {self.url} ignores write conditions: it overwrote an object despite `If-None-Match: *`",
+            expected="a store that rejects such writes with status 412, so that two machines cannot publish the same "
+            "version",
             todo="use a store with conditional writes, such as Amazon S3 or MinIO: docs/scale.md#object-storage",
         )
 

@@ -22,7 +22,7 @@ def print_version(manifest: Manifest, folder: Path) -> None:
     output.print(f"[bold]{manifest.id}[/bold]  {folder}")
     given = manifest.adapter_origin
     origin = f"with {given}" if given else f"trained on {data.train_examples} examples"
-    output.print(f"base {base.origin} (licence: {base.licence or 'unknown'}), {origin}", markup=False, soft_wrap=True)
+    output.print(f"base {base.origin} (license: {base.licence or 'unknown'}), {origin}", markup=False, soft_wrap=True)
     if template := manifest.recipe.get("chat_template"):
         output.print(f"chat template: {template} (chat_template in the recipe)", markup=False, soft_wrap=True)
     evaluated = f"evaluated on {manifest.judged_examples} of {data.heldout_examples} held-out examples"

@@ -280,8 +280,8 @@ class Tracking:
         if allocated != version:
             self.discard(allocated)
             log.warning(
-                "MLflow at %s already has another version with the number of %s, so this version cannot have an alias "
-                "there; use one tracking_uri for all machines",
+                "MLflow at %s already has a different version %s, so this version cannot have an alias there; use the "
+                "same tracking_uri on all machines",
                 self.where,
                 version,
             )

@@ -32,9 +32,9 @@ class FineTuningSettings(Section):
 
     bases: dict[str, Annotated[str, Field(min_length=1), AfterValidator(_base)]] = Field(
         {},
-        description="bases that clients may fine-tune, keyed by the name that clients use; each is a base as in a "
-        "recipe; for "
-        "example `{gpt-4o-mini-2024-07-18: ./models/SmolLM2-135M-Instruct}`; default: none, and the API is off",
+        description="bases that clients may fine-tune, keyed by the name that clients use; each value is a base as in "
+        "a recipe, for example `{gpt-4o-mini-2024-07-18: ./models/SmolLM2-135M-Instruct}`; default: none, which "
+        "disables the API",
     )
     organization: str = Field(
         "tuneserve",
@@ -44,8 +44,7 @@ class FineTuningSettings(Section):
     idle_s: float = Field(
         600,
         gt=0,
-        description="time without requests after which a model that was loaded for a client's request is stopped, in "
-        "seconds",
+        description="idle time in seconds after which a model that was loaded for a client's request is stopped",
     )
     max_age_days: float = Field(
         90.0,
@@ -56,11 +55,11 @@ class FineTuningSettings(Section):
     )
     max_jobs: int = Field(50, ge=1, description="maximum number of unfinished jobs per key")
     worker: bool = Field(
-        True, description="whether this server runs jobs; if not, another server that uses the same store must"
+        True, description="whether this server runs jobs; if not, another server with the same store must run them"
     )
     place: TrainingPlace = Field(
         TrainingPlace.HERE,
-        description="where jobs are trained; here: on the server's machine; ray: on the cluster `ray.address`, as with "
+        description="where jobs run; here: on the server's machine; ray: on the cluster `ray.address`, as with "
         "`svc train --on ray`; the server's machine only registers the version",
     )
     wandb: bool = Field(
@@ -96,19 +95,13 @@ class BatchSettings(Section):
 class FilesSettings(Section):
     """Limits of the files that clients upload. See docs/files-api.md."""
 
-    max_mb: int = Field(
-        512, ge=1, description="maximum size of a file that is uploaded in one request, in MB of 2^20 bytes"
-    )
-    max_upload_gb: float = Field(
-        8.0, gt=0, description="maximum size of a file that is uploaded in parts, in GB of 2^30 bytes"
-    )
+    max_mb: int = Field(512, ge=1, description="maximum size of a file that is uploaded in one request, in MiB")
+    max_upload_gb: float = Field(8.0, gt=0, description="maximum size of a file that is uploaded in parts, in GiB")
     max_total_gb: float = Field(
-        100.0, gt=0, description="maximum total size of a key's files, in GB of 2^30 bytes, including results"
+        100.0, gt=0, description="maximum total size of a key's files, including results, in GiB"
     )
     max_files: int = Field(10_000, ge=1, description="maximum number of files per key, including results")
-    min_free_gb: float = Field(
-        1.0, ge=0, description="free disk space below which uploads are refused, in GB of 2^30 bytes"
-    )
+    min_free_gb: float = Field(1.0, ge=0, description="free disk space below which uploads are refused, in GiB")
 
     @property
     def max_bytes(self) -> int:

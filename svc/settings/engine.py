@@ -57,9 +57,7 @@ class RaySettings(Section):
         description="address of the cluster, such as `head:6379` or `ray://head:10001`; default: the environment "
         "variable RAY_ADDRESS",
     )
-    gpu_type: str | None = Field(
-        None, description="type of the GPUs to use, as Ray names it, such as `H100`; default: any"
-    )
+    gpu_type: str | None = Field(None, description="GPU type to use, as named by Ray, such as `H100`; default: any")
     cpus: int = Field(
         1, ge=1, description="CPU cores to reserve for each training worker, and for each engine without GPUs"
     )
@@ -71,8 +69,8 @@ class RaySettings(Section):
     wait_s: float = Field(
         10.0,
         gt=0,
-        description="maximum wait for free resources before a training run or an engine starts, in seconds; set it "
-        "higher if the cluster adds nodes on demand",
+        description="maximum time in seconds to wait for free resources before a training run or an engine starts; "
+        "set it higher if the cluster adds nodes on demand",
     )
 
 
@@ -84,40 +82,47 @@ class EngineSettings(Section):
     """
 
     launcher: Launcher = Field(
-        Launcher.LOCAL, description="local: engines run on this machine; ray: on machines of the cluster `ray.address`"
+        Launcher.LOCAL, description="local: engines run on this machine; ray: engines run on the cluster `ray.address`"
     )
     device: Device = Field(
         Device.AUTO, description="cpu, cuda, or auto, which selects the device that the installed vLLM is built for"
     )
-    max_model_len: int = Field(2048, ge=16, description="maximum context length in tokens; at most the model's own")
+    max_model_len: int = Field(
+        2048, ge=16, description="maximum context length in tokens; cannot exceed the model's own"
+    )
     kv_cache_gib: float | None = Field(
         None,
         gt=0,
         description="size of the key-value cache on the CPU, in GiB; default: as needed, up to half of the free memory",
     )
     gpu_memory_share: float | None = Field(
-        None, gt=0, le=1, description="share of the GPU's memory; default: 0.9, or less if other processes use the GPU"
+        None,
+        gt=0,
+        le=1,
+        description="share of the GPU's memory that vLLM may use; default: 0.9, or less if other processes use the GPU",
     )
     tensor_parallel: int | None = Field(
         None,
         ge=1,
-        description="number of GPUs that share each layer; default: as many as divide the model's heads evenly",
+        description="number of GPUs across which each layer is split; default: the largest number of visible GPUs that "
+        "divides the model's heads evenly",
     )
     gptq_kernel: GptqKernel = Field(
         GptqKernel.AUTO,
-        description="vllm, torch (on any CPU), or auto, which selects the faster kernel on this device",
+        description="kernel for 4-bit models: vllm, torch (CPU only), or auto, which selects the faster kernel on "
+        "this device",
     )
     max_concurrency: int = Field(64, ge=1, description="maximum number of sequences decoded concurrently")
     cores: int | None = Field(
         None,
         ge=1,
-        description="CPU cores per engine; default: this process's cores, divided by the number of engines that run "
-        "when it starts",
+        description="CPU cores per engine; default: this process's cores, divided by the number of engines "
+        "running when the engine starts",
     )
     replicas: Annotated[int, Field(ge=1, le=64)] | ReplicaRange = Field(
         1,
         description="number of engines per model, or `{min: 1, max: 8}` for a number that follows the load; with "
-        "`remove_after_s: 300`, one is removed after five minutes of low load instead of 15",
+        "`remove_after_s: 300`, an engine is removed after five minutes of low load instead of 15",
     )
     start_timeout_s: float = Field(600.0, gt=0, description="maximum startup time of an engine, in seconds")
     args: tuple[str, ...] = Field((), description="additional arguments for vLLM's server, passed unchanged")

@@ -40,7 +40,7 @@ class EntryPointGate(_RunGate):
 class ResultFileGate(_CustomGate):
     """A gate that reads results exported by Promptfoo or OpenAI Evals."""
 
-    result_file: AbsolutePath = Field(description="exported file; {version} in its path stands for NAME@N")
+    result_file: AbsolutePath = Field(description="exported file; `{version}` in its path is replaced with NAME@N")
     min_pass_share: float = Field(ge=0, le=1, description="minimum share of passed tests")
 
 
@@ -79,8 +79,8 @@ class GateSettings(Section):
     quality_margin: float | None = Field(
         0.02,
         ge=0,
-        description="margin for the primary metric on the same held-out examples; for a metric that is not a share, "
-        "relative to production's value",
+        description="margin for the primary metric on the same held-out examples; if the metric is not a share, the "
+        "margin is relative to production's value",
     )
     nll_margin: float | None = Field(
         0.05, ge=0, description="margin for the NLL of the held-out references, relative to production's NLL"
@@ -89,7 +89,7 @@ class GateSettings(Section):
         None,
         ge=0,
         le=1,
-        description="margin for the drop in the share of general questions answered correctly, caused by training",
+        description="margin for the drop that training causes in the share of correctly answered general questions",
     )
     speed_margin: float | None = Field(
         0.2, ge=0, description="margin for tokens per second and time to first token: 0.2 is 20% slower"
@@ -99,7 +99,7 @@ class GateSettings(Section):
     )
     undecided: UndecidedGates = Field(
         UndecidedGates.ALLOW,
-        description="allow: promote with a warning if a gate is undecided; refuse: treat it as failed",
+        description="allow: promote with a warning if a gate is undecided; refuse: treat an undecided gate as failed",
     )
     custom: tuple[CustomGate, ...] = Field((), max_length=50, description="additional gates, see docs/rollouts.md")
 

@@ -30,7 +30,11 @@ class RolloutSettings(Section):
     """
 
     shadow: int = Field(
-        0, ge=0, le=100_000, description="number of copied requests that the candidate answers first; 0: none"
+        0,
+        ge=0,
+        le=100_000,
+        description="number of copied requests that the candidate must answer before it serves clients; 0 disables "
+        "this step",
     )
     canary: tuple[float, ...] = Field(
         (), max_length=20, description="shares of clients that the candidate serves, in percent, ending with 100"
@@ -41,13 +45,13 @@ class RolloutSettings(Section):
     max_step_s: float = Field(86_400.0, gt=0, description="deadline of each step, in seconds")
     at_deadline: AtDeadline = Field(
         AtDeadline.ROLLBACK,
-        description="action at the deadline: rollback; or hold, which stays at the step until the result is conclusive "
-        "or an operator acts",
+        description="action at the deadline; rollback: return all clients to production; hold: stay at the step "
+        "until the result is conclusive or an operator acts",
     )
     unit: UnitKind = Field(
         UnitKind.AUTO,
-        description="unit that counts as one observation: auto is the `user`, else the conversation, else the request; "
-        "request is always a single request",
+        description="unit that counts as one observation; auto: the `user` field, or else the conversation, or else "
+        "the request; request: every single request",
     )
     max_errors: float = Field(0.01, gt=0, lt=1, description="margin for the share of failed requests")
     max_invalid: float = Field(0.01, gt=0, lt=1, description="margin for the share of answers that are not valid JSON")

@@ -37,15 +37,15 @@ class ServeSettings(Section):
     max_connections_per_address: int | None = Field(
         None,
         ge=1,
-        description="maximum connections per address (IPv6: per /64); further connections are closed immediately; "
-        "addresses in `serve.behind_proxy` are not limited; default: half of all connections",
+        description="maximum number of connections per address (IPv6: per /64); further connections are closed "
+        "immediately; addresses in `serve.behind_proxy` are not limited; default: half of all connections",
     )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="maximum size of a request body, in bytes")
     max_running: int = Field(
         256,
         ge=1,
-        description="maximum concurrent requests per model; their answers together may have at most this many times "
-        "`engine.max_model_len` tokens; further requests get status 429, or wait if they have a key",
+        description="maximum number of concurrent requests per model; their answers may have at most this number times "
+        "`engine.max_model_len` tokens in total; further requests get status 429, or wait if they have a key",
     )
     max_queued: int = Field(
         256,
@@ -57,13 +57,14 @@ class ServeSettings(Section):
     drain_timeout_s: float = Field(
         30.0,
         gt=0,
-        description="maximum wait for running requests before a reload, in seconds; after that, the swap is blue-green",
+        description="maximum time in seconds to wait for running requests before a reload; after that, the swap is "
+        "blue-green",
     )
     drain_s: float = Field(
         0.0,
         ge=0,
-        description="time after a stop signal during which requests are still accepted while `/health` answers 503, so "
-        "that a load balancer stops sending them, in seconds",
+        description="time in seconds after a stop signal during which requests are still accepted while `/health` "
+        "responds with 503, so that a load balancer stops sending requests",
     )
     swap: SwapChoice = Field(
         SwapChoice.AUTO,
@@ -75,7 +76,9 @@ class ServeSettings(Section):
         description="idle time in seconds after which a model's engines are stopped or, on a GPU, put to sleep; "
         "the next request waits until they are ready again; default: never",
     )
-    request_timeout_s: float = Field(600.0, gt=0, description="maximum time without engine output, in seconds")
+    request_timeout_s: float = Field(
+        600.0, gt=0, description="maximum time in seconds without output from the engine during a request"
+    )
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
@@ -105,6 +108,6 @@ class RequestLimits(Section):
     field_values: int = Field(
         4096,
         ge=1,
-        description="maximum number of values at all depths of any other field, such as logit_bias or metadata",
+        description="maximum number of values, at all depths, in any other field, such as logit_bias or metadata",
     )
     depth: int = Field(64, ge=1, le=500, description="maximum nesting depth of objects and arrays")

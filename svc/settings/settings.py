@@ -24,10 +24,10 @@ class ModelSettings(Section):
     engine: EngineSettings = Field(EngineSettings(), description="`engine` settings that differ for this model")
     idle_s: float | None = Field(None, gt=0, description="overrides `serve.idle_s`, in seconds")
     rollout: RolloutSettings = Field(
-        RolloutSettings(), description="steps of every promotion of this model, see docs/rollouts.md"
+        RolloutSettings(), description="rollout steps for every promotion of this model, see docs/rollouts.md"
     )
     gates: GateSettings = Field(
-        GateSettings(), description="gates of every promotion of this model, see docs/rollouts.md"
+        GateSettings(), description="gates for every promotion of this model, see docs/rollouts.md"
     )
 
 

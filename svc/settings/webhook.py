@@ -18,7 +18,7 @@ def _webhook_url(text: str) -> str:
     if url.scheme not in ("http", "https") or not host or url.fragment or "@" in url.netloc or url.port == 0:
         raise ValueError("the value is not the URL of a webhook, such as https://host/path")
     if url.scheme == "http" and host != "localhost" and not _is_loopback_address(host):
-        raise ValueError("the messages would cross the network in plain text; use https")
+        raise ValueError("the messages would be sent unencrypted; use https")
     return text
 
 

@@ -196,7 +196,7 @@ def _wrong(row: AuditRow, id: int, previous_hash: str) -> ChainFault | None:
     if row.id != id:
         return ChainFault(id, f"the row is missing; the next row is {row.id}")
     if row.previous_hash != previous_hash:
-        return ChainFault(id, "the hash of the previous row, stored in this row, does not match that row")
+        return ChainFault(id, "the stored hash of the previous row does not match the previous row's hash")
     if row.hash != _hash(row):
         return ChainFault(id, "the row's hash does not match its content")
     return None

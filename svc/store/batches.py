@@ -166,7 +166,7 @@ def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int
             raise TooManyBatchesError(
                 f"{count} unfinished batches were created with this key",
                 expected=f"fewer than {max_open}",
-                todo="wait until one has ended, or cancel one",
+                todo="wait until a batch has ended, or cancel a batch",
             )
         session.add(BatchRow.of(batch, status=batch.status.value))
         append_event(session, entry)

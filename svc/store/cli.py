@@ -64,13 +64,14 @@ def migrate_store(ctx: click.Context, url: str, password_file: Path | None, as_j
         click.secho(f"copied {count} rows to {result.target} and compared each copy with the original", fg="green")
     if result.replaced_texts:
         click.echo(
-            f"{result.replaced_texts} texts contained NULs or invalid bytes; the copy has question marks instead",
+            f"{result.replaced_texts} strings contained NULs or invalid bytes, which the copy replaces with question "
+            "marks",
             err=True,
         )
     click.echo(
         f"{path} is unchanged, and the home uses it until store.url is set. Next:\n"
         f"  1. set store.url{' and store.password_file' if password_file else ''} in svc.yaml\n"
         "  2. start the server, and check that `svc keys list` shows your keys\n"
-        f"  3. delete {path}, {path.name}-wal and {path.name}-shm: `svc forget` no longer reaches the texts in them",
+        f"  3. delete {path}, {path.name}-wal and {path.name}-shm: `svc forget` does not delete content in these files",
         err=True,
     )

@@ -232,7 +232,9 @@ def _shown_error(path: Path, context: ExceptionContext) -> BaseException | None:
         wrong = f"another writer held the lock on the store {path} for {_BUSY_MS / 1000:g} s"
         return StoreUnavailableError(RegistryError(wrong, todo="retry; if it happens again, check the disk's speed"))
     if code == SQLITE_FULL:
-        return StoreUnavailableError(RegistryError(f"no space for the store {path}", todo="free space, then retry"))
+        return StoreUnavailableError(
+            RegistryError(f"no disk space is left for the store {path}", todo="free space, then retry")
+        )
     if code == SQLITE_IOERR:
         return StoreUnavailableError(
             RegistryError(f"the disk of the store {path} failed: {error}", todo="check the disk")

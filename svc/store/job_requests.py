@@ -210,7 +210,7 @@ def _find_repeated(session: Session, fingerprint: str, owner: str, max_jobs: int
             raise TooManyJobsError(
                 f"{count} unfinished jobs were created with this key",
                 expected=f"fewer than {max_jobs}",
-                todo="wait until one has ended, or cancel one",
+                todo="wait until a job has ended, or cancel a job",
             )
     return row
 

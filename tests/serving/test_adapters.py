@@ -273,7 +273,7 @@ async def test_adapter_that_the_base_cannot_apply_is_rejected_with_the_reason(se
     shutil.copytree(base_folder(served.registry), other)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"use_dora": True}, "it is DoRA"),
-        ({"base_model_name_or_path": str(other)}, "a different base model or chat template"),
+        ({"base_model_name_or_path": str(other)}, "different base models or chat templates"),
         ({"r": 64}, "has rank 64"),
         ({"target_modules": ["c_attn"]}, "layers c_attn"),
     ]

@@ -202,5 +202,5 @@ def test_training_is_refused_within_seconds_when_the_cluster_is_too_small(place:
     started = time.monotonic()
     code, errors = place.train("--on", "ray", "--set", "train.devices=4")
     assert code == TrainingError.exit_code
-    assert "no free resources for 4 workers of 1 CPU within 3 s: its nodes have capacity for 3" in errors
+    assert "no free resources for 4 workers with 1 CPU each within 3 s: its nodes have capacity for only 3" in errors
     assert time.monotonic() - started < REFUSED_S

@@ -65,16 +65,20 @@ def _own_rope(folder: Path, scaling: RopeScaling) -> tuple[dict[str, Any], int]:
     context = getattr(config, "max_position_embeddings", None)
     if "rope_theta" not in own or not context:  # none, or different ones for each kind of layer
         raise BaseModelError(
-            f"the positions of {folder} cannot be scaled: its config has "
-            + ("different ones for each kind of layer" if own else "no rotary position embeddings"),
+            f"RoPE scaling cannot be applied to {folder}: its config has "
+            + (
+                "different rotary position embeddings for each kind of layer"
+                if own
+                else "no rotary position embeddings"
+            ),
             expected="one kind of rotary position embeddings in all layers",
             todo="remove rope_scaling from the recipe, or choose another base",
         )
     kind = own.get("rope_type", "default")
     if kind != "default" and not scaling.replace:
         raise BaseModelError(
-            f"{folder} already scales its positions: {kind} with factor {own.get('factor')}",
-            expected="a base without its own scaling, unless rope_scaling.replace is true",
+            f"{folder} already uses RoPE scaling: {kind} with factor {own.get('factor')}",
+            expected="a base without RoPE scaling, unless rope_scaling.replace is true",
             todo="remove rope_scaling from the recipe, or set rope_scaling.replace to true",
         )
     return dict(own), int(own.get("original_max_position_embeddings") or context)

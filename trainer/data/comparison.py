@@ -85,7 +85,8 @@ def _with_others(labelled: Sequence[tuple[TokenizedExample, bool]]) -> list[Comp
         if other is None:
             raise DataError(
                 "all labelled answers have the same prompt",
-                expected="answers to at least two prompts, because each is compared with answers to other prompts",
+                expected="answers to at least two prompts, because each answer is compared with answers to other "
+                "prompts",
             )
         ids, start = (*row.prompt, *other.answer), len(row.prompt)
         comparisons.append(Comparison(row, TokenizedExample(ids, ((start, len(ids)),)), desirable))

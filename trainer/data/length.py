@@ -55,8 +55,8 @@ def fitting_examples(examples: Iterable[Sequence[TokenizedExample]], train: Trai
         )
     dropped = number - fitting
     console.print(
-        f"  [yellow]{longer} of {number} examples are longer than {train.max_length} tokens, the first "
-        f"being example {first}: {dropped} dropped, {longer - dropped} truncated[/yellow]"
+        f"  [yellow]{longer} of {number} examples are longer than {train.max_length} tokens (first: "
+        f"example {first}): {dropped} dropped, {longer - dropped} truncated[/yellow]"
     )
     if fitting < 2:
         raise DataError(

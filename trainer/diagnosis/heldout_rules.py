@@ -131,8 +131,8 @@ def find_cut_answers(run: TrainingRun) -> Finding | None:
         advice = Advice(
             key="evaluate.max_tokens",
             before=str(fixed),
-            value=f"{2 * fixed}, or null for limits that depend on each reference; if just as many answers are cut off "
-            "then, the model fails to end its answers",
+            value=f"{2 * fixed}, or null for limits that depend on each reference; if just as many answers are "
+            "still cut off, the model fails to end its answers",
         )
     shares = ", ".join(f"{share} of {format}" for format, share in cut.items())
     return Finding(

@@ -105,7 +105,7 @@ def check_layers(model: Path) -> dict[str, tuple[int, int]]:
     if missing := next((name for name in layers or ("*",) if f"{name}.weight" not in stored), None):
         raise TrainingError(
             f"{model} has no tensor {missing + '.weight'!r}, the weight of a linear layer",
-            expected="linear layers, with weights under their names",
+            expected="a tensor named LAYER.weight for every linear layer",
             todo="remove int8 and fp8 from `formats`",
         )
     return layers

@@ -76,7 +76,7 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
     )
     if missing := sorted(loaded["missing_keys"]):  # transformers has initialized them at random
         raise BaseModelError(
-            f"the weights in {base} are missing {len(missing)} tensors of the model; the first is {missing[0]!r}",
+            f"the weights in {base} are missing {len(missing)} of the model's tensors; the first is {missing[0]!r}",
             expected="all weights of the architecture that config.json names",
             todo="download the model again, or choose another base",
         )

@@ -66,7 +66,8 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         self._ties = self._find_ties()
         if missing := sorted(name for name in self._shapes if self._ties.get(name, name) not in self._first_of):
             raise IntegrityError(
-                f"the weights in {folder} are missing {len(missing)} tensors of the model; the first is {missing[0]!r}",
+                f"the weights in {folder} are missing {len(missing)} of the model's tensors; the first is "
+                f"{missing[0]!r}",
                 expected="all weights of the architecture that config.json names",
                 todo="download or create the model again",
             )

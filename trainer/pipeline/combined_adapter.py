@@ -81,7 +81,7 @@ class CombinedAdapter:
                 raise BaseModelError(
                     f"{version} was trained on a different base from {base.origin} ({revision[:19]}, not "
                     f"{base.revision[:19]})",
-                    expected="adapters of one base, with the same chat template",
+                    expected="adapters that were trained on the same base with the same chat template",
                     todo=f"run `svc show {version}` to see the base of this version",
                 )
 

@@ -100,7 +100,7 @@ def _check_rank(config: "PreTrainedConfig", recipe: Recipe) -> None:
     smallest = min(target_layers(model, recipe.adapter.targets), key=lambda name: min(sizes[name]))
     if recipe.rank > min(sizes[smallest]):
         raise RecipeError(
-            f"adapter.rank is {recipe.rank}, but {smallest} has the sizes {' and '.join(map(str, sizes[smallest]))}",
+            f"adapter.rank is {recipe.rank}, but {smallest} has shape {' x '.join(map(str, sizes[smallest]))}",
             expected=f"a rank of at most {min(sizes[smallest])} with adapter.init: {recipe.adapter.init}",
             todo=f"set adapter.rank to {min(sizes[smallest])}, or choose other layers with adapter.targets",
         )
@@ -138,7 +138,7 @@ def _check_long_rope(base: Path, config: "PreTrainedConfig", max_model_len: int)
         raise BaseModelError(
             f"{base} has separate LongRoPE factors for texts of up to {original} tokens and for longer texts. With "
             f"engine.max_model_len: {max_model_len}, vLLM uses the factors for longer texts in every request, but "
-            "training only for longer texts",
+            "training uses them only for longer texts",
             expected=f"engine.max_model_len of at most {original}",
             todo=f"set engine.max_model_len to {original}",
         )

@@ -128,7 +128,7 @@ def _import_data(draft: Draft, folder: Path, beginning: Path) -> None:
     info = _find_info(draft.content.get("dataset_dir") or "data", beginning)
     trained = _names(draft, "dataset")
     if not trained:
-        raise RecipeError("the config names no dataset", expected="the names of data sets in `dataset`")
+        raise RecipeError("the config names no dataset", expected="dataset names in `dataset`")
     draft.values["data.train"] = [each for name in trained for each in _sources(draft, name, info, folder)]
     if heldout := _names(draft, "eval_dataset"):
         draft.values["data.heldout"] = [each for name in heldout for each in _sources(draft, name, info, folder)]
@@ -143,7 +143,8 @@ def _import_data(draft: Draft, folder: Path, beginning: Path) -> None:
         draft.values["data.limit"] = limit * len(trained)
         if len(trained) > 1:
             draft.changed(
-                "max_samples", "the limit is per data set in LLaMA-Factory, but for all data sets together here"
+                "max_samples",
+                "in LLaMA-Factory, this limit applies to each dataset; here, it applies to all datasets together",
             )
     if draft.take("mask_history"):
         draft.values["data.learn"] = Learn.LAST.value
@@ -171,7 +172,7 @@ def _sources(draft: Draft, name: str, info: Path | None, folder: Path) -> list[s
     if info is None or not isinstance(entry, dict):
         draft.leave_out(
             key,
-            f"no {_DATASET_INFO} lists this data set; replace {name}.jsonl by its file or by hf:ORG/NAME",
+            f"no {_DATASET_INFO} lists this dataset; replace {name}.jsonl with its file or with hf:ORG/NAME",
         )
         return [f"./{name}.jsonl"]
     columns = entry.get("columns") or {}
@@ -189,7 +190,7 @@ def _sources(draft: Draft, name: str, info: Path | None, folder: Path) -> list[s
     if hub := entry.get("hf_hub_url"):
         inside = entry.get("folder")
         return source(hub, folder, (inside,) if inside else ())
-    draft.leave_out(key, f"the entry has neither file_name nor hf_hub_url; replace {name}.jsonl by its file")
+    draft.leave_out(key, f"the entry has neither file_name nor hf_hub_url; replace {name}.jsonl with its file")
     return [f"./{name}.jsonl"]
 
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     "--parallel",
     type=click.IntRange(min=1),
     metavar="N",
-    help="With --on ray, train at most N trials at the same time.  [default: as many as the cluster has room for]",
+    help="With --on ray, train at most N trials at the same time.  [default: as many as the cluster's free resources "
+    "allow]",
 )
 @click.option("--register", is_flag=True, help="Train with the best values afterwards, and register the version.")
 @click.option("--anyway", is_flag=True, help="Start even without enough memory or disk space on this machine.")

@@ -107,7 +107,7 @@ class RayTrials:
             kind = choose_kind(self._settings, ray.cluster_resources())
             fitting = count_fitting(kind, self._size, ray.nodes(), ray.available_resources())
             parallel = self._limit or fitting
-            console.print(f"  up to {parallel} trials at the same time; the cluster has room for {fitting}")
+            console.print(f"  up to {parallel} trials at the same time; the cluster has free resources for {fitting}")
             with ThreadPoolExecutor(parallel, thread_name_prefix="trial") as pool:
                 self._opened = _Session(kind, base, asked, pool)
                 try:

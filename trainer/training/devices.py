@@ -156,17 +156,24 @@ def choose_gpus(train: Train, gpus: Sequence[Gpu], first: str) -> DeviceChoice:
                     f"examples cannot be divided among {len(free)} devices"
                 )
         elif len(chosen) < asked:
-            raise RecipeError(
-                f"train.devices is {asked}, but {len(free)} equal GPUs are free: {'; '.join(reasons) or 'no others'}",
-                expected=f"at most {len(free)}",
-                todo="lower train.devices, or stop the processes that use the other GPUs",
-            )
+            raise _too_few(asked, len(free), reasons)
         else:
             share_of(train, asked)
     if chosen in ([], [0]):  # torch would use it anyway, or report why it cannot
         return DeviceChoice((), tuple(reasons))
     devices = tuple(TrainingDevice(f"GPU {number} ({gpus[number].name})", gpus[number].uuid) for number in chosen)
     return DeviceChoice(devices, tuple(reasons))
+
+
+def _too_few(asked: int, free: int, reasons: Sequence[str]) -> RecipeError:
+    usable = {0: "no GPU is free", 1: "only 1 GPU is free"}.get(free, f"only {free} identical GPUs are free")
+    return RecipeError(
+        f"train.devices is {asked}, but {usable}: {'; '.join(reasons) or 'this process can use no other GPU'}",
+        expected=f"at most {free}" if free else "at least one free GPU",
+        todo="lower train.devices, or stop the processes that use the other GPUs"
+        if free
+        else "stop the processes that use the GPUs",
+    )
 
 
 def _free(gpus: Sequence[Gpu], first: str) -> tuple[list[int], list[str]]:
@@ -180,7 +187,7 @@ def _free(gpus: Sequence[Gpu], first: str) -> tuple[list[int], list[str]]:
         return free, [f"nvidia-smi does not list {first}"]
     for number, gpu in enumerate(gpus):
         if (gpu.name, gpu.memory) != (model.name, model.memory):
-            reasons.append(f"GPU {number} not used: {_described(gpu)} is not equal to {_described(model)}")
+            reasons.append(f"GPU {number} not used: {_described(gpu)} differs from {_described(model)}")
         elif use := _use(gpu):
             reasons.append(f"GPU {number} not used: {use}")
         else:
@@ -192,8 +199,8 @@ def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int
     """Return the listed numbers, after checking that these GPUs exist and are equal to the one that torch would use."""
     if missing := [number for number in numbers if number >= len(gpus)]:
         raise RecipeError(
-            f"train.devices lists GPU {missing[0]}, but the number of usable GPUs on this machine is {len(gpus)}",
-            expected=f"numbers from 0 to {len(gpus) - 1}, as nvidia-smi or CUDA_VISIBLE_DEVICES orders them",
+            f"train.devices lists GPU {missing[0]}, but the number of GPUs that this process may use is {len(gpus)}",
+            expected=f"indices from 0 to {len(gpus) - 1}, in the order of nvidia-smi or CUDA_VISIBLE_DEVICES",
             todo="change train.devices",
         )
     different = [number for number in numbers if gpus[number].name != first]
@@ -202,7 +209,7 @@ def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int
         listed = ", ".join(f"GPU {number}: {_described(gpus[number])}" for number in numbers)
         raise RecipeError(
             f"train.devices lists GPUs that differ from each other or from {first}, which torch would use: {listed}",
-            expected="identical GPUs, because all of them wait for the slowest",
+            expected="identical GPUs, because every GPU waits for the slowest",
             todo="list identical GPUs; to use another GPU type, hide the rest with CUDA_VISIBLE_DEVICES",
         )
     return list(numbers)

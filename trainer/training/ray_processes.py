@@ -169,14 +169,15 @@ def shortage(
     alive = [node for node in nodes if node["Alive"]]
     fit = sum(_fitting(kind, node["Resources"]) for node in alive)
     described = "; ".join(f"{node['NodeManagerHostname']}: {_described(node['Resources'])}" for node in alive)
+    workers = f"{size} workers with {kind} each" if size > 1 else f"a worker with {kind}"
     if fit < size:
-        why = f"its nodes have capacity for {fit}: {described}"
+        why = f"its nodes have capacity for {f'only {fit}' if fit else 'none'} ({described})"
         todo = f"set train.devices to {fit}, or add nodes" if fit else "add nodes, or check ray.gpu_type"
     else:
-        why = f"others use them; free: {_described(free)}"
+        why = f"other jobs use them; currently free: {_described(free)}"
         todo = "wait until other jobs have finished, or raise ray.wait_s"
     return (ClusterError if fit < size else BusyError)(
-        f"the Ray cluster has no free resources for {size} workers of {kind} within {wait_s:g} s: {why}",
+        f"the Ray cluster had no free resources for {workers} within {wait_s:g} s: {why}",
         expected=f"{size} x {kind}",
         todo=todo,
     )
@@ -363,7 +364,10 @@ class RayProcesses:
             actors = _start_actors(self._settings, kind, self.size, group, stack)
             workers = _Workers(actors, replace(self._run, attempt=uuid4().hex[:8]), asked, self._output)
             check_equal([self._like, *workers.facts] if self._like else workers.facts)
-            self._output.say(f"{self.size} worker{'s' * (self.size > 1)} of {kind}: {', '.join(workers.names)}")
+            self._output.say(
+                f"{self.size} worker{'s' * (self.size > 1)} with {kind}{' each' * (self.size > 1)}: "
+                f"{', '.join(workers.names)}"
+            )
             stack.callback(workers.clean)
             yield workers
 
@@ -534,7 +538,7 @@ def check_equal(facts: Sequence[NodeFacts]) -> None:
         if first != other:
             raise ClusterError(
                 f"the workers have different devices: {first} on node {facts[0].address}, {other} on {each.address}",
-                expected="identical devices, because all workers wait for the slowest",
+                expected="identical devices, because every worker waits for the slowest",
                 todo="set ray.gpu_type to one GPU type, as Ray names it",
             )
 

@@ -260,12 +260,12 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
         if newest is not None and (before := number_type_of(newest)) is not number_type:
             console.print(
                 f"  checkpoint of step {state.global_step} converted from {before} to {number_type}, this machine's "
-                "number type: the result differs in rounding from that of an uninterrupted run"
+                "number type: rounding makes the result differ from an uninterrupted run"
             )
         if newest is not None and (earlier := devices_of(newest)) != trainer.group.size:
             console.print(
                 f"  checkpoint of step {state.global_step} converted from {earlier} to {trainer.group.size} devices: "
-                "the result differs in rounding and random numbers from that of an uninterrupted run"
+                "rounding and random numbers make the result differ from an uninterrupted run"
             )
         try:
             if newest is None:

@@ -88,8 +88,8 @@ def check_sharded(model: nn.Module, devices: int) -> None:
     }
     if wrong or not is_sharded(model):
         raise TrainingError(
-            f"the weights are not sharded across {devices} devices: {min(wrong, default='none of them is')}",
-            expected=f"shares of about 1/{devices} of every weight",
+            f"the weights are not sharded across {devices} devices: {min(wrong, default='FSDP is not applied')}",
+            expected=f"about 1/{devices} of every weight on each device",
             todo="set train.sharding to never, or install the versions in deploy/constraints",
         )
 

@@ -101,7 +101,7 @@ def _row(name: str, output: bytes, code: int) -> GateRow:
         except ValueError:
             result = _Output(measured=_last_line(output))  # a script that prints text
         else:
-            return _failed(name, f"the printed JSON is not the result of a gate: {_last_line(output)}")
+            return _failed(name, f"the printed JSON is not a valid gate result: {_last_line(output)}")
     return GateRow(
         gate=name,
         measured=_clean(result.measured),

@@ -118,5 +118,5 @@ def _check_probes(manifest: Manifest, format: Format) -> GateRow:
 def _check_licence(manifest: Manifest) -> GateRow:
     licence = manifest.base.licence
     if licence is None:
-        return GateRow(gate="licence", verdict=GateVerdict.UNDECIDED, reason="the base's publisher states no licence")
+        return GateRow(gate="licence", verdict=GateVerdict.UNDECIDED, reason="the base's publisher states no license")
     return GateRow(gate="licence", measured=licence, verdict=GateVerdict.PASSED)

@@ -46,7 +46,9 @@ def check_speed(
         return _both(GateVerdict.UNDECIDED, reason)
     decoded = [speed.tokens_per_second.get(STREAMS) for speed in (then, now)]
     first = [speed.first_token_seconds for speed in (then, now)]
-    speeds = GateRow(gate=_NAMES[0], verdict=GateVerdict.UNDECIDED, reason=f"not measured with {STREAMS} streams")
+    speeds = GateRow(
+        gate=_NAMES[0], verdict=GateVerdict.UNDECIDED, reason=f"not measured with {STREAMS} concurrent streams"
+    )
     if decoded[0] is not None and decoded[1] is not None:
         speeds = _judged(_NAMES[0], "tokens/s", decoded[0], decoded[1], _slowdown(decoded[0], decoded[1]), margin)
     return speeds, _judged(_NAMES[1], "s", first[0], first[1], _slowdown(first[1], first[0]), margin)

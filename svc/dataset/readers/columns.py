@@ -18,4 +18,4 @@ def header_fault(names: Sequence[str]) -> RowError | None:
     twice = [name for name, count in Counter(names).items() if count > 1 and name in READ_KEYS]
     if not twice:
         return None
-    return RowError(Code.WRONG_FORMAT, f"the header has {quoted(twice)} twice", expected="one column per key")
+    return RowError(Code.WRONG_FORMAT, f"the header contains {quoted(twice)} twice", expected="one column per key")

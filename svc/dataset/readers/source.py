@@ -114,7 +114,9 @@ def _training_files(dataset: str, path: Path) -> list[Path]:
             todo=f"to use one of these files, name it: hf:{dataset}/FILE-OR-FOLDER",
         )
     if others:
-        console.print(f"  {dataset}: skipping files of other splits; name them to use them: {', '.join(others)}")
+        console.print(
+            f"  {dataset}: skipping files of other splits; to use such a file, name it explicitly: {', '.join(others)}"
+        )
     return training
 
 

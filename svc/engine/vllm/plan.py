@@ -161,7 +161,10 @@ class EnginePlanner:
             return Choice(name, AUTO, Origin.VLLM, "depends on the GPU's attention kernel")
         # The prefix cache stores whole blocks: with vLLM's 128 tokens most of a short prompt is computed again.
         return as_argument(
-            name, _BLOCK_SIZE, Origin.DEFAULT, "tokens; blocks are small so that short prompts can share them"
+            name,
+            _BLOCK_SIZE,
+            Origin.DEFAULT,
+            "tokens; small blocks, so that short prompts also benefit from the prefix cache",
         )
 
     def _executor(self, ranks: int) -> Choice:

@@ -78,5 +78,6 @@ def _texts(path: Path, number: int, accepted: Any) -> tuple[str, ...]:
     if isinstance(accepted, list) and accepted and all(isinstance(text, str) and text.strip() for text in accepted):
         return tuple(accepted)
     raise DataError(
-        f"{path}:{number}: `accepted` is not a list of texts: {accepted!r:.80}", expected="a list of non-blank strings"
+        f"{path}:{number}: `accepted` is not a list of strings: {accepted!r:.80}",
+        expected="a list of non-blank strings",
     )

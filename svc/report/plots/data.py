@@ -77,4 +77,4 @@ def plot_labels(trained: Mapping[str, int], heldout: Mapping[str, int]) -> str |
         figure.legend(loc="outside upper left", ncols=2, handletextpad=0.4)
 
     counts = ", ".join(f"{label} {trained[label]} and {heldout.get(label, 0)}" for label in labels)
-    return draw_svg("labels", f"examples in training and held out by label: {counts}", 90 + _ROW * len(labels), draw)
+    return draw_svg("labels", f"training and held-out examples by label: {counts}", 90 + _ROW * len(labels), draw)

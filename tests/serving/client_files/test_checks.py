@@ -152,7 +152,7 @@ async def test_official_client_waits_for_the_check(socket_folder: Path, store: S
 async def test_check_that_takes_too_long_is_killed(tmp_path: Path) -> None:
     (tmp_path / "file-1").write_text(EXAMPLE)
     check = await run_check(tmp_path / "file-1", Purpose.FINE_TUNE, timeout_s=0.05)
-    assert check == ContentCheck(False, "the check of the file took longer than 0.05 s")
+    assert check == ContentCheck(False, "checking the file took longer than 0.05 s")
 
 
 async def test_failed_check_marks_the_file_as_unusable(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ async def test_request_is_charged_even_if_another_limit_rejects_it(service: Serv
     limit(service, requests_per_minute=2, tokens_out_per_minute=10)
     answers = [await client.post(CHAT_PATH, json={**SHORT, "max_tokens": 50}, headers=LIMITED) for _ in range(3)]
     assert [error_of(answer)["message"].partition(" of ")[0] for answer in answers[1:]] == [
-        "the answers to this request may have up to 50 tokens, more than this key's limit",
+        "the answers to this request could reach 50 tokens, more than this key's limit",
         "this key has reached its limit",
     ]
 

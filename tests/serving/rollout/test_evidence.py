@@ -67,7 +67,7 @@ def add(store: Store, record: RolloutRecord, count: int, **of_candidate: object)
 def test_canary_proves_a_loss_if_the_candidate_answers_invalid_json(store: Store, record: RolloutRecord) -> None:
     add(store, record, 30, valid=False)
     look = CanaryEvidence(store, record).look()
-    assert look.losses.startswith("invalid JSON 100.0% instead of 0.0%, at most 5 points more allowed: failed")
+    assert look.losses.startswith("invalid JSON 100.0% instead of 0.0%, allowed increase 5 percentage points: failed")
 
 
 def test_canary_of_an_equal_version_passes_once_enough_requests_exclude_a_loss(

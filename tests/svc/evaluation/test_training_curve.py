@@ -26,5 +26,5 @@ def test_missing_values_are_not_stored_in_the_training_curve(tmp_path: Path) -> 
 @pytest.mark.parametrize("content", ["{", '{"step":-1,"epoch":0}\n', '{"step":1,"epoch":0,"other":1}\n'])
 def test_corrupt_training_curve_line_raises_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "training.jsonl").write_text(content, "utf-8")
-    with pytest.raises(IntegrityError, match=r"training\.jsonl:1 is not a point"):
+    with pytest.raises(IntegrityError, match=r"training\.jsonl:1 is not a valid point"):
         read_training_curve(tmp_path / "training.jsonl")

@@ -268,7 +268,7 @@ async def test_failed_engine_start_names_the_machine_and_leaves_no_actor(
 
 async def test_machine_that_differs_from_the_other_machines_is_rejected(make: Make, cluster: ClusterDouble) -> None:
     vars(cluster)["machine"] = AVX512.model_copy(update={"vllm": "0.31.0"})
-    with pytest.raises(EngineError, match="differs from the others") as error:
+    with pytest.raises(EngineError, match="has different capabilities from the other") as error:
         await make().start()
     assert "ray.gpu_type" in error.value.todo
 

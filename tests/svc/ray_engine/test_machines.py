@@ -126,7 +126,9 @@ async def test_shortage_is_reported_when_the_cluster_lacks_capacity(
     cluster, on_cpu = machines(tmp_path), engine(device=Device.CPU)
     assert await cluster.shortage([on_cpu]) is None
     shortage = await cluster.shortage([on_cpu] * 2)
-    assert shortage == "2 more engines need 1 CPU each, but the Ray cluster has room for only 1"
+    assert (
+        shortage == "2 more engines need 1 CPU each, but the Ray cluster has enough free resources for only 1 of them"
+    )
 
 
 async def test_each_engine_is_counted_with_its_own_resources_when_several_models_start(
@@ -136,7 +138,9 @@ async def test_each_engine_is_counted_with_its_own_resources_when_several_models
     cluster = machines(tmp_path)
     assert await cluster.shortage([small, small, large]) is None
     shortage = await cluster.shortage([small, large, large])
-    assert shortage == "3 more engines need 1 x 1 GPU, 2 x 4 GPU, but the Ray cluster has room for only 2"
+    assert shortage == (
+        "3 more engines need 1 x 1 GPU, 2 x 4 GPU, but the Ray cluster has enough free resources for only 2 of them"
+    )
 
 
 async def test_start_waits_for_machines_when_the_cluster_adds_them_on_demand(
@@ -148,14 +152,26 @@ async def test_start_waits_for_machines_when_the_cluster_adds_them_on_demand(
     assert requests == [(2, 600)]
 
 
+@pytest.mark.parametrize(
+    ("wait_s", "reason"),
+    [
+        pytest.param(600, "cannot add suitable machines", id="the autoscaler cannot add such machines"),
+        pytest.param(1e-9, "added no suitable machines within 1e-09 s (ray.wait_s)", id="timeout"),
+    ],
+)
 async def test_shortage_is_reported_when_the_cluster_adds_no_machine_in_time(
-    tmp_path: Path, asked: list[tuple[Need, ...]], requests: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    asked: list[tuple[Need, ...]],
+    requests: list[tuple[int, float]],
+    monkeypatch: pytest.MonkeyPatch,
+    wait_s: float,
+    reason: str,
 ) -> None:
-    cluster, on_cpu = machines(tmp_path, ray={"wait_s": 600}), engine(device=Device.CPU)
+    cluster, on_cpu = machines(tmp_path, ray={"wait_s": wait_s}), engine(device=Device.CPU)
     set_resources(monkeypatch, grows=True)
     assert await cluster.shortage([on_cpu] * 3) == (
-        "3 more engines need 1 CPU each, but the Ray cluster has room for only 1, and did not add machines within 0 s "
-        "(ray.wait_s: 600)"
+        "3 more engines need 1 CPU each, but the Ray cluster has enough free resources for only 1 of them, and "
+        f"{reason}"
     )
 
 

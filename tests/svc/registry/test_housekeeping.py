@@ -183,7 +183,7 @@ def test_no_version_is_removed_while_a_swap_determines_the_rollback_target(
     desired = read_desired(store, served.name)
     assert desired
     begin_swap(store, change_desired(store, desired, Target(other, Format.MERGED), desired.target))
-    with pytest.raises(BusyError, match="a swap of"):
+    with pytest.raises(BusyError, match="is already being swapped to"):
         remove_version(registry, store, before)
     assert before in registry.versions(before.name)
 

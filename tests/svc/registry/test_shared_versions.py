@@ -339,7 +339,7 @@ def test_gc_evicts_weights_above_the_limit(
     (tmp_path / "svc.yaml").write_text(
         f"home: serves\ntracking_uri: {other.tracking.uri}\nartifacts:\n  url: {objects.url}\n  cache_gb: 0.000000001\n"
     )
-    assert "in the object store too" in svc("gc", "--dry-run").out
+    assert "also in the object store" in svc("gc", "--dry-run").out
     assert weights(other, cached[0]).is_file()
     assert svc("gc").code == 0
     assert [weights(other, version).exists() for version in cached] == [False, False, False]

@@ -61,7 +61,7 @@ def test_store_is_unavailable_when_its_disk_is_full(tmp_path: Path) -> None:
         connection.exec_driver_sql("PRAGMA max_page_count=1")  # the pages that the file has stay usable
         with pytest.raises(StoreUnavailableError) as error:
             connection.exec_driver_sql("CREATE TABLE filler AS SELECT zeroblob(1000000) AS value")
-    assert error.value.shown.wrong == f"no space for the store {tmp_path / 'svc.db'}"
+    assert error.value.shown.wrong == f"no disk space is left for the store {tmp_path / 'svc.db'}"
 
 
 def test_store_of_another_release_is_rejected_with_its_revision(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_tokenizer_maximum_length_grows_with_the_context(tmp_path: Path) -> None
 
 def test_base_with_its_own_rope_scaling_is_rejected_unless_replace_is_set(tmp_path: Path) -> None:
     base = base_with(tmp_path / "base", rope_scaling=LLAMA_3, max_position_embeddings=131072)
-    with pytest.raises(BaseModelError, match=r"already scales its positions: llama3 with factor 8\.0"):
+    with pytest.raises(BaseModelError, match=r"already uses RoPE scaling: llama3 with factor 8\.0"):
         folder_with_rope(base, scaling(), tmp_path)
     config = load_config(folder_with_rope(base, scaling(factor=16, replace=True), tmp_path))
     assert config.max_position_embeddings == 131072
@@ -103,7 +103,7 @@ def test_base_with_its_own_rope_scaling_is_rejected_unless_replace_is_set(tmp_pa
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "no rotary position embeddings"),
         (
             {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]},
-            "different ones for each kind of layer",
+            "different rotary position embeddings for each kind of layer",
         ),
     ],
 )

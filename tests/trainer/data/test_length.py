@@ -35,7 +35,7 @@ def test_too_long_examples_error_names_the_longest() -> None:
 
 def test_too_long_examples_are_dropped_with_policy_drop(capsys: pytest.CaptureFixture[str]) -> None:
     assert fit_length([[SHORT], [SHORT, row(10, 7)], [SHORT]], train(TooLong.DROP)) == [[SHORT], [SHORT]]
-    assert "1 of 3 examples are longer than 16 tokens, the first being example 2: 1 dropped, 0 truncated" in " ".join(
+    assert "1 of 3 examples are longer than 16 tokens (first: example 2): 1 dropped, 0 truncated" in " ".join(
         capsys.readouterr().err.split()
     )
 

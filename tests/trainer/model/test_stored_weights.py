@@ -65,7 +65,9 @@ def test_stored_tensors_absent_from_the_model_are_ignored(tmp_path: Path) -> Non
 def test_tensor_missing_from_the_files_is_named_in_the_error(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     change_files(base, **{"model.layers.1.mlp.up_proj.weight": None})
-    with pytest.raises(IntegrityError, match=r"are missing 1 tensors .* 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+    with pytest.raises(
+        IntegrityError, match=r"are missing 1 of the model's tensors.* 'model\.layers\.1\.mlp\.up_proj\.weight'"
+    ):
         StoredWeights(base)
 
 

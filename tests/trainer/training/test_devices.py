@@ -111,7 +111,7 @@ def test_first_gpu_is_used_when_no_gpu_is_free() -> None:
 def test_gpus_that_differ_from_the_default_torch_device_are_not_chosen() -> None:
     choice = choose_gpus(make(), [t4(0), a100(1), a100(2)], A100)
     assert numbers(choice) == ["GPU-1", "GPU-2"]
-    assert choice.reasons == (f"GPU 0 not used: {T4} with 15 GiB is not equal to {A100} with 80 GiB",)
+    assert choice.reasons == (f"GPU 0 not used: {T4} with 15 GiB differs from {A100} with 80 GiB",)
 
 
 def test_surplus_gpus_that_do_not_divide_a_step_are_not_chosen() -> None:
@@ -126,11 +126,13 @@ def test_first_free_gpus_are_used_when_the_recipe_sets_a_number_of_devices() -> 
 
 
 def test_device_count_above_the_number_of_free_gpus_is_rejected_with_the_reason() -> None:
-    with pytest.raises(RecipeError, match=r"train.devices is 2, but 1 equal GPUs are free: GPU 1 not used: another"):
+    with pytest.raises(RecipeError, match=r"train.devices is 2, but only 1 GPU is free: GPU 1 not used: another"):
         choose_gpus(make(devices=2), [a100(0), a100(1, used=70)], A100)
-    with pytest.raises(RecipeError, match=r"train.devices is 2, but 1 equal GPUs are free"):
+    with pytest.raises(
+        RecipeError, match=r"train.devices is 2, but only 1 GPU is free: this process can use no other GPU"
+    ):
         choose_gpus(make(devices=2), [a100(0)], A100)
-    with pytest.raises(RecipeError, match=f"train.devices is 2, but 0 equal GPUs are free: nvidia-smi .* {A100}"):
+    with pytest.raises(RecipeError, match=f"train.devices is 2, but no GPU is free: nvidia-smi .* {A100}"):
         choose_gpus(make(devices=2), [], A100)
 
 
@@ -144,7 +146,7 @@ def test_listed_gpus_train_even_when_they_are_in_use() -> None:
 @pytest.mark.parametrize(
     ("gpus", "message"),
     [
-        ([a100(0)], "lists GPU 1, but the number of usable GPUs on this machine is 1"),
+        ([a100(0)], "lists GPU 1, but the number of GPUs that this process may use is 1"),
         ([a100(0), t4(1)], "GPUs that differ from each other or from NVIDIA A100"),
         ([t4(0), t4(1), a100(2)], "GPUs that differ from each other or from NVIDIA A100"),
     ],

@@ -69,14 +69,14 @@ def test_error_says_how_many_workers_fit_when_the_cluster_is_too_small() -> None
         node("d", alive=False, CPU=64, GPU=8, type_H100=1),
     ]
     error = shortage(H100, 16, nodes, {}, 10)
-    assert "16 workers of 8 CPU and 1 GPU (H100) within 10 s: its nodes have capacity for 9" in error.wrong
+    assert "16 workers with 8 CPU and 1 GPU (H100) each within 10 s: its nodes have capacity for only 9" in error.wrong
     assert "a: 64 CPU, 8 GPU, H100; b: 12 CPU, 2 GPU, H100; c: 64 CPU, 8 GPU, A100" in error.wrong
     assert "set train.devices to 9" in error.todo
 
 
 def test_error_says_that_other_jobs_use_the_resources_when_the_cluster_is_large_enough() -> None:
     error = shortage(H100, 2, [node("a", CPU=64, GPU=8, type_H100=1)], {"CPU": 64, "GPU": 1}, 10)
-    assert "others use them; free: 64 CPU, 1 GPU" in error.wrong
+    assert "other jobs use them; currently free: 64 CPU, 1 GPU" in error.wrong
     assert "ray.wait_s" in error.todo
 
 
@@ -169,7 +169,7 @@ def test_wait_for_resources_has_no_timeout_while_other_training_runs_have_worker
     monkeypatch.setattr("ray.available_resources", dict)
     kind = WorkerKind(1, gpus=0, gpu_type=None)
     with (
-        pytest.raises(BusyError, match="others use them"),
+        pytest.raises(BusyError, match="other jobs use them"),
         reserved(kind, 1, 1.5, None, lambda: next(trains, False)),
     ):
         pass

@@ -195,5 +195,5 @@ def test_run_ends_when_workers_are_lost_three_times_without_a_checkpoint(machine
 def test_training_is_refused_when_the_cluster_has_too_few_nodes(machine: Machine, ray: RayDouble) -> None:
     for node in ray.nodes[:2]:
         ray.remove(node)
-    with pytest.raises(TrainingError, match=r"no free resources for 2 workers .* its nodes have capacity for 1"):
+    with pytest.raises(TrainingError, match=r"no free resources for 2 workers .* its nodes have capacity for only 1"):
         machine.train()

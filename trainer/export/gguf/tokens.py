@@ -109,7 +109,8 @@ def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[s
     raise TrainingError(
         f"{differ[best]} of {len(texts)} texts (the held-out examples and {len(_SAMPLES)} samples) would have "
         f"different token ids in llama.cpp, even with its pre-tokenizer {best!r}",
-        expected=f"the token ids of the base's tokenizer for every text, with one pre-tokenizer of {', '.join(differ)}",
+        expected="the same token ids as the base's tokenizer for every text, with one of the pre-tokenizers "
+        f"{', '.join(differ)}",
         todo="export the version as hf; the model would answer differently in llama.cpp",
     )
 

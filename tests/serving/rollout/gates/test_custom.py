@@ -49,7 +49,7 @@ def test_last_line_of_non_json_output_becomes_the_measured_text() -> None:
 def test_gate_command_with_an_invalid_json_result_fails() -> None:
     row = check(python("""print('{"verdict": "great"}')"""))
     assert row.verdict is GateVerdict.FAILED
-    assert "is not the result of a gate" in row.reason
+    assert "is not a valid gate result" in row.reason
 
 
 def test_gate_command_receives_the_version_and_runs_without_a_shell() -> None:

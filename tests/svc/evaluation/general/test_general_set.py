@@ -77,7 +77,7 @@ def test_general_questions_can_be_read_from_any_data_file_type(tmp_path: Path) -
 @pytest.mark.parametrize("accepted", ["a", [], [1], [" "], {}])
 def test_malformed_accepted_answers_are_rejected_with_line_number(tmp_path: Path, accepted: object) -> None:
     rows = [line("one", "a"), line("two", "b", accepted=accepted)]
-    with pytest.raises(DataError, match=r"own\.jsonl:2: `accepted` is not a list of texts"):
+    with pytest.raises(DataError, match=r"own\.jsonl:2: `accepted` is not a list of strings"):
         read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
 
 
