@@ -23,7 +23,7 @@ COMMANDS = {
     "import": ("trainer.cli:import_command", "Register an adapter that was trained elsewhere."),
     "estimate": ("trainer.cli:estimate", "Estimate what a training run needs, and whether it fits."),
     "sweep": ("trainer.sweep.cli:sweep", "Search for the best hyperparameters of a recipe."),
-    "recipe": ("trainer.recipe_import.cli:recipe", "Import recipes of Axolotl and LLaMA-Factory."),
+    "recipe": ("trainer.recipe_import.cli:recipe", "Import recipes from Axolotl and LLaMA-Factory."),
     "models": ("svc.registry.cli:models", "List versions and aliases, or remove versions."),
     "show": ("svc.registry.cli:show", "Show one version."),
     "report": ("svc.report.cli:report", "Write a version's report as one HTML file."),

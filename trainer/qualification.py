@@ -46,7 +46,7 @@ _LOADS = 3
 
 
 class EngineReading(BaseModel):
-    """Measurements of a format on the engine, which the parity report compares with those of the trainer.
+    """Measurements of a format on the engine, which the parity report compares with the trainer's measurements.
 
     Attributes:
         prompts_differ: indices of the evaluated examples whose prompt tokens differ between the engine and
@@ -83,7 +83,7 @@ class Qualified(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class GeneralQuestions:
-    """Questions outside the task, which are put to the base and to every format that is a complete model.
+    """Questions unrelated to the task, which the base and every format that is a complete model answer.
 
     Attributes:
         tokenized: the same questions, tokenized as in training.
@@ -121,8 +121,8 @@ class Qualifier:
         heldout: examples for the evaluation.
         tokenized: the same examples, tokenized as in training.
         compared: the examples whose answers the parity report compares token by token.
-        context: maximum number of tokens in a prompt and its answer together in the engine.
-        general: questions outside the task, or None if none are asked.
+        context: the engine's maximum combined length of a prompt and its answer, in tokens.
+        general: questions unrelated to the task, or None if none are asked.
         pairs: held-out pairs whose answers every model scores.
 
     Attributes:

@@ -1,1 +1,1 @@
-"""Base models: where they come from and how they are checked."""
+"""Finds, downloads, converts and checks base models."""

@@ -13,7 +13,7 @@ from pathlib import Path
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Build a folder under a temporary name and then rename it, so that an incomplete folder is never visible.
 
-    If two processes build the same folder, the second one to finish deletes its own copy.
+    If two processes build the same folder, the process that finishes second deletes its own copy.
     """
     if target.is_dir():
         return target
@@ -33,14 +33,15 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
 
 
 def changed_folder(folder: Path, texts: Mapping[str, str], cache: Path, without: Collection[str] = ()) -> Path:
-    """Return a cache folder that links to a folder's files, some of which are replaced or left out.
+    """Return a cache folder with links to a folder's files, except for files that are replaced or omitted.
 
-    The folder is named after its content, so it is rebuilt if the original gains files or is moved.
+    The cache folder's name is a hash of the new contents and the linked paths, so a new cache folder is built if the
+    original folder gains files or is moved.
 
     Args:
-        texts: content of the replaced files, keyed by name.
-        cache: folder for such folders; any number of processes may share it.
-        without: names of the files that are left out.
+        texts: contents of the replaced files, keyed by file name.
+        cache: parent of these cache folders; any number of processes may share it.
+        without: names of the omitted files.
     """
     files = sorted(path for path in folder.absolute().iterdir() if path.is_file())
     links = [path for path in files if path.name not in (*without, *texts)]

@@ -16,8 +16,8 @@ _LANGUAGE_MODELS = {
     ("gemma3", "gemma3_text"): "Gemma3ForCausalLM",
     ("mistral3", "mistral"): "MistralForCausalLM",
 }
-"""Architecture of each language model that can be used without the rest of its checkpoint, keyed by the `model_type` of
-the checkpoint and the `model_type` of the language model."""
+"""Architectures of the language models that can be used without the rest of their checkpoint, keyed by the checkpoint's
+`model_type` and the language model's `model_type`."""
 _REFUSED = {
     "llama4": "training, merging and serving its mixture of experts are not tested",
     "qwen3_5": "training, merging and serving its linear attention layers are not tested",
@@ -84,7 +84,7 @@ def text_architecture(folder: Path, config: Mapping[str, Any]) -> str:
         folder: folder of the checkpoint, named in the error message.
 
     Raises:
-        BaseModelError: the family's language model cannot be used alone.
+        BaseModelError: the language model of this model family cannot be used on its own.
     """
     kind, text = config.get("model_type"), config.get("text_config")
     inner = text.get("model_type") if isinstance(text, dict) else None
@@ -135,7 +135,7 @@ def check_chat_template(folder: Path) -> None:
     """Check that a base model has a chat template.
 
     Raises:
-        BaseModelError: it has no chat template.
+        BaseModelError: the base model has no chat template.
     """
     if not has_chat_template(folder):
         raise BaseModelError(

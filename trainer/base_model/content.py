@@ -1,4 +1,4 @@
-"""Identifies a base model's files by a hash of their contents, and reads the model's licence."""
+"""Identifies a base model's files by a hash of their contents, and reads the model's license."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ SHIPPED_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""Model files other than weights and config. Models derived from the base contain byte-for-byte copies of
-them, except for a chat template that renders today's date."""
+"""Model files other than weights and config. They are copied byte for byte into models derived from the base, except
+for a chat template that renders today's date."""
 _HASHED = (".json", ".jinja", ".model", ".txt")
 
 
 def read_licence(folder: Path) -> str | None:
-    """Return the licence stated in the header of the model card."""
+    """Return the license stated in the header of the model card."""
     card = folder / "README.md"
     if not card.is_file():
         return None
@@ -51,10 +51,11 @@ def model_files(folder: Path) -> list[Path]:
 def copy_shipped_files(model: Path, out: Path, quantization: Mapping[str, Any] | None = None) -> None:
     """Copy a model's config, tokenizer, chat template and generation config next to weights derived from it.
 
-    Existing files with these names that the model itself lacks are deleted from the target folder.
+    If the target folder already contains one of these files but the model does not, the file is deleted from the target
+    folder.
 
     Args:
-        out: folder of the derived bf16 weights, which may be quantized.
+        out: folder of the derived weights, which are in bf16 unless they are quantized.
         quantization: quantization config of the weights, or None if they are not quantized.
     """
     _write_config(model, out, quantization)
@@ -69,8 +70,8 @@ def copy_shipped_files(model: Path, out: Path, quantization: Mapping[str, Any] |
 def _write_config(model: Path, out: Path, quantization: Mapping[str, Any] | None) -> None:
     """Write the model's own config.json, updated with the number type and quantization of the weights in `out`.
 
-    The config that transformers saves is not used: transformers renames keys (`rope_parameters` for
-    `rope_theta`) and adds defaults, and TRL and gptqmodel change the config while they work.
+    The config that transformers saves is not used: transformers renames keys (`rope_theta` to `rope_parameters`) and
+    adds defaults, and TRL and gptqmodel change the config while they work.
     """
     config = read_json_object(model / CONFIG_FILE)
     changed: dict[str, Any] = {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in config}
@@ -91,11 +92,11 @@ def pinned_template(model: Path) -> str | None:
 
 
 def hash_files(files: list[Path], what: str = "the base model") -> str:
-    """Return a SHA-256 hash of files. For a single file, only its contents are hashed; for several files, also their
-    names and sizes.
+    """Return a SHA-256 hash of one or more files. A single file is hashed by its contents only; for several files, the
+    hash also covers their names and sizes.
 
     Args:
-        what: noun for the files, printed while they are hashed.
+        what: description of the files for the progress message, such as `the base model`.
     """
     digest = hashlib.sha256()
     with waiting(f"Hashing {what}"):

@@ -10,8 +10,8 @@ from trainer.base_model.pypi_wheel import KNOWN
 _CONFIG_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "README.md"]
 _HUB_FILES = ["model.safetensors", "model-*-of-*.safetensors", *_CONFIG_FILES]
-"""File patterns to download. They exclude `consolidated.safetensors`, a second copy of all weights in
-Mistral's repositories."""
+"""File patterns to download. The patterns exclude `consolidated.safetensors`, which duplicates all weights in Mistral's
+repositories."""
 
 
 def fetch_snapshot(base: str, cache: Path) -> Path:

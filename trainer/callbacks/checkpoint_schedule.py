@@ -1,8 +1,8 @@
-"""Schedules checkpoints by number of steps, by minutes, and immediately when a signal stops the run.
+"""Schedules checkpoints every few steps, every few minutes, and when a signal stops the run.
 
-On SIGTERM, transformers' own checkpoint code would wait for three seconds and then for the end of a
-step, which may take minutes here. If it is killed while it writes, it leaves an incomplete folder.
-Imports transformers.
+On SIGTERM, transformers' own checkpoint code would wait for three seconds and then for the end of a step, which may
+take minutes here. If the process is killed while it writes a checkpoint, an incomplete folder is left behind. Imports
+transformers.
 """
 
 import time
@@ -20,7 +20,7 @@ class CheckpointSchedule(TrainerCallback):
 
     Args:
         due: the recipe's `checkpoints` section.
-        preemption: watches for a signal, which stops the run after the current step.
+        preemption: records stop signals; a signal stops the run after the current step.
         clock: returns the time in seconds.
     """
 
@@ -46,7 +46,7 @@ class CheckpointSchedule(TrainerCallback):
             control.should_save = True
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop with a checkpoint if a signal arrived during evaluation, which may take as long as many steps."""
+        """Save a checkpoint and stop if a signal arrived during evaluation, which may take as long as many steps."""
         if self._preemption.by is not None:
             control.should_save = control.should_training_stop = True
 

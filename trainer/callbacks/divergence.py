@@ -15,25 +15,25 @@ from svc.errors import TrainingError
 from trainer.callbacks.loss_log import LOSS
 
 _FIRST, _LAST = 5, 20
-"""Number of first steps and number of last steps whose mean losses are compared. The first number is small
-because the loss explodes within 20 steps if the learning rate is far too high."""
+"""Number of steps at the start of the run, and number of most recent steps, whose mean losses are compared. Few steps
+at the start are used, because the loss explodes within 20 steps if the learning rate is far too high."""
 _SKIPPED = 20
 """Maximum number of consecutive steps that the optimizer may skip. In float16 training, the loss scale is
 halved at each skipped step until it fits."""
 _TIMES, _NATS = 2.0, 1.0
-"""Minimum factor and minimum difference in nats by which the mean loss must exceed that of the first steps
-to count as exploded."""
+"""Minimum factor and minimum difference in nats by which the mean loss of the last steps must exceed the mean loss of
+the first steps to count as exploded."""
 _SURE = 4.0
-"""Minimum rise of the loss, in standard errors. It is high because losses are compared after every step. A
-batch's loss depends on its examples, so the error is estimated from the scatter of the steps: if easy
-and hard batches alternate, several hard batches in a row can occur by chance."""
+"""Minimum rise of the loss, in standard errors. The threshold is high because losses are compared after every step. The
+standard error is estimated from the scatter across steps, because a batch's loss depends on its examples and several
+hard batches in a row can occur by chance."""
 
 
 class DivergenceWatch(TrainerCallback):
     """Stops a run whose loss explodes or whose gradient is not finite.
 
     Args:
-        learning_rate: learning rate of the run; error messages suggest a lower one.
+        learning_rate: learning rate of the run; error messages suggest a lower rate.
     """
 
     def __init__(self, learning_rate: float) -> None:
@@ -94,11 +94,11 @@ def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False
 
 
 def _exploded(first: Sequence[float], last: Sequence[float]) -> bool:
-    """Return whether the last losses are far above the first ones.
+    """Return whether the last losses are far above the first losses.
 
-    The result is true if the mean of the last losses is far higher, by more than chance, or if even the lowest of the
-    last losses is far above the highest of the first ones. The second condition catches a steadily growing loss, whose
-    growth counts as scatter and hides it from the first condition.
+    The result is true if the last losses have a far higher mean than the first losses, by more than chance, or if even
+    the lowest of the last losses is far above the highest of the first losses. The second condition catches a steadily
+    growing loss: its growth increases the scatter, so the first condition misses it.
     """
     start, highest = fmean(first), max(first)
     rise = fmean(last) - start

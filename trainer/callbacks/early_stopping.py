@@ -1,9 +1,9 @@
-"""Measures held-out loss on schedule during training, selects the best weights by it, and can stop a run
+"""Measures held-out loss on schedule during training, selects the weights with the lowest loss, and can stop a run
 early.
 
-All decisions follow from the losses in the trainer's state, so that a resumed run makes the same
-decisions as an uninterrupted one. transformers' EarlyStoppingCallback keeps its own counters, and needs
-its own checkpoints for the best weights. Imports transformers.
+All decisions depend only on the losses in the trainer's state, so that a resumed run makes the same decisions as an
+uninterrupted one. transformers' EarlyStoppingCallback keeps its own counters, and needs its own checkpoints for the
+best weights. Imports transformers.
 """
 
 from collections.abc import Callable
@@ -63,15 +63,15 @@ def misses_measurement(state: TrainerState, schedule: HeldoutSchedule) -> bool:
 
 
 def best_step(state: TrainerState) -> int | None:
-    """Return the first step with the lowest held-out loss, or None if nothing was measured after any step."""
+    """Return the first step with the lowest held-out loss, or None if no measurement followed a training step."""
     # The base's loss, measured before step 1, is not a result of the run.
     losses = {step: loss for step, loss in heldout_losses(state).items() if step > 0}
     return min(losses, key=lambda step: losses[step]) if losses else None
 
 
 def out_of_patience(state: TrainerState, patience: int | None) -> bool:
-    """Return whether at least `patience` measurements followed the best one. Always false if `patience` is
-    None.
+    """Return whether at least `patience` measurements followed the measurement with the lowest held-out loss. Always
+    false if `patience` is None.
     """
     best = best_step(state)
     if patience is None or best is None:

@@ -1,6 +1,6 @@
 """Saves the adapter at the end of each of the last few epochs, for clients of the fine-tuning API.
 
-A run cannot resume from them, because they lack the optimizer's state. Imports transformers.
+A run cannot resume from these adapters, because they lack the optimizer's state. Imports transformers.
 """
 
 import logging
@@ -21,7 +21,7 @@ class EpochAdapters(TrainerCallback):
     """Training callback that saves the adapter after each complete epoch.
 
     Args:
-        folder: folder that contains a folder for each saved epoch.
+        folder: parent folder, with one subfolder for each saved epoch.
         keep: number of epochs to keep.
         save: function that saves the adapter to a folder.
         on_saved: called with the step and the folder of each saved epoch.

@@ -1,9 +1,9 @@
-"""Schedules measurements of held-out loss: at which steps, and on how many examples.
+"""Determines at which steps, and on how many examples, held-out loss is measured.
 
-If the recipe requires held-out loss, it is measured on all examples. Otherwise it is measured on only a
-few, so that every run has a curve that costs less than a twentieth of its time, or a quarter for a short
-run. The schedule depends only on the recipe, the data and the trainer's state, so that a resumed run
-takes the same measurements as an uninterrupted one. Imports transformers.
+If the recipe requires held-out loss, it is measured on all examples. Otherwise it is measured on only a few examples,
+so that every run gets a held-out loss curve at less than a twentieth of its training time, or less than a quarter for a
+short run. The schedule depends only on the recipe, the data and the trainer's state, so that a resumed run takes the
+same measurements as an uninterrupted one. Imports transformers.
 """
 
 import random
@@ -23,7 +23,7 @@ it (SmolLM2-135M, LoRA, batches of four, on a CPU)."""
 _MIN_EXAMPLES, _MAX_EXAMPLES = 8, 64
 """Minimum and maximum number of examples on which the held-out curve is measured."""
 _POINTS = 6
-"""Maximum number of held-out measurements, including the one before the first step."""
+"""Maximum number of held-out measurements, including the measurement before the first step."""
 _SHORT_SHARE, _SHORT_POINTS = 0.6, 3
 """Share of tokens and number of measurements for a short run. A short run may spend more of its time on
 measurements, because a twentieth would allow too few examples to tell whether their loss falls in the

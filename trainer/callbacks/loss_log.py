@@ -1,8 +1,7 @@
 """Reports the loss curve of a run as a hundred points.
 
-The trainer stores the loss of every step in its state, which is part of every checkpoint. Points are
-means at fixed steps, so that a resumed run reports the same curve as an uninterrupted one. Imports
-transformers.
+The trainer stores the loss of every step in its state, which is part of every checkpoint. The points are means over
+fixed ranges of steps, so that a resumed run reports the same curve as an uninterrupted one. Imports transformers.
 """
 
 import math
@@ -17,7 +16,7 @@ from svc.evaluation.training_curve import TrainingPoint
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
 TOKENS_PER_SECOND = "tokens_per_second"
 ACCURACY = "mean_token_accuracy"
-"""TRL's name for the share of answer tokens that have the largest logit."""
+"""TRL's name for the share of answer tokens to which the model assigns the largest logit."""
 HELDOUT_EACH, HELDOUT_SET = "heldout_each", "heldout_set"
 """Keys for held-out loss in the trainer's state: the loss of each example, and a hash of the examples."""
 _POINTS = 100
@@ -27,15 +26,15 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 def heldout_losses(state: TrainerState) -> dict[int, float]:
-    """Return the held-out loss of each measured step, in nats per token."""
+    """Return the held-out loss in nats per token, keyed by the step at which it was measured."""
     return {entry["step"]: entry[HELDOUT_LOSS] for entry in state.log_history if HELDOUT_LOSS in entry}
 
 
 def training_points(state: TrainerState) -> tuple[TrainingPoint, ...]:
     """Return one point per step, plus one for the measurement before the first step.
 
-    If a run was resumed with different held-out examples, only measurements comparable with the last one are
-    returned.
+    If a run was resumed with different held-out examples, only measurements that are comparable with the last
+    measurement are returned.
     """
     measured = {entry["step"]: entry for entry in state.log_history if HELDOUT_LOSS in entry}
     current = list(measured.values())[-1].get(HELDOUT_SET) if measured else None

@@ -1,8 +1,9 @@
-"""Handles signals that stop a run, such as a spot machine's notice, an administrator's kill or Ctrl-C.
+"""Handles signals that stop a run, such as the termination notice of a spot instance, an administrator's `kill`, or
+Ctrl-C.
 
-The first signal abandons the current step, which may take minutes to finish. If it arrives during work
-that must not be interrupted, it is recorded and takes effect when that work has finished. The second
-signal ends the process in the default way.
+The first signal abandons the current step, which may take minutes to finish. If it arrives during work that must not be
+interrupted, it is recorded and takes effect when that work has finished. A second signal has its default effect, which
+ends the process.
 """
 
 import signal
@@ -37,7 +38,7 @@ class Preemption:
         """Allow signals to interrupt the `with` block at any moment.
 
         Raises:
-            StepAbandoned: a signal arrives during the block, or had arrived before.
+            StepAbandoned: a signal arrives during the block, or arrived before it.
         """
         self._interruptible = True
         try:

@@ -47,7 +47,7 @@ class Answers:
 
 
 _Asked = tuple[Sequence[TokenizedExample], Sequence[int]]
-"""The examples as tokenized for one model, and the token limit for each answer."""
+"""The examples, tokenized for one model, and the token limit for each answer."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Interview:
         max_tokens: token limit for every answer; if None, the limit depends on each reference answer.
         launch: creates a new, unstarted engine for a model folder.
         fresh: whether to ignore stored answers.
-        tokenize: tokenizes examples as training does.
+        tokenize: function that tokenizes examples as in training.
         transport: HTTP transport for requests to endpoints, or None for the network.
     """
 
@@ -95,10 +95,10 @@ class Interview:
     async def _at_endpoint(self, endpoint: Endpoint, local: Sequence[_Asked]) -> tuple[ExampleResult, ...]:
         """Return the answers of a remote endpoint.
 
-        The answers get the token limits of the local model with which the endpoint is compared, so that both
-        models' answers have the same maximum length. For two endpoints, whose tokenizers are unknown, the limits
-        are upper bounds derived from the bytes of each reference. A limit that is too high costs some tokens,
-        whereas a limit that is too low would cut off correct answers.
+        The answers get the token limits of the local model with which the endpoint is compared, so that both models'
+        answers have the same maximum length. If both models are endpoints, whose tokenizers are unknown, the limits are
+        upper bounds derived from the size of each reference answer in bytes. A limit that is too high costs some
+        tokens, whereas a limit that is too low would cut off correct answers.
         """
         if local:
             (_, limits), *_ = local

@@ -103,8 +103,8 @@ def _judge(url: str | None, model: str | None, key_file: Path | None) -> "Endpoi
 
 
 def _key(file: Path | None, variable: str | None) -> str | None:
-    """Return the endpoint's API key, or None. The key is never passed as a command-line option, because any
-    local user can read the options of a running command.
+    """Return the endpoint's API key, or None if no key is given. The key itself is never a command-line option, because
+    any local user can read the options of a running command.
     """
     from svc.identity.key_file import read_secret
 

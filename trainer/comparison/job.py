@@ -1,4 +1,4 @@
-"""Runs a comparison, from the command's arguments to its result. Before it starts, prints which data will
+"""Runs a comparison, from the command's arguments to its result. Before the comparison starts, prints which data will
 leave this machine.
 """
 
@@ -54,7 +54,7 @@ def compare_models(
     """Compare model B with model A.
 
     Args:
-        registry, capabilities: by default, taken from the settings and from this machine.
+        registry, capabilities: default to the registry in the settings and the capabilities of this machine.
         launch: creates a new, unstarted engine; defaults to a vLLM process on this machine.
         tokenize, transport: see `Interview`.
 

@@ -29,7 +29,7 @@ class LocalModel:
     Attributes:
         name: display name.
         revision: digest of the model's content.
-        template_kwargs: arguments of its chat template.
+        template_kwargs: arguments for the model's chat template.
         manifest: manifest of a version, or None for a base.
         format: format of a version, or None for a base.
     """
@@ -54,8 +54,8 @@ def find_model(text: str, registry: Registry, settings: Settings, *, format: For
     Args:
         text: an endpoint (https://HOST/v1#MODEL); `NAME`, `NAME@N` or `NAME@alias`; or a base as in a
             recipe.
-        format: format of a version; if None, the one that a server prefers.
-        key: key for an endpoint.
+        format: format of a version; if None, the format that a server prefers.
+        key: API key for an endpoint.
 
     Raises:
         SvcError: the model does not exist, or is damaged.

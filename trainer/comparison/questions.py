@@ -26,7 +26,7 @@ class Wanted:
     """The arguments of `svc compare`, named like its options.
 
     Attributes:
-        key: key for endpoints among the models.
+        key: API key for models that are endpoints.
         judge: endpoint of a judge that also compares the answers, or None for no judge.
     """
 
@@ -65,12 +65,13 @@ def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted
     """Choose the examples of a comparison, with the metrics and token limits for the answers.
 
     Args:
-        wanted: if it names no data, the held-out set of the versions among the models is used, limited to
-            the examples of their evaluation. If it names no metrics, the metrics of the version are used.
+        wanted: the command's arguments. If they name no data, the held-out set that the versions share is used, limited
+            to the examples on which the versions were evaluated. If they also name no metrics, the version's metrics
+            are used.
         cache: folder for Hub datasets.
 
     Raises:
-        DataError: the versions have different held-out sets, neither model has one, or the data cannot be
+        DataError: neither model has a held-out set, the versions have different held-out sets, or the data cannot be
             read.
     """
     versions = [model.manifest for model in models if isinstance(model, LocalModel) and model.manifest]
@@ -96,7 +97,7 @@ def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted
 
 
 def count_learnt(version: Manifest, examples: Sequence[ChatExample], registry: Registry) -> int:
-    """Count the prompts among the examples on which a version, or any version that it continues, was trained."""
+    """Return the number of examples whose prompts a version, or any version in its chain of bases, was trained on."""
     prompts, learnt = hash_prompts(examples), np.zeros(len(examples), bool)
     continued: Manifest | None = version
     while continued is not None:

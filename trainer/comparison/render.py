@@ -15,7 +15,7 @@ from trainer.comparison.job import Compared
 from trainer.comparison.model import LocalModel, Model
 
 _MAX_SHOWN = 160
-"""Maximum number of characters of a text to show."""
+"""Maximum number of characters shown for each text."""
 _VERDICTS = {
     Direction.BETTER: "[green]B is better[/green]",
     Direction.WORSE: "[red]B is worse[/red]",

@@ -1,7 +1,7 @@
 """Computes bfloat16 attention as unblocked matrix products in a single autograd step, which is faster on a
 CPU for short rows.
 
-PyTorch's own CPU attention computes in small blocks, and gets a copy of each key and value for every query head that
+PyTorch's own CPU attention computes in small blocks, and needs a copy of each key and value for every query head that
 shares them. Here, attention is two complete products in the forward pass and four in the backward pass. On rows of a
 few hundred tokens, which are usual in fine-tuning, these products take between a third and four fifths of the time of
 PyTorch's attention in bfloat16 (two cores with AVX-512). In float32 they are not faster. The formula is the same;
@@ -27,7 +27,7 @@ positions."""
 
 
 def fuse_attention(model: PreTrainedModel) -> bool:
-    """Replace PyTorch's attention in a model by the function `attention`, and return whether it was replaced.
+    """Replace PyTorch's attention in a model with the function `attention`, and return whether it was replaced.
 
     Weights and saved files are not affected.
     """
@@ -52,7 +52,7 @@ def attention(
     """Compute the attention of one layer, with transformers' signature.
 
     Args:
-        module: the layer; its `is_causal` is read if `kwargs` has none.
+        module: the layer; its `is_causal` is used if `kwargs` does not contain it.
         query: [batch, heads, queries, size].
         key: [batch, key heads, keys, size]; `heads` is a multiple of `key heads`.
         value: same shape as `key`.

@@ -1,4 +1,4 @@
-"""Computes each LoRA linear layer in one autograd step, where PEFT's forward needs ten.
+"""Computes each LoRA linear layer in one autograd step, whereas PEFT's forward needs ten.
 
 Under bf16 autocast, PEFT casts a layer's input to the adapter's float32 and back, scales, adds and casts
 once more, and stores a tensor of each step for the backward pass. On a CPU these passes over memory take
@@ -33,8 +33,8 @@ def fuse_lora(model: torch.nn.Module) -> int:
 
 
 def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute a layer's output. The layer is checked at each call, because its adapter may have been disabled,
-    merged or exchanged.
+    """Compute a layer's output. The layer is checked at each call, because its adapter may have been disabled, merged
+    or replaced.
     """
     if args or kwargs or not _is_plain(layer, x):
         return original(x, *args, **kwargs)
@@ -65,10 +65,10 @@ def _is_plain(layer: Linear, x: Tensor) -> bool:
 class _LoraLinear(torch.autograd.Function):
     """Computes y = W x + b + s B A x, with gradients for x, A and B.
 
-    The update s B A is added to the outputs, or, in float32 with many rows, to the weight, which is then the
-    smaller tensor. In 16 bits the update is never added to the weight: it is smaller than the spacing of
-    numbers there, and would be rounded away. The same happens, undetected, in float32 products that PyTorch
-    computes with fewer bits (`torch.set_float32_matmul_precision`).
+    The update s B A is added to the outputs, or, in float32 with many rows, to the weight, which is then the smaller
+    tensor. In 16 bits the update is never added to the weight: the update is smaller than the spacing between 16-bit
+    numbers, and would be rounded away. The same happens, undetected, in float32 products that PyTorch computes with
+    fewer bits (`torch.set_float32_matmul_precision`).
     """
 
     @staticmethod

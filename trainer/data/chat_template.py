@@ -1,11 +1,12 @@
 """Converts a chat example to token ids, with the positions of its answers.
 
 The base model's own chat template is used, so that training, calibration and serving see the same text. In serving, the
-engine renders the prompt and the model continues it. An answer is therefore trained after the prompt that the engine
-renders for it, even if the template renders the complete conversation differently. If the prompt of a later answer
-repeats an earlier answer differently, as Qwen3's does by leaving out the earlier thinking, the example becomes several
-rows. A template that makes the model think before the answer, or begin with any other text, is rejected, because
-examples that contain only answers do not teach that. This module does not know about batches and losses.
+engine renders the prompt and the model continues it. Each answer is therefore trained as a continuation of the prompt
+that the engine renders for it, even if the template renders the complete conversation differently. If the template
+renders an earlier answer differently in the prompt of a later answer, as Qwen3's does by omitting earlier thinking, the
+example is split into several rows. A template that makes the model think, or write any other text, before the answer is
+rejected, because examples that contain only answers cannot teach this. This module is independent of batches and
+losses.
 """
 
 import re
@@ -35,7 +36,7 @@ _THINKS = re.compile(r"<\|?(start_)?think(ing)?\|?>\s*$", re.IGNORECASE)
 
 
 def training_row(example: TokenizedExample) -> dict[str, list[int]]:
-    """Return an example as the trainer expects it. Labels are the token ids of answers that are trained on,
+    """Return an example in the form that the trainer expects. Labels are the token ids of answers that are trained on,
     and -100 everywhere else.
     """
     ids = list(example.input_ids)
@@ -86,7 +87,7 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 def stop_tokens(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """Return the ids of the tokens at which the engine stops an answer.
 
-    They are the tokenizer's end token and those in generation_config.json, or in config.json if that file is
+    These are the tokenizer's end token and the end tokens in generation_config.json, or in config.json if that file is
     missing.
     """
     name = "generation_config.json" if (folder / "generation_config.json").is_file() else "config.json"
@@ -100,15 +101,15 @@ def check_ending(
 ) -> None:
     """Check that no chat template text reaches the client after an answer.
 
-    The tokenizer may treat the end of a turn as ordinary text, as Llama 2's does with `<|im_end|>`, and then
-    the engine would not stop there.
+    A tokenizer may treat the end of a turn as ordinary text, as Llama 2's does with `<|im_end|>`, so the engine would
+    not stop there.
 
     Args:
         folder: folder of the model, named in the error message.
         stops: ids of the tokens at which the engine stops.
 
     Raises:
-        BaseModelError: the template puts text between an answer and the first of these tokens.
+        BaseModelError: the template puts text between an answer and the first stop token.
     """
     from jinja2 import TemplateError
 
@@ -139,8 +140,7 @@ def tokenize_turns(
 ) -> list[list[TokenizedExample]]:
     """Tokenize each example into one or more rows that contain the answers to train on.
 
-    An example has one row if the template renders the turns before an answer the same way in every later
-    prompt.
+    An example becomes a single row if the template renders earlier turns identically in every later prompt.
 
     Args:
         stops: ids of the tokens that end an answer.
@@ -148,8 +148,8 @@ def tokenize_turns(
             svc.model_folder.chat_template.choose_template_kwargs).
 
     Raises:
-        DataError: the template rejects an example, as some do with a system turn, or the text trained on
-            would differ from the answer in serving.
+        DataError: the template rejects an example, as some templates reject system turns, or the training text would
+            differ from the answer in serving.
     """
     return list(iterate_turns(tokenizer, examples, stops, template_kwargs))
 
@@ -173,7 +173,7 @@ def tokenize_examples(
 ) -> list[TokenizedExample]:
     """Return each example's final answer, tokenized after its prompt, for evaluation (see `tokenize_turns`).
 
-    The answer is tokenized as in training, and it is measured regardless of the example's weights.
+    The answer is tokenized as in training, and is included even if the example's weights exclude it from training.
     """
     conversations = _conversations(tokenizer, examples, stops, template_kwargs)
     return [conversation.rows([len(conversation.example.messages) - 1])[0] for conversation in conversations]

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """An answer, and another answer with which it is compared.
+    """Two answers whose likelihoods are compared.
 
     Attributes:
-        first: a pair's chosen answer, or a labelled answer.
-        second: the pair's rejected answer. For a labelled answer, an answer to another prompt, put after this prompt;
-            its likelihood shows how far the model has moved as a whole (Ethayarajh et al. 2024, section 4.2).
-        desirable: label of a labelled answer; true for a pair.
+        first: a pair's chosen answer, or a labeled answer.
+        second: the pair's rejected answer. For a labeled answer, an answer to a different prompt, appended to the
+            labeled answer's prompt; its likelihood shows how far the model has moved as a whole (Ethayarajh et al.
+            2024, section 4.2).
+        desirable: label of a labeled answer; true for a pair.
     """
 
     first: TokenizedExample
@@ -47,14 +48,14 @@ def tokenize_judged(
     template_kwargs: TemplateKwargs,
     train: Train | None = None,
 ) -> list[Comparison]:
-    """Tokenize pairs or labelled answers.
+    """Tokenize pairs or labeled answers.
 
     Args:
         train: the recipe's `train` section, or None for answers used only for evaluation. With `too_long: drop`,
             answers longer than `max_length` are dropped, as are pairs with such an answer.
 
     Raises:
-        DataError: an answer is too long or is rejected by the chat template, or all labelled answers have the same
+        DataError: an answer is too long or is rejected by the chat template, or all labeled answers have the same
             prompt.
     """
     if pairs := [pair for pair in judged if isinstance(pair, PreferencePair)]:
@@ -75,8 +76,8 @@ def tokenize_judged(
 
 
 def _with_others(labelled: Sequence[tuple[TokenizedExample, bool]]) -> list[Comparison]:
-    """Pair each labelled answer with the nearest earlier answer to another prompt, which is put after the labelled
-    answer's prompt.
+    """Pair each labeled answer with the nearest earlier answer to a different prompt, appended to the labeled
+    answer's own prompt.
     """
     comparisons = []
     for place, (row, desirable) in enumerate(labelled):
@@ -94,7 +95,7 @@ def _with_others(labelled: Sequence[tuple[TokenizedExample, bool]]) -> list[Comp
 
 
 def comparison_row(comparison: Comparison, index: int) -> dict[str, Any]:
-    """Return a comparison as the trainer expects it.
+    """Return a comparison in the form that the trainer expects.
 
     Args:
         index: index of this comparison's log-probabilities in the run's list of reference log-probabilities.
@@ -108,7 +109,7 @@ def collate_comparisons(rows: Sequence[dict[str, Any]], pad_token: int) -> dict[
 
     Returns:
         input_ids, labels, attention_mask: [2 * comparisons, longest answer with its prompt], all first answers
-            before all second ones.
+            before all second answers.
         desirable, index: [comparisons].
     """
 

@@ -1,7 +1,7 @@
-"""Divides the examples of each optimizer step among devices, so that all devices together train on the same
-examples in each step as one device would.
+"""Divides the examples of each optimizer step among devices, so that each step trains on the same examples as it would
+on a single device.
 
-If the last step of an epoch is not full, transformers' own division fills it with examples from the start of the epoch.
+If the last step of an epoch is not full, transformers' own sharding fills it with examples from the start of the epoch.
 Imports torch.
 """
 
@@ -17,14 +17,14 @@ from trainer.data.length_grouped_sampler import LengthGroupedSampler
 class DeviceBatches(Sampler[list[int]]):
     """Yields the batches of one device, as lists of example indices.
 
-    Every device has the same number of batches in a step, because the devices wait for each other. If an epoch's last
+    Every device gets the same number of batches in a step, because the devices wait for each other. If an epoch's last
     step has too few examples, some batches contain only a filler, whose index is the number of examples.
 
     Args:
         order: order of the examples, the same on every device.
         step: number of examples per optimizer step, on all devices together.
         batch_size: maximum number of examples in a batch.
-        rank: number of this device, from 0.
+        rank: index of this device, starting at 0.
         devices: number of devices.
     """
 
@@ -37,7 +37,7 @@ class DeviceBatches(Sampler[list[int]]):
 
     @property
     def needs_filler(self) -> bool:
-        """Whether the last step of an epoch has fewer examples than the devices have batches."""
+        """Whether the last step of an epoch has fewer examples than batches on all devices together."""
         rest = len(self.batch_sampler) % self._step
         return rest < self._batches(rest) * self._devices
 
@@ -55,12 +55,12 @@ class DeviceBatches(Sampler[list[int]]):
         return chain.from_iterable(self._share(step, filler=count) for step in steps)
 
     def _batches(self, examples: int) -> int:
-        """Return the number of batches of each device in a step with the given number of examples."""
+        """Return the number of batches per device in a step with the given number of examples."""
         return math.ceil(examples / (self._batch_size * self._devices))
 
     def _share(self, step: Sequence[int], filler: int) -> list[list[int]]:
-        """Return this device's batches of a step. Neighbouring examples have similar lengths, so they stay in one
-        batch, and the devices take batches in turn.
+        """Return this device's batches of a step. Neighboring examples have similar lengths, so they stay in one
+        batch, and batches are assigned to the devices in turn.
         """
         batches = self._batches(len(step)) * self._devices
         smaller, larger = divmod(len(step), batches)

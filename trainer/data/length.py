@@ -16,13 +16,15 @@ from trainer.recipe.train import TooLong, Train
 
 
 def fit_length(examples: Sequence[Sequence[TokenizedExample]], train: Train) -> list[list[TokenizedExample]]:
-    """Return the examples with those longer than `train.max_length` dropped or truncated (see `fitting_examples`)."""
+    """Return the examples after dropping or truncating any that are longer than `train.max_length` (see
+    `fitting_examples`).
+    """
     return list(fitting_examples(examples, train))
 
 
 def fitting_examples(examples: Iterable[Sequence[TokenizedExample]], train: Train) -> Iterator[list[TokenizedExample]]:
-    """Yield training examples, with those longer than `train.max_length` dropped or truncated. At the end, print how
-    many were dropped and truncated.
+    """Yield training examples, dropping or truncating any that are longer than `train.max_length`. At the end, print
+    how many were dropped and truncated.
 
     Args:
         examples: the rows of each example. The length of an example is the length of its longest row.
@@ -67,9 +69,9 @@ def fitting_examples(examples: Iterable[Sequence[TokenizedExample]], train: Trai
 
 
 def cut_documents(documents: Iterable[Sequence[TokenizedExample]], length: int) -> Iterator[list[TokenizedExample]]:
-    """Yield the rows of documents after cutting those that are longer than the given length.
+    """Yield the rows of each document, after splitting documents that are longer than the given length.
 
-    Each row begins with the document's first token. Every other token of the document is trained on exactly once.
+    Each row begins with the document's first token. All remaining tokens of the document are trained on exactly once.
     """
     for rows in documents:
         first, *tokens = rows[0].input_ids
@@ -92,7 +94,7 @@ def check_served_length(rows: Sequence[TokenizedExample], longest: int, what: st
         room: minimum number of tokens to reserve for an answer, even if the example's own answer is shorter.
 
     Raises:
-        DataError: an example is too long; the message names the longest one.
+        DataError: an example is too long; the message names the longest example.
     """
     check_served_sizes(np.array([max(len(row.input_ids), len(row.prompt) + room - 1) for row in rows]), longest, what)
 

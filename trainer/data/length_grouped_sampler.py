@@ -5,8 +5,8 @@ The order of batches is random because a task's losses depend on length: if batc
 short, the loss curve of a healthy run would rise or fall with them, and the last steps of an epoch would
 train only on short examples.
 
-A sampler that draws from the process's random numbers cannot be resumed, because the batches would
-differ from those of an uninterrupted run. Imports torch.
+A sampler that uses the process's global random number generator cannot be resumed, because the batches would differ
+from those of an uninterrupted run. Imports torch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 _LISTED = 2**16
 """Number of indices that are converted to Python objects at a time, which limits memory."""
 _MAX_WINDOW = 50
-"""Number of batches whose examples are sorted by length together."""
+"""Number of batches whose examples are sorted by length as one group."""
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -1,6 +1,6 @@
 """Packs several short examples into one row, so that they fill the row's maximum length.
 
-Positions start again with each example. From them, transformers derives an attention mask between examples, so that
+Position ids restart with each example. From these, transformers derives an attention mask between examples, so that
 each example is trained on as if it were alone in its row. Imports torch and TRL.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _TOGETHER = 100_000
-"""Number of examples that are packed together. Packing a larger data set as a whole would load all of it into
+"""Number of examples that are packed at a time. Packing a larger data set in one pass would load all of it into
 memory."""
 
 

@@ -1,9 +1,9 @@
-"""Training rows as token ids in an Arrow file, which is mapped into memory instead of being read.
+"""Stores training rows as token ids in a memory-mapped Arrow file.
 
     FOLDER/KEY/   rows.arrow  lengths.npy  complete.json
 
-A run that is resumed uses the file of the interrupted run. `complete.json` is written last and has the hashes of the
-other files, so a file that is incomplete or damaged is written again. Imports datasets.
+A resumed run reuses the file of the interrupted run. `complete.json` is written last and contains the hashes of the
+other files, so an incomplete or damaged file is detected and rewritten. Imports datasets.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa
 _BATCH = 1_000
 _READ = 10_000
 _SETTINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-"""Suffixes of the files of a model folder that determine the token ids of an example."""
+"""Suffixes of the files in a model folder that determine how examples are tokenized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class TrainingRows:
     """The rows to train on.
 
     Attributes:
-        dataset: rows with `input_ids` and `labels`, in memory or mapped into it.
+        dataset: rows with `input_ids` and `labels`, in memory or memory-mapped.
         lengths: number of tokens in the longest row of each example.
     """
 
@@ -51,7 +51,7 @@ class TrainingRows:
 
     @classmethod
     def in_memory(cls, examples: Sequence[Sequence[TokenizedExample]]) -> "TrainingRows":
-        """Return the rows of tokenized examples."""
+        """Create the rows of tokenized examples in memory."""
         rows = [training_row(row) for row in chain.from_iterable(examples)]
         return cls(Dataset.from_list(rows), np.fromiter(map(_longest, examples), np.int32))
 
@@ -61,7 +61,7 @@ class TrainingRows:
         return int(row_lengths(self.dataset).sum())
 
     def loaded(self) -> "TrainingRows":
-        """Return a copy of the rows in memory, for processes on other machines."""
+        """Return an in-memory copy of the rows, for processes on other machines."""
         files = [file["filename"] for file in self.dataset.cache_files]
         return TrainingRows(Dataset.from_file(*files, in_memory=True) if files else self.dataset, self.lengths)
 
@@ -74,12 +74,12 @@ def row_lengths(dataset: Dataset) -> NDArray[np.int32]:
 
 
 def read_or_write_rows(folder: Path, key: str, examples: Iterable[Sequence[TokenizedExample]]) -> TrainingRows:
-    """Return the rows of tokenized examples from a file, which is written unless it is complete.
+    """Return the rows of tokenized examples from a file. If there is no complete file, it is written first.
 
     Args:
-        folder: folder of such files. Files with other keys are deleted.
+        folder: folder for row files. Files with other keys are deleted.
         key: hash of everything on which the rows depend (`rows_key`).
-        examples: the rows of each example. They are only iterated over if the file has to be written.
+        examples: the rows of each example. The examples are iterated over only if the file has to be written.
     """
     place = folder / key
     if rows := _read(place):

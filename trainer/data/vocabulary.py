@@ -1,8 +1,8 @@
 """Checks that a tokenizer's ids have rows in the model's embedding.
 
-Published tokenizers may have more ids than the model has rows. For example, Gemma 3 1B's has an extra id
-for images. This is harmless unless such an id is used, which causes an index error in the middle of
-training, quantizing or serving.
+Published tokenizers may have more ids than the model has rows. For example, Gemma 3 1B's tokenizer has an extra id for
+images. This is harmless unless such an id is used, which causes an index error in the middle of training, quantizing or
+serving.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -83,15 +83,15 @@ def checked_ids(
 def with_new_tokens(
     examples: Iterable[Sequence[TokenizedExample]], tokens: Mapping[int, str]
 ) -> Iterator[Sequence[TokenizedExample]]:
-    """Yield the examples, and check at the end that each new token occurred. Otherwise its embedding could not be
-    trained.
+    """Yield the examples, and check at the end that each new token occurred in them. The embedding of an unused token
+    could not be trained.
 
     Args:
         examples: the rows of each training example.
         tokens: texts of the new tokens, keyed by id.
 
     Raises:
-        DataError: a token does not occur.
+        DataError: a new token does not occur in any example.
     """
     unused = dict(tokens)
     for rows in examples:

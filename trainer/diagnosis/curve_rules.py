@@ -14,21 +14,21 @@ SURE = 3.0
 """Number of standard errors above which a difference between windows is not considered chance. Because many
 pairs of windows are compared, a difference must also be large."""
 ABOVE_START = 0.1
-"""Minimum rise of the loss, as a share of the loss before the first step. A smaller rise is not worth
-another run."""
+"""Minimum rise of the loss, as a share of the loss before the first step. A smaller rise does not justify another
+run."""
 GIVEN_BACK = 0.25
 """Minimum rise of the loss, as a share of its fall so far. Hard batches alone cause smaller rises."""
 UNFINISHED_SHARE, HELDOUT_SHARE = 0.2, 0.12
-"""Training counts as unfinished if more than these shares of the total fall of the training loss and of the
-held-out loss came in the last third of training. A loss that approaches its limit exponentially, with a
-share of 0.2 in that third, is three quarters of the way to the limit."""
+"""Training counts as unfinished if the last third of training contributed more than these shares to the total reduction
+of the training loss and of the held-out loss. A loss that approaches its limit exponentially, with a share of 0.2 in
+that third, is three quarters of the way to the limit."""
 LATE_SURE = 2.0
 """Minimum fall of the loss late in training, in standard errors. It applies to the held-out loss over the
 same examples, if measured, or else to the training loss. Because only one comparison is made, fewer
 standard errors are enough than for pairs of windows."""
 USUAL_TIMES = 3.0
-"""Multiple of the usual learning rate at which the rate counts as the cause of a finding. Neighbouring
-rates of a sweep differ by this factor."""
+"""Factor by which a learning rate must differ from the usual rate to count as the cause of a finding. Adjacent rates in
+a sweep differ by this factor."""
 
 
 def find_divergence(run: TrainingRun) -> Finding | None:
@@ -113,7 +113,7 @@ def find_underfitting(run: TrainingRun) -> Finding | None:
 
 
 def not_learnt(run: TrainingRun, what: str, rule: str) -> Finding:
-    """Return a finding of too few steps, or of too high a learning rate if the rate is far above the default."""
+    """Return a finding that reports too few steps, or too high a learning rate if the rate is far above the default."""
     train = run.recipe.train
     if run.learning_rate >= USUAL_TIMES * run.usual_learning_rate:
         return Finding(
@@ -149,7 +149,9 @@ def late_windows(run: TrainingRun) -> tuple[Window, Window, Window] | None:
 
 
 def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
-    """Return the three late windows if too much of the loss's fall came after the second of them, or else None."""
+    """Return the windows of `late_windows` if too much of the loss reduction came after the second window, or else
+    None.
+    """
     parts = late_windows(run)
     if not parts or find_high_rate(run):  # a loss that was thrown off falls while it recovers
         return None
@@ -164,7 +166,7 @@ def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
 
 
 def _late_heldout(run: TrainingRun, step: int) -> bool | None:
-    """Return whether much of the held-out loss's fall came after the given step, or None if held-out loss was not
+    """Return whether much of the reduction in held-out loss came after the given step, or None if held-out loss was not
     measured both before and after this step.
     """
     points = [point for point in run.curve if len(point.heldout_each) > 1]
@@ -178,7 +180,7 @@ def _late_heldout(run: TrainingRun, step: int) -> bool | None:
 
 
 def _pairs(parts: list[Window]) -> list[tuple[Window, Window]]:
-    """Pair each window with the lowest window up to that point."""
+    """Pair each window with the window that has the lowest mean loss up to that point."""
     return [(min(parts[: index + 1], key=lambda part: part.mean), window) for index, window in enumerate(parts)]
 
 

@@ -13,23 +13,22 @@ from trainer.diagnosis.window import measured_points, start_of, taken, width, wi
 from trainer.recipe.train import Train
 
 FALSE_ALARMS = 0.05
-"""Acceptable share of healthy runs in which the paired test alone finds a rise in held-out loss. It is
-divided among the measurements."""
+"""Acceptable share of healthy runs in which the paired test alone finds a rise in held-out loss. This share is divided
+among the measurements."""
 RISE = 0.1
-"""Minimum rise of the held-out loss, as a share of its lowest value. A smaller rise is not worth another
-run."""
+"""Minimum rise of the held-out loss, as a share of its lowest value. A smaller rise does not justify another run."""
 FEW_EXAMPLES = 50
 """Number of examples below which a data set is small: OpenAI's fine-tuning guide reports clear
 improvements with 50 to 100 examples."""
 MANY_EXAMPLES = 1000
 GAP, GAP_OF_MANY_EPOCHS, MANY_EPOCHS = 2.0, 1.5, 10
-"""Ratio of held-out to training loss above which a model has memorized its examples. The second value
-applies from MANY_EPOCHS epochs on: a model that has seen an example ten times has memorized it, so a
-smaller gap is enough. Of 20 runs of 20 epochs on 60 examples, the first ratio found 16 and the second 18
+"""Ratio of held-out to training loss above which a model is considered to have memorized its examples. The second value
+applies from MANY_EPOCHS epochs on: a model that has seen an example ten times has memorized it, so a smaller gap is
+enough. Among 20 runs of 20 epochs on 60 examples, the first ratio detected 16 runs and the second 18
 (benchmarks.diagnosis, seeds 3000 to 3019)."""
 WIDEST = 0.2
-"""Maximum width of the exact-match interval. With a wider interval, a version that is ten points worse
-looks the same."""
+"""Maximum width of the exact-match interval. With a wider interval, a version that is ten points worse could not be
+distinguished."""
 
 CUT_OFF = 0.02
 """Share of answers cut off at their token limit above which there is a finding. A smaller share barely
@@ -90,7 +89,9 @@ def find_too_little_data(run: TrainingRun) -> Finding | None:
 
 
 def find_small_heldout(run: TrainingRun) -> Finding | None:
-    """Return a finding if the held-out metrics are too uncertain to compare versions. Raw text has no exact match."""
+    """Return a finding if exact match on the held-out set is too uncertain to compare versions. Raw-text runs get no
+    finding, because exact match does not apply to them.
+    """
     if run.evaluation is None or run.recipe.objective is Objective.TEXT:
         return None
     match, asked, data = run.evaluation.exact_match, run.evaluation.examples, run.recipe.data
@@ -177,9 +178,9 @@ def _least_gap(run: TrainingRun) -> float:
 def _gap(run: TrainingRun) -> tuple[float, float] | None:
     """Return the final training loss and a lower bound of the held-out loss, in nats per token.
 
-    The result is None within the first epoch, because the training loss of an example's first pass is itself a held-out
-    loss. It is also None if answers other than the final ones are learnt, because then the two losses are not
-    comparable.
+    The result is None within the first epoch, because the training loss on an example that is seen for the first time
+    is itself a held-out loss. It is also None if answers other than the final answers are trained on, because then the
+    two losses are not comparable.
     """
     parts = windows(run.curve)
     if not parts or run.curve[-1].epoch <= 1.0 or not run.learns_final_answers:

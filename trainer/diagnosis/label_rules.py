@@ -13,35 +13,34 @@ from trainer.diagnosis.training_run import TrainingRun
 from trainer.diagnosis.window import FEW_STEPS, measured_points, taken
 
 MAX_LABELS = 50
-"""Maximum number of distinct answers for a task to count as labelling. `svc data check` uses the same
+"""Maximum number of distinct answers for a task to count as labeling. `svc data check` uses the same
 limit."""
 MIN_ASKED = 60
-"""Minimum number of held-out examples. It ensures that a third of them is at least twenty."""
+"""Minimum number of held-out examples, chosen so that a third of the examples is at least twenty."""
 WRONG = 0.06
 """Share of wrong answers among the model's most confident third above which labels are suspect. On the
 section task, 2 to 4% of these answers are wrong, compared with 25 to 35% of all answers."""
 LEARNT, SURE = 0.7, 0.88
-"""Thresholds for the mean probability of the most confident third and the most confident sixth of answers.
-A model below the first has not learnt its task. With correct labels, some examples are easy, and the
-model's mean probability for them exceeds the second: it is 0.96 on the section task. Randomly assigned
-wrong labels affect easy examples too, so a model that has learnt how often they occur stays unsure even
-there."""
+"""Thresholds for the mean probability of the most confident third and the most confident sixth of answers. A model
+below the first threshold has not learned its task. With correct labels, some examples are easy, and the model's mean
+probability for them exceeds the second threshold: it is 0.96 on the section task. Randomly assigned wrong labels affect
+easy examples too, so a model that has learned how often they occur stays unsure even there."""
 STILL_LEARNING = 0.3
-"""Fall of the training loss in the last third of training, as a share of its final level, above which a
-model is still learning. Such a model is also unsure of correct labels. In 300 healthy runs, label noise
-was reported 5 times without this limit and once with it; in 60 runs with a fifth of wrong labels, 19
-times and 15 times (seeds from 3000)."""
+"""Fall of the training loss in the last third of training, as a share of its final level, above which a model is still
+learning. Such a model is also unsure of correct labels. In 300 healthy runs, label noise was reported 5 times without
+this limit and once with it. In 60 runs in which a fifth of the labels was wrong, label noise was reported 19 times
+without the limit and 15 times with it (seeds from 3000)."""
 CONTRADICTED = 0.02
 GAINED = 0.05
-"""Minimum share of the label entropy that the prompts must explain. A model below it has learnt only how
+"""Minimum share of the label entropy that the prompts must explain. A model below this share has learned only how
 frequent each label is."""
 HARDLY_GAINED, STILL_FALLING, LATE_SURE = 0.15, 0.15, 1.5
-"""Thresholds for a model that has hardly started to learn: the maximum share of the label entropy that it explains,
-and by how much its training loss must still have fallen in the last third of training for more steps to help, as a
-share of its final level and in standard errors. When nothing explains the labels, the loss falls by 7% at most
+"""Thresholds for a model that has hardly started to learn: the maximum share of the label entropy that it explains, and
+by how much its training loss must still have fallen in the last third of training for more steps to help, as a share of
+its final level and in standard errors. If the prompts do not explain the labels, the loss falls by at most 7%
 (docs/diagnosis.md)."""
 PARTLY_GAINED, HELDOUT_FALLING, HELDOUT_SURE = 0.5, 0.05, 2.0
-"""Thresholds for a model that has learnt only part of its task in a short run: the maximum share of the label entropy
+"""Thresholds for a model that has learned only part of its task in a short run: the maximum share of the label entropy
 that it explains, and by how much its held-out loss must have fallen in the second half of the steps for more steps to
 help, as a share of its final level and in standard errors over the same examples."""
 
@@ -74,7 +73,7 @@ def find_label_noise(run: TrainingRun) -> Finding | None:
 
 
 def _find_unlearnt(run: TrainingRun) -> Finding | None:
-    """Return a finding if the labels were not learnt, naming the cause: a high learning rate, too few steps or
+    """Return a finding if the labels were not learned, naming the cause: a high learning rate, too few steps or
     wrong labels.
     """
     counts, asked = Counter(run.answers), len(run.answers)
@@ -112,8 +111,8 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
 def _still_falls(run: TrainingRun) -> bool:
     """Return whether the held-out loss was still falling in the second half of the run.
 
-    If it was not measured, the training loss is used instead. It is only a fallback, because memorizing
-    examples lowers it as well.
+    If held-out loss was not measured in the first half of the run, the training loss is used instead. The training loss
+    is only a fallback, because memorizing examples lowers it as well.
     """
     measured = measured_points(run.curve)
     middle = [point for point in measured if 0 < 2 * point.step <= measured[-1].step + 1]

@@ -23,7 +23,7 @@ class TrainingRun:
         answers: the reference answers of `results`, or of all held-out examples if none were evaluated.
         learns_final_answers: whether the training loss covers final answers only, as held-out loss does.
         evaluation: evaluation of the trained model, or None if it was not served.
-        cut_off: share of held-out answers cut off at their token limit, keyed by format.
+        cut_off: share of held-out answers that were cut off at their token limit, keyed by format.
         results: the trained model's result on each held-out example.
         general_change: the score on general tasks after training minus the score before, or None if not
             measured.

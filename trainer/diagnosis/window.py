@@ -1,5 +1,5 @@
-"""Mean losses over windows of consecutive steps, and their standard errors. The loss of a single batch says
-little.
+"""Mean losses over windows of consecutive steps, and their standard errors. The loss of a single batch is too noisy to
+interpret.
 """
 
 import math
@@ -10,12 +10,12 @@ from statistics import fmean, stdev
 from svc.evaluation.training_curve import TrainingPoint
 
 MIN_STEPS = 20
-"""Minimum number of steps needed to interpret a loss curve. Shorter curves show nothing."""
+"""Minimum number of steps needed to interpret a loss curve."""
 FEW_STEPS = 50
-"""Number of steps below which a run counts as short. Too few steps may explain why the labels were not learnt.
+"""Number of steps below which a run counts as short. Too few steps may explain why the labels were not learned.
 The held-out loss of a short run is measured on more examples."""
 MIN_MEASURED = 8
-"""Minimum number of held-out examples in a loss measurement. Fewer are not representative."""
+"""Minimum number of held-out examples in a loss measurement. Fewer examples are not representative."""
 _MIN_WIDTH, _SHARE = 5, 10  # steps, and the divisor of the run's steps
 _FIRST = 2
 """Number of initial steps whose loss does not reflect any learning yet, because the learning rate is still
@@ -37,7 +37,7 @@ class Window:
     error: float
 
     def above(self, other: "Window") -> tuple[float, float]:
-        """Return how far this window's mean is above the other's, and the standard error of the difference."""
+        """Return the mean of this window minus the mean of another window, and the standard error of the difference."""
         return self.mean - other.mean, math.hypot(self.error, other.error)
 
 
@@ -53,8 +53,8 @@ def taken(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
 
 
 def measured_points(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
-    """Return the points whose held-out loss was measured on enough examples. Points that were not measured on
-    the same examples as the last one are excluded.
+    """Return the points whose held-out loss was measured on enough examples. Points that were not measured on the same
+    examples as the last point are excluded.
     """
     points = [point for point in curve if len(point.heldout_each) >= MIN_MEASURED]
     return [point for point in points if len(point.heldout_each) == len(points[-1].heldout_each)]

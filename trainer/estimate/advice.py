@@ -1,10 +1,10 @@
 """Proposes changes to a recipe that does not fit in memory: as few keys as possible, cheapest changes
 first.
 
-Every proposal is estimated with all of its changes applied, so it is as accurate as the estimate itself.
-Changes that do not affect the result come first (smaller batches with more accumulation, weights that
-several devices divide among them, checkpointing), followed by rounding the optimizer's moments, then a
-different method, and finally changes that reduce what is learnt.
+Every proposal is estimated with all of its changes applied, so it is as accurate as the estimate itself. Changes that
+do not affect the result come first (smaller batches with more accumulation, weights sharded across devices,
+checkpointing), followed by rounding the optimizer's moments, then a different method, and finally changes that reduce
+what is learned.
 """
 
 import json
@@ -24,7 +24,7 @@ Changes = dict[str, Any]
 
 
 def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice) -> dict[str, Any] | None:
-    """Return the changes that make a recipe fit in memory, which are empty if it already fits. Return None if
+    """Return the changes that make a recipe fit in memory. The result is empty if the recipe already fits, and None if
     no change helps.
     """
 
@@ -48,7 +48,7 @@ def advise(recipe: Recipe, shape: ModelShape, workload: Workload, device: Comput
 
 
 def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
-    """Yield changes to the recipe, cheapest first. Each change is applied on top of the earlier ones."""
+    """Yield changes to the recipe, cheapest first. Each change is applied on top of all earlier changes."""
     yield {}
     if recipe.train.sharding is Sharding.NEVER and device.count > 1 and not recipe.undivided:
         yield {"train.sharding": Sharding.AUTO.value}
@@ -72,8 +72,8 @@ def _steps(recipe: Recipe, device: ComputeDevice) -> Iterator[Changes]:
 
 
 def _sizes(train: Train) -> list[int]:
-    """Return the divisors of the recipe's batch size, largest first. With a divisor as batch size, accumulation can
-    keep the number of steps the same.
+    """Return the divisors of the recipe's batch size, largest first. With a divisor as the batch size, gradient
+    accumulation can keep the number of steps the same.
     """
     size = train.batch_size
     return [divisor for divisor in range(size, 0, -1) if size % divisor == 0]

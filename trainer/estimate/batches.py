@@ -1,8 +1,8 @@
 """The batches of a training run, which determine how much memory and time it needs.
 
-They are formed as in the trainer, from the real example lengths, so padding, grouping by length and
-shared prompts are all taken into account. Without the base's tokenizer, texts are cut into pieces of 4.2
-characters, the average token length in English text; other languages and code need more tokens.
+The batches are formed as in the trainer, from the real example lengths, so padding, grouping by length and shared
+prompts are all taken into account. Without the base's tokenizer, texts are cut into pieces of 4.2 characters, the
+average token length in English text; other languages and code need more tokens.
 """
 
 import heapq
@@ -37,14 +37,14 @@ _MAX_EXAMPLES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Examples that the model processes together.
+    """Dimensions of a batch of examples, which the model processes together.
 
     Attributes:
         rows: number of examples.
         length: number of tokens in the longest example.
         shared: number of tokens in the prefix that all examples share, which is computed once.
         answers: number of tokens that are trained on.
-        sequences: number of sequences of each example: 2 for a pair of answers.
+        sequences: number of sequences per example, which is 2 for a pair of answers.
     """
 
     rows: int
@@ -132,10 +132,11 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
 def read_preference_workload(
     judged: Sequence[PreferencePair | LabelledAnswer], recipe: Recipe, folder: Path
 ) -> Workload:
-    """Return the batches that the training run of a preference would form (see `read_workload`).
+    """Return the batches that preference training would form (see `read_workload`).
 
-    The model scores all answers once before training. With `objective: kto`, answers to other prompts are scored too,
-    which have the same lengths as the labelled answers.
+    The model scores all answers once before training. With `objective: kto`, each labeled answer is also compared with
+    an answer to a different prompt. These answers are scored too, and are assumed to be as long as the labeled
+    answers.
     """
     train, counted = recipe.train, any((folder / name).is_file() for name in TOKENIZER_FILES)
     chosen = np.random.default_rng(recipe.data.seed).permutation(len(judged))[:_MAX_EXAMPLES]
@@ -161,7 +162,7 @@ def read_preference_workload(
 
 
 def shared_out(recipe: Recipe, workload: Workload, devices: int) -> tuple[Recipe, Workload]:
-    """Return the part of a run that one of several devices computes, as a recipe and its workload.
+    """Return the share of a run that each of several devices computes, as a recipe and its workload.
 
     Raises:
         RecipeError: a step cannot be divided among the devices.
@@ -208,7 +209,7 @@ def _plan(units: Sequence[Sequence[TokenizedExample]], train: Train) -> list[Bat
 
 
 def measure_batch(rows: Sequence[TokenizedExample], sequences: int = 1) -> Batch:
-    """Return the dimensions of a batch made up of the given rows, padded to the longest one.
+    """Return the dimensions of a batch that consists of the given rows, padded to the longest row.
 
     Args:
         sequences: number of rows that belong to one example.
@@ -248,7 +249,9 @@ def _tokenize(
 def _tokenize_judged(
     judged: Sequence[PreferencePair | LabelledAnswer], folder: Path, recipe: Recipe, *, counted: bool
 ) -> list[tuple[TokenizedExample, ...]]:
-    """Return both answers of each pair, or each labelled answer, without those that the recipe drops as too long."""
+    """Return both answers of each pair, or each labeled answer. Answers that the recipe drops as too long are
+    excluded.
+    """
 
     def tokenize(examples: Sequence[ChatExample]) -> list[TokenizedExample]:
         if counted:

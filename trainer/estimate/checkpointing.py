@@ -10,8 +10,8 @@ from trainer.estimate.estimate import Estimate, estimate_recipe, memory_on
 from trainer.recipe.train import Sharding
 
 SPARE = 1.4
-"""Factor by which the free memory must exceed the estimate without checkpointing. Estimates were within a
-fifth of measurements on a CPU, and were never compared with a GPU."""
+"""Factor by which the free memory must exceed the estimate without checkpointing. Estimates were within a fifth of the
+measured memory on a CPU, and were never compared with measurements on a GPU."""
 _KEY = "train.gradient_checkpointing"
 
 
@@ -24,7 +24,9 @@ class Checkpointing:
 
 
 def choose_checkpointing(estimate: Estimate) -> Checkpointing:
-    """Choose gradient checkpointing for a run on this machine. The recipe's key takes precedence."""
+    """Choose gradient checkpointing for a run on this machine. `train.gradient_checkpointing` in the recipe takes
+    precedence.
+    """
     recipe, device = estimate.recipe, estimate.here.device
     asked = recipe.train.gradient_checkpointing
     if asked is not None:
@@ -52,8 +54,8 @@ def with_checkpointing(estimate: Estimate, enabled: bool, served_length: int) ->
 
 
 def _sharding(estimate: Estimate) -> dict[str, str]:
-    """Return the recipe key that fixes whether the weights are sharded across devices, as in an estimate. Weights that
-    fit unsharded only with checkpointing are not sharded.
+    """Return a recipe change that keeps the weights sharded or unsharded, as they are in an estimate. Weights that fit
+    unsharded only with checkpointing therefore stay unsharded.
     """
     here = estimate.here
     if here.device.count == 1 or here.undivided:

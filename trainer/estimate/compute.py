@@ -36,7 +36,7 @@ pass.
 
 
 def training_seconds(training: Training, workload: Workload, device: ComputeDevice) -> float:
-    """Return the time in seconds from the start of the first training step to the end of the last one."""
+    """Return the time in seconds from the start of the first training step to the end of the last step."""
     shape, recipe = training.shape, training.recipe
     operations = sum(batch_operations(training, batch) for batch in workload.batches) * workload.repeats
     operations += sum(scoring_operations(training, batch) for batch in workload.batches) * workload.scored
@@ -112,7 +112,7 @@ def _memory_traffic(training: Training) -> float:
 
 
 def _up_to(tokens: int) -> int:
-    """Return the number of attention pairs among the first `tokens` tokens: each attends to itself and to all
-    earlier ones.
+    """Return the number of attention pairs among the first `tokens` tokens: each attends to itself and to all earlier
+    tokens.
     """
     return tokens * (tokens + 1) // 2

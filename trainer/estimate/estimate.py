@@ -115,7 +115,7 @@ def estimate_recipe(
 def estimate_device(
     recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice, served_length: int
 ) -> DeviceEstimate:
-    """Estimate a recipe on one device, or on several equal ones.
+    """Estimate a recipe on one device, or on several identical devices.
 
     Raises:
         RecipeError: a step cannot be divided among the devices.
@@ -144,7 +144,7 @@ def _training(recipe: Recipe, shape: ModelShape, device: ComputeDevice, largest:
     recipe says so or, by default, if all weights and the largest batch do not fit on one device.
 
     Args:
-        recipe: recipe with the batches of one device.
+        recipe: recipe with the batch size per device.
     """
     copy = Training(recipe, shape, device.cpu, device.number_type, device.count)
     asked = recipe.train.sharding
@@ -173,8 +173,8 @@ def memory_on(recipe: Recipe, shape: ModelShape, batch: Batch, device: ComputeDe
 
 
 def _largest_batch(training: Training, workload: Workload, memory: float) -> int:
-    """Return the largest batch size that fits if every example is as long as the longest one. Return 0 if not
-    even one example fits.
+    """Return the largest batch size that fits if every example is as long as the longest example. Return 0 if not even
+    a single example fits.
     """
     sizes = range(1, _MAX_BATCH + 1)
     return bisect_right(sizes, memory, key=lambda size: training.peak(workload.largest.resized(size)))

@@ -1,11 +1,10 @@
 """Peak memory of training, broken down by what it is used for.
 
-Weights, gradients and the optimizer's state are counted as in Rajbhandari et al. 2020 (ZeRO, section
-3.1), the quantized base as in Dettmers et al. 2023 (QLoRA, section 3: 4 bits, plus 0.127 for the scales
-of scales), and checkpointed activations as in Korthikanti et al. 2022 (section 5). The tensors that a
-layer saves for its backward pass were counted in this trainer with
-`torch.autograd.graph.saved_tensors_hooks`, because they differ from those of the papers' models: this
-trainer has an answers-only head, its own LoRA and attention on CPUs, and PEFT's layers.
+Weights, gradients and the optimizer's state are counted as in Rajbhandari et al. 2020 (ZeRO, section 3.1), the
+quantized base as in Dettmers et al. 2023 (QLoRA, section 3: 4 bits, plus 0.127 for the scales of scales), and
+checkpointed activations as in Korthikanti et al. 2022 (section 5). The tensors that a layer saves for its backward pass
+were counted in this trainer with `torch.autograd.graph.saved_tensors_hooks`, because they differ from the tensors in
+the papers' models: this trainer has an answers-only head, its own LoRA and attention on CPUs, and PEFT's layers.
 """
 
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ _ADAM = 2 * FLOAT32
 """Bytes per weight for Adam's two moments (Kingma and Ba 2015), which have the number type of the trained
 weights."""
 _NF4, _NF4_SCALES = 4 / 8, 0.127 / 8
-"""Bytes per weight in NF4, and the weight's share of the scales."""
+"""Bytes per weight in NF4: for the weight itself, and for its share of the scales."""
 PROCESS = 0.75e9
 """Memory of a Python process with torch, transformers, PEFT and TRL before a model is loaded, in bytes:
 0.69 GB measured, plus the command."""
@@ -36,8 +35,8 @@ _CUDA = 0.75 * 2**30
 """Memory of the CUDA context and the cuBLAS workspace, in bytes. It takes 0.4 to 0.8 GiB, depending on
 driver and GPU."""
 _FRAGMENTS_CPU, _FRAGMENTS_GPU = 1.07, 1.1
-"""Factors by which fragmentation and short-lived tensors increase activation memory. The CPU factor was
-measured, with batches of different lengths; for GPUs, a tenth is assumed."""
+"""Factors by which fragmentation and short-lived tensors increase activation memory. The CPU factor was measured with
+batches of different lengths; the GPU factor assumes 10% overhead."""
 _LOGITS_AT_ONCE = 2**26  # as in trainer.training.loss
 _TILE = 4096 * 8192 * 6
 """Bytes of logits that TRL's output head holds in GPU memory at a time."""
@@ -64,11 +63,10 @@ _DIVIDED = (Part.WEIGHTS, Part.ADAPTER, Part.GRADIENTS, Part.OPTIMIZER)
 
 @dataclass(frozen=True)
 class Training:
-    """Everything except the batches that determines the memory and time of a training run on one kind of
-    device.
+    """Everything that determines the memory and time of a training run on one kind of device, except the batches.
 
     Attributes:
-        recipe: recipe with the batches of one device.
+        recipe: recipe with the batch size per device.
         number_type: number type of the matrix products.
         devices: number of devices that train together.
         sharded: whether the weights are sharded across the devices.
@@ -113,21 +111,21 @@ class Training:
 
     @property
     def copy_bytes(self) -> float:
-        """Bytes of all weights in the form in which devices gather them."""
+        """Size in bytes of all weights, in the form in which devices gather shards."""
         packed = self.shape.linear_weights if self.nf4 else 0
         return self.size * (self.shape.parameters - packed) + _NF4 * packed
 
     @property
     def token_matrices(self) -> int:
-        """Number of matrices with a row for each token (embedding, output head) whose rows, or some of whose rows, are
-        trained in addition to the adapter.
+        """Number of matrices with one row per token (embedding, output head) in which some or all rows are trained in
+        addition to the adapter.
         """
         matrices = 2 if self.shape.untied else 1
         return 0 if self.full else matrices if self.recipe.new_tokens else self._whole_matrices
 
     @property
     def _whole_matrices(self) -> int:
-        """Number of matrices with a row for each token (embedding, output head) that are trained in full."""
+        """Number of matrices with one row per token (embedding, output head) that are trained in full."""
         return min(2 if self.shape.untied else 1, len(set(self.recipe.adapter.modules_to_save)))
 
     @cached_property
@@ -160,8 +158,8 @@ class Training:
         """Bytes of optimizer moments that can be paged out of the GPU. This is 0 for adapters, whose parameters are
         too small to be paged.
 
-        bitsandbytes pages no parameter with fewer than 100,000 weights; an adapter parameter of rank 16 and
-        4,096 inputs has 65,536.
+        bitsandbytes does not page parameters with fewer than 100,000 weights; an adapter parameter of rank 16 and 4,096
+        inputs has 65,536.
         """
         optimizer = self.recipe.train.optimizer
         paged = optimizer.is_paged and self.full and not self.cpu
@@ -213,8 +211,8 @@ class Training:
         return sum(parts.get(part, 0) for part in needed)
 
     def _gathered(self) -> dict[Part, float]:
-        """Return the bytes that a device needs for weights outside its own share: two layers, one of which is gathered
-        while the other is computed, and the embeddings and the output head during a step. See
+        """Return the bytes that a device needs for weights outside its own shard: two layers, because the next layer is
+        gathered while the current layer is computed, and the embeddings and the output head during a step. See
         trainer.training.sharding.
         """
         shape = self.shape

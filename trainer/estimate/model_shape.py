@@ -39,14 +39,14 @@ class ModelShape:
         inner: inner width of the feed-forward block for one token, summed over all experts that compute the
             token.
         layers: number of layers.
-        heads, kv_heads, head_width: numbers of attention heads, and their width.
+        heads, kv_heads, head_width: number of query heads, number of key and value heads, and width of a head.
         vocabulary: number of tokens.
         linear: input and output sizes of each linear layer except the output head, keyed by name.
         targets: names of the linear layers that an adapter changes.
         experts: shapes [experts, rows, columns] of the parameters that contain all experts of a layer.
         experts_share: share of the experts that compute a token.
         adapts_experts: whether an adapter also changes the experts.
-        untied: whether the output head has its own weights, instead of those of the embedding.
+        untied: whether the output head has its own weights instead of sharing the embedding's weights.
         context: the model's maximum number of tokens, or None if the config does not state it.
         shares_keys: whether every layer attends to all earlier tokens, so that a common prefix can be
             computed once.
@@ -82,7 +82,7 @@ class ModelShape:
 
     @cached_property
     def linear_weights(self) -> int:
-        """Number of weights that NF4 quantizes: those of all linear layers except the output head."""
+        """Number of weights that NF4 quantizes, which are the weights of all linear layers except the output head."""
         return sum(inputs * outputs for inputs, outputs in self.linear.values())
 
     @cached_property
@@ -154,7 +154,7 @@ def _read_config(folder: Path) -> tuple["PreTrainedConfig", tuple[str, ...]]:
 
 
 def _as_llama(path: Path, content: dict[str, Any]) -> tuple["PreTrainedConfig", tuple[str, ...]]:
-    """Return the config of a Llama with the same widths as the model, and notes on what it leaves out.
+    """Return the config of a Llama with the same widths as the model, and notes on what this approximation omits.
 
     The Llama is at least as large as the part of the model to which these widths apply.
     """

@@ -1,8 +1,8 @@
-"""Rejects runs that cannot fit on this machine, by comparing each stage's minimum memory with what the
-machine has.
+"""Rejects runs that cannot fit on this machine, by comparing each stage's minimum memory with the machine's total
+memory.
 
-Rejecting a run that would fit is worse than starting one that fails. The minimum is therefore compared
-with the total memory of the machine, not with the memory that is currently free.
+Rejecting a run that would fit is worse than starting a run that fails. The minimum is therefore compared with the total
+memory, not with the memory that is currently free.
 """
 
 import shutil
@@ -52,7 +52,7 @@ def refuse_stages(estimate: Estimate, machine: Machine) -> None:
     """Raise InsufficientMemoryError if a stage after training does not fit into memory.
 
     An engine may also use several GPUs and main memory, and parity runs on the CPU if the GPU is too small. The GPU
-    memory that they need is therefore compared with the total memory of the machine.
+    memory that these stages need is therefore compared with the total memory of the machine.
 
     Raises:
         InsufficientMemoryError: the message names the stage, how much memory is missing, and a format that

@@ -60,7 +60,7 @@ def _divided(estimate: DeviceEstimate) -> str:
 
 
 def lacking(estimate: DeviceEstimate) -> list[str]:
-    """Return a sentence for each stage after training that needs more memory than the device has free."""
+    """Return a sentence for each stage after training that needs more memory than is free on the device."""
     device = estimate.device
     free = {"of the GPU": device.memory, "of main memory": device.memory if device.cpu else device.ram}
     return [
@@ -135,8 +135,8 @@ def _learning_rate(estimate: Estimate) -> str:
 def _lower_rate(recipe: Recipe) -> str:
     """Return a note on the lower learning rates published for PiSSA and LoRA+, or an empty string for other methods.
 
-    The default rate does not take them into account, because they were not measured here, and LLaMA-Factory's examples
-    use LoRA's rate for both methods.
+    The default rate does not take them into account, because their effect was not measured in this project, and
+    LLaMA-Factory's examples use LoRA's rate for both methods.
     """
     if (recipe.adapter.init or "").startswith(PISSA):
         return "; PiSSA's authors used about a tenth of LoRA's rate"

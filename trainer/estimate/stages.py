@@ -1,9 +1,9 @@
 """Estimates the memory and disk space that each stage of a run needs.
 
-The stages run in sequence, and each frees its memory before the next starts, so a run needs as much
-memory as its largest stage. Their outputs are kept, so disk space adds up. Values are peaks of resident
-memory, including mapped pages of files. Formulas are arithmetic unless stated otherwise; their constants
-were measured with `benchmarks.stage_memory` on a CPU (docs/estimate.md). Nothing was measured on a GPU.
+The stages run in sequence, and each frees its memory before the next starts, so a run needs as much memory as its
+largest stage. Their outputs are kept, so disk space adds up. Values are peaks of resident memory, including mapped
+pages of files. Unless stated otherwise, the formulas are calculated from tensor sizes; their constants were measured
+with `benchmarks.stage_memory` on a CPU (docs/estimate.md). Nothing was measured on a GPU.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ _MATRIX_COPIES, _HESSIAN_COPIES, _HIDDEN_COPIES = 3, 2, 3
 """Number of copies in memory while a matrix is quantized: of the matrix itself, of its Hessian, and of the
 hidden states of all calibration tokens."""
 _COMPARED_COPIES = 12
-"""Number of float32 copies of a layer in memory while its merged weights are compared with base plus
-adapter (trainer.parity.adapter)."""
+"""Number of float32 copies of a layer in memory while its merged weights are compared with the sum of base and adapter
+(trainer.parity.adapter)."""
 _PARITY_ROOM = 1.2, 2 * 2**30
 """Free GPU memory required to score a model on a GPU: this multiple of its weights, plus this many bytes.
 `trainer.parity.scores.choose_device` applies the same rule."""
@@ -115,7 +115,7 @@ def four_bit_bytes(group_size: int, shape: ModelShape) -> float:
 
 
 def eight_bit_bytes(shape: ModelShape) -> float:
-    """Return the size of a model in INT8 or FP8, in bytes. The scales, one per output, are left out."""
+    """Return the size of a model in INT8 or FP8, in bytes. The scales, one per output, are not counted."""
     return shape.linear_weights + BFLOAT16 * (shape.parameters - shape.linear_weights)
 
 
@@ -123,9 +123,9 @@ def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int
     """Return the memory that an engine needs to serve the merged weights, in bytes, keyed by what it is used
     for.
 
-    The calculation is the one that svc.engine.vllm.headroom applies before an engine starts.
+    svc.engine.vllm.headroom uses the same calculation before an engine starts.
 
-    The KV cache has room for one sequence of maximum length.
+    The KV cache is sized for one sequence of maximum length.
     """
     size, length = number_size(number_type), min(served_length, shape.context or served_length)
     return {
@@ -164,8 +164,8 @@ def _merge(training: Training) -> tuple[Need, Need]:
     """Return the requirements of a merge. It needs two bf16 copies of the largest tensor or four float32 copies
     of the largest adapted tensor, whichever is more.
 
-    After full fine-tuning, the trained model is compared with the base instead. This needs a layer of both
-    models, mapped and read, their difference, and a mask of the differences.
+    After full fine-tuning, the trained model is compared with the base instead. This needs one layer of each model,
+    both memory-mapped and in memory, as well as their difference and a mask of the differences.
     """
     largest = _largest_layer(training)
     if training.full:
@@ -186,8 +186,8 @@ def _engine(training: Training, weights: float, served_length: int) -> tuple[Nee
 
 
 def _quantize(training: Training, example_tokens: float, *, awq: bool) -> tuple[Need, Need]:
-    """Return the requirements of quantizing in a separate process: those of one layer, plus what GPTQ needs for
-    the layer's largest matrix.
+    """Return the requirements of quantizing in a separate process: memory for one layer, plus the memory that GPTQ
+    needs for the layer's largest matrix.
 
     gptqmodel reads each layer from the merged model's files in turn and writes the finished layer to disk
     (`offload_to_disk`), from which the model's files are then written, so every layer is on the disk twice.
@@ -219,7 +219,9 @@ def _quantize(training: Training, example_tokens: float, *, awq: bool) -> tuple[
 
 
 def _round(training: Training) -> tuple[Need, Need]:
-    """Return the requirements of rounding to 8 bits, which needs the largest matrix in bf16 and twice in float32."""
+    """Return the requirements of rounding to 8 bits, which needs one bf16 copy and two float32 copies of the largest
+    matrix.
+    """
     written = eight_bit_bytes(training.shape)
     working = (BFLOAT16 + 2 * FLOAT32) * training.shape.largest_layer
     return Need(ram=PROCESS + working, disk=written), Need(ram=working, disk=written)
@@ -229,8 +231,9 @@ def _parity(training: Training, memory: float) -> tuple[Need, Need]:
     """Return the requirements of the parity checks: one copy of the model with its adapter, and float32 copies
     of the layer being compared.
 
-    The checks run on the GPU if these fit there, and otherwise on the CPU. There, bfloat16 weights are mapped pages of
-    the model's files, which the system can reclaim. Reading them again is slow, but does not justify rejecting a run.
+    The checks run on the GPU if these tensors fit into its memory, and otherwise on the CPU. On the CPU, bfloat16
+    weights are memory-mapped pages of the model's files, which the system can reclaim. Reading them again is slow, but
+    does not justify rejecting a run.
     """
     number_type = calibration_type(training.number_type)
     weights = number_size(number_type) * training.shape.parameters

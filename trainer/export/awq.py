@@ -1,8 +1,8 @@
 """The AWQ-specific parts of quantization with gptqmodel: options, calibration texts and clipping.
 
-Before rounding, AWQ scales up the input columns of a layer that matter most, and scales the preceding layer down by the
-same factors: the norm or, for `down_proj`, the rows of `up_proj`. It then clips each group's weights where that lowers
-the error of the outputs, and rounds to nearest.
+Before rounding, AWQ scales up the most important input columns of a layer, and scales down the preceding norm (for
+`down_proj`, the rows of `up_proj`) by the same factors. It then clips each group's weights where that lowers the error
+of the outputs, and rounds to nearest.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +23,10 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures whose AWQ scales trainer.parity.awq can undo to compare the weights with the merged model. In
 gptqmodel's definitions of other architectures, the scales are applied to other layers."""
 _BLOCK = 512
-"""Tokens in a calibration text. gptqmodel calibrates AWQ with the last batch alone if texts have different lengths."""
+"""Tokens in a calibration text. If texts have different lengths, gptqmodel calibrates AWQ with only the last batch."""
 _CLIP_STEPS, _CLIP_SHARE = 10, 0.05
-"""Number and size of the steps of the clipping search, which are gptqmodel's: 1, 0.95 and so on down to 0.55 times the
-largest weight."""
+"""Number and size of the steps in the clipping search, as in gptqmodel. The search tries 1, 0.95 and so on down to 0.55
+times the largest weight."""
 
 
 def check_awq(model: Path, number_type: NumberType) -> None:
@@ -54,7 +54,7 @@ def check_awq(model: Path, number_type: NumberType) -> None:
 
 
 def equal_blocks(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Return the tokens of all rows as blocks of equal length. A last, shorter block is left out."""
+    """Return the tokens of all rows as blocks of equal length. A shorter last block is dropped."""
     tokens = tuple(chain.from_iterable(rows))
     size = min(_BLOCK, len(tokens))
     return [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
@@ -119,7 +119,7 @@ def best_clip(
     group_size: int,
     round_into: "Callable[[torch.Tensor, torch.Tensor], None]",
 ) -> "torch.Tensor":
-    """Return the clipping limit of each group's weights at which rounding changes the group's contribution to the
+    """Return, for each group of weights, the clipping limit at which rounding changes the group's contribution to the
     outputs least.
 
     The mean square of the change x·d over all tokens x is d·G·d, where G is the mean of the outer products x·x. The
@@ -128,7 +128,7 @@ def best_clip(
     Args:
         weight: [outputs, inputs].
         inputs: [..., inputs], the layer's inputs for the calibration tokens.
-        round_into: writes the rounded first argument into the second.
+        round_into: function that rounds its first argument and writes the result into its second argument.
 
     Returns:
         Float32 limits of shape [outputs, groups, 1].

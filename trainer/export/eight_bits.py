@@ -1,9 +1,9 @@
 """Quantizes a merged model to 8 bits in the compressed-tensors layout: INT8 or FP8 weights, rounded to nearest.
 
-Each output of a linear layer has its own scale, and the engine quantizes activations token by token, so no
-calibration is needed. The files are written here instead of by a library: llmcompressor needs another
-release of compressed-tensors than vLLM pins, and vLLM cannot load gptqmodel's FP8 files. Embeddings, norms
-and the output head keep their 16 bits.
+Each output of a linear layer has its own scale, and the engine quantizes activations token by token, so no calibration
+is needed. The files are written here instead of by a library: llmcompressor needs a different release of
+compressed-tensors from the one that vLLM pins, and vLLM cannot load gptqmodel's FP8 files. Embeddings, norms and the
+output head stay in 16 bits.
 """
 
 import math
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 SCALE_SUFFIX = "_scale"
-"""Appended to the name of a weight to name the tensor with its scales."""
+"""Suffix that is appended to a weight's name to form the name of its scale tensor."""
 _NUMBERS = {Format.INT8: ("int", "int-quantized"), Format.FP8: ("float", "float-quantized")}
-"""Values of `type` and of the layout's `format` in the quantization config, keyed by the format of a version."""
+"""Values of `type` and of the layout's `format` in the quantization config, keyed by the version's format."""
 
 
 @dataclass(frozen=True, slots=True)

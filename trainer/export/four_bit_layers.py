@@ -19,9 +19,8 @@ _FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromke
 )
 """Layers that the engine fuses into a single layer."""
 _QUANTIZED_MIXTURES = ("olmoe", "qwen3_moe")
-"""Mixture-of-experts models for which gptqmodel 7.6 quantizes every expert and keeps the base's names. It
-silently skips the experts of GraniteMoE and MiniMax M2, and renames those of Mixtral, Phi-3.5-MoE and
-gpt-oss."""
+"""Mixture-of-experts models for which gptqmodel 7.6 quantizes every expert and keeps the base's names. It silently
+skips the experts of GraniteMoE and MiniMax M2, and renames the experts of Mixtral, Phi-3.5-MoE and gpt-oss."""
 _EXPERT = re.compile(r"(.+\.experts\.\d+\.\w+)\.weight")
 
 
@@ -30,8 +29,8 @@ def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
 
     Args:
         group_size: number of inputs that share a scale; it must divide the number of inputs of every layer.
-        multiple: the number of outputs of each engine layer must be a multiple of this. It is above 1 for an
-            engine on a CPU.
+        multiple: number that must divide the number of outputs of each engine layer. It is greater than 1 for an engine
+            on a CPU.
 
     Raises:
         RecipeError: `group_size` does not divide a layer's width; the message names the layer and the sizes
@@ -50,8 +49,8 @@ def check_layers(model: Path, group_size: int, multiple: int = 1) -> list[str]:
 
 
 def check_quantizer(model: Path) -> None:
-    """Check that gptqmodel has a definition of the model's architecture. Without one, it would guess the
-    layers.
+    """Check that gptqmodel has a definition of the model's architecture. Without a definition, gptqmodel would guess
+    the layers.
 
     Raises:
         TrainingError: gptqmodel has no definition of the architecture.
@@ -87,8 +86,8 @@ def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
 
 
 def _expert_shapes(model: Path) -> dict[str, tuple[int, int]]:
-    """Return the input and output sizes of each expert's matrices, keyed by name. They are separate in the
-    files but joined in memory.
+    """Return the input and output sizes of each expert's matrices, keyed by name. These matrices are stored separately
+    in the files but are joined in memory.
     """
     shapes = {match[1]: tensor.shape for tensor in read_headers(model) if (match := _EXPERT.fullmatch(tensor.name))}
     return {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}

@@ -1,9 +1,9 @@
 """Quantizes a merged model to 4 bits with GPTQ or AWQ, using gptqmodel.
 
-Rounding is calibrated on training examples, never on held-out ones. GPTQ's activation order is
-`act_group_aware`, because vLLM rejects `desc_act` with groups on every platform. On devices with slow
-bfloat16, GPTQ's layers are computed in float32, which does not change the types in the files. The
-evaluation, not this module, measures the quality lost by rounding.
+Rounding is calibrated on training examples, never on held-out examples. GPTQ's activation order is `act_group_aware`,
+because vLLM rejects `desc_act` with groups on every platform. On devices with slow bfloat16, GPTQ's layers are computed
+in float32, which does not change the types in the files. The evaluation, not this module, measures the quality lost by
+rounding.
 """
 
 import json
@@ -44,8 +44,8 @@ _BITS = 4
 _BATCH = 4  # calibration examples in one forward pass
 _NO_LOSS = "not applicable"
 _SCALE_ERROR = 2.0
-"""Power to which rounding errors are raised when choosing a group's scale. The scale with the smallest sum
-of these powers is used, not the one that reaches the largest weight."""
+"""Exponent of the rounding errors when choosing a group's scale. The chosen scale minimizes the sum of these powers,
+and may clip the largest weight."""
 _SCALE_STEPS, _MIN_SCALE = 20, 0.5
 """Number of steps and lowest factor of the scale search, which tries 1, 0.95, 0.9 and so on times the scale
 that reaches the largest weight. gptqmodel's default of 80 steps, down to 0.2, takes eight times as long
@@ -153,11 +153,11 @@ def calibration_type(number_type: NumberType) -> NumberType:
 
 
 def link_with_padding(model: Path, copy: Path) -> None:
-    """Create a copy of a model folder, made up of links and a config whose padding token has an embedding row.
+    """Create a copy of a model folder that consists of links and a config whose padding token has an embedding row.
 
-    gptqmodel pads calibration examples and masks the padding. If the config names no padding token, or one
-    that has another role, gptqmodel searches the vocabulary for common names and may choose a token without
-    an embedding row.
+    gptqmodel pads calibration examples and masks the padding. If the config names no padding token, or a token that
+    also has another role, gptqmodel searches the vocabulary for common names and may choose a token without an
+    embedding row.
     """
     copy.mkdir()
     for file in model.iterdir():

@@ -71,7 +71,9 @@ def trained_rows(adapter: Path) -> dict[str, list[int]]:
 
 
 def _all_rows(weights: "StoredWeights", adapter: Path) -> dict[str, list[int]]:
-    """Return the rows of new tokens, keyed by parameter, including those of an output head tied to the embedding."""
+    """Return the rows of new tokens, keyed by parameter, including the rows of an output head that is tied to the
+    embedding.
+    """
     rows = {f"{layer}.weight": ids for layer, ids in trained_rows(adapter).items()}
     tied = {target: rows[source] for target, source in weights.model.all_tied_weights_keys.items() if source in rows}
     return rows | tied

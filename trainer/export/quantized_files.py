@@ -3,7 +3,7 @@
 gptqmodel quantizes and writes fused feed-forward layers, such as Phi-3's `gate_up_proj`, as `gate_proj` and `up_proj`,
 but the engine looks for the architecture's names. Concatenating the two gives the same result as quantizing the fused
 layer: GPTQ rounds each row of a layer separately, and uses statistics of the layer's inputs, which are the same for
-both. The rounding itself is done elsewhere.
+both parts. This module does no rounding itself.
 """
 
 import json
@@ -77,7 +77,7 @@ def _parts(layer: str) -> list[str]:
 
 
 def _join(tensors: "dict[str, torch.Tensor]", layer: str, parts: list[str]) -> None:
-    """Replace the tensors of a split layer's parts with those of the joined layer."""
+    """Replace the tensors of a split layer's parts with the tensors of the joined layer."""
     import torch
 
     groups = [tensors.pop(f"{part}.{_INPUT_GROUPS}") for part in parts]

@@ -1,7 +1,7 @@
 """Writes safetensors files tensor by tensor, in any order, with the same file names as `save_pretrained`.
 
-The writer in safetensors needs all tensors of a file in memory. This one does not: the format begins
-with the offset of each tensor, which can be computed from the shapes. Imports torch.
+The writer in safetensors needs all tensors of a file in memory. The writer in this module does not: a file begins with
+the offsets of its tensors, which can be computed from the shapes. Imports torch.
 """
 
 import json
@@ -37,7 +37,7 @@ def open_tensor_files(
 
     Args:
         folder: output folder, created if missing.
-        shapes: tensors without data that have the number types to write, keyed by tensor name.
+        shapes: tensors without data, with the shapes and number types to write, keyed by name.
         parameters: number of the model's parameters, for the index.
     """
     folder.mkdir(parents=True, exist_ok=True)

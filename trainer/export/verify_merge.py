@@ -1,8 +1,8 @@
 """Verifies how training changed the weights, by comparing every written tensor with the base's.
 
-If a merge silently does nothing, the version answers like the base; if other tensors change, the version
-is not the one that was trained. The output of full fine-tuning is compared in the same way. Quality is
-measured by the evaluation, not here.
+If a merge silently does nothing, the version answers like the base; if other tensors change, the version differs from
+the trained model. The output of full fine-tuning is compared in the same way. Quality is measured by the evaluation,
+not here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ class MergeSummary:
 
     Attributes:
         modules: number of changed linear layers and expert parameters.
-        smallest_changed_share: smallest share of changed weights in any layer. It is below 1, because learnt
+        smallest_changed_share: smallest share of changed weights in any layer. It is below 1, because learned
             changes smaller than the precision of bf16 may be rounded away.
         largest_change: largest change of a single weight.
     """
@@ -88,11 +88,11 @@ def compare_weights(
         targets: modules, such as `model.layers.0.mlp.up_proj`, or parameters that training must have
             changed.
         others_change: whether embeddings, norms and biases may differ too.
-        rows: rows that must have changed in parameters of which all other rows are unchanged, keyed by parameter.
+        rows: rows that must have changed, keyed by parameter. All other rows of these parameters must be unchanged.
 
     Raises:
-        TrainingError: a targeted module is unchanged, or another tensor differs; the message names the first
-            one.
+        TrainingError: a targeted module is unchanged, or another tensor differs; the message names the first such
+            tensor.
     """
     expected = {name if name in base else f"{name}.weight" for name in targets}
     if unknown := sorted(expected - set(base)):

@@ -73,8 +73,8 @@ def machine_facts() -> Facts:
 
 
 def takes_liger_kernels(base: Path) -> bool:
-    """Return whether the installed Liger has kernels for the model. For other models, applying it has no effect
-    and is not reported.
+    """Return whether the installed Liger has kernels for the model. For other models, applying Liger silently has no
+    effect.
 
     Args:
         base: folder of the base model.

@@ -1,4 +1,4 @@
-"""AdaLoRA's rank schedule, and saving and restoring its rank allocator.
+"""Computes AdaLoRA's rank schedule, and saves and restores its rank allocator.
 
 AdaLoRA distributes ranks on a schedule that depends on the number of steps. Its allocator masks the
 least important directions and must be called after each step, which neither transformers' nor TRL's
@@ -23,8 +23,8 @@ the chosen ranks are fixed."""
 def rank_plan(steps: int) -> dict[str, int]:
     """Return the steps of a run at which AdaLoRA distributes ranks, keyed by their names in PEFT's config.
 
-    The final distribution relies on measurements from at least one earlier step, so it needs two steps. A
-    run of one step never reaches the second, and keeps all ranks.
+    The final distribution relies on measurements from at least one earlier step, so the schedule has at least two
+    steps. A run of one step therefore never reaches the final distribution, and keeps all ranks.
     """
     planned = max(steps, 2)
     warmup = round(_WARMUP * steps) if steps > 1 else 1
@@ -43,7 +43,7 @@ class RankAllocation(TrainerCallback):
         self._model = model
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Update the rank allocator after a step, which `global_step` does not count yet."""
+        """Update the rank allocator after a step that `global_step` does not include yet."""
         step, config = state.global_step + 1, self._model.peft_config["default"]
         if step < config.total_step - config.tfinal:
             # In float16 the optimizer skips a step whose gradients are not finite, which would spoil the means.

@@ -1,4 +1,4 @@
-"""Chooses an attention implementation in transformers that honours the model's config.
+"""Chooses an attention implementation in transformers that respects the model's config.
 
 The default, PyTorch's scaled dot product attention, silently omits Gemma 2's soft cap on attention
 scores. The engine applies the cap, so the served model would differ from the trained one.

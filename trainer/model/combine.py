@@ -1,7 +1,7 @@
-"""Combines LoRA adapters of one base into one, with PEFT's `add_weighted_adapter`.
+"""Combines LoRA adapters of the same base into a single adapter, with PEFT's `add_weighted_adapter`.
 
-The base's weights are not read. The layers contain zeros that occupy no memory instead. They are not on the meta
-device, because PEFT puts a new adapter on the device of its layer.
+The base's weights are not read. Instead, the layers contain zeros that occupy no memory. These zeros are not on the
+meta device, because PEFT puts a new adapter on the device of its layer.
 """
 
 import json
@@ -32,10 +32,10 @@ class LoraPart:
     """An adapter to combine.
 
     Attributes:
-        folder: contains its weights.
-        config: content of its adapter_config.json.
-        layers: names of the layers that it changes.
-        weight: factor of its update.
+        folder: folder with the adapter's weights.
+        config: contents of adapter_config.json.
+        layers: names of the layers that the adapter changes.
+        weight: factor by which the adapter's update is multiplied.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ def combine_adapters(
         seed: seed of the values that DARE drops.
 
     Raises:
-        ValueError: PEFT cannot combine them.
+        ValueError: PEFT cannot combine the adapters.
     """
     model = _without_memory(empty_model(base))
     names = [f"part{place}" for place in range(len(parts))]
@@ -87,7 +87,7 @@ def combine_adapters(
 
 
 def _without_memory(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace the weights of a model on the meta device by zeros on the CPU that all share a single element."""
+    """Replace the weights of a model on the meta device with zeros on the CPU that all share a single element."""
     zero = torch.zeros(())
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
@@ -100,7 +100,7 @@ def _as_plain_lora(part: LoraPart, folder: Path) -> Path:
 
     PEFT gives the combined adapter the config of the first adapter. With rsLoRA, the scale would then be wrong by the
     square root of the rank, and a restriction to some layers would drop the other adapters' layers. The config written
-    here therefore has an alpha that gives the same scale without rsLoRA, and lists the layers by name.
+    here therefore sets an alpha that gives the same scale without rsLoRA, and lists the layers by name.
     """
     config, rank = part.config, part.config["r"]
     scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)

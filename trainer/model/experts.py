@@ -1,4 +1,4 @@
-"""Experts of a mixture-of-experts model: how many there are, and which parameters contain them.
+"""Counts the experts of a mixture-of-experts model, and finds the parameters that contain them.
 
 transformers stores a layer's experts in two parameters, each with one matrix per expert. These are not
 linear layers, so code that handles only linear layers silently misses nine tenths of a model. This

@@ -42,9 +42,9 @@ class ModelForm:
 def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
     """Load the base model in the given form for training.
 
-    Full fine-tuning updates float32 weights, because Adam's small updates would be rounded away in 16 bits;
-    the forward pass rounds the weights to the number type. Frozen weights are stored in the number type or,
-    if the recipe asks for it, in NF4 with quantized scales.
+    Full fine-tuning updates float32 weights, because Adam's small updates would be rounded away in 16 bits; the forward
+    pass rounds the weights to the number type. Frozen weights are stored in the number type or, if the recipe requests
+    it, in NF4 with quantized scales.
 
     Args:
         base: folder of the base model.

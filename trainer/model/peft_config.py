@@ -55,8 +55,8 @@ def add_adapter(
 
 
 def _trained_rows(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int]) -> dict[str, list[int]]:
-    """Return the rows of the embedding and of the output head that are trained, keyed by layer: those of new tokens, or
-    all.
+    """Return the trained rows of the embedding and of the output head, keyed by layer. These are either all rows or
+    only the rows of new tokens.
 
     If the head is tied to the embedding, PEFT updates both. With its `modules_to_save`, a tied head would become a
     separate copy that is no longer tied.
@@ -74,7 +74,7 @@ def _trained_rows(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int])
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Return the model with a trained adapter. The adapter has exactly the weights in its file, even if the
+    """Return the model with a trained adapter. The adapter's weights are exactly the weights in its file, even if the
     model is in bf16.
     """
     _import_gptqmodel()
@@ -89,7 +89,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
 @contextmanager
 def loading_adapters() -> Iterator[None]:
-    """Prepare PEFT for adapters that are loaded within the `with` block by other means than `load_adapter`."""
+    """Prepare PEFT for adapters that are loaded within the `with` block by means other than `load_adapter`."""
     _import_gptqmodel()
     with _targets_as_named():
         yield
@@ -171,9 +171,9 @@ def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
 def _targets_as_named() -> Iterator[None]:
     """Make PEFT use exactly the targets in its config within the `with` block.
 
-    Recent releases of transformers store all experts of a layer in one parameter. For some mixtures of
-    experts, PEFT mistakes our targets for those of an older release and converts them: it drops shared
-    experts and layers without experts, adds the router, and doubles one rank.
+    Recent releases of transformers store all experts of a layer in one parameter. For some mixtures of experts, PEFT
+    mistakes our targets for module names from an older release and converts them: it drops shared experts and layers
+    without experts, adds the router, and doubles one rank.
     """
     before = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING
     transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING = {}

@@ -1,4 +1,4 @@
-"""Limits how many matrix shapes a process keeps compiled products for. Imports torch."""
+"""Limits the number of matrix products that a process keeps compiled. Imports torch."""
 
 import os
 from functools import cache

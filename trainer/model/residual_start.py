@@ -36,7 +36,7 @@ def first_matrices(model: PeftModel, start: str, seed: int) -> Matrices:
 
     Args:
         start: value of `adapter.init`. The rank is at most the smaller size of each layer.
-        seed: seed of the random numbers of an approximate decomposition. No other random numbers are drawn.
+        seed: seed for an approximate decomposition, which is the only use of random numbers.
     """
     matrices: Matrices = {}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -50,7 +50,7 @@ def first_matrices(model: PeftModel, start: str, seed: int) -> Matrices:
 
 
 def _factors(weight: Tensor, rank: int, scale: float, start: str) -> tuple[Tensor, Tensor]:
-    """Return A and B of a layer, computed from the largest singular values of its weight, or from the first columns of
+    """Return a layer's A and B, computed from the largest singular values of its weight, or from the first columns of
     its QR decomposition.
     """
     if start == OLORA:
@@ -116,5 +116,5 @@ def _weight(layer: Linear) -> nn.Parameter:
 
 
 def _names(layer: str) -> tuple[str, str]:
-    """Return the parameter names of A and B of a layer."""
+    """Return the parameter names of a layer's A and B."""
     return f"{layer}.lora_A.{_ADAPTER}.weight", f"{layer}.lora_B.{_ADAPTER}.weight"

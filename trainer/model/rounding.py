@@ -3,7 +3,7 @@ changes are preserved on average.
 
 Learnt changes are often smaller than bf16's precision. Rounding to nearest removes them from most weights, and
 introduces a bias. After four steps of LoRA and rounding to nearest, held-out answers were less likely by 0.16 nats per
-token under a merged SmolLM2 than under base and adapter. With stochastic rounding, they were more likely by 0.003.
+token under a merged SmolLM2 than under base plus adapter. With stochastic rounding, they were more likely by 0.003.
 (Gupta et al. 2015, "Deep learning with limited numerical precision", section 3.) Numbers that bf16 can represent do not
 change. Imports torch.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 
 _STEP = 1 << 16
-"""Distance between neighbouring bf16 numbers when their bits are read as a float32, whose upper half is the
+"""Distance between neighboring bf16 numbers when their bits are read as a float32, whose upper half is the
 bf16 number."""
 
 
@@ -25,7 +25,7 @@ class StochasticRounding:
 
     @torch.no_grad()
     def to_bfloat16(self, weight: torch.Tensor) -> torch.Tensor:
-        """Round each weight at random to one of its two bf16 neighbours. The nearer neighbour is more likely.
+        """Round each weight at random to one of its two bf16 neighbors. The nearer neighbor is more likely.
 
         Args:
             weight: finite float32 weights.
@@ -50,7 +50,7 @@ def round_to_bfloat16(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 def neighbours(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the two bf16 neighbours of each float32 number: the nearest one towards 0, and the next one away
+    """Return the two bf16 neighbors of each float32 number: the nearest bf16 number toward 0, and the next one away
     from 0.
     """
     lower = weights.contiguous().view(torch.int32) & -_STEP

@@ -1,10 +1,9 @@
 """Gives access to the weights in a model folder, keyed by parameter name. Each weight is read from its file
 on demand.
 
-No model is loaded, so only the tensors that a caller keeps are in memory. Names and tensors in the files
-may differ from the model's: transformers renames some, and joins the experts of a mixture into one
-parameter. The functions of its loader are called here for one parameter at a time. Imports torch and
-transformers.
+No model is loaded, so only the tensors that a caller keeps are in memory. Names and tensors in the files may differ
+from the model's: transformers renames some, and joins the experts of a mixture into one parameter. This module calls
+the functions of transformers' loader for one parameter at a time. Imports torch and transformers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -152,7 +151,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         return name, pattern
 
     def _made_of(self, first: str) -> list[str]:
-        """Return the names of all parameters created from the same stored tensors as the given one."""
+        """Return the names of all parameters created from the same stored tensors as the given parameter."""
         if all(pattern is None for _, pattern in self._sources[first]):
             return [first]
         return list(self._convert(first, _without_weights))

@@ -1,8 +1,8 @@
-"""Resolves which layers of a base model an adapter changes: those of a preset, or those that the recipe names.
+"""Finds the layers of a base model that an adapter changes, from a preset or from names in the recipe.
 
-Architectures name and fuse their projections differently, so a list of layers for one does not fit
-another. If query, key and value are one layer, as in Phi-3's `qkv_proj`, no preset can separate them,
-and each preset includes the complete layer. This module is independent of adapters and their cost.
+Architectures name and fuse their projections differently, so a list of layers for one architecture does not fit
+another. If query, key and value are fused into one layer, as in Phi-3's `qkv_proj`, no preset can separate them, and
+each preset includes the complete layer. This module is independent of adapters and their cost.
 """
 
 import re
@@ -25,13 +25,12 @@ def target_modules(model: "PreTrainedModel", chosen: TargetChoice) -> list[str] 
     """Return the value for PEFT's `target_modules`.
 
     Returns:
-        Sorted layer name suffixes, such as `q_proj`. A suffix includes the module, as in `attn.proj`, if a
-        layer outside of attention would otherwise match it too. For ALL_LINEAR, PEFT's own keyword is
-        returned.
+        Sorted layer name suffixes, such as `q_proj`. A suffix includes the module, as in `attn.proj`, if the suffix
+        would otherwise also match a layer outside of attention. For ALL_LINEAR, PEFT's own keyword is returned.
 
     Raises:
-        RecipeError: the model has no layer that matches the preset or one of the names; the message names the
-            layers it has.
+        RecipeError: the model has no layer that matches the preset or one of the names; the message names the layers
+            that the model has.
     """
     if chosen is Targets.ALL_LINEAR:
         return ALL_LINEAR
@@ -54,7 +53,7 @@ def target_layers(model: "PreTrainedModel", chosen: TargetChoice) -> list[str]:
     """Return the names of the linear layers that an adapter changes.
 
     Raises:
-        RecipeError: as for `target_modules`.
+        RecipeError: see `target_modules`.
     """
     layers, ends = list(linear_layers(model)), target_modules(model, chosen)
     if ends == ALL_LINEAR:

@@ -1,8 +1,8 @@
 """Checks that a merged model equals its base plus the adapter, applied exactly once and with the recipe's
 scale.
 
-Each written weight must be one of the two bf16 neighbours of the sum, and its change is compared with
-the adapter's. Imports torch.
+Each written weight must be one of the two bf16 neighbors of the sum, and its change from the base is compared with the
+adapter's update. Imports torch.
 """
 
 import json
@@ -22,15 +22,15 @@ from trainer.recipe.adapter import AdapterType
 from trainer.recipe.recipe import Recipe
 
 _ROUNDED_SUM, _ROUNDED_BASE = 1.0, 0.5
-"""Allowed deviation of a weight, in bf16 steps. The sum is rounded up or down, so it may be off by one
-step. The base adds half a step, because it is rounded to nearest if published in another number type,
-such as Llama 2 in float16."""
+"""Allowed deviation of a weight, in bf16 steps. The sum is rounded up or down, so it may be off by one step. The base
+adds half a step, because it is rounded to nearest if it is published in a number type other than bf16, as Llama 2 is in
+float16."""
 _ONCE = 0.02
-"""Allowed deviation from applying the adapter exactly once. Rounding changes the factor of a trained
-adapter by less than a hundredth."""
+"""Allowed deviation of an adapter's factor from 1, which means that the adapter was applied exactly once. Rounding
+changes the factor of a trained adapter by less than a hundredth."""
 _SIGMAS = 5.0
-"""Allowed deviation, in standard deviations, due to the random rounding of small changes. One module in two
-million exceeds it."""
+"""Allowed deviation, in standard deviations, due to the random rounding of small changes. About one correct module in
+two million exceeds this limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def compare(model: PeftModel, merged: Mapping[str, torch.Tensor]) -> Applied:
 
 
 def _step(weights: torch.Tensor) -> torch.Tensor:
-    """Return the distance between each weight's two bf16 neighbours."""
+    """Return the distance between each weight's two bf16 neighbors."""
     lower, upper = neighbours(weights)
     return (upper - lower).abs()
 

@@ -1,8 +1,9 @@
 """Reads an AWQ model's layers in the form that they have in the source model, so that the two can be compared.
 
 AWQ multiplies the input columns of a layer by scales, and divides the weights that produce these inputs by the same
-scales: those of the preceding norm, or the rows of the preceding layer. Both are undone here. The scales of a norm
-follow from the two models' norms, and the scales of rows from the ratio of the rows in the two models. Imports torch.
+scales: the weights of the preceding norm, or the rows of the preceding layer. Both scalings are undone here. The scales
+of a norm follow from the two models' norms, and the scales of rows from the ratio of the rows in the two models.
+Imports torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ Tensors = Mapping[str, Callable[[], torch.Tensor]]
 _NORMS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm") | dict.fromkeys(
     ("gate_proj", "up_proj"), "post_attention_layernorm"
 )
-"""The norm before each layer in the architectures of trainer.export.awq."""
+"""The norm that precedes each layer, for the architectures in trainer.export.awq."""
 _SOURCES = {"o_proj": "v_proj", "down_proj": "up_proj"}
 """The layer whose rows produce a layer's inputs, up to a weighted sum or a product."""
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -45,7 +46,7 @@ def read_unscaled(before: Tensors, after: Tensors, layer: str) -> torch.Tensor:
 
 
 def expand(tensors: Tensors, layer: str) -> torch.Tensor:
-    """Unpack a layer's weights as they are stored, to float32 with shape [outputs, inputs]."""
+    """Unpack a layer's stored weights to float32, with shape [outputs, inputs]."""
     scales = tensors[f"{layer}.scales"]().float()
     numbers, zeros = (_unpack(tensors[f"{layer}.{kind}"]()) for kind in ("qweight", "qzeros"))
     size = len(numbers) // len(scales)
@@ -68,7 +69,7 @@ def _row_scales(before: Tensors, source: str, rounded: torch.Tensor, inputs: int
 
 
 def _ratio(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
-    """Return the ratio of two vectors, and 1 where neither has an effect."""
+    """Return the element-wise ratio of two vectors, or 1 where the divisor is 0."""
     return torch.where(below == 0, torch.ones_like(below), above / below)
 
 

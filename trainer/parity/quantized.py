@@ -1,8 +1,8 @@
 """Checks that a quantized model has the weights of its source model, apart from rounding.
 
-The weights are read from the files and compared layer by layer. GPTQ moves weights by more than their
-own rounding to preserve the layer's outputs. The allowed change is based on the measurements given
-below; rounding to nearest in 8 bits moves them by less. Imports torch.
+The weights are read from the files and compared layer by layer. To preserve a layer's outputs, GPTQ changes weights by
+more than the rounding step. The allowed change is based on the measurements given below; rounding to nearest in 8 bits
+changes weights by less. Imports torch.
 """
 
 import math
@@ -18,11 +18,11 @@ from svc.version import Format
 from trainer.parity.awq import Tensors, read_unscaled
 
 MAX_OFF = {Format.GPTQ: 0.45, Format.AWQ: 0.45, Format.INT8: 0.1, Format.FP8: 0.1}
-"""Maximum ratio of the norm of a layer's change to the norm of its weights. Measured for GPTQ: 0.12 for tiny
-models, 0.24 for SmolLM2's worst layer with 32 samples and groups of 64. Scales that are off by half change a
-layer by 0.5. Measured for AWQ: 0.11 for tiny models, 0.19 for SmolLM2's worst layer with 32 samples and groups of
-32. Measured for SmolLM2's worst layer in INT8: 0.012, in FP8: 0.026; a row in which one
-weight is far larger than the others changes by more."""
+"""Maximum ratio of the norm of a layer's change to the norm of its weights. Measured for GPTQ: 0.12 for tiny models,
+0.24 for SmolLM2's worst layer with 32 samples and groups of 64. Scales that are off by half change a layer by 0.5.
+Measured for AWQ: 0.11 for tiny models, 0.19 for SmolLM2's worst layer with 32 samples and groups of 32. Measured for
+SmolLM2's worst layer in INT8: 0.012, in FP8: 0.026; a row in which one weight is far larger than the other weights
+changes by more."""
 _PACKED, _SCALES = ".qweight", ".weight_scale"
 _ZERO_POINT = 8  # symmetric four bits
 _IN_ONE_NUMBER = 8

@@ -1,8 +1,8 @@
 """Creates the parity report of a version, which checks its files and the engine's answers against training.
 
-All comparisons use the same held-out examples in the token ids of training. The difference between two
-correct implementations with the same weights is also measured, so that the limits take this machine's
-rounding into account. All thresholds are defined below, each with its source. Imports torch.
+All comparisons use the same held-out examples, with the token ids used in training. The difference between two correct
+implementations with the same weights is also measured, so that the limits take this machine's rounding into account.
+All thresholds are defined below, each with its source. Imports torch.
 """
 
 import time
@@ -41,11 +41,11 @@ _MIN_LIMIT = 0.02
 """Minimum value of a limit on differences, in nats per token. A smaller difference between two nearly
 identical models does not change any answer."""
 _TIMES_FLOOR = 3.0
-"""Allowed multiple of the rounding difference. Two independent differences add up to 1.4 times a single
-one; the rest is a margin for a small number of tokens."""
+"""Allowed multiple of the rounding difference. Two independent differences add up to 1.4 times a single difference; the
+rest is a safety margin, because the number of tokens may be small."""
 _MAX_FLOOR = 0.1
-"""Maximum rounding difference allowed, in nats per token on average. A correct bf16 engine differs from
-transformers by 0.01 to 0.03, a faulty one by whole nats."""
+"""Maximum rounding difference allowed, in nats per token on average. A correct bf16 engine differs from transformers by
+0.01 to 0.03 nats, and a faulty engine by one nat or more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ def _check(name: str, passed: bool, found: str, expected: str) -> ParityCheck:
 
 
 def between(first: Scores, second: Scores) -> Differences:
-    """Return the differences between two scorings of the same examples: the second minus the first."""
+    """Return the differences between two scorings of the same examples: the second scoring minus the first."""
     pairs = [list(zip(before, after, strict=True)) for before, after in zip(first, second, strict=True)]
     same = [[before.likeliest == after.likeliest for before, after in example] for example in pairs]
     diverged = ((at, example.index(False)) for at, example in enumerate(same) if not all(example))

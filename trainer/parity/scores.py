@@ -1,8 +1,8 @@
 """Scores held-out answers token by token with the trainer's own models: the base with its adapter, and the
 merged model.
 
-The models run in transformers. The adapter is not merged, so the base with it is exactly the model that
-was trained. Imports torch.
+The models run in transformers. The adapter is not merged, so base plus adapter is exactly the trained model. Imports
+torch.
 """
 
 import math
@@ -24,7 +24,7 @@ from trainer.model.config import load_config
 from trainer.model.product_caches import bound_product_caches
 
 _WITH_LAYERS = 1.2
-"""Factor by which the memory exceeds that of the weights. It covers the adapter, and float32 copies of one
+"""Ratio of the required memory to the size of the weights. The excess covers the adapter, and float32 copies of one
 layer while its weights are compared. For an 8B model there are about twelve copies of 0.23 GB."""
 _WITH_LOGITS = 2 * 2**30
 """Bytes needed for a forward pass and the float32 logits of one answer."""
@@ -58,10 +58,10 @@ def sum_in_float32(model: torch.nn.Module) -> None:
     """Make adapted layers add the adapter's output before rounding, as merged layers do. This matters if a
     model is in bf16.
 
-    PEFT adds the adapter's output to the already rounded output of the base's layer. The adapter's output is
-    often smaller than the rounding step and vanishes from most sums, which always favours the base: SmolLM2
-    with a second adapter on a merged first one was off by 0.020 nats per token in bf16, whereas base plus
-    adapter in float32 and the merged model differ by 0.004.
+    PEFT adds the adapter's output to the already rounded output of the base's layer. The adapter's output is often
+    smaller than the rounding step and vanishes from most sums, so the result is biased toward the base: SmolLM2 with a
+    second adapter on top of a merged first adapter was off by 0.020 nats per token in bf16, whereas base plus adapter
+    in float32 and the merged model differ by 0.004.
 
     Args:
         model: a model with an unmerged adapter; its weights are not changed.

@@ -1,4 +1,4 @@
-"""Combines adapters of one base into the adapter of a version, in place of training.
+"""Combines adapters of the same base into a version's adapter, in place of training.
 
 Adapters that PEFT cannot combine, or would combine differently from what the recipe says, are rejected. The check
 reads only configs and tensor headers, and runs before the base's weights are read.
@@ -27,7 +27,7 @@ from trainer.recipe.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class CombinedAdapter:
-    """Adapters that are combined into one.
+    """Adapters that are combined into a single adapter.
 
     Attributes:
         parts: the adapters, in the order of the recipe.
@@ -53,7 +53,7 @@ class CombinedAdapter:
         """Return a recipe completed with the type, rank, alpha and layers of the result. Its scale is 1.
 
         Raises:
-            RecipeError: the recipe has another value for one of these keys.
+            RecipeError: the recipe sets one of these keys to a different value.
         """
         values = {
             "adapter.type": AdapterType.LORA,
@@ -67,11 +67,11 @@ class CombinedAdapter:
         return complete_recipe(recipe, values, f"the combination by {self.combine.method}")
 
     def warnings(self, base: str) -> list[str]:
-        """Return warnings about adapters that name a different base from the given one."""
+        """Return warnings about adapters whose config names a base other than the given one."""
         return [warning for part in self.parts if (warning := part.check_base(base)) and part.origin not in self.bases]
 
     def check_revision(self, base: Base) -> None:
-        """Check that all parts that are registered versions were trained on exactly this base.
+        """Check that all parts that are registered versions were trained on exactly the given base.
 
         Raises:
             BaseModelError: a version was trained on another base.
@@ -111,9 +111,9 @@ def find_combined(recipe: Recipe, combine: Combine, cache: Path, registry: Regis
         cache: folder for downloads.
 
     Raises:
-        RecipeError: PEFT cannot combine them with this method.
-        BaseModelError: there is no such adapter, or it is of a kind that is not supported.
-        NotFoundError: there is no such version, or it has no adapter.
+        RecipeError: PEFT cannot combine the adapters with this method.
+        BaseModelError: an adapter does not exist, or its type is not supported.
+        NotFoundError: a version does not exist or has no adapter.
         IntegrityError: a file is damaged.
     """
     parts, bases = [], {}
@@ -148,7 +148,7 @@ def _find_version(name: str, registry: Registry) -> TrainedAdapter:
 def _refusal(part: TrainedAdapter) -> str | None:
     """Return the reason why PEFT cannot combine an adapter with others, or None if it can.
 
-    PEFT would ignore the magnitudes of DoRA, and write matrices whose ranks differ from those in the config.
+    PEFT would ignore DoRA's magnitudes, and write matrices whose ranks differ from the ranks in the config.
     """
     reasons = {
         "use_dora": "it is DoRA",
@@ -187,7 +187,7 @@ def _rank(recipe: Recipe, combine: Combine, parts: Sequence[TrainedAdapter]) -> 
 
 
 def warn_learnt(registry: Registry, versions: Sequence[str], heldout: Sequence[ChatExample]) -> None:
-    """Warn if versions that are combined were trained on held-out prompts."""
+    """Warn if any of the combined versions was trained on held-out prompts."""
     prompts = hash_prompts(heldout)
     for name in versions:
         try:

@@ -43,8 +43,8 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
 def _several(device: ComputeDevice, recipe: Recipe, settings: Settings) -> ComputeDevice:
     """Return a device with the number of GPUs or processes that the recipe would train on.
 
-    If `train.devices` is not set, the number is 1 for a GPU listed in gpus.yaml. For this machine, the number
-    is that of the devices that `find_devices` chooses.
+    If `train.devices` is not set, the number is 1 for a GPU listed in gpus.yaml. For this machine, it is the number of
+    devices that `find_devices` chooses.
     """
     asked = recipe.train.devices
     if device.name == HERE:
@@ -75,8 +75,8 @@ def estimate_here(
     Args:
         anyway: whether to continue instead of raising an error if the run cannot fit.
         makes_version: whether the run also writes merged and quantized models, not only an adapter.
-        trials: whether several training runs with different values and memory needs follow. They keep the default for
-            gradient checkpointing.
+        trials: whether several training runs with different settings and memory requirements follow. These runs keep
+            the default for gradient checkpointing.
 
     Raises:
         InsufficientMemoryError: the run cannot fit into memory.
@@ -102,7 +102,8 @@ def estimate_here(
 
 
 def find_refusal(estimate: Estimate) -> str | None:
-    """Return why `svc train` would reject the run on this machine for lack of memory, or None if it would not.
+    """Return the reason why `svc train` would reject the run on this machine for lack of memory, or None if it would
+    not.
 
     The result is None if the estimate does not include this machine.
     """

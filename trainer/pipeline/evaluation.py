@@ -79,7 +79,7 @@ class RunEvaluation:
 
     Args:
         heldout: all held-out examples; the first `options.limit` of them are evaluated.
-        questions: the general questions, or None if none are asked.
+        questions: the general questions, or None if there are none.
         formats: the recipe's formats.
         name: name of the model in requests.
         template_kwargs: arguments of the chat template, the same for the base and its versions.
@@ -127,7 +127,7 @@ class RunEvaluation:
 
     @property
     def context(self) -> int:
-        """Maximum number of tokens in a prompt and its answer together on this machine's engine."""
+        """Maximum total number of tokens in a prompt and its answer on this machine's engine."""
         longest = self.settings.engine.max_model_len
         return min(longest, read_model_facts(self.base.folder).context or longest)
 
@@ -170,7 +170,7 @@ class RunEvaluation:
 
     @property
     def forgotten(self) -> dict[Format, Forgetting]:
-        """Forgetting relative to the base, for each format that was asked the general questions."""
+        """Forgetting relative to the base, for each format that answered the general questions."""
         if self.forgetting is None:
             return {}
         forgotten: dict[Format, Forgetting] = {}
@@ -195,7 +195,8 @@ class RunEvaluation:
         return {format: PreferenceReport.of(pairs, base) for format, pairs in scores.items() if pairs}
 
     def check(self) -> None:
-        """Check before training that no example exceeds the engine's maximum length, and that all can be scored.
+        """Check before training that no example exceeds the engine's maximum length, and that all examples can be
+        scored.
 
         Raises:
             SvcError: an example exceeds the engine's maximum length, the engine is not set up to extract tool calls
@@ -238,8 +239,8 @@ class RunEvaluation:
         )
 
     def qualify_quantized(self, format: Format) -> QualifiedQuantized:
-        """Evaluate a quantized model. The base is asked the general questions first, unless its answers are
-        already stored.
+        """Evaluate a quantized model. The base answers the general questions first, unless its answers are already
+        stored.
 
         Raises:
             EngineError: the base cannot be served, for example because only the quantized model fits into

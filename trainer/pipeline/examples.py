@@ -31,12 +31,12 @@ from trainer.recipe.evaluate import Evaluate
 from trainer.recipe.recipe import Recipe
 
 Judged = PreferencePair | LabelledAnswer
-"""Examples from which a preference is learnt."""
+"""Examples from which a preference is learned."""
 
 _MANY_HELD = 2.0
 """A warning is printed if the share of held-out examples exceeds this multiple of `data.heldout_share`."""
 _FEW = 20
-"""Number of extra held-out examples that may be due to chance, and cause no warning."""
+"""Number of held-out examples beyond the expected number that may be due to chance and do not cause a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +44,18 @@ class Examples:
     """Examples for training and for evaluation, with their fingerprints.
 
     Attributes:
-        train: the task's examples, followed by the general ones.
-        heldout: held-out examples. Those used in the evaluation come first.
+        train: the task's examples, followed by the general examples.
+        heldout: held-out examples, starting with the examples that are used in the evaluation.
         given: the task's examples as read from the files, before any were held out or excluded.
         general: number of general examples at the end of `train`.
-        questions: general questions, none of which occur in `train`, or None if none are asked.
+        questions: general questions, none of which occur in `train`, or None if there are none.
         validation: examples read from `data.validation`.
-        selected_by: the examples by which the version's weights or the recipe's values were selected.
+        selected_by: the examples that were used to select the version's weights or the recipe's values.
         modified_at: time at which the newest local file of `data.train` was last modified, or None without local files.
-        judged: pairs or labelled answers to train on, if the objective is a preference. In that case, `train` contains
-            the better or the labelled answers, in the same order.
-        heldout_judged, validation_judged: the same for the held-out and the validation examples. `heldout` contains
-            only the better or desirable answers, which are the references in the evaluation.
+        judged: pairs or labeled answers to train on, if the objective is a preference. In that case, `train` contains
+            the better or the labeled answers, in the same order.
+        heldout_judged, validation_judged: held-out and validation pairs or labeled answers. `heldout` contains only
+            the better or desirable answers, which are the references in the evaluation.
     """
 
     train: Sequence[ChatExample]
@@ -74,8 +74,8 @@ class Examples:
 
     @property
     def measured(self) -> Sequence[ChatExample]:
-        """Examples on which loss is measured during training and in sweeps: validation examples if there are any,
-        or else held-out ones.
+        """Examples on which loss is measured during training and in sweeps: the validation examples if there are any,
+        or else the held-out examples.
         """
         return self.validation or self.heldout
 
@@ -93,7 +93,7 @@ class Examples:
 
     @property
     def pairs(self) -> tuple[PreferencePair, ...]:
-        """Held-out pairs, in the order of `heldout`. A desirable and an undesirable labelled answer to the same prompt
+        """Held-out pairs, in the order of `heldout`. A desirable and an undesirable labeled answer to the same prompt
         form a pair.
         """
         pairs = [pair for pair in self.heldout_judged if isinstance(pair, PreferencePair)]
@@ -189,7 +189,9 @@ def read_run_examples(
 
 
 def _read_heldout(recipe: Recipe, cache: Path | None) -> Examples:
-    """Load the held-out examples of a recipe without training examples. Later traffic is compared with them."""
+    """Load the held-out examples of a recipe that names no training data. Later traffic is compared with these
+    examples.
+    """
     heldout = read_examples(recipe.data.heldout or (), minimum=2, cache=cache)
     if recipe.evaluate.limit:
         heldout = put_sample_first(heldout, recipe.evaluate.limit, recipe.data.seed)
@@ -200,7 +202,7 @@ def _read_heldout(recipe: Recipe, cache: Path | None) -> Examples:
 
 
 class _Reader:
-    """Reads the files of a recipe as examples. For a preference, an example is a pair's better answer or a labelled
+    """Reads the files of a recipe as examples. For a preference, an example is a pair's better answer or a labeled
     answer, and represents its pair or label wherever examples are selected.
     """
 
@@ -233,13 +235,13 @@ class _Reader:
         return better
 
     def judged(self, examples: Sequence[ChatExample]) -> tuple[Judged, ...]:
-        """Return the pairs or labelled answers that the given examples represent. The result is empty if the
+        """Return the pairs or labeled answers that the given examples represent. The result is empty if the
         objective is not a preference.
         """
         return tuple(self._judged[id(example)][1] for example in examples) if self._judged else ()
 
     def is_reference(self, example: ChatExample) -> bool:
-        """Return whether an example's answer is a reference answer, and not labelled as undesirable."""
+        """Return whether an example's answer is a reference answer, and not labeled as undesirable."""
         _, answer = self._judged.get(id(example), (example, None))
         return not isinstance(answer, LabelledAnswer) or answer.desirable
 
@@ -251,7 +253,7 @@ class _Reader:
 
 
 def _check_documents(sources: Sequence[str], examples: Sequence[ChatExample], *, wanted: bool) -> None:
-    """Raise DataError if documents are among the examples although they have to be chats, or the other way around."""
+    """Raise DataError if any example is a document where chats are required, or a chat where documents are required."""
     for number, example in enumerate(examples, start=1):
         if example.is_document is not wanted:
             raise DataError(
@@ -262,12 +264,12 @@ def _check_documents(sources: Sequence[str], examples: Sequence[ChatExample], *,
 
 
 def example_of(answer: Judged) -> ChatExample:
-    """Return a pair's better answer, or a labelled answer."""
+    """Return a pair's better answer, or a labeled answer."""
     return answer.chosen if isinstance(answer, PreferencePair) else answer.example
 
 
 def fingerprint_judged(judged: Sequence[Judged]) -> str:
-    """Return the SHA-256 hash of pairs or labelled answers, in order, as `sha256:<hex>`."""
+    """Return the SHA-256 hash of pairs or labeled answers, in order, as `sha256:<hex>`."""
     digest = hashlib.sha256()
     for answer in judged:
         other = answer.rejected.as_dict() if isinstance(answer, PreferencePair) else answer.desirable
@@ -309,8 +311,8 @@ def _leave_out(train: Sequence[ChatExample], questions: GeneralSet | None) -> Se
 def _split(
     recipe: Recipe, examples: Sequence[ChatExample], learnt: PromptHashes
 ) -> tuple[Sequence[ChatExample], Sequence[ChatExample]]:
-    """Split the examples into those to train on and those to hold out, printing warnings where the split
-    deviates from the recipe.
+    """Split the examples into training and held-out examples, and print a warning if the split deviates from the
+    recipe.
     """
     share, count = recipe.data.heldout_share, len(examples)
     split = split_heldout(examples, share, recipe.data.seed, learnt)

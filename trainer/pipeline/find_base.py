@@ -35,13 +35,13 @@ def find_base(
 
     Args:
         template: chat template to use in place of the base's own, or None to keep the base's own.
-        scaling: scaling of the positions; its type is None to keep the base's own positions.
-        tokens: tokens that the base lacks.
+        scaling: scaling of the rotary position embeddings; a type of None keeps the base's own.
+        tokens: new tokens to add to the base.
 
     Raises:
-        BaseModelError: there is no such base, or it has no chat template, or the given template, scaling or tokens
-            cannot be used.
-        NotFoundError: there is no such version.
+        BaseModelError: the base does not exist or has no chat template, or the given template, scaling or tokens cannot
+            be used.
+        NotFoundError: the version does not exist.
     """
     base = _find(name, settings)
     if template is not None:
@@ -85,12 +85,12 @@ def find_config(
     Args:
         template: chat template to use in place of the base's own, if the folder has a tokenizer, or None to
             keep the base's own.
-        scaling: scaling of the positions; its type is None to keep the base's own positions.
-        tokens: tokens that the base lacks.
+        scaling: scaling of the rotary position embeddings; a type of None keeps the base's own.
+        tokens: new tokens to add to the base.
 
     Raises:
-        BaseModelError: there is no such base, or the given template, scaling or tokens cannot be used.
-        NotFoundError: there is no such version.
+        BaseModelError: the base does not exist, or the given template, scaling or tokens cannot be used.
+        NotFoundError: the version does not exist.
     """
     if "@" in name and not Path(name).exists():
         folder = Registry.of(settings).artifact(VersionId.parse(name), Format.MERGED)

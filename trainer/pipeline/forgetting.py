@@ -46,8 +46,8 @@ class ForgettingTest:
 
 
 def judge_forgetting(forgetting: Forgetting, margin: float, format: Format) -> GateReport:
-    """Return the verdict on forgetting, which is the share of general questions that the base answers correctly, minus
-    the share that the format answers correctly.
+    """Return the verdict on forgetting. Forgetting is the share of general questions that the base answers correctly,
+    minus the share that the format answers correctly.
 
     Args:
         margin: the largest allowed drop in the share of correct answers.

@@ -1,6 +1,4 @@
-"""Applies a version's gates: which loss each gate allows, which loss it can detect, and what follows from
-its verdict.
-"""
+"""Applies a version's gates: prints which losses a gate can detect, and fails or warns according to its verdict."""
 
 from svc.errors import TrainingError
 from svc.evaluation.metrics.metric import Metric, Unit

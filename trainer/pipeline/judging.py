@@ -34,10 +34,10 @@ def compare_answers(
 
     Args:
         judge: the recipe's judge, which must have a URL and a model.
-        heldout: all held-out examples, of which the first ones were answered.
+        heldout: all held-out examples. The models answered only the first of them.
 
     Raises:
-        SvcError: the judge cannot be reached, or its answers are not verdicts.
+        SvcError: the judge cannot be reached, or its replies are not valid verdicts.
     """
     endpoint = judge_endpoint(judge)
     assert endpoint is not None  # noqa: S101 - callers make sure that the recipe names a judge

@@ -36,7 +36,7 @@ class ModelStages:
     """The stages that create, evaluate and compare a run's formats.
 
     Args:
-        evaluation: the run's evaluation, which names the run's folder, the base and the device.
+        evaluation: the run's evaluation, which specifies the run's folder, the base and the device.
         calibration: training examples on which 4-bit formats are calibrated.
     """
 
@@ -46,7 +46,7 @@ class ModelStages:
 
     @property
     def steps(self) -> dict[Stage, Step]:
-        """The stages, with the disk space of each. A merged or quantized model is at most as large as the base."""
+        """The stages and their disk space requirements. A merged or quantized model is at most as large as the base."""
         run, size = self._run, sum(path.stat().st_size for path in weight_files(self._base))
         steps = {
             Stage.MERGE: Step(self._merge, size, (run.merged,)),

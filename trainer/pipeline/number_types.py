@@ -10,7 +10,7 @@ from svc.terminal import console
 from svc.version import Format
 
 _METHODS = {Format.GPTQ: GPTQ, Format.AWQ: AWQ, Format.INT8: COMPRESSED_TENSORS, Format.FP8: COMPRESSED_TENSORS}
-"""Quantization method that the config of each quantized format names."""
+"""Quantization method named in the config of each quantized format."""
 
 
 def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: Sequence[Format]) -> None:

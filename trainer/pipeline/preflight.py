@@ -1,8 +1,7 @@
 """Checks within seconds, before the first stage starts, that a base supports every stage of the run.
 
-Faults of the base are reported here instead of hours later: a config that cannot be copied, a tokenizer
-that does not belong to the weights, layers that cannot be quantized, or an architecture that vLLM does
-not support.
+Problems with the base are reported here instead of hours later: a config that cannot be copied, a tokenizer that does
+not belong to the weights, layers that cannot be quantized, or an architecture that vLLM does not support.
 """
 
 import tempfile

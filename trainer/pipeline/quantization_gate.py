@@ -1,7 +1,7 @@
 """Tests whether a quantized model is worse than the merged model on the same examples.
 
-Both the primary metric and the log-likelihood are compared. With free text and exact match, for example,
-neither model may give the reference answer, and a broken model would pass on the metric alone.
+Both the primary metric and the log-likelihood are compared. For example, if free text is scored by exact match, both
+models may miss every reference answer, so a broken model would pass on the metric alone.
 """
 
 from collections.abc import Sequence

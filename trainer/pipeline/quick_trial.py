@@ -1,7 +1,7 @@
 """Quick trial of a recipe, which runs all stages on a tenth of the examples for one epoch, under a separate name.
 
-The trial tests the set-up, from the data to the engine, before the full run. The quality of its version
-is not representative.
+The trial tests the setup, from the data to the engine, before the full run. The quality of its version is not
+representative.
 """
 
 import math
@@ -61,7 +61,7 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
 
 
 def _judged_of(judged: Sequence[Judged], examples: Sequence[ChatExample]) -> tuple[Judged, ...]:
-    """Return the pairs or labelled answers that have the same prompts as the examples, in the examples' order."""
+    """Return the pairs or labeled answers that have the same prompts as the examples, in the examples' order."""
     places = {normal_prompt(example): place for place, example in reversed(list(enumerate(examples)))}
     found = [answer for answer in judged if normal_prompt(example_of(answer)) in places]
     return tuple(sorted(found, key=lambda answer: places[normal_prompt(example_of(answer))]))

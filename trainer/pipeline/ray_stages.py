@@ -5,8 +5,8 @@
     from the node    as a message: results, and hashes of the weights
                      through the object store: weights of the recipe's formats, with the same keys as a version's
 
-All stages run on one node, which has the weights on its disk. If the node is lost, another one gets the weights of
-finished stages from the object store. A merged model that is not among the recipe's formats is not stored there, but
+All stages run on one node, which has the weights on its disk. If the node is lost, another node downloads the weights
+of finished stages from the object store. A merged model that is not among the recipe's formats is not stored there, but
 merged again.
 """
 
@@ -73,13 +73,13 @@ class StageTask:
 
 class RayStages:
     """Runs a run's stages on a cluster, to which this process is connected during the `with` block. Raises BusyError if
-    another process runs them.
+    another process is already running them.
 
     Args:
         models: the run's stages, as this machine would run them.
         checkpoints: the run's checkpoints in the object store.
-        node: the node that was described before training. Nodes with other devices are rejected, because their
-            measurements are not comparable.
+        node: information about the node that was recorded before training. Nodes with other devices are rejected,
+            because their measurements are not comparable.
     """
 
     def __init__(
@@ -144,8 +144,8 @@ class RayStages:
         return result
 
     def share(self) -> None:
-        """Upload the weights of finished stages that are only on this machine. Stages whose weights are neither here
-        nor in the object store are repeated.
+        """Upload the weights of finished stages if the weights exist only on this machine. A stage is repeated if its
+        weights are neither on this machine nor in the object store.
         """
         run, formats = self._run, self._models.recipe.formats
         for stage, format in _WRITTEN.items():
@@ -228,7 +228,7 @@ def fetch_stored(run: Run, recipe: Recipe, objects: ObjectStore, checkpoints: Sh
 
 
 def store_weights(objects: ObjectStore, name: str, run: Run, format: Format) -> StoredWeights:
-    """Upload the weights of a format, if they are not in the object store, and return their records.
+    """Upload a format's weights, unless they are already in the object store, and return their file records.
 
     Args:
         name: the model's name.

@@ -1,4 +1,4 @@
-"""Trains on a Ray cluster: checks that this is possible, and starts the workers. See docs/ray.md."""
+"""Trains on a Ray cluster: checks that the cluster can train the recipe, and starts the workers. See docs/ray.md."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,11 +15,11 @@ from trainer.training.shared_checkpoints import SharedCheckpoints
 
 
 def check_ray(settings: Settings, recipe: Recipe) -> NodeFacts:
-    """Check that the cluster has enough free resources for a recipe's workers, and a node for the stages after
-    training. This takes seconds.
+    """Check that the cluster has enough free resources for a recipe's workers, and that a node has enough for the
+    stages after training. The check takes several seconds.
 
     Returns:
-        Information about that node.
+        Information about the node for the stages after training.
 
     Raises:
         SettingsError: the address of the cluster or of the object store is not set.
@@ -45,7 +45,7 @@ def check_ray(settings: Settings, recipe: Recipe) -> NodeFacts:
 
 
 def count_workers(recipe: Recipe) -> int:
-    """Return the number of workers that train a recipe.
+    """Return the number of workers needed to train a recipe.
 
     Raises:
         RecipeError: the recipe cannot be used for training on a cluster.
@@ -69,7 +69,7 @@ def count_workers(recipe: Recipe) -> int:
 
 
 def choose_stage_kind(settings: Settings, resources: Mapping[str, float]) -> WorkerKind:
-    """Return the resources that the stages after training reserve on one node: those of an engine.
+    """Return the resources to reserve on one node for the stages after training, which run an engine.
 
     Args:
         resources: all resources of the cluster.
@@ -83,7 +83,7 @@ def choose_stage_kind(settings: Settings, resources: Mapping[str, float]) -> Wor
 def ray_processes(
     settings: Settings, recipe: Recipe, run: SharedRun, checkpoints: SharedCheckpoints, *, fetches: bool
 ) -> RayProcesses:
-    """Return workers that train a run, on the cluster to which this process is connected.
+    """Return the workers for a training run on the cluster to which this process is connected.
 
     Args:
         fetches: whether the trained model is downloaded to this machine.

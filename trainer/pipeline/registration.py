@@ -1,7 +1,7 @@
-"""Turns the results of a run into a version: checks them against the recipe's limits, assembles the
-version, and registers it exactly once.
+"""Turns a run's results into a version: checks them against the recipe's limits, assembles the version, and registers
+it exactly once.
 
-The checks come last, so that nothing is measured again if the limits change.
+The checks run last, so that no measurement is repeated when the limits change.
 """
 
 import logging
@@ -73,7 +73,7 @@ class Registered(BaseModel):
     """Result of the `register` stage.
 
     Attributes:
-        failed: checks that the version failed. It was registered nevertheless.
+        failed: checks that the version failed. The version was registered anyway, as requested.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -128,12 +128,12 @@ class Registration:
 
     @cached_property
     def forgetting(self) -> dict[Format, Forgetting]:
-        """Forgetting measured for each format. It is empty if no general questions were asked."""
+        """Measured forgetting, keyed by format. Empty if no general questions were asked."""
         return self.evaluation.forgotten
 
     @cached_property
     def gates(self) -> tuple[GateReport, ...]:
-        """Verdicts of the recipe's gates, which limit how much quality quantization and training may lose."""
+        """Verdicts of the recipe's gates, which limit the quality loss from quantization and training."""
         limits = self.recipe.evaluate
         reports: list[GateReport] = []
         quantized = {format: self.qualified[format] for format in QUANTIZED_FORMATS if format in self.qualified}
@@ -340,17 +340,17 @@ class Registration:
         return formats
 
     def _stored(self, format: Format) -> StoredWeights | None:
-        """Return the weights of a format that are only in the object store, or None if they are in the run's folder."""
+        """Return a format's weights if they exist only in the object store, or None if they are in the run's folder."""
         return self.run.stored_weights(WRITE_STAGES[format])
 
     @property
     def _exported(self) -> list[Format]:
-        """Formats that were written for other programs and are not evaluated."""
+        """Formats that are exported for other programs, without being evaluated."""
         return [Format.GGUF] if Format.GGUF in self.recipe.formats else []
 
     def _reference(self) -> Path:
-        """Write the reference with which later traffic and answers are compared. It goes to a new folder, because
-        an earlier one may be read-only.
+        """Write the reference data with which later traffic and answers are compared. The data is written to a new
+        folder, because an existing folder may be read-only.
         """
         folder = self.run.fresh(self.run.reference)
         folder.mkdir()
@@ -386,7 +386,7 @@ def _write_data_reference(folder: Path, examples: Examples, seed: int) -> None:
     and training prompt hashes.
 
     Args:
-        folder: the reference folder of a run.
+        folder: the run's reference folder.
         seed: seed for drawing the drift sample.
     """
     drawn = draw_drift_sample(examples.given, seed)

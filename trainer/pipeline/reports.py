@@ -1,8 +1,8 @@
 """Sends a run's curves and metrics to Weights & Biases and TensorBoard, in addition to MLflow.
 
-The callbacks in transformers are not used, because they cover only the training and not the evaluation
-after it. The W&B callback also starts a new run when training is resumed, and sends the model's complete
-configuration. Both packages are optional.
+The callbacks in transformers are not used, because they cover only training, not the evaluation that follows. The W&B
+callback also starts a new run when training is resumed, and sends the model's complete configuration. Both packages are
+optional.
 """
 
 import os
@@ -56,7 +56,7 @@ def open_reports(
     """Open the trackers that the recipe names in addition to MLflow, and close them after the `with` block.
 
     Args:
-        folder: folder for the trackers' files, which a resumed run uses again.
+        folder: folder for the trackers' files. A resumed run reuses this folder.
         name: name of the model.
         run: name of the run.
         parameters: the recipe's values that affect the result.
@@ -72,7 +72,7 @@ def open_reports(
 
 @contextmanager
 def _wandb_run(folder: Path, name: str, run: str, parameters: dict[str, str]) -> Iterator[Report]:
-    """Open a W&B run, or resume the one that an earlier process opened for the same training run.
+    """Open a W&B run, or resume the W&B run that an earlier process opened for the same training run.
 
     Key, entity, project and mode are taken from W&B's own environment variables. Only parameters and metrics
     are sent: no code, no Git state, no terminal output, and no system metrics.

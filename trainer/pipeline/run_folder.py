@@ -1,4 +1,4 @@
-"""The folder of a training run on disk, which records the progress of its stages.
+"""A training run's folder on disk, which records the progress of the run's stages.
 
     $SVC_HOME/runs/NAME-KEY/   train.json  adapter/  merge.json  merged/  evaluate.json  ...
 
@@ -56,7 +56,7 @@ class RemoteResult:
     """Result of a stage that ran on another machine.
 
     Attributes:
-        weights: weights that the stage wrote, or None if it wrote none that are stored.
+        weights: weights that the stage wrote to the object store, or None if it wrote none.
     """
 
     result: object
@@ -64,7 +64,7 @@ class RemoteResult:
 
 
 class Run:
-    """The folder of a training run.
+    """A training run's folder.
 
     Args:
         folder: run folder, created when the run starts.
@@ -74,10 +74,10 @@ class Run:
         adapter: the trained adapter.
         merged: the merged model.
         checkpoints: checkpoints from which interrupted training is resumed.
-        reference: reference with which later traffic is compared.
+        reference: reference data with which later traffic is compared.
         reports: files of the trackers in `report_to` other than MLflow.
         tracking: file with the id of the MLflow run.
-        lock: held by the process that works on the run.
+        lock: lock held by the process that is working on the run.
     """
 
     def __init__(self, folder: Path, keys: StageKeys) -> None:
@@ -99,7 +99,7 @@ class Run:
         return cls(runs / f"{recipe.name}-{keys[Stage.TRAIN]}", keys)
 
     def weights(self, format: Format) -> Path:
-        """Return the folder of the weights in a format."""
+        """Return the folder that contains the weights in the given format."""
         return self.folder / format
 
     def done(self, stage: Stage, *outputs: Path) -> bool:
@@ -129,11 +129,11 @@ class Run:
         write_whole(self._result(stage), json.dumps(content, indent=1).encode("utf-8"))
 
     def at(self, folder: Path) -> "Run":
-        """Return the same run in another folder."""
+        """Return the same run with a different run folder."""
         return Run(folder, self._keys)
 
     def copy_results(self, results: Mapping[Stage, bytes]) -> None:
-        """Adopt the results of stages that ran elsewhere, as `results` returned them."""
+        """Copy into this run the results of stages that ran elsewhere, as returned by `results`."""
         for stage, content in results.items():
             write_whole(self._result(stage), content)
 
@@ -194,7 +194,7 @@ class Run:
             need: number of bytes that the stage writes.
 
         Raises:
-            DiskSpaceError: the disk has less free space than that.
+            DiskSpaceError: the disk has less free space than the stage needs.
         """
         free = shutil.disk_usage(self.folder).free
         if free < need:

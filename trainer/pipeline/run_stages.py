@@ -1,6 +1,4 @@
-"""Runs the stages of a run in order, skipping finished ones. Failures become errors that state what to do
-next.
-"""
+"""Runs the stages of a run in order, skipping finished stages. Failures become errors that state what to do next."""
 
 import re
 import traceback
@@ -28,7 +26,7 @@ LOG_FILE = "error.log"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The work of a stage and the disk space that it needs.
+    """A stage's work and the disk space that it needs.
 
     Attributes:
         work: runs the stage and returns its result.
@@ -45,7 +43,7 @@ def run_stages(run: Run, steps: Mapping[Stage, Step], progress: ProgressFile | N
     """Run the unfinished stages in order.
 
     Args:
-        progress: file in which the beginning of each stage is recorded.
+        progress: file in which the start of each stage is recorded.
 
     Raises:
         InterruptedRunError: a stage was interrupted; running the same command again resumes the run.
@@ -86,7 +84,7 @@ def _explained(stage: Stage, run: Path) -> Iterator[None]:
 
 @contextmanager
 def explained_full_disk(stage: Stage, run: Path) -> Iterator[None]:
-    """Turn the error of a full disk into an error that names the stage and its folder."""
+    """Turn a disk-full error into an error that names the stage and its folder."""
     try:
         yield
     except Exception as error:

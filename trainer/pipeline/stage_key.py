@@ -1,9 +1,8 @@
 """Computes the keys of a run's stages. A key is a short hash of everything that affects the stage's result.
 
-It covers the stage's inputs: recipe values, data, and the keys of the earlier stages whose files it
-reads. A change to `quantize` therefore does not repeat training, merging or their evaluation. Answers
-are scored and compared with limits when the version is registered, so a change to metrics or limits does
-not repeat the evaluation.
+A key covers the stage's inputs: recipe values, data, and the keys of the earlier stages whose files it reads. A change
+to `quantize` therefore does not repeat training, merging or their evaluation. Answers are scored and compared with
+limits when the version is registered, so a change to metrics or limits does not repeat the evaluation.
 """
 
 import hashlib

@@ -3,8 +3,8 @@ stages.
 
 train -> merge -> evaluate (base, merged) -> quantize and qualify each quantized format -> parity -> judge -> register
 
-The recipe's formats decide which stages run. Measurements are compared with the recipe's limits last, so
-that nothing is measured again if the limits change.
+The recipe's formats decide which stages run. Measurements are compared with the recipe's limits last, so that no
+measurement is repeated when the limits change.
 """
 
 from collections.abc import Iterator, Mapping
@@ -60,16 +60,16 @@ from trainer.training.summary import TrainingData, TrainingSummary
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A training run, with everything its stages need to run.
+    """A training run and everything that its stages require.
 
     Args:
         launch: creates engines; defaults to vLLM processes on this machine.
         register_failed: whether to register a version even if it fails a check. Such a version cannot be promoted.
         expected: estimated memory and time of training on this machine, or None if unknown.
         progress: file to which the progress is written for other programs.
-        trained: adapter that was trained elsewhere, or adapters to combine, instead of training one.
-        node: a node of the Ray cluster that runs all stages but the registration, or None to run them on this machine.
-            `capabilities` are then those of the node.
+        trained: adapter trained elsewhere, or adapters to combine. If set, no training takes place.
+        node: if set, all stages except judging and registration run on the Ray cluster, and `capabilities` describes
+            this node. If None, all stages run on this machine.
     """
 
     settings: Settings
@@ -136,7 +136,7 @@ class Pipeline:
         return self.run.merged if self._full else self.run.adapter
 
     def _steps(self) -> dict[Stage, Step]:
-        """Return the stages that the recipe's formats need, with the disk space of each.
+        """Return the stages that the recipe's formats need, with the disk space that each stage needs.
 
         A checkpoint of full fine-tuning contains float32 weights and two moments. With AdamW, that is six times
         the size of the base in bf16. In addition to the checkpoints to keep, the disk holds the checkpoint being
@@ -154,8 +154,8 @@ class Pipeline:
         return {stage: steps[stage] for stage in choose_stages(self.recipe)}
 
     def _steps_on(self, cluster: RayStages) -> dict[Stage, Step]:
-        """Return the stages that the recipe's formats need. All but judging and the registration run on a cluster,
-        whose nodes check their disk space.
+        """Return the stages that the recipe's formats need. All stages except judging and registration run on the
+        cluster, whose nodes check their own disk space.
         """
         outputs = () if self._full else (self._trained,)  # a complete model stays in the object store
         steps = {stage: Step(partial(cluster.run, stage)) for stage in self._models.steps}
@@ -226,7 +226,7 @@ class Pipeline:
         return RemoteResult(summary, StoredWeights(files=processes.trained) if self._full else None)
 
     def _import(self, adapter: TrainedAdapter | CombinedAdapter) -> TrainingSummary:
-        """Copy or combine adapters that exist already, after the checks that otherwise precede training."""
+        """Copy or combine existing adapters, after the checks that would otherwise precede training."""
         for part in adapter.parts:
             check_fits(self.base.folder, part)
         self._models.check()
@@ -246,10 +246,10 @@ class Pipeline:
         return self._evaluation.context
 
     def _train_in(self, cluster: RayProcesses | None, served_length: int | None) -> TrainingSummary:
-        """Train in processes of a cluster, or on this machine.
+        """Train in worker processes on a cluster, or on this machine.
 
         Args:
-            served_length: as `_check_formats` returned it.
+            served_length: result of `_check_formats`.
         """
         trained = cluster.capabilities if cluster else self.capabilities
         processes: TrainingProcesses | None = cluster
@@ -294,8 +294,8 @@ class Pipeline:
 
     @property
     def _fitted_recipe(self) -> Recipe:
-        """The recipe with gradient checkpointing as estimated for this machine. This does not affect the run's keys, so
-        another machine may resume the run with a different choice.
+        """The recipe, with gradient checkpointing enabled if the estimate for this machine requires it. The setting
+        does not affect the run's keys, so another machine may resume the run with a different setting.
         """
         if self.expected is None:
             return self.recipe
@@ -303,8 +303,8 @@ class Pipeline:
 
     @cached_property
     def _shared_checkpoints(self) -> SharedCheckpoints | None:
-        """Return the run's checkpoints in the object store, or None if they are only on this machine. Checkpoints of
-        training on Ray are always in the object store.
+        """Return the run's checkpoints in the object store, or None if they are only on this machine. For training on
+        Ray, the checkpoints are always in the object store.
         """
         if self.registry.objects is None or not (self.node or self.settings.artifacts.checkpoints):
             return None

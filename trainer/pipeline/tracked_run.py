@@ -48,7 +48,7 @@ def tracked_run(path: Path, start: Callable[[], str]) -> str:
 def sending_curve(tracking: Tracking, run_id: str) -> Iterator[Report]:
     """Yield a function that takes an optimizer step and its metrics, which a thread sends to MLflow.
 
-    Metrics that MLflow does not accept are sent again with the next ones, and at the end of the block. If MLflow still
+    Metrics that could not be sent are sent again with the next metrics, and at the end of the block. If MLflow still
     does not respond then, the metrics are lost, and a warning is logged.
     """
     sender = _Sender(tracking, run_id)
@@ -74,7 +74,7 @@ def sending_curve(tracking: Tracking, run_id: str) -> Iterator[Report]:
 
 
 class _Sender:
-    """Sends points of a run's curves. `send` must be called in one thread only."""
+    """Sends points of a run's curves. `send` must always be called from the same thread."""
 
     def __init__(self, tracking: Tracking, run_id: str) -> None:
         self.queue = SimpleQueue[tuple[int, Mapping[str, float]]]()
@@ -84,7 +84,7 @@ class _Sender:
         self._is_reported = False
 
     def send(self) -> None:
-        """Send all points in the queue, and those that could not be sent before."""
+        """Send all queued points, including points that could not be sent earlier."""
         while True:
             try:
                 self.unsent.append(self.queue.get_nowait())

@@ -1,7 +1,8 @@
-"""Finds an adapter that was trained elsewhere, checks that it fits its base, and copies it instead of training one.
+"""Finds an adapter that was trained elsewhere, checks that it fits its base, and copies it, so that no adapter is
+trained.
 
 PEFT silently ignores tensors that do not fit the model. The names and shapes of all tensors are therefore compared with
-those that PEFT itself would write for this base. Only configs and headers are read.
+the tensors that PEFT itself would write for this base. Only configs and headers are read.
 """
 
 import json
@@ -26,7 +27,8 @@ from trainer.recipe.recipe import Recipe
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MERGED_ONLY: dict[str, Any] = {"use_dora": False, "target_parameters": None}
-"""PEFT options that vLLM cannot apply at run time, but that can be merged. The values are those of plain LoRA."""
+"""PEFT options that vLLM cannot apply at run time, although adapters with these options can be merged. Each option is
+mapped to its value in plain LoRA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class TrainedAdapter:
 
     Attributes:
         folder: contains adapter_config.json and adapter_model.safetensors.
-        origin: its folder or Hub id, as given.
+        origin: its folder or Hub id, as specified by the user.
         config: contents of adapter_config.json.
         digest: hash of both files, as `sha256:<hex>`.
     """
@@ -47,12 +49,14 @@ class TrainedAdapter:
 
     @property
     def base(self) -> str | None:
-        """The base that the adapter names, or None if it names a folder, which may be on another machine."""
+        """The base model id in the adapter's config, or None if the config contains a path, which may refer to another
+        machine.
+        """
         named = str(self.config.get("base_model_name_or_path") or "")
         return named if named in KNOWN or _HUB_ID.fullmatch(named) else None
 
     def check_base(self, base: str) -> str | None:
-        """Return a warning if the adapter names a different base from the given one, otherwise None."""
+        """Return a warning if the adapter's config names a base other than `base`, or None otherwise."""
         named = self.config.get("base_model_name_or_path")
         if not named or named == base:
             return None
@@ -63,7 +67,7 @@ class TrainedAdapter:
 
     @property
     def parts(self) -> tuple["TrainedAdapter", ...]:
-        """The adapters that must fit the base."""
+        """The adapters to check against the base: this adapter only."""
         return (self,)
 
     @property
@@ -73,7 +77,9 @@ class TrainedAdapter:
         return sorted(name.removeprefix("base_model.model.") for name in names)
 
     def warnings(self, base: str) -> list[str]:
-        """Return warnings if the adapter names a different base from the given one, or can only be served merged."""
+        """Return warnings if the adapter's config names a base other than `base`, or if the adapter can only be served
+        merged.
+        """
         return [warning for warning in (self.check_base(base), merged_only(self.config)) if warning]
 
     def describe(self, recipe: Recipe) -> Recipe:
@@ -106,14 +112,14 @@ class TrainedAdapter:
 
 
 def complete_recipe(recipe: Recipe, values: Mapping[str, Any], adapter: str) -> Recipe:
-    """Return a recipe completed with the values of an adapter that is not trained.
+    """Return a recipe completed with the values of an existing adapter.
 
     Args:
-        values: values, keyed by dotted key in the section `adapter`.
-        adapter: the adapter, for error messages.
+        values: values of the `adapter` section, keyed by dotted key.
+        adapter: description of the adapter for error messages.
 
     Raises:
-        RecipeError: the recipe has another value for one of these keys.
+        RecipeError: the recipe sets one of these keys, or `method`, to a different value.
     """
     implied = ADAPTER_TYPES[recipe.method]
     if "method" in recipe.model_fields_set and implied is not values["adapter.type"]:
@@ -198,7 +204,8 @@ def check_fits(model: Path, adapter: TrainedAdapter) -> None:
         model: folder with the base's config.json. Weights are not read.
 
     Raises:
-        BaseModelError: a tensor is missing, unexpected, or has another shape; the message names the first one.
+        BaseModelError: a tensor is missing, unexpected, or has the wrong shape; the message names the first such
+            tensor.
     """
     saved = {tensor.name: tensor.shape for tensor in read_headers(adapter.folder)}
     expected = _expected_shapes(model, adapter)

@@ -20,12 +20,12 @@ from trainer.training.devices import (
 
 
 def choose_training_devices(recipe: Recipe, capabilities: DeviceCapabilities) -> tuple[TrainingDevice, ...]:
-    """Return the devices that divide the training among them, and print what each one computes. The result is empty
-    if the training runs in this process.
+    """Return the devices to train on, and print each device's share of a step. The result is empty if training runs in
+    this process.
 
     Raises:
-        RecipeError: the recipe lists devices that are missing, in use or unequal, or among which a step cannot be
-            divided.
+        RecipeError: the recipe lists GPUs that are missing or not identical, requires more GPUs than are free, or
+            defines a step that cannot be divided among the devices.
     """
     first, train = capabilities.gpu.name if capabilities.gpu else None, recipe.train
     choice = find_devices(recipe, first, read_machine(gpus=True).gpus if first else ())
@@ -46,7 +46,8 @@ def choose_training_devices(recipe: Recipe, capabilities: DeviceCapabilities) ->
 
 
 def choose_sharding(recipe: Recipe, devices: int, number_type: NumberType, expected: DeviceEstimate | None) -> bool:
-    """Return whether the weights are sharded across the devices instead of copied to each, and print the choice.
+    """Return whether the weights are sharded across the devices instead of replicated on each device, and print the
+    choice.
 
     Args:
         devices: number of devices.
@@ -67,10 +68,10 @@ def choose_sharding(recipe: Recipe, devices: int, number_type: NumberType, expec
 
 
 def find_devices(recipe: Recipe, first: str | None, gpus: Sequence[Gpu]) -> DeviceChoice:
-    """Return the devices of this machine that a recipe would train on.
+    """Return the devices on this machine that a recipe would be trained on.
 
     Args:
-        first: name of the GPU that torch would use alone, or None if training runs on the CPU.
+        first: name of the GPU that torch would use by default, or None if training runs on the CPU.
         gpus: GPUs that this process may use.
 
     Raises:

@@ -1,1 +1,1 @@
-"""The recipe: its sections, one file each, the stages it needs, and loading it from a file."""
+"""The recipe: its sections (one module each), the stages that it needs, and the loading of recipe files."""

@@ -1,4 +1,5 @@
-"""The training method and the section `adapter`: which weights are trained, and how the others are stored."""
+"""The training method and the `adapter` section of a recipe, which determine which weights are trained and how frozen
+weights are stored."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -33,7 +34,7 @@ class Quantization(StrEnum):
 
 
 class TokenLayer(StrEnum):
-    """Layer with a row of weights for each token. Tied layers share their weights."""
+    """Layer whose weight matrix has one row per token. Tied layers share their weights."""
 
     EMBEDDING = "embed_tokens"
     HEAD = "lm_head"
@@ -65,7 +66,7 @@ GAUSSIAN, OLORA, PISSA = "gaussian", "olora", "pissa"
 
 
 def pissa_iterations(init: str) -> int | None:
-    """Return the number of iterations of an approximate PiSSA, or None for an exact one."""
+    """Return the number of iterations for an approximate PiSSA, or None for an exact PiSSA."""
     return int(number) if (number := init.partition("_niter_")[2]) else None
 
 
@@ -79,7 +80,7 @@ class Adapter(Section):
     alpha: Annotated[int, Field(ge=1)] | None = None
     """scale of the update, which is multiplied by alpha / rank; default: twice the rank; not used by vera"""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """share of the adapter's inputs that are dropped in each step"""
+    """dropout probability for the adapter's inputs"""
     targets: TargetChoice = Targets.ALL_LINEAR
     """layers that get an adapter: all-linear, attention, attention-min for query and value only, or a list of layer
     names such as `[q_proj, v_proj]`"""
@@ -101,12 +102,14 @@ class Adapter(Section):
 
     @property
     def given(self) -> str | None:
-        """The key that says where the adapter comes from, or None if it is trained."""
+        """The key that specifies an existing adapter (`adapter.trained` or `adapter.combine`), or None if the adapter
+        is trained.
+        """
         return "adapter.trained" if self.trained else "adapter.combine" if self.combine else None
 
     @property
     def starts_from_base(self) -> bool:
-        """Whether the adapter starts with a part of the base's weights, which is then subtracted from them."""
+        """Whether the adapter is initialized from a part of the base's weights, which is then subtracted from them."""
         return self.init not in (None, GAUSSIAN)
 
 

@@ -1,4 +1,4 @@
-"""The keys under `adapter.combine`: how several adapters become one."""
+"""The `adapter.combine` keys of a recipe, which specify how several adapters are combined into one."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -18,19 +18,19 @@ class CombineMethod(StrEnum):
     """
 
     CAT = "cat"
-    """The exact weighted sum of the updates. The ranks add up."""
+    """The exact weighted sum of the updates. The result's rank is the sum of the adapters' ranks."""
     SVD = "svd"
     """The weighted sum of the updates, reduced to a smaller rank."""
     LINEAR = "linear"
     """The weighted sum of the factors, which only approximates the weighted sum of the updates."""
     TIES = "ties"
-    """Small values are dropped, and then values whose sign differs from the majority's (Yadav et al. 2023)."""
+    """Small values are dropped, and then values whose sign differs from the majority sign (Yadav et al. 2023)."""
     TIES_SVD = "ties_svd"
     DARE_LINEAR = "dare_linear"
     """Random values are dropped, and the remaining values are scaled up (Yu et al. 2024)."""
     DARE_LINEAR_SVD = "dare_linear_svd"
     DARE_TIES = "dare_ties"
-    """Random values are dropped, and then values whose sign differs from the majority's."""
+    """Random values are dropped, and then values whose sign differs from the majority sign."""
     DARE_TIES_SVD = "dare_ties_svd"
 
     @property
@@ -66,7 +66,7 @@ class Combine(Section):
     method: CombineMethod
     """method of PEFT's `add_weighted_adapter`"""
     adapters: Annotated[tuple[WeightedAdapter, ...], Field(min_length=2)]
-    """adapters of one base"""
+    """adapters to combine, all trained on the same base"""
     density: Annotated[float, Field(gt=0, lt=1)] | None = None
     """share of the values that ties and dare keep"""
 

@@ -1,4 +1,4 @@
-"""The section `data`: what to train on."""
+"""The `data` section of a recipe: the sources of the examples, and how they are selected."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -32,7 +32,7 @@ class Data(Section):
     general: Sources | None = None
     """general examples that are mixed into the training examples to reduce forgetting"""
     general_share: float = Field(0.1, gt=0, lt=1)
-    """share of general examples in the training examples"""
+    """share of general examples among the training examples"""
     learn: Learn = Learn.ALL
     """all or last: which answers of a training example are trained on; a `weight` on a turn overrides this,
     see [data](data.md#conversations)"""

@@ -1,4 +1,4 @@
-"""The sections `evaluate`, `judge` and `qualify`: how a version is measured."""
+"""The `evaluate`, `judge` and `qualify` sections of a recipe, which define how a version is evaluated."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +33,7 @@ class Judge(Section):
 
 
 class Undecided(StrEnum):
-    """What to do when a gate's interval neither proves nor rules out a loss above its limit."""
+    """Action to take when a gate's confidence interval neither proves nor rules out a loss above the gate's limit."""
 
     WARN = "warn"
     FAIL = "fail"
@@ -93,12 +93,10 @@ class Evaluate(Section):
 
 
 class Qualify(Section):
-    """Probes that verify, whenever the version is loaded later, that the engine is running exactly these
-    weights.
-    """
+    """Probes that verify, each time the version is loaded, that the engine is running exactly the version's weights."""
 
     repeats: int = Field(10, ge=1)
-    """number of times that the engine's own noise is measured, which sets the minimum tolerance"""
+    """number of measurements of the engine's own noise, from which the minimum tolerance is derived"""
     restart: bool = True
     """also measure on a second engine, to verify that weights loaded in place and weights loaded at start give
     the same results"""

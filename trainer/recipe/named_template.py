@@ -1,10 +1,11 @@
-"""Names of the chat templates that ship with this project. Their texts are in trainer.data.template_choice."""
+"""Names of the chat templates that ship with this project. The templates themselves are in
+trainer.data.template_choice."""
 
 from enum import StrEnum
 
 
 class NamedTemplate(StrEnum):
-    """Built-in chat template, usable for a base that has none."""
+    """Built-in chat template for a base that has no template of its own."""
 
     CHATML = "chatml"
     """Turns between `<|im_start|>ROLE` and the end token, as in Qwen's models."""
@@ -15,7 +16,7 @@ class NamedTemplate(StrEnum):
     ZEPHYR = "zephyr"
     """Turns after `<|ROLE|>`, as in Zephyr and TinyLlama Chat."""
     TEXT = "text"
-    """The texts of all turns, one after another, without anything in between; used by `objective: text`."""
+    """The text of all turns, concatenated without separators; used by `objective: text`."""
 
 
 TEMPLATE_CHOICES = f"one of {', '.join(NamedTemplate)}; or a file that ends in .jinja"

@@ -1,4 +1,4 @@
-"""The section `preference`: learning from preferences."""
+"""The `preference` section of a recipe: settings for preference tuning."""
 
 from enum import StrEnum
 
@@ -9,7 +9,7 @@ from trainer.recipe.section import Section
 
 
 class DpoLoss(StrEnum):
-    """Loss of DPO for a pair, given the difference of the two answers' log ratios."""
+    """DPO loss of a pair, as a function of the difference between the two answers' log ratios."""
 
     SIGMOID = "sigmoid"
     """Negative log-likelihood of the preference (Rafailov et al. 2023, eq. 7)."""
@@ -23,7 +23,7 @@ class Preference(Section):
     """Preference tuning with `objective: dpo`, `orpo` or `kto`; see [training](training.md#preferences)."""
 
     beta: float = Field(0.1, gt=0)
-    """dpo, kto: how close the model stays to the one before training (higher is closer); orpo: weight of the
+    """dpo, kto: how close the model stays to its state before training (higher is closer); orpo: weight of the
     preference compared with the likelihood of the better answer"""
     loss: DpoLoss = DpoLoss.SIGMOID
     """dpo: sigmoid, ipo, or robust if a known share of the pairs is wrong"""

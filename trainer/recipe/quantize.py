@@ -1,4 +1,4 @@
-"""The section `quantize`: the quantized formats of a version."""
+"""The `quantize` section of a recipe: settings for a version's quantized formats."""
 
 from typing import Literal
 

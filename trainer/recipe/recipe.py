@@ -1,8 +1,7 @@
-"""The recipe, which states in YAML what to train. Every key except `name`, `base` and `data.train` has a
-default.
+"""The recipe: a YAML description of a model to train. Every key except `name`, `base` and `data.train` has a default.
 
-Unknown keys and wrong types are errors, because ignoring a misspelt hyperparameter would waste a night
-of training.
+Unknown keys and wrong types are errors, because ignoring a misspelled hyperparameter could waste an entire training
+run.
 """
 
 import math
@@ -42,7 +41,7 @@ class ReportTo(StrEnum):
 # 2e-3 2.52; vera 0.36, at 2e-2 0.73. Their vectors start at or near 0, and Adam moves each by no more than the rate.
 _LEARNING_RATES = {None: 5e-5, AdapterType.ADALORA: 1e-2, AdapterType.VERA: 6e-2}
 _MEASURED_WIDTH = 576
-"""Hidden width of SmolLM2-135M, for which the default learning rates were measured. See docs/training.md for rates of
+"""Hidden width of SmolLM2-135M, for which the default learning rates were measured. See docs/training.md for rates for
 wider models."""
 
 
@@ -51,15 +50,15 @@ _PREFERENCE_RATES = {
     Objective.KTO: (0.1, 0.02),
     Objective.ORPO: (0.2, 0.2),
 }
-"""Default learning rate of each preference objective as a share of the rate for reference answers, for adapters and for
-full fine-tuning. These defaults are between the published rates that docs/training.md lists."""
+"""Default learning rate of each preference objective, as a fraction of the rate for supervised fine-tuning: first for
+adapters, then for full fine-tuning. The defaults lie between the published rates listed in docs/training.md."""
 
 
 NewTokens = Annotated[
     tuple[Annotated[str, Field(pattern=r"^\S+$")], ...],
     WithJsonSchema({"type": "array", "items": {"type": "string"}}),
 ]
-"""Texts of tokens, without spaces."""
+"""Strings of new tokens, without spaces."""
 
 
 class Recipe(Section):
@@ -73,9 +72,9 @@ class Recipe(Section):
     """full, lora, qlora, dora, adalora or vera; for other combinations, such as QDoRA, set `adapter.type` and
     `quantization` instead"""
     objective: Objective = Objective.SFT
-    """sft: learn the reference answers; text: learn all tokens of documents, see
-    [raw text](training.md#raw-text); dpo or orpo: learn from pairs of a better and a worse answer; kto: learn from
-    single answers that are desirable or not; see [training](training.md#preferences)"""
+    """sft: learn the reference answers; text: learn all tokens of documents, see [raw text](training.md#raw-text); dpo
+    or orpo: learn from pairs of a better and a worse answer; kto: learn from single answers labeled desirable or
+    undesirable; see [training](training.md#preferences)"""
     quantization: Quantization | None = None
     """nf4: store the frozen weights in 4 bits during training; default: the quantization implied by `method`"""
     merge_dequantized: bool = False
@@ -190,7 +189,9 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _text_defaults(cls, content: Any) -> Any:
-        """Set the values that documents need. Other values in the recipe are left unchanged, to be rejected later."""
+        """Set the values that `objective: text` requires. If the recipe sets other values, they are left unchanged and
+        rejected later.
+        """
         if not isinstance(content, dict) or content.get("objective") != Objective.TEXT:
             return content
         evaluate = content.get("evaluate") or {}
@@ -198,7 +199,7 @@ class Recipe(Section):
         return {"chat_template": NamedTemplate.TEXT, **content, "evaluate": evaluate}
 
     def _fits_text(self) -> None:
-        """Reject keys that have no effect on documents, because they have no turns and no answers."""
+        """Reject keys that have no effect on documents, because documents have no turns and no answers."""
         evaluate, answers = self.evaluate, "no answers to documents are generated"
         reasons = {
             "chat_template": self.chat_template is not NamedTemplate.TEXT and "documents have no turns",
@@ -279,10 +280,10 @@ class Recipe(Section):
             )
 
     def flat(self) -> dict[str, str]:
-        """Return the recipe values that affect the result, as strings keyed by dotted key. Unset keys have the
-        method's default.
+        """Return the recipe values that affect the result, as strings keyed by dotted key. Unset keys take the method's
+        default.
 
-        An unset learning rate is given as None, because its default depends on the base (`with_learning_rate`).
+        An unset learning rate is returned as None, because its default depends on the base (`with_learning_rate`).
         """
         others = dict.fromkeys(("checkpoints", "data", "judge", "report_to", "sweep"), True)
         sections = self.model_dump(mode="json", exclude=others | {"train": DEVICE_KEYS})
@@ -324,8 +325,8 @@ class Recipe(Section):
         return self.train.learning_rate or self.usual_learning_rate(width)
 
     def usual_learning_rate(self, width: int) -> float:
-        """Return the default learning rate for a base of the given width. It depends on the objective and the
-        adapter type, or on whether all weights are trained.
+        """Return the default learning rate for a base of the given width. It depends on the objective and on the
+        adapter type, or on full fine-tuning in place of an adapter.
 
         The rate is inversely proportional to the square root of the width. This exponent, 0.5, lies between the
         exponents of "LoRA Without Regret" for Llama (0.78) and Qwen (0.08). For models from 1B to 70B, it gives rates

@@ -1,4 +1,4 @@
-"""The section `rope_scaling`: positions for texts longer than those that the base was trained on."""
+"""The `rope_scaling` section of a recipe: scaling of positions for texts longer than the base's training context."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -11,15 +11,15 @@ from trainer.recipe.section import Section
 class RopeType(StrEnum):
     """How rotary position embeddings are scaled.
 
-    Dynamic NTK scaling is left out: transformers scales a text that is longer than the base's context by its own
-    length, but vLLM computes all rotations once, for the base's context only, so that the engine could not serve the
-    model that was trained.
+    Dynamic NTK scaling is not supported: for a text longer than the base's context, transformers scales by the length
+    of that text, whereas vLLM computes all rotations once, for the base's context only. The engine would therefore
+    serve a different model from the one that was trained.
     """
 
     LINEAR = "linear"
     """All positions are divided by the factor (Chen et al. 2023)."""
     YARN = "yarn"
-    """Slow rotations are divided by the factor, fast ones are kept (Peng et al. 2023)."""
+    """Slow rotations are divided by the factor, and fast rotations are unchanged (Peng et al. 2023)."""
 
 
 class RopeScaling(Section):

@@ -1,4 +1,4 @@
-"""The stages of a run, and which of them a recipe needs."""
+"""The stages of a run, and the selection of the stages that a recipe needs."""
 
 from collections.abc import Mapping
 from enum import StrEnum

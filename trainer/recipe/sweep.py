@@ -1,4 +1,4 @@
-"""The section `sweep`: the search space of `svc sweep`."""
+"""The `sweep` section of a recipe: the search space of `svc sweep`."""
 
 from typing import Annotated, Any
 
@@ -36,11 +36,11 @@ class Sweep(Section):
     """maximum number of trials in `sweep.space`; if the space consists of lists with fewer combinations, all of
     them are tried"""
     seconds: Annotated[float, Field(gt=0)] | None = None
-    """training time of all finished trials in seconds, after which no new trial is started; default: no limit"""
+    """total training time of the finished trials, in seconds, after which no new trial is started; default: no limit"""
     finalists: int = Field(3, ge=0)
-    """number of trials with the lowest held-out loss to evaluate on the engine, in addition to the unchanged
-    recipe; further trials are evaluated as long as all of them exceed `evaluate.max_forgetting`. The primary
-    metric decides among the trials within that limit; 0: held-out loss alone decides"""
+    """number of trials with the lowest held-out loss to evaluate on the engine, in addition to the unchanged recipe;
+    further trials are evaluated as long as all evaluated trials exceed `evaluate.max_forgetting`. The primary metric
+    decides among the trials within that limit; 0: held-out loss alone decides"""
 
     @field_validator("space")
     @classmethod

@@ -20,7 +20,7 @@ class Targets(StrEnum):
 
 
 def _as_targets(value: Any) -> Any:
-    """Parse a text as the name of a preset. Other values are returned unchanged.
+    """Parse a string as the name of a preset. Other values are returned unchanged.
 
     Raises:
         ValueError: there is no such preset.

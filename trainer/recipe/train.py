@@ -1,5 +1,5 @@
-"""The sections `train`, `stopping` and `checkpoints`: how a run trains, when it stops, and which checkpoints it
-saves.
+"""The `train`, `stopping` and `checkpoints` sections of a recipe, which define how a run trains, when it stops, and
+which checkpoints it saves.
 """
 
 from enum import StrEnum
@@ -19,7 +19,7 @@ class Schedule(StrEnum):
 
 
 class TooLong(StrEnum):
-    """What to do with an example longer than `train.max_length`."""
+    """Action to take for an example longer than `train.max_length`."""
 
     ERROR = "error"
     DROP = "drop"
@@ -27,10 +27,10 @@ class TooLong(StrEnum):
 
 
 class Sharding(StrEnum):
-    """When the weights are sharded across several devices instead of copied to each."""
+    """When to shard the weights across devices instead of replicating them on each device."""
 
     AUTO = "auto"
-    """Divide the weights only if a copy of the model does not fit on one device."""
+    """Shard the weights only if a copy of the model does not fit on one device."""
     NEVER = "never"
     ALWAYS = "always"
 
@@ -41,7 +41,7 @@ class Optimizer(StrEnum):
     ADAMW = "adamw"
     """AdamW with moments in float32 (Loshchilov and Hutter 2019)."""
     ADAMW_8BIT = "adamw-8bit"
-    """AdamW from bitsandbytes with 8-bit moments, quantized in blocks of 256 with a scale each (Dettmers et al.
+    """AdamW from bitsandbytes with 8-bit moments, quantized in blocks of 256, each with its own scale (Dettmers et al.
     2022)."""
     PAGED_ADAMW = "paged-adamw"
     """AdamW from bitsandbytes with moments that are moved to main memory when the GPU is full (Dettmers et al.
@@ -94,12 +94,12 @@ class Train(Section):
     steps: Annotated[int, Field(ge=1)] | None = None
     """number of steps; overrides `epochs`"""
     devices: Devices | None = None
-    """GPUs on this machine to train on: a number, or a list of their indices. They divide the examples of each step
-    among them; default: all that are free and equal; on a CPU a number of processes, useful only for testing; see
-    [training](training.md#several-gpus)"""
+    """GPUs on this machine to train on: a number of GPUs, or a list of GPU indices. The examples of each step are
+    divided among the GPUs; default: all free GPUs that are identical; on a CPU, a number of processes, useful only for
+    testing; see [training](training.md#several-gpus)"""
     sharding: Sharding = Sharding.AUTO
-    """auto, never or always: whether weights, gradients and moments are sharded across several devices (FSDP2)
-    instead of copied to each; auto does so if a copy does not fit on one device; see
+    """auto, never or always: whether weights, gradients and moments are sharded across several devices (FSDP2) instead
+    of replicated on each device; auto shards them if a copy does not fit on one device; see
     [training](training.md#models-that-do-not-fit-on-one-gpu)"""
     batch_size: int = Field(16, ge=1)
     """number of examples per batch; a step has batch_size x gradient_accumulation examples, on any number of devices"""
@@ -133,8 +133,8 @@ class Train(Section):
 
 
 class Stopping(Section):
-    """Measuring held-out loss during training, or validation loss if `data.validation` is set. A loss that was
-    used to select the weights is slightly too optimistic.
+    """Settings for measuring held-out loss during training, or validation loss if `data.validation` is set. A loss that
+    was used to select the weights is slightly too optimistic.
     """
 
     every_steps: Annotated[int, Field(ge=1)] | None = None
@@ -172,5 +172,5 @@ class Checkpoints(Section):
     keep: int = Field(2, ge=1)
     """number of checkpoints to keep, newest first; the best checkpoint is always kept as well"""
     keep_epochs: int = Field(0, ge=0)
-    """number of epochs, counted from the end, after which the adapter is saved for clients of the fine-tuning API; only
-    with `svc train --progress FILE`, in the folder `epochs` next to the file"""
+    """number of final epochs after each of which the adapter is saved for clients of the fine-tuning API; only with
+    `svc train --progress FILE`, in the folder `epochs` next to the file"""

@@ -1,1 +1,1 @@
-"""Imports recipes of other fine-tuning tools."""
+"""Imports recipes from other fine-tuning tools."""

@@ -1,4 +1,4 @@
-"""Imports a config of Axolotl (https://docs.axolotl.ai/docs/config-reference.html)."""
+"""Imports an Axolotl config (https://docs.axolotl.ai/docs/config-reference.html)."""
 
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,12 @@ _USUAL_COLUMNS: dict[str, tuple[Any, ...]] = {
 
 
 def is_axolotl(content: dict[str, Any]) -> bool:
-    """Return whether a YAML file is a config of Axolotl."""
+    """Return whether a YAML file is an Axolotl config."""
     return "base_model" in content
 
 
 def import_axolotl(draft: Draft, folder: Path) -> None:
-    """Import a config of Axolotl.
+    """Import an Axolotl config.
 
     Args:
         folder: folder of the new recipe.
@@ -174,8 +174,8 @@ def _import_data(draft: Draft, folder: Path) -> None:
 
 
 def _limit(draft: Draft, datasets: list[Any]) -> None:
-    """Import the slice of the only dataset, such as `train[:1000]`. Other slices, such as percentages, cannot be
-    imported.
+    """Import the slice of the config's only dataset, such as `train[:1000]`. Other kinds of slices, such as
+    percentages, cannot be imported.
     """
     for number, dataset in enumerate(datasets):
         split = str(dataset.get("split") or "train") if isinstance(dataset, dict) else "train"

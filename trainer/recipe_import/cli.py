@@ -11,7 +11,7 @@ from svc.invocation import json_option, print_json
 
 @click.group()
 def recipe() -> None:
-    """Import recipes of Axolotl and LLaMA-Factory."""
+    """Import recipes from Axolotl and LLaMA-Factory."""
 
 
 @recipe.command("import")

@@ -34,7 +34,7 @@ PER_GPU = "the imported value is per GPU, but here it is the total for all GPUs:
 
 
 def import_optimizer(draft: Draft, key: str, default: str) -> None:
-    """Import the optimizer, which the other tool names as transformers does."""
+    """Import the optimizer, whose name in the other tool is its name in transformers."""
     name = draft.take(key, default)
     if optimizer := next((ours for ours, names in _OPTIMIZERS.items() if name in names), None):
         draft.values["train.optimizer"] = optimizer.value
@@ -55,7 +55,7 @@ def import_warmup(draft: Draft, default: float, *, zero_steps: bool = False) -> 
     """Import the warmup, which other tools also accept as a number of steps.
 
     Args:
-        zero_steps: whether 0 steps mean no warmup, rather than that the ratio applies.
+        zero_steps: whether 0 steps means no warmup. Otherwise, the warmup ratio applies if 0 steps are set.
     """
     ratio, steps, total = draft.take("warmup_ratio"), draft.take("warmup_steps"), draft.values.get("train.steps")
     if steps is not None and steps < 1 and (steps or zero_steps):
@@ -104,7 +104,7 @@ def import_start(draft: Draft, key: str, start: str) -> None:
 
 
 def import_rope(draft: Draft, key: str, kind: str, factor: float | None) -> None:
-    """Import a scaling of positions."""
+    """Import RoPE scaling."""
     if kind in tuple(RopeType) and factor and factor > 1:
         draft.values |= {"rope_scaling.type": kind, "rope_scaling.factor": float(factor)}
     else:
@@ -181,12 +181,12 @@ def import_run(draft: Draft) -> None:
 
 
 def source(path: str, folder: Path, files: tuple[str, ...] = (), revision: str | None = None) -> list[str]:
-    """Return a data set as sources of a recipe.
+    """Return the recipe sources that correspond to a dataset.
 
     Args:
-        path: an existing file or folder, or else the id of a data set on the hub.
+        path: an existing file or folder, or else the id of a dataset on the Hub.
         folder: folder of the new recipe, to which paths are relative.
-        files: files within the data set; by default, all of them.
+        files: files within the dataset; by default, all files.
     """
     local = Path(path).expanduser()
     if local.exists() or path.startswith((".", "/", "~")) or local.suffix:

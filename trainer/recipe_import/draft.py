@@ -1,6 +1,6 @@
 """The recipe that an import builds, and notes on keys that could not be imported unchanged.
 
-An importer takes the keys of the other tool's file one by one. Keys that are left at the end are reported, so that none
+An importer takes the keys of the other tool's file one by one. Keys that remain at the end are reported, so that no key
 is lost silently.
 """
 
@@ -10,11 +10,11 @@ from enum import StrEnum
 from typing import Any
 
 _OFF: tuple[Any, ...] = (None, False, "", [], {})
-"""Values with which a key of another tool usually has no effect."""
+"""Values that usually mean that another tool's key is disabled."""
 
 
 class Effect(StrEnum):
-    """Effect of an import on a key."""
+    """How an import handled a key."""
 
     CHANGED = "changed"
     """The key was imported, but does not mean exactly the same as in the other tool."""

@@ -31,7 +31,7 @@ class ImportedRecipe:
         tool: name of the other tool.
         content: the recipe, as nested sections.
         notes: keys that were not imported unchanged.
-        refused: why `svc train` would reject the recipe in its present form, or None.
+        refused: reason why `svc train` would reject the recipe in its present form, or None if it would not.
     """
 
     tool: str
@@ -58,7 +58,7 @@ class ImportedRecipe:
 
 
 def import_recipe(path: Path, folder: Path, name: str | None = None) -> ImportedRecipe:
-    """Import a config of Axolotl or LLaMA-Factory.
+    """Import an Axolotl or LLaMA-Factory config.
 
     Args:
         folder: folder of the new recipe, to which its paths are relative.

@@ -1,6 +1,4 @@
-"""Imports a training config of LLaMA-Factory
-(https://llamafactory.readthedocs.io/en/latest/advanced/arguments.html).
-"""
+"""Imports a LLaMA-Factory training config (https://llamafactory.readthedocs.io/en/latest/advanced/arguments.html)."""
 
 from pathlib import Path
 from typing import Any
@@ -75,17 +73,17 @@ _USUAL_COLUMNS = {
 
 
 def is_llama_factory(content: dict[str, Any]) -> bool:
-    """Return whether a YAML file is a training config of LLaMA-Factory."""
+    """Return whether a YAML file is a LLaMA-Factory training config."""
     return "model_name_or_path" in content
 
 
 def import_llama_factory(draft: Draft, folder: Path, beginning: Path) -> None:
-    """Import a training config of LLaMA-Factory.
+    """Import a LLaMA-Factory training config.
 
     Args:
         folder: folder of the new recipe.
-        beginning: folder of the config. The list of data sets is searched for in `dataset_dir` below this folder and
-            its parents.
+        beginning: folder of the config. The list of datasets is searched for in `dataset_dir` below the working
+            directory, this folder and its parents.
 
     Raises:
         RecipeError: the config trains something other than a text model on examples or preferences.
@@ -161,7 +159,7 @@ def _listed(names: str | list[str]) -> list[str]:
 
 
 def _find_info(dataset_dir: str, beginning: Path) -> Path | None:
-    """Return the file that lists the locations of data sets, or None if it does not exist."""
+    """Return the file that lists the locations of datasets, or None if it does not exist."""
     places = (place / dataset_dir / _DATASET_INFO for place in (Path.cwd(), beginning, *beginning.parents))
     return next((place for place in places if place.is_file()), None)
 

@@ -119,8 +119,8 @@ def _open_trial_runner(
         anyway: whether to continue instead of raising an error if there is not enough memory or disk space.
         makes_version: whether the winner will be registered.
         on_ray: whether the trials are trained on a Ray cluster.
-        parallel: maximum number of trials that train at the same time there, or None for as many as the cluster has
-            resources for.
+        parallel: maximum number of trials that train on the cluster at the same time, or None for as many as the
+            cluster has resources for.
 
     Raises:
         ServerNotRunningError, BusyError, TrainingError: the cluster cannot be reached, or has too few free resources.

@@ -1,10 +1,10 @@
-"""Finals of a sweep: the trials with the lowest held-out loss give answers on the engine, and these answers
-decide which trial wins.
+"""Finals of a sweep: the trials with the lowest held-out loss are evaluated on the engine, and their answers decide
+which trial wins.
 
-Held-out loss says little about general ability, and does not fully predict the primary metric. Measuring
-either one requires generated answers, so only a few trials are measured, in a single engine. Each adapter is merged,
-and the merged weights are loaded in place, in the same way as `svc train` evaluates a version. This
-works for every adapter type, including those that vLLM does not serve.
+Held-out loss says little about general ability, and does not fully predict the primary metric. Measuring either of them
+requires generated answers, so only a few trials are measured, on a single engine. Each adapter is merged, and the
+merged weights are loaded in place, in the same way as `svc train` evaluates a version. This works for every adapter
+type, including those that vLLM does not serve.
 """
 
 import asyncio
@@ -75,7 +75,7 @@ class FinalLine(BaseModel):
         primary: the trial's primary metric.
         difference: primary metric minus the winner's, on the same examples.
         general: share of correct answers to the general questions, or None if none were asked.
-        forgetting: the `general` share minus the base's.
+        forgetting: the `general` share minus the base's share.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -179,8 +179,8 @@ class Finals:
         """Choose the winner among the finalists.
 
         Finalists that forget too much are excluded; if all of them do, the one that forgets least wins. Of the
-        remaining finalists, those whose primary metric is worse than the best one by more than chance are
-        excluded too. Held-out loss decides among the rest.
+        remaining finalists, those whose primary metric is worse than the best value by more than chance are excluded
+        too. Held-out loss decides among the rest.
 
         Args:
             preferred: the trial that would win by held-out loss.

@@ -35,7 +35,7 @@ _EXPONENTS = np.linspace(0.05, 2.0, 79)
 _MAX_MISFIT = 0.15
 """Maximum error of the power-law fit at any point, as a share of the total drop in the measured losses."""
 _MIN_GAIN = 0.02
-"""Gain below which doubling the data counts as of little benefit, as a share of the loss with all examples."""
+"""Gain below which doubling the data counts as having little benefit, as a share of the loss with all examples."""
 
 
 class Benefit(StrEnum):

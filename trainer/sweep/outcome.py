@@ -49,7 +49,7 @@ class TrialOutcome(Summary):
         key: key that identifies the trial's training (`trainer.sweep.values.training_key`).
         heldout_each: loss of each held-out example, in the same order in all trials.
         points: one point for each training step.
-        watched: held-out loss measured during training on fewer examples, keyed by step.
+        watched: held-out loss on a subset of the examples, measured during training and keyed by step.
     """
 
     key: str

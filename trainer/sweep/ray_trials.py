@@ -92,7 +92,7 @@ class RayTrials:
         """Connect this process to the cluster for the duration of the `with` block. Yield the number of trials that may
         train at the same time.
 
-        If the block is left by an exception or a signal is received, all trials stop, each with a checkpoint.
+        If the block raises an exception or a signal is received, all trials write checkpoints and stop.
 
         Raises:
             InterruptedRunError: a signal was received.
@@ -141,7 +141,7 @@ class RayTrials:
             raise
 
     def start(self, work: Callable[[], TrialOutcome]) -> "Future[TrialOutcome]":
-        """Call a function in a thread, as soon as fewer trials than allowed are running.
+        """Call a function in a thread as soon as the number of running trials is below the limit.
 
         Args:
             work: function that runs a trial, which calls `train`. If it raises an exception, all trials stop.
@@ -167,10 +167,10 @@ class RayTrials:
     def train(
         self, title: str, data: "TrialData", recipe: Recipe, folder: Path, report: Report, adapter: Path | None
     ) -> "TrialRun":
-        """Train a trial, as `trainer.training.trial.train_trial` does on this machine.
+        """Train a trial on the cluster, as `trainer.training.trial.train_trial` would on this machine.
 
         Args:
-            title: text in front of each line of the trial's output.
+            title: prefix of each line of the trial's output.
             folder: folder of the trial, which contains `mlflow.json`.
             report: callback for losses. Any exception that it raises stops the trial.
             adapter: folder to which the trained adapter is written, or None to discard it.
@@ -199,11 +199,12 @@ class RayTrials:
         """Return the untrained model's loss on each judged example.
 
         Args:
-            folder: folder like that of a trial. Nothing is written to it.
+            folder: path in the form of a trial folder, from which a name in the object store is derived. Nothing is
+                written to it.
 
         Raises:
             InterruptedRunError: a signal was received.
-            ClusterError: the cluster cannot compute it.
+            ClusterError: the cluster cannot compute the losses.
         """
         from trainer.training.trial import untrained_losses_in
 

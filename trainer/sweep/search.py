@@ -6,10 +6,10 @@ are pruned. A resumed sweep repeats all calls to Optuna with new studies. Becaus
 trials are stored and the sampler is seeded, all decisions are the same. This module is independent of
 how trials are trained.
 
-Several trials may run at the same time. Their results are given to Optuna in the order in which the trials
-started, and only when a new trial needs their place. A trial is pruned by comparison with those that had
-been given to Optuna when it started. So the decisions depend on how many trials may run at the same time,
-but not on which of them finishes first.
+Several trials may run at the same time. Their results are reported to Optuna in the order in which the trials started,
+and only when a new trial needs a free slot. A trial is pruned by comparison with the results that had been reported
+when the trial started. The decisions therefore depend on the number of trials that may run at the same time, but not on
+the order in which trials finish.
 """
 
 import itertools
@@ -53,11 +53,11 @@ _RANDOM = 5
 
 Space = Mapping[str, Sequence[Any] | Between]
 StartTrial = Callable[[int, Values, Watch], "Future[TrialOutcome]"]
-"""Starts a trial with a number and the given values. Trials with the same training have the same future."""
+"""Starts a trial with a number and the given values. Trials that require the same training share a future."""
 
 
 class Phase(StrEnum):
-    """Phase of a sweep. Each phase starts from the values that the previous one chose."""
+    """Phase of a sweep. Each phase starts from the values that the previous phase chose."""
 
     LEARNING_RATE = "learning rate"
     RANK = "rank"
@@ -89,8 +89,8 @@ class _Trial:
 
     Attributes:
         trial: the trial in Optuna's study.
-        result: the outcome of its training.
-        outcome: the outcome with this trial's values, once it has been given to Optuna.
+        result: future of the trial's training.
+        outcome: the outcome with this trial's values, or None if it has not been reported to Optuna yet.
     """
 
     number: int
@@ -155,9 +155,9 @@ class Search:
         return best
 
     def _learning_rate(self) -> TrialOutcome | None:
-        """Try learning rates outwards from the recipe's own rate. Among indistinguishable results, the recipe's
-        rate is preferred, followed by the one with the lowest loss, since all rates cost the same. Return None if
-        there was no time for any trial.
+        """Try learning rates outwards from the recipe's own rate. Among indistinguishable results, the recipe's rate is
+        preferred, followed by the rate with the lowest loss, since all rates cost the same. Return None if there was no
+        time for any trial.
         """
         own = self.recipe.train.learning_rate or self.usual_rate
         rates = sorted({float(f"{rate * self.usual_rate:.3g}") for rate in _RATES} | {own})
@@ -188,8 +188,8 @@ class Search:
         higher: Sequence[float],
         preference: Callable[[TrialOutcome], float],
     ) -> TrialOutcome | None:
-        """Try values in the given order. Continue with higher ones while the highest is the best, and with lower
-        ones while the lowest is the best.
+        """Try values in the given order. Continue with higher values while the highest value tried is the best, and
+        with lower values while the lowest value tried is the best.
 
         Args:
             order: values to try, starting with the recipe's own value, which is preferred.
@@ -300,7 +300,7 @@ class Search:
         return [self._outcome(trial) for trial in trials]
 
     def _make_room(self) -> None:
-        """Wait until a further trial may train. Two trials that have the same training count as one."""
+        """Wait until another trial may start training. Two trials that require the same training count as one."""
         while len({id(trial.result) for trial in self._running}) >= self.parallel:
             self._finish_oldest()
 
@@ -321,7 +321,7 @@ class Search:
         return started
 
     def _finish_oldest(self) -> None:
-        """Wait for the trial that was started first, and give its outcome to Optuna."""
+        """Wait for the running trial that was started first, and report its outcome to Optuna."""
         oldest = self._running[0]
         # It may be the training of an earlier trial, with the values spelled differently.
         outcome = oldest.result.result().model_copy(update={"values": dict(oldest.values)})
@@ -388,10 +388,11 @@ def _pruner() -> optuna.pruners.BasePruner:
 
 
 class _Pruning:
-    """Decides after each measurement of a trial whether the trial is pruned. It may be called in any thread.
+    """Decides after each measurement of a trial whether to prune the trial. It may be called from any thread.
 
     Args:
-        study: study of the trial. The trial is compared with the trials that are complete when this object is created.
+        study: study of the trial. The trial is compared with the trials that were complete when this object was
+            created.
     """
 
     def __init__(self, study: optuna.Study) -> None:

@@ -114,10 +114,11 @@ class TrialRunner:
 
     @contextmanager
     def training(self, *, sampled: bool) -> Iterator[int]:
-        """Connect to the cluster, if the trials are trained on one, for the duration of the `with` block. Yield the
-        number of trials that may run at the same time.
+        """Yield the number of trials that may run at the same time. If the trials are trained on a cluster, this
+        process is connected to it for the duration of the `with` block.
 
-        If a sampler chooses the values, this number affects them, so it stays the same when the sweep is resumed.
+        If a sampler chooses the values, its choices depend on this number, so the number stays the same when the sweep
+        is resumed.
 
         Args:
             sampled: whether a sampler chooses the values of trials.
@@ -195,11 +196,11 @@ class TrialRunner:
         return mean(read_json_object(path)["heldout_each"], self.answer_lengths)
 
     def start_trial(self, number: int, values: Values, watch: Watch) -> "Future[TrialOutcome]":
-        """Start a trial, as `run_trial` runs it. Trials with the same training have the same future. A trial on this
-        machine has finished when this method returns.
+        """Start `run_trial` for a trial, and return its future. Trials that require the same training share a future.
+        On this machine, the trial has finished when this method returns.
 
         Args:
-            number: number of the trial, in messages.
+            number: number of the trial, shown in messages.
         """
         key = training_key(self._recipe(values))
         if key not in self._started:
@@ -229,7 +230,7 @@ class TrialRunner:
             watch: called with a step and its held-out loss after each measurement. It can raise
                 `optuna.TrialPruned` to prune the trial.
             train: the rows of each example to train on, or None for all examples.
-            title: name of the trial in front of its output, if it is trained on a cluster.
+            title: name of the trial, used as a prefix of the trial's output on a cluster.
 
         Raises:
             InterruptedRunError: a signal was received. The next call resumes the training.

@@ -42,7 +42,7 @@ from trainer.training.trainer import FIRST_MATRICES, ResumableTrainer
 
 @dataclass(frozen=True, slots=True)
 class TrainerRows:
-    """The rows of a run, as its trainer expects them.
+    """A run's rows, in the form that its trainer expects.
 
     Attributes:
         collator: function that forms a batch of rows, or None for TRL's.
@@ -163,8 +163,8 @@ def assemble_trainer(
 
 
 def _start_from_base(model: PeftModel, setup: TrainerSetup) -> Matrices:
-    """Start the adapter with a part of the base's weights, and return its first matrices. For a resumed run, they are
-    read from its checkpoint.
+    """Initialize the adapter from a part of the base's weights, and return its initial matrices. For a resumed run, the
+    matrices are read from the checkpoint.
     """
     recipe, group = setup.recipe, setup.group
     newest = setup.checkpoints.newest()

@@ -6,8 +6,8 @@
                                  PiSSA and OLoRA: first_matrices.safetensors
                                  files.json: size and SHA-256 of each
 
-A checkpoint is written to a temporary folder, synced, and renamed, so that a kill at any time leaves the
-previous one intact. This module does not depend on what the files contain.
+A checkpoint is written to a temporary folder, synced, and renamed, so that the previous checkpoint stays intact even if
+the process is killed at any time. This module does not depend on what the files contain.
 """
 
 import logging

@@ -42,7 +42,7 @@ class DeviceGroup:
     """One process's view of the group. A group of one process needs no communication.
 
     Attributes:
-        rank: number of this process and its device, from 0.
+        rank: index of this process and its device, starting at 0.
         size: number of processes.
         sharded: whether each process stores only a share of the model, not a copy.
     """
@@ -56,7 +56,9 @@ class DeviceGroup:
     @classmethod
     @contextmanager
     def joined(cls, place: Place, *, sharded: bool = False) -> Iterator["DeviceGroup"]:
-        """Connect this process with the others for the duration of the `with` block, and yield its group."""
+        """Connect this process to the other processes of its group for the duration of the `with` block, and yield its
+        group.
+        """
         group = cls(place.rank, place.size, sharded=sharded)
         if place.size == 1:
             yield group
@@ -86,7 +88,7 @@ class DeviceGroup:
         distributed.destroy_process_group()
 
     def agree(self, value: Value) -> Value:
-        """Return the first process's value in every process."""
+        """Broadcast the first process's value to all processes, and return it."""
         if self.size == 1:
             return value
         values: list[Any] = [value]
@@ -95,12 +97,12 @@ class DeviceGroup:
         return agreed
 
     def wait(self) -> None:
-        """Wait until every process has made this call."""
+        """Wait until every process has called this method."""
         if self.size > 1:
             distributed.barrier(group=self._control)
 
     def gather(self, value: Value) -> list[Value]:
-        """Return the values of all processes in every process, in the order of their ranks."""
+        """Exchange a value among all processes, and return the values of all processes, in the order of their ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -108,7 +110,7 @@ class DeviceGroup:
         return values
 
     def spread(self, value: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-        """Return the first process's tensor in every process.
+        """Broadcast the first process's tensor to all processes, and return it.
 
         Args:
             value: a float32 tensor in main memory. Only the first process's tensor is used.
@@ -120,7 +122,7 @@ class DeviceGroup:
         return spread
 
     def map(self, work: Callable[[Sequence[Row]], list[Value]], rows: Sequence[Row]) -> list[Value]:
-        """Divide rows among the processes, and return the results of all rows in every process.
+        """Divide rows among the processes. Every process returns the results for all rows.
 
         Args:
             work: function that returns a result for each row.
@@ -179,7 +181,7 @@ class Caller:
         self._answers.get()
 
     def listen(self) -> None:
-        """Receive the caller's signals from now on."""
+        """Start receiving the caller's signals."""
         self._pipe.send(Listens())
 
     def _receive(self) -> None:
@@ -195,8 +197,8 @@ class Caller:
 class GroupPreemption(Preemption):
     """A stop signal that all processes of a group handle at the same point.
 
-    A step cannot be abandoned at any moment, because the other processes wait for its gradients. A signal takes effect
-    before the next batch.
+    A process cannot abandon a step at an arbitrary point, because the other processes wait for its gradients. A signal
+    takes effect before the next batch.
     """
 
     def __init__(self, group: DeviceGroup) -> None:
@@ -209,7 +211,9 @@ class GroupPreemption(Preemption):
         self._received = by
 
     def agreed(self, value: Value) -> Value:
-        """Return the first process's value in every process. This also tells every process about a signal."""
+        """Broadcast the first process's value to all processes, and return it. This also informs all processes of a
+        received signal.
+        """
         value, by = self._group.agree((value, self._received))
         self.by = self.by or by
         return value
@@ -239,7 +243,7 @@ class GroupCheckpoints(CheckpointFolder):
         self._group = group
 
     def newest(self) -> Path | None:
-        """Return the newest complete checkpoint of this machine.
+        """Return the newest complete checkpoint on this machine.
 
         Raises:
             TrainingError: another process has a different newest checkpoint, so the processes would not take the same

@@ -1,7 +1,7 @@
 """Runs a function in several processes on this machine, one per device.
 
 The caller's process receives signals and serves the calls of the first process. This module does not import torch, so
-that a new process can quiet the libraries before it imports them.
+that a new process can silence the libraries before importing them.
 """
 
 import gc
@@ -45,7 +45,7 @@ because Python warns about each one left behind."""
 
 @dataclass(frozen=True, slots=True)
 class DeviceProcesses:
-    """Processes of this machine, one for each device (trainer.training.processes.TrainingProcesses)."""
+    """Processes on this machine, one for each device (trainer.training.processes.TrainingProcesses)."""
 
     devices: Sequence[TrainingDevice]
 
@@ -192,8 +192,8 @@ def _call(place: Place, task: bytes) -> object:
 
 @contextmanager
 def _environment(rank: int, devices: Sequence[TrainingDevice]) -> Iterator[None]:
-    """Set, for the duration of the `with` block, the variables that a new process must have before it imports a
-    library.
+    """For the duration of the `with` block, set the environment variables that a new process needs before it imports
+    any library.
     """
     size, values = len(devices), {}
     if size > 1:

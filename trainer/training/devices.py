@@ -1,7 +1,7 @@
 """Chooses the devices of this machine on which a model is trained, and divides the batches of a step among them.
 
-Only equal GPUs train together, because all wait for the slowest one and all need the same amount of memory. This module
-does not import torch.
+Only identical GPUs train together, because all GPUs wait for the slowest one and need the same amount of memory. This
+module does not import torch.
 """
 
 import math
@@ -15,8 +15,8 @@ from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Train
 
 _MAX_USED = 1.5 * 2**30
-"""Maximum number of bytes in use on a GPU that still counts as free, for example by a desktop or by the estimate that
-precedes training."""
+"""A GPU counts as free if at most this many bytes are in use, for example by a desktop or by the estimate that precedes
+training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class TrainingDevice:
     """A device that one process trains on.
 
     Attributes:
-        name: name in messages.
+        name: name shown in messages.
         uuid: identifies a GPU; empty for the CPU.
     """
 
@@ -38,7 +38,7 @@ class DeviceChoice:
 
     Attributes:
         devices: one or more devices. Empty if the run trains in its own process, on the first GPU or the CPU.
-        reasons: why other GPUs are not used, and which of the listed ones are in use.
+        reasons: reasons why other GPUs are not used, and warnings about listed GPUs that are in use.
     """
 
     devices: tuple[TrainingDevice, ...] = ()
@@ -59,8 +59,8 @@ class Share:
 
 
 def divide_step(train: Train, devices: int) -> Share | None:
-    """Return each device's share of a step, or None if the step's examples cannot be divided equally. A step has the
-    same number of examples as on one device.
+    """Return each device's share of a step, or None if the step's examples cannot be divided equally. The total number
+    of examples in a step is the same as on one device.
 
     Accumulation is reduced first, because smaller batches use a device less efficiently.
     """
@@ -124,17 +124,16 @@ def choose_processes(train: Train) -> DeviceChoice:
 
 
 def choose_gpus(train: Train, gpus: Sequence[Gpu], first: str) -> DeviceChoice:
-    """Return the GPUs to train on: those that the recipe lists, or the first ones that are free and equal.
-
-    Without `train.devices`, the largest number of them is used among which a step can be divided.
+    """Return the GPUs to train on: the GPUs that the recipe lists, or else the first GPUs that are free and identical.
+    Without `train.devices`, the number of GPUs is the largest number of free GPUs among which a step can be divided.
 
     Args:
-        gpus: GPUs that this process may use, in the order of their numbers.
-        first: name of the GPU that torch would use alone, whose number type is used.
+        gpus: GPUs that this process may use, in the order of their indices.
+        first: name of the GPU that torch would use by default, which determines the number type.
 
     Raises:
-        RecipeError: a listed GPU does not exist or differs from the one that torch would use, fewer GPUs are free than
-            the recipe asks for, or a step cannot be divided.
+        RecipeError: a listed GPU does not exist or differs from the GPU that torch would use, fewer GPUs are free than
+            the recipe requires, or a step cannot be divided.
     """
     asked = train.devices
     reasons: list[str] = []
@@ -177,8 +176,8 @@ def _too_few(asked: int, free: int, reasons: Sequence[str]) -> RecipeError:
 
 
 def _free(gpus: Sequence[Gpu], first: str) -> tuple[list[int], list[str]]:
-    """Return the numbers of the free GPUs that are equal to the one that torch would use, and the reasons why the other
-    GPUs are not used.
+    """Return the indices of the free GPUs that are identical to the GPU that torch would use, and the reasons why the
+    other GPUs are not used.
     """
     free: list[int] = []
     reasons: list[str] = []
@@ -196,7 +195,9 @@ def _free(gpus: Sequence[Gpu], first: str) -> tuple[list[int], list[str]]:
 
 
 def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int]:
-    """Return the listed numbers, after checking that these GPUs exist and are equal to the one that torch would use."""
+    """Return the listed indices, after checking that these GPUs exist and are identical to the GPU that torch would
+    use.
+    """
     if missing := [number for number in numbers if number >= len(gpus)]:
         raise RecipeError(
             f"train.devices lists GPU {missing[0]}, but the number of GPUs that this process may use is {len(gpus)}",
@@ -216,7 +217,7 @@ def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int
 
 
 def _use(gpu: Gpu) -> str:
-    """Return text saying how much of a GPU other processes use, or an empty string if it is free."""
+    """Return text that says how much of a GPU's memory is in use, or an empty string if the GPU counts as free."""
     used = gpu.memory - gpu.free
     return f"another process uses {used / 1e9:.1f} GB of it" if used > _MAX_USED else ""
 

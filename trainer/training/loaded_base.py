@@ -36,8 +36,8 @@ class LoadedBase:
         return load_tokenizer(self.folder)
 
     def load(self, base: Path, form: ModelForm) -> PreTrainedModel:
-        """Return a copy of the model as loaded by `load_model`. Repeated calls with the same form do not read the
-        folder again.
+        """Return a copy of the model as loaded by `load_model`. If the form is the same as in the previous call, the
+        folder is not read again.
         """
         if self._model is None or form != self._form:
             self._model, self._form = load_model(base, form), form

@@ -1,9 +1,9 @@
 """TRL's trainer with a loss that is cheaper on CPUs: shared prompts are computed only once, and the output
 head only at answer positions.
 
-On the CPU, TRL scores every position and computes entropy over the vocabulary. On other devices, its own
-loss already scores only answer positions, and is used if its logits match those of the model. Nothing is
-added to the trainer's state, so checkpoints can be resumed unchanged. Imports torch and TRL.
+On the CPU, TRL scores every position and computes entropy over the vocabulary. On other devices, TRL's own loss already
+scores only answer positions, and is used if its logits match the model's logits. Nothing is added to the trainer's
+state, so checkpoints can be resumed unchanged. Imports torch and TRL.
 """
 
 from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ class AnswerTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the mean cross entropy of the answer tokens, in nats. With AdaLoRA, its regularisation is added.
+        """Return the mean cross entropy of the answer tokens, in nats. With AdaLoRA, the regularization term is added.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -97,7 +97,7 @@ class AnswerTrainer(SFTTrainer):
         self._metrics["train"][ACCURACY].append((correct / tokens.clamp(min=1)).item())
 
     def finished(self, loss: Tensor, *, accumulated: bool) -> Tensor:
-        """Return a batch's loss, with AdaLoRA's regularisation added in training, after checking that it is finite.
+        """Return a batch's loss, with AdaLoRA's regularization added in training, after checking that it is finite.
 
         Args:
             accumulated: whether the losses of accumulated batches are summed, so that each batch must contribute only
@@ -127,7 +127,7 @@ def as_forward_pass(model: torch.nn.Module, work: Callable[[], Tensor], inputs: 
 
     Args:
         work: function that calls the wrapped model directly.
-        inputs: any input of the forward pass, which the wrapper expects and `work` does not use.
+        inputs: any inputs for the forward pass. The wrapper requires them, but `work` does not use them.
     """
     if not isinstance(model, DistributedDataParallel):
         return work()
@@ -196,7 +196,8 @@ def answer_loss(
         position_ids: positions of shape [batch, length] for packed rows, in which they restart with each
             example.
         share_prefix: whether to share the common prefix. If false, each row is computed in full.
-        correct: list to which the number of answer tokens that have the largest logit is added, in parts.
+        correct: list to which the number of correctly predicted answer tokens is appended, possibly as several partial
+            counts.
     """
     hidden, targets = _before_answers(model, input_ids, labels, position_ids, share_prefix=share_prefix)
     return _summed_cross_entropy(model, hidden, targets, _LOGITS_AT_ONCE, correct)
@@ -221,7 +222,7 @@ def answer_logprobs(
     number of these tokens. For the other arguments, see `answer_loss`.
 
     Args:
-        balance: receives the loss that balances the experts of a mixture. If given, each row is computed in full.
+        balance: receives the load-balancing loss of a mixture of experts. If given, each row is computed in full.
 
     Returns:
         Two tensors of shape [batch], in float32.
@@ -239,10 +240,10 @@ def answer_logprobs(
 
 @dataclass
 class Balance:
-    """Loss that balances the experts of a mixture in one batch.
+    """Load-balancing loss of a mixture of experts for one batch.
 
     Attributes:
-        attention_mask: tokens of the batch that are not padding, [batch, length].
+        attention_mask: mask of the tokens that are not padding, of shape [batch, length].
         loss: the loss, before multiplication by its coefficient.
     """
 
@@ -273,8 +274,8 @@ def _before_answers(
 
 
 def orthogonality_penalty(model: torch.nn.Module) -> Tensor | None:
-    """Return AdaLoRA's weighted regularisation term, or None for other adapters. PEFT adds it only to the
-    model's own loss.
+    """Return AdaLoRA's weighted regularization term, or None for other adapters. PEFT adds it only to the model's own
+    loss.
 
     AdaLoRA's singular vectors are free matrices that are pulled towards orthogonality (Zhang et al. 2023,
     eq. 4). The penalty is computed by PEFT's own code, called on a model that only returns a loss of 0.
@@ -341,7 +342,7 @@ def _summed_cross_entropy(
         hidden: hidden states of shape [positions, width], from `_hidden_states`.
         targets: token ids of shape [positions].
         logits_at_once: maximum number of logits in memory (positions times vocabulary).
-        correct: as in `answer_loss`. If logits are recomputed for the gradient, their counts are added a second time.
+        correct: as in `answer_loss`. If logits are recomputed for the gradient, the counts are appended a second time.
     """
     size = max(1, logits_at_once // model.config.get_text_config().vocab_size)
     if len(hidden) <= size:

@@ -2,8 +2,8 @@
 
 Libraries ignore some options silently: Liger replaces nothing in a model that it does not know, transformers uses a
 different FlashAttention than requested, and bitsandbytes stores small moments in float32. Such a run would be slower or
-need more memory than announced, without any message. Whatever can be checked without a step is checked before the first
-one; the rest is observed in the first step. Imports torch, transformers and PEFT.
+need more memory than estimated, without any message. Options that can be checked without a step are checked before the
+first step; the other options are observed during the first step. Imports torch, transformers and PEFT.
 """
 
 import math
@@ -120,7 +120,7 @@ class FirstStep:
             raise _inactive("batches without padding", found, "one row without a mask", _REPORT)
 
     def check(self, *, checkpointing: bool) -> None:
-        """Stop observing, and check whether the backward pass computed the layers again."""
+        """Stop observing, and check whether the backward pass recomputed the layers."""
         if not self._handles:
             return
         for handle in self._handles:
@@ -183,7 +183,7 @@ def _is_liger(module: nn.Module) -> bool:
 
 
 def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """Return the layers that can be computed twice, in order."""
+    """Return the layers that support gradient checkpointing, in order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
@@ -271,7 +271,7 @@ def _stays_wide(model: nn.Module, name: str) -> bool:
 
 
 def check_padding_free(batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Check that a batch joins its rows into one, in which positions start again with each example.
+    """Check that a batch joins its rows into a single row, in which positions restart with each example.
 
     Args:
         rows: the rows from which the collator made the batch.
@@ -335,10 +335,11 @@ def check_optimizer_class(optimizer: torch.optim.Optimizer, chosen: Optimizer, *
 def check_lora_plus(
     optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float, ratio: float | None
 ) -> None:
-    """Check that LoRA's B matrices have their own peak learning rate, and all other weights the recipe's.
+    """Check that LoRA's B matrices have their own peak learning rate, and that all other weights have the recipe's
+    learning rate.
 
     Args:
-        ratio: learning rate of B as a multiple of that of A, or None if both are the same.
+        ratio: learning rate of B as a multiple of A's learning rate, or None if both are the same.
 
     Raises:
         TrainingError: a weight has another learning rate. DoRA's magnitudes may have either.
@@ -364,7 +365,7 @@ def check_moments(optimizer: torch.optim.Optimizer, model: nn.Module, chosen: Op
     transformers keeps the moments of embeddings in 32 bits.
 
     Args:
-        optimizer: an optimizer that has made a step.
+        optimizer: an optimizer that has taken a step.
 
     Raises:
         TrainingError: the moments of a weight are stored in a different form.

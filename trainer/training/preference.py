@@ -1,10 +1,10 @@
 """Preference tuning with DPO, ORPO and KTO, in the same resumable trainer as supervised fine-tuning.
 
 TRL's own DPOTrainer, KTOTrainer and ORPOTrainer are not used. Tests compare the losses here with theirs, value by
-value. Each of these trainers would have to be corrected in other places to meet our guarantees for a run:
+value. These trainers would need various corrections to meet our guarantees for a run:
 
-- they render and cut prompts themselves, so that with a template that renders prompt and conversation differently, the
-  prompt in training would differ from the engine's; ORPOTrainer also learns the prompts;
+- they render and truncate prompts themselves, so that with a template that renders prompt and conversation differently,
+  the prompt in training would differ from the engine's; ORPOTrainer also learns the prompts;
 - DPOTrainer and KTOTrainer add a frozen copy of the adapter, which AdaLoRA does not support and which would be saved
   with the adapter; KTOTrainer forms its mismatched answers in the order of the files;
 - they average each batch, so that half the batch size with twice the accumulation would give a different result if the
@@ -15,8 +15,8 @@ The reference is the model before training. Its log-probabilities are computed o
 of each checkpoint. No second model is therefore needed in memory, a resumed run uses the same values, and full
 fine-tuning works.
 
-Several devices divide the comparisons of a step among them. A device that has none left computes a filler, which is a
-comparison of two answers without tokens. Imports torch and TRL.
+Several devices divide the comparisons of a step among them. A device that has no comparison left computes a filler,
+which is a comparison of two answers without tokens. Imports torch and TRL.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ _REFERENCE = "reference.safetensors"
 class PreferenceTrainer(ResumableTrainer):
     """`ResumableTrainer` for batches of comparisons. A step's loss is the mean over its comparisons.
 
-    As in TRL, the loss that balances the experts of a mixture is added, as a mean over batches.
+    As in TRL, the load-balancing loss of a mixture of experts is added, as a mean over batches.
 
     Args:
         recipe: the run's recipe, whose objective is not `sft`.
@@ -91,7 +91,9 @@ class PreferenceTrainer(ResumableTrainer):
         return self.finished(as_forward_pass(model, share, inputs["input_ids"]), accumulated=accumulated)
 
     def _balance(self, batch: dict[str, Any]) -> Balance | None:
-        """Return the object that receives the loss that balances the experts in a batch, or None without experts."""
+        """Return the object that receives a batch's load-balancing loss, or None if the model is not a mixture of
+        experts.
+        """
         rows = len(batch["index"]) if self._objective is Objective.KTO else len(batch["input_ids"])
         return Balance(batch["attention_mask"][:rows]) if self.aux_loss_enabled else None
 
@@ -140,15 +142,15 @@ class PreferenceTrainer(ResumableTrainer):
         self._reference = reference.to(self.args.device)
 
     def _own_logprobs(self, rows: Sequence[dict[str, Any]]) -> list[list[float]]:
-        """Return the log-probabilities of both answers of each row of this process."""
+        """Return the log-probabilities of both answers in each of this process's rows."""
         batch = self._prepare_inputs(self.data_collator(rows or [self.train_dataset[0]]))
         logprobs, _ = answer_logprobs(self.model, batch["input_ids"], batch["labels"])
         both: list[list[float]] = logprobs.view(2, -1).T.tolist()
         return both[: len(rows)]
 
     def _own_loss_sums(self, rows: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the loss of each row of this process. With KTO, a process without rows computes a filler, because all
-        processes take part in computing the batch mean.
+        """Return the loss of each of this process's rows. With KTO, a process without rows computes a filler, because
+        all processes take part in computing the batch mean.
         """
         if self.group.size > 1 and not rows and self._objective is Objective.KTO:
             self.loss_sums([without_answers(self._heldout[0])])
@@ -156,10 +158,10 @@ class PreferenceTrainer(ResumableTrainer):
         return super()._own_loss_sums(rows)
 
     def _losses(self, batch: dict[str, Any], balance: Balance | None = None) -> Tensor:
-        """Return the loss of each comparison in a batch, 0 for a filler.
+        """Return the loss of each comparison in a batch. The loss of a filler is 0.
 
         Args:
-            balance: receives the loss that balances experts; with KTO, only for the answers that have a gradient.
+            balance: receives the load-balancing loss; with KTO, only for the answers that have a gradient.
         """
         model, half, ids, labels = self.model, len(batch["index"]), batch["input_ids"], batch["labels"]
         before = self._reference[:, batch["index"]] if self._objective.needs_reference else None
@@ -179,7 +181,7 @@ class PreferenceTrainer(ResumableTrainer):
         return dpo_losses(first - before[0], second - before[1], (one, other), self._preference) * real
 
     def _mean(self, values: Tensor, real: Tensor) -> Tensor:
-        """Return the mean of values on all devices."""
+        """Return the mean over all devices of the values of real comparisons."""
         total, count = self.accelerator.gather(torch.stack([values.sum(), real.sum()])).view(-1, 2).sum(dim=0)
         return total / count
 
@@ -199,7 +201,7 @@ class PreferenceTrainer(ResumableTrainer):
 
 
 def _real(batch: dict[str, Any]) -> Tensor:
-    """Return 1 for each comparison of a batch and 0 for a filler, [comparisons]."""
+    """Return a tensor of shape [comparisons], with 1 for each real comparison of a batch and 0 for each filler."""
     learnt: Tensor = (batch["labels"][: len(batch["index"])] != IGNORED).any(dim=1)
     return learnt.float()
 
@@ -207,7 +209,7 @@ def _real(batch: dict[str, Any]) -> Tensor:
 def build_preference_trainer(
     setup: TrainerSetup, comparisons: Sequence[Comparison], heldout: Sequence[Comparison]
 ) -> ResumableTrainer:
-    """Build the trainer of a run that learns a preference.
+    """Build the trainer for a preference tuning run.
 
     Args:
         comparisons: the comparisons to train on.

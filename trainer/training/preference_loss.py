@@ -16,7 +16,7 @@ def dpo_losses(chosen: Tensor, rejected: Tensor, tokens: tuple[Tensor, Tensor], 
 
     Args:
         chosen, rejected: log of the ratio of each answer's probability to its probability under the model before
-            training, [pairs].
+            training, of shape [pairs].
         tokens: number of tokens in each chosen and in each rejected answer.
     """
     beta, wrong = preference.beta, preference.label_smoothing
@@ -35,7 +35,7 @@ def orpo_losses(chosen: Tensor, rejected: Tensor, preference: Preference) -> Ten
     al. 2024, eq. 6 and 7).
 
     Args:
-        chosen, rejected: mean log-probability of each answer's tokens, [pairs].
+        chosen, rejected: mean log-probability of each answer's tokens, of shape [pairs].
     """
     log_odds = _log_odds(chosen) - _log_odds(rejected)
     return -chosen - preference.beta * logsigmoid(log_odds)
@@ -51,10 +51,10 @@ def kto_losses(answers: Tensor, shift: Tensor, desirable: Tensor, preference: Pr
     """Return KTO's loss for each answer (Ethayarajh et al. 2024, eq. 8).
 
     Args:
-        answers: log of the ratio of each answer's probability to its probability under the model before training,
-            [answers].
-        shift: mean log ratio of answers to other prompts, without gradient. If positive, it is the shift of the whole
-            model, which an answer must exceed.
+        answers: log of the ratio of each answer's probability to its probability under the model before training, of
+            shape [answers].
+        shift: mean log ratio of mismatched answers (answers to other prompts), without gradient. If positive, it
+            measures how far the model as a whole has shifted, and is subtracted from each log ratio.
         desirable: label of each answer.
     """
     distance = preference.beta * (answers - shift.clamp(min=0))

@@ -1,8 +1,9 @@
 """The processes that train one model together, on any machine: the messages between them and their caller, and the
 caller's side.
 
-They stop together: when one process dies or fails, the others are stopped, because they would wait for it forever. This
-module depends neither on what the processes compute nor on how they are started, and does not import torch.
+They stop together: when one process dies or fails, the others are stopped, because they would otherwise wait for it
+forever. This module depends neither on what the processes compute nor on how they are started, and does not import
+torch.
 """
 
 import time
@@ -36,7 +37,7 @@ class Place:
     """Identity of a process within its group.
 
     Attributes:
-        rank: number of the process and its device, from 0.
+        rank: index of the process and its device, starting at 0.
         size: number of processes.
         meeting: URL through which the processes find each other, as torch's `init_method`: `file:///...` of a file
             that does not exist yet, or `tcp://host:port` of the first process.
@@ -112,8 +113,8 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Listens:
-    """Message saying that the processes handle signals from now on. The caller then sends the first signal that it
-    receives. Earlier signals stop the processes.
+    """Message that says that the processes are now ready to handle signals. The caller then sends the first signal that
+    it receives. Earlier signals stop the processes.
     """
 
 
@@ -161,14 +162,14 @@ def outcome_of(work: Callable[[], object]) -> Result | Failure:
 
 
 class Started(Protocol):
-    """Interface through which the caller sees started processes."""
+    """The caller's interface to started processes."""
 
     @property
     def names(self) -> Sequence[str]:
-        """Names of the devices of the processes, in messages."""
+        """Names of the processes' devices, for use in messages."""
 
     def messages(self) -> Iterator[tuple[int, object]]:
-        """Wait for messages for a fraction of a second, and yield the rank and message of each.
+        """Wait for messages for a fraction of a second, and yield each message together with its sender's rank.
 
         The last message of each process is its `Result` or `Failure`.
         """
@@ -177,9 +178,9 @@ class Started(Protocol):
         """Send a message to the first process. Nothing happens if it has died."""
 
     def grace_s(self, failure: Failure) -> float:
-        """Return for how many seconds after a failure the failures of other processes are still collected.
+        """Return the number of seconds after a failure during which failures of other processes are still collected.
 
-        When a process dies, the others fail too, with a broken connection, and may report it earlier than the death is
+        When a process dies, the others fail too, with a broken connection, and may report this before the death is
         noticed.
         """
 

@@ -1,4 +1,5 @@
-"""Runs training in several actors of a Ray cluster, one for each device, and the stages after it in one actor.
+"""Runs training in several actors of a Ray cluster, one for each device, and the stages after training in a single
+actor.
 
 When a worker and its node are lost, the other workers are stopped, and all are started again on the remaining nodes,
 from the newest complete checkpoint. Ray's own training library is not used; docs/ray.md gives the reasons. Does not
@@ -46,7 +47,7 @@ _STOPPED = "stopped by {} before the first step"
 
 
 class ClusterError(TrainingError):
-    """Raised when the cluster cannot train a model, whatever the recipe."""
+    """Raised when the cluster cannot train a model, for a reason that is independent of the recipe."""
 
 
 class WorkerLostError(ClusterError):
@@ -58,7 +59,7 @@ class SideBySide:
     """Options for a training run in a thread, at the same time as other runs of this process.
 
     Attributes:
-        title: text in front of each line of the run's output.
+        title: prefix of each line of the run's output.
         asked: receives the signals of this process.
         others_train: returns whether other runs have workers, whose resources will become free.
     """
@@ -74,7 +75,7 @@ class WorkerKind:
 
     Attributes:
         cpus: number of CPU cores.
-        gpus: number of GPUs. A worker that trains has at most one.
+        gpus: number of GPUs. A worker that trains reserves at most one GPU.
         gpu_type: Ray's name for the GPU type, such as `H100`, or None for any.
     """
 
@@ -109,7 +110,7 @@ def choose_kind(settings: RaySettings, resources: Mapping[str, float]) -> Worker
 
 def count_fitting(kind: WorkerKind, size: int, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float]) -> int:
     """Return how many training runs with `size` workers each can run at the same time on a cluster's free resources.
-    The result is at least 1, and is too high if the free resources are spread in small parts over many nodes.
+    The result is at least 1, and is an overestimate if the free resources are fragmented across many nodes.
 
     Args:
         nodes: the cluster's nodes, as `ray.nodes()` returns them.
@@ -164,7 +165,7 @@ def shortage(
     Args:
         nodes: the cluster's nodes, as `ray.nodes()` returns them.
         free: resources that are free in the whole cluster.
-        wait_s: how long the resources were waited for, in seconds.
+        wait_s: time spent waiting for the resources, in seconds.
     """
     alive = [node for node in nodes if node["Alive"]]
     fit = sum(_fitting(kind, node["Resources"]) for node in alive)
@@ -203,7 +204,7 @@ class RayProcesses:
         checkpoints: the run's checkpoints.
         beside: options for training at the same time as other runs of this process, or None if this is the only run.
         fetches: whether the trained model is downloaded to this machine.
-        like: a node whose device the workers must have, or None for any.
+        like: a node whose kind of device the workers must use, or None for any device.
 
     Attributes:
         size: see the argument.
@@ -252,7 +253,7 @@ class RayProcesses:
 
     @property
     def facts(self) -> NodeFacts:
-        """Information about the node of the first worker. The others have the same kind of device."""
+        """Information about the first worker's node. The other workers have the same kind of device."""
         assert self._workers is not None  # noqa: S101 - inside of the `with` block
         return self._workers.facts[0]
 
@@ -284,7 +285,7 @@ class RayProcesses:
         self._workers = None
 
     def kill(self) -> None:
-        """Kill the workers, without checkpoints. Call this in a different thread from `run`, which then fails."""
+        """Kill the workers, without checkpoints. Call this from a different thread than `run`, which then fails."""
         if workers := self._workers:
             workers.kill()
 
@@ -310,8 +311,8 @@ class RayProcesses:
         return self._repeat(work, arguments, own, "restarting all workers from the newest checkpoint")
 
     def call(self, work: Callable[..., Any], *arguments: object) -> Any:
-        """Call `work`, which is not training, in the only worker, and return the result. If the worker is lost, `work`
-        is called again on another node.
+        """Call `work`, for a task other than training, in the only worker, and return the result. If the worker is
+        lost, `work` is called again on another node.
 
         Args:
             work: see `TrainingProcesses.run`.
@@ -329,7 +330,7 @@ class RayProcesses:
         """Call `work` in each worker until no worker is lost, and return the results.
 
         Args:
-            again: end of the message about a lost worker.
+            again: text that ends the message about a lost worker.
         """
         task, lost, self._progressed = pickle.dumps((work, arguments)), 0, False
         with self._preemption() as asked:
@@ -403,7 +404,7 @@ def _start_actors(
 
 
 class _Workers:
-    """Interface through which a supervisor sees workers (trainer.training.processes.Started)."""
+    """A supervisor's interface to workers (trainer.training.processes.Started)."""
 
     def __init__(self, actors: Sequence["Worker"], run: SharedRun, asked: Preemption, output: "_Output") -> None:
         self._actors = actors
@@ -426,7 +427,7 @@ class _Workers:
         return list(leaders.values())
 
     def train(self, task: bytes, asked: Preemption) -> None:
-        """Start a task in all workers, after their nodes have the base model and the newest checkpoints."""
+        """Start a task in all workers, after their nodes have received the base model and the newest checkpoints."""
         import ray
 
         self._results([actor.prepare.remote(self._run) for actor in self._leaders], asked)
@@ -563,7 +564,7 @@ class _Output:
     """Shows the output of the first worker.
 
     Args:
-        title: text in front of each line, or an empty string to show the output as it is.
+        title: prefix of each line, or an empty string to show the output unchanged.
     """
 
     def __init__(self, title: str) -> None:
@@ -572,7 +573,7 @@ class _Output:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the output may have progress bars. The bars of several runs would overwrite each other."""
+        """Whether the output may contain progress bars. The bars of several runs would overwrite each other."""
         return console.is_terminal and not self._title
 
     def write(self, text: str) -> None:

@@ -70,8 +70,8 @@ class SharedRun:
         name: name of the run in the object store.
         base: name of the base model in the object store (trainer.training.shared_base).
         tracking: contents of the file with the id of the MLflow run.
-        folder: folder of each node for base models and for checkpoints of unfinished runs.
-        attempt: text that is different each time the workers are started.
+        folder: folder on each node for base models and for checkpoints of unfinished runs.
+        attempt: string that is different each time the workers are started.
         resumes: whether the workers need the run's checkpoints.
     """
 
@@ -89,7 +89,7 @@ class Seat:
     """Identity of a worker within its group.
 
     Attributes:
-        rank: number of the worker, from 0.
+        rank: index of the worker, starting at 0.
         size: number of workers.
         meeting: see `Place`.
         is_terminal: whether the output of the first worker is shown on a terminal.
@@ -111,8 +111,8 @@ class Text:
 
 
 class RayWorker:
-    """Actor that works in one process. Its methods run in threads, so that messages can be exchanged during the
-    work.
+    """Ray actor that runs one task at a time in its process. Its methods run in threads, so that messages can be
+    exchanged while a task is running.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -136,7 +136,7 @@ class RayWorker:
         return NodeFacts(self._node, self._address, version("tuneserve"), capabilities, machine)
 
     def find_meeting(self) -> str:
-        """Return a URL with a free port of this node, through which the workers can find each other."""
+        """Return a URL with a free port on this node, through which the workers can find each other."""
         with socket.socket() as listener:
             listener.bind((self._address, 0))
             return f"tcp://{self._address}:{listener.getsockname()[1]}"
@@ -204,7 +204,7 @@ class RayWorker:
         self._inbox.put(message)
 
     def clean(self) -> None:
-        """Stop the engine that an interrupted task has left, and delete the run's folder on this node."""
+        """Stop an engine that an interrupted task left running, and delete the run's folder on this node."""
         if self._run is not None:
             end_engine(self._own(self._run))  # first: it is found by a file in that folder
             shutil.rmtree(self._own(self._run), ignore_errors=True)

@@ -85,9 +85,9 @@ def train_model(
     """Train an adapter or the complete model, depending on the recipe, and write it to `out` together with the
     tokenizer's files.
 
-    An interrupted run resumes from its newest complete checkpoint and gives the same result as an
-    uninterrupted run. If the run started in another number type, it is converted, a message is printed, and
-    the result is nearly the same.
+    An interrupted run resumes from its newest complete checkpoint and gives the same result as an uninterrupted run. If
+    the run started in another number type, its checkpoint is converted, a message is printed, and the result is nearly
+    the same.
 
     Args:
         base: folder of the base model (trainer.base_model.resolve).
@@ -99,7 +99,7 @@ def train_model(
         on_checkpoint: called with the path of each new checkpoint.
         processes: processes that train together. By default, this process trains alone.
         progress: file to which the steps and the held-out losses are written.
-        sharded: whether the weights are sharded across several devices, instead of copied to each.
+        sharded: whether the weights are sharded across several devices instead of replicated on each device.
 
     Raises:
         DataError: an example is longer than `train.max_length` or than the engine accepts, is rejected by
@@ -234,7 +234,7 @@ def tokenizer_of(trainer: ResumableTrainer) -> PreTrainedTokenizerBase:
 
 
 def ignore(*arguments: object) -> None:
-    """Ignore a report, because the caller did not ask for any."""
+    """Ignore a report, because the caller did not request reports."""
 
 
 def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption, number_type: NumberType) -> float:
@@ -334,8 +334,8 @@ def build_trainer(
 
     Args:
         rows: the rows to train on.
-        heldout: examples whose loss is measured during training, as often as the recipe says or the run can
-            afford.
+        heldout: examples whose loss is measured during training, as often as the recipe specifies or, by default, as
+            the run's duration allows.
         curve: other examples to measure during training, and the steps at which to do so, or None to use
             `heldout`.
         load: function that loads the base's weights.

@@ -1,8 +1,8 @@
-"""Divides the weights of a model among the devices that train it, with PyTorch's `fully_shard` (FSDP2).
+"""Shards a model's weights across the devices that train it, with PyTorch's `fully_shard` (FSDP2).
 
-Each device stores a share of every weight, and of its gradient and moments. The weights of a decoder layer are gathered
-before the layer is computed, and released afterwards. The embeddings and the output head stay gathered from their
-first use in a step to the end of its backward pass. The same mechanism runs over gloo on CPUs and NCCL on GPUs.
+Each device stores a shard of every weight, and of its gradient and moments. The weights of a decoder layer are gathered
+before the layer is computed, and released afterwards. The embeddings and the output head stay gathered from their first
+use in a step to the end of its backward pass. The same mechanism runs over gloo on CPUs and NCCL on GPUs.
 
 Weights in NF4 are sharded and gathered as the bytes that bitsandbytes packed them into. Each device has all scales (3%
 of the packed weights), which bitsandbytes stores outside the parameters.
@@ -28,8 +28,8 @@ _ORIGINAL_CLASS = 2
 
 
 def shard_model(model: nn.Module, devices: int, number_type: NumberType, *, full: bool) -> None:
-    """Divide the weights of a model among all processes, and move them to their devices layer by layer. All processes
-    must have the same weights.
+    """Shard a model's weights across all processes, and move the shards to the processes' devices layer by layer. All
+    processes must have the same weights.
 
     Trained weights are stored and updated in float32. With full fine-tuning in 16 bits, the weights of layers are
     gathered in 16 bits: autocast would otherwise keep a rounded copy of each layer until its backward pass.
@@ -73,7 +73,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def check_sharded(model: nn.Module, devices: int) -> None:
-    """Check that each process stores only its share of every weight.
+    """Check that each process stores only its shard of every weight.
 
     Raises:
         TrainingError: a weight is stored in full, or is sharded in a different way.
@@ -102,7 +102,7 @@ def _described(weight: Tensor) -> str:
 
 def release_gathered(model: nn.Module) -> None:
     """Release the gathered embeddings and output head after a forward pass that no backward pass follows, so that later
-    changes of the shares take effect.
+    changes to the shards take effect.
     """
     if isinstance(model, FSDPModule):
         model.reshard()
@@ -122,7 +122,7 @@ def whole(value: Tensor, *, keep: bool) -> Tensor:
 
 @torch.no_grad()
 def copy_into(weight: Tensor, values: Tensor) -> None:
-    """Set a weight to the given values. If the weight is sharded, only this process's share of the values is used."""
+    """Set a weight to the given values. If the weight is sharded, only this process's shard of the values is used."""
     if isinstance(weight, DTensor):
         weight.to_local().copy_(_share(values, weight).to_local())
     else:
@@ -130,7 +130,7 @@ def copy_into(weight: Tensor, values: Tensor) -> None:
 
 
 def _share(values: Tensor, weight: DTensor) -> DTensor:
-    """Return this process's share of complete values, sharded in the same way as a weight."""
+    """Return this process's shard of unsharded values, sharded in the same way as a weight."""
     local = values.to(weight.device)
     return distribute_tensor(local, weight.device_mesh, weight.placements, src_data_rank=None)
 
@@ -152,7 +152,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> di
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of an optimizer whose weights were not sharded. Each process takes its shares."""
+    """Load the state of an optimizer whose weights were not sharded. Each process loads only its own shards."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     shares = {
         number: {
@@ -168,14 +168,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 @torch.no_grad()
 def gather_trained(model: nn.Module, *, keep: bool, converted: Callable[[Tensor], Tensor] | None = None) -> None:
-    """Turn a sharded model into one that can be saved, by replacing the shares of trained weights by whole weights in
+    """Make a sharded model ready to be saved, by replacing the shards of its trained weights with complete weights in
     main memory. Afterwards, the model cannot be used for computation.
 
     Weights are gathered one after the other, in the order of `model.parameters()`.
 
     Args:
         keep: whether this process saves the model. If not, its trained weights become empty.
-        converted: function that is applied to each whole weight.
+        converted: function that is applied to each complete weight.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,6 +1,6 @@
 """Shares a base model with other machines, in the object store.
 
-    bases/NAME.json    size and SHA-256 of each file, written last; without it there is no base
+    bases/NAME.json    size and SHA-256 of each file; written last, to mark the base complete
     bases/NAME/FILE
 
 NAME is the base's revision, so each base is uploaded once, and each machine downloads it once.
@@ -45,7 +45,7 @@ def fetch_base(objects: ObjectStore, name: str, cache: Path) -> Path:
     """Return the folder of a base model, downloading it if this machine does not have it.
 
     Args:
-        cache: folder of the base models of this machine. Any number of processes may share it.
+        cache: this machine's folder for base models. Any number of processes may share it.
 
     Raises:
         IntegrityError: an object is missing, truncated or altered.

@@ -1,12 +1,12 @@
 """Shares the checkpoints of an unfinished training run with other machines, through the object store.
 
     checkpoints/RUN/mlflow.json          id of the MLflow run
-    checkpoints/RUN/step-00000120.json   size and SHA-256 of each file, written last; without it there is no checkpoint
+    checkpoints/RUN/step-00000120.json   size and SHA-256 of each file; written last, to mark the checkpoint complete
     checkpoints/RUN/step-00000120/FILE
     checkpoints/RUN/trained/FILE         the result, if another machine continues with it
 
 RUN identifies everything that determines the result. Machines that train the same recipe therefore share a run, and a
-machine can continue the run of another machine that is gone. The store contains the checkpoints of the machine that
+machine can continue a run whose original machine is gone. The store contains the checkpoints of the machine that
 trained last.
 """
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class SharedCheckpoints:
-    """The checkpoints of one run in the object store, and on this machine.
+    """One run's checkpoints, both in the object store and on this machine.
 
     Args:
         run: name of the run.
@@ -64,7 +64,7 @@ class SharedCheckpoints:
         return shared[-1]
 
     def fetch_tracking(self) -> None:
-        """Adopt the MLflow run of another machine, unless this machine already has one.
+        """Adopt the id of the MLflow run that another machine started, unless this machine already has an id.
 
         Raises:
             RegistryError: the store does not respond, or rejects the request.
@@ -73,14 +73,15 @@ class SharedCheckpoints:
             write_whole(self._tracking, content)
 
     def send_newest(self) -> None:
-        """Upload this machine's newest checkpoint if it is newer than those in the store."""
+        """Upload this machine's newest checkpoint if it is newer than every checkpoint in the store."""
         here, shared = self._here(), self._shared()
         if here and (not shared or here[-1] > shared[-1]):
             self.send(self._folder / here[-1])
 
     def send(self, checkpoint: Path) -> None:
-        """Upload a new checkpoint and earlier ones that are missing in the store, then delete those that this machine
-        no longer has. If the store fails, the training continues, and the next call uploads what is missing.
+        """Upload a new checkpoint and any earlier checkpoints that the store lacks, then delete checkpoints from the
+        store that this machine no longer has. If the store fails, training continues, and the next call uploads what is
+        missing.
         """
         try:
             shared, here = self._shared(), self._here()
@@ -106,7 +107,7 @@ class SharedCheckpoints:
         """Download the trained model to a folder, replacing its contents.
 
         Args:
-            records: as `send_trained` returned them.
+            records: records of the trained model's files, as returned by `send_trained`.
 
         Raises:
             IntegrityError: an object is missing, truncated or altered.
@@ -116,7 +117,7 @@ class SharedCheckpoints:
         _receive(self._objects, f"{self._prefix}/{_TRAINED}", records, folder)
 
     def has_trained(self, records: Sequence[FileRecord]) -> bool:
-        """Return whether the store has the trained model with these records, completely.
+        """Return whether the store contains all files of the trained model with these records.
 
         Raises:
             RegistryError: the store does not respond, or rejects the request.

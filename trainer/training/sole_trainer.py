@@ -29,7 +29,8 @@ class RunHolder:
 
 @contextmanager
 def sole_trainer(run: str) -> Iterator[None]:
-    """Hold a run for the duration of the `with` block, in which this process is connected to a cluster.
+    """Prevent other commands from training a run for the duration of the `with` block. This process must be connected
+    to a cluster.
 
     Within a namespace, Ray allows only one actor with a given name. Ray stops the actor when the process that started
     it ends, even if this process is killed.
@@ -38,7 +39,7 @@ def sole_trainer(run: str) -> Iterator[None]:
         run: name of the run in the object store.
 
     Raises:
-        BusyError: another command trains the run.
+        BusyError: another command is already training the run.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -66,7 +67,7 @@ def sole_trainer(run: str) -> Iterator[None]:
 
 
 def _holder(name: str) -> str:
-    """Return a description of the command that holds a name."""
+    """Return a description of the command whose actor has the given name."""
     import ray
 
     try:

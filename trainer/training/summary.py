@@ -17,11 +17,11 @@ class TrainingSummary:
         tokens: number of prompt and answer tokens processed, without padding.
         tokens_per_second: speed in the process that finished the run.
         seconds: time spent on training steps in the process that finished the run, without loading.
-        best_step: the step whose weights were kept as the best, or None if the last weights were kept.
+        best_step: the step whose weights were kept as the best, or None if the final weights were kept.
         points: one point per step, with held-out loss if it was measured.
         peak_memory: peak memory in bytes until the end of training: of the GPU or, on a CPU, of the process. With
-            several GPUs, it is the largest peak of any GPU; with several processes on a CPU, it is that of all
-            processes together.
+            several GPUs, it is the largest peak of any GPU; with several processes on a CPU, it is the sum of all
+            peaks.
         devices: number of devices.
         estimated_memory, estimated_seconds: the estimates made before the run.
     """
@@ -44,8 +44,7 @@ class TrainingData:
 
     Attributes:
         fingerprint: fingerprint of `train`, or None to compute it.
-        judged, heldout_judged: pairs or labelled answers, in place of `train` and `heldout` if the objective is a
-            preference.
+        judged, heldout_judged: pairs or labeled answers, used in place of `train` and `heldout` for preference tuning.
         served_length: maximum length of an example that can be served, in tokens, or None if no format will
             be served.
     """

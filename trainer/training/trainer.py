@@ -1,10 +1,9 @@
 """Trainer whose runs can be interrupted at any moment and resumed with the same result.
 
-A checkpoint contains everything that the next step depends on: trained weights, optimizer, schedule,
-random number state, position in the data, the losses so far, AdaLoRA's allocator, the reference
-log-probabilities of a preference, the first matrices of PiSSA, and in float16 the scale of the loss. It
-also records the number type in which it was computed. Trained weights are always in float32, so a machine
-with another number type can resume from it. Imports torch and TRL.
+A checkpoint contains everything that the next step depends on: trained weights, optimizer, schedule, random number
+state, position in the data, the losses so far, AdaLoRA's allocator, the reference log-probabilities of preference
+tuning, PiSSA's initial matrices and, in float16, the loss scale. It also records the number type used for computation.
+Trained weights are always in float32, so a machine with another number type can resume from it. Imports torch and TRL.
 """
 
 import hashlib
@@ -67,11 +66,11 @@ class ResumableTrainer(AnswerTrainer):
         heldout: held-out rows in the same form as the training rows. Empty if held-out loss is not measured.
         heldout_schedule: steps at which held-out loss is measured, or None for never.
         allocation: AdaLoRA's rank allocation, whose state is part of a checkpoint.
-        lora_plus_ratio: learning rate of LoRA's B matrices as a multiple of that of A.
-        first_matrices: matrices with which the adapter started, if the base's weights were changed accordingly
+        lora_plus_ratio: learning rate of LoRA's B matrices as a multiple of the A matrices' learning rate.
+        first_matrices: the adapter's initial matrices, if the base's weights were changed accordingly
             (trainer.model.residual_start). They are part of a checkpoint.
-        preemption: source of the signals that interrupt a step or a measurement of held-out loss in the
-            middle.
+        preemption: source of the signals that can interrupt a step or a measurement of held-out loss before it is
+            complete.
         group: processes that train this model, one on each device.
     """
 
@@ -109,7 +108,7 @@ class ResumableTrainer(AnswerTrainer):
             self.add_callback(allocation)
 
     def shard(self, number_type: NumberType, *, full: bool) -> None:
-        """Divide the weights among the devices of the group.
+        """Shard the weights across the group's devices.
 
         Args:
             number_type: number type of the matrix products.
@@ -139,7 +138,9 @@ class ResumableTrainer(AnswerTrainer):
         return optimizer
 
     def prepare_run(self) -> None:
-        """Prepare a run before its first step. A resumed run loads the result from its checkpoint instead."""
+        """Prepare a run before its first step. A resumed run loads the result of this preparation from its checkpoint
+        instead.
+        """
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Return the mean loss of the held-out rows, in nats per token. No random numbers are drawn."""
@@ -173,8 +174,8 @@ class ResumableTrainer(AnswerTrainer):
         return sums
 
     def _own_loss_sums(self, rows: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the loss of each row of this process. With sharded weights, a process without rows still runs the
-        model on one row, because the other processes need its shares of the weights.
+        """Return the loss of each of this process's rows. With sharded weights, a process without rows still runs the
+        model on one row, because the other processes need its shards of the weights.
         """
         if self.group.sharded and not rows:
             self.loss_sums(self._heldout[:1])
@@ -184,7 +185,7 @@ class ResumableTrainer(AnswerTrainer):
         """Return the loss of each row, not divided by its weight. No random numbers are drawn.
 
         Args:
-            examples: rows in the same form as the training rows, sorted so that neighbours have similar lengths.
+            examples: rows in the same form as the training rows, sorted so that neighboring rows have similar lengths.
         """
         self.model.eval()
         sums: list[float] = []
@@ -255,10 +256,11 @@ class ResumableTrainer(AnswerTrainer):
             self._allocation.restore(checkpoint)
 
     def load_best(self, step: int) -> None:
-        """Load the trained weights of the step with the lowest held-out loss into the model that is saved. With sharded
-        weights, these are the shares of all processes, and otherwise the first process's copy.
+        """Load the trained weights of the step with the lowest held-out loss into the model that will be saved: with
+        sharded weights, into the shards of all processes; otherwise, into the first process's copy.
 
-        Only the first process reads the checkpoint. The others may be on machines that do not have it.
+        Only the first process reads the checkpoint. The other processes may be on machines that do not have the
+        checkpoint.
 
         Raises:
             IntegrityError: the checkpoint is missing or damaged.
@@ -357,7 +359,7 @@ class ResumableTrainer(AnswerTrainer):
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.group.size
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the batches of this device."""
+        """Return the batches for this device."""
         if self.group.size == 1:
             return super().get_train_dataloader()
         order, batch = self._get_train_sampler(), self.args.train_batch_size
@@ -393,8 +395,8 @@ def _filler(rows: Dataset) -> Dataset:
 
 
 def without_answers(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row in the same form with two tokens, neither of which is learnt. In a comparison, each of the two
-    answers is such a row.
+    """Return a filler row in the same form as the given row, with two tokens that are not trained on. In a comparison,
+    both answers are replaced.
     """
     short: dict[str, Any] = {}
     for name, value in row.items():

@@ -138,7 +138,7 @@ def train_trial_in(
 
     Args:
         folders: `out` receives the adapter.
-        sharded: whether the weights are sharded across the processes, instead of copied to each.
+        sharded: whether the weights are sharded across the processes instead of replicated in each process.
         saves: whether to write the trained adapter.
 
     Raises:

@@ -25,7 +25,8 @@ _ARCHITECTURES: Mapping[str, str] = {
 """Name of the architecture in the gguf package, keyed by `model_type`."""
 _GEMMA = "gemma2"
 _PAIRED = ("llama", "mistral")
-"""Models for which llama.cpp rotates neighbouring numbers of a head instead of its halves."""
+"""Models for which llama.cpp's rotary embeddings pair adjacent elements of a head instead of elements half a head
+apart."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Architecture:
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     def heads_to_permute(self, tensor: str) -> int | None:
-        """Return the number of heads of a tensor whose rows llama.cpp expects in another order, or None for other
-        tensors.
+        """Return the number of heads in a tensor whose rows llama.cpp expects in a different order, or None if it
+        expects the tensor's rows unchanged.
         """
         if self.config.model_type not in _PAIRED:
             return None
@@ -56,8 +57,8 @@ class Architecture:
         return heads.get(tensor.split(".")[-2])
 
     def added_to(self, tensor: str) -> float:
-        """Return the number that llama.cpp expects to be added to a tensor: Gemma's norms multiply by 1 plus their
-        weights.
+        """Return the number to add to a tensor for llama.cpp: 1 for Gemma's norms, which multiply by 1 plus their
+        weights, and 0 for all other tensors.
         """
         return 1.0 if self.config.model_type == _GEMMA and tensor.endswith("norm.weight") else 0.0
 

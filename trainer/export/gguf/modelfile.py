@@ -1,7 +1,7 @@
 """Writes Ollama's Modelfile, whose Go template has to render the same text as the base's chat template.
 
 Ollama cannot read chat templates. Known kinds of template are recognized by their output, not by their source text.
-Templates of other kinds are rejected. This module does not know about weights.
+Templates of other kinds are rejected. This module is independent of weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ class TemplateKind:
     Attributes:
         before: text before a turn's content, with `{}` for the role.
         after: text after a turn's content.
-        stops: texts at which Ollama ends an answer.
+        stops: strings at which Ollama stops an answer.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""Splits texts into tokens as llama.cpp does with SentencePiece tokenizers, like that of Llama 2.
+"""Splits texts into tokens as llama.cpp does with SentencePiece tokenizers, such as Llama 2's.
 
-llama.cpp merges the two neighbouring pieces whose union has the highest score, until no union is in the vocabulary.
-The tokenizers library merges pairs in the order of a list. The two agree if scores follow the list, which the caller
-checks on real texts. This module does not write files.
+llama.cpp repeatedly merges the two adjacent pieces whose union has the highest score, until no union is in the
+vocabulary. The tokenizers library merges pairs in the order of a list. Both methods give the same tokens if the scores
+follow the order of the list. The caller checks this on real texts. This module does not write files.
 """
 
 import heapq
@@ -18,11 +18,11 @@ SPACE = "\u2581"
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """A SentencePiece tokenizer of llama.cpp.
+    """The SentencePiece tokenizer with which llama.cpp replaces a base's tokenizer.
 
     Attributes:
         content: contents of the base's tokenizer.json.
-        prefix: whether a space is put in front of a text, including the text after a special token.
+        prefix: whether a space is prepended to each text, including the text after a special token.
         name: name of the tokenizer in summaries. The GGUF file does not name a pre-tokenizer.
     """
 

@@ -37,7 +37,7 @@ text.
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """A pre-tokenizer of llama.cpp.
+    """One of llama.cpp's pre-tokenizers.
 
     Attributes:
         name: value of `tokenizer.ggml.pre`.
@@ -77,13 +77,13 @@ def read_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 
 def has_bytes(content: dict[str, Any]) -> bool:
-    """Return whether a tokenizer encodes characters without a token as byte tokens, as SentencePiece tokenizers do."""
+    """Return whether a tokenizer encodes characters without a token of their own as bytes, as SentencePiece's do."""
     return bool(content["model"].get("byte_fallback")) and "<0x00>" in content["model"]["vocab"]
 
 
 def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> PreTokenizer | SentencePiece:
-    """Return the first of llama.cpp's pre-tokenizers with which every text, including the samples above, gets the
-    base's token ids.
+    """Return the first of llama.cpp's pre-tokenizers that gives every text, including the samples above, the same token
+    ids as the base's tokenizer.
 
     Args:
         tokenizer: the base's tokenizer.
@@ -127,7 +127,7 @@ def encode(content: dict[str, Any], pre: PreTokenizer | SentencePiece, texts: Se
 
 
 def simulate(content: dict[str, Any], pre: PreTokenizer) -> "Tokenizer":
-    """Return a tokenizer that splits texts in the same way as llama.cpp does with a pre-tokenizer.
+    """Return a tokenizer that reproduces how llama.cpp splits texts with a given pre-tokenizer.
 
     llama.cpp does not normalize texts, and text around special tokens keeps its spaces.
 

@@ -1,4 +1,4 @@
-"""Writes a merged model to one GGUF file with the `gguf` package, tensor by tensor."""
+"""Writes a merged model to a single GGUF file with the `gguf` package, tensor by tensor."""
 
 import math
 import re
@@ -42,8 +42,8 @@ class GgufType(StrEnum):
 
 
 MAX_CHANGE = {GgufType.Q8_0: 0.03, GgufType.F16: 0.001}
-"""Maximum ratio of the norm of a matrix's change to the norm of the matrix. Measured for SmolLM2's worst matrix in
-Q8_0: 0.0065; in F16: below 0.00001."""
+"""Maximum relative change of a matrix: the norm of the change divided by the norm of the matrix. Measured for SmolLM2's
+worst matrix in Q8_0: 0.0065; in F16: below 0.00001."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class GgufSummary:
     Attributes:
         file: the GGUF file.
         bytes: size of the file.
-        pre: llama.cpp's pre-tokenizer.
+        pre: name of the pre-tokenizer in llama.cpp.
         compared: number of held-out examples whose token ids were compared.
         worst_change: largest ratio of the norm of a matrix's change to the norm of the matrix.
         worst_tensor: the matrix with the largest change.
@@ -89,7 +89,7 @@ def export_gguf(
         modelfile: whether to write a Modelfile.
 
     Raises:
-        TrainingError: llama.cpp or Ollama would give different results than the engine.
+        TrainingError: llama.cpp or Ollama would give results that differ from the engine's.
     """
     kwargs, file = read_template_kwargs(model), out / f"{name}-{type}.gguf"
     architecture, tokenizer, pre = check_gguf(model, kwargs, examples, modelfile=modelfile)
@@ -120,7 +120,7 @@ def check_gguf(
         modelfile: whether Ollama must also be able to render the chat template.
 
     Raises:
-        TrainingError: llama.cpp or Ollama would give different results than the engine.
+        TrainingError: llama.cpp or Ollama would give results that differ from the engine's.
     """
     with waiting("Comparing token ids with llama.cpp's"), library_output_to_log():
         architecture, tokenizer = read_architecture(model), load_tokenizer(model)
@@ -287,8 +287,8 @@ def _load(file: Any, stored: str, architecture: Architecture) -> "np.ndarray[Any
 def permute(rows: "np.ndarray[Any, Any]", heads: int) -> "np.ndarray[Any, Any]":
     """Return the rows of a query or key matrix in llama.cpp's order.
 
-    For the rotation, transformers pairs each number of a head with the number half a head away, whereas llama.cpp pairs
-    adjacent numbers.
+    For rotary embeddings, transformers pairs each element of a head with the element half a head away, whereas
+    llama.cpp pairs adjacent elements.
     """
     halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
