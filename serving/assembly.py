@@ -1,4 +1,4 @@
-"""Builds the components of one server and passes them their dependencies explicitly. It starts none of them."""
+"""Builds the components of one server, without starting them, and passes them their dependencies explicitly."""
 
 import asyncio
 import platform
@@ -66,8 +66,8 @@ from svc.store.requests import Dropped
 from svc.store.sqlite_listener import SqliteListener
 
 MAX_BUFFERED_BYTES = 256 * 2**20
-"""Memory limit for all answers that are waiting for slow clients. It is enough for sixteen answers of maximum size, and
-is a small part of the memory of a machine that runs an engine."""
+"""Memory limit for all answers that are waiting for slow clients. The limit is enough for sixteen answers of maximum
+size, and is a small fraction of the memory on a machine that runs an engine."""
 
 if TYPE_CHECKING:
     from serving.telemetry.traces.traces import Traces
@@ -99,7 +99,7 @@ class Parts:
 
     Attributes:
         authenticator: loads the keys from the store; they must be loaded before the first request.
-        leadership: leases of this server, which must be released when it stops.
+        leadership: this server's leases, which must be released when the server stops.
         works: coroutine functions that must run while the server runs.
         job_worker: runs fine-tuning jobs; its coroutine is one of `works`. None if this server runs no jobs.
     """
@@ -256,7 +256,7 @@ def assemble_gateway(
     server: str = "",
     loader: Loader | None = None,
 ) -> GatewayParts:
-    """Create the application that serves clients in front of the router's backends, and its components.
+    """Create the application that forwards clients' requests to the router's backends, along with its components.
 
     Args:
         changes: object that writes the desired versions.

@@ -62,11 +62,11 @@ def serve(
 ) -> None:
     """Serve MODELS to OpenAI clients until SIGTERM or Ctrl-C.
 
-    Each model is given as NAME or NAME@N. By default, the models that were served last are served, or the only
-    registered model. With `fine_tuning.bases`, no model is needed. NAME@N becomes the production version, while NAME
-    alone keeps the version that was served last. If a server is already running on this home, MODELS are added to that
-    server, as with `svc add`. While servers on other homes use the same store, MODELS can only name models that those
-    servers serve.
+    Each model is given as NAME or NAME@N. By default, the server serves the models that were served last or, if there
+    are none, the only registered model. If `fine_tuning.bases` is set, no model is required. NAME@N becomes the
+    production version, while NAME alone keeps the version that was served last. If a server is already running on this
+    home, MODELS are added to that server, as with `svc add`. While servers on other homes use the same store, MODELS
+    can only name models that those servers serve.
     """
     if every and models:
         raise click.UsageError("MODELS and --all cannot be combined")
@@ -231,10 +231,11 @@ def promote(
 ) -> None:
     """Promote VERSION (NAME@N) to production without dropping a request.
 
-    First, gates compare its registered results with those of production. A failed gate refuses the promotion.
+    First, gates compare the version's registered results with those of the production version. If a gate fails, the
+    promotion is refused.
 
-    With --shadow or --canary, or with such steps configured for the model, the version is compared with production
-    first, and rolled back if it proves worse. The server carries this out; Ctrl-C only stops watching.
+    With --shadow or --canary, or if such steps are configured for the model, the version is compared with production
+    first, and rolled back if it performs worse. The server runs these steps; Ctrl-C stops only the display.
     """
     reason = reason and reason.strip()
     if force and not reason:

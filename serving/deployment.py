@@ -42,7 +42,7 @@ class Deployment:
     """All components of one served model.
 
     Attributes:
-        scaling: lets the number of replicas follow the load, or None if it is fixed.
+        scaling: adjusts the number of replicas to the load; None if the number is fixed.
         server: id of this server; empty if no other server can use the store.
         context: maximum combined length of prompt and answer, in tokens.
     """
@@ -73,7 +73,9 @@ class Deployment:
         return self.balancer.check(model)  # not a separate coroutine, which would cost time for each request
 
     async def takes(self, version: VersionId) -> bool:
-        """Return whether the engines serve a version, or apply it as an adapter. See `serving.router.Backend.takes`."""
+        """Return whether the engines serve a version, or can apply it as an adapter. See
+        `serving.router.Backend.takes`.
+        """
         served = self.names.served
         if served is None:
             return False
@@ -151,7 +153,7 @@ class Deployment:
     def status(self) -> Mapping[str, Any]:
         """Return the model's section of /svc/status as JSON values.
 
-        This reads the store. While it is unavailable, the values stored in it are None.
+        This reads the store. While the store is unavailable, the values that come from the store are None.
         """
         actual, previous = self.reconciler.actual.target, self.reconciler.actual.previous
         unwritten = (

@@ -1,4 +1,4 @@
-"""Builds the components of one model and passes them their dependencies explicitly. It starts none of them."""
+"""Builds the components of one model, without starting them, and passes them their dependencies explicitly."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -68,7 +68,7 @@ class Deployments:
         build: function that builds a deployment from its first desired state and a function that frees
             memory for its engines.
         changes: notifications about changes in the store, which this object waits for.
-        leadership: the id of this server.
+        leadership: this server's leases, from which its id is taken.
         registered: function that returns the names of all models, for errors about models that are not
             served. It reads from disk.
         on_ready: called with each version that starts being served.
@@ -109,7 +109,7 @@ class Deployments:
     def served(self) -> Mapping[str, Target]:
         """Return the version and format that each model currently serves, keyed by model name.
 
-        It may not be the desired version yet.
+        The served version may not be the desired version yet.
         """
         return {deployment.name: deployment.reconciler.actual.target for deployment in self.all}
 
@@ -167,13 +167,13 @@ class Deployments:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def load(self, version: VersionId, targets: Sequence[Target]) -> None:
-        """Serve an unpromoted version until it becomes idle. Return once it is served.
+        """Serve an unpromoted version until it becomes idle. Return once the version is served.
 
-        It is not added to the store's set of models. Each server loads only the models that its own clients request,
-        and loads none of them after a restart.
+        The version's model is not added to the store's set of models. Each server loads only the models that its own
+        clients request, and loads none of them after a restart.
 
         Args:
-            targets: the version in each format in which it can be served, preferred format first.
+            targets: the version in every format in which it can be served, preferred format first.
 
         Raises:
             SvcError: there is not enough memory, the engine did not start, or another version of the model is in use.
@@ -324,7 +324,7 @@ class Deployments:
             raise failed
 
     async def _fitting(self, targets: Sequence[Target]) -> Target:
-        """Return the first target for which there is memory; if there is none, free the memory of idle models.
+        """Return the first target for which there is enough memory, freeing the memory of idle models if necessary.
 
         Raises:
             EngineError: there is not enough memory for any target.
@@ -399,7 +399,7 @@ class Deployments:
                     raise
 
     async def _require_memory(self, target: Target) -> None:
-        """Check that there is memory for the engines that a model starts or wakes now."""
+        """Check that there is enough memory for the engines that a model is about to start or wake."""
         name = target.version.name
         engines = self._all[name].pool.size if name in self._all else self.slots.first_engines(name)
         await self.slots.require_memory({target: engines})

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _POLL_S = 1.0
 _RESTART_S = 60.0
-"""Seconds for which a server may fail to respond while a job is followed, for example during a restart."""
+"""Maximum time in seconds that a server may be unresponsive while a job is followed, for example during a restart."""
 _FIELDS = {
     "id": "job",
     "status": "status",
@@ -265,7 +265,7 @@ def _jobs_of(ctx: click.Context) -> "Jobs":
 
 
 def _plain(text: str) -> str:
-    """Return a text without characters that control a terminal. A message may quote a client's file."""
+    """Return a text without terminal control characters. A message may quote a client's file."""
     return "".join(each if each.isprintable() else "?" for each in text)
 
 

@@ -24,10 +24,11 @@ from svc.store.served import resume_serving
 log = logging.getLogger(__name__)
 
 EVERYTHING = "*"
-"""Name of the lease for work that belongs to no model. No model can have this name."""
+"""Name of the lease for work that does not belong to a model. No model can have this name."""
 _REPORT_S = LEASE_S / 3
 _CLOSE_S = 5.0
-"""Longest wait, in seconds, for a store that does not respond when the server stops. Its engines stop afterwards."""
+"""Maximum wait, in seconds, for an unresponsive store when the server stops. The server's engines are stopped
+afterwards."""
 
 
 class Leadership:
@@ -38,7 +39,7 @@ class Leadership:
         clock: function that returns monotonic time, in seconds.
 
     Attributes:
-        address: host name and port, which identify the server to people.
+        address: host name and port of this server, for display.
         server: random id of this server; empty if no other server can use the store.
     """
 
@@ -69,8 +70,8 @@ class Leadership:
         return not self.server or (name in self._leases and self._clock() < self._until)
 
     def lease(self, name: str) -> Lease | None:
-        """Return the lease to specify when writing to the store about a model, or None if no other server can use the
-        store.
+        """Return the lease that must be passed when writing a model's state to the store, or None if no other server
+        can use the store.
 
         Raises:
             LeaseLostError: this server is not the leader for the model.

@@ -31,9 +31,9 @@ class ModelNames:
 
     Attributes:
         served: the version in production, or None until a version is served.
-        loaded: the versions that engines have loaded. During a swap of several engines, there are two.
+        loaded: the versions that engines have loaded. While a swap changes several engines one by one, there are two.
         since: time at which the production version was promoted, in Unix seconds.
-        candidate: the version that a rollout tries, or None if there is no rollout.
+        candidate: the version that a rollout is testing, or None if there is no rollout.
         of_candidate: the client-facing name of the candidate, `NAME@candidate`.
         assigned: internal name for requests that a rollout assigned to the candidate, which resolves to
             production while no engine runs the candidate. Clients cannot use it.
@@ -77,8 +77,8 @@ class ModelNames:
     def resolve(self, model: str) -> VersionId | None:
         """Return the version that a client's model name refers to, or None for the production version.
 
-        Any ready engine answers requests to production. If adapters are served, the returned version may not be
-        loaded, or may not exist, so the caller must check it.
+        Requests for the production version can be answered by any ready engine. If adapters are served, the returned
+        version may not be loaded, or may not exist, so the caller must check it.
 
         Raises:
             ModelNotFoundError: the name is not served here.

@@ -1,4 +1,4 @@
-"""Deletes jobs and batches that ended long ago, while the server runs."""
+"""Deletes jobs and batches a configured number of days after they ended, while the server is running."""
 
 import asyncio
 import logging

@@ -41,9 +41,9 @@ class Backend(Protocol):
         """
 
     async def takes(self, version: VersionId) -> bool:
-        """Return whether the engines serve a version of any model, or apply it as an adapter to the base they serve.
+        """Return whether the engines can serve a version of any model, either directly or as an adapter of their base.
 
-        `lease` and `admitted` then accept the version's name. The registry is read only if necessary.
+        If they can, `lease` and `admitted` accept the version's name. The registry is read only if necessary.
         """
 
     def lease(self, model: str, *, who: str = "", without: Lease | None = None) -> AbstractAsyncContextManager[Lease]:
@@ -56,7 +56,7 @@ class Backend(Protocol):
 
 
 class Destination(NamedTuple):
-    """The backend chosen for a request, and how to request it.
+    """The backend chosen for a request, and the parameters for leasing an engine from it.
 
     Attributes:
         model: the model name to be passed to the lease.
@@ -128,7 +128,7 @@ class Router:
         return {version for backend in self.backends for version in backend.names.versions}
 
     def names(self) -> tuple[str, ...]:
-        """Return the model names that currently resolve to a version, except those of fine-tuned models, which only
+        """Return the model names that currently resolve to a version, except the names of fine-tuned models, which only
         their owners may see.
         """
         return tuple(name for backend in self.backends if not backend.names.owners for name in backend.names.all())
@@ -153,7 +153,7 @@ class Router:
             who: text that identifies a client or conversation; empty if unknown.
 
         Raises:
-            ModelNotFoundError: no backend has this name.
+            ModelNotFoundError: no backend serves this model name.
             EngineUnavailableError: no version is loaded yet.
         """
         name = model.partition("@")[0]
@@ -168,7 +168,7 @@ class Router:
         return Destination(backend, backend.names.assigned if assignment.candidate else model, assignment)
 
     def unknown(self, model: str) -> ModelNotFoundError:
-        """Return the error for a model name that no backend has."""
+        """Return the error for a model name that no backend serves."""
         name = model.partition("@")[0]
         names = ", ".join(self.names())
         served = f"one of {names}" if names else "a served model; none is served yet"

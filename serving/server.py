@@ -34,7 +34,8 @@ _SEND_BUFFER_BYTES = 128 * 1024
 _SOCKET = "http.sock"
 _NO_MANAGER = ServiceManager(None)
 _LOCAL_CONNECTIONS = 64
-"""Number of connections allowed beyond those for clients, so that users on this machine can always connect."""
+"""Maximum number of connections to the local socket. They do not count toward the limit for clients, so that users on
+this machine can always connect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +78,13 @@ def claim(settings: Settings, *, has_keys: bool = False, inherited: socket.socke
 
 
 def at_address(settings: Settings, listener: socket.socket) -> Settings:
-    """Return the settings with the address replaced by that of a socket on which the service manager listens."""
+    """Return a copy of the settings with the host and port on which the service manager's socket listens."""
     host, port = listener.getsockname()[:2]
     return settings.model_copy(update={"serve": settings.serve.model_copy(update={"host": host, "port": port})})
 
 
 def require_safe(serve: ServeSettings, *, has_keys: bool) -> None:
-    """Check that other machines can neither use the server without a key nor read keys sent over the network.
+    """Check that other machines can neither use the server without a key nor intercept keys on the network.
 
     Raises:
         SettingsError: other machines could do so. The message says which protection is missing.

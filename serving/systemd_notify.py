@@ -1,4 +1,4 @@
-"""Implements the protocol by which systemd and a process that it starts communicate.
+"""Implements the protocol between systemd and the processes that it starts.
 
 The service manager listens on a socket and passes that socket to the process, so no connection is refused
 while the process is replaced. The process reports that it is ready, alive, or stopping. No library is used,
@@ -28,7 +28,7 @@ def inherited_listener(environment: MutableMapping[str, str] = os.environ) -> so
     """Return the TCP socket on which the service manager listens on behalf of this process, or None if there is none.
 
     Args:
-        environment: the environment variables. Those that describe the socket are removed, so that no child
+        environment: the environment variables. The variables that describe the socket are removed, so that no child
             process uses it.
 
     Raises:
@@ -81,11 +81,11 @@ class ServiceManager:
 
     @classmethod
     def of(cls, environment: MutableMapping[str, str] = os.environ) -> "ServiceManager":
-        """Return the service manager that the environment names. If it names none, the result has no address.
+        """Return the service manager named in the environment. If none is named, the returned object has no address.
 
         Args:
-            environment: the environment variables. Those about the service manager are removed, because child
-                processes must not report on behalf of this one.
+            environment: the environment variables. The variables that describe the service manager are removed, because
+                child processes must not report on behalf of this process.
         """
         address = environment.pop("NOTIFY_SOCKET", None)
         interval, owner = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", None)

@@ -1,4 +1,4 @@
 """Decides which requests run in the engine, wait in a queue or are rejected.
 
-It also decides when the server's own requests may run.
+The package also decides when the server's own requests may run.
 """

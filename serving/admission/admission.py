@@ -1,14 +1,14 @@
 """Admission control between HTTP and the engines: counts running requests and queues those that have to wait.
 
-While an engine is being changed and no other engine accepts requests, new requests wait, and each is answered by a
-single version. When all slots are taken, requests with a key wait too, and free slots are shared according to the
-weights of their keys. A request without a key is then rejected, unless other requests are already queued. In that case
-it is queued too and gets a share of the slots. The queue length and the waiting time are bounded, because clients could
-make them grow. The server's own requests have a separate slot and yield to every other request. Requests of batches
-also have separate slots, and use only the capacity that clients leave. This module knows nothing about HTTP, versions,
-or the reason why an engine is changed.
+While an engine is being replaced or reloaded and no other engine accepts requests, new requests wait, and each is
+answered by a single version. When all slots are taken, requests with a key wait too, and free slots are shared
+according to the weights of their keys. A request without a key is then rejected, unless other requests are already
+queued. In that case, the request is queued too and gets a share of the slots. The queue length and the waiting time are
+bounded, because clients could otherwise increase them without limit. The server's own requests have a separate slot and
+yield to every other request. Batch requests also have separate slots, and use only the capacity that client requests
+leave free. This module knows nothing about HTTP, versions, or the reason why an engine is replaced or reloaded.
 
-There is one event loop, so no locks are needed: every change of state happens between two awaits.
+All methods run on one event loop and never await in the middle of a state change, so no locks are needed.
 """
 
 import asyncio
@@ -31,30 +31,30 @@ from serving.admission.queue import RequestQueue
 
 _ENDED_POLL_S = 0.05
 _FREE_SHARE = 4
-"""Batch requests leave the fraction 1/_FREE_SHARE of the capacity free, so that they rarely have to be interrupted for
-clients."""
+"""Batch requests leave 1/_FREE_SHARE of the capacity free, so that they rarely have to be interrupted for client
+requests."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Admission:
     """Decides which requests run in the engine, are queued or are rejected.
 
-    The decision depends on whether an engine accepts requests, whether an engine is being changed (a swap), and whether
-    all slots or all tokens are taken. Each request is counted with its maximum number of tokens, because a single
-    request can ask for hundreds of answers. If no engine accepts requests, they are queued while an engine is being
-    changed (admission is closed), even during a swap that restarts the engine. Otherwise they are rejected. Initially
-    there is no engine.
+    The decision depends on whether an engine accepts requests, whether a swap is replacing or reloading an engine, and
+    whether the maximum number of requests or tokens is reached. Each request is counted with its maximum number of
+    tokens, because a single request can ask for hundreds of answers. If no engine accepts requests during a swap,
+    admission is closed and requests are queued, even if the swap restarts the engine. Outside a swap, they are
+    rejected. Initially, there is no engine.
 
     Attributes:
         max_running: maximum number of requests in the engine.
-        max_tokens: maximum number of tokens that the running requests' answers may have in total.
+        max_tokens: maximum total number of tokens in the answers of all running requests.
         max_queued: maximum number of queued requests.
         queue_timeout_s: maximum time a request may wait in the queue, in seconds.
         wake_timeout_s: maximum wait for an engine that was stopped because it was idle, in seconds.
         max_batched: maximum number of batch requests in the engine.
-        capacity: number of requests that the engines answer at the same time; `max_running` if None.
+        capacity: number of requests that the engines answer concurrently; `max_running` if None.
         running: number of requests in the engine.
-        closed_s: how long admission was closed during the last change, in seconds, or None if it stayed open.
+        closed_s: time for which admission was closed during the last swap, in seconds, or None if it stayed open.
         queue: the queued requests.
         background_slot: the slot for the server's own requests.
         batch_slots: the slots for batch requests.
@@ -101,7 +101,9 @@ class Admission:
 
     @property
     def unavailable_reason(self) -> str | None:
-        """Why no engine is available, or None if one is running, being changed or started on demand."""
+        """Reason why no engine is available, or None if an engine is running, being replaced or reloaded, or started on
+        demand.
+        """
         return None if self._asleep else self._unavailable
 
     @contextmanager
@@ -115,15 +117,16 @@ class Admission:
             self._idle_since = time.monotonic()
 
     async def enter(self, tokens: int, party: Party, *, may_wait: bool = False) -> None:
-        """Take a slot, waiting for one if none is free. The slot is held until `leave` is called.
+        """Take a slot, waiting until a slot is free if necessary. The slot is held until `leave` is called.
 
         Args:
             tokens: maximum number of tokens in the answers, which is the cost of the slot.
-            party: the tenant that sent the request. A request in a batch waits for spare capacity.
-            may_wait: queue the request like requests with a key, because it has already waited for an adapter.
+            party: the tenant that sent the request. Batch requests wait for spare capacity.
+            may_wait: whether the request may be queued even without a key, because it has already waited for an
+                adapter.
 
         Raises:
-            TooManyTokensError: the request needs more tokens than may run at the same time.
+            TooManyTokensError: the request alone needs more tokens than the limit for all running requests.
             EngineUnavailableError: there is no engine.
             QueueOverflowError, QueueTimeoutError: admission is closed, and the queue is full or the request has waited
                 too long.
@@ -140,7 +143,8 @@ class Admission:
             await self._wait(tokens, party)
 
     async def opened(self, party: Party) -> None:
-        """Wait in the queue while no engine accepts requests because one is being changed, but take no slot.
+        """Wait in the queue, without taking a slot, while admission is closed because an engine is being replaced or
+        reloaded.
 
         A sleeping engine is not woken.
 
@@ -153,17 +157,17 @@ class Admission:
             self.leave(0)
 
     def set_capacity(self, capacity: int) -> None:
-        """Set the number of requests that the engines answer at the same time."""
+        """Set the number of requests that the engines answer concurrently."""
         self._capacity = min(self.max_running, capacity)
 
     async def ended(self) -> None:
-        """Wait until no request is running or waiting. This is useful only once no new requests arrive."""
+        """Wait until no request is running or waiting. Call this only after new requests have stopped arriving."""
         while self.running or self.queue or self._preparing:
             await asyncio.sleep(_ENDED_POLL_S)
 
     @asynccontextmanager
     async def changing(self) -> AsyncIterator[None]:
-        """Context manager for changing an engine: requests are queued rather than rejected while no engine accepts any.
+        """Context manager for a swap: while no engine accepts requests, they are queued instead of rejected.
 
         Raises:
             RuntimeError: another engine change is already in progress; swaps run one at a time.
@@ -197,8 +201,8 @@ class Admission:
         Queued and new requests are rejected, unless admission is closed, in which case they wait.
 
         Args:
-            reason: message for clients, such as "the engine is starting". It must not contain paths. None for an
-                engine that is being changed.
+            reason: message for clients, such as "the engine is starting". It must not contain paths. None if the engine
+                is being replaced or reloaded.
         """
         self._ready, self._unavailable = False, reason or self._unavailable
         self.background_slot.end()
@@ -212,9 +216,7 @@ class Admission:
         self._settle()
 
     def _settle(self) -> None:
-        """After a state change, update the queued requests, the background slot and the time for which admission was
-        closed.
-        """
+        """Update the queued requests, the background slot and `closed_s` after a state change."""
         now = time.monotonic()
         if self._closed and self._closed_at is None:
             self._closed_at = now
@@ -304,7 +306,7 @@ class Admission:
             self.batch_slots.give(self._has_spare)
 
     def _has_spare(self, tokens: int) -> bool:
-        """Return whether there is spare capacity for another request in a batch."""
+        """Return whether there is spare capacity for another batch request."""
         if not self._ready or self._changing or self.queue:
             return False
         most = self._capacity - self._capacity // _FREE_SHARE
@@ -312,7 +314,9 @@ class Admission:
         return self.running + self.batch_slots.running < most and tokens <= self.max_tokens
 
     def _has_excess(self) -> bool:
-        """Return whether a running request in a batch must be interrupted for clients or for a change of the engine."""
+        """Return whether a batch request must be interrupted, because clients need its capacity or an engine is being
+        replaced.
+        """
         if not self._ready or self._changing:
             return True
         tokens = self._tokens + self.batch_slots.tokens

@@ -1,8 +1,7 @@
 """A low-priority slot for the server's own requests, separate from the slots for clients.
 
-A request in this slot does not count as running, and no client waits for it. The slot is available while
-admission is open and there is an engine. Otherwise the request is cancelled, because its answer could
-take longer than a swap may wait.
+A request in this slot does not count as running, and no client waits for it. The slot is available while admission is
+open and there is an engine. Otherwise, the request is cancelled, because its answer could delay a swap for too long.
 """
 
 import asyncio
@@ -18,7 +17,7 @@ class BackgroundSlot:
     """A single slot shared by the server's own requests.
 
     Attributes:
-        taken: time limit of the request that holds the slot, or None if the slot is free.
+        taken: timeout that cancels the request in the slot, or None if the slot is free.
     """
 
     def __init__(self) -> None:
@@ -26,7 +25,7 @@ class BackgroundSlot:
         self.taken: asyncio.Timeout | None = None
 
     def show(self, *, open: bool, running: int) -> None:
-        """Update the slot with whether admission is open and how many requests are running."""
+        """Notify the slot whether admission is open, and how many requests are running."""
         quiet = open and not running
         if open is not self._open.is_set() or quiet is not self._quiet.is_set():  # called for every request
             _set(self._open, open)
@@ -58,7 +57,7 @@ class BackgroundSlot:
             self.taken = None
 
     def end(self) -> None:
-        """Cancel the request in the slot, if there is one, because its engine is about to be changed."""
+        """Cancel the request in the slot, if any, because its engine is about to be replaced, reloaded or stopped."""
         if self.taken is not None and not self.taken.expired():
             self.taken.reschedule(asyncio.get_running_loop().time())
 
@@ -81,6 +80,6 @@ def _set(event: asyncio.Event, value: bool) -> None:
 
 
 async def _until_set(event: asyncio.Event) -> None:
-    """Wait until the event is set and remains set by the time the waiting task resumes."""
+    """Wait until the event is set and is still set when the waiting task resumes."""
     while not event.is_set():
         await event.wait()

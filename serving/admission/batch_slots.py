@@ -1,7 +1,7 @@
-"""Slots for batch requests, which use the capacity that clients leave.
+"""Slots for batch requests, which use the capacity that client requests leave free.
 
 These requests do not count as running, so no client waits for them. They wait in arrival order while there is no spare
-capacity. When clients need the capacity, or the engine is changed, running batch requests are interrupted, the
+capacity. When clients need the capacity, or the engine is being replaced, running batch requests are interrupted,
 newest first. An interrupted request may be sent again.
 
 `serving.admission.admission` decides when there is spare capacity.
@@ -22,7 +22,7 @@ again.
 
 
 class InterruptedRequestError(OverloadedError):
-    """Raised when a request in a batch was interrupted, because clients need its capacity or its engine is changed."""
+    """Raised when a batch request is interrupted, because clients need its capacity or its engine is being replaced."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,13 +39,13 @@ class _Waiting:
 
 
 class BatchSlots:
-    """The slots of one model for batch requests.
+    """One model's slots for batch requests.
 
     Args:
-        most: maximum number of requests that run at the same time.
+        most: maximum number of requests that run concurrently.
 
     Attributes:
-        tokens: maximum number of tokens in the answers to the running requests.
+        tokens: maximum total number of tokens in the answers of all running requests.
     """
 
     def __init__(self, *, most: int) -> None:
@@ -70,7 +70,7 @@ class BatchSlots:
         return bool(self._waiting)
 
     async def enter(self, tokens: int, interruption: OneShotEvent, fits: Callable[[int], bool]) -> None:
-        """Wait for a slot and take it. It is held until `leave` is called.
+        """Wait for a slot and take it. The slot is held until `leave` is called.
 
         Args:
             tokens: maximum number of tokens in the answers.
@@ -117,7 +117,7 @@ class BatchSlots:
             waiting.given.set_result(None)
 
     def interrupt(self, excess: Callable[[], bool]) -> None:
-        """Interrupt requests, the newest first, as long as `excess` returns True."""
+        """Interrupt requests, newest first, as long as `excess` returns True."""
         while self._running and excess():
             interruption, tokens = self._running.popitem()
             self.tokens -= tokens

@@ -3,10 +3,10 @@
 from svc.errors import SvcError
 
 OVERLOADED_RETRY_S = 1
-"""Retry time when the server is full, in seconds. It is short, because requests complete all the time."""
+"""Retry delay when the server is full, in seconds. It is short, because requests complete frequently."""
 QUEUED_RETRY_S = 2
-"""Retry time while an engine is being changed, in seconds. An in-place swap takes one to two seconds once the
-running requests are done."""
+"""Retry delay while an engine is being replaced or reloaded, in seconds. An in-place swap takes one to two seconds once
+the running requests are done."""
 ENGINE_RETRY_S = 20
 """Retry delay while no engine is available, in seconds. Two retries of an OpenAI client cover an engine start, which
 takes about 40 s."""
@@ -24,13 +24,15 @@ class AdmissionError(SvcError):
 
 
 class OverloadedError(AdmissionError):
-    """Raised when the maximum number of requests is running, or running answers have reserved all available tokens."""
+    """Raised when the maximum number of requests is running, or the running requests have reserved all available
+    tokens.
+    """
 
     retry_after_s = OVERLOADED_RETRY_S
 
 
 class TooManyTokensError(SvcError):
-    """Raised when a request needs more tokens than may run at the same time."""
+    """Raised when a single request needs more tokens than the limit for all running requests."""
 
 
 class RateLimitedError(SvcError):
@@ -38,7 +40,7 @@ class RateLimitedError(SvcError):
 
     Args:
         limit: name of the limit.
-        retry_after_s: seconds until enough of the limit is free, or None if the same request can never run.
+        retry_after_s: seconds until enough of the limit is available, or None if a retry can never succeed.
     """
 
     def __init__(self, wrong: str, *, limit: str, retry_after_s: int | None, todo: str = "") -> None:
@@ -56,6 +58,6 @@ class QueueTimeoutError(AdmissionError):
 
 
 class EngineUnavailableError(AdmissionError):
-    """Raised when no engine can run the request, for example because it is starting or has failed."""
+    """Raised when no engine can run the request, for example because the engine is starting or has failed."""
 
     retry_after_s = ENGINE_RETRY_S

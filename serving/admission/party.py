@@ -1,4 +1,4 @@
-"""The tenants that share a model. Each key is a tenant, and all requests without a key form another one."""
+"""The tenants that share a model. Each key is a tenant, and all requests without a key together form another tenant."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class Party(NamedTuple):
     Attributes:
         name: the key's id. Only the operator can create keys. Empty for the tenant of all requests without a key.
         weight: the tenant's share relative to other tenants when slots are scarce.
-        interruption: event with which admission interrupts a request in a batch. None for clients' requests, which are
+        interruption: event that admission triggers to interrupt a batch request. None for clients' requests, which are
             never interrupted.
     """
 
@@ -32,10 +32,10 @@ NO_KEY = Party()
 
 
 def party_of(principal: Principal | None, interruption: OneShotEvent | None = None) -> Party:
-    """Return the tenant of a client, which has a principal if it sent a key.
+    """Return a client's tenant. The client has a principal if it sent a key.
 
     Args:
-        interruption: for a request in a batch, see `Party`.
+        interruption: only for batch requests; see `Party`.
     """
     if interruption is None:
         return Party(principal.key_id, principal.weight) if principal else NO_KEY

@@ -1,15 +1,14 @@
 """A queue of requests waiting for a slot. It is bounded in size and time, and shared fairly between tenants.
 
-The queue uses start-time fair queueing (Goyal, Vin and Cheng, 1996). Each tenant has a virtual time,
-which advances by the cost of its requests divided by its weight. The tenant with the earliest virtual
-time is next, and its own requests run in arrival order. A tenant that was idle starts at the virtual
-time of the other tenants, so idling earns no credit. Waiting tenants therefore share slots in proportion
-to their weights, whatever their requests cost, and a tenant with few requests waits for at most one
-request of each other tenant.
+The queue uses start-time fair queueing (Goyal, Vin and Cheng, 1996). Each tenant has a virtual time, which advances by
+the cost of its requests divided by its weight. The tenant with the earliest virtual time is next, and its own requests
+run in arrival order. A tenant that was idle starts at the virtual time of the other tenants, so idling earns no credit.
+Waiting tenants therefore share slots in proportion to their weights, regardless of what their requests cost, and a
+tenant with few requests waits for at most one request from each other tenant.
 
-The head of the queue keeps its turn until it fits, because otherwise smaller requests could overtake it
-forever. When the queue is full, a request from a tenant with fewer waiting requests replaces the newest request
-of the tenant that has the most. Both counts are relative to the tenants' weights.
+The head of the queue keeps its turn until it fits, because otherwise smaller requests could overtake it forever. When
+the queue is full, a request from a tenant with fewer waiting requests replaces the newest request from the tenant with
+the most. Both counts are relative to the tenants' weights.
 """
 
 import asyncio
@@ -50,7 +49,7 @@ class RequestQueue:
         max_queued: maximum number of queued requests.
 
     Attributes:
-        most: largest number of requests queued at the same time since this value was last reset.
+        most: peak number of queued requests since this value was last reset.
     """
 
     def __init__(self, *, max_queued: int) -> None:
@@ -105,7 +104,7 @@ class RequestQueue:
         return self._add(replace(place, given=asyncio.get_running_loop().create_future()))
 
     async def until_given(self, place: Place, timeout_s: float, give_back: Callable[[], None]) -> None:
-        """Wait until the request is given a slot.
+        """Wait until the request gets a slot.
 
         Args:
             give_back: called to release the slot if the request was cancelled just as it got the slot.
@@ -202,6 +201,6 @@ class RequestQueue:
 def _load(line: deque[Place]) -> float:
     """Return a tenant's number of waiting requests divided by its weight.
 
-    The weight is read from the newest request, because it may change.
+    The weight is read from the newest request, because a tenant's weight may change.
     """
     return len(line) / line[-1].party.weight

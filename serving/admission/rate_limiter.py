@@ -1,16 +1,16 @@
-"""Enforces the limits of keys: requests and tokens per minute, tokens per day, and concurrent requests.
+"""Enforces the limits on API keys: requests and tokens per minute, tokens per day, and concurrent requests.
 
-A request reserves its maximum use before it waits for anything. When it ends, the reservation is replaced by
-its actual use. A request rejected because of a client error counts as a request, while one rejected because no
-slot is free costs nothing. The state is kept in memory only, with one entry per key in use. Keys come from the
-store, so clients cannot create any. When the server starts, it adds the usage from earlier that day.
+A request reserves its maximum use before it waits for anything. When it ends, the reservation is replaced by its actual
+use. A request rejected because of a client error counts as a request, while a request rejected because no slot is free
+costs nothing. The state is kept in memory only, with one entry per key in use. Keys come from the store, so clients
+cannot add entries. When the server starts, it adds the usage from earlier that day.
 
 If several servers share a store, each adds the usage of the others shortly afterwards
 (`serving.telemetry.usage_writer`). Within t minutes, N servers then allow a key at most its limit x (t + N + d (N -
-1)), where d is the time in minutes until a server knows of another's usage. Proof: the last server to admit a request
-has counted all usage except what the N - 1 other servers have used within the last d, so the counted usage is at most
-limit x (t + 1). Each of these servers can use at most limit x (1 + d) within d. With d = 10 s, the total is less than
-limit x (t + 1.2 N).
+1)), where d is the delay in minutes until a server learns of another server's usage. Proof: the last server to admit a
+request has counted all usage except what the N - 1 other servers have used within the last d minutes, so the counted
+usage is at most limit x (t + 1). Each of these servers can use at most limit x (1 + d) within d minutes. With d = 10 s,
+the total is less than limit x (t + 1.2 N).
 
 A prompt's token count is known only after the engine has counted it. Until then, it is estimated from
 the request's size: text in most languages has three to five bytes per token, and a request has more
@@ -31,12 +31,12 @@ from svc.store.usage import Usage
 _BYTES_PER_TOKEN = 4
 _DAY_S = 86_400
 _UNTIL_ONE_ENDS_S = 1.0
-"""Retry time in seconds when a running request must complete first. Its remaining time is not known."""
+"""Retry delay in seconds when a running request must complete first. The request's remaining time is not known."""
 _ROUNDING = 1e-9
 _NONE = Limits()
 _DEBT_PER_SERVER = 1.2
 """Maximum amount by which usage on other servers may fill a per-minute limit, as a multiple of that limit per running
-server. It is reached only after an outage of the store, when all usage during the outage is added in one step."""
+server. This amount is reached only after a store outage, when all usage during the outage is added in one step."""
 
 
 class Limit(StrEnum):
@@ -89,7 +89,8 @@ def estimated_tokens(size: int) -> int:
 
 
 class Reservation:
-    """The part of its key's limits that a request holds until it ends. It must be settled or released exactly once.
+    """The share of a key's limits that one request holds until it ends. A reservation must be settled or released
+    exactly once.
 
     Args:
         held: for each limit, its quota, the reserved amount and the amount that was free before the
@@ -105,7 +106,9 @@ class Reservation:
         return Reservation([*self._held, *other._held])
 
     def allowances(self) -> dict[Limit, Allowance]:
-        """Return what remains of each limit after this reservation. This is cheaper than `RateLimiter.allowances`."""
+        """Return the remaining amount of each limit after this reservation. This is cheaper than
+        `RateLimiter.allowances`.
+        """
         return {
             quota.limit: Allowance(quota.most, max(0, int(free) - amount), quota.reset_s())
             for quota, amount, free in self._held
@@ -128,8 +131,8 @@ class RateLimiter:
     """Enforces the limits of all API keys.
 
     Args:
-        principal_of: function that returns the principal of a key by its id. It is called for keys whose usage other
-            servers report.
+        principal_of: function that returns a key's principal, given the key's id. It is called for keys whose usage
+            other servers report.
         clock: function that returns monotonic time, in seconds.
         wall: function that returns wall-clock time, in seconds since 1970.
     """
@@ -174,11 +177,11 @@ class RateLimiter:
         return begun + _reserve([each for each in quotas if each.limit is not Limit.REQUESTS_PER_MINUTE], demand)
 
     def allowances(self, principal: Principal) -> dict[Limit, Allowance]:
-        """Return what remains of each of a key's limits."""
+        """Return the remaining amount of each of a key's limits."""
         return Reservation([(quota, 0, quota.free()) for quota in self._quotas(principal)]).allowances()
 
     def add_used_today(self, tokens: Mapping[str, int]) -> None:
-        """Add the tokens (input plus output) that each key used today on other servers, or before this one started."""
+        """Add the tokens (input plus output) used today by each key on other servers or before this server started."""
         for key_id, used in tokens.items():
             quota = self._of_key(key_id)[Limit.TOKENS_PER_DAY]
             quota.forget()
@@ -251,8 +254,8 @@ class _Quota:
         clock: function that returns the time, in seconds.
 
     Attributes:
-        most: the limit's maximum amount.
-        used: past use that had not expired at the last call of `forget`.
+        most: the maximum amount that may be used and reserved.
+        used: past use that had not expired as of the last call to `forget`.
         reserved: amount reserved by requests that are not settled yet.
     """
 
@@ -267,7 +270,7 @@ class _Quota:
         return 1
 
     def spent(self, used: Usage) -> int:
-        """Return the amount of this limit that requests have used. It may exceed reservations based on estimates."""
+        """Return the amount of this limit that a request has used. It may exceed reservations based on estimates."""
         return 0
 
     def forget(self) -> None:

@@ -191,7 +191,7 @@ class HoldoutRuns:
     async def _keep(self, run: HoldoutRun) -> None:
         """Store a run, retrying until it succeeds.
 
-        An hour's work must not be lost just because the store is busy.
+        The results of an hour-long run must not be lost just because the store is busy.
         """
         while True:
             try:
@@ -252,6 +252,6 @@ class HoldoutRuns:
 
 
 def _evenly(total: int, most: int) -> list[int]:
-    """Return `most` indexes, spread evenly over the whole range, or all indexes if there are no more than that."""
+    """Return `most` indexes, spread evenly over `range(total)`, or all indexes if `total` is not larger than `most`."""
     count = min(total, most)
     return [(2 * at + 1) * total // (2 * count) for at in range(count)]

@@ -56,14 +56,14 @@ class BackgroundScheduler:
 
     @property
     def unfit(self) -> str | None:
-        """Why the current engine cannot answer background requests, or None if it can or no engine is running."""
+        """Reason the current engine cannot answer background requests, or None if it can or no engine is running."""
         primary = self._pool.primary
         able = primary.capabilities if primary else None
         return able.unprobed if able else None
 
     @property
     def off(self) -> str | None:
-        """Why background requests are turned off, or None if they are on."""
+        """Reason why background requests are turned off, or None if they are on."""
         return self._given_up or self.unfit
 
     async def ask(self, weights: LoadedWeights, send: Callable[[EngineClient], Awaitable[Result]]) -> Result:
@@ -74,8 +74,7 @@ class BackgroundScheduler:
             send: function that sends the request and reads the response.
 
         Raises:
-            SupersededError: the engine was reloaded in the meantime, or has died too often during background
-                requests.
+            SupersededError: the engine was reloaded in the meantime, or background requests are turned off.
             EngineError: the engine rejected the request, or is alive but did not respond.
         """
         async with self._turn:
@@ -105,7 +104,8 @@ class BackgroundScheduler:
     async def _died(self, weights: LoadedWeights, client: EngineClient) -> bool:
         """Return whether the engine died, after waiting until it is healthy or no longer runs these weights.
 
-        A failed request does not prove that the engine died. The engine may just be slow, and its replica waits longer.
+        A failed request does not prove that the engine died. The engine may just be slow, and its replica waits longer
+        before declaring it dead.
         """
         while self._pool.weights == weights and self._pool.state in _WITH_ENGINE:
             if await client.healthy():

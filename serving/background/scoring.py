@@ -1,4 +1,4 @@
-"""Scores live answers by their log-probability under the version, for comparison with held-out answers.
+"""Scores live answers by their log-probability under the served version, for comparison with held-out answers.
 
 Only greedy answers whose content is stored unredacted are scored. The text is scored as part of a prompt, and the
 score of a sampled or redacted text would not be comparable. Long answers are truncated to the maximum
@@ -40,8 +40,8 @@ _PAUSE_S = 60.0
 requests of the last hour."""
 _OLDEST = timedelta(hours=1)
 _MAX_SKIPPED = 500
-"""Number of rows remembered for which no score could be computed. Rows that are no longer remembered may be tried
-again, which costs one request each."""
+"""Maximum number of remembered rows for which no score could be computed. Forgotten rows may be tried again, which
+costs one request each."""
 
 
 @dataclass(eq=False)

@@ -82,7 +82,7 @@ class Webhook:
         count: Callable[[WebhookOutcome, int], None],
         leads: Callable[[], bool] = lambda: True,
     ) -> Self:
-        """Create the sender for a receiver from its settings.
+        """Create a sender from a receiver's settings.
 
         Raises:
             SettingsError: the file with the secrets is unusable.
@@ -186,17 +186,17 @@ def signatures(keys: tuple[bytes, ...], message: str, seconds: int, body: str) -
 def delay_s(attempts: int) -> float:
     """Return the time until the next attempt, in seconds.
 
-    The times are 5, 20, 80, ... up to two hours, each varied randomly by up to a fifth.
+    The delays are 5, 20, 80, ... seconds, up to two hours, each with a random jitter of up to 20%.
 
     Args:
-        attempts: number of earlier failed attempts.
+        attempts: number of failed attempts so far.
     """
     growing_s: float = _FIRST_DELAY_S * _GROWTH ** min(attempts, 20)
     return min(growing_s, MAX_DELAY_S) * random.uniform(0.8, 1.2)  # noqa: S311 - spreads the attempts, no secret
 
 
 def read_webhook_keys(path: Path) -> tuple[bytes, ...]:
-    """Return the keys in a file. The file contains one secret or, during a rotation, several secrets separated by
+    """Return the signing keys in a file, which contains one secret or, during a rotation, several secrets separated by
     whitespace.
 
     Raises:

@@ -22,7 +22,9 @@ _OF_ENGINE = frozenset(
 
 
 def is_temporary(code: ErrorCode | None, retry_after_s: float | None) -> bool:
-    """Return whether a request has not reached an engine, and may therefore be retried until its batch expires."""
+    """Return whether an error means that the request has not reached an engine, and may be retried until its batch
+    expires.
+    """
     return code in _TEMPORARY or (code is ErrorCode.RATE_LIMIT_EXCEEDED and retry_after_s is not None)
 
 
@@ -56,6 +58,6 @@ class Answer:
 Ask = Callable[[Route, bytes, str], Awaitable[Answer]]
 """Type of a function that answers a request in a batch.
 
-It takes the path, the body and the owner's key id, and raises InvalidKeyError or PermissionDeniedError if the owner may
-no longer send requests.
+The function takes the path, the body and the owner's key id, and raises InvalidKeyError or PermissionDeniedError if the
+owner may no longer send requests.
 """

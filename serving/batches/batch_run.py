@@ -83,7 +83,7 @@ class BatchFailedError(Exception):
 
 @dataclass(eq=False)
 class BatchRun:
-    """Carries out one batch, starting from any state.
+    """Runs one batch, starting from whatever state the batch is in.
 
     Attributes:
         cancelled: set when the batch's owner cancels it.
@@ -94,7 +94,7 @@ class BatchRun:
     cancelled: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     async def run(self) -> None:
-        """Carry out the batch. If this task is cancelled, the batch can be resumed.
+        """Run the batch. If this task is cancelled, the batch can be resumed.
 
         Raises:
             LeaseLostError: another server runs batches now.
@@ -243,7 +243,7 @@ class BatchRun:
             await progress.add_expired(open_ids[start : start + _EXPIRED_TOGETHER])
 
     async def _publish(self, progress: Progress, folder: Path, errors: tuple[BatchError, ...]) -> None:
-        """Create the result files, and end the batch."""
+        """Create the result files, and mark the batch as ended."""
         counts = progress.counts
         await self._record_now(counts, finalizing=not errors)
         status = BatchStatus.EXPIRED if progress.expired else BatchStatus.COMPLETED
@@ -281,7 +281,7 @@ class BatchRun:
         change: Callable[[], Result],
         run: Callable[[Callable[[], Result]], Awaitable[Result]] = asyncio.to_thread,
     ) -> Result:
-        """Change the store in a thread, retrying while the store does not respond."""
+        """Write to the store in a thread, retrying while the store does not respond."""
         while True:
             try:
                 return await run(change)
@@ -339,7 +339,7 @@ async def _until_written(write: Callable[[], Awaitable[Result]]) -> Result:
 def _pause_s(answer: Answer, pauses: int) -> float:
     """Return the number of seconds after which a request is retried.
 
-    The retry time in a response is not used as is, because it is meant for clients, which should not retry often. An
+    The retry delay in a response is usually ignored, because it is meant for clients, which should not retry often. An
     engine that is starting may be ready much earlier.
     """
     pause_s: float = min(_MAX_PAUSE_S, _MIN_PAUSE_S * 2 ** min(pauses, 10))

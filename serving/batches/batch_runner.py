@@ -59,7 +59,7 @@ class BatchRunner:
             await self._stop()
 
     async def _step(self) -> bool:
-        """Begin open batches, and stop those that their owners have cancelled. Return whether there may be any open
+        """Start open batches, and stop batches that their owners have cancelled. Return whether there may be any open
         batches.
         """
         if not self.leads():
@@ -102,8 +102,8 @@ class BatchRunner:
 
 
 def _remove_leftovers(folder: Path, open_ids: Collection[str]) -> None:
-    """Remove the folders of batches that have ended. A server that is killed while it ends a batch leaves the folder
-    behind.
+    """Remove the folders of batches that have ended. A server that is killed while it finishes a batch leaves the
+    folder behind.
     """
     for path in folder.iterdir() if folder.exists() else ():
         if path.name not in open_ids:

@@ -37,7 +37,7 @@ class _Response(msgspec.Struct, frozen=True):
 
 
 class ResultLine(msgspec.Struct, frozen=True):
-    """A line of a result file.
+    """One line of a result file.
 
     Attributes:
         response: the response, or None if the request was not answered in time.
@@ -97,7 +97,7 @@ def parse_request_line(line: bytes) -> RequestLine:
 
 
 def result_line(custom_id: str, answer: Answer) -> bytes:
-    """Return the line of a result file for an answer."""
+    """Return the result-file line for an answer."""
     id = secrets.token_hex(12).encode("ascii")
     head = b'{"id":"batch_req_%b","custom_id":%b,"response":{"status_code":%d,"request_id":"%b","body":'
     values = id, json.dumps(custom_id).encode("ascii"), answer.status, answer.request_id.encode("ascii")
@@ -105,13 +105,13 @@ def result_line(custom_id: str, answer: Answer) -> bytes:
 
 
 def expired_line(custom_id: str) -> bytes:
-    """Return the line of a result file for a request that was not answered in time."""
+    """Return the result-file line for a request that was not answered in time."""
     line = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id, "response": None, "error": _EXPIRED}
     return json.dumps(line).encode("ascii") + b"\n"
 
 
 def parse_result_line(line: bytes) -> ResultLine | None:
-    """Return the result of a line, or None if the line is incomplete."""
+    """Parse a line of a result file. Return None if the line is incomplete."""
     try:
         return _RESULTS.decode(line) if line.endswith(b"\n") else None
     except (msgspec.MsgspecError, ValueError, RecursionError):

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 OUTPUT_FILE, ERROR_FILE = "output.jsonl", "errors.jsonl"
 RETRY_S = 10.0
-"""Pause after a failed write, in seconds, for example while the disk is full."""
+"""Pause in seconds after a failed write, for example when the disk is full."""
 _SYNC_S = 1.0
 
 
@@ -90,12 +90,12 @@ def load_progress(folder: Path, route: Route) -> "Progress":
 
 
 class Progress:
-    """Answers of one batch that have been stored. Call `load` first, in a thread.
+    """The stored answers of one batch. Call `load` first, in a thread.
 
     Attributes:
         done: custom ids of all requests with a result.
         expired: number of requests that were not answered in time.
-        counts: numbers of answered and failed requests, and of their tokens.
+        counts: totals of answered requests, failed requests and tokens.
     """
 
     def __init__(self, folder: Path, route: Route) -> None:
@@ -150,7 +150,9 @@ class Progress:
                         lines.written.set_result(None)
 
     async def flush(self) -> None:
-        """Wait until all answers that were passed to `add` have been written, even if its callers were cancelled."""
+        """Wait until all answers that were passed to `add` have been written, even if the callers of `add` were
+        cancelled.
+        """
         await self._append(b"", (), failed=True)  # the failures are written last
 
     def close(self) -> None:

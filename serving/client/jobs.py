@@ -1,4 +1,4 @@
-"""Fine-tuning jobs for `svc jobs`, read from the store of this machine or from a server through its API.
+"""Fine-tuning jobs for `svc jobs`, read from this machine's store or from a server's API.
 
 Both sources return the JSON objects of OpenAI's API, so that the commands' output is the same.
 """
@@ -42,7 +42,7 @@ class Jobs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RemoteJobs:
-    """The jobs on a server, limited to those that the key may see."""
+    """The jobs on a server that the key may see."""
 
     server: ServerAddress
 
@@ -68,10 +68,10 @@ class RemoteJobs:
 
 @dataclass(frozen=True, slots=True)
 class LocalJobs:
-    """All jobs in the store of this machine, whether a server runs or not.
+    """All jobs in this machine's store, whether or not a server is running.
 
     Attributes:
-        organization: organization shown in the jobs.
+        organization: organization id that the jobs contain.
     """
 
     store: Store

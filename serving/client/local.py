@@ -1,8 +1,8 @@
 """Administration of the server that uses a home on this machine.
 
-Changes are sent to the server through the socket in the home, so that the server's own settings apply. The user's shell
-rarely has the same environment as the service, with its gates and rollout steps. The journal is read from the store, so
-that a change can be followed even after the server has died.
+Changes are sent to the server through the socket in the home, so that the server's own settings apply. Gates and
+rollout steps may be configured by environment variables that the user's shell does not have. The journal is read from
+the store, so that a change can be followed even after the server has died.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class LocalAdministration:
 
     @classmethod
     def of(cls, settings: Settings) -> "LocalAdministration":
-        """Return the administration of the server that uses a home.
+        """Return the administration interface of the server that uses a home.
 
         Raises:
             ServerNotRunningError: no server uses the home.
@@ -44,7 +44,9 @@ class LocalAdministration:
         return RemoteAdministration(self.server).rollback(name, reason=reason)
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return each server's progress toward the version that a model's desired state has in the given generation."""
+        """Return each server's progress toward the version that a model's desired state specifies in the given
+        generation.
+        """
         return server_swaps(self.store, name, generation)
 
     def rollouts(self, name: str) -> list[RolloutView]:

@@ -23,8 +23,8 @@ def add_model(settings: Settings, model: str, format: Format | None) -> Target:
 
     Args:
         model: NAME, NAME@N or NAME@alias.
-        format: the format to serve; None selects the one that was served last, or else GPTQ if the version
-            has it.
+        format: the format to serve; None selects the format that was served last or, failing that, GPTQ if the version
+            has that format.
 
     Raises:
         RefusedError: the model is already being served, or cannot be served.

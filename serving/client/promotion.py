@@ -1,7 +1,7 @@
 """The client side of a promotion: changes the desired version, then follows the swap on the server.
 
 On the server's machine, the client uses the store in the home; on other machines, it uses the server's API
-(serving.client.remote). Both ways write the same desired state and read the same journal.
+(serving.client.remote). Either way, the client changes the same desired state and reads the same journal.
 """
 
 import time
@@ -21,10 +21,10 @@ from svc.version import Format, Target, VersionId
 _POLL_S = 0.1
 _ROLLOUT_POLL_S = 0.5
 _SOON_S = 5.0
-"""Seconds between two polls of a rollout after its first `_SOON_S` seconds. Until then, the server is polled as often
-as for a swap, because a rollback ends within that time."""
+"""Time in seconds during which a rollout is polled as often as a swap, because a rollback ends within that time. After
+that, the rollout is polled every `_ROLLOUT_POLL_S` seconds."""
 _UNWRITTEN_S = 30.0
-"""How long the server may take to write a result to the journal, in seconds."""
+"""Maximum time for the server to write a result to the journal, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,10 @@ class FollowedChange:
 
     @property
     def result(self) -> SwapResult:
-        """The first failure, or the first success if the change succeeded on every server that has a result.
+        """First failure, or the first success if the change succeeded on every server that has a result.
 
         A failure on one server also cancels the swaps on the other servers, so a cancelled swap is returned only if
-        there is no other failure.
+        there is no other kind of failure.
         """
         results = [server.result for server in self.servers if server.result]
         return min(results, key=lambda result: _ORDER.get(result.outcome, 0))
@@ -74,8 +74,8 @@ class Administration(Protocol):
         """Roll a model back; see `VersionChanges.rollback`."""
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return each server's progress toward the version that a model's desired state has in the given generation.
-        See `svc.store.swaps.server_swaps`.
+        """Return each server's progress toward the version that a model's desired state specifies in the given
+        generation. See `svc.store.swaps.server_swaps`.
 
         Raises:
             ServerNotRunningError: the server does not respond.
@@ -89,7 +89,7 @@ class Administration(Protocol):
         """
 
     def require_server(self) -> None:
-        """Check that a server is running to carry out a change.
+        """Check that a server is running, so that it can apply a change.
 
         Raises:
             ServerNotRunningError: the server has stopped.
@@ -97,19 +97,19 @@ class Administration(Protocol):
 
 
 def follow(administration: Administration, change: VersionChange, on_step: Callable[[str], None]) -> FollowedChange:
-    """Wait until every running server that serves the model has carried out a change, and return the results.
+    """Wait until every running server that serves the model has applied a change, and return the results.
 
-    If a server could not write the result to its journal, the result is read from the server's status after a
-    longer wait. A server that stops is no longer waited for, unless it is the only one.
+    If a server could not write the result to its journal, the result is read from the server's status after a longer
+    wait. If one of several servers stops, its result is no longer awaited.
 
     Args:
         change: the change to follow, which must have a generation.
         on_step: called with the text of each step, once per step.
 
     Raises:
-        BusyError: another change was made before any server began this one.
-        ServerNotRunningError: the server stopped in the meantime. It will carry out the change after its
-            next start.
+        BusyError: another change was made before any server began this change.
+        ServerNotRunningError: the server stopped in the meantime. The server will apply the change after its next
+            start.
     """
     name, generation = change.target.version.name, change.generation
     assert generation is not None  # noqa: S101 - callers follow only what changed the desired state
@@ -171,7 +171,7 @@ def follow_rollout(
 def read_served(server: ServerAddress) -> dict[str, Target]:
     """Return the version and format that a server currently serves for each model, keyed by model name.
 
-    It may not be the desired version yet.
+    The served version may not be the desired version yet.
 
     Raises:
         ServerNotRunningError: the server does not respond.
@@ -194,8 +194,8 @@ def swap_result(row: Mapping[str, Any]) -> SwapResult | None:
 def _updated(known: Mapping[str, ServerSwap], swaps: Sequence[ServerSwap]) -> dict[str, ServerSwap]:
     """Return the latest known state of each server, keyed by server id.
 
-    Earlier values are kept for stopped servers: the store has no address of a stopped server, and no entry if the
-    server had not begun a swap.
+    Earlier values are kept for stopped servers: the store has no address for a stopped server, and no entry at all if
+    the server had not begun a swap.
     """
     stopped = {server: replace(each, running=False) for server, each in known.items()}
     return stopped | {
@@ -217,10 +217,10 @@ def _ended(
     """Return the results of all servers.
 
     Args:
-        unwritten: results that are not in the journal, by the server's id.
+        unwritten: results that are not in the journal, keyed by server id.
 
     Raises:
-        BusyError: another change was made before any server began this one.
+        BusyError: another change was made before any server began this change.
         ServerNotRunningError: all servers have stopped without a result.
     """
     if not any(each.swap for each in known.values()):
@@ -251,7 +251,7 @@ def _stopped(change: VersionChange) -> ServerNotRunningError:
 
 
 def _results_from_status(server: ServerAddress, change: VersionChange) -> dict[str, SwapResult]:
-    """Return the swap result shown in a server's status, keyed by the server's id. Empty if the status shows none."""
+    """Return the swap result in a server's status, keyed by the server's id. Empty if there is no result."""
     with suppress(ServerNotRunningError):
         status = read_status(server)
         for model in status["models"]:

@@ -18,9 +18,9 @@ from svc.version import Format, Target, VersionId
 
 _PAUSE_S = 0.5
 _PATIENCE_S = 10.0
-"""How long the network may be down while a change is being followed, in seconds."""
+"""Maximum duration of a network outage while a change is being followed, in seconds."""
 _GATES_S = 900.0
-"""How long the server may take to check a promotion's gates, in seconds. Gates may run configured commands."""
+"""Maximum time for the server to check a promotion's gates, in seconds. Gates may run configured commands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,9 @@ class RemoteAdministration:
         return _change(RemoteServer(self.server).post("/svc/rollback", {"model": name, "reason": reason}))
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return each server's progress toward the version that a model's desired state has in the given generation."""
+        """Return each server's progress toward the version that a model's desired state specifies in the given
+        generation.
+        """
         return [
             ServerSwap(
                 row["server"],
@@ -68,7 +70,7 @@ class RemoteAdministration:
                 time.sleep(_PAUSE_S)
 
     def require_server(self) -> None:
-        """Do nothing. A successful call of `swaps` has just shown that the server is running."""
+        """Do nothing. A successful call to `swaps` has just shown that the server is running."""
 
 
 def _change(row: Mapping[str, Any]) -> VersionChange:

@@ -3,9 +3,9 @@
     uploaded ──▶ checked ──▶ processed
                          └──▶ error, with the reason
 
-A file stays `uploaded` until its check has ended. A server that starts continues with these files. If the contents are
-in an object store, any server may check a file that has not been checked within a minute by the server that received
-it.
+A file stays `uploaded` until its check has ended. When a server starts, it resumes checking these files. If the
+contents are in an object store, any server may check a file that has not been checked within a minute by the server
+that received it.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ class FileChecks:
         self._changed.set()
 
     async def run(self) -> None:
-        """Check files until this is cancelled."""
+        """Check files until cancelled."""
         try:
             while True:
                 self._changed.clear()
@@ -76,7 +76,7 @@ class FileChecks:
             await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _begin_checks(self) -> None:
-        """Start checks, oldest file first, up to the maximum number and only one per owner."""
+        """Start checks, oldest file first, up to the maximum number of checks and at most one per owner."""
         if len(self._running) >= _MAX_CHECKS:
             return
         try:

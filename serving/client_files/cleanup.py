@@ -1,4 +1,4 @@
-"""Removes expired files and uploads of clients, and file contents that have no row in the store because of a crash.
+"""Removes clients' expired files and uploads, and file contents that a crash has left without a row in the store.
 
 With an object store, contents of deleted files are removed from it, and missing contents are uploaded to it.
 """

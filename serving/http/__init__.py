@@ -1,1 +1,1 @@
-"""The HTTP API: its routes, its request handling, and the only mapping of errors to responses."""
+"""The HTTP API: its routes, its request handling, and the single mapping from errors to responses."""

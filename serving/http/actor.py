@@ -1,4 +1,4 @@
-"""The author of a request's change, for the audit log."""
+"""Identifies the author of a change that a request makes, for the audit log."""
 
 from starlette.requests import Request
 
@@ -7,7 +7,7 @@ from svc.identity.actor import Actor
 
 
 def actor_of(request: Request) -> Actor:
-    """Return the author of a request: its key or, without a key, the user who runs this server."""
+    """Return the author of a request's change: the request's key or, without a key, the user who runs this server."""
     principal = request_state(request.scope).principal
     if principal is None:
         return Actor.local()

@@ -21,7 +21,9 @@ class AddressLimit:
         self._held: Counter[str] = Counter()
 
     def enter(self, address: str) -> bool:
-        """Count a connection as open until `leave` is called, or return False if its peer already has too many."""
+        """Count a connection as open until `leave` is called, or return False if its peer already has too many
+        connections.
+        """
         peer = peer_of(address)
         if self._held[peer] >= self.most and not self._is_unlimited(address):
             return False

@@ -63,7 +63,7 @@ class RollbackRequest(_Request):
 
 
 class KeyLimits(BaseModel):
-    """Limits of a key in a request body. The fields match those of `svc.identity.principal.Limits`."""
+    """A key's limits in a request body. The fields match those of `svc.identity.principal.Limits`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

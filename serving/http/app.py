@@ -1,9 +1,8 @@
 """The HTTP application and its complete list of routes.
 
-There are no documentation pages, no CORS and no redirects. Simple routes use FastAPI. Completions and
-token counts are pure ASGI applications (see serving.http.inference). They are looked up by path and
-bypass the framework, whose overhead is several times their own cost. Both kinds of routes pass through
-the same middleware.
+The application has no documentation pages, no CORS and no redirects. Simple routes use FastAPI. Completions and token
+counts are pure ASGI applications (see serving.http.inference). They are looked up by path and bypass the framework,
+whose overhead is several times their own cost. Both kinds of routes pass through the same middleware.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Authenticates and authorizes each request before reading anything else in it, in particular its body.
 
-Keys are required as soon as one exists, and always for administration. Requests through the home's socket need no
+A key is required as soon as any key exists, and always for administration. Requests through the home's socket need no
 key, because only the home's owner can open the socket.
 """
 
@@ -45,9 +45,8 @@ class Authentication:
 
     Args:
         authenticator: the authenticator, which must have loaded the keys from the store.
-        keys_needed: whether a key is required even while none exists, because other machines can reach the
-            server.
-        on_failure: called with the fault of each missing or invalid key.
+        keys_needed: whether a key is required even while no key exists, because other machines can reach the server.
+        on_failure: called for each missing or invalid key, with the fault that was found.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Authentication:
         self._failed = FailedKeys()
 
     def valid_principal(self, key_id: str) -> Principal:
-        """Return the principal of a key without its secret. See `Authenticator.valid_principal`."""
+        """Return a key's principal, given the key's id instead of its secret. See `Authenticator.valid_principal`."""
         return self._authenticator.valid_principal(key_id)
 
     def check(self, state: RequestState, path: str) -> None:

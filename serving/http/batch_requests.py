@@ -21,7 +21,7 @@ _RETRY_AFTER = "retry-after"
 
 
 def is_repeated(error: ApiError) -> bool:
-    """Return whether a request in a batch is retried after an error. If so, the failed attempt is neither counted nor
+    """Return whether a batch request will be retried after an error. If so, the failed attempt is neither counted nor
     stored.
     """
     after = error.headers.get(_RETRY_AFTER)

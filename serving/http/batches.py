@@ -40,7 +40,7 @@ class Batches:
     """The endpoints for batches.
 
     Args:
-        files: limits of clients' files. The answers of a batch are files of its owner.
+        files: limits on clients' files. A batch's answers are stored as files that belong to its owner.
     """
 
     def __init__(self, store: Store, settings: BatchSettings, files: FilesSettings) -> None:
@@ -104,7 +104,7 @@ class Batches:
 
 
 def _find_usable(store: Store, id: str, owner: str | None) -> ClientFile:
-    """Return a client's file that can be the input of a batch. The file may not have been checked yet.
+    """Return a client's file that can be used as a batch's input. The file may not have been checked yet.
 
     Raises:
         InvalidRequestError: the file cannot be an input, or the client has no such file.

@@ -17,7 +17,7 @@ class BodySlots:
     Args:
         most: number of slots. One peer may take half of them, so that a client that sends slowly leaves
             slots for other clients. Half of the slots are enough for a proxy in front of all clients.
-        doing: what the requests are doing, for the error message "N requests are ...".
+        doing: verb phrase that completes the error message "N requests are ...".
     """
 
     def __init__(self, most: int, doing: str = "being sent") -> None:
@@ -33,8 +33,8 @@ class BodySlots:
             peer: key or address from which the request came.
 
         Raises:
-            OverloadedError: no slot is free. The request does not wait for a slot, because the other requests
-                may never end.
+            OverloadedError: no slot is free. The request does not wait for a slot, because the other requests may never
+                complete.
         """
         taken = self._reading.total()
         if taken >= self._most or self._reading[peer] >= max(1, self._most // 2):

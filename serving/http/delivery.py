@@ -38,10 +38,10 @@ class AnswerBuffers:
     """Tracks the memory used by all answers that are waiting to be read by their clients.
 
     Args:
-        max_bytes: limit for all answers combined. One caller may use half of it, but always enough for one
-            answer, so that callers that read slowly leave memory for other callers.
+        max_bytes: limit for all answers combined. One caller may use half of this memory, or enough for one answer if
+            that is more, so that callers that read slowly leave memory for other callers.
         max_answer_bytes: limit for a single answer.
-        client_timeout_s: time within which a client must read the next part, in seconds.
+        client_timeout_s: time within which a client must read the next part of its answer, in seconds.
 
     Attributes:
         used: number of bytes in use.
@@ -63,7 +63,9 @@ class AnswerBuffers:
         return self._held.get(caller, 0)
 
     def take(self, size: int, held: int, caller: str) -> bool:
-        """Reserve `size` more bytes for an answer that already holds `held` bytes. Return False if memory is short."""
+        """Reserve `size` more bytes for an answer that already holds `held` bytes. Return False if there is not enough
+        memory.
+        """
         if held + size > self.max_answer_bytes or self.used + size > self._max_bytes:
             return False
         of_caller = self.held_by(caller) + size
@@ -90,7 +92,7 @@ class AnswerBuffers:
 class Delivery:
     """Delivers one answer to its client. Leaving the `async with` block waits until everything has been sent.
 
-    If the body of the `async with` raises an error, only `send_last` ends the answer.
+    If the body of the `async with` raises an exception, the answer must be completed with `send_last`.
 
     Args:
         send: the ASGI callable.

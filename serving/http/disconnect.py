@@ -1,4 +1,4 @@
-"""Cancels a client's work when it disconnects or its key becomes invalid, even if nothing has been sent yet."""
+"""Cancels the work for a client that disconnects or whose key becomes invalid, even if nothing has been sent yet."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -9,13 +9,13 @@ from serving.http.request_state import RequestState
 
 
 async def while_connected(state: RequestState, work: Coroutine[object, object, None]) -> None:
-    """Run `work` in the caller's task. Cancel it if the client disconnects or its key becomes invalid, or if it is a
-    request in a batch and admission interrupts it.
+    """Run `work` in the caller's task. Cancel it if the client disconnects, if the client's key becomes invalid, or if
+    admission interrupts the request, which happens only to batch requests.
 
     Raises:
-        ClientGoneError: the client disconnected first.
-        InterruptedRequestError: the request was interrupted first.
-        InvalidKeyError: the client's key became invalid first. Exceptions raised by `work` propagate
+        ClientGoneError: the client disconnected before `work` was done.
+        InterruptedRequestError: the request was interrupted before `work` was done.
+        InvalidKeyError: the client's key became invalid before `work` was done. Exceptions raised by `work` propagate
             unchanged.
     """
     signals = [state.connection.lost, *([state.grant.ended] if state.grant else ())]

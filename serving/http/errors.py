@@ -1,4 +1,4 @@
-"""The only mapping of errors to responses, with their status, type, code and headers.
+"""The single mapping from errors to responses, with their status, type, code and headers.
 
 Clients get `{"error": {"message", "type", "param", "code"}}` for every status, as OpenAI's client
 expects. On Anthropic's paths, `type` has Anthropic's values, and the object also contains
@@ -90,7 +90,7 @@ _FINAL = frozenset(
         ErrorCode.DISK_FULL,
     }
 )
-"""Errors for which a retry is useless, although clients would retry after the HTTP status of some of them."""
+"""Errors that a retry cannot resolve. A header tells clients not to retry them, whatever their HTTP status."""
 _MAX_RETRY_S = 120
 """Maximum Retry-After value, in seconds. OpenAI's client ignores longer values, while Anthropic's client
 waits for as long as the header tells it to."""

@@ -1,4 +1,4 @@
-"""Forwards the events of a streamed answer as they arrive, and measures and counts its tokens.
+"""Forwards the events of a streamed answer as they arrive, counts its tokens and measures the time between them.
 
 The chunk with token counts is always requested from the engine, but is forwarded only to clients that
 requested it.

@@ -1,4 +1,4 @@
-"""Limits how many invalid keys a peer may send per minute, while leaving room for mistyped keys.
+"""Limits how many invalid keys a peer may send per minute. The limit tolerates a few mistyped keys.
 
 Secrets cannot be guessed, so a valid key is never delayed because another client at the same address
 sends invalid ones.
@@ -14,7 +14,7 @@ from svc.errors import SvcError
 MAX_INVALID_PER_MINUTE = 20
 _MINUTE_S = 60.0
 _MAX_PEERS = 4096
-"""Maximum number of peers tracked. Beyond it, the peer whose minute began first is dropped."""
+"""Maximum number of peers tracked. When this number is exceeded, the peer whose minute began earliest is dropped."""
 
 
 class TooManyWrongKeysError(SvcError):

@@ -59,7 +59,7 @@ class FeedbackIntake:
     """Receives and stores feedback on answers.
 
     Args:
-        request_log: the log that writes requests not stored yet, and redacts texts.
+        request_log: the request log, which writes requests that are not stored yet and redacts texts.
         on_given: called with each request's first rating.
     """
 
@@ -74,7 +74,7 @@ class FeedbackIntake:
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="feedback")
 
     async def answer(self, request: Request) -> Response:
-        """Store the feedback in a request, and return a confirmation.
+        """Store the feedback that a request contains, and return a confirmation.
 
         Raises:
             OverloadedError: too many feedback requests are being handled.

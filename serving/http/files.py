@@ -42,9 +42,9 @@ _CONTENT_HEADERS = {
 
 class _Content(FileResponse):
     """A response with the contents of a file. If the requested range is invalid, the response is an error in OpenAI's
-    form.
+    format.
 
-    Starlette's own error response is plain text, from which OpenAI's client cannot read a message.
+    Starlette's own error response is plain text, from which OpenAI's client cannot extract an error message.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -215,7 +215,7 @@ def upload_purpose(given: str | None) -> Purpose:
 
 
 def expiry_of(anchor: str | None, after_s: int | None, purpose: Purpose) -> int | None:
-    """Return the number of seconds after which a file expires, or None if it never does.
+    """Return the number of seconds after which a file expires, or None if it never expires.
 
     Args:
         anchor, after_s: the client's values; None if not sent.

@@ -214,10 +214,11 @@ def _page(request: Request, *, default: int) -> Page:
 
 
 def _metadata(request: Request) -> Mapping[str, str] | None:
-    """Return the metadata that the listed jobs must have: `metadata[KEY]=VALUE`, or None for `metadata=null`.
+    """Return the metadata to filter jobs by, from the query parameters `metadata[KEY]=VALUE`, or None for
+    `metadata=null`, which selects jobs without metadata.
 
     Raises:
-        InvalidRequestError: both forms are given, or an unknown form.
+        InvalidRequestError: both forms are used, or `metadata` has a value other than `null`.
     """
     query = request.query_params
     wanted = {match[1]: value for key, value in query.items() if (match := _METADATA.fullmatch(key))}

@@ -72,7 +72,7 @@ class HttpServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Override uvicorn's method to install no signal handlers."""
+        """Override uvicorn's method so that it installs no signal handlers."""
         yield
 
     def stop(self) -> None:
@@ -83,7 +83,7 @@ class HttpServer(uvicorn.Server):
     async def main_loop(self) -> None:
         """Keep the Date header current until the server stops.
 
-        Unlike uvicorn's loop, this does not poll ten times per second for a stop.
+        Unlike uvicorn's loop, this does not check ten times per second whether the server must stop.
         """
         while not await self.on_tick(0):
             with suppress(TimeoutError):

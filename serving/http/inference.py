@@ -62,11 +62,11 @@ class Gateway:
         settings: the settings that contain the limits on bodies and queues.
         request_limits: limits on the structure of one request.
         buffers: memory for answers that are waiting for their clients.
-        limiter: enforces the limits of keys.
+        limiter: enforces the limits on API keys.
         usage: counts usage per key.
         fine_tuned: finds fine-tuned models.
-        begin_trace: function that returns a request's trace, begun or continued from its headers. None if
-            tracing is off.
+        begin_trace: function that starts a request's trace, or continues the trace named in its headers, and returns
+            the trace. None if tracing is off.
         clock: function that returns monotonic time, in seconds.
         adapter_slots: limit on requests that are waiting for adapters that are not in production.
         production_slots: limit on requests that are waiting for an adapter in production.
@@ -225,7 +225,7 @@ class Exchange:
             raise refused from None
 
     async def _forward(self, engine: Lease, request: CompletionRequest) -> None:
-        """Send the request to the engine, and pass its answer on for delivery to the client."""
+        """Send the request to the engine, and pass the engine's answer to the delivery to the client."""
         payload = request.payload(engine.engine_model)
         account = self.account
         account.served_by(engine.served, engine.pace)

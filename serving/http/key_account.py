@@ -23,7 +23,7 @@ class KeyAccount:
     A request without a key has no limits, only usage.
 
     Args:
-        interruption: for a request in a batch, see `serving.admission.party.Party`.
+        interruption: only for batch requests; see `serving.admission.party.Party`.
 
     Attributes:
         body_bytes: size of the request's body.
@@ -72,10 +72,10 @@ class KeyAccount:
             raise
 
     def reserve_in_batch(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
-        """Reserve the maximum amount that a request in a batch may use, provided that half of each limit stays free for
-        the key's other requests.
+        """Reserve the maximum amount that a batch request may use, provided that half of each limit stays free for the
+        key's other requests.
 
-        This does not apply to the daily limit, all of which may be used.
+        The daily limit is exempt: batch requests may use all of it.
 
         Raises:
             RateLimitedError: not enough of a limit is left.
@@ -93,7 +93,8 @@ class KeyAccount:
         return self.reserve(request, work, model)
 
     def reserve(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
-        """Reserve the maximum amount that a request may use of its key's other limits. Without a key, do nothing.
+        """Reserve the maximum amount that a request may use of each of its key's limits except requests per minute.
+        Without a key, do nothing.
 
         Args:
             work: maximum number of tokens in the request's answers.

@@ -1,4 +1,5 @@
-"""Lists and times in OpenAI's API: the query parameters `after`, `limit` and `order`, the list object, and seconds."""
+"""Lists and times in the format of OpenAI's API: the query parameters `after`, `limit` and `order`, list objects, and
+Unix timestamps."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -14,7 +15,7 @@ _MAX_DIGITS = 9
 
 
 def requested_page(request: Request, *, max_limit: int, default_limit: int) -> Page:
-    """Return the page that a request's query parameters select: by default, the first one, with the newest row first.
+    """Return the page that a request's query parameters select. The default is the first page, newest row first.
 
     An empty parameter counts as absent.
 
@@ -50,7 +51,7 @@ def list_object(objects: Sequence[Mapping[str, Any]], *, has_more: bool) -> dict
 
 
 def unix_seconds(moment: datetime | None) -> int | None:
-    """Return a time in seconds since 1970."""
+    """Return a time as a Unix timestamp in whole seconds, or None if there is no time."""
     return None if moment is None else int(moment.timestamp())
 
 

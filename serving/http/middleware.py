@@ -47,7 +47,8 @@ class RequestMiddleware:
     Attributes:
         app: the wrapped application.
         authentication: admits requests before they are passed to the application.
-        router: if only one model is served, its production version is named in responses that no version generated.
+        router: source of the production version's name. If only one model is served, responses that no version
+            generated contain this name.
         hosts: the accepted host names.
         limiter: provides a key's remaining limits.
         clock: function that returns monotonic time, in seconds.

@@ -1,7 +1,7 @@
 """Endpoints that list and describe the models that clients may use, and delete fine-tuned models.
 
 Only the operator can change which versions are served and stored. Deleting a fine-tuned model therefore only hides it
-from clients. A key that is restricted to some models sees no other models.
+from clients. A key that is restricted to some models cannot see any other models.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Reads forms with one file (`multipart/form-data`, RFC 7578). The file is passed on while it arrives."""
+"""Reads forms with one file (`multipart/form-data`, RFC 7578). The file is processed while it is still arriving."""
 
 import logging
 import unicodedata
@@ -26,7 +26,7 @@ class Form:
     """A form that has been read.
 
     Attributes:
-        fields: the fields' texts by name, without the file.
+        fields: text of each field, keyed by field name, without the file.
         filename: the client's name for the file, or None if the client sent no name.
     """
 
@@ -55,12 +55,12 @@ def read_form(
     """Read a form.
 
     Args:
-        file: name of the part with the file, which is required.
+        file: name of the required part that contains the file.
         fields: names of the other parts that are allowed.
         write: called with each piece of the file, in order.
 
     Raises:
-        InvalidRequestError: the form is malformed or incomplete, or has other parts.
+        InvalidRequestError: the form is malformed or incomplete, or contains other parts.
     """
     reader = _Reader(file, fields, write)
     try:
@@ -84,7 +84,7 @@ def read_form(
 
 
 def clean_name(text: str, param: str) -> str:
-    """Return a file's name without folders, which some clients send.
+    """Return a file's name without the folders that some clients include in it.
 
     Args:
         param: name of the request's field, for the error.

@@ -1,8 +1,8 @@
 """Response headers with a key's remaining limits, in the formats that OpenAI's and Anthropic's clients read.
 
-OpenAI has a single header for tokens, which shows the token limit with the smallest share left.
-Anthropic also has separate headers for input and output tokens, and gives the time at which a limit is
-fully reset, while OpenAI gives the duration until then.
+OpenAI has a single header for tokens, which shows the token limit with the smallest remaining share. Anthropic also has
+separate headers for input and output tokens, and gives the time at which a limit is fully reset, while OpenAI gives the
+duration until then.
 """
 
 import math

@@ -58,7 +58,7 @@ class RequestParser(httptools.HttpRequestParser):
     def close(self) -> None:
         """Release the reference to the protocol that receives the requests.
 
-        The parser refers to itself, so only the garbage collector frees it.
+        The parser is part of a reference cycle, so only the garbage collector frees it.
         """
         self._requests = None
 

@@ -51,7 +51,7 @@ class RequestState:
 
     @property
     def principal(self) -> Principal | None:
-        """The sender of an admitted request, or None if no key was needed, in which case the sender has full access.
+        """The sender of an admitted request, or None if no key was needed, in which case the sender is unrestricted.
 
         Raises:
             RuntimeError: the request has not been admitted.
@@ -75,12 +75,14 @@ class RequestState:
 
     @property
     def owner(self) -> str:
-        """Owner of the objects that an admitted request creates: the id of its key, or empty if no key was needed."""
+        """Owner of the objects that an admitted request creates: the id of the request's key, or empty if no key was
+        needed.
+        """
         return self.principal.key_id if self.principal else ""
 
     @property
     def visible_owner(self) -> str | None:
-        """The only owner whose files, jobs and batches an admitted request may see, or None if it may see all."""
+        """The only owner whose files, jobs and batches an admitted request may see, or None if it is unrestricted."""
         principal = self.principal
         return None if principal is None or principal.may(KeyScope.ADMIN) else principal.key_id
 

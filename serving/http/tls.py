@@ -25,7 +25,7 @@ class Certificate:
         context: TLS context for new connections. A renewed certificate is loaded into the same context.
 
     Raises:
-        SettingsError: the files cannot be read, or do not belong together.
+        SettingsError: the files cannot be read, or the key does not match the certificate.
     """
 
     def __init__(self, certificate: Path, key: Path) -> None:
@@ -76,5 +76,5 @@ class Certificate:
 
 
 def _no_password() -> str:
-    """Return no password, which prevents a password prompt on the terminal."""
+    """Return an empty password, so that OpenSSL does not prompt for a password on the terminal."""
     return ""

@@ -96,7 +96,7 @@ class Uploading:
     def disk_watch(self) -> Callable[[int], None]:
         """Return a function to be called with the size of each part before it is written.
 
-        It raises DiskFullError if the disk is almost full.
+        The function raises DiskFullError if the disk is almost full.
         """
         left = 0
 
@@ -149,7 +149,8 @@ def _disk_full() -> DiskFullError:
 
 
 def _refuse_other_sites(state: RequestState) -> None:
-    """Reject forms from other sites' pages, which browsers send to any address without a preflight request.
+    """Reject forms submitted by other sites' pages. Browsers send such forms to any address without a preflight
+    request.
 
     A page has no key, so this matters only if no key is required.
     """

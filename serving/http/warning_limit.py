@@ -1,4 +1,4 @@
-"""Limits how often warnings are logged that any client can cause, such as those about malformed requests."""
+"""Limits how often the server logs warnings that any client can cause, such as warnings about malformed requests."""
 
 import logging
 import math

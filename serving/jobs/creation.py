@@ -4,7 +4,7 @@
                                                 │
                 a file is still being checked ──┴──▶ job: validating_files ──▶ decided ──▶ queued, failed
 
-A request that is repeated, even concurrently, creates only one job.
+Identical requests, even concurrent ones, create only one job.
 """
 
 import asyncio
@@ -71,7 +71,8 @@ log = logging.getLogger(__name__)
 CheckTraining = Callable[..., Awaitable[TrainingCheck]]
 """Type of `serving.jobs.training_check.check_training`."""
 _CHECK_S = 60.0
-"""Seconds that a request waits for the check of its recipe. A longer check continues in the background."""
+"""Maximum time that a request waits for its recipe to be checked, in seconds. A longer check continues in the
+background."""
 _LONG_CHECK_S = 3600.0
 _POLL_S = 1.0
 _FETCH_AGAIN_S = 60.0
@@ -106,11 +107,11 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A checked request with the recipe for it.
+    """A checked request and its recipe.
 
     Attributes:
         recipe: see `serving.jobs.recipe.make_recipe`.
-        files: ids of the files, keyed by the recipe keys (in the section `data`) that hold their paths.
+        files: ids of the files, keyed by the recipe keys (in the `data` section) that hold the files' paths.
         files_checked: whether all files have been checked.
     """
 
@@ -275,8 +276,8 @@ class JobCreation:
         return _Plan(request, name, recipe, ids, all(file.status is FileStatus.PROCESSED for file in files.values()))
 
     def _base(self, model: str, client: Client, param: str) -> tuple[str, str]:
-        """Return the base for a client's model name, in the form used in recipes, and the default suffix for models
-        trained from it.
+        """Return the base that a client's model name refers to, in the form used in recipes, and the default suffix for
+        models trained from this base.
         """
         bases = self._settings.fine_tuning.bases
         if model in bases:
@@ -287,8 +288,8 @@ class JobCreation:
         return str(version), suffix_of(version.name, client.owner)
 
     async def _checked(self, plan: _Plan) -> TrainingCheck | None:
-        """Return the check of a plan, or None if the job must be decided later: a file has not been checked yet, its
-        contents cannot be fetched now, or the check takes too long.
+        """Return the result of checking a plan. Return None if the job must be decided later, because a file has not
+        been checked yet, its contents cannot be fetched now, or the check takes too long.
 
         Raises:
             ContentDamagedError: the contents of a file were truncated or altered.
@@ -350,8 +351,8 @@ async def decide_job(
 
 
 def _is_own_turn(store: Store, files: ClientFiles, job: Job, ids: Iterable[str]) -> bool:
-    """Return whether this server decides a job, because it has the files' contents, or because no other server has
-    decided it in time.
+    """Return whether this server should queue or fail a job, because it has the files' contents, or because no other
+    server has done so in time.
 
     Raises:
         InvalidRequestError: the contents of a file have been lost.
@@ -377,10 +378,10 @@ def _remove(tasks: dict[str, asyncio.Task[None]], id: str, task: asyncio.Task[No
 
 
 def require_enabled(settings: Settings) -> None:
-    """Check that the fine-tuning API is on.
+    """Check that the fine-tuning API is enabled.
 
     Raises:
-        FineTuningDisabledError: the API is off.
+        FineTuningDisabledError: the API is disabled.
     """
     if not settings.fine_tuning.bases:
         raise FineTuningDisabledError(

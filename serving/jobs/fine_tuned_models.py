@@ -30,11 +30,12 @@ from svc.version import Target, VersionId
 log = logging.getLogger(__name__)
 
 PREFIXES: Final = (PREFIX, "ft-")
-"""Prefixes of the names of fine-tuned models: for clients, and in the registry (serving.jobs.recipe)."""
+"""Prefixes of fine-tuned models' names: the prefix that clients see, and the prefix in the registry
+(serving.jobs.recipe)."""
 _NAME = re.compile(r"[A-Za-z0-9:._/@-]{1,512}")  # PostgreSQL rejects some other characters
 _KNOWN_S = 5.0
 """Seconds for which a model read from the store is cached. After a model is deleted on one server, other servers may
-serve it for that much longer."""
+keep serving it for up to this time."""
 _UNKNOWN_S = 1.0
 _MAX_KNOWN = 10_000
 
@@ -54,10 +55,10 @@ class Loader:
     """Starts engines for models that were not promoted.
 
     Attributes:
-        targets: function that returns a version in each format in which it can be served, preferred first.
+        targets: function that returns a version in every format in which it can be served, preferred format first.
         load: see `serving.deployments.Deployments.load`.
         patience_s: maximum time that a request waits, in seconds.
-        max_waiting: maximum number of requests that wait.
+        max_waiting: maximum number of requests that wait for engines to start.
     """
 
     targets: Callable[[VersionId], Sequence[Target]]
@@ -71,7 +72,7 @@ class FineTunedModels:
 
     Args:
         organization: the owner of these models in OpenAI's API.
-        loader: starts an engine for a model that no running engine can serve; None if no engines are started.
+        loader: starts an engine for a model that no running engine can serve; None to start no engines.
         clock: function that returns monotonic time, in seconds.
 
     Attributes:
@@ -97,8 +98,8 @@ class FineTunedModels:
         self._known: dict[str, _Known] = {}
 
     async def find(self, model: str, principal: Principal | None) -> Destination | None:
-        """Return the backend for a request, or None if no job has trained the model, so that the router must find the
-        backend.
+        """Return the backend for a request, or None if no job has trained the model, in which case the router must find
+        the backend.
 
         Args:
             model: model name as sent by the client, which begins with one of `PREFIXES`.
@@ -146,7 +147,9 @@ class FineTunedModels:
             self._known.pop(name, None)
 
     def _was_of_a_job(self, model: str) -> bool:
-        """Return whether an unknown name belongs to a version whose fine-tuned model was deleted by its owner."""
+        """Return whether an unknown name is a version's name (`NAME@N`) of a fine-tuned model that its owner has
+        deleted.
+        """
         name, at, number = model.partition("@")
         backend = self._router.backend(name)
         return bool(at and number.isdecimal() and backend and backend.names.owners)
@@ -178,8 +181,8 @@ class FineTunedModels:
         return Destination(backend, str(model.version), version=model.version)
 
     async def _loaded(self, loader: Loader, model: FineTunedModel) -> None:
-        """Wait until an engine has been started for a model. All requests share one start, which continues even if no
-        request is waiting any longer.
+        """Wait until an engine has been started for a model. All requests share one start, which continues even after
+        the last waiting request is cancelled.
         """
         task = self._loading.get(model.version)
         if task is None:

@@ -1,4 +1,4 @@
-"""Runs one fine-tuning job that this machine's worker has taken, from its start to its end.
+"""Runs one fine-tuning job that this machine's worker has taken, from start to finish.
 
     is the job's process alive? ── no ──▶ start `svc train RECIPE --progress FILE`
                │ yes                                        │
@@ -77,7 +77,7 @@ Result = TypeVar("Result")
 Complete = Callable[[Job, VersionId], JobResult]
 """Function that creates the result of a job whose version has been registered."""
 TrainingCommand = Callable[[Path, Path], Sequence[str]]
-"""Function that returns the command that trains a recipe and writes a progress file, from the paths of both."""
+"""Function that returns a training command, given the paths of the recipe and of the progress file to write."""
 
 RECIPE_FILE = "recipe.yaml"
 _WAITS = {
@@ -87,7 +87,7 @@ _WAITS = {
     "free resources",
     ServerNotRunningError.exit_code: "Waiting until the Ray cluster can be reached",
 }
-"""Reasons why a job is retried later, by the exit code of its training."""
+"""Reasons why a job is retried later, keyed by the exit code of the training process."""
 _WAITS_FOR_FILES = "Waiting until the object store for files is available"
 _INTERRUPTED = {InterruptedRunError.exit_code, 130, -signal.SIGTERM, -signal.SIGINT}
 _AGAIN = {RegistryError.exit_code}
@@ -101,12 +101,12 @@ class Pace:
     """Intervals and timeouts of a worker, in seconds.
 
     Attributes:
-        poll_s: between two reads of the progress file and of the owner's requests.
-        report_s: between two reports to the store when there is nothing new.
-        event_s: between two events with metrics.
-        retry_s: before another attempt at a job that had to wait.
-        pause_s: time to write a checkpoint after a job is paused; after that, the training is killed.
-        stop_s: time to write a checkpoint when the server stops.
+        poll_s: interval between two reads of the progress file and of the owner's requests.
+        report_s: interval between two reports to the store when there is no new progress.
+        event_s: interval between two events with metrics.
+        retry_s: delay before another attempt at a job that had to wait.
+        pause_s: time allowed for writing a checkpoint when a job is paused; after that, the training is killed.
+        stop_s: time allowed for writing a checkpoint when the server stops.
     """
 
     poll_s: float = 1.0
@@ -124,7 +124,7 @@ class TrainingOptions:
     Attributes:
         worker: id of the worker.
         environment: environment variables of the command.
-        wait: function that makes the worker try the job again later.
+        wait: function that makes the worker retry a job later.
     """
 
     store: Store
@@ -188,7 +188,7 @@ class JobTraining:
         await asyncio.to_thread(self._process.kill if self._process else partial(end_processes, self._folder))
 
     async def stop(self) -> None:
-        """Interrupt the training because the server stops, and return its job to the queue."""
+        """Interrupt the training because the server is stopping, and return its job to the queue."""
         try:
             if self._process is None:
                 self._process = await asyncio.to_thread(TrainingProcess.find, self._folder)
@@ -348,7 +348,7 @@ class JobTraining:
         return self._kill_at is not None and time.monotonic() > self._kill_at
 
     async def _conclude(self, *, stopping: bool = False) -> None:
-        """Record how the training has ended."""
+        """Record how the training ended."""
         code = self._process.exit_code if self._process is not None else None
         await self.kill()  # what a killed training process has left
         self._note(await asyncio.to_thread(self._reader.read))
@@ -406,7 +406,9 @@ class JobTraining:
         await self._end(fail, error=error)
 
     async def _child_was_killed(self, code: int) -> bool:
-        """Return whether the system has killed a process of the training, for example because memory ran out."""
+        """Return whether the operating system killed one of the training's processes, for example because memory ran
+        out.
+        """
         if code != TrainingError.exit_code:
             return False
         return _KILLED.search(read_error(code, await self._log()).message) is not None
@@ -431,14 +433,14 @@ class JobTraining:
         await asyncio.to_thread(end)
 
     async def _in_store(self, function: Callable[..., Result], **values: Any) -> Result:
-        """Call a function of svc.store.job_queue about this job in a thread."""
+        """Call a function from svc.store.job_queue for this job, in a thread."""
         options = self._options
         return await asyncio.to_thread(partial(function, options.store, self.job.id, options.worker, **values))
 
 
 def remove_epochs(folder: Path) -> None:
-    """Delete the adapters saved at the ends of a job's epochs. The job's checkpoints are not affected, because they are
-    versions in the registry.
+    """Delete the adapters that were saved at the end of each of a job's epochs. The job's checkpoints are not affected,
+    because they are versions in the registry.
     """
     shutil.rmtree(folder / EPOCHS_FOLDER, ignore_errors=True)
 

@@ -1,7 +1,7 @@
 """Turns a client's request into the recipe that `svc train` runs.
 
 A client can set values in a recipe, but never paths, addresses or code that the server would read or run. The keys
-below have only numbers, booleans or short words as values.
+listed below accept only numbers, booleans or short words as values.
 """
 
 import hashlib
@@ -21,9 +21,10 @@ from svc.version import NAME_PATTERN
 DEFAULT_BATCH_SIZE = 16
 DEFAULT_BETA = 0.1
 MAX_CHECKPOINTS = 3
-"""Number of epochs, counted from the end, whose checkpoints a job keeps, as at OpenAI."""
+"""Number of final epochs whose checkpoints a job keeps. OpenAI keeps the same number."""
 BASE_KEY = "base"
-"""Key in a request's `recipe` that names a base in place of `model`. The recipes of `svc train` have no such key."""
+"""Key in a request's `recipe` that names the base and overrides the request's `model`. Recipes for `svc train` do not
+have this key."""
 _PREFIX = "ft-"
 _NO_OWNER = "local"
 _MAX_NAME = 63
@@ -99,13 +100,14 @@ RECIPE_KEYS: Mapping[str, _Check] = {
     "evaluate.max_forgetting": _is_number,
     "evaluate.undecided": _is_word,
 }
-"""Keys of a recipe that clients may set, each with the check of its value. `svc train` checks the values further."""
+"""Keys of a recipe that clients may set, each with a function that checks its value. `svc train` validates the values
+further."""
 _SECTIONS = frozenset(key.partition(".")[0] for key in RECIPE_KEYS if "." in key)
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Base and files of a recipe.
+    """The base and the files that a recipe uses.
 
     Attributes:
         base: base model, as in a recipe.
@@ -121,7 +123,7 @@ def check_recipe_keys(recipe: Mapping[str, Any]) -> None:
     """Check that a client may set all keys of its `recipe`.
 
     Raises:
-        InvalidRequestError: a key is unknown or not permitted, or a value has another type.
+        InvalidRequestError: a key is unknown or not permitted, or a value has the wrong type.
     """
     if not isinstance(recipe.get(BASE_KEY, ""), str):
         param = f"recipe.{BASE_KEY}"
@@ -161,7 +163,7 @@ def check_conflicts(request: JobRequest) -> None:
 
 
 def registered_name(owner: str, suffix: str) -> str:
-    """Return the name under which an owner's models with a suffix are registered.
+    """Return the name under which an owner's models with a given suffix are registered.
 
     The name contains the owner's id, so two owners never share a name. For requests without a key, it contains `local`,
     which is never the id of a key, because these ids have 8 characters.
@@ -207,7 +209,7 @@ def make_recipe(request: JobRequest, name: str, sources: Sources) -> dict[str, A
 def complete(
     request: JobRequest, recipe: Mapping[str, Any], check: TrainingCheck
 ) -> tuple[JobRequest, dict[str, Any], float]:
-    """Replace each hyperparameter that is `auto` by a value. Return the request, its recipe and the expected duration
+    """Replace each hyperparameter that is `auto` with a value. Return the request, its recipe and the expected duration
     of the training, in seconds.
 
     Args:
@@ -229,7 +231,7 @@ def complete(
 
 
 def default_epochs(examples: int) -> int:
-    """Return the number of epochs for `auto`: 3, but more for few examples and fewer for many.
+    """Return the number of epochs for `auto`: usually 3, but more for small datasets and fewer for large datasets.
 
     This is the rule that OpenAI published for its own default, in the cookbook's notebook on preparing chat data.
     """
@@ -239,16 +241,16 @@ def default_epochs(examples: int) -> int:
 
 
 def file_keys(training_file: str, validation_file: str | None) -> dict[str, str]:
-    """Return the ids of a job's files, keyed by the keys of their paths in the section `data` of its recipe."""
+    """Return the ids of a job's files, keyed by the recipe keys (in the `data` section) that hold the files' paths."""
     return {"train": training_file} | ({"heldout": validation_file} if validation_file is not None else {})
 
 
 def recipe_with_data(recipe: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
-    """Return a job's recipe with its files' paths on this machine, because the home may have a different path on each
+    """Return a job's recipe with the paths of its files on this machine. The home may have a different path on each
     machine.
 
     Args:
-        paths: paths of the files, by their keys in the section `data`.
+        paths: paths of the files, keyed by their recipe keys in the `data` section.
     """
     return {**recipe, "data": {**recipe["data"], **paths}}
 
@@ -259,7 +261,7 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
 
 
 def training_variables(request: JobRequest) -> dict[str, str]:
-    """Return the environment variables with a job's project, entity and tags for Weights & Biases."""
+    """Return the environment variables that set a job's project, entity and tags for Weights & Biases."""
     if not request.integrations:
         return {}
     wandb = request.integrations[0].wandb
@@ -268,7 +270,7 @@ def training_variables(request: JobRequest) -> dict[str, str]:
 
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of `recipe` by dotted key, without the name of the base."""
+    """Return the values of `recipe`, keyed by dotted key, without the name of the base."""
     flat: dict[str, Any] = {}
     for key, value in recipe.items():
         if isinstance(value, dict) and key in _SECTIONS:

@@ -20,7 +20,7 @@ def _number_or_auto(value: Any) -> Any:
 
 
 def _clean_suffix(suffix: str) -> str:
-    """Replace characters that are not allowed in model names by hyphens."""
+    """Replace characters that are not allowed in model names with hyphens."""
     cleaned = _OTHER_CHARACTERS.sub("-", suffix).strip("-._")
     if not cleaned:
         raise ValueError("a suffix must contain a letter or digit from A to Z, a to z or 0 to 9")
@@ -38,7 +38,7 @@ Beta = Annotated[float, Field(gt=0, le=2)]
 
 
 class Hyperparameters(_Object):
-    """Hyperparameters of supervised fine-tuning. None stands for `auto`."""
+    """Hyperparameters of supervised fine-tuning. None means `auto`."""
 
     n_epochs: Annotated[Epochs | None, BeforeValidator(_number_or_auto)] = None
     batch_size: Annotated[BatchSize | None, BeforeValidator(_number_or_auto)] = None
@@ -52,19 +52,19 @@ class DpoHyperparameters(Hyperparameters):
 
 
 class Supervised(_Object):
-    """Settings of the method `supervised`."""
+    """Settings of the `supervised` method."""
 
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
 class Dpo(_Object):
-    """Settings of the method `dpo`."""
+    """Settings of the `dpo` method."""
 
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
 
 class Method(_Object):
-    """The method of training, with its hyperparameters."""
+    """The training method and its hyperparameters."""
 
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: Supervised | None = None
@@ -91,7 +91,7 @@ class Wandb(_Object):
 
 
 class Integration(_Object):
-    """A service to which a job reports."""
+    """A service to which a job reports its metrics."""
 
     type: Literal["wandb"]
     wandb: Wandb
@@ -100,7 +100,7 @@ class Integration(_Object):
 class JobRequest(_Object):
     """Request body for creating a fine-tuning job.
 
-    `hyperparameters` is deprecated, and `recipe` contains keys of a recipe; see docs/fine-tuning-api.md.
+    `hyperparameters` is deprecated, and `recipe` contains recipe keys; see docs/fine-tuning-api.md.
     """
 
     model: str = Field(min_length=1, max_length=256)
@@ -126,7 +126,7 @@ class JobRequest(_Object):
 
     @property
     def values(self) -> Hyperparameters:
-        """The hyperparameters of the method."""
+        """Hyperparameters of the training method."""
         if self.method is None:
             return self.hyperparameters or Hyperparameters()
         if self.method.type == "dpo":
@@ -134,7 +134,7 @@ class JobRequest(_Object):
         return (self.method.supervised or Supervised()).hyperparameters
 
     def with_values(self, values: Hyperparameters) -> "JobRequest":
-        """Return a copy with other hyperparameters, in the form that is not deprecated."""
+        """Return a copy with the given hyperparameters, in the field `method` instead of the deprecated field."""
         if isinstance(values, DpoHyperparameters):
             method = Method(type="dpo", dpo=Dpo(hyperparameters=values))
         else:
@@ -142,5 +142,5 @@ class JobRequest(_Object):
         return self.model_copy(update={"method": method, "hyperparameters": None})
 
     def json_text(self) -> str:
-        """Return the request as JSON. Equal requests have equal texts."""
+        """Return the request as JSON. Equal requests produce identical JSON."""
         return json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True)

@@ -1,5 +1,5 @@
-"""Results of fine-tuning jobs: the model's name for clients, the file with the metrics of its training, and the
-checkpoints of its last epochs.
+"""Results of fine-tuning jobs: the model's client-facing name, the file with its training metrics, and the checkpoints
+of its last epochs.
 
 Every function may be called again after a crash and then returns the same result.
 """
@@ -48,7 +48,7 @@ class JobResults:
 
     Args:
         folder: folder that contains a folder for each job.
-        organization: organization in the names of models.
+        organization: organization that model names contain.
     """
 
     def __init__(self, store: Store, files: ClientFiles, registry: Registry, folder: Path, organization: str) -> None:
@@ -82,7 +82,7 @@ class JobResults:
         return JobResult(str(self.model_name(job)), id)
 
     def model_name(self, job: Job) -> FineTunedName:
-        """Return the name for clients of the model that a job trains."""
+        """Return the client-facing name of the model that a job trains."""
         suffix = JobRequest.model_validate_json(job.request).suffix or ""
         return make_fine_tuned_name(model=job.model, organization=self._organization, suffix=suffix, job=job.id)
 
@@ -140,8 +140,8 @@ def checkpoint_metrics(step: int, records: Iterable[ProgressRecord]) -> dict[str
 
 
 def metrics_csv(records: Iterable[ProgressRecord]) -> str:
-    """Return the metrics of a training run as CSV, with a line for each step. If a step has several records, the last
-    one is used.
+    """Return the metrics of a training run as CSV, with one line per step. If a step has several records, the last
+    record is used.
     """
     steps, heldout = dict[int, StepDone](), dict[int, HeldoutLoss]()
     for record in records:
@@ -188,5 +188,5 @@ def _weights_digest(folder: Path) -> str:
 
 
 def _id(prefix: str, text: str) -> str:
-    """Return an id that stays the same if it is computed again after a crash."""
+    """Return a deterministic id, so that the same id results if it is computed again after a crash."""
     return prefix + hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -1,4 +1,5 @@
-"""Events with the metrics of a job's steps, under OpenAI's names; for long training runs, only some of the steps."""
+"""Events that report the metrics of a job's steps under OpenAI's names. In long training runs, only some steps get an
+event."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,10 +14,10 @@ _SPARE = 100
 
 
 class StepEvents:
-    """Chooses the steps of a job that become events.
+    """Chooses the steps of a job for which events are created.
 
     Args:
-        reported: summary of the steps that were reported before.
+        reported: summary of the steps that were already reported.
     """
 
     def __init__(self, reported: Reported) -> None:
@@ -34,10 +35,10 @@ class StepEvents:
                 self._heldout[record.step] = record
 
     def next(self, *, last: bool = False) -> JobNews | None:
-        """Return the next event, or None if there is none yet. Measurements of the held-out loss precede newer steps.
+        """Return the next event, or None if there is none yet. A measured held-out loss is returned before newer steps.
 
         Args:
-            last: whether the training has ended. Its last step is then an event.
+            last: whether the training has ended. If so, its last step gets an event.
         """
         step = self._choose(last=last)
         if step is None:

@@ -28,7 +28,7 @@ _RECIPE_FILE = "recipe.yaml"
 _ERROR = re.compile(
     r"^error: (?P<wrong>.*?)(?:\n  expected: (?P<expected>.*?))?(?:\n  do: .*)?\s*\Z", re.MULTILINE | re.DOTALL
 )
-"""An error as the command line prints it, see svc.errors.SvcError."""
+"""Pattern of an error as the command line prints it; see svc.errors.SvcError."""
 
 
 class CheckTimeoutError(SvcError):
@@ -47,7 +47,7 @@ class TrainingCheck:
         examples: number of training examples.
         learning_rate: learning rate of the recipe, or the default for its base and method.
         seconds: expected duration of training, in seconds.
-        refused: why the run cannot fit into the memory of this machine, or None if it can.
+        refused: reason why the run does not fit into this machine's memory, or None if it fits.
     """
 
     examples: int
@@ -65,7 +65,7 @@ async def check_training(recipe: str, settings: Settings, *, timeout_s: float) -
     Raises:
         CheckTimeoutError: the command took longer than `timeout_s` seconds.
         DataError, RecipeError, BaseModelError, NotFoundError: `svc train` would fail with this error.
-        CheckFailedError: the command failed in another way.
+        CheckFailedError: the command failed for any other reason.
     """
     with tempfile.TemporaryDirectory(prefix="svc-check-") as folder:
         path = Path(folder) / _RECIPE_FILE
@@ -95,9 +95,10 @@ async def check_training(recipe: str, settings: Settings, *, timeout_s: float) -
 
 
 def command_environment(settings: Settings) -> dict[str, str]:
-    """Return the environment for a training command. It contains the settings of this process, wherever they came from.
+    """Return the environment for a training command. The environment contains the settings of this process that
+    training uses, regardless of their source.
 
-    The password of the store is not passed on, because training does not use the store.
+    The store's password is not passed on, because training does not use the store.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(ENV_PREFIX)}
     values = settings.model_dump(mode="json", include=_SETTINGS, exclude_unset=True) | {"home": str(settings.home)}
@@ -119,7 +120,7 @@ def _read(estimate: Mapping[str, Any]) -> TrainingCheck:
 
 
 def _error(code: int, output: str, recipe: Path) -> SvcError:
-    """Return the error that a command has printed."""
+    """Return the error that a command printed."""
     printed, kind = _ERROR.search(output), _KINDS.get(code)
     if printed is None or kind is None:
         return CheckFailedError(f"`svc estimate` exited with code {code}: {output[-2000:]}")

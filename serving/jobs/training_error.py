@@ -14,7 +14,7 @@ _CODES = {
     RefusedError.exit_code: ("training_failed", None),
     GateError.exit_code: ("training_failed", None),
 }
-"""Error code and field of the request, by the exit code of `svc train`."""
+"""Error code and request field, keyed by the exit code of `svc train`."""
 _MAX_MESSAGE = 1000
 _BEGIN = "error: "
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -22,7 +22,7 @@ _PATH = re.compile(r"(?<![\w.:/-])(?:[\w.-]+:/)?/(?:[^\s/'\",:;()]+/)*([^\s/'\",
 
 
 def read_error(exit_code: int, log: str) -> JobError:
-    """Return the reason why a training process has failed.
+    """Return the reason why a training process failed.
 
     Args:
         log: the end of its output.
@@ -45,5 +45,5 @@ def read_error(exit_code: int, log: str) -> JobError:
 
 
 def without_paths(text: str) -> str:
-    """Return a text in which only the last part of each path remains."""
+    """Return a text with each path shortened to its last part."""
     return _PATH.sub(r"\1", text)[:_MAX_MESSAGE]

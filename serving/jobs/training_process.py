@@ -1,9 +1,9 @@
 """The process that runs a fine-tuning job: `svc train` in its own session, so that it outlives the server.
 
-A job's folder contains a record of its process, by which a later server finds the process. All descendants of the
+A job's folder contains a record of its process, which lets a later server find the process. All descendants of the
 process have a marker in their environment, so that they can be found even if their parents have died. Engines overwrite
-the marker when they set their process title, so their ids are recorded while the process runs. This module knows
-nothing about jobs or the store.
+the marker when they set their process title, so the engines' process ids are recorded while the process runs. This
+module knows nothing about jobs or the store.
 """
 
 import json
@@ -54,7 +54,8 @@ class TrainingProcess:
 
     @classmethod
     def start(cls, folder: Path, command: Sequence[str], environment: Mapping[str, str]) -> "TrainingProcess":
-        """Start a process, with its output in the folder. No process of the folder may be running, see `end_processes`.
+        """Start a process that writes its output to the folder. No other process that belongs to the folder may be
+        running; see `end_processes`.
 
         Raises:
             OSError: the process cannot be started, or the disk is full.
@@ -138,8 +139,8 @@ def end_processes(folder: Path, noted: Mapping[int, tuple[str, int]] | None = No
 
 
 def _processes(folder: Path, sessions: set[int], noted: Mapping[int, tuple[str, int]]) -> Iterator[psutil.Process]:
-    """Yield the processes that belong to a folder: those that are marked or noted, those in its sessions, and all of
-    their descendants. Sessions led by these processes are added to `sessions`.
+    """Yield the processes that belong to a folder: marked or noted processes, processes in its sessions, and the
+    descendants of all of these. Sessions led by these processes are added to `sessions`.
     """
     mark, own = str(folder.resolve()), dict[int, psutil.Process]()
     everyone = [process for process in psutil.process_iter() if process.pid != os.getpid()]
@@ -175,7 +176,7 @@ def _is_alive(record: _Record) -> bool:
 
 
 def _is_reused(record: _Record) -> bool:
-    """Return whether the id of a process now belongs to another process, or the id is from before a reboot."""
+    """Return whether a recorded process id now belongs to another process, or was recorded before a reboot."""
     with suppress(psutil.NoSuchProcess):
         return start_of(record.pid) != (record.boot, record.ticks)
     return start_of(os.getpid())[0] != record.boot

@@ -45,13 +45,13 @@ _WORKER_FILE = "worker"
 
 
 def training_command(recipe: Path, progress: Path) -> Sequence[str]:
-    """Return the command that trains a recipe."""
+    """Return the command that trains a model from a recipe."""
     return (sys.executable, "-m", "svc.cli", "train", str(recipe), "--progress", str(progress))
 
 
 def command_on_ray(recipe: Path, progress: Path) -> Sequence[str]:
-    """Return the command that trains a recipe on a Ray cluster. On Ray, the adapters of individual epochs are not
-    kept.
+    """Return the command that trains a model from a recipe on a Ray cluster. On Ray, the adapters of individual epochs
+    are not kept.
     """
     return (*training_command(recipe, progress), "--on", "ray", "--set", "checkpoints.keep_epochs=0")
 
@@ -63,10 +63,10 @@ _COMMANDS: Mapping[TrainingPlace, TrainingCommand] = {
 
 
 def read_worker_id(folder: Path) -> str:
-    """Return the id of the worker on this machine, which is the same after a restart.
+    """Return the id of the worker on this machine, which does not change across restarts.
 
     Args:
-        folder: folder that contains the folders of the jobs, which is created if it does not exist.
+        folder: folder that contains the job folders; created if it does not exist.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / _WORKER_FILE
@@ -84,10 +84,11 @@ class JobWorker:
     Args:
         changes: notifications about changes in the store, which the worker waits for while the queue is empty.
         complete: function, called in a thread, that creates the result of a job that has succeeded.
-        command: function that returns the command that trains a recipe; default: the one for `fine_tuning.place`.
+        command: function that returns the command that trains a model from a recipe. By default, `fine_tuning.place`
+            selects the function.
 
     Attributes:
-        id: id of the worker on this machine, which is the same after a restart.
+        id: id of the worker on this machine, which does not change across restarts.
     """
 
     def __init__(
@@ -190,13 +191,13 @@ class JobWorker:
         return self._files.are_shared or all(self._files.path(id).exists() for id in ids)
 
     def _wait(self, job: Job) -> None:
-        """Try a job again later."""
+        """Delay the next attempt at a job."""
         now = time.monotonic()
         self._not_before = {id: moment for id, moment in self._not_before.items() if moment > now}
         self._not_before[job.id] = now + self._pace.retry_s
 
     def _retry_s(self) -> float:
-        """Return the time until the first job that had to wait may be tried again, in seconds."""
+        """Return the time in seconds until a waiting job may be tried again; infinite if no job is waiting."""
         now = time.monotonic()
         return min((moment - now for moment in self._not_before.values() if moment > now), default=math.inf)
 

@@ -1,4 +1,5 @@
-"""The reasons why requests fail, as shown to clients and counted in metrics, and the outcome that each leads to."""
+"""The reasons why requests fail, as shown to clients and counted in metrics, and the request outcome for each
+reason."""
 
 from enum import StrEnum
 
@@ -85,5 +86,5 @@ _OUTCOMES = {
 
 
 def outcome_of(reason: ErrorCode | None) -> RequestOutcome:
-    """Return the outcome of a request from the reason for its failure, which is None if it succeeded."""
+    """Return a request's outcome. `reason` is the reason for its failure, or None if the request succeeded."""
     return RequestOutcome.COMPLETE if reason is None else _OUTCOMES.get(reason, RequestOutcome.REFUSED)

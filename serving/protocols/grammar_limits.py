@@ -6,11 +6,11 @@ it on threads that compete with these requests for CPU. The limits are based on 
 
 - A pattern `[a-z]{0,N}` is parsed in 0.03 s for N = 500, 0.1 s for 1,000, 1.7 s for 4,000 and more than
   20 s for 10,000. When nested, `([a-z]{0,N},){0,N}` is compiled in 2 s for N = 30 and more than 8 s for
-  60; N times `[a-z]?` in 0.5 s for N = 25, 3 s for 50 and more than 6 s for 100.
+  60; `[a-z]?` repeated N times in 0.5 s for N = 25, 3 s for 50 and more than 6 s for 100.
 - An object of N optional properties is compiled in 0.3 s for N = 300, 0.9 s for 500, 3.5 s for 1,000 and
   more than 20 s for 3,000. If `maxProperties` is half of N, it is compiled in 0.1 s for N = 40 and 2 s
   for 100, and parsing alone takes 1 s for 300.
-- Each string with a length limit takes about 1.4 s to compile, however long it is.
+- Each string with a length limit takes about 1.4 s to compile, regardless of its length.
 - 64 KiB of EBNF, `choice`, `enum`, `anyOf` or nested objects are parsed in 0.1 s and compiled in half a
   second.
 
@@ -82,7 +82,7 @@ def excess(grammar: Any) -> str | None:
     """Return a message naming the first limit the grammar exceeds, or None if it is within all limits.
 
     Args:
-        grammar: a JSON value with schemas anywhere in it. Text that is valid JSON is parsed; other text is
+        grammar: a JSON value with schemas anywhere in it. Text that is valid JSON is parsed; other text is treated as
             EBNF.
     """
     if count_values(grammar, MAX_VALUES) > MAX_VALUES:

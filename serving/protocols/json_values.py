@@ -1,4 +1,4 @@
-"""Measures the depth and size of a parsed JSON value, without a Python step per scalar."""
+"""Measures the depth and size of a parsed JSON value, without running Python code for each scalar."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,8 +1,8 @@
 """Estimates from a request body's raw bytes whether reading it would block the event loop for too long.
 
 Reading a body means parsing it, checking its fields and serializing it again for the engine. This blocks the event
-loop, and a thread would not help, because the parser holds the interpreter's lock. Size alone does not predict the
-time: 4 MiB of text take 5 ms, but 4 MiB of `{},{},{}` take half a second.
+loop, and a thread would not help, because the parser holds Python's global interpreter lock. Size alone does not
+predict the time: 4 MiB of text take 5 ms, but 4 MiB of `{},{},{}` take half a second.
 """
 
 import re
@@ -18,8 +18,8 @@ _FLOAT_NS = 250.0
 _MIN_CONTAINER_BYTES = 2
 """Size of the smallest object or array, `[]`, in bytes."""
 _MAX_DIGITS = 24
-"""Number of digits at which a number is rejected. Conversion time grows with the square of the number of
-digits: 1,000 numbers of 4,000 digits took 0.26 s."""
+"""A number with this many digits or more is rejected. Conversion time grows with the square of the number of digits:
+1,000 numbers of 4,000 digits took 0.26 s."""
 _FEW_NUMBERS = 128 * 1024
 """Body size up to which numbers are not examined. In 128 KiB, even the slowest numbers take only 9 ms."""
 _STRING_NS = 40.0

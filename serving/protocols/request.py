@@ -73,7 +73,7 @@ class CompletionRequest(NamedTuple):
         answers: total number of answers to all prompts.
         who: text that identifies the client or conversation, or an empty string if the request contains no
             such text.
-        user: the client's name for its user, or None if not sent.
+        user: id that the client sent for its own user, or None if not sent.
     """
 
     model: str
@@ -176,9 +176,9 @@ _DECODER = msgspec.json.Decoder(float_hook=_finite)
 def _read_json(body: bytes) -> tuple[dict[str, Any], Callable[[dict[str, Any]], bytes]]:
     """Parse the JSON object in a body, and return it along with a function that serializes it.
 
-    msgspec is several times faster than the standard library, but rejects some valid JSON: lone surrogates, and
-    numbers that Python can hold. Whatever msgspec rejects is therefore parsed by the standard library, which can also
-    locate an error.
+    msgspec is several times faster than the standard library, but rejects some valid JSON: lone surrogates, and numbers
+    that Python can hold. A body that msgspec rejects is therefore parsed by the standard library, which can also locate
+    an error.
     """
     try:
         fields = _DECODER.decode(body)
@@ -255,7 +255,7 @@ def _who(fields: Mapping[str, Any], route: Route) -> str:
 def _user(fields: Mapping[str, Any]) -> str | None:
     """Return the id of the client's user, or None if the request contains none.
 
-    It is OpenAI's `user` or the newer `safety_identifier`, or else Anthropic's `metadata.user_id`.
+    The id is OpenAI's `user` or the newer `safety_identifier`, or else Anthropic's `metadata.user_id`.
     """
     if _NAMES_USER.isdisjoint(fields):
         return None

@@ -58,7 +58,7 @@ def _lines(event: bytes, field: bytes) -> bytes:
 
 
 def json_of(part: bytes) -> dict[str, Any]:
-    """Return the JSON object in an event or body, or an empty one if there is none, as in a comment or `[DONE]`."""
+    """Return the JSON object in an event or body, or an empty object if there is none, as in a comment or `[DONE]`."""
     try:
         value = json.loads(data_of(part) if is_event(part) else part)
     except ValueError:

@@ -1,8 +1,8 @@
 """Request fields that the engine would accept but the gateway rejects, each with the reason.
 
-The list contains only fields with which one client can harm others: by crashing the shared engine, using
-its memory or time unnoticed, or making it contact other machines. The engine checks all other fields. The
-list is based on the fields of vLLM 0.32, whose types are lax.
+The list contains only fields that let one client harm other clients: by crashing the shared engine, using its memory or
+time without being counted, or making it contact other machines. The engine checks all other fields. The list is based
+on the fields of vLLM 0.32, whose type checks are lax.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,12 +37,13 @@ _ECHO = {
         f"'echo' is not supported for chat, because it requests the prompt's log-probabilities, and {_ENDS_ENGINE}",
     )
 }
-"""Rejected for chat, where vLLM's `top_logprobs` defaults to 0, which is enough to make it score the prompt."""
+"""`echo` is rejected for chat. There, vLLM's `top_logprobs` defaults to 0, with which `echo` already makes vLLM score
+the prompt."""
 _PRIORITY = {
     "priority": Refusal("priority", "'priority' is not supported, because the server decides the order of requests")
 }
-"""On an engine with `--scheduling-policy priority`, a client that sets this field can preempt the answers of
-all other clients. Other engines reject it."""
+"""On an engine with `--scheduling-policy priority`, a client that sets this field can preempt the answers of all other
+clients. Other engines reject the field."""
 _MEDIA_OPTIONS = {
     name: Refusal(name, f"'{name}' is not supported, because only text content is served")
     for name in ("mm_processor_kwargs", "media_io_kwargs")
@@ -67,8 +68,7 @@ _UNSUPPORTED: Mapping[Route, Mapping[str, Refusal]] = {
     Route.MESSAGES: _PROMPT_LOGPROBS | _TRANSFER | _MEDIA_OPTIONS,
 }
 _SWITCHES = frozenset({"echo", "priority", "background", "store"})
-"""Fields that have no effect if they are false, 0 or null. All other fields are without effect only if they are
-null."""
+"""Fields that have no effect if they are false, 0 or null. All other fields have no effect only if they are null."""
 
 
 def find_refusal(fields: Fields, route: Route) -> Refusal | None:

@@ -1,4 +1,4 @@
-"""How each route encodes its prompts and answers: token counts, end, text and finish reason.
+"""Reads each route's prompts and answers: token counts, end of stream, text and finish reason.
 
 There are three formats. Completions (chat and plain) end with `[DONE]`, while responses and messages end with a
 special event. All values are returned in the terms of chat completions. A part of an answer is either a
@@ -28,7 +28,7 @@ _PLAIN_TOKEN = re.compile(
     rb'data: \{"id":"[^"\\]*","object":"[a-z_.]+","created":\d+,"model":' + _TEXT + rb',"choices":\[\{"index":\d+,'
     rb'(?:"delta":\{"content":' + _TEXT + rb'\}|"text":' + _TEXT + rb")" + _NULLS + rb"\}\]" + _NULLS + rb"\}\n\n"
 )
-"""Matches complete events that contain one piece of text and nothing else."""
+"""Matches complete events that contain only a piece of text."""
 _USAGE = re.compile(rb'"usage"\s*:\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 _FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,40})"')
 _DONE = b"[DONE]"
@@ -70,7 +70,7 @@ class _Answer:
 
     Attributes:
         text: pieces of the answer's text.
-        calls: name and arguments of each tool call, keyed by the call's position.
+        calls: name and arguments of each tool call, keyed by the call's index.
     """
 
     text: list[str] = field(default_factory=list)
@@ -83,14 +83,14 @@ class _Answer:
 
 
 TOKEN = Seen(token=True)
-"""Result for an event that contains tokens and nothing else."""
+"""Result for an event that contains only tokens."""
 
 
 class WireFormat(ABC):
-    """Base class for reading the requests and answers of a route."""
+    """Base class for parsing a route's requests and answers."""
 
     _plain_head: bytes
-    """The bytes with which an event begins if it contains text and nothing else."""
+    """Prefix of an event that contains only text, unless the event also reports an error."""
     _error_head = b"event: error\ndata: "
 
     def classify(self, event: bytes) -> Seen:
@@ -102,16 +102,16 @@ class WireFormat(ABC):
         return Seen(token, end, usage, self.finish_reason(event), find_error(event))
 
     def is_plain_token(self, event: bytes) -> bool:
-        """Return whether an event is recognized, without parsing it, as containing text and nothing else."""
+        """Return whether a quick check, without parsing, shows that an event contains only text."""
         return event.startswith(self._plain_head) and b'"error"' not in event
 
     @abstractmethod
     def usage(self, part: bytes) -> Usage | None:
-        """Return the token counts of the whole answer, or None if this part of the answer does not contain them."""
+        """Return the token counts of the whole answer, or None if this event or body does not contain them."""
 
     @abstractmethod
     def finish_reason(self, part: bytes) -> str | None:
-        """Return the finish reason (`stop`, `length` or `tool_calls`), or None if this part of the answer has none."""
+        """Return the finish reason (`stop`, `length` or `tool_calls`), or None if this event or body has none."""
 
     @abstractmethod
     def is_token(self, event: bytes) -> bool:
@@ -123,7 +123,7 @@ class WireFormat(ABC):
 
     @abstractmethod
     def prompt(self, fields: Mapping[str, Any]) -> Any:
-        """Return the messages of a request, or its prompt if it has no messages."""
+        """Return a request's messages, or its prompt if it has no messages."""
 
     def text(self, parts: Iterable[bytes]) -> str:
         """Return the text of the first choice. Tool calls are formatted as in the examples' reference answers."""
@@ -256,8 +256,7 @@ class ResponsesFormat(WireFormat):
 class MessagesFormat(WireFormat):
     """Wire format of Anthropic's Messages API.
 
-    Messages are parsed rather than searched, because they contain tool input in the form of an object that the model
-    wrote.
+    Messages are parsed rather than searched, because a tool's input is a JSON object with keys chosen by the model.
     """
 
     _plain_head = b"event: content_block_delta\ndata: "
@@ -308,7 +307,7 @@ class MessagesFormat(WireFormat):
 
 
 def _last_usage(part: bytes) -> bytes | None:
-    """Return the JSON of the last token counts in an event or body. vLLM writes them after the model's text."""
+    """Return the JSON of the last token counts in an event or body. In vLLM's output, they follow the model's text."""
     at = part.rfind(b'"usage"')
     if at < 0:
         return None

@@ -8,7 +8,7 @@ waiting requests, one loaded adapter (the least recently used) stops accepting r
 replaced. A request therefore never waits longer than the running requests take to finish.
 
 Adapter names in the engine are never reused, because the prefix cache identifies an adapter by its name.
-This module knows neither HTTP nor the contents of a version.
+This module does not depend on HTTP or on the contents of a version.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class AdapterUse:
     """A request's claim on a loaded adapter, which keeps the adapter from being evicted.
 
     Attributes:
-        leave: function to be called once, when the request ends.
+        leave: function that must be called once, when the request ends.
     """
 
     adapter: LoadedAdapter
@@ -87,10 +87,10 @@ def _future() -> "asyncio.Future[LoadedAdapter]":
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """An adapter slot of the engine, holding one adapter.
+    """One of the engine's adapter slots, which holds one adapter.
 
     Attributes:
-        users: number of requests that use the adapter or wait for it to load. The load itself counts as one.
+        users: number of requests that use the adapter or wait for it to load. A load in progress also counts as a user.
         closing: whether the slot accepts no new requests, because requests are waiting for another adapter.
         dropped: whether the version was removed. The adapter is then evicted when no request uses it.
     """
@@ -118,7 +118,7 @@ class _Wait:
 
 @dataclass(eq=False)
 class AdapterCache:
-    """Cache of the adapters loaded in one engine, which lasts from the engine's start to its stop.
+    """Cache of the adapters loaded in one engine. It is discarded when the engine stops.
 
     Attributes:
         max_loaded: maximum number of loaded adapters.
@@ -277,7 +277,7 @@ class AdapterCache:
         self._give_places()
 
     def _give_places(self) -> None:
-        """Assign slots to waiting versions in order, and close one used slot for each version that must still wait."""
+        """Assign slots to waiting versions in order. Close one used slot for each version that must keep waiting."""
         for unused in [slot for slot in self._slots.values() if slot.dropped and not slot.users]:
             self._evict(unused)
             self._start(self._unload_now())
@@ -318,7 +318,8 @@ class AdapterCache:
     async def _load(self, slot: _Slot) -> None:
         """Load an adapter into its slot. Adapters are loaded one at a time.
 
-        The load continues even after all requests waiting for it have gone, since another may arrive.
+        The load continues even if all requests waiting for it are cancelled, because a later request may use the
+        adapter.
         """
         try:
             async with self._turn:

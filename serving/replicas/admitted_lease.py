@@ -1,7 +1,7 @@
 """Leases an admission slot and an engine for one request, after loading the request's adapter.
 
-If a request held its slot while waiting for an adapter, it would keep other requests from an idle engine. This module
-knows nothing about HTTP.
+If a request held its slot while waiting for an adapter, it would prevent other requests from using an idle engine. This
+module does not depend on HTTP.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class AdmittedLease:
         waiting: context manager that limits the number of requests waiting for adapters. It is entered only
             during such a wait.
 
-    Entering raises the errors of `Admission.enter`, `Balancer.lease` and `waiting`.
+    Entering the context raises the same errors as `Admission.enter`, `Balancer.lease` and `waiting`.
     """
 
     admission: Admission

@@ -1,6 +1,6 @@
 """Chooses an engine from the pool for a request, and looks up the requested version's name in that engine.
 
-This module knows neither HTTP nor how engines start and stop.
+This module does not depend on HTTP or on how engines start and stop.
 """
 
 import math
@@ -25,8 +25,8 @@ from svc.version import Format, Target
 
 _PRIME = 2**61 - 1
 _MAX_SHARE = 1.25
-"""Maximum number of requests on an engine, as a multiple of the engines' mean, up to which a conversation's next
-request still goes to the same engine.
+"""Maximum load at which an engine still receives further requests of a conversation that it has served. The load is the
+engine's number of requests divided by the mean over all engines.
 
 See "Consistent Hashing with Bounded Loads" (Mirrokni, Thorup and Zadimoghaddam, 2016).
 """
@@ -89,7 +89,7 @@ class Balancer:
         """Lease an engine for the duration of the `with` block.
 
         If the version has an adapter, it is loaded first. Engines that have already loaded the adapter are preferred.
-        Among engines that are otherwise equal, `_choose_engine` decides.
+        If several engines are equally suitable, `_choose_engine` decides.
 
         Args:
             model: model name as sent by the client.
@@ -129,7 +129,7 @@ class Balancer:
 
         Args:
             who, without: see `lease`.
-            kept: an adapter held for the request. Its engine is chosen if it still has the adapter and the
+            kept: an adapter held for the request. Its engine is chosen if the adapter is still loaded there and the
                 request still needs it.
 
         Raises:
@@ -167,8 +167,7 @@ class _Kept(NamedTuple):
     """An adapter held for a request that has not been admitted yet.
 
     Attributes:
-        adapters: the adapter cache of `engine` when the adapter was taken. A restarted engine has a new
-            cache.
+        adapters: the adapter cache that `engine` had when the adapter was taken. A restarted engine has a new cache.
     """
 
     engine: Replica
@@ -183,8 +182,8 @@ class _Kept(NamedTuple):
 class Leasing:
     """Context manager that leases an engine.
 
-    It is a class because a generator would cost several times as much CPU time. Entering it waits for the
-    adapter. Callers that must not wait call `enter` instead, and `bring` where they can wait.
+    This is a class because a generator would cost several times as much CPU time. Entering the context waits for the
+    adapter. Callers that must not wait call `enter` instead, and call `bring` once they may wait.
     """
 
     __slots__ = ("_balancer", "_engine", "_kept", "_model", "_use", "_who", "_without")
@@ -281,9 +280,9 @@ class Leasing:
 def _choose_engine(engines: Sequence[Replica], who: str) -> Replica:
     """Return the engine that has probably cached the beginning of a client's or conversation's prompt.
 
-    Each client or conversation has its own order of the engines, which is the same after a restart of the server
-    (rendezvous hashing). The first engine with capacity for another request answers. A request of an unknown client
-    goes to the engine with the fewest requests.
+    Each client or conversation ranks the engines in its own order, which survives a restart of the server (rendezvous
+    hashing). The first engine with capacity for another request is chosen. A request from an unknown client goes to the
+    engine with the fewest requests.
     """
     loads = [engine.running + engine.reserved for engine in engines]
     if len(engines) == 1:

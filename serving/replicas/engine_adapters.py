@@ -1,4 +1,4 @@
-"""Loads and verifies the adapters of one engine. `serving.replicas.adapter_cache` tracks which are loaded.
+"""Loads and verifies the adapters of one engine. `serving.replicas.adapter_cache` tracks which adapters are loaded.
 
 Before a request may use an adapter, the adapter's files are compared with the version's manifest. The
 adapter is then loaded under a new name and verified with the version's probes.
@@ -31,8 +31,8 @@ class EngineAdapterLoader:
 
     Attributes:
         model: the model that the engine was started with.
-        watch: watch that fails a request to the engine if the engine dies.
-        occupied: function that returns a context manager that marks the engine as in use.
+        watch: object that makes a pending request to the engine fail if the engine dies.
+        occupied: function that returns a context manager during which the engine is marked as in use.
     """
 
     engine: Engine
@@ -46,7 +46,7 @@ class EngineAdapterLoader:
         """Check that a client's request may load a version's adapter.
 
         Raises:
-            ModelNotFoundError: the request may not load it. The message is shown to clients, so it states the
+            ModelNotFoundError: the request may not load the adapter. The message is shown to clients, so it gives the
                 reason without any paths.
         """
         try:

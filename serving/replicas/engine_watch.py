@@ -1,8 +1,8 @@
 """Detects that an engine has died: its process exited, its core is dead, or it fails its health checks.
 
 An engine that does not respond to health checks may just be busy: vLLM's API server answers all clients
-from one thread. Silence alone therefore does not mean death; the API server's CPU time shows whether it is
-working or has hung.
+from one thread. A missing response therefore does not prove that the engine is dead; the API server's CPU time shows
+whether the API server is working or has hung.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ _BUSY_S = 300.0
 """Seconds without a health check response after which an engine is considered dead even though its API server
 uses CPU. The API server is then assumed to be in an endless loop."""
 _BUSY_SHARE = 0.05
-"""Share of one CPU core above which an API server is considered to be working. A working one exceeds it even
-next to a busy engine core, and one that has hung does not."""
+"""Share of one CPU core above which an API server is considered to be working. A working API server exceeds this share
+even when the engine core is busy, whereas a hung API server does not."""
 
 
 class EngineWatch:
@@ -49,7 +49,7 @@ class EngineWatch:
         self._suspected.set()
 
     def clear(self) -> None:
-        """Clear the suspicion that the engine is dead, because it dates from an earlier engine or before a change."""
+        """Clear the suspicion that the engine is dead. It predates the moment at which the engine became ready."""
         self._suspected.clear()
 
     async def died(self) -> str:
@@ -107,7 +107,7 @@ class _Front:
         self._at, self._used_s = time.monotonic(), engine.front_s()
 
     def works(self) -> bool:
-        """Return whether the process has used CPU since the last call. False if its CPU use cannot be read."""
+        """Return whether the process has used CPU time since the last call, or False if its CPU time cannot be read."""
         before, before_s = self._at, self._used_s
         self._at, self._used_s = time.monotonic(), self._engine.front_s()
         if before_s is None or self._used_s is None:

@@ -1,7 +1,7 @@
-"""The engines behind one model name, and whether they accept requests, are being changed or are stopping.
+"""Tracks the engines behind one model name: which of them accept requests, are being changed or are stopping.
 
-Ready engines accept requests, and admission is notified when none is ready. This module knows neither HTTP
-nor the contents of a version, and leaves decisions about engines to the reconciler.
+Ready engines accept requests, and admission is notified when no engine is ready. This module does not depend on HTTP or
+on the contents of a version, and leaves decisions about engines to the reconciler.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ _DOWN = {EngineState.FAILED, EngineState.STOPPED}
 
 @dataclass(eq=False, kw_only=True)
 class EnginePool:
-    """The engines of one model: a number of members and, during a change, engines joining or leaving.
+    """One model's engines: the members of the pool and, during a change, engines that are joining or leaving.
 
     Attributes:
         make: function that returns a replica, given its number and a callback for its changes.
@@ -42,7 +42,7 @@ class EnginePool:
         others: engines that may become members, or used to be.
         candidate: engine in `others` that runs the candidate of a rollout, or None if there is none.
         retirement: object that stops engines that are no longer needed.
-        restarts: number of times that an engine was started again after it died.
+        restarts: number of times that an engine was restarted because it died.
     """
 
     make: Callable[[int, Callable[[Replica], None]], Replica]
@@ -77,7 +77,7 @@ class EnginePool:
         """Return the engines that accept requests for a version, possibly including the candidate's engine.
 
         Args:
-            wanted: the version, or None for the one in production.
+            wanted: the version, or None for the version in production.
         """
         candidate = self.candidate
         if wanted is None or candidate is None or candidate.state is not _READY:
@@ -86,8 +86,8 @@ class EnginePool:
         return [*self.ready, candidate] if held and held.version == wanted else self.ready
 
     async def applies(self, version: VersionId) -> bool:
-        """Return whether the members apply a version as an adapter to their base. If none has loaded it, only one
-        member is checked, on behalf of all.
+        """Return whether the members apply a version as an adapter to their base. If no member has loaded the adapter,
+        only one member is checked, and its result is taken as the result for all.
         """
         if any(engine.adapters and engine.adapters.has(version) for engine in self.members):
             return True
@@ -167,17 +167,17 @@ class EnginePool:
             self._show()
 
     def grow(self, size: int) -> None:
-        """Add members without engines, which the reviver then starts."""
+        """Add members that have no engine yet. The reviver then starts their engines."""
         self.size = size
         self.fill()
         self._changed.set()
 
     def shrink(self) -> bool:
-        """Remove the member with the fewest requests, which stops after its last one.
+        """Remove the member with the fewest requests. Its engine stops after the last of them.
 
         Returns:
-            Whether a member was removed. Members that are being started or changed are not removed, nor is the only
-            ready member.
+            Whether a member was removed. Members that are being started or changed, and the only ready member, are not
+            removed.
         """
         ready = self.ready
         free = [member for member in self.members if not member.lock.locked()]

@@ -32,10 +32,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedWeights:
-    """Identity of the weights loaded on one occasion. No two loads are equal, even of the same version.
+    """Identity of the weights from a single load. Two loads never compare equal, even if they load the same version.
 
     Attributes:
-        fresh: whether a new engine loaded the weights, rather than one that was already running.
+        fresh: whether the weights were loaded by a new engine, rather than by an engine that was already running.
     """
 
     fresh: bool
@@ -56,15 +56,15 @@ class Replica:
         on_phase: function called with each phase of an engine start.
         turn: lock held while an engine starts, shared with other engines on the device.
         adapter_patience_s: longest time that a request may wait for an adapter slot, in seconds.
-        silence_s: longest time that the engine may send no data during a client's request, in seconds.
+        silence_s: longest time that the engine may go without sending data during a client's request, in seconds.
         target: version that the engine was last verified to run, or None if unknown. If the engine applies
             adapters, this is the version in production.
         checked: result of the last verification.
-        why: why the engine last died.
+        why: reason why the engine last died.
         lock: held while the engine is started, changed or stopped; see `EnginePool.held`.
         watch: watch that detects the engine's death.
         asleep: whether the engine has released its GPU memory.
-        adapters: adapters that the engine applies to its base, or None if it runs a merged version.
+        adapters: adapters that the engine applies to its base, or None if the engine runs a merged version.
         on_adapter: function called after an adapter load with its duration in seconds, and after an eviction
             with None.
         model: model that the engine was started with, or None before the first start.
@@ -140,12 +140,12 @@ class Replica:
 
     @property
     def has_engine(self) -> bool:
-        """Whether the replica has an engine. This includes an engine that died a moment ago."""
+        """Whether the replica has an engine. An engine that has only just died still counts."""
         return self._engine is not None
 
     @property
     def unverified(self) -> set[VersionId]:
-        """Served versions that could not be verified, including those served as loaded adapters."""
+        """Served versions that could not be verified, including versions served as loaded adapters."""
         loaded = self.adapters.loaded if self.adapters else []
         versions = {each.version for each in loaded if not each.checked.verified}
         if self.target and self.checked and not self.checked.verified:
@@ -153,7 +153,8 @@ class Replica:
         return versions
 
     def serves(self, wanted: VersionId | None) -> Target | None:
-        """Return the target (version and format) with which this engine serves a version, or None if it cannot.
+        """Return the target (version and format) with which this engine serves a version, or None if it cannot serve
+        that version.
 
         Args:
             wanted: the version, or None for the version that the engine runs.
@@ -163,7 +164,7 @@ class Replica:
         return Target(wanted, Format.ADAPTER) if wanted and self.target.format is Format.ADAPTER else None
 
     async def applies(self, version: VersionId) -> bool:
-        """Return whether an engine can apply a version as an adapter to the model that this one was started with."""
+        """Return whether a version can be applied as an adapter to the model that this engine was started with."""
         if self.model is None:
             return False
         try:
@@ -294,7 +295,7 @@ class Replica:
         return True
 
     async def _launched(self, target: Target) -> LastingEngine:
-        """Create the engine's folders, and return the engine without starting it."""
+        """Create the engine's folders, and return the engine, which is not started yet."""
         self.model = await self.verification.model(target)
         return await asyncio.to_thread(self.launch, self.model)
 
@@ -333,7 +334,7 @@ class Replica:
         self.target = self.checked = None
 
     async def fetch(self, target: Target) -> None:
-        """Copy a version's files to the engine's machine, if the engine runs on another one, before a reload.
+        """Before a reload, copy a version's files to the engine's machine if the engine runs on another machine.
 
         Raises:
             SvcError: the files could not be copied.
@@ -352,7 +353,7 @@ class Replica:
         await self.watch.unless_dead(self.client.reset_prefix_cache())
 
     async def verify(self, target: Target, *, fresh: bool = False) -> str:
-        """Check with probes that the engine runs a version, and record the result, which a later server can read.
+        """Use probes to check that the engine runs a version, and record the result for later servers.
 
         An engine that cannot be probed is assumed to run the version it was started with.
 

@@ -1,4 +1,4 @@
-"""Determines the model with which an engine is started to serve a target, and the adapters that it can apply."""
+"""Determines which model an engine must be started with to serve a target, and which adapters the engine can apply."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class ServedModel:
 
     @property
     def template_kwargs(self) -> TemplateKwargs | None:
-        """Chat template arguments, or None to use those in the model folder."""
+        """Chat template arguments, or None to use the arguments in the model folder."""
         return dict(self.base.template_kwargs) if self.base else None
 
 

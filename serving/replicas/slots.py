@@ -1,4 +1,4 @@
-"""Starts and finds the engines in a home directory by number, and checks whether there is memory for more.
+"""Starts and looks up the engines of a home directory by number, and checks whether there is memory for more engines.
 
 Engine numbers are unique across models, and an engine's folder and log are named after its number. The
 rest of the server reaches processes, a Ray cluster, the machine's memory and its device only through this module.
@@ -32,7 +32,7 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _END_PAUSES_S = (5.0, 10.0, 20.0, 40.0, 60.0)
-"""Pauses between attempts to stop actors whose cluster was unreachable, in seconds. The last one is repeated."""
+"""Pauses between attempts to stop actors whose cluster was unreachable, in seconds. The last pause is repeated."""
 
 Served = Callable[[], Collection[str]]
 MakeSlots = Callable[[Settings, Registry, DeviceCapabilities, Served], "EngineSlots"]
@@ -88,7 +88,7 @@ class EngineSlots:
         self._taken.discard(number)
 
     async def orphans(self) -> list[int]:
-        """Return the numbers of engines that an earlier server left running and this server has not taken over."""
+        """Return the number of each engine that an earlier server left running and this server has not taken over."""
         return [number for number in await asyncio.to_thread(self.numbers) if number not in self._taken]
 
     async def end_orphans(self) -> None:
@@ -97,7 +97,7 @@ class EngineSlots:
             await asyncio.to_thread(self.end, number)
 
     def numbers(self) -> list[int]:
-        """Return the numbers of engines that an earlier server may have left running. This reads from disk."""
+        """Return the number of each engine that an earlier server may have left running. This reads from disk."""
         return list(state_folders(self.settings.home))
 
     def end(self, number: int) -> None:
@@ -127,10 +127,10 @@ class EngineSlots:
             failures = failures + 1 if left else 0
 
     async def shortage(self, engines: Mapping[Target, int]) -> str | None:
-        """Return a message stating what is missing to start more engines, or None if there is enough.
+        """Return a message stating which resources are missing to start more engines, or None if there are enough.
 
-        On this machine, the limiting resource is memory; in a Ray cluster, it is the resources that an engine reserves,
-        for which this waits up to `ray.wait_s` if the cluster adds machines on demand.
+        On this machine, the limiting resource is memory. In a Ray cluster, it is the resources that an engine reserves;
+        if the cluster adds machines on demand, this waits up to `ray.wait_s` for them.
 
         Args:
             engines: number of additional engines per target.
@@ -143,8 +143,8 @@ class EngineSlots:
         return here or (await self._ray.shortage(on_ray) if on_ray else None)
 
     def _shortage_here(self, engines: Mapping[Target, int]) -> tuple[str | None, list[EngineSettings]]:
-        """Return a message stating what is missing on this machine, or None, together with the settings of those
-        engines that would run in a Ray cluster.
+        """Return a message stating what is missing on this machine (None if nothing is missing), and the settings of
+        the engines that would run in a Ray cluster.
         """
         specs = [*chain.from_iterable([self._spec_for(target)] * number for target, number in engines.items())]
         on_ray = [spec.settings for spec in specs if spec.settings.launcher is Launcher.RAY]
@@ -168,11 +168,11 @@ class EngineSlots:
             )
 
     def first_engines(self, name: str) -> int:
-        """Return the number of engines with which a model starts. More may be added later if the load requires them."""
+        """Return the number of engines that a model starts with. Engines may be added later if the load requires it."""
         return self.settings.engine_for(name).replica_range.min
 
     def capabilities(self, target: Target) -> EngineCapabilities:
-        """Return the capabilities that an engine has if it is started with the given target.
+        """Return the capabilities of an engine that is started with the given target.
 
         This reads from disk and raises the same errors as `shortage`.
         """
@@ -209,6 +209,6 @@ class EngineSlots:
         )
 
     def _sharing(self, served: Collection[str]) -> int:
-        """Return the number of engines that share this machine when the load is highest."""
+        """Return the number of engines that share this machine at peak load."""
         every = [self.settings.engine_for(name) for name in served]
         return sum(each.replica_range.max for each in every if each.launcher is Launcher.LOCAL)

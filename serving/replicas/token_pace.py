@@ -1,13 +1,13 @@
 """Estimates a model's generation speed for a single answer from recently completed answers.
 
 The estimate is used for answers whose client disconnected, because the engine does not report how many tokens it
-generated for them. It is inaccurate to the extent that such an answer's speed differs from the mean speed.
+generated for them. The more such an answer's speed differs from the mean, the less accurate the estimate is.
 """
 
 import math
 
 _DECAY_TOKENS = 2000.0
-"""An answer's weight in the mean decays to about a third after this many tokens of later answers."""
+"""Number of tokens in later answers after which an answer's weight in the mean has decayed to about a third."""
 _FIRST_PACE = 100.0
 """Tokens per second assumed before the first measurement. This is the speed of a fast single stream."""
 

@@ -1,7 +1,7 @@
-"""Makes a single call to the engine, and raises its failures and rejections as typed errors.
+"""Sends a single request to the engine, and raises a typed error if the engine fails or rejects the request.
 
-This is the only module that relies on vLLM's error messages. An error message never decides whether an
-engine is considered alive.
+This is the only module that relies on vLLM's error messages. An error message never affects whether an engine is
+considered alive.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class EngineUnreachableError(EngineDiedError):
 
 
 class EngineSilentError(EngineError):
-    """Raised when the engine has sent nothing for too long."""
+    """Raised when the engine has not sent any data for too long."""
 
 
 class EngineFailedError(EngineError):
@@ -92,7 +92,7 @@ class EngineCall:
         header_lines: additional header lines, each including its line end.
         show: function that rewrites the body of an error response before it is parsed; see `Lease`.
 
-    Entering and leaving raises:
+    Entering or leaving raises:
         EngineUnreachableError: the connection was refused, and nothing was sent.
         EngineDiedError, EngineSilentError: the engine died or sent nothing for too long, possibly while the
             response was being read.

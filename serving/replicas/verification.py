@@ -26,11 +26,10 @@ log = logging.getLogger(__name__)
 _HASHING_THREADS = 4  # some may be busy with comparisons of superseded promotions
 _RETAKE_REPEATS = 5
 _ADAPTER_REPEATS = 2
-"""How often each probe is measured on an adapter's first use. The number is small because a request is
-waiting."""
+"""Number of times each probe is measured when an adapter is first used. It is small because a request is waiting."""
 _OTHER_WEIGHTS_NATS = 0.5
-"""Mean difference, in nats, above which the weights must be different. With the same weights, results of different
-kernels differ in the second decimal; results of different weights differ by whole nats."""
+"""Mean difference between log-probabilities, in nats, above which the weights must be different. With the same weights,
+results of different kernels differ in the second decimal; with different weights, results differ by whole nats."""
 
 
 class UnknownProbesError(ProbeError):
@@ -156,7 +155,7 @@ class Verification:
         return await _compared(adapter, known)
 
     async def _reference(self, target: Target) -> tuple[Probe, ...]:
-        """Return the recorded probes of the version's merged format, or else of a quantized one."""
+        """Return the recorded probes of the version's merged format, or else of one of its quantized formats."""
         formats = (await asyncio.to_thread(self.registry.manifest, target.version)).formats
         recorded = (formats[format].probes for format in reversed(SERVED_FORMATS) if format in formats)
         return next((probes for probes in recorded if probes), ())
@@ -176,7 +175,7 @@ class Verification:
         return (await asyncio.to_thread(self.registry.format, target.version, target.format)).probes
 
     async def _known(self, target: Target, recorded: tuple[Probe, ...], facts: EngineFacts) -> tuple[Probe, ...] | None:
-        """Return a version's probes for a kind of engine, or None if none were ever recorded.
+        """Return a version's probes for a kind of engine, or None if no such probes have been recorded.
 
         The probes were recorded either at registration or later.
         """
@@ -259,7 +258,7 @@ def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence
     The check is needed because the load may have had no effect.
 
     Raises:
-        ProbeError: the probes differ by more than the same weights can differ between two kinds of engine.
+        ProbeError: the difference is larger than the same weights can produce on two kinds of engine.
     """
     difference = _mean_difference([probe.logprobs for probe in recorded], measured)
     if not difference <= _OTHER_WEIGHTS_NATS:  # also true for NaN

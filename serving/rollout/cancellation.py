@@ -23,7 +23,7 @@ class SupersededError(Exception):
 
 
 class Cancellation:
-    """Lets a swap be cancelled by other code, and records the reason."""
+    """Lets other code cancel a swap, and records the reason."""
 
     def __init__(self) -> None:
         self._asked = asyncio.Event()

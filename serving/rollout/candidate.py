@@ -45,7 +45,7 @@ class CandidatePlan:
 
     Attributes:
         swap: plan for a swap from the production version to the candidate.
-        shortage: why there is not enough memory for the second engine that the candidate needs; None if there is
+        shortage: reason why there is not enough memory for the second engine that the candidate needs; None if there is
             enough, or if the candidate is an adapter in the engines of the production version.
     """
 
@@ -54,7 +54,7 @@ class CandidatePlan:
 
     @property
     def reloads(self) -> bool:
-        """Whether the only engine of the production version can load the candidate in place."""
+        """Whether the candidate can be loaded in place, in the only engine of the production version."""
         return self.swap.kind is SwapKind.INPLACE and not self.swap.restart
 
 
@@ -90,9 +90,9 @@ class CandidateLoader:
         Afterwards its engine is stopped, unless a swap has made it an engine of the production version.
 
         Args:
-            plan: a plan without shortage.
+            plan: a plan whose `shortage` is None.
             current: version loaded in the engines.
-            report: called with the text of each step.
+            report: function called with a description of each step.
 
         Raises:
             NotFoundError, IntegrityError, EngineError: the candidate cannot be loaded, or failed its probes.

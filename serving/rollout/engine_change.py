@@ -3,13 +3,12 @@
 In place: stop sending requests -> drain -> reload -> reset the prefix cache -> check the probes. If no
 other engine accepts requests, requests are queued during the change. Blue-green: start a second engine with
 the version, check the probes, replace the first engine, then drain it. No request has to wait, but both
-engines must fit into memory. Probes are recorded only on an engine that starts with the version. Until they
-exist for this kind of engine, the version is loaded by starting an engine with it: a second engine or, if
-memory is short, the same engine after a restart. An adapter of the same base is loaded and checked while
-requests run.
+engines must fit into memory. Probes are recorded only on an engine that starts with the version. Until probes exist for
+this kind of engine, the version is loaded by starting an engine with it: a second engine or, if memory is short, the
+same engine after a restart. An adapter of the same base is loaded and checked while requests run.
 
-A superseded change stops where it safely can: while it waits, while an engine starts, or after a reload. A
-reload is never cancelled, because that would leave the engine's weights in an unknown state.
+A superseded change stops as soon as it safely can: while waiting, while an engine starts, or after a reload. A reload
+is never cancelled, because that would leave the engine's weights in an unknown state.
 """
 
 import logging
@@ -42,7 +41,9 @@ Result = tuple[SwapOutcome, str | None]
 
 
 class RequestsRunError(EngineError):
-    """Raised when requests are still running after the drain timeout. The engine then keeps serving its version."""
+    """Raised when requests are still running after the drain timeout. The engine then keeps serving its current
+    version.
+    """
 
 
 @dataclass(slots=True)
@@ -217,7 +218,7 @@ class EngineChange:
 
         Raises:
             SupersededError: cancellation was requested. The engine keeps serving.
-            EngineError, OSError: the engine is not empty, or cannot be changed. It keeps serving.
+            EngineError, OSError: requests are still running, or the engine cannot be changed. The engine keeps serving.
         """
         try:
             await change.cancellation.interrupting(self._drain(engine))
@@ -373,7 +374,7 @@ class EngineChange:
                 await engine.drained(_DRAIN_POLL_S)
 
     async def _replace_engine(self, change: SwapInProgress, engine: Replica) -> SwapOutcome:
-        """Replace a dead or untrusted engine with a new one that runs the previous version."""
+        """Replace a dead or untrusted engine with a new engine that runs the previous version."""
         change.report("the engine cannot continue; replacing it")
         self.pool.count_restart()
         await self._start_before(change, engine)

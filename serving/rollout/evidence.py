@@ -30,7 +30,7 @@ _VERDICTS_S = 10.0
 """Interval, in seconds, at which all figures are recomputed while the outcome is undecided. Recomputing them
 takes 10 ms for 3,000 units, compared with microseconds for the outcomes alone."""
 _CLOCKS_DIFFER = timedelta(minutes=1)
-"""How much the clocks of servers that record ratings may differ."""
+"""Maximum difference between the clocks of servers that record ratings."""
 _MIN_REQUESTS_FOR_SHARE = 100
 _LARGE_SHARE = 0.5
 _LABELS = {
@@ -133,8 +133,8 @@ class _Clients:
 
 
 def _few_clients_text(name: str) -> str:
-    """Return the warning about one client that sends most requests. It contains no figures, so that its text never
-    changes and it is shown only once.
+    """Return the warning about a single client that sends most of the requests. It contains no figures, so that its
+    text never changes and it is shown only once.
     """
     return (
         "one user or conversation sends more than half of the requests but counts as one observation, so this step "
@@ -147,7 +147,7 @@ class ShadowEvidence:
     """Compares both versions' answers to the same requests.
 
     Latencies are shown but do not affect the outcome, because copies run one or two at a time, whereas production
-    requests run under whatever load there is.
+    requests run under the current load.
 
     Args:
         wanted: function that returns the number of requests after which the step ends.
@@ -224,7 +224,7 @@ def _replay_expectations(store: Store, record: RolloutRecord, kept: int) -> list
 
 
 def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -> list[str]:
-    """Return texts that say how long a rollout will take and which losses it can prove, for display before it starts.
+    """Return texts, displayed before a rollout starts, that say how long it will take and which losses it can prove.
 
     Args:
         kept: number of stored requests, if they are replayed because there is memory for only one engine.
@@ -261,7 +261,7 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
 
 
 def _takes(requests: float, per_day: int) -> str:
-    """Return text that says how long it takes to receive this many requests at the rate of the last day."""
+    """Return a text saying how long it takes for this many requests to arrive at the last day's request rate."""
     if not per_day:
         return "an unknown time"
     return f"about {timedelta(seconds=round(86_400 * requests / per_day))}"
@@ -296,11 +296,11 @@ def _arm(assigned: AssignedRequest) -> Arm:
 
 
 def _request(assigned: AssignedRequest) -> Request | None:
-    """Return a request as an observation of its assigned version, or None if it says nothing about that version.
+    """Return a request as an observation of its assigned version, or None if it is not evidence about that version.
 
     Requests refused by the gateway never count. Requests refused by an engine count for both versions: clients' own
     mistakes cancel out, and a version that refuses requests that the other version answers is detected. If a client
-    leaves before the first token, the time it waited is used instead.
+    disconnects before the first token, the time that it waited is used as its time to the first token.
     """
     refused, gone = assigned.outcome is RequestOutcome.REFUSED, assigned.outcome is RequestOutcome.CLIENT_GONE
     if refused and not assigned.reached_engine:

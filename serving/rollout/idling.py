@@ -185,7 +185,7 @@ class Idling:
             log.warning("could not free memory for %s; starting it anyway: %s", self.target(), error.wrong)
 
     async def _wanted(self) -> None:
-        """Wait until a request is queued, a request in a batch is waiting, a rollout is in progress, or an engine was
+        """Wait until a request is queued, a batch request is waiting, a rollout is in progress, or an engine was
         started for another reason.
         """
         while not (self.pool.ready or self.rolling_out() or self.admission.batch_slots.wanted):

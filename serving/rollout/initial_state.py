@@ -28,8 +28,8 @@ def choose_deployments(
 ) -> list[Desired]:
     """Return a desired state for each model with which a server starts, and store the set of models.
 
-    If other servers use the store, all of them serve the same models in the same versions, and a server that starts
-    changes neither.
+    All servers that share a store serve the same versions of the same models. A server that starts while others are
+    running changes neither.
 
     Args:
         models: models as passed to `choose_desired`. If empty, the models that were served last are used, or
@@ -39,9 +39,8 @@ def choose_deployments(
         needed: whether at least one model is required.
 
     Raises:
-        NotFoundError, RefusedError: see `choose_desired`. Also raised if no model is given and there is not
-            exactly one to choose, if a model is given more than once, or if other running servers serve other
-            models or versions.
+        NotFoundError, RefusedError: see `choose_desired`. Also raised if no model is given and the choice is not
+            unique, if a model is given more than once, or if other running servers serve other models or versions.
     """
     others = list(running_servers(store).values())
     chosen = list(models) or (desired_names(store) if every else deployed_names(store))
@@ -133,8 +132,8 @@ def require_servable(registry: Registry, target: Target) -> None:
 
 
 def servable_targets(registry: Registry, version: VersionId) -> list[Target]:
-    """Return a version in each format in which it can be served. The adapter format comes first, because other adapters
-    of the same base can share its engine. Empty if the version does not exist.
+    """Return one target for each format in which a version can be served. The adapter format comes first, because other
+    adapters of the same base can share its engine. The list is empty if the version does not exist.
     """
     targets = list[Target]()
     for format in (Format.ADAPTER, *SERVED_FORMATS):

@@ -51,7 +51,7 @@ class Journal:
         """Record that a swap has begun, and return its id. This does not wait for unwritten results of earlier swaps.
 
         Raises:
-            SQLAlchemyError: the write failed. The swap must not begin, because clients could not follow it.
+            SQLAlchemyError: the write failed. The swap must not begin, because clients could not track its progress.
         """
         return begin_swap(self._store, desired, server=self._server)
 
@@ -86,7 +86,8 @@ class Journal:
     def close(self, timeout_s: float | None = None) -> None:
         """Write the pending records, then stop.
 
-        Records that are not written in time are lost. When the server is next started, it closes their swaps.
+        Records that are not written in time are lost. The next time the server starts, it marks the swaps concerned as
+        ended.
 
         Args:
             timeout_s: maximum time to spend on writing, in seconds. The default exceeds the longest wait for a busy

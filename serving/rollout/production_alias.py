@@ -21,8 +21,8 @@ class ProductionAlias:
     """Keeps the `production` alias of one model up to date in MLflow.
 
     Args:
-        leads: function that returns whether this server leads the model. If there are several servers, only the leader
-            writes the alias.
+        leads: function that returns whether this server is the model's leader. If there are several servers, only the
+            leader writes the alias.
     """
 
     def __init__(self, tracking: Tracking, leads: Callable[[], bool] = lambda: True) -> None:
@@ -83,7 +83,7 @@ class ProductionAlias:
 
 
 def _is_defect(error: Exception) -> bool:
-    """Return whether an error is a defect, whose traceback is worth logging. Tracebacks of MLflow's own errors contain
-    its server's URL, which may include a password.
+    """Return whether an error is a bug in this program, so that its traceback is worth logging. Tracebacks of MLflow's
+    own errors contain its server's URL, which may include a password.
     """
     return not isinstance(error, SvcError)

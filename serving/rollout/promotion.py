@@ -1,4 +1,4 @@
-"""The request for a promotion, and its result.
+"""Types that describe the request for a promotion and its result.
 
 This module does not import the gates, which only the server checks.
 """
@@ -15,7 +15,7 @@ from svc.version import Format, Target, VersionId
 
 @dataclass(frozen=True, slots=True)
 class VersionChange:
-    """Result of a request to change a name's desired version.
+    """Result of a request to change a model's desired version.
 
     Attributes:
         before: the desired version before the change.
@@ -78,7 +78,7 @@ class PromotionRequest:
     Attributes:
         format: format to serve, or None to keep the format of the currently desired version.
         force: whether to promote the version even if a gate refuses it, for the given `reason`.
-        steps: steps that override the configured ones.
+        steps: steps that override the configured steps.
         dry_run: whether to check the gates without changing anything.
     """
 

@@ -1,8 +1,8 @@
 """Reconciles the served version with the desired one.
 
-Engines are started, changed and stopped only by code called from here. There are two loops, which never
-change the same engine concurrently. One starts missing engines, with backoff after failures (`Reviver.run`). The
-other changes the version (`Reconciler.follow`), and every change ends the same way:
+Engines are started, changed and stopped only by code called from here. There are two loops, which never change the same
+engine concurrently. The first loop starts missing engines, with backoff after failures (`Reviver.run`). The second loop
+changes the version (`Reconciler.follow`), and every change ends in the same steps:
 
     rollout requested ─▶ Rollouts.carry_out: shadow, canary ─▶ candidate desired ┐
     svc promote --direct, svc rollback ────────────────────▶ version desired ────┴▶ change_to ─▶ Swap ─▶ EngineChange
@@ -59,13 +59,13 @@ class Reconciler:
     Attributes:
         actual: the state that is being served or started. Initially, this is the desired state at server start.
         changes: notifications about changes in the store, which this object waits for.
-        leadership: the id of this server, and whether it leads the model.
-        slots: engine slots, which tell whether there is memory for another engine.
+        leadership: the id of this server, and whether this server is the model's leader.
+        slots: engine slots, used to check whether there is memory for another engine.
         swap: object that changes the version of the engines.
-        rollouts: object that carries out rollouts.
-        journal: journal that records swaps. The code that stops the server closes it.
+        rollouts: object that runs rollouts.
+        journal: journal that records swaps. It is closed by the code that stops the server.
         reviver: object that starts missing engines.
-        last_error: why the last swap or start failed.
+        last_error: reason why the last swap or start failed.
         promoting: whether a rollout or swap is in progress. Engines must not idle until it has ended.
     """
 
@@ -100,7 +100,7 @@ class Reconciler:
 
         Raises:
             SvcError: the version cannot be served. The error is a SwapError if another version was served before.
-                That version then becomes the desired one again, and the next start uses it.
+                That version then becomes the desired version again, and the next start uses it.
         """
         adopted = bool(self.pool.members)
         self.pool.fill()
@@ -180,7 +180,7 @@ class Reconciler:
         """Return the desired state if it is not in effect yet. A desired state whose swap failed is replaced by the
         served state.
 
-        Raises nothing if the store does not respond: the state is read again later.
+        No error is raised if the store does not respond: the state is read again later.
         """
         try:
             desired = await asyncio.to_thread(read_desired, self.store, self.actual.name)
@@ -293,7 +293,8 @@ class Reconciler:
             await self._restore(desired, before)
 
     async def _restore(self, failed: Desired, before: Desired) -> None:
-        """Make the version that is still served the desired one again, so that other servers return to it too.
+        """Make the version that is still being served the desired version again, so that other servers return to it
+        too.
 
         If the served version failed on another server, only this server serves it until another version is desired.
         Otherwise, the two servers would reject each other's versions forever.
@@ -349,7 +350,7 @@ class Reconciler:
             await self._rewrite(self.actual, self.actual.target, previous)
 
     async def _end_cut_off(self, result: SwapResult) -> None:
-        """Record the result of a swap that was interrupted when the server stopped.
+        """Record the result of a swap that was interrupted because the server stopped.
 
         The swap counts as failed if the server has now started with another version.
         """

@@ -1,8 +1,8 @@
-"""The shadow step of a rollout if there is memory for only one engine: it uses stored requests instead of copies of
-live ones.
+"""A rollout's shadow step when there is memory for only one engine: stored requests are replayed, instead of copies of
+live requests.
 
-While there are no requests from clients, the candidate is loaded into the only engine and answers stored requests one
-at a time. If a client sends a request meanwhile, the request is queued, and the production version is loaded again
+While no client sends requests, the candidate is loaded into the only engine and answers stored requests one at a time.
+If a client's request arrives during that time, the request is queued, and the production version is loaded again
 immediately to answer it.
 """
 
@@ -48,8 +48,8 @@ log = logging.getLogger(__name__)
 
 MAX_AGE = timedelta(days=7)
 MIN_UNITS = 20
-"""Smallest number of users, conversations or single requests to compare; 16 are enough to prove that a candidate always
-fails."""
+"""Smallest number of users, conversations or single requests to compare; 16 are enough to prove a loss if the candidate
+always fails."""
 QUIET_S = 5.0
 """Seconds without requests before the candidate is loaded. It is doubled after each load, because a request may have
 had to wait.
@@ -85,7 +85,8 @@ class Kept:
 
 
 def find_kept(store: Store, record: RolloutRecord, split: Split) -> Kept:
-    """Return the production version's newest stored requests from before the rollout that have not been replayed yet.
+    """Return the production version's newest requests that were stored before the rollout and have not been replayed
+    yet.
 
     Args:
         split: determines which requests belong to one user or conversation.
@@ -135,7 +136,7 @@ def require_replay(
     """Check that stored requests can be replayed if there is no memory for a second engine.
 
     Args:
-        engines: number of engines of the production version.
+        engines: number of engines that run the production version.
         load_s: time for which requests were queued when the production version was last loaded in place, if known.
         queue_timeout_s: longest time a request may be queued.
 
@@ -183,12 +184,12 @@ def require_replay(
 
 @dataclass(eq=False, kw_only=True)
 class Replay:
-    """Sends stored requests to a candidate and compares its answers with the stored ones.
+    """Sends stored requests to a candidate and compares its answers with the stored answers.
 
     Attributes:
         kept: the requests, as found by `find_kept`.
         split: determines which requests belong to one user, and whether answers should be JSON.
-        report: called with the text of each step.
+        report: function called with a description of each step.
     """
 
     engine_change: EngineChange
@@ -215,7 +216,8 @@ class Replay:
         """Replay the requests, then leave the engine running the production version.
 
         Args:
-            stop: ends the replay; the production version is loaded again before this function returns.
+            stop: cancellation that ends the replay. The production version is loaded again before this function
+                returns.
 
         Raises:
             SvcError: the candidate could not be loaded, or the engine died.
@@ -239,7 +241,8 @@ class Replay:
         return holds and self.admission.idle_s >= self._quiet_s
 
     async def _lend(self, engine: Replica, stop: Cancellation) -> None:
-        """Lend the engine to the candidate until a client's request is queued, or all requests were replayed.
+        """Run the candidate in the engine until a client's request is queued, or all stored requests have been
+        replayed.
 
         Raises:
             SupersededError: `stop` was requested.
@@ -269,7 +272,7 @@ class Replay:
         interrupt.ask("the engine is needed for the production version")
 
     async def _replay(self, engine: Replica, interrupt: Cancellation) -> None:
-        """Replay requests until all are compared, or the store does not respond."""
+        """Replay requests until all have been compared, or the store does not respond."""
         try:
             while self.kept.compared < self.wanted:
                 pair = await interrupt.interrupting(self._replayed(engine, self.kept.rows[self.kept.done]))
@@ -293,7 +296,7 @@ class Replay:
         Returns:
             None if the request was deleted or rejected by the engine, which may be due to parameters that are not
             stored. Also None if the answer is too large, or if the prompt no longer has its original length, for
-            example because its tools are missing.
+            example because its tool definitions are missing.
 
         Raises:
             EngineError: the engine died.
@@ -322,7 +325,7 @@ class Replay:
 def _copy(kept: RequestRecord, split: Split) -> Copy | None:
     """Return a stored request as it is sent to the engine, or None if it cannot be read.
 
-    It is streamed, so that an engine that answers slowly is not mistaken for a silent one.
+    The answer is streamed, so that a slow engine is not mistaken for one that has stopped responding.
     """
     fields = {"temperature": kept.temperature, "max_tokens": kept.max_tokens}
     try:

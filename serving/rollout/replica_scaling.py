@@ -1,7 +1,8 @@
-"""Lets the number of a model's replicas follow its load, within the limits of `engine.replicas`.
+"""Adjusts a model's number of replicas to its load, within the limits of `engine.replicas`.
 
-A new replica is a pool member without an engine, which the reviver starts and verifies like any other. A removed
-replica first answers its running requests. Nothing changes during a swap or a rollout, or while the model is idle.
+A new replica is a pool member without an engine; the reviver starts and verifies the engine, as for any other member. A
+removed replica first completes its running requests. Nothing changes during a swap or a rollout, or while the model is
+idle.
 """
 
 import asyncio
@@ -24,7 +25,8 @@ log = logging.getLogger(__name__)
 
 _INTERVAL_S = 5.0
 _MAX_REFUSED_PAUSE_S = 60.0
-"""Longest pause after a refusal. Each query to a Ray cluster runs in a process that takes 2 to 3 s of CPU time."""
+"""Longest pause, in seconds, after a replica could not be added. Each query to a Ray cluster runs in a process that
+takes 2 to 3 s of CPU time."""
 _NOT_STARTED = {EngineState.STOPPED, EngineState.STARTING, EngineState.FAILED}
 
 
@@ -37,7 +39,7 @@ class ReplicaScaling:
         target: function that returns the version in production.
         changing: function that returns whether a swap or a rollout is in progress.
         clock: function that returns the time in seconds.
-        refused: why a replica that the load requires cannot be added, or None.
+        refused: reason why a replica that the load requires cannot be added, or None.
     """
 
     policy: ScalingPolicy
@@ -84,7 +86,9 @@ class ReplicaScaling:
         return bool(self.pool.ready) and not joining and not self.changing()
 
     async def _add(self, wanted: int) -> None:
-        """Add the replicas that the load requires or, if there is not enough memory for all of them, one replica."""
+        """Add the replicas that the load requires, or a single replica if there is not enough memory for all of
+        them.
+        """
         if self.refused and self.clock() < self._ask_at:
             return
         size = self.pool.size

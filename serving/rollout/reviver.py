@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 _ROOM_PAUSE_S = 1.0
 _MAX_ROOM_PAUSE_S = 8.0
-"""Longest pause between two checks of the free memory. A query to a Ray cluster takes 2 to 3 s of CPU time."""
+"""Longest pause between two checks of the free memory, in seconds. A query to a Ray cluster takes 2 to 3 s of CPU
+time."""
 _BACKOFF_S: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 
 
@@ -47,7 +48,7 @@ class Reviver:
     Attributes:
         target: function that returns the version to start engines with. During a swap, this is the previous
             version.
-        slots: engine slots, which tell whether there is memory for another engine.
+        slots: engine slots, used to check whether there is memory for another engine.
         on_start: function called when a member has an engine again.
         on_error: function called with the reason why a member has no engine.
         backoff_s: pauses before the first, second, ... start after an engine died, in seconds. The last pause
@@ -103,8 +104,8 @@ class Reviver:
     async def _has_room(self, engine: Replica) -> bool:
         """Return whether there is enough memory to start the engine. If not, postpone the start.
 
-        During a swap, memory may be taken up by second or replaced engines, and replicas that the load had added may
-        no longer fit when the model wakes up.
+        During a swap, memory may be taken up by second or replaced engines, and replicas that were added because of the
+        load may no longer fit when the model wakes up.
         """
         grown = self.pool.size > self.slots.first_engines(self.target().version.name)
         if not self.pool.others and not grown:

@@ -3,14 +3,14 @@
     requested ─▶ loading ─▶ shadow ─▶ canary 5% ─▶ canary 25% ─▶ switching ─▶ promoted
                     └──────────┴────────────┴─────────────┴──▶ rolled back, undecided, cancelled or failed
 
-Each state is stored before it takes effect, so that a server that was killed continues where it stopped. The production
-version stays loaded until the end: a rollback only changes where requests are sent. If there is memory for only one
-engine, both steps are replaced by a replay of stored requests; see serving.rollout.replay.
+Each state is stored before it takes effect, so that a server that is killed and restarted resumes from that state. The
+production version stays loaded until the end: a rollback only changes where requests are sent. If there is memory for
+only one engine, both steps are replaced by a replay of stored requests; see serving.rollout.replay.
 
 If several servers serve the model, the server that holds the model's lease leads. Only the leader compares both
-versions and changes the stored state. The other servers follow: they load the candidate and send it the same clients,
-so that the requests of all servers count as evidence. If another server takes the lease, it continues with its own
-loaded candidate.
+versions and changes the stored state. The other servers follow: they load the candidate and route the same clients to
+it, so that the requests of all servers count as evidence. If another server takes the lease, the new leader continues
+with the candidate that it has already loaded.
 """
 
 import asyncio
@@ -74,11 +74,11 @@ ChangeTo = Callable[[Desired], Awaitable[SwapResult]]
 
 _POLL_S = 0.25
 _LOOK_S = 1.0
-"""Seconds between two checks of the evidence. Decisions remain valid no matter how often it is checked."""
+"""Seconds between two checks of the evidence. Decisions remain valid no matter how often the evidence is checked."""
 _STORE_PAUSE_S = 2.0
 _RESULT_S = 2.0
 """Seconds that a server may take to record why its swap failed, after it has made the previous version the desired
-one again."""
+version again."""
 _STOP_TIMEOUT_S = 45.0
 """Maximum time to load the production version again when the server stops. The service manager waits for this."""
 _MAX_REFERENCES = 200
@@ -99,10 +99,10 @@ class Rollouts:
 
     Attributes:
         changes: notifications about changes in the store, which this object waits for.
-        leadership: tells whether this server leads the model's rollouts.
+        leadership: object that knows whether this server leads the model's rollouts.
         report: function called with the rollout's id and a description of each step.
-        split: function that sets how the model's requests are split between two versions. None sends them all
-            to production.
+        split: function that sets how the model's requests are split between two versions. Passing None sends all
+            requests to production.
         active: whether a rollout is in progress. A rollout needs an engine with the production version.
         webhooks: URLs to which each transition is reported.
     """
@@ -125,7 +125,9 @@ class Rollouts:
 
     @property
     def leads(self) -> bool:
-        """Whether this server leads the model's rollouts. Exactly one of the servers that use the store does."""
+        """Whether this server leads the model's rollouts. Exactly one of the servers that share the store is the
+        leader.
+        """
         return self.leadership.leads(self.names.name)
 
     def takes_part(self, record: RolloutRecord, generation: int) -> bool:
@@ -173,10 +175,10 @@ class Rollouts:
 
 
 class _Run:
-    """One server's part in a rollout, which it leads or follows. The role can change.
+    """One server's part in a rollout, as its leader or as a follower. The role can change.
 
-    In both roles, the server loads the candidate and sends it the same clients. Only the leader compares both versions
-    and changes the rollout's stored state.
+    In both roles, the server loads the candidate and routes the same clients to it. Only the leader compares both
+    versions and changes the rollout's stored state.
     """
 
     def __init__(self, rollouts: Rollouts, record: RolloutRecord, change_to: ChangeTo) -> None:
@@ -241,7 +243,7 @@ class _Run:
         return False
 
     async def _follow(self) -> None:
-        """Send the candidate the same clients as the leader does, until this server must do something else.
+        """Route the same clients to the candidate as the leader does, until this server has to lead or to swap.
 
         If the candidate cannot be loaded or its engine dies, production answers all clients of this server.
 
@@ -363,7 +365,7 @@ class _Run:
         return self._candidate
 
     async def _unload(self) -> None:
-        """Send all clients to production, and unload the candidate unless it is in production."""
+        """Route all clients to production, and unload the candidate unless it is in production."""
         self._divide(None)
         self._candidate = None
         await self._loaded.aclose()
@@ -463,7 +465,7 @@ class _Run:
         )
 
     async def _canary(self, candidate: LoadedCandidate) -> None:
-        """Send a growing share of clients to the candidate.
+        """Route a growing share of clients to the candidate.
 
         A step ends once a loss larger than the margins has been ruled out.
         """
@@ -481,7 +483,7 @@ class _Run:
     async def _until(
         self, check: Callable[[], None], look: Callable[[], Look], is_done: Callable[[Look], bool]
     ) -> Look:
-        """Look at the evidence until the step is done.
+        """Check the evidence regularly until the step is done.
 
         Args:
             check: function that raises an error if the step cannot continue.
@@ -534,10 +536,11 @@ class _Run:
                 raise StoppedError(RolloutOutcome.CANCELLED, why)
 
     async def _continue_switch(self) -> None:
-        """Swap to the candidate, which is already the desired version, possibly since before a restart of the server.
+        """Swap to the candidate, which is already the desired version. The server may have been restarted since it
+        became so.
 
         Raises:
-            StoppedError: the swap failed, or another version became the desired one.
+            StoppedError: the swap failed, or another version became the desired version.
         """
         record, generation, server = self._record, self._record.generation + 1, self._parts.leadership.server
         while self._parts.names.served != record.target:  # else the server was started with it
@@ -564,7 +567,7 @@ class _Run:
 
         Raises:
             LeaseLostError: another server leads the rollout now.
-            StoppedError: a swap failed, or another version became the desired one before all servers had swapped.
+            StoppedError: a swap failed, or another version became the desired version before all servers had swapped.
         """
         record, generation, overtaken_at = self._record, self._record.generation + 1, float("inf")
         while True:
@@ -620,7 +623,9 @@ class _Run:
             raise LeaseLostError("another server may have led the rollout in the meantime")
 
     def _split_of(self, record: RolloutRecord) -> Split | None:
-        """Return how the clients are split in the rollout's state, or None if production answers all of them."""
+        """Return how clients are split between the two versions in the rollout's current state, or None if production
+        answers all of them.
+        """
         if record.state is not RolloutState.CANARY:
             return None
         return replace(self._split, share=record.plan.canary[record.step] / 100)
@@ -654,6 +659,8 @@ def _is_complete(look: Look) -> bool:
 
 
 def _expects_json(registry: Registry, version: VersionId) -> bool:
-    """Return whether a version's answers should be JSON, which is the case if all its held-out references are."""
+    """Return whether a version's answers should be JSON, which is the case if all its held-out reference answers are
+    JSON.
+    """
     references = [without_thinking(example.answer) for example in registry.heldout(version)[:_MAX_REFERENCES]]
     return bool(references) and all(map(is_json, references))

@@ -31,7 +31,7 @@ class Reading(NamedTuple):
     """A rollout and the desired state of its model, as read from the store.
 
     Attributes:
-        began: time before the read, in seconds of the monotonic clock.
+        began: time at which the read began, in seconds on the monotonic clock.
     """
 
     began: float
@@ -43,13 +43,13 @@ class RolloutWatch:
     """The state of a rollout as last read from the store.
 
     Args:
-        on_lapse: function called when the state could not be read for `LEASE_S`.
+        on_lapse: function called when the state has not been read successfully for `LEASE_S`.
 
     Attributes:
         seen: the rollout, as last read.
         lapsed: whether `on_lapse` has been called since `renew`.
         cancellation: requested when this server must no longer take part: a user stopped the rollout, another version
-            became the desired one, or the rollout has ended.
+            became the desired version, or the rollout has ended.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class RolloutWatch:
         return Reading(began, desired, record or self.seen)  # rollouts are never deleted
 
     def renew(self, reading: Reading) -> RolloutRecord:
-        """Start over with a new reading, and return the rollout."""
+        """Reset `lapsed`, take over a new reading of the state, and return the rollout."""
         self.lapsed = False
         self._note(reading)
         return self.seen

@@ -1,8 +1,9 @@
-"""Decides how many replicas a model needs from the number of its requests over time. It does not start or stop any.
+"""Decides how many replicas a model needs from the number of its requests over time. This module does not start or stop
+replicas itself.
 
 Replicas are added when the mean load over half a minute exceeds the target load of the current replicas. They are
-removed when fewer replicas would have been enough, with a margin, for the busiest half minute of a longer time, by
-default a quarter of an hour. A short burst therefore adds no replica, and a replica that was needed recently is not
+removed when fewer replicas would have been enough, with a margin, for the busiest half minute of a longer period (by
+default, a quarter of an hour). A short burst therefore adds no replica, and a replica that was needed recently is not
 removed.
 """
 
@@ -24,8 +25,8 @@ class ScalingPolicy:
     """Decides the number of replicas of one model.
 
     Attributes:
-        least, most: limits of the number of replicas.
-        sequences: requests that one replica answers at the same time.
+        least, most: limits on the number of replicas.
+        sequences: number of requests that one replica answers concurrently.
         hold_s: time for which fewer replicas must have been enough before one is removed, in seconds.
     """
 
@@ -41,7 +42,7 @@ class ScalingPolicy:
         """Return the desired number of replicas. Call this every few seconds.
 
         Args:
-            now: time of the observation, in seconds of any steady clock.
+            now: time of the observation, in seconds on any monotonic clock.
             requests: number of running and queued requests.
             replicas: current number of replicas, including those that are starting.
         """

@@ -1,4 +1,4 @@
-"""Starts an engine alongside the serving ones, for a blue-green swap or a rollout's candidate."""
+"""Starts an engine alongside the serving engines, for a blue-green swap or a rollout's candidate."""
 
 import asyncio
 

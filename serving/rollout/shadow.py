@@ -1,7 +1,7 @@
 """The shadow step of a rollout: the candidate answers copies of finished production requests.
 
 Copies never delay a client: they are sent after production has answered, a few at a time, and dropped while the server
-is busy. Dropped copies are counted, so that it is visible if a shadow step compares nothing.
+is busy. Dropped copies are counted, so that a shadow step that compares nothing can be noticed.
 
 Copies request the log-probabilities of the sampled tokens. Production's answer contains them only if the client
 requested them. To compare both versions, one copy in `PRODUCTION_INTERVAL` is therefore also sent to production.
@@ -46,7 +46,7 @@ PRODUCTION_INTERVAL = 4
 
 
 class Copy(NamedTuple):
-    """A request that production has answered, to be sent to a candidate.
+    """A copy of a request that production has answered, to be sent to a candidate.
 
     Attributes:
         payload: JSON for the engine, without `model`.
@@ -70,8 +70,8 @@ class Shadow:
     Attributes:
         candidate: the version to compare with production.
         expects_json: whether answers should be JSON.
-        is_shared: whether the candidate is an adapter in production's engines. If so, it is not blamed when an
-            engine dies.
+        is_shared: whether the candidate is an adapter in production's engines. If so, the candidate is not blamed when
+            an engine dies.
         on_pair: function called with each compared request, in another thread.
     """
 
@@ -90,7 +90,9 @@ class Shadow:
         self._turns = itertools.cycle([True] + [False] * (PRODUCTION_INTERVAL - 1))
 
     def wants(self) -> bool:
-        """Return whether to copy the next request. If the server or the queue is busy, count the copy as dropped."""
+        """Return whether to copy the next request. If requests are waiting or the queue is full, count the copy as
+        dropped.
+        """
         if self._queue.full() or self.admission.queued:
             self.metrics.shadow_request(ShadowOutcome.DROPPED)
             return False
@@ -183,7 +185,7 @@ class Shadow:
 
 
 def compared(copy: Copy, answer: "CopyAnswer", seconds: float, *, expects_json: bool) -> ShadowPair:
-    """Return the comparison of both versions' answers to a request, in the form in which it is stored.
+    """Return the comparison of both versions' answers to a request, as it is stored.
 
     Args:
         seconds: time until the candidate's answer was complete.
@@ -211,7 +213,7 @@ def compared(copy: Copy, answer: "CopyAnswer", seconds: float, *, expects_json: 
 
 
 def _kind(error: SvcError) -> str:
-    """Return an error's type and HTTP status. Its message is left out, because it may quote a client's request."""
+    """Return an error's type and HTTP status. The message is omitted, because it may quote a client's request."""
     status = f" (status {error.status})" if isinstance(error, EngineRefusedError) else ""
     return f"{type(error).__name__}{status}"
 

@@ -49,10 +49,10 @@ class Split:
 
     A user or conversation keeps its version throughout the rollout, except when it moves from production to the
     candidate as the share grows. Its name and the rollout determine its position between 0 and 1. The candidate serves
-    everyone whose position is below the share, which never shrinks.
+    every user or conversation whose position is below the share, which never shrinks.
 
     Attributes:
-        rollout: id of the rollout. Different rollouts begin with different users.
+        rollout: id of the rollout. In different rollouts, different users are assigned to the candidate first.
         share: share of users or conversations that the candidate answers, from 0 to 1.
         expects_json: whether the model's answers should be JSON.
         by_request: whether each request is assigned independently.

@@ -1,10 +1,9 @@
 """Changes the version of all engines without losing any request or mixing two versions in one answer.
 
 `EngineChange` changes one engine after another, while the other engines keep answering requests. If the
-swap fails or is superseded, the previous version is restored and verified again on every engine. An engine
-on which this fails accepts no requests. Each engine is held while it is being changed. An engine that dies
-before or after its turn is restarted with the previous version, independently of the swap, and then
-changed.
+swap fails or is superseded, the previous version is restored and verified again on every engine. An engine that cannot
+be restored accepts no requests. Each engine is held while it is being changed. An engine that dies before or after its
+turn is restarted with the previous version, independently of the swap, and then changed.
 """
 
 import asyncio
@@ -38,7 +37,7 @@ class Swap:
 
     Attributes:
         planner: planner that chooses the kind of swap.
-        engine_change: object that changes the version of a single engine.
+        engine_change: object that changes a single engine's version.
     """
 
     planner: SwapPlanner
@@ -57,7 +56,7 @@ class Swap:
         Args:
             current: version that the engines run.
             report: function called with a description of each step.
-            cancellation: cancellation which, if requested, stops the swap and restores `current`.
+            cancellation: if it is requested, the swap stops and `current` is restored.
         """
         began, cancellation = time.monotonic(), cancellation or Cancellation()
         try:

@@ -1,4 +1,4 @@
-"""Plans a swap, running every check that can be made before an engine is touched."""
+"""Plans a swap, running every check that is possible before an engine is changed."""
 
 import asyncio
 import time
@@ -48,11 +48,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SwapPlanner:
-    """Chooses the kind of swap with which to change a version.
+    """Chooses the kind of swap for a version change.
 
     Attributes:
         choice: setting that decides whether to start a second engine even if an in-place reload is possible.
-        slots: engine slots, which tell whether there is memory for another engine and which capabilities it would have.
+        slots: engine slots, used to check whether there is memory for another engine and which capabilities it would
+            have.
         patience_s: longest time to wait until stopping engines have freed their memory and starting engines
             have allocated theirs, in seconds.
     """
@@ -67,7 +68,7 @@ class SwapPlanner:
     async def plan(self, current: Target, target: Target, report: Report) -> Plan:
         """Plan a swap after comparing the two versions and checking their files.
 
-        All checks are made first, because a failed reload kills the engine.
+        All checks are run before the swap, because a failed reload kills the engine.
 
         Args:
             current: version that the engines run.

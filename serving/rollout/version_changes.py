@@ -24,10 +24,10 @@ from svc.version import Target
 
 
 class VersionChanges:
-    """Changes which versions are desired, and requests and stops rollouts.
+    """Changes the desired versions, and requests or stops rollouts.
 
     Args:
-        served: function that returns the version served under each name, which may not be the desired one yet.
+        served: function that returns the version served under each name, which may not be the desired version yet.
         configured: function that returns a model's settings, including its gates and rollout steps.
     """
 
@@ -84,10 +84,10 @@ class VersionChanges:
     def rollback(self, name: str, *, reason: str | None, actor: Actor) -> VersionChange:
         """Make the previous version the desired one.
 
-        During a promotion or rollout, the version that is being served stays the desired one instead.
+        During a promotion or rollout, the version that is being served stays the desired version instead.
 
         Raises:
-            NotFoundError: the name is not served, or has no previous version.
+            NotFoundError: the name is not served, or no previous version is recorded for it.
             BusyError: the desired version was changed concurrently.
         """
         current, served = self._current(name)

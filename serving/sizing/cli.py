@@ -121,9 +121,9 @@ def plan(
 ) -> None:
     """Find out how many replicas a load needs, and what latency, memory and cost to expect.
 
-    Engines are simulated with the times that --measure has written, or else with published figures of the GPU,
-    which are less exact. With --measure, a short load is sent to a running server, or to an engine that is
-    started for a version; --prompt and --answer set its lengths.
+    Engines are simulated with step times measured by --measure. Without measurements, step times are estimated from the
+    GPU's published figures, which is less accurate. With --measure, a short load is sent to a running server, or to an
+    engine that is started for a version; --prompt and --answer set its lengths.
     """
     settings = settings_of(ctx)
     if target is None:

@@ -29,7 +29,7 @@ from svc.version import Target
 
 _REPEATS = 3
 _TOKENS = (256, 8192)
-"""Range of token ids in random prompts. Every tokenizer in use has them, and they are seldom special tokens."""
+"""Range of token ids in random prompts. Every common tokenizer has these ids, and few of them are special tokens."""
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 _DONE = "data: [DONE]"
 
@@ -45,10 +45,10 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class LoadClient:
-    """Sends requests of exact lengths to vLLM's completions, directly or through a gateway.
+    """Sends requests of exact lengths to vLLM's completions route, directly or through a gateway.
 
     Attributes:
-        path: path of the completions.
+        path: path of the completions route.
         model: model name.
     """
 
@@ -107,7 +107,7 @@ async def measure(
     Args:
         prompt, answer: lengths of the requests in tokens.
         concurrency: largest number of running answers.
-        on_step: called after each of the `len(levels(concurrency)) + 2` measured points.
+        on_step: function called after each of the `len(levels(concurrency)) + 2` measured points.
     """
     rng = random.Random(time.time_ns())  # noqa: S311 - no secret
 
@@ -145,7 +145,9 @@ async def _step_s(client: LoadClient, prompt: list[int], answer: int, running: i
 
 
 def levels(concurrency: int) -> list[int]:
-    """Return the measured numbers of running answers: powers of two, and the largest number."""
+    """Return the numbers of running answers to measure: powers of two below `concurrency`, and `concurrency`
+    itself.
+    """
     return sorted({concurrency, *(2**power for power in range(10) if 2**power < concurrency)})
 
 
@@ -159,10 +161,11 @@ async def server_client(endpoint: Endpoint) -> AsyncIterator[LoadClient]:
 
 @asynccontextmanager
 async def engine_client(settings: Settings, target: Target) -> AsyncIterator[LoadClient]:
-    """Start an engine for a version, and yield a client for it. The engine is stopped at the end.
+    """Start an engine for a version, and yield a client for it. The engine is stopped when the context ends.
 
     Raises:
-        BusyError: a server is running on this home; its engines would share the machine with this one.
+        BusyError: a server is running in this home directory, and its engines would share the machine with the measured
+            engine.
         EngineError: the engine could not be started.
     """
     if holder := lock_holder(settings.home / LOCK_FILE):

@@ -37,11 +37,11 @@ class ModelSize:
         label: name for display.
         parameters: number of weights.
         expert_share: share of the weights that belong to experts.
-        used_share: share of the experts that are used for a token.
+        used_share: share of the experts that is used for each token.
         weight_bytes: size of all weights in memory.
         token_bytes: size of one token in the KV cache over all layers.
-        heads, kv_heads: numbers of attention heads and key-value heads, which limit the numbers of GPUs that can share
-            the model.
+        heads, kv_heads: numbers of attention heads and key-value heads, which limit how many GPUs the model can be
+            split across.
     """
 
     label: str
@@ -68,11 +68,12 @@ def read_model_size(model: str, bits: int | None) -> ModelSize:
     """Return the size of a model.
 
     Args:
-        model: a size in billions of parameters, such as `8b`, or a folder with a config.json, or that file.
-        bits: bits per weight. None stands for the size of the folder's weight files or, without such files, 16 bits.
+        model: a size in billions of parameters, such as `8b`, or the path of a config.json or of the folder that
+            contains it.
+        bits: bits per weight. If None, the size of the folder's weight files is used or, without such files, 16 bits.
 
     Raises:
-        SettingsError: the model is none of these, or its config lacks the layer widths.
+        SettingsError: `model` is neither a size nor such a path, or the config lacks the layer widths.
     """
     path = Path(model)
     if path.name == "config.json":
@@ -135,9 +136,11 @@ def _of_folder(folder: Path, bits: int | None) -> ModelSize:
 
 
 def _parameters(config: dict[str, Any]) -> tuple[int, int, float]:
-    """Return the numbers of weights outside and inside experts, and the share of experts that are used for a token.
+    """Return the numbers of weights outside and inside experts, and the share of the experts that is used for each
+    token.
 
-    Biases, norms, routers and shared experts are left out. A feed-forward block has three matrices as in Llama.
+    Biases, norms, routers and shared experts are not counted. A feed-forward block is assumed to have three matrices,
+    as in Llama.
     """
     hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
     width = config.get("head_dim") or hidden // heads

@@ -1,4 +1,4 @@
-"""Finds the number of replicas that can answer a load in time, and the memory, latency and rollout effect to expect."""
+"""Calculates the number of replicas that a load needs, and the expected memory use, latency and effect of a rollout."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -18,7 +18,8 @@ _MAX_GPUS = 8
 _MAX_REPLICAS = 1024
 _MIN_REQUESTS, _MAX_REQUESTS = 3000, 20_000
 _HORIZON = 20
-"""Simulated time as a multiple of the demanded latency, so that a queue that keeps growing exceeds it."""
+"""Simulated time as a multiple of the required latency. It is long enough for a growing queue to exceed that
+latency."""
 _RELOAD_BYTES_PER_S = 4e9
 _RELOAD_S = 3.0
 """Assumed speed of an in-place reload, and its duration in seconds if the size of the weights is unknown. On an H200,
@@ -27,7 +28,7 @@ reloading 16 GB took 3.5 s (vllm#49459)."""
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Percentiles over requests, in seconds."""
+    """Percentiles of the requests' latency, in seconds."""
 
     p50: float
     p95: float
@@ -43,11 +44,11 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory of one replica, in bytes over all its GPUs.
+    """Memory of one replica, in bytes, summed over its GPUs.
 
     Attributes:
         cache_tokens: tokens that fit into the KV cache.
-        second_engine: whether a second engine with a KV cache for one request fits next to it, on the same GPUs.
+        second_engine: whether a second engine with a KV cache for one request also fits on the same GPUs.
     """
 
     total: float
@@ -75,7 +76,7 @@ class RolloutEffect:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The smallest number of replicas that meets the demand.
+    """The smallest number of replicas that meets the required latency, and the performance to expect from it.
 
     Attributes:
         gpus: GPUs per replica.
@@ -92,11 +93,11 @@ class Plan:
 
 
 def choose_gpus(size: ModelSize, gpu: ListedGpu, tokens: int) -> tuple[int, Memory]:
-    """Return the smallest number of GPUs per replica whose memory fits the model and one request, and how the memory is
-    used.
+    """Return the smallest number of GPUs per replica with enough memory for the model and one request, and how the
+    memory is used.
 
     Args:
-        tokens: prompt and answer of one request.
+        tokens: combined length of the prompt and answer of one request, in tokens.
 
     Raises:
         SettingsError: not even eight GPUs have enough memory.
@@ -116,15 +117,15 @@ def choose_gpus(size: ModelSize, gpu: ListedGpu, tokens: int) -> tuple[int, Memo
 def make_plan(
     workload: Workload, p95_s: float, times: StepTimes, sequences: int, memory: Memory | None, reload_s: float | None
 ) -> Plan:
-    """Return the smallest number of replicas with which 95% of the answers are complete in time.
+    """Return a plan with the smallest number of replicas that completes 95% of the answers in time.
 
     Args:
-        p95_s: the demanded latency in seconds.
+        p95_s: the required 95th percentile of the latency, in seconds.
         sequences: maximum number of concurrent requests per replica.
         reload_s: duration of a reload in seconds, or None to assume one.
 
     Raises:
-        SettingsError: no number of replicas meets the demand.
+        SettingsError: no number of replicas meets the requirement.
     """
     limits = Limits(sequences, memory.cache_tokens if memory else None)
     idle = [_alone(replace(workload, spread=0.0), times, limits, 1), _alone(workload, times, limits, 200)]
@@ -157,7 +158,7 @@ def predict(workload: Workload, replicas: int, times: StepTimes, sequences: int,
 
 
 def differs_from_measurement(workload: Workload, times: StepTimes) -> bool:
-    """Return whether the load's requests are less than half or more than twice as long as the measured ones."""
+    """Return whether the load's requests are less than half or more than twice as long as the measured requests."""
     if not isinstance(times, MeasuredTimes):
         return False
     pairs = ((workload.prompt, times.prompt), (workload.answer, times.answer))
@@ -173,7 +174,7 @@ def _alone(workload: Workload, times: StepTimes, limits: Limits, count: int) -> 
 
 
 def _smallest(enough: Callable[[int], bool]) -> int:
-    """Return the smallest sufficient number of replicas, assuming that more replicas are never worse."""
+    """Return the smallest sufficient number of replicas, assuming that adding replicas never increases the latency."""
     high = 1
     while not enough(high):
         high *= 2

@@ -1,4 +1,5 @@
-"""The time of one engine step: measured on an engine and stored as JSON, or estimated from a GPU's published figures.
+"""Durations of engine steps, either measured on an engine and stored as JSON, or estimated from a GPU's published
+figures.
 
 In each step a vLLM engine computes the next token of every running answer, and part of the prompts of new requests.
 """
@@ -20,12 +21,14 @@ from svc.files.disk import write_whole
 _STEP_TOKENS = 2048
 _LARGE_STEP_TOKENS = 8192
 _LARGE_MEMORY_GIB = 70
-"""vLLM 0.32 schedules up to 8,192 tokens per step on GPUs with at least 70 GiB except A100, else 2,048."""
+"""vLLM 0.32 schedules up to 8,192 tokens per step on GPUs with at least this much memory (except A100), and up to 2,048
+on all other GPUs."""
 _BANDWIDTH_SHARE = 0.7
 _COMPUTE_SHARE = 0.5
-"""Assumed shares of a GPU's published bandwidth and operations that an engine reaches. Neither was measured here."""
+"""Assumed shares of a GPU's published memory bandwidth and compute throughput that an engine reaches. Neither share was
+measured."""
 _MANY_GPUS_SHARE = 0.8
-"""Assumed share of several GPUs' speed that remains after they have exchanged their results in each layer."""
+"""Assumed efficiency of several GPUs that share a model, given that they exchange results in each layer."""
 _STEP_OVERHEAD_S = 0.0005
 _ROOFLINE_OVERHEAD_S = 0.01
 
@@ -50,9 +53,8 @@ class MeasuredTimes(BaseModel):
     """Times that `svc plan --measure` measured on an engine. The file's format is described in docs/scale.md.
 
     Attributes:
-        model: model name and where it was served.
-        prompt, answer: lengths of the measured requests in tokens. Steps may take a different time for requests of
-            other lengths.
+        model: name of the model, and where it was served.
+        prompt, answer: lengths of the measured requests in tokens. Step times may differ for requests of other lengths.
         decoding: time of a step without prompts, by number of running answers.
         prefill: time to first token of an uncached prompt on an idle engine, by number of prompt tokens.
         step_tokens: maximum number of tokens in one step.
@@ -136,8 +138,8 @@ def _interpolated(points: tuple[Point, ...], count: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Times estimated from published figures: a step takes as long as its memory reads or its operations, whichever is
-    longer.
+    """Step times estimated from published figures: a step takes as long as its memory reads or its computation,
+    whichever takes longer.
 
     Attributes:
         gpus: number of GPUs per replica.

@@ -21,12 +21,12 @@ _WARM_UP = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests that arrive at random (Poisson).
+    """Requests that arrive at random times (a Poisson process).
 
     Attributes:
         rps: requests per second.
         prompt, answer: mean lengths in tokens.
-        spread: standard deviation of both lengths divided by their mean; lengths are log-normal.
+        spread: standard deviation of each length divided by its mean. Lengths have a log-normal distribution.
     """
 
     rps: float
@@ -55,7 +55,7 @@ class Request:
 
     Attributes:
         first, last: times of the first and last token.
-        left: prompt tokens that are not computed yet.
+        left: number of prompt tokens that have not been computed yet.
     """
 
     arrived: float
@@ -79,7 +79,7 @@ class Limits:
     """Capacity of one replica.
 
     Attributes:
-        sequences: maximum number of concurrent requests; further ones wait.
+        sequences: maximum number of concurrent requests. Further requests wait.
         cache_tokens: tokens that fit into the KV cache, or None if unknown.
     """
 
@@ -108,7 +108,7 @@ class _Replica:
         self._waiting.append(request)
 
     def advance(self, until: float) -> None:
-        """Compute steps until one ends at or after the given time."""
+        """Simulate steps until a step ends at or after the given time."""
         while self._now < until and self.load:
             self._admit()
             if self._prompts:
@@ -151,7 +151,9 @@ class _Replica:
             heapq.heappush(self._answers, (self._steps + request.answer - 1, self._added, request))
 
     def _decode(self, until: float) -> None:
-        """Compute all steps up to the next finished answer or the given time. All of them have the same composition."""
+        """Simulate all steps up to the next finished answer or the given time. The same answers take part in each of
+        these steps.
+        """
         step_s = self._times.step_s(len(self._answers), 0, self._context)
         steps = min(self._answers[0][0] - self._steps, ceil((until - self._now) / step_s) if until < inf else inf)
         steps = max(1, int(steps))
@@ -166,9 +168,7 @@ class _Replica:
 
 @dataclass(eq=False)
 class _Rollout:
-    """A rolling swap: one replica after another gets no new requests until it has become idle and has reloaded its
-    weights.
-    """
+    """A rolling swap. One replica after another stops receiving requests, becomes idle, and reloads its weights."""
 
     begins: float
     reload_s: float
@@ -191,7 +191,7 @@ class _Rollout:
 
 
 def simulate(requests: Sequence[Request], replicas: int, times: StepTimes, limits: Limits) -> Sequence[Request]:
-    """Answer all requests, and return those after the warm-up."""
+    """Simulate answering all requests, and return the requests that arrived after the warm-up."""
     engines = [_Replica(times, limits) for _ in range(replicas)]
     for request in requests:
         for engine in engines:
@@ -205,7 +205,7 @@ def simulate(requests: Sequence[Request], replicas: int, times: StepTimes, limit
 def simulate_rollout(
     requests: Sequence[Request], replicas: int, times: StepTimes, limits: Limits, *, reload_s: float
 ) -> tuple[Sequence[Request], float]:
-    """Answer all requests while the weights of each replica are reloaded in turn.
+    """Simulate answering all requests while the replicas reload their weights in turn.
 
     Returns:
         The requests that arrived during the rollout, and its duration in seconds.
@@ -229,7 +229,7 @@ def simulate_rollout(
 
 
 def _ticks(requests: Sequence[Request], interval_s: float) -> Iterator[tuple[float, Request | None]]:
-    """Yield each request's arrival, and further times in between, at which a replica may have become idle."""
+    """Yield each request's arrival time, and times in between at which to check whether a replica has become idle."""
     now = requests[0].arrived
     for request in requests:
         while now + interval_s < request.arrived:

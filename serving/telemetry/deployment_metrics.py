@@ -123,7 +123,7 @@ class DeploymentMetrics:
     def watch_admission(
         self, running: Callable[[], int], queued: Callable[[], int], batched: Callable[[], int] = lambda: 0
     ) -> None:
-        """Make gauges report the number of running and queued requests, and of batch requests, on each scrape."""
+        """Make the gauges report the numbers of running, queued and batch requests on each scrape."""
         self.instruments.running.labels(self.model).set_function(running)
         self.instruments.batched.labels(self.model).set_function(batched)
         self.instruments.queued.labels(self.model).set_function(queued)
@@ -134,7 +134,7 @@ class DeploymentMetrics:
             self.instruments.engine_state.labels(self.model, state.value).set(states.count(state))
 
     def replicas_wanted(self, count: int) -> None:
-        """Set the number of engines that the load needs, within the limits."""
+        """Set the number of engines that the load requires, within the configured limits."""
         self.instruments.replicas_wanted.labels(self.model).set(count)
 
     def engine_restarted(self) -> None:
@@ -174,7 +174,7 @@ class DeploymentMetrics:
         self.instruments.shadow_requests.labels(self.model, outcome.value).inc()
 
     def woke(self, seconds: float) -> None:
-        """Record the time taken to start or wake an idle engine."""
+        """Record how long it took to start or wake an idle engine."""
         self.instruments.wake_duration.labels(self.model).observe(seconds)
 
     def version_loaded(self, served: Target) -> None:

@@ -3,9 +3,9 @@
     request log ──records with texts──▶ queue ──≤ 100 at a time──▶ process: items ──▶ store
 
 Importing the feature code takes 2 s and 300 MB, and each prompt takes up to 5 ms of CPU time. The process
-is therefore not started until the first request for a version that has something to compare it with. It
-runs at a low priority (niceness 10) and exits with its parent. If it dies, the next batch starts another
-process. Texts are kept only in memory, and are neither stored nor logged.
+is therefore not started until the first request for a version whose drift reference allows a comparison. It runs at a
+low priority (niceness 10) and exits with its parent. If it dies, the next batch starts another process. Texts are kept
+only in memory, and are neither stored nor logged.
 """
 
 import logging
@@ -52,10 +52,10 @@ _BATCH = 100
 """Maximum number of records per batch. A prompt takes 0.9 ms in a batch of 100, but 4.5 ms on its own."""
 _GATHER_S = 1.0
 _ANSWER_TIMEOUT_S = 600.0
-"""Seconds without a response after which the process is considered hung. On a busy machine, starting it takes
+"""Seconds without a response after which the process is considered hung. On a busy machine, starting the process takes
 a minute."""
 _PAUSE_S = 10.0
-"""Seconds to wait before starting another process after one died during a batch."""
+"""Seconds to wait before starting another process after the previous process died during a batch."""
 _CLOSE_S = 2.0
 """Seconds allowed for storing a full queue when the server stops. If the process has only just been started,
 its records are lost."""
@@ -256,8 +256,8 @@ class _FeatureMaker:
         """Compute and store the features of a batch.
 
         Returns:
-            The number of requests whose features were lost due to an unexpected error, and the targets that have
-            nothing to be compared with.
+            The number of requests whose features were lost due to an unexpected error, and the targets for which there
+            is no usable drift reference.
         """
         lost, off = 0, set[Target]()
         records: dict[Target, list[RequestRecord]] = {}

@@ -24,8 +24,8 @@ _NOT_SHOWN = "vllm:lora_requests_info"
 """vLLM metric that is omitted because its labels contain adapter names. Names change on each load, so the
 number of series would be unbounded."""
 _TIMEOUT_S = 2.0
-"""Seconds to wait for an engine's metrics. The timeout is short because the server's own metrics must not wait
-for a hung engine, which is when they are needed most."""
+"""Seconds to wait for an engine's metrics. The timeout is short because the server's own metrics must not be delayed by
+a hung engine: they are needed to diagnose the problem."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 Clients cannot create new series: models that are not served are counted as `unknown`, routes and reasons
 are enums, and only statuses that the gateway sends are counted. Since the number of versions grows,
 versions without requests for a day are removed (see `remove_idle`). The number of key ids grows too, but
-only the operator can create keys. This module does not cover the engine's own metrics, nor those of engines
-and rollouts (see `deployment_metrics`).
+only the operator can create keys. The metrics that vLLM itself exposes and the metrics of engines and rollouts are not
+defined here (see `engine_metrics` and `deployment_metrics`).
 """
 
 import time
@@ -81,7 +81,7 @@ class GatewayMetrics:
     Attributes:
         rows_stored: function that counts rows written to the store.
         spans_sent: function that counts spans accepted by the receiver.
-        loop_lagged: function called with the delay after which the event loop woke up a task, in seconds.
+        loop_lagged: function called with the delay with which the event loop woke up a task, in seconds.
     """
 
     def __init__(self, registry: CollectorRegistry, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -262,7 +262,7 @@ class GatewayMetrics:
     def between_tokens(self, served: Target) -> Callable[[float], None]:
         """Return a function that records the time between two tokens, in seconds.
 
-        It should be called once per answer, to save a lookup per token.
+        Call this once per answer, to avoid a lookup for each token.
         """
         return self._between_tokens.series(*self._version_labels(served.version)).observe
 

@@ -45,8 +45,8 @@ _BATCH = 1000
 writing them."""
 _YIELD_S = 0.0005
 """Seconds to pause after processing each request's content. Without the pause, the event loop has to wait for
-Python's switch interval, 5 ms, on each of its turns: with 8 streams at full load, the 99th percentile was
-113 ms without the pause and 41 ms with it."""
+Python's switch interval, 5 ms, in each iteration: with 8 streams at full load, the 99th percentile was 113 ms without
+the pause and 41 ms with it."""
 _SPANS_PER_PAUSE = 50
 """Number of spans created before the thread pauses again. Creating them takes a millisecond or two."""
 _GATHER_S = 0.2
@@ -54,7 +54,8 @@ _GATHER_S = 0.2
 few times per second."""
 _PRUNE_EVERY_S = 60.0
 _SUMMED_EVERY = 10
-"""Number of prunings after which the size of all rows is summed up again if other servers may add rows too."""
+"""Number of pruning passes after which the total size of all rows is recalculated if other servers may also add
+rows."""
 _RETRY_S = 1.0
 _ESCAPED = 6  # growth of a character, at most, in ASCII-only JSON: \u00e9
 _GOOD_STATUS = 200
@@ -202,7 +203,7 @@ class RequestLog:
     def has_grown(self, size: int) -> None:
         """Increase the recorded size of the stored rows.
 
-        This must also be called when another writer adds to the rows, for example for feedback.
+        Other code that adds data to the rows, such as feedback, must also call this.
         """
         with self._lock:
             self._grown_bytes += size
@@ -357,7 +358,9 @@ def _stored(entry: _Entry, texts: _Texts | None) -> RequestRecord:
 
 
 def _checked(record: RequestRecord, entry: _Entry) -> RequestRecord:
-    """Return a row, adding whether its answer is valid JSON if a rollout needs that and the answer is complete."""
+    """Return a row. If a rollout needs it and the answer is complete, also record in the row whether the answer is
+    valid JSON.
+    """
     content = entry.content
     if content is None or not content.expects_json or content.too_long or not _is_good(record):
         return record

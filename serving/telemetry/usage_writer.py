@@ -1,7 +1,7 @@
 """Writes the usage of each key to the store in a thread, every few seconds and when the server stops.
 
 Limits survive a restart, because each key's usage so far today is read first. If several servers can use the store, the
-usage of the others is read after every write.
+usage on the other servers is read after every write.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ from svc.store.usage import Usage
 log = logging.getLogger(__name__)
 
 _EVERY_S = 5.0
-"""Seconds between writes. If the server dies, at most the usage of this period is lost. Each write adds one row for
-each key and model in use."""
+"""Seconds between writes. If the server dies, at most the usage recorded in this period is lost. Each write adds one
+row for each key and model in use."""
 
 
 @dataclass(eq=False)
@@ -32,10 +32,12 @@ class UsageWriter:
     """Writes the counts of a usage meter to the store, and reads the counts of other servers.
 
     Attributes:
-        on_used_today: called with tokens that keys used today, by key id. The first call has the tokens from before the
-            start of this server. Later calls have the tokens that other servers have added since the previous call.
-        on_used_elsewhere: called with usage on other servers since the last call, by key id, and the number of servers.
-        now: function that returns the current time, which decides which day is today.
+        on_used_today: function called with the number of tokens that each key used today, by key id. The first call
+            reports the tokens used before this server started; later calls report the tokens that other servers added
+            since the previous call.
+        on_used_elsewhere: function called with the usage on other servers since the last call, by key id, and with the
+            number of running servers.
+        now: function that returns the current time, which determines the current day.
     """
 
     store: Store

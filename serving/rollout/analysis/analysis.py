@@ -33,7 +33,9 @@ TYPICAL_SHARES: Mapping[Signal, float] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Margins:
-    """Largest allowed loss of each signal: a ratio for `first_token`, and a difference in shares for all others."""
+    """Largest allowed loss on each signal: a ratio for `first_token`, and a difference in shares for all other
+    signals.
+    """
 
     errors: float = 0.01
     invalid: float = 0.01
@@ -143,12 +145,12 @@ class Analysis:
     def detectable(
         self, units: int, share: float, production: Mapping[Signal, float] = TYPICAL_SHARES
     ) -> dict[Signal, float]:
-        """Return the smallest loss in each signal that this rollout can detect with 80% power.
+        """Return the smallest loss on each signal that this rollout can detect with 80% power.
 
         Args:
             units: planned number of candidate units with data for the signal; at least 1.
             share: the candidate's share of the units; above 0 and below 1.
-            production: production's values of the signals that are shares.
+            production: production's measured shares, for the signals that are shares.
         """
         error = self._budget.wrong_rollback
         margins = {

@@ -1,18 +1,18 @@
 """Collects evidence about a loss by betting, so that it can be checked at any time.
 
 A bet stakes a fraction c of its money on a payoff of at least -1, which multiplies the money by 1 + c *
-payoff. If the payoffs are at most 0 on average, whatever came before, the probability that the money ever
-reaches 1 / a is at most a (Ville's inequality). So there is no fixed sample size, and frequent checks do
-not add wrong decisions (Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by
-betting", J. R. Stat. Soc. B 86).
+payoff. If the payoffs are at most 0 on average, regardless of earlier payoffs, the probability that the money ever
+reaches 1 / a is at most a (Ville's inequality). Therefore, no fixed sample size is needed, and frequent checks do not
+cause more wrong decisions (Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting", J.
+R. Stat. Soc. B 86).
 
 A difference between -1 and 1 gives two payoffs: `proof` is at most 0 on average if the mean difference is
 at most a bound, `exclusion` if the mean difference is at least the bound. The bounds that are not refuted
 form a confidence sequence.
 
 The money is divided among a few fixed stakes. Adaptive stakes (aGRAPA, in the same paper) prove losses equally early,
-but rarely rule out a loss of one percentage point: they stop betting after an early chance loss, and need 1.5 to more
-than 3 times as many units.
+but rarely rule out a loss of one percentage point: they stop betting after an early loss that is due to chance, and
+need 1.5 to more than 3 times as many units.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 
 STAKES = (0.1, 0.2, 0.4, 0.8)
 """Fractions of the money staked on each payoff. The largest stake proves a large loss within 50 candidate units. The
-smallest stake suits losses close to the margin in frequent events."""
+smallest stake works best for frequent events whose loss is close to the margin."""
 _MAX_MONEY = 1e100  # far beyond any decision, and far from overflow
 _BISECTIONS = 20
 
@@ -37,10 +37,10 @@ class Budget:
     """Allowed probabilities of wrong decisions in one rollout.
 
     Attributes:
-        wrong_rollback: probability of proving a loss beyond the margin, for any signal, although there is none.
-        wrong_advance: probability of ruling out a loss beyond the margin for all signals, although there is
-            one. The budget is not divided among signals: a candidate that is worse in one signal advances only
-            if that signal's verdict is wrong.
+        wrong_rollback: probability of proving a loss beyond the margin, for any signal, although there is no such loss.
+        wrong_advance: probability of ruling out a loss beyond the margin for all signals, although there is such a
+            loss. The budget is not divided among signals: a candidate that is worse on one signal advances only if that
+            signal's verdict is wrong.
     """
 
     wrong_rollback: float = 0.005
@@ -111,15 +111,15 @@ def limits(
     """Return anytime-valid confidence limits of a loss.
 
     The lower limit is the largest bound refuted from below, the upper limit the smallest refuted from above.
-    Each has the error probability of its decision: the lower limit is above the margin if and only if a loss is
-    proven, and the upper limit is at most the margin if a loss is ruled out.
+    Each limit has the error probability of the corresponding decision: the lower limit is above the margin if and only
+    if a loss is proven, and the upper limit is at most the margin if a loss is ruled out.
 
     Args:
         proof_at: function that returns the money against the claim that the loss is at most a bound. It
             decreases with the bound.
         exclusion_at: function that returns the money against the claim that the loss is at least a bound. It
             increases with the bound.
-        between: range of the loss, whose ends are returned where nothing is refuted.
+        between: range of the loss. If no bound is refuted from one side, the end of the range on that side is returned.
     """
     lowest, highest = between
     low = last_refuted(lambda bound: proof_at(bound) >= 1 / budget.wrong_rollback, lowest, highest)

@@ -1,4 +1,4 @@
-"""Compares candidate and production on one signal, either a share of units or the 95th percentile of a time."""
+"""Compares candidate and production on one signal, either a share of units or the 95th percentile of a latency."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from svc.evaluation.verdict import GateOutcome
 
 PERCENTILE = 0.95
 _MIN_PRODUCTION = 50
-"""Number of production units needed for a first estimate of their 95th percentile. Times are not compared until
+"""Number of production units needed for a first estimate of their 95th percentile. Latencies are not compared until
 then."""
 _GROWTH = 1.01
 """Factor by which the number of production units must grow before the percentile is estimated again."""
@@ -122,12 +122,12 @@ class ShareComparison:
 
 
 class LatencyComparison:
-    """Compares the 95th percentile of a time between candidate and production.
+    """Compares the 95th percentile of a latency between candidate and production.
 
     It compares two shares: candidate units above `margin` times a threshold, and production units above the threshold.
     The threshold is production's 95th percentile as estimated before the block. If every quantile of the candidate is
     at most `margin` times production's, the first share is at most the second at any threshold. An inaccurate threshold
-    therefore costs power, but does not increase the probability of wrong proofs. Replacing `margin` by other ratios
+    therefore costs power, but does not increase the probability of wrong proofs. Replacing `margin` with other ratios
     gives the limits of the ratio.
 
     Confidence sequences of both percentiles (Howard and Ramdas 2022) need about five times as many units for the
@@ -168,7 +168,7 @@ class LatencyComparison:
         self._estimate(production)
 
     def _estimate(self, production: Times) -> None:
-        """Set the threshold for the next block from production's times."""
+        """Estimate the threshold for the next block from production's latencies."""
         if production.count >= self._next_estimate:
             self._threshold = production.quantile(PERCENTILE)
             self._next_estimate = _GROWTH * production.count

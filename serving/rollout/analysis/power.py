@@ -3,7 +3,7 @@
 The result is approximate. It assumes that each unit is a single request (sessions can prove smaller losses), and that a
 block has one candidate unit and the usual number of production units. The logarithm of a bet's money is assumed to be
 normally distributed, with the mean and variance calculated exactly for one block. A loss is considered proven if one of
-the stakes, with its share of the money, proves it with 80% power. Times are assumed to be lognormal.
+the stakes, with its share of the money, proves it with 80% power. Latencies are assumed to be lognormal.
 """
 
 import math
@@ -15,7 +15,8 @@ from serving.rollout.analysis.comparisons import PERCENTILE
 from svc.sample_size import Z_POWER
 
 _SIGMA = 0.5
-"""Assumed standard deviation of a time's logarithm. With it, the 95th percentile is 2.3 times the median."""
+"""Assumed standard deviation of the logarithm of a latency. With this value, the 95th percentile is 2.3 times the
+median."""
 _MAX_RATIO = 100.0
 _BISECTIONS = 30
 
@@ -67,7 +68,7 @@ def _is_proven(units: int, share: float, candidate: float, production: float, ma
     """Return whether at least one of the stakes proves a loss beyond the margin.
 
     Args:
-        candidate, production: share of each arm's units that have the event.
+        candidate, production: share of each arm's units in which the event occurs.
     """
     # A block may contain several candidate units before the first one of production.
     blocks = units / (1 + share / (1 - share) - share)

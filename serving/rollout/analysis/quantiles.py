@@ -1,4 +1,4 @@
-"""Quantiles of times, with anytime-valid confidence limits."""
+"""Quantiles of durations, with anytime-valid confidence limits."""
 
 import math
 
@@ -29,7 +29,7 @@ class Times:
         """Return a quantile of the times, rounded up by at most 1%.
 
         Raises:
-            ValueError: there are no times.
+            ValueError: no times have been recorded.
         """
         if not self.count:
             raise ValueError("no times")

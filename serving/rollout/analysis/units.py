@@ -1,6 +1,6 @@
 """Groups requests into units of analysis.
 
-Requests from the same user depend on each other, so they count as one observation.
+Requests from the same user are not independent, so they count as one observation.
 """
 
 import statistics
@@ -25,8 +25,8 @@ class Request:
     """A finished request, reduced to the fields that the analysis needs.
 
     Attributes:
-        unit: key of the user or, if there is none, the conversation that was assigned to the arm. None if the
-            request has neither, which makes it a unit by itself.
+        unit: key of the user (or, if the user is unknown, of the conversation) that was assigned to the arm. If None,
+            the request has neither and is a unit by itself.
         ended_at: when the request ended, in seconds since any fixed time.
         failed: whether the request failed because of the server. Requests that failed because of the client
             (4xx) are not added.
@@ -63,7 +63,7 @@ class Unit(NamedTuple):
 
     Attributes:
         errors: share of failed requests.
-        invalid: share of invalid outputs among those checked, or None if none were checked.
+        invalid: share of invalid outputs among the checked outputs, or None if no output was checked.
         first_token_s: median time to the first token, in seconds. None if no request has a time to the first
             token.
     """
@@ -98,8 +98,8 @@ class OncePerStep:
     """Tracks whether a unit may still be observed in the current step of the rollout.
 
     When the candidate's share grows, some production units, drawn at random, are assigned to the candidate.
-    Production units may therefore be observed once more. Candidate units stay with the candidate, so another
-    observation would only repeat the first.
+    Production units may therefore be observed once more. Candidate units stay with the candidate, so observing them
+    again would add no new information.
     """
 
     def __init__(self) -> None:
@@ -122,8 +122,8 @@ class OncePerStep:
 class Units:
     """Groups requests into units, and returns the units in the order in which their observations end.
 
-    Each unit is observed once per step, for `WINDOW_S`. A client with a third of the traffic therefore counts
-    as much as any other.
+    Each unit is observed once per step, for `WINDOW_S`. A client with a third of the traffic therefore counts as much
+    as any other client.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Runs gates that an operator configures, each of which is a command, a Python function or a file of results.
+"""Runs gates that an operator configures, each of which is a command, a Python function or a result file.
 
 Commands and functions come only from the settings. Neither a client nor a version can choose them.
 """

@@ -53,7 +53,7 @@ def check_gates(promotion: Promotion, settings: GateSettings, now: datetime) -> 
 
 
 def refusing_gates(gates: Sequence[GateRow], settings: GateSettings) -> tuple[GateRow, ...]:
-    """Return the gates that block a promotion: all failed ones and, depending on the settings, undecided ones."""
+    """Return the gates that block a promotion: all failed gates and, depending on the settings, undecided gates."""
     verdicts = {GateVerdict.FAILED}
     if settings.undecided is UndecidedGates.REFUSE:
         verdicts.add(GateVerdict.UNDECIDED)

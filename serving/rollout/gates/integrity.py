@@ -1,4 +1,4 @@
-"""Checks a version itself: that it is complete, was checked at registration, and is not too old."""
+"""Checks the version itself: whether it is complete, was checked at registration, and is recent enough."""
 
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +11,7 @@ _DAY_S = 86_400
 
 
 def check_integrity(folder: Path, manifest: Manifest, format: Format) -> tuple[GateRow, ...]:
-    """Return the results of the gates on a version's registration, files, parity report, probes and licence."""
+    """Return the results of the gates on a version's registration, files, parity report, probes and license."""
     return (
         _check_registration(manifest),
         _check_files(folder, manifest, format),
@@ -22,8 +22,8 @@ def check_integrity(folder: Path, manifest: Manifest, format: Format) -> tuple[G
 
 
 def check_freshness(manifest: Manifest, max_age_days: float | None, now: datetime) -> GateRow:
-    """Return the result of the gate on the age of a version's training data and of its evaluation, which is as old as
-    the version.
+    """Return the result of the gate on the age of a version's training data and evaluation. The evaluation is as old as
+    the version itself.
     """
     data_at = manifest.data.modified_at
     data = None if data_at is None else _days(now, data_at)

@@ -1,4 +1,4 @@
-"""Compares a version's quality with production, using the results of each example at registration.
+"""Compares a version's quality with production's, using the per-example results recorded at registration.
 
 No code from a version is run: if a metric scores examples, its scores are read from the stored results.
 """

@@ -1,4 +1,4 @@
-"""Checks results exported by other tools: the share of passed tests and its 95% interval.
+"""Checks results exported by other tools: the share of passed tests and its 95% confidence interval.
 
 Three file formats are recognized by their content:
 
@@ -21,7 +21,8 @@ from svc.evaluation.verdict import judge
 from svc.store.gate_rows import GateRow, GateVerdict
 
 _MAX_BYTES = 64 * 2**20
-"""Maximum size of a result file, in bytes. Parsing a larger file would block the server's other threads."""
+"""Maximum size of a result file, in bytes. Parsing a larger file would block the server's other threads for too
+long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ def check_result_file(name: str, path: Path, min_pass_share: float, registered_a
     """Return the result of the gate on the share of passed tests in a file. If the file cannot be read, the gate fails.
 
     Args:
-        registered_at: when the version was registered. Results older than that belong to another version.
+        registered_at: when the version was registered. Results from before then belong to another version.
     """
     limit = f"at least {min_pass_share:g} passed"
     try:

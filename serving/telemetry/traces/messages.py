@@ -14,7 +14,7 @@ def input_messages(prompt: str) -> str:
     """Return a prompt's messages as JSON.
 
     Args:
-        prompt: JSON of chat messages, or of a plain completion's texts.
+        prompt: JSON of chat messages, or of a plain completion's prompt.
     """
     turns = json.loads(prompt)
     turns = turns if isinstance(turns, list) else [turns]
@@ -85,5 +85,7 @@ def _result(id: Any, response: Any) -> dict[str, Any]:
 
 
 def _json(messages: list[dict[str, Any]]) -> str:
-    """Return the messages as JSON without lone surrogates, because a single one would fail a batch of spans."""
+    """Return the messages as JSON without lone surrogates, because a single surrogate would make a whole batch of spans
+    fail.
+    """
     return json.dumps(messages, ensure_ascii=False).encode("utf-8", "replace").decode("utf-8")

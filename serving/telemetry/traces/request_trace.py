@@ -1,6 +1,6 @@
-"""A request's position in its trace, and those span values that are not part of the request's log row.
+"""Trace context of a request, and the span values that are not part of the request's log row.
 
-It is created and filled in on the event loop, so it contains only plain values. Another thread builds the
+A `RequestTrace` is created and filled in on the event loop, so it contains only plain values. Another thread builds the
 span later. This module imports nothing from OpenTelemetry.
 """
 
@@ -13,7 +13,7 @@ from svc.store.requests import RequestRecord
 
 
 class SpanDropped(StrEnum):
-    """Why a span, or part of it, was not sent."""
+    """Reason why a span, or part of it, was not sent."""
 
     QUEUE_FULL = "queue_full"
     SEND_FAILED = "send_failed"
@@ -67,7 +67,7 @@ class RequestTrace:
 class SpanSink(Protocol):
     """Builds and sends the spans of completed requests.
 
-    Its methods are called in the thread that writes rows, and never wait.
+    Its methods are called in the thread that writes rows, and never block.
     """
 
     def add(self, trace: RequestTrace, record: RequestRecord) -> None:

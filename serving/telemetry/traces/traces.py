@@ -1,7 +1,7 @@
 """Traces requests: begins a span for each request, and sends it to the receiver when the request has finished.
 
-No request waits for the receiver. If spans arrive faster than the receiver accepts them, they are dropped and counted,
-and so is content beyond the queue's limit. OpenTelemetry's own code handles malformed Trace Context headers.
+No request waits for the receiver. If spans are created faster than the receiver accepts them, excess spans are dropped
+and counted, as is content beyond the queue's limit. OpenTelemetry's own code handles malformed Trace Context headers.
 """
 
 import logging
@@ -31,8 +31,8 @@ MAX_QUEUED = 4096
 MAX_QUEUED_CONTENT = 64 * 2**20
 """Maximum total number of characters in queued prompts and answers."""
 _BATCH = 64
-"""Maximum number of spans sent to the receiver in one request. Serializing this many takes 5 ms, which is
-Python's switch interval. With more spans, the event loop would have to wait several times."""
+"""Maximum number of spans sent to the receiver in one request. Serializing this many spans takes 5 ms, which is
+Python's switch interval. With more spans, the event loop would have to wait for several intervals."""
 _EVERY_MS = 2000
 _CLOSE_S = 5.0
 _PARENT, _STATE = b"traceparent", b"tracestate"
@@ -175,7 +175,7 @@ class Traces(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        """Stop waiting between attempts. Any later batch is dropped immediately."""
+        """Stop waiting between attempts to send a batch. Any later batch is dropped immediately."""
         if not self._ended:
             self._ended = True
             self.exporter.shutdown()
