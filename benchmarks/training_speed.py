@@ -4,7 +4,7 @@ All three train the same LoRA on the same tokens with the same batch, precision 
 round every trainer runs once, each in a separate process. Only the tokens of the examples count, not
 padding.
 
-All of them use the number type that tuneserve chooses for this device. In float32, TRL runs without
+All of them use the data type that tuneserve chooses for this device. In float32, TRL runs without
 gradient checkpointing, which costs time and saves memory that a CPU has. The utilization of the machine
 is shown as the share of its matrix speed: the necessary operations of a step per second, relative to a
 bare product of similar shape.
@@ -107,7 +107,7 @@ class Task:
     Attributes:
         base: folder of the base model.
         examples: training examples, used for exactly one epoch.
-        number_type: number type of the matrix products.
+        number_type: data type of the matrix products.
     """
 
     base: Path
@@ -403,7 +403,7 @@ def _times_as_fast(rounds: Sequence[Round], rival: Contestant) -> dict[str, Any]
 @click.option(
     "--number-type",
     type=click.Choice(list(NumberType)),
-    help="Number type to use.  [default: this device's]",
+    help="Data type to use.  [default: this device's]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def main(pairs: int, steps: int, curve_steps: int, number_type: NumberType | None, as_json: bool) -> None:

@@ -27,7 +27,7 @@ class MachineSpeed:
     """Speed measurements of a machine.
 
     Attributes:
-        number_type: number type used for training on this machine.
+        number_type: data type used for training on this machine.
         speed: floating-point operations per second for a layer's product and its gradients.
         import_s: seconds to import torch in a new process.
     """

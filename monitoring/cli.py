@@ -145,12 +145,12 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
     """Return a snapshot of a server's status, metrics and drift.
 
     Args:
-        of: a remote server's address, or a home's settings. Drift results are available only for a home.
+        of: a remote server's address, or the settings of a home. Drift results are available only for a home.
         models: names of the models to show; if empty, all models are shown.
 
     Raises:
         ServerNotRunningError: no server is running, or it does not respond or gives an unexpected response.
-        NotFoundError: a model is neither served nor among those that the server refused to serve.
+        NotFoundError: a model is not served, and the server did not refuse to serve it either.
     """
     import httpx
 
@@ -205,7 +205,7 @@ def _store(home: Path, store: StoreSettings) -> "Store":
 
 
 def _drift(settings: Settings, state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the latest status of each of the served version's drift signals and of its held-out quality.
+    """Return the latest status of the served version's drift signals and of its held-out quality.
 
     The result is empty if no check has run yet or its results cannot be read.
     """

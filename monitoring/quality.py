@@ -4,14 +4,14 @@ The same weights on the same kind of engine give the same results except for rou
 therefore not traffic drift but a serving fault, such as wrong weights, a broken kernel, or a cache that
 answers for another version.
 
-An engine of a different kind from the one used at registration rounds differently. On such an engine,
-later runs are compared with its first run, and only the probes (serving/replicas/verification.py) check
-whether that first run is good.
+An engine of a different kind from the one used at registration rounds differently. Later runs on such an engine are
+therefore compared with its first run, and only the probes (serving/replicas/verification.py) check whether the first
+run itself is correct.
 
 The log-likelihood counts as changed if its mean change is too large to be rounding and large enough to
-matter. The primary metric counts as changed if an exact paired test of its scores is significant. Each test
-raises at most one false alarm in 10,000 runs. At the default interval, the two tests together raise less than
-one in three years.
+matter. The primary metric counts as changed if an exact paired test of its scores is significant. Each test raises at
+most one false alarm per 10,000 runs. At the default interval, the two tests together raise less than one false alarm in
+three years.
 
 The test flips signs (Fisher 1935): without a change, a score is as likely to rise as to fall by the same
 amount. Equal answers have equal scores and carry no information. For scores of 0 or 1, it is McNemar's exact
@@ -44,7 +44,7 @@ _ROUNDING_NATS = 0.05
 """Assumed standard deviation of the rounding difference for one example. The measured value was 0.03."""
 
 _SAME = 1e-9
-"""Score differences below this count as rounding. Equal answers differ by less than this on any machine."""
+"""Score differences below this value count as rounding. On any machine, scores of equal answers differ by less."""
 _FLIPS = 99_999
 
 
@@ -79,17 +79,16 @@ class QualityReport:
 
     Attributes:
         why: the reason if the quality is unknown.
-        nll, registered_nll: negative log-likelihood of the reference answers in nats per token, averaged
-            over their tokens. On a different kind of engine than at registration, the figures of the first run on that
-            engine replace the registered ones.
+        nll, registered_nll: negative log-likelihood of the reference answers in nats per token, averaged over their
+            tokens. If the engine is of a different kind than at registration, the results of the first run on that
+            engine replace the registered results.
         nll_p: p-value of the mean change under the hypothesis that only rounding differs.
         exact_match, registered_exact_match: shares of answers that match the reference exactly.
-        exact_match_p: p-value of McNemar's exact test; only for display, unless exact match is the watched
-            metric.
+        exact_match_p: p-value of McNemar's exact test. It is only displayed, unless exact match is the watched metric.
         metric: name of the watched metric: the primary metric or, if the primary metric names one, its `watched_by`
             metric.
         score, registered_score: means of the watched metric.
-        score_p: p-value of the exact test of its scores.
+        score_p: p-value of the exact test of the watched metric's scores.
         examples: number of examples compared.
         asked_at: time at which the held-out run ended.
     """
@@ -200,9 +199,9 @@ def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
 def _sign_flips(changes: NDArray[np.float64]) -> float:
     """Return the p-value of the sum of the changes under the hypothesis that their signs are random.
 
-    With up to 16 changes, all sign combinations are tried. Otherwise, 100,000 random combinations are used. They
-    include the observed one, so that false alarms are never more frequent than the significance level (Phipson and
-    Smyth 2010).
+    With up to 16 changes, all sign combinations are tried. Otherwise, 100,000 random combinations are used. These
+    include the observed combination, so that false alarms are never more frequent than the significance level (Phipson
+    and Smyth 2010).
     """
     from scipy.stats import binomtest, permutation_test
 

@@ -73,7 +73,7 @@ def _work(sender: Connection, work: Callable[..., object], arguments: tuple[Any,
 
 
 def end_with_parent() -> None:
-    """Stop this process as soon as its parent exits. Call this first in a spawned process.
+    """Make this process stop as soon as its parent exits. Must be the first call in a spawned process.
 
     Ctrl-C is ignored in this process and handled by the parent, because a terminal sends it to both.
     """

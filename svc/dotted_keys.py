@@ -1,4 +1,4 @@
-"""Lists the keys allowed in a file, based on the pydantic model that validates it."""
+"""Lists the keys allowed in a file, based on the pydantic model that validates the file."""
 
 import difflib
 from collections.abc import Sequence

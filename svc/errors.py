@@ -152,7 +152,7 @@ class InsufficientMemoryError(SvcError):
 class GateError(RefusedError):
     """Raised when a gate refuses a promotion.
 
-    The version either failed a check or was measured to be worse.
+    The version either failed a check or is measurably worse.
     """
 
     exit_code = 23

@@ -52,7 +52,7 @@ def make_fine_tuned_name(*, model: str, organization: str, suffix: str, job: str
 
 
 def parse_fine_tuned_name(text: str) -> FineTunedName | None:
-    """Return the name in a text, or None if the text is not the name of a fine-tuned model."""
+    """Parse a fine-tuned model's name. Return None if the text is not such a name."""
     kind, *parts = text.split(":")
     if f"{kind}:" != PREFIX or len(parts) not in (_PARTS - 1, _PARTS):
         return None

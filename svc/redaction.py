@@ -3,7 +3,7 @@
 Replaces this service's keys, email addresses, phone numbers, card numbers and matches of custom patterns. Patterns are
 imprecise: a number that only looks like a phone number is redacted in the log (never in the answer), and a phone number
 in an unusual notation is not. No pattern covers names or places. To keep all of these out of the log, disable the
-storing of prompts and answers.
+storage of prompts and answers.
 
 Clients choose the text, so every pattern here runs in linear time, and custom patterns run within a time
 limit.
@@ -35,7 +35,8 @@ _PHONE = re.compile(
 _MIN_CARD_DIGITS = 13
 _OWN_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK = "[redacted]", "[mail]", "[card]", "[phone]"
 PLACEHOLDERS = (_OWN_BLANK, KEY_BLANK, _MAIL_BLANK, _CARD_BLANK, _PHONE_BLANK)
-"""Placeholders for redacted text. A text that contains one is not exactly what the model read or wrote."""
+"""Placeholders for redacted text. A text that contains a placeholder differs from the text that the model read or
+wrote."""
 
 
 class RedactionTimeoutError(SvcError):
@@ -55,7 +56,7 @@ class RedactionTimeoutError(SvcError):
 
 
 class Redactor:
-    """Replaces each match by a placeholder that names the kind of data, for example `[mail]`.
+    """Replaces each match with a placeholder that names the kind of data, for example `[mail]`.
 
     Args:
         own: custom patterns. They are applied after the key pattern, because a partly removed key would not
@@ -140,7 +141,7 @@ def _blank_card(match: re.Match[str]) -> str:
 
 
 def _luhn(number: str) -> bool:
-    """Return whether a number's check digit is valid (ISO/IEC 7812). Nine in ten random numbers fail."""
+    """Return whether a number's check digit is valid (ISO/IEC 7812). Nine out of ten random numbers fail this check."""
     digits = [int(digit) for digit in number if digit.isdigit()]
     if len(digits) < _MIN_CARD_DIGITS:
         return False

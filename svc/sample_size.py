@@ -18,7 +18,7 @@ import math
 Z_INTERVAL = 1.959964
 """Standard normal quantile at 0.975, used for the bounds of a 95% interval."""
 Z_POWER = 0.841621
-"""Standard normal quantile at 0.8, for a power of 80%: a loss of that size is detected in four of five
+"""Standard normal quantile at 0.8, for a power of 80%: a loss of the assumed size is detected in four of five
 samples."""
 ASSUMED_CHANGED = 0.1
 """Assumed share of answers that change between right and wrong. It is used until both models have answered."""

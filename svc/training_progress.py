@@ -114,7 +114,7 @@ class ProgressReader:
         self._offset = 0
 
     def read(self) -> list[ProgressRecord]:
-        """Return the records since the last call. A last line that is incomplete is left for the next call.
+        """Return the records since the last call. An incomplete last line is left for the next call.
 
         Lines that are not valid records are skipped, because a full disk may cut off a line.
         """

@@ -7,12 +7,12 @@ from enum import StrEnum
 from svc.errors import NotFoundError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-"""Pattern for model names of at most 63 characters that are safe as folders, as metric labels and in URLs."""
+"""Pattern for model names of at most 63 characters that are safe as folder names, as metric labels and in URLs."""
 NUMBER_PATTERN = r"[1-9][0-9]{0,8}"
 
 
 class Format(StrEnum):
-    """Form in which a version is served, or written for other programs (GGUF)."""
+    """Format in which a version is served, or exported for other programs (GGUF)."""
 
     ADAPTER = "adapter"
     MERGED = "merged"
@@ -24,7 +24,7 @@ class Format(StrEnum):
 
 
 QUANTIZED_FORMATS = (Format.GPTQ, Format.AWQ, Format.INT8, Format.FP8)
-"""Formats that are quantized from the merged model."""
+"""Formats produced by quantizing the merged model."""
 SERVED_FORMATS = (*QUANTIZED_FORMATS, Format.MERGED)
 """Formats with complete models, in the order in which a server prefers them."""
 

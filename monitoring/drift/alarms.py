@@ -46,7 +46,7 @@ class AlarmBook:
         """Start an alarm for a changed feature.
 
         Args:
-            moved: the feature that changed, with its reference and live values.
+            moved: report line of the changed feature, including its reference and live values.
             since: time of the first item that shows the change.
             called_at: time of the item that raised the alarm.
             examples: ids of requests that show the change.

@@ -1,9 +1,9 @@
-"""The bets placed on a stream of requests.
+"""Defines the bets that are placed on a stream of requests.
 
 Each bet is on a set of feature values, chosen before an item arrives. Its bound is the largest share of items
 in the set that still counts as normal: `SLACK` times the upper limit of the 90% Wilson interval of the
-reference's share. Daily cycles, weekends and a growing client change the shares of topics and lengths by less
-than that, so they do not count as drift.
+reference's share. Daily cycles, weekends and a client's growth change the shares of topics and lengths by less than
+this bound allows, so they do not count as drift.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +19,12 @@ from svc.drift_reference.sample import Floats, Names, Sample
 
 SLACK, SURE = 2.0, 1.64
 _MAX_BOUND = 0.7
-"""Largest bound a set may have. A bet on a set with a larger bound could win almost nothing."""
+"""Largest bound that a set may have. A bet on a set with a larger bound could hardly win anything."""
 _TAILS = (0.0, 0.02, 0.1)
-"""Shares of the reference that lie in a feature's two tails combined. With a share of 0, the tails contain only values
-outside the reference's range."""
+"""Fractions of the reference that lie in a feature's two tails combined. With a fraction of 0, the tails contain only
+values outside the reference's range."""
 _MIN_SHARE = 0.02
-"""Minimum share of the reference for a category to get its own set. All rarer categories and new ones share one set."""
+"""Minimum fraction of the reference for a category to get its own set. Rarer and new categories share a single set."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Bet:
     """A bet that a feature's values fall into a given set.
 
     Attributes:
-        bound: largest probability of the set that still counts as normal.
+        bound: largest probability of a value being in the set that still counts as normal.
         contains: function that returns, for each value of the feature, whether it is in the set.
     """
 

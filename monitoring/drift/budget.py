@@ -1,7 +1,7 @@
 """The false alarm budget: at most 0.1 false drift alarms are expected per 10,000 requests.
 
-The budget covers all signals and features of a version. Each bet (monitoring.drift.evidence) has a fixed
-share of it.
+The budget covers all signals and features of a version. Each bet (monitoring.drift.evidence) gets a fixed share of the
+budget.
 """
 
 from collections.abc import Mapping
@@ -22,4 +22,4 @@ class Signal(StrEnum):
 
 
 SIGNAL_SHARES: Mapping[Signal, float] = {Signal.INPUT: 0.6, Signal.OUTPUT: 0.25, Signal.PEOPLE: 0.15}
-"""Each signal's share of the false alarm budget. The input has the largest share because it changes first."""
+"""Each signal's share of the false alarm budget. The input share is the largest, because prompts change first."""

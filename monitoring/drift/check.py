@@ -1,7 +1,7 @@
 """Runs one drift check for a version: passes new requests through the detector and stores the results.
 
-The results do not depend on how often checks run or on which process runs them. Only one check runs at a time: a lock
-in the home and, in PostgreSQL, a lease ensure it.
+The results do not depend on how often checks run or on which process runs them. A lock in the home and, with
+PostgreSQL, a lease ensure that only one check runs at a time.
 """
 
 import logging
@@ -61,8 +61,7 @@ State = TypeVar("State")
 
 @contextmanager
 def only_check(home: Path, store: Store) -> Iterator[Lease | None]:
-    """Exclude other processes from checking for drift, in this home or this store, for the duration of the `with`
-    block.
+    """Prevent other processes that use this home or this store from checking for drift while the `with` body runs.
 
     Raises:
         BusyError: another process is running a check.
@@ -78,7 +77,7 @@ class _Bets:
     Attributes:
         accepted: the accepted traffic that serves as reference, or None if the reference is the version's examples.
         detector: the detector, or None if nothing can be compared.
-        missing: the reason why answers, or any data at all, cannot be compared.
+        missing: the reason why answers cannot be compared or, if `detector` is None, why nothing can be compared.
     """
 
     target: Target
@@ -242,7 +241,7 @@ class DriftCheck:
     ) -> bool:
         """Return whether the earlier traffic reports are still current.
 
-        They are current if this process made them with the same reference and no new request has arrived since.
+        They are current if this process computed them with the same reference and no new request has arrived since.
         """
         bets = self._bets.get(target.version.name)
         same = bets is not None and (bets.target, bets.accepted) == (target, accepted)
@@ -251,7 +250,7 @@ class DriftCheck:
         return same and compared and newest is not None and newest.id <= state.cursor and not self._are_stale(target)
 
     def _are_stale(self, target: Target) -> bool:
-        """Return whether requests are still being answered long after the last one whose features were stored."""
+        """Return whether requests are still answered, but no request features have been stored for a long time."""
         newest = self._newest(target)
         since = newest.item.started_at + _STALE if newest else None
         return was_answered(self._store, target, after=since, before=self._clock() - _MAKING)
@@ -296,7 +295,7 @@ class DriftCheck:
 
 
 def read_reports(states: Mapping[str, DriftState]) -> list[SignalReport]:
-    """Return the reports of the last check, skipping any that another release wrote in an incompatible format."""
+    """Return the reports of the last check. Reports in an incompatible format of another release are skipped."""
     reports = list[SignalReport]()
     for signal in Signal:
         try:
@@ -308,7 +307,7 @@ def read_reports(states: Mapping[str, DriftState]) -> list[SignalReport]:
 
 
 def _read(kind: TypeAdapter[State], stored: DriftState | None, first: State) -> State:
-    """Return the stored state, or `first` if there is none or another release wrote it in an incompatible format."""
+    """Return the stored state, or `first` if no state is stored or its format is incompatible with this release."""
     try:
         return kind.validate_json(stored.state) if stored else first
     except ValidationError:

@@ -1,9 +1,9 @@
-"""Limits each client to about its usual share, so that one client's batch does not look like drift."""
+"""Limits each client to about its usual share of the requests, so that one client's batch does not look like drift."""
 
 from collections import Counter, deque
 
 COMPARED = 100
-"""Number of most recent counted requests over which each client's share is limited."""
+"""Number of most recent counted requests to which the limit on each client's share applies."""
 _MIN_COUNT = 5
 """Number of the last `COMPARED` counted requests that may come from any one client, regardless of its share."""
 _SLACK = 1.2

@@ -1,4 +1,4 @@
-"""Estimates over what distance the requests in a stream depend on each other, as they do in conversations or bursts."""
+"""Estimates the distance within which requests in a stream depend on each other, as in conversations or bursts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from svc.drift_reference.sample import NOT_THERE, Floats, Names, Sample
 
 MAX_LAG = 64
-"""Largest dependence considered, in items. A longer dependence is treated as a change in the stream."""
+"""Largest dependence distance considered, in items. If items depend on each other over a longer distance, the stream is
+treated as changed."""
 LAGS = MAX_LAG + 38
 """Number of lags examined. Beyond `MAX_LAG`, items are assumed to be no more similar than randomly chosen ones."""
 ROWS = 600
@@ -22,8 +23,8 @@ examined."""
 _SURE = 2.5
 """Number of standard errors by which the similarity at a lag must exceed the usual similarity to count as higher."""
 _BURST_SHARE = 0.25
-"""If the share of item pairs with an equal feature value exceeds the reference's by this much, the items are
-treated as a burst or a change."""
+"""If the fraction of item pairs with equal values of a feature exceeds the reference's fraction by this much, the items
+are treated as a burst or a change."""
 
 
 class Resemblance:
@@ -65,7 +66,9 @@ class Resemblance:
         return Resemblances(among, similar, codes, self._usual, self._usually_shared)
 
     def _codes(self, samples: Sequence[Sample]) -> list[NDArray[np.intp]]:
-        """Return an array of integer codes for each feature. Two items have the same code if their values are equal."""
+        """Return an array of integer codes for each feature. Items with equal values, or values in the same quartile,
+        have the same code.
+        """
         codes = list[NDArray[np.intp]]()
         for sample, quarters in zip(samples, self._quarters, strict=True):
             for name, limits in quarters.items():
@@ -85,7 +88,7 @@ class Resemblances:
         similar: similarities by prompt topic.
         codes: one code per item for each feature; items with equal codes have equal values.
         usual: mean of `similar` in the reference.
-        usually_shared: for each feature, the share of reference pairs with an equal value.
+        usually_shared: for each feature, the fraction of pairs of reference items with equal values.
     """
 
     among: NDArray[np.float32]
@@ -98,12 +101,13 @@ class Resemblances:
         """Return the distance within which items depend on each other, 1 to 64 items, or 64 if not yet known.
 
         The distance is one more than the largest lag up to which items are more similar than at larger lags, or the
-        size of a typical item's conversation if that is larger. In a new stream, it can be estimated from about 60
-        items on, unless these are more similar than the reference's items, which indicates a burst, a change, or both.
+        size of a typical item's conversation if that is larger. In a new stream, the distance is known after about 60
+        items, unless these are more similar to each other than the reference's items are, which indicates a burst, a
+        change, or both.
 
         Args:
             first, stop: index of the first item to use, and index after the last item to use.
-            conversations: each item's conversation.
+            conversations: hash of each item's conversation.
         """
         count = stop - first
         lag, lags = (MAX_LAG, LAGS) if count >= ENOUGH else (count // 5, count * LAGS // MAX_LAG // 5)

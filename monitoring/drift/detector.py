@@ -28,14 +28,14 @@ from monitoring.drift.near_copies import RARITY_REQUESTS, NearCopies, Words
 from svc.drift_reference.sample import Floats, Sample
 
 MEMORY = max(ROWS + LAGS, HISTORY + max(LEARNED_FROM)) + MAX_LAG
-"""Number of earlier counted requests needed to process new requests."""
+"""Number of previously counted requests needed to process new requests."""
 SEEN = RARITY_REQUESTS + COMPARED
 """Number of earlier requests, counted or not, used to compute word rarity and each client's share."""
 _LEARNED_SHARE = 0.7
-"""Share of the input budget that goes to the domain classifier's learned sets, which detect changes that no single
-feature shows. All other bets share the rest equally."""
+"""Share of the input signal's false alarm budget that goes to bets on the domain classifier's learned sets, which
+detect changes that no single feature shows. All other bets share the rest equally."""
 _JUDGE_EVERY = 20
-"""Number of items after which the dependence distance (see `monitoring.drift.dependence`) is estimated again."""
+"""Number of items after which the dependence distance (see `monitoring.drift.dependence`) is re-estimated."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Requests:
 
 
 class Seen(NamedTuple):
-    """A request from before the current check, whether or not it was counted."""
+    """A request that arrived before the current check, whether or not it was counted."""
 
     words: Words
     client: str
@@ -99,7 +99,7 @@ class Baseline:
     Attributes:
         prompts: features of the prompts, including views of their texts.
         words: hashes of each prompt's words.
-        answers: features of the answers, most of which belong to prompts that are not in `prompts`.
+        answers: features of the answers, most of which are answers to prompts that are not in `prompts`.
     """
 
     prompts: Sample
@@ -113,7 +113,7 @@ class Watch:
 
     Attributes:
         kept: number of counted requests.
-        dependence: distance, in counted requests, within which they depend on each other.
+        dependence: distance within which requests depend on each other, as a number of counted requests.
         steady_since: position of the last request counted during an alarm, or 0 if there was no alarm.
         features: state of the bets on each feature.
         newest_kept: one digit for each of the newest requests, newest last: 1 if the request was counted, else 0.
@@ -133,8 +133,7 @@ class Advance:
     Attributes:
         watch: the state after the new requests.
         kept: indexes of the new requests that were counted.
-        events: alarms that started or ended. An event's position is the number of its request among all counted
-            requests.
+        events: alarms that started or ended. An event's position is its request's position among all counted requests.
         strengths: evidence for a change in each feature, see `Evidence.strengths`.
     """
 
@@ -145,10 +144,10 @@ class Advance:
 
 
 class Detector:
-    """Detects changes in a version's traffic by betting. It stores the reference but no stream state.
+    """Detects changes in a version's traffic by betting. A detector holds the reference but no stream state.
 
     Args:
-        baseline: the reference, in which near copies count only once, as they do in traffic.
+        baseline: the reference. Near copies in it count only once, as they do in traffic.
     """
 
     def __init__(self, baseline: Baseline) -> None:
@@ -241,6 +240,6 @@ class Detector:
         return np.array(kept, dtype=np.intp)
 
     def _fixed_hits(self, to_reference: Singles, new: Requests) -> Hits:
-        """Return a boolean table (items x bets) that shows which new requests are in which fixed set."""
+        """Return a table (items x bets) that shows which new requests are in which fixed sets."""
         parts = [self.classifier.far_hits(to_reference), hit_table(self._prompt_bets, new.prompts)]
         return np.concatenate([*parts, hit_table(self._answer_bets, new.answers)], axis=1)

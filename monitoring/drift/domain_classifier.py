@@ -1,4 +1,4 @@
-"""The domain classifier, which bets on prompt similarity to detect changes that no single feature shows.
+"""The domain classifier, which places bets on prompt similarity to detect changes that no single feature shows.
 
 There are two kinds of sets. Fixed sets contain prompts far from the reference, either on average or from
 their three nearest reference prompts. Learned sets contain prompts that are nearer to the newest prompts
@@ -26,15 +26,15 @@ CLASSIFIER = "domain_classifier"
 WIDTHS = (1.0, 0.55)
 """Kernel widths for the two views of a prompt, topic and answer, tuned on training and held-out prompts."""
 LEARNED_FROM = (16, 40)
-"""Numbers of newest items from which sets are learned."""
+"""Sizes of the windows of newest items from which sets are learned."""
 HISTORY = 400
 """Maximum number of earlier items used to determine a learned set's usual share. They immediately precede the items
 from which the set is learned."""
 _MIN_HISTORY = 50
 _FAR = (0.0, 0.02, 0.1)
-"""Shares of the reference's own prompts that count as far from the reference."""
+"""Fractions of the reference prompts that count as far from the reference."""
 _LEARNED = (0.3, 0.5)
-"""Shares of the reference prompts that fall into the learned sets."""
+"""Fractions of the reference prompts that fall into the learned sets."""
 _LEARNED_SLACK, _STEP_SLACK = 1.8, 1.1
 _MAX_LEARNED_BOUND = 0.95
 _NEAREST = 3
@@ -47,7 +47,7 @@ class Similarities:
     """Similarities of the items in a stream to each other and to the reference.
 
     Attributes:
-        among: similarities to each other (items x items); only those to earlier items are used.
+        among: similarities to each other (items x items); only an item's similarities to earlier items are used.
         reference: similarities to the reference (items x reference items).
     """
 
@@ -102,7 +102,7 @@ class DomainClassifier:
         return typical(self._all_similar(live), live.size, count)
 
     def _all_similar(self, live: Sample) -> Floats:
-        """Return the similarities between all prompts: the reference's first, then the live ones."""
+        """Return the similarities between all prompts: first the reference prompts, then the live prompts."""
         both = self._reference.followed_by(live)
         return self._similarity(both.views, both.views)
 
@@ -113,7 +113,7 @@ class DomainClassifier:
         return np.where(np.stack(hits, axis=1), HIT, MISS).astype(np.int8)
 
     def learned_hits(self, similar: Similarities, place: int, dependence: float) -> tuple[Hits, Floats]:
-        """Return which learned sets contain an item, and the bounds of those sets.
+        """Return which learned sets contain an item, and the bounds of all learned sets.
 
         Args:
             place: index of the item.

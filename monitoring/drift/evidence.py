@@ -1,13 +1,12 @@
-"""Evidence that a stream's features have changed, collected by betting, and the rule for raising an alarm.
+"""Collects evidence that a stream's features have changed, by betting, and defines the rule for raising an alarm.
 
-A bet is placed on a set of values of a feature, such as "shorter than 99% of the reference". Its bound is
-the largest probability of the set that still counts as unchanged. The bet stakes a fraction l of its money
-on each item, and its money is multiplied by 1 - l + l * [item in set] / bound, which is at most 1 on
-average while nothing has changed. A new bet of 1 starts at each item, and the sum of all bets' money, M <- e
-* (1 + M), is the statistic: the Shiryaev-Roberts e-detector (Shin, Ramdas and Rinaldo 2022,
-"E-detectors"). While nothing has changed, a weighted sum of such statistics exceeds A at most once in A
-items on average, regardless of how the bets depend on each other. Frequent checks therefore add no false
-alarms, and no windows are needed.
+A bet is placed on a set of values of a feature, such as "shorter than 99% of the reference". Its bound is the largest
+probability of a value being in the set that still counts as unchanged. The bet stakes a fraction l of its money on each
+item, and its money is multiplied by 1 - l + l * [item in set] / bound, which is at most 1 on average while nothing has
+changed. A new bet of 1 starts at each item, and the sum of all bets' money, M <- e * (1 + M), is the statistic: the
+Shiryaev-Roberts e-detector (Shin, Ramdas and Rinaldo 2022, "E-detectors"). While nothing has changed, a weighted sum of
+such statistics exceeds A at most once in A items on average, regardless of how the bets depend on each other. Frequent
+checks therefore add no false alarms, and no windows are needed.
 
 For dependent items, all factors are raised to the power 1 / L. The bound then holds for streams whose
 items are independent beyond a distance of L (by Hoelder's inequality: the product of L dependent factors to
@@ -25,8 +24,9 @@ from numpy.typing import NDArray
 from svc.drift_reference.sample import Floats
 
 STAKES = np.array([0.1, 0.35, 0.7])
-"""Fractions of a bet's money staked on each item. Each bet is placed with every stake. The largest detects a
-gross change within four items, the smallest a share of 1.5 times its bound within about 2,000 items."""
+"""Fractions of a bet's money staked on each item. Each bet is placed with every stake. The largest stake detects a
+gross change within four items. The smallest detects a set whose share is 1.5 times its bound within about 2,000
+items."""
 _MIN_PATIENCE, _MAX_PATIENCE = 200, 1_000
 _LASTING = 20.0
 """A statistic above this multiple of the alarm's patience (see `FeatureAlarm.patience`) indicates that the change
@@ -34,7 +34,7 @@ continues. Without a change, fewer than one in 20 alarms reach this value within
 
 Hits = NDArray[np.int8]
 HIT, MISS, NOT_THERE = 1, 0, -1
-"""Codes for an item that is in a bet's set, is not in it, or has no value for the feature."""
+"""Codes for an item that is in a bet's set, is not in the set, or has no value for the feature."""
 
 
 @dataclass(frozen=True, slots=True)

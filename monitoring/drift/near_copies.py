@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 Words = NDArray[np.int32]
 
 MIN_OVERLAP = 0.5
-"""Minimum Jaccard index between the words of two near copies. It applies to both the plain index and the
-index weighted by word rarity."""
+"""Minimum Jaccard index between the words of two near copies. Both the plain index and the index weighted by word
+rarity must reach this minimum."""
 COMPARED = 100
 """Number of most recent counted requests with which each new request is compared."""
 RARITY_REQUESTS = 1_000
@@ -49,7 +49,10 @@ class NearCopies:
         self._kept.append((frozenset(words.tolist()), time_s))
 
     def is_near_copy(self, words: Words, time_s: float) -> bool:
-        """Record the next request and return whether it nearly repeats a counted one. If it does not, count it."""
+        """Record the next request, and return whether it is a near copy of a counted request.
+
+        If it is not, it is counted.
+        """
         distinct = self.see(words)
         if any(time_s - time < FORGOTTEN_S and self._overlap(distinct, other) for other, time in self._kept):
             return True
@@ -57,7 +60,7 @@ class NearCopies:
         return False
 
     def see(self, words: Words) -> frozenset[int]:
-        """Record a request's words for word rarity only, and return the distinct words."""
+        """Record a request's words only for computing word rarity, and return the distinct words."""
         distinct = frozenset(words.tolist())
         self._newest.append(distinct)
         self._count(distinct, 1)

@@ -45,7 +45,7 @@ class RatingState:
     Attributes:
         cursor: time of the newest rating seen, in microseconds since 1970.
         memory: ids of the newest ratings that were compared.
-        base: the ratings to compare with, as pairs (bad, corrected); they do not change once collected.
+        base: the reference ratings, as pairs (bad, corrected); they do not change once collected.
         position: number of ratings compared so far.
     """
 
@@ -104,7 +104,7 @@ def rating_bets(reference: Sample) -> list[Bet]:
 
 
 def one_a_day(ratings: Iterable[RatedAnswer]) -> list[RatedAnswer]:
-    """Return each person's first rating per UTC day, plus all ratings of requests without a known person."""
+    """Return each person's first rating per UTC day, plus all ratings by unknown persons."""
     first, counted = [], set[tuple[str, object]]()
     for rating in ratings:
         key = rating.person, rating.given_at.date()
@@ -174,10 +174,10 @@ class _Ratings:
 
 
 def accept_ratings(store: Store, target: Target, state: RatingState, since: datetime) -> RatingState:
-    """Return a state that compares later ratings with those given since `since`.
+    """Return a state in which later ratings are compared with the ratings given since `since`.
 
     Raises:
-        RefusedError: too few ratings have been given since then.
+        RefusedError: too few ratings have been given since `since`.
     """
     ratings = [r for r in one_a_day(read_ratings(store, target, newest=_MAX_RATINGS)) if r.given_at >= since]
     if len(ratings) < _MIN_ACCEPTED:

@@ -23,7 +23,7 @@ class Status(StrEnum):
     WAITING = "waiting"
     """Too few requests or ratings have arrived so far for a comparison."""
     UNWATCHED = "unwatched"
-    """There is traffic, but none of it can be compared, for a reason stated in the report."""
+    """There is traffic, but little or none of it can be compared, for a reason stated in the report."""
     STEADY = "steady"
     ALARM = "alarm"
 
@@ -35,11 +35,11 @@ class Line:
     Attributes:
         name: the feature's name, or `domain_classifier`.
         score: size of the difference. For the classifier, it is the area under the ROC curve (0.5 means no
-            difference). Otherwise it is the amount by which the population stability index exceeds its value
-            expected by chance (0 means no difference).
+            difference). For any other feature, it is the amount by which the population stability index exceeds the
+            value expected by chance (0 means no difference).
         evidence: evidence for a change, on a logarithmic scale: 0 means none, 1 means an alarm.
         expected: the reference's median, or the reference share of the category that changed most.
-        live: the same value for the newest items.
+        live: median, or share of the same category, among the newest items.
     """
 
     name: str

@@ -12,7 +12,7 @@ from svc.drift_reference.sample import Floats
 
 
 class Similarity:
-    """Computes the similarity of two prompts, from 0 to 1, as the mean of one Gaussian kernel per view.
+    """Computes the similarity of two prompts, from 0 to 1, as the mean of Gaussian kernels, one per view.
 
     As usual, the kernel width is the median distance within the reference. For a view of answers, it is 0.55
     times that distance, because answers form groups.
@@ -41,12 +41,12 @@ class Similarity:
 
 
 def separation(similarities: Floats, live: int) -> float:
-    """Return the area under the classifier's ROC curve, where 0.5 means no separation and 1 a perfect one.
+    """Return the area under the classifier's ROC curve, where 0.5 means no separation and 1 means perfect separation.
 
     Each prompt is classified using all other prompts.
 
     Args:
-        similarities: similarities between all prompts, the reference's first, then the live ones.
+        similarities: similarities between all prompts: first the reference prompts, then the live prompts.
         live: number of live prompts.
     """
     from sklearn.metrics import roc_auc_score

@@ -24,10 +24,10 @@ _MIN_SHOWN = 10
 _TOGETHER = 500
 """Number of new requests processed at a time. Run time and memory use grow with the square of this number."""
 _MIN_SEEN = 200
-"""Minimum number of requests for the share of compared requests to be meaningful."""
+"""Minimum number of requests for the fraction of compared requests to be meaningful."""
 _FEW_KEPT, _NONE_KEPT = 0.2, 0.02
-"""Minimum shares of the newest 1,000 requests that must be comparable. Below the first, the report shows a note;
-below the second, the signal is reported as unwatched."""
+"""Minimum fractions of the newest 1,000 requests that must be compared. Below the first fraction, the report contains a
+note. Below the second, the signal is reported as unwatched."""
 _MIN_ACCEPTED, _MAX_ACCEPTED = 50, 500
 """Minimum and maximum number of requests in an accepted baseline."""
 
@@ -103,10 +103,10 @@ def requests_of(items: Sequence[StoredItem], detector: Detector) -> Requests:
 
 
 def accepted_baseline(detector: Detector, state: TrafficState, items: Sequence[StoredItem]) -> Baseline:
-    """Return a baseline for later requests, made of the requests counted since the newest alarm began.
+    """Return a baseline for later requests, built from the requests counted since the newest alarm began.
 
     Raises:
-        RefusedError: too few requests have been counted since then.
+        RefusedError: too few requests have been counted since the newest alarm began.
     """
     since = max(feature.alarm.since for feature in state.watch.features.values() if feature.alarm)
     count = min(state.watch.kept - since + 1, _MAX_ACCEPTED)
@@ -136,7 +136,7 @@ class _Traffic:
 
     @property
     def _first(self) -> int:
-        """Number of requests that were counted before the first one in `items`."""
+        """Number of requests that were counted before the first request in `items`."""
         return self.watch.kept - len(self.items)
 
     def note(self, event: Event, alarms: AlarmBook) -> None:

@@ -48,7 +48,7 @@ def exporting(
             running.
         port: port to listen on; 0 selects any free port.
         checking: whether drift checks run.
-        certificate: the server's certificate file in PEM format, or None if it has none.
+        certificate: the server's certificate file in PEM format, or None if the server has no certificate.
 
     Raises:
         BusyError: the port is in use.

@@ -1,4 +1,4 @@
-"""Metrics for the expiry times of the server's certificate and keys, and for the time of the home's last backup.
+"""Metrics for the expiry times of the server's certificate and API keys, and for the time of the home's last backup.
 
 All of them are timestamps rather than ages, so that they stay correct while the exporter's page is
 cached.
@@ -34,7 +34,7 @@ class DeadlineMetrics(Collector):
         self._certificate = certificate
 
     def collect(self) -> Iterable[Metric]:
-        """Return the metrics, omitting any time that is unknown or cannot be read."""
+        """Return the metrics. Times that are unknown or cannot be read are omitted."""
         certificate = GaugeMetricFamily(
             "svc_certificate_expiry_timestamp_seconds", "Unix time at which the server's certificate expires", labels=[]
         )

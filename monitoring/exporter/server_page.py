@@ -1,4 +1,4 @@
-"""The server's own metrics page, passed through with unchanged names, and metrics on whether the server responded.
+"""Passes the server's own metrics through with unchanged names, and adds metrics on whether the server responded.
 
 A server that responds with something other than metrics may still serve clients. It therefore counts as up, but
 its page counts as unreadable.
@@ -20,7 +20,7 @@ from svc.remote.server_url import ServerAddress
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 4.0
-"""Timeout in seconds, well below Prometheus' ten, so that a scrape can still report that the server is down."""
+"""Timeout in seconds, well below Prometheus' default of 10, so that a scrape can still report a server as down."""
 _OPENMETRICS = {"accept": "application/openmetrics-text; version=1.0.0; escaping=allow-utf-8"}
 
 

@@ -1,4 +1,4 @@
-"""Training metrics: which models are being trained, and the results so far of each model's newest run.
+"""Training metrics: which models are being trained, and the latest results of each model's newest run.
 
 Active runs are detected by their locks. MLflow does not show which runs are active: it receives data only during
 training, not during merging, evaluation and quantization, and it never closes a killed run. The results come from

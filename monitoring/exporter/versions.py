@@ -17,8 +17,8 @@ from svc.version import VersionId
 log = logging.getLogger(__name__)
 
 SHOWN_VERSIONS = 20
-"""Maximum number of versions shown per model, newest first. It keeps the metrics page small however large the
-registry grows."""
+"""Maximum number of versions shown per model, newest first. The limit keeps the metrics page small even if the registry
+is large."""
 BASE = "base"
 _SHOWN_DIGITS = 12  # of a held-out set's fingerprint: enough to distinguish the sets of one registry
 

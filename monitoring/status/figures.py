@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 QUANTILES = ("0.5", "0.95", "0.99")
 SERVER_FAULTS: Final = "overloaded|queue_.*|engine_.*|internal_error"
-"""Pattern for error reasons that are faults of the server. As in Prometheus, it must match the whole
-`reason` label of `svc_request_errors_total`.
+"""Pattern for error reasons that are the server's fault. As in Prometheus, the pattern must match the whole `reason`
+label of `svc_request_errors_total`.
 
 Client errors (400, 404, 413, a closed connection) say nothing about a server or a version. The alert rules
 (deploy/prometheus/rules) and the dashboards repeat this pattern. docs/metrics.md explains each reason."""
@@ -72,7 +72,7 @@ class Look:
 
 
 class Rate(NamedTuple):
-    """Number of requests, and of generated tokens, that a version handles per second."""
+    """Number of requests that a version handles per second, and number of tokens that it generates per second."""
 
     requests: float
     tokens_out: float
@@ -82,7 +82,8 @@ def read_figures(exposition: str, models: Collection[str] = ()) -> Figures:
     """Parse a metrics page in Prometheus' text format and return its figures.
 
     Args:
-        models: names of the models to read; if empty, all are read, including requests for unknown models.
+        models: names of the models to include. If empty, all models are included, and so are requests for unknown
+            models.
     """
     versions: dict[str, VersionFigures] = {}
     errors = Counter[str]()

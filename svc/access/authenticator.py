@@ -1,8 +1,8 @@
-"""Authenticate secrets against keys held in memory, and follow their changes in the store.
+"""Authenticate secrets against keys held in memory, which are reloaded when they change in the store.
 
 The grant of a valid secret is cached under the secret's hash, so that all requests with that secret share
-one grant and no secret stays in memory. An invalid secret is rejected because of its checksum, its id
-(which is public) or its hash, which is compared in constant time. The store is not queried.
+one grant and no secret stays in memory. An invalid secret is rejected because of its checksum, the key id that it
+contains (which is public) or its hash (which is compared in constant time). The store is not queried.
 
 Failed attempts are not counted here.
 """
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.5
 """Seconds between polls of the store if it sends no notifications. A revocation then takes effect within a second."""
 _STALE_S = 60.0
-"""Maximum age of the keys in memory, in seconds. When they are older, every key is rejected, because it may
+"""Maximum age of the keys in memory, in seconds. When the keys are older, all are rejected, because any of them may
 have been revoked since."""
 
 
@@ -42,7 +42,7 @@ class KeyFault(StrEnum):
 
     MISSING = "missing"
     MALFORMED = "malformed"
-    """The given text is not a secret, or is a mistyped one."""
+    """The given string is not a secret, or is a mistyped secret."""
     UNKNOWN = "unknown"
     """The secret is well-formed, but was never issued or has been replaced by a rotation."""
     REVOKED = "revoked"
@@ -83,7 +83,7 @@ class Grant:
 class Authenticator:
     """Checks secrets against a store's keys, which are held in memory.
 
-    Call `look`, in any thread, before the first `grant`.
+    `look` must be called, in any thread, before the first call of `grant`.
 
     Args:
         now: function that returns the current time, used to check expiry.
@@ -124,7 +124,7 @@ class Authenticator:
         self._looked_at = began
 
     async def follow(self, changes: Changes) -> None:
-        """Reload the keys after changes until cancelled, and end grants whose secrets have become invalid.
+        """Until cancelled, reload the keys whenever they change, and end grants whose secrets have become invalid.
 
         The store is read in a dedicated thread. Otherwise, if slow work occupied all shared threads, keys would be
         rejected after a minute.
@@ -149,7 +149,7 @@ class Authenticator:
             thread.shutdown(wait=False)
 
     def end_wrong(self) -> None:
-        """End all grants whose key has been revoked or has expired, or whose secret was replaced by a rotation."""
+        """End all grants whose key has been revoked or has expired, or whose secret is invalid after a rotation."""
         for hashed, grant in list(self._grants.items()):
             try:
                 self._check(grant.principal.key_id, hashed)
@@ -160,7 +160,7 @@ class Authenticator:
     def _valid_s(self) -> float:
         """Return the time until the next secret expires, in seconds.
 
-        This includes secrets that have no grant yet, because one may be created during the wait.
+        This includes secrets that have no grant yet, because a grant for them may be created during the wait.
         """
         now, keys = self._now(), self._keys.values()
         ends = [end for key in keys for end in (key.expires_at, key.previous_until) if end is not None and end > now]

@@ -253,7 +253,7 @@ def _find(ctx: click.Context, text: str) -> tuple[str, str]:
 def _change(
     ctx: click.Context, path: str, asked: dict[str, Any], change: Callable[["Keyring"], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Change keys on the server given by `svc --server`, or else in the home directory. Return the changed key as JSON.
+    """Change a key on the server given by `svc --server`, or else in the home directory. Return the key as JSON.
 
     Args:
         path: path of the request in the server's API.

@@ -15,8 +15,8 @@ from svc.store.usage import Usage, UsageOf, add_usage
 
 _HOUR_S = 3600
 _Of = tuple[int, str, str]
-"""Hour (since 1970), key id and model for which usage is counted. This is a tuple because hashing a `UsageOf` would
-take longer than everything else here."""
+"""Hour (since 1970), key id and model for which usage is counted. The type is a tuple because hashing a `UsageOf` would
+take longer than everything else in this module."""
 
 
 class UsageMeter:
@@ -36,7 +36,7 @@ class UsageMeter:
         """Count a finished request.
 
         Args:
-            key_id: id of the request's key, or None if the request had no key.
+            key_id: id of the key used for the request, or None if no key was used.
             model: name of a model that the server knows, never arbitrary text from a client.
         """
         with self._lock:

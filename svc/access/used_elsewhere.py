@@ -1,7 +1,7 @@
 """Determine each key's usage on other servers with the same store, from the totals in the store.
 
-The totals include the usage that all servers have written. The usage that this server wrote is subtracted from them;
-the increase since the last reading is the new usage on other servers.
+The totals include the usage written by all servers. After this server's own usage is subtracted, the increase since the
+last reading is the new usage on other servers.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ class NewUsage(NamedTuple):
     """Usage on other servers that is new since the last reading.
 
     Attributes:
-        recent: usage by key id. Empty in the first reading, because that usage may be hours old.
+        recent: usage by key id. Empty in the first reading, because the usage found then may be hours old.
         today: prompt and answer tokens of the current UTC day, by key id. The first reading includes the whole day, and
             also the usage that this server wrote before it was restarted.
     """

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_context
 def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bool, **chosen: Any) -> None:
-    """Show promotions, rollbacks, key changes and deletions: who made them, when, from where and why."""
+    """Show promotions, rollbacks, key changes and deletions, with who made them, when, from where and why."""
     if expected and not verify:
         raise click.UsageError("--expect requires --verify")
     from svc.store.audit import read_events
@@ -107,7 +107,7 @@ def _second(moment: str) -> str:
 @json_option
 @click.pass_context
 def history(ctx: click.Context, name: str, as_json: bool) -> None:
-    """Show which versions of NAME were served when, its rollouts with their outcomes, and who requested them."""
+    """Show when each version of NAME was served, the rollouts of NAME with their outcomes, and who requested them."""
     from svc.audit.history import read_history
     from svc.store.database import open_store
     from svc.terminal import print_table

@@ -21,7 +21,7 @@ def read_history(store: Store, name: str) -> list[dict[str, Any]]:
     A served period is the time during which one version was served, by one or several servers.
 
     All rows have the same keys, and `event` is either `served` or `rollout`. For a served period, `action`,
-    `who`, `why` and `gates` come from the audit event that requested the version. They are None or empty if the
+    `who`, `why` and `gates` come from the audit event that requested the version. These values are None or empty if the
     log contains no such event.
     """
     return sorted(_served(store, name) + _rollouts(store, name), key=lambda row: str(row["from"]))
@@ -77,7 +77,7 @@ def _goes_on(earlier: ServedSpan, later: ServedSpan) -> bool:
 
 
 def _joined(earlier: ServedSpan, later: ServedSpan) -> ServedSpan:
-    """Return a span that covers two overlapping spans, and ends when both have ended."""
+    """Return a span that covers two overlapping spans and ends when both of them have ended."""
     last = max(earlier, later, key=lambda span: (span.ended_by is None, span.ended_at or span.began_at))
     return replace(earlier, ended_at=last.ended_at, ended_by=last.ended_by, server=last.server)
 

@@ -50,7 +50,7 @@ class Snapshot(BaseModel):
         files: records of the files in the snapshot's folder, which are all files except weights.
         tracking: MLflow server that stores runs and aliases, or None if they are in `mlflow.db`.
         store: PostgreSQL database that is the store, or None if it is in `svc.db`.
-        left_out: reason why a damaged or missing version is not included, keyed by version.
+        left_out: for each damaged or missing version or client file, the reason why it is not included.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -102,7 +102,7 @@ class Archive:
         return folder
 
     def finish(self, snapshot: Snapshot) -> None:
-        """Write a snapshot's record, which makes the snapshot restorable."""
+        """Write a snapshot's record. Only snapshots with a record can be restored."""
         write_whole(self.folder(snapshot) / _RECORD_FILE, snapshot.model_dump_json(indent=1).encode("utf-8"))
 
     def folder(self, snapshot: Snapshot) -> Path:
@@ -110,7 +110,7 @@ class Archive:
         return self._snapshots / snapshot.name
 
     def version(self, version: VersionId) -> Path:
-        """Return the folder for a version's copy. The folder may not exist yet."""
+        """Return the folder in which a version's copy is stored. The folder may not exist yet."""
         return self.models / version.name / str(version.number)
 
     def contents_of(self, snapshot: Snapshot) -> tuple[FileContent, ...]:

@@ -1,9 +1,9 @@
 """Create a snapshot of a home directory that may be in use by servers, training runs and commands.
 
-A snapshot must contain every version that its databases name. The databases are therefore copied before the weights,
-and the store before MLflow, because a version is in MLflow before the store can name it. A required version is not
-removed from the home directory. If it is no longer required and is removed before it has been copied, the databases are
-copied again. Versions registered during a backup are included in the next backup.
+A snapshot must contain every version that its databases refer to. The databases are therefore copied before the
+weights, and the store before MLflow, because a version is in MLflow before the store can refer to it. A version is not
+removed from the home directory while it is required. If a version stops being required and is removed before it has
+been copied, the databases are copied again. Versions registered during a backup are included in the next backup.
 """
 
 import shutil
@@ -138,8 +138,8 @@ class Backup:
         """Copy the versions that are not in the archive yet.
 
         Returns:
-            The versions that are now in the archive and, keyed by version, the reason why a damaged version is not.
-            A version that has since been removed from the home directory appears in neither.
+            The versions that are now in the archive and, keyed by version, the reason why a damaged version could not
+            be copied. A version that has since been removed from the home directory appears in neither.
         """
         kept, left_out, to_copy = set[VersionId](), dict[VersionId, str](), list[Manifest]()
         for version in wanted:
@@ -173,7 +173,8 @@ class Backup:
         return kept, left_out
 
     def _copy_contents(self, folder: Path, contents: Iterable[FileContent]) -> dict[str, str]:
-        """Copy the contents of clients' files that are not in the archive yet, and list all in the snapshot's folder.
+        """Copy the contents of clients' files that are not in the archive yet, and list all files in the snapshot's
+        folder.
 
         Returns:
             The reasons why the contents of damaged or missing files are not in the archive, keyed by file id. Files

@@ -191,7 +191,7 @@ def _key_rows(keys: "RestoredKeys") -> dict[str, Any]:
 
 
 def _show_keys(keys: dict[str, Any]) -> None:
-    """List the revoked and the valid keys on stderr, so that piped output does not include them."""
+    """List the revoked and valid keys on stderr, so that they are not part of piped output."""
     from svc.terminal import console, print_table
 
     for name in keys["unread_snapshots"]:

@@ -15,12 +15,12 @@ _CONTENTS = TypeAdapter(tuple[FileContent, ...])
 
 
 def dump_contents(contents: Iterable[FileContent]) -> bytes:
-    """Return the list of a snapshot's contents as JSON."""
+    """Serialize the list of a snapshot's client files to JSON."""
     return _CONTENTS.dump_json(tuple(contents))
 
 
 def load_contents(path: Path) -> tuple[FileContent, ...]:
-    """Return the contents that a file lists; empty if the file does not exist.
+    """Return the contents listed in a contents file, or an empty result if there is no such file.
 
     Raises:
         ValueError: the file is damaged.

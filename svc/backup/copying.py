@@ -18,8 +18,8 @@ _BUSY_S = 30.0
 
 OnBytes = Callable[[int], None]
 Progress = Callable[[int], AbstractContextManager[OnBytes]]
-"""Function that takes the total number of bytes to copy and returns a context manager. The context manager
-yields a callback, which is called with the number of bytes copied in each step."""
+"""Function that takes the total number of bytes to copy and returns a context manager. The context manager yields a
+callback that must be called with the number of bytes copied in each step."""
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def no_progress(total: int) -> Iterator[OnBytes]:
 
 
 def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool:
-    """Return whether a complete copy of a version exists. It must have the same manifest, and files of the right size.
+    """Return whether a complete copy of a version exists, with the same manifest and with files of the right size.
 
     Args:
         verify: whether to also check the files against their hashes.
@@ -99,7 +99,7 @@ def copy_file(source: str | Path, target: str | Path, on_bytes: OnBytes = lambda
 def copy_database(source: Path, target: Path) -> None:
     """Make a consistent copy of an SQLite database, even while it is being written to.
 
-    The copy is made in a single step. In several steps, it would start over with every write.
+    The copy is made in a single step, because a copy in several steps would start over with every write.
 
     Raises:
         IntegrityError: the copy is damaged, which means that the database itself is damaged.

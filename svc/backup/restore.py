@@ -124,8 +124,10 @@ class Restore:
             )
 
     def _copy_contents(self, snapshot: Snapshot) -> None:
-        """Copy the contents of clients' files. A damaged file must not prevent the restore of everything else. It is
-        omitted, and clients get the error `file_content_missing` for it.
+        """Copy the contents of clients' files.
+
+        A damaged file must not prevent the restore of everything else. The file is omitted, and clients that request it
+        get the error `file_content_missing`.
         """
         contents, folder = self.archive.contents_of(snapshot), self.home / FILES_FOLDER
         if not contents:

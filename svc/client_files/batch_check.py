@@ -25,7 +25,7 @@ class BatchProblem:
     Attributes:
         code: kind of the problem, as in OpenAI's batch errors.
         line: line number, starting at 1, or None if the problem concerns the whole file.
-        param: field of the line that causes the problem, or None.
+        param: name of the field that causes the problem, or None if no single field does.
     """
 
     code: str
@@ -40,11 +40,11 @@ class BatchFileCheck:
 
     Attributes:
         requests: number of requests, all of which are valid if there are no problems.
-        endpoints: the paths that the valid requests are for.
+        endpoints: the API paths to which the valid requests are addressed.
         models: the first 100 models that the valid requests name.
         problems: the first 100 problems.
-        more_problems: whether there may be more problems. A file with too many requests or problems is not read to its
-            end.
+        more_problems: whether there may be more problems. If a file has too many requests or problems, reading stops
+            before its end.
     """
 
     requests: int
@@ -97,7 +97,7 @@ def check_batch_file(path: Path) -> BatchFileCheck:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the number of each line that is not blank, and its JSON value or the error."""
+    """Yield, for each line that is not blank, its number and its JSON value or the error."""
     with path.open("rb") as file:
         for row in read_jsonl(file):
             if row.error is not None:
@@ -131,7 +131,7 @@ def _read_request(value: Any) -> tuple[str, str, str]:
 
 
 def _is_text(value: Any, most: int) -> TypeGuard[str]:
-    """Return whether a value is a string that UTF-8 and PostgreSQL can represent."""
+    """Return whether a value is a string of 1 to `most` characters that UTF-8 and PostgreSQL can represent."""
     if not isinstance(value, str) or not 1 <= len(value) <= most or "\0" in value:
         return False
     return not any("\ud800" <= character <= "\udfff" for character in value)

@@ -1,7 +1,7 @@
-"""The contents of clients' files, in a folder of the home. Their rows are in the store (svc.store.files).
+"""The contents of clients' files, in a folder of the home. The files' metadata is in the store (svc.store.files).
 
-With an object store (svc.client_files.shared_contents), a file's contents are uploaded before its row is added, and a
-server without the contents downloads them. Objects are deleted in the background.
+With an object store (svc.client_files.shared_contents), a file's contents are uploaded before its row is added to the
+store, and a server without the contents downloads them. Objects are deleted in the background.
 
     files/ID             contents of a file
     files/.removed-ID    marker: the file no longer exists, and its object must be deleted
@@ -84,7 +84,7 @@ class ClientFiles:
 
     @property
     def are_shared(self) -> bool:
-        """Whether there is an object store, from which this machine can fetch contents that it does not have."""
+        """Whether files are shared through an object store, from which this machine can fetch missing contents."""
         return self._shared is not None
 
     def path(self, id: str) -> Path:
@@ -92,7 +92,7 @@ class ClientFiles:
         return self._folder / id
 
     def find(self, id: str) -> Path | None:
-        """Return the path of a file's contents on this machine, or None if they are not here.
+        """Return the path of a file's contents on this machine, or None if this machine does not have them.
 
         Args:
             id: id of a file that exists, see `svc.store.files.find_file`.
@@ -144,12 +144,12 @@ class ClientFiles:
 
     @contextmanager
     def writing(self, id: str | None = None) -> Iterator[tuple[str, FileWriter]]:
-        """Yield a new id, and a writer for that file's contents. If an error occurs, the partial contents are deleted,
-        including those in the object store.
+        """Yield the id of a new file, and a writer for its contents. If an error occurs, the partial contents are
+        deleted, also from the object store.
 
         Args:
-            id: the id to use, for a file that was possibly written in part before a crash. The id must not have a row
-                yet.
+            id: id to use instead of a new one, for a file that may have been partly written before a crash. No row in
+                the store may have this id yet.
         """
         path = self._folder / (id or f"file-{secrets.token_hex(12)}")
         if id is not None:
@@ -223,7 +223,7 @@ class ClientFiles:
         """Delete a file.
 
         Args:
-            owner: the owner whose files are searched; None for all owners.
+            owner: the owner to whom the file must belong; None for any owner.
 
         Raises:
             EntryNotFoundError: the owner has no file with this id.
@@ -234,7 +234,7 @@ class ClientFiles:
         self._delete_objects([id])
 
     def remove_expired(self) -> int:
-        """Delete the expired files that no job or batch needs, and return their number."""
+        """Delete the expired files that no job or batch needs, and return the number of deleted files."""
         ids = remove_expired_files(self._store, datetime.now(UTC))
         for id in ids:
             self.path(id).unlink(missing_ok=True)
@@ -242,12 +242,12 @@ class ClientFiles:
         return len(ids)
 
     def remove_unknown(self) -> int:
-        """Delete the contents of files that have no row in the store, and return the number of deleted files. Such
-        contents remain after a crash, or if another server deleted the file.
+        """Delete the contents of files that have no row in the store, and return the number of deleted files.
+
+        Such contents remain after a crash, or if another server deleted the file.
 
         Contents that are being written or are less than an hour old are skipped. If none of the files has a row,
-        nothing is deleted, because the server is probably using a different store than the one that the contents belong
-        to.
+        nothing is deleted, because the contents probably belong to a different store than the server is using.
         """
         names = [path.name for path in self._folder.iterdir() if not path.name.startswith(_REMOVED)]
         known = known_files(self._store, names)
@@ -272,7 +272,8 @@ class ClientFiles:
             path.unlink(missing_ok=True)
 
     def share_missing(self) -> int:
-        """Upload the contents on this machine that the object store lacks, and return their number.
+        """Upload the file contents on this machine that the object store lacks, and return the number of uploaded
+        files.
 
         Such files were added before an object store was configured, or come from a restored backup.
 

@@ -29,13 +29,13 @@ from svc.store.files import FileContent, known_files, needed_files
 log = logging.getLogger(__name__)
 
 COPIES_FOLDER = "fetched-files"
-"""Folder of the home with the contents that were fetched from the object store."""
+"""Folder of the home that contains file contents fetched from the object store."""
 _PREFIX = "client-files"
 _RETRY_S = 10
 _UNUSED_S = 86_400.0
 _LARGE, _MAX_LARGE = 2**23, 4
-"""Size in bytes from which a file's contents are copied in parts, and the number of concurrent copies of this kind.
-Each takes about 75 MB of memory, measured with 500 MB."""
+"""Minimum size, in bytes, of contents that are copied in parts, and maximum number of such copies at a time. Each copy
+takes about 75 MB of memory, measured with a 500 MB file."""
 
 
 class ContentMissingError(SvcError):
@@ -82,7 +82,7 @@ class SharedContents:
             self._objects.send_file(_key(content.id), _record(content), path)
 
     def delete(self, ids: Collection[str]) -> None:
-        """Delete the contents of files. Ids that do not exist are ignored.
+        """Delete the contents of the files with these ids. Ids that do not exist are ignored.
 
         Raises:
             ContentStoreError: the store does not respond, or rejects the request.
@@ -109,8 +109,9 @@ class SharedContents:
         return path
 
     def fetch(self, content: FileContent) -> Path:
-        """Download a file's contents and return their path. The file appears there only after its size and hash are
-        verified.
+        """Download a file's contents and return their path.
+
+        The contents appear under this path only after their size and hash have been verified.
 
         Raises:
             ContentMissingError, ContentDamagedError: the store does not have the contents, or they were truncated or
@@ -132,7 +133,9 @@ class SharedContents:
         return path
 
     def remove_copies(self, store: Store) -> None:
-        """Delete copies whose file no longer exists, and those that were not used for a day and are not needed now."""
+        """Delete copies whose file no longer exists, and copies that are not needed and have not been used for a
+        day.
+        """
         names = [path.name for path in self._folder.iterdir()]
         whole = [name for name in names if not name.startswith(".")]
         known, needed = known_files(store, whole), needed_files(store, whole)

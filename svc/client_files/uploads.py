@@ -33,7 +33,7 @@ _BLOCK = 2**20
 
 
 class ChecksumError(SvcError):
-    """Raised when an upload does not have the expected checksum. Clients see the message."""
+    """Raised when an uploaded file does not have the expected checksum. Clients see the message."""
 
 
 class ClientUploads:
@@ -52,7 +52,9 @@ class ClientUploads:
 
     @contextmanager
     def writing_part(self, upload: Upload) -> Iterator[tuple[str, FileWriter]]:
-        """Yield a new id, and a writer for that part of an upload. If an error occurs, the partial file is deleted."""
+        """Yield the id of a new part of an upload, and a writer for the part. If an error occurs, the partial file is
+        deleted.
+        """
         id, folder = f"part_{secrets.token_hex(12)}", self._folder / upload.id
         folder.mkdir(mode=0o700, exist_ok=True)
         with writing_file(folder / id) as writer:
@@ -125,15 +127,15 @@ class ClientUploads:
         shutil.rmtree(self._folder / id, ignore_errors=True)
 
     def remove_expired(self) -> int:
-        """End the uploads that have expired, delete their parts, and return the number of these uploads."""
+        """End the uploads that have expired, delete their parts, and return the number of expired uploads."""
         ids = expire_uploads(self._store, datetime.now(UTC))
         for id in ids:
             self.remove_parts(id)
         return len(ids)
 
     def remove_unknown(self) -> int:
-        """Delete parts that a crash left from uploads that have ended or are unknown, and return the number of deleted
-        parts.
+        """Delete parts that remain after a crash although their upload has ended or is unknown. Return the number of
+        deleted parts.
 
         Parts that are being written or are less than an hour old are skipped.
         """

@@ -2,11 +2,11 @@
 
 The selection depends only on the examples and the seed, not on file locations or reading order.
 
-Near duplicates are never split between the two sets, because a held-out example that nearly repeats a
-training example would measure memorization. Nor are the examples of one conversation, since the answer
-in one example is context in another. Each group is assigned by its own hash, so adding data does not
-move existing examples, unless an opening becomes too common to identify a conversation. This module
-knows nothing about files or versions.
+Near duplicates are never split between the training and held-out sets, because a held-out example that nearly repeats a
+training example would measure memorization. Examples of the same conversation are not split either, since the answer in
+one example is context in another. Each group is assigned by its own hash, so adding data does not move existing
+examples, unless an opening becomes too common to identify a conversation. This module knows nothing about files or
+versions.
 """
 
 import hashlib
@@ -53,12 +53,13 @@ def split_heldout(
     the hash range, is below `share`. A group with k different openings is therefore held out with
     probability 1 - (1 - share) ** k. With a share of 0.1, an example without near duplicates is held out
     with probability 0.1, a pair nearly twice as often, and a group of ten 6.5 times as often. In data with
-    many near copies, more than `share` is expected to be held out, because a large group is held out as a whole.
+    many near copies, more than `share` is expected to be held out, because groups are held out as a whole and large
+    groups are more likely to be held out.
 
-    In return, adding data never moves a held-out example to the training set, as long as its group stays
-    together and more than one group is held out. If no hash is below `share`, the group with the smallest
-    hash is held out; if all hashes are, the group with the largest hash is trained on. Adding a near
-    duplicate with a smaller hash could turn a training example into a held-out one; `learnt` prevents this.
+    Adding data never moves a held-out example to the training set, as long as its group stays together and more than
+    one group is held out. If no hash is below `share`, the group with the smallest hash is held out; if all hashes are
+    below `share`, the group with the largest hash is trained on. Adding a near duplicate with a smaller hash could turn
+    a training example into a held-out one; `learnt` prevents this.
 
     Args:
         share: fraction of the hash range to hold out, which is roughly the fraction of examples held out.
@@ -90,7 +91,7 @@ def split_heldout(
 def put_sample_first(examples: Sequence[ChatExample], size: int, seed: int) -> Sequence[ChatExample]:
     """Return the examples with a random sample of `size` moved to the front.
 
-    Within the sample and within the rest, the order stays the same.
+    The original order is preserved both within the sample and within the rest.
     """
     drawn = np.zeros(len(examples), bool)
     drawn[_seeded(np.arange(len(examples)), examples, seed)[:size]] = True
@@ -107,7 +108,7 @@ def mix_general(
     """Select general examples to train on alongside the task's examples, so that the model forgets less.
 
     Args:
-        general: candidates. Those that answer a held-out prompt are never selected.
+        general: candidates. Candidates that answer a held-out prompt are never selected.
         share: share of general examples among all training examples.
 
     Raises:
@@ -158,7 +159,7 @@ def _answered_elsewhere(table: LineTable, groups: NDArray[np.int64]) -> NDArray[
 
 
 def _openings(examples: Sequence[ChatExample], share: float) -> PromptHashes:
-    """Return a hash for each example by which examples of the same conversation can be recognized.
+    """Return a hash for each example that is equal for examples of the same conversation.
 
     The hash covers the turns up to the first user turn. If more examples share this opening than will be held out, as
     with a greeting, the opening is assumed to belong to many conversations. In that case, the hash is extended to the
@@ -187,7 +188,7 @@ def _held_groups(
 
     Args:
         free: groups that may be held out.
-        smallest: smallest hash of each group, from 0 to 1, indexed by group number.
+        smallest: smallest hash of each group, scaled to the range from 0 to 1, indexed by group number.
     """
     if len(groups) < 2:
         raise DataError(
@@ -211,7 +212,7 @@ def _held_groups(
 
 
 def _fractions(hashes: PromptHashes, seed: int) -> NDArray[np.float64]:
-    """Map each hash to a pseudorandom number from 0 to 1 that depends only on the hash and the seed."""
+    """Map each hash to a pseudorandom number between 0 and 1 that depends only on the hash and the seed."""
     salt = f"{seed}\x1f".encode()
     digests = (hashlib.blake2b(salt + int(number).to_bytes(8, "little"), digest_size=8).digest() for number in hashes)
     return np.fromiter((int.from_bytes(digest, "little") / 2**64 for digest in digests), np.float64)
@@ -225,7 +226,7 @@ def _table(examples: Iterable[ChatExample]) -> LineTable:
 
 
 def _seeded(places: NDArray[np.int64], examples: Sequence[ChatExample], seed: int) -> NDArray[np.int64]:
-    """Shuffle the indices, depending only on content and seed. Equal examples keep their order."""
+    """Shuffle the indices based only on the examples' content and the seed. Equal examples keep their order."""
 
     def digest(example: ChatExample) -> bytes:
         text = f"{seed}\x1f{normal_prompt(example)}\x1f{example.answer}"

@@ -1,6 +1,7 @@
 """Sequences of examples that are stored on disk if there are too many for memory.
 
-In memory, a short example takes about 700 bytes; on disk, memory is needed only for its 8-byte index.
+A short example takes about 700 bytes of memory. If it is stored on disk, it takes only 8 bytes of memory, for its
+position.
 """
 
 import os
@@ -16,7 +17,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.files.scratch import scratch_file
 
 MAX_IN_MEMORY = 100_000
-"""Number of examples up to which they are kept in memory."""
+"""Maximum number of examples to keep in memory."""
 _BUFFER = 2**20
 Places = NDArray[np.int64]
 
@@ -57,7 +58,7 @@ class _Store:
 
 
 class StoredExamples(Sequence[ChatExample]):
-    """Examples in a file on disk. Each is read again whenever it is used.
+    """Examples in a file on disk. An example is read from the file each time it is accessed.
 
     Args:
         places: position of each example in the file.

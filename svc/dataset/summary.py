@@ -1,6 +1,6 @@
-"""Computes summary statistics of a data set, which a version stores instead of its training examples.
+"""Computes summary statistics of a data set, which are stored with a version instead of its training examples.
 
-The only example text in the summary is labels, which are few and short.
+The only text from examples in the summary is the labels, which are few and short.
 """
 
 from collections import Counter
@@ -60,8 +60,8 @@ class DataSummary(_Record):
         general: number of training examples that come from `data.general`.
         prompts, answers: lengths of the training prompts (all turns before the answer) and answers, or None
             without training examples.
-        labels: counts of the labels in the training examples that are not general, most frequent first,
-            ignoring spacing and case. Empty if the answers are not labels.
+        labels: counts of the labels in the training examples that do not come from `data.general`, most frequent first.
+            Labels that differ only in spacing and case are counted together. Empty if the answers are not labels.
         near_duplicates: number of training examples with the same or nearly the same prompt as an earlier
             example.
         near_heldout: number of held-out examples with the same or nearly the same prompt as a training

@@ -1,10 +1,11 @@
-"""Human-readable features of an answer: its length, how it ends, and whether it has the form of the task.
+"""Human-readable features of an answer, such as its length, how it ended, and whether it has the format that the task
+requires.
 
 The length, finish reason and likelihood of an answer depend on how it was sampled, and held-out answers
-are greedy. These three features are therefore compared only for live answers at temperature 0, and as if
-those had been truncated at the limit for held-out answers. Otherwise, every client with a higher
-temperature would look like drift. Each held-out answer has its own token limit, derived from its
-reference. Live prompts have no reference, so the largest of these limits is used for them.
+are greedy. These three features are therefore compared only for live answers at temperature 0, which are treated as if
+they had been truncated at the limit for held-out answers. Otherwise, every client with a higher temperature would look
+like drift. Each held-out answer has its own token limit, derived from its reference. Live prompts have no reference, so
+the largest of these limits is used for them.
 """
 
 import re
@@ -20,10 +21,10 @@ from svc.drift_reference.sample import NO, NOT_THERE, YES, Sample
 from svc.evaluation.metrics.json_answers import is_json
 
 _ENDED = ("stop", "tool_calls")
-"""Finish reasons of answers that the model ended by itself."""
+"""Finish reasons of answers that were ended by the model rather than by a token limit."""
 _MAX_LABELS = 30
 _MIN_PER_LABEL = 3
-"""Minimum average number of references per distinct answer. With fewer, the answers do not count as labels."""
+"""Minimum average number of references per distinct answer. Below this number, the answers do not count as labels."""
 _REFUSAL = re.compile(
     r"\b(?:i(?:'m| am) (?:sorry|unable|not able)"
     r"|i (?:can(?:'t|not| not)|won't|will not) (?:help|assist|answer|provide|do|comply|fulfil)"
@@ -40,8 +41,8 @@ class AnswerFeature(StrEnum):
     TOKENS = "answer_tokens"
     """Length in tokens, capped at the largest limit of the held-out answers. Used only for greedy answers."""
     LOGPROB = "answer_logprob"
-    """Mean log-probability of the answer's tokens, rounded to tenths of a nat because scores differ by hundredths
-    from one scoring to the next. Used only for greedy answers that have been scored."""
+    """Mean log-probability of the answer's tokens, rounded to tenths of a nat because repeated scoring of the same
+    answer gives results that differ by hundredths. Used only for greedy answers that have been scored."""
     FINISH_REASON = "finish_reason"
     """Why the answer ended: `stop`, `length` or `tool_calls`. Used only for greedy answers."""
     EMPTY = "empty"
@@ -93,7 +94,7 @@ class AnswerSampler:
     def sample(self, answers: Sequence[Answer]) -> Sample:
         """Return the features of the given answers.
 
-        Features of the text ignore thinking, which varies more.
+        Features of the text ignore thinking, which varies more than the final answer.
         """
         answers = [
             answer if answer.text is None else replace(answer, text=without_thinking(answer.text)) for answer in answers
@@ -126,7 +127,7 @@ class AnswerSampler:
         return _yes(answer.text if known else None, lambda text: not text.strip())
 
     def _whole(self, answer: Answer) -> str | None:
-        """Return the answer's text if it ended by itself within the held-out answers' limit, or None otherwise."""
+        """Return the answer's text if the model ended it within the held-out answers' limit, or None otherwise."""
         ended = answer.finish_reason in _ENDED and answer.tokens is not None and answer.tokens <= self.cut
         return answer.text if ended else None
 

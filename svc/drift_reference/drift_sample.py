@@ -18,16 +18,16 @@ from svc.dataset.stored_examples import select
 
 DRIFT_SAMPLE_FILE = "drift_sample.jsonl"
 MAX_SAMPLED = 500
-"""Maximum size of the sample, which is five times the largest compared window. With a larger sample, each test
-would take longer without detecting any shift sooner."""
+"""Maximum number of examples in the sample, which is five times the largest compared window. With a larger sample, each
+test would take longer without detecting any shift sooner."""
 _SHARE = 0.5
-"""Fraction of the examples that is drawn for the sample. When examples are few, a larger fraction would
-leave too little for the text space, and a smaller one would allow only small windows."""
+"""Fraction of the examples that is drawn for the sample. If there are few examples, a larger fraction would leave too
+few for the text space, and a smaller fraction would allow only small windows."""
 
 
 @dataclass(frozen=True, slots=True)
 class DriftSample:
-    """Examples randomly split into a sample to compare traffic with and an independent remainder.
+    """Examples randomly split into a sample, with which traffic is compared, and an independent remainder.
 
     Attributes:
         sample: the drawn examples, in random order so that, as in traffic, repeated questions are not adjacent.

@@ -20,7 +20,7 @@ from svc.store.requests import RequestRecord
 
 
 class ItemMaker:
-    """Creates drift items from the requests of one version in one format.
+    """Creates drift items from requests to one version in one format.
 
     Raises:
         NotFoundError: the version has no prompts to compare with.

@@ -1,8 +1,8 @@
-"""Hashes words and conversations such that the hashes reveal nothing to someone who has only the database.
+"""Hashes words and conversations so that the hashes reveal nothing to someone who has only the database.
 
-The hashes are computed with a random key, which each home stores in a file next to the database. Without
-it, nobody can test whether a given word was in a prompt. Equal texts have equal hashes, which is all
-that comparisons require.
+The hashes are computed with a random key, which each home stores in a file next to the database. Without this key,
+nobody can test whether a given word was in a prompt. Texts can still be compared, because equal texts have equal
+hashes.
 """
 
 import os
@@ -23,7 +23,7 @@ from svc.files.disk import sync_folder
 
 KEY_FILE = "drift.key"
 MAX_WORDS = 512
-"""Maximum number of words per prompt that are hashed. A page of text has about 250 distinct words."""
+"""Maximum number of distinct words per prompt whose hashes are kept. A page of text has about 250 distinct words."""
 _KEY_BYTES = 16
 _WORD = re.compile(rf"{WORD}|\d+")
 

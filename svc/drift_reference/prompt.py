@@ -34,8 +34,8 @@ class PromptFeature(StrEnum):
     LANGUAGE = "language"
     """ISO 639 code of the prompt's language."""
     SYSTEM_PROMPT = "system_prompt"
-    """Checksum of the system prompt. If the system prompt contains a date, the checksum changes daily, both in the
-    reference and in live traffic."""
+    """Checksum of the system prompt. If the system prompt contains the current date, the checksum changes daily, both
+    in the reference and in live traffic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class PromptSampler:
     def sample(self, prompts: Sequence[Prompt]) -> Sample:
         """Return the features and the embedding views of the given prompts.
 
-        Long texts are cut to `head_and_tail`, except when their length is measured.
+        Only the beginning and end of a long text are used (see `head_and_tail`), except to measure its length.
         """
         texts = [head_and_tail(prompt.text) for prompt in prompts]
         word_lists = [_WORD.findall(text.lower()) for text in texts]
@@ -100,7 +100,7 @@ def language(text: str) -> str:
 def _in_single(view: Floats) -> Floats:
     """Round a view to single precision.
 
-    Live vectors are stored in it, so the reference must be rounded the same way.
+    Live vectors are stored in single precision, so the reference must be rounded in the same way.
     """
     return view.astype(np.float32).astype(np.float64)
 

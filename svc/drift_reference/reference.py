@@ -1,9 +1,9 @@
 """A version's drift reference, which consists of a sample of its prompts and a sample of its answers.
 
 The samples are read from the registry. The prompts are a random sample of all of the version's examples.
-The answers are those to the held-out examples, the only examples that the version has answered without
-having been trained on them. Prompts and answers are redacted like live texts before they are stored, so
-that email addresses are blanked in the reference as well as in traffic.
+The answers are the version's answers to the held-out examples, which are the only examples that it has answered without
+having been trained on them. Prompts and answers are redacted like live texts before they are stored, so that email
+addresses are blanked in the reference as well as in traffic.
 """
 
 import json
@@ -30,8 +30,8 @@ from svc.registry.registry import Registry
 from svc.version import Target
 
 _MAX_ANSWERS = 1_000
-"""Maximum number of held-out answers in the reference, which are chosen evenly spaced. More would take
-seconds to redact for precision that is not needed."""
+"""Maximum number of held-out answers in the reference, which are chosen at even intervals. Redacting more answers would
+take seconds, and the additional precision is not needed."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Reference:
     Attributes:
         prompts: prompts of the drift sample, or None if the version has no text space.
         answers: answers to the held-out examples, or None if the version has no stored answers.
-        missing: why `prompts` or `answers` is None.
+        missing: the reason why `prompts` or `answers` is None.
         words: `KeyedHash.words` of each prompt.
         hashes: the home's hash function for words and conversations of live prompts.
     """
@@ -106,7 +106,7 @@ def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redac
 def read_prompt(stored: str) -> Prompt:
     """Parse a stored prompt.
 
-    Its stored form is JSON, either a list of messages or the text of a plain completion.
+    A prompt is stored as JSON, which is either a list of messages or the text of a plain completion.
     """
     content = json.loads(stored) if stored else ""
     if not isinstance(content, list):

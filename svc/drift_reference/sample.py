@@ -1,4 +1,4 @@
-"""Samples of prompts or answers: the features of each item and its coordinates in text space."""
+"""Samples of prompts or answers, with the features and text space coordinates of each item."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +51,7 @@ class Sample:
         )
 
     def part(self, start: int, stop: int) -> "Sample":
-        """Return the items from `start` up to, but not including, `stop`."""
+        """Return the items from `start` (inclusive) to `stop` (exclusive)."""
         return self.at(np.arange(self.size)[start:stop])
 
     def at(self, places: NDArray[np.intp]) -> "Sample":

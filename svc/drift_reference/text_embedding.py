@@ -2,13 +2,13 @@
 
 A prompt has two views: its position among the examples' prompts (latent semantic analysis of character
 n-grams, Deerwester et al. 1990), and the answer that it asks for (a ridge regression from the position
-to the answer). Thanks to the second view, a change of topic that matters to the task is detected with
-only about two thirds of the prompts. Lipton et al. 2018 and Rabanser et al. 2019 found a similar gain
-with a classifier's outputs.
+to the answer). With the second view, detecting a topic change that matters to the task takes only about two thirds as
+many prompts. Lipton et al. 2018 and Rabanser et al. 2019 found a similar gain with a classifier's outputs.
 
-The map is not fitted on the examples with which live prompts are compared (drift_sample.py). The map therefore fits
-neither set better than the other, as a permutation test requires. Texts cannot be recovered from the map, because
-n-grams and words are stored as hashes. This module knows nothing about statistical tests, windows or the served model.
+The map is not fitted on the examples with which live prompts are compared (drift_sample.py). It therefore fits the
+examples no better than the live prompts, as a permutation test requires. Texts cannot be recovered from the map,
+because n-grams and words are stored as hashes. This module knows nothing about statistical tests, windows or the served
+model.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ _END_CHARS = 1_000
 """Number of characters read at each end of a long text. Computing the n-grams of the whole text would take
 30 ms."""
 _BATCH = 100
-"""Number of texts to process at a time, which limits the memory for their n-grams."""
+"""Number of texts to process at a time, which limits the memory needed for n-grams."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ class Embedding:
     Attributes:
         topic: array of shape (prompts, axes), with each prompt's position among the prompts that the map was
             fitted on.
-        answer: array of shape (prompts, axes), with the answer that each prompt asks for. It has no axes if
-            the map was fitted on equal answers.
+        answer: array of shape (prompts, axes), with the predicted position of each prompt's answer. The array has no
+            axes if the map was fitted on equal answers.
     """
 
     topic: Floats
@@ -82,7 +82,7 @@ class TextSpace:
         idf: weight of each n-gram bucket.
         axes: array of shape (axes, buckets), strongest axis first.
         answers: regression coefficients, an array of shape (prompt axes, answer axes).
-        words: sorted hashes of all words in the prompts that the map was fitted on.
+        words: sorted hashes of all words in the prompts used for fitting.
     """
 
     idf: NDArray[np.float32]
@@ -98,7 +98,7 @@ class TextSpace:
         return Embedding(placed[:, :_TOPIC_AXES], placed @ self.answers)
 
     def unknown_words(self, prompts: Sequence[str]) -> Floats:
-        """Return the fraction of each prompt's distinct words that occur in no prompt that the map was fitted on.
+        """Return, for each prompt, the fraction of its distinct words that never occur in the prompts used for fitting.
 
         The fraction is 0 for a prompt without words.
         """
@@ -176,7 +176,7 @@ def load_text_space(path: Path) -> TextSpace:
 def _answer_map(placed: Floats, targets: Floats) -> Floats:
     """Return the regression coefficients, an array of shape (prompt axes, answer axes).
 
-    The intercept is left out because it would move all prompts by the same amount.
+    The intercept is omitted because it would shift all prompts by the same amount.
     """
     from sklearn.linear_model import Ridge
 
@@ -187,7 +187,7 @@ def _answer_map(placed: Floats, targets: Floats) -> Floats:
 
 
 def _main_axes(matrix: "csr_matrix", count: int) -> Floats:
-    """Return the `count` strongest axes of a weight matrix, or fewer if the matrix is too small."""
+    """Return the first `count` principal axes of a weight matrix, or fewer if the matrix is too small."""
     from sklearn.decomposition import TruncatedSVD
 
     count = min(count, min(matrix.shape) - 1)
@@ -207,7 +207,7 @@ def _words(texts: Sequence[str]) -> "csr_matrix":
 
 
 def _hashed(texts: Sequence[str], **options: object) -> "csr_matrix":
-    """Count the n-grams or words of each text by hash bucket. The result has the shape (texts, buckets)."""
+    """Count each text's n-grams or words per hash bucket. The result has shape (texts, buckets)."""
     from scipy.sparse import vstack
     from sklearn.feature_extraction.text import HashingVectorizer
 

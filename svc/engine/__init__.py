@@ -1,1 +1,1 @@
-"""Controls a vLLM process: start, requests, in-place reload, verification and stop. vLLM is never imported here."""
+"""Starts and stops vLLM, sends requests to it, and reloads and verifies its weights. vLLM is never imported here."""

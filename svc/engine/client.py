@@ -1,7 +1,7 @@
 """HTTP client for the server's own requests to an engine: scoring, tokenization, health and reloads.
 
-Requests of the server's clients use separate connections (svc.engine.vllm.connection_pool), so that a
-reload never waits behind their streams. This module knows nothing about versions.
+Requests from the server's clients use separate connections (svc.engine.vllm.connection_pool), so that a reload never
+waits behind their streams. This module knows nothing about versions.
 """
 
 import asyncio
@@ -82,9 +82,9 @@ class Answer:
     def logprob(self) -> float | None:
         """Mean natural-log probability of the text's tokens, or None for an empty answer.
 
-        The token that ended the answer is excluded, so that the result is the same as when the text is scored.
-        The results may still differ for a cut-off answer, if its text is tokenized into other tokens than those that
-        were generated.
+        The token that ended the answer is excluded, so that the value matches the one obtained by scoring the answer's
+        text. For a cut-off answer, the two values may still differ if the text is tokenized differently from the
+        generated tokens.
         """
         of_text = self.logprobs if self.finish_reason == CUT_OFF else self.logprobs[:-1]
         return statistics.fmean(of_text) if of_text else None
@@ -93,8 +93,8 @@ class Answer:
 def engine_transport(address: EngineAddress, *, max_connections: int | None) -> httpx.AsyncHTTPTransport:
     """Return an HTTP transport that opens a new connection to an engine for each request.
 
-    vLLM closes connections that are idle for 5 seconds. If a request were sent at that moment, it would look
-    as if the engine had died.
+    vLLM closes connections that are idle for 5 seconds. A request sent at that moment would fail as if the engine had
+    died.
     """
     limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=0)
     if isinstance(address, TlsAddress):
@@ -132,12 +132,11 @@ class EngineClient:
     """Client for an OpenAI-compatible endpoint that also supports vLLM's `/tokenize` and `prompt_logprobs`.
 
     Args:
-        http: HTTP client whose base URL or transport leads to the engine. It is closed together with this
-            object.
+        http: HTTP client whose base URL or transport points to the engine. It is closed together with this object.
         model: the engine's model name.
         id_prefix: prefix of the request ids in the engine's log. If it is empty, the engine generates the
             ids.
-        checks: health checks, or None to use `http`. They are closed together with this object.
+        checks: object that sends health checks, or None to use `http`. It is closed together with this object.
     """
 
     def __init__(
@@ -156,14 +155,14 @@ class EngineClient:
     def with_ids(self, prefix: str) -> "EngineClient":
         """Return a client that uses a different request id prefix.
 
-        It shares its connections with this client, and closing either one closes them.
+        Both clients share their connections, and closing either client closes them.
         """
         return EngineClient(self._http, self.model, prefix, self._checks)
 
     def named(self, model: str) -> "EngineClient":
-        """Return a client for another model of the engine, such as an adapter.
+        """Return a client for another model that the engine serves, such as an adapter.
 
-        It shares its connections with this client, and closing either one closes them.
+        Both clients share their connections, and closing either client closes them.
         """
         return EngineClient(self._http, model, self._id_prefix, self._checks)
 
@@ -241,7 +240,7 @@ class EngineClient:
         """Render a prompt with the engine's chat template, and return its token ids up to the start of the answer.
 
         Args:
-            messages: turns of an example, or messages in OpenAI's format, which may contain more than text.
+            messages: turns of an example, or messages in OpenAI's format, which may include content other than text.
             tools: tool definitions for the prompt, each as JSON text.
         """
         turns = [message.spoken() if isinstance(message, Message) else dict(message) for message in messages]
@@ -262,9 +261,7 @@ class EngineClient:
         return tuple([logprob for logprob, _ in await self._prompt_logprobs(token_ids, start, likeliest=0)])
 
     async def likeliest(self, token_ids: Sequence[int], start: int) -> tuple[tuple[float, int], ...]:
-        """Return the log-probabilities that `logprobs` returns, each with the id of the most likely token at its
-        position.
-        """
+        """Return each token's log-probability, as `logprobs` does, and the id of the top-1 token at its position."""
         return await self._prompt_logprobs(token_ids, start, likeliest=1)
 
     async def _prompt_logprobs(
@@ -285,12 +282,12 @@ class EngineClient:
     async def reload_weights(self, folder: Path, *, there: Path | None = None) -> None:
         """Replace the weights in place. The engine stops if the reload fails, so check the files first.
 
-        The timeout is long enough for slow storage. To notice sooner that the engine has died, watch the engine
-        during the reload.
+        The timeout is long enough for slow storage. To detect an engine crash sooner, monitor the engine during the
+        reload.
 
         Args:
             folder: the model folder on this machine.
-            there: path of the same folder on the engine's machine; default: the same path.
+            there: path of that folder on the engine's machine; defaults to `folder`.
 
         Raises:
             EngineError: the engine did not load the weights.
@@ -302,7 +299,7 @@ class EngineClient:
     async def reset_prefix_cache(self, *, within_s: float = 10.0) -> None:
         """Discard all cached prefixes, because they were computed with the previous weights.
 
-        The engine refuses while a request uses the cache, and a cancelled request may still use it for a moment.
+        The engine rejects this while a request is using the cache. A canceled request may still use it for a moment.
 
         Args:
             within_s: how long to retry, in seconds.
@@ -342,8 +339,8 @@ class EngineClient:
         """Load an adapter, which the engine then serves as one of its models.
 
         Args:
-            name: name of the model. It must not have been used before, because the prefix cache identifies
-                adapters by name.
+            name: model name for the adapter. A name must not be reused, because the prefix cache identifies adapters by
+                name.
 
         Raises:
             EngineError: the engine did not load the adapter.

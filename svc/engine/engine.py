@@ -52,24 +52,24 @@ class LastingEngine(Engine, Protocol):
         """Return the CPU time of the process that serves HTTP, in seconds, or None if it is unknown."""
 
     async def orphan_holds(self) -> str | None:
-        """Look for an engine that an earlier server left running, and return what is loaded in it.
+        """Look for an engine that an earlier server left running with the same launch options.
 
-        Return None if there is no engine with the same launch options.
+        Return the identity of its loaded weights, or None if there is no such engine or its weights are unknown.
         """
 
     async def adopt(self) -> None:
         """Adopt the engine found by `orphan_holds` instead of starting a new one."""
 
     async def fetch(self, folder: Path) -> None:
-        """Copy a model folder to the engine's machine, if the engine runs on another one, so that a reload is fast.
+        """Copy a model folder to the engine's machine, if that is a different machine, so that a reload is fast.
 
         Raises:
             SvcError: the files could not be copied.
         """
 
     async def record(self, holds: str | None) -> None:
-        """Record which weights the engine has loaded, so that a later server can adopt it. Pass None if they are
-        unknown.
+        """Record which weights the engine has loaded, so that a later server can adopt the engine. Pass None if the
+        weights are unknown.
 
         Raises:
             OSError: the record cannot be written.

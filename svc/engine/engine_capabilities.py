@@ -14,7 +14,7 @@ class EngineCapabilities:
         reloads: whether different weights of the same shapes can be loaded in place.
         adapters: maximum number of adapters loaded along with the base model, or 0 if adapters are not
             supported.
-        unprobed: why prompt log-probabilities, and therefore probes, are unavailable, or None if they are
+        unprobed: reason why prompt log-probabilities, and therefore probes, are unavailable, or None if they are
             available.
         sleeps: whether the engine can free its GPU while idle and restore itself later.
     """

@@ -44,7 +44,7 @@ def error_of(body: bytes) -> Any:
 
 
 def told_error(body: bytes) -> str:
-    """Return the message of an error response without values from the request.
+    """Return an error response's message, stripped of values from the request.
 
     The result is empty if the response contains no message.
     """

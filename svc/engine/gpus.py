@@ -14,8 +14,8 @@ class ListedGpu(BaseModel):
     """A GPU's entry in gpus.yaml.
 
     Attributes:
-        memory_gib: total memory that nvidia-smi shows.
-        tflops: dense bfloat16 products, in 10^12 operations per second.
+        memory_gib: total memory, as reported by nvidia-smi.
+        tflops: throughput of dense bfloat16 matrix products, in 10^12 operations per second.
         bandwidth: memory bandwidth in GB/s.
         utilization: share of `tflops` that training reaches, keyed by method.
         dollars: price per hour.

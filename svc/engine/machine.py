@@ -17,7 +17,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _NODES = Path("/sys/devices/system/node")
 _UNLIMITED = 2**60
-"""A limit above this value means "no limit". cgroups v1 expresses that as a number near 2^63."""
+"""Limits above this value mean "no limit", which cgroups v1 expresses as a number near 2^63."""
 _QUERY_S = 30.0
 _QUERY = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free,name", "--format=csv,noheader,nounits"]
 _THREADS_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
@@ -38,12 +38,12 @@ class Machine:
     """Resources of the machine that an engine can currently use.
 
     Attributes:
-        cores: numbers of the logical cores that this process may run on. There is at least one.
+        cores: ids of the logical cores that this process may run on; never empty.
         quota: CPU seconds per second that the cgroup allows, or None if there is no limit.
         memory: total memory that the process may use, in bytes.
-        free: memory that is currently available, in bytes, on the NUMA node of the first core, where vLLM
-            allocates its cache, and within the limits of the cgroup. Within such a limit, the kernel's file
-            cache counts as used, because vLLM counts it that way before allocating memory.
+        free: memory that is currently available, in bytes, on the NUMA node of the first core, where vLLM allocates its
+            cache, and within the limits of the cgroup. Under a cgroup limit, the kernel's file cache counts as used,
+            because vLLM also counts it as used before it allocates memory.
         gpus: GPUs that `CUDA_VISIBLE_DEVICES` allows; empty if `nvidia-smi` does not respond.
         nodes: number of NUMA nodes that the cores belong to.
         threads_bind: value of vLLM's environment variable `VLLM_CPU_OMP_THREADS_BIND`.

@@ -1,7 +1,7 @@
 """Reads the properties of a model folder that determine an engine's memory use and parallelism. No model is loaded.
 
-Some models do not cache the keys and values of every layer (sliding windows, latent attention, state
-spaces). For these, the size of a token in the KV cache is an upper bound.
+Some models do not cache the keys and values of every layer (sliding windows, latent attention, state spaces). For
+these, the computed KV cache size per token is an upper bound.
 """
 
 import json
@@ -14,8 +14,8 @@ from svc.model_folder.chat_template import TemplateValue, read_template_kwargs
 from svc.model_folder.weight_files import weight_files
 
 _BYTES_PER_VALUE = 2
-"""Size of one value in the KV cache, in bytes. vLLM stores the cache in the number type that it computes
-in, which has 16 bits unless float32 is requested."""
+"""Size of one value in the KV cache, in bytes. vLLM stores the cache in the data type that it computes in, which has 16
+bits unless float32 is requested."""
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Config keys that different model families use for the number of experts per layer."""
@@ -23,15 +23,15 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Properties of a model that its engine depends on. Those missing from the model's config are None.
+    """Properties of a model that its engine depends on. Properties missing from the model's config are None.
 
     Attributes:
         weights: total size of the safetensors weight files, in bytes.
         context: maximum context length, in tokens.
-        dtype: number type of the weights, or of the original weights if they are quantized.
+        dtype: data type of the weights, or of the original weights if they are quantized.
         heads: number of attention heads.
         kv_heads: number of heads that have their own keys and values.
-        token_bytes: size of one 16-bit token in the KV cache over all layers, in bytes.
+        token_bytes: KV cache size per token in 16-bit precision, summed over all layers, in bytes.
         divided_widths: input widths of the layers that tensor parallelism splits; empty if unknown.
         quantization: quantization method, for example `gptq`, or None if the weights are not quantized.
         group_size: number of weights that share one scale in a quantized model.

@@ -1,4 +1,4 @@
-"""Finds and stops engines that have outlived their server, by means of a lock and a record.
+"""Finds and stops engines that have outlived their server, using a lock and a record.
 
 The lock is held by the engine itself, which inherits the locked file when it starts. The kernel
 therefore releases the lock when the engine exits for any reason, whatever has happened to the server
@@ -34,7 +34,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
-    """Record of a running engine, by which a later server can find the engine.
+    """Record of a running engine, with which a later server can find the engine.
 
     Attributes:
         pid: id of the first process, which is also the id of its process group.
@@ -54,7 +54,7 @@ class EngineRecord:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[IO[str]]:
-    """Lock an engine folder and yield the locked file, for a process that is started within the context to inherit.
+    """Lock an engine's folder and yield the locked file, which a process started within the context can inherit.
 
     Raises:
         EngineError: another engine holds the lock.
@@ -79,7 +79,7 @@ def write_record(folder: Path, record: EngineRecord) -> None:
 def read_record(folder: Path) -> EngineRecord | None:
     """Return the record of an engine, or None if it is missing or damaged.
 
-    A record that was copied along with its home is also ignored.
+    A record that was copied as part of a home folder is also ignored.
     """
     try:
         record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
@@ -105,11 +105,12 @@ def find_engine(folder: Path) -> psutil.Process | None:
 def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
     """Stop all processes of the engine that was last started in a folder, beginning with its first process.
 
-    An engine that is still starting creates processes while it is being stopped, so this is repeated up to
-    20 times until none are left.
+    An engine that is still starting creates processes while it is being stopped, so the stop is repeated up to 20 times
+    until no process is left.
 
     Args:
-        known: the engine's first process, if the caller knows it. This helps if the folder has been changed.
+        known: the engine's first process, if the caller knows it. With it, the engine is stopped even if the folder was
+            changed.
     """
     record = read_record(folder)
     engine = known if known and runs(known) else find_engine(folder)
@@ -126,9 +127,9 @@ def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
 
 
 def start_of(pid: int) -> tuple[str, int]:
-    """Return when a process started, as boot id and clock ticks since boot.
+    """Return a process's start time, as boot id and clock ticks since boot.
 
-    The time of day is not used because it may be adjusted.
+    The wall-clock time is not used, because it may be adjusted.
 
     Raises:
         psutil.NoSuchProcess: there is no such process.

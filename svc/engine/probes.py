@@ -1,9 +1,8 @@
 """Probes: short token sequences whose log-probabilities distinguish one set of weights from another.
 
-Probes are recorded when a version is qualified, and checked after every load. They show *which* weights
-are loaded, not whether these are any good. An engine of a different kind (vLLM version, device,
-instruction set, compiled or not) rounds differently. For such an engine, the probes are recorded anew
-instead of loosening the tolerance.
+Probes are recorded when a version is qualified, and checked after every load. They show *which* weights are loaded, not
+whether those weights are any good. An engine of a different kind (vLLM version, device, instruction set, compiled or
+not) rounds differently. For such an engine, new probes are recorded instead of loosening the tolerance.
 """
 
 import asyncio
@@ -28,9 +27,9 @@ MIN_TOLERANCE = 1e-3
 """Minimum tolerance, in nats. On the CPU, repeated measurements of one probe at a time are identical to four
 decimal places, while another model's weights differ by about 10 nats."""
 _REMEASUREMENTS = 5
-"""Maximum number of times that a differing probe is measured again. With AMX, rounding depends on the batch
-size, with differences of up to 0.28 nats. Probes measured alone never differed, but with up to 15 other
-requests streaming at the same time, one measurement in forty did."""
+"""Maximum number of times that a differing probe is measured again. With AMX, rounding depends on the batch size, with
+differences of up to 0.28 nats. Probes measured alone never differed, but with up to 15 other requests streaming at the
+same time, one in forty measurements differed."""
 
 TokenId = Annotated[int, Field(ge=0)]
 Scored = tuple[Sequence[int], int]
@@ -41,7 +40,7 @@ class EngineFacts(BaseModel):
     """Properties of an engine that affect its rounding and thereby define its kind.
 
     Attributes:
-        dtype: number type that the engine computes in.
+        dtype: data type that the engine computes in.
         kernel: kernel for 4-bit weights, or `vllm` if the model has no 4-bit weights.
     """
 
@@ -56,7 +55,7 @@ class EngineFacts(BaseModel):
 
     @property
     def key(self) -> str:
-        """Text that identifies the kind of engine. Engines of the same kind have equal keys."""
+        """String that identifies the kind of engine. Engines of the same kind have equal keys."""
         return self.model_dump_json()
 
 
@@ -180,7 +179,7 @@ async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
         The largest difference, in nats.
 
     Raises:
-        ProbeError: a probe differed by more than its tolerance every time, or there are no probes.
+        ProbeError: a probe differed by more than its tolerance in every measurement, or there are no probes.
     """
     if not probes:
         raise ProbeError(

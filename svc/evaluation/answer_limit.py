@@ -1,8 +1,8 @@
 """Computes token limits for answers to held-out examples.
 
-With a fixed limit, no answer can match a reference that is longer than the limit. Without one, the limit
-for each answer is derived from its reference. This module works on token ids and texts; it knows nothing
-about tokenizers or engines.
+With a fixed limit, no answer can match a reference that is longer than the limit. Without a fixed limit, each answer's
+limit is derived from its reference. This module works on token ids and texts; it knows nothing about tokenizers or
+engines.
 """
 
 import math
@@ -14,8 +14,9 @@ REFERENCE_FACTOR = 1.5
 """Factor by which the length of the reference is multiplied. A correct answer in different words may be 1.5 times as
 long."""
 SPARE_TOKENS = 16
-"""Tokens added to the limit because references may be short. Half of the few tokens in a label would leave too
-little room for different wording, and with some templates the model ends an answer with more than one token."""
+"""Tokens added to the limit because references may be short. For a label of a few tokens, 1.5 times its length would
+leave too little room for different wording, and with some templates the model ends an answer with more than one
+token."""
 
 
 def answer_limits(examples: Sequence[TokenizedExample], *, context: int, fixed: int | None) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Caches a model's evaluation results, so that a base is evaluated only once instead of in every run.
 
-The cache has one line of JSON per example.
+The cache file contains one line of JSON per example.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ def results_by_example(pairs: Iterable[tuple[ChatExample, ExampleResult]]) -> Kn
 def find_results(
     known: KnownResults, examples: Sequence[ChatExample], limits: Sequence[int]
 ) -> tuple[ExampleResult, ...] | None:
-    """Return the results for these examples, in order, or None if any example has no result with its limit."""
+    """Return the results for these examples, in order, or None if any example lacks a result for its token limit."""
     results = [known.get(key) for key in zip(_names(examples), limits, strict=True)]
     return tuple(result for result in results if result is not None) if all(results) else None
 

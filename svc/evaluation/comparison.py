@@ -25,8 +25,8 @@ from svc.evaluation.results import ExampleResult
 SHOWN = 20
 """Maximum number of examples for which the two answers are shown side by side."""
 _MIN_DIFFERENT = 6
-"""Minimum number of examples with different scores. With fewer, all of them would favor the same model by chance in
-more than one of twenty comparisons."""
+"""Minimum number of examples with different scores. With fewer such examples, all of them would favor the same model by
+chance in more than one in twenty comparisons."""
 _EQUAL = 1e-9
 
 
@@ -66,8 +66,8 @@ class Tally(_Part):
 
     Attributes:
         metric: name of the metric whose scores are compared.
-        p_value: probability that such a lead arises by chance, according to a two-sided exact sign test. It
-            is 1 if neither model leads.
+        p_value: probability that a lead at least this large arises by chance, according to a two-sided exact sign test.
+            It is 1 if neither model leads.
     """
 
     metric: str
@@ -97,7 +97,7 @@ class DifferentAnswers(_Part):
 
 
 class VersionComparison(_Part):
-    """The result of comparing a second model with a first.
+    """The result of comparing two models on the same examples.
 
     Attributes:
         metrics: comparisons keyed by metric name, primary metric first. They always include `cut_off`, the
@@ -189,8 +189,8 @@ def _direction(difference: Interval, better: Better, differing: int) -> Directio
 def _gains(primary: Metric, one: Answered, other: Answered) -> tuple[list[float], str]:
     """Return how much better the second model's score is on each example, and which metric was used.
 
-    If the primary metric has no scores for single examples, the metric that monitoring uses instead is
-    taken, or exact match if the results do not contain that metric.
+    If the primary metric does not score individual examples, the metric that monitoring uses in its place is used, or
+    exact match if the results do not contain that metric.
     """
     by = primary.name if primary.scored else primary.watched_by
     if by in one.results[0].scores:

@@ -4,8 +4,8 @@
 def edit_distance(first: str, second: str) -> int:
     """Return the edit distance between two texts, computed with bit vectors (Myers 1999, in the form of Hyyrö 2003).
 
-    Each column of the dynamic programming table is stored as one integer. Answers with thousands of
-    characters take milliseconds, where a nested loop would take seconds.
+    Each column of the dynamic programming table is stored as one integer. Comparing answers of thousands of characters
+    takes milliseconds; a nested loop would take seconds.
     """
     if not first or not second:
         return len(first) + len(second)

@@ -1,4 +1,4 @@
-"""Client for a model at any OpenAI endpoint, used to answer examples or as a judge.
+"""Client for a model at any OpenAI-compatible endpoint, used to answer examples or as a judge.
 
 The endpoint may belong to another provider, or be this gateway. Differences between providers are detected from their
 errors: some reject a temperature, or use another name for the token limit. No provider returns the log-probabilities of

@@ -1,8 +1,8 @@
 """Evaluates models for the trainer, gates and monitoring, through the same endpoint that serves clients.
 
-Greedy answers are compared with references. In addition, the log-likelihood of the references reveals
-differences that are too small for exact match. It covers the tokens of the final answer, including the
-one that ends it, and equals the training loss on that answer.
+Greedy answers are compared with references. In addition, the log-likelihood of the references reveals differences that
+are too small for exact match. The log-likelihood covers the tokens of the final answer, including the token that ends
+it, so its negative mean equals the training loss on that answer.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ class EvaluationReport(BaseModel):
         valid_json: share of answers that are valid JSON, or None if the references are not JSON.
         cut_off: share of answers that were cut off at their token limit.
         nll: mean negative log-likelihood of all tokens in the reference answers, in nats per token.
-        hits: whether the answer to each example is an exact match, for paired comparisons.
+        hits: for each example, whether its answer is an exact match; used for paired comparisons.
         seconds: time taken to generate and score all answers, or 0 if they were cached.
         metrics: reports on the metrics, keyed by name.
         primary: name of the metric that gates use and that monitoring keeps measuring.
@@ -88,7 +88,7 @@ class EvaluationReport(BaseModel):
 
     @property
     def all_figures(self) -> dict[str, MetricReport]:
-        """The reports in `figures`, followed by those on the share of cut-off answers and the log-likelihood."""
+        """The reports in `figures`, then the reports on the share of cut-off answers and on the log-likelihood."""
         last = {CutOff.name: MetricReport.of(CutOff(), self.cut_off), Nll.name: MetricReport.of(Nll(), self.nll)}
         return self.figures | last
 
@@ -120,7 +120,7 @@ async def evaluate(
         on_done: called after each example.
 
     Raises:
-        EngineError: a request failed. No report is made unless all examples have been evaluated.
+        EngineError: a request failed. No report is created unless all examples have been evaluated.
     """
     started = time.monotonic()
     results = await ask_examples(client, examples, tokenized, limits=limits, trained=trained, on_done=on_done)

@@ -1,4 +1,4 @@
-"""Measures forgetting, the loss of general knowledge in training, by asking the same questions before and after
+"""Measures forgetting, the loss of general knowledge during training, by asking the same questions before and after
 training.
 """
 
@@ -28,8 +28,8 @@ class Forgetting(BaseModel):
             version, in nats per token. It is more sensitive than the share.
         nll_difference: `nll_after` minus `nll_before`. It is positive if the references have
             become less likely.
-        lost, gained: number of questions that only the base answers correctly, and number that only the version answers
-            correctly.
+        lost, gained: number of questions that only the base answers correctly, and number of questions that only the
+            version answers correctly.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -15,8 +15,8 @@ _BATCH = 1_000_000
 """Number of indices to draw at a time. Drawing all at once would take gigabytes for 100,000 examples."""
 
 Statistic = Callable[[Floats], Floats]
-"""Function that computes a statistic for each resample. Its argument has one row per resample, which says
-how often each example was drawn."""
+"""Function that computes a statistic for each resample. Its argument has one row per resample, with the number of times
+that each example was drawn."""
 
 
 class Interval(BaseModel):
@@ -60,7 +60,7 @@ def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Int
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Statistic:
-    """Return the mean of the given values as a `Statistic`."""
+    """Return a `Statistic` that computes the weighted mean of the given values."""
     weight = np.ones(len(values)) if weights is None else np.array(weights, dtype=float)
     weighted = np.array(values, dtype=float) * weight
 
@@ -105,10 +105,10 @@ def share_difference(differences: Sequence[float]) -> Interval:
 
 
 def bootstrap(examples: int, statistic: Statistic) -> Interval:
-    """Return a statistic of all examples with its bootstrap percentile interval, using a fixed seed.
+    """Return a statistic's value over all examples, with its bootstrap percentile interval. The seed is fixed.
 
-    A resample is represented by how often each example was drawn, so that a statistic of thousands of
-    resamples can be computed as a matrix product.
+    A resample is represented by the number of times that each example was drawn, so that the statistic can be computed
+    for thousands of resamples as a matrix product.
 
     Raises:
         ValueError: there are no examples.

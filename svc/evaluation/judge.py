@@ -1,8 +1,8 @@
-"""Asks a judge, a model at any OpenAI endpoint, which of two answers is better.
+"""Asks a judge, a model at any OpenAI-compatible endpoint, which of two answers is better.
 
-Prompts, references and answers are sent to that endpoint, so judging is off by default, and the
-destination is printed before they are sent. Judges tend to favor the first answer, so each pair is judged in both
-orders. The report says how often the two verdicts agree.
+Prompts, references and answers are sent to that endpoint, so judging is off by default, and the destination is printed
+before anything is sent. Judges tend to favor the first answer, so each pair is judged in both orders. The report says
+how often the two verdicts agree.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from svc.evaluation.intervals import Interval, mean, proportion
 from svc.terminal import console, counting
 
 _MAX_UNREAD_SHARE = 0.1
-"""Maximum share of pairs that may be without a readable verdict."""
+"""Maximum share of pairs without a readable verdict."""
 _LAST_WORD = re.compile(r"\b(A|B|TIE)\W*$")
 _INSTRUCTION = """\
 You compare two answers to the same conversation. Say which one serves the user better: is it right, does it do what \
@@ -113,7 +113,7 @@ async def judge_answers(
 async def _compare(chat: Chat, example: ChatExample, first: str, second: str) -> tuple[Preference, ...]:
     """Judge one pair of answers in both orders.
 
-    Both verdicts refer to the given order. The result is empty if one of them cannot be read.
+    Both verdicts are expressed in terms of `first` and `second`. The result is empty if either verdict cannot be read.
     """
     if first.strip() == second.strip():
         return Preference.TIE, Preference.TIE

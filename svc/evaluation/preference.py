@@ -1,6 +1,6 @@
 """Preference accuracy: the share of held-out pairs whose chosen answer is more likely than the rejected one.
 
-Likelihoods are measured on the engine. Likelihood alone favors short answers. The implied reward is therefore measured
+Likelihoods are measured on the engine. Likelihood alone favors short answers. The implicit reward is therefore measured
 too: how much more likely an answer has become than under the base (Rafailov et al. 2023, eq. 5, divided by beta).
 """
 
@@ -15,7 +15,7 @@ from svc.evaluation.evaluator import CONCURRENCY, score
 from svc.evaluation.intervals import Interval, mean, proportion
 
 TokenizedPair = tuple[TokenizedExample, TokenizedExample]
-"""The chosen and the rejected answer of a pair, each after the prompt."""
+"""The chosen and the rejected answer of a pair, each preceded by the prompt."""
 
 PREFERENCE_TITLES = {
     "preference_accuracy": "chosen answer is more likely",
@@ -27,7 +27,9 @@ PREFERENCE_TITLES = {
 
 
 class PairScores(BaseModel):
-    """A model's log-probability of each answer of the pairs, in order, summed over the answer's tokens, in nats."""
+    """A model's log-probabilities of both answers of each pair, in order, in nats. Each is summed over the answer's
+    tokens.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -1,4 +1,4 @@
-"""Repeats a measurement if other processes keep the machine busy, and reports how busy it was.
+"""Repeats a measurement if other processes keep the machine busy, and reports how busy the machine was.
 
 On a CPU, an engine measured during an unrelated training run decoded 4 tokens/s instead of 140. Only CPU usage is
 checked, so other processes on the same GPU go unnoticed.
@@ -40,9 +40,9 @@ async def measure_quietly(
     There is a pause of 10 seconds before each repetition.
 
     Args:
-        own_s: returns the CPU time of the measured processes, in seconds. The CPU time of this process is
+        own_s: function that returns the CPU time of the measured processes, in seconds. The CPU time of this process is
             added to it.
-        used_s: returns the CPU time of all processes, in seconds.
+        used_s: function that returns the CPU time of all processes, in seconds.
 
     Returns:
         The least disturbed result, and the share of all CPUs that other processes used during that measurement.

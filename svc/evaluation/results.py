@@ -52,7 +52,7 @@ def largest_limit(results: Sequence[ExampleResult]) -> int:
 
 
 def token_weights(results: Sequence[ExampleResult]) -> list[float]:
-    """Return each result's weight when log-likelihoods are averaged, which is its number of scored tokens."""
+    """Return each result's weight for averaging log-likelihoods, which is its number of scored tokens."""
     return [float(result.scored) for result in results]
 
 

@@ -12,8 +12,8 @@ from svc.engine.client import EngineClient
 
 _MAX_EXAMPLES = 32
 _MAX_TOKENS = 2048
-"""Maximum total number of tokens to score. A quantized 135M model scores that many in 20 s on two cores
-with AVX2."""
+"""Maximum total number of tokens to score. A quantized 135M model scores this many tokens in 20 s on two cores with
+AVX2."""
 
 
 class TokenScore(NamedTuple):
@@ -33,7 +33,7 @@ Scores = tuple[tuple[TokenScore, ...], ...]
 
 
 def choose_examples(tokenized: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-    """Return examples spread over the held-out set: at least one, and otherwise at most 2,048 tokens in total."""
+    """Return examples spread over the held-out set: at most 2,048 tokens in total, but always at least one example."""
     stride = max(1, len(tokenized) // _MAX_EXAMPLES)
     chosen: list[TokenizedExample] = []
     tokens = 0

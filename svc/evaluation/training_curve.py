@@ -24,7 +24,7 @@ class TrainingPoint(BaseModel):
             step 0.
         heldout_loss: loss on held-out examples after the step, in nats per answer token; None if not
             measured.
-        heldout_each: the same loss for each measured held-out example, in the same order at all points.
+        heldout_each: loss on each measured held-out example, in the same order at all points.
         learning_rate: learning rate of this step; None at step 0.
         grad_norm: norm of the gradients before clipping; None at step 0, or if float16 training skipped the
             step.

@@ -1,8 +1,8 @@
 """A gate's verdict: whether a loss is within the allowed margin, beyond it, or undecided.
 
-With few examples, a gate that rejects only a proven loss would pass a bad version: losing 12 of 27 right
-answers to 60 questions does not prove a loss of more than 0.1. A pass must therefore be proven too. The
-third outcome, `undecided`, comes with the number of examples needed for a decision.
+With few examples, a gate that rejects only a proven loss would pass a bad version: losing 12 of 27 right answers in a
+set of 60 questions does not prove a loss of more than 0.1. A pass must therefore be proven too. The third outcome,
+`undecided`, comes with the number of examples needed for a decision.
 """
 
 from enum import StrEnum
@@ -29,8 +29,8 @@ class GateOutcome(StrEnum):
 
 
 class Gate(StrEnum):
-    """The kinds of loss that can be limited, named after the keys of their limits in the recipe's `evaluate`
-    section. The limits with `gptq` in their names apply to every quantized format.
+    """The kinds of loss that a recipe can limit. Each value is the key of the limit in the recipe's `evaluate` section.
+    Limits with `gptq` in their names apply to every quantized format.
     """
 
     GPTQ_LOSS = "max_gptq_loss"
@@ -86,8 +86,7 @@ class GateReport(_Record):
 
     Attributes:
         measured: text with the figures before and after.
-        limit: text with the recipe's key for the margin and, for a relative margin, the figure it is a share
-            of.
+        limit: text with the recipe's key for the margin and, for a relative margin, the figure that it is relative to.
         format: the format whose loss was measured, or None in versions from releases that supported only GPTQ.
     """
 
@@ -115,7 +114,7 @@ def judge(loss: Interval, margin: float, examples: int, *, fewest: int = 1) -> V
         loss: paired difference; above 0 if the second model is worse.
         margin: maximum allowed loss.
         examples: number of examples that both models answered, at least 1.
-        fewest: minimum number of examples for a decision, because a bootstrap interval over very few is too
+        fewest: minimum number of examples for a decision, because a bootstrap interval over very few examples is too
             narrow.
     """
     if examples < fewest:

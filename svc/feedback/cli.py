@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 @click.option("--since", type=time_past, metavar="TIME", help="Use only requests since this time in UTC, such as 30d.")
 @click.pass_context
 def feedback(ctx: click.Context, model: str, objective: str, output: Path | None, since: datetime | None) -> None:
-    """Write feedback on answers of MODEL (NAME or NAME@N) as lines of training data.
+    """Write feedback on the answers of MODEL (NAME or NAME@N) as lines of training data.
 
-    A correction is the better answer of a pair, and the answer that was given is the worse one. Only answers whose
-    prompt and text are stored can be used.
+    A correction becomes the chosen answer of a pair, and the model's answer becomes the rejected answer. Only answers
+    whose prompt and text are stored can be used.
     """
     from svc.dataset.schema.objective import Objective
     from svc.store.database import open_store

@@ -1,7 +1,7 @@
 """Converts users' feedback on answers to rows of training data.
 
-A correction is better than the answer that was given, so the two form a preference pair. A rating is a label for the
-given answer.
+A correction is preferred to the model's answer, so the two form a preference pair. A rating is a label for the model's
+answer.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ def training_rows(rated: RatedText, objective: Objective) -> list[Row] | Unused:
     """Return the rows of training data from an answer's feedback, or the reason why there are none.
 
     Args:
-        objective: determines the kind of rows: chat examples with the correction, pairs of correction and answer,
-            or labelled answers.
+        objective: determines the kind of rows: chat examples with the correction, pairs of correction and answer, or
+            labeled answers.
     """
     if rated.prompt is None or rated.answer is None:
         return Unused.NOT_STORED

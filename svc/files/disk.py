@@ -1,7 +1,7 @@
 """Writes files atomically and detects a full disk.
 
-Even after a kill or power cut, a written file is either complete or absent. This module knows nothing
-about the files' contents.
+Even after a kill or a power loss, a written file is either complete or absent. This module knows nothing about the
+files' contents.
 """
 
 import errno
@@ -27,7 +27,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a folder's directory entries, so that they survive a power cut."""
+    """Sync a folder's directory entries, so that they survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,7 +36,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Sync a folder's files and directory entries, so that they survive a power cut."""
+    """Sync a folder's files and directory entries, so that they survive a power loss."""
     for path in folder.iterdir():
         if path.is_file():
             with path.open("rb") as file:
@@ -45,7 +45,8 @@ def sync_files(folder: Path) -> None:
 
 
 def close_to_others(folder: Path, marks: Iterable[str]) -> None:
-    """Revoke other users' access to one of this service's folders, and thereby to its contents, if it exists.
+    """Revoke other users' access to one of this service's folders, and thereby to its contents. Do nothing if there is
+    no such folder.
 
     A shared folder such as /tmp, or a folder with other content, is left unchanged, even if it is configured
     as the home.

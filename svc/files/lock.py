@@ -47,7 +47,7 @@ def hold_lock(path: Path, what: str, **info: Any) -> Iterator[None]:
     """Hold an exclusive lock for the duration of the `with` block.
 
     Args:
-        what: noun for the locked thing, used in error messages.
+        what: noun for the locked object, used in error messages.
         info: JSON values that `lock_holder` returns to other processes, in addition to `pid`.
 
     Raises:
@@ -80,8 +80,8 @@ def wait_for_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def share_lock(path: Path) -> Iterator[None]:
-    """Hold a lock together with others that share it for the duration of the `with` block, waiting until nobody holds
-    it exclusively. While the lock is shared, `locked_file` fails.
+    """Hold a shared lock for the duration of the `with` block, after waiting until no thread or process holds it
+    exclusively. While the lock is shared, `locked_file` fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from typing import BinaryIO, cast
 
 
 def scratch_file(owner: object) -> BinaryIO:
-    """Open a new temporary file without a name, in `$TMPDIR` or else /var/tmp, because /tmp is memory on many
+    """Open a new temporary file without a name, in `$TMPDIR` or else /var/tmp, because /tmp is held in memory on many
     machines.
 
     Args:

@@ -1,7 +1,7 @@
 """Writes the model card of a version for the Hugging Face Hub.
 
 Everyone with access to the repository can read the card. It therefore contains figures, hashes and training options,
-but no texts of examples, labels, paths, URLs or names of machines.
+but no example texts, labels, paths, URLs or host names.
 """
 
 import json
@@ -57,7 +57,7 @@ def hub_base(manifest: Manifest) -> str | None:
 
 
 def _metadata(manifest: Manifest, format: Format) -> str:
-    """Return the block of YAML from which the Hub shows the license, the base and the task."""
+    """Return the YAML block from which the Hub reads the license, the base and the task."""
     from huggingface_hub import ModelCardData
 
     base, method = hub_base(manifest), manifest.recipe.get("method")
@@ -124,7 +124,7 @@ def _evaluation(report: Report, format: Format) -> str:
 
 
 def _data(report: Report) -> str:
-    """Return the numbers and hashes of the examples."""
+    """Return the section with the number and hash of the examples in each split."""
     data = report.manifest.data
     rows = [
         ["held out", f"{data.heldout_examples:,}", f"`{data.heldout_fingerprint}`"],
@@ -140,7 +140,7 @@ def _data(report: Report) -> str:
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
-    """Return the training options, or the parts of a combined adapter."""
+    """Return the section with the training options and, for a combined adapter, its parts."""
     text = ""
     if parts := _combined(recipe):
         combine = recipe["adapter"]["combine"]

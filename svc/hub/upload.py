@@ -1,7 +1,7 @@
 """Uploads a version to a repository of the Hugging Face Hub, as one commit with a tag.
 
-Before anything is sent, the contents and the readers of the destination are checked. The upload's commit names the
-newest commit seen in that check as its parent, so it fails if someone else has changed the repository since.
+Before anything is sent, the destination's contents and visibility are checked. The upload's commit names the newest
+commit seen in that check as its parent, so it fails if someone else has changed the repository since.
 """
 
 import json
@@ -61,7 +61,7 @@ class Destination:
 
     Attributes:
         repo: `org/name`.
-        public: whether everyone can read it.
+        public: whether everyone can read the repository.
         exists: whether it has been created.
         commit: the newest commit, or None if the repository does not exist.
         files: the files in the repository, without `.gitattributes`.
@@ -79,7 +79,7 @@ class Destination:
 
 
 def files_to_upload(registry: Registry, manifest: Manifest, format: Format, repo: str) -> list[UploadFile]:
-    """Return the files of a version in one format, after checking their hashes. The model card is the first one.
+    """Return the files of a version in one format, after checking their hashes. The model card comes first.
 
     An adapter's config contains the path of its base on this machine, which is replaced by the base's Hub id.
 
@@ -123,7 +123,7 @@ def files_to_upload(registry: Registry, manifest: Manifest, format: Format, repo
 
 
 def _base_changes(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the recipe's keys that change the base itself, so that an adapter does not work on the original base."""
+    """Return the recipe keys that change the base itself, so that an adapter does not fit the original base."""
     values = {key: recipe.get(key) for key in ("chat_template", "new_tokens")}
     values["rope_scaling"] = (recipe.get("rope_scaling") or {}).get("type")
     return [key for key, value in values.items() if value]
@@ -192,7 +192,7 @@ def check_destination(api: "HfApi", repo: str, version: VersionId, *, public: bo
 
 
 def upload(api: "HfApi", destination: Destination, files: list[UploadFile], version: VersionId) -> tuple[str, str]:
-    """Replace the contents of a repository by the given files, tag the commit, and return its id and its URL.
+    """Replace the contents of a repository with the given files, tag the commit, and return its id and its URL.
 
     If the upload is interrupted, the repository keeps its earlier files. The next upload does not resend large files
     that have arrived completely.
@@ -228,7 +228,7 @@ def upload(api: "HfApi", destination: Destination, files: list[UploadFile], vers
 
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
-    """Turn the exceptions of huggingface_hub into errors with advice."""
+    """Convert huggingface_hub's exceptions into errors with advice."""
     # HTTPError is that of the HTTP client in use: httpx, or httpx2 in newer releases
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""The author of a change in the audit log: a user or a key, and where the change was made from."""
+"""The author of a change in the audit log: a user or a key, and the machine or address that the change came from."""
 
 import os
 import pwd

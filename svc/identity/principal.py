@@ -64,7 +64,7 @@ class Principal:
         Args:
             model: NAME, NAME@N or NAME@alias.
             owners: ids of the keys whose jobs train the model. If there are any, another key may use the model only if
-                its list of models includes it, or if it has the scope `admin`.
+                that key's list of models includes the model, or if the key has the scope `admin`.
         """
         if self.key_id in owners:
             return True

@@ -1,8 +1,8 @@
 """Extra chat template arguments, which must be the same in training, evaluation and serving.
 
-Templates of thinking models insert a thinking block into the prompt, or into the last answer, unless it
-is disabled. Other templates insert today's date. A model used with different arguments than in training
-gives wrong answers, without any other symptom.
+Templates of thinking models insert a thinking block into the prompt, or into the last answer, unless thinking is
+disabled. Other templates insert today's date. A model used with different arguments than in training gives wrong
+answers, without any other symptom.
 """
 
 import json
@@ -38,7 +38,7 @@ def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[s
 
     Args:
         folder: folder of the model to be trained.
-        given: arguments in the recipe, or None if it has none.
+        given: arguments from the recipe, or None if the recipe sets none.
 
     Raises:
         IntegrityError: see `read_template_kwargs`.
@@ -63,7 +63,7 @@ def pin_date(template: str) -> str:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """Return a model folder's chat template, or None if it has none or has several named ones."""
+    """Return a model folder's chat template, or None if it has no template or several named templates."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text("utf-8")

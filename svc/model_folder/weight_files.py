@@ -1,8 +1,7 @@
 """The weight and tokenizer files that transformers and vLLM read from a model folder.
 
-A folder from the hub often contains more: the same weights in the publisher's own format
-(`consolidated.safetensors`, `original/`), parameters (`params.json`) and pictures. These are ignored
-here.
+A folder from the Hub often contains other files too: the same weights in the publisher's own format
+(`consolidated.safetensors`, `original/`), parameters (`params.json`) and images. These are ignored here.
 """
 
 from pathlib import Path
@@ -16,7 +15,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors weight files, sorted by name: those in the index, or all if there is no index.
+    """Return the safetensors weight files, sorted by name: the files listed in the index, or all weight files if there
+    is no index.
 
     Files in the index are returned even if they do not exist.
 

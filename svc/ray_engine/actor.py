@@ -19,7 +19,7 @@ Listening = tuple[str, int, str]
 
 
 class EngineActor:
-    """An engine of a server.
+    """A Ray actor that runs one engine for a server.
 
     Args:
         name: name of the actor.

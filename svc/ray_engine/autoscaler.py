@@ -51,7 +51,7 @@ def requested(needs: Sequence[Need], wait_s: float) -> Iterator[bool]:
     The resources are reserved for the duration of the `with` block.
 
     Args:
-        wait_s: time limit in seconds. It is not used up if the autoscaler reports that it cannot add such machines.
+        wait_s: time limit in seconds. The wait ends early if the autoscaler reports that it cannot add such machines.
     """
     import ray
     from ray.util import placement_group, remove_placement_group
@@ -68,8 +68,8 @@ def requested(needs: Sequence[Need], wait_s: float) -> Iterator[bool]:
 
 
 def _is_infeasible(group: str) -> bool:
-    """Return whether the autoscaler reports that it cannot add machines for a placement group. Only the second version
-    of the autoscaler reports this.
+    """Return whether the autoscaler reports that it cannot add machines for a placement group. Only version 2 of the
+    autoscaler reports this.
     """
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
     from ray.experimental.internal_kv import internal_kv_get_gcs_client

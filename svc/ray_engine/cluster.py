@@ -1,8 +1,8 @@
 """Creates and stops actors in a Ray cluster, and asks the cluster which machines have enough resources for an engine.
 
 Each query runs in a short-lived process (cluster_query.py), because a connection to Ray adds threads and signal
-handlers and costs 100 MB. Ray also terminates a connected process when the cluster's head is unreachable for a minute.
-Requests to a running engine do not go through Ray.
+handlers and takes 100 MB of memory. Ray also terminates a connected process when the cluster's head is unreachable for
+a minute. Requests to a running engine do not go through Ray.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ class _Model(BaseModel):
 
 
 class Describe(_Model):
-    """Return the capabilities of a machine that has the resources, even if they are in use.
+    """Query for the capabilities of a machine that has the needed resources, even if they are in use.
 
     Attributes:
         wait_s: maximum wait, in seconds, for the cluster to add a machine with the resources if it has none.
@@ -40,13 +40,13 @@ class Describe(_Model):
 
 
 class Capacity(_Model):
-    """Return the free resources of each machine, and whether the cluster adds machines on demand."""
+    """Query for the free resources of each machine, and for whether the cluster adds machines on demand."""
 
     do: Literal["capacity"] = "capacity"
 
 
 class Grow(_Model):
-    """Let the cluster add machines, and return whether the engines fit within a time limit."""
+    """Query that lets the cluster add machines, and returns whether the engines fit within a time limit."""
 
     do: Literal["grow"] = "grow"
     needs: tuple[Need, ...]
@@ -54,7 +54,7 @@ class Grow(_Model):
 
 
 class Place(_Model):
-    """Create an actor."""
+    """Query that creates an actor."""
 
     do: Literal["place"] = "place"
     name: str
@@ -65,7 +65,7 @@ class Place(_Model):
 
 
 class End(_Model):
-    """Stop actors, if they exist."""
+    """Query that stops actors, if they exist."""
 
     do: Literal["end"] = "end"
     names: tuple[str, ...]
@@ -99,7 +99,7 @@ class Resources(_Model):
 
 
 class Answer(_Model):
-    """The answer to a query. One of the attributes is set, except after a successful `end`."""
+    """The answer to a query. One attribute is set, or none after a successful `end`."""
 
     placed: Placed | None = None
     described: Described | None = None
@@ -222,7 +222,7 @@ class RayCluster:
 
 
 def _wait_s(question: Question) -> float:
-    """Return for how long a query may wait for resources, in seconds."""
+    """Return how long a query may wait for resources, in seconds."""
     match question:
         case Place():
             return question.timeout_s

@@ -1,6 +1,7 @@
 """Answers a query about a Ray cluster in a separate process, which is connected to Ray; see cluster.py.
 
-The address is the argument, the query is read from standard input, and the answer is written to standard output.
+The cluster's address is passed as the argument, the query is read from standard input, and the answer is written to
+standard output.
 """
 
 import logging

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _ACTOR_START_S = 30.0
 _STOP_TIMEOUT_S = 40.0
-"""Maximum time for an actor to stop its engine, in seconds: SIGTERM and SIGKILL, 10 s each, for two rounds."""
+"""Maximum time for an actor to stop its engine, in seconds: two rounds of SIGTERM and SIGKILL, 10 s each."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Placement:
         folder, wait_s: see `RaySettings`.
         artifacts: URL of the artifact store.
         models: the registry's folder on this machine.
-        max_bytes: size of the versions on each machine above which unused ones are removed, or None for no limit.
+        max_bytes: maximum size of all versions on each machine, in bytes, or None for no limit. If it is exceeded,
+            unused versions are removed.
     """
 
     cluster: RayCluster
@@ -56,7 +57,7 @@ class Placement:
 
 
 class RayEngine:
-    """A vLLM server that runs with an actor on another machine and outlives this process.
+    """A vLLM server that an actor runs on another machine, and that outlives this process.
 
     Args:
         spec: specification of the engine. Its paths are on this machine. The actor's machine uses other paths.
@@ -198,9 +199,9 @@ class RayEngine:
         self.plan = reply.plan
 
     async def orphan_holds(self) -> str | None:
-        """Look for an engine that an earlier server left running, and return what is loaded in it.
+        """Look for an engine that an earlier server left running with the same launch options.
 
-        Return None if there is no engine with the same launch options.
+        Return the identity of its loaded weights, or None if there is no such engine or its weights are unknown.
         """
         record = await asyncio.to_thread(read_actor, self.spec.state)
         if record is None or record.placed is None:
@@ -246,8 +247,8 @@ class RayEngine:
         return path
 
     async def record(self, holds: str | None) -> None:
-        """Record which weights the engine has loaded, so that a later server can adopt it. Pass None if they are
-        unknown.
+        """Record which weights the engine has loaded, so that a later server can adopt the engine. Pass None if the
+        weights are unknown.
 
         Raises:
             OSError: the record cannot be written.
@@ -334,7 +335,7 @@ class _NodeClient(EngineClient):
     """A client whose requests name the paths of model folders on the engine's machine.
 
     Args:
-        path_there: function that fetches a model folder on the engine's machine, and returns its path there.
+        path_there: function that downloads a model folder to the engine's machine, and returns its path there.
     """
 
     def __init__(self, address: TlsAddress, model: str, path_there: Callable[[Path], Any]) -> None:

@@ -23,11 +23,12 @@ log = logging.getLogger(__name__)
 _FETCHING = ".fetching"
 _MODELS = "models"
 _KEPT = 2
-"""Number of model folders that an engine may read: those of its current version and of the version that replaces it."""
+"""Number of model folders that an engine may read: the folders of its current version and of the version that replaces
+it."""
 
 
 class NodeModels:
-    """The model folders on this machine that one engine uses. Several engines may share them.
+    """The model folders on this machine that one engine uses. Several engines may share a folder.
 
     Args:
         folder: folder with all versions on this machine.
@@ -104,7 +105,7 @@ class NodeModels:
 
 def evict(models: Path, max_bytes: float) -> None:
     """Remove model folders that no engine on this machine uses, least recently used first, until the remaining folders
-    take at most `max_bytes`.
+    take up at most `max_bytes`.
 
     Args:
         models: folder with the versions of all models.

@@ -16,8 +16,8 @@ _WAIT = 'exec 3<&0; (read -r _ <&3 || exec "$@" 3<&-) &'
 closed because the actor has died.
 
 The guard is the child of a shell that exits immediately. It must not be a child of the actor, because an actor whose
-node is lost kills its own children before it exits. Such a guard died together with vLLM's API server, and vLLM's core
-kept running.
+node is lost kills its own children before it exits. A guard that was started as such a child died together with vLLM's
+API server, and vLLM's core kept running.
 """
 
 

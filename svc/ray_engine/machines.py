@@ -1,4 +1,5 @@
-"""Derives from the settings the resources that engines need, and asks the Ray cluster whether it has them."""
+"""Determines from the settings which resources engines need, and asks the Ray cluster whether it has these
+resources."""
 
 import asyncio
 import logging
@@ -69,7 +70,9 @@ class RayMachines:
             self._describe(each)
 
     def placement(self, settings: EngineSettings) -> Placement:
-        """Return where an engine with these settings runs. See `check` for errors and duration."""
+        """Return the placement of an engine with these settings. The errors and the duration are the same as for
+        `check`.
+        """
         ray, artifacts = self._settings.ray, self._settings.artifacts
         return Placement(
             cluster=self._cluster,
@@ -82,7 +85,9 @@ class RayMachines:
         )
 
     def capabilities(self, settings: EngineSettings) -> DeviceCapabilities:
-        """Return the capabilities of machines for engines with these settings. See `check` for errors and duration."""
+        """Return the capabilities of machines for engines with these settings. Errors and duration are the same as for
+        `check`.
+        """
         return self._describe(settings).capabilities
 
     async def shortage(self, engines: Sequence[EngineSettings]) -> str | None:

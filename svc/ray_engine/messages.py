@@ -44,7 +44,7 @@ class ModelFiles(_Message):
 
 
 class Start(_Message):
-    """Start the engine. For the attributes that are not listed here, see `EngineSpec`.
+    """Command that starts the engine. For the attributes that are not listed here, see `EngineSpec`.
 
     Attributes:
         artifacts: URL of the artifact store.
@@ -66,7 +66,7 @@ class Start(_Message):
 
 
 class Fetch(_Message):
-    """Download a model folder, verify it, and reply with its path on the actor's machine."""
+    """Command that downloads a model folder, verifies it, and replies with its path on the actor's machine."""
 
     do: Literal["fetch"] = "fetch"
     artifacts: str
@@ -85,14 +85,14 @@ Command = Annotated[Start | Fetch | Simple, Field(discriminator="do")]
 
 
 class Request(_Message):
-    """A command and the number that its reply repeats."""
+    """A command, with an id that its reply repeats."""
 
     id: int
     command: Command
 
 
 class Problem(_Message):
-    """An error, which becomes an `EngineError` or `IntegrityError` at the server."""
+    """An error, which the server raises as an `EngineError` or `IntegrityError`."""
 
     wrong: str
     expected: str = ""
@@ -108,7 +108,7 @@ class Problem(_Message):
         return cls(wrong=f"on {node}: {error.wrong}", expected=error.expected, todo=error.todo, integrity=integrity)
 
     def error(self) -> SvcError:
-        """Return the error to raise at the server."""
+        """Return the error to raise on the server."""
         kind = IntegrityError if self.integrity else EngineError
         return kind(self.wrong, expected=self.expected, todo=self.todo)
 
@@ -139,7 +139,7 @@ class Phase(_Message):
 
 
 class Beat(_Message):
-    """Figures of the engine; see `Engine` for their meaning."""
+    """A periodic report of the engine's figures; see `Engine` for their meaning."""
 
     kind: Literal["beat"] = "beat"
     memory: int | None = None

@@ -8,7 +8,7 @@ _ROUNDING = 1e-9
 
 
 class Need(BaseModel):
-    """Resources of one engine, keyed by Ray's names, which include `GPU` and `CPU`."""
+    """Resources that one engine needs, keyed by Ray's resource names, such as `GPU` and `CPU`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,8 +28,9 @@ class Need(BaseModel):
 def count_fitting(needs: Sequence[Need], free: Sequence[Mapping[str, float]]) -> int:
     """Return how many of the engines fit on a cluster's machines at the same time.
 
-    The largest engines are placed first, each on the machine with the least left for others. If the engines' sizes
-    divide each other, as 1, 2, 4 and 8 GPUs do, this places all engines whenever that is possible.
+    The largest engines are placed first, each on the machine with the fewest free resources among those where it fits.
+    If the engines' sizes divide each other, as 1, 2, 4 and 8 GPUs do, this places all engines whenever that is
+    possible.
 
     Args:
         free: free resources of each machine.

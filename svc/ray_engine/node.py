@@ -42,7 +42,7 @@ from svc.ray_engine.proxy import Front
 log = logging.getLogger(__name__)
 
 _MEMORY_INTERVAL_S = 10.0
-"""Seconds between two measurements of the engine's memory, which reads the page tables of all its processes."""
+"""Seconds between measurements of the engine's memory. Each measurement reads the page tables of all its processes."""
 
 
 class EngineNode:
@@ -199,8 +199,7 @@ class EngineNode:
             writer.write(line(Phase(phase=phase)))
 
     async def _watch(self, engine: EngineProcess, front: asyncio.Server) -> None:
-        """Refuse connections as soon as the engine has exited, as the socket of a local engine would, and stop the
-        actor.
+        """Refuse connections as soon as the engine has exited, as a local engine's socket would, and stop the actor.
 
         The actor's resources are then free for the next engine.
         """

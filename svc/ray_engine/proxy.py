@@ -42,7 +42,7 @@ class _Side(asyncio.Protocol):
 
 
 class Front(_Side):
-    """A connection from the server, which leads to a new connection to the engine.
+    """A connection from the server. It opens its own connection to the engine.
 
     Args:
         socket: the engine's Unix socket.

@@ -24,7 +24,7 @@ class ActorRecord(BaseModel):
     Attributes:
         name: the actor's name in the cluster.
         cluster: address of the cluster.
-        certificate, key: the server's key pair, as PEM texts.
+        certificate, key: the server's key pair, in PEM format.
         placed: address of the actor, or None before it runs.
         launch: digest of the engine's launch options, or None before it runs.
         plan: the launch options, for display.
@@ -58,7 +58,7 @@ def write_actor(folder: Path, record: ActorRecord) -> None:
 def read_actor(folder: Path) -> ActorRecord | None:
     """Return the record in an engine's folder, or None if it is missing or damaged.
 
-    A record that was copied along with its home is also ignored, because the actor belongs to the original home.
+    A record that was copied as part of a home folder is also ignored, because the actor belongs to the original home.
     """
     try:
         record = ActorRecord.model_validate_json((folder / RECORD_FILE).read_bytes())
@@ -80,8 +80,8 @@ def end_actor(folder: Path) -> None:
 
 
 def postpone_end(folder: Path) -> None:
-    """Replace the record in an engine's folder by a note that its actor must be stopped later, so that a new record can
-    be written.
+    """Replace the record in an engine's folder with a note that its actor must be stopped later, so that a new record
+    can be written.
     """
     record = read_actor(folder)
     if record is None:
@@ -100,8 +100,8 @@ def end_postponed(engines: Path) -> tuple[list[str], list[str]]:
         engines: folder that contains the engines' folders.
 
     Returns:
-        The names of the actors that were stopped, and of those that remain because their cluster still cannot be
-        reached.
+        The names of the actors that were stopped, and the names of the actors that remain because their cluster still
+        cannot be reached.
 
     Raises:
         OSError: the note of a postponed stop cannot be read or deleted.
@@ -124,8 +124,8 @@ def end_postponed(engines: Path) -> tuple[list[str], list[str]]:
 
 
 def _postponed(note: Path) -> ActorRecord | None:
-    """Return the actor named in the note of a postponed stop, or None if the note is damaged or was copied along with
-    its home.
+    """Return the actor named in the note of a postponed stop, or None if the note is damaged or was copied as part of a
+    home folder.
     """
     with suppress(ValidationError):
         record = ActorRecord.model_validate_json(note.read_bytes())

@@ -96,7 +96,8 @@ def push(ctx: click.Context, versions: tuple[str, ...]) -> None:
 def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None, as_json: bool) -> None:
     """Delete files left by old runs, sweeps, jobs and batches, interrupted work, logs and caches. Keeps all versions.
 
-    With an object store, weights that it also has are removed until the versions take at most artifacts.cache_gb.
+    With an object store, weights that are also stored there are removed until the versions take up at most
+    artifacts.cache_gb.
     """
     from svc.registry.housekeeping import evict, find_ended, find_evictable, find_reclaimable, reclaim
     from svc.store.audit import Action, AuditEntry, record_event

@@ -3,9 +3,9 @@
 A reload replaces only tensors, so everything that vLLM reads once at startup must be the same:
 architecture, shapes, quantization, tokenizer, chat template and its arguments, and sampling defaults.
 
-One tensor must be the same as well. If the input and output embeddings share a matrix, vLLM's CPU engine
-keeps a packed copy of it for the output, which a reload does not update. Adapters do not change that
-matrix, but full fine-tuning does.
+A shared embedding matrix must be the same as well. If the output layer shares the input embedding, vLLM's CPU engine
+keeps a packed copy of that matrix for the output layer, and a reload does not update the copy. Adapters do not change
+the matrix, but full fine-tuning does.
 """
 
 import hashlib
@@ -74,7 +74,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
     """Return the SHA-256 of a model folder's tokenizer. Models that tokenize every text identically have equal hashes.
 
     Raises:
-        IntegrityError: the tokenizer's file is missing or damaged.
+        IntegrityError: the tokenizer file is missing or damaged.
     """
     return _digest(_tokenizer(folder))
 
@@ -143,5 +143,5 @@ def _stable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(token: Any) -> Any:
-    """Return the text of a special token, which is given as a string or as an object that contains the text."""
+    """Return the text of a special token. Tokenizer files store it either as a string or as an object with the text."""
     return token.get("content") if isinstance(token, dict) else token

@@ -1,4 +1,4 @@
-"""Frees disk space: removes unneeded versions and old files of runs, sweeps, jobs, batches, logs and caches.
+"""Frees disk space by removing unneeded versions, and old files of runs, sweeps, jobs, batches, logs and caches.
 
 A needed version is never removed. A version is needed if it has an alias, is or will be served, or is the target of a
 rollback. The base of a needed adapter version is needed too. A version that a server has loaded only as an additional
@@ -38,11 +38,11 @@ _DAY_S = 86_400
 _UNUSED_S = 3600
 """Weights used more recently than this are not evicted, because an engine may be loading them."""
 _REGISTERED = "register.json"
-"""File whose presence in a run's folder shows that the run is finished (see trainer.pipeline.run_folder).
-The weights are in one folder per format."""
+"""File whose presence in a run's folder shows that the run is finished (see trainer.pipeline.run_folder). The run's
+weights are in one subfolder per format."""
 _REMOVED = ".removed-"
 _REMOVING = ".removing"
-"""Lock file in the folder with a model's versions, held while a version is being removed."""
+"""Lock file in a model's versions folder, held while a version is being removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Reclaimable:
     """A file or folder that can be deleted.
 
     Attributes:
-        size: number of bytes that deleting it would free.
+        size: number of bytes that a deletion would free.
         why: why the file or folder is not needed.
         touched: time of the last change to the contents, in seconds since the epoch.
     """
@@ -62,7 +62,7 @@ class Reclaimable:
 
 
 def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
-    """Return the versions of a model that must not be removed, each mapped to the reason why."""
+    """Return a model's versions that must not be removed, with the reason for each."""
     reasons = {version: f"has alias {alias}" for alias, version in registry.tracking.aliases(name).items()}
     desired = read_desired(store, name)
     if desired is not None:
@@ -73,7 +73,9 @@ def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, st
 
 
 def _bases(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
-    """Return a model's versions that are the base of an adapter that is served, or would be after a rollback."""
+    """Return those versions of a model that are the base of a served adapter or of a rollback's target, with the reason
+    for each.
+    """
     reasons: dict[VersionId, str] = {}
     states = [state for desired in desired_names(store) if (state := read_desired(store, desired))]
     for target in [target for state in states for target in (state.previous, state.target) if target]:
@@ -124,7 +126,9 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
 
 
 def _run_of(registry: Registry, version: VersionId) -> Path | None:
-    """Return the folder of the run that created a version, or None if it is missing or the version is damaged."""
+    """Return the folder of the run that created a version, or None if the folder is missing or the manifest is
+    damaged.
+    """
     try:
         folder = registry.models.parent / RUNS_FOLDER / registry.manifest(version).run
     except IntegrityError:
@@ -134,9 +138,7 @@ def _run_of(registry: Registry, version: VersionId) -> Path | None:
 
 
 def _drop_weights(run: Path, formats: Iterable[Format] = Format) -> None:
-    """Remove a run's links to a version's removed weights so that their space is freed, unless the run is
-    active.
-    """
+    """Remove a run's links to a version's removed weights so that the disk space is freed, unless the run is active."""
     try:
         with hold_lock(run / RUN_LOCK, f"the run {run.name}"):
             for format in formats:
@@ -179,7 +181,9 @@ def find_reclaimable(registry: Registry, home: Path, older_than_days: float) -> 
 
 
 def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
-    """Yield every file and folder that is not in use, whatever its age, with the reason why it is not needed."""
+    """Yield every leftover file or folder that is not in use, regardless of age, with the reason why it is not
+    needed.
+    """
     for folder in _folders(models.glob("*/.*")):  # a registration takes minutes, less than a day
         yield folder, "left by an interrupted registration or removal"
     for folder in _folders((home / RUNS_FOLDER).glob("*")):
@@ -199,8 +203,8 @@ def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
 def find_ended(store: Store, home: Path, older_than_days: float) -> Iterator[Reclaimable]:
     """Yield folders of fine-tuning jobs and batches that have ended, or that are not in the store.
 
-    They are kept for `older_than_days` days after their last change. Unknown ones are kept for at least a day, because
-    the server of this home may use another store, in which these jobs and batches are still running.
+    The folders are kept for `older_than_days` days after their last change. Folders of unknown jobs and batches are
+    kept for at least a day, because this home's server may use another store, in which they are still running.
     """
     now = time.time()
     before = now - older_than_days * _DAY_S
@@ -269,10 +273,10 @@ def find_evictable(registry: Registry, store: Store, max_bytes: float) -> Iterat
 
 
 def evict(registry: Registry, store: Store, item: Reclaimable) -> None:
-    """Remove the weights that `find_evictable` has found, and the links to them in the run that created them.
+    """Remove weights found by `find_evictable`, and the links to them in the folder of the run that created them.
 
     Raises:
-        BusyError: the version has been used since, or is needed now.
+        BusyError: the weights have been used since they were found, or the version is now needed.
     """
     folder = item.path
     version = VersionId(folder.parent.parent.name, int(folder.parent.name))
@@ -289,7 +293,9 @@ def evict(registry: Registry, store: Store, item: Reclaimable) -> None:
 
 
 def _size(folder: Path) -> int:
-    """Return the number of bytes in a folder, including files that a run's folder links to. Eviction removes both."""
+    """Return the number of bytes in a folder, including files with hard links in a run's folder, because an eviction
+    removes those links too.
+    """
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -309,8 +315,6 @@ def _newest(path: Path, now: float) -> float:
 
 
 def size_on_disk(path: Path) -> int:
-    """Return the number of bytes that deleting a path would free. Files that have another hard link do not
-    count.
-    """
+    """Return the number of bytes that deleting a path would free, excluding files with more than one hard link."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files if file.stat().st_nlink == 1)

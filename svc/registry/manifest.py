@@ -1,4 +1,5 @@
-"""The manifest, which records all facts about a version. It is written once, after all other files."""
+"""A version's manifest, which records all facts about the version. The manifest is written once, after all other
+files."""
 
 import json
 from datetime import datetime
@@ -35,7 +36,7 @@ class BaseRecord(_Record):
     Attributes:
         origin: name of the base in the recipe.
         revision: revision that identifies the base's exact files.
-        licence: licence stated by the publisher, or None if unknown.
+        licence: license stated by the publisher, or None if unknown.
     """
 
     origin: str
@@ -44,7 +45,7 @@ class BaseRecord(_Record):
 
 
 class SelectedBy(StrEnum):
-    """Which examples selected a version's weights (in early stopping) or the recipe's values (in a sweep)."""
+    """Examples that were used to select a version's weights (in early stopping) or its recipe's values (in a sweep)."""
 
     NONE = "none"
     HELDOUT = "heldout"
@@ -55,10 +56,9 @@ class DataRecord(_Record):
     """The examples used for training and evaluation.
 
     Attributes:
-        modified_at: time (UTC) at which the newest local training file was last modified before the training, or None
-            if unknown.
-        pairs_fingerprint: fingerprint of the held-out pairs, or None if there are none. If the objective is a
-            preference, `train_fingerprint` refers to the training pairs or labelled answers.
+        modified_at: time (UTC) of the last change to any local training file before the training, or None if unknown.
+        pairs_fingerprint: fingerprint of the held-out pairs, or None if there are none. For preference training,
+            `train_fingerprint` refers to the training pairs or labeled answers.
     """
 
     train_fingerprint: str
@@ -72,8 +72,8 @@ class DataRecord(_Record):
 
     @property
     def selection(self) -> str:
-        """Text saying which examples selected the version and how this affects its metrics. Empty if no examples were
-        used for selection.
+        """Note on the examples that were used to select the version, and on how the selection affects its metrics.
+        Empty if no examples were used for selection.
         """
         if self.selected_by is SelectedBy.HELDOUT:
             return "these examples selected the version, so its results are slightly too good (set data.validation)"
@@ -83,7 +83,7 @@ class DataRecord(_Record):
 
 
 class FormatRecord(_Record):
-    """A version's record for one format.
+    """Record of one format in a version's manifest.
 
     Attributes:
         fingerprint: fingerprint of the format; versions with equal fingerprints can replace each other in a
@@ -117,7 +117,7 @@ class Manifest(_Record):
         failed: failed checks; a version with failed checks was registered on request and cannot be promoted.
         parity: comparison of the trained model with the served one, or None if no format is served.
         judge: a judge's comparison of the merged model with the base, or None if there was no judge.
-        findings: faults found in the training run.
+        findings: problems found in the training run.
         forgetting: loss of general knowledge in each format compared with the base; empty if no general
             questions were asked.
         gates: verdicts on the losses caused by quantization and training; empty if the recipe sets no
@@ -154,7 +154,7 @@ class Manifest(_Record):
 
     @property
     def small_files(self) -> tuple[FileRecord, ...]:
-        """Records of the files that belong to no format: the held-out examples and the reference."""
+        """Records of the files that are not specific to a format: the held-out examples and the reference files."""
         return (self.heldout, *self.reference)
 
     @property
@@ -164,7 +164,7 @@ class Manifest(_Record):
 
     @property
     def undecided(self) -> tuple[str, ...]:
-        """Descriptions of the undecided gates, excluding those that count as failed."""
+        """Descriptions of the undecided gates, except gates that count as failed."""
         undecided = (str(gate) for gate in self.gates if gate.verdict.outcome is GateOutcome.UNDECIDED)
         return tuple(gate for gate in undecided if gate not in self.failed)
 
@@ -175,13 +175,13 @@ class Manifest(_Record):
 
     @property
     def imported_adapter(self) -> str | None:
-        """Folder or Hub id of the adapter that was imported instead of trained, or None if it was trained here."""
+        """Folder or Hub id of the imported adapter, or None if the adapter was trained here."""
         adapter: str | None = self.recipe.get("adapter", {}).get("trained")
         return adapter
 
     @property
     def adapter_origin(self) -> str | None:
-        """Words for where the adapter comes from, or None if it was trained here."""
+        """Description of the adapter's origin, or None if the adapter was trained here."""
         if self.imported_adapter:
             return f"the adapter {self.imported_adapter}, trained elsewhere"
         combine = self.recipe.get("adapter", {}).get("combine")
@@ -206,7 +206,9 @@ class Manifest(_Record):
 
     @property
     def max_answer_tokens(self) -> int | None:
-        """The recipe's token limit on held-out answers, or None if each reference determines its answer's limit."""
+        """The recipe's token limit for held-out answers, or None if each answer's limit depends on its reference
+        answer.
+        """
         limit: int | None = self.recipe.get("evaluate", {}).get("max_tokens")
         return limit
 
@@ -225,10 +227,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, version: VersionId, source: str) -> Manifest:
-    """Parse a version's manifest that was not read from the registry's folder.
+    """Parse a version's manifest that was not read from the registry's own folder.
 
     Args:
-        source: where it was read from, for error messages.
+        source: location of the manifest, for error messages.
 
     Raises:
         IntegrityError: the bytes are not a manifest, or belong to a different version.
@@ -251,7 +253,7 @@ def parse_manifest(content: bytes, version: VersionId, source: str) -> Manifest:
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """Return a manifest as the bytes of its file."""
+    """Return the serialized manifest, exactly as stored in its file."""
     return json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False).encode("utf-8")
 
 

@@ -1,8 +1,8 @@
-"""Stores versions in an object store, which several machines share: S3, Google Cloud, Azure, or a shared folder.
+"""Stores versions in an object store that several machines share: S3, Google Cloud, Azure, or a shared folder.
 
-    manifests/NAME/N.json      written last, and only if there is none yet; without it there is no version NAME@N
-    files/NAME/SHA256/FILE     one file of the model's versions, under its hash
-    checkpoints/RUN/STEP/FILE  one file of a checkpoint of an unfinished training
+    manifests/NAME/N.json      written last, and never replaced; a version exists only if it has a manifest
+    files/NAME/SHA256/FILE     one file of the model's versions, keyed by its hash
+    checkpoints/RUN/STEP/FILE  one file of a checkpoint of an unfinished training run
     client-files/ID            the contents of a client's file, see svc.client_files.shared_contents
 
 Because a key contains the file's hash, two machines never write different contents under one key. An interrupted upload
@@ -50,23 +50,23 @@ _CREATE_PAUSES_S = (0.2, 1.0, 5.0)
 _FIRST_PROGRESS_S, _PROGRESS_S = 2.0, 15.0
 _MANIFESTS, _FILES, _PROBES = "manifests", "files", "probes"
 _HIDDEN = (re.compile(r"<(?!Code>|/Code>)[^>]*>[^<]*"), re.compile(r"\?\S+"))
-"""Match the elements of an XML error except its code, and the parameters of a URL, which may contain a signature."""
+"""Match all elements of an XML error except its code, and a URL's query parameters, which may contain a signature."""
 
 
 @dataclass
 class ObjectStore:
-    """All versions in one object store, below one prefix.
+    """All versions in one object store, under one prefix.
 
     Attributes:
         url: `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix` or `file:///path`.
-        retries: how often a failed request is repeated, with growing pauses.
+        retries: maximum number of retries of a failed request, with increasing pauses.
     """
 
     url: str
     retries: int = _RETRIES
 
     def versions_url(self, name: str) -> str:
-        """Return the URL below which the manifests of a model's versions are."""
+        """Return the URL under which the manifests of a model's versions are stored."""
         return f"{self.url.rstrip('/')}/{_MANIFESTS}/{name}"
 
     @cached_property
@@ -95,7 +95,7 @@ class ObjectStore:
             ) from None
 
     def versions(self, name: str | None = None) -> list[VersionId]:
-        """Return all versions in the store, or only those of one model, sorted by name and number.
+        """Return the versions of one model or of all models in the store, sorted by name and number.
 
         Raises:
             RegistryError: the store does not respond, or rejects the request.
@@ -162,7 +162,7 @@ class ObjectStore:
         self._publish(manifest)
 
     def upload_files(self, name: str, records: Iterable[FileRecord], folder: Path, what: str) -> None:
-        """Upload a version's files that the store lacks. The version may not be published yet.
+        """Upload a version's files that the store lacks. The version need not be published yet.
 
         Args:
             name: the model's name.
@@ -360,8 +360,8 @@ class ObjectStore:
         )
 
     def _publish(self, manifest: Manifest) -> None:
-        """Write a manifest unless one exists. An identical manifest counts as success: it was written by an earlier
-        attempt whose response was lost.
+        """Write a manifest unless the version already has one. An identical manifest counts as success, because an
+        earlier attempt wrote it although its response was lost.
         """
         key, content = manifest_key(manifest.id), manifest_bytes(manifest)
         if not self._create(key, content) and self._read(key) != content:
@@ -508,7 +508,9 @@ def _in_order(read: Callable[[int], "Bytes"], starts: Iterable[int]) -> Iterator
 
 @contextmanager
 def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a callback for copied bytes. It prints a line after 2 s, and then every 15 s."""
+    """Yield a callback that takes the number of bytes copied since its last call. The callback prints the progress
+    after 2 s, and then every 15 s.
+    """
     from svc.terminal import console
 
     started = time.monotonic()
@@ -526,7 +528,7 @@ def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of a client's error, without URL signatures and the rest of the store's response."""
+    """Return the text of the client's error on one line, without URL signatures and details of the store's response."""
     text = str(error).split("\n\nDebug source", 1)[0]
     for pattern in _HIDDEN:
         text = pattern.sub("", text)

@@ -1,4 +1,4 @@
-"""A version's parity report: checks that the served model equals the trained one.
+"""A version's parity report: checks that the served model equals the trained model.
 
 The report is created once, before registration, by testing the files to be registered on an engine that
 serves them. This module does not know how parity is measured (see trainer/parity) or displayed.
@@ -36,13 +36,12 @@ class ParityCheck(_Record):
 
 
 class Differences(_Record):
-    """Differences between two models' scores for the same tokens. Each token is scored given all tokens before
-    it.
+    """Differences between two models' scores for the same tokens. Each token is scored given all preceding tokens.
 
     Attributes:
         nats: for each example and token, the second model's log-probability minus the first's.
         agreement: share of positions at which both models have the same top-1 token.
-        diverges_at: example and position of the first top-1 token that differs, or None if there is none.
+        diverges_at: example and position of the first difference in the top-1 token, or None if there is none.
     """
 
     nats: tuple[tuple[float, ...], ...]
@@ -51,7 +50,7 @@ class Differences(_Record):
 
     @property
     def all(self) -> list[float]:
-        """The differences of all tokens, in nats, as one flat list."""
+        """The differences for all tokens, in nats, as one flat list."""
         return [difference for example in self.nats for difference in example]
 
     @property
@@ -76,8 +75,7 @@ class Speed(_Record):
     Attributes:
         load_seconds: time for an in-place reload, in seconds. None for a model that only a new engine can
             load.
-        first_token_seconds: time to first token of an uncached prompt, in seconds, with no other requests
-            running.
+        first_token_seconds: time to first token for an uncached prompt, in seconds, with no other requests running.
         tokens_per_second: tokens decoded per second, keyed by the number of concurrent streams.
         memory_bytes: memory of the engine's processes, or None if unknown.
         others_share: share of the machine's processors that other processes used during the measurement.

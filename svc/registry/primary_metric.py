@@ -34,15 +34,15 @@ def write_primary_metric(folder: Path, metric: Metric) -> None:
 
 
 def watched_metric(registry: Registry, target: Target, *, run_functions: bool) -> Metric:
-    """Return the metric that scores individual held-out examples: the primary metric or, if the primary metric
-    names one, its `watched_by` metric.
+    """Return the metric that scores individual held-out examples: the metric that the primary metric names in
+    `watched_by`, or else the primary metric itself.
 
     Args:
         run_functions: whether a metric function stored with the version may run. It is code from the user
             who registered the version. If it may not run, exact match is used instead.
 
     Raises:
-        NotFoundError: the version, or its format, does not exist.
+        NotFoundError: the version does not exist, or lacks the format.
         RecipeError: the metric is not installed on this machine.
         IntegrityError: one of the metric's files is missing or was changed.
     """

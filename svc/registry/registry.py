@@ -2,9 +2,9 @@
 
     models/NAME/N/manifest.json  adapter/  merged/  gptq/  heldout.jsonl  reference/
 
-A version is published atomically. It is built in a hidden folder next to the published ones, its
-manifest is written last, and a rename publishes it. A folder without a manifest is not a version. A
-version never changes: its files are read-only.
+A version is published atomically. It is built in a hidden folder next to the published versions, its manifest is
+written last, and renaming the folder publishes it. A folder without a manifest is not a version. A version never
+changes: its files are read-only.
 
 With an object store (`artifacts.url`), the folder is a cache. A version is first fetched from the store without the
 files of its formats, which are downloaded when they are needed. Only `versions` and `names` never query the store.
@@ -45,7 +45,7 @@ training curve, a sample of the prompts, the text space, and the hashes of the t
 HELDOUT_TOKENS_FILE = "heldout_tokens.jsonl"
 """File in `REFERENCE_FOLDER` that contains the examples of `HELDOUT_FILE` as token ids, in order."""
 _FETCHING = ".fetching"
-"""Lock file in the folder with a model's versions, held while files are downloaded."""
+"""Lock file in a model's versions folder, held while files are downloaded."""
 
 BASE_RESULTS_FILE = "base.jsonl"
 """File in `REFERENCE_FOLDER` with the base's results on the held-out examples that the merged model answered."""
@@ -85,7 +85,7 @@ class Registry:
         return sorted({version.name for version in self.versions()})
 
     def versions(self, name: str | None = None) -> list[VersionId]:
-        """Return all versions in the home, or only those of one model, sorted by name and number."""
+        """Return the versions of one model or of all models in the home, sorted by name and number."""
         if name is not None and not re.fullmatch(NAME_PATTERN, name):
             return []
         folders = [path.parent for path in self.models.glob(f"{name or '*'}/*/{MANIFEST_FILE}")]
@@ -99,7 +99,7 @@ class Registry:
         """Return the model folder of a version in the given format, after downloading any missing files.
 
         Raises:
-            NotFoundError: the version, or its format, does not exist.
+            NotFoundError: the version does not exist, or lacks the format.
             DiskSpaceError, IntegrityError, RegistryError: the files could not be downloaded from the object store.
         """
         self._fetch_format(version, format)
@@ -129,7 +129,7 @@ class Registry:
         """Return a version's record for the given format.
 
         Raises:
-            NotFoundError: the version, or its format, does not exist.
+            NotFoundError: the version does not exist, or lacks the format.
         """
         formats = self.manifest(version).formats
         if format not in formats:
@@ -164,7 +164,7 @@ class Registry:
         return self.tracking.alias(name, Alias.PRODUCTION) or known[-1]
 
     def verify(self, version: VersionId, format: Format) -> None:
-        """Check the files of one format against the manifest, after downloading those that are missing.
+        """Check the files of one format against the manifest, after downloading any missing files.
 
         Raises:
             IntegrityError: a file is missing or was changed.
@@ -174,8 +174,8 @@ class Registry:
         verify_files(self.folder(version), self.format(version, format).files)
 
     def heldout(self, version: VersionId) -> list[ChatExample]:
-        """Return all held-out examples of a version. If `evaluate.limit` was set, only the first ones were
-        evaluated.
+        """Return all held-out examples of a version. If `evaluate.limit` was set, only that number of examples from the
+        start of the file was evaluated.
 
         Raises:
             NotFoundError: the version does not exist.
@@ -193,7 +193,7 @@ class Registry:
             file: name of the file in `REFERENCE_FOLDER`.
 
         Raises:
-            NotFoundError: the version, or its file, does not exist.
+            NotFoundError: the version does not exist, or lacks the file.
             IntegrityError: the file is missing or was changed.
         """
         path = f"{REFERENCE_FOLDER}/{file}"
@@ -204,12 +204,11 @@ class Registry:
         return self.folder(version) / path
 
     def results(self, version: VersionId, format: Format) -> tuple[ExampleResult, ...]:
-        """Return a version's held-out results from registration, in file order. They may cover only the first
-        examples.
+        """Return the results on a version's held-out examples that were stored at registration, in file order. They may
+        cover only the first part of the file.
 
         Raises:
-            NotFoundError: the version does not exist, or has no results in this format, as is the case for an
-                adapter.
+            NotFoundError: the version does not exist, or has no results in this format. Adapters never have results.
             IntegrityError: the file is missing or was changed.
         """
         if format is Format.ADAPTER:
@@ -255,7 +254,7 @@ class Registry:
         return np.unique(np.concatenate(hashes))
 
     def refresh(self, name: str | None = None) -> None:
-        """Fetch all versions from the object store, or only those of one model, without the files of their formats.
+        """Fetch the versions of one model or of all models from the object store, without the files of their formats.
 
         If the store does not respond, or a version is damaged, a warning is logged and only the versions in the home
         can be used.
@@ -292,15 +291,15 @@ class Registry:
     ) -> Manifest:
         """Publish finished files as a new version, atomically, and return the version's manifest.
 
-        With an object store, the version is published there first. If that fails, it is not published in the home
-        either, and a repeated call continues with the files that were not uploaded yet.
+        With an object store, the version is published there first. If that fails, the version is not published in the
+        home either, and a repeated call continues with the files that were not uploaded yet.
 
         Args:
             name: the model's name.
             run_id: the MLflow run that created the version.
             content: source file or folder of each entry in the version's folder, keyed by the entry's name.
                 Files are linked if the file system supports links, so that nothing is copied within one disk.
-            manifest: called with the version and the folder that contains the content; returns the manifest.
+            manifest: function that takes the version and the folder with the content, and returns the manifest.
 
         Raises:
             RegistryError: the object store does not respond, or another machine has just published this number.
@@ -320,8 +319,8 @@ class Registry:
     def publish_as(
         self, version: VersionId, content: dict[str, Path], manifest: Callable[[VersionId, Path], Manifest]
     ) -> None:
-        """Publish finished files under a given number, unless the version exists. The version is not registered in
-        MLflow.
+        """Publish finished files as the version with a given number, unless that version exists. The version is not
+        registered in MLflow.
 
         Args:
             content, manifest: see `publish`.
@@ -389,7 +388,7 @@ class Registry:
             sync_folder(folder.parent)
 
     def _fetch_format(self, version: VersionId, format: Format) -> None:
-        """Download those files of a format that are missing in the home, and mark the format as used."""
+        """Download a format's files that are missing from the home, and mark the format as used."""
         files, folder = self.format(version, format).files, self.folder(version)
         if self.objects is None:
             return

@@ -54,8 +54,8 @@ def print_version(manifest: Manifest, folder: Path) -> None:
 
 
 def _forgetting_table(results: Mapping[Format, Forgetting]) -> Table:
-    """Return a table of results on general questions, for the base and each format. Formats also show their
-    change from the base.
+    """Return a table of results on general questions, for the base and each format. For formats, the change from the
+    base is also shown.
     """
     base, formats = next(iter(results.values())), results.values()
     table = Table(f"{base.examples} general questions", "base", *results, box=None)

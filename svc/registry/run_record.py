@@ -51,9 +51,9 @@ class RunRecord(BaseModel):
     """Measurements of a version's training run.
 
     Attributes:
-        machine: machine that registered the version or, for a run on a cluster, a node like those that ran the stages.
-            Stages of an interrupted run may have run on other machines.
-        number_type: number type in which matrix products are computed.
+        machine: machine that registered the version or, for a run on a cluster, a node of the same kind as the nodes
+            that ran the stages. Stages of an interrupted run may have run on other machines.
+        number_type: data type in which matrix products are computed.
         steps: number of optimizer steps.
         tokens: number of prompt and answer tokens trained on, without padding.
         tokens_per_second, seconds: speed and duration of the optimization, as measured by the process that

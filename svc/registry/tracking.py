@@ -59,8 +59,8 @@ class Tracking:
 
     Args:
         uri: `sqlite:////absolute/path` or the URL of a tracking server.
-        artifacts: folder for the artifacts of new experiments, or None to use the tracking server's. Without
-            either of them, MLflow would write to the working folder.
+        artifacts: folder for the artifacts of new experiments, or None to use the tracking server's artifact store.
+            Without either, MLflow would write to the working folder.
 
     Attributes:
         where: the URI without user name and password, for messages.
@@ -249,7 +249,7 @@ class Tracking:
         """Register the next version of a model in MLflow, and return the version's id.
 
         Args:
-            source: where the version's files are. A tracking server rejects folders of other machines, and URLs of
+            source: location of the version's files. A tracking server rejects folders of other machines, and URLs of
                 web servers.
 
         Raises:

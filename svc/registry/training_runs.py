@@ -3,7 +3,7 @@
     $SVC_HOME/runs/NAME-KEY/   lock  mlflow.json
 
 A run is active while its lock is held. Its process holds the lock from the first stage to the last, however long a step
-takes, and loses it if it dies. This module knows nothing about stages, or about runs in other homes.
+takes. The lock is released if the process dies. This module knows nothing about stages, or about runs in other homes.
 """
 
 import re
@@ -27,7 +27,7 @@ class TrainingRun:
     Attributes:
         name: the model's name.
         running: whether the run is active.
-        tracking_run: id of the run in MLflow; None if the run does not have one yet, or is inactive.
+        tracking_run: id of the run in MLflow; None if the run is inactive or not in MLflow yet.
         written_at: time of the last write to a file in the folder, in seconds since 1970; None for an
             inactive run.
     """

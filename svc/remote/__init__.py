@@ -1,1 +1,1 @@
-"""Server addresses, and clients for servers on this machine or on another one."""
+"""Server addresses, and clients for servers on this machine or other machines."""

@@ -1,5 +1,5 @@
-"""Sends requests to a server's administration API, and raises the errors it returns as the same error
-classes.
+"""Sends requests to a server's administration API. A returned error is raised as the error class that the server
+raised.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ _ERRORS: Mapping[str, type[SvcError]] = {
     "host_not_allowed": SettingsError,
     "too_many_wrong_keys": AuthenticationError,
 }
-"""Error classes keyed by error code. Any other code means that the server does not respond correctly."""
+"""Error classes keyed by error code. Any other code becomes a ServerNotRunningError."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,7 @@ class ServerAddress:
         url: root URL, which is also displayed.
         socket: Unix socket in the server's home, or None to use the URL.
         key: API key sent with each request, or None if none is needed.
-        authority: file with the CA certificates for verifying the server, or None to use the machine's own
-            certificates.
+        authority: file with the CA certificates for verifying the server, or None to use the system's CA certificates.
     """
 
     url: str

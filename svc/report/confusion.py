@@ -19,10 +19,10 @@ class ConfusionMatrix:
     """Number of examples for each combination of reference label and answer label.
 
     Attributes:
-        labels: labels of the references, one per row; if there are more than 25, the rarest share the last
-            row.
-        given: labels of the answers, one per column: the same labels, then one column for all other answers,
-            if any.
+        labels: labels of the reference answers, one per row; if there are more than 25, the rarest labels share the
+            last row.
+        given: labels of the model's answers, one per column: the same labels, then a column for all other answers, if
+            there are any.
         counts: number of examples, by row and column.
     """
 

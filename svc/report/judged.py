@@ -78,7 +78,9 @@ class Judged:
 
     @cached_property
     def rows(self) -> tuple[MetricRow, ...]:
-        """Return one row per metric. The primary metric comes first, the cut-off share and the log-likelihood last."""
+        """Return one row per metric. The primary metric comes first; the share of cut-off answers and the
+        log-likelihood come last.
+        """
         if self.tuned is None:
             return ()
         figures = {model: evaluation.all_figures for model, evaluation in self.evaluations.items()}
@@ -123,9 +125,9 @@ class Judged:
 
     @cached_property
     def worst(self) -> tuple[int, ...]:
-        """Return the line numbers of the ten worst wrong answers by the primary metric, worst first.
+        """Return the line numbers of up to ten wrong answers with the worst scores by the primary metric, worst first.
 
-        Among equally bad answers, the one whose reference is least likely comes first.
+        Among answers with equal scores, the answer with the least likely reference comes first.
         """
         results = self.results.get(self.tuned or "", ())
         wrong = [line for line, result in enumerate(results, 1) if not result.hit]
@@ -152,8 +154,8 @@ class Judged:
         return tuple(place * count // chosen + 1 for place in range(chosen))
 
     def _goodness(self, results: Sequence[ExampleResult], line: int) -> float:
-        """Return the score of an answer, where higher is always better. It is the score by the primary metric, or
-        by exact match if the primary metric did not score the answer.
+        """Return an answer's score by the primary metric, or by exact match if the primary metric did not score the
+        answer. The sign is chosen so that a higher score is always better.
         """
         result, primary = results[line - 1], self.rows[0]
         sign = -1 if primary.better is Better.LOWER else 1

@@ -17,11 +17,12 @@ def _base(text: str) -> str:
 
 
 _CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
-"""Names of bases for clients. A colon would make the names of trained models, `ft:BASE:...`, ambiguous."""
+"""Valid names by which clients refer to bases. A colon would make the names of trained models, `ft:BASE:...`,
+ambiguous."""
 
 
 class TrainingPlace(StrEnum):
-    """Location where jobs of the fine-tuning API are trained."""
+    """Location where jobs of the fine-tuning API run."""
 
     HERE = "here"
     RAY = "ray"
@@ -93,7 +94,7 @@ class BatchSettings(Section):
 
 
 class FilesSettings(Section):
-    """Limits of the files that clients upload. See docs/files-api.md."""
+    """Limits on files that clients upload. See docs/files-api.md."""
 
     max_mb: int = Field(512, ge=1, description="maximum size of a file that is uploaded in one request, in MiB")
     max_upload_gb: float = Field(8.0, gt=0, description="maximum size of a file that is uploaded in parts, in GiB")

@@ -33,12 +33,12 @@ class GptqKernel(StrEnum):
 
 
 class ReplicaRange(Section):
-    """Minimum and maximum number of replicas if the number follows the load."""
+    """Minimum and maximum number of replicas when the number is scaled with the load."""
 
     min: int = Field(1, ge=1, le=64)
     max: int = Field(ge=1, le=64)
     remove_after_s: float = Field(900.0, ge=30)
-    """Time for which fewer replicas must have been enough before one is removed, in seconds."""
+    """Seconds for which fewer replicas must have been enough before a replica is removed."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:

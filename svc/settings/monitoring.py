@@ -82,8 +82,8 @@ class HoldoutSettings(Section):
     """Settings for requests that the server itself sends for monitoring. They have a lower priority than
     clients' requests.
 
-    The served version answers its held-out set after each start and swap, and then periodically. Client
-    answers whose content is stored are scored by their likelihood under the version.
+    The served version answers its held-out set after each start and swap, and then periodically. Answers to clients are
+    scored by their likelihood under the version, if their content is stored.
     """
 
     every_hours: float = Field(6.0, ge=0, description="interval between held-out runs, in hours; 0 disables these runs")

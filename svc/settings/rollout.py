@@ -19,7 +19,8 @@ class UnitKind(StrEnum):
     """The unit of traffic that a canary assigns to one version and counts as one observation."""
 
     AUTO = "auto"
-    """Assign by the request's `user`, or else its conversation, or else the request itself."""
+    """Assign by the request's `user` if there is one, otherwise by its conversation, otherwise by the request
+    itself."""
     REQUEST = "request"
 
 

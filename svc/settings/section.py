@@ -1,4 +1,4 @@
-"""The base of all sections of the settings, and types of values that several sections share."""
+"""Base class of all settings sections, and value types that several sections share."""
 
 import ipaddress
 from pathlib import Path

@@ -81,7 +81,9 @@ class Settings(BaseSettings):
         return webhooks
 
     def idle_s_of(self, name: str) -> float | None:
-        """Return the number of idle seconds after which a model's engines sleep or stop, or None if they never do."""
+        """Return the idle time in seconds after which a model's engines sleep or stop, or None if idle engines keep
+        running.
+        """
         own = self.models[name].idle_s if name in self.models else None
         return own or self.serve.idle_s
 

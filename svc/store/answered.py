@@ -1,4 +1,4 @@
-"""Reads a version's answers and their ratings in order. Used for monitoring."""
+"""Reads a version's answers and ratings for monitoring, in chronological order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ from svc.store.tables import FeedbackRow, RequestRow
 
 
 def unit_text(rollout: int, unit: str, *, candidate: bool) -> str:
-    """Return the text with which the request log records that a rollout assigned a request to a version.
+    """Return the text that the request log stores with a request that a rollout assigned to a version.
 
     Args:
         unit: hash of the user or conversation; empty if the request was assigned on its own.

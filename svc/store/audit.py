@@ -1,8 +1,8 @@
 """The audit log: who did what, when, from where and why. It is append-only, and each row's hash covers the
 previous row's hash, so that changed, removed or inserted rows are detected.
 
-Database triggers reject changes. A user who can drop the triggers can also recompute all later hashes or
-delete the newest rows; a copy of an earlier hash stored elsewhere detects that.
+Database triggers reject changes. A user who can drop the triggers can also recompute all later hashes or delete the
+newest rows; such tampering can be detected with a copy of an earlier hash that is stored elsewhere.
 """
 
 import hashlib
@@ -47,7 +47,8 @@ class Action(StrEnum):
     """The owner of a fine-tuned model deleted it. Its version stays in the registry."""
     REMOVE_VERSION = "version.remove"
     PUSH = "version.push"
-    """Recorded before an upload to the Hugging Face Hub begins, because a part may have arrived even if it fails."""
+    """Recorded before an upload to the Hugging Face Hub begins, because some files may have been uploaded even if the
+    upload fails."""
     COLLECT = "gc"
     FORGET = "forget"
     BACKUP = "backup"
@@ -61,7 +62,7 @@ class AuditEntry:
     """An audit event to record.
 
     Attributes:
-        subject: what was changed: a version, a key or a path.
+        subject: the version, key or path that was changed.
         details: further details of the change, as JSON values.
     """
 

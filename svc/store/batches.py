@@ -1,6 +1,6 @@
 """Batches of requests, one row each.
 
-A batch's owner creates and cancels it. All other changes of status are made by the server that runs batches
+A batch's owner creates and cancels it. All other status changes are made by the server that runs batches
 (serving.batches):
 
     validating ──▶ in_progress ──▶ finalizing ──▶ completed, expired
@@ -92,7 +92,8 @@ class BatchResult:
     """Outcome of a batch.
 
     Attributes:
-        output_file, error_file: ids of the files with the answers and with the failures, or None if there are none.
+        output_file, error_file: ids of the files with the answered and the failed requests; None if there is no such
+            file.
         errors: why the batch failed.
     """
 
@@ -109,7 +110,7 @@ class Batch:
 
     Attributes:
         owner: id of the key that created the batch; empty for requests without a key.
-        model: the model in all requests, or None if unknown or if the requests name several models.
+        model: the model that all requests name, or None if unknown or if the requests name several models.
         labels: the client's metadata as JSON with sorted keys, or None.
         output_expires_s: lifetime of the result files in seconds, or None if they do not expire.
         errors: JSON list of the fields of `BatchError`, or None unless the batch failed.
@@ -175,7 +176,9 @@ def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int
 
 
 def _equal_to(batch: Batch) -> Select[BatchRow]:
-    """Return the query for unfinished batches that an identical request created, except those being cancelled."""
+    """Return the query for unfinished batches that an identical request created, except batches that are being
+    cancelled.
+    """
     return select(BatchRow).where(
         BatchRow.owner == batch.owner,
         BatchRow.input_file == batch.input_file,
@@ -190,7 +193,7 @@ def _equal_to(batch: Batch) -> Select[BatchRow]:
 
 
 def find_batch(store: Store, id: str, owner: str | None) -> Batch:
-    """Return a batch.
+    """Return the batch with the given id.
 
     Args:
         owner: the owner whose batches are searched; None for all owners.
@@ -203,7 +206,7 @@ def find_batch(store: Store, id: str, owner: str | None) -> Batch:
 
 
 def read_batches(store: Store, owner: str | None, *, page: Page) -> tuple[list[Batch], bool]:
-    """Return one page of an owner's batches, and whether more follow.
+    """Return one page of an owner's batches, and whether another page follows.
 
     Args:
         owner: id of the owner, or None for the batches of all owners.
@@ -222,7 +225,7 @@ def cancel_batch(store: Store, id: str, owner: str | None, entry: AuditEntry) ->
 
     Raises:
         EntryNotFoundError: the owner has no batch with this id.
-        BatchEndedError: the batch has ended in another way.
+        BatchEndedError: the batch has already completed, failed or expired.
     """
     with exclusive(store) as session:
         row = find_row(session, BatchRow, id, owner, "batch")
@@ -247,7 +250,7 @@ def begin_batch(store: Store, id: str, *, total: int, model: str | None, lease: 
     """Move a batch whose input file is valid to `in_progress`, unless it is being cancelled, and return it.
 
     Args:
-        total: number of its requests.
+        total: number of requests in the batch.
         lease: lease of the server that runs batches; see `svc.store.leases.require_lease`.
 
     Raises:

@@ -14,11 +14,11 @@ after at most this time."""
 
 
 class Changes:
-    """Number of changes that this server was notified of, and a way to wait for the next one. All methods must be
+    """Counts the changes that this server was notified of, and lets tasks wait for the next change. All methods must be
     called on one event loop.
 
-    A task that follows the store notes `count`, reads the store, and passes the noted number to `wait`. A change
-    during the read then ends the wait immediately, so that none is missed.
+    A task that follows the store notes `count`, reads the store, and passes the noted number to `wait`. A change during
+    the read then ends the wait immediately, so that no change is missed.
 
     Attributes:
         count: number of notifications so far.
@@ -49,13 +49,15 @@ class Changes:
                 await self._next.wait()
 
     def announce(self) -> None:
-        """End all waits, because something has changed in the store."""
+        """Record that something has changed in the store, and end all waits."""
         self.count += 1
         changed, self._next = self._next, asyncio.Event()
         changed.set()
 
     def trust(self, seconds: float) -> None:
-        """For the given time, assume that notifications arrive. End all waits, as earlier ones may have been lost."""
+        """Assume for the given time that notifications arrive. End all waits, because earlier notifications may have
+        been lost.
+        """
         if not self.heard:
             self.announce()
         self._heard_until = time.monotonic() + seconds

@@ -1,7 +1,7 @@
 """Names under which the checkpoints of jobs are registered: `ft-ckpt-ID@STEP`, with the job's id.
 
-Checkpoints are thus not versions of the job's model, so they can be neither its newest version nor promoted. No key has
-the id `ckpt`, so the name cannot collide with a model's name.
+Checkpoints are thus not versions of the job's model, so they cannot be promoted, and are never its newest version. No
+key has the id `ckpt`, so the name cannot collide with a model's name.
 """
 
 from svc.version import VersionId

@@ -1,5 +1,5 @@
-"""Opens the SQL store, migrated to the latest schema: an SQLite database in WAL mode under the home, or a database in
-PostgreSQL.
+"""Opens the SQL store, migrated to the latest schema: an SQLite database in WAL mode in the home, or a PostgreSQL
+database.
 
 Both databases serialize writers. Every transaction that reads before it writes, or that changes several rows, must hold
 the write lock (`exclusive` or `write_transaction`). PostgreSQL's default isolation level then suffices, row ids become
@@ -38,7 +38,7 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 10_000  # two processes write: the server and the command line
 _PAUSE_S = 0.01
 _NEWEST = "batches"
-"""Newest migration. It is not read from Alembic, because importing that takes a tenth of a command's start time."""
+"""Newest migration. It is not read from Alembic, because importing Alembic takes a tenth of a command's start time."""
 _NOTIFY = text("SELECT pg_notify(:channel, :echo)").bindparams(channel=CHANNEL)
 _VERSION_TABLES = {"sqlite": "alembic_version", "postgresql": "tuneserve_alembic_version"}
 """Table with the schema's revision. In PostgreSQL, MLflow may use the same database and Alembic's default name."""
@@ -198,7 +198,7 @@ def is_sqlite(store: Store) -> bool:
 
 
 def upsert(store: Store, table: type[Table]) -> sqlite.Insert | postgresql.Insert:
-    """Return an INSERT that supports `on_conflict_do_...`. Each database has its own class for it."""
+    """Return an INSERT that supports `on_conflict_do_...`. SQLAlchemy has a separate class for each database."""
     return sqlite.insert(table) if is_sqlite(store) else postgresql.insert(table)
 
 
@@ -208,7 +208,7 @@ def alembic_options(store: Store) -> dict[str, str]:
 
 
 def _revision(connection: Connection) -> str | None:
-    """Return the newest migration that a store has, or None if it has no tables yet."""
+    """Return the newest migration applied to a store, or None if it has no tables yet."""
     name = _VERSION_TABLES[connection.dialect.name]
     if not inspect(connection).has_table(name):
         return None

@@ -21,8 +21,8 @@ def deployed_names(store: Store) -> list[str]:
 
 
 def set_deployments(store: Store, names: Collection[str]) -> None:
-    """Replace the deployed models with the given names, in this order. Names that are already deployed keep
-    their position.
+    """Deploy exactly the models with the given names. Models that are already deployed keep their positions, and new
+    models follow in the given order.
     """
     with write_transaction(store) as connection:
         connection.execute(delete(DeploymentRow).where(DeploymentRow.name.not_in(names)))

@@ -19,19 +19,19 @@ _ENDED_JOBS = [status.value for status in JobStatus if status.ended]
 
 
 def newest_batch_at(store: Store) -> datetime | None:
-    """Return when the newest batch was created, or None if there is none."""
+    """Return the creation time of the newest batch, or None if there are no batches."""
     with Session(store) as session:
         return session.scalar(select(func.max(BatchRow.created_at)))
 
 
 def newest_job_at(store: Store) -> datetime | None:
-    """Return when the newest job was created, or None if there is none."""
+    """Return the creation time of the newest job, or None if there are no jobs."""
     with Session(store) as session:
         return session.scalar(select(func.max(JobRow.created_at)))
 
 
 def remove_ended_batches(store: Store, before: datetime) -> int:
-    """Delete the batches that ended before a time, and return their number."""
+    """Delete the batches that ended before the given time, and return the number of deleted batches."""
     ended_at = func.coalesce(BatchRow.completed_at, BatchRow.failed_at, BatchRow.expired_at, BatchRow.cancelled_at)
     query = select(BatchRow.id).where(BatchRow.status.in_(_ENDED_BATCHES), ended_at < before)
     with Session(store) as session:
@@ -45,10 +45,11 @@ def remove_ended_batches(store: Store, before: datetime) -> int:
 def remove_ended_jobs(
     store: Store, before: datetime, *, worker: str | None, registered: Callable[[], Collection[str]]
 ) -> int:
-    """Delete the jobs that ended before a time, with their events and checkpoints, and return their number.
+    """Delete the jobs that ended before the given time, with their events and checkpoints, and return the number of
+    deleted jobs.
 
-    A job whose model or checkpoints are registered is kept, because its row says who may use them. Only a worker's own
-    machine knows which versions it has registered, so the jobs of other workers are kept too.
+    A job whose model or checkpoints are registered is kept, because its row records which key may use them. Only a
+    worker's own machine knows which versions it has registered, so the jobs of other workers are kept too.
 
     Args:
         worker: id of this machine's worker, or None if it has none.

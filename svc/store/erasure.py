@@ -54,8 +54,8 @@ def count_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
 
 
 def forget_requests(store: Store, which: ColumnElement[bool]) -> Forgotten:
-    """Delete the requests that match a condition and return the counts. SQLite also erases their contents from its
-    file.
+    """Delete the requests that match a condition, and return the counts. With SQLite, their contents are also erased
+    from the database file.
 
     PostgreSQL frees the deleted rows at its next vacuum, and reuses their space later.
     """

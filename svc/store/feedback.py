@@ -1,4 +1,4 @@
-"""Feedback on answers. Each request has at most one rating, which is the latest one given."""
+"""Feedback on answers. Each request has at most one rating; a new rating replaces the old one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Feedback:
 
     Attributes:
         label: the caller's own category for the answer.
-        correction: the right answer, redacted.
+        correction: the correct answer, redacted.
     """
 
     rating: Rating
@@ -55,7 +55,7 @@ class KeptFeedback:
 
 @dataclass(frozen=True, slots=True)
 class RatedText:
-    """An answer with its feedback and, if they are stored, its texts.
+    """An answer with its feedback, and with the redacted prompt and answer if content is stored.
 
     Attributes:
         prompt: redacted JSON of the messages, or of a plain completion's prompt; None if content is not stored.
@@ -98,7 +98,7 @@ def keep_feedback(
 def read_rated_texts(
     store: Store, name: str, *, number: int | None = None, since: datetime | None = None
 ) -> Iterator[RatedText]:
-    """Yield the complete answers of a model that have feedback, oldest first.
+    """Yield a model's complete answers that have feedback, oldest first.
 
     Args:
         number: number of the version that answered; None allows any version.

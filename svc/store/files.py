@@ -46,7 +46,7 @@ UPLOAD_PURPOSES = (Purpose.FINE_TUNE, Purpose.BATCH)
 
 
 class FileStatus(StrEnum):
-    """Result of a file's check: not checked yet, usable, or unusable."""
+    """Validation status of a file: not checked yet, usable, or unusable."""
 
     UPLOADED = "uploaded"
     PROCESSED = "processed"
@@ -55,7 +55,7 @@ class FileStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ClientFile:
-    """A file of a client.
+    """A client's file.
 
     Attributes:
         owner: id of the key that owns the file; empty for requests without a key.
@@ -93,7 +93,7 @@ def add_file(store: Store, file: ClientFile, limits: StorageLimits | None = None
     """Add a file whose contents have been stored.
 
     Args:
-        limits: limits for all files of the owner, or None for no limits.
+        limits: limits on all of the owner's files, or None for no limits.
 
     Raises:
         StorageLimitError: the file exceeds a limit.
@@ -113,17 +113,17 @@ def require_storage(store: Store, owner: str, more: int, limits: StorageLimits) 
     """Return the number of bytes that an owner may still store.
 
     Args:
-        more: size of one more file, which must fit.
+        more: size in bytes of an additional file, which must fit.
 
     Raises:
-        StorageLimitError: one more file of this size exceeds a limit.
+        StorageLimitError: an additional file of this size would exceed a limit.
     """
     with Session(store) as session:
         return _require_storage(session, owner, more, limits)
 
 
 def find_file(store: Store, id: str, owner: str | None) -> ClientFile:
-    """Return a file.
+    """Return the file with the given id.
 
     Args:
         owner: the owner whose files are searched; None for all owners.
@@ -138,7 +138,7 @@ def find_file(store: Store, id: str, owner: str | None) -> ClientFile:
 def read_files(
     store: Store, owner: str | None, purposes: Collection[Purpose] = tuple(Purpose), *, page: Page
 ) -> tuple[list[ClientFile], bool]:
-    """Return one page of an owner's files, and whether more follow.
+    """Return one page of an owner's files, and whether another page follows.
 
     Args:
         owner: id of the owner, or None for the files of all owners.
@@ -172,7 +172,7 @@ def remove_file(store: Store, id: str) -> None:
 
 
 def remove_unused_file(store: Store, id: str, owner: str | None) -> None:
-    """Delete the row of a file.
+    """Delete a file's row, unless an unfinished job or batch needs the file.
 
     Args:
         owner: the owner whose files are searched; None for all owners.

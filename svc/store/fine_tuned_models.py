@@ -23,7 +23,7 @@ class FineTunedModel:
 
     Attributes:
         name: the model's name for clients, `ft:...`.
-        owner: id of the key whose job has trained it; empty for requests without a key.
+        owner: id of the key whose job trained the model; empty for requests without a key.
         version: the version that has this name.
         created_at: when the job ended.
     """
@@ -35,8 +35,8 @@ class FineTunedModel:
 
 
 def find_model(store: Store, name: str) -> FineTunedModel | None:
-    """Return a fine-tuned model, or a checkpoint of one, by its name for clients or its version's name. Return None if
-    no job has trained it.
+    """Return the fine-tuned model or checkpoint with the given client name or version, or None if no job has trained
+    such a model.
 
     Args:
         name: `ft:...` or `NAME@N`. It must not contain characters that the database rejects.
@@ -73,7 +73,8 @@ def read_models(store: Store, owner: str | None) -> list[FineTunedModel]:
 
 
 def delete_model(store: Store, model: FineTunedModel, entry: AuditEntry) -> None:
-    """Delete a fine-tuned model or a checkpoint, so that no request finds it. Its version stays in the registry.
+    """Delete a fine-tuned model or a checkpoint, so that requests no longer find it. Its version stays in the
+    registry.
 
     Args:
         entry: the audit event, which is recorded only once even if the model is deleted twice.

@@ -30,7 +30,7 @@ from svc.version import VersionId
 ABANDONED_AFTER = timedelta(minutes=1)
 """A running job returns to the queue when its worker has not reported for this time."""
 MAX_ATTEMPTS = 3
-"""Number of times that a job's training process may die. Interruptions for other reasons are not counted."""
+"""A job fails when its training process has died this many times. Interruptions for other reasons are not counted."""
 _RUNNING, _QUEUED = JobStatus.RUNNING.value, JobStatus.QUEUED.value
 
 
@@ -77,10 +77,10 @@ class Reported:
 def take_job(store: Store, worker: str, may_run: Callable[[Job], bool]) -> Job | None:
     """Take a job and return it, or return None if no job can be taken.
 
-    First comes a job that the store records as running on this worker, because an earlier process of the worker took
-    it. Next comes a job that this worker had to interrupt. Otherwise, the queued job of the owner with the fewest
-    running jobs is taken, so that keys share the machines. If several owners have equally few, the owner whose last job
-    was started longest ago comes first.
+    The worker first resumes a job that the store records as running on it, because an earlier process of the worker
+    took the job, and then a job that it had to interrupt. Otherwise, it takes the queued job of the owner with the
+    fewest running jobs, so that keys share the machines. Among owners with equally few running jobs, the owner whose
+    last job started longest ago comes first.
 
     Args:
         worker: id of the worker, which runs one job at a time.
@@ -105,7 +105,7 @@ def take_job(store: Store, worker: str, may_run: Callable[[Job], bool]) -> Job |
 
 
 def read_wanted(store: Store, id: str, worker: str) -> Wanted:
-    """Return what the owner of a running job has requested for it: to continue, to pause or to be cancelled.
+    """Return the owner's latest request for a running job: to continue, pause or cancel it.
 
     Raises:
         JobLostError: this worker does not run the job.
@@ -123,7 +123,7 @@ def report_job(
     trained_tokens: int | None = None,
     news: Sequence[JobNews] = (),
 ) -> Wanted:
-    """Record that a worker is still running a job. Return what its owner wants; see `read_wanted`.
+    """Record that a worker is still running a job, and return the owner's latest request; see `read_wanted`.
 
     Args:
         left_s: expected remaining training time in seconds, or None to leave the expected end unchanged.
@@ -152,9 +152,10 @@ def release_job(
     job that its owner has cancelled ends.
 
     Args:
-        message: the reason, as an event. It is omitted if it repeats one of the last two events.
+        message: message of an event that states the reason. The event is omitted if it repeats one of the last two
+            events.
         died: whether the training process died, in which case the attempt is counted.
-        resumes_here: whether this worker should resume the job before it takes others.
+        resumes_here: whether this worker should resume the job before it takes other jobs.
 
     Raises:
         JobLostError: this worker does not run the job.
@@ -222,7 +223,7 @@ def _abandoned(session: Session, worker: str) -> Sequence[JobRow]:
 
 
 def _choose(session: Session, worker: str, may_run: Callable[[Job], bool]) -> JobRow | None:
-    """Return the job that a worker should run next, or None."""
+    """Return the job that a worker should run next, or None if there is no such job."""
     own = session.scalar(select(JobRow).where(JobRow.status == _RUNNING, JobRow.worker == worker).limit(1))
     if own is not None:
         return own
@@ -263,7 +264,7 @@ def _release(session: Session, row: JobRow, message: str, now: datetime) -> None
 
 
 def _record_new(session: Session, id: str, message: str) -> None:
-    """Add an event, unless it repeats one of the last two, as happens when a job keeps failing to start."""
+    """Add an event, unless it repeats one of the last two events, as happens when a job repeatedly fails to start."""
     last = select(JobEventRow.message).where(JobEventRow.job == id).order_by(JobEventRow.id.desc()).limit(2)
     if message not in session.scalars(last).all():
         record_event(session, id, message)

@@ -1,4 +1,4 @@
-"""Owners' requests for fine-tuning jobs: creating, cancelling, pausing and resuming them.
+"""Creates, cancels, pauses and resumes fine-tuning jobs when their owners request it.
 
 A client sends a request again if it receives no response. Therefore, a repeated creation returns the first job, and a
 repeated change has no effect.
@@ -119,7 +119,7 @@ def queue_checked(store: Store, id: str, *, request: str, recipe: str, training_
 
 
 def fail_checked(store: Store, id: str, error: JobError) -> None:
-    """End a job that cannot run, unless it has been cancelled."""
+    """Mark a job as failed because the check has shown that it cannot run, unless it has been cancelled."""
     with exclusive(store) as session:
         if row := _checking(session, id):
             row.status, row.finished_at, row.estimated_finish = JobStatus.FAILED.value, datetime.now(UTC), None
@@ -138,7 +138,7 @@ def change_wanted(store: Store, id: str, owner: str | None, wanted: Wanted, entr
 
     Raises:
         EntryNotFoundError: the owner has no job with this id.
-        JobEndedError: the job has ended in another way, or is being cancelled.
+        JobEndedError: the job has already ended, or is being cancelled. Repeating a cancellation is not an error.
     """
     with exclusive(store) as session:
         row = find_row(session, JobRow, id, owner, "job")
@@ -157,11 +157,11 @@ def change_wanted(store: Store, id: str, owner: str | None, wanted: Wanted, entr
 def find_jobs(
     store: Store, owner: str | None, *, page: Page, metadata: Mapping[str, str] | None
 ) -> tuple[list[Job], bool]:
-    """Return one page of an owner's jobs with the given metadata, and whether more follow.
+    """Return one page of an owner's jobs with the given metadata, and whether another page follows.
 
     Args:
         owner: id of the owner, or None for the jobs of all owners.
-        metadata: values that a job's metadata must have; None for jobs without metadata.
+        metadata: keys and values that a job's metadata must contain; None selects jobs without metadata.
 
     Raises:
         EntryNotFoundError: the page begins after a job that the owner does not have.

@@ -38,11 +38,11 @@ class JobStatus(StrEnum):
 
 
 STAGE_BEGUN = "Stage begun: "
-"""Beginning of the message of an event that names a stage of training."""
+"""Prefix of the messages of events that name a training stage."""
 
 
 class Wanted(StrEnum):
-    """A request of a job's owner. A paused job has the status `queued`, and no worker takes it."""
+    """The latest request by a job's owner. A paused job has the status `queued`, and no worker takes it."""
 
     RUN = "run"
     PAUSE = "pause"
@@ -58,7 +58,7 @@ class EventLevel(StrEnum):
 
 
 class EventType(StrEnum):
-    """Whether an event is a message for people or contains the metrics of a step."""
+    """Type of an event: a message for people, or a step's metrics."""
 
     MESSAGE = "message"
     METRICS = "metrics"
@@ -76,9 +76,9 @@ class Job:
         recipe: the recipe to train, as YAML. It names the base, and the training file by its path.
         name: name under which the version is registered.
         worker: the worker that runs the job, or None.
-        seen_at: when that worker last reported.
+        seen_at: time of that worker's last report.
         attempts: number of the current attempt. Attempts that were interrupted without failing are not counted.
-        number: number of the registered version, or None until there is one.
+        number: number of the registered version, or None before the registration.
         fine_tuned_model: the version's name for clients, `ft:BASE:ORG:SUFFIX:ID`.
         error: `{"code", "message", "param"}` as JSON, or None unless the job failed.
     """
@@ -109,7 +109,7 @@ class Job:
 
     @property
     def version(self) -> VersionId | None:
-        """The registered version, or None until there is one."""
+        """The registered version, or None before the registration."""
         return None if self.number is None else VersionId(self.name, self.number)
 
 
@@ -143,7 +143,7 @@ class JobCheckpoint:
 
 
 def find_job(store: Store, id: str, owner: str | None) -> Job:
-    """Return a job.
+    """Return the job with the given id.
 
     Args:
         owner: the owner whose jobs are searched; None for all owners.
@@ -156,7 +156,7 @@ def find_job(store: Store, id: str, owner: str | None) -> Job:
 
 
 def read_jobs(store: Store, owner: str | None, *, page: Page) -> tuple[list[Job], bool]:
-    """Return one page of an owner's jobs, and whether more follow.
+    """Return one page of an owner's jobs, and whether another page follows.
 
     Args:
         owner: id of the owner, or None for the jobs of all owners.
@@ -204,7 +204,7 @@ def record_event(
 
 
 def read_events(store: Store, job: str, *, page: Page) -> tuple[list[JobEvent], bool]:
-    """Return one page of a job's events, and whether more follow."""
+    """Return one page of a job's events, and whether another page follows."""
     rows, more = read_page(store, JobEventRow, select(JobEventRow).where(JobEventRow.job == job), page)
     return [row.read(JobEvent) for row in rows], more
 
@@ -217,6 +217,6 @@ def add_checkpoint(store: Store, checkpoint: JobCheckpoint) -> None:
 
 
 def read_checkpoints(store: Store, job: str, *, page: Page) -> tuple[list[JobCheckpoint], bool]:
-    """Return one page of a job's checkpoints, and whether more follow."""
+    """Return one page of a job's checkpoints, and whether another page follows."""
     rows, more = read_page(store, JobCheckpointRow, select(JobCheckpointRow).where(JobCheckpointRow.job == job), page)
     return [row.read(JobCheckpoint) for row in rows], more

@@ -1,4 +1,4 @@
-"""Finds requests whose stored prompt and answer allow sending them again unchanged."""
+"""Finds requests that can be replayed unchanged from their stored prompt and answer."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -17,8 +17,8 @@ CALL = '{"name": "%", "arguments": %}'
 the text that the model generated."""
 _NOT_TEXT = ('"type": "image', '"type": "input_', '"type": "video', '"type": "audio', '"type": "file"')
 _TOOLS = ('"tool_calls": ', '"tool_call_id": ', '"role": "tool"')
-"""Texts that occur in the stored JSON of messages only if they have content other than text, or use tools. They cannot
-occur in the text of a message, where quotes are escaped."""
+"""Substrings that occur in the stored JSON of messages only if the messages contain content other than text, or use
+tools. They cannot occur in the text of a message, because its quotes are escaped."""
 
 
 def find_kept_requests(
@@ -34,14 +34,14 @@ def find_kept_requests(
 ) -> list[int]:
     """Return the row ids of a version's requests that can be sent again, newest first.
 
-    Requests without a complete answer are left out, as are those with tool calls, images or other content that is not
-    text.
+    Requests without a complete answer, and requests with tool calls, images or other content that is not text, are left
+    out.
 
     Args:
         since, before: start and end of the period in which the requests started.
-        without: leave out requests whose prompt or answer contains any of these texts.
+        without: leave out requests whose prompt or answer contains any of these strings.
         before_row: leave out requests with this row id or a higher one.
-        limit: largest number of requests to return.
+        limit: maximum number of requests to return.
     """
     row = RequestRow
     query = (

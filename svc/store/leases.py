@@ -31,12 +31,13 @@ from svc.store.tables import LeaseRow, ServerRow
 log = logging.getLogger(__name__)
 
 LEASE_S = 15.0
-"""Seconds that a lease lasts without being extended, and that a server counts as running after its last report."""
+"""Seconds after which a lease expires unless it is extended, and after which a server that does not report no longer
+counts as running."""
 _FORGOTTEN = timedelta(days=1)
 
 
 class LeaseLostError(Exception):
-    """Raised when a write is based on a lease that another server has taken since."""
+    """Raised when a write is based on a lease that another server has since taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Lease:
     """A server's exclusive right to do some work, until the lease expires.
 
     Attributes:
-        name: the work that it covers, for example a model's rollouts.
+        name: the work that the lease covers, for example a model's rollouts.
         holder: id of the server.
         generation: number that increases when another server takes the lease.
     """

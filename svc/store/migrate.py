@@ -1,7 +1,7 @@
-"""Copies the SQLite store of a home to a database in PostgreSQL.
+"""Copies a home's SQLite store to a PostgreSQL database.
 
 All rows are copied in one transaction, which is committed only if the rows read back from PostgreSQL equal the rows in
-SQLite. Rows are streamed, so memory does not depend on their number.
+SQLite. Rows are streamed, so memory usage does not depend on their number.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ _STORED_TYPES: Mapping[type, tuple[type, str]] = {
     int: (int, "an integer of at most 64 bits"),
     str: (str, "a text"),
 }
-"""Type that SQLite returns for a valid value, keyed by the type of a column. SQLite itself stores any type in any
+"""Type that SQLite returns for a valid value, keyed by the column's type. SQLite itself stores any type in any
 column."""
 
 
@@ -61,7 +61,7 @@ class Migration:
 
 
 def migrate(home: Path, target: StoreSettings) -> Migration:
-    """Copy the SQLite store of a home to a database in PostgreSQL.
+    """Copy a home's SQLite store to a PostgreSQL database.
 
     The SQLite file is not changed. If anything fails, the database is left without rows.
 
@@ -99,7 +99,7 @@ class _Column:
 
     Attributes:
         expected: kind of value that is valid in the column.
-        replaced_texts: number of texts that differ from the stored ones.
+        replaced_texts: number of texts in which characters were replaced.
     """
 
     def __init__(self, column: sa.Column[Any], dialect: sa.Dialect) -> None:
@@ -130,7 +130,7 @@ class _Source:
     """Rows of the SQLite store.
 
     Attributes:
-        replaced_texts: number of texts returned so far that differ from the stored ones.
+        replaced_texts: number of texts returned so far in which characters were replaced.
     """
 
     def __init__(self, connection: sa.Connection, path: Path) -> None:
@@ -267,9 +267,9 @@ def _difference(table: sa.Table, original: Row | None, copied: Row | None) -> In
 
 
 def _restart_sequences(source: sa.Connection, copy: sa.Connection) -> None:
-    """Let PostgreSQL number the next row of each table as SQLite would have, or higher.
+    """Make PostgreSQL give the next row of each table the id that SQLite would have given it, or a higher id.
 
-    `setval` would remain in effect after a rollback.
+    This does not use `setval`, which would remain in effect after a rollback.
     """
     # Contains only tables with AUTOINCREMENT, whose ids are never reused.
     used: dict[str, int] = dict(source.exec_driver_sql("SELECT name, seq FROM sqlite_sequence").all())

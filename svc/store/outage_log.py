@@ -7,8 +7,8 @@ import time
 from svc.store.unavailable import StoreUnavailableError
 
 _SAME_OUTAGE_S = 120.0
-"""Maximum number of seconds between two failures of the same outage. It exceeds the time limits of a statement and of
-a connection."""
+"""Maximum number of seconds between two failures of the same outage. It exceeds the timeouts for statements and
+connection attempts."""
 _failed_at: dict[str, float] = {}
 """Time of the last failure, keyed by the logger's name."""
 

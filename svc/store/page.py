@@ -43,7 +43,7 @@ class Page:
 
 
 def read_page(store: Store, table: type[Row], query: Select[Row], page: Page) -> tuple[list[Row], bool]:
-    """Return one page of the rows that a query selects, ordered by time and id, and whether more follow.
+    """Return one page of the rows that a query selects, ordered by time and id, and whether another page follows.
 
     Raises:
         EntryNotFoundError: the query does not select the row after which the page starts.

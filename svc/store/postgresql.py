@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from psycopg.rows import TupleRow
 
 WRITE_LOCK = 7_883_266_013_104_735_090
-"""Key of the advisory lock that a writer holds until the end of its transaction. It differs from the keys that other
-applications would choose in the same database."""
+"""Key of the advisory lock that a writer holds until the end of its transaction. It is unlikely to equal the key of
+another application in the same database."""
 CHANNEL = "tuneserve"
 """Channel of notifications about changes; see `svc.store.change_listener`."""
 _POOL_SIZE, _POOL_OVERFLOW = 5, 10
@@ -67,7 +67,7 @@ class _Pool(QueuePool):
 
 
 def connect(settings: StoreSettings) -> Store:
-    """Return a store in PostgreSQL. No connection is made yet.
+    """Return a PostgreSQL store, without connecting to it yet.
 
     Raises:
         SettingsError: the driver is not installed, or the password cannot be read.

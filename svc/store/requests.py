@@ -37,7 +37,7 @@ class RequestOutcome(StrEnum):
 
 
 class Dropped(StrEnum):
-    """Why a request's row, or part of it, was not stored."""
+    """Reason why a request's row, or part of it, was not stored."""
 
     QUEUE_FULL = "queue_full"
     STORE_FAILED = "store_failed"
@@ -48,7 +48,7 @@ class Dropped(StrEnum):
     """The request's row is stored without prompt and answer, because they are not valid text and so cannot be
     redacted."""
     CONTENT_UNREDACTED = "content_unredacted"
-    """The request's row is stored without prompt and answer, or its feedback without texts, because a custom
+    """The request's row is stored without prompt and answer, or its feedback is stored without texts, because a custom
     redaction pattern took too long."""
     FEATURES = "features"
     """The request's row is stored without drift features, because the text is unreadable or too long, or too
@@ -63,7 +63,7 @@ class RequestRecord(NamedTuple):
         request_id: the server's id for the request.
         client_request_id: the client's id for the request, if any.
         model: served name of the model, or `unknown`.
-        version: version that answered; None if no version did.
+        version: version that answered; None if no version answered.
         key_id: id of the caller's key; None for a server without keys.
         status: HTTP status that was sent; 499 if the client disconnected first.
         reason: error code; None for a successful answer.
@@ -198,7 +198,7 @@ def prune_requests(store: Store, *, before: datetime | None, max_bytes: int, kno
 
     Args:
         before: delete requests that started earlier; None disables deletion by age.
-        max_bytes: maximum total size of all rows; if exceeded, rows are deleted down to nine tenths of it.
+        max_bytes: maximum total size of all rows; if exceeded, rows are deleted until the total is 90% of this maximum.
         known_bytes: upper bound on the total size of all rows, tracked by their writer. If it is within the
             limit, the sum over all rows is not computed. None if unknown.
     """

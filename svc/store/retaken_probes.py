@@ -1,4 +1,4 @@
-"""Probes that were measured again on a different kind of engine from the one that qualified the version."""
+"""Probes that were measured again on a kind of engine other than the kind that qualified the version."""
 
 from pydantic import TypeAdapter
 from sqlalchemy import Engine as Store

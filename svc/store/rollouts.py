@@ -1,8 +1,8 @@
 """The stored state of rollouts, which are promotions that go through shadow and canary steps.
 
 The server writes the state after every step, so that it can continue the rollout after a restart. `svc promote` and
-`svc rollout` read it. If several servers use the store, only the one that holds the model's lease writes the state:
-each write names the lease, and is rejected with a LeaseLostError once another server has taken it.
+`svc rollout` read it. If several servers use the store, only the server that holds the model's lease writes the state:
+each write names the lease, and is rejected with a LeaseLostError once another server has taken the lease.
 """
 
 import json
@@ -44,7 +44,7 @@ class RolloutState(StrEnum):
     LOADING = "loading"
     """The candidate is being loaded next to the production version."""
     SHADOW = "shadow"
-    """The candidate answers copies of production requests, live or stored ones; clients never see these answers."""
+    """The candidate answers copies of live or stored production requests; clients never see these answers."""
     CANARY = "canary"
     """The candidate answers the requests of a share of the clients."""
     SWITCHING = "switching"
@@ -98,7 +98,7 @@ class RolloutRecord:
         plan: shadow and canary steps, and limits.
         step: index of the current canary step.
         step_began_at: time at which the current state or canary step began.
-        stop: reason for which a user asked to stop the rollout; None if no user has asked.
+        stop: reason given by the user who asked to stop the rollout; None if no user has asked to stop it.
         actor, origin: see `svc.identity.actor.Actor`.
         forced: reason for promoting a version that failed a gate; None for any other version.
         why: reason for the outcome.
@@ -316,7 +316,7 @@ def switch_rollout(store: Store, record: RolloutRecord, *, lease: Lease | None =
         lease: see `enter_state`.
 
     Returns:
-        The rollout in its new state, or None if it may no longer switch.
+        The rollout in its new state, or None if the switch is no longer allowed.
 
     Raises:
         LeaseLostError: another server leads the rollout now.

@@ -41,7 +41,7 @@ def newest_unscored(
     Args:
         route: the request's route.
         since: skip requests older than this.
-        without: skip rows whose prompt or answer contains any of these texts.
+        without: skip rows whose prompt or answer contains any of these strings.
         passed: ids of rows to skip, at most a few hundred.
     """
     query = (

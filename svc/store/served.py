@@ -90,7 +90,7 @@ def begin_serving(
 
 
 def resume_serving(store: Store, server: str) -> None:
-    """Reopen the last periods of a running server that another server considered dead, because it had not reported."""
+    """Reopen a running server's last periods after another server has ended them because it saw no recent report."""
     last = select(func.max(ServedRow.id)).where(ServedRow.server == server).group_by(ServedRow.name)
     is_lost = (ServedRow.ended_by == Ended.LOST) & ServedRow.id.in_(last)
     with exclusive(store) as session:

@@ -23,7 +23,7 @@ class ServerView:
         seen_at: time of its last report.
         running: whether the last report is recent.
         serves: served versions with their formats, such as `tickets@2 (gptq)`.
-        leads: names of its leases: models, and `*` for work that does not belong to a model.
+        leads: names of the server's leases: model names, and `*` for work that does not belong to a model.
     """
 
     id: str

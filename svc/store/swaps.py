@@ -41,7 +41,7 @@ class SwapKind(StrEnum):
     INPLACE = "inplace"
     """Reload the weights of the only engine while requests wait in the queue."""
     BLUEGREEN = "bluegreen"
-    """Start a second engine that replaces the first."""
+    """Start a second engine, which then replaces the first engine."""
     ROLLING = "rolling"
     """Reload the engines in place one at a time, while the other engines keep answering."""
     ADAPTER = "adapter"
@@ -95,9 +95,9 @@ class ServerSwap:
         server: id of the server; empty if no other server can use the store.
         address: host name and port of the server; empty if it is unknown.
         running: whether the server has reported recently.
-        swap: its swap to the version, or None if it has not begun a swap.
-        later: target of its last swap for a later desired state, or None if there is none. Once it is set, the server
-            will not begin an earlier swap.
+        swap: the server's swap to the version, or None if the server has not begun it.
+        later: target of the server's last swap for a later desired state, or None if there is no such swap. Once
+            `later` is set, the server will not begin the swap to the version.
     """
 
     server: str
@@ -140,8 +140,8 @@ def end_swap(store: Store, swap_id: int, result: SwapResult) -> None:
 
 
 def last_queued_s(store: Store, target: Target) -> float | None:
-    """Return how long requests were queued in the last in-place swap to a version, in seconds, or None if there was
-    none.
+    """Return how long requests were queued in the last in-place swap to a version, in seconds, or None if there was no
+    such swap.
     """
     row = SwapRow
     query = select(row.queued_s).where(row.kind == SwapKind.INPLACE, row.outcome == SwapOutcome.SUCCEEDED)
@@ -156,7 +156,7 @@ def end_lost_swaps(store: Store, started: Desired, address: str, result: SwapRes
     Args:
         started: desired state with which this server started.
         address: address of this server. An earlier server at this address counts as an earlier run of this server.
-        result: result of this server's swap to that state. All other swaps have failed.
+        result: result to record for an earlier run's swap to that state. All other swaps are recorded as failed.
         reason: why the other swaps failed.
     """
     unfinished = select(SwapRow).where(SwapRow.name == started.name, SwapRow.outcome.is_(None))
@@ -185,8 +185,8 @@ def find_swap(store: Store, name: str, generation: int | None = None, *, server:
 
 
 def last_swap(store: Store, name: str, *, server: str) -> SwapRecord | None:
-    """Return a model's last swap on a server. If the server has not begun one since its start, return the last swap on
-    a server that is no longer running, which may have been an earlier run of this server.
+    """Return a model's last swap on a server. If the server has not begun a swap since its start, return the last swap
+    on a server that is no longer running, which may have been an earlier run of this server.
 
     Args:
         server: id of the server; empty if no other server can use the store.

@@ -79,7 +79,7 @@ class Table(DeclarativeBase):
         """Create a row from a record.
 
         Args:
-            others: values of columns that the record lacks or has in a different form.
+            others: values of columns that the record lacks or stores in a different form.
         """
         columns = {column.name for column in cls.__table__.columns if hasattr(record, column.name)}
         return cls(**{name: getattr(record, name) for name in columns - others.keys()}, **others)
@@ -89,7 +89,7 @@ class Table(DeclarativeBase):
 
         Args:
             kind: dataclass of the record.
-            others: values of fields that are not columns or that have a different form.
+            others: values of fields that have no column, or whose column stores a different form.
         """
         adapter, names = _reader(kind)
         record: Record = adapter.validate_python({name: getattr(self, name) for name in names - others.keys()} | others)
@@ -139,7 +139,7 @@ class ServerRow(Table):
 
 
 class LeaseRow(Table):
-    """A lease for work that only one server may do: its holder and its end; see svc.store.leases."""
+    """A lease for work that only one server may do, with its holder and expiry time; see svc.store.leases."""
 
     __tablename__ = "leases"
 
@@ -263,7 +263,7 @@ class ShadowPairRow(Table):
 
 
 class RetakenProbesRow(Table):
-    """Probes of a version that were measured on a different kind of engine from the one that qualified it."""
+    """A version's probes, measured on a kind of engine other than the kind that qualified the version."""
 
     __tablename__ = "retaken_probes"
 
@@ -555,8 +555,8 @@ class UploadPartRow(Table):
 class JobRow(Table):
     """A fine-tuning job. `request` and `error` are JSON, `recipe` is YAML.
 
-    `worker` runs the job, and last reported at `seen_at`. `wanted` is what the owner has requested for the job: to run,
-    pause or cancel it.
+    `worker` runs the job, and last reported at `seen_at`. `wanted` is the owner's latest request: to run, pause or
+    cancel the job.
     """
 
     __tablename__ = "jobs"
@@ -616,8 +616,8 @@ class JobCheckpointRow(Table):
 class BatchRow(Table):
     """A batch of requests that are answered at lower priority than live traffic.
 
-    `errors` and `labels`, the metadata of the request, are JSON. Result files expire `output_expires_s` seconds after
-    their creation.
+    `errors` and `labels` (the request's metadata) are JSON. Result files expire `output_expires_s` seconds after their
+    creation.
     """
 
     __tablename__ = "batches"

@@ -1,4 +1,4 @@
-"""The error of a store that cannot be used at the moment."""
+"""The error raised when the store cannot be used at the moment."""
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -9,8 +9,8 @@ class StoreUnavailableError(SQLAlchemyError):
     """Raised when the store cannot be used now, for example because PostgreSQL is down, the file is locked or the disk
     is full.
 
-    It is an SQLAlchemyError, so that code which retries after errors of the store also retries after this one. The
-    command line prints `shown`.
+    It is an SQLAlchemyError, so that code that retries after store errors also retries after this error. The command
+    line prints `shown`.
     """
 
     def __init__(self, shown: RegistryError) -> None:

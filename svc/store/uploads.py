@@ -20,7 +20,7 @@ MAX_OPEN = 100
 MAX_PARTS = 10_000
 """Maximum number of parts per upload."""
 _KEPT = timedelta(days=1)
-"""How long the row of an upload is kept after the upload expires."""
+"""How long an upload's row is kept after the upload's expiry time."""
 
 
 class UploadStatus(StrEnum):
@@ -37,7 +37,7 @@ class UploadEndedError(RefusedError):
 
 
 class UploadSizeError(RefusedError):
-    """Raised when the parts of an upload do not add up to its size, or when there are too many. Clients see the
+    """Raised when an upload's parts do not add up to its size, or when there are too many parts. Clients see the
     message.
     """
 
@@ -50,7 +50,7 @@ class Upload:
         owner: id of the key that owns the upload; empty for requests without a key.
         filename: the client's name for the file, never used as a path.
         bytes: size of the file.
-        expires_after_s: seconds after which the file expires, or None.
+        expires_after_s: seconds after which the file expires, or None if it does not expire.
         file: id of the file, once the upload is complete.
     """
 
@@ -95,7 +95,7 @@ def add_upload(store: Store, upload: Upload) -> None:
 
 
 def find_upload(store: Store, id: str, owner: str | None) -> Upload:
-    """Return an upload.
+    """Return the upload with the given id.
 
     Args:
         owner: the owner whose uploads are searched; None for all owners.
@@ -124,7 +124,7 @@ def add_part(store: Store, part: UploadPart) -> None:
 
     Raises:
         EntryNotFoundError, UploadEndedError: the upload does not exist, or has ended.
-        UploadSizeError: the parts are larger than the file, or there are too many.
+        UploadSizeError: the parts are larger than the file in total, or there are too many parts.
     """
     with exclusive(store) as session:
         upload = _require_pending(session, part.upload)
@@ -165,7 +165,7 @@ def read_parts(store: Store, upload: Upload, ids: Sequence[str]) -> list[UploadP
 
 
 def complete_upload(store: Store, id: str, file: ClientFile, limits: StorageLimits) -> Upload:
-    """Add the file of an upload, remove the rows of its parts, and return the upload.
+    """Add an upload's file, remove the rows of its parts, and return the upload.
 
     Raises:
         EntryNotFoundError, UploadEndedError: the upload does not exist, or has ended.
@@ -188,7 +188,7 @@ def cancel_upload(store: Store, id: str, owner: str | None) -> Upload:
 
     Raises:
         EntryNotFoundError: the owner has no upload with this id.
-        UploadEndedError: the upload has ended in another way.
+        UploadEndedError: the upload has already been completed, or has expired.
     """
     with exclusive(store) as session:
         row = find_row(session, UploadRow, id, owner, "upload")
@@ -201,7 +201,8 @@ def cancel_upload(store: Store, id: str, owner: str | None) -> Upload:
 
 
 def expire_uploads(store: Store, now: datetime) -> list[str]:
-    """End the uploads that have expired, and remove the rows of their parts. Rows of older uploads are removed, too.
+    """End the uploads that have expired, and remove the rows of their parts. Rows of ended uploads are removed a day
+    after their expiry time.
 
     Returns:
         The ids of at most 1,000 uploads that have expired.

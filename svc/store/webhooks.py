@@ -76,7 +76,7 @@ def remove_delivery(store: Store, delivery: int) -> None:
 
 
 def drop_deliveries(store: Store, url: str, *, before: datetime, keep: int) -> int:
-    """Remove a receiver's messages from before the given time, and all but its newest `keep` messages.
+    """Remove a receiver's messages that are older than the given time, and then all but its newest `keep` messages.
 
     Return the number of messages removed.
     """

@@ -42,7 +42,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def refer(base: Path, out: Path, group_size: int) -> dict[str, Logprobs]:
-    """Quantize a base and return the results of its dequantized weights, keyed by torch's number type name."""
+    """Quantize a base and return the results of its dequantized weights, keyed by torch's data type name."""
     command = [sys.executable, "-m", "tests.e2e.gptq_reference", str(base), str(out), str(group_size)]
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
     logprobs: dict[str, Logprobs] = json.loads((out / RESULT).read_text("utf-8"))

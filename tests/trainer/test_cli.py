@@ -57,6 +57,6 @@ def test_version_is_trained_in_two_processes_when_the_recipe_says_so(
         summary = json.loads(path.read_text("utf-8"))["result"]
         assert summary["devices"] == devices
         losses[devices] = [point["loss"] for point in summary["points"] if point["loss"]]
-    assert losses[2] == pytest.approx(losses[1], abs=0.02)  # in the number type of this machine
+    assert losses[2] == pytest.approx(losses[1], abs=0.02)  # in the data type of this machine
     adapters = [tmp_path / str(devices) / "models" / "tiny" / "1" / "adapter" for devices in (1, 2)]
     assert len({tuple(sorted(path.name for path in folder.iterdir())) for folder in adapters}) == 1

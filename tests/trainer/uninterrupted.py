@@ -26,7 +26,7 @@ class UninterruptedRuns:
         self._runs: dict[tuple[str, NumberType], Run] = {}
 
     def run(self, recipe: Recipe, number_type: NumberType = NumberType.BFLOAT16) -> Run:
-        """Return a recipe's run with the given number type."""
+        """Return a recipe's run with the given data type."""
         from trainer.training.sft import train_model
 
         key = recipe.model_dump_json(), number_type

@@ -46,7 +46,7 @@ def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: A
 
 
 def _is_plain(layer: Linear, x: Tensor) -> bool:
-    """Return whether a layer computes W x + b + s B A x with a frozen W, no dropout, and W's number type
+    """Return whether a layer computes W x + b + s B A x with a frozen W, no dropout, and W's data type
     throughout.
     """
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:

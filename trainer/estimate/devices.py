@@ -1,6 +1,6 @@
 """The devices for which training can be estimated: the GPUs listed in gpus.yaml and this machine.
 
-This machine's matrix speed is measured once, in the number type used for training, and cached under `$SVC_HOME/cache`
+This machine's matrix speed is measured once, in the data type used for training, and cached under `$SVC_HOME/cache`
 for each processor type. The median over two seconds is used: with AMX on a shared machine, single products ran at 1,250
 GFLOP/s, but products sustained for several seconds, as in training, ran at only 500 GFLOP/s.
 """
@@ -59,7 +59,7 @@ CPU_UTILIZATION: dict[NumberType, dict[Method, float]] = {
     NumberType.BFLOAT16: _BFLOAT16_UTILIZATION,
     NumberType.FLOAT32: _BFLOAT16_UTILIZATION | {Method.LORA: 0.60},
 }
-"""Share of the machine's matrix speed that training reaches, keyed by number type and method. It was measured by `make
+"""Share of the machine's matrix speed that training reaches, keyed by data type and method. It was measured by `make
 bench-estimate` on two idle AVX-512 cores, and each value lies between the measurements for batches of 4 and 16
 examples. In float32, only LoRA was measured (docs/training-speed.md); the other methods use the bfloat16 values, which
 float32 runs confirmed (docs/estimate.md)."""

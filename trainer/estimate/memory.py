@@ -21,7 +21,7 @@ from trainer.recipe.train import Optimizer
 FLOAT32, BFLOAT16 = 4, 2
 """Bytes per number in float32 and bfloat16."""
 _ADAM = 2 * FLOAT32
-"""Bytes per weight for Adam's two moments (Kingma and Ba 2015), which have the number type of the trained
+"""Bytes per weight for Adam's two moments (Kingma and Ba 2015), which have the data type of the trained
 weights."""
 _NF4, _NF4_SCALES = 4 / 8, 0.127 / 8
 """Bytes per weight in NF4: for the weight itself, and for its share of the scales."""
@@ -67,7 +67,7 @@ class Training:
 
     Attributes:
         recipe: recipe with the batch size per device.
-        number_type: number type of the matrix products.
+        number_type: data type of the matrix products.
         devices: number of devices that train together.
         sharded: whether the weights are sharded across the devices.
     """
@@ -302,7 +302,7 @@ class Training:
 
 
 def number_size(number_type: NumberType) -> int:
-    """Return the number of bytes that a number takes in the given number type."""
+    """Return the number of bytes that a number takes in the given data type."""
     return FLOAT32 if number_type is NumberType.FLOAT32 else BFLOAT16
 
 

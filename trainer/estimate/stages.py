@@ -181,7 +181,7 @@ def _engine(training: Training, weights: float, served_length: int) -> tuple[Nee
     parts = engine_memory(training.shape, training.number_type, served_length) | {EnginePart.WEIGHTS: weights}
     size = sum(parts.values())
     peak = Need(ram=PROCESS + size) if training.cpu else Need(device=size, ram=PROCESS + weights + ENGINE_OVERHEAD)
-    least = min(weights, BFLOAT16 * training.shape.parameters)  # engine.args may name another number type
+    least = min(weights, BFLOAT16 * training.shape.parameters)  # engine.args may name another data type
     return peak, _computed(training, least)
 
 

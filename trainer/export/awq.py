@@ -33,7 +33,7 @@ def check_awq(model: Path, number_type: NumberType) -> None:
     """Check that gptqmodel can quantize a model with AWQ on this machine.
 
     Args:
-        number_type: number type of training on this machine.
+        number_type: data type of training on this machine.
 
     Raises:
         TrainingError: the architecture's scales are not supported, or bfloat16 is slow on this machine.

@@ -30,7 +30,7 @@ _TYPES, _K_QUANTS = ("q8_0", "f16"), ("q4_k_m", "q5_k_m", "q6_k")
     type=click.Choice([*_TYPES, *_K_QUANTS]),
     default=_TYPES[0],
     show_default=True,
-    help="With gguf: number type. q4_k_m, q5_k_m and q6_k need llama.cpp's tool `llama-quantize` on PATH.",
+    help="With gguf: data type. q4_k_m, q5_k_m and q6_k need llama.cpp's tool `llama-quantize` on PATH.",
 )
 @click.option("--modelfile/--no-modelfile", default=True, help="With gguf: whether to write a Modelfile for Ollama.")
 @json_option

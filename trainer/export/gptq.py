@@ -93,7 +93,7 @@ def quantize_to_4_bits(
         model: folder of the merged model.
         calibration: training examples on which rounding is calibrated (`pick_calibration`).
         out: output folder, created if missing. Identical input gives an identical config.json.
-        number_type: number type in which the layers are computed; it does not change the types in the files.
+        number_type: data type in which the layers are computed; it does not change the types in the files.
 
     Raises:
         RecipeError: `quantize.group_size` does not fit the model; raised before any work is done.
@@ -143,7 +143,7 @@ def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -
 
 
 def calibration_type(number_type: NumberType) -> NumberType:
-    """Return the number type in which calibration computes layers, given the number type of training.
+    """Return the data type in which calibration computes layers, given the data type of training.
 
     It is never float16, because activations can exceed 65504 and loss scaling does not help here. Float32
     needs more memory for only one layer at a time, and converting weights from bf16 and back involves no

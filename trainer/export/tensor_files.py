@@ -37,7 +37,7 @@ def open_tensor_files(
 
     Args:
         folder: output folder, created if missing.
-        shapes: tensors without data, with the shapes and number types to write, keyed by name.
+        shapes: tensors without data, with the shapes and data types to write, keyed by name.
         parameters: number of the model's parameters, for the index.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def open_tensor_files(
 
 
 def _begin(file: BinaryIO, shapes: Mapping[str, torch.Tensor]) -> dict[str, tuple[BinaryIO, int]]:
-    """Write the header and return each tensor's file and offset. Tensors with the widest number type come
+    """Write the header and return each tensor's file and offset. Tensors with the widest data type come
     first, as in files written by safetensors itself.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

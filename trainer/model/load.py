@@ -1,4 +1,4 @@
-"""Loads the base model in the number type and quantization that a recipe trains. Imports torch and
+"""Loads the base model in the data type and quantization that a recipe trains. Imports torch and
 transformers.
 """
 
@@ -24,7 +24,7 @@ class ModelForm:
     """Form in which a base model is loaded.
 
     Attributes:
-        number_type: number type of matrix products.
+        number_type: data type of matrix products.
         quantization: quantization of the frozen weights.
         full: whether every weight is trained.
         attention: fastest attention implementation that the machine supports.
@@ -43,7 +43,7 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
     """Load the base model in the given form for training.
 
     Full fine-tuning updates float32 weights, because Adam's small updates would be rounded away in 16 bits; the forward
-    pass rounds the weights to the number type. Frozen weights are stored in the number type or, if the recipe requests
+    pass rounds the weights to the data type. Frozen weights are stored in the data type or, if the recipe requests
     it, in NF4 with quantized scales.
 
     Args:
@@ -86,7 +86,7 @@ def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
 
 
 def _trained_type(base: Path, form: ModelForm) -> torch.dtype:
-    """Return the number type in which trained weights are loaded. Weights that will be sharded keep their stored type,
+    """Return the data type in which trained weights are loaded. Weights that will be sharded keep their stored type,
     so that all processes share the mapped pages of the files.
     """
     if not form.divided:

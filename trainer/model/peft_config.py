@@ -130,7 +130,7 @@ def _import_gptqmodel() -> None:
 def _load_unrounded(model: PeftModel, adapter: Path) -> None:
     """Load AdaLoRA's matrices again, without rounding.
 
-    PEFT creates the matrices of the kept ranks in the base's number type, loads them, and converts them to
+    PEFT creates the matrices of the kept ranks in the base's data type, loads them, and converts them to
     float32 only afterwards, when bf16 has already rounded them.
     """
     weights = dict(model.named_parameters())

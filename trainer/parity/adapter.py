@@ -23,7 +23,7 @@ from trainer.recipe.recipe import Recipe
 
 _ROUNDED_SUM, _ROUNDED_BASE = 1.0, 0.5
 """Allowed deviation of a weight, in bf16 steps. The sum is rounded up or down, so it may be off by one step. The base
-adds half a step, because it is rounded to nearest if it is published in a number type other than bf16, as Llama 2 is in
+adds half a step, because it is rounded to nearest if it is published in a data type other than bf16, as Llama 2 is in
 float16."""
 _ONCE = 0.02
 """Allowed deviation of an adapter's factor from 1, which means that the adapter was applied exactly once. Rounding
@@ -57,7 +57,7 @@ def compare(model: PeftModel, merged: Mapping[str, torch.Tensor]) -> Applied:
     """Compare the merged weights with base plus adapter.
 
     Args:
-        model: the base with the unmerged adapter. The base's weights may have any number type that can
+        model: the base with the unmerged adapter. The base's weights may have any data type that can
             represent all bf16 numbers.
         merged: the merged weights, keyed by parameter name.
     """

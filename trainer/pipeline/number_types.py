@@ -1,4 +1,4 @@
-"""Prints which number types are used on this machine to train and to serve each format, and why."""
+"""Prints which data types are used on this machine to train and to serve each format, and why."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _METHODS = {Format.GPTQ: GPTQ, Format.AWQ: AWQ, Format.INT8: COMPRESSED_TENSORS,
 
 
 def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: Sequence[Format]) -> None:
-    """Print the number types chosen for training and, on this machine, for serving each format, and why.
+    """Print the data types chosen for training and, on this machine, for serving each format, and why.
 
     Args:
         able: capabilities of this machine.

@@ -94,7 +94,7 @@ class Registration:
 
     Args:
         evaluation: evaluation of the run's models.
-        number_type: number type used in training.
+        number_type: data type used in training.
         tracking_run: id of the MLflow run.
         machine: machine that ran the stages, or None if this machine ran them.
     """

@@ -69,7 +69,7 @@ class TrialRunner:
     Args:
         sweeps: folder that contains all sweeps and learning curves.
         kind: `sweep` or `curve`.
-        number_type: number type of matrix products in training on this machine.
+        number_type: data type of matrix products in training on this machine.
         cluster: trains the trials, or None to train them on this machine.
     """
 

@@ -66,7 +66,7 @@ class TrainerSetup:
         checkpoints: folder of the run's checkpoints.
         report: callback for the loss curve.
         preemption: source of the signals that interrupt the run.
-        number_type: number type of the matrix products.
+        number_type: data type of the matrix products.
         group: processes that train the model together, one on each device.
     """
 

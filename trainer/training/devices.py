@@ -94,7 +94,7 @@ def find_undivided(recipe: Recipe, number_type: NumberType, *, experts: bool) ->
     """Return the reason why the weights cannot be sharded across devices, or None if they can.
 
     Args:
-        number_type: number type of the matrix products.
+        number_type: data type of the matrix products.
         experts: whether the base is a mixture of experts.
     """
     if number_type is NumberType.FLOAT16:
@@ -129,7 +129,7 @@ def choose_gpus(train: Train, gpus: Sequence[Gpu], first: str) -> DeviceChoice:
 
     Args:
         gpus: GPUs that this process may use, in the order of their indices.
-        first: name of the GPU that torch would use by default, which determines the number type.
+        first: name of the GPU that torch would use by default, which determines the data type.
 
     Raises:
         RecipeError: a listed GPU does not exist or differs from the GPU that torch would use, fewer GPUs are free than

@@ -15,7 +15,7 @@ from trainer.model.load import ModelForm, load_model
 
 
 class LoadedBase:
-    """Provides each training run with its own model, so that hooks, adapters and number types are kept
+    """Provides each training run with its own model, so that hooks, adapters and data types are kept
     separate.
 
     All models share the memory of frozen weights. Trained weights are copied. Quantized weights are copied

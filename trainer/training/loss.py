@@ -157,7 +157,7 @@ def fused_head_is_right(model: PreTrainedModel | PeftModel) -> bool:
     TRL multiplies hidden states by the head's weights itself. TRL reads from config keys how most models change logits,
     such as the scale of Granite and Cohere and the soft cap of Gemma. TRL silently ignores changes that it does not
     know, such as RecurrentGemma's cap and Inkling's scale. These changes are detected with hidden states whose logits
-    reach 100, where the difference far exceeds the rounding of any number type.
+    reach 100, where the difference far exceeds the rounding of any data type.
 
     Args:
         model: a model to which TRL has added its output head.

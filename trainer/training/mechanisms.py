@@ -38,7 +38,7 @@ class MechanismCheck(TrainerCallback):
     Args:
         trainer: trainer of a run, complete except for its optimizer.
         acceleration: options chosen for this machine.
-        number_type: number type of the matrix products.
+        number_type: data type of the matrix products.
     """
 
     def __init__(self, trainer: Trainer, acceleration: Acceleration, recipe: Recipe, number_type: NumberType) -> None:
@@ -90,7 +90,7 @@ class FirstStep:
     """Observes how the model's layers are called, until the first step has ended.
 
     Args:
-        number_type: number type in which layers must compute.
+        number_type: data type in which layers must compute.
         one_row: whether every batch must be a single row.
     """
 
@@ -206,10 +206,10 @@ def check_checkpointing(model: nn.Module, *, chosen: bool) -> None:
 
 def check_number_types(model: nn.Module, number_type: NumberType) -> None:
     """Check that trained weights are in float32, and that the frozen layers that an adapter changes are in the
-    number type of the matrix products, except those that transformers keeps in float32.
+    data type of the matrix products, except those that transformers keeps in float32.
 
     Raises:
-        TrainingError: a weight has a different number type.
+        TrainingError: a weight has a different data type.
     """
     trained = {
         f"{name} is in {_name(weight.dtype)}"
@@ -231,10 +231,10 @@ def check_number_types(model: nn.Module, number_type: NumberType) -> None:
 
 def check_nf4(model: nn.Module, number_type: NumberType) -> None:
     """Check that the linear layers that an adapter changes are stored in NF4 with quantized scales, and that
-    they compute in the given number type.
+    they compute in the given data type.
 
     Raises:
-        TrainingError: a layer is stored in a different form, or computes in a different number type.
+        TrainingError: a layer is stored in a different form, or computes in a different data type.
     """
     from bitsandbytes.nn.modules import Linear4bit
 

@@ -86,7 +86,7 @@ def train_model(
     tokenizer's files.
 
     An interrupted run resumes from its newest complete checkpoint and gives the same result as an uninterrupted run. If
-    the run started in another number type, its checkpoint is converted, a message is printed, and the result is nearly
+    the run started in another data type, its checkpoint is converted, a message is printed, and the result is nearly
     the same.
 
     Args:
@@ -95,7 +95,7 @@ def train_model(
             or, with full fine-tuning, the complete model in bf16.
         checkpoints: folder of this run's checkpoints. The folder `tokens` next to it receives the training rows.
         report: callback for the loss curve.
-        number_type: number type of the matrix products. Trained weights are always in float32.
+        number_type: data type of the matrix products. Trained weights are always in float32.
         on_checkpoint: called with the path of each new checkpoint.
         processes: processes that train together. By default, this process trains alone.
         progress: file to which the steps and the held-out losses are written.
@@ -260,7 +260,7 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
         if newest is not None and (before := number_type_of(newest)) is not number_type:
             console.print(
                 f"  checkpoint of step {state.global_step} converted from {before} to {number_type}, this machine's "
-                "number type: rounding makes the result differ from an uninterrupted run"
+                "data type: rounding makes the result differ from an uninterrupted run"
             )
         if newest is not None and (earlier := devices_of(newest)) != trainer.group.size:
             console.print(

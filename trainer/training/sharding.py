@@ -36,7 +36,7 @@ def shard_model(model: nn.Module, devices: int, number_type: NumberType, *, full
 
     Args:
         model: a model in main memory.
-        number_type: number type of the matrix products.
+        number_type: data type of the matrix products.
         full: whether every weight is trained.
 
     Raises:

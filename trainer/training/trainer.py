@@ -2,8 +2,8 @@
 
 A checkpoint contains everything that the next step depends on: trained weights, optimizer, schedule, random number
 state, position in the data, the losses so far, AdaLoRA's allocator, the reference log-probabilities of preference
-tuning, PiSSA's initial matrices and, in float16, the loss scale. It also records the number type used for computation.
-Trained weights are always in float32, so a machine with another number type can resume from it. Imports torch and TRL.
+tuning, PiSSA's initial matrices and, in float16, the loss scale. It also records the data type used for computation.
+Trained weights are always in float32, so a machine with another data type can resume from it. Imports torch and TRL.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ class ResumableTrainer(AnswerTrainer):
 
     Args:
         checkpoints: folder of the checkpoints.
-        number_type: number type used for computation in this process.
+        number_type: data type used for computation in this process.
         heldout: held-out rows in the same form as the training rows. Empty if held-out loss is not measured.
         heldout_schedule: steps at which held-out loss is measured, or None for never.
         allocation: AdaLoRA's rank allocation, whose state is part of a checkpoint.
@@ -111,7 +111,7 @@ class ResumableTrainer(AnswerTrainer):
         """Shard the weights across the group's devices.
 
         Args:
-            number_type: number type of the matrix products.
+            number_type: data type of the matrix products.
             full: whether every weight is trained.
         """
         shard_model(self.model, self.group.size, number_type, full=full)
@@ -471,7 +471,7 @@ def hear_signals_between_layers(model: torch.nn.Module) -> None:
 
 
 def number_type_of(checkpoint: Path) -> NumberType:
-    """Return the number type in which a checkpoint was computed."""
+    """Return the data type in which a checkpoint was computed."""
     with safe_open(checkpoint / _WEIGHTS, framework="pt") as file:
         # Checkpoints without this entry were computed in bfloat16.
         return NumberType((file.metadata() or {}).get(_NUMBER_TYPE, NumberType.BFLOAT16))

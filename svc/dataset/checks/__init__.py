@@ -1,1 +1,1 @@
-"""Checks of a data set for problems with its texts, labels, duplicates and leaks."""
+"""Checks a data set for problems with its texts and labels, and for duplicates and leaks."""

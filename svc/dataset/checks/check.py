@@ -43,14 +43,14 @@ class DataReport:
 
     Attributes:
         kind: kind of the examples.
-        lengths: number of characters in each valid example; in a pair, with the longer answer.
-        tokens: number of tokens in each valid example; in a pair, with the longer answer. Empty if tokens were
+        lengths: number of characters in each valid example; for a pair, counted with the longer answer.
+        tokens: number of tokens in each valid example; for a pair, counted with the longer answer. Empty if tokens were
             not counted.
         answers: number of occurrences of each final answer that is neither rejected nor undesirable. Incomplete if
             there are too many different answers for them to be labels.
-        answer_lengths: lengths of the answers of pairs.
+        answer_lengths: lengths of the answers in pairs.
         documents: number of examples that are documents.
-        desirable: how often labelled answers are desirable (True) and undesirable (False).
+        desirable: number of answers labelled as desirable (True) and as undesirable (False).
     """
 
     file: str
@@ -146,12 +146,12 @@ def _look_at(example: AnyExample) -> Answer:
 
 
 def _is_no_reference(example: AnyExample) -> bool:
-    """Return whether an example's answer is undesirable, or a document, which answers nothing."""
+    """Return whether an example has no reference answer because its answer is undesirable or it is a document."""
     return chat_of(example).is_document or (isinstance(example, LabelledAnswer) and not example.desirable)
 
 
 def _check_labels(reports: Sequence[DataReport]) -> None:
-    """Report labelled answers that all have the same label. A pair counts as one answer with each label."""
+    """Report a problem if all labelled answers have the same label. A pair counts as one answer with each label."""
     labelled = [report for report in reports if report.desirable]
     labels = {label for report in labelled for label in report.desirable}
     if len(labels) == 1 and not any(report.kind is Kind.PAIRS for report in reports):
@@ -230,7 +230,7 @@ class _LineChecks:
                 report.add(number, Code.ENCODED_TWICE, f"{field} is double-encoded JSON", field)
 
     def _check_length(self, report: DataReport, number: int, sides: Sequence[ChatExample]) -> None:
-        """Check the number of tokens of an example, with the longer answer if there are two."""
+        """Check an example's number of tokens. If there are two answers, the longer one is counted."""
         try:
             counts = [self._count(side) for side in sides]
         except RowError as error:
@@ -288,9 +288,8 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
     """Find the training examples that duplicate another example.
 
     Returns:
-        For each kind of duplicate: its code; its message, which has a placeholder for the other example's line;
-        the rows that contain the other example; and, for each training example, the index of its duplicate in
-        those rows, or -1.
+        For each kind of duplicate: its code; its message, with a placeholder for the other example's line; the rows
+        that contain the other example; and, for each training example, the index of its duplicate in those rows, or -1.
     """
     heldout, train = table.rows[:held], table.rows[held:]
     sketches = table.sketches[held:]

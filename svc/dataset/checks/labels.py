@@ -1,10 +1,9 @@
-"""Finds answers that stand out among the answers to one instruction: odd labels, or text instead of JSON.
+"""Finds unusual answers among the answers to one instruction, such as unknown labels, or text instead of JSON.
 
 A label is an answer from a small set: a short text, or a JSON object that contains a single text or
-number. If the instruction lists the labels of nearly all examples, the set consists of the labels that
-it lists. Otherwise, a label that occurs only once is reported if all other labels occur often, unless it is a number
-and most labels are numbers. A rare spelling of a frequent label is always reported. This module knows nothing about
-files.
+number. If the instruction lists the labels of nearly all examples, the listed labels are the set. Otherwise, a label
+that occurs only once is reported if all other labels occur often, unless it is a number and most labels are numbers. A
+rare spelling of a frequent label is always reported. This module knows nothing about files.
 """
 
 import re
@@ -37,7 +36,7 @@ _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3
 
 
 class AnswerKind(IntFlag):
-    """Flags that describe an answer. Several can be set at once."""
+    """Flags that describe an answer. Several flags can be set together."""
 
     JSON = 1
     LABEL = 2
@@ -60,7 +59,7 @@ class Answer(NamedTuple):
 def look_at_answer(example: ChatExample) -> Answer:
     """Return the kind and label of an example's answer.
 
-    A label counts as listed if it occurs in the instruction: the system turn or, without one, the prompt.
+    A label counts as listed if it occurs in the instruction, which is the system turn or, if there is none, the prompt.
     """
     if example.calls_tools:
         return Answer(AnswerKind(0))
@@ -89,9 +88,7 @@ def find_label(answer: str) -> str | None:
 
 
 def few_labels(counts: Counter[str], examples: int) -> dict[str, int]:
-    """Return the distinct answers with their counts, most frequent first, or an empty dict if there are too
-    many to be labels.
-    """
+    """Return the distinct answers with their counts, most frequent first, or an empty dict if they are not labels."""
     return dict(counts.most_common()) if 1 < len(counts) <= min(FEW_ANSWERS, examples // 2) else {}
 
 
@@ -160,7 +157,7 @@ def _odd_labels(kinds: NDArray[np.uint8], answers: NDArray[np.uint64], labels: N
 
 
 def _usual_numbers(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Return a mask of the labels that are numbers, or all False unless most labels are numbers.
+    """Return a mask that marks the labels that are numbers, or an all-False mask if most labels are not numbers.
 
     If most labels are numbers, a rare number is not unusual.
     """

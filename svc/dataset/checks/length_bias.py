@@ -13,12 +13,12 @@ import numpy as np
 from svc.sample_size import Z_INTERVAL
 
 MAX_LONGER_SHARE = 0.7
-"""Share of pairs with a longer chosen answer above which the pairs are biased."""
+"""If the chosen answer is longer in more than this fraction of pairs, the pairs count as biased."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerLengths:
-    """Lengths of the answers of pairs, in characters."""
+    """Lengths of the answers in pairs, in characters."""
 
     chosen: "array[int]" = field(default_factory=lambda: array("I"))
     rejected: "array[int]" = field(default_factory=lambda: array("I"))
@@ -31,12 +31,12 @@ class AnswerLengths:
 
 @dataclass(frozen=True, slots=True)
 class LengthBias:
-    """Frequency with which the chosen answer of a pair is the longer one.
+    """Measurement of how often the chosen answer of a pair is the longer one.
 
     Attributes:
         longer: number of pairs whose chosen answer is longer.
         compared: number of pairs whose answers differ in length.
-        low, high: bounds of the 95% interval of the share (Wilson 1927).
+        low, high: bounds of the 95% confidence interval for `longer / compared` (Wilson 1927).
         chosen_characters, rejected_characters: median length of the answers.
     """
 

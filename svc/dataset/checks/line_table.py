@@ -42,15 +42,14 @@ class LineTable(NamedTuple):
 
     Attributes:
         rows: structured array with the following fields. files: index of the file. lines: line number in the
-            file. prompts: hash of all turns before the answer; equal for equal prompts, ignoring spacing and
-            case. pairs: the same kind of hash for prompt and answer together, including the answer's
-            thinking; for preferences, also the rejected answer or the label. opposites: the value of `pairs` of
-            an example with the opposite preference; 0 for chat examples. systems: the same kind of hash for the
-            system turn and the tools; 0 if there are none. beginnings, endings: hashes that are equal for
-            examples of the same task. They cover the system turn or, without one, the prompt's first and last
-            words, where instructions usually are. answers: hash of the exact answer; for a pair, of the chosen
-            one. labels: hash of the answer's label, ignoring spacing and case; 0 if the answer is not a label.
-            kinds: `AnswerKind` of the answer.
+            file. prompts: hash of all turns before the answer; prompts that differ only in spacing and case have the
+            same hash. pairs: the same kind of hash for prompt and answer together, including the answer's thinking; for
+            preferences, also the rejected answer or the label. opposites: the value of `pairs` of an example with the
+            opposite preference; 0 for chat examples. systems: the same kind of hash for the system turn and the tools;
+            0 if there are none. beginnings, endings: hashes that are equal for examples of the same task. They cover
+            the system turn or, without one, the prompt's first and last words, where instructions usually are. answers:
+            hash of the exact answer; for a pair, of the chosen one. labels: hash of the answer's label, ignoring
+            spacing and case; 0 if the answer is not a label. kinds: `AnswerKind` of the answer.
         sketches: sketches of the prompts, for finding near duplicates.
         earlier: for each answer before the final one, the same hash as in `prompts`, and the index of its
             row in `rows`.
@@ -114,7 +113,7 @@ def first_with_same(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def _preference(example: AnyExample) -> tuple[str, str]:
-    """Return an example's normalized answer with its preference, and the same with the opposite preference.
+    """Return an example's normalized answer with its preference, and the same answer with the opposite preference.
 
     The second text is empty for chat examples, which have no preference.
     """
@@ -135,7 +134,9 @@ def _normal_answer(example: ChatExample) -> str:
 
 
 def _asked(example: ChatExample) -> str:
-    """Return the text that is compared to find near duplicates: the prompt without the often shared system turn."""
+    """Return the text that is compared to find near duplicates: the prompt without its system turn, which is often
+    shared.
+    """
     if example.is_document:
         return example.question
     return "\n".join(message.content for message in example.prompt if message.role is not Role.SYSTEM)

@@ -30,8 +30,8 @@ _MIN_RUNS = 24
 _SAMPLE = 2_000
 _COMMON_SHARE = 0.05
 _COMMON_TEXTS = 4
-"""Number of distinct texts that may share a run of words before the run counts as common. Even a small file
-may contain this many altered copies of one text."""
+"""Number of distinct texts that may share a run of words before the run counts as common. Even a small file may contain
+this many modified copies of one text."""
 _BATCH = 256
 _MAX_WORDS = 4_096
 _MAX_CHARS = 60_000
@@ -51,8 +51,8 @@ _SKETCH = np.dtype([("values", np.uint16, _VALUES), ("runs", np.uint16)])
 Sketches = NDArray[np.void]
 """MinHash sketches, one row per text.
 
-`values`: the low 16 bits of the smallest hash under each of 64 functions. `runs`: number of distinct
-three-word runs in the text, excluding common ones; 0 if the text cannot be compared."""
+`values`: the low 16 bits of the smallest hash under each of 64 functions. `runs`: number of distinct three-word runs in
+the text, excluding common runs; 0 if the text cannot be compared."""
 
 
 class Sketcher:
@@ -87,8 +87,8 @@ def clusters(sketches: Sketches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Group texts that are near duplicates, either directly or through a chain of other texts.
 
     Returns:
-        Two arrays with one value per text: the index of the first text in its group, and the index of the first
-        earlier text that is a near duplicate of it, or -1 if there is none.
+        Two arrays with one value per text: the index of the first text in the same group, and the index of the first
+        earlier text that is a near duplicate, or -1 if there is none.
     """
     count = len(sketches)
     group, earlier = np.arange(count), np.full(count, count)
@@ -122,7 +122,7 @@ def nearest(sketches: Sketches, others: Sketches) -> NDArray[np.int64]:
 
 
 def places_in(keys: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the index of each key's first occurrence in `others`, or -1 if it does not occur there."""
+    """Return the index of each key's first occurrence in `others`, or -1 for keys that do not occur in `others`."""
     if not len(others):
         return np.full(len(keys), -1)
     order = np.argsort(others, kind="stable")

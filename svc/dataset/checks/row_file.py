@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from svc.files.scratch import scratch_file
 
 _MAX_IN_MEMORY = 64 * 2**20
-"""Size in bytes up to which the rows are kept in memory, enough for about 350,000 examples."""
+"""Maximum total size, in bytes, of rows kept in memory. It is enough for about 350,000 examples."""
 
 
 class RowFile:

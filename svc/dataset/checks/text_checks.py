@@ -33,12 +33,12 @@ _JINJA = re.compile(
 """Matches template code. Repetitions are bounded or end at a brace, so that matching takes linear time."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
 _HIDDEN = re.compile("\u202e|(?<![\U0001f3f4\U000e0020-\U000e007e])[\U000e0020-\U000e007f]")
-"""Characters that hide text or change its order. Tag characters after a black flag are excluded, because
-they encode a region's flag."""
+"""Matches characters that hide text or change its order. Tag characters after a black flag are excluded, because they
+encode a region's flag."""
 
 _GOOD = re.compile("\x85|(?<=Å)[²³±]|(?<=[A-ZÀ-Þ]Ã)[”»]|»(?=[ÄÖÜ])")
-"""Valid text that ftfy would flag: a line end, units (Å²), and quotes after capitalized words or around
-German words (»Öl«)."""
+"""Matches valid text that ftfy would flag: a line end, units (Å²), and quotes after capitalized words or around German
+words (»Öl«)."""
 _MAX_SHOWN = 60
 
 

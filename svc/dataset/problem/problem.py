@@ -11,7 +11,7 @@ from svc.errors import DataError
 
 
 class Severity(StrEnum):
-    """Severity of a problem, which says whether the line can still be trained on."""
+    """Severity of a problem, which determines whether the line can still be trained on."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -101,8 +101,10 @@ TODO: dict[Code, str] = {**_ERRORS, **_WARNINGS}
 
 
 def severity_of(code: Code) -> Severity:
-    """Return a code's severity. Lines with errors stop training. Lines with warnings need checking; if such a line is
-    not an example, it is skipped.
+    """Return a code's severity.
+
+    A line with an error stops training. A line with a warning should be checked by a person; if the line is not an
+    example, it is skipped.
     """
     return Severity.ERROR if code in _ERRORS else Severity.WARNING
 

@@ -1,4 +1,4 @@
-"""Log of the problems in one file. It holds any number in bounded memory and returns them in line order."""
+"""Log of the problems in one file. It stores any number of problems in bounded memory, ordered by line."""
 
 import os
 import sqlite3

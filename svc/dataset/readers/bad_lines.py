@@ -46,9 +46,9 @@ class BadLines:
             index.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def _name(self, path: Path) -> str:
-        """Return the name under which to store lines of this file: its own name, without a compression suffix.
+        """Return the name of the file for a data file's bad lines: the data file's name without a compression suffix.
 
-        If two files have the same name, a number is added to the second name.
+        If two data files have the same name, a number is prepended to the second name.
         """
         if path not in self._names:
             name = path.stem if path.suffix.lower() in COMPRESSIONS else path.name

@@ -1,4 +1,4 @@
-"""Recognizes the formats of chat data and converts their rows to chat examples.
+"""Recognizes chat data formats and converts their rows to chat examples.
 
 A format is recognized by its keys. Ambiguous rows are never guessed at: a row that combines the keys of
 two formats is an error. This module knows nothing about files.
@@ -56,7 +56,7 @@ def recognise(value: Any) -> Format | None:
 
 
 def parse_row(value: Any, form: Format) -> tuple[ChatExample, tuple[str, ...]]:
-    """Convert a row to a chat example. Also return, for each message, the name of the field with its text.
+    """Convert a row to a chat example. Also return, for each message, the name of the field that contains its text.
 
     Args:
         form: the format of the file.
@@ -110,9 +110,7 @@ def _own_fields(example: ChatExample) -> tuple[ChatExample, tuple[str, ...]]:
 
 
 def _read_chat(value: dict[str, Any]) -> tuple[ChatExample, tuple[str, ...]]:
-    """Read turns that are already in the chat format. The system prompt may be a separate key, as in
-    Anthropic's API.
-    """
+    """Read turns that are already in the chat format. As in Anthropic's API, the system prompt may have its own key."""
     system, turns = value.get("system"), value["messages"]
     if is_absent(system) or not isinstance(turns, list):
         return _own_fields(parse_example(value))
@@ -124,7 +122,7 @@ def _read_chat(value: dict[str, Any]) -> tuple[ChatExample, tuple[str, ...]]:
 
 
 def _without_system(place: re.Match[str]) -> str:
-    """Return a field's name with the system turn left out of the count, so `messages[1].role` becomes
+    """Return a field's name with an index that does not count the system turn: `messages[1].role` becomes
     `messages[0].role`.
     """
     number = int(place[1])
@@ -139,7 +137,7 @@ _EVALS: dict[Format, Callable[[dict[str, Any]], list[dict[str, Any]]]] = {
 
 
 def add_alpaca_prompt(value: dict[str, Any], chat: Turns) -> None:
-    """Add the turns before the answer of a row with `instruction` and, optionally, `input` and `history`.
+    """Add the turns that precede the answer in a row with `instruction` and, optionally, `input` and `history`.
 
     Raises:
         RowError: `history` or `input` is not in Alpaca's format.

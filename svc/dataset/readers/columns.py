@@ -1,4 +1,4 @@
-"""Columns of tables (CSV and Parquet) that any format of chat examples or preferences reads."""
+"""Table columns (in CSV and Parquet files) that are used by at least one format of chat examples or preferences."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from svc.dataset.readers.preference_formats import LABEL_KEYS, PAIR_KEYS, PROMPT
 FORMAT_KEYS: tuple[tuple[str, ...], ...] = (*KEYS.values(), *PAIR_KEYS.values())
 """Required keys of each format."""
 READ_KEYS = {*OPTIONAL_KEYS, *PROMPT_KEYS, *LABEL_KEYS}.union(*FORMAT_KEYS)
-"""All keys of a row that any format reads. Other keys are ignored."""
+"""All keys that at least one format reads. Other keys of a row are ignored."""
 
 
 def header_fault(names: Sequence[str]) -> RowError | None:

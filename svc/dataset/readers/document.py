@@ -1,4 +1,4 @@
-"""Reads a file that is a single document, as a row with its text."""
+"""Reads a file that is a single document, and returns its text as one row."""
 
 import codecs
 from collections.abc import Iterator

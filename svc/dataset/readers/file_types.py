@@ -36,7 +36,7 @@ _DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
 COMPRESSIONS = tuple(_DECOMPRESS)
 CONTAINERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 DOCUMENTS = (".txt", ".md")
-"""Suffixes of files that are one document each, unless they begin like JSONL."""
+"""Suffixes of files that each contain one document, unless the content looks like JSONL."""
 SUITES = (".yaml", ".yml")
 """Suffixes of files that are read only when named explicitly. In a folder, such a file might be a recipe."""
 _REPORT_EVERY = 256  # rows

@@ -1,9 +1,8 @@
 """Reads records from a JSON file that is a single long list, without loading the whole list into memory.
 
 ijson is three times as fast, but it reports neither the line number nor the bytes of an element, which
-are needed to report bad lines. It also takes the last of duplicate keys, turns half a surrogate pair
-into `?`, and stops at the first byte that is not UTF-8 and at the first NaN, even though valid elements
-may follow.
+are needed to report bad lines. It also keeps only the last of several equal keys, turns half a surrogate pair into `?`,
+and stops at the first invalid UTF-8 byte and at the first NaN, even though valid elements may follow.
 """
 
 import codecs
@@ -108,8 +107,8 @@ class _ListReader:
         self._at = 0
 
     def _give_up(self, line: int, error: RowError) -> Row:
-        """Return a final row with the error. The next element cannot be found, because the end of the current element
-        is unknown.
+        """Return a final row with the error. No later element can be located, because the end of this one is
+        unknown.
         """
         self._lost = True
         rest = self._text[self._at : self._at + MAX_ROW_BYTES]

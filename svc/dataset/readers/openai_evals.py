@@ -1,4 +1,5 @@
-"""Reads OpenAI evals files: lines of open-source `evals`, and data sources and results of the hosted product.
+"""Reads OpenAI evals files: lines of the open-source `evals` project, and data sources and results of the hosted
+product.
 
 The keys of a data source are chosen by its owner. Questions and answers are recognized by the usual key
 names, and a row without exactly one of each is rejected.
@@ -61,7 +62,7 @@ def _key(item: dict[str, Any], names: Sequence[str], field: str) -> str:
 
 
 def chat_turns(value: Any, field: str) -> list[dict[str, Any]]:
-    """Return roles and texts of the turns of a prompt in OpenAI's format. Plain text becomes a single user turn.
+    """Return the role and text of each turn of a prompt in OpenAI's format. Plain text becomes a single user turn.
 
     Raises:
         RowError: the value is neither a text nor a list of turns.

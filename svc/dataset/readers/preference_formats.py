@@ -1,7 +1,8 @@
-"""Recognizes the formats of preference data and converts their rows to pairs and labelled answers.
+"""Recognizes preference data formats and converts their rows to pairs and labelled answers.
 
-A row of a pair has two answers. Its prompt is either a separate field, or the turns with which both answers begin. A
-labelled answer is a row in one of the chat formats that also has a label. This module knows nothing about files.
+A row with a pair contains two answers. The prompt is either a separate field, or the turns with which both answers
+begin. A row with a labelled answer is in one of the chat formats and also has a label. This module knows nothing about
+files.
 """
 
 import re
@@ -32,7 +33,7 @@ PAIR_KEYS: dict[PairFormat, tuple[str, ...]] = {
 PROMPT_KEYS = ("prompt", "question", "instruction", "input", "conversations", "messages")
 """Keys that may contain the prompt of a row with `chosen` and `rejected`."""
 LABEL_KEYS = ("label", "kto_tag")
-"""Keys that may contain the label of an answer: TRL's and LLaMA-Factory's."""
+"""Keys that may contain the label of an answer, as named by TRL and LLaMA-Factory."""
 _LABELLED_FORMATS = {Format.CHAT, Format.SHAREGPT, Format.ALPACA, Format.PROMPT_COMPLETION}
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _HH_TURN = re.compile(f"({_HUMAN}|{_ASSISTANT})")
@@ -58,8 +59,8 @@ def parse_pair(value: Any, form: PairFormat) -> tuple[PreferencePair, tuple[str,
         form: the format of the file.
 
     Returns:
-        The pair and names of fields: for each message of the chosen answer and its prompt, the field with its text,
-        and the field of the rejected answer.
+        The pair, and names of fields: for each message of the prompt and the chosen answer, the field that contains its
+        text, followed by the field that contains the rejected answer.
 
     Raises:
         RowError: the row is in a different format than the file, it is not valid in that format, the two
@@ -76,7 +77,7 @@ def parse_pair(value: Any, form: PairFormat) -> tuple[PreferencePair, tuple[str,
 
 
 def parse_labelled(value: Any, form: Format) -> tuple[LabelledAnswer, tuple[str, ...]]:
-    """Convert a row to a labelled answer. Also return, for each message, the name of the field with its text.
+    """Convert a row to a labelled answer. Also return, for each message, the name of the field that contains its text.
 
     Args:
         form: the format of the file.
@@ -121,7 +122,7 @@ def _answer(example: ChatExample) -> tuple[str, str | None]:
 
 
 def _read_openai(value: dict[str, Any], key: str) -> tuple[ChatExample, tuple[str, ...]]:
-    """Read one of the answers of a row in the format of OpenAI's preference fine-tuning, with its prompt."""
+    """Read one of the answers in a row in OpenAI's preference fine-tuning format, along with the prompt."""
     asked = expect(dict, _decoded(value["input"]), "input", "an object with 'messages'")
     chat = Turns()
     for place, turns in (("input.messages", asked.get("messages")), (key, _decoded(value[key]))):
@@ -185,11 +186,11 @@ def _add_prompt(chat: Turns, value: dict[str, Any], keys: Sequence[str]) -> None
 
 
 def _add_turns(chat: Turns, turns: list[Any], key: str, raw: Any) -> None:
-    """Add turns.
+    """Add the turns of a conversation to `chat`.
 
     Args:
         key: key of the row that contains the turns.
-        raw: value of the key, which is a single turn without a list in some formats.
+        raw: value of the key, which in some formats is a single turn instead of a list.
     """
     for index, turn in enumerate(expect_turns(turns, key)):
         add = chat.add_sharegpt if isinstance(turn, dict) and _is_sharegpt(turn) else chat.add_chat
@@ -197,10 +198,10 @@ def _add_turns(chat: Turns, turns: list[Any], key: str, raw: Any) -> None:
 
 
 def _hh_turns(answer: str, prompt: Any) -> list[tuple[str, str]]:
-    """Return roles and texts of a conversation in one text, as in Anthropic's HH, or an empty list for other texts.
+    """Return the role and text of each turn in a conversation that is stored as a single text, as in Anthropic's HH.
 
-    The conversation may be split into `prompt`, which contains all turns and ends with the marker of the assistant's
-    turn, and the answer.
+    The result is empty for other texts. The conversation may be split into the answer and `prompt`, which contains all
+    earlier turns and ends with the marker of the assistant's turn.
     """
     text = answer if is_absent(prompt) else ""
     if isinstance(prompt, str) and prompt.rstrip().endswith(_ASSISTANT):

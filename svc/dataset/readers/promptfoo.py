@@ -1,8 +1,8 @@
 """Reads Promptfoo YAML files as chat rows, one for each combination of a test and a prompt.
 
 Promptfoo's templates are written in Nunjucks, a full programming language. Here, only variable names are
-replaced; any other expression in braces is rejected, and so is code in other files. Text files are read
-if they are in the YAML file's folder or below. A test that yields no example is an error.
+replaced; any other expression in braces is rejected, and so is code in other files. Text files are read if they are in
+the YAML file's folder or its subfolders. A test that yields no example is an error.
 """
 
 import json
@@ -33,7 +33,7 @@ def read_promptfoo(path: Path, stream: BinaryIO) -> Iterator[Row]:
     starts.
 
     Args:
-        path: path of the YAML file; files that it refers to must be in the same folder or below.
+        path: path of the YAML file; files that it refers to must be in the same folder or its subfolders.
     """
     raw = stream.read(MAX_ROW_BYTES + 1)
     try:
@@ -110,7 +110,7 @@ def _reference(assertions: list[Any], variables: dict[str, Any]) -> str:
 
 
 def _render(template: str, variables: dict[str, Any], field: str) -> str:
-    """Fill in the variables of a template. Their values are inserted verbatim and not treated as templates.
+    """Fill in the variables of a template. Values of variables are inserted verbatim and not treated as templates.
 
     Raises:
         RowError: the template contains an unknown name or code.
@@ -130,7 +130,7 @@ def _render(template: str, variables: dict[str, Any], field: str) -> str:
 
 
 def _read_beside(folder: Path, reference: str, field: str) -> str:
-    """Return the text of a file that the YAML file refers to.
+    """Return the contents of a text file that the YAML file refers to.
 
     Raises:
         RowError: the file is outside the folder, contains code, or cannot be read.

@@ -48,7 +48,7 @@ _DEFAULTS: dict[Kind | None, tuple[Kind, Format | PairFormat]] = {
     Kind.PAIRS: (Kind.PAIRS, PairFormat.CHOSEN_REJECTED),
     Kind.LABELLED: (Kind.LABELLED, Format.PROMPT_COMPLETION),
 }
-"""For each expected kind, the kind and format of a file whose first rows are in no known format."""
+"""For each expected kind, the kind and format to assume for a file whose first rows are not in any known format."""
 _OBJECTIVES = {
     Kind.CHAT: "remove `objective` from the recipe, or set `objective: sft`",
     Kind.PAIRS: "set `objective: dpo`, `objective: orpo` or `objective: kto` in the recipe",
@@ -63,8 +63,8 @@ class Line(Generic[Example]):
     Attributes:
         number: line number, starting at 1.
         raw: the line's bytes.
-        fields: for each message of the example, the field of the line that its text came from. For a pair, the
-            messages are those of the chosen example and the rejected answer.
+        fields: for each message of the example, the field of the line that contains its text. For a pair, this covers
+            the messages of the chosen example and the rejected answer.
     """
 
     number: int
@@ -100,7 +100,7 @@ class OpenFile:
 
 
 def open_file(path: Path, expected: Kind | None, on_read: OnRead = lambda position: None) -> OpenFile:
-    """Open a data file, and determine the kind and format of its examples by its first rows.
+    """Open a data file, and determine the kind and format of its examples from its first rows.
 
     Memory is bounded by the longest line.
 
@@ -215,8 +215,8 @@ def require(minimum: int, examples: Sequence[AnyExample], noun: str, sources: So
     """Raise DataError if there are too few examples.
 
     Args:
-        noun: name of one example, used in the message.
-        sources: where the examples were read from, for the message.
+        noun: singular noun for the examples, used in the message.
+        sources: sources of the examples, named in the message.
     """
     if len(examples) < minimum:
         raise DataError(
@@ -233,7 +233,7 @@ def listed(sources: Source | Sequence[Source]) -> list[Source]:
 
 
 def chat_of(example: AnyExample) -> ChatExample:
-    """Return an example's prompt with its answer; for a pair, with the chosen answer."""
+    """Return an example's prompt and answer as a chat example. For a pair, the answer is the chosen one."""
     match example:
         case PreferencePair():
             return example.chosen

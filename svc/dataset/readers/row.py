@@ -6,8 +6,8 @@ from typing import Any
 from svc.dataset.problem.problem import Code, RowError
 
 MAX_ROW_BYTES = 16 * 2**20
-"""Maximum size of a line, element, record or cell, in bytes. A larger one is an error and is never read into
-memory as a whole."""
+"""Maximum size of a line, element, record or cell, in bytes. Anything larger is an error and is never read into memory
+as a whole."""
 
 
 @dataclass(frozen=True, slots=True)

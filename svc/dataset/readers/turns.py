@@ -1,6 +1,6 @@
 """Collects the turns of a row in any format, and converts them to a chat example.
 
-Errors name the fields of the row as they are in the file, not the turns collected from it.
+Error messages use the field names of the file, not those of the collected turns.
 """
 
 import re
@@ -36,8 +36,8 @@ class Turns:
         """Add a turn.
 
         Args:
-            place: field of the content.
-            role_place: field of the role, if it differs from `place`.
+            place: name of the field that contains the content.
+            role_place: name of the field that contains the role, if different from `place`.
         """
         self.turns.append({"role": role, "content": content, **more})
         self.fields.append((role_place or place, place))
@@ -74,7 +74,7 @@ class Turns:
         self.add(ROLES[speaker], content, f"{place}.{text}", f"{place}.{key}", **more)
 
     def parse(self, tools: Any) -> tuple[ChatExample, tuple[str, ...]]:
-        """Return the turns as an example and, for each message, the name of the field with its text.
+        """Return the turns as an example and, for each message, the name of the field that contains its text.
 
         Args:
             tools: tool definitions of the row.

@@ -42,10 +42,10 @@ class Message:
 
     Attributes:
         content: text of the turn; blank only in an assistant turn with tool calls.
-        name: name of the user or tool, where an example has several of them.
-        tool_call_id: in a tool turn, the id of the call that it responds to.
-        weight: training weight of an assistant turn: 1 if it is trained on, 0 if not, None if the example
-            does not say.
+        name: name of the user or tool, in examples with several users or tools.
+        tool_call_id: in a tool turn, the id of the tool call whose result it contains.
+        weight: training weight of an assistant turn: 1 if it is trained on, 0 if not, or None if the example does not
+            specify a weight.
         reasoning: thinking that precedes the text of an assistant turn.
     """
 
@@ -58,9 +58,9 @@ class Message:
     reasoning: str | None = None
 
     def spoken(self) -> dict[str, Any]:
-        """Return the turn in OpenAI's format as a model sees it, without its training weight.
+        """Return the turn in OpenAI's format, as seen by a model, without its training weight.
 
-        The key `reasoning` is vLLM's.
+        The thinking has the key `reasoning`, as in vLLM.
         """
         turn = {key: value for key, value in self.as_dict().items() if key not in ("weight", "reasoning_content")}
         return turn if self.reasoning is None else turn | {"reasoning": self.reasoning}
@@ -68,7 +68,7 @@ class Message:
     def templated(self) -> dict[str, Any]:
         """Return the turn in the format for chat templates, where call arguments are objects instead of JSON text.
 
-        The thinking is stored under two keys, as in vLLM, because templates differ in which one they read.
+        The thinking is stored under two keys, as in vLLM, because some templates read one key and some read the other.
         """
         turn = self.spoken()
         if self.reasoning is not None:
@@ -167,9 +167,9 @@ class ChatExample:
     def learnt(self) -> tuple[int, ...]:
         """Indices of the assistant turns to train on.
 
-        If no turn has a weight, only the last turn is trained on. Otherwise, all turns except those with weight
-        0 are; as in OpenAI's fine-tuning, a turn without a weight counts as having weight 1. A greeting before
-        the first user turn is never trained on, because there is no prompt that it answers.
+        If no turn has a weight, only the last turn is trained on. Otherwise, all assistant turns are trained on, except
+        turns with weight 0. As in OpenAI's fine-tuning, a turn without a weight counts as having weight 1. A greeting
+        before the first user turn is never trained on, because it does not answer a prompt.
         """
         if all(message.weight is None for message in self.messages):
             return (len(self.messages) - 1,)
@@ -177,7 +177,7 @@ class ChatExample:
 
     @property
     def learning_all(self) -> "ChatExample":
-        """A copy of the example in which every answer is trained on, or the example itself if it has weights."""
+        """A copy of the example in which every answer is trained on, or the example itself if any turn has a weight."""
         replies = self.replies
         if len(replies) == 1 or any(message.weight is not None for message in self.messages):
             return self
@@ -216,7 +216,8 @@ def any_call_tools(examples: Iterable[ChatExample]) -> bool:
 
 
 def normal_prompt(example: ChatExample) -> str:
-    """Return the example's prompt as normalized text. Prompts that differ only in spacing and case have equal texts.
+    """Return the example's prompt as normalized text, which is the same for prompts that differ only in spacing and
+    case.
 
     For a document, the result is derived from the document's own text.
     """
@@ -237,7 +238,7 @@ def answered_prompts(example: ChatExample) -> list[str]:
 
 
 def normal_opening(example: ChatExample, questions: int) -> str:
-    """Return the normalized prompt up to a given user turn, or the whole prompt if it has no more turns.
+    """Return the normalized prompt, cut off after the given number of user turns, or after the last user turn.
 
     Args:
         questions: number of user turns to include, at least one.

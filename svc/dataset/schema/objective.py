@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class Objective(StrEnum):
-    """A training objective. The model learns from reference answers, preferences among judged answers, or documents."""
+    """A training objective, which determines whether the model learns from answers, preferences or documents."""
 
     SFT = "sft"
     """Maximize the likelihood of the reference answers."""
@@ -21,7 +21,7 @@ class Objective(StrEnum):
 
     @property
     def is_preference(self) -> bool:
-        """Whether the model learns from a preference among judged answers."""
+        """Whether the model learns from preferences between answers."""
         return self in (Objective.DPO, Objective.ORPO, Objective.KTO)
 
     @property

@@ -20,7 +20,7 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class LabelledAnswer:
-    """An answer with a label saying whether it is desirable, for KTO."""
+    """An answer with a label that says whether the answer is desirable, for training with KTO."""
 
     example: ChatExample
     desirable: bool

@@ -1,4 +1,4 @@
-"""Parses an example's tool definitions and tool calls, which use OpenAI's API format.
+"""Parses an example's tool definitions and tool calls, which are in OpenAI's API format.
 
 Arguments and definitions are stored as JSON text, which is hashable and survives a round trip unchanged.
 Tools are never run.
@@ -26,7 +26,7 @@ class ToolCall:
     Attributes:
         arguments: a JSON object as text, as in OpenAI's API.
         id: id by which the tool turn refers to the call, or None if the example does not give one.
-        encoded_twice: whether the arguments are JSON text within JSON text in the file.
+        encoded_twice: whether the arguments in the file are double-encoded JSON.
     """
 
     name: str
@@ -151,7 +151,7 @@ def parse_tools(tools: Any) -> tuple[str, ...]:
 
 
 def names_of(tools: tuple[str, ...]) -> list[str]:
-    """Return the names of the tools that `parse_tools` returned."""
+    """Return the names of the tools in definitions returned by `parse_tools`."""
     return [json.loads(tool)["function"]["name"] for tool in tools]
 
 

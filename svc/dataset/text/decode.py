@@ -1,4 +1,4 @@
-"""Strict JSON decoding: UTF-8 only, no NaN and no duplicate keys. A violation is reported for its line."""
+"""Strict JSON decoding: UTF-8 only, no NaN and no duplicate keys."""
 
 import json
 from collections import Counter
@@ -38,7 +38,7 @@ def decode_text(text: str) -> Any:
 
 
 def explain(error: ValueError | RecursionError) -> RowError:
-    """Convert an error of the JSON parser to a RowError that explains it."""
+    """Convert a JSON parser error to a RowError that explains it."""
     if isinstance(error, json.JSONDecodeError):
         wrong = f"invalid JSON: {error.msg} at column {error.colno}"
     elif isinstance(error, RecursionError):

@@ -11,7 +11,7 @@ _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
 """Characters without a visible glyph that Unicode classifies as letters or symbols: Hangul fillers and the
 blank Braille pattern."""
 _UNIFIED = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF))
-"""Maps full-width characters to ASCII, and removes soft hyphens and zero-width spaces.
+"""Translation table that maps full-width characters to ASCII and removes soft hyphens and zero-width spaces.
 
 The joiners U+200C and U+200D are kept, because they change the meaning of words in Persian and Hindi and
 of emoji. NFKC is not applied, because it would turn 5² into 52."""

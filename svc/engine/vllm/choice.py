@@ -1,4 +1,4 @@
-"""An option for launching an engine: its value, and where that value came from."""
+"""A launch option of an engine: its value, and where the value came from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ Value = str | int | float | bool
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An option for launching an engine, and its value.
+    """A launch option of an engine, and its value.
 
     Attributes:
         name: vLLM's name for the option, if it has one.
         reason: short reason for the value; empty if the origin explains it.
-        arguments: arguments to add to vLLM's command line; empty if the user has already given them or vLLM
+        arguments: arguments to add to vLLM's command line; empty if the user has already passed them, or if vLLM
             decides.
         variables: variables to add to vLLM's environment.
     """
@@ -51,7 +51,7 @@ def as_argument(name: str, value: Value, origin: Origin, reason: str = "") -> Ch
 
 
 def as_given(name: str, args: Sequence[str], *others: str) -> Choice | None:
-    """Return an option and its value from `engine.args`, or None if the option is not given there.
+    """Return an option and its value from `engine.args`, or None if `engine.args` does not contain the option.
 
     Args:
         others: other names of the option, including the leading dashes.
@@ -61,7 +61,7 @@ def as_given(name: str, args: Sequence[str], *others: str) -> Choice | None:
 
 
 def as_number(text: str) -> int | float | str:
-    """Convert a text to a number if possible. Other texts are unchanged, because vLLM also accepts values such
+    """Convert a string to a number if possible. Return other strings unchanged, because vLLM also accepts values such
     as `4k`.
     """
     for kind in (int, float):

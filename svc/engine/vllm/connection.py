@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import cast
 
 _MAX_BUFFERED_BYTES = 256 * 1024
-"""Maximum number of unread response bytes. Before reading is paused, the last read may exceed this limit by up to the
+"""Maximum number of unread response bytes. Reading pauses at this limit, but the last read may exceed it by up to the
 same amount."""
 _MAX_JOINED_BYTES = 64 * 1024
 """Maximum total size of chunks that are returned together, in bytes. A single chunk may be larger."""
@@ -24,7 +24,7 @@ class ConnectionFailedError(Exception):
 
 
 class UnreachableError(ConnectionFailedError):
-    """Raised when the engine accepts no connection, so it cannot have received any of the request."""
+    """Raised when the engine accepts no connection, and therefore cannot have received any part of the request."""
 
 
 class BrokenConnectionError(ConnectionFailedError):
@@ -111,7 +111,7 @@ class EngineConnection(asyncio.Protocol):
             raise
 
     async def read_some(self) -> bytes:
-        """Wait for body bytes and return those that arrived together, about 64 KiB at most.
+        """Wait for more of the body and return the bytes that arrived together, at most about 64 KiB.
 
         The result is empty at the end of the body.
 
@@ -143,8 +143,8 @@ class EngineConnection(asyncio.Protocol):
         self._fail(BrokenConnectionError("the connection was closed by this process"))
 
     def _next(self) -> bytes:
-        """Remove the next chunks that arrived together from the buffer and return them, about `_MAX_JOINED_BYTES` at
-        most.
+        """Remove the next chunks that arrived together from the buffer, up to about `_MAX_JOINED_BYTES`, and return
+        them.
         """
         self.arrived, first = self._parts.popleft()
         if not self._parts:  # nearly always true in a stream
@@ -164,7 +164,7 @@ class EngineConnection(asyncio.Protocol):
     def _more(self) -> asyncio.Future[None]:
         """Return a future that completes as soon as bytes arrive or an error occurs.
 
-        Callers await it in a loop until they have what they need.
+        Callers await such futures in a loop until they have all the bytes they need.
         """
         if self._error is not None:
             raise self._error
@@ -262,8 +262,8 @@ class EngineConnection(asyncio.Protocol):
             self._has_length = True
 
     def on_headers_complete(self) -> None:
-        """Check the response head. The length must be known, because otherwise a broken response would look
-        complete.
+        """Check the response head. The length of the body must be known, because otherwise a truncated response would
+        look complete.
         """
         if not self._has_length:
             raise ValueError("the response has neither Content-Length nor chunked encoding")

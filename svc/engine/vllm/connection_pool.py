@@ -1,8 +1,8 @@
 """Sends clients' requests to an engine over pooled connections.
 
-The server's own requests use separate connections (svc.engine.client), so that a reload never waits
-behind streams. No library is used, because the fastest one takes three times as long per request
-(docs/engine.md) and does not report whether the engine may have received a failed request.
+The server's own requests use separate connections (svc.engine.client), so that a reload never waits behind streams. No
+HTTP library is used, because even the fastest takes three times as long per request (docs/engine.md) and does not
+report whether the engine may have received a failed request.
 """
 
 import asyncio
@@ -29,7 +29,8 @@ _EVENT_STREAM = "text/event-stream"
 
 
 class EngineConnections:
-    """A pool of connections to an engine. It opens as many as there are concurrent requests, which the gateway limits.
+    """A pool of connections to an engine. It opens one connection per concurrent request. The gateway limits the number
+    of concurrent requests.
 
     Args:
         address: the engine's Unix socket, or its port on another machine.
@@ -48,7 +49,7 @@ class EngineConnections:
         self.is_closed = False
 
     def post(self, path: str, payload: bytes, request_id: str, header_lines: str = "") -> "EngineAnswer":
-        """Create a POST request with a JSON body. It is sent on entering it with `async with`.
+        """Create a POST request with a JSON body. It is sent when its `async with` block is entered.
 
         Args:
             header_lines: additional header lines, each including its line ending.
@@ -60,7 +61,7 @@ class EngineConnections:
         return EngineAnswer(self, head.encode("latin-1") + payload)
 
     def get(self, path: str) -> "EngineAnswer":
-        """Create a GET request. It is sent on entering it with `async with`."""
+        """Create a GET request. It is sent when its `async with` block is entered."""
         return EngineAnswer(self, f"GET {path} HTTP/1.1\r\nhost: engine\r\naccept-encoding: identity\r\n\r\n".encode())
 
     def close(self) -> None:
@@ -76,7 +77,7 @@ class EngineConnections:
     def take(self) -> EngineConnection | None:
         """Return the most recently used idle connection, or None if none is idle.
 
-        Older connections are thus left to expire.
+        This way, older connections expire.
         """
         while self._idle:
             connection = self._idle.pop()
@@ -151,8 +152,8 @@ class EngineAnswer:
 
     Leaving the context early cancels the request in the engine.
 
-    If a pooled connection breaks before the first byte of the response, the request is sent again on a new
-    connection, because the engine may have closed the pooled one just then.
+    If a pooled connection breaks before the first byte of the response, the request is sent again on a new connection,
+    because the engine may have just closed the pooled connection.
 
     Entering raises:
         UnreachableError: the request was not sent.
@@ -224,7 +225,7 @@ class EngineAnswer:
         return self._connection.content_type.startswith(_EVENT_STREAM)
 
     def read_some(self) -> Coroutine[object, object, bytes]:
-        """Wait for body bytes and return those that arrived together, about 64 KiB at most.
+        """Wait for more of the body and return the bytes that arrived together, at most about 64 KiB.
 
         The result is empty at the end of the body.
 

@@ -1,7 +1,7 @@
 """Creates and finds the folders for an engine's socket, lock and record.
 
-The folder of the socket has owner-only permissions and a short path. The lock and the record are stored
-in the home, where the next server can find them.
+The socket's folder has owner-only permissions and a short path. The lock and the record are stored in the home, where
+the next server can find them.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ _STATES = "engines"
 
 
 def runtime_folder(home: Path, purpose: str) -> Path:
-    """Return the folder for the socket of an engine, creating it if it does not exist.
+    """Return the folder for an engine's socket, creating it if it does not exist.
 
     The path of a Unix socket is limited to 107 characters, but the home may have a long path. The folder is therefore
     created in the directory for temporary files, under a short name. `$XDG_RUNTIME_DIR` is not used, because it is
     deleted when the user logs out, while the server may keep running.
 
     Args:
-        purpose: distinguishes the folders of the engines in a home. Each folder is used by one engine at a time.
+        purpose: distinguishes the engines' folders within a home. Each folder is used by one engine at a time.
 
     Raises:
         EngineError: the folder belongs to another user, or other users can access it.
@@ -52,7 +52,7 @@ def runtime_folder(home: Path, purpose: str) -> Path:
 
 
 def socket_folder(home: Path, replica: int) -> Path:
-    """Return the folder for the socket of a replica of the server.
+    """Return the folder for a replica's engine socket.
 
     Raises:
         EngineError: see `runtime_folder`.
@@ -61,14 +61,14 @@ def socket_folder(home: Path, replica: int) -> Path:
 
 
 def state_folder(home: Path, replica: int) -> Path:
-    """Return the folder for the lock and record of a replica of the server, creating it if it does not exist."""
+    """Return the folder for the lock and record of a replica's engine, creating it if it does not exist."""
     folder = all_states(home) / str(replica)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def all_states(home: Path) -> Path:
-    """Return the folder with the state folders of all replicas. It may not exist."""
+    """Return the parent folder of all replicas' state folders. It may not exist."""
     return home / _STATES
 
 

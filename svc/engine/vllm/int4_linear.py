@@ -13,7 +13,7 @@ from vllm.scalar_type import scalar_types
 _GROUP_SIZES = (256, 128, 64, 32)
 """Group sizes that PyTorch's operator for 4-bit weights supports as of PyTorch 2.13."""
 _WIDTH = 32
-"""A layer's input and output sizes must be multiples of this, as they must for vLLM's own kernel."""
+"""A layer's input and output sizes must be multiples of this value. vLLM's own kernel has the same requirement."""
 
 
 class Int4LinearKernel(MPLinearKernel):
@@ -41,8 +41,8 @@ class Int4LinearKernel(MPLinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Convert weights, scales and zero points to the operator's layout. This runs after each load, and after each
-        reload in place.
+        """Convert weights, scales and zero points to the operator's layout. This runs after each load, including
+        in-place reloads.
         """
         inputs = self.config.partition_weight_shape[0]
         self._group_size = operator_group_size(self.config.group_size, inputs)
@@ -97,7 +97,7 @@ def pack_weights(packed: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_zeros(packed: torch.Tensor) -> torch.Tensor:
-    """Unpack the zero points of an AWQ layer from the form in which vLLM passes them.
+    """Unpack the zero points of an AWQ layer from the packed layout in which vLLM passes them.
 
     Args:
         packed: [out / 8, groups], int32; each value contains the zero points of eight outputs.
@@ -109,7 +109,7 @@ def unpack_zeros(packed: torch.Tensor) -> torch.Tensor:
 
 
 def spread_scales(scales: torch.Tensor, groups: int, zeros: torch.Tensor | None = None) -> torch.Tensor:
-    """Convert scales to the operator's layout, in which each is paired with an offset.
+    """Convert scales to the operator's layout, in which each scale is paired with an offset.
 
     The operator computes (weight - 8) * scale + offset.
 

@@ -1,7 +1,7 @@
 """Builds the arguments and environment for launching a vLLM server. The options are decided in plan.py.
 
-Other launchers can use this as well: running `command(spec)` with `environment(spec)` starts a usable engine anywhere,
-provided that its HTTP API can be reached.
+Other launchers can also use this module: running `command(spec)` with `environment(spec)` starts a usable engine
+anywhere, provided that its HTTP API can be reached.
 """
 
 import hashlib
@@ -36,9 +36,9 @@ from svc.settings.engine import Device, EngineSettings, GptqKernel
 
 SOCKET_FILE = "engine.sock"
 HUGGING_FACE_FORMAT = ["--config-format", "hf", "--tokenizer-mode", "hf"]
-"""Makes vLLM read `config.json` and `tokenizer.json`, as training does. Mistral's folders contain a model
-in two formats, and by default vLLM reads `params.json` and `tekken.json`. Since `engine.args` come
-later, they can override this."""
+"""Options that make vLLM read `config.json` and `tokenizer.json`, as training does. Mistral's model folders contain the
+model in two formats, and by default vLLM reads `params.json` and `tekken.json`. Since `engine.args` come later, they
+can override these options."""
 _ENTRY = "vllm.entrypoints.launchers.api_server.entry"
 _STARTER = "svc.engine.vllm.start"
 _LISTS = ("VLLM_DISABLED_KERNELS", "VLLM_PLUGINS")
@@ -62,10 +62,10 @@ class EngineSpec:
         log: file for the engine's output.
         cache: folder for compiled kernels.
         capabilities: capabilities of this machine.
-        template_kwargs: arguments for the chat template, or None to use those in the model's folder.
+        template_kwargs: arguments for the chat template, or None to use the arguments stored in the model's folder.
         lora: capacity for adapters, or None for an engine without adapters.
         engines: number of engines that share the machine, including this one.
-        idles: whether the model has an idle time (`idle_s`), after which its engine may sleep.
+        idles: whether an idle time (`idle_s`) is set for the model, after which its engine may sleep.
     """
 
     model: Path
@@ -107,9 +107,9 @@ class EngineSpec:
     def engine_capabilities(self) -> EngineCapabilities:
         """Capabilities that the engine will have. The first access reads the model's folder.
 
-        On a CPU, mixtures of experts cannot be reloaded, because vLLM packs the experts on the first load but
-        not on a reload. After a reload, vLLM 0.32 was off by 2.5 nats per token (Qwen3-MoE, Mixtral). An engine
-        that was started with the same files was off by only 0.01.
+        On a CPU, mixtures of experts cannot be reloaded, because vLLM packs the experts on the first load but not on a
+        reload. After a reload, vLLM 0.32's log-probabilities were off by 2.5 nats per token (Qwen3-MoE, Mixtral); after
+        a fresh start with the same files, they were off by only 0.01.
         """
         return EngineCapabilities(
             reloads=self.device is not Device.CPU or not self.facts.experts,
@@ -122,7 +122,7 @@ class EngineSpec:
         )
 
     def _unprobed(self) -> str | None:
-        """Return why the engine cannot be probed, or None if it can. This applies to vLLM 0.32.
+        """Return the reason why the engine cannot be probed, or None if it can be. This applies to vLLM 0.32.
 
         On a CPU, probing is impossible if adapters may change the output layer. Without `--lora-target-modules`,
         they may change any layer.

@@ -7,7 +7,8 @@ from svc.engine.vllm.choice import Choice, Origin, Value, as_argument, as_given
 from svc.engine.vllm.plugin import LORA_VARIABLE
 
 RUNTIME_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
-"""Enables the endpoints for loading and unloading adapters. They can be reached only through the private socket."""
+"""Environment variable that enables the endpoints for loading and unloading adapters. They can be reached only through
+the private socket."""
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for `--max-lora-rank`."""
 LARGEST_RANK = _RANKS[-1]
@@ -48,12 +49,12 @@ class LoraSlots:
         return self.bytes * (self.max_loaded + self.max_batched)
 
     def parts(self) -> list[Value]:
-        """Return the capacity as a list of values, which is equal for equal capacities."""
+        """Return the capacity as a list of values. Equal capacities give equal lists."""
         return [self.max_loaded, self.max_batched, self.max_rank, *self.targets]
 
 
 def choose_slots(*, max_loaded: int, max_rank: int | None, rank: int, targets: frozenset[str], size: int) -> LoraSlots:
-    """Choose the capacity of an engine for adapters that are similar to a given one.
+    """Choose an engine's capacity for adapters that are similar to a given adapter.
 
     Args:
         max_loaded, max_rank: the values from the settings.

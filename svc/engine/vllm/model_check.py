@@ -1,8 +1,7 @@
 """Checks from the config alone whether vLLM can serve a model, by running vLLM's validation in another process.
 
-The check takes 9 s, mostly for importing vLLM, so callers start it, do other work and read the result
-later. The other process runs this file as a module. Since no weights are read, a model that is too large
-passes.
+The check takes 9 s, mostly for importing vLLM, so callers start it, do other work and read the result later. The other
+process runs this file as a module. Since no weights are read, a model that is too large for the memory still passes.
 """
 
 import json
@@ -30,8 +29,8 @@ class ModelCheck:
     Args:
         folder: folder of the model.
         command: command line of the process.
-        process: the process, which prints vLLM's reason for rejecting the model as a JSON string, or null if
-            there is none.
+        process: the process, which prints vLLM's reason for rejecting the model as a JSON string, or null if vLLM
+            accepts the model.
     """
 
     def __init__(self, folder: Path, command: Sequence[str], process: "subprocess.Popen[str]") -> None:
@@ -84,7 +83,7 @@ def model_check(folder: Path, settings: EngineSettings) -> Iterator[ModelCheck]:
 
 
 def _refusal(arguments: Sequence[str]) -> str | None:
-    """Return vLLM's reason for not being able to serve a model, shortened, or None if it can."""
+    """Return vLLM's reason for rejecting a model, shortened, or None if vLLM can serve the model."""
     from pydantic import ValidationError
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -1,4 +1,4 @@
-"""Chooses an engine's number type and its kernel for 4-bit weights, and computes the resulting weight memory."""
+"""Chooses an engine's data type and its kernel for 4-bit weights, and computes the resulting weight memory."""
 
 from svc.engine.device import DeviceCapabilities, NumberType
 from svc.engine.model_facts import ModelFacts
@@ -15,13 +15,12 @@ COMPRESSED_TENSORS = "compressed-tensors"
 _WIDE = (NumberType.FLOAT32.value, "float")
 """vLLM's names for 32-bit floating-point numbers."""
 _VLLM_KERNELS = "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
-"""vLLM's own CPU kernels for 4-bit weights, which are tried before a plugin's kernel. The first one claims
-to be supported even if its operator is missing, and the second one does if the package zentorch is
-installed."""
+"""vLLM's own CPU kernels for 4-bit weights, which are tried before a plugin's kernel. The first kernel claims to be
+supported even if its operator is missing, and the second does so if the package zentorch is installed."""
 
 
 def choose_dtype(settings: EngineSettings, capabilities: DeviceCapabilities, model: ModelFacts) -> Choice:
-    """Choose an engine's number type, which is that of the stored weights unless it is slow on the device.
+    """Choose an engine's data type: the type of the stored weights, unless that type is slow on the device.
 
     Raises:
         EngineError: the model has 4-bit weights, which cannot be served on this device.
@@ -44,14 +43,14 @@ def choose_dtype(settings: EngineSettings, capabilities: DeviceCapabilities, mod
 
 
 def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) -> None:
-    """Check that the 4-bit kernel supports a number type.
+    """Check that the 4-bit kernel supports a data type.
 
     Args:
-        value: number type from `engine.args`.
-        own: number type that the model is stored in. vLLM uses it for `auto`.
+        value: data type from `engine.args`.
+        own: data type that the model is stored in. vLLM uses it for `auto`.
 
     Raises:
-        EngineError: vLLM would not start with this number type.
+        EngineError: vLLM would not start with this data type.
     """
     supported = {GptqKernel.VLLM: ("bfloat16", "float16", "half", AUTO), GptqKernel.TORCH: ("bfloat16", AUTO)}
     if kernel is None or ((own if value == AUTO else value) or AUTO) in supported[kernel]:

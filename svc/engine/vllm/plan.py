@@ -23,19 +23,20 @@ from svc.settings.engine import Device, EngineSettings
 GIB = 2**30
 _BLOCK_SIZE = 32
 _MEMORY_SHARE = 2
-"""Divisor of the memory that is left after loading the weights. Half of it is for the KV cache, and the
-rest is for long prompts."""
+"""Divisor of the memory that is left after loading the weights: half of that memory is for the KV cache, and the rest
+is for long prompts."""
 _UNKNOWN_KV_CACHE = 4 * GIB
 _GPU_SHARE = 0.9
 """Fraction of a GPU's memory that an engine may use. vLLM's default is 0.92, but an in-place reload needs some
 memory beyond what vLLM measured when it started."""
 _GPU_MARGIN = GIB // 2
-"""Approximate size of vLLM's CUDA context, which vLLM creates before it compares its share with the free memory."""
+"""Approximate size of vLLM's CUDA context, which vLLM creates before it compares its memory share with the free
+memory."""
 _MIN_GPU_SHARE = 0.01
 _SHARE_OPTIONS = ("--gpu-memory-utilization", "--device-memory-utilization")
 _ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""Class of vLLM's executor that runs the model in the scheduler's process. With the short name `uni`, vLLM
-would use `mp` on a CPU: a separate process, in which vLLM decides how OpenMP binds its threads."""
+"""vLLM's executor class that runs the model in the scheduler's process. With the short name `uni`, vLLM would use `mp`
+on a CPU: a separate process, in which vLLM decides how OpenMP binds its threads."""
 _OTHER_PARALLELISM = (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
 
 

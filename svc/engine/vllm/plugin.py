@@ -43,8 +43,8 @@ def register() -> None:
 class _QuietRecords:
     """Factory for log records that contain the stack trace and the type of an error, but not its message.
 
-    The messages are removed because those of pydantic and vLLM quote the request. vLLM logs errors in
-    `/v1/messages` and in streams, and uvicorn logs uncaught errors.
+    The messages are removed because pydantic and vLLM quote the request in them. vLLM logs errors in `/v1/messages` and
+    in streams, and uvicorn logs uncaught errors.
 
     Args:
         make: the log record factory to wrap.
@@ -67,7 +67,7 @@ class _QuietRecords:
 
 
 def _register_int4_linear() -> None:
-    """Add our 4-bit linear kernel to those that vLLM can choose from on a CPU."""
+    """Add our 4-bit linear kernel to the kernels that vLLM can choose from on a CPU."""
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.platforms import PlatformEnum
 
@@ -103,10 +103,9 @@ def _apply_no_adapter_to_the_base() -> None:
 def _show_ids_without_a_token_as_empty() -> None:
     """Make vLLM represent a token id that its tokenizer does not know as an empty token.
 
-    A model may have more embedding rows than its tokenizer has tokens: Phi-3 has 32,064 rows for 32,011
-    tokens. With a SentencePiece vocabulary, log-probabilities for such an id crash vLLM 0.32's output
-    handler, and thus the HTTP front end for all clients. Any client can request them with
-    `logprob_token_ids`.
+    A model may have more embedding rows than its tokenizer has tokens: Phi-3 has 32,064 rows for 32,011 tokens. With a
+    SentencePiece vocabulary, requesting log-probabilities for such an id crashes vLLM 0.32's output handler, and thus
+    the HTTP front end for all clients. Any client can request them with `logprob_token_ids`.
     """
     from vllm.tokenizers import detokenizer_utils
 
@@ -121,10 +120,10 @@ def _show_ids_without_a_token_as_empty() -> None:
 
 @cache
 def _keep_scales_of_int8_weights() -> None:
-    """Make vLLM keep the scales of INT8 weights for as long as a oneDNN kernel reads them, after a reload too.
+    """Make vLLM keep the scales of INT8 weights for as long as a oneDNN kernel reads them, including after a reload.
 
-    On a CPU without AMX, the kernel has a pointer to the scales of its layer. A reload in vLLM 0.32 creates a kernel
-    from new tensors, copies them into the layer's tensors and frees them. SmolLM2-135M then answered with NaN.
+    On a CPU without AMX, the kernel holds a pointer to its layer's scales. A reload in vLLM 0.32 creates a kernel from
+    new tensors, copies these into the layer's tensors and then frees them. SmolLM2-135M then produced NaN.
     """
     from vllm import _custom_ops
 

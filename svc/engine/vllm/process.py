@@ -140,9 +140,9 @@ class EngineProcess:
         self._ended.set()
 
     async def orphan_holds(self) -> str | None:
-        """Look for an engine that an earlier server left running, and return what is loaded in it.
+        """Look for an engine that an earlier server left running with the same launch options.
 
-        Return None if there is no engine with the same launch options.
+        Return the identity of its loaded weights, or None if there is no such engine or its weights are unknown.
         """
         return await asyncio.to_thread(self._orphan_holds)
 
@@ -172,8 +172,8 @@ class EngineProcess:
         """Do nothing, because the engine reads this machine's files."""
 
     async def record(self, holds: str | None) -> None:
-        """Record which weights the engine has loaded, so that a later server can adopt it. Pass None if they are
-        unknown.
+        """Record which weights the engine has loaded, so that a later server can adopt the engine. Pass None if the
+        weights are unknown.
 
         Raises:
             OSError: the record cannot be written.
@@ -188,7 +188,7 @@ class EngineProcess:
     def memory(self) -> int | None:
         """Return the main memory used by the engine, in bytes, or None if it is not running.
 
-        Pages shared with other processes count in proportion.
+        Memory pages shared with other processes are counted proportionally (PSS).
         """
         with contextlib.suppress(psutil.Error):  # it is exiting
             return sum(process.memory_full_info().pss for process in self._processes()) or None
@@ -201,7 +201,7 @@ class EngineProcess:
         return 0.0
 
     def front_s(self) -> float | None:
-        """Return the CPU time of vLLM's HTTP process, which is the one started here, in seconds, or None if unknown."""
+        """Return the CPU time of vLLM's HTTP process, which is started here, in seconds, or None if it is unknown."""
         with contextlib.suppress(psutil.Error):
             return sum(self._process.cpu_times()[:2]) if self._process else None
         return None
@@ -212,7 +212,7 @@ class EngineProcess:
     async def wait(self) -> int | None:
         """Wait for the engine to exit, and return its exit code.
 
-        Return 0 if it was never started, or None if it was adopted.
+        Return 0 if the engine was never started, or None if it was adopted.
         """
         if self._child is None and self._process is None:
             return 0

@@ -2,12 +2,12 @@
 
     python -m svc.engine.vllm.start ENTRY_MODULE ARGUMENTS
 
-vLLM's HTTP process starts the engine core as a new Python process, which imports vLLM again. On two
-cores, this takes 9 of the 24 seconds that a start takes. Here, a fork server imports vLLM at the same
-time as the HTTP process, and the core is forked from it, which reduces the start to 15 seconds. Unlike
-the HTTP process, the fork server has no threads and has not computed anything, so forking it is safe.
-This is done only on a CPU, because CUDA cannot be used in a process that was forked after its parent
-used CUDA. This module imports only the standard library, so that the fork server starts immediately.
+vLLM's HTTP process starts the engine core as a new Python process, which imports vLLM again. On two cores, this second
+import takes 9 of the 24 seconds of a start. Here, a fork server imports vLLM at the same time as the HTTP process, and
+the core is forked from it, which reduces the start time to 15 seconds. Unlike the HTTP process, the fork server has no
+threads and has not computed anything, so forking it is safe. The fork server is used only on a CPU, because CUDA cannot
+be used in a process that was forked after its parent used CUDA. This module imports only the standard library, so that
+the fork server starts immediately.
 """
 
 import multiprocessing
@@ -19,11 +19,11 @@ from multiprocessing import context, forkserver
 from typing import Any
 
 _CORE = ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "transformers")
-"""Modules that the core imports but the HTTP process does not. Those missing from the installed vLLM are skipped."""
+"""Modules that the core imports but the HTTP process does not. Modules missing from the installed vLLM are skipped."""
 
 
 class _Process(context.ForkServerProcess):
-    """A forked process that has the environment of its creator instead of the fork server's."""
+    """A forked process that uses its creator's environment instead of the fork server's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,7 +43,8 @@ class ForkingContext(context.ForkServerContext):
 
 
 def start(entry: str, preloaded: Sequence[str] = _CORE) -> None:
-    """Run a module as the main program, forking its child processes from a server with the imports already done.
+    """Run a module as the main program, forking its child processes from a server that has already imported the
+    modules.
 
     Args:
         entry: the module to run and to import in the fork server. Its arguments are `sys.argv[1:]`.

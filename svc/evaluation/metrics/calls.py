@@ -11,9 +11,9 @@ from svc.evaluation.metrics.metric import AnswerMetric
 class CallAccuracy(AnswerMetric):
     """Share of answers that make the same tool calls as the reference, in any order.
 
-    Calls are the same if their tools and arguments are. Arguments are compared as JSON, so the order of keys
-    does not matter, and 1 equals 1.0. If the reference does not call any tool, every answer without calls is
-    right, whatever its text.
+    Two calls are the same if they name the same tool and pass the same arguments. Arguments are compared as JSON, so
+    the order of keys does not matter, and 1 equals 1.0. If the reference does not call any tool, every answer without
+    calls is right, whatever its text.
     """
 
     name = "call_accuracy"

@@ -1,4 +1,5 @@
-"""Selects the metrics for a task and its primary metric, based on the references unless the recipe names them."""
+"""Selects the metrics for a task and its primary metric, based on the references unless the recipe names the
+metrics."""
 
 import re
 from collections.abc import Sequence
@@ -88,10 +89,10 @@ _ALWAYS = ("perplexity", "length")
 def find_task(references: Sequence[ChatExample]) -> Task:
     """Infer the kind of task from the references.
 
-    The kind is `calls` if at least half of the references call tools. It is `labels` if all of them could be
-    labels, and there are only a few different ones (as in the data check) or the instruction lists nearly
-    all of them. It is `json` if all references are objects or lists, and `text` otherwise. It is `documents` if
-    there are no answers.
+    The kind is `calls` if at least half of the references call tools. It is `labels` if every reference could be a
+    label, and either there are only a few distinct labels (as in the data check) or the instruction lists nearly all of
+    them. It is `json` if all references are objects or lists, and `text` otherwise. It is `documents` if the examples
+    have no answers.
     """
     if references and all(example.is_document for example in references):
         return Task.DOCUMENTS

@@ -1,6 +1,6 @@
 """Wraps a user's Python function as a metric. The function runs in a separate process with a time limit.
 
-The file and everything that it imports may be arbitrary code. If it crashes its process, this one is not
+The file and everything that it imports may be arbitrary code. If that code crashes its process, this process is not
 affected.
 """
 
@@ -44,8 +44,8 @@ class FunctionSpec:
 
     @property
     def name(self) -> str:
-        """Name of the metric, which combines the names of the file and the function. If they are equal, it appears
-        once.
+        """Name of the metric, which combines the names of the file and the function. If the two names are equal, the
+        name appears once.
         """
         words = dict.fromkeys((self.path.stem.lower(), self.function.lower()))
         return re.sub(r"[^a-z0-9_]", "_", "_".join(words))

@@ -80,7 +80,7 @@ def _fields(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Return whether two values are equal in the sense of JSON: 1 and 1.0 are, but 1 and true are not."""
+    """Return whether two values are equal as JSON values: 1 equals 1.0, but 1 does not equal true."""
     return bool(one == other) and isinstance(one, bool) is isinstance(other, bool)
 
 
@@ -88,7 +88,7 @@ class SchemaValid(AnswerMetric):
     """Share of answers that conform to a JSON schema, so that a program can rely on their keys and types.
 
     Args:
-        schema: the JSON schema. It is of draft 2020-12 unless it specifies another draft.
+        schema: the JSON schema. Draft 2020-12 is assumed unless the schema specifies another draft.
     """
 
     name = "schema_valid"
@@ -115,9 +115,9 @@ class SchemaValid(AnswerMetric):
 def infer_schema(references: Sequence[Any]) -> JsonSchema:
     """Infer the narrowest schema that accepts all references, in terms of types and keys.
 
-    The schema specifies types. For objects, it also specifies the keys, which are required if all references
-    have them, and allows no others. For lists, a single schema applies to all items. Values are not
-    restricted, because a right answer may contain a value that no reference has.
+    The schema specifies types. For objects, it also lists the allowed keys, and requires each key that occurs in all
+    references. For lists, a single schema applies to all items. Values are not restricted, because a right answer may
+    contain a value that occurs in no reference.
     """
     schema: JsonSchema = {"type": sorted({_TYPES[type(value)] for value in references})}
     if {"integer", "number"} <= set(schema["type"]):

@@ -60,8 +60,8 @@ class Metric(ABC):
         name: identifier consisting of the letters a to z, digits and `_`.
         title: name for display.
         scored: whether each example has its own score.
-        watched_by: name of the metric that monitoring uses instead if examples have no scores. Empty to use
-            this metric.
+        watched_by: name of the metric that monitoring uses instead if this metric has no scores for examples. Empty to
+            use this metric.
         in_tokens: whether values depend on the model's tokenizer, so that models with different tokenizers
             cannot be compared.
     """
@@ -132,7 +132,7 @@ class SetMetric(Metric):
 
     @abstractmethod
     def statistic(self, answered: Answered) -> Statistic:
-        """Return the metric as a `Statistic`, a function of how often each example was drawn."""
+        """Return the metric as a `Statistic`, a function of the number of times that each example was drawn."""
 
     def score(self, answered: Answered) -> list[float]:
         return []

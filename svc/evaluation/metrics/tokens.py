@@ -57,7 +57,9 @@ class CutOff(Metric):
 
 
 class Length(Metric):
-    """Mean number of tokens per answer, including the end token. The metric is descriptive: no length is better."""
+    """Mean number of tokens per answer, including the end token. The metric is descriptive: neither shorter nor longer
+    answers count as better.
+    """
 
     name = "length"
     title = "length"

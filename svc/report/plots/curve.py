@@ -19,7 +19,7 @@ _HEIGHT = 250
 _FEW_POINTS = 40
 _WINDOW = 0.05
 _STEEP = 20
-"""Ratio of the largest loss to the median loss above which only a logarithmic axis shows both."""
+"""Ratio of the largest loss to the median loss above which the axis is logarithmic, so that both are readable."""
 
 
 def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:

@@ -1,4 +1,4 @@
-"""Tests that a loaded adapter has its saved weights, whatever the model's number type."""
+"""Tests that a loaded adapter has its saved weights, whatever the model's data type."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -60,7 +60,7 @@ class Version:
         """Return the parity report for an engine that correctly computes what the folders contain.
 
         Args:
-            number_type: number type in which the trainer's models compute.
+            number_type: data type in which the trainer's models compute.
         """
         formats = {format: (folder, self._read(folder)) for format, (folder, _) in self.made.formats.items()}
         made = replace(self.made, formats=formats)

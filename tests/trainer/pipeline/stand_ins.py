@@ -46,7 +46,7 @@ class Stages:
     Attributes:
         ran: stages that ran, in order.
         broken: stages that are interrupted halfway.
-        number_types: number types with which stages were called.
+        number_types: data types with which stages were called.
         recipes: recipes with which models were trained.
         devices: number of devices of each training, or 0 for this process alone.
         sharded: whether each run's weights are sharded across its devices.

@@ -126,7 +126,7 @@ def test_qlora_keeps_frozen_weights_in_4_bits(tiny_base: Path) -> None:
 
 
 class Products(TorchDispatchMode):
-    """Records the number types of matrix products in the forward and backward pass."""
+    """Records the data types of matrix products in the forward and backward pass."""
 
     NAMES = ("mm", "addmm", "bmm", "baddbmm", "linear", "attention", "mv", "dequantize_4bit", "gemv_4bit", "gemm_4bit")
 

@@ -24,7 +24,7 @@ _TIMEOUT_S = 3600.0
 
 
 class KQuant(StrEnum):
-    """llama.cpp's name for a number type with blocks of 256. In Q4_K_M and Q5_K_M, some layers have 6 bits."""
+    """llama.cpp's name for a data type with blocks of 256. In Q4_K_M and Q5_K_M, some layers have 6 bits."""
 
     Q4_K_M = "q4_k_m"
     Q5_K_M = "q5_k_m"

@@ -35,7 +35,7 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class GgufType(StrEnum):
-    """Number type of the matrices in a GGUF file."""
+    """Data type of the matrices in a GGUF file."""
 
     Q8_0 = "q8_0"
     F16 = "f16"

@@ -1,4 +1,5 @@
-"""Adds tables for drift features and accepted traffic, and an alarm's feature; deletes earlier states and alarms."""
+"""Adds tables for drift features and accepted traffic, and a column for an alarm's feature; deletes earlier states and
+alarms."""
 
 import sqlalchemy as sa
 from alembic import op

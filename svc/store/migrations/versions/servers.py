@@ -1,4 +1,4 @@
-"""Adds tables for servers and leases, and the server of each swap and serving period."""
+"""Adds tables for servers and leases, and columns for the server of a swap or serving period."""
 
 import sqlalchemy as sa
 from alembic import op
