@@ -40,7 +40,7 @@ class RateLimitedError(SvcError):
 
     Args:
         limit: name of the limit.
-        retry_after_s: seconds until enough of the limit is available, or None if a retry can never succeed.
+        retry_after_s: seconds until enough quota is available, or None if a retry can never succeed.
     """
 
     def __init__(self, wrong: str, *, limit: str, retry_after_s: int | None, todo: str = "") -> None:

@@ -174,7 +174,7 @@ def _show_parity(registry: Registry, manifest: Manifest, *, as_json: bool) -> No
     if manifest.parity is None:
         raise NotFoundError(
             f"{manifest.id} has no parity report",
-            expected="a version with a format that is a complete model",
+            expected="a version that has a complete model, not only an adapter",
             todo="train it again with format merged, for example",
         )
     if as_json:

@@ -47,7 +47,7 @@ def check_awq(model: Path, number_type: NumberType) -> None:
         )
     if number_type is not NumberType.BFLOAT16:
         raise TrainingError(
-            f"this machine computes in {number_type}, and gptqmodel computes AWQ in bfloat16 only",
+            f"this machine computes in {number_type}, but gptqmodel supports AWQ in bfloat16 only",
             expected="a CPU or GPU with fast bfloat16",
             todo="replace awq with gptq in `formats`, or train on another machine",
         )

@@ -1,4 +1,4 @@
-"""Loads the base model in the data type and quantization that a recipe trains. Imports torch and
+"""Loads the base model in the data type and quantization that a recipe uses for training. Imports torch and
 transformers.
 """
 

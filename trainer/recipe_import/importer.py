@@ -83,7 +83,7 @@ def import_recipe(path: Path, folder: Path, name: str | None = None) -> Imported
         import_llama_factory(draft, folder.absolute(), path.absolute().parent)
     else:
         raise RecipeError(
-            f"{path} is not a config of Axolotl or LLaMA-Factory",
+            f"{path} is not an Axolotl or LLaMA-Factory config",
             expected="a YAML file with base_model (Axolotl) or model_name_or_path (LLaMA-Factory)",
         )
     nested = _nested(draft.values)

@@ -253,7 +253,7 @@ class GroupCheckpoints(CheckpointFolder):
         steps = self._group.gather(newest.name if newest else "none")
         if len(set(steps)) > 1:
             raise TrainingError(
-                f"the processes have different newest checkpoints: {', '.join(steps)}",
+                f"the processes disagree on the newest checkpoint: {', '.join(steps)}",
                 expected="the same checkpoint on all machines",
                 todo="run the same command again, unless another machine is training this run",
             )

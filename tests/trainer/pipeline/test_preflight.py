@@ -137,7 +137,7 @@ def test_group_size_dividing_no_layer_width_is_rejected(base: Path) -> None:
 
 
 def test_awq_is_refused_where_bfloat16_is_slow(base: Path) -> None:
-    with pytest.raises(TrainingError, match="computes AWQ in bfloat16 only"):
+    with pytest.raises(TrainingError, match="supports AWQ in bfloat16 only"):
         check_base(base, make_recipe(**RECIPE, formats=["awq"]), AVX2, EngineSettings())
 
 

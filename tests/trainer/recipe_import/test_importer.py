@@ -190,7 +190,7 @@ def test_import_command_prints_its_notes_as_json(tmp_path: Path) -> None:
 def test_config_of_an_unknown_tool_is_rejected(tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("name: x")
-    with pytest.raises(RecipeError, match="not a config of Axolotl or LLaMA-Factory"):
+    with pytest.raises(RecipeError, match="not an Axolotl or LLaMA-Factory config"):
         import_recipe(other, tmp_path)
 
 

@@ -70,5 +70,5 @@ def test_saving_process_loads_the_best_weights_when_other_processes_lack_the_fil
 def test_processes_with_different_newest_checkpoints_refuse_to_continue(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "0", 4)
     write_checkpoint(tmp_path / "1", 6)
-    with pytest.raises(TrainingError, match="different newest checkpoints: step-00000004, step-00000006"):
+    with pytest.raises(TrainingError, match="disagree on the newest checkpoint: step-00000004, step-00000006"):
         run_on_devices(DEVICES, find_newest, (tmp_path,), {})

@@ -1,4 +1,4 @@
-"""Adds tables for clients' files and uploads in parts. The scopes `files` and `jobs` replace `train`."""
+"""Adds tables for clients' files and multipart uploads. The scopes `files` and `jobs` replace `train`."""
 
 import sqlalchemy as sa
 from alembic import op
