@@ -342,7 +342,7 @@ def test_object_store_that_ignores_conditional_writes_is_rejected_before_any_upl
     s3: ObjectStore, bucket: Bucket, manifest: Manifest, folder: Path
 ) -> None:
     bucket.fault = lambda method, path: Fault.UNCONDITIONAL
-    with pytest.raises(RegistryError, match="ignores conditions"):
+    with pytest.raises(RegistryError, match="ignores write conditions"):
         s3.upload(manifest, folder)
     assert keys(s3) == []
 

@@ -155,6 +155,7 @@ def test_weights_written_on_a_ray_node_equal_local_ones_and_are_kept_in_the_obje
     assert list((machine.settings.ray.folder / "training").iterdir()) == []
 
 
+@pytest.mark.matrix
 def test_stage_restarts_on_another_node_with_the_weights_of_finished_stages_after_node_loss(
     machine: Machine, ray: RayDouble, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +169,7 @@ def test_stage_restarts_on_another_node_with_the_weights_of_finished_stages_afte
     assert "was lost before its work began; restarting on another node" in " ".join(capfd.readouterr().err.split())
 
 
+@pytest.mark.matrix
 def test_unregistered_merged_model_is_merged_again_when_its_node_is_lost(
     tmp_path: Path, tiny_base: Path, examples: list[ChatExample], ray: RayDouble
 ) -> None:
