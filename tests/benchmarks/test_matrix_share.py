@@ -34,7 +34,7 @@ def test_token_costs_four_flops_per_frozen_weight_and_six_per_trained_weight() -
     assert needed_flops(Shape(linear=0, adapter=10, head=0, attention=0), BATCH) == 6 * 10 * 22
 
 
-def test_output_head_flops_are_counted_only_at_answer_tokens() -> None:
+def test_output_head_flops_are_counted_only_for_answer_tokens() -> None:
     assert needed_flops(Shape(linear=0, adapter=0, head=1000, attention=0), BATCH) == 4 * 1000 * 5
 
 
@@ -58,7 +58,7 @@ def test_counted_flops_match_pytorch_flop_counter(tiny_base: Path) -> None:
     assert counter.get_total_flops() == pytest.approx(without_attention, rel=0.1)
 
 
-def test_counted_batches_match_the_batches_of_the_trainer(tiny_base: Path) -> None:
+def test_counted_batches_match_the_trainers_batches(tiny_base: Path) -> None:
     tokenizer = load_tokenizer(tiny_base)
     rows = tokenize_examples(tokenizer, EXAMPLES, stop_tokens(tiny_base, tokenizer), {})
     lengths = [len(row.input_ids) for row in rows]
@@ -73,7 +73,7 @@ def test_counted_batches_match_the_batches_of_the_trainer(tiny_base: Path) -> No
     assert sum(batch.answers for batch in batches) == sum(end - start for row in rows for start, end in row.learnt)
 
 
-def test_measured_matrix_speed_counts_the_flops_of_all_three_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matmul_throughput_measurement_counts_flops_of_all_three_products(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(float(second) for second in range(100))
     monkeypatch.setattr("trainer.estimate.devices.time.perf_counter", lambda: next(clock))
     assert measure_matrix_speed(4, 5, 6, NumberType.FLOAT32, repeats=3) == 3 * 2 * 4 * 5 * 6

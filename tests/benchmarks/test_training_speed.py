@@ -53,7 +53,7 @@ def test_training_speed_is_median_tokens_per_second() -> None:
     assert summary(ROUNDS, CURVES)["tokens_per_second"][Contestant.TRL] == pytest.approx(100 / 4)
 
 
-def test_speed_ratios_are_unchanged_if_a_whole_round_is_slow() -> None:
+def test_speed_ratios_do_not_change_if_all_trainers_are_slow_in_one_round() -> None:
     result = summary(ROUNDS[:2], CURVES)["times_as_fast"]
     assert result[Contestant.TRL] == {"median": pytest.approx(3.0), "interval": pytest.approx((3.0, 3.0))}
     assert result[Contestant.GROUPED]["median"] == pytest.approx(2.0)
@@ -80,13 +80,13 @@ AMPERE = (8, 0)
         (Facts(AMPERE, **ALL), "python", (Contestant.KERNELS, Contestant.UNSLOTH)),
     ],
 )
-def test_trainers_compared_on_a_gpu_are_those_with_installed_packages(
+def test_gpu_comparison_includes_only_trainers_whose_packages_are_installed(
     facts: Facts, unsloth: str | None, more: tuple[Contestant, ...]
 ) -> None:
     assert choose_rivals(facts, unsloth) == (*RIVALS, *more)
 
 
-def test_unsloth_runs_with_the_configured_interpreter_or_the_current_one_if_it_has_unsloth(
+def test_unsloth_runs_in_the_configured_interpreter_or_in_the_current_one_if_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(UNSLOTH_PYTHON, raising=False)
@@ -98,7 +98,7 @@ def test_unsloth_runs_with_the_configured_interpreter_or_the_current_one_if_it_h
     assert find_unsloth() == "/other/python"
 
 
-def test_table_has_a_speed_row_and_a_loss_column_for_each_compared_trainer_on_a_gpu(
+def test_gpu_table_has_a_speed_row_and_a_loss_column_per_trainer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     unsloth = Run(100, 0.5, 3 * 10**9, (2.04, 1.0))
@@ -120,7 +120,7 @@ def test_loss_curves_of_different_lengths_are_rejected() -> None:
         summary(ROUNDS, CURVES | {Contestant.ALIKE: Run(100, 1.0, 1, (2.0,))})
 
 
-def test_machine_speed_share_is_median_over_rounds_that_measured_it() -> None:
+def test_share_of_matmul_speed_is_the_median_over_rounds_that_measured_flops() -> None:
     shares = [Run(100, 2.0, 1, (1.0,), flops=flops, matrix_speed=10.0) for flops in (8.0, 10.0, 14.0)]
     rounds = [a_round(1.0, 3.0, 2.0) | {Contestant.OURS: run} for run in shares]
     assert summary(rounds, CURVES)["share"] == pytest.approx(10 / 2 / 10)
@@ -145,7 +145,7 @@ def test_all_compared_trainers_train_on_the_same_tokens(runs: dict[Contestant, R
     assert {len(run.losses) for run in runs.values()} == {6}
 
 
-def test_losses_equal_those_of_trl_when_example_order_is_the_same(runs: dict[Contestant, Run]) -> None:
+def test_losses_match_trl_when_examples_are_in_the_same_order(runs: dict[Contestant, Run]) -> None:
     ours, alike = runs[Contestant.OURS].losses, runs[Contestant.ALIKE].losses
     assert ours == pytest.approx(alike, rel=SAME)
     assert ours[-1] < ours[0] - 0.3
@@ -156,7 +156,7 @@ def test_plain_trl_uses_a_different_example_order(runs: dict[Contestant, Run]) -
     assert runs[Contestant.TRL].losses != pytest.approx(runs[Contestant.ALIKE].losses, rel=SAME / 5)
 
 
-def test_only_our_trainer_reports_its_share_of_the_machine_speed(runs: dict[Contestant, Run]) -> None:
+def test_only_our_trainer_reports_its_share_of_matmul_speed(runs: dict[Contestant, Run]) -> None:
     share = runs[Contestant.OURS].share
     assert share is not None
     assert 0 < share < 1
@@ -206,7 +206,7 @@ def test_installed_kernels_are_passed_to_trl(
 
 
 @pytest.mark.parametrize(("memory", "checkpointing"), [(1e12, False), (1e6, True)])
-def test_all_trainers_use_checkpointing_on_a_gpu_only_if_memory_is_scarce(
+def test_trainers_use_gradient_checkpointing_on_a_gpu_only_if_memory_is_scarce(
     memory: float, checkpointing: bool, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = replace(cpu_device(memory), cpu=False)

@@ -73,7 +73,7 @@ def test_every_alert_in_a_test_case_exists() -> None:
     assert {check["alertname"] for case in cases() for check in case.get("alert_rule_test", [])} <= set(ALERTS)
 
 
-def test_every_recording_rule_has_its_values_checked() -> None:
+def test_values_of_every_recording_rule_are_tested() -> None:
     checks = [check for case in cases() for check in case.get("promql_expr_test", []) if check["exp_samples"]]
     checked = set().union(*(metrics(check["expr"]) for check in checks))
     assert checked == {rule["record"] for rule in rules("record")}
@@ -100,7 +100,7 @@ def test_alert_severity_matches_the_runbook() -> None:
     assert [alert for alert in ALERTS if not sections[alert].startswith(f"{severities[alert]}.")] == []
 
 
-def test_alert_expressions_compare_vectors_only_with_numbers() -> None:
+def test_alert_expressions_compare_vectors_only_with_scalars() -> None:
     # Braces are removed: a matcher is not a comparison.
     expressions = [re.sub(r"\{[^}]*\}", "{}", rule["expr"]) for rule in ALERTS.values()]
     assert [one for one in expressions if len(COMPARISON.findall(one)) != len(PLAIN_COMPARISON.findall(one))] == []

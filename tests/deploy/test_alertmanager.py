@@ -123,7 +123,7 @@ def test_disk_and_training_alerts_are_not_inhibited_when_server_is_down(
 
 
 @pytest.mark.slow
-def test_server_that_is_down_inhibits_only_its_own_alerts(inhibited: Send) -> None:
+def test_down_server_inhibits_only_its_own_alerts(inhibited: Send) -> None:
     own, other = (_alert("SvcHoldoutChanged", instance=instance, model="m", version="1") for instance in "ab")
     objective = _alert("SvcAvailabilityBurnFast", model="m")
     assert inhibited(_alert("SvcServerDown", instance="a"), own, other, objective) == [own]

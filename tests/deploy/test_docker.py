@@ -53,7 +53,7 @@ def test_gpu_image_contains_only_the_compiler_that_triton_needs() -> None:
     assert set(COMPILERS.findall(stages()["gpu"])) == {"gcc"}
 
 
-def test_image_does_not_select_gpus() -> None:
+def test_image_does_not_set_nvidia_visible_devices() -> None:
     assert "NVIDIA_VISIBLE_DEVICES=" not in TEXT
 
 

@@ -55,7 +55,7 @@ def test_every_container_runs_an_existing_command() -> None:
     assert {where: error for where, error in errors.items() if error} == {}
 
 
-def test_every_folder_that_a_container_writes_has_a_volume() -> None:
+def test_every_folder_written_by_a_container_is_on_a_volume() -> None:
     """The rest of a container's file system is read-only."""
     missing = []
     for container in CONTAINERS:
@@ -72,7 +72,7 @@ def test_every_folder_that_a_container_writes_has_a_volume() -> None:
     assert missing == []
 
 
-def test_every_probed_path_needs_no_api_key() -> None:
+def test_health_probe_paths_require_no_api_key() -> None:
     from serving.http.authentication import _OPEN
 
     open_paths = PATHS & _OPEN
@@ -146,7 +146,7 @@ def test_every_pod_volume_exists_and_is_used() -> None:
         assert mounted == {volume["name"] for volume in spec["volumes"]}, where
 
 
-def test_every_claim_and_secret_is_defined_or_documented() -> None:
+def test_every_volume_claim_and_secret_is_defined_or_documented() -> None:
     made = {one["metadata"]["name"] for _, one in objects() if one["kind"] == "PersistentVolumeClaim"}
     claims = {
         volume["persistentVolumeClaim"]["claimName"]

@@ -83,12 +83,12 @@ def test_kuberay_schema_rejects_an_invalid_worker_group(broken: dict[str, Any], 
     assert any(message in each for each in errors_of(group | broken, part))
 
 
-def test_gateway_pod_matches_the_schema_of_kubernetes() -> None:
+def test_gateway_pod_matches_the_kubernetes_schema() -> None:
     spec = gateway()["spec"]
     assert errors_of(spec, pod_schema()) == []
 
 
-def test_pods_of_the_cluster_run_with_minimal_privileges() -> None:
+def test_ray_cluster_pods_run_with_minimal_privileges() -> None:
     for group in groups():
         pod = group["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"] is True
@@ -100,14 +100,14 @@ def test_pods_of_the_cluster_run_with_minimal_privileges() -> None:
             assert own["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_ray_version_in_the_manifest_matches_the_version_installed_in_the_images() -> None:
+def test_ray_version_in_the_manifest_matches_the_version_in_the_images() -> None:
     for variant in ("cpu", "gpu"):
         locked = (DEPLOY / "constraints" / f"{variant}.txt").read_text("utf-8").splitlines()
         assert f"ray=={cluster()['spec']['rayVersion']}" in locked
     assert "postgres,objects,ray]" in (DEPLOY / "docker" / "steps.sh").read_text("utf-8")
 
 
-def test_gateway_and_nodes_have_the_same_image() -> None:
+def test_gateway_and_ray_nodes_use_the_same_image() -> None:
     pods = [gateway()["spec"], *(group["template"]["spec"] for group in groups())]
     containers = [each for pod in pods for each in (*pod.get("initContainers", []), *pod["containers"])]
     assert {each["image"] for each in containers if "image" in each} == {"tuneserve"}
@@ -115,7 +115,7 @@ def test_gateway_and_nodes_have_the_same_image() -> None:
     assert overlay["images"] == [{"name": "tuneserve", "newTag": "gpu"}]
 
 
-def test_cluster_requires_a_token_and_the_gateway_has_it() -> None:
+def test_ray_cluster_and_gateway_use_the_same_authentication_token() -> None:
     assert cluster()["spec"]["authOptions"] == {"mode": "token"}
     spec = gateway()["spec"]
     for container in (*spec["initContainers"], *spec["containers"]):
@@ -135,14 +135,14 @@ def test_network_policy_allows_traffic_only_between_cluster_and_gateway_pods() -
         assert labels.items() >= LABEL.items()
 
 
-def test_head_node_offers_no_cpus_or_gpus_and_worker_nodes_offer_their_gpu() -> None:
+def test_head_node_advertises_no_cpus_or_gpus_and_workers_advertise_their_gpu() -> None:
     head, node = groups()
     assert head["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"}
     (container,) = node["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
-def test_gateway_settings_extend_the_base_settings_with_the_address_of_the_ray_head(tmp_path: Path) -> None:
+def test_gateway_settings_add_the_ray_head_address_to_the_base_settings(tmp_path: Path) -> None:
     own = yaml.safe_load((OVERLAY / "svc.yaml").read_text("utf-8"))
     base = yaml.safe_load((KUBERNETES / "base" / "svc.yaml").read_text("utf-8"))
     assert own.items() >= base.items()

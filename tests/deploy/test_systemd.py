@@ -53,14 +53,14 @@ def test_systemd_verifies_the_unit_files(tmp_path: Path) -> None:
 
 
 @needs_systemd
-def test_systemd_security_rates_unit_exposure_ok() -> None:
+def test_systemd_analyze_security_rates_unit_exposure_as_ok() -> None:
     command = ["systemd-analyze", "security", "--offline=true", f"--threshold={MAX_EXPOSURE}", *map(str, SERVICES)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("Overall exposure level") == len(SERVICES)
 
 
-def test_stopping_the_unit_kills_no_process_except_the_server() -> None:
+def test_stopping_the_systemd_unit_kills_only_the_server_process() -> None:
     service = unit("tuneserve.service")["Service"]
     assert (service["KillMode"], service["KillSignal"]) == ("process", signal.SIGUSR1.name)
     assert service["OOMPolicy"] == "continue"  # an engine killed for its memory does not stop the server
@@ -68,7 +68,7 @@ def test_stopping_the_unit_kills_no_process_except_the_server() -> None:
     assert service.get("PrivateTmp", "no") == "no"
 
 
-def test_unit_stop_timeout_allows_running_requests_to_finish() -> None:
+def test_systemd_stop_timeout_allows_running_requests_to_finish() -> None:
     assert int(unit("tuneserve.service")["Service"]["TimeoutStopSec"]) > 2 * _GRACE_S
 
 
@@ -79,7 +79,7 @@ def test_start_and_watchdog_timeouts_exceed_the_notification_interval() -> None:
     assert int(service["TimeoutStartSec"]) >= systemd_notify._PATIENCE_S
 
 
-def test_unit_is_not_restarted_after_a_permanent_error() -> None:
+def test_systemd_unit_is_not_restarted_after_a_permanent_error() -> None:
     server, monitor = (unit(name)["Service"] for name in ("tuneserve.service", "tuneserve-monitor.service"))
     assert server["RestartPreventExitStatus"] == f"{SettingsError.exit_code} {NotFoundError.exit_code}"
     assert monitor["RestartPreventExitStatus"] == str(SettingsError.exit_code)
@@ -106,7 +106,7 @@ def test_every_unit_runs_an_existing_command_with_existing_settings(
     assert settings.base_cache.is_relative_to(f"/var/cache/{service['CacheDirectory']}")
 
 
-def test_server_and_exporter_units_share_user_folders_and_environment() -> None:
+def test_server_and_exporter_units_use_the_same_user_folders_and_environment() -> None:
     of = [unit(name)["Service"] for name in ("tuneserve.service", "tuneserve-monitor.service")]
     for key in ("User", "Environment", "RuntimeDirectory", "WorkingDirectory"):
         assert of[0][key] == of[1][key]

@@ -31,7 +31,9 @@ def test_example_recipes_parse_and_have_a_readme(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("train", "heldout"), DATA)
-def test_example_data_has_no_problems_or_leaks(train: tuple[str, ...], heldout: tuple[str, ...]) -> None:
+def test_example_data_has_no_validation_problems_or_train_held_out_leaks(
+    train: tuple[str, ...], heldout: tuple[str, ...]
+) -> None:
     for report in check_files([*map(Path, train)], [*map(Path, heldout)]):
         assert _problems(report) == []
 

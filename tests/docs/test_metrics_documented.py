@@ -105,7 +105,7 @@ CLOSED: dict[str, set[str]] = {
 }
 
 
-def test_every_value_of_a_label_with_a_fixed_set_of_values_is_documented() -> None:
+def test_all_values_of_enumerated_labels_are_documented() -> None:
     rows = {label: PAGE.partition(f"| `{label}` | ")[2].partition(" |\n")[0] for label in CLOSED}
     named = {label: set(re.findall(r"`(\w+)`", row)) for label, row in rows.items()}
     assert named == {label: {str(value) for value in values} for label, values in CLOSED.items()}

@@ -62,7 +62,7 @@ def test_snippets_in_the_readme_compile() -> None:
         compile(snippet, "README.md", "exec")
 
 
-def test_project_internal_links_have_targets() -> None:
+def test_internal_links_in_the_docs_resolve() -> None:
     broken = []
     for page in PAGES:
         for link in re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text("utf-8")):
@@ -81,7 +81,7 @@ def test_source_files_named_in_docs_exist() -> None:
     assert [f"{page}: {name}" for page, name in named if not (ROOT / name).exists()] == []
 
 
-def test_keys_and_variables_named_in_docs_exist() -> None:
+def test_configuration_keys_and_environment_variables_named_in_docs_exist() -> None:
     known = {*setting_keys(), *recipe_keys()}
     known |= {ENV_PREFIX + key.upper().replace(".", "__") for key in setting_keys()}
     sections = "|".join({key.partition(".")[0] for key in known if "." in key})

@@ -35,7 +35,7 @@ def test_every_swap_outcome_is_in_the_runbook() -> None:
     assert {name.strip("`") for name, *_ in rows(RUNBOOK, "outcome")} == {outcome.value for outcome in SwapOutcome}
 
 
-def test_every_http_error_is_in_the_api_page_with_its_status() -> None:
+def test_api_page_lists_every_http_error_with_its_status() -> None:
     documented = {(int(status), code.strip("`")) for status, code, *_ in rows(read("docs/api.md"), "status")}
     sent = {*_SHAPES.values(), *_CHANGE_SHAPES.values(), *_FRAMEWORK_CODES.items(), (500, ErrorCode.INTERNAL_ERROR)}
     assert documented == {(status, code.value) for status, code in sent}

@@ -51,7 +51,7 @@ def counted(instance: Instance) -> tuple[float, float]:
         pytest.param(True, 8, id="streamed in intervals, together", marks=pytest.mark.matrix),
     ],
 )
-def test_charge_for_abandoned_answers_is_close_to_tokens_computed(
+def test_tokens_charged_for_abandoned_answers_are_close_to_tokens_generated(
     instance: Instance, report: Report, *, stream: bool, together: int
 ) -> None:
     """Needs the real engine: only it counts the tokens that it generated before it noticed that the client left."""

@@ -83,7 +83,7 @@ def test_adapter_is_loaded_on_first_use(
         client.models.retrieve("tiny@9")
 
 
-def test_each_adapter_name_answers_like_its_merged_version(
+def test_adapter_gives_the_same_answers_as_its_merged_version(
     instance: Instance, merged: Texts, own: Texts, report: Report
 ) -> None:
     """Late tokens may differ: merged weights are rounded to 16 bits, and an adapter's contribution is not."""
@@ -96,7 +96,9 @@ def test_each_adapter_name_answers_like_its_merged_version(
     assert own[ONE] != own[TWO]
 
 
-def test_adapter_scores_prompts_while_requests_run(instance: Instance, own: Texts, report: Report) -> None:
+def test_adapter_can_score_prompts_while_the_engine_serves_requests(
+    instance: Instance, own: Texts, report: Report
+) -> None:
     """Scoring prompts with an adapter crashed vLLM on a CPU before the output layer was excluded."""
     (number,) = instance.engines_by_replica()
     examples = read_examples(DATA / "heldout.jsonl")[:24]
@@ -133,7 +135,7 @@ def test_no_request_waits_when_adapter_is_promoted_under_load(instance: Instance
     assert instance.engines() == engines
 
 
-def test_next_server_adopts_adapter_engine_after_server_is_killed(instance: Instance, own: Texts) -> None:
+def test_restarted_server_adopts_the_adapter_engine_after_a_kill(instance: Instance, own: Texts) -> None:
     engines = instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     instance.start()
@@ -180,7 +182,7 @@ def test_new_engine_starts_with_its_adapter_loaded(instance: Instance, own: Text
     assert instance.answers() == own[TWO]
 
 
-def test_two_hundred_adapters_answer_in_turn_with_four_loaded_at_once(
+def test_200_adapters_are_served_with_at_most_four_loaded_at_a_time(
     instance: Instance, own: Texts, client: openai.OpenAI, report: Report
 ) -> None:
     texts = [own[ONE][0][1], own[TWO][0][1], instance.answers(THREE)[0][1]]

@@ -46,7 +46,7 @@ def check(answers: list[Answer], expected: dict[str, list[tuple[str, str]]]) -> 
         assert (answer.version, answer.text) == expected[answer.version][answer.prompt]
 
 
-def test_official_client_gets_answers_from_both_models(instance: Instance) -> None:
+def test_openai_client_gets_answers_from_both_models(instance: Instance) -> None:
     """Needs the real engine: two of them must share memory and cores, and answer under their models' names."""
     messages: Any = PROMPTS[0]
     with openai.OpenAI(base_url=f"{instance.url}/v1", api_key="none", max_retries=0) as client:
@@ -83,7 +83,7 @@ def test_no_request_to_either_model_fails_during_a_swap(instance: Instance, repo
 
 
 @pytest.mark.matrix
-def test_killing_an_engine_fails_no_request_to_the_other_model(instance: Instance, report: Report) -> None:
+def test_killing_the_engine_of_one_model_fails_no_request_to_a_second_model(instance: Instance, report: Report) -> None:
     expected = {f"{OTHER}@2": instance.answers(OTHER)}
     engine = instance.engines_by_replica()[instance.models()[TINY]["engines"][0]["replica"]]
     with Load(instance.url, OTHER, PROMPTS, streams=4) as other:
@@ -101,7 +101,7 @@ def test_killing_an_engine_fails_no_request_to_the_other_model(instance: Instanc
 
 
 @pytest.mark.matrix
-def test_model_is_removed_and_added_while_the_other_keeps_answering(instance: Instance, report: Report) -> None:
+def test_model_can_be_removed_and_added_while_a_second_model_keeps_serving(instance: Instance, report: Report) -> None:
     expected = {f"{OTHER}@2": instance.answers(OTHER)}
     answers = instance.answers(TINY)
     with Load(instance.url, OTHER, PROMPTS, streams=2) as other:
@@ -120,7 +120,7 @@ def test_model_is_removed_and_added_while_the_other_keeps_answering(instance: In
 
 
 @pytest.mark.matrix
-def test_next_server_adopts_engines_of_both_models_after_server_is_killed(instance: Instance, report: Report) -> None:
+def test_restarted_server_adopts_the_engines_of_both_models_after_a_kill(instance: Instance, report: Report) -> None:
     before, engines = {name: instance.answers(name) for name in (TINY, OTHER)}, instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     began = time.monotonic()
@@ -132,7 +132,7 @@ def test_next_server_adopts_engines_of_both_models_after_server_is_killed(instan
 
 
 @pytest.mark.matrix
-def test_extra_model_without_requests_costs_little_cpu_time(instance: Instance, report: Report) -> None:
+def test_idle_second_model_uses_little_cpu_time(instance: Instance, report: Report) -> None:
     """Reports the CPU time, and asserts that it is a small part of the server's own."""
 
     def at_rest() -> tuple[float, int]:
@@ -154,7 +154,7 @@ def test_extra_model_without_requests_costs_little_cpu_time(instance: Instance, 
 
 
 @pytest.mark.matrix
-def test_idle_engine_stops_and_starts_again_on_the_next_requests(instance: Instance, report: Report) -> None:
+def test_idle_engine_stops_and_restarts_on_the_next_request(instance: Instance, report: Report) -> None:
     alone = instance.answers(TINY)
     instance.end()
     instance.settings |= {"SVC_SERVE__IDLE_S": "3"}

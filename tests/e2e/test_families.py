@@ -77,7 +77,7 @@ def quantizes(family: Family) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_model_family_with_published_base_is_registered_and_served(
+def test_model_trained_from_a_published_base_of_each_family_is_registered_and_served(
     families_home: Path, report: Report, family: Family
 ) -> None:
     train_and_ask(families_home, report, family, None)

@@ -58,7 +58,7 @@ def test_fine_tuning_example_script_trains_a_model_and_chats_with_it(client: Ope
     assert model[1] in {each.id for each in client.models.list()}
 
 
-def test_model_checkpoint_and_version_answer_through_one_engine(client: OpenAI, home: Path) -> None:
+def test_fine_tuned_model_and_its_checkpoint_are_served_by_one_engine(client: OpenAI, home: Path) -> None:
     [job] = client.fine_tuning.jobs.list()
     first, last = sorted(client.fine_tuning.jobs.checkpoints.list(job.id), key=lambda each: each.step_number)
     assert job.fine_tuned_model == last.fine_tuned_model_checkpoint  # its weights are those of the model
@@ -72,7 +72,7 @@ def test_model_checkpoint_and_version_answer_through_one_engine(client: OpenAI, 
     assert int(lines[-1].partition(",")[0]) == last.step_number
 
 
-def test_batch_answers_equal_live_answers_of_the_model(client: OpenAI) -> None:
+def test_batch_answers_match_live_answers_of_the_same_model(client: OpenAI) -> None:
     [job] = client.fine_tuning.jobs.list()
     model = job.fine_tuned_model or ""
     body = {"model": model, "messages": PROMPTS[0], "max_tokens": 8, "temperature": 0}

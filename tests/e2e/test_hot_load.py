@@ -28,7 +28,9 @@ def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[I
         yield instance
 
 
-def test_rolling_swap_under_load_delays_no_request_and_mixes_no_answer(instance: Instance, report: Report) -> None:
+def test_rolling_swap_under_load_neither_delays_requests_nor_mixes_up_answers(
+    instance: Instance, report: Report
+) -> None:
     """Needs the real engine: weights are reloaded in place, and an answer of mixed weights would be text of neither."""
     expected = {"tiny@1": instance.answers()}
     with Load(instance.url, "tiny", instance.prompts) as load:
@@ -45,7 +47,7 @@ def test_rolling_swap_under_load_delays_no_request_and_mixes_no_answer(instance:
         assert (answer.version, answer.text) == expected[answer.version][answer.prompt]
 
 
-def test_next_server_adopts_both_engines_after_server_is_killed(instance: Instance, report: Report) -> None:
+def test_restarted_server_adopts_both_engines_after_a_kill(instance: Instance, report: Report) -> None:
     """Needs the real engine: its processes must outlive their parent, and go on answering over their sockets."""
     before, engines = instance.answers(), instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL

@@ -118,7 +118,7 @@ def serving(instance: Instance, expected: dict[str, list[tuple[str, str]]]) -> I
 
 @pytest.mark.parametrize("moment", Moment, ids=lambda moment: moment.value)
 @pytest.mark.parametrize("killed", Killed, ids=lambda killed: killed.value)
-def test_expected_version_is_served_after_a_kill_during_a_swap(
+def test_expected_version_is_served_after_a_process_is_killed_during_a_swap(
     serving: Instance, expected: dict[str, list[tuple[str, str]]], killed: Killed, moment: Moment, report: Report
 ) -> None:
     serves, outcome, which = TABLE[moment][killed]

@@ -81,7 +81,7 @@ def serving(instance: Instance, expected: dict[str, list[tuple[str, str]]]) -> I
 
 
 @pytest.mark.parametrize(("moment", "killed"), TABLE, ids=lambda value: value.value)
-def test_both_engines_serve_the_same_version_after_a_kill_during_rolling_swap(
+def test_both_engines_serve_the_same_version_after_a_process_is_killed_during_a_rolling_swap(
     serving: Instance, expected: dict[str, list[tuple[str, str]]], moment: Moment, killed: Killed, report: Report
 ) -> None:
     serves, outcome = TABLE[moment, killed]

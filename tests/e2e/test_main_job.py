@@ -53,7 +53,7 @@ def test_trained_version_is_registered_with_evaluation_and_probes(home: Path) ->
     assert shown["formats"]["merged"]["evaluation"]["nll"]["value"] < shown["base_evaluation"]["nll"]["value"]
 
 
-def test_probes_record_the_number_type_and_kernel_they_were_measured_with(home: Path) -> None:
+def test_probes_record_the_dtype_and_kernel_used_for_measurement(home: Path) -> None:
     able, manifest = read_capabilities(home), Registry.of(Settings(home=home)).manifest(VersionId("tiny", 1))
     engine = EngineSettings()
     for format in (Format.MERGED, Format.GPTQ):
@@ -109,7 +109,7 @@ def test_held_out_run_reproduces_the_results_from_registration(server: Server, r
     assert max(differences) < 0.05
 
 
-def test_live_answer_gets_the_engines_score_of_its_text(server: Server) -> None:
+def test_live_answer_is_scored_by_the_log_probability_the_engine_computes(server: Server) -> None:
     """The live score differs from the registered one, because the model's random answers are re-tokenized differently.
 
     Needs the real engine: only it computes the log-probabilities of which a score consists.
@@ -143,7 +143,7 @@ def _wait_for(find: Callable[[], Found | None], timeout_s: float = 120) -> Found
     return result
 
 
-def test_held_out_training_loss_equals_likelihood_on_the_engine(server: Server, report: Report) -> None:
+def test_held_out_loss_in_training_matches_the_engines_negative_log_likelihood(server: Server, report: Report) -> None:
     """The tokens and weights of the examples are the same, and only rounding in the engines differs."""
     manifest = Registry.of(Settings(home=server.home)).manifest(VersionId("tiny", 1))
     evaluation, parity = manifest.formats[Format.MERGED].evaluation, manifest.parity
@@ -158,7 +158,7 @@ def test_held_out_training_loss_equals_likelihood_on_the_engine(server: Server, 
     assert abs(loss - evaluation.nll.value) <= max(0.02, 3 * floor.mean)
 
 
-def test_parity_report_passes_every_check_and_its_page_exists(server: Server) -> None:
+def test_parity_report_passes_every_check_and_its_page_is_written(server: Server) -> None:
     for version in ("tiny@1", "tiny@2"):
         shown: Any = svc_json(server.home, "show", version, "--parity")
         assert [check for check in shown["checks"] if not check["passed"]] == []
@@ -185,7 +185,9 @@ def test_unknown_model_returns_404(server: Server) -> None:
         server.client.chat.completions.create(model="other", messages=[{"role": "user", "content": "hi"}])
 
 
-def test_promotion_and_rollback_under_load_lose_no_request_and_mix_no_answer(server: Server, report: Report) -> None:
+def test_promotion_and_rollback_under_load_neither_lose_requests_nor_mix_up_answers(
+    server: Server, report: Report
+) -> None:
     expected = {"tiny@1": server.answers()}
     with Load(server.url, "tiny", server.prompts) as load:
         load.wait_for(16)
@@ -208,7 +210,7 @@ def test_promotion_and_rollback_under_load_lose_no_request_and_mix_no_answer(ser
     svc_json(server.home, "rollback", "tiny")
 
 
-def test_promotion_is_refused_by_hash_if_a_file_changed_after_registration(server: Server) -> None:
+def test_promotion_is_refused_if_a_file_hash_changed_after_registration(server: Server) -> None:
     before = server.answers()
     alter_weights(server.folder(2), server.folder(3), "gptq")
     refused = svc(server.home, "promote", "tiny@3", *ANY_QUALITY, capture_output=True)
@@ -217,7 +219,7 @@ def test_promotion_is_refused_by_hash_if_a_file_changed_after_registration(serve
     assert server.answers() == before
 
 
-def test_promotion_is_refused_by_probe_if_weights_belong_to_another_model(server: Server) -> None:
+def test_promotion_is_refused_if_probes_show_that_the_weights_belong_to_a_different_model(server: Server) -> None:
     before = server.answers()
     replace_weights(server.folder(2), server.folder(4), "gptq", weights_of=server.folder(1))
     with Load(server.url, "tiny", server.prompts) as load:
@@ -237,12 +239,12 @@ def test_promoting_a_nonexistent_version_fails(server: Server) -> None:
     assert svc(server.home, "promote", "tiny@77", capture_output=True).returncode == 8
 
 
-def test_second_server_on_the_same_home_or_port_fails(server: Server, tmp_path: Path) -> None:
+def test_starting_a_second_server_on_the_same_home_or_port_fails(server: Server, tmp_path: Path) -> None:
     assert svc(server.home, "serve", "tiny", "--port", "0", capture_output=True).returncode == 7
     assert svc(tmp_path, "serve", "tiny", "--port", str(PORT), capture_output=True).returncode == 7
 
 
-def test_status_shows_engine_number_type_and_kernel(server: Server) -> None:
+def test_status_shows_engine_dtype_and_kernel(server: Server) -> None:
     plan = {row["name"]: row for row in svc_json(server.home, "status", "--verbose")["models"][0]["engine"]["plan"]}
     kernel = read_capabilities(server.home).gptq_kernel(EngineSettings())
     assert plan["gptq_kernel"]["value"] == kernel

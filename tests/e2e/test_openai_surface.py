@@ -121,7 +121,7 @@ def calls(path: str) -> dict[str, Any]:
         ("/v1/messages", True),  # not streamed, the arguments must be an object
     ],
 )
-def test_tool_call_is_stored_in_the_same_form_as_reference_answers(server: Server, path: str, stream: bool) -> None:
+def test_tool_call_is_stored_in_the_same_format_as_reference_answers(server: Server, path: str, stream: bool) -> None:
     name, body = f"call-{path.rpartition('/')[2]}-{stream}", {"model": "tiny", "temperature": 0, "stream": stream}
     answer = httpx.post(f"{server.url}{path}", json=body | calls(path), headers={"x-request-id": name}, timeout=60)
     assert answer.status_code == 200, answer.text
@@ -185,13 +185,13 @@ def generated(engine: httpx.Client) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
 
-def test_every_engine_route_is_served_or_closed(engine: httpx.Client) -> None:
+def test_every_engine_route_is_either_served_or_explicitly_blocked(engine: httpx.Client) -> None:
     paths = engine.get("/openapi.json").json()["paths"]
     routes = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     assert {route.replace("{response_id}", "resp_1") for route in routes} <= {*CLOSED, *OURS}
 
 
-def test_engine_development_routes_are_closed(server: Server, engine: httpx.Client) -> None:
+def test_engine_development_routes_are_not_exposed_by_the_gateway(server: Server, engine: httpx.Client) -> None:
     assert engine.get("/is_sleeping").status_code == 200
     for route in CLOSED:
         method, path = route.split()

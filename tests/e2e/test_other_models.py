@@ -44,7 +44,7 @@ def instance(home: Path, workplace: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("number", [3, 4], ids=["architecture", "template"])
-def test_incompatible_version_is_swapped_in_and_out_with_a_second_engine(
+def test_swap_to_or_from_an_incompatible_version_uses_a_second_engine(
     instance: Instance, report: Report, number: int
 ) -> None:
     before = instance.answers()

@@ -74,7 +74,7 @@ def trained(workplace: Path) -> Path:
 
 
 @pytest.mark.parametrize(("plant", "check"), FAULTS.values(), ids=FAULTS)
-def test_version_is_not_registered_if_its_served_form_differs_from_training(
+def test_version_is_not_registered_if_serving_outputs_differ_from_training(
     trained: Path, workplace: Path, tmp_path: Path, plant: Callable[[Path, Path], None], check: str
 ) -> None:
     home = shutil.copytree(trained, tmp_path / "home")

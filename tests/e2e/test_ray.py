@@ -139,7 +139,7 @@ def test_engine_of_a_killed_actor_is_stopped_and_the_actor_is_replaced(instance:
 
 
 @pytest.mark.matrix
-def test_engine_is_restarted_on_the_other_node_when_its_node_is_lost_under_load(
+def test_engine_is_restarted_on_a_surviving_node_when_its_node_is_lost_under_load(
     instance: Instance, nodes: RayNodes, report: Report
 ) -> None:
     (actor,) = actors()
@@ -186,7 +186,7 @@ def test_engine_is_replaced_when_its_node_is_lost_during_a_swap(
 
 
 @pytest.mark.matrix
-def test_rollout_fails_and_production_keeps_serving_when_the_node_of_the_candidate_is_lost(
+def test_rollout_fails_and_production_keeps_serving_when_the_candidates_node_is_lost(
     instance: Instance, nodes: RayNodes, report: Report
 ) -> None:
     (production,) = actors()

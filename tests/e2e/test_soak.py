@@ -326,7 +326,7 @@ def test_memory_and_file_descriptors_stay_flat_over_time(soaked: Soak, report: R
     assert afterwards.store <= MOST_STORE_DESCRIPTORS
 
 
-def test_event_loop_lag_stays_close_to_that_of_an_idle_gateway(soaked: Soak, report: Report) -> None:
+def test_event_loop_lag_under_load_stays_close_to_the_lag_of_an_idle_gateway(soaked: Soak, report: Report) -> None:
     watched = soaked.watched
     report(lag_figure("busy gateway", watched.lag))
     report(lag_figure("idle gateway beside it", watched.idle_lag))

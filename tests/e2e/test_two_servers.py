@@ -160,7 +160,7 @@ def test_database_restart_under_load_fails_no_request(
     assert pair.served() == ["tiny@2"] * 2
 
 
-def test_server_keeps_serving_without_a_network_and_catches_up_once_it_is_back(
+def test_server_keeps_serving_during_a_network_outage_and_catches_up_afterwards(
     pair: Pair, clients: list[Users]
 ) -> None:
     with pair.link.cut():
@@ -198,7 +198,7 @@ def test_rollback_ends_a_rollout_on_both_servers(pair: Pair, clients: list[Users
 @pytest.mark.parametrize(
     "state", [RolloutState.LOADING, RolloutState.SHADOW, RolloutState.CANARY, RolloutState.SWITCHING]
 )
-def test_other_server_completes_a_rollout_when_its_leader_is_killed(
+def test_surviving_server_completes_a_rollout_when_the_leader_is_killed(
     pair: Pair, clients: list[Users], state: RolloutState, report: Report
 ) -> None:
     leader = pair.leader()

@@ -63,7 +63,9 @@ def managed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ma
         yield managed
 
 
-def test_upgrade_under_load_refuses_no_client_and_keeps_the_engine(managed: Managed, report: Report) -> None:
+def test_upgrade_under_load_refuses_no_connection_and_keeps_the_engine_running(
+    managed: Managed, report: Report
+) -> None:
     """Needs the real engine: its answers go on while the server that started it is replaced."""
     expected, engines, errors = managed.answers(), managed.engines(), list[str]()
     asked, ended = 0, threading.Event()
@@ -99,7 +101,7 @@ def test_upgrade_under_load_refuses_no_client_and_keeps_the_engine(managed: Mana
 
 
 @pytest.mark.matrix
-def test_backup_taken_under_load_restores_to_a_home_with_the_same_answers(
+def test_home_restored_from_a_backup_taken_under_load_gives_the_same_answers(
     managed: Managed, tmp_path: Path, report: Report
 ) -> None:
     expected = managed.answers()

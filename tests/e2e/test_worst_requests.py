@@ -99,7 +99,7 @@ def seconds_held(instance: Instance, front: Front, worst: WorstBody) -> float:
     return delays[0]
 
 
-def test_worst_allowed_request_bodies_block_the_front_process_only_briefly(
+def test_worst_case_valid_request_bodies_block_the_vllm_front_end_only_briefly(
     instance: Instance, front: Front, report: Report
 ) -> None:
     held = {f"{worst.route} {worst.name}": seconds_held(instance, front, worst) for worst in worst_bodies()}
@@ -109,7 +109,7 @@ def test_worst_allowed_request_bodies_block_the_front_process_only_briefly(
     assert worst_first[0][1] < MAX_BLOCKED_S
 
 
-def test_random_allowed_request_bodies_block_the_front_process_only_briefly(
+def test_random_valid_request_bodies_block_the_vllm_front_end_only_briefly(
     instance: Instance, front: Front, report: Report
 ) -> None:
     chance, held, refused = random.Random(0), list[float](), 0

@@ -278,7 +278,7 @@ ROLLOUT: dict[str, Any] = {
 }
 
 
-def test_status_shows_the_step_and_figures_of_a_running_rollout(status: Status) -> None:
+def test_status_shows_the_step_and_statistics_of_a_running_rollout(status: Status) -> None:
     began = datetime.now(UTC) - timedelta(days=2)
     lines = status(rollout=ROLLOUT | {"step_began_at": began.isoformat()}).out.splitlines()
     (first,) = [number for number, line in enumerate(lines) if line.startswith("  rollout 3: ")]
@@ -288,7 +288,7 @@ def test_status_shows_the_step_and_figures_of_a_running_rollout(status: Status) 
     assert lines[first + 3].split() == ["first_token", "0.400", "0.410", "1.150", "1.2", "118", "passed"]
 
 
-def test_status_shows_a_rollout_without_figures_while_it_loads(status: Status) -> None:
+def test_status_shows_no_rollout_statistics_while_the_candidate_loads(status: Status) -> None:
     out = status(rollout=ROLLOUT | {"state": "loading", "canary": None, "signals": []}).out
     assert "rollout 3: tiny@2 -> tiny@3, loading for " in out
     assert "signal" not in out
@@ -368,7 +368,7 @@ def test_status_shows_the_last_error_unchanged(status: Status) -> None:
     assert "last error: vLLM [ended] with code 1" in out
 
 
-def test_error_without_a_server_says_how_to_start_one(svc: Svc) -> None:
+def test_status_error_without_a_running_server_says_how_to_start_it(svc: Svc) -> None:
     ended = svc("status")
     assert ended.code == 13
     assert "svc serve NAME" in ended.err

@@ -113,7 +113,7 @@ def _layout_faults(name: str) -> Iterator[str]:
         ids.add(panel["id"])
 
 
-def test_dashboards_have_no_faults_in_file_layout_or_panel_text() -> None:
+def test_dashboard_files_layouts_and_panels_are_valid() -> None:
     faults = [f"{name}: {fault}" for name in DASHBOARDS for fault in (*_file_faults(name), *_layout_faults(name))]
     faults += [f"{title}: {fault}" for title, panel in PANELS for fault in _panel_faults(panel)]
     assert len(DASHBOARDS) == 5
@@ -190,7 +190,7 @@ def test_every_documented_metric_is_shown_on_a_dashboard() -> None:
     assert DOCUMENTED - shown - in_rules == set(NOT_SHOWN)
 
 
-def test_dashboard_faults_and_objectives_match_the_alert_rules() -> None:
+def test_server_fault_and_objective_definitions_on_dashboards_match_the_alert_rules() -> None:
     recording = (RULES / "recording.yml").read_text("utf-8")
     faults = re.compile(r'svc_request_errors_total\{[^}]*\breason=~"(.+?)"')
     assert set(faults.findall(recording)) == {SERVER_FAULTS}
@@ -232,7 +232,7 @@ def test_every_dashboard_query_is_valid_promql(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-def test_dashboard_queries_are_still_found_after_grafana_rewrote_the_file(tmp_path: Path) -> None:
+def test_dashboard_queries_are_found_even_after_grafana_rewrites_the_file(tmp_path: Path) -> None:
     dashboard = {
         "panels": [{"title": "A", "targets": [{"expr": 'a{model=~"${model}"}'}]}],
         "templating": {"list": [{"type": "query", "name": "model", "query": {"query": "label_values(a, model)"}}]},

@@ -49,7 +49,7 @@ def quality(change: Sequence[float], hits: Sequence[bool], hits_now: Sequence[bo
 HITS = [place % 4 > 0 for place in range(200)]
 
 
-def test_quality_is_as_registered_if_the_results_are_the_same() -> None:
+def test_quality_status_is_as_registered_if_results_are_identical() -> None:
     report = judge(figures([0.2, 0.4], [True, False]), run([0.2, 0.4], [True, False]))
     assert report.quality is Quality.AS_REGISTERED
     assert [report.nll, report.registered_nll] == pytest.approx([0.3, 0.3])
@@ -67,28 +67,28 @@ def test_rounding_errors_are_not_a_quality_change() -> None:
 
 
 @pytest.mark.parametrize("change", [0.5, -0.5])
-def test_quality_is_changed_if_likelihoods_differ_in_either_direction(change: float) -> None:
+def test_quality_status_is_changed_if_likelihoods_differ_in_either_direction(change: float) -> None:
     assert quality([change] * 200, HITS, HITS) is Quality.CHANGED
 
 
-def test_quality_is_changed_even_if_only_a_few_examples_differ() -> None:
+def test_quality_status_is_changed_even_if_only_a_few_examples_differ() -> None:
     assert quality([3.0] * 10 + [0.0] * 190, HITS, HITS) is Quality.CHANGED
 
 
-def test_quality_is_changed_if_a_small_held_out_set_differs() -> None:
+def test_quality_status_is_changed_if_results_of_a_small_held_out_set_differ() -> None:
     assert quality([1.0] * 8, HITS[:8], HITS[:8]) is Quality.CHANGED
 
 
-def test_quality_is_as_registered_if_a_significant_change_is_small() -> None:
+def test_quality_status_is_as_registered_if_a_statistically_significant_change_is_small() -> None:
     assert quality([0.015] * 200, HITS, HITS) is Quality.AS_REGISTERED
 
 
-def test_quality_is_changed_if_correct_answers_are_lost() -> None:
+def test_quality_status_is_changed_if_correct_answers_become_wrong() -> None:
     lost = [hit and place > 40 for place, hit in enumerate(HITS)]
     assert quality([0.0] * 200, HITS, lost) is Quality.CHANGED
 
 
-def test_quality_is_as_registered_after_few_correct_answers_lost_and_gained() -> None:
+def test_quality_status_is_as_registered_if_few_answers_change_between_right_and_wrong() -> None:
     swapped = [not hit if place < 6 else hit for place, hit in enumerate(HITS)]
     assert quality([0.0] * 200, HITS, swapped) is Quality.AS_REGISTERED
 
@@ -116,13 +116,13 @@ def test_newest_completed_held_out_run_is_compared(registry: Registry, tmp_path:
     assert report.asked_at == NOW
 
 
-def test_quality_is_unknown_without_a_held_out_run(registry: Registry, tmp_path: Path) -> None:
+def test_quality_status_is_unknown_without_a_held_out_run(registry: Registry, tmp_path: Path) -> None:
     report = read_quality(registry, new_store(tmp_path), target())
     assert report.quality is Quality.UNKNOWN
     assert "no held-out run" in report.why
 
 
-def test_quality_is_unknown_if_the_version_has_no_registered_answers(registry: Registry, tmp_path: Path) -> None:
+def test_quality_status_is_unknown_if_the_version_has_no_registered_answers(registry: Registry, tmp_path: Path) -> None:
     register(registry, 2, space=False)
     report = read_quality(registry, new_store(tmp_path), target(2))
     assert report.quality is Quality.UNKNOWN
@@ -158,7 +158,7 @@ def by_rouge(before: Sequence[float], now: Sequence[float]) -> QualityReport:
     return judge(registered, replace(ran, metric="rouge_l", scores=tuple(now)))
 
 
-def test_quality_is_changed_if_texts_are_worse_even_with_equal_exact_match() -> None:
+def test_quality_status_is_changed_if_answers_are_worse_despite_equal_exact_match() -> None:
     before = [0.3 + place / 1000 for place in range(200)]
     report = by_rouge(before, [score - 0.2 if place % 4 == 0 else score for place, score in enumerate(before)])
     assert (report.quality, report.metric) == (Quality.CHANGED, "rouge_l")
@@ -166,19 +166,19 @@ def test_quality_is_changed_if_texts_are_worse_even_with_equal_exact_match() -> 
     assert report.exact_match_p == 1.0
 
 
-def test_quality_is_unchanged_when_equally_many_texts_are_better_and_worse() -> None:
+def test_quality_status_is_as_registered_if_equally_many_answers_improve_and_degrade() -> None:
     before = [0.5] * 200
     noise = np.random.default_rng(0).normal(0, 0.2, 60).tolist()
     assert by_rouge(before, [0.5 + one for one in noise] + before[60:]).quality is Quality.AS_REGISTERED
 
 
-def test_identical_texts_do_not_affect_the_quality_test() -> None:
+def test_identical_answers_have_a_quality_p_value_of_1() -> None:
     report = by_rouge([0.3] * 200, [0.3] * 200)
     assert (report.quality, report.score_p) == (Quality.AS_REGISTERED, 1.0)
 
 
 @pytest.mark.slow
-def test_false_alarm_rate_of_the_quality_test_is_within_its_level() -> None:
+def test_false_alarm_rate_of_the_quality_test_is_within_its_significance_level() -> None:
     """Uses a level of 0.05, which needs few runs. For ten changes, all combinations are counted."""
     generator = np.random.default_rng(1)
     found = [by_rouge([0.0] * 10, generator.normal(0, 1, 10).tolist()).score_p <= 0.05 for _ in range(300)]

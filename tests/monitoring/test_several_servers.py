@@ -44,7 +44,7 @@ def query(panel: str, metric: str) -> str:
         ("Next run", "svc_holdout", 'model="m",version="1"', (2, 2), 4000),
     ],
 )
-def test_panel_combines_two_servers_into_one_figure_without_hiding_a_fault(
+def test_panel_aggregates_two_servers_without_hiding_a_fault(
     tmp_path: Path, panel: str, metric: str, labels: str, values: tuple[float, float], shown: float
 ) -> None:
     expr = query(panel, metric)

@@ -70,12 +70,12 @@ def test_only_server_faults_count_as_version_errors_on_the_dashboard(passes: Pas
     )
 
 
-def test_errors_of_another_version_do_not_count_on_the_dashboard(passes: Passes) -> None:
+def test_dashboard_counts_only_errors_of_the_selected_version(passes: Passes) -> None:
     series = {REQUESTS: counted(600), ERRORS.format("engine_died").replace('"1"', '"2"'): counted(60)}
     passes([case(query("Error rate of A"), series, {'{version="1"}': 0})])
 
 
-def test_error_share_has_the_same_kind_of_interval_as_evaluations(passes: Passes) -> None:
+def test_error_rate_uses_the_same_confidence_interval_method_as_evaluations(passes: Passes) -> None:
     """Increases are extrapolated, so there may be more errors than requests. The share is then 1."""
     cases = []
     for side, version in VERSIONS.items():
@@ -87,7 +87,7 @@ def test_error_share_has_the_same_kind_of_interval_as_evaluations(passes: Passes
     passes(cases)
 
 
-def test_p95_interval_matches_its_rank_for_values_in_one_bucket(passes: Passes) -> None:
+def test_p95_confidence_interval_matches_its_rank_bounds_for_values_in_one_bucket(passes: Passes) -> None:
     """With one bucket from 0 to 1, a quantile is its own rank."""
     histograms = {"Response time": "svc_request_duration_seconds", "First token": "svc_time_to_first_token_seconds"}
     cases = []
@@ -117,12 +117,12 @@ def test_only_versions_evaluated_on_the_chosen_held_out_set_are_compared(passes:
     )
 
 
-def test_selectable_held_out_sets_are_those_of_the_two_compared_versions(passes: Passes) -> None:
+def test_held_out_set_menu_lists_only_the_sets_of_the_compared_versions(passes: Passes) -> None:
     series = {judged("1", CHOSEN): "1x60", judged("2", OTHER): "1x60", judged("3", "aaaaaaaaaaaa:4"): "1x60"}
     passes([case(query("variable heldout"), series, {f'{{heldout="{heldout}"}}': 1 for heldout in (CHOSEN, OTHER)})])
 
 
-def test_good_feedback_share_has_the_same_kind_of_interval_as_evaluations(passes: Passes) -> None:
+def test_good_feedback_rate_uses_the_same_confidence_interval_method_as_evaluations(passes: Passes) -> None:
     feedback = 'svc_feedback_total{{model="tiny",version="1",rating="{}"}}'
     passes(
         case(

@@ -44,7 +44,7 @@ def asking(client: httpx.AsyncClient, models: Sequence[int]) -> list[asyncio.Tas
     return [asyncio.create_task(ask(client, f"{NAME}@{number}")) for number in models]
 
 
-async def test_production_is_answered_while_300_requests_wait_for_other_adapters(make: Make) -> None:
+async def test_production_requests_are_answered_while_300_requests_wait_for_other_adapters(make: Make) -> None:
     control = made(make, max_running=4)
     async with control.run(), control.client() as client:
         running = await occupied(control, client)
@@ -62,7 +62,7 @@ async def test_production_is_answered_while_300_requests_wait_for_other_adapters
     assert (control.admission.running, control.admission.queued) == (0, 0)
 
 
-async def test_idle_production_version_is_reloaded_first_if_others_wait_for_adapters(make: Make) -> None:
+async def test_evicted_production_adapter_is_reloaded_before_other_waiting_adapters(make: Make) -> None:
     control = made(make)
     async with control.run(), control.client() as client:
         for number in (2, 3):  # replaces version 1
@@ -81,7 +81,7 @@ async def test_idle_production_version_is_reloaded_first_if_others_wait_for_adap
     assert "/1/adapter" in control.double.adapter_loads[before]
 
 
-async def test_request_that_waited_for_its_adapter_then_waits_for_a_slot(make: Make) -> None:
+async def test_request_waits_for_an_engine_slot_after_its_adapter_is_loaded(make: Make) -> None:
     control = made(make, max_running=2)
     async with control.run(), control.client() as client:
         running = await occupied(control, client)
@@ -111,7 +111,7 @@ async def test_adapter_stays_loaded_while_its_request_waits_for_a_slot(make: Mak
     assert len(control.double.adapter_loads) == 3
 
 
-async def test_second_key_gets_its_turn_for_an_adapter_while_another_key_floods(make: Make) -> None:
+async def test_second_key_gets_adapter_slots_while_the_first_key_floods_the_queue(make: Make) -> None:
     control = made(make, max_queued=8)
     control.principals = {name: principal(name) for name in ("flooding", "modest")}
     async with control.run(), control.client() as client:
@@ -165,7 +165,7 @@ async def test_swap_loses_no_request_waiting_for_an_adapter(make: Make, swap: Sw
     assert first.dropped_in_use == []
 
 
-async def test_requests_waiting_for_adapters_move_to_the_other_engine_if_theirs_dies(make: Make) -> None:
+async def test_requests_waiting_for_adapters_move_to_a_live_engine_if_their_engine_dies(make: Make) -> None:
     async with made(make, replicas=2).run() as control, control.client() as client:
         await until(lambda: len(control.pool.ready) == 2)
         engines = [engine.double for engine in control.park.engines]
@@ -183,7 +183,7 @@ async def test_requests_waiting_for_adapters_move_to_the_other_engine_if_theirs_
         assert not any(member.reserved for member in control.pool.members)
 
 
-async def test_nothing_stays_reserved_if_clients_disconnect_while_waiting_for_adapters(make: Make) -> None:
+async def test_reservations_are_released_if_clients_disconnect_while_waiting_for_adapters(make: Make) -> None:
     control = made(make)
     async with control.run(), control.client() as client:
         running = await occupied(control, client)

@@ -61,7 +61,7 @@ def numbers(double: EngineDouble) -> list[int]:
     return sorted(int(folder.split("/")[-2]) for folder in double.adapters.values())
 
 
-async def test_engine_holds_the_base_and_the_model_name_selects_production(served: Control) -> None:
+async def test_engine_loads_the_base_model_and_the_model_name_selects_the_production_adapter(served: Control) -> None:
     assert served.double.weights == str(base_folder(served.registry))
     async with served.client() as client:
         assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
@@ -90,7 +90,7 @@ async def test_loaded_versions_are_listed_and_any_version_can_be_retrieved(serve
     assert unknown.status_code == 404
 
 
-async def test_request_with_an_invalid_version_name_reaches_no_engine(served: Control) -> None:
+async def test_request_with_an_invalid_version_name_is_not_forwarded_to_the_engine(served: Control) -> None:
     for model in (f"{NAME}@9", f"{NAME}@x", f"{NAME}@", f"{NAME}@1/../2", f"{NAME}@0", f"{NAME}@2#a"):
         before = len(served.double.calls)
         async with served.client() as client:
@@ -177,7 +177,7 @@ async def test_forty_adapter_versions_are_served_with_four_slots(make: Make) -> 
         assert (control.double.most_adapters, len(control.double.adapter_loads)) == (4, 40)
 
 
-async def test_adapter_needed_by_many_first_requests_is_loaded_once(served: Control) -> None:
+async def test_adapter_is_loaded_once_for_many_concurrent_first_requests(served: Control) -> None:
     served.double.adapter_delay_s = 0.05
     async with served.client() as client:
         answers = await asyncio.gather(*(ask(client, f"{NAME}@2") for _ in range(30)))
@@ -185,7 +185,7 @@ async def test_adapter_needed_by_many_first_requests_is_loaded_once(served: Cont
     assert len(served.double.adapter_loads) == 2
 
 
-async def test_adapter_is_not_unloaded_while_it_is_answering(served: Control) -> None:
+async def test_adapter_is_not_unloaded_while_it_serves_a_request(served: Control) -> None:
     versions(served, 4, 5, 6)
     served.double.token_delay_s = 0.005
     async with served.client() as client:
@@ -313,7 +313,7 @@ async def test_no_request_waits_when_an_adapter_is_promoted(served: Control) -> 
     assert served.book.book["production"] == VersionId(NAME, 2)  # type: ignore[index]
 
 
-async def test_served_version_stays_if_the_promoted_adapter_fails_its_probes(served: Control) -> None:
+async def test_served_version_stays_in_production_if_the_promoted_adapter_fails_its_probes(served: Control) -> None:
     versions(served, 4, probes_of="/elsewhere")
     result = await served.promote(4)
     assert (result.outcome, served.desired().target) == (SwapOutcome.REFUSED, adapter(1))
@@ -332,7 +332,7 @@ async def test_adapter_promotion_is_cancelled_if_another_version_becomes_desired
         assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
 
 
-async def test_promotion_to_another_base_is_blue_green(served: Control) -> None:
+async def test_promotion_to_a_different_base_model_uses_a_blue_green_swap(served: Control) -> None:
     other = served.settings.home / "other"
     shutil.copytree(base_folder(served.registry), other)
     versions(served, 4, adapter={"base_model_name_or_path": str(other)})
@@ -343,13 +343,13 @@ async def test_promotion_to_another_base_is_blue_green(served: Control) -> None:
         assert await ask(client, NAME) == (200, f"{NAME}@4", "4")
 
 
-async def test_promotion_to_a_larger_lora_rank_is_blue_green(served: Control) -> None:
+async def test_promotion_to_a_larger_lora_rank_uses_a_blue_green_swap(served: Control) -> None:
     versions(served, 4, adapter={"r": 64})
     result = await served.promote(4)
     assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
 
 
-async def test_promotion_above_the_configured_maximum_rank_is_refused_with_a_remedy(make: Make) -> None:
+async def test_promotion_above_the_configured_maximum_rank_is_refused_with_a_suggested_fix(make: Make) -> None:
     control = make(format=Format.ADAPTER, adapters=AdapterSettings(max_rank=32))
     versions(control, 4, adapter={"r": 64})
     async with control.run():
@@ -357,7 +357,7 @@ async def test_promotion_above_the_configured_maximum_rank_is_refused_with_a_rem
     assert result.outcome is SwapOutcome.REFUSED and result.reason and "increase `adapters.max_rank`" in result.reason
 
 
-async def test_promotion_is_always_blue_green_if_configured(make: Make) -> None:
+async def test_promotion_always_uses_a_blue_green_swap_if_configured(make: Make) -> None:
     async with make(format=Format.ADAPTER, swap=SwapChoice.BLUEGREEN).run() as control:
         assert (await control.promote(2)).kind is SwapKind.BLUEGREEN
 
@@ -423,7 +423,7 @@ async def test_missing_base_model_is_reported(make: Make) -> None:
         await control.start()
 
 
-async def test_adapter_probes_are_recorded_again_on_another_engine_kind(make: Make) -> None:
+async def test_adapter_probes_are_recorded_again_for_a_new_engine_kind(make: Make) -> None:
     other: EngineFacts = FACTS.model_copy(update={"vllm": "0.33.0"})
     control = make(format=Format.ADAPTER, facts=other)
     control.park.prepare = lambda double: setattr(double, "probe_noise", 0.01)
@@ -431,7 +431,7 @@ async def test_adapter_probes_are_recorded_again_on_another_engine_kind(make: Ma
         assert find_retaken_probes(control.store, adapter(1), other)
 
 
-async def test_server_process_serves_adapters_of_its_base(home: Home) -> None:
+async def test_server_process_serves_adapters_of_its_base_model(home: Home) -> None:
     for number in (4, 5):
         make_version(home.registry, number, formats=BOTH)
     change_desired(home.store, None, adapter(4), None)
@@ -448,7 +448,7 @@ async def test_server_process_serves_adapters_of_its_base(home: Home) -> None:
     assert 'svc_adapters_loaded{model="tuned"} 2.0' in page
 
 
-async def test_held_out_set_is_skipped_for_adapters_and_the_reason_is_shown(home: Home) -> None:
+async def test_held_out_evaluation_is_skipped_for_adapters_and_the_reason_is_shown(home: Home) -> None:
     make_version(home.registry, 4, formats=BOTH, answered=3)
     change_desired(home.store, None, adapter(4), None)
     async with home.serving(NAME) as client:

@@ -145,7 +145,7 @@ async def test_promote_and_rollback_affect_only_one_model(serving: Home, other: 
     assert versions == {NAME: f"{NAME}@1", "other": "other@7"}
 
 
-def test_serve_rejects_model_names_together_with_all(home: Home) -> None:
+def test_serve_rejects_model_names_combined_with_the_all_option(home: Home) -> None:
     assert "MODELS and --all cannot be combined" in type_now(home, "serve", NAME, "--all").output
 
 
@@ -187,7 +187,7 @@ async def test_failed_promotion_shows_the_result_of_every_server(
     ]
 
 
-async def test_promotion_warns_of_a_server_that_stopped(serving: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_promotion_warns_about_a_server_that_has_stopped(serving: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     end_promotions_with(monkeypatch, SwapResult(SwapOutcome.SUCCEEDED), None)
     result = await type_in(serving, "promote", f"{NAME}@2", "--json")
     assert result.exit_code == 0
@@ -401,7 +401,7 @@ async def test_promoting_a_missing_format_fails(serving: Home) -> None:
     assert "has no format gptq" in error.wrong
 
 
-async def test_refusal_shows_the_reason_and_the_served_version(serving: Home) -> None:
+async def test_refused_promotion_shows_the_reason_and_the_served_version(serving: Home) -> None:
     make_version(serving.registry, 4, probes_of="/elsewhere")
     result = await type_in(serving, "promote", f"{NAME}@4", "--json")
     error = error_of(result)

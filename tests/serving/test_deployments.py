@@ -71,7 +71,7 @@ def engine_of(home: Home, name: str) -> DoubleEngine:
     return found
 
 
-async def test_each_model_answers_to_its_names(two: Home) -> None:
+async def test_each_model_can_be_requested_by_all_of_its_names(two: Home) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await all_ready(client, NAME, OTHER)
         assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
@@ -121,7 +121,7 @@ async def test_engine_death_makes_only_its_own_model_unavailable(two: Home) -> N
         assert (await client.get("/health")).status_code == 200
 
 
-async def test_other_models_are_served_even_if_one_cannot_be_served(two: Home) -> None:
+async def test_remaining_models_are_served_even_if_one_model_cannot_be_served(two: Home) -> None:
     (two.registry.folder(VersionId(OTHER, 7)) / "merged" / "config.json").write_text("{}")
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         assert await answer_of(client, NAME) == (200, f"{NAME}@1", "1")
@@ -147,7 +147,7 @@ async def test_startup_failure_that_ends_the_server_is_raised_but_not_reported_o
     assert (home.failures, raised.value.wrong in caplog.text) == ([], False)
 
 
-async def test_other_models_are_served_if_a_disk_error_fails_the_start_of_one(two: Home) -> None:
+async def test_remaining_models_are_served_if_a_disk_error_prevents_the_start_of_one_model(two: Home) -> None:
     failures = [OSError("no space left on device")]
 
     def fail_once(double: EngineDouble) -> None:
@@ -284,7 +284,7 @@ async def refused_of(client: httpx.AsyncClient) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("fault", ["no memory", "no start"])
-async def test_model_served_by_another_server_is_retried_after_a_failed_start(
+async def test_failed_start_of_a_model_is_retried_if_another_server_serves_the_model(
     two: Home, postgresql_store: Store, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr("serving.deployments._RETRY_S", 0.5)
@@ -375,7 +375,7 @@ async def test_metrics_of_each_model_have_its_name_as_label(two: Home) -> None:
 @pytest.mark.parametrize(
     ("part", "method"), [(Reconciler, "follow"), (Reviver, "run"), (Idling, "run"), (ProductionAlias, "run")]
 )
-async def test_defective_component_of_a_model_is_restarted(
+async def test_crashed_component_of_a_model_is_restarted(
     two: Home, monkeypatch: pytest.MonkeyPatch, part: type, method: str
 ) -> None:
     """Neither the server nor another model stops, and the status shows the error."""

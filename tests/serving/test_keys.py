@@ -47,7 +47,7 @@ def local(home: Home) -> ServerAddress:
     return address
 
 
-async def test_existing_key_is_required_from_the_moment_the_server_starts(home: Home) -> None:
+async def test_requests_during_server_start_require_a_key_if_a_key_exists(home: Home) -> None:
     make_key(home)
     home.park.start_delay_s = 0.2
     with server.claim(home.settings) as claim:
@@ -58,7 +58,7 @@ async def test_existing_key_is_required_from_the_moment_the_server_starts(home: 
         await asyncio.wait({task})
 
 
-async def test_new_key_is_required_and_accepted_while_the_server_runs(home: Home) -> None:
+async def test_key_created_while_the_server_runs_is_required_and_accepted(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         assert (await ask(client, stream=False)).status == 200
         issued = make_key(home)
@@ -149,7 +149,7 @@ def test_loopback_address_is_allowed_without_a_key(home: Home) -> None:
         server.require_safe(ServeSettings(host=host), has_keys=False)
 
 
-def test_home_with_a_long_path_still_has_a_socket(home: Home, tmp_path: Path) -> None:
+def test_socket_is_created_even_if_the_home_path_is_long(home: Home, tmp_path: Path) -> None:
     deep = tmp_path / ("deep" * 30)
     with server.claim(home.settings.model_copy(update={"home": deep})) as claim:
         assert claim.local.getsockname()

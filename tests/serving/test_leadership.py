@@ -26,13 +26,13 @@ def test_server_with_a_sqlite_store_leads_every_model_without_a_lease(store: Sto
     assert (only.server, only.leads("teams"), only.lease("teams")) == ("", True, None)
 
 
-async def test_server_with_a_sqlite_store_writes_no_liveness_report(store: Store) -> None:
+async def test_server_with_a_sqlite_store_does_not_report_liveness(store: Store) -> None:
     await leadership(store).report()
     with Session(store) as session:
         assert session.scalars(select(ServerRow)).all() == []
 
 
-async def test_one_of_two_servers_leads_until_it_is_closed(postgresql_store: Store) -> None:
+async def test_exactly_one_of_two_servers_is_the_leader_until_it_is_closed(postgresql_store: Store) -> None:
     first, second = leadership(postgresql_store), leadership(postgresql_store, address="gpu-2:8000")
     await first.report()
     await second.report()

@@ -19,7 +19,7 @@ def test_name_resolves_to_the_served_version(model: str) -> None:
     assert names().resolve(model) is None
 
 
-def test_version_number_resolves_to_that_version() -> None:
+def test_model_name_with_a_version_number_resolves_to_that_version() -> None:
     assert names().resolve("tuned@1") == ONE.version
 
 
@@ -37,7 +37,7 @@ def test_unknown_names_are_rejected_with_a_list_of_served_names() -> None:
         assert "tuned, tuned@1, tuned@production" in caught.value.expected, model
 
 
-def test_swap_makes_old_number_unknown_and_name_refer_to_new_version() -> None:
+def test_model_name_resolves_to_the_new_version_and_the_old_version_is_unknown_after_a_swap() -> None:
     model_names = names()
     model_names.serve(TWO)
     model_names.loaded = {TWO}
@@ -57,11 +57,11 @@ def test_model_is_unavailable_before_its_first_version() -> None:
         ModelNames("tuned").resolve("tuned")
 
 
-def test_load_time_is_in_whole_seconds() -> None:
+def test_model_load_time_is_a_whole_number_of_seconds() -> None:
     assert names().since == 7
 
 
-def test_request_assigned_to_a_candidate_gets_production_if_the_candidate_engine_died() -> None:
+def test_request_assigned_to_a_candidate_is_routed_to_production_if_the_candidate_engine_died() -> None:
     model_names = names()
     model_names.candidate = TWO.version
     model_names.loaded = {ONE, TWO}
@@ -72,6 +72,6 @@ def test_request_assigned_to_a_candidate_gets_production_if_the_candidate_engine
         model_names.resolve("tuned@candidate")
 
 
-def test_request_assigned_to_a_candidate_gets_production_if_the_rollout_ended_meanwhile() -> None:
+def test_request_assigned_to_a_candidate_is_routed_to_production_if_the_rollout_has_ended() -> None:
     model_names = names()
     assert model_names.resolve(model_names.assigned) is None

@@ -168,7 +168,7 @@ async def test_remote_errors_are_the_same_as_local_errors(home: Home, remote: Re
         assert local.wrong in there.wrong, command
 
 
-async def test_remote_refusal_shows_the_reason_and_the_served_version(home: Home, remote: Remote) -> None:
+async def test_refused_remote_promotion_shows_the_reason_and_the_served_version(home: Home, remote: Remote) -> None:
     make_version(home.registry, 4, probes_of="/elsewhere")
     error = error_of(await remote("promote", f"{NAME}@4"))
     assert isinstance(error, RefusedError)

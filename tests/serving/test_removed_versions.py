@@ -73,7 +73,7 @@ async def test_adapter_is_evicted_when_its_version_is_removed(served: Control) -
         await until(lambda: numbers(served.double) == [1])
 
 
-async def test_running_answer_completes_when_its_version_is_removed(served: Control) -> None:
+async def test_running_request_completes_when_its_version_is_removed(served: Control) -> None:
     async with served.client() as client:
         await ask(client, str(TWO))
         served.double.token_delay_s = 0.05
@@ -130,7 +130,7 @@ async def test_production_and_previous_versions_are_not_removed(served: Control)
     assert loaded(served) == [VersionId(NAME, 1), TWO]
 
 
-async def test_production_keeps_serving_if_its_files_are_lost(served: Control) -> None:
+async def test_production_version_keeps_serving_if_its_files_are_lost(served: Control) -> None:
     async with served.client() as client:
         await ask(client, str(TWO))
         served.registry.models.rename(served.settings.home / "elsewhere")

@@ -17,7 +17,7 @@ from tests.svc.store.test_job_requests import Add as AddJob
 from tests.svc.store.test_job_requests import add as add_job  # noqa: F401 - a fixture
 
 
-async def test_server_deletes_ended_jobs_and_batches_at_their_configured_age(
+async def test_server_deletes_finished_jobs_and_batches_at_the_configured_age(
     store: Store,
     add_batch: AddBatch,  # noqa: F811
     add_job: AddJob,  # noqa: F811

@@ -94,7 +94,7 @@ def test_error_says_that_a_server_has_no_models() -> None:
     assert "none is served yet" in caught.value.expected
 
 
-def test_version_is_known_if_the_server_has_only_one_model() -> None:
+def test_only_version_is_none_unless_the_server_has_exactly_one_loaded_model() -> None:
     assert router(backend("a", 3)).only_version == VersionId("a", 3)
     assert router(backend("a")).only_version is None
     assert router(backend("a", 3), backend("b", 1)).only_version is None
@@ -124,7 +124,7 @@ def test_clients_are_divided_by_the_candidates_share() -> None:
         assert len(candidates(percent)) == pytest.approx(expected, abs=deviation), percent
 
 
-def test_clients_of_the_candidate_keep_it_when_its_share_grows() -> None:
+def test_clients_assigned_to_the_candidate_stay_assigned_when_its_share_grows() -> None:
     assert candidates(5) < candidates(25) < candidates(100) == set(CLIENTS)
 
 
@@ -132,7 +132,7 @@ def test_different_rollouts_begin_with_different_clients() -> None:
     assert len(candidates(25, rollout=1) & candidates(25, rollout=2)) < 0.4 * len(candidates(25))
 
 
-def test_requests_of_unknown_clients_are_divided_at_random() -> None:
+def test_requests_from_unidentified_clients_are_divided_at_random() -> None:
     drawn = iter([0.0, 0.49, 0.51, 0.99])
     split = Router(draw=lambda: next(drawn))
     split.serve("a", backend("a", 1))
@@ -147,13 +147,13 @@ def test_request_for_a_named_version_is_not_part_of_a_rollout() -> None:
     assert (split.find("a@1", "ann").model, split.find("a@1", "ann").assignment) == ("a@1", None)
 
 
-def test_internal_name_of_assigned_requests_is_unknown_to_clients() -> None:
+def test_clients_cannot_request_the_internal_name_of_assigned_requests() -> None:
     one = backend("a", 1)
     with pytest.raises(ModelNotFoundError):
         router(one).find(one.names.assigned)
 
 
-def test_all_requests_go_to_production_after_a_rollout() -> None:
+def test_all_requests_are_routed_to_production_after_a_rollout_ends() -> None:
     split = router(backend("a", 1, 2))
     split.split("a", Split(1, 1.0))
     split.split("a", None)

@@ -181,7 +181,7 @@ async def test_signal_stops_a_starting_server(home: Home) -> None:
     assert len(home.park.engines) == 1
 
 
-async def test_running_answers_complete_after_a_stop_signal(home: Home) -> None:
+async def test_running_requests_complete_after_a_stop_signal(home: Home) -> None:
     home.park.prepare = slow
     async with started(home) as (task, client):
         await home.ready.wait()
@@ -194,7 +194,7 @@ async def test_running_answers_complete_after_a_stop_signal(home: Home) -> None:
     assert (home.park.alive, len(home.park.engines)) == (0, 1)
 
 
-async def test_second_stop_signal_cancels_running_answers(home: Home) -> None:
+async def test_second_stop_signal_cancels_running_requests(home: Home) -> None:
     async with started(home) as (task, client):
         await home.ready.wait()
         home.park.double.token_delay_s = 10
@@ -239,7 +239,7 @@ async def test_server_stops_by_itself_after_it_has_drained(home: Home) -> None:
             await client.get("/health")
 
 
-async def test_second_signal_ends_draining_but_not_running_answers(home: Home) -> None:
+async def test_second_signal_ends_draining_but_not_running_requests(home: Home) -> None:
     drain_for(home, 30.0)
     home.park.prepare = slow
     async with started(home) as (task, client):
@@ -294,7 +294,7 @@ def _outcome(home: Home, wish: Desired) -> SwapOutcome | None:
     return swap.result.outcome if swap and swap.result else None
 
 
-async def test_signal_stops_a_server_whose_engine_does_not_come_back(home: Home) -> None:
+async def test_signal_stops_a_server_whose_engine_fails_to_restart(home: Home) -> None:
     async with started(home) as (task, client):
         await home.ready.wait()
         home.park.failing_starts = 1000
@@ -355,7 +355,7 @@ async def test_server_that_cannot_listen_stops_its_starting_engine(home: Home, m
     assert home.park.alive == 0
 
 
-async def test_defect_in_a_shared_component_stops_the_server_but_not_its_engine(
+async def test_crash_of_a_shared_component_stops_the_server_but_not_its_engine(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(_: object) -> None:
@@ -389,7 +389,7 @@ async def test_second_server_on_a_port_fails_immediately(home: Home, tmp_path: P
             pass
 
 
-def test_port_is_released_after_its_claim_has_ended(home: Home) -> None:
+def test_port_can_be_claimed_again_after_the_first_claim_ends(home: Home) -> None:
     with server.claim(home.settings) as first:
         port = int(first.url.rpartition(":")[2])
     again = Settings.model_validate({"home": home.settings.home, "serve": {"port": port}})
@@ -397,7 +397,7 @@ def test_port_is_released_after_its_claim_has_ended(home: Home) -> None:
         assert second.url == first.url
 
 
-def test_address_of_another_machine_is_an_invalid_setting(home: Home) -> None:
+def test_listen_address_that_is_not_local_is_rejected(home: Home) -> None:
     settings = Settings.model_validate({"home": home.settings.home, "serve": {"host": "192.0.2.1", "port": 0}})
     with pytest.raises(SettingsError, match=r"192\.0\.2\.1"), server.claim(settings):
         pass

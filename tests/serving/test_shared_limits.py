@@ -170,7 +170,7 @@ async def test_usage_before_a_restart_counts_once_towards_the_daily_limit_only(t
     assert restarted.remaining(Limit.REQUESTS_PER_MINUTE) == 60
 
 
-async def test_usage_of_unknown_keys_and_without_a_key_is_ignored(two: Two) -> None:
+async def test_usage_without_a_key_or_with_an_unknown_key_is_ignored(two: Two) -> None:
     _, first, second = two
     first.meter.add("gone", "tuned", tokens_in=10, tokens_out=10)
     first.meter.add(None, "tuned", tokens_in=10, tokens_out=10)

@@ -64,7 +64,7 @@ async def control(make: Make, store: Store) -> AsyncIterator[Control]:
     await asyncio.wait({listening})
 
 
-async def test_swap_begins_soon_after_a_promotion_is_notified(control: Control) -> None:
+async def test_swap_begins_soon_after_a_promotion_notification(control: Control) -> None:
     took_s = []
     for number in (2, 3, 2, 3, 2):
         await asyncio.sleep(0.1)
@@ -79,7 +79,7 @@ async def test_swap_begins_soon_after_a_promotion_is_notified(control: Control) 
     assert median_s < 0.125  # 0.009 alone, 0.05 on a busy machine; polling takes 0.125 on average
 
 
-async def test_swap_is_cancelled_when_a_rollback_is_notified(control: Control) -> None:
+async def test_swap_is_cancelled_on_a_rollback_notification(control: Control) -> None:
     control.park.start_delay_s = LONG_S
     promotion = control.wish(4)
     await until(lambda: control.park.alive == 2)
@@ -89,7 +89,7 @@ async def test_swap_is_cancelled_when_a_rollback_is_notified(control: Control) -
     assert (await control.outcome(back)).outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_rollout_ends_when_its_stop_is_notified(control: Control) -> None:
+async def test_rollout_ends_on_a_stop_notification(control: Control) -> None:
     control.park.start_delay_s = LONG_S
     plan = RolloutSettings(canary=(5, 100))
     changes = VersionChanges(
@@ -139,7 +139,7 @@ async def followed(store: Store, *, notified: bool) -> AsyncIterator[Authenticat
 
 
 @pytest.mark.parametrize("notified", [True, False], ids=["notified", "polled"])
-async def test_revocation_takes_effect_on_two_servers_within_a_second(store: Store, notified: bool) -> None:
+async def test_key_revocation_takes_effect_on_two_servers_within_a_second(store: Store, notified: bool) -> None:
     keyring = Keyring(store, ACTOR)
     issued = keyring.create(frozenset({Scope.INFER}))
     async with followed(store, notified=notified) as first, followed(store, notified=notified) as second:

@@ -46,7 +46,7 @@ def test_no_listener_is_returned_if_no_socket_was_passed(given: dict[str, str]) 
 
 
 @pytest.mark.parametrize("count", ["0", "2", "many"])
-def test_anything_but_exactly_one_passed_socket_is_rejected(count: str) -> None:
+def test_socket_count_other_than_one_is_rejected(count: str) -> None:
     with pytest.raises(SettingsError, match=f"LISTEN_FDS={count}"):
         inherited_listener(variables(LISTEN_FDS=count))
 
@@ -106,5 +106,5 @@ def test_process_continues_if_the_service_manager_is_gone(tmp_path: Path) -> Non
     ServiceManager(str(tmp_path / "gone")).stopping()
 
 
-def test_nothing_is_reported_without_a_service_manager() -> None:
+def test_no_notifications_are_sent_without_a_service_manager() -> None:
     ServiceManager.of({}).ready("serving")

@@ -100,7 +100,7 @@ async def test_local_commands_need_no_certificate(home: Home, files: tuple[Path,
     assert f"{NAME}@1" in result.output
 
 
-async def test_connections_without_a_handshake_block_others_only_briefly(
+async def test_stalled_tls_handshakes_block_other_connections_only_briefly(
     home: Home, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.server.raise_descriptor_limit", lambda: 3)
@@ -122,7 +122,7 @@ async def test_connections_without_a_handshake_block_others_only_briefly(
 
 
 @pytest.mark.parametrize(("configured", "let_in"), [({}, 2), ({"max_connections_per_address": 3}, 3)])
-async def test_one_address_can_hold_only_a_share_of_all_connections(
+async def test_connections_per_client_address_are_limited_to_a_share_of_the_total(
     home: Home, monkeypatch: pytest.MonkeyPatch, configured: dict[str, int], let_in: int
 ) -> None:
     monkeypatch.setattr("serving.server.raise_descriptor_limit", lambda: 4)

@@ -200,7 +200,7 @@ async def test_promotion_waits_for_a_server_considered_dead_once_it_reports_agai
     assert any([await awaited() == {FIRST, SECOND} for _ in range(3)])
 
 
-async def test_stopping_a_server_ends_only_its_own_served_interval(first: Control, second: Control) -> None:
+async def test_stopping_a_server_ends_only_its_own_service_period(first: Control, second: Control) -> None:
     async with first.run():
         async with second.run():
             await until(lambda: len(served_spans(first.store, NAME)) == 2)
@@ -209,7 +209,7 @@ async def test_stopping_a_server_ends_only_its_own_served_interval(first: Contro
         assert spans == {first.leadership.server: None, second.leadership.server: Ended.STOP}
 
 
-async def test_unfinished_swap_of_a_dead_server_is_ended_when_another_server_starts(
+async def test_unfinished_swap_of_a_dead_server_is_closed_when_another_server_starts(
     first: Control, second: Control
 ) -> None:
     change_desired(first.store, first.desired(), target(2), target(1))
@@ -223,7 +223,7 @@ async def test_unfinished_swap_of_a_dead_server_is_ended_when_another_server_sta
         assert died.swap.result.outcome is SwapOutcome.FAILED
 
 
-async def test_held_out_set_runs_on_only_one_server_and_on_the_other_after_that_server_stops(
+async def test_held_out_evaluation_runs_on_one_server_and_moves_to_the_second_when_the_first_stops(
     first: Control, second: Control
 ) -> None:
     for server in (first, second):

@@ -58,7 +58,7 @@ if __name__ == "__main__":
 """
 
 
-def test_child_process_may_clean_up_after_its_work_is_done(tmp_path: Path) -> None:
+def test_child_process_has_time_to_clean_up_after_returning_its_result(tmp_path: Path) -> None:
     """A child that is killed immediately leaks semaphores, and Python warns about each when the caller exits."""
     script = tmp_path / "leaves_late.py"
     script.write_text(LEAVES_LATE, "utf-8")
@@ -68,19 +68,19 @@ def test_child_process_may_clean_up_after_its_work_is_done(tmp_path: Path) -> No
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 
-def test_work_runs_in_another_process_and_returns_its_result() -> None:
+def test_function_runs_in_a_child_process_and_returns_its_result() -> None:
     process, text = in_child_process(describe, "ab", times=2)
     assert process != os.getpid()
     assert text == "abab"
 
 
-def test_service_errors_keep_their_fields_across_processes() -> None:
+def test_service_error_keeps_its_fields_when_raised_in_a_child_process() -> None:
     with pytest.raises(RecipeError) as caught:
         in_child_process(refuse)
     assert (caught.value.wrong, caught.value.expected, caught.value.todo) == ("size 3", "4", "write 4")
 
 
-def test_error_from_a_child_process_shows_where_it_was_raised() -> None:
+def test_error_from_a_child_process_includes_the_original_traceback() -> None:
     with pytest.raises(ZeroDivisionError, match="by zero") as caught:
         in_child_process(fail)
     assert "in fail" in caught.value.__notes__[0]
@@ -89,7 +89,9 @@ def test_error_from_a_child_process_shows_where_it_was_raised() -> None:
 @pytest.mark.parametrize(
     ("by", "todo"), [(signal.SIGKILL, "free some memory"), (signal.SIGABRT, "check the process's output")]
 )
-def test_crashed_child_is_distinguished_from_one_killed_by_the_system(by: signal.Signals, todo: str) -> None:
+def test_error_distinguishes_a_crashed_child_process_from_one_killed_by_the_system(
+    by: signal.Signals, todo: str
+) -> None:
     with pytest.raises(TrainingError, match=f"exited with code -{by.value}") as caught:
         in_child_process(die, by)
     assert todo in caught.value.todo
@@ -108,7 +110,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize(("by", "exit_code"), [(signal.SIGINT, 16), (signal.SIGKILL, -signal.SIGKILL)])
-def test_child_process_ends_with_its_caller(tmp_path: Path, by: signal.Signals, exit_code: int) -> None:
+def test_child_process_exits_when_its_parent_process_exits(tmp_path: Path, by: signal.Signals, exit_code: int) -> None:
     mark = tmp_path / "mark"
     caller = subprocess.Popen([sys.executable, "-c", CALLER, str(mark)])
     deadline = time.monotonic() + 30

@@ -27,17 +27,17 @@ def loaded_after(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_help_loads_no_heavy_library() -> None:
+def test_help_option_imports_no_heavy_library() -> None:
     code = "import sys; sys.argv = ['svc', '--help']\nfrom svc.cli import main\ntry: main()\nexcept SystemExit: pass"
     assert not loaded_after(code) & set(NOT_FOR_HELP)
 
 
-def test_importing_the_service_packages_does_not_load_torch() -> None:
+def test_importing_the_service_packages_does_not_import_torch() -> None:
     assert not loaded_after("import svc.cli, serving, monitoring, svc.registry.registry") & set(HEAVY)
 
 
 @pytest.mark.slow
-def test_no_command_loads_torch_before_it_runs() -> None:
+def test_no_command_imports_torch_before_it_runs() -> None:
     code = "from svc.cli import COMMANDS, LazyGroup\nfor name in COMMANDS: LazyGroup().get_command(None, name)"
     assert not loaded_after(code) & set(HEAVY)
 
@@ -108,7 +108,7 @@ cli.main()
 """
 
 
-def test_sigterm_lets_a_command_clean_up_like_an_interrupt() -> None:
+def test_command_cleans_up_on_sigterm_as_on_a_keyboard_interrupt() -> None:
     with subprocess.Popen([sys.executable, "-c", SLOW_COMMAND], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
@@ -119,7 +119,7 @@ def test_sigterm_lets_a_command_clean_up_like_an_interrupt() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("existed", [False, True])
-def test_home_and_its_contents_have_owner_only_permissions(tmp_path: Path, existed: bool) -> None:
+def test_home_folder_and_its_contents_have_owner_only_permissions(tmp_path: Path, existed: bool) -> None:
     home = tmp_path / "home"
     if existed:
         home.mkdir()
@@ -128,7 +128,7 @@ def test_home_and_its_contents_have_owner_only_permissions(tmp_path: Path, exist
     assert [path for path in (home, *home.rglob("*")) if path.stat().st_mode & 0o077] == []
 
 
-def test_home_of_an_older_release_gets_owner_only_permissions(tmp_path: Path) -> None:
+def test_home_folder_created_by_an_older_release_gets_owner_only_permissions(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir(mode=0o755)
     subprocess.run([sys.executable, "-m", "svc.cli", "--home", tmp_path / "home", "status"], capture_output=True)
     assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700
@@ -161,14 +161,18 @@ def test_error_exits_with_its_code_and_without_a_traceback(
     assert "Traceback" not in result.err + result.out
 
 
-def test_unknown_environment_variable_stops_every_command(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_fails_if_an_unknown_environment_variable_is_set(
+    svc: Svc, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SVC_HOEM", "x")
     result = svc("status")
     assert result.code == 2
     assert "SVC_HOEM" in result.err
 
 
-def test_home_option_overrides_the_environment(svc: Svc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_home_option_overrides_the_environment_variable(
+    svc: Svc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("SVC_HOME", "below")
     assert f"no server is running for the home {tmp_path / 'above'}" in svc("--home", "above", "status").err
 

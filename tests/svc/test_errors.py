@@ -19,7 +19,7 @@ def test_error_text_includes_problem_expectation_and_advice() -> None:
     assert str(error) == "x.jsonl:3: not JSON\n  expected: one object in a line\n  do: fix the line"
 
 
-def test_missing_error_fields_add_no_lines() -> None:
+def test_error_text_omits_lines_for_missing_fields() -> None:
     assert str(DataError("wrong")) == "wrong"
 
 

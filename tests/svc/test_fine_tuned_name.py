@@ -20,7 +20,7 @@ def test_fine_tuned_name_has_an_empty_suffix_when_the_client_chose_none() -> Non
 
 
 @pytest.mark.parametrize("model", ["ft:small:org:first:ab12", "ft:small:org::ab12", "ft:small:org::ab12:ckpt-step-10"])
-def test_name_of_a_further_trained_model_contains_the_original_base(model: str) -> None:
+def test_name_of_a_repeatedly_fine_tuned_model_contains_only_the_original_base(model: str) -> None:
     assert make(model) == "ft:small:org:tickets:0123456789ab"
 
 
@@ -50,5 +50,5 @@ def test_checkpoint_name_is_the_model_name_followed_by_the_step() -> None:
         "ft:a:b:c:1:ckpt-step-1:2",
     ],
 )
-def test_text_in_another_format_is_not_parsed_as_a_fine_tuned_name(text: str) -> None:
+def test_malformed_name_is_not_parsed_as_a_fine_tuned_name(text: str) -> None:
     assert parse_fine_tuned_name(text) is None

@@ -35,7 +35,7 @@ def test_connecting_to_a_ray_address_where_nothing_listens_raises_error() -> Non
             pass
 
 
-def test_events_printed_by_ray_do_not_reach_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ray_event_messages_are_not_printed_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     from ray._private.worker import print_to_stdstream
 
     event = {"pid": 1, "ip": "", "is_err": False, "lines": ["a node was lost"]}

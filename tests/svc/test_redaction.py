@@ -101,16 +101,16 @@ def test_text_resembling_an_api_key_is_unchanged(text: str) -> None:
     assert REDACTOR.text(text) == text
 
 
-def test_custom_pattern_leaves_no_part_of_an_api_key() -> None:
+def test_api_key_is_redacted_completely_even_if_a_custom_pattern_matches_part_of_it() -> None:
     assert Redactor([r"\d+"]).text("ts_abcd0123_0a1b2c3d4e5f6789abcdefgh") == "[key]"
 
 
 @pytest.mark.parametrize("around", ["id-{}", "{}-", "{} 12", "{},{}"])
-def test_card_number_is_redacted_despite_adjacent_text(around: str) -> None:
+def test_card_number_is_redacted_even_if_text_is_adjacent_to_it(around: str) -> None:
     assert REDACTOR.text(around.replace("{}", "4111111111111111")) == around.replace("{}", "[card]")
 
 
-def test_custom_patterns_take_precedence_over_built_in_ones() -> None:
+def test_custom_patterns_take_precedence_over_built_in_patterns() -> None:
     assert Redactor([r"TICKET-\d+", r"jane@\S+"]).text("TICKET-12 of jane@b.de") == "[redacted] of [redacted]"
 
 
@@ -151,7 +151,7 @@ def test_redaction_is_idempotent(text: str) -> None:
 @pytest.mark.parametrize(
     "unit", ["a", "a.", "1", "1 ", "a@", "+1", "0", "(1", "- ", "a@b.", "00", "ts_", "ts_abcd0123_"]
 )
-def test_redaction_is_fast_for_any_text(unit: str) -> None:
+def test_redaction_takes_little_time_for_any_text(unit: str) -> None:
     """Ten times the text takes about ten times as long, rather than a hundred times."""
 
     def seconds(length: int) -> float:
@@ -191,7 +191,7 @@ def test_custom_pattern_exceeding_the_time_limit_is_stopped() -> None:
     assert time.monotonic() - began < 8 * LIMIT_S
 
 
-def test_redaction_time_limit_applies_to_all_texts_of_a_value_together() -> None:
+def test_redaction_time_limit_applies_to_all_strings_of_a_value_combined() -> None:
     began = time.monotonic()
     with pytest.raises(RedactionTimeoutError):
         Redactor([SLOW]).strings([{"content": "a" * 20 + "!"}] * 100_000)

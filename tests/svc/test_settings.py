@@ -43,7 +43,7 @@ def refusal(config: Path | None = None, **flags: Any) -> str:
     return str(caught.value)
 
 
-def test_settings_have_defaults_without_any_source(folder: Path) -> None:
+def test_settings_have_default_values_when_no_source_sets_them(folder: Path) -> None:
     settings = load_settings()
     assert settings.home == folder / ".svc"
     assert settings.serve.host == "127.0.0.1"
@@ -68,19 +68,19 @@ def test_flags_override_the_environment(write: Write, monkeypatch: pytest.Monkey
     assert load_settings(serve={"port": 3333}).serve.port == 3333
 
 
-def test_sources_are_merged_key_by_key_within_a_section(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_sources_are_merged_key_by_key_within_a_section(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     write("serve: {max_running: 11, max_queued: 11, host: 0.0.0.0}")
     monkeypatch.setenv("SVC_SERVE__MAX_QUEUED", "22")
     settings = load_settings(serve={"host": "::1"}).serve
     assert (settings.max_running, settings.max_queued, settings.host) == (11, 22, "::1")
 
 
-def test_flag_not_given_overrides_nothing(write: Write) -> None:
+def test_omitted_flag_overrides_no_setting(write: Write) -> None:
     write("home: elsewhere")
     assert load_settings(home=None, serve=None).home.name == "elsewhere"
 
 
-def test_explicitly_named_file_replaces_svc_yaml(write: Write, folder: Path) -> None:
+def test_explicitly_named_settings_file_is_read_instead_of_svc_yaml(write: Write, folder: Path) -> None:
     write("serve: {port: 1111}")
     other = folder / "other.yaml"
     other.write_text("serve: {max_queued: 7}")
@@ -147,7 +147,7 @@ def test_invalid_environment_variable_is_rejected(
         ("home: !!python/object:os.system x", "cannot read settings"),
     ],
 )
-def test_invalid_settings_file_is_rejected_with_key_and_value(content: str, text: str, write: Write) -> None:
+def test_invalid_settings_file_error_names_the_key_and_value(content: str, text: str, write: Write) -> None:
     assert text in refusal(write(content))
 
 
@@ -180,7 +180,7 @@ def test_setting_keys_include_every_leaf() -> None:
 
 
 @given(mappings_of(setting_keys()))
-def test_any_mapping_yields_settings_or_a_settings_error(content: dict[str, Any]) -> None:
+def test_any_mapping_is_loaded_as_settings_or_raises_a_settings_error(content: dict[str, Any]) -> None:
     Path("svc.yaml").write_text(yaml.safe_dump(content), "utf-8")
     try:
         settings = load_settings()
@@ -190,7 +190,7 @@ def test_any_mapping_yields_settings_or_a_settings_error(content: dict[str, Any]
 
 
 @given(st.text(max_size=60) | st.binary(max_size=60))
-def test_any_file_yields_settings_or_a_settings_error(content: str | bytes) -> None:
+def test_any_file_is_loaded_as_settings_or_raises_a_settings_error(content: str | bytes) -> None:
     Path("svc.yaml").write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     try:
         load_settings()
@@ -198,7 +198,7 @@ def test_any_file_yields_settings_or_a_settings_error(content: str | bytes) -> N
         assert error.wrong  # noqa: PT017 - either outcome is right
 
 
-def test_model_engine_settings_override_global_ones() -> None:
+def test_engine_settings_of_a_model_override_global_engine_settings() -> None:
     settings = Settings.model_validate(
         {"engine": {"max_model_len": 1024, "replicas": 2}, "models": {"a": {"engine": {"max_model_len": 64}}}}
     )
@@ -206,7 +206,7 @@ def test_model_engine_settings_override_global_ones() -> None:
     assert settings.engine_for("b") == settings.engine
 
 
-def test_model_setting_equal_to_the_default_overrides_the_global_one() -> None:
+def test_model_setting_overrides_the_global_setting_even_if_it_equals_the_default() -> None:
     settings = Settings.model_validate({"engine": {"replicas": 2}, "models": {"a": {"engine": {"replicas": 1}}}})
     assert settings.engine_for("a").replicas == 1
 
@@ -256,7 +256,7 @@ def test_tracing_is_disabled_without_a_collector() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://c:4318", "https://c/api/public/otel", "http://[::1]:6006/v1/traces"])
-def test_collector_is_configured_by_its_url(url: str) -> None:
+def test_tracing_collector_is_configured_by_its_url(url: str) -> None:
     assert load_settings(telemetry={"otlp_endpoint": url}).telemetry.otlp_endpoint == url
 
 
@@ -340,12 +340,12 @@ def test_invalid_store_url_is_rejected_without_quoting_it(url: str, monkeypatch:
 @pytest.mark.parametrize(
     "content", ["store: postgresql://svc:s3cret@db/store", "store: {ulr: 'postgresql://svc:s3cret@db/x'}"]
 )
-def test_misplaced_store_url_is_rejected_without_quoting_it(content: str, write: Write) -> None:
+def test_store_url_under_a_wrong_key_is_rejected_without_quoting_it(content: str, write: Write) -> None:
     write(content)
     assert "s3cret" not in refusal()
 
 
-def test_syntax_error_is_located_without_quoting_its_line(write: Write) -> None:
+def test_yaml_syntax_error_gives_its_position_without_quoting_the_line(write: Write) -> None:
     write("store:\n  url: 'postgresql://svc:s3cret@db/store\n")
     told = refusal()
     assert "line 3, column 1" in told
@@ -353,7 +353,7 @@ def test_syntax_error_is_located_without_quoting_its_line(write: Write) -> None:
 
 
 @pytest.mark.parametrize("name", ["SVC_STORE__URL", "svc_store__url", "SVC_STORE"])
-def test_environment_of_commands_lacks_the_store_url(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_url_is_removed_from_the_environment_of_subprocesses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "s3cret")
     monkeypatch.setenv("SVC_HOME", "/srv/svc")
     environment = environment_without_store()
@@ -374,13 +374,13 @@ def test_object_store_url_is_accepted(url: str) -> None:
     "url",
     ["bucket", "https://bucket/x", "s3://", "file://host/x", "s3://id:hush@bucket/x", "az://container/x?sig=hush"],
 )
-def test_invalid_object_store_url_is_rejected_without_being_shown(url: str) -> None:
+def test_invalid_object_store_url_is_rejected_without_quoting_it(url: str) -> None:
     with pytest.raises(SettingsError, match=r"artifacts\.url") as caught:
         load_settings(artifacts={"url": url})
     assert "hush" not in str(caught.value) and "s3://bucket/prefix" in str(caught.value)
 
 
-def test_path_of_a_base_is_relative_to_the_working_folder(write: Write, folder: Path) -> None:
+def test_relative_base_path_is_resolved_against_the_working_directory(write: Write, folder: Path) -> None:
     write("fine_tuning: {bases: {gpt-4o-mini: ./models/small, hub: org/name, file: small.gguf}}")
     assert load_settings().fine_tuning.bases == {
         "gpt-4o-mini": str(folder / "models/small"),
@@ -390,5 +390,5 @@ def test_path_of_a_base_is_relative_to_the_working_folder(write: Write, folder: 
 
 
 @pytest.mark.parametrize("name", ["ft:gpt-4o", "tickets@1", "", "a b", "x" * 101])
-def test_base_name_that_would_be_ambiguous_is_rejected(name: str) -> None:
+def test_base_name_with_ambiguous_characters_is_rejected(name: str) -> None:
     assert "not a valid name" in refusal(fine_tuning={"bases": {name: "org/name"}})

@@ -42,7 +42,7 @@ def test_progress_bar_is_full_at_completion(shown: Show) -> None:
     assert "3/3" in file.getvalue().rpartition("2/3")[2]
 
 
-def test_piped_output_has_only_the_first_and_last_line_of_a_short_task(shown: Show) -> None:
+def test_piped_output_of_a_short_task_has_only_its_first_and_last_line(shown: Show) -> None:
     file = shown(False)
     with advancing("tea", PHASES) as begin:
         for phase in PHASES:
@@ -50,7 +50,7 @@ def test_piped_output_has_only_the_first_and_last_line_of_a_short_task(shown: Sh
     assert file.getvalue().splitlines() == ["  tea …", "  tea: 0 s"]
 
 
-def test_piped_output_has_the_phases_of_a_long_task(shown: Show, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_piped_output_of_a_long_task_includes_its_phases(shown: Show, monkeypatch: pytest.MonkeyPatch) -> None:
     file = shown(False)
     monkeypatch.setattr(terminal, "_PLAIN_LINE_S", 0.01)
     with advancing("tea", PHASES) as begin:
@@ -59,7 +59,7 @@ def test_piped_output_has_the_phases_of_a_long_task(shown: Show, monkeypatch: py
     assert "  tea: brew tea, 1/3 after 0 s" in file.getvalue().splitlines()
 
 
-def test_piped_output_has_the_final_count(shown: Show) -> None:
+def test_piped_output_includes_the_final_count(shown: Show) -> None:
     file = shown(False)
     with counting("cups", 3) as advance:
         advance()
@@ -67,7 +67,7 @@ def test_piped_output_has_the_final_count(shown: Show) -> None:
     assert file.getvalue() == "  cups: 2/3 in 0 s\n"
 
 
-def test_count_can_advance_by_several_steps(shown: Show) -> None:
+def test_progress_count_can_advance_by_more_than_one(shown: Show) -> None:
     file = shown(False)
     with counting("cups", 9) as advance:
         advance(4)
@@ -84,7 +84,7 @@ def test_count_can_advance_by_several_steps(shown: Show) -> None:
     ],
     ids=["counting", "reading", "waiting"],
 )
-def test_piped_output_has_a_line_for_a_long_silent_step(
+def test_piped_output_has_a_line_for_a_long_step_without_progress(
     shown: Show, monkeypatch: pytest.MonkeyPatch, step: Callable[[], AbstractContextManager[object]], line: str
 ) -> None:
     file = shown(False)
@@ -98,7 +98,7 @@ def test_piped_output_has_a_line_for_a_long_silent_step(
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_phase_reported_after_the_end_is_not_shown(
+def test_phase_reported_after_the_task_has_ended_is_not_shown(
     shown: Show, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
 ) -> None:
     file = shown(is_terminal)
@@ -111,7 +111,7 @@ def test_phase_reported_after_the_end_is_not_shown(
     assert file.getvalue() == before
 
 
-def test_failed_task_is_not_shown_as_done(shown: Show) -> None:
+def test_failed_task_is_not_displayed_as_completed(shown: Show) -> None:
     file = shown(False)
     with pytest.raises(ValueError, match="cold"), advancing("tea", PHASES):
         raise ValueError("cold")
@@ -124,12 +124,12 @@ def printed(width: int, *row: str) -> list[str]:
     return [line.strip() for line in file.getvalue().splitlines()]
 
 
-def test_names_in_a_table_are_not_wrapped_if_there_is_space() -> None:
+def test_name_column_of_a_table_is_not_wrapped_if_another_column_can_be() -> None:
     [_, *lines] = printed(40, "debian-triage@1", "a reason of many words that is broken instead")
     assert lines[0].startswith("debian-triage@1  ")
     assert len(lines) > 1
 
 
-def test_no_text_of_a_table_is_lost_in_a_narrow_terminal() -> None:
+def test_table_text_is_not_truncated_in_a_narrow_terminal() -> None:
     [_, *lines] = printed(24, "debian-triage@1", "insufficient-evidence")
     assert sorted("".join("".join(lines).split())) == sorted("debian-triage@1" + "insufficient-evidence")

@@ -41,18 +41,18 @@ def test_invalid_duration_is_rejected(text: str) -> None:
         ("2026-12-31T08:30+02:00", datetime(2026, 12, 31, 6, 30, tzinfo=UTC)),
     ],
 )
-def test_date_is_parsed_identically_by_past_and_future_time_options(text: str, moment: datetime) -> None:
+def test_past_and_future_time_options_parse_dates_identically(text: str, moment: datetime) -> None:
     assert time_past(text) == time_to_come(text) == moment
 
 
-def test_duration_is_relative_to_now() -> None:
+def test_duration_in_a_time_option_is_relative_to_the_current_time() -> None:
     now = datetime.now(UTC)
     assert abs(time_to_come("1h") - now - timedelta(hours=1)) < timedelta(seconds=5)
     assert abs(now - time_past("1h") - timedelta(hours=1)) < timedelta(seconds=5)
 
 
 @given(st.text(max_size=12))
-def test_any_text_is_parsed_as_a_time_or_raises_a_usage_error(text: str) -> None:
+def test_any_text_given_as_a_time_is_parsed_or_raises_a_usage_error(text: str) -> None:
     try:
         found = time_past(text)
     except click.BadParameter:

@@ -41,7 +41,7 @@ def test_printed_version_id_round_trips() -> None:
         "a" * 64 + "@1",
     ],
 )
-def test_text_that_is_not_a_version_is_rejected_with_the_expected_format(text: str) -> None:
+def test_invalid_version_id_error_shows_the_expected_format(text: str) -> None:
     with pytest.raises(NotFoundError) as caught:
         VersionId.parse(text)
     assert repr(text) in caught.value.wrong
@@ -49,7 +49,7 @@ def test_text_that_is_not_a_version_is_rejected_with_the_expected_format(text: s
 
 
 @given(st.text() | st.from_regex(r"\A[a-z0-9._-]{1,5}@\d{1,4}\Z"))
-def test_arbitrary_text_is_rejected_or_round_trips_as_a_version(text: str) -> None:
+def test_arbitrary_text_is_either_rejected_as_a_version_id_or_round_trips(text: str) -> None:
     try:
         version = VersionId.parse(text)
     except NotFoundError:

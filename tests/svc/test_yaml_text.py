@@ -37,7 +37,7 @@ tags = st.sampled_from(["!!bool ", "!!int ", "!!float ", "!!timestamp ", "!!set 
 
 
 @given(st.lists(tags | st.text(alphabet="01_:.-xbe{}[],? \n'\"=<#|", max_size=12), max_size=5).map("".join))
-def test_any_yaml_text_yields_a_value_or_a_value_error(text: str) -> None:
+def test_any_yaml_text_is_parsed_or_raises_a_value_error(text: str) -> None:
     try:
         parse_yaml(text)
     except Exception as error:  # noqa: BLE001 - the kind is what is tested

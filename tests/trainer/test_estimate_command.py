@@ -59,7 +59,9 @@ def test_estimate_says_whether_training_would_be_refused_on_this_machine(
     assert refused("--set", "method=full", "--device", "h100") is None
 
 
-def test_estimate_of_a_preference_counts_both_answers_of_each_pair(svc: Svc, tmp_path: Path, recipe: Path) -> None:
+def test_estimate_of_a_preference_recipe_counts_both_answers_of_each_pair(
+    svc: Svc, tmp_path: Path, recipe: Path
+) -> None:
     tokens = {}
     pairs = [PreferencePair(chat(f"question {number}"), chat(f"question {number}", "no")) for number in range(40)]
     for objective in ("sft", "dpo"):
@@ -105,7 +107,7 @@ def test_estimate_says_what_to_download_when_the_base_has_no_config(svc: Svc, tm
 
 
 @pytest.mark.parametrize("command", [["train"], ["train", "--curve"], ["sweep"]], ids=" ".join)
-def test_training_that_cannot_fit_is_refused_before_any_work(
+def test_training_that_cannot_fit_in_memory_is_refused_before_it_starts(
     svc: Svc, tmp_path: Path, recipe: Path, command: list[str]
 ) -> None:
     ended = svc("--home", tmp_path / "home", *command, recipe)
@@ -118,7 +120,7 @@ def test_training_that_cannot_fit_is_refused_before_any_work(
     ("memory", "choice"),
     [(2e12, "gradient checkpointing: off (without checkpointing"), (200e9, "gradient checkpointing: on (")],
 )
-def test_training_prints_checkpointing_and_its_reason_on_a_gpu(
+def test_gradient_checkpointing_choice_and_its_reason_are_printed_for_gpu_training(
     svc: Svc, tmp_path: Path, recipe: Path, memory: float, choice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "this_machine", lambda *_: replace(cpu_device(memory), cpu=False))
@@ -128,7 +130,7 @@ def test_training_prints_checkpointing_and_its_reason_on_a_gpu(
 
 
 @pytest.mark.parametrize("command", [["train", "--curve"], ["sweep"]], ids=" ".join)
-def test_checkpointing_is_not_chosen_for_trials_because_each_needs_different_memory(
+def test_gradient_checkpointing_is_not_chosen_in_advance_for_sweep_trials(
     svc: Svc, tmp_path: Path, recipe: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "this_machine", lambda *_: replace(cpu_device(2e12), cpu=False))

@@ -44,7 +44,7 @@ def qualifier(engines: Engines, heldout: list[ChatExample] | None = None, **sect
     return Qualifier(engines, lambda folder: FACTS, *parts, context=CONTEXT)
 
 
-async def test_merged_model_is_evaluated_in_the_base_engine_and_again_in_a_new_one() -> None:
+async def test_merged_model_is_evaluated_in_the_base_engine_and_again_in_a_new_engine() -> None:
     engines = Engines()
     await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=True)
     assert engines.started_with == ["base", "merged"]
@@ -66,7 +66,7 @@ async def test_merged_model_gets_its_own_engine_when_the_engine_cannot_reload() 
     assert merged.reading.speed.load_seconds is None
 
 
-async def test_quantized_model_is_reloaded_in_place_and_started_in_a_new_engine() -> None:
+async def test_quantized_model_is_evaluated_after_an_in_place_reload_and_in_a_new_engine() -> None:
     engines = Engines()
     await qualifier(engines).alone(GPTQ, "gptq")
     assert engines.started_with == ["gptq", "gptq"]
@@ -80,7 +80,7 @@ async def test_base_and_merged_model_are_evaluated_with_their_own_weights() -> N
     assert merged.evaluation.hits == (False, True)
 
 
-async def test_qualification_results_have_the_answer_to_each_example() -> None:
+async def test_qualification_results_include_the_answer_to_each_example() -> None:
     heldout = [make_example("a", answered_by("base")), make_example("b", answered_by("merged"))]
     _, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
     gptq = await qualifier(Engines(), heldout).alone(GPTQ, "gptq")
@@ -89,7 +89,7 @@ async def test_qualification_results_have_the_answer_to_each_example() -> None:
         assert tuple(result.hit for result in qualified.results) == qualified.evaluation.hits
 
 
-async def test_probes_are_measured_on_the_weights_and_name_the_engine_kind() -> None:
+async def test_probes_contain_the_log_probabilities_of_the_weights_and_the_engine_kind() -> None:
     qualified = await qualifier(Engines(), qualify={"repeats": 1}).alone(GPTQ, "gptq")
     assert len(qualified.probes) == 4
     for probe in qualified.probes:
@@ -106,7 +106,7 @@ async def test_qualification_measures_load_time_and_speed() -> None:
     assert {streams: rate.low > 0 for streams, rate in speed.tokens_per_second.items()} == {1: True, 8: True}
 
 
-async def test_format_is_rejected_when_reloaded_and_new_engines_disagree() -> None:
+async def test_format_is_rejected_when_a_reloaded_and_a_new_engine_give_different_results() -> None:
     engines = Engines()
 
     def differ(number: int, double: EngineDouble) -> None:
@@ -125,7 +125,7 @@ async def test_no_second_engine_is_started_when_restart_is_false() -> None:
     assert engines.running == 0
 
 
-async def test_answer_length_limits_derive_from_references_unless_the_recipe_sets_one() -> None:
+async def test_answer_length_limits_are_derived_from_references_unless_set_in_the_recipe() -> None:
     heldout = [make_example("a", "one"), make_example("b", " ".join(["word"] * 100))]
     base, merged = await qualifier(Engines(), heldout).base_and_merged(BASE, MERGED, same_fingerprint=True)
     gptq = await qualifier(Engines(), heldout).alone(GPTQ, "gptq")
@@ -133,7 +133,7 @@ async def test_answer_length_limits_derive_from_references_unless_the_recipe_set
         assert [result.limit for result in results] == [19, 168]  # 2 and 101 tokens, including the end token
 
 
-async def test_general_questions_keep_their_own_answer_limit() -> None:
+async def test_general_questions_have_a_separate_answer_limit() -> None:
     base, merged = await asking_general(Engines()).base_and_merged(BASE, MERGED, same_fingerprint=True)
     assert {result.limit for result in (*base.general, *merged.general)} == {MAX_TOKENS}
 
@@ -161,7 +161,7 @@ async def test_base_and_merged_model_answer_general_questions(same: bool) -> Non
     assert [result.hit for result in merged.general] == [False, True]
 
 
-async def test_base_with_known_answers_does_not_answer_general_questions_again() -> None:
+async def test_base_does_not_answer_general_questions_again_if_its_answers_are_stored() -> None:
     known = (
         ExampleResult(
             answer="known", tokens=2, limit=32, finish_reason="stop", logprob=-0.5, nll=1.0, scored=1, hit=True

@@ -122,7 +122,7 @@ def place(tmp_path: Path, recipe: Path, nodes: RayNodes) -> Place:
     return Place(tmp_path, recipe, nodes.address)
 
 
-def test_adapter_trained_on_two_ray_nodes_equals_one_trained_by_two_local_processes(here: Place, place: Place) -> None:
+def test_adapter_trained_on_two_ray_nodes_equals_the_adapter_of_two_local_processes(here: Place, place: Place) -> None:
     code, errors = place.train("--on", "ray")
     assert code == 0, errors
     assert place.difference(here) <= SAME
@@ -152,7 +152,7 @@ def test_training_continues_on_another_ray_node_when_a_node_is_lost(
     assert workers_left() == []
 
 
-def test_ctrl_c_stops_all_workers_and_the_next_run_continues(here: Place, place: Place) -> None:
+def test_ctrl_c_stops_all_workers_and_the_next_run_resumes(here: Place, place: Place) -> None:
     with place.start("--on", "ray") as process:
         place.wait_for_checkpoint(process)
         process.send_signal(signal.SIGINT)
@@ -183,7 +183,7 @@ def test_second_command_for_the_same_run_is_refused_while_the_first_trains(place
     assert f"process {process.pid} on" in errors
 
 
-def test_ray_workers_end_when_the_training_command_is_killed(place: Place) -> None:
+def test_ray_workers_exit_when_the_training_command_is_killed(place: Place) -> None:
     with place.start("--on", "ray") as process:
         place.wait_for_checkpoint(process)
         process.kill()

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.gateway.engine import Pair, summary
 
 
-def test_throughput_ratio_is_computed_within_measurement_pairs() -> None:
+def test_throughput_ratio_is_computed_per_measurement_pair() -> None:
     result = summary([Pair(100.0, 99.0), Pair(50.0, 49.0), Pair(10.0, 10.0)])
     assert (result["direct"], result["served"]) == (50.0, 49.0)
     assert result["share"]["median"] == pytest.approx(0.99)

@@ -80,7 +80,7 @@ def cut(data: bytes, places: set[int]) -> list[bytes]:
         (STREAM, with_length(b"".join(EVENTS))),
     ],
 )
-def test_response_is_read_completely_however_it_is_split(ask: Ask, answer: bytes, places: set[int]) -> None:
+def test_response_is_read_completely_regardless_of_chunk_boundaries(ask: Ask, answer: bytes, places: set[int]) -> None:
     load, sent = heard(ask, cut(answer, places) + cut(answer, places), requests=2)
     assert (load.done, load.failed, len(load.first), sent) == (2, 0, 2, 2)
 
@@ -94,7 +94,7 @@ def test_response_is_read_completely_however_it_is_split(ask: Ask, answer: bytes
     ],
     ids=["an error", "no end", "too few chunks"],
 )
-def test_wrong_response_counts_as_failed(ask: Ask, answer: bytes) -> None:
+def test_unexpected_response_counts_as_failed(ask: Ask, answer: bytes) -> None:
     load, _ = heard(ask, [answer])
     assert (load.done, load.failed) == (0, 1)
     assert load.wrong

@@ -30,7 +30,7 @@ def test_reported_quantile_is_one_of_the_measured_values(share: float, value: fl
     assert quantile([float(number) for number in range(100, 0, -1)], share) == value
 
 
-def test_added_time_to_first_token_excludes_upstream_time_of_same_round() -> None:
+def test_added_time_to_first_token_excludes_upstream_time_in_the_same_round() -> None:
     rounds = [
         {"direct": figures(first_ms_p50=own), "nginx": figures(first_ms_p50=through)}
         for own, through in [(1.0, 1.5), (5.0, 5.25), (2.0, 4.0)]
@@ -38,7 +38,7 @@ def test_added_time_to_first_token_excludes_upstream_time_of_same_round() -> Non
     assert summary(rounds)["gateways"]["nginx"]["first_ms_p50"]["median"] == pytest.approx(0.5)
 
 
-def test_gateway_ratios_are_computed_within_rounds() -> None:
+def test_gateway_ratios_are_computed_per_round() -> None:
     rounds = [
         {"tuneserve": figures(request_ms_64=ours), "vllm-router": figures(request_ms_64=router)}
         for ours, router in [(2.0, 1.0), (12.0, 4.0), (40.0, 10.0)]

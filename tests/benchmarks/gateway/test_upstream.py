@@ -81,7 +81,7 @@ async def test_upstream_sends_chunks_at_the_configured_pace() -> None:
     assert time.monotonic() - began >= 3 * 0.05
 
 
-async def test_request_arriving_in_pieces_is_answered_once() -> None:
+async def test_request_received_in_several_chunks_gets_one_response() -> None:
     body = b'{"messages":[],"max_tokens":1}'
     request = b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
     async with upstream() as socket:

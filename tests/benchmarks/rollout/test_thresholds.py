@@ -17,7 +17,7 @@ def measured(values: Floats) -> Windows:
     return Windows(values, 10 * numbers, 60 * numbers)
 
 
-def test_measured_signals_reflect_the_faults_of_the_candidate() -> None:
+def test_measured_signals_reflect_the_candidates_faults() -> None:
     bad = Version(errors=0.2, invalid=0.5, slower=3.0, bad=0.9)
     windows = thresholds.measure(generate(Kind("bad", bad), 600.0, seed=1), POLICY)
     assert windows.values.shape == (7, thresholds.SIGNALS)
@@ -31,7 +31,7 @@ def test_measured_signals_reflect_the_faults_of_the_candidate() -> None:
     assert (shares[5:] > 0.2).all()
 
 
-def test_rollback_happens_at_the_last_allowed_failed_measurement() -> None:
+def test_rollback_happens_once_failed_measurements_reach_the_limit() -> None:
     values = np.zeros((8, 4))
     values[[1, 4, 6], 0] = 0.5
     decision = thresholds.decide(measured(values), POLICY, np.array([0.4, NO_LIMIT, NO_LIMIT, NO_LIMIT]))
@@ -39,7 +39,7 @@ def test_rollback_happens_at_the_last_allowed_failed_measurement() -> None:
     assert thresholds.decide(measured(values), POLICY, np.full(4, 0.5)).end is End.FULL
 
 
-def test_calibrated_limits_roll_back_at_most_the_given_share_of_equal_candidates() -> None:
+def test_calibrated_limits_keep_the_false_rollback_rate_below_the_target() -> None:
     draw = np.random.default_rng(2)
     equal = [measured(draw.random((20, 4))) for _ in range(400)]
     limits = thresholds.calibrate(equal, POLICY, 0.05)

@@ -9,7 +9,7 @@ HOUR_S = 3600.0
 
 
 @pytest.mark.parametrize("shape", [Shape.INDEPENDENT, Shape.SESSIONS])
-def test_generated_traffic_has_the_rates_configured_for_each_version(shape: Shape) -> None:
+def test_generated_traffic_matches_the_configured_rates_of_each_version(shape: Shape) -> None:
     candidate = Version(errors=0.03, invalid=0.1, bad=0.4)
     traffic = generate(Kind("bad", candidate, shape), 2 * HOUR_S, seed=1)
     for row, version in enumerate((Version(), candidate)):
@@ -18,13 +18,13 @@ def test_generated_traffic_has_the_rates_configured_for_each_version(shape: Shap
         assert traffic.bad[row].mean() == pytest.approx(version.bad, rel=0.25)
 
 
-def test_slower_candidate_takes_longer_for_each_request() -> None:
+def test_slow_candidate_has_higher_latency_on_every_request() -> None:
     traffic = generate(Kind("slow", Version(slower=1.5)), 60.0, seed=2)
     np.testing.assert_allclose(traffic.first_token_s[1], 1.5 * traffic.first_token_s[0])
 
 
 @pytest.mark.parametrize("kind", EQUAL, ids=str)
-def test_equal_versions_have_identical_results_in_chronological_order(kind: Kind) -> None:
+def test_equally_good_versions_get_identical_results_sorted_by_time(kind: Kind) -> None:
     traffic = generate(kind, HOUR_S, seed=3)
     for results in (traffic.failed, traffic.invalid, traffic.first_token_s, traffic.bad):
         np.testing.assert_array_equal(results[0], results[1])
@@ -33,7 +33,7 @@ def test_equal_versions_have_identical_results_in_chronological_order(kind: Kind
     assert not any(bad.equal for bad in BAD)
 
 
-def test_requests_of_a_user_share_a_hash_value_and_sessions_have_2_to_20_requests() -> None:
+def test_session_has_2_to_20_requests_with_the_same_user_hash() -> None:
     traffic = generate(Kind("sessions", shape=Shape.SESSIONS), HOUR_S, seed=4)
     users, counts = np.unique(traffic.unit, return_counts=True)
     assert counts.min() >= 2

@@ -40,27 +40,27 @@ def test_baseline_survives_storage_round_trip() -> None:
     assert_survives(BASELINE)
 
 
-def test_baseline_with_missing_values_survives_storage() -> None:
+def test_baseline_with_missing_values_survives_storage_round_trip() -> None:
     numbers = {"answer_tokens": np.array([np.nan, 3.0])}
     categories = {"finish_reason": np.array([NOT_THERE, "stop"])}
     assert_survives(replace(BASELINE, answers=Sample(2, numbers, categories)))
 
 
 @pytest.mark.parametrize("size", [0, 60])
-def test_baseline_without_answer_features_survives_storage(size: int) -> None:
+def test_baseline_without_answer_features_survives_storage_round_trip(size: int) -> None:
     assert_survives(replace(BASELINE, answers=Sample(size)))
 
 
-def test_baseline_without_answers_survives_storage() -> None:
+def test_baseline_without_answers_survives_storage_round_trip() -> None:
     assert_survives(replace(BASELINE, answers=BASELINE.answers.part(0, 0)))
 
 
 @pytest.mark.parametrize("size", [0, 1])
-def test_baseline_with_zero_or_one_prompt_survives_storage(size: int) -> None:
+def test_baseline_with_zero_or_one_prompt_survives_storage_round_trip(size: int) -> None:
     assert_survives(baseline_of(draw_requests(1, size)))
 
 
-def test_baseline_with_wordless_prompts_and_empty_views_survives_storage() -> None:
+def test_baseline_with_wordless_prompts_and_empty_views_survives_storage_round_trip() -> None:
     none = np.zeros((60, 0))
     prompts = replace(BASELINE.prompts, views=(none, none))
     assert_survives(Baseline(prompts, [np.zeros(0, np.int32)] * 60, BASELINE.answers))
@@ -78,7 +78,7 @@ def test_baseline_file_with_pickled_objects_is_rejected() -> None:
         read_baseline(file.getvalue())
 
 
-def test_detector_makes_the_same_bets_from_a_stored_baseline() -> None:
+def test_detector_places_the_same_bets_with_a_stored_baseline() -> None:
     stored, new = Detector(read_baseline(baseline_bytes(BASELINE))), Detector(BASELINE)
     assert stored.signals == new.signals
     assert stored.classifier.far_bounds.tolist() == new.classifier.far_bounds.tolist()

@@ -56,7 +56,7 @@ def test_bet_bounds_grow_as_the_reference_shrinks(share: float) -> None:
     assert bounds[0] < bounds[-1]
 
 
-def test_tail_bets_cover_both_sides_and_stay_within_bounds_without_change() -> None:
+def test_tail_bets_cover_both_tails_and_hit_rates_stay_below_bounds_without_drift() -> None:
     generator = np.random.default_rng(1)
     bets = feature_bets(of_numbers(generator.normal(size=1000)))
     assert len(bets) == 6
@@ -66,19 +66,19 @@ def test_tail_bets_cover_both_sides_and_stay_within_bounds_without_change() -> N
 
 
 @pytest.mark.parametrize("moved", [-10.0, 10.0])
-def test_number_beyond_the_reference_range_is_in_all_tail_sets_on_its_side(moved: float) -> None:
+def test_value_outside_the_reference_range_is_in_every_tail_set_of_that_tail(moved: float) -> None:
     bets = feature_bets(of_numbers(np.random.default_rng(1).normal(size=200)))
     assert sorted(hit_table(bets, of_numbers([moved]))[0].tolist()) == [MISS] * 3 + [HIT] * 3
 
 
-def test_number_that_differs_is_in_a_tail_set_if_all_reference_numbers_are_equal() -> None:
+def test_different_value_is_in_a_tail_set_if_all_reference_values_are_equal() -> None:
     bets = feature_bets(of_numbers([3.0] * 200))
     assert all(bet.bound == pytest.approx(SLACK * upper_limit(0, 200, SURE)) for bet in bets)
     below, same, above = (hit_table(bets, of_numbers([value]))[0] for value in (2.0, 3.0, 4.0))
     assert HIT in below and HIT in above and HIT not in same
 
 
-def test_each_frequent_category_and_all_new_categories_form_bet_sets() -> None:
+def test_bets_are_placed_on_new_categories_and_each_category_below_half_of_the_reference() -> None:
     reference = of_names(["stop"] * 90 + ["length"] * 10)
     assert largest_win(reference, of_names(["error"])) == pytest.approx(1 / (SLACK * upper_limit(0, 100, SURE)))
     assert largest_win(reference, of_names(["length"])) == pytest.approx(1 / (SLACK * upper_limit(10, 100, SURE)))
@@ -91,7 +91,7 @@ def test_category_rare_in_the_reference_belongs_to_a_bet_set() -> None:
     assert largest_win(reference, of_names(["error"])) > 30
 
 
-def test_rare_and_new_categories_stay_within_bounds_without_change() -> None:
+def test_hit_rates_of_rare_and_new_categories_stay_below_bounds_without_drift() -> None:
     generator = np.random.default_rng(1)
     kinds, shares = np.array([f"kind {number}" for number in range(60)]), np.full(60, 1 / 60)
     reference, live = (of_names(generator.choice(kinds, size, p=shares)) for size in (500, 20_000))
@@ -132,7 +132,7 @@ def test_hit_table_without_items_has_no_rows(sample: Sample) -> None:
 
 
 @given(numbers, names)
-def test_no_bet_set_covers_more_of_the_reference_than_half_its_bound(
+def test_share_of_the_reference_in_a_bet_set_is_at_most_half_the_sets_bound(
     values: list[float], categories: list[str]
 ) -> None:
     for reference in (of_numbers(values), of_names(categories)):
@@ -143,7 +143,7 @@ def test_no_bet_set_covers_more_of_the_reference_than_half_its_bound(
             assert (table[:, number] == HIT).sum() / there[number] <= bet.bound / SLACK
 
 
-def test_new_category_hits_no_bet_if_all_reference_items_differ() -> None:
+def test_new_category_hits_no_bet_if_all_reference_items_are_distinct() -> None:
     """An example is system prompts that contain a date."""
     dated = Sample(50, {}, {"system_prompt": np.array([f"day {day}" for day in range(50)])})
     live = Sample(20, {}, {"system_prompt": np.array([f"day {day}" for day in range(50, 70)])})

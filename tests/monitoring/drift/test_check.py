@@ -103,7 +103,7 @@ def test_repeated_prompt_counts_once(check: Check, traffic: Traffic, store: Stor
     assert alarms(store, Signal.INPUT) == []
 
 
-def test_signal_is_unwatched_with_a_reason_if_traffic_only_repeats_itself(check: Check, traffic: Traffic) -> None:
+def test_signal_is_unwatched_with_a_reason_if_all_recent_requests_are_repeats(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:12] * 81)
     reports = check()
     for signal in (Signal.INPUT, Signal.OUTPUT):
@@ -111,14 +111,16 @@ def test_signal_is_unwatched_with_a_reason_if_traffic_only_repeats_itself(check:
         assert "of the newest 972 requests are compared" in reports[signal].why
 
 
-def test_report_notes_if_less_than_one_fifth_of_requests_is_compared(check: Check, traffic: Traffic) -> None:
+def test_report_includes_a_note_if_less_than_one_fifth_of_requests_is_compared(check: Check, traffic: Traffic) -> None:
     traffic.ask([text for text in ALIKE[:50] for _ in range(7)])
     report = check()[Signal.INPUT]
     assert report.status is Status.STEADY
     assert "14% of the newest 350 requests are compared" in report.why
 
 
-def test_later_change_starts_another_alarm_while_one_is_active(check: Check, traffic: Traffic, store: Store) -> None:
+def test_later_change_starts_a_second_alarm_while_the_first_alarm_is_active(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
     traffic.ask([*ALIKE[:350], *STRONG[:60]])
     check()
     first = alarmed(store, Signal.INPUT)
@@ -164,14 +166,14 @@ def test_only_lengths_of_greedy_answers_are_compared(
     assert check()[Signal.OUTPUT].status is status
 
 
-def test_live_answer_counts_as_cut_off_above_the_held_out_answer_limit(check: Check, traffic: Traffic) -> None:
+def test_live_answer_longer_than_the_held_out_token_limit_counts_as_truncated(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:30], tokens=900)
     lines = {line.name: line for line in check()[Signal.OUTPUT].lines}
     assert lines["answer_tokens"].live == "16"
     assert lines["finish_reason"].live == "length 100%"
 
 
-def test_live_answer_counts_as_cut_off_at_the_largest_of_differing_limits(
+def test_live_answers_are_truncated_at_the_largest_held_out_token_limit(
     registry: Registry, check: Check, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(registry, 2)
@@ -184,7 +186,9 @@ def test_live_answer_counts_as_cut_off_at_the_largest_of_differing_limits(
     assert lines["finish_reason"].live == "length 100%"
 
 
-def test_traffic_is_compared_even_if_its_texts_are_not_stored(check: Check, traffic: Traffic, store: Store) -> None:
+def test_traffic_is_compared_even_if_request_content_is_not_stored(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
     traffic.ask(ALIKE[:60], content=False)
     traffic.ask(STRONG[:30], content=False, tokens=16, finish_reason="length")
     reports = check()
@@ -192,7 +196,9 @@ def test_traffic_is_compared_even_if_its_texts_are_not_stored(check: Check, traf
     assert "finish_reason" in alarmed(store, Signal.OUTPUT)
 
 
-def test_traffic_signals_are_off_and_name_the_setting_without_stored_features(check: Check, traffic: Traffic) -> None:
+def test_traffic_signals_are_off_and_name_the_setting_if_features_are_not_stored(
+    check: Check, traffic: Traffic
+) -> None:
     traffic.ask(ALIKE[:60], features=False)
     reports = check()
     for signal in (Signal.INPUT, Signal.OUTPUT):
@@ -225,7 +231,7 @@ def test_new_rows_are_compared_after_all_earlier_rows_were_deleted(
     assert check()[Signal.INPUT].status is Status.ALARM
 
 
-def test_repeated_questions_are_not_drift_if_drift_sample_repeats_them_too(
+def test_repeated_prompts_cause_no_alarm_if_the_drift_sample_also_repeats_them(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     """Repeated prompts count equally in the reference sample and in live traffic."""
@@ -242,7 +248,7 @@ def test_repeated_questions_are_not_drift_if_drift_sample_repeats_them_too(
     assert check(2)[Signal.INPUT].status is Status.STEADY
 
 
-def test_complete_json_is_not_drift_if_held_out_json_was_cut_off(
+def test_complete_json_causes_no_alarm_if_held_out_json_was_truncated(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     register(registry, 2, cut=True)
@@ -256,7 +262,7 @@ def test_tool_call_only_answers_do_not_count_as_empty(check: Check, traffic: Tra
     assert check()[Signal.OUTPUT].status is Status.STEADY
 
 
-def test_detection_restarts_if_its_stored_state_is_from_another_release(
+def test_drift_detection_restarts_if_its_stored_state_is_from_a_different_release(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask(ALIKE[:20])
@@ -266,7 +272,9 @@ def test_detection_restarts_if_its_stored_state_is_from_another_release(
     assert check()[Signal.INPUT].items == 20
 
 
-def test_feature_has_one_active_alarm_after_stored_state_is_lost(check: Check, traffic: Traffic, store: Store) -> None:
+def test_feature_has_at_most_one_active_alarm_after_stored_state_is_lost(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
     traffic.ask([*ALIKE[:100], *STRONG[:40]])
     check()
     with store.begin() as connection:
@@ -305,7 +313,7 @@ def test_alarm_examples_are_requests_that_show_the_change(check: Check, traffic:
     assert set(alarm.examples) <= set(bad)
 
 
-def test_version_forgets_alarms_that_ended_long_ago(
+def test_only_the_newest_ended_alarms_of_a_version_are_kept(
     check: Check, traffic: Traffic, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("svc.store.drift.KEPT_ALARMS", 2)
@@ -317,7 +325,7 @@ def test_version_forgets_alarms_that_ended_long_ago(
     assert len(read_drift_alarms(store, target())) == 2
 
 
-def test_signals_are_off_with_a_reason_if_version_has_no_text_space(
+def test_drift_signals_are_off_with_a_reason_if_the_version_has_no_reference_files(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     register(registry, 2, space=False)
@@ -343,7 +351,7 @@ def test_prompts_are_compared_even_if_version_has_no_stored_answers(
     assert reports[Signal.OUTPUT].why == "there are no answers of an adapter"
 
 
-def test_version_with_few_examples_raises_an_alarm_only_on_a_change(
+def test_small_held_out_set_raises_an_alarm_only_when_traffic_changes(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     register(registry, 2, examples=12)
@@ -417,14 +425,18 @@ def test_first_ratings_are_the_reference_if_there_is_no_previous_version(check: 
     assert report.items == 50
 
 
-def test_alarm_starts_within_100_ratings_if_half_are_bad_instead_of_few(check: Check, traffic: Traffic) -> None:
+def test_alarm_starts_within_100_ratings_when_the_share_of_bad_ratings_rises_to_half(
+    check: Check, traffic: Traffic
+) -> None:
     traffic.rate(traffic.ask(ALIKE[:200], number=2), bad=12)
     for start in range(200, 300, 10):
         traffic.rate(traffic.ask(ALIKE[start : start + 10]), bad=5)
     assert check()[Signal.PEOPLE].status is Status.ALARM
 
 
-def test_later_ratings_count_even_if_the_clock_once_ran_ahead(check: Check, traffic: Traffic, store: Store) -> None:
+def test_ratings_count_even_if_an_earlier_rating_has_a_future_timestamp(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)
     traffic.rate(traffic.ask(ALIKE[100:120]), bad=1)
     with store.begin() as connection:
@@ -469,7 +481,7 @@ def test_signal_is_unwatched_if_requests_continue_without_stored_features(check:
     assert check()[Signal.INPUT].status is Status.UNWATCHED
 
 
-def test_drift_status_is_waiting_after_rows_of_an_idle_model_expired(
+def test_drift_status_of_an_idle_model_is_waiting_after_its_rows_expire(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask(ALIKE[:100])
@@ -480,9 +492,7 @@ def test_drift_status_is_waiting_after_rows_of_an_idle_model_expired(
     assert check()[Signal.INPUT].status is Status.WAITING
 
 
-def test_alarm_ends_when_requests_no_longer_have_values_of_its_feature(
-    check: Check, traffic: Traffic, store: Store
-) -> None:
+def test_alarm_ends_when_new_requests_lack_values_for_its_feature(check: Check, traffic: Traffic, store: Store) -> None:
     traffic.ask(ALIKE[:350])
     traffic.ask(ALIKE[350:380], tokens=900)
     check()
@@ -494,7 +504,7 @@ def test_alarm_ends_when_requests_no_longer_have_values_of_its_feature(
     ] == [True]
 
 
-def test_model_is_checked_even_if_its_stored_report_is_from_another_release(
+def test_model_is_checked_even_if_its_stored_report_is_from_a_different_release(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask(ALIKE[:20])
@@ -511,7 +521,7 @@ def test_signal_is_waiting_while_features_of_its_first_requests_are_computed(che
     assert check()[Signal.INPUT].status is Status.OFF
 
 
-def test_late_log_probability_is_still_compared_with_its_answer(
+def test_log_probability_computed_late_is_still_included_in_the_drift_check(
     registry: Registry, store: Store, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("monitoring.drift.check.SEEN", 1)  # older rows are deleted, unless they are still needed
@@ -531,7 +541,7 @@ def test_late_log_probability_is_still_compared_with_its_answer(
     assert items() == 3
 
 
-def test_traffic_change_is_accepted_even_if_ratings_are_too_few_to_accept(
+def test_traffic_drift_can_be_accepted_even_if_rating_drift_cannot(
     registry: Registry, store: Store, check: Check, traffic: Traffic
 ) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)
@@ -556,7 +566,9 @@ def test_two_homes_that_share_a_store_do_not_check_drift_at_the_same_time(
         pass
 
 
-def test_drift_check_stores_nothing_if_its_lease_was_taken(registry: Registry, store: Store, traffic: Traffic) -> None:
+def test_drift_check_stores_nothing_if_its_lease_was_taken_over(
+    registry: Registry, store: Store, traffic: Traffic
+) -> None:
     traffic.ask(prompts("none")[:12])
     checks = DriftCheck(registry, store, RequestLogSettings(), clock=lambda: traffic.now)
     with pytest.raises(LeaseLostError):

@@ -66,14 +66,14 @@ def test_json_output_contains_alarms_with_complete_examples(drift: Drift, traffi
     assert any(line["evidence"] == 1 for line in report["lines"])
 
 
-def test_cli_shows_no_alarm_if_traffic_is_like_the_reference(drift: Drift, traffic: Traffic) -> None:
+def test_cli_shows_no_alarm_if_traffic_resembles_the_reference(drift: Drift, traffic: Traffic) -> None:
     traffic.ask(prompts("none")[:120])
     output = json.loads(drift("triage@1", "--json").out)
     assert all(line["evidence"] < 1 for report in output["signals"] for line in report["lines"])
     assert output["alarms"] == []
 
 
-def test_last_drift_result_is_shown_while_another_check_is_running(drift: Drift, traffic: Traffic, home: Path) -> None:
+def test_last_drift_result_is_shown_while_a_new_check_is_running(drift: Drift, traffic: Traffic, home: Path) -> None:
     traffic.ask(prompts("none")[:12])
     drift("triage@1")
     traffic.ask(prompts("none")[12:24])
@@ -125,7 +125,7 @@ def test_svc_status_shows_drift_in_one_line(svc: Svc, home: Path, traffic: Traff
     assert {model["model"]: model["drift"] for model in output["models"]} == {"triage": drift, "other": {}}
 
 
-def test_later_traffic_is_compared_with_the_accepted_traffic(drift: Drift, traffic: Traffic, store: Store) -> None:
+def test_accepted_traffic_becomes_the_reference_for_later_traffic(drift: Drift, traffic: Traffic, store: Store) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:80]])
     accepted = drift("triage@1", "--accept")
     assert accepted.code == 0

@@ -20,7 +20,7 @@ def mixed(count: int, shares: dict[str, float], seed: int = 0) -> list[str]:
     return random.Random(seed).choices(list(shares), list(shares.values()), k=count)
 
 
-def test_sudden_batch_from_a_new_client_adds_only_a_few_counted_requests() -> None:
+def test_sudden_burst_from_a_new_client_adds_only_a_few_counted_requests() -> None:
     shares = ClientShares([], [], 1_000)
     counted(shares, mixed(600, {f"client {number}": 1 for number in range(100)}))
     assert sum(counted(shares, ["batch"] * 100)) == 5
@@ -33,16 +33,16 @@ def test_burst_from_one_client_hardly_increases_its_weight() -> None:
 
 
 @pytest.mark.parametrize("client", ["", "only"])
-def test_all_requests_count_with_one_client_or_unknown_clients(client: str) -> None:
+def test_all_requests_count_if_there_is_one_client_or_clients_are_unknown(client: str) -> None:
     assert all(counted(ClientShares([], [], 1_000), [client] * 1_500))
 
 
-def test_requests_of_unknown_clients_all_count_when_earlier_clients_were_known() -> None:
+def test_all_requests_from_unknown_clients_count_even_if_earlier_clients_were_known() -> None:
     shares = ClientShares(["one"] * 300, ["one"] * COMPARED, 1_000)
     assert all(counted(shares, [""] * COMPARED))
 
 
-def test_nearly_all_requests_count_with_two_equally_active_clients() -> None:
+def test_nearly_all_requests_count_if_two_clients_are_equally_active() -> None:
     results = counted(ClientShares([], [], 1_000), mixed(2_000, {"one": 0.5, "other": 0.5}))
     assert sum(results) > 0.9 * len(results)
 

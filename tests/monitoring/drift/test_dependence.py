@@ -46,7 +46,7 @@ def test_dependence_is_1_for_independent_items() -> None:
 
 
 @pytest.mark.parametrize(("length", "least", "most"), [(5, 4, 6), (20, 14, 22)])
-def test_dependence_is_about_the_length_of_runs(length: int, least: int, most: int) -> None:
+def test_dependence_is_close_to_the_run_length(length: int, least: int, most: int) -> None:
     estimate = dependence(similarities(runs(length)), SIZE, one_each(), USUAL)
     assert least <= estimate <= most
 
@@ -78,14 +78,14 @@ def test_dependence_ignores_changes_in_the_newest_64_items(changed: int) -> None
     assert dependence(similarities(vectors), SIZE, conversations, USUAL) == before
 
 
-def test_dependence_ignores_items_after_the_counted_items() -> None:
+def test_dependence_ignores_items_beyond_the_given_count() -> None:
     vectors = runs(5)
     before = dependence(similarities(vectors[:600]), 600, one_each(600), USUAL)
     vectors[600:] = 9.0
     assert dependence(similarities(vectors), 600, one_each(), USUAL) == before
 
 
-def test_dependence_ignores_items_older_than_its_memory() -> None:
+def test_dependence_ignores_items_older_than_its_window() -> None:
     vectors = runs(5, size=1_000)
     among = similarities(vectors)
     assert dependence(among, 1_000, one_each(1_000), USUAL) == dependence(among[200:, 200:], 800, one_each(), USUAL)

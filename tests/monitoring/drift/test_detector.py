@@ -72,14 +72,14 @@ AT_ONCE = Stream().add(CHANGING)
 @pytest.mark.slow
 @settings(max_examples=8)
 @given(st.lists(st.integers(0, CHANGING.size), max_size=5))
-def test_checking_a_request_stream_in_pieces_gives_the_same_result(cuts: list[int]) -> None:
+def test_checking_a_request_stream_in_chunks_does_not_change_the_result(cuts: list[int]) -> None:
     stream = Stream().add_in_pieces(CHANGING, cuts)
     assert AT_ONCE.events
     assert (stream.watch, stream.events) == (AT_ONCE.watch, AT_ONCE.events)
 
 
 @pytest.mark.slow
-def test_checking_in_pieces_gives_the_same_result_if_stream_exceeds_the_memory() -> None:
+def test_checking_in_chunks_does_not_change_the_result_if_the_stream_exceeds_the_window() -> None:
     long = draw_requests(4, 750, repeats=0.05)
     long = long.followed_by(draw_requests(5, 300, first=750, run=8))  # the dependence grows
     long = long.followed_by(draw_requests(6, 60, first=1_050, moved=4.0))
@@ -91,7 +91,7 @@ def test_checking_in_pieces_gives_the_same_result_if_stream_exceeds_the_memory()
     assert (pieces.watch, pieces.events) == (at_once.watch, at_once.events)
 
 
-def test_watch_state_is_unchanged_if_there_are_no_new_requests() -> None:
+def test_detector_state_is_unchanged_if_there_are_no_new_requests() -> None:
     stream = Stream()
     stream.add(CHANGING)
     watch = stream.watch
@@ -99,7 +99,7 @@ def test_watch_state_is_unchanged_if_there_are_no_new_requests() -> None:
     assert stream.watch == watch
 
 
-def test_near_copies_are_seen_but_not_counted() -> None:
+def test_near_copies_are_recorded_but_not_counted() -> None:
     stream = draw_requests(2, 40)
     twice = stream.at(np.repeat(np.arange(40), 2))
     advance = Stream().add(twice)
@@ -107,7 +107,7 @@ def test_near_copies_are_seen_but_not_counted() -> None:
     assert (advance.watch.kept, advance.watch.newest_kept) == (40, "10" * 40)
 
 
-def test_watch_state_records_which_recent_requests_were_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detector_state_records_which_recent_requests_were_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("monitoring.drift.detector.RARITY_REQUESTS", 50)
     requests = draw_requests(2, 45)
     stream = Stream()
@@ -164,7 +164,7 @@ def test_alarm_starts_when_topics_change_slightly() -> None:
         pytest.param(1, 0.3, 800, id="near copies"),
     ],
 )
-def test_requests_like_the_reference_cause_no_alarm(run: int, repeats: float, size: int) -> None:
+def test_requests_resembling_the_reference_cause_no_alarm(run: int, repeats: float, size: int) -> None:
     stream = Stream()
     stream.add_in_pieces(draw_requests(6, size, run=run, repeats=repeats), range(600, size, 600))
     assert stream.events == []
@@ -188,7 +188,9 @@ def no_answers(requests: Requests) -> Requests:
 
 
 @pytest.mark.parametrize("strip", [no_answers, without_answers])
-def test_changed_prompts_are_detected_when_neither_side_has_answers(strip: Callable[[Requests], Requests]) -> None:
+def test_changed_prompts_are_detected_when_neither_reference_nor_traffic_has_answers(
+    strip: Callable[[Requests], Requests],
+) -> None:
     detector = Detector(baseline_of(strip(REFERENCE)))
     assert set(detector.signals.values()) == {Signal.INPUT}
     stream = Stream(detector, strip(NOTHING))
@@ -206,7 +208,7 @@ def test_answers_without_values_cause_no_output_alarm() -> None:
     assert stream.events == []
 
 
-def test_bet_weights_stay_within_the_share_of_their_signal() -> None:
+def test_bet_weights_sum_to_the_budget_shares_of_their_signals() -> None:
     with_answers, without = DETECTOR, Detector(baseline_of(no_answers(REFERENCE)))
     assert with_answers._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT] + SIGNAL_SHARES[Signal.OUTPUT])
     assert without._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT])
@@ -219,7 +221,7 @@ def test_tiny_reference_causes_no_alarm() -> None:
         assert Stream(detector).add(draw_requests(2, 300)).events == [], size
 
 
-def test_length_change_is_detected_even_if_views_have_no_axes() -> None:
+def test_length_change_is_detected_even_if_text_views_have_no_dimensions() -> None:
     def flat(requests: Requests) -> Requests:
         none = np.zeros((requests.size, 0))
         return replace(requests, prompts=replace(requests.prompts, views=(none, none)))
@@ -229,7 +231,7 @@ def test_length_change_is_detected_even_if_views_have_no_axes() -> None:
     assert [event.feature for event in stream.events] == ["characters"]
 
 
-def test_selected_and_joined_requests_keep_their_order() -> None:
+def test_selecting_and_concatenating_requests_preserves_their_order() -> None:
     some = CHANGING.at(np.array([3, 1]))
     both = some.followed_by(CHANGING.at(np.array([2])))
     assert both.times.tolist() == [CHANGING.times[place] for place in (3, 1, 2)]

@@ -125,7 +125,7 @@ def first_alarms(
 @pytest.mark.parametrize(
     ("before", "bound", "after", "run"), [(0.02, 0.06, 0.6, 1), (0.02, 0.06, 0.6, 20), (0.25, 0.5, 0.95, 5)]
 )
-def test_alarm_approximately_dates_the_start_of_the_change(before: float, bound: float, after: float, run: int) -> None:
+def test_alarm_estimates_when_the_change_started(before: float, bound: float, after: float, run: int) -> None:
     alarms, _ = first_alarms(before, after, bound, run=run)
     errors = [abs(alarm.since - CHANGE_AFTER - 1) for alarm in alarms]
     assert len(alarms) == 12
@@ -133,7 +133,7 @@ def test_alarm_approximately_dates_the_start_of_the_change(before: float, bound:
 
 
 @pytest.mark.parametrize(("before", "bound", "after"), [(0.02, 0.05, 0.1), (0.05, 0.11, 0.16), (0.15, 0.33, 0.45)])
-def test_alarm_starts_if_a_share_stays_slightly_above_its_bound(before: float, bound: float, after: float) -> None:
+def test_alarm_starts_if_a_hit_rate_stays_slightly_above_its_bound(before: float, bound: float, after: float) -> None:
     alarms, _ = first_alarms(before, after, bound, items=8_000)
     assert len(alarms) == 12
     assert np.median([alarm.called - CHANGE_AFTER for alarm in alarms]) < 1_000
@@ -156,7 +156,7 @@ def test_alarm_starts_once_and_stays_active_while_the_change_continues(run: int)
         ((0.5,), (0.7,)),
     ],
 )
-def test_false_alarm_rate_matches_threshold_if_shares_are_exactly_normal(
+def test_false_alarm_rate_stays_within_its_limit_if_hit_rates_equal_their_bounds(
     monkeypatch: pytest.MonkeyPatch, bounds: tuple[float, ...], stakes: tuple[float, ...]
 ) -> None:
     monkeypatch.setattr(evidence, "STAKES", np.array(stakes))
@@ -164,12 +164,12 @@ def test_false_alarm_rate_matches_threshold_if_shares_are_exactly_normal(
     assert 0 < rate <= 1 / THRESHOLD
 
 
-def test_false_alarms_are_rarer_if_shares_are_below_the_bound() -> None:
+def test_false_alarms_are_rarer_if_hit_rates_are_below_the_bound() -> None:
     at, below = false_alarm_rate([0.5], [0.5]), false_alarm_rate([0.5], [0.35])
     assert below < at / 3
 
 
-def test_false_alarm_rate_matches_threshold_for_runs_as_long_as_the_dependence() -> None:
+def test_false_alarm_rate_stays_within_its_limit_for_runs_of_the_dependence_length() -> None:
     assert false_alarm_rate([0.1, 0.5], [0.1, 0.5], run=5, dependence=5.0) <= 1 / THRESHOLD
 
 
@@ -200,13 +200,13 @@ def test_evidence_for_one_feature_is_independent_of_other_features(items: list[t
     assert together.evidence.states()["other"] == alone.evidence.states()["other"]
 
 
-def test_features_that_change_one_after_the_other_both_get_an_alarm() -> None:
+def test_features_that_change_at_different_times_each_get_an_alarm() -> None:
     watched = Watched().add(*[(HIT, HIT, MISS)] * 20, *[(HIT, HIT, HIT)] * 20)
     assert [(event.feature, event.position > 20) for event in watched.events] == [("one", False), ("other", True)]
     assert set(watched.lasting()) == {"one", "other"}
 
 
-def test_alarm_ends_after_its_patience_and_can_start_again() -> None:
+def test_alarm_ends_after_its_patience_period_and_can_start_again() -> None:
     watched = one_bet().add(*[(MISS,)] * 200, *[(HIT,)] * 100, *[(MISS,)] * 300, *[(HIT,)] * 10)
     began, ended, again = watched.events
     assert began.alarm and again.alarm and ended.alarm is None
@@ -214,7 +214,7 @@ def test_alarm_ends_after_its_patience_and_can_start_again() -> None:
     assert (began.alarm.since, again.alarm.since) == (201, 601)
 
 
-def test_alarm_stays_active_if_change_pauses_for_less_than_its_patience() -> None:
+def test_alarm_stays_active_if_the_change_pauses_for_less_than_the_patience_period() -> None:
     watched = one_bet().add(*[(MISS,)] * 200)
     for _ in range(10):
         watched.add(*[(HIT,)] * 20, *[(MISS,)] * 20)
@@ -222,19 +222,19 @@ def test_alarm_stays_active_if_change_pauses_for_less_than_its_patience() -> Non
     assert watched.lasting()
 
 
-def test_alarm_that_took_longer_to_start_ends_later() -> None:
+def test_alarm_that_took_longer_to_trigger_has_a_longer_patience_period() -> None:
     watched = one_bet(FeatureAlarm(since=101, called=301)).add(*[(MISS,)] * 799)
     assert watched.events == []
     assert [event.position for event in watched.add((MISS,)).events] == [1101]
 
 
-def test_alarm_lasts_at_most_1000_items_without_a_sign_of_change() -> None:
+def test_alarm_ends_after_at_most_1000_items_without_further_evidence() -> None:
     watched = one_bet(FeatureAlarm(since=1, called=9_001), dependence=64.0)
     assert [event.position for event in watched.add(*[(MISS,)] * 1_100).events] == [10_001]
 
 
 @given(streams, st.lists(st.integers(0, 150), max_size=4), st.sampled_from([1.0, 3.7]))
-def test_restoring_state_from_json_between_pieces_gives_the_same_result(
+def test_restoring_state_from_json_between_chunks_does_not_change_the_result(
     items: list[tuple[int, ...]], cuts: list[int], dependence: float
 ) -> None:
     whole = Watched(dependence=dependence).add(*items)
@@ -249,7 +249,7 @@ def test_restoring_state_from_json_between_pieces_gives_the_same_result(
     assert states == whole.evidence.states()
 
 
-def test_feature_restarts_if_its_bets_have_changed() -> None:
+def test_evidence_for_a_feature_is_reset_if_its_bets_have_changed() -> None:
     states = Watched().add(*[(HIT, HIT, HIT)] * 30).evidence.states()
     changed = Watched(["one", "other"], [BOUND, BOUND], states=states)
     assert changed.evidence.strengths() == {"one": 0.0, "other": 1.0}
@@ -280,13 +280,13 @@ def test_estimated_start_of_a_change_is_never_after_its_alarm() -> None:
     assert all(1 <= alarm.since <= alarm.called for alarm in alarms)
 
 
-def test_no_bets_produce_no_events() -> None:
+def test_no_events_are_produced_without_bets() -> None:
     nothing = Evidence([], np.zeros(0), THRESHOLD, {})
     assert nothing.add(1, np.zeros(0, np.int8), np.zeros(0), 1.0) == []
     assert (nothing.states(), nothing.strengths()) == ({}, {})
 
 
-def test_alarm_dates_the_first_item_if_bets_restart_in_a_changed_stream() -> None:
+def test_alarm_start_is_the_first_item_if_bets_restart_in_a_changed_stream() -> None:
     """An example is a change that was accepted: the positions of the stream continue."""
     watched = Watched(["one"], [BOUND], position=5_000).add(*[(HIT,)] * 20)
     assert [event.alarm.since for event in watched.events if event.alarm] == [5_001]

@@ -53,7 +53,7 @@ def test_request_with_half_of_its_words_replaced_is_not_a_near_copy() -> None:
     assert decide(NearCopies([]), [distinct(1), rephrased]) == [False, False]
 
 
-def test_template_prompts_are_near_copies_only_until_template_words_are_common() -> None:
+def test_template_prompts_are_near_copies_only_until_template_words_become_common() -> None:
     copies = NearCopies([distinct(number) for number in range(5_000, 5_200)])
     results = decide(copies, [form(number) for number in range(300)])
     assert results[1]
@@ -105,7 +105,7 @@ def test_repeated_request_of_at_most_one_word_is_a_near_copy(count: int) -> None
     assert decide(NearCopies([]), [same, other, same]) == [False, False, True]
 
 
-def test_request_without_words_is_not_a_near_copy_of_one_with_words() -> None:
+def test_request_without_words_is_not_a_near_copy_of_a_request_with_words() -> None:
     assert decide(NearCopies([]), [distinct(1), words([])]) == [False, False]
 
 
@@ -113,7 +113,7 @@ prompts = st.lists(st.sets(st.integers(0, 8), max_size=5).map(words), max_size=4
 
 
 @given(prompts, prompts, st.integers(0, 40))
-def test_near_copies_are_the_same_after_a_restart(reference: list[Words], stream: list[Words], cut: int) -> None:
+def test_same_near_copies_are_detected_after_a_restart(reference: list[Words], stream: list[Words], cut: int) -> None:
     """After a restart, the check remembers all requests seen and then those counted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(near_copies, "RARITY_REQUESTS", 7)
@@ -129,7 +129,9 @@ def test_near_copies_are_the_same_after_a_restart(reference: list[Words], stream
 
 
 @given(prompts, st.integers(0, 40))
-def test_remembered_request_has_the_same_effect_as_a_checked_request(stream: list[Words], cut: int) -> None:
+def test_request_restored_after_a_restart_has_the_same_effect_as_a_checked_request(
+    stream: list[Words], cut: int
+) -> None:
     expected = decide(NearCopies([]), stream)
     restarted = NearCopies([])
     for place, prompt in enumerate(stream[:cut]):

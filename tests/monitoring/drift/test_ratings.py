@@ -99,14 +99,14 @@ def people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> People:
     return people
 
 
-def test_only_first_rating_per_person_and_day_counts() -> None:
+def test_only_the_first_rating_per_user_and_day_counts() -> None:
     first, second, other = rated([True, False, False], person="ada")
     next_day = RatedAnswer(9, "req-9", "ada", NOON + DAY, bad=False, corrected=False)
     somebody = RatedAnswer(10, "req-10", "bob", NOON, bad=False, corrected=False)
     assert one_a_day([first, second, somebody, other, next_day]) == [first, somebody, next_day]
 
 
-def test_all_ratings_count_if_requests_name_no_person() -> None:
+def test_all_ratings_count_if_requests_name_no_user() -> None:
     assert one_a_day(rated([True] * 5)) == rated([True] * 5)
 
 
@@ -116,7 +116,7 @@ def test_rating_day_starts_at_midnight_utc() -> None:
     assert one_a_day([late, early]) == [late, early]
 
 
-def test_alarm_starts_within_60_ratings_in_18_of_20_trials_if_half_are_bad_instead_of_6_percent(
+def test_alarm_starts_within_60_ratings_in_18_of_20_trials_when_bad_ratings_rise_to_half(
     people: People,
 ) -> None:
     seen = 0
@@ -129,13 +129,13 @@ def test_alarm_starts_within_60_ratings_in_18_of_20_trials_if_half_are_bad_inste
     assert seen >= 18
 
 
-def test_bad_rating_rise_from_6_to_50_percent_alarms_within_60_ratings(people: People) -> None:
+def test_alarm_starts_within_60_ratings_when_bad_ratings_rise_from_6_to_50_percent(people: People) -> None:
     people.give(*[False] * 20, *exactly(30, 60))
     assert people.check().status is Status.ALARM
     assert people.lasting == ["bad_ratings"]
 
 
-def test_corrections_alarm_starts_when_corrections_increase(people: People) -> None:
+def test_alarm_starts_when_the_share_of_corrected_answers_increases(people: People) -> None:
     people.give(*[True, False] * 30, corrected=True)
     people.check()
     assert set(people.lasting) == {"bad_ratings", "corrections"}
@@ -148,14 +148,14 @@ def test_fewer_bad_ratings_cause_no_alarm(people: People) -> None:
     assert people.alarms.changed == []
 
 
-def test_ratings_like_the_earlier_ratings_cause_no_alarm(people: People) -> None:
+def test_ratings_resembling_earlier_ratings_cause_no_alarm(people: People) -> None:
     for seed in range(5):
         people.forget()
         people.give(*drawn(seed, 1_000, 0.06))
         assert people.check().status is Status.STEADY, seed
 
 
-def test_runs_of_5_ratings_per_person_cause_no_alarm(people: People) -> None:
+def test_runs_of_5_ratings_per_user_cause_no_alarm(people: People) -> None:
     for seed in range(5):
         people.forget()
         for number, bad in enumerate(drawn(seed, 200, 0.06)):
@@ -164,14 +164,14 @@ def test_runs_of_5_ratings_per_person_cause_no_alarm(people: People) -> None:
         assert people.state.position == 200
 
 
-def test_many_bad_ratings_from_one_person_cause_no_alarm(people: People) -> None:
+def test_many_bad_ratings_from_one_user_cause_no_alarm(people: People) -> None:
     people.given = rated([True] * 200, person="ada")
     assert people.check().status is Status.STEADY
     assert people.state.position == 1
 
 
 @pytest.mark.parametrize("size", [1, 7, 33])
-def test_checking_ratings_in_pieces_gives_the_same_result(people: People, size: int, tmp_path: Path) -> None:
+def test_checking_ratings_in_chunks_does_not_change_the_result(people: People, size: int, tmp_path: Path) -> None:
     bad = [*drawn(1, 130, 0.06), *drawn(2, 60, 0.6), *drawn(3, 330, 0.03)]
     for start in range(0, len(bad), size):
         people.give(*bad[start : start + size])
@@ -248,7 +248,7 @@ def test_rating_check_succeeds_after_all_ratings_were_deleted(people: People) ->
     assert (report.status, report.items, report.window) == (Status.STEADY, 20, 0)
 
 
-def test_later_ratings_count_even_if_the_clock_was_once_ahead(people: People) -> None:
+def test_ratings_count_even_if_an_earlier_rating_has_a_future_timestamp(people: People) -> None:
     people.give(*[False] * 10)
     ahead = RatedAnswer(999, "req-999", "", NOON + 30 * DAY, bad=False, corrected=False)
     now = people.given[-1].given_at
@@ -259,7 +259,7 @@ def test_later_ratings_count_even_if_the_clock_was_once_ahead(people: People) ->
     assert people.state.position == 31
 
 
-def test_later_ratings_are_compared_with_the_accepted_change(people: People) -> None:
+def test_accepted_ratings_become_the_reference_for_later_ratings(people: People) -> None:
     people.give(*[False] * 20, *exactly(30, 60))
     people.check()
     since = people.alarms.lasting(Signal.PEOPLE)["bad_ratings"].since
@@ -275,7 +275,7 @@ def test_change_cannot_be_accepted_with_fewer_than_50_ratings(people: People) ->
         accept_ratings(people.store, TARGET, people.state, NOON)
 
 
-def test_ratings_have_a_bad_and_a_corrected_feature() -> None:
+def test_drift_features_of_ratings_are_bad_and_corrected() -> None:
     sample = rating_sample([(True, True), (True, False), (False, False)])
     table = hit_table(rating_bets(sample), sample)
     assert (table == HIT).tolist() == [[True, True], [True, False], [False, False]]
@@ -293,7 +293,7 @@ def test_rating_bound_is_1_if_all_reference_ratings_are_bad() -> None:
     assert rating_bets(rating_sample([(True, True)] * 100))[0].bound == pytest.approx(1)
 
 
-def test_sample_without_ratings_still_has_text_categories() -> None:
+def test_empty_rating_sample_has_categories_of_string_dtype() -> None:
     sample = rating_sample([])
     assert sample.size == 0
     assert all(values.dtype.kind == "U" for values in sample.categories.values())

@@ -42,7 +42,7 @@ def test_report_line_names_a_new_category() -> None:
     assert (line.expected, line.live) == ("error 0%", "error 50%")
 
 
-def test_report_line_score_grows_with_the_change() -> None:
+def test_report_line_score_grows_with_the_size_of_the_change() -> None:
     reference = lengths(*range(200))
     scores = [feature_line("length", 0.0, reference, lengths(*range(by, by + 200))) for by in (0, 30, 100, 300)]
     found = [line.score for line in scores if line]
@@ -50,12 +50,12 @@ def test_report_line_score_grows_with_the_change() -> None:
 
 
 @pytest.mark.parametrize("live", [lengths(), lengths(NAN), lengths(NAN, NAN)])
-def test_no_report_line_if_no_live_item_has_a_number(live: Sample) -> None:
+def test_report_line_is_omitted_if_no_live_item_has_a_numeric_value(live: Sample) -> None:
     assert feature_line("length", 0.0, lengths(1.0, 2.0), live) is None
 
 
 @pytest.mark.parametrize("live", [reasons(), reasons(NOT_THERE)])
-def test_no_report_line_if_no_live_item_has_a_category(live: Sample) -> None:
+def test_report_line_is_omitted_if_no_live_item_has_a_category(live: Sample) -> None:
     assert feature_line("reason", 0.0, reasons("stop"), live) is None
 
 
@@ -98,6 +98,6 @@ def test_at_most_5_alarm_examples_are_shown(size: int, expected: int) -> None:
     assert len(most_moved("length", lengths(1.0, 2.0), lengths(*[3.0] * size))) == expected
 
 
-def test_only_items_of_a_grown_category_precede_items_without_a_value() -> None:
+def test_items_of_shrinking_categories_rank_below_items_without_a_value() -> None:
     live = reasons(NOT_THERE, "stop", "length", NOT_THERE)
     assert most_moved("reason", reasons(*["stop"] * 9, "length"), live) == [2, 3, 0, 1]

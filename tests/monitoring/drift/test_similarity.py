@@ -56,13 +56,13 @@ def test_similarities_are_unchanged_if_width_and_distances_are_halved() -> None:
 
 
 @pytest.mark.parametrize("flat", [np.zeros((20, 3)), np.full((20, 3), 0.1), np.zeros((20, 0))])
-def test_view_without_spread_is_ignored(flat: Floats) -> None:
+def test_view_with_zero_variance_is_ignored(flat: Floats) -> None:
     view = draw(1, 20, 5)
     alone, both = Similarity([view], [1.0]), Similarity([view, flat], WIDTHS)
     assert both([view, flat], [view, flat]) == pytest.approx(alone([view], [view]))
 
 
-def test_all_prompts_are_identical_if_no_view_has_spread() -> None:
+def test_all_similarities_are_1_if_every_view_has_zero_variance() -> None:
     reference, live = [np.zeros((20, 3)), np.zeros((20, 0))], [draw(1, 4, 3), np.zeros((4, 0))]
     assert (Similarity(reference, WIDTHS)(live, reference) == np.ones((4, 20))).all()
 
@@ -73,7 +73,7 @@ def test_similarities_are_finite_for_a_reference_of_one_or_two_prompts(size: int
     assert np.isfinite(Similarity(views, [1.0])(views, views)).all()
 
 
-def test_groups_that_lie_apart_are_fully_separated() -> None:
+def test_distant_groups_are_fully_separated() -> None:
     assert separation(moved(), 10) == pytest.approx(1)
 
 
@@ -91,7 +91,7 @@ def test_separation_is_between_one_half_and_1(seed: int, reference: int, live: i
     assert 0.5 <= separation(matrix + matrix.T, live) <= 1
 
 
-def test_new_kinds_of_prompts_are_the_most_typical_of_live_traffic() -> None:
+def test_new_kinds_of_prompts_rank_as_most_typical_of_live_traffic() -> None:
     live = draw(2, 12, 3)
     live[[3, 7, 8]] += 6
     assert set(typical(similarities(draw(1, 40, 3), live), 12, 3)) == {3, 7, 8}

@@ -79,11 +79,11 @@ def test_stability_index_grows_with_the_shift() -> None:
 
 
 @pytest.mark.parametrize("live", [0.5, 1.5])
-def test_differing_number_is_a_shift_if_all_reference_numbers_are_equal(live: float) -> None:
+def test_stability_index_exceeds_0_2_if_live_values_differ_from_a_constant_reference(live: float) -> None:
     assert number_stability(np.ones(200), np.full(100, live)).index > 0.2
 
 
-def test_new_category_exceeds_the_conventional_shift_limit() -> None:
+def test_stability_index_exceeds_0_2_if_half_of_live_items_have_a_new_category() -> None:
     assert category_stability(categories(en=100), categories(en=50, de=50)).index > 0.2
 
 
@@ -93,7 +93,7 @@ def test_stability_index_matches_its_definition() -> None:
     assert index == pytest.approx(0.25 * np.log(1.5) - 0.25 * np.log(0.5), rel=1e-3)
 
 
-def test_stability_index_beyond_chance_is_about_0_without_change() -> None:
+def test_chance_corrected_stability_index_is_about_0_without_drift() -> None:
     generator = np.random.default_rng(3)
     shifts = [number_stability(generator.normal(size=200), generator.normal(size=50)) for _ in range(200)]
     assert np.mean([one.index for one in shifts]) == pytest.approx(shifts[0].by_chance, rel=0.15)

@@ -83,7 +83,7 @@ def value(page: str, name: str, **labels: str) -> float | None:
 
 
 @pytest.mark.parametrize("headers", [{}, OPENMETRICS], ids=["text", "openmetrics"])
-def test_exporter_passes_server_metrics_through_with_their_names(registry: Registry, headers: dict[str, str]) -> None:
+def test_exporter_forwards_server_metrics_without_renaming_them(registry: Registry, headers: dict[str, str]) -> None:
     with page_of(registry, (200, SERVER_PAGE)) as url:
         page = httpx.get(url, headers=headers).text
     assert "svc_server_up 1.0" in page
@@ -92,7 +92,7 @@ def test_exporter_passes_server_metrics_through_with_their_names(registry: Regis
             assert line.partition(" # ")[0] in page
 
 
-def test_exporter_passes_exemplars_through(registry: Registry) -> None:
+def test_exporter_forwards_exemplars(registry: Registry) -> None:
     with page_of(registry, (200, SERVER_PAGE)) as url:
         assert '# {request_id="req-7"} 0.5' in httpx.get(url, headers=OPENMETRICS).text
 
@@ -108,7 +108,7 @@ def test_exporter_passes_exemplars_through(registry: Registry) -> None:
     ],
     ids=["none", "500", "401", "html", "metrics"],
 )
-def test_other_metrics_are_exported_even_if_server_is_down_or_unreadable(
+def test_registry_and_training_metrics_are_exported_even_if_server_metrics_are_unavailable(
     registry: Registry, page: tuple[int, str] | None, up: float, readable: float
 ) -> None:
     make_version(registry, 1)
@@ -138,7 +138,7 @@ def test_exporter_fails_if_the_host_name_is_invalid(registry: Registry) -> None:
         pass
 
 
-def test_exporter_fails_if_the_address_belongs_to_another_machine(registry: Registry) -> None:
+def test_exporter_fails_if_the_address_is_not_local(registry: Registry) -> None:
     with (
         pytest.raises(SettingsError, match=r"cannot listen on 192\.0\.2\.1"),
         exporting(registry, _store(registry), _home(registry), _nowhere, "192.0.2.1", 0),

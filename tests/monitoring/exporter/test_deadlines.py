@@ -82,10 +82,12 @@ def test_newest_finished_backup_is_exported_even_after_an_interrupted_backup(sto
     assert shown(store, BACKUP) == datetime(2026, 1, 2, 3, 0, 0, 500_000, tzinfo=UTC).timestamp()
 
 
-def test_backup_start_time_is_exported_if_its_folder_is_on_another_machine(store: Store, tmp_path: Path) -> None:
+def test_backup_start_time_is_exported_if_the_backup_folder_is_on_a_different_machine(
+    store: Store, tmp_path: Path
+) -> None:
     back_up(store, tmp_path / "of-another-machine", None)
     assert shown(store, BACKUP) == pytest.approx(time.time(), abs=60)
 
 
-def test_no_backup_time_is_exported_if_no_backup_was_ever_made(store: Store) -> None:
+def test_no_backup_time_is_exported_if_no_backup_exists(store: Store) -> None:
     assert shown(store, BACKUP) is None

@@ -163,16 +163,14 @@ def test_held_out_run_is_exported(metrics: CollectorRegistry, registry: Registry
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) == 1
 
 
-def test_export_includes_the_failed_and_the_last_completed_held_out_run(
-    metrics: CollectorRegistry, store: Store
-) -> None:
+def test_failed_and_last_completed_held_out_runs_are_both_exported(metrics: CollectorRegistry, store: Store) -> None:
     failed = replace(run([], []), outcome=HoldoutOutcome.FAILED, reason="away")
     add_holdout_run(store, failed)
     shown = metrics.get_sample_value("svc_holdout_run_timestamp_seconds", {**VERSION, "outcome": "failed"})
     assert shown == failed.ended_at.timestamp()
 
 
-def test_other_versions_are_exported_if_one_version_is_unreadable(
+def test_unreadable_version_does_not_prevent_the_export_of_other_versions(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry
 ) -> None:
     Traffic(store, registry).ask(prompts("none")[:12])

@@ -64,7 +64,7 @@ def test_training_is_reported_as_not_running_if_no_run_of_the_model_name_is_acti
     assert read("svc_training_running") == 0
 
 
-def test_newest_file_time_of_an_active_run_is_exported(read: Read, work: Work) -> None:
+def test_modification_time_of_the_newest_file_of_an_active_run_is_exported(read: Read, work: Work) -> None:
     folder = work()
     (folder / "stage").mkdir()
     (folder / "stage" / "weights").touch()
@@ -72,7 +72,7 @@ def test_newest_file_time_of_an_active_run_is_exported(read: Read, work: Work) -
     assert read("svc_training_written_timestamp_seconds") == 4e9
 
 
-def test_no_newest_file_time_is_exported_without_an_active_run(read: Read, tmp_path: Path) -> None:
+def test_no_file_modification_time_is_exported_without_an_active_run(read: Read, tmp_path: Path) -> None:
     with hold_lock(tmp_path / RUNS_FOLDER / "tiny-0123456789ab" / RUN_LOCK, "a run"):
         pass
     assert read("svc_training_written_timestamp_seconds") is None
@@ -113,12 +113,14 @@ def test_running_state_is_not_exported_if_runs_are_unreadable(read: Read, work: 
     assert (read("svc_training_running"), read("svc_training_loss")) == (None, 0.25)
 
 
-def test_exported_training_metrics_are_those_of_the_newest_run(read: Read, mlflow: TrackedRuns) -> None:
+def test_training_metrics_of_the_newest_run_are_exported(read: Read, mlflow: TrackedRuns) -> None:
     mlflow.runs["tiny"].append(run_figures(2000, loss=0.5))
     assert read("svc_training_loss") == 0.5
 
 
-def test_active_run_is_preferred_to_a_later_started_run(read: Read, work: Work, mlflow: TrackedRuns) -> None:
+def test_active_run_is_exported_even_if_an_inactive_run_started_later(
+    read: Read, work: Work, mlflow: TrackedRuns
+) -> None:
     mlflow.runs["tiny"].append(run_figures(2000, loss=0.5))
     work(run_id="tiny/0")
     assert (read("svc_training_loss"), read("svc_training_started_timestamp_seconds")) == (0.25, 1000)
@@ -131,7 +133,7 @@ def test_newer_of_two_active_runs_is_exported(read: Read, work: Work, mlflow: Tr
     assert read("svc_training_loss") == 0.5
 
 
-def test_run_lost_by_mlflow_is_skipped(read: Read, work: Work) -> None:
+def test_run_missing_from_mlflow_is_skipped(read: Read, work: Work) -> None:
     work(run_id="lost")
     assert read("svc_training_loss") == 0.25
 
@@ -141,12 +143,12 @@ def test_held_out_loss_of_a_training_run_is_exported(read: Read, mlflow: Tracked
     assert read("svc_training_heldout_loss") == 0.75
 
 
-def test_held_out_loss_is_not_exported_if_the_run_lacks_it(read: Read) -> None:
+def test_no_held_out_loss_is_exported_if_the_run_recorded_none(read: Read) -> None:
     assert read("svc_training_heldout_loss") is None
 
 
 @pytest.mark.slow
-def test_exported_losses_are_those_the_trainer_reports(tracking: Tracking, tmp_path: Path) -> None:
+def test_exported_losses_match_the_losses_reported_by_the_trainer(tracking: Tracking, tmp_path: Path) -> None:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from trainer.callbacks.loss_log import LossReport

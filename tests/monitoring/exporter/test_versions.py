@@ -89,7 +89,7 @@ def test_every_evaluation_metric_is_exported_with_its_interval(registry: Registr
         assert shown == (estimate.value, estimate.low, estimate.high), (format, metric)
 
 
-def test_each_metric_is_exported_by_name_and_one_is_marked_primary(
+def test_evaluation_metrics_are_exported_by_name_with_the_primary_metric_marked(
     registry: Registry, metrics: CollectorRegistry
 ) -> None:
     rouge = MetricReport(title="ROUGE-L", estimate=proportion(1, 4), better=Better.HIGHER, unit=Unit.SHARE)
@@ -105,15 +105,13 @@ def test_unmeasured_metric_is_not_exported(registry: Registry, metrics: Collecto
     assert evaluation(metrics, "valid_json") is None
 
 
-def test_subset_of_a_held_out_set_is_labelled_as_a_different_set(
-    registry: Registry, metrics: CollectorRegistry
-) -> None:
+def test_subset_of_a_held_out_set_is_labeled_as_a_separate_set(registry: Registry, metrics: CollectorRegistry) -> None:
     judge(registry, make_version(registry, 1), REPORT.model_copy(update={"examples": 3}))
     shown = [evaluation(metrics, "nll", heldout=heldout) for heldout in ("0123456789ab:4", "0123456789ab:3")]
     assert shown == [None, REPORT.nll.value]
 
 
-def test_only_the_newest_of_many_versions_are_exported(registry: Registry, metrics: CollectorRegistry) -> None:
+def test_only_the_newest_versions_are_exported(registry: Registry, metrics: CollectorRegistry) -> None:
     for number in range(1, SHOWN_VERSIONS + 3):
         judge(registry, make_version(registry, number), REPORT)
     newest = {str(number) for number in range(3, SHOWN_VERSIONS + 3)}

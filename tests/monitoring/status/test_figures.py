@@ -27,11 +27,11 @@ def read(traffic: GatewayMetrics) -> Read:
     return lambda: read_figures(generate_latest(traffic.registry).decode())
 
 
-def test_status_figures_are_empty_when_the_server_has_just_started(read: Read) -> None:
+def test_status_statistics_are_empty_when_the_server_has_just_started(read: Read) -> None:
     assert read() == Figures({}, {})
 
 
-def test_status_figures_are_empty_if_the_metrics_page_is_empty() -> None:
+def test_status_statistics_are_empty_if_the_metrics_page_is_empty() -> None:
     assert read_figures("") == Figures({}, {})
 
 
@@ -44,7 +44,9 @@ def test_requests_are_summed_over_all_routes_and_statuses(traffic: GatewayMetric
     assert read().versions["tiny@1"].requests == 5
 
 
-def test_server_fault_counts_as_a_version_error_even_within_a_stream(traffic: GatewayMetrics, read: Read) -> None:
+def test_server_fault_counts_as_a_version_error_even_in_the_middle_of_a_stream(
+    traffic: GatewayMetrics, read: Read
+) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_failed(ONE, ErrorCode.ENGINE_DIED)
     assert read().versions["tiny@1"].errors == 1
@@ -62,7 +64,7 @@ def test_client_error_does_not_count_as_a_version_error(traffic: GatewayMetrics,
         assert read().versions["tiny@1"].errors == 0, code
 
 
-def test_status_figures_are_separate_for_each_version(traffic: GatewayMetrics, read: Read) -> None:
+def test_status_statistics_are_separate_for_each_version(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, 0.1)
     traffic.request_ended(TWO, Route.CHAT_COMPLETIONS, 500, 0.1, reason=ErrorCode.ENGINE_ERROR)
     traffic.request_failed(TWO, ErrorCode.INTERNAL_ERROR)
@@ -73,7 +75,7 @@ def test_status_figures_are_separate_for_each_version(traffic: GatewayMetrics, r
     }
 
 
-def test_requests_without_a_version_count_for_no_version(traffic: GatewayMetrics, read: Read) -> None:
+def test_requests_without_a_version_are_not_attributed_to_any_version(traffic: GatewayMetrics, read: Read) -> None:
     traffic.request_ended(None, Route.CHAT_COMPLETIONS, 404, 0.1, reason=ErrorCode.MODEL_NOT_FOUND)
     assert read().versions == {}
 
@@ -85,7 +87,7 @@ def test_tokens_are_counted_by_direction_in_the_status(traffic: GatewayMetrics, 
     assert (figures.tokens_in, figures.tokens_out) == (31, 6)
 
 
-def test_quantiles_are_close_to_those_of_the_observed_times(traffic: GatewayMetrics, read: Read) -> None:
+def test_estimated_quantiles_are_close_to_the_quantiles_of_observed_times(traffic: GatewayMetrics, read: Read) -> None:
     for hundredth in range(1, 101):
         traffic.request_ended(ONE, Route.CHAT_COMPLETIONS, 200, hundredth / 100)
         traffic.first_token(ONE, hundredth / 1000)
@@ -112,7 +114,7 @@ def test_errors_with_the_same_reason_are_summed_over_versions(traffic: GatewayMe
     assert read().errors == {"engine_died": 3}
 
 
-def test_only_figures_of_the_named_models_are_read(traffic: GatewayMetrics) -> None:
+def test_only_metrics_of_the_named_models_are_read(traffic: GatewayMetrics) -> None:
     other = Target(VersionId("other", 7), Format.GPTQ)
     for served, model in ((ONE, "tiny"), (other, "other"), (None, "other"), (None, "unknown")):
         traffic.request_ended(served, Route.CHAT_COMPLETIONS, 503, 0.1, reason=ErrorCode.ENGINE_DIED, model=model)

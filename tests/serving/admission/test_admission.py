@@ -74,7 +74,7 @@ async def test_requests_wait_if_the_other_engine_is_lost_during_a_swap() -> None
     assert admission.closed_s is not None
 
 
-async def test_requests_without_a_ready_engine_do_not_wait_outside_a_swap() -> None:
+async def test_requests_without_a_ready_engine_wait_only_during_a_swap() -> None:
     admission = open_admission()
     admission.unavailable(None)
     with pytest.raises(EngineUnavailableError, match="being changed"):
@@ -136,7 +136,7 @@ class TestTokens:
             async with admitted(admission, 100):
                 assert admission.running == 1
 
-    async def test_request_that_could_never_run_is_rejected_with_its_own_error(self) -> None:
+    async def test_request_exceeding_the_total_token_capacity_raises_too_many_tokens_error(self) -> None:
         with pytest.raises(TooManyTokensError, match="101"):
             async with admitted(open_admission(max_tokens=100), 101):
                 pass
@@ -202,7 +202,7 @@ async def test_admitted_request_is_requeued_if_a_swap_begins_before_it_runs() ->
     assert (admission.running, admission.queued) == (0, 0)
 
 
-async def test_requeued_request_costs_its_key_nothing_and_keeps_its_turn() -> None:
+async def test_requeued_request_is_not_charged_twice_and_keeps_its_queue_position() -> None:
     admission, order = open_admission(max_running=1), list[str]()
 
     async def request(name: str, party: Party) -> None:
@@ -239,7 +239,7 @@ async def test_total_wait_of_a_requeued_request_stays_within_the_timeout() -> No
     assert (admission.running, admission.queued) == (0, 0)
 
 
-async def test_requeued_request_leaves_no_trace_when_its_client_disconnects() -> None:
+async def test_requeued_request_is_fully_cleaned_up_when_its_client_disconnects() -> None:
     admission = open_admission()
     async with closed(admission):
         asking = asyncio.create_task(run_until(admission, asyncio.Event()))
@@ -260,7 +260,7 @@ async def test_model_is_not_idle_while_a_request_is_being_prepared() -> None:
     assert admission.queued == 0
 
 
-async def test_keyless_request_that_already_waited_may_wait_for_a_slot() -> None:
+async def test_keyless_request_that_was_already_queued_may_wait_for_a_slot() -> None:
     admission = open_admission(max_running=1)
     async with admitted(admission):
         waiting = asyncio.create_task(admission.enter(1, NO_KEY, may_wait=True))

@@ -189,7 +189,7 @@ BATCH = st.lists(st.tuples(ACTIONS, st.integers(0, 20)), min_size=1, max_size=4)
     ticks=st.integers(1, 3),
     keys=st.booleans(),
 )
-def test_admission_counts_order_limits_and_versions_hold_under_any_schedule(
+def test_admission_invariants_hold_under_any_schedule(
     schedule: list[list[tuple[str, int]]], limits: tuple[int, int], ticks: int, keys: bool
 ) -> None:
     async def run() -> None:

@@ -30,7 +30,7 @@ async def test_background_request_does_not_count_as_running() -> None:
     assert admission.running == 0
 
 
-async def test_background_request_waits_until_no_other_requests_run() -> None:
+async def test_background_request_waits_until_no_client_requests_run() -> None:
     admission, last, end = open_admission(), asyncio.Event(), asyncio.Event()
     first = asyncio.create_task(run_until(admission, end))
     second = asyncio.create_task(run_until(admission, last))
@@ -48,7 +48,7 @@ async def test_background_request_waits_until_no_other_requests_run() -> None:
     await asyncio.wait([question])
 
 
-async def test_background_request_runs_alongside_requests_once_its_patience_ends() -> None:
+async def test_background_request_runs_alongside_client_requests_after_its_maximum_wait() -> None:
     admission, end = open_admission(), asyncio.Event()
     async with admitted(admission):
         question = asyncio.create_task(ask_in_background(admission, end, patience_s=0.01))

@@ -91,7 +91,7 @@ async def test_batch_requests_wait_while_client_requests_are_queued() -> None:
             await admission.enter(1, NO_KEY)  # for the end of the context above
 
 
-async def test_batch_requests_are_interrupted_when_clients_need_their_tokens() -> None:
+async def test_batch_requests_are_interrupted_when_client_requests_need_their_tokens() -> None:
     admission = open_admission(max_running=8, max_tokens=100)
     async with batched(admission, 3, tokens=40) as requests:
         assert begun(requests) == [True, True, False]
@@ -139,7 +139,7 @@ async def test_batch_requests_wait_while_the_engine_starts() -> None:
         assert not admission.batch_slots.wanted
 
 
-async def test_batch_request_times_out_after_waiting_for_the_maximum_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_batch_request_times_out_after_the_maximum_wait_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_slots, "MAX_WAIT_S", 0.01)
     admission = open_admission(max_running=1)
     async with admitted(admission):

@@ -79,7 +79,9 @@ class Engine:
 @pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(weights=st.lists(st.integers(1, 5), min_size=50, max_size=50), seed=st.integers(0, 2**32))
-def test_fifty_flooding_keys_share_by_weight_within_ten_percent(weights: list[int], seed: int) -> None:
+def test_fifty_flooding_keys_get_throughput_proportional_to_their_weights_within_ten_percent(
+    weights: list[int], seed: int
+) -> None:
     async def run() -> None:
         parties = [Party(f"k{number}", weight) for number, weight in enumerate(weights)]
         engine = Engine(parties, random.Random(seed))
@@ -156,11 +158,11 @@ class TestAfterASwap:
         order = await served_in_order(open_admission(max_running=1), [(A, 10)] * 4 + [(B, 10)] * 2)
         assert order == ["a", "b", "a", "b", "a", "a"]
 
-    async def test_turns_depend_on_the_number_of_requested_tokens(self) -> None:
+    async def test_scheduling_order_depends_on_the_number_of_requested_tokens(self) -> None:
         order = await served_in_order(open_admission(max_running=1), [(A, 40), (A, 40), *[(B, 10)] * 4])
         assert order == ["a", "b", "b", "b", "b", "a"]
 
-    async def test_turns_depend_on_tenant_weights(self) -> None:
+    async def test_scheduling_order_depends_on_tenant_weights(self) -> None:
         heavy = Party("b", weight=2)
         order = await served_in_order(open_admission(max_running=1), [(A, 10)] * 2 + [(heavy, 10)] * 4)
         assert order == ["a", "b", "b", "a", "b", "b"]
@@ -189,7 +191,7 @@ class TestFull:
                 async with admitted(admission, 1):
                     pass
 
-    async def test_requests_without_a_key_get_their_share_while_others_wait(self) -> None:
+    async def test_requests_without_a_key_get_their_share_while_keyed_requests_wait(self) -> None:
         admission, order = open_admission(max_running=1), list[str]()
         async with admitted(admission, 1, A):
             waiting = [asyncio.create_task(enter(admission, party, order)) for party in (A, A, A, NO_KEY)]
@@ -217,7 +219,7 @@ class TestFull:
             assert order == []
         await asyncio.gather(large, small)
 
-    async def test_request_runs_immediately_if_it_is_its_turn(self) -> None:
+    async def test_small_request_runs_immediately_while_a_large_request_of_a_different_tenant_waits(self) -> None:
         admission, order = open_admission(max_tokens=100), list[str]()
         async with admitted(admission, 60, A):
             large = asyncio.create_task(enter(admission, A, order, 60))
@@ -241,7 +243,7 @@ class TestFull:
                 async with admitted(admission, 1, B):
                     pass
 
-    async def test_request_during_a_swap_fails_with_full_queue_or_queue_timeout(self) -> None:
+    async def test_request_during_a_swap_is_rejected_if_the_queue_is_full_or_the_wait_times_out(self) -> None:
         admission = open_admission(max_queued=0)
         async with closed(admission):
             with pytest.raises(QueueOverflowError):
@@ -285,7 +287,7 @@ class TestFullQueue:
         for place in places[1:]:
             place.given.exception()
 
-    async def test_new_request_is_rejected_if_its_tenant_has_the_longest_full_queue(self) -> None:
+    async def test_new_request_is_rejected_by_a_full_queue_if_no_other_tenant_has_more_requests_queued(self) -> None:
         queue = RequestQueue(max_queued=1)
         first = queue.join(A, 1)
         for party in (A, B):
@@ -328,7 +330,7 @@ async def test_tenant_is_not_charged_for_a_request_that_left_the_queue() -> None
     assert len(queue) == 0
 
 
-async def test_repeatedly_leaving_the_queue_leaves_no_trace_of_the_tenant() -> None:
+async def test_repeatedly_cancelled_requests_leave_no_queue_entries() -> None:
     queue = RequestQueue(max_queued=100)
     queue.join(A, 10)
     for _ in range(1000):

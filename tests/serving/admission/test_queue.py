@@ -11,7 +11,7 @@ from tests.serving.admission.opened import admit_once, admitted, open_admission,
 from tests.serving.service import closed
 
 
-async def test_largest_queue_length_is_kept_after_the_queue_empties() -> None:
+async def test_peak_queue_length_is_retained_after_the_queue_empties() -> None:
     admission = open_admission()
     async with closed(admission):
         waiting = [asyncio.create_task(run_until(admission, asyncio.Event())) for _ in range(3)]
@@ -60,7 +60,7 @@ async def test_queued_request_waits_no_longer_than_its_timeout() -> None:
         assert admission.queued == 0
 
 
-async def test_every_request_gets_its_turn_if_more_wait_than_may_run() -> None:
+async def test_every_queued_request_eventually_runs_despite_the_concurrency_limit() -> None:
     admission, entered = open_admission(max_running=2), list[int]()
 
     async def client(number: int) -> None:
@@ -76,7 +76,7 @@ async def test_every_request_gets_its_turn_if_more_wait_than_may_run() -> None:
     assert entered == list(range(7))
 
 
-async def test_request_cancelled_in_the_moment_of_its_admission_occupies_no_slot() -> None:
+async def test_request_cancelled_at_the_moment_of_its_admission_occupies_no_slot() -> None:
     admission = open_admission()
     async with closed(admission):
         task = asyncio.create_task(run_until(admission, asyncio.Event()))
@@ -114,7 +114,7 @@ async def test_requests_are_rejected_if_the_on_demand_engine_fails_to_start() ->
         await waiting
 
 
-async def test_requests_wait_for_as_long_as_an_engine_start_may_take() -> None:
+async def test_requests_wait_for_an_engine_start_until_the_wake_timeout() -> None:
     admission = Admission(max_running=1, max_tokens=9, max_queued=9, queue_timeout_s=0.01, wake_timeout_s=0.2)
     admission.sleep()
     admission.unavailable(None)

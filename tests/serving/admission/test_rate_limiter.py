@@ -55,12 +55,12 @@ class TestRequests:
         clock.now = 2
         assert clock.limiter.allowances(key)[Limit.REQUESTS_PER_MINUTE] == Allowance(60, 2, 58.0)
 
-    def test_request_released_without_running_does_not_use_up_the_limit(self) -> None:
+    def test_request_released_without_running_does_not_count_towards_the_limit(self) -> None:
         clock, key = Clock(), principal(requests_per_minute=1, tokens_per_day=10)
         clock.limiter.reserve(key, asks(5)).release()
         clock.limiter.reserve(key, asks(5))
 
-    def test_request_rejected_by_one_limit_does_not_count_towards_others(self) -> None:
+    def test_request_rejected_by_one_limit_does_not_count_towards_other_limits(self) -> None:
         clock, key = Clock(), principal(requests_per_minute=10, tokens_out_per_minute=10)
         clock.limiter.reserve(key, asks(10))
         refused(clock.limiter, key, asks(10))
@@ -68,7 +68,7 @@ class TestRequests:
 
 
 class TestTokens:
-    def test_maximum_answer_length_is_reserved(self) -> None:
+    def test_maximum_answer_tokens_are_reserved_when_a_request_starts(self) -> None:
         clock, key = Clock(), principal(tokens_out_per_minute=100)
         clock.limiter.reserve(key, asks(60))
         assert refused(clock.limiter, key, asks(41)).limit == "tokens_out_per_minute"
@@ -90,19 +90,19 @@ class TestTokens:
         clock.limiter.reserve(key, asks(tokens_in=10)).settle(100, 1)
         assert refused(clock.limiter, key, asks(tokens_in=20)).retry_after_s == 60
 
-    def test_request_waits_for_the_full_allowance_if_its_estimate_exceeds_the_limit(self) -> None:
+    def test_request_waits_for_the_full_allowance_if_its_prompt_estimate_exceeds_the_limit(self) -> None:
         clock, key = Clock(), principal(tokens_in_per_minute=60)
         clock.limiter.reserve(key, asks(tokens_in=10)).settle(6, 1)
         assert refused(clock.limiter, key, asks(tokens_in=10_000)).retry_after_s == 6
         clock.now = 6
         clock.limiter.reserve(key, asks(tokens_in=10_000))
 
-    def test_error_for_a_request_exceeding_the_whole_limit_has_no_retry_after(self) -> None:
+    def test_error_for_a_request_larger_than_the_limit_has_no_retry_after(self) -> None:
         error = refused(Clock().limiter, principal(tokens_out_per_minute=100), asks(101))
         assert (error.limit, error.retry_after_s) == ("tokens_out_per_minute", None)
         assert "101" in error.wrong
 
-    def test_request_without_a_length_is_accepted_if_the_whole_allowance_is_free(self) -> None:
+    def test_request_without_max_tokens_is_accepted_if_the_full_allowance_is_available(self) -> None:
         clock, key = Clock(), principal(tokens_out_per_minute=100)
         clock.limiter.reserve(key, asks(2048, said=False)).settle(1, 30)
         assert refused(clock.limiter, key, asks(2048, said=False)).retry_after_s == 18
@@ -124,7 +124,7 @@ class TestDay:
         clock.limiter.reserve(key, asks(60, 1))
         assert refused(clock.limiter, key, asks(60, 1)).retry_after_s == 1
 
-    def test_request_without_a_length_reserves_the_rest_of_the_daily_limit(self) -> None:
+    def test_request_without_max_tokens_reserves_the_remaining_daily_limit(self) -> None:
         clock, key = Clock(), principal(tokens_per_day=100)
         clock.limiter.reserve(key, asks(50, 49)).settle(49, 50)
         clock.limiter.reserve(key, asks(2048, said=False)).settle(1, 20)
@@ -166,21 +166,21 @@ def test_changed_rate_limit_applies_immediately() -> None:
     clock.limiter.reserve(principal(requests_per_minute=2), asks())
 
 
-def test_keys_without_limits_are_not_stored() -> None:
+def test_rate_limiter_stores_no_state_for_keys_without_limits() -> None:
     limiter = RateLimiter()
     limiter.reserve(principal(), asks(10**9)).settle(1, 1)
     assert limiter.allowances(principal()) == {}
     assert not limiter._keys
 
 
-def test_limiter_memory_is_one_entry_per_key() -> None:
+def test_rate_limiter_stores_one_entry_per_key() -> None:
     limiter = RateLimiter()
     for number in range(1000):
         limiter.reserve(principal(f"k{number % 10}", requests_per_minute=10**6), asks()).settle(1, 1)
     assert len(limiter._keys) == 10
 
 
-def test_prompt_token_estimate_is_positive_and_grows_with_its_bytes() -> None:
+def test_prompt_token_estimate_is_positive_and_grows_with_prompt_size_in_bytes() -> None:
     assert (estimated_tokens(0), estimated_tokens(400)) == (1, 101)
 
 
@@ -212,7 +212,7 @@ def test_token_usage_never_exceeds_the_limit_plus_its_refill(
 
 @settings(max_examples=4 * settings().max_examples, deadline=None)
 @given(amounts=st.lists(st.integers(1, 50), min_size=1, max_size=20), limit=st.integers(50, 200))
-def test_request_repeated_after_the_wait_in_the_error_is_accepted(amounts: list[int], limit: int) -> None:
+def test_request_is_accepted_when_retried_after_the_delay_reported_in_the_error(amounts: list[int], limit: int) -> None:
     clock, key = Clock(), principal(tokens_out_per_minute=limit, requests_per_minute=7)
     for amount in amounts:
         try:
@@ -276,7 +276,7 @@ class Exchange:
         max_size=30,
     ),
 )
-def test_excess_over_a_shared_limit_is_little_more_than_one_limit_per_server(
+def test_overshoot_of_a_shared_limit_is_little_more_than_one_limit_per_server(
     limit: int, phases: list[float], steps: list[tuple[float, float, bool]]
 ) -> None:
     servers, used = Exchange(limit, phases), list[tuple[float, int]]()
@@ -322,7 +322,7 @@ def test_delay_after_late_usage_reports_is_little_more_than_a_minute_per_server(
     assert clock.limiter.allowances(key)[Limit.TOKENS_OUT_PER_MINUTE].reset_s == pytest.approx(3 * 1.2 * 60)
 
 
-def test_usage_of_keys_without_limits_on_other_servers_is_not_stored() -> None:
+def test_usage_reported_by_other_servers_is_not_stored_for_keys_without_limits() -> None:
     limiter = RateLimiter({"k1": principal()}.get)
     limiter.add_used_elsewhere({"k1": Usage(1, 1, 1), "unknown": Usage(1, 1, 1)}, 2)
     assert not limiter._keys

@@ -106,7 +106,7 @@ async def run_of(control: Control, of: Target, runs: int = 1, *, completed: bool
     return run
 
 
-async def test_all_held_out_examples_are_run_after_a_start(make: Make) -> None:
+async def test_all_held_out_examples_are_run_after_startup(make: Make) -> None:
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
         assert (run.cause, run.outcome, run.reason, run.engine) == (
@@ -136,7 +136,7 @@ async def test_exact_match_as_primary_metric_scores_each_answer(make: Make) -> N
     assert (run.metric, run.scores) == ("exact_match", (1.0, 0.0, 0.0))
 
 
-async def test_held_out_run_is_stored_even_if_its_metric_cannot_run_here(
+async def test_held_out_run_is_stored_even_if_the_versions_own_metric_is_unavailable(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(registry: Registry, target: Target, *, run_functions: bool) -> Metric:
@@ -149,7 +149,7 @@ async def test_held_out_run_is_stored_even_if_its_metric_cannot_run_here(
     assert "there is no metric 'own'" in caplog.text
 
 
-async def test_held_out_log_probabilities_are_those_of_the_registered_tokens(make: Make) -> None:
+async def test_held_out_run_computes_log_probabilities_of_the_registered_tokens(make: Make) -> None:
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
         for example, nll in zip(HELDOUT, run.nll, strict=True):
@@ -159,7 +159,7 @@ async def test_held_out_log_probabilities_are_those_of_the_registered_tokens(mak
             assert nll == pytest.approx(-sum(logprobs) / len(logprobs))
 
 
-async def test_held_out_examples_are_requested_as_at_registration(make: Make) -> None:
+async def test_held_out_requests_have_the_same_messages_and_parameters_as_at_registration(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         chats = [body for body in control.double.requests if "messages" in body]
@@ -203,7 +203,7 @@ async def test_held_out_example_with_too_many_tokens_is_skipped(make: Make, monk
         assert (await run_of(control, target(1))).places == (0, 2)
 
 
-async def test_no_example_is_run_and_the_reason_is_shown_if_none_fits(
+async def test_held_out_run_is_skipped_with_a_reason_if_all_examples_are_too_long(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(holdout, "MOST_TOKENS", 1)
@@ -213,7 +213,7 @@ async def test_no_example_is_run_and_the_reason_is_shown_if_none_fits(
         assert rows(control) == []
 
 
-def test_sample_is_spread_over_the_whole_held_out_set() -> None:
+def test_sample_is_spread_evenly_over_the_held_out_set() -> None:
     cases: list[tuple[int, int]] = [(1000, 200), (201, 200), (399, 200), (200, 200), (5, 200), (1, 1)]
     for total, most in cases:
         places = holdout._evenly(total, most)
@@ -239,7 +239,7 @@ async def test_held_out_set_is_run_on_the_new_version_after_a_swap(make: Make) -
         assert (run.cause, run.hits) == (HoldoutCause.SWAP, (False, True, False))
 
 
-async def test_held_out_set_is_rerun_on_the_old_version_after_undone_swap(make: Make) -> None:
+async def test_held_out_set_is_rerun_on_the_restored_version_after_a_failed_swap(make: Make) -> None:
     async with asked(make) as (control, _):
         make_version(control.registry, 4, probes_of="/elsewhere", answered=3)
         await run_of(control, target(1))
@@ -248,7 +248,7 @@ async def test_held_out_set_is_rerun_on_the_old_version_after_undone_swap(make: 
         assert {row.number for row in rows(control)} == {1}
 
 
-async def test_held_out_set_is_run_on_the_next_engine_after_one_dies(make: Make) -> None:
+async def test_held_out_set_is_run_on_the_replacement_engine_after_an_engine_dies(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         control.park.engines[0].kill()
@@ -313,7 +313,7 @@ async def test_held_out_run_under_load_completes_and_fails_no_request(
     load.check()
 
 
-async def test_rejected_example_fails_the_held_out_run_but_not_the_schedule(
+async def test_rejected_example_fails_the_held_out_run_but_does_not_stop_later_scheduled_runs(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     control = make(answered=3)
@@ -340,7 +340,7 @@ async def test_held_out_run_fails_if_registered_answers_were_altered(
     assert run.reason is not None and "was changed after registration" in run.reason
 
 
-async def test_failed_held_out_run_reports_the_defect_as_its_reason(
+async def test_failed_held_out_run_reports_the_exception_as_its_reason(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(*_: object, **__: object) -> None:
@@ -372,7 +372,7 @@ async def test_held_out_run_is_stored_even_if_the_store_failed_temporarily(
     assert "database is locked" in caplog.text
 
 
-async def test_held_out_set_is_rerun_after_a_run_with_a_defect(
+async def test_held_out_set_is_rerun_after_a_run_fails_with_an_unexpected_exception(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = 1
@@ -411,7 +411,7 @@ async def test_version_without_registered_answers_is_skipped_and_logged_once(
     ("unprobed", "settings", "reason"),
     [("the engine dies of it", {}, "the engine dies of it"), (None, {"every_hours": 0}, "`holdout.every_hours` is 0")],
 )
-async def test_no_example_is_run_and_the_reason_shown_if_runs_are_off(
+async def test_held_out_run_is_skipped_with_a_reason_if_held_out_runs_are_disabled(
     make: Make, caplog: pytest.LogCaptureFixture, unprobed: str | None, settings: dict[str, Any], reason: str
 ) -> None:
     control = make(answered=3)
@@ -428,7 +428,7 @@ async def test_no_example_is_run_and_the_reason_shown_if_runs_are_off(
     assert [record for record in caplog.records if record.levelno == logging.WARNING and reason in record.message]
 
 
-async def test_run_interval_is_in_the_metrics_before_the_first_run_ends(make: Make) -> None:
+async def test_held_out_run_interval_is_exported_before_the_first_run_ends(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
     async with control.run(), running(runs_of(control, every_hours=2)) as runs:
@@ -464,7 +464,7 @@ async def test_status_shows_held_out_run_progress(make: Make) -> None:
     }
 
 
-async def test_no_more_held_out_runs_start_after_three_killed_engines(make: Make) -> None:
+async def test_held_out_runs_are_disabled_after_three_engine_deaths(make: Make) -> None:
     """Otherwise, each new engine would be killed by the held-out run that its start triggers."""
     control = make(answered=3)
 

@@ -29,7 +29,7 @@ async def put(client: EngineClient) -> Answer:
     return await client.chat(PROMPT, max_tokens=2)
 
 
-async def test_background_answer_comes_from_the_engine_and_appears_in_no_metric(control: Control) -> None:
+async def test_background_request_is_answered_by_the_engine_and_not_counted_in_metrics(control: Control) -> None:
     answer = await questions(control).ask(control.replica.weights, put)
     assert answer.text == "1.0 1.1 "
     assert control.sample("svc_requests_running", model=NAME) == 0
@@ -184,7 +184,9 @@ async def test_no_more_background_requests_are_sent_after_three_engine_deaths(
     assert caplog.text.count("stopping background requests") == 1
 
 
-async def test_engine_deaths_on_earlier_days_are_forgotten(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_engine_deaths_on_earlier_days_do_not_count_towards_the_limit(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("serving.background.scheduler._DEATHS_WITHIN_S", 0.3)
     async with make().run() as control:
         asking = questions(control)
@@ -199,7 +201,7 @@ async def test_engine_deaths_on_earlier_days_are_forgotten(make: Make, monkeypat
         assert (await asking.ask(control.replica.weights, put)).text == "1.0 1.1 "
 
 
-async def test_cancelled_background_request_leaves_nothing_running(control: Control) -> None:
+async def test_cancelled_background_request_is_aborted_on_the_engine(control: Control) -> None:
     control.double.token_delay_s = 30
     asking = asyncio.create_task(questions(control).ask(control.replica.weights, put))
     await until(lambda: control.double.running)

@@ -82,7 +82,7 @@ def logprobs(control: Control) -> list[float | None]:
         return list(session.scalars(select(RequestRow.logprob).order_by(RequestRow.id)))
 
 
-async def test_live_answer_score_is_the_mean_over_its_tokens(control: Control) -> None:
+async def test_live_answer_score_is_the_mean_log_probability_of_its_tokens(control: Control) -> None:
     add_requests(control.store, [kept()])
     async with scoring_of(control):
         await until(lambda: logprobs(control) != [None])
@@ -101,7 +101,7 @@ async def test_long_live_answer_is_truncated_like_a_held_out_answer(control: Con
     assert logprobs(control) == [pytest.approx(fmean(await client.logprobs(prompt + answer, len(prompt))))]
 
 
-async def test_store_is_read_rarely_if_there_is_nothing_to_score(
+async def test_store_is_polled_infrequently_if_there_is_nothing_to_score(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = 0
@@ -137,7 +137,7 @@ async def test_newest_answer_is_scored_first(control: Control) -> None:
     assert [score is not None for score in logprobs(control)] == [False, True, False]
 
 
-async def test_number_of_scores_per_hour_is_limited(control: Control) -> None:
+async def test_number_of_answers_scored_per_hour_is_limited(control: Control) -> None:
     add_requests(control.store, [kept()] * 5)
     async with scoring_of(control, scored_per_hour=3600 * 20):
         await until(lambda: sum(score is not None for score in logprobs(control)) == 1)
@@ -202,7 +202,7 @@ async def test_nothing_is_scored_if_the_version_has_no_registered_answers(
     assert caplog.text.count("not scoring live answers of tuned@1 (merged)") == 1
 
 
-async def test_scoring_an_answer_that_kills_the_engine_is_tried_only_once(control: Control) -> None:
+async def test_answer_whose_scoring_kills_the_engine_is_not_retried(control: Control) -> None:
     add_requests(control.store, [kept()])
     control.double.fault = Fault.DIE_BEFORE_ANSWER
     async with scoring_of(control):

@@ -179,7 +179,7 @@ async def test_server_sends_no_webhook_messages_until_it_becomes_the_leader(
         await until(lambda: counted[DELIVERED] == 1)
 
 
-async def test_receiver_verifies_the_signature_of_a_message(
+async def test_receiver_can_verify_the_signature_of_a_webhook_message(
     store: Store, receiver: Receiver, secret_file: Path
 ) -> None:
     add(store, receiver.url)
@@ -197,7 +197,7 @@ async def test_receiver_verifies_the_signature_of_a_message(
     assert due_deliveries(store, receiver.url, 9) == []
 
 
-async def test_message_verifies_with_the_old_and_the_new_secret_during_a_rotation(
+async def test_webhook_signature_is_valid_under_both_old_and_new_secret_during_rotation(
     store: Store, receiver: Receiver, tmp_path: Path
 ) -> None:
     add(store, receiver.url)
@@ -207,7 +207,7 @@ async def test_message_verifies_with_the_old_and_the_new_secret_during_a_rotatio
     receiver.received[0].verify(OLD_SECRET)
 
 
-async def test_message_is_retried_with_the_same_id_until_the_receiver_accepts_it(
+async def test_webhook_message_is_retried_with_the_same_id_until_the_receiver_accepts_it(
     store: Store, receiver: Receiver, secret_file: Path
 ) -> None:
     receiver.statuses = [500, 429, 302]
@@ -222,7 +222,9 @@ async def test_message_is_retried_with_the_same_id_until_the_receiver_accepts_it
         received.verify(SECRET)
 
 
-async def test_retry_waits_as_long_as_the_receiver_asks(store: Store, receiver: Receiver, secret_file: Path) -> None:
+async def test_webhook_retry_waits_for_the_receivers_retry_after(
+    store: Store, receiver: Receiver, secret_file: Path
+) -> None:
     receiver.statuses = [503]
     receiver.headers = {"retry-after": "3600"}
     add(store, receiver.url)
@@ -232,7 +234,7 @@ async def test_retry_waits_as_long_as_the_receiver_asks(store: Store, receiver: 
     assert len(receiver.received) == 1
 
 
-async def test_retry_waits_at_most_two_hours_when_the_receiver_asks_for_more(
+async def test_webhook_retry_waits_at_most_two_hours_despite_a_longer_retry_after(
     store: Store, receiver: Receiver, secret_file: Path
 ) -> None:
     receiver.statuses = [503]
@@ -245,7 +247,7 @@ async def test_retry_waits_at_most_two_hours_when_the_receiver_asks_for_more(
     assert due_at <= datetime.now(UTC) + timedelta(seconds=MAX_DELAY_S)
 
 
-async def test_message_is_delivered_after_a_restart_if_the_receiver_was_unreachable(
+async def test_webhook_message_is_delivered_after_a_restart_if_the_receiver_was_unreachable(
     store: Store, receiver: Receiver, secret_file: Path
 ) -> None:
     with socket.socket() as reserved:
@@ -261,7 +263,7 @@ async def test_message_is_delivered_after_a_restart_if_the_receiver_was_unreacha
     assert [received.body.decode() for received in receiver.received] == [BODY]
 
 
-async def test_receiver_that_does_not_respond_times_out(
+async def test_webhook_request_times_out_if_the_receiver_does_not_respond(
     store: Store, receiver: Receiver, secret_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webhook, "_TIMEOUT_S", 0.1)
@@ -274,7 +276,7 @@ async def test_receiver_that_does_not_respond_times_out(
         await until(lambda: counted[DELIVERED] == 1)
 
 
-async def test_message_older_than_a_day_is_dropped_and_counted(
+async def test_webhook_message_older_than_a_day_is_dropped_and_counted(
     store: Store, receiver: Receiver, secret_file: Path
 ) -> None:
     add(store, receiver.url, age=MAX_AGE + timedelta(seconds=1))
@@ -283,7 +285,7 @@ async def test_message_older_than_a_day_is_dropped_and_counted(
     assert receiver.received == []
 
 
-async def test_oldest_messages_are_dropped_when_too_many_wait(
+async def test_oldest_webhook_messages_are_dropped_when_too_many_are_queued(
     store: Store, receiver: Receiver, secret_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webhook, "MAX_PENDING", 3)
@@ -295,7 +297,7 @@ async def test_oldest_messages_are_dropped_when_too_many_wait(
     assert counted[DROPPED] == 2
 
 
-async def test_message_is_dropped_when_the_receiver_responds_with_410_gone(
+async def test_webhook_message_is_dropped_when_the_receiver_responds_with_410_gone(
     store: Store, receiver: Receiver, secret_file: Path
 ) -> None:
     receiver.statuses = [410]
@@ -305,7 +307,7 @@ async def test_message_is_dropped_when_the_receiver_responds_with_410_gone(
     assert due_deliveries(store, receiver.url, 9) == []
 
 
-async def test_server_sends_messages_that_were_stored_before_its_start_and_counts_them(
+async def test_webhook_messages_stored_before_the_server_start_are_sent_and_counted(
     tmp_path: Path, receiver: Receiver, secret_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = Home(tmp_path / "home", monkeypatch)
@@ -331,13 +333,15 @@ async def test_server_sends_messages_that_were_stored_before_its_start_and_count
     ],
     ids=["readable by others", "empty", "no prefix", "no base64", "short", "second invalid"],
 )
-def test_invalid_secret_file_is_rejected_without_quoting_it(tmp_path: Path, text: str, mode: int, wrong: str) -> None:
+def test_invalid_webhook_secret_file_is_rejected_without_quoting_its_content(
+    tmp_path: Path, text: str, mode: int, wrong: str
+) -> None:
     with pytest.raises(SettingsError, match=wrong) as raised:
         read_webhook_keys(secrets(tmp_path, text, mode))
     assert SECRET.removeprefix("whsec_") not in str(raised.value)
 
 
-def test_delay_between_attempts_grows_to_two_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_webhook_retry_delay_grows_to_two_hours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     delays = [delay_s(attempts) for attempts in range(1000)]
     assert 4 <= delays[0] <= 6

@@ -116,7 +116,7 @@ async def test_batch_input_and_output_go_through_the_files_api(service: BatchSer
                 await call(batch.output_file_id)
 
 
-async def test_input_of_an_open_batch_is_not_deleted(service: BatchService, client: AsyncOpenAI) -> None:
+async def test_input_file_of_an_unfinished_batch_cannot_be_deleted(service: BatchService, client: AsyncOpenAI) -> None:
     file = service.add_input(lines(1))
     id = await create(client, file)
     with pytest.raises(openai.APIStatusError, match="batch"):
@@ -393,7 +393,7 @@ async def test_batch_requests_have_the_permissions_and_limits_of_their_key(servi
         assert (await ended(client, id)).status == "completed"
 
 
-async def test_batch_starts_when_its_creation_is_notified_without_polling_the_store(
+async def test_batch_starts_on_a_creation_notification_without_polling_the_store(
     service: BatchService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []
@@ -448,7 +448,7 @@ async def test_batch_survives_an_engine_death(service: BatchService, client: Asy
     assert (batch.status, batch.error_file_id) == ("completed", None)
 
 
-def test_next_batch_belongs_to_the_owner_with_the_fewest_running_batches() -> None:
+def test_next_batch_is_taken_from_the_owner_with_the_fewest_running_batches() -> None:
     now = datetime.now(UTC)
 
     def batch(id: str, owner: str, **fields: Any) -> StoredBatch:

@@ -68,7 +68,7 @@ async def test_batch_wakes_an_idle_model_and_keeps_it_awake_until_the_batch_ends
         assert len(home.park.engines) == 2
 
 
-async def test_no_request_of_a_batch_fails_because_of_a_promotion(home: Home) -> None:
+async def test_promotion_does_not_fail_any_batch_request(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         home.park.double.token_delay_s = 0.01
         id = await create(home, client, 150)
@@ -81,7 +81,7 @@ async def test_no_request_of_a_batch_fails_because_of_a_promotion(home: Home) ->
         assert (await client.get("/v1/models")).json()["data"][0]["id"] == NAME
 
 
-async def test_batch_is_continued_by_the_next_server_after_a_restart(home: Home) -> None:
+async def test_batch_resumes_after_a_server_restart(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         home.park.double.token_delay_s = 0.01
         id = await create(home, client, 150)

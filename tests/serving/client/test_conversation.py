@@ -16,7 +16,7 @@ async def say(conversation: Conversation, text: str) -> list[str]:
     return await asyncio.to_thread(lambda: list(conversation.ask(text)))
 
 
-async def test_chat_answer_arrives_in_pieces(home: Home) -> None:
+async def test_chat_answer_is_streamed_in_chunks(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         pieces = await say(Conversation(ServerAddress(str(client.base_url)), NAME), "hello")
     assert pieces == ["1.0 ", "1.1 ", "1.2 ", "1.3 "]
@@ -48,7 +48,7 @@ async def test_chat_raises_if_the_model_is_not_served(home: Home) -> None:
             await say(Conversation(ServerAddress(str(client.base_url)), "other"), "hello")
 
 
-async def test_chat_raises_if_an_answer_is_cut_short(home: Home) -> None:
+async def test_chat_raises_if_the_engine_aborts_an_answer(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         home.park.double.fault = Fault.DIE_IN_STREAM
         with pytest.raises(EngineError, match="aborted the response"):

@@ -30,7 +30,7 @@ async def test_promotion_uses_rollout_steps_configured_only_on_the_server(home: 
             await asyncio.sleep(0.02)
 
 
-async def test_local_refusal_includes_reason_and_advice_but_not_the_server_address(home: Home) -> None:
+async def test_refused_local_promotion_reports_reason_and_advice_but_not_the_server_address(home: Home) -> None:
     make_version(home.registry, 4, failed=("accuracy below 0.5",))
     async with home.serving(f"{NAME}@1"):
         here = LocalAdministration.of(home.settings)

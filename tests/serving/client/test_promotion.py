@@ -86,7 +86,7 @@ async def test_second_of_two_concurrent_promotions_is_rejected(serving: Home, mo
     assert sorted(type(result).__name__ for result in results) == ["BusyError", "SwapResult"]
 
 
-async def test_promotion_fails_if_superseded_before_the_server_saw_it(home: Home) -> None:
+async def test_promotion_fails_if_superseded_before_the_server_reads_it(home: Home) -> None:
     """The server saw only the newer promotion."""
     seen = change_desired(home.store, None, target(1), None)
     begin_swap(home.store, Desired(target(3), target(2), seen.generation + 2))
@@ -129,7 +129,7 @@ def unwritten(serving: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
         yield serving
 
 
-async def test_swap_result_is_reported_even_if_the_server_cannot_write_it(unwritten: Home) -> None:
+async def test_swap_result_is_reported_even_if_the_server_cannot_write_it_to_its_journal(unwritten: Home) -> None:
     steps = list[str]()
     swap = await change(unwritten, 2, steps)
     assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
@@ -137,7 +137,7 @@ async def test_swap_result_is_reported_even_if_the_server_cannot_write_it(unwrit
     assert find_swap(unwritten.store, NAME, 2).result is None  # type: ignore[union-attr]
 
 
-async def test_swap_refusal_is_reported_even_if_the_server_cannot_write_it(unwritten: Home) -> None:
+async def test_swap_refusal_is_reported_even_if_the_server_cannot_write_it_to_its_journal(unwritten: Home) -> None:
     make_version(unwritten.registry, 4, width=8)
     unwritten.park.room = "full"
     swap = await change(unwritten, 4)
@@ -161,7 +161,7 @@ async def test_reason_for_a_refused_swap_is_reported(serving: Home) -> None:
     assert swap.reason is not None and "not enough memory for a second engine: full" in swap.reason
 
 
-async def test_swap_result_is_returned_if_swap_ended_before_the_first_check(home: Home) -> None:
+async def test_swap_result_is_returned_if_the_swap_ended_before_the_first_poll(home: Home) -> None:
     """The swap is already finished when the client checks for the first time."""
     change_desired(home.store, None, target(1), None)
     wanted = Desired(target(2), target(1), 2)

@@ -68,7 +68,7 @@ def status(store: Store, id: str) -> tuple[FileStatus, str | None]:
     return file.status, file.status_details
 
 
-async def test_check_results_are_stored(store: Store, files: ClientFiles, check: HeldCheck) -> None:
+async def test_file_check_results_are_stored(store: Store, files: ClientFiles, check: HeldCheck) -> None:
     good, bad = add(files, owner="alice"), add(files, owner="bob")
     result = add(files, owner="carol", purpose=Purpose.BATCH_OUTPUT)
     async with running(FileChecks(store, files, check)):
@@ -94,7 +94,7 @@ async def test_file_check_is_not_delayed_by_another_owner_with_many_files(
         await until(lambda: list(check.running) == [other, many[1]])
 
 
-async def test_check_interrupted_by_a_server_stop_runs_again(
+async def test_file_check_interrupted_by_a_server_stop_is_rerun(
     store: Store, files: ClientFiles, check: HeldCheck
 ) -> None:
     id = add(files)
@@ -119,7 +119,7 @@ async def test_file_that_is_deleted_during_its_check_stays_deleted(
         await until(lambda: next_id in check.running)
 
 
-async def test_file_is_marked_unusable_if_its_content_cannot_be_on_any_server(
+async def test_file_with_missing_content_is_marked_unusable_only_if_no_other_server_can_have_it(
     store: Store, files: ClientFiles, check: HeldCheck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = add(files, owner="alice")
@@ -134,7 +134,7 @@ async def test_file_is_marked_unusable_if_its_content_cannot_be_on_any_server(
         await until(lambda: status(store, lost)[0] is FileStatus.ERROR)
 
 
-async def test_official_client_waits_for_the_check(socket_folder: Path, store: Store) -> None:
+async def test_openai_client_waits_for_the_file_check(socket_folder: Path, store: Store) -> None:
     service = FineTuningService(socket_folder, store=store, base=None)
     async with service.run(), service.official() as client, running(service.file_checks):
         good = await client.files.create(file=("a.jsonl", EXAMPLE.encode()), purpose="fine-tune")
@@ -149,12 +149,12 @@ async def test_official_client_waits_for_the_check(socket_folder: Path, store: S
     assert wrong.status_details == "line 1: method is not 'POST'"
 
 
-async def test_check_that_takes_too_long_is_killed(tmp_path: Path) -> None:
+async def test_file_check_is_killed_when_it_exceeds_its_timeout(tmp_path: Path) -> None:
     (tmp_path / "file-1").write_text(EXAMPLE)
     check = await run_check(tmp_path / "file-1", Purpose.FINE_TUNE, timeout_s=0.05)
     assert check == ContentCheck(False, "checking the file took longer than 0.05 s")
 
 
-async def test_failed_check_marks_the_file_as_unusable(tmp_path: Path) -> None:
+async def test_failed_file_check_marks_the_file_as_unusable(tmp_path: Path) -> None:
     check = await run_check(tmp_path, Purpose.BATCH)  # a folder cannot be read
     assert check == ContentCheck(False, "the file could not be checked; the server's log says why")

@@ -118,14 +118,14 @@ def test_file_contents_without_a_database_row_are_removed(store: Store, files: C
     assert find_file(store, written, "alice").bytes == 2
 
 
-def test_file_contents_are_kept_if_the_store_knows_none_of_the_files(files: ClientFiles, tmp_path: Path) -> None:
+def test_file_contents_are_kept_if_the_store_lists_none_of_the_files(files: ClientFiles, tmp_path: Path) -> None:
     (tmp_path / "files/file-1").write_bytes(b"{}")
     age(tmp_path / "files/file-1")
     assert files.remove_unknown() == 0
     assert (tmp_path / "files/file-1").exists()
 
 
-def test_parts_on_disk_are_removed_when_their_upload_has_ended(
+def test_upload_parts_on_disk_are_removed_when_their_upload_has_ended(
     store: Store, uploads: ClientUploads, tmp_path: Path
 ) -> None:
     (kept, part), folder = add_pending(store, uploads), tmp_path / "uploads"

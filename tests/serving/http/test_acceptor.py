@@ -90,7 +90,7 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_connection_is_closed_if_its_address_already_has_its_maximum() -> None:
+async def test_new_connection_is_closed_if_its_address_has_reached_the_connection_limit() -> None:
     async with serving() as clients:
         held = [await clients.connect() for _ in range(SHARE)]
         assert not await answered(await clients.connect())
@@ -146,7 +146,7 @@ async def test_connection_without_a_tls_handshake_counts_towards_the_limit(
             await clients.connect(context=trusting)
 
 
-async def test_log_names_an_address_once_despite_many_closed_connections(
+async def test_address_is_logged_only_once_despite_many_closed_connections(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

@@ -30,7 +30,7 @@ def test_trusted_proxy_address_has_no_connection_limit() -> None:
         assert [limit.enter(address) for _ in range(3)] == [True] * 3, address
 
 
-def test_disconnected_address_is_forgotten() -> None:
+def test_connection_limiter_stores_nothing_for_a_disconnected_address() -> None:
     limit = AddressLimit(2)
     for number in range(10):
         limit.enter(f"10.0.0.{number}")

@@ -38,7 +38,7 @@ async def test_deleting_a_served_model_is_refused(client: httpx.AsyncClient) -> 
         assert (await client.get(f"/v1/models/{name}")).status_code == 200
 
 
-async def test_health_endpoint_follows_the_engine_state(service: Service, client: httpx.AsyncClient) -> None:
+async def test_health_endpoint_reflects_the_engine_state(service: Service, client: httpx.AsyncClient) -> None:
     assert (await client.get("/health")).status_code == 200
     service.admission.unavailable("the engine is starting")
     answer = await client.get("/health")
@@ -66,7 +66,7 @@ async def test_metrics_are_plain_text_or_openmetrics_as_requested(client: httpx.
     assert openmetrics.text.endswith("# EOF\n")
 
 
-async def test_version_leaves_the_metrics_once_neither_served_nor_requested(
+async def test_version_is_dropped_from_metrics_once_neither_served_nor_requested(
     service: Service, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.telemetry.metrics.IDLE_VERSION_TIMEOUT_S", 0.01)
@@ -80,7 +80,7 @@ async def test_version_leaves_the_metrics_once_neither_served_nor_requested(
     assert (f'{requests}"1"' in page, f'{requests}"2"' in page) == (False, True)
 
 
-async def test_status_endpoint_returns_the_value_passed_in(service: Service, client: httpx.AsyncClient) -> None:
+async def test_status_endpoint_returns_the_server_status_as_json(service: Service, client: httpx.AsyncClient) -> None:
     assert (await client.get("/svc/status")).json() == {"served": str(service.names.served)}
 
 
@@ -127,7 +127,7 @@ async def test_client_request_id_is_dropped_if_unsafe_to_log(client: httpx.Async
         assert "x-client-request-id" not in answer.headers, unsafe
 
 
-async def test_internal_failure_is_answered_and_logged(
+async def test_internal_failure_returns_500_and_is_logged(
     service: Service, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(self: Router, model: str, who: str = "") -> None:

@@ -97,7 +97,7 @@ async def test_invalid_key_is_rejected_on_every_route(service: KeyedService, cli
         assert wrong not in answer.text
 
 
-async def test_key_may_only_use_the_paths_of_its_scopes(service: KeyedService, client: httpx.AsyncClient) -> None:
+async def test_key_can_access_only_the_paths_its_scopes_allow(service: KeyedService, client: httpx.AsyncClient) -> None:
     paths = [
         ("POST", CHAT_PATH, Scope.INFER),
         ("POST", "/tokenize", Scope.INFER),
@@ -178,7 +178,7 @@ async def test_expired_key_is_rejected(service: KeyedService, client: httpx.Asyn
     assert "expired" in answer.json()["error"]["message"]
 
 
-async def test_key_sees_and_uses_only_its_models(service: KeyedService) -> None:
+async def test_key_sees_and_uses_only_its_allowed_models(service: KeyedService) -> None:
     async with service.client_of(service.key(models=frozenset({NAME}))) as mine:
         assert len((await mine.get("/v1/models")).json()["data"]) == 3
         assert (await mine.post(CHAT_PATH, json=CHAT)).headers["x-model-version"] == f"{NAME}@1"
@@ -186,7 +186,7 @@ async def test_key_sees_and_uses_only_its_models(service: KeyedService) -> None:
         assert code_of(answer) == (404, "model_not_found")
 
 
-async def test_key_learns_nothing_about_models_it_may_not_use(service: KeyedService) -> None:
+async def test_responses_reveal_nothing_about_models_a_key_may_not_use(service: KeyedService) -> None:
     async with service.client_of(service.key(models=frozenset({"mine"}))) as mine:
         listed = await mine.get("/v1/models")
         assert listed.json()["data"] == []
@@ -265,7 +265,7 @@ async def cost(service: KeyedService, secret: str, count: int, addresses: int = 
 
 
 @pytest.mark.slow
-async def test_ten_thousand_invalid_keys_cost_less_than_valid_keys(service: KeyedService) -> None:
+async def test_rejecting_an_invalid_key_uses_less_cpu_time_than_a_valid_request(service: KeyedService) -> None:
     """The id in an invalid key may belong to a real key, so that their hashes are compared."""
     issued = service.key()
     right, statuses = await cost(service, issued.secret, 200)
@@ -305,7 +305,7 @@ async def test_stream_ends_within_one_second_when_its_key_is_revoked(service: Ke
     await asyncio.wait({following})
 
 
-async def test_revoking_a_key_ends_its_queued_request_and_leaves_others_running(service: KeyedService) -> None:
+async def test_revoking_a_key_cancels_only_its_own_queued_requests(service: KeyedService) -> None:
     issued, other = service.key(), service.key()
     following = asyncio.create_task(service.authenticator.follow(Changes()))
     async with service.client() as client:
@@ -324,7 +324,7 @@ async def test_revoking_a_key_ends_its_queued_request_and_leaves_others_running(
     await asyncio.wait({following})
 
 
-async def test_running_requests_end_when_their_key_is_rotated_without_grace(
+async def test_running_requests_end_when_their_key_is_rotated_without_a_grace_period(
     service: KeyedService, store: Store
 ) -> None:
     issued = service.key()

@@ -113,7 +113,7 @@ async def test_identical_create_requests_create_only_one_batch(
     assert (await client.batches.create(**given)).id != created[0].id
 
 
-async def test_batch_is_refused_when_its_answers_would_exceed_the_storage_of_the_key(
+async def test_batch_is_refused_if_its_answers_would_exceed_the_keys_storage_limit(
     socket_folder: Path, store: Store
 ) -> None:
     limits = FilesSettings(max_total_gb=1000 / 2**30, min_free_gb=0)
@@ -125,7 +125,7 @@ async def test_batch_is_refused_when_its_answers_would_exceed_the_storage_of_the
     assert caught.value.code == "storage_limit"
 
 
-async def test_batch_creation_is_rejected_if_its_file_is_deleted_meanwhile(
+async def test_batch_creation_is_rejected_if_its_file_is_deleted_concurrently(
     service: BatchService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = batches._find_usable
@@ -142,7 +142,9 @@ async def test_batch_creation_is_rejected_if_its_file_is_deleted_meanwhile(
     assert (await client.batches.list()).data == []
 
 
-async def test_file_with_another_purpose_or_with_errors_is_refused(service: BatchService, client: AsyncOpenAI) -> None:
+async def test_batch_is_refused_if_its_file_has_the_wrong_purpose_or_errors(
+    service: BatchService, client: AsyncOpenAI
+) -> None:
     broken = service.add_input("{", status=FileStatus.ERROR, details="line 1: not JSON")
     for file, message in ((service.add_file(), "purpose batch"), (broken, "line 1: not JSON")):
         with pytest.raises(openai.BadRequestError, match=message):

@@ -33,7 +33,7 @@ def receiving(*parts: bytes, gone: bool = False) -> Receive:
     return receive
 
 
-async def test_body_arriving_in_parts_is_read_completely() -> None:
+async def test_body_arriving_in_chunks_is_read_completely() -> None:
     assert await read_body(headers(), receiving(b"ab", b"", b"c"), max_bytes=3, timeout_s=1) == b"abc"
 
 
@@ -88,7 +88,7 @@ class Slot:
 
 
 @pytest.mark.parametrize(("parts", "entered"), [([b"{}"], 0), ([b"{", b"}"], 1)], ids=["whole", "in parts"])
-async def test_body_takes_a_slot_only_if_it_arrives_in_parts(parts: Sequence[bytes], entered: int) -> None:
+async def test_body_takes_a_slot_only_if_it_arrives_in_several_chunks(parts: Sequence[bytes], entered: int) -> None:
     slot = Slot()
     assert await read_body(headers(), receiving(*parts), max_bytes=3, slot=lambda: slot) == b"{}"
     assert slot.entered == entered

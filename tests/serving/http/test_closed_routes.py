@@ -105,7 +105,9 @@ OURS = {
 CLOSED = sorted(set(VLLM_ROUTES.split("\n")) - OURS - {""})
 
 
-async def test_vllm_routes_not_offered_by_the_gateway_are_closed(service: Service, client: httpx.AsyncClient) -> None:
+async def test_vllm_routes_not_exposed_by_the_gateway_return_404_or_405(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     closed, answered = {(404, "not_found"), (405, "method_not_allowed")}, []
     for route in CLOSED:
         method, path = route.split()
@@ -117,7 +119,7 @@ async def test_vllm_routes_not_offered_by_the_gateway_are_closed(service: Servic
     assert service.double.calls == []
 
 
-async def test_unsupported_methods_are_rejected_on_offered_paths(service: Service, client: httpx.AsyncClient) -> None:
+async def test_unsupported_methods_are_rejected_on_exposed_paths(service: Service, client: httpx.AsyncClient) -> None:
     for route in OURS:
         allowed, path = route.split()
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE"} - {allowed}:

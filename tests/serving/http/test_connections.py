@@ -206,7 +206,7 @@ async def large_body_app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def test_client_that_pipelines_without_end_is_disconnected() -> None:
+async def test_client_that_pipelines_requests_endlessly_is_disconnected() -> None:
     async with serving(most=2) as connect:
         reader, writer = await connect()
         with suppress(ConnectionError):

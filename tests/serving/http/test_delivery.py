@@ -91,7 +91,7 @@ async def test_non_streamed_answer_arrives_completely(buffers: AnswerBuffers, si
 
 
 @pytest.mark.parametrize("writable", [True, False])
-async def test_nothing_stays_pending_if_an_answer_is_shorter_than_its_reservation(
+async def test_no_data_stays_pending_if_an_answer_is_shorter_than_its_reservation(
     buffers: AnswerBuffers, writable: bool
 ) -> None:
     connection = Client([writable] * 9)
@@ -112,7 +112,7 @@ async def test_data_is_sent_immediately_if_the_connection_is_writable(buffers: A
         assert (connection.body, buffers.used, len(asyncio.all_tasks())) == (b"one", 0, tasks)
 
 
-async def test_data_waits_behind_earlier_waiting_data(buffers: AnswerBuffers) -> None:
+async def test_data_is_queued_behind_earlier_unsent_data(buffers: AnswerBuffers) -> None:
     connection = Client([False])
     async with delivery(connection, buffers) as given:
         given.start(HEADERS)
@@ -122,7 +122,7 @@ async def test_data_waits_behind_earlier_waiting_data(buffers: AnswerBuffers) ->
     assert connection.body == b"onetwo"
 
 
-async def test_failed_answer_is_not_completed_and_holds_no_memory(buffers: AnswerBuffers) -> None:
+async def test_failed_answer_stays_incomplete_and_releases_its_buffer_memory(buffers: AnswerBuffers) -> None:
     connection = Client()
 
     async def break_off() -> None:
@@ -150,7 +150,7 @@ class SlowClient:
         self.taken += message.get("body", b"")
 
 
-async def test_stream_waits_for_its_client_if_caller_holds_half_the_buffers() -> None:
+async def test_stream_waits_for_its_client_if_its_caller_uses_half_of_the_buffer_memory() -> None:
     buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=2 * PART_BYTES)
     client, events = SlowClient(), [bytes([number]) * PART_BYTES for number in range(4)]
     read: list[bytes] = []
@@ -174,7 +174,7 @@ async def test_stream_waits_for_its_client_if_caller_holds_half_the_buffers() ->
     assert (len(client.taken), buffers.used) == (9 * PART_BYTES, 0)
 
 
-async def test_answer_is_rejected_if_its_caller_holds_half_the_buffers() -> None:
+async def test_answer_is_rejected_if_its_caller_uses_half_of_the_buffer_memory() -> None:
     buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=PART_BYTES)
     connection = Client()
 
@@ -189,7 +189,7 @@ async def test_answer_is_rejected_if_its_caller_holds_half_the_buffers() -> None
     assert reserve("other").pending
 
 
-async def test_largest_allowed_answer_fits_even_above_half_of_the_buffers(buffers: AnswerBuffers) -> None:
+async def test_largest_allowed_answer_fits_even_if_it_exceeds_half_of_the_buffer_memory(buffers: AnswerBuffers) -> None:
     connection = Client()
     async with delivery(connection, buffers) as given:
         given.reserve(3 * PART_BYTES)
@@ -198,7 +198,7 @@ async def test_largest_allowed_answer_fits_even_above_half_of_the_buffers(buffer
     assert (len(connection.body), buffers.used) == (3 * PART_BYTES, 0)
 
 
-def test_caller_is_forgotten_after_its_answers_are_delivered(buffers: AnswerBuffers) -> None:
+def test_no_state_is_kept_for_a_caller_after_its_answers_are_delivered(buffers: AnswerBuffers) -> None:
     for number in range(10):
         assert buffers.take(10, 0, str(number))
         buffers.free(10, str(number))
@@ -224,7 +224,7 @@ class FillingClient(Client):
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-async def test_client_is_disconnected_if_only_headers_fit_into_its_connection(streamed: bool) -> None:
+async def test_client_is_disconnected_if_its_connection_accepts_only_the_headers(streamed: bool) -> None:
     buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=3 * PART_BYTES, client_timeout_s=0.01)
 
     async def answer() -> None:

@@ -16,7 +16,7 @@ def state() -> RequestState:
     return RequestState("req-1", {})
 
 
-async def test_work_completes_if_the_client_stays_connected(state: RequestState) -> None:
+async def test_handler_completes_if_the_client_stays_connected(state: RequestState) -> None:
     done = asyncio.Event()
 
     async def work() -> None:
@@ -26,7 +26,7 @@ async def test_work_completes_if_the_client_stays_connected(state: RequestState)
     assert done.is_set()
 
 
-async def test_error_raised_by_the_work_is_propagated(state: RequestState) -> None:
+async def test_error_raised_by_the_handler_is_propagated(state: RequestState) -> None:
     async def work() -> None:
         raise KeyError
 
@@ -34,7 +34,7 @@ async def test_error_raised_by_the_work_is_propagated(state: RequestState) -> No
         await while_connected(state, work())
 
 
-async def test_work_is_cancelled_and_cleans_up_when_the_client_disconnects(state: RequestState) -> None:
+async def test_handler_is_cancelled_and_cleans_up_when_the_client_disconnects(state: RequestState) -> None:
     cleaned = asyncio.Event()
 
     async def work() -> None:
@@ -50,7 +50,7 @@ async def test_work_is_cancelled_and_cleans_up_when_the_client_disconnects(state
     assert cleaned.is_set()
 
 
-async def test_work_is_cancelled_when_its_task_is_cancelled_externally(state: RequestState) -> None:
+async def test_handler_is_cancelled_when_its_task_is_cancelled_externally(state: RequestState) -> None:
     started, ended = asyncio.Event(), asyncio.Event()
 
     async def work() -> None:
@@ -68,7 +68,7 @@ async def test_work_is_cancelled_when_its_task_is_cancelled_externally(state: Re
     assert ended.is_set()
 
 
-async def test_work_is_cancelled_when_its_key_becomes_invalid(state: RequestState) -> None:
+async def test_handler_is_cancelled_when_its_key_becomes_invalid(state: RequestState) -> None:
     state.grant = Grant(principal())
     ended = state.grant.ended
 
@@ -80,7 +80,7 @@ async def test_work_is_cancelled_when_its_key_becomes_invalid(state: RequestStat
         await while_connected(state, work())
 
 
-async def test_external_cancellation_is_raised_even_if_the_client_disconnects_too(
+async def test_external_cancellation_is_raised_even_if_the_client_also_disconnects(
     state: RequestState,
 ) -> None:
     started = asyncio.Event()
@@ -97,7 +97,7 @@ async def test_external_cancellation_is_raised_even_if_the_client_disconnects_to
         await task
 
 
-async def test_disconnect_after_the_work_does_not_cancel_later_code(state: RequestState) -> None:
+async def test_disconnect_after_the_handler_completes_does_not_cancel_later_code(state: RequestState) -> None:
     async def work() -> None:
         await asyncio.sleep(0)
 
@@ -108,7 +108,7 @@ async def test_disconnect_after_the_work_does_not_cancel_later_code(state: Reque
     assert task.cancelling() == 0
 
 
-async def test_cutting_off_a_client_waits_until_its_connection_is_lost(state: RequestState) -> None:
+async def test_forced_disconnect_waits_until_the_connection_is_closed(state: RequestState) -> None:
     def abort() -> None:
         asyncio.get_running_loop().call_soon(state.connection.lost.end)
 

@@ -27,7 +27,7 @@ def test_error_includes_retry_after_if_a_retry_may_help() -> None:
         assert 0 < int(shown.headers["retry-after"]) < 120, error
 
 
-def test_error_names_the_database_that_does_not_respond_to_admins_but_not_to_clients() -> None:
+def test_database_outage_error_names_the_database_to_admins_but_not_to_clients() -> None:
     error = StoreUnavailableError(RegistryError("the store at db:5432/x is not responding", todo="check it"))
     shown, hidden = change_error(error), api_error(error)
     assert (shown.status, shown.code, shown.parts["todo"]) == (503, ErrorCode.STORE_UNAVAILABLE, "check it")

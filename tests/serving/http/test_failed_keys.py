@@ -30,7 +30,9 @@ def spend(failed: FailedKeys, address: str) -> list[bool]:
     return [failed.add(address) for _ in range(MAX_INVALID_PER_MINUTE)]
 
 
-def test_peer_is_rejected_once_failed_keys_reach_the_limit_per_minute(failed: FailedKeys, clock: Clock) -> None:
+def test_peer_is_rejected_once_its_invalid_key_attempts_reach_the_per_minute_limit(
+    failed: FailedKeys, clock: Clock
+) -> None:
     assert spend(failed, "10.0.0.1") == [False] * (MAX_INVALID_PER_MINUTE - 1) + [True]
     clock.at = 20.5
     with pytest.raises(TooManyWrongKeysError) as raised:

@@ -58,7 +58,7 @@ async def test_feedback_on_a_fresh_answer_is_stored(client: httpx.AsyncClient, r
     assert (row.rating, row.correction, row.label) == ("bad", "Plug it in.", "hardware")
 
 
-async def test_feedback_reaches_the_right_answer_if_client_reuses_a_request_id(
+async def test_feedback_is_stored_for_the_right_answer_if_a_client_reuses_a_request_id(
     client: httpx.AsyncClient, service: Service, store: Store
 ) -> None:
     asked: dict[str, Any] = {"json": CHAT, "headers": {"x-request-id": "again"}}
@@ -156,7 +156,7 @@ async def test_feedback_body_over_the_limit_is_rejected(client: httpx.AsyncClien
     assert answer.status_code == 413
 
 
-async def test_feedback_with_a_media_type_exempt_from_preflight_is_rejected(client: httpx.AsyncClient) -> None:
+async def test_feedback_with_a_media_type_exempt_from_cors_preflight_is_rejected(client: httpx.AsyncClient) -> None:
     """A form or a simple fetch from another site can send any media type except JSON."""
     answer = await client.post(PATH, content=b"{}", headers={"content-type": "text/plain"})
     assert answer.status_code == 415

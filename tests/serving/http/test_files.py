@@ -155,7 +155,7 @@ async def test_files_are_listed_in_pages_and_by_purpose(service: FineTuningServi
         await client.files.list(after="file-\0")
 
 
-async def test_file_expires_when_the_client_requests_and_batch_files_after_30_days_by_default(
+async def test_file_expires_at_the_requested_time_and_batch_file_after_30_days_by_default(
     client: AsyncOpenAI,
 ) -> None:
     file = await uploaded(client, expires_after={"anchor": "created_at", "seconds": 3600})
@@ -282,7 +282,7 @@ async def test_upload_with_a_content_type_other_than_form_data_is_rejected(
     assert contents(service) == []
 
 
-async def test_cross_site_page_may_not_upload_a_file_without_a_key(service: FineTuningService) -> None:
+async def test_cross_site_upload_without_a_key_is_rejected(service: FineTuningService) -> None:
     async with raw_client(service) as client:
         answer = await client.post("/v1/files", headers={**FORM, "origin": "https://evil.example"}, content=form())
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "permission_denied")
@@ -407,7 +407,7 @@ async def test_upload_ends_when_its_key_is_revoked(service: FineTuningService) -
     assert contents(service) == []
 
 
-async def test_concurrent_uploads_of_one_client_are_limited(service: FineTuningService) -> None:
+async def test_number_of_concurrent_uploads_per_client_is_limited(service: FineTuningService) -> None:
     async with raw_client(service) as client:
         async with asyncio.TaskGroup() as group:
             release = asyncio.Event()
@@ -466,7 +466,7 @@ async def limited(socket_folder: Path, store: Store) -> AsyncIterator[FineTuning
         yield service
 
 
-async def test_number_and_total_size_of_the_files_of_a_key_are_limited(limited: FineTuningService) -> None:
+async def test_file_count_and_total_file_size_are_limited_per_key(limited: FineTuningService) -> None:
     one, two = limited.key(Scope.FILES), limited.key(Scope.FILES)
     async with limited.official(one) as client:
         await uploaded(client, file=("a", b"x" * 600))
@@ -483,7 +483,7 @@ async def test_number_and_total_size_of_the_files_of_a_key_are_limited(limited: 
     assert len(contents(limited)) == 3
 
 
-async def test_concurrent_uploads_cannot_exceed_the_storage_limit_of_a_key(limited: FineTuningService) -> None:
+async def test_concurrent_uploads_cannot_exceed_a_keys_storage_limit(limited: FineTuningService) -> None:
     async with limited.official() as client:
         results = await asyncio.gather(
             *(uploaded(client, file=("a", b"x" * 600)) for _ in range(6)), return_exceptions=True
@@ -517,7 +517,7 @@ async def test_key_without_the_files_scope_is_rejected(service: FineTuningServic
 
 
 @pytest.mark.parametrize("field", ["training_file", "validation_file"])
-async def test_file_of_a_job_is_deleted_only_after_the_job(
+async def test_file_of_a_job_cannot_be_deleted_until_the_job_has_ended(
     service: FineTuningService, client: AsyncOpenAI, store: Store, field: str
 ) -> None:
     file, other = (await uploaded(client)).id, (await uploaded(client)).id
@@ -535,7 +535,7 @@ async def test_file_of_a_job_is_deleted_only_after_the_job(
     assert (await client.files.delete(file)).deleted
 
 
-async def test_file_of_a_batch_is_deleted_only_after_the_batch(client: AsyncOpenAI, store: Store) -> None:
+async def test_file_of_a_batch_cannot_be_deleted_until_the_batch_has_ended(client: AsyncOpenAI, store: Store) -> None:
     file = (await uploaded(client, purpose="batch")).id
     now = datetime.now(UTC)
     counts = dict.fromkeys(("total", "completed", "failed", "tokens_in", "tokens_out"), 0)
@@ -561,7 +561,7 @@ async def test_file_whose_content_is_not_on_this_server_returns_503(
     assert (error.value.status_code, error.value.code) == (503, "file_content_missing")
 
 
-async def test_other_requests_are_answered_while_an_upload_waits_for_a_hanging_disk(
+async def test_hanging_disk_during_uploads_does_not_block_other_requests(
     service: FineTuningService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging, write = threading.Event(), FileWriter.write
@@ -580,7 +580,7 @@ async def test_other_requests_are_answered_while_an_upload_waits_for_a_hanging_d
 
 
 @pytest.mark.slow
-async def test_large_upload_takes_little_memory(socket_folder: Path, store: Store) -> None:
+async def test_large_upload_uses_little_memory(socket_folder: Path, store: Store) -> None:
     """500 MB through `svc serve` raised its peak from 131 to 138 MB of RSS, measured by hand."""
     block, blocks = bytes(2**20), 100
 
@@ -604,7 +604,7 @@ async def test_large_upload_takes_little_memory(socket_folder: Path, store: Stor
     assert peak - before < 20 * 2**20
 
 
-async def test_official_client_can_wait_until_a_file_has_been_checked(
+async def test_openai_client_can_wait_until_a_file_has_been_checked(
     service: FineTuningService, client: AsyncOpenAI, store: Store
 ) -> None:
     file = (await uploaded(client)).id

@@ -98,7 +98,7 @@ async def test_admin_lists_and_deletes_models_of_all_keys(owners: Owners) -> Non
         assert await listed(client) == []
 
 
-async def test_key_that_was_given_a_model_uses_it_but_cannot_delete_it(owners: Owners) -> None:
+async def test_key_granted_access_to_a_model_can_use_but_not_delete_it(owners: Owners) -> None:
     guest = owners.service.key(Scope.INFER, models=[NAME])
     async with owners.service.official(guest) as client:
         await client.chat.completions.create(model=owners.model, messages=MESSAGES)

@@ -238,7 +238,7 @@ async def test_job_is_paused_resumed_and_cancelled(service: FineTuningService, c
     strict(FineTuningJob, await raw(client, f"/{job.id}"))
 
 
-async def test_ended_job_cannot_be_changed_and_the_client_does_not_retry(
+async def test_finished_job_cannot_be_modified_and_the_client_does_not_retry(
     service: FineTuningService, client: AsyncOpenAI, store: Store
 ) -> None:
     job = await client.fine_tuning.jobs.create(model=BASE, training_file=service.add_file())
@@ -267,7 +267,7 @@ async def test_identical_concurrent_create_requests_create_one_job(
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
-async def test_job_creation_is_rejected_if_a_file_is_deleted_meanwhile(
+async def test_job_creation_is_rejected_if_a_file_is_deleted_concurrently(
     socket_folder: Path, store: Store, base: Path, monkeypatch: pytest.MonkeyPatch, param: str
 ) -> None:
     async def check_and_delete(recipe: str, settings: Settings, *, timeout_s: float) -> TrainingCheck:
@@ -331,7 +331,7 @@ async def test_error_names_the_parameter_when_a_create_request_is_invalid(
     assert check.recipes == []
 
 
-async def test_error_names_mlflow_when_a_job_requests_weights_and_biases(
+async def test_error_refers_to_mlflow_when_a_job_requests_weights_and_biases(
     service: FineTuningService, client: AsyncOpenAI
 ) -> None:
     with pytest.raises(openai.BadRequestError, match="training runs are recorded in MLflow"):

@@ -15,7 +15,7 @@ async def service(socket_folder: Path) -> AsyncIterator[Service]:
         yield service
 
 
-async def test_request_with_an_ip_address_or_allowed_name_as_host_is_answered(client: httpx.AsyncClient) -> None:
+async def test_request_with_an_ip_address_or_allowed_name_as_host_is_accepted(client: httpx.AsyncClient) -> None:
     cases: list[str] = [
         *("localhost", "localhost:8000", "LOCALHOST.", "127.0.0.1:8000", "[::1]:8000", "10.1.2.3", "mine.lan:80"),
         *("chat.example.org", "chat.example.org:443"),

@@ -90,10 +90,10 @@ class TestAnswers:
         answer = await client.post(path, json=CHAT | COMPLETION)
         assert answer.json()["usage"]["completion_tokens"] == 4
 
-    async def test_response_names_the_version_that_gave_the_answer(self, client: httpx.AsyncClient) -> None:
+    async def test_response_names_the_version_that_generated_the_answer(self, client: httpx.AsyncClient) -> None:
         assert (await client.post(CHAT_PATH, json=CHAT)).headers["x-model-version"] == f"{NAME}@1"
 
-    async def test_queued_request_by_name_gets_the_new_version_after_a_swap(
+    async def test_queued_request_by_model_name_is_answered_by_the_new_version_after_a_swap(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         async with closed(service.admission):
@@ -134,7 +134,7 @@ class TestOverhead:
         assert float(answer.headers["openai-processing-ms"]) >= 200
         assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 150
 
-    async def test_streams_have_the_overhead_header_too(self, client: httpx.AsyncClient) -> None:
+    async def test_streamed_responses_include_the_overhead_header(self, client: httpx.AsyncClient) -> None:
         answer = await client.post(CHAT_PATH, json=STREAM)
         assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 150
 
@@ -209,13 +209,13 @@ class TestRefusals:
         labels = {"model": "unknown", "version": "", "route": CHAT_PATH, "status": "404", "outcome": "refused"}
         assert service.count("svc_requests_total", **labels) == 1
 
-    async def test_error_counts_for_the_model_if_its_version_is_not_loaded(
+    async def test_error_is_attributed_to_the_model_if_the_requested_version_is_not_loaded(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         await client.post(CHAT_PATH, json={**CHAT, "model": f"{NAME}@99"})
         assert failed(service, "model_not_found", NAME, "") == 1
 
-    async def test_error_counts_for_the_model_if_no_version_is_loaded_yet(self, socket_folder: Path) -> None:
+    async def test_error_is_attributed_to_the_model_if_no_version_is_loaded_yet(self, socket_folder: Path) -> None:
         async with Service(socket_folder).run() as service, service.client() as client:
             service.names.served = None
             assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 503
@@ -265,7 +265,9 @@ class TestRefusals:
             answer = await client.post(CHAT_PATH, content=b" " * 2**22, headers={"content-type": "application/json"})
             assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
 
-    async def test_request_is_rejected_if_slots_or_queue_are_full_or_wait_expires(self, socket_folder: Path) -> None:
+    async def test_request_is_rejected_if_slots_or_queue_are_full_or_the_wait_times_out(
+        self, socket_folder: Path
+    ) -> None:
         service = Service(socket_folder, max_running=1, max_queued=1, queue_timeout_s=0.2)
         async with service.run(), service.client() as client:
             async with admitted(service.admission):
@@ -334,7 +336,7 @@ class TestEngineDeaths:
             assert "retry-after" in answer.headers
         assert service.admission.running == 0
 
-    async def test_error_before_the_first_token_has_its_own_status(
+    async def test_stream_that_fails_before_the_first_token_returns_an_http_error_status(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         service.double.fault = Fault.DEATH_AT_ONCE_IN_STREAM
@@ -385,7 +387,7 @@ class TestEngineDeaths:
         await client.post(CHAT_PATH, json=STREAM)
         assert failed(service, "engine_error") == 1
 
-    async def test_refused_request_counts_as_an_error_of_the_model_without_a_version(self, socket_folder: Path) -> None:
+    async def test_refused_request_counts_as_a_model_error_without_a_version(self, socket_folder: Path) -> None:
         service = Service(socket_folder, max_running=1)
         async with service.run(), service.client() as client, admitted(service.admission):
             await client.post(CHAT_PATH, json=CHAT)
@@ -480,7 +482,7 @@ class TestClientsThatLeave:
             assert read.endswith(b"data: [DONE]\n\n")
             assert reason(service, "client_slow") == 0
 
-    async def test_other_callers_are_answered_while_one_does_not_read(self, socket_folder: Path) -> None:
+    async def test_client_that_does_not_read_does_not_block_other_clients(self, socket_folder: Path) -> None:
         slow = Service(socket_folder, buffers=small_buffers(max_bytes=256 * 1024))
         async with slow.run() as service, service.socket_client() as client, AsyncExitStack() as stack:
             service.principals |= {"one": principal("k1"), "other": principal("k2")}
@@ -520,7 +522,7 @@ class TestLargeAnswers:
             assert (answer.status_code, error_of(answer)["code"]) == (429, "overloaded")
 
     @pytest.mark.parametrize("asked", [{"n": 1024}, {"n": 2, "max_tokens": 2_000}], ids=["no limit", "a limit"])
-    async def test_request_for_more_tokens_than_may_ever_run_is_rejected(
+    async def test_request_exceeding_the_total_token_capacity_is_rejected(
         self, socket_folder: Path, asked: dict[str, int]
     ) -> None:
         async with Service(socket_folder, max_running=1).run() as service, service.client() as client:
@@ -555,7 +557,7 @@ class TestOutcomes:
 
 
 class TestLoad:
-    async def test_version_change_under_load_loses_and_mixes_no_answer(
+    async def test_version_change_under_load_neither_loses_nor_mixes_up_answers(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         service.double.token_delay_s = 0.001

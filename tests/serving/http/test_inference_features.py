@@ -100,7 +100,7 @@ async def test_text_is_redacted_before_features_are_computed(service: Service, h
     assert handed[0].answer
 
 
-async def test_request_with_stored_content_is_handed_over_for_features_once(
+async def test_request_with_stored_content_is_queued_for_feature_extraction_once(
     make: Make, handed: list[RequestRecord]
 ) -> None:
     service = make(content_share=1.0)
@@ -119,7 +119,7 @@ async def test_only_complete_answers_have_features(service: Service, handed: lis
     assert handed == []
 
 
-async def test_tokenized_prompt_without_text_counts_as_lost_features_and_logs_nothing(
+async def test_tokenized_prompt_counts_as_dropped_features_without_a_log_message(
     service: Service, handed: list[RequestRecord], caplog: pytest.LogCaptureFixture
 ) -> None:
     async with service.client() as client:
@@ -130,7 +130,7 @@ async def test_tokenized_prompt_without_text_counts_as_lost_features_and_logs_no
     assert service.count("svc_request_log_dropped_total", reason="content_unreadable") == 0
 
 
-async def test_feature_texts_are_not_collected_beyond_the_limit_per_version(
+async def test_texts_for_feature_extraction_are_limited_per_version(
     service: Service, handed: list[RequestRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift_features, "BURST", 2)

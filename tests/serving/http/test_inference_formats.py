@@ -87,7 +87,7 @@ async def test_tokens_are_counted_and_timed_on_every_route(
 
 
 @both
-async def test_queued_request_gets_the_new_version_after_a_swap(
+async def test_queued_request_is_answered_by_the_new_version_after_a_swap(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     async with closed(service.admission):
@@ -131,7 +131,7 @@ async def test_stream_ends_with_an_error_if_the_engine_aborts_it(
     assert service.admission.running == 0
 
 
-async def test_error_in_a_messages_stream_is_engine_died_for_dead_engine(
+async def test_messages_stream_ends_with_engine_died_if_the_engine_dies(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     service.double.fault, service.double.dead = Fault.ERROR_IN_STREAM, True
@@ -178,7 +178,7 @@ async def test_request_is_complete_if_client_disconnects_after_the_last_event(se
     assert reason(service, "client_gone") == 0
 
 
-async def test_stored_and_background_responses_never_reach_the_engine(
+async def test_requests_for_stored_or_background_responses_never_reach_the_engine(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     for field in ("background", "store", "previous_response_id", "conversation"):

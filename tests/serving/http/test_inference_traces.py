@@ -125,7 +125,7 @@ async def test_gateway_span_is_child_of_client_span_and_parent_of_engine_span(tr
     assert head["tracestate"] == "vendor=1,other=x"
 
 
-async def test_each_request_starts_a_new_trace_if_the_client_sends_none(traced: Traced) -> None:
+async def test_each_request_starts_a_new_trace_if_the_client_sends_no_trace_parent(traced: Traced) -> None:
     async with traced.run() as (service, client):
         await client.post(CHAT_PATH, json=CHAT)
         await client.post(CHAT_PATH, json=CHAT)
@@ -192,14 +192,14 @@ def errors(span: ReceivedSpan) -> tuple[int | None, str, int]:
     return span.attributes.get("http.response.status_code"), span.attributes["error.type"], span.status
 
 
-async def test_client_mistake_does_not_mark_the_span_as_an_error(traced: Traced) -> None:
+async def test_client_error_does_not_mark_the_span_as_an_error(traced: Traced) -> None:
     span = await traced.span_of({**CHAT, "prompt_logprobs": 1})
     assert errors(span) == (400, "invalid_request", UNSET)
     assert span.attributes["tuneserve.outcome"] == "refused"
 
 
 @pytest.mark.parametrize(("model", "shown"), [("\ud800 a@b.de", "unknown"), (f"{NAME}@9\ud800", NAME)])
-async def test_span_hides_the_requested_name_if_the_model_does_not_exist(
+async def test_span_omits_the_requested_model_name_if_the_model_does_not_exist(
     traced: Traced, model: str, shown: str
 ) -> None:
     async with traced.run() as (_, client):
@@ -212,7 +212,7 @@ async def test_span_hides_the_requested_name_if_the_model_does_not_exist(
 _JSON = {"content-type": "application/json"}
 
 
-async def test_span_of_a_request_rejected_without_a_slot_has_the_reason(traced: Traced) -> None:
+async def test_span_of_a_request_rejected_for_lack_of_a_slot_includes_the_reason(traced: Traced) -> None:
     traced.settings = {"max_running": 1, "max_queued": 0}
     async with traced.run() as (service, client):
         service.double.token_delay_s, service.double.tokens = 0.01, 100_000
@@ -250,7 +250,9 @@ async def test_span_is_an_error_if_the_engine_fails(traced: Traced, fault: Fault
 
 
 @pytest.mark.parametrize(("body", "status"), [(CHAT, None), (STREAM, 200)], ids=["before", "within"])
-async def test_span_is_client_gone_if_the_client_disconnects(traced: Traced, body: Any, status: int | None) -> None:
+async def test_span_has_outcome_client_gone_if_the_client_disconnects(
+    traced: Traced, body: Any, status: int | None
+) -> None:
     async with traced.run() as (service, client):
         service.double.token_delay_s, service.double.tokens = 0.01, 100_000
         asking = asyncio.create_task(_read_some(client, body))
@@ -292,7 +294,7 @@ async def test_span_includes_the_key_id_and_rejected_keys_create_no_span(
 @pytest.mark.parametrize(
     ("endpoint", "path"), [("", "/v1/traces"), ("/api/public/otel/", "/api/public/otel/v1/traces"), ("/v1/traces",) * 2]
 )
-async def test_standard_otlp_headers_variable_is_sent_to_the_receiver(
+async def test_headers_from_the_standard_otlp_environment_variable_are_sent_to_the_receiver(
     traced: Traced, monkeypatch: pytest.MonkeyPatch, endpoint: str, path: str
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", f"Authorization={SECRET},x-project=a%20b")

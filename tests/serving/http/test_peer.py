@@ -3,7 +3,7 @@
 from serving.http.peer import peer_of
 
 
-def test_peer_is_the_part_of_an_address_a_client_cannot_change() -> None:
+def test_peer_of_an_address_is_the_ipv4_address_or_the_ipv6_64_prefix() -> None:
     cases: list[tuple[str, str]] = [
         ("10.0.0.1", "10.0.0.1"),
         ("::ffff:10.0.0.1", "10.0.0.1"),

@@ -29,7 +29,7 @@ def test_rate_limit_duration_is_in_openai_format() -> None:
     assert [seconds for seconds, written in cases if duration(seconds) != written] == []
 
 
-def test_openai_headers_show_requests_and_the_tightest_token_limit() -> None:
+def test_openai_rate_limit_headers_show_requests_and_the_tightest_token_limit() -> None:
     assert rate_limit_headers(ALL, "/v1/chat/completions") == [
         (b"x-ratelimit-limit-requests", b"60"),
         (b"x-ratelimit-remaining-requests", b"59"),
@@ -40,7 +40,7 @@ def test_openai_headers_show_requests_and_the_tightest_token_limit() -> None:
     ]
 
 
-def test_anthropic_paths_have_anthropic_rate_limit_headers_too() -> None:
+def test_anthropic_paths_also_have_anthropic_rate_limit_headers() -> None:
     headers = dict(rate_limit_headers(ALL, "/v1/messages", NOW))
     assert headers[b"anthropic-ratelimit-requests-limit"] == b"60"
     assert headers[b"anthropic-ratelimit-requests-reset"] == b"2026-01-01T12:00:01Z"

@@ -100,7 +100,7 @@ async def test_no_rate_limits_are_shown_without_a_key(client: httpx.AsyncClient)
 
 
 @pytest.mark.parametrize("body", [SHORT, {**SHORT, "stream": True}], ids=["whole", "streamed"])
-async def test_answer_is_charged_by_the_token_counts_of_the_engine(
+async def test_answer_is_charged_by_the_engines_token_counts(
     service: Service, client: httpx.AsyncClient, body: Any
 ) -> None:
     limit(service, tokens_in_per_minute=100, tokens_out_per_minute=100, tokens_per_day=1000, concurrent=1)
@@ -148,7 +148,9 @@ async def test_rejected_bodies_count_as_requests_towards_the_limit(
     assert [answer.status_code for answer in answers] == [400, 400, 429]
 
 
-async def test_request_for_an_unknown_model_is_charged(service: Service, client: httpx.AsyncClient) -> None:
+async def test_request_for_an_unknown_model_counts_towards_the_request_limit(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     limit(service, requests_per_minute=2)
     await client.post(CHAT_PATH, json={**SHORT, "model": "unknown"}, headers=LIMITED)
     assert left(service, Limit.REQUESTS_PER_MINUTE) == 1
@@ -162,7 +164,7 @@ async def test_nothing_is_charged_if_admission_rejects_a_request(service: Servic
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "streamed"])
-async def test_engine_tokens_are_charged_if_the_client_abandons_its_answer(
+async def test_estimated_generated_tokens_are_charged_if_the_client_abandons_its_answer(
     service: Service, live: httpx.AsyncClient, body: dict[str, Any]
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
@@ -175,7 +177,7 @@ async def test_engine_tokens_are_charged_if_the_client_abandons_its_answer(
     assert 25 <= 100 - left(service, Limit.TOKENS_OUT_PER_MINUTE) <= 60
 
 
-async def test_at_least_forwarded_tokens_are_charged_if_client_abandons_its_stream(
+async def test_abandoned_stream_is_charged_for_at_least_the_forwarded_tokens(
     service: Service, live: httpx.AsyncClient
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
@@ -189,7 +191,7 @@ async def test_at_least_forwarded_tokens_are_charged_if_client_abandons_its_stre
     assert 5 <= 100 - left(service, Limit.TOKENS_OUT_PER_MINUTE) < 50
 
 
-async def test_at_most_reserved_tokens_are_charged_if_client_abandons_its_answer(
+async def test_abandoned_answer_is_charged_for_at_most_the_reserved_tokens(
     service: Service, live: httpx.AsyncClient
 ) -> None:
     limit(service, tokens_out_per_minute=100, concurrent=1)
@@ -200,7 +202,9 @@ async def test_at_most_reserved_tokens_are_charged_if_client_abandons_its_answer
     assert left(service, Limit.TOKENS_OUT_PER_MINUTE) == 60
 
 
-async def test_request_is_charged_even_if_another_limit_rejects_it(service: Service, client: httpx.AsyncClient) -> None:
+async def test_request_rejected_by_a_token_limit_still_counts_towards_the_request_limit(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     limit(service, requests_per_minute=2, tokens_out_per_minute=10)
     answers = [await client.post(CHAT_PATH, json={**SHORT, "max_tokens": 50}, headers=LIMITED) for _ in range(3)]
     assert [error_of(answer)["message"].partition(" of ")[0] for answer in answers[1:]] == [
@@ -209,7 +213,7 @@ async def test_request_is_charged_even_if_another_limit_rejects_it(service: Serv
     ]
 
 
-async def test_running_requests_count_towards_limits_before_they_are_parsed(
+async def test_concurrent_requests_count_towards_the_limit_before_their_bodies_are_parsed(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     limit(service, requests_per_minute=1)
@@ -218,7 +222,7 @@ async def test_running_requests_count_towards_limits_before_they_are_parsed(
     assert sorted(answer.status_code for answer in answers) == [200, 429, 429]
 
 
-async def test_complete_answers_update_the_token_pace_of_their_engine(
+async def test_completed_answers_update_the_engines_estimated_token_rate(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     service.double.token_delay_s = 0.02
@@ -236,7 +240,7 @@ async def test_forwarded_tokens_are_charged_if_the_engine_fails_mid_stream(
     assert (left(service, Limit.TOKENS_OUT_PER_MINUTE), left(service, Limit.CONCURRENT)) == (98, 1)
 
 
-async def test_request_over_the_concurrency_limit_is_rejected_until_another_ends(
+async def test_request_over_the_concurrency_limit_is_rejected_until_a_running_request_ends(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     limit(service, concurrent=1)
@@ -250,7 +254,7 @@ async def test_request_over_the_concurrency_limit_is_rejected_until_another_ends
     assert (await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)).status_code == 200
 
 
-async def test_client_must_not_retry_at_the_daily_limit(service: Service, client: httpx.AsyncClient) -> None:
+async def test_daily_limit_error_tells_the_client_not_to_retry(service: Service, client: httpx.AsyncClient) -> None:
     limit(service, tokens_per_day=100)
     service.limiter.add_used_today({"limited": 100})
     answer = await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)
@@ -279,7 +283,7 @@ class TestFull:
             service.principals |= {"light": principal("light"), "heavy": principal("heavy", weight=3)}
             yield service
 
-    async def test_requests_with_keys_wait_and_share_by_weight(
+    async def test_requests_with_keys_are_queued_and_scheduled_by_weight(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         ended = list[str]()

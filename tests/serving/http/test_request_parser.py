@@ -85,7 +85,7 @@ async def test_body_is_read_if_the_request_offers_a_protocol_upgrade(
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["pipelined", "kept"])
 @pytest.mark.parametrize(("framing", "body"), [(LENGTH, BODY), (CHUNKED, CHUNKS)], ids=["length", "chunked"])
-async def test_later_requests_are_answered_if_each_offers_a_protocol_upgrade(
+async def test_requests_on_one_connection_are_all_answered_if_each_offers_a_protocol_upgrade(
     framing: bytes, body: bytes, at_once: bool
 ) -> None:
     async with connected(echo) as (reader, writer):
@@ -107,7 +107,7 @@ async def test_connection_is_closed_after_the_response_if_the_client_requests_it
         assert await reader.read() == b""
 
 
-async def test_body_that_looks_like_a_request_is_not_parsed_as_one() -> None:
+async def test_body_that_looks_like_a_request_is_not_parsed_as_a_request() -> None:
     async with connected(echo) as (reader, writer):
         inner = head(b"", method=b"GET")
         writer.write(head(H2C, b"content-length: %d\r\n" % len(inner)))
@@ -127,7 +127,7 @@ async def test_hundreds_of_upgrade_requests_in_one_packet_are_all_answered() -> 
 
 
 @pytest.mark.parametrize("target", [b"localhost:443", b"http://localhost/v1?secret"])
-async def test_connect_request_is_answered_once_for_any_target(target: bytes) -> None:
+async def test_http_connect_request_gets_one_response_for_any_target(target: bytes) -> None:
     async with connected(echo) as (reader, writer):
         writer.write(b"CONNECT %b HTTP/1.1\r\nhost: localhost\r\n%b\r\n" % (target, H2C))
         async with asyncio.timeout(3):

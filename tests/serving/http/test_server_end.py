@@ -77,7 +77,7 @@ async def test_stopping_server_answers_one_last_request_on_an_open_connection(
         assert await connection[0].read() == b""
 
 
-async def test_stopping_server_soon_closes_a_connection_without_a_request() -> None:
+async def test_stopping_server_promptly_closes_a_connection_without_a_request() -> None:
     async with ending() as (server, (reader, _)):
         await told_to_end(server)
         async with asyncio.timeout(2 * LAST_REQUEST_S):

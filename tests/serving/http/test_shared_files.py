@@ -248,7 +248,7 @@ async def test_altered_file_content_is_not_sent(clients: tuple[AsyncOpenAI, Asyn
     assert (error.value.status_code, error.value.code) == (503, "file_content_missing")
 
 
-async def test_another_gateway_checks_a_file_if_the_receiving_gateway_has_not_done_so(
+async def test_file_is_checked_by_a_second_gateway_if_the_receiving_gateway_has_not_checked_it(
     clients: tuple[AsyncOpenAI, AsyncOpenAI],
     services: tuple[BatchService, BatchService],
     any_store: Store,

@@ -32,7 +32,7 @@ def stored(store: Store) -> int:
         return session.scalar(select(func.count()).select_from(RequestRow)) or 0
 
 
-async def test_requests_are_answered_during_an_outage_and_stored_after_it(
+async def test_requests_are_answered_during_a_database_outage_and_logged_afterwards(
     client: httpx.AsyncClient, store: Store, postgresql: PostgresServer
 ) -> None:
     postgresql.stop()
@@ -47,7 +47,7 @@ async def test_requests_are_answered_during_an_outage_and_stored_after_it(
         await asyncio.sleep(0.05)
 
 
-async def test_feedback_error_during_an_outage_does_not_name_the_database(
+async def test_feedback_error_during_a_database_outage_does_not_name_the_database(
     client: httpx.AsyncClient, postgresql: PostgresServer
 ) -> None:
     postgresql.stop()

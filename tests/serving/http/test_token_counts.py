@@ -93,7 +93,7 @@ async def test_model_is_not_idle_while_tokens_are_counted(
 
 
 @both
-async def test_token_counting_does_not_use_up_the_limits_of_a_key(
+async def test_token_counting_does_not_count_towards_a_keys_rate_limits(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     key = principal("k", requests_per_minute=1, tokens_in_per_minute=10, tokens_per_day=10, concurrent=1)
@@ -107,7 +107,7 @@ async def test_token_counting_does_not_use_up_the_limits_of_a_key(
 
 
 @both
-async def test_concurrent_token_counts_are_limited_and_one_key_gets_half_the_slots(
+async def test_concurrent_token_counts_are_limited_and_one_key_gets_at_most_half_the_slots(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     service.principals |= {name: principal(name) for name in ("one", "other")}
@@ -145,7 +145,7 @@ async def test_token_counting_rejects_the_same_fields_as_completions(
 
 
 @both
-async def test_invalid_token_count_requests_get_their_error_code(client: httpx.AsyncClient, path: str) -> None:
+async def test_invalid_token_count_request_returns_a_specific_error_code(client: httpx.AsyncClient, path: str) -> None:
     cases: list[tuple[Any, int, str]] = [
         ({**BODY, "model": "other"}, 404, "model_not_found"),
         ({"model": NAME}, 400, "invalid_request"),

@@ -110,14 +110,14 @@ def loaded(folder: Path, recipe: dict[str, Any]) -> Recipe:
     return load_recipe(path)
 
 
-def test_recipe_of_a_job_has_no_quantized_format_unless_the_request_names_one(tmp_path: Path) -> None:
+def test_recipe_of_a_job_has_no_quantized_format_unless_requested(tmp_path: Path) -> None:
     requests = request_of(), request_of(recipe={"formats": ["gptq"]})
     formats = [loaded(tmp_path, make_recipe(each, "tuned", SOURCES)).formats for each in requests]
     assert formats == [(Format.MERGED,), (Format.GPTQ,)]
 
 
 @given(fields=REQUESTS, owner=OWNERS, examples=st.integers(1, 10**6))
-def test_recipe_made_from_any_valid_request_is_accepted_by_the_trainer(
+def test_recipe_generated_from_any_valid_job_request_is_accepted_by_the_trainer(
     tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any], owner: str, examples: int
 ) -> None:
     request = request_of(**fields)
@@ -230,23 +230,25 @@ def test_request_that_sets_a_hyperparameter_twice_is_rejected() -> None:
 
 
 @given(first=OWNERS, second=OWNERS, suffixes=st.tuples(st.text(max_size=100), st.text(max_size=100)))
-def test_registered_names_of_two_owners_always_differ(first: str, second: str, suffixes: tuple[str, str]) -> None:
+def test_registered_model_names_of_different_owners_never_collide(
+    first: str, second: str, suffixes: tuple[str, str]
+) -> None:
     names = [registered_name(owner, suffix or "x") for owner, suffix in zip((first, second), suffixes, strict=True)]
     assert first == second or names[0] != names[1]
 
 
 @given(owner=OWNERS, suffix=st.text("abc09._-", min_size=1, max_size=51))
-def test_suffix_can_be_recovered_from_a_registered_name(owner: str, suffix: str) -> None:
+def test_suffix_can_be_recovered_from_a_registered_model_name(owner: str, suffix: str) -> None:
     name = registered_name(owner, suffix)
     assert len(name) > 60 or suffix_of(name, owner) == suffix
 
 
-def test_registered_names_differ_if_long_suffixes_have_the_same_beginning() -> None:
+def test_registered_model_names_differ_even_if_long_suffixes_share_a_prefix() -> None:
     names = {registered_name("alice123", "x" * 60 + end) for end in "ab"}
     assert len(names) == 2
 
 
-def test_equivalent_requests_have_identical_json_texts() -> None:
+def test_equivalent_requests_serialize_to_identical_json() -> None:
     first = request_of(metadata={"b": "1", "a": "2"}, suffix=None, hyperparameters={"n_epochs": "auto"})
     second = request_of(hyperparameters={}, metadata={"a": "2", "b": "1"})
     assert first.json_text() == second.json_text()

@@ -118,7 +118,7 @@ def test_result_file_has_the_openai_columns_and_belongs_to_the_job_owner(
     ]
 
 
-def test_completing_a_job_again_after_a_crash_creates_no_second_result_file(
+def test_completing_a_job_again_after_a_crash_creates_no_duplicate_result_file(
     store: Store, files: ClientFiles, results: JobResults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -172,7 +172,7 @@ def test_last_three_epochs_become_checkpoints_and_the_last_epoch_is_the_model(
     assert registry.versions(VERSION.name) == [VERSION]
 
 
-def test_checkpoint_is_a_version_that_engines_load_as_an_adapter(
+def test_checkpoint_is_registered_as_a_version_that_engines_load_as_an_adapter(
     store: Store, registry: Registry, progress: ProgressFile, results: JobResults
 ) -> None:
     add_job(store, owner="alice", id=JOB.id)
@@ -202,7 +202,7 @@ def test_job_succeeds_without_checkpoints_when_its_run_was_removed(
     assert checkpoints(store) == []
 
 
-def test_registered_checkpoints_remain_when_their_folders_are_gone(
+def test_registered_checkpoints_remain_when_their_training_folders_are_deleted(
     store: Store, registry: Registry, progress: ProgressFile, results: JobResults
 ) -> None:
     add_job(store, owner="alice", id=JOB.id, name=VERSION.name, fine_tuned_model=NAME)
@@ -231,6 +231,6 @@ def test_result_file_has_only_a_header_row_when_no_step_was_reported(files: Clie
     assert files.path(result.result_file).read_text().count("\n") == 1
 
 
-def test_result_file_uses_the_last_record_of_a_step_repeated_by_a_resumed_run() -> None:
+def test_result_file_uses_the_last_record_of_a_step_that_a_resumed_run_repeats() -> None:
     text = metrics_csv([step(1, 3.0), step(2, 2.0), step(1, 1.0), HeldoutLoss(step=3, loss=0.5)])
     assert text.splitlines()[1:] == ["1,1.00000,,,", "2,2.00000,,,", "3,,,0.50000,"]

@@ -75,7 +75,7 @@ async def test_job_fails_if_its_file_was_altered(home: WorkerHome) -> None:
     assert home.starts(id) == []
 
 
-async def test_worker_keeps_reporting_and_can_cancel_a_job_while_its_file_is_fetched(home: WorkerHome) -> None:
+async def test_worker_sends_heartbeats_and_can_cancel_a_job_while_its_file_is_fetched(home: WorkerHome) -> None:
     id = home.add()
     fetched(home).fetch_s = 0.5
     async with home.working(home.worker(pace=Pace(poll_s=0.05, report_s=0.05))):

@@ -36,13 +36,13 @@ def test_training_and_held_out_loss_of_one_step_share_an_event() -> None:
     assert events.next() is None
 
 
-def test_already_reported_steps_create_no_events_when_a_job_is_followed_again() -> None:
+def test_already_reported_steps_create_no_duplicate_events_when_job_tracking_resumes() -> None:
     events = StepEvents(Reported(3, 5))
     events.add([step(4), HeldoutLoss(step=5, loss=1.5), step(5)])
     assert events.next(last=True) is None
 
 
-def test_long_training_run_has_few_events_and_one_for_its_last_step() -> None:
+def test_long_training_run_has_few_events_including_one_for_its_last_step() -> None:
     events, steps = StepEvents(Reported(0, 0)), 20_000
     messages = []
     for number in range(1, steps + 1):

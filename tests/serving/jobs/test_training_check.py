@@ -43,7 +43,7 @@ def recipe(folder: Path, config: str = "llama-3.2-1b", *, bad: bool = False, **f
 
 
 @pytest.mark.slow
-async def test_training_check_returns_examples_learning_rate_and_duration_of_a_valid_recipe(
+async def test_training_check_returns_example_count_learning_rate_and_duration_for_a_valid_recipe(
     tmp_path: Path, settings: Settings
 ) -> None:
     check = await check_training(recipe(tmp_path), settings, timeout_s=300)
@@ -112,7 +112,7 @@ async def test_cancelled_training_check_leaves_no_process_behind(tmp_path: Path,
     assert not any(map(_is_estimate, psutil.Process().children()))
 
 
-def test_check_command_has_the_settings_of_the_server_except_the_store_url(
+def test_training_check_command_gets_the_server_settings_except_the_store_url(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SVC_ENGINE__MAX_MODEL_LEN", "512")

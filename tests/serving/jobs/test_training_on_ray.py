@@ -22,7 +22,7 @@ __all__ = ["examples", "tiny_base"]
 
 @pytest.mark.slow
 @pytest.mark.matrix
-async def test_job_is_trained_on_a_node_when_the_server_trains_on_ray(
+async def test_job_is_trained_on_a_ray_node_when_the_server_is_configured_for_ray(
     tmp_path: Path, tiny_base: Path, examples: list[ChatExample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -66,14 +66,14 @@ async def test_job_runs_and_its_result_is_recorded(any_home: WorkerHome) -> None
     await home.until(lambda: not (home.job_folder(id) / "epochs").exists())
 
 
-async def test_recipe_written_by_another_machine_is_adapted_to_the_local_file_path(home: WorkerHome) -> None:
+async def test_recipe_written_by_a_different_machine_is_adapted_to_the_local_file_path(home: WorkerHome) -> None:
     id = home.add()
     async with home.working():
         await home.ended(id)
     assert str(home.folder / "files" / home.file) in (home.job_folder(id) / "recipe.yaml").read_text()
 
 
-async def test_job_is_taken_when_its_creation_is_notified_without_polling_the_queue(
+async def test_job_starts_on_a_creation_notification_without_polling_the_queue(
     home: WorkerHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []
@@ -211,9 +211,7 @@ async def test_job_fails_when_its_training_is_killed_three_times(home: WorkerHom
         ),
     ],
 )
-async def test_job_fails_with_the_error_of_its_training(
-    home: WorkerHome, exit: int, text: str, error: dict[str, str]
-) -> None:
+async def test_job_fails_with_its_training_error(home: WorkerHome, exit: int, text: str, error: dict[str, str]) -> None:
     id = home.add(exit=exit, text=text)
     async with home.working():
         await home.ended(id)
@@ -260,7 +258,7 @@ async def test_job_returns_to_the_queue_with_a_checkpoint_when_the_server_stops(
         await home.ended(id, other)
 
 
-async def test_no_process_is_left_when_the_server_stops_while_a_training_run_starts(
+async def test_no_process_keeps_running_when_the_server_stops_during_a_training_start(
     home: WorkerHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     id = home.add(**LONG)
@@ -279,7 +277,7 @@ async def test_no_process_is_left_when_the_server_stops_while_a_training_run_sta
     assert not any(lives(pid) for pid in home.starts(id))
 
 
-async def test_training_is_killed_when_another_worker_has_taken_its_job(home: WorkerHome) -> None:
+async def test_training_process_is_killed_when_another_worker_claims_its_job(home: WorkerHome) -> None:
     id = home.add(grandchild=True, **LONG)
     async with home.working():
         await home.until(lambda: home.step(id) > 2)
@@ -312,7 +310,7 @@ async def test_training_continues_while_the_store_does_not_respond(
     assert len(home.starts(id)) == 1
 
 
-async def test_job_fails_and_the_worker_continues_when_creating_the_result_raises(home: WorkerHome) -> None:
+async def test_job_fails_but_the_worker_keeps_running_when_result_creation_raises(home: WorkerHome) -> None:
     ids = [home.add(), home.add()]
 
     def broken(*arguments: object) -> None:
@@ -341,7 +339,7 @@ def server(home: WorkerHome) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.slow
-async def test_training_is_continued_by_the_next_server_when_the_server_is_killed(home: WorkerHome) -> None:
+async def test_training_continues_under_a_restarted_server_when_the_server_is_killed(home: WorkerHome) -> None:
     id = home.add(steps=200, step_s=0.05, grandchild=True)
     with server(home):
         await home.until(lambda: home.step(id) > 2)
@@ -358,7 +356,7 @@ async def test_training_is_continued_by_the_next_server_when_the_server_is_kille
 
 
 @pytest.mark.slow
-async def test_training_continues_when_the_server_is_replaced_by_another(home: WorkerHome) -> None:
+async def test_training_continues_when_a_new_server_replaces_the_running_server(home: WorkerHome) -> None:
     id = home.add(steps=100, step_s=0.05)
     with server(home) as process:
         await home.until(lambda: home.step(id) > 2)
@@ -372,7 +370,7 @@ async def test_training_continues_when_the_server_is_replaced_by_another(home: W
 
 
 @pytest.mark.slow
-async def test_job_succeeds_when_its_training_ended_while_no_server_was_running(home: WorkerHome) -> None:
+async def test_job_succeeds_when_its_training_finished_while_no_server_was_running(home: WorkerHome) -> None:
     id = home.add(steps=20, step_s=0.05)
     with server(home):
         await home.until(lambda: home.step(id) > 2)
@@ -383,7 +381,7 @@ async def test_job_succeeds_when_its_training_ended_while_no_server_was_running(
 
 
 @pytest.mark.slow
-async def test_each_of_20_jobs_succeeds_once_when_the_server_is_killed_repeatedly(home: WorkerHome) -> None:
+async def test_each_of_20_jobs_succeeds_exactly_once_when_the_server_is_killed_repeatedly(home: WorkerHome) -> None:
     ids = [home.add(f"owner-{number % 3}", steps=5, step_s=0.02) for number in range(20)]
     for ended in (4, 9, 14):
         with server(home):
@@ -397,7 +395,7 @@ async def test_each_of_20_jobs_succeeds_once_when_the_server_is_killed_repeatedl
 
 
 @pytest.mark.slow
-async def test_leftover_training_of_an_ended_job_is_killed_when_the_server_starts(home: WorkerHome) -> None:
+async def test_orphaned_training_process_of_a_finished_job_is_killed_when_the_server_starts(home: WorkerHome) -> None:
     id = home.add(**LONG)
     with server(home):
         await home.until(lambda: home.step(id) > 2)

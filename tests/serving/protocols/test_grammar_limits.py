@@ -72,7 +72,7 @@ def test_ordinary_grammar_is_within_all_limits() -> None:
     assert [grammar for grammar in cases if excess(grammar) is not None] == []
 
 
-def test_pattern_length_counts_its_expanded_repetitions() -> None:
+def test_pattern_length_includes_expanded_repetitions() -> None:
     cases: list[tuple[str, int]] = [
         ("abc", 3),
         ("[a-z()]{3}", 3),
@@ -95,7 +95,7 @@ def test_pattern_length_counts_its_expanded_repetitions() -> None:
     assert [text for text, size in cases if written_out(text) != size] == []
 
 
-def test_repetition_is_counted_in_every_notation() -> None:
+def test_repetitions_are_expanded_in_every_regex_notation() -> None:
     assert [
         text
         for text in ("a{99999999999999999999}", "(){9999}", "(a|){9999}", "(a{50}){50}?", "(?:a{50})+{50}")
@@ -119,7 +119,7 @@ BAD = pattern("a{9999}")
 FUNCTION = {"type": "function", "function": {"name": "f", "parameters": BAD}}
 
 
-def test_every_field_with_a_grammar_is_checked() -> None:
+def test_every_request_field_with_a_grammar_is_checked() -> None:
     cases: list[tuple[Route, dict[str, Any], str]] = [
         (Route.CHAT_COMPLETIONS, {"response_format": {"json_schema": {"schema": BAD}}}, "response_format"),
         (Route.COMPLETIONS, {"structured_outputs": {"regex": "a{9999}"}}, "structured_outputs"),
@@ -143,7 +143,7 @@ def test_every_field_with_a_grammar_is_checked() -> None:
         assert refusal is not None and refusal.param == param, fields
 
 
-def test_optional_tools_are_not_checked_for_grammar_limits() -> None:
+def test_grammar_limits_apply_only_to_tools_that_the_model_must_call() -> None:
     cases: list[tuple[Route, dict[str, Any]]] = [
         (Route.CHAT_COMPLETIONS, {"tools": [FUNCTION]}),
         (Route.CHAT_COMPLETIONS, {"tools": [FUNCTION], "tool_choice": "auto"}),

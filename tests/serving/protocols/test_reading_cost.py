@@ -96,7 +96,9 @@ def share_of_limit(body: bytes, route: Route) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("route", "head", "element"), LISTS, ids=lambda part: str(part)[:40])
-def test_lists_within_the_limits_block_the_event_loop_only_briefly(route: Route, head: bytes, element: bytes) -> None:
+def test_parsing_lists_within_the_limits_blocks_the_event_loop_only_briefly(
+    route: Route, head: bytes, element: bytes
+) -> None:
     begin = b'{"model":"tuned",' + head
 
     def make(count: int) -> bytes:
@@ -110,7 +112,7 @@ def test_lists_within_the_limits_block_the_event_loop_only_briefly(route: Route,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("some", "other"), PAIRS_OF_TEXTS, ids=ascii)
-def test_texts_within_the_limits_block_the_event_loop_only_briefly(some: bytes, other: bytes) -> None:
+def test_parsing_strings_within_the_limits_blocks_the_event_loop_only_briefly(some: bytes, other: bytes) -> None:
     def make(count: int) -> bytes:
         half = count // 2
         return b'{"model":"tuned","prompt":"' + some * (half // len(some)) + other * (half // len(other)) + b'"}'
@@ -120,7 +122,7 @@ def test_texts_within_the_limits_block_the_event_loop_only_briefly(some: bytes, 
 
 
 @pytest.mark.slow
-def test_worst_case_engine_bodies_are_accepted_and_block_only_briefly() -> None:
+def test_worst_case_request_bodies_are_accepted_and_block_the_event_loop_only_briefly() -> None:
     faults = []
     for worst in worst_bodies():
         name, body = f"{worst.route.name} {worst.name}", worst.body("tuned")
@@ -191,7 +193,7 @@ def count(value: object) -> tuple[int, int]:
 
 @given(value=JSON_VALUES, ensure_ascii=st.booleans(), size=st.integers(1, 40))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_separators_inside_strings_are_not_counted_for_any_slice_size(
+def test_separators_inside_strings_are_not_counted_whatever_the_slice_size(
     monkeypatch: pytest.MonkeyPatch, value: object, ensure_ascii: bool, size: int
 ) -> None:
     monkeypatch.setattr("serving.protocols.reading_cost._SLICE", size)

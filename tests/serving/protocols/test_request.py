@@ -66,7 +66,7 @@ def test_lone_surrogate_is_forwarded_to_the_engine() -> None:
     assert json.loads(parse(b'{"model": "tuned", "prompt": "\\ud800"}').payload("tuned"))["prompt"] == "\ud800"
 
 
-def test_sampling_parameters_are_read_as_sent() -> None:
+def test_sampling_parameters_are_parsed_and_invalid_values_are_ignored() -> None:
     cases: list[tuple[dict[str, Any], tuple[float | None, int | None]]] = [
         ({}, (None, None)),
         ({"temperature": 0, "max_tokens": 16}, (0.0, 16)),
@@ -113,7 +113,7 @@ def test_error_names_the_invalid_field() -> None:
     assert [fields for route, fields, param in cases if invalid_field(fields, route) != param] == []
 
 
-def test_engine_is_always_told_not_to_store_responses() -> None:
+def test_response_storage_is_always_disabled_in_engine_requests() -> None:
     cases: list[dict[str, Any]] = [{}, {"store": None, "background": None}, {"store": False, "background": False}]
     for sent in cases:
         request = parse({"model": "tuned", "input": "a", **sent}, Route.RESPONSES)
@@ -126,13 +126,13 @@ def test_engine_is_always_told_not_to_store_responses() -> None:
 
 
 @pytest.mark.parametrize("route", [Route.RESPONSES, Route.MESSAGES])
-def test_client_gets_token_counts_if_its_route_always_sends_them(route: Route) -> None:
+def test_stream_options_are_not_added_if_the_route_always_returns_token_counts(route: Route) -> None:
     request = parse({"model": "tuned", "stream": True}, route)
     assert request.wants_usage
     assert "stream_options" not in json.loads(request.payload("tuned"))
 
 
-def test_maximum_length_is_read_from_the_field_the_engine_reads() -> None:
+def test_maximum_length_is_read_from_the_field_that_the_route_defines() -> None:
     cases: list[tuple[Route, dict[str, Any], int | None]] = [
         (Route.RESPONSES, {"max_output_tokens": 5, "max_tokens": 9}, 5),
         (Route.MESSAGES, {"max_tokens": 5, "max_completion_tokens": 9}, 5),
@@ -161,19 +161,19 @@ def test_stream_token_counts_are_always_requested_from_the_engine() -> None:
         assert json.loads(request.payload("tuned"))["stream_options"] == sent, options
 
 
-def test_nothing_is_added_to_a_non_streamed_request() -> None:
+def test_non_streamed_request_is_forwarded_without_added_fields() -> None:
     request = parse({"model": "tuned", "stream": False})
     assert (request.stream, json.loads(request.payload("tuned"))) == (False, {"model": "tuned", "stream": False})
 
 
 @given(st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=3), st.text(min_size=1))
-def test_engine_receives_its_own_model_name(fields: dict[str, Any], engine_model: str) -> None:
+def test_model_name_is_replaced_by_the_name_that_the_engine_uses(fields: dict[str, Any], engine_model: str) -> None:
     body = json.dumps({"model": "tuned", "prompt": "a"} | {f"x_{key}": value for key, value in fields.items()}).encode()
     sent = json.loads(parse(body, Route.COMPLETIONS).payload(engine_model))
     assert sent == json.loads(body) | {"model": engine_model}
 
 
-def test_request_with_only_a_model_field_stays_valid() -> None:
+def test_request_with_only_a_model_field_is_forwarded_as_valid_json() -> None:
     assert parse({"model": "tuned"}).payload("other") == b'{"model":"other"}'
 
 
@@ -185,7 +185,7 @@ TURNS = [
 ]
 
 
-def test_client_is_identified_by_user_field_or_start_of_the_conversation() -> None:
+def test_client_is_identified_by_the_user_field_or_else_by_its_first_prompt() -> None:
     cases: list[tuple[Route, dict[str, Any], str]] = [
         (Route.CHAT_COMPLETIONS, {"user": "ann", "messages": TURNS}, "ann"),
         (Route.CHAT_COMPLETIONS, {"messages": TURNS}, "Hello"),

@@ -57,23 +57,23 @@ def test_logprobs_of_sampled_tokens_are_requested_when_the_client_requests_none(
         (Route.COMPLETIONS, {"logprobs": 0}),
     ],
 )
-def test_request_is_unchanged_when_client_asked_for_logprobs(route: Route, fields: dict[str, Any]) -> None:
+def test_request_is_unchanged_when_it_already_requests_logprobs(route: Route, fields: dict[str, Any]) -> None:
     request = json.dumps(ROUTES[route] | fields).encode()
     assert with_logprobs(route, request) == request
 
 
 @pytest.mark.parametrize("field", ["echo", "use_beam_search"])
-def test_no_logprobs_are_requested_when_client_asked_for_beam_search_or_prompt_scoring(field: str) -> None:
+def test_logprobs_are_not_added_to_a_request_with_beam_search_or_prompt_scoring(field: str) -> None:
     for route, fields in ROUTES.items():
         assert asking(route, fields | {field: True}) == fields | {field: True}
 
 
 @pytest.mark.parametrize("route", [Route.RESPONSES, Route.MESSAGES])
-def test_request_is_unchanged_when_its_route_has_no_logprobs(route: Route) -> None:
+def test_request_is_unchanged_when_its_route_does_not_support_logprobs(route: Route) -> None:
     assert with_logprobs(route, b'{"input":"a"}') == b'{"input":"a"}'
 
 
-def test_text_that_utf8_cannot_encode_is_unchanged() -> None:
+def test_lone_surrogate_in_a_request_is_unchanged_when_logprobs_are_added() -> None:
     request = b'{"messages":[{"role":"user","content":"\\ud800"}]}'
     assert b"\\ud800" in with_logprobs(Route.CHAT_COMPLETIONS, request)
 
@@ -99,7 +99,7 @@ def test_mean_logprob_is_unknown_when_the_answer_has_no_logprobs(part: bytes) ->
 
 
 @pytest.mark.slow  # vLLM's import takes some ten seconds
-def test_vllm_samples_with_logprobs_and_does_not_score_the_prompt() -> None:
+def test_vllm_returns_sampled_token_logprobs_without_scoring_the_prompt() -> None:
     pytest.importorskip("vllm")
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -110,7 +110,7 @@ def test_vllm_samples_with_logprobs_and_does_not_score_the_prompt() -> None:
 
 
 @pytest.mark.slow  # vLLM's import takes some ten seconds
-def test_logprobs_are_read_from_responses_in_the_format_of_vllm() -> None:
+def test_logprobs_are_read_from_responses_in_vllm_format() -> None:
     pytest.importorskip("vllm")
     from vllm.entrypoints.openai.chat_completion.protocol import (
         ChatCompletionLogProbs,

@@ -18,7 +18,7 @@ EVENTS = st.lists(
 
 
 @given(EVENTS, st.data())
-def test_events_are_the_same_wherever_chunks_end(events: list[bytes], data: st.DataObject) -> None:
+def test_parsed_events_do_not_depend_on_chunk_boundaries(events: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(events)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=10)))
     splitter = EventSplitter()
@@ -28,7 +28,7 @@ def test_events_are_the_same_wherever_chunks_end(events: list[bytes], data: st.D
     assert found == events
 
 
-def test_incomplete_event_is_held_back() -> None:
+def test_incomplete_event_is_buffered_until_it_is_complete() -> None:
     splitter = EventSplitter()
     assert splitter.feed(b"data: 1\n\ndata: ") == [b"data: 1\n\n"]
     assert splitter.feed(b"2\n\n") == [b"data: 2\n\n"]
@@ -43,7 +43,7 @@ def test_event_name_is_parsed() -> None:
     assert name_of(b"data: event: no\n\n") == ""
 
 
-def test_error_is_found_only_at_the_top_level_of_an_event() -> None:
+def test_error_field_is_recognized_only_at_the_top_level_of_an_event() -> None:
     assert find_error(b'data: {"error":{"message":"no"}}\n\n') == {"message": "no"}
     assert find_error(b'data: {"choices":[{"error":"error"}]}\n\n') is None
     assert find_error(b'data: "error"\n\n') is None

@@ -45,7 +45,7 @@ def test_too_many_tools_are_rejected() -> None:
     assert refused({"tools": [{}] * 513}, CHAT) == "tools"
 
 
-def test_too_many_unusual_messages_are_rejected() -> None:
+def test_too_many_nonstandard_messages_are_rejected() -> None:
     cases: list[tuple[Any, int]] = [({"role": "z"}, 1024), ({}, 1024), (1, 1024), ({**USER, "name": 1}, 1024)]
     for message, most in cases:
         assert refused({"messages": [USER, *[message] * most]}, CHAT) is None, message
@@ -53,16 +53,16 @@ def test_too_many_unusual_messages_are_rejected() -> None:
 
 
 @pytest.mark.parametrize(("field", "most"), [("input", 32), ("tools", 64)])
-def test_too_many_unusual_items_and_tools_are_rejected(field: str, most: int) -> None:
+def test_too_many_nonstandard_items_and_tools_are_rejected(field: str, most: int) -> None:
     assert refused({field: [{}] * most}, RESPONSES) is None
     assert refused({field: [{}] * (most + 1)}, RESPONSES) == f"{field}.0"
 
 
-def test_unusual_item_with_too_many_values_is_rejected() -> None:
+def test_nonstandard_item_with_too_many_values_is_rejected() -> None:
     assert refused({"input": [{"type": "z", "content": [[1]] * 600}]}, RESPONSES) == "input.0"
 
 
-def test_unusual_items_are_rejected_if_their_combined_values_exceed_the_limit() -> None:
+def test_nonstandard_items_are_rejected_if_their_combined_value_count_exceeds_the_limit() -> None:
     item = {"type": "z", "content": [1] * 600}
     assert refused({"input": [item]}, RESPONSES) is None
     assert refused({"input": [item] * 2}, RESPONSES) == "input.0"
@@ -78,7 +78,7 @@ def test_prompts_with_mixed_types_are_rejected() -> None:
     assert [prompt for prompt in [*prompts, [{}]] if refused({"prompt": prompt}, PLAIN) != "prompt"] == []
 
 
-def test_token_id_lists_may_be_as_long_as_a_vocabulary() -> None:
+def test_token_id_list_with_100000_entries_is_accepted() -> None:
     for field in ("allowed_token_ids", "stop_token_ids", "logprob_token_ids"):
         assert refused({field: list(range(100_000))}, CHAT) is None, field
         assert refused({field: [1, "a"]}, CHAT) == field, field
@@ -94,7 +94,7 @@ def test_token_id_lists_may_be_as_long_as_a_vocabulary() -> None:
         (MESSAGES, "some_field_of_a_later_release"),
     ],
 )
-def test_other_fields_with_too_many_values_are_rejected(field: str, route: Route) -> None:
+def test_field_with_too_many_nested_values_is_rejected(field: str, route: Route) -> None:
     assert refused({field: {str(number): 1 for number in range(4096)}}, route) is None
     assert refused({field: {str(number): 1 for number in range(4097)}}, route) == field
     assert refused({field: [[[1] * 100] * 50]}, route) == field
@@ -142,7 +142,7 @@ OUTPUT = {
 }
 
 
-def test_messages_sent_by_clients_are_classified_as_usual() -> None:
+def test_messages_of_common_clients_are_classified_as_standard() -> None:
     messages: list[Any] = [
         USER,
         {"role": "system", "content": [{"type": "text", "text": "a"}]},
@@ -154,7 +154,7 @@ def test_messages_sent_by_clients_are_classified_as_usual() -> None:
     assert [message for message in messages if not is_usual_message(message)] == []
 
 
-def test_input_items_sent_by_clients_are_classified_as_usual() -> None:
+def test_input_items_of_common_clients_are_classified_as_standard() -> None:
     items: list[Any] = [
         USER,
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
@@ -166,12 +166,12 @@ def test_input_items_sent_by_clients_are_classified_as_usual() -> None:
     assert [item for item in items if not is_usual_item(item)] == []
 
 
-def test_malformed_or_unknown_input_items_are_not_classified_as_usual() -> None:
+def test_malformed_or_unknown_input_items_are_not_classified_as_standard() -> None:
     items: list[Any] = [1, None, {}, {"type": "z"}, {**USER, "role": "z"}, {**OUTPUT, "status": 1}]
     assert [item for item in items if is_usual_item(item)] == []
 
 
-def test_only_function_tools_are_classified_as_usual() -> None:
+def test_only_function_tools_are_classified_as_standard() -> None:
     function = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
     assert is_usual_tool(function)
     assert not is_usual_tool({"type": "file_search", "vector_store_ids": []})

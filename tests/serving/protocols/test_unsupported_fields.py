@@ -25,7 +25,7 @@ def test_prompt_log_probabilities_are_rejected(route: Route) -> None:
     assert [value for value in values if refused({"prompt_logprobs": value}, route) != "prompt_logprobs"] == []
 
 
-def test_prompt_log_probabilities_are_rejected_under_other_field_names() -> None:
+def test_alternative_field_names_for_prompt_log_probabilities_are_rejected() -> None:
     cases: list[tuple[Route, dict[str, Any]]] = [
         (PLAIN, {"echo": True, "logprobs": 0}),
         (PLAIN, {"echo": 1, "logprobs": 5}),
@@ -97,7 +97,7 @@ MEDIA: tuple[dict[str, Any], ...] = (
 )
 
 
-def test_media_that_an_engine_would_fetch_is_rejected() -> None:
+def test_media_part_that_the_engine_would_fetch_is_rejected() -> None:
     for part in MEDIA:
         assert refused({"messages": [{"role": "user", "content": [TEXT, part]}]}, CHAT) == "messages.0.content", part
         assert refused({"input": [{"role": "user", "content": [part]}]}, RESPONSES) == "input.0.content", part
@@ -163,5 +163,5 @@ def test_text_content_is_accepted_in_every_supported_form() -> None:
     assert [fields for route, fields in TEXT_FORMS if find_refusal(fields, route)] == []
 
 
-def test_other_fields_are_left_for_the_engine_to_check() -> None:
+def test_fields_without_gateway_restrictions_are_validated_only_by_the_engine() -> None:
     assert [fields for route, fields in OTHER_FIELDS if find_refusal(fields, route)] == []

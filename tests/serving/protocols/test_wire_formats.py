@@ -99,7 +99,7 @@ class TestEveryRoute:
         assert not format.is_token(b": keep-alive\n\n")
 
     @routes
-    def test_finish_reason_is_the_same_for_all_routes(self, route: Route) -> None:
+    def test_finish_reason_is_normalized_to_the_same_values_for_all_routes(self, route: Route) -> None:
         wire = wire_of(route.value, "tuned", {})
         for reason in ("stop", "length"):
             body = json.dumps(wire.whole(["a"], Counts(1, 1), reason)).encode()
@@ -112,7 +112,7 @@ class TestEveryRoute:
         assert reasons == ["length"]
 
     @routes
-    def test_empty_events_have_no_usage_text_or_end(self, route: Route) -> None:
+    def test_empty_event_has_neither_usage_nor_text_and_does_not_end_the_stream(self, route: Route) -> None:
         format = wire_format(route)
         for part in EMPTY_PARTS:
             assert (format.usage(part), format.finish_reason(part), format.text([part])) == (None, None, ""), part
@@ -142,7 +142,7 @@ class TestClassify:
         assert sum(format.classify(event).token for event in events) == len(words)
 
     @given(TEXT, st.sampled_from(["chat", "plain"]), st.sampled_from([None, "stop", {"content": []}]), st.booleans())
-    def test_event_with_finish_reason_or_usage_is_not_a_plain_token(
+    def test_event_with_finish_reason_or_usage_is_not_classified_as_a_plain_token(
         self, text: str, kind: str, reason: object, more: bool
     ) -> None:
         part = {"delta": {"content": text}} if kind == "chat" else {"text": text}
@@ -152,7 +152,7 @@ class TestClassify:
         assert (CHAT.classify(event) is TOKEN) == (reason is None and not more)
 
     @pytest.mark.parametrize("format", [RESPONSES, MESSAGES])
-    def test_token_of_a_named_event_is_recognised_by_the_event_name(self, format: WireFormat) -> None:
+    def test_token_event_is_recognized_by_its_event_name(self, format: WireFormat) -> None:
         name = "response.output_text.delta" if format is RESPONSES else "content_block_delta"
         assert format.classify(event(name, delta='an "error": no')) is TOKEN
         assert format.classify(event(name, delta="", error={"code": 500})).error == {"code": 500}
@@ -161,7 +161,7 @@ class TestClassify:
 class TestCompletions:
     @example(text="usage", counts=Counts(3, 4), separators=(",", ":"))
     @given(TEXT, COUNTS, st.sampled_from([None, (",", ":")]))
-    def test_usage_is_found_whatever_text_the_model_wrote(
+    def test_usage_is_found_regardless_of_the_generated_text(
         self, text: str, counts: Counts, separators: tuple[str, str] | None
     ) -> None:
         usage = {"prompt_tokens": counts.prompt, "completion_tokens": counts.completion, "details": {"cached": 1}}
@@ -169,7 +169,7 @@ class TestCompletions:
         counted = CHAT.usage(json.dumps(answer, separators=separators).encode())
         assert counted == Usage(counts.prompt, counts.completion)
 
-    def test_only_the_chunk_without_choices_has_the_answers_token_counts(self) -> None:
+    def test_chat_usage_is_read_only_from_the_chunk_without_choices(self) -> None:
         cases: list[object] = [
             {"choices": [], "usage": None},
             {"choices": [{"delta": {}}], "usage": {"prompt_tokens": 1}},
@@ -188,7 +188,7 @@ class TestCompletions:
         for part, end in cases:
             assert CHAT.is_end(part) is end, part
 
-    def test_opening_event_of_a_message_is_not_a_token(self) -> None:
+    def test_opening_event_of_a_message_is_not_counted_as_a_token(self) -> None:
         assert not CHAT.is_token(chunk({"choices": [{"delta": {"role": "assistant", "content": ""}}]}))
 
 
@@ -207,7 +207,7 @@ class TestResponses:
             assert RESPONSES.finish_reason(part) == "tool_calls"
             assert RESPONSES.text([part]) == '{"name": "f", "arguments": {}}'
 
-    def test_openai_event_for_a_truncated_answer_ends_the_stream(self) -> None:
+    def test_response_incomplete_event_ends_the_stream(self) -> None:
         response = {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
         last = event("response.incomplete", response=response)
         assert RESPONSES.is_end(last)
@@ -218,7 +218,7 @@ class TestResponses:
         assert not RESPONSES.is_end(written)
         assert RESPONSES.text([written]).startswith("\n\nevent")
 
-    def test_responses_prompt_is_instructions_and_input_as_messages(self) -> None:
+    def test_responses_api_prompt_combines_instructions_and_input_as_messages(self) -> None:
         cases: list[tuple[dict[str, Any], object]] = [
             ({"input": "hi"}, [{"role": "user", "content": "hi"}]),
             (
@@ -239,7 +239,7 @@ class TestMessages:
         assert MESSAGES.usage(body) == Usage(3, 4)
         assert MESSAGES.finish_reason(body) == "tool_calls"
 
-    def test_tool_use_yields_the_same_text_in_a_body_and_a_stream(self) -> None:
+    def test_tool_use_yields_the_same_text_with_and_without_streaming(self) -> None:
         used = {"type": "tool_use", "id": "1", "name": "f", "input": {"a": 1, "b": 2}}
         body = json.dumps({"content": [{"type": "text", "text": "I look."}, used]}).encode()
         stream = [

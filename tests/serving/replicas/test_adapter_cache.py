@@ -96,7 +96,7 @@ async def turns(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0)
 
 
-async def test_adapter_is_loaded_only_at_its_first_use() -> None:
+async def test_adapter_is_loaded_only_on_first_use() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     names = {await use(shelf, cache, 1) for _ in range(3)}
@@ -134,12 +134,12 @@ async def test_reloaded_adapter_gets_a_different_name() -> None:
     assert first != again and first.startswith("tuned@1#")
 
 
-async def test_adapter_names_differ_from_those_of_an_earlier_server() -> None:
+async def test_adapter_names_are_not_reused_after_a_server_restart() -> None:
     first, second = Shelf(1), Shelf(1)
     assert await use(first, cache_of(first), 1) != await use(second, cache_of(second), 1)
 
 
-async def test_request_waits_for_first_free_slot_if_all_adapters_are_in_use() -> None:
+async def test_request_waits_for_the_first_free_slot_if_all_loaded_adapters_are_in_use() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     async with shelf.using(cache, 1):
@@ -149,7 +149,7 @@ async def test_request_waits_for_first_free_slot_if_all_adapters_are_in_use() ->
     await waiting
 
 
-async def test_popular_adapter_does_not_keep_others_from_being_loaded() -> None:
+async def test_heavily_used_adapter_does_not_prevent_other_adapters_from_loading() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     going = True
@@ -166,7 +166,7 @@ async def test_popular_adapter_does_not_keep_others_from_being_loaded() -> None:
     await asyncio.gather(*popular)
 
 
-async def test_production_version_accepts_requests_while_others_wait_for_a_slot() -> None:
+async def test_production_version_accepts_requests_while_other_versions_wait_for_a_slot() -> None:
     shelf = Shelf(2)
     cache = cache_of(shelf)
     async with shelf.using(cache, 1, for_operator=True), shelf.using(cache, 2):
@@ -193,7 +193,7 @@ async def test_evicted_production_version_is_loaded_before_waiting_versions() ->
 
 
 @pytest.mark.parametrize("most", [1, 2])
-async def test_other_version_gets_a_slot_even_if_production_is_always_in_use(most: int) -> None:
+async def test_non_production_version_gets_a_slot_even_if_production_is_always_in_use(most: int) -> None:
     shelf = Shelf(most)
     cache = cache_of(shelf)
     going = True
@@ -211,7 +211,7 @@ async def test_other_version_gets_a_slot_even_if_production_is_always_in_use(mos
     await asyncio.gather(*popular)
 
 
-async def test_taking_an_adapter_that_is_not_loaded_returns_none() -> None:
+async def test_take_returns_none_for_an_adapter_that_is_not_loaded() -> None:
     shelf = Shelf(1)
     shelf.gate = asyncio.Event()
     cache = cache_of(shelf)
@@ -246,7 +246,7 @@ async def test_failed_load_raises_in_all_waiting_requests_and_is_not_cached() ->
     assert shelf.loads[version(1)] == 2
 
 
-async def test_unknown_version_takes_no_slot() -> None:
+async def test_unknown_version_does_not_occupy_an_adapter_slot() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     await use(shelf, cache, 1)
@@ -256,7 +256,7 @@ async def test_unknown_version_takes_no_slot() -> None:
     assert cache.has(version(1))
 
 
-async def test_load_continues_for_the_next_request_if_the_first_leaves() -> None:
+async def test_adapter_load_continues_if_the_request_that_started_it_is_cancelled() -> None:
     shelf = Shelf(1)
     shelf.gate = asyncio.Event()
     cache = cache_of(shelf)
@@ -318,7 +318,7 @@ async def test_adapter_in_use_stays_loaded_when_its_version_is_removed() -> None
     assert list(shelf.holds.values()) == [version(2)]
 
 
-async def test_new_requests_fail_for_a_removed_version_even_if_still_in_use() -> None:
+async def test_new_requests_for_a_removed_version_fail_even_while_its_adapter_is_in_use() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf)
     async with shelf.using(cache, 1):
@@ -365,7 +365,7 @@ async def test_adapter_loads_and_evictions_are_reported() -> None:
     dropped=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 12)), max_size=6),
     stuck=st.integers(0, 2),
 )
-def test_adapter_cache_respects_limits_and_serves_right_adapter_in_any_order(
+def test_adapter_cache_respects_limits_and_serves_the_right_adapter_for_any_request_order(
     most: int,
     asked: list[tuple[int, int, int, bool, bool]],
     failing: set[int],

@@ -42,7 +42,7 @@ def chosen(engines: Sequence[Any], who: str = "") -> int:
     return balancer(engines).choose("m", who)[0].replica
 
 
-def test_request_of_an_unknown_client_goes_to_the_engine_with_the_fewest_requests() -> None:
+def test_request_from_an_unknown_client_goes_to_the_engine_with_the_fewest_requests() -> None:
     assert chosen([engine(0, 3), engine(1, 1), engine(2, 2)]) == 1
 
 
@@ -52,7 +52,7 @@ def test_conversation_stays_with_its_engine_while_other_engines_are_slightly_les
     assert chosen([engine(each, 4 if each == home else 3) for each in range(3)], who) == home
 
 
-def test_conversation_always_moves_to_the_same_second_engine_when_its_own_is_busy() -> None:
+def test_conversation_always_falls_back_to_the_same_engine_when_its_own_is_busy() -> None:
     who = "How do I return a parcel?"
     home = chosen([engine(0), engine(1), engine(2)], who)
     busy = [engine(each, 9 if each == home else 3) for each in range(3)]
@@ -65,7 +65,7 @@ def test_conversations_move_only_to_the_new_engine_when_an_engine_is_added() -> 
     assert moved == []
 
 
-def test_conversations_are_spread_evenly() -> None:
+def test_conversations_are_spread_evenly_across_engines() -> None:
     counts = Counter(chosen([engine(0), engine(1), engine(2), engine(3)], f"question {each}") for each in range(2000))
     assert all(400 < count < 600 for count in counts.values())
 

@@ -43,7 +43,7 @@ async def test_no_request_is_admitted_before_verification(make: Make) -> None:
     await control.replica.stop()
 
 
-async def test_engine_with_other_weights_is_stopped(make: Make) -> None:
+async def test_engine_with_unexpected_weights_is_stopped(make: Make) -> None:
     control = make()
     make_version(control.registry, 4, probes_of="/elsewhere")
     with pytest.raises(ProbeError):
@@ -72,7 +72,7 @@ async def test_engine_is_stopped_if_its_files_were_altered(make: Make, start_del
     assert control.replica.weights is NO_WEIGHTS
 
 
-async def test_altered_files_are_reported_if_they_kept_the_engine_from_starting(make: Make) -> None:
+async def test_altered_files_are_reported_if_they_prevented_the_engine_start(make: Make) -> None:
     control = make()
     control.park.failing_starts = 1
     (control.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
@@ -96,7 +96,7 @@ async def test_starting_an_engine_stops_the_previous_engine(make: Make) -> None:
     await control.replica.stop()
 
 
-async def test_no_engine_is_left_after_a_cancelled_start(make: Make) -> None:
+async def test_no_engine_keeps_running_after_a_cancelled_start(make: Make) -> None:
     control = make()
     control.park.start_delay_s = 10
     starting = asyncio.create_task(control.replica.start(target(1)))
@@ -107,7 +107,9 @@ async def test_no_engine_is_left_after_a_cancelled_start(make: Make) -> None:
     assert (control.park.alive, control.state) == (0, EngineState.FAILED)
 
 
-async def test_next_stop_stops_the_engine_after_a_cancelled_stop(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_engine_is_stopped_by_the_next_stop_call_after_a_cancelled_stop(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     control = make()
     await control.replica.start(target(1))
     engine = control.park.engines[0]
@@ -143,7 +145,7 @@ async def test_silent_engine_counts_as_dead_after_its_timeout(make: Make, monkey
 
 
 @pytest.mark.parametrize("health_s", [0.05, 60.0], ids=["at the next check", "at once, where a request found it"])
-async def test_engine_that_reports_a_dead_core_counts_as_dead(
+async def test_engine_counts_as_dead_if_it_reports_a_dead_engine_core(
     control: Control, monkeypatch: pytest.MonkeyPatch, health_s: float
 ) -> None:
     monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", health_s)
@@ -157,7 +159,7 @@ async def test_engine_that_reports_a_dead_core_counts_as_dead(
     assert control.replica.state is not EngineState.READY
 
 
-async def test_engine_found_dead_gets_no_requests_until_its_health_is_checked(
+async def test_engine_that_seems_dead_gets_no_requests_until_its_health_is_checked(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asyncio.Event()
@@ -230,7 +232,7 @@ async def test_engine_state_is_in_the_metrics(make: Make) -> None:
     assert shown == {state: float(state is EngineState.DRAINING) for state in EngineState}
 
 
-async def test_each_verified_weight_load_is_distinct(control: Control) -> None:
+async def test_each_weight_load_is_recorded_with_a_distinct_identity(control: Control) -> None:
     loads = [control.replica.weights]
     await control.promote(2)
     loads.append(control.replica.weights)
@@ -244,7 +246,7 @@ async def test_each_verified_weight_load_is_distinct(control: Control) -> None:
     assert [load.fresh for load in loads] == [True, False, False, True]
 
 
-async def test_loaded_weights_are_unchanged_if_a_swap_stops_before_its_reload(make: Make) -> None:
+async def test_record_of_loaded_weights_is_unchanged_if_a_swap_fails_before_its_reload(make: Make) -> None:
     async with make(drain_timeout_s=0.05).run() as control:
         control.park.room = "full"
         load = control.replica.weights

@@ -32,14 +32,12 @@ def slots_of(home: Path, **of_model: object) -> EngineSlots:
 
 
 @pytest.mark.parametrize(("name", "idles"), [(NAME, True), ("other", False)])
-def test_engine_is_started_with_sleep_support_only_if_its_model_may_idle(
-    tmp_path: Path, name: str, idles: bool
-) -> None:
+def test_sleep_mode_is_enabled_only_if_the_model_has_an_idle_timeout(tmp_path: Path, name: str, idles: bool) -> None:
     assert slots_of(tmp_path, idle_s=60).spec(0, name, ServedModel(tmp_path)).idles is idles
 
 
 @pytest.mark.parametrize(("name", "mode"), [(NAME, "compiled"), ("other", "eager")])
-def test_engine_kind_depends_on_its_model_settings(tmp_path: Path, name: str, mode: str) -> None:
+def test_engine_kind_depends_on_the_settings_of_its_model(tmp_path: Path, name: str, mode: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert slots_of(tmp_path, engine={"args": ["--no-enforce-eager"]}).facts(name, tmp_path).mode == mode
 
@@ -88,7 +86,7 @@ def test_engines_on_a_ray_cluster_do_not_count_as_sharing_the_local_machine(
     assert of_home.spec(0, NAME, ServedModel(tmp_path)).engines == engines
 
 
-async def test_actor_is_stopped_once_its_cluster_is_reachable_even_if_a_local_engine_replaced_it(
+async def test_ray_actor_is_stopped_once_its_cluster_is_reachable_even_if_a_local_engine_replaced_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slots, "_END_PAUSES_S", (0.01,))
@@ -115,7 +113,7 @@ async def test_actor_is_stopped_once_its_cluster_is_reachable_even_if_a_local_en
     ending.cancel()
 
 
-def test_copied_home_does_not_stop_the_postponed_actors_of_the_original_home(
+def test_copied_home_does_not_stop_ray_actors_that_the_original_home_could_not_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RayCluster, "end_now", lambda cluster, *names: pytest.fail("ended"))

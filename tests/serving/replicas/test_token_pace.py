@@ -13,7 +13,7 @@ def paced(*answers: tuple[float, float]) -> float:
     return pace.tokens_in(1.0)
 
 
-def test_fast_stream_is_assumed_if_nothing_was_measured() -> None:
+def test_token_pace_defaults_to_100_tokens_per_second_without_measurements() -> None:
     assert TokenPace().tokens_in(0.5) == 50
 
 

@@ -18,7 +18,7 @@ TOO_LONG = [
 ]
 
 
-def test_context_length_error_is_recognised_by_vllms_message() -> None:
+def test_context_length_error_is_recognized_by_vllms_message() -> None:
     for message in TOO_LONG:
         assert isinstance(refusal(400, {"message": message}), ContextLengthError), message
 
@@ -39,13 +39,13 @@ def test_only_rejections_of_the_client_request_are_passed_on() -> None:
         assert type(refusal(status, {"message": "m"})) is kind, status
 
 
-def test_no_error_text_marks_the_engine_as_dead() -> None:
+def test_error_message_text_never_marks_the_engine_as_dead() -> None:
     for status in (400, 422, 500):
         message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
         assert not isinstance(refusal(status, {"message": message}), EngineDiedError), status
 
 
-def test_logged_engine_failure_quotes_nothing_from_the_request() -> None:
+def test_logged_engine_failure_contains_no_request_content() -> None:
     """A failure is logged, while a rejection is only sent to the client."""
     message = "1 validation error:\n  {'type': 'x', 'loc': 'body.prompt', 'msg': 'no', 'input': 'my SECRET'}"
     wrong = refusal(500, {"message": message}).wrong
@@ -53,7 +53,7 @@ def test_logged_engine_failure_quotes_nothing_from_the_request() -> None:
     assert "SECRET" in refusal(400, {"message": message}).wrong
 
 
-def test_engine_error_of_any_shape_becomes_a_rejection() -> None:
+def test_malformed_engine_error_becomes_a_rejection() -> None:
     cases: list[object] = [None, [], "text", {}, {"message": None}, {"message": 1, "param": 2}]
     for error in cases:
         typed = refusal(400, error)
@@ -77,7 +77,7 @@ def test_long_error_message_is_truncated() -> None:
     assert len(for_clients("x" * 100_000)) <= 1000
 
 
-def test_field_name_is_read_from_the_error_message_if_only_there() -> None:
+def test_field_name_is_parsed_from_the_error_message_if_the_param_field_is_missing() -> None:
     cases: list[tuple[str, str | None]] = [
         ("temperature must be non-negative, got -5.0. (parameter=temperature, value=-5.0)", "temperature"),
         ("no (parameter=type)", "type"),

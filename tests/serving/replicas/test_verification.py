@@ -81,21 +81,21 @@ async def test_probe_difference_beyond_the_tolerance_raises(control: Control) ->
         )
 
 
-async def test_probes_of_another_version_raise_probe_error(control: Control) -> None:
+async def test_probes_recorded_for_a_different_version_raise_probe_error(control: Control) -> None:
     with pytest.raises(ProbeError):
         await Verification(control.registry, control.store, kind_of(FACTS)).probes(
             control.park.engines[-1], target(2), fresh=True
         )
 
 
-async def test_probes_are_recorded_again_and_stored_for_another_engine_kind(elsewhere: Control) -> None:
+async def test_probes_are_recorded_again_and_stored_for_a_new_engine_kind(elsewhere: Control) -> None:
     stored = find_retaken_probes(elsewhere.store, target(1), OTHER_FACTS)
     assert stored is not None
     assert [probe.engine for probe in stored] == [OTHER_FACTS]
     assert find_retaken_probes(elsewhere.store, target(1), FACTS) is None
 
 
-async def test_stored_probes_are_checked_next_time(elsewhere: Control) -> None:
+async def test_stored_probes_are_checked_on_the_next_load(elsewhere: Control) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     checked = await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)
     assert "probes passed" in checked.found
@@ -115,14 +115,14 @@ async def test_no_probes_are_recorded_if_engine_was_not_started_with_the_version
 
 
 @pytest.mark.parametrize(("number", "known"), [(1, True), (2, False)])
-async def test_probes_are_missing_if_this_engine_kind_never_ran_the_version(
+async def test_probes_are_missing_if_the_engine_kind_never_ran_the_version(
     elsewhere: Control, number: int, known: bool
 ) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     assert await verification.has_probes(target(number)) is known
 
 
-async def test_probes_measured_on_other_weights_are_not_stored(elsewhere: Control) -> None:
+async def test_probes_measured_on_unexpected_weights_are_not_stored(elsewhere: Control) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     with pytest.raises(ProbeError, match="not the version's weights"):
         await verification.probes(elsewhere.park.engines[-1], target(2), fresh=True)

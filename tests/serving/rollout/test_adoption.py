@@ -46,14 +46,14 @@ async def test_restarted_server_adopts_the_running_engine(left: Control) -> None
         assert control.park.alive == 1
 
 
-async def test_history_shows_the_lost_server_and_the_engine_adoption(left: Control) -> None:
+async def test_history_shows_the_server_loss_and_the_engine_adoption(left: Control) -> None:
     async with again(left) as control:
         await until(lambda: len(served_spans(control.store, NAME)) == 2)
         spans = served_spans(control.store, NAME)
     assert [(span.began_by, span.ended_by) for span in spans] == [(Began.START, Ended.LOST), (Began.ADOPTED, None)]
 
 
-async def test_adopted_engine_is_swapped_and_watched(left: Control) -> None:
+async def test_adopted_engine_can_be_swapped_and_is_monitored(left: Control) -> None:
     async with again(left) as control:
         assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
         control.park.engines[-1].kill()
@@ -62,7 +62,7 @@ async def test_adopted_engine_is_swapped_and_watched(left: Control) -> None:
         assert control.pool.restarts == 1
 
 
-async def test_left_running_engine_with_unknown_version_is_stopped(left: Control) -> None:
+async def test_orphaned_engine_with_an_unknown_version_is_stopped(left: Control) -> None:
     (engine,) = left.park.left.values()
     engine.holds = None  # as if its server had died during a reload
     async with again(left) as control:
@@ -72,7 +72,7 @@ async def test_left_running_engine_with_unknown_version_is_stopped(left: Control
         await control.serves(target(1))
 
 
-async def test_left_running_engine_with_unexpected_weights_is_stopped(left: Control) -> None:
+async def test_orphaned_engine_with_unexpected_weights_is_stopped(left: Control) -> None:
     (engine,) = left.park.left.values()
     engine.double.weights = "/elsewhere"
     async with again(left) as control, control.client() as client:
@@ -80,7 +80,7 @@ async def test_left_running_engine_with_unexpected_weights_is_stopped(left: Cont
         assert (await ask(client, stream=False)).words == {"1"}
 
 
-async def test_new_engine_starts_if_the_old_one_died_without_a_server(left: Control) -> None:
+async def test_new_engine_starts_if_the_old_engine_died_while_no_server_was_running(left: Control) -> None:
     (engine,) = left.park.left.values()
     engine.kill()
     async with again(left) as control:
@@ -96,7 +96,7 @@ async def test_altered_files_are_not_served_by_an_adopted_engine(left: Control) 
     assert left.park.alive == 0
 
 
-async def test_swap_interrupted_by_server_death_is_undone_and_then_repeated(
+async def test_swap_interrupted_by_a_server_crash_is_undone_and_then_repeated(
     left: Control,
 ) -> None:
     wish = left.wish(2)
@@ -114,7 +114,7 @@ async def test_swap_interrupted_by_server_death_is_undone_and_then_repeated(
     assert left.park.ended == []
 
 
-async def test_swap_succeeds_if_the_server_died_before_recording_it(left: Control) -> None:
+async def test_swap_is_recorded_as_successful_if_the_server_died_before_recording_its_result(left: Control) -> None:
     async with again(left) as control:
         await control.promote(2)
         control.leaves = True
@@ -125,7 +125,7 @@ async def test_swap_succeeds_if_the_server_died_before_recording_it(left: Contro
         assert control.names.served is not None and control.names.served.version == target(2).version
 
 
-async def test_only_the_desired_one_of_two_engines_is_adopted(make: Make) -> None:
+async def test_only_one_of_two_orphaned_engines_is_adopted_if_one_replica_is_configured(make: Make) -> None:
     """A server that dies while its second engine is replacing the first leaves two engines."""
     control = make(replicas=2)
     control.leaves = True
@@ -137,7 +137,7 @@ async def test_only_the_desired_one_of_two_engines_is_adopted(make: Make) -> Non
         assert control.park.ended == [1]
 
 
-async def test_all_engines_of_a_server_are_adopted(make: Make) -> None:
+async def test_all_engines_of_a_stopped_server_are_adopted(make: Make) -> None:
     control = make(replicas=2)
     control.leaves = True
     async with control.run():
@@ -148,7 +148,7 @@ async def test_all_engines_of_a_server_are_adopted(make: Make) -> None:
         assert len(control.park.engines) == started + 2
 
 
-async def test_missing_engines_are_started_if_more_are_configured(make: Make) -> None:
+async def test_additional_engine_is_started_if_fewer_were_adopted_than_are_configured(make: Make) -> None:
     control = make()
     control.leaves = True
     async with control.run():
@@ -161,7 +161,7 @@ async def test_missing_engines_are_started_if_more_are_configured(make: Make) ->
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["first", "second"])
-async def test_no_engine_is_left_if_the_server_stops_during_adoption(
+async def test_no_engine_keeps_running_if_the_server_stops_during_adoption(
     make: Make, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     control = make(replicas=2)
@@ -187,7 +187,9 @@ async def test_no_engine_is_left_if_the_server_stops_during_adoption(
     await asyncio.sleep(0.05)  # a killed double closes its socket a few turns of the loop later
 
 
-async def test_first_engine_answers_while_another_is_adopted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_first_adopted_engine_answers_while_the_second_engine_is_being_adopted(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     control = make(replicas=2)
     control.leaves = True
     async with control.run():

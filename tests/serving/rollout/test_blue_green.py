@@ -62,7 +62,7 @@ async def test_requests_are_answered_while_the_second_engine_starts(control: Con
         assert (await control.outcome(wish)).outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_swap_to_another_format_uses_a_second_engine(control: Control) -> None:
+async def test_swap_to_a_different_format_uses_a_second_engine(control: Control) -> None:
     make_version(control.registry, 5, formats=(Format.MERGED, Format.GPTQ))
     async with control.run():
         await control.promote(5)
@@ -90,7 +90,7 @@ async def test_failed_stop_of_a_replaced_engine_is_retried(
     assert "could not stop replica 0" in caplog.text
 
 
-async def test_second_engine_is_used_for_every_version_if_configured(make: Make) -> None:
+async def test_blue_green_swap_is_used_for_every_version_if_configured(make: Make) -> None:
     async with make(swap=SwapChoice.BLUEGREEN).run() as control:
         assert (await control.promote(2)).kind is SwapKind.BLUEGREEN
         await control.serves(target(2))
@@ -116,7 +116,7 @@ async def test_answer_longer_than_the_drain_timeout_completes_without_delaying_t
     assert any("still running" in step for step in control.steps)
 
 
-async def test_weights_that_fail_their_probes_answer_no_request(control: Control) -> None:
+async def test_weights_that_fail_their_probes_never_serve_a_request(control: Control) -> None:
     make_version(control.registry, 5, width=8, probes_of="/elsewhere")
     async with control.run(), control.client() as client:
         load = Load(client)
@@ -133,7 +133,7 @@ async def test_weights_that_fail_their_probes_answer_no_request(control: Control
     assert swap.reason is not None and "not the version's weights" in swap.reason
 
 
-async def test_nothing_changes_if_the_second_engine_does_not_start(control: Control) -> None:
+async def test_serving_engine_is_unchanged_if_the_second_engine_fails_to_start(control: Control) -> None:
     async with control.run(), control.client() as client:
         control.park.failing_starts = 1
         swap = await control.promote(4)
@@ -155,7 +155,7 @@ async def test_swap_succeeds_if_serving_engine_dies_while_the_second_starts(cont
         assert (await ask(client, stream=False)).version == FOUR
 
 
-async def test_previous_version_returns_after_both_engines_die(control: Control) -> None:
+async def test_previous_version_is_served_again_after_both_engines_die(control: Control) -> None:
     async with control.run():
         control.park.start_delay_s, control.park.failing_starts = 0.2, 1
         wish = control.wish(4)
@@ -165,7 +165,7 @@ async def test_previous_version_returns_after_both_engines_die(control: Control)
         await control.serves(target(1))
 
 
-async def test_replaced_engine_is_stopped_after_a_timeout_even_if_requests_run(
+async def test_replaced_engine_is_stopped_after_a_timeout_even_with_running_requests(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.replicas.retirement.RETIRE_TIMEOUT_S", 0.1)
@@ -180,7 +180,7 @@ async def test_replaced_engine_is_stopped_after_a_timeout_even_if_requests_run(
         assert control.sample("svc_engine_state", model=NAME, state="retiring") == 0
 
 
-async def test_swap_waits_for_memory_of_an_engine_that_is_still_answering(make: Make) -> None:
+async def test_swap_waits_until_a_replaced_engine_finishes_answering_and_frees_its_memory(make: Make) -> None:
     control = make(swap=SwapChoice.BLUEGREEN)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.1
@@ -194,7 +194,7 @@ async def test_swap_waits_for_memory_of_an_engine_that_is_still_answering(make: 
         assert (await long).words == {"1"}
 
 
-async def test_replica_numbers_of_stopped_engines_are_reused(make: Make) -> None:
+async def test_replica_indices_of_stopped_engines_are_reused(make: Make) -> None:
     async with make(swap=SwapChoice.BLUEGREEN).run() as control:
         replicas = []
         for number in (2, 3, 2):
@@ -204,7 +204,7 @@ async def test_replica_numbers_of_stopped_engines_are_reused(make: Make) -> None
         assert replicas == [1, 0, 1]
 
 
-async def test_no_engine_is_left_if_the_server_stops_during_a_swap(control: Control) -> None:
+async def test_no_engine_keeps_running_if_the_server_stops_during_a_swap(control: Control) -> None:
     async with control.run():
         control.park.start_delay_s = 10
         control.wish(4)

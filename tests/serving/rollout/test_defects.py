@@ -47,7 +47,7 @@ async def back_to_one(control: Control) -> None:
 
 
 @pytest.mark.parametrize(("owner", "method"), [(SwapPlanner, "plan"), (Replica, "drained"), (Swap, "run")])
-async def test_engine_keeps_serving_after_a_defect_before_the_reload(
+async def test_engine_keeps_serving_after_an_unexpected_error_before_the_reload(
     control: Control, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
 ) -> None:
     fail_at(monkeypatch, owner, method, 1)
@@ -61,7 +61,7 @@ async def test_engine_keeps_serving_after_a_defect_before_the_reload(
 
 
 @pytest.mark.parametrize("method", ["_reload", "_restore"])
-async def test_engine_is_replaced_after_a_defect_in_the_reload(
+async def test_engine_is_replaced_after_an_unexpected_error_during_the_reload(
     control: Control, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere")
@@ -72,7 +72,7 @@ async def test_engine_is_replaced_after_a_defect_in_the_reload(
     assert len(control.park.engines) == 2
 
 
-async def test_switched_engines_are_restored_when_the_second_engine_fails(
+async def test_switched_engine_is_restored_when_switching_the_second_engine_fails(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control = make(replicas=2)
@@ -84,7 +84,7 @@ async def test_switched_engines_are_restored_when_the_second_engine_fails(
 
 
 @pytest.mark.parametrize("method", ["run", "_end_requests"])
-async def test_switched_engines_are_replaced_when_restoring_them_fails(
+async def test_switched_engine_is_replaced_when_restoring_it_fails(
     make: Make, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     control = make(replicas=2, drain_timeout_s=0.1)
@@ -115,7 +115,7 @@ async def _refuse_the_way_back(control: Control, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(EngineChange, "run", run)
 
 
-async def test_second_engine_that_neither_starts_nor_stops_is_stopped_later(
+async def test_stop_of_a_second_engine_that_failed_to_start_is_retried(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.replicas.retirement._RETRY_S", 0.05)
@@ -128,7 +128,7 @@ async def test_second_engine_that_neither_starts_nor_stops_is_stopped_later(
         await back_to_one(control)
 
 
-async def test_engine_that_could_not_be_stopped_for_a_start_is_restarted(
+async def test_engine_is_restarted_if_stopping_it_before_a_new_start_failed(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_at(monkeypatch, DoubleEngine, "stop", 1)

@@ -93,7 +93,7 @@ def test_requests_rejected_by_the_gateway_do_not_count_against_a_version(store: 
     assert CanaryEvidence(store, record).look().units == 0
 
 
-def test_waits_of_clients_that_leave_before_the_first_token_count_as_time_to_first_token(
+def test_wait_of_a_client_that_disconnects_before_the_first_token_counts_as_time_to_first_token(
     store: Store, record: RolloutRecord
 ) -> None:
     add(store, record, 200, outcome=RequestOutcome.CLIENT_GONE, seconds=10.0)
@@ -101,7 +101,7 @@ def test_waits_of_clients_that_leave_before_the_first_token_count_as_time_to_fir
     assert "time to first token" in losses and "failed requests" not in losses
 
 
-def test_bad_ratings_can_fail_a_rollout_but_missing_ratings_do_not_hold_it_up(
+def test_bad_ratings_can_fail_a_rollout_but_missing_ratings_do_not_block_it(
     store: Store, record: RolloutRecord
 ) -> None:
     add(store, record, 300, valid=True)
@@ -165,7 +165,7 @@ def test_share_of_requests_sent_by_a_unit_covers_both_versions(store: Store, rec
     assert CanaryEvidence(store, record).look().warning == ""
 
 
-def test_warning_about_a_unit_that_sends_most_requests_says_what_to_do(store: Store, record: RolloutRecord) -> None:
+def test_warning_about_a_unit_that_sends_most_requests_suggests_a_fix(store: Store, record: RolloutRecord) -> None:
     add_of_units(store, record, ["ann"] * 100)
     warning = CanaryEvidence(store, record).look().warning
     assert "counts as one observation" in warning
@@ -245,7 +245,7 @@ GOOD = ShadowPair("", False, False, True, True, True, "stop", "stop", 3, 3, 0.1,
 FAILED = replace(GOOD, candidate_failed=True, candidate_valid=None, agrees=None)
 
 
-def test_shadow_result_stays_incomplete_if_its_required_requests_decrease_during_the_check(
+def test_shadow_result_stays_incomplete_if_the_required_number_of_requests_drops_during_the_check(
     store: Store, record: RolloutRecord
 ) -> None:
     wanted = iter((31, 30))

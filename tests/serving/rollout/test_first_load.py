@@ -29,13 +29,13 @@ def reloads(control: Control) -> int:
     return sum(engine.double.calls.count(RELOAD) for engine in control.park.engines)
 
 
-async def test_second_engine_starts_with_the_version_if_there_is_enough_memory(elsewhere: Elsewhere) -> None:
+async def test_second_engine_starts_with_the_new_version_if_memory_suffices(elsewhere: Elsewhere) -> None:
     async with elsewhere().run() as control:
         swap = await control.promote(2)
         assert (swap.outcome, swap.kind, reloads(control)) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN, 0)
 
 
-async def test_only_engine_is_restarted_with_the_version_if_memory_is_short(elsewhere: Elsewhere) -> None:
+async def test_single_engine_is_restarted_with_the_new_version_if_memory_is_insufficient(elsewhere: Elsewhere) -> None:
     async with elsewhere().run() as control:
         control.park.room = FULL
         swap = await control.promote(2)
@@ -43,7 +43,7 @@ async def test_only_engine_is_restarted_with_the_version_if_memory_is_short(else
         assert [engine.alive for engine in control.park.engines] == [False, True]
 
 
-async def test_requests_wait_while_the_only_engine_restarts(elsewhere: Elsewhere) -> None:
+async def test_requests_wait_while_a_single_engine_restarts(elsewhere: Elsewhere) -> None:
     control = elsewhere()
     control.park.room = FULL
     async with control.run(), control.client() as client:
@@ -64,7 +64,7 @@ async def test_journal_shows_why_an_engine_is_started(elsewhere: Elsewhere) -> N
         assert "probes recorded again" in text
 
 
-async def test_probes_are_stored_and_the_version_is_reloaded_next_time(elsewhere: Elsewhere) -> None:
+async def test_probes_are_stored_so_that_the_next_swap_to_the_version_is_a_reload(elsewhere: Elsewhere) -> None:
     async with elsewhere().run() as control:
         control.park.room = FULL
         await control.promote(2)
@@ -74,7 +74,7 @@ async def test_probes_are_stored_and_the_version_is_reloaded_next_time(elsewhere
         assert reloads(control) == 2
 
 
-async def test_first_load_starts_one_engine_and_reloads_the_others(elsewhere: Elsewhere) -> None:
+async def test_first_load_starts_one_engine_and_reloads_the_remaining_engines(elsewhere: Elsewhere) -> None:
     async with elsewhere(replicas=2).run() as control:
         await until(lambda: len(control.pool.ready) == 2)
         control.park.room = FULL
@@ -95,14 +95,14 @@ async def test_previous_version_is_restored_if_engine_does_not_start_with_new_ve
         await control.serves(target(1))
 
 
-async def test_only_engine_is_not_restarted_if_blue_green_swaps_are_configured(elsewhere: Elsewhere) -> None:
+async def test_single_engine_is_not_restarted_if_blue_green_swaps_are_configured(elsewhere: Elsewhere) -> None:
     async with elsewhere(swap=SwapChoice.BLUEGREEN).run() as control:
         control.park.room = FULL
         assert (await control.promote(2)).outcome is SwapOutcome.REFUSED
         assert len(control.park.engines) == 1
 
 
-async def test_no_engine_is_touched_if_the_store_is_unreadable(
+async def test_engines_are_unchanged_if_the_store_is_unreadable(
     elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*_: object) -> None:
@@ -128,7 +128,7 @@ async def test_reload_is_undone_if_the_version_has_no_probes(
         await control.serves(target(1))
 
 
-async def test_running_engine_is_replaced_if_its_kind_never_started_the_version(make: Make) -> None:
+async def test_adopted_engine_is_replaced_if_its_kind_never_started_the_version(make: Make) -> None:
     control = make()
     control.leaves = True
     async with control.run():

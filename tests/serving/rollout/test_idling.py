@@ -81,7 +81,7 @@ async def promoted(home: Home, number: int) -> SwapResult:
     return swap.result
 
 
-async def test_engine_is_stopped_when_there_are_no_requests(idling: Home) -> None:
+async def test_engine_is_stopped_after_the_idle_timeout_without_requests(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         assert idling.park.alive == 0
@@ -112,7 +112,7 @@ async def test_request_by_version_number_wakes_the_model(idling: Home) -> None:
         assert await answer(client, f"{NAME}@1") == (200, f"{NAME}@1")
 
 
-async def test_model_stays_awake_while_requests_arrive(idling: Home) -> None:
+async def test_model_does_not_idle_while_requests_arrive(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         for _ in range(8):
             assert await answer(client) == (200, f"{NAME}@1")
@@ -120,7 +120,7 @@ async def test_model_stays_awake_while_requests_arrive(idling: Home) -> None:
         assert len(idling.park.engines) == 1
 
 
-async def test_model_stays_awake_while_an_answer_runs(idling: Home) -> None:
+async def test_model_does_not_idle_while_an_answer_is_being_generated(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         idling.park.double.token_delay_s = 2 * IDLE_S
         assert await answer(client) == (200, f"{NAME}@1")
@@ -252,7 +252,7 @@ async def test_server_can_stop_while_a_model_is_idle_or_waking(idling: Home) -> 
     assert idling.park.alive == 0
 
 
-async def test_longest_idle_model_is_stopped_if_memory_is_short(idling: Home) -> None:
+async def test_longest_idle_model_is_stopped_if_memory_is_insufficient(idling: Home) -> None:
     make_version(idling.registry, 9, name="third")
     configure(idling, serve={"port": 0, "idle_s": 60})
     idling.park.shortage = lambda more: "full" if idling.park.alive + more > 2 else None
@@ -269,7 +269,7 @@ async def test_longest_idle_model_is_stopped_if_memory_is_short(idling: Home) ->
         await become(client, tuned="idle", other="ready", third="ready")
 
 
-async def test_server_starts_and_wakes_with_memory_for_the_first_replica_only(idling: Home) -> None:
+async def test_start_and_wake_up_require_memory_for_only_the_first_replica(idling: Home) -> None:
     replicas = {"min": 1, "max": 3}
     configure(idling, serve={"port": 0, "idle_s": IDLE_S}, engine={"replicas": replicas})
     asked = list[int]()
@@ -280,7 +280,7 @@ async def test_server_starts_and_wakes_with_memory_for_the_first_replica_only(id
     assert set(asked) == {1}
 
 
-async def test_no_model_is_stopped_for_another_if_idling_is_off(idling: Home) -> None:
+async def test_no_model_is_stopped_to_free_memory_if_idling_is_disabled(idling: Home) -> None:
     configure(idling, serve={"port": 0})
     idling.park.room = "full"
     async with idling.serving(f"{NAME}@1") as client:

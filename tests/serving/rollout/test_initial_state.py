@@ -22,37 +22,37 @@ def choose(home: Home, model: str | None = None, format: Format | None = None) -
     return str(desired.target.version), desired.target.format
 
 
-def test_only_model_is_served_if_none_is_named(home: Home) -> None:
+def test_single_registered_model_is_served_if_no_name_is_given(home: Home) -> None:
     assert choose(home) == (f"{NAME}@3", Format.MERGED)
 
 
-def test_error_is_raised_if_none_of_several_models_is_named(home: Home) -> None:
+def test_error_is_raised_if_no_name_is_given_and_several_models_exist(home: Home) -> None:
     make_version(home.registry, 1, name="other")
     with pytest.raises(NotFoundError, match="no model was given"):
         choose(home)
     assert choose(home, "other")[0] == "other@1"
 
 
-def test_no_model_is_served_if_none_is_named_or_needed(home: Home) -> None:
+def test_server_may_start_without_a_model_if_no_name_is_given_and_none_is_required(home: Home) -> None:
     assert choose_deployments(home.registry, home.store, [], None, needed=False) == []
     choose(home, NAME)
     (desired,) = choose_deployments(home.registry, home.store, [], None, needed=False)
     assert desired.name == NAME
 
 
-def test_last_served_model_is_chosen_if_none_is_named(home: Home) -> None:
+def test_last_served_model_is_chosen_if_no_name_is_given(home: Home) -> None:
     make_version(home.registry, 1, name="other")
     choose(home, NAME)
     assert choose(home)[0] == f"{NAME}@3"
 
 
-def test_error_without_any_version_shows_how_to_create_one(home: Home) -> None:
+def test_error_for_an_empty_registry_shows_how_to_create_a_version(home: Home) -> None:
     home.registry.models = home.registry.models / "empty"
     with pytest.raises(NotFoundError, match="svc train"):
         choose(home)
 
 
-def test_model_name_selects_the_version_that_served_last(home: Home) -> None:
+def test_model_name_selects_the_most_recently_served_version(home: Home) -> None:
     change_desired(home.store, None, target(2), None)
     assert choose(home, NAME) == (f"{NAME}@2", Format.MERGED)
 
@@ -62,7 +62,7 @@ def test_name_of_a_never_served_model_selects_its_production_version(home: Home)
     assert choose(home, NAME)[0] == f"{NAME}@1"
 
 
-def test_alias_selects_its_version_even_if_another_version_served_last(home: Home) -> None:
+def test_alias_selects_its_version_even_if_a_different_version_was_served_last(home: Home) -> None:
     change_desired(home.store, None, target(2), None)
     home.book.book[Alias.CANDIDATE] = VersionId(NAME, 3)
     assert choose(home, f"{NAME}@candidate")[0] == f"{NAME}@3"
@@ -74,7 +74,7 @@ def test_named_version_becomes_desired_and_the_previous_version_is_kept(home: Ho
     assert (desired.target, desired.previous, desired.generation) == (target(1), target(2), seen.generation + 1)
 
 
-def test_nothing_changes_if_the_version_is_already_desired(home: Home) -> None:
+def test_desired_version_is_not_recorded_again_if_it_is_unchanged(home: Home) -> None:
     seen = change_desired(home.store, None, target(2), None)
     assert choose_desired(home.registry, home.store, f"{NAME}@2", None) == seen
 
@@ -91,7 +91,7 @@ def test_version_that_failed_a_check_is_not_served(home: Home) -> None:
     assert read_desired(home.store, NAME) is None
 
 
-def test_failed_version_is_served_again_if_it_was_forced_before(home: Home) -> None:
+def test_version_that_failed_a_check_is_served_again_if_it_was_once_promoted_by_force(home: Home) -> None:
     make_version(home.registry, 4, failed=("GPTQ lost 0.3",))
     change_desired(home.store, None, target(4), None, forced="a test")
     assert choose(home, NAME)[0] == f"{NAME}@4"
@@ -134,7 +134,7 @@ def test_missing_format_does_not_become_desired(home: Home) -> None:
     assert read_desired(home.store, NAME) is None
 
 
-def test_adapter_only_version_is_served_as_adapter_only_if_requested(home: Home) -> None:
+def test_version_without_merged_weights_is_served_only_if_the_adapter_format_is_requested(home: Home) -> None:
     make_version(home.registry, 4, formats=(Format.ADAPTER,))
     with pytest.raises(NotFoundError, match="no format that can be served without a base") as caught:
         choose(home, f"{NAME}@4")
@@ -150,7 +150,7 @@ def test_adapter_that_vllm_cannot_apply_does_not_become_desired(home: Home) -> N
     assert read_desired(home.store, NAME) is None
 
 
-def test_newly_desired_version_is_in_the_audit_log(home: Home) -> None:
+def test_change_of_the_desired_version_is_recorded_in_the_audit_log(home: Home) -> None:
     choose(home, f"{NAME}@1")
     choose(home, f"{NAME}@1")
     choose(home, f"{NAME}@2")
@@ -173,7 +173,7 @@ def shared(home: Home, postgresql_store: Store) -> Home:
 
 
 @pytest.mark.parametrize("model", [None, NAME, f"{NAME}@1"])
-def test_server_starts_next_to_another_server_with_the_same_models(shared: Home, model: str | None) -> None:
+def test_second_server_may_start_with_the_same_models(shared: Home, model: str | None) -> None:
     assert choose(shared, model)[0] == f"{NAME}@1"
 
 
@@ -186,7 +186,7 @@ def test_server_start_is_refused_if_a_running_server_serves_different_models(sha
     assert read_desired(shared.store, "other") is None
 
 
-def test_version_named_at_the_start_is_refused_if_a_running_server_serves_another(shared: Home) -> None:
+def test_startup_version_is_refused_if_a_running_server_serves_a_different_version(shared: Home) -> None:
     before = read_desired(shared.store, NAME)
     with pytest.raises(RefusedError) as raised:
         choose_deployments(shared.registry, shared.store, [f"{NAME}@2"], None)
@@ -194,6 +194,6 @@ def test_version_named_at_the_start_is_refused_if_a_running_server_serves_anothe
     assert read_desired(shared.store, NAME) == before
 
 
-def test_models_are_replaced_after_the_other_server_has_stopped(shared: Home) -> None:
+def test_server_may_start_with_different_models_after_the_other_server_has_stopped(shared: Home) -> None:
     remove_server(shared.store, "a")
     assert choose(shared, "other")[0] == "other@1"

@@ -77,7 +77,9 @@ async def test_writing_a_swap_result_is_retried_even_after_an_os_error(
 
 
 @pytest.mark.usefixtures("quick_pauses")
-async def test_unwritten_swap_result_is_available(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_swap_result_that_is_not_yet_written_is_available_in_memory(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     journal = Journal(store)
     with monkeypatch.context() as broken:
         broken.setattr(module, "end_swap", _fails(end_swap, 2**30, LOCKED))
@@ -91,7 +93,9 @@ async def test_unwritten_swap_result_is_available(store: Store, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("quick_pauses")
-async def test_unwritable_step_is_dropped_but_the_result_is_not(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_swap_step_that_cannot_be_written_is_dropped_but_the_result_is_kept(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "add_step", _fails(lambda *_: None, module._ATTEMPTS, LOCKED))
     journal = Journal(store)
     swap_id = journal.begin(DESIRED)

@@ -23,7 +23,7 @@ def mixture(make: Make) -> Control:
     return control
 
 
-async def test_each_version_gets_a_second_engine_if_there_is_enough_memory(mixture: Control) -> None:
+async def test_each_promotion_starts_a_second_engine_if_memory_suffices(mixture: Control) -> None:
     async with mixture.run(), mixture.client() as client:
         async with Load(client).run() as load:
             for number in (2, 1, 2):
@@ -33,7 +33,7 @@ async def test_each_version_gets_a_second_engine_if_there_is_enough_memory(mixtu
     assert reloads(mixture) == 0
 
 
-async def test_only_engine_restarts_for_each_version_if_memory_is_short(mixture: Control) -> None:
+async def test_single_engine_restarts_for_each_promotion_if_memory_is_insufficient(mixture: Control) -> None:
     async with mixture.run(), mixture.client() as client:
         mixture.park.room = FULL
         async with Load(client).run() as load:
@@ -45,7 +45,7 @@ async def test_only_engine_restarts_for_each_version_if_memory_is_short(mixture:
     assert reloads(mixture) == 0
 
 
-async def test_each_of_several_engines_restarts_if_memory_is_short(make: Make) -> None:
+async def test_all_engines_restart_if_memory_is_insufficient_for_an_additional_engine(make: Make) -> None:
     control = make(replicas=2)
     control.park.reloads = False
     async with control.run():
@@ -57,7 +57,7 @@ async def test_each_of_several_engines_restarts_if_memory_is_short(make: Make) -
     assert reloads(control) == 0
 
 
-async def test_switched_engines_are_restored_by_a_restart(make: Make) -> None:
+async def test_switched_engines_are_restarted_with_the_previous_version_when_a_swap_fails(make: Make) -> None:
     control = make(replicas=2)
     control.park.reloads = False
     async with control.run():

@@ -164,7 +164,7 @@ async def test_no_swap_runs_if_the_version_is_already_served(control: Control) -
     assert control.desired().previous is None
 
 
-async def test_rollback_never_targets_a_version_that_did_not_serve(make: Make) -> None:
+async def test_rollback_never_targets_a_version_that_was_never_served(make: Make) -> None:
     control = make()
     control.park.prepare = slow
     make_version(control.registry, 4, probes_of="/elsewhere")
@@ -197,7 +197,7 @@ async def test_dead_engine_is_restarted_while_clients_get_503(make: Make) -> Non
     assert control.reconciler.last_error is not None and "replica 0 died" in control.reconciler.last_error
 
 
-async def test_start_is_retried_if_an_engine_does_not_come_back(control: Control) -> None:
+async def test_engine_restart_is_retried_if_it_fails(control: Control) -> None:
     control.park.failing_starts = 3
     seen = set[EngineState]()
     starts = list[float]()
@@ -214,7 +214,7 @@ async def test_start_is_retried_if_an_engine_does_not_come_back(control: Control
     assert starts[2] - starts[1] >= 0.05
 
 
-async def test_error_quoting_an_engine_death_message_keeps_the_engine_in_service(control: Control) -> None:
+async def test_engine_stays_in_service_if_an_error_only_quotes_an_engine_death_message(control: Control) -> None:
     """vLLM quotes the death message when a client sends that message as a value."""
     for status in (400, 422, 500):
         control.double.refuse_with = status, {"message": f"Input should be a valid number, got '{DEAD_MESSAGE}'"}
@@ -234,7 +234,7 @@ async def test_unresponsive_engine_is_replaced(control: Control, monkeypatch: py
     assert not first.alive
 
 
-async def test_another_version_can_be_promoted_while_the_engine_does_not_come_back(control: Control) -> None:
+async def test_new_version_can_be_promoted_while_the_engine_fails_to_restart(control: Control) -> None:
     weights = control.registry.folder(ONE) / "merged" / "model.safetensors"
     weights.write_bytes(b"damaged")
     control.park.engines[0].kill()
@@ -247,7 +247,7 @@ async def test_another_version_can_be_promoted_while_the_engine_does_not_come_ba
     assert control.book.book == {Alias.PRODUCTION: TWO}
 
 
-async def test_previous_version_stays_desired_if_promotion_cannot_revive_the_engine(
+async def test_previous_version_stays_desired_if_a_promotion_cannot_restart_the_dead_engine(
     control: Control,
 ) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere")
@@ -329,7 +329,7 @@ async def test_swap_does_not_wait_for_a_slow_journal(control: Control, monkeypat
 
 
 @pytest.mark.parametrize("number", [2, 4])
-async def test_event_loop_never_reads_or_writes_the_disk(
+async def test_no_disk_io_happens_on_the_event_loop(
     control: Control, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere", fingerprint=False)

@@ -134,7 +134,7 @@ async def test_candidate_with_invalid_json_is_rolled_back_after_a_replay(control
     assert seen.why is not None and "invalid JSON 100.0% instead of 0.0%" in seen.why
 
 
-async def test_request_during_a_replay_is_answered_by_production(control: Control) -> None:
+async def test_client_request_during_a_replay_is_answered_by_production(control: Control) -> None:
     keep(control)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = SLOW_S
@@ -148,7 +148,7 @@ async def test_request_during_a_replay_is_answered_by_production(control: Contro
     assert len({pair.replayed for pair in pairs(control)}) == len(pairs(control)) == ALL.shadow
 
 
-async def test_request_during_a_replay_does_not_wait_for_a_long_stored_request(control: Control) -> None:
+async def test_client_request_during_a_replay_does_not_wait_for_a_long_replayed_request(control: Control) -> None:
     keep(control)
     async with control.run(), control.client() as client:
         start(control, 2)
@@ -161,7 +161,7 @@ async def test_request_during_a_replay_does_not_wait_for_a_long_stored_request(c
 
 
 @pytest.mark.parametrize("model", [NAME, ONE])
-async def test_token_count_during_a_replay_is_answered_by_production(control: Control, model: str) -> None:
+async def test_token_count_request_during_a_replay_is_answered_by_production(control: Control, model: str) -> None:
     keep(control)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = SLOW_S
@@ -200,7 +200,7 @@ async def test_rollback_during_a_replay_restores_production(control: Control) ->
     assert len(control.park.engines) == 1
 
 
-async def test_restoring_production_after_a_replay_starts_no_held_out_run(control: Control) -> None:
+async def test_restoring_production_after_a_replay_does_not_start_a_held_out_evaluation(control: Control) -> None:
     keep(control)
     async with control.run():
         weights = control.pool.weights
@@ -358,7 +358,7 @@ async def test_stored_request_is_skipped_when_the_answer_is_too_large(
     assert (seen.outcome, pairs(control)) == (RolloutOutcome.UNDECIDED, [])
 
 
-async def test_engine_is_kept_when_an_unexpected_error_ends_the_replay(
+async def test_engine_keeps_running_when_an_unexpected_error_ends_the_replay(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **fields: object) -> None:
@@ -443,7 +443,7 @@ async def test_rollout_fails_before_loading_the_candidate_when_stored_requests_a
         seen = await ended(control)
         assert "/collective_rpc" not in control.double.calls
     assert seen.outcome is RolloutOutcome.FAILED
-    assert seen.why is not None and "come from 1 users or conversations" in seen.why
+    assert seen.why is not None and "come from only 1 users or conversations" in seen.why
 
 
 async def test_rollout_fails_before_loading_the_candidate_when_clients_cannot_wait_for_two_loads(
@@ -490,7 +490,7 @@ async def test_each_request_of_a_user_counts_separately_when_the_unit_is_the_req
 @pytest.mark.parametrize(
     ("plan", "kept", "why"),
     [
-        (ALL, 0, "only 0 requests to tuned@1 (merged) are stored"),
+        (ALL, 0, "only 0 stored requests to tuned@1 (merged) can be replayed"),
         (ALL, 19, "set `request_log.content_share`"),
         (ALL.model_copy(update={"shadow": 19}), 30, "replay at least 20 stored requests (--shadow 20)"),
         (ALL.model_copy(update={"shadow": 0}), 30, "a shadow step of 0 requests is too short"),
@@ -508,7 +508,9 @@ async def test_rollout_fails_before_loading_the_candidate_when_no_request_can_be
     assert seen.why is not None and why in seen.why
 
 
-async def test_rollout_fails_without_memory_for_a_candidate_that_cannot_be_loaded_in_place(control: Control) -> None:
+async def test_rollout_fails_if_the_candidate_needs_a_second_engine_and_memory_is_insufficient(
+    control: Control,
+) -> None:
     make_version(control.registry, 4, width=8)
     keep(control)
     async with control.run():

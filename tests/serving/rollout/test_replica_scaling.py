@@ -46,12 +46,12 @@ async def grow(control: Control, replicas: int = 2) -> None:
     await until(lambda: len(control.pool.ready) == replicas)
 
 
-async def test_fixed_number_of_replicas_does_not_follow_the_load(make: Make) -> None:
+async def test_fixed_replica_count_is_not_scaled_with_the_load(make: Make) -> None:
     control = make(replicas=2)
     assert control.deployment.scaling is None
 
 
-async def test_replica_is_added_with_the_version_in_production_when_the_load_needs_it(make: Make) -> None:
+async def test_replica_with_the_production_version_is_added_under_high_load(make: Make) -> None:
     async with make(replicas=LIMITS).run() as control:
         assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
         await grow(control)
@@ -60,7 +60,7 @@ async def test_replica_is_added_with_the_version_in_production_when_the_load_nee
         assert control.sample("svc_replicas_wanted", model=target(2).version.name) == 2
 
 
-async def test_no_more_replicas_are_added_than_the_limit(make: Make) -> None:
+async def test_replicas_are_not_added_beyond_the_configured_maximum(make: Make) -> None:
     async with make(replicas=LIMITS).run() as control:
         await decide(control, 100 * PER_REPLICA, 2 * MEAN_S)
         await until(lambda: len(control.pool.ready) == 3)
@@ -92,14 +92,14 @@ async def test_replicas_do_not_change_during_a_swap(make: Make) -> None:
         assert (await swap).outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_all_replicas_are_swapped_after_a_replica_was_added_for_load(make: Make) -> None:
+async def test_swap_includes_replicas_added_under_high_load(make: Make) -> None:
     async with make(replicas=LIMITS).run() as control:
         await grow(control)
         assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
         assert [engine.target for engine in control.pool.ready] == [target(2), target(2)]
 
 
-async def test_replica_is_refused_with_the_reason_when_memory_is_short(
+async def test_additional_replica_is_refused_with_the_reason_when_memory_is_insufficient(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with make(replicas=LIMITS).run() as control:
@@ -109,16 +109,14 @@ async def test_replica_is_refused_with_the_reason_when_memory_is_short(
         assert scaling.status() == {"min": 1, "max": 3, "replicas": 1, "refused": "it needs about 9 GiB"}
 
 
-async def test_as_many_replicas_are_added_as_fit_when_memory_is_short_for_all(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_as_many_replicas_are_added_as_fit_in_memory(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     async with make(replicas=LIMITS).run() as control:
         monkeypatch.setattr(control.park, "shortage", lambda more: "full" if more > 1 else None)
         await decide(control, 10 * PER_REPLICA, MEAN_S)
         assert control.pool.size == 2
 
 
-async def test_refused_replica_is_retried_with_growing_pauses_and_added_once_it_fits(
+async def test_refused_replica_is_retried_with_backoff_and_added_once_it_fits_in_memory(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with make(replicas=ReplicaRange(min=1, max=2)).run() as control:
@@ -136,7 +134,7 @@ async def test_refused_replica_is_retried_with_growing_pauses_and_added_once_it_
         assert control.pool.size == 2
 
 
-async def test_added_replica_that_died_is_restarted_once_memory_suffices(
+async def test_dead_additional_replica_is_restarted_once_memory_suffices(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.rollout.reviver._ROOM_PAUSE_S", 0.01)

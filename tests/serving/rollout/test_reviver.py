@@ -77,7 +77,7 @@ def weights(control: Control) -> list[str]:
     return [engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive]
 
 
-async def test_engine_that_dies_before_its_turn_restarts_with_old_version_then_switches(
+async def test_engine_that_dies_before_its_switch_restarts_with_the_old_version_and_then_switches(
     make: Make,
 ) -> None:
     async with serving(make, 3) as control:
@@ -94,7 +94,7 @@ async def test_engine_that_dies_before_its_turn_restarts_with_old_version_then_s
         assert weights(control) == ["2"] * 3
 
 
-async def test_engine_dead_before_the_swap_is_switched_in_its_turn(make: Make) -> None:
+async def test_engine_that_died_before_the_swap_restarts_with_the_old_version_and_is_then_switched(make: Make) -> None:
     async with serving(make, 3) as control:
         control.reconciler.reviver.backoff_s = (0.3,)
         first = kill(control, 0)
@@ -127,7 +127,7 @@ async def test_swap_waits_for_an_engine_that_is_starting(make: Make) -> None:
         assert any(f"replica {last.replica} died and is being restarted" in step for step in control.steps)
 
 
-async def test_swap_continues_if_an_engine_does_not_start(make: Make) -> None:
+async def test_swap_continues_if_an_engine_fails_to_start(make: Make) -> None:
     async with serving(make, 2) as control:
         control.reconciler.reviver.backoff_s = (0.01, 1.0)
         control.park.failing_starts = 1
@@ -139,7 +139,7 @@ async def test_swap_continues_if_an_engine_does_not_start(make: Make) -> None:
         await until(lambda: held(control) == [target(2)] * 2)
 
 
-async def test_engines_start_one_at_a_time_if_one_dies_while_another_starts(make: Make) -> None:
+async def test_restart_of_a_dead_engine_waits_for_a_running_engine_start(make: Make) -> None:
     async with serving(make, 2) as control:
         control.park.start_delay_s = 0.5
         wish = control.wish(4)
@@ -154,7 +154,7 @@ async def test_engines_start_one_at_a_time_if_one_dies_while_another_starts(make
         await until(lambda: control.park.alive == 2)
 
 
-async def test_dead_engine_waits_if_a_second_engine_leaves_too_little_memory(
+async def test_restart_of_a_dead_engine_waits_if_a_second_engine_leaves_too_little_memory(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.rollout.reviver._ROOM_PAUSE_S", 0.01)
@@ -211,7 +211,7 @@ async def test_engine_is_switched_even_if_its_health_is_briefly_unknown(
     ("seed", "choice"),
     [(0, SwapChoice.AUTO), (1, SwapChoice.BLUEGREEN), (2, SwapChoice.AUTO), (3, SwapChoice.BLUEGREEN)],
 )
-async def test_all_engines_end_up_with_the_desired_version_whichever_die(
+async def test_all_engines_end_up_with_the_desired_version_regardless_of_which_die(
     make: Make, seed: int, choice: SwapChoice
 ) -> None:
     chance = random.Random(seed)

@@ -47,7 +47,7 @@ def weights(control: Control) -> list[str]:
     return [engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive]
 
 
-async def test_first_engine_serves_before_the_second_has_started(control: Control) -> None:
+async def test_first_engine_serves_requests_before_the_second_has_started(control: Control) -> None:
     control.park.start_delay_s = 0.2
     async with control.run(), control.client() as client:
         assert (await ask(client, stream=True)).version == ONE
@@ -56,7 +56,7 @@ async def test_first_engine_serves_before_the_second_has_started(control: Contro
         assert control.pool.restarts == 0
 
 
-async def test_request_goes_to_the_other_engine_if_one_refuses_the_connection(control: Control) -> None:
+async def test_request_is_sent_to_the_second_engine_if_the_first_refuses_the_connection(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         server = control.park.engines[0]._server
@@ -66,7 +66,7 @@ async def test_request_goes_to_the_other_engine_if_one_refuses_the_connection(co
         assert {answer.status for answer in answers} == {200}
 
 
-async def test_requests_of_one_conversation_also_go_to_the_other_engine_when_theirs_is_busy(control: Control) -> None:
+async def test_conversation_uses_the_second_engine_when_its_own_engine_is_busy(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         answers = [asyncio.create_task(ask(client, stream=True)) for _ in range(6)]
@@ -74,7 +74,7 @@ async def test_requests_of_one_conversation_also_go_to_the_other_engine_when_the
         await asyncio.gather(*answers)
 
 
-async def test_engine_that_died_unnoticed_before_its_turn_restarts_with_new_version(
+async def test_engine_that_died_unnoticed_before_its_switch_restarts_with_the_new_version(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", 60.0)
@@ -159,7 +159,7 @@ async def test_engine_death_fails_only_the_requests_running_on_it(control: Contr
         assert control.pool.restarts == 1
 
 
-async def test_engine_down_during_a_promotion_returns_with_the_new_version(control: Control) -> None:
+async def test_engine_that_is_down_during_a_promotion_restarts_with_the_new_version(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (0.3,)
@@ -170,7 +170,7 @@ async def test_engine_down_during_a_promotion_returns_with_the_new_version(contr
         assert weights(control) == ["2", "2"]
 
 
-async def test_engine_that_dies_after_its_switch_returns_with_the_new_version(control: Control) -> None:
+async def test_engine_that_dies_after_its_switch_restarts_with_the_new_version(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.park.engines[1].double.reload_delay_s = 0.2
@@ -195,7 +195,7 @@ async def last_one_changed(control: Control) -> AsyncIterator[tuple[httpx.AsyncC
         yield client, wish
 
 
-async def test_requests_wait_for_the_engine_being_switched_if_the_other_dies(control: Control) -> None:
+async def test_requests_wait_for_the_engine_being_switched_if_the_only_serving_engine_dies(control: Control) -> None:
     async with last_one_changed(control) as (client, wish):
         answer = await ask(client, stream=False)
         assert (answer.status, answer.version) == (200, TWO)
@@ -208,14 +208,14 @@ async def test_service_is_healthy_while_requests_wait_for_its_last_engine(contro
         assert control.admission._closed
 
 
-async def test_requests_wait_through_the_restart_of_the_last_engine(control: Control) -> None:
+async def test_requests_are_queued_while_the_last_engine_restarts(control: Control) -> None:
     async with last_one_changed(control) as (client, _):
         control.park.engines[0].double.loadable = lambda folder: "/2/" not in folder
         answer = await ask(client, stream=False)
         assert (answer.status, answer.version) == (200, ONE)
 
 
-async def test_requests_wait_for_the_engine_being_switched_if_the_other_is_dead(control: Control) -> None:
+async def test_requests_wait_for_the_engine_being_switched_if_no_other_engine_is_alive(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (60.0,)
@@ -227,7 +227,7 @@ async def test_requests_wait_for_the_engine_being_switched_if_the_other_is_dead(
         assert (await ask(client, stream=False)).version == TWO
 
 
-async def test_requests_wait_at_most_a_drain_timeout_for_engine_restoration(make: Make) -> None:
+async def test_requests_wait_at_most_the_drain_timeout_for_an_engine_to_be_restored(make: Make) -> None:
     """The second engine cannot be changed or replaced for lack of memory, and dies. Only the first is left."""
     control = make(replicas=2, drain_timeout_s=0.2)
     control.park.room = "full"
@@ -244,7 +244,7 @@ async def test_requests_wait_at_most_a_drain_timeout_for_engine_restoration(make
                 assert (await control.outcome(wish)).outcome is SwapOutcome.RESTORED
 
 
-async def test_each_engine_is_replaced_if_the_new_version_has_another_shape(control: Control) -> None:
+async def test_each_engine_is_replaced_if_the_new_version_has_different_weight_shapes(control: Control) -> None:
     make_version(control.registry, 4, width=8)
     async with control.run(), control.client() as client:
         await both_ready(control)
@@ -258,7 +258,7 @@ async def test_each_engine_is_replaced_if_the_new_version_has_another_shape(cont
     assert (swap.outcome, swap.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
 
 
-async def test_previous_version_is_restored_if_the_second_new_engine_does_not_start(make: Make) -> None:
+async def test_previous_version_is_restored_if_the_second_new_engine_fails_to_start(make: Make) -> None:
     control = make(replicas=2, swap=SwapChoice.BLUEGREEN)
     async with control.run(), control.client() as client:
         await both_ready(control)
@@ -319,7 +319,7 @@ async def test_previous_version_stays_in_production_until_all_engines_are_switch
         assert control.names.served == Target(target(2).version, target(2).format)
 
 
-async def test_other_engines_start_even_if_one_cannot_start(control: Control) -> None:
+async def test_remaining_engines_start_even_if_one_engine_fails_to_start(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.reconciler.reviver.backoff_s = (0.01, 60.0)
@@ -331,7 +331,7 @@ async def test_other_engines_start_even_if_one_cannot_start(control: Control) ->
         await until(lambda: control.pool.ready == [control.pool.members[1]])
 
 
-async def test_wait_for_changes_returns_immediately_if_an_engine_died_before_it(control: Control) -> None:
+async def test_wait_for_changes_returns_immediately_if_an_engine_has_already_died(control: Control) -> None:
     """The engine dies while the remains of another engine are being stopped, which takes seconds."""
     control.pool.fill()
     control.pool.members[1].enter(EngineState.FAILED)

@@ -148,7 +148,7 @@ async def test_good_candidate_passes_shadow_and_canary_and_becomes_production(co
     assert control.sample("svc_rollouts_total", model=NAME, outcome="promoted") == 1
 
 
-async def test_webhooks_get_a_message_for_each_transition(control: Control) -> None:
+async def test_webhooks_are_notified_of_each_rollout_transition(control: Control) -> None:
     control.deployment.rollouts.webhooks = ("https://hooks.example/",)
     async with control.run(), control.client() as client, Users(client).asking():
         start(control, 2)
@@ -420,7 +420,7 @@ async def test_warning_that_one_client_sends_most_requests_is_reported_once(cont
         await ended(control)
 
 
-async def test_rollout_fails_before_its_first_step_when_memory_holds_only_one_engine(control: Control) -> None:
+async def test_rollout_fails_before_its_first_step_when_memory_suffices_for_only_one_engine(control: Control) -> None:
     control.park.room = "2 GB are missing"
     async with control.run():
         start(control, 2)

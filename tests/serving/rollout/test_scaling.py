@@ -35,7 +35,7 @@ def test_replicas_are_added_when_the_load_stays_above_the_target_per_replica() -
     assert observe(make_policy(), requests=20, replicas=1, seconds=MEAN_S) == 3
 
 
-def test_short_burst_adds_no_replica() -> None:
+def test_short_load_burst_does_not_add_a_replica() -> None:
     policy = make_policy()
     observe(policy, requests=2, replicas=1, seconds=60)
     assert policy.wanted(65, 20, 1) == 1
@@ -48,7 +48,7 @@ def test_replica_is_removed_only_after_the_load_has_been_low_for_a_while() -> No
     assert observe(policy, requests=5, replicas=4, seconds=120, start=65 + HOLD_S) == 3
 
 
-def test_replica_is_removed_after_the_time_in_the_settings() -> None:
+def test_replica_is_removed_after_the_configured_time_of_low_load() -> None:
     policy = make_policy(hold_s=120)
     observe(policy, requests=25, replicas=4, seconds=60)
     assert observe(policy, requests=5, replicas=4, seconds=100, start=65) == 4
@@ -130,7 +130,7 @@ def _poisson(rng: random.Random, mean: float) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 1.3])
-def test_simulated_day_has_few_scaling_changes_short_waits_and_fewer_replica_hours(scale: float) -> None:
+def test_scaling_on_a_simulated_day_saves_replica_hours_with_few_changes_and_short_waits(scale: float) -> None:
     day = simulate_day(seed=1, scale=scale)
     waits = sorted(day.waits)
     assert day.changes <= 40

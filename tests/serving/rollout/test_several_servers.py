@@ -191,7 +191,7 @@ async def test_follower_swaps_to_its_loaded_candidate_engine_when_the_candidate_
     assert len(servers.second.park.engines) == 2
 
 
-async def test_rollout_fails_when_the_following_server_cannot_serve_the_candidate(servers: Servers) -> None:
+async def test_rollout_fails_when_the_follower_cannot_serve_the_candidate(servers: Servers) -> None:
     make_version(servers.first.registry, 4)
     make_version(servers.second.registry, 4, probes_of="/elsewhere")
     async with servers.run(), servers.first.client() as client, Users(client).asking():
@@ -215,14 +215,14 @@ async def test_user_gets_the_same_version_from_both_servers_during_a_canary(serv
     assert set(versions[0]) == {ONE, TWO}
 
 
-async def test_rollout_passes_its_canary_when_only_the_following_server_has_clients(servers: Servers) -> None:
+async def test_rollout_passes_its_canary_when_only_the_follower_receives_client_requests(servers: Servers) -> None:
     async with servers.run(), servers.second.client() as client, Users(client).asking():
         start(servers.first, 2, NO_SHADOW)
         seen = await ended(servers.first)
     assert seen.outcome is RolloutOutcome.PROMOTED, (seen.why, seen.steps)
 
 
-async def test_following_server_sends_no_shadow_requests_during_the_shadow_step(servers: Servers) -> None:
+async def test_follower_sends_no_shadow_requests_during_the_shadow_step(servers: Servers) -> None:
     plan = ALL.model_copy(update={"shadow": 1000})
     async with servers.run(), servers.second.client() as client:
         start(servers.first, 2, plan)
@@ -238,7 +238,7 @@ async def test_following_server_sends_no_shadow_requests_during_the_shadow_step(
 
 
 @pytest.mark.parametrize("state", [RolloutState.LOADING, RolloutState.SHADOW, RolloutState.CANARY])
-async def test_rollout_is_completed_by_the_other_server_when_the_leading_server_is_killed(
+async def test_rollout_is_completed_by_the_follower_when_the_leader_is_killed(
     servers: Servers, state: RolloutState
 ) -> None:
     if state is RolloutState.LOADING:
@@ -256,7 +256,7 @@ async def test_rollout_is_completed_by_the_other_server_when_the_leading_server_
     assert set(users.statuses) == {200}
 
 
-async def test_other_server_stores_the_outcome_when_the_leading_server_is_killed_in_its_swap(
+async def test_follower_stores_the_outcome_when_the_leader_is_killed_during_its_swap(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_to = Reconciler.change_to
@@ -276,7 +276,7 @@ async def test_other_server_stores_the_outcome_when_the_leading_server_is_killed
         assert (await ended(servers.second)).outcome is RolloutOutcome.PROMOTED
 
 
-async def test_server_that_lost_its_lease_unnoticed_stores_nothing(
+async def test_server_unaware_that_it_lost_its_lease_cannot_write_to_the_store(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with servers.first.run():
@@ -299,7 +299,7 @@ async def test_server_that_lost_its_lease_unnoticed_stores_nothing(
         assert record(servers.second).outcome is None
 
 
-async def test_following_server_serves_only_production_when_memory_holds_one_engine(servers: Servers) -> None:
+async def test_follower_serves_only_production_when_memory_suffices_for_only_one_engine(servers: Servers) -> None:
     servers.second.park.room = "2 GB are missing"
     async with servers.run(), servers.first.client() as client, servers.second.client() as second:
         start(servers.first, 2, ENDLESS)
@@ -314,7 +314,7 @@ async def test_following_server_serves_only_production_when_memory_holds_one_eng
     assert versions == {ONE}
 
 
-async def test_rollout_continues_when_the_candidate_engine_of_the_following_server_dies(servers: Servers) -> None:
+async def test_rollout_continues_when_the_candidate_engine_of_the_follower_dies(servers: Servers) -> None:
     async with servers.run(), servers.second.client() as client, Users(client).asking() as users:
         start(servers.first, 2, ENDLESS)
         await until(lambda: splits(servers.first, servers.second))
@@ -362,7 +362,7 @@ async def test_follower_applies_a_rollback_and_later_ends_the_rollout_when_the_l
         await until(lambda: servers.second.park.alive == 1)
 
 
-async def test_following_server_sends_all_clients_to_production_when_it_cannot_reach_the_store(
+async def test_follower_sends_all_clients_to_production_when_it_cannot_reach_the_store(
     servers: Servers,
 ) -> None:
     async with servers.run(), servers.second.client() as client:
@@ -381,7 +381,7 @@ async def test_following_server_sends_all_clients_to_production_when_it_cannot_r
     assert len(servers.second.park.engines) == 2
 
 
-async def test_other_server_continues_the_rollout_when_the_leading_server_cannot_reach_the_store(
+async def test_follower_continues_the_rollout_when_the_leader_cannot_reach_the_store(
     servers: Servers,
 ) -> None:
     async with servers.run():
@@ -400,7 +400,7 @@ async def test_other_server_continues_the_rollout_when_the_leading_server_cannot
     assert seen.outcome is RolloutOutcome.CANCELLED
 
 
-async def test_server_follows_the_rollout_when_it_starts_during_the_canary(servers: Servers) -> None:
+async def test_server_started_during_the_canary_becomes_a_follower_of_the_rollout(servers: Servers) -> None:
     async with servers.first.run():
         start(servers.first, 2, ENDLESS)
         await until(lambda: splits(servers.first))
@@ -410,7 +410,7 @@ async def test_server_follows_the_rollout_when_it_starts_during_the_canary(serve
             await until(lambda: unsplit(servers.second))
 
 
-async def test_only_the_leading_server_ends_the_rollout_when_the_model_is_removed(servers: Servers) -> None:
+async def test_only_the_leader_ends_the_rollout_when_the_model_is_removed(servers: Servers) -> None:
     async with servers.run():
         start(servers.first, 2, ENDLESS)
         await until(lambda: splits(servers.first, servers.second))
@@ -421,7 +421,7 @@ async def test_only_the_leading_server_ends_the_rollout_when_the_model_is_remove
         await until(lambda: unsplit(servers.first, servers.second))
 
 
-async def test_engines_do_not_idle_while_a_rollout_waits_for_a_leading_server(servers: Servers) -> None:
+async def test_engines_do_not_idle_while_a_rollout_has_no_leader(servers: Servers) -> None:
     report_server(servers.first.store, "other", "gpu-3:8000", [NAME])
     async with servers.second.run():
         start(servers.first, 2, ENDLESS)

@@ -130,7 +130,7 @@ async def test_one_shadow_request_in_four_is_also_sent_to_production(copies: Cop
     assert copies.models.count("1") == 2
 
 
-async def test_no_shadow_request_is_sent_to_production_when_client_asked_for_logprobs(copies: Copies) -> None:
+async def test_no_shadow_request_is_sent_to_production_when_the_client_requested_logprobs(copies: Copies) -> None:
     [pair] = await copies.compare(CHAT | {"logprobs": True}, ANSWER_WITH_LOGPROBS)
     assert pair.production_logprob == -1.0
     assert copies.models == ["2"]
@@ -143,7 +143,7 @@ async def test_no_logprobs_are_requested_for_a_shadow_request_when_its_prompt_wo
 
 
 @pytest.mark.parametrize("route", [Route.RESPONSES, Route.MESSAGES])
-async def test_shadow_pair_has_no_logprobs_when_its_route_has_none(copies: Copies, route: Route) -> None:
+async def test_shadow_pair_has_no_logprobs_when_its_route_does_not_support_them(copies: Copies, route: Route) -> None:
     [pair] = await copies.compare(CHAT if route is Route.MESSAGES else {"input": "one"}, route=route)
     assert (pair.candidate_logprob, pair.production_logprob) == (None, None)
     assert copies.models == ["2"]

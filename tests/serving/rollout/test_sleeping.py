@@ -131,7 +131,7 @@ async def test_engine_sleeps_and_wakes_repeatedly(sleeping: Home) -> None:
         assert len(sleeping.park.engines) == 1
 
 
-async def test_engine_that_wakes_with_other_weights_is_replaced(sleeping: Home) -> None:
+async def test_engine_that_wakes_with_unexpected_weights_is_replaced(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         sleeping.park.double.wakes_with = "/models/other/merged"
@@ -139,14 +139,14 @@ async def test_engine_that_wakes_with_other_weights_is_replaced(sleeping: Home) 
         assert [engine.alive for engine in sleeping.park.engines] == [False, True]
 
 
-async def test_engine_that_does_not_fall_asleep_is_stopped(sleeping: Home) -> None:
+async def test_engine_that_fails_to_enter_sleep_mode_is_stopped(sleeping: Home) -> None:
     sleeping.park.prepare = lambda double: setattr(double, "sleepless", True)
     async with sleeping.serving(f"{NAME}@1") as client:
         await ended(client, sleeping)
         assert await answer(client) == ONE
 
 
-async def test_engine_that_does_not_wake_is_stopped_and_another_is_started(sleeping: Home) -> None:
+async def test_engine_that_fails_to_wake_is_replaced_by_a_new_engine(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         sleeping.park.double.wakeless = True
@@ -178,7 +178,7 @@ async def test_all_of_several_sleeping_engines_wake(sleeping: Home) -> None:
     assert 'svc_engine_wake_seconds_count{model="tuned"} 1.0' in page
 
 
-async def test_one_of_several_engines_is_restarted_if_it_does_not_wake(sleeping: Home) -> None:
+async def test_one_of_several_engines_is_restarted_if_it_fails_to_wake(sleeping: Home) -> None:
     configure(sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2})
     async with sleeping.serving(f"{NAME}@1") as client:
         await until(lambda: sleeping.park.alive == 2)
@@ -202,7 +202,7 @@ async def test_promotion_replaces_the_sleeping_engine_with_one_for_the_new_versi
         assert await answer(client) == (200, f"{NAME}@2", "2")
 
 
-async def test_engine_does_not_fall_asleep_while_a_promotion_verifies_files(
+async def test_engine_does_not_enter_sleep_mode_while_a_promotion_verifies_files(
     sleeping: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
@@ -212,7 +212,7 @@ async def test_engine_does_not_fall_asleep_while_a_promotion_verifies_files(
         assert len(sleeping.park.engines) == 1
 
 
-async def test_promotion_leaves_none_of_several_engines_asleep(sleeping: Home) -> None:
+async def test_no_engine_sleeps_after_a_promotion_of_a_sleeping_model(sleeping: Home) -> None:
     configure(
         sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
     )  # the second engine starts after a second
@@ -302,7 +302,7 @@ def serve(home: Home, name: str, number: int) -> None:
     add_deployment(home.store, name)
 
 
-async def test_models_take_turns_if_memory_suffices_for_only_one_awake(crowded: Home) -> None:
+async def test_two_models_can_alternate_if_memory_suffices_for_only_one_awake_model(crowded: Home) -> None:
     async with crowded.serving(f"{NAME}@1") as client:
         await answer(client)
         serve(crowded, OTHER, 7)

@@ -122,7 +122,7 @@ async def test_swap_is_cancelled_if_superseded_while_the_second_engine_starts(
     assert len(control.park.engines) == 2
 
 
-async def test_swap_is_cancelled_if_superseded_before_an_engine_is_touched(
+async def test_swap_is_cancelled_if_superseded_before_any_engine_is_changed(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed = threading.Event()
@@ -259,7 +259,7 @@ async def test_switched_engines_are_restored_if_the_swap_is_superseded(make: Mak
     assert len(control.park.engines) == 3
 
 
-async def test_first_engine_is_restored_if_superseded_while_replacing_the_second(
+async def test_first_engine_is_restored_if_a_swap_is_superseded_while_replacing_the_second(
     make: Make,
 ) -> None:
     control = make(replicas=2, swap=SwapChoice.BLUEGREEN)
@@ -288,7 +288,7 @@ def cramped(make: Make) -> Control:
     return control
 
 
-async def test_only_engine_restarts_with_previous_version_if_its_restart_is_superseded(cramped: Control) -> None:
+async def test_single_engine_restarts_with_the_previous_version_if_its_restart_is_superseded(cramped: Control) -> None:
     control = cramped
     async with loaded(control):
         control.park.start_delay_s = LONG_S
@@ -300,7 +300,7 @@ async def test_only_engine_restarts_with_previous_version_if_its_restart_is_supe
     assert_cancelled(swap)
 
 
-async def test_other_engines_serve_while_the_restart_of_one_is_superseded(make: Make) -> None:
+async def test_remaining_engines_serve_while_the_restart_of_one_engine_is_superseded(make: Make) -> None:
     control = make(facts=OTHER_FACTS, replicas=2)
     control.park.room = "full"
     async with loaded(control):
@@ -365,7 +365,7 @@ async def test_swap_continues_if_the_same_version_is_promoted_again(control: Con
     assert len(control.park.engines) == 2
 
 
-async def test_superseded_engine_start_is_cancelled_if_nothing_serves(control: Control) -> None:
+async def test_superseded_engine_start_is_cancelled_if_no_engine_is_serving(control: Control) -> None:
     async with control.run():
         control.park.start_delay_s = LONG_S
         control.reconciler.reviver.backoff_s = (60.0,)
@@ -413,7 +413,7 @@ async def test_previous_version_is_restored_if_an_engine_dies_in_a_superseded_sw
     assert swap.outcome in (SwapOutcome.CANCELLED, SwapOutcome.FAILED)
 
 
-async def test_no_engine_is_left_if_the_server_stops_after_a_superseded_swap(
+async def test_no_engine_keeps_running_if_the_server_stops_after_a_superseded_swap(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = DoubleEngine.stop

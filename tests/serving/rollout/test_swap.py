@@ -81,7 +81,9 @@ async def test_admission_stays_open_if_a_version_file_was_altered(control: Contr
 
 
 @pytest.mark.parametrize("fingerprint", [True, False])
-async def test_version_of_another_shape_is_refused_if_memory_is_short(control: Control, fingerprint: bool) -> None:
+async def test_version_with_different_weight_shapes_is_refused_if_memory_is_insufficient(
+    control: Control, fingerprint: bool
+) -> None:
     make_version(control.registry, 4, width=8, fingerprint=fingerprint)
     control.park.room = "it needs 2 GiB, 1 GiB is free"
     calls = len(control.double.calls)
@@ -120,7 +122,7 @@ async def test_swap_is_refused_if_a_file_is_unreadable(control: Control, monkeyp
     assert swap.reason is not None and "Permission denied" in swap.reason
 
 
-async def test_weights_that_fail_their_probes_answer_no_request(make: Make) -> None:
+async def test_weights_that_fail_their_probes_never_serve_a_request(make: Make) -> None:
     control = make()
     make_version(control.registry, 4, probes_of="/elsewhere")
     control.park.prepare = slow
@@ -210,7 +212,7 @@ async def test_engine_that_dies_while_requests_drain_is_replaced(make: Make) -> 
         await control.serves(target(1))
 
 
-async def test_engine_that_cannot_be_replaced_fails_and_comes_back_later(make: Make) -> None:
+async def test_engine_that_cannot_be_replaced_is_marked_failed_and_restarted_later(make: Make) -> None:
     control = make()
     async with control.run(), control.client() as client:
         control.double.loadable = lambda folder: False
@@ -239,7 +241,7 @@ async def overrunning(make: Make) -> AsyncIterator[tuple[Control, httpx.AsyncCli
         yield control, client, running
 
 
-async def test_swap_is_refused_if_running_requests_do_not_end_in_time(make: Make) -> None:
+async def test_swap_is_refused_if_running_requests_exceed_the_drain_timeout(make: Make) -> None:
     async with overrunning(make) as (control, client, running):
         swap = await control.promote(2)
         assert swap.outcome is SwapOutcome.REFUSED
@@ -331,7 +333,7 @@ def impatient(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "reset_prefix_cache", lambda: reset(within_s=0.1))
 
 
-async def test_swap_is_refused_before_reload_if_a_request_never_leaves_the_engine(
+async def test_swap_is_refused_before_the_reload_if_a_request_never_finishes_in_the_engine(
     control: Control, impatient: None
 ) -> None:
     control.double.stuck_resets = 1000
@@ -383,7 +385,7 @@ async def test_engine_gets_no_requests_after_a_swap_is_cancelled_mid_reload(make
         assert (await ask(client, stream=False)).status == 503
 
 
-async def test_nothing_changes_if_a_swap_is_cancelled_while_requests_drain(make: Make) -> None:
+async def test_serving_version_is_unchanged_if_a_swap_is_cancelled_while_requests_drain(make: Make) -> None:
     control = make()
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.05

@@ -56,7 +56,7 @@ async def test_stopped_engine_does_not_count_as_unverified(serving: Control) -> 
     assert serving.sample("svc_versions_unverified", model=NAME) == 0
 
 
-async def test_engine_restarts_for_each_version_and_the_journal_shows_why(serving: Control) -> None:
+async def test_unverified_engine_restarts_for_each_promotion_and_the_journal_shows_why(serving: Control) -> None:
     result = await serving.promote(2)
     assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
     steps = "\n".join(serving.steps)
@@ -65,14 +65,14 @@ async def test_engine_restarts_for_each_version_and_the_journal_shows_why(servin
     assert [engine.double.calls.count(RELOAD) for engine in serving.park.engines] == [0, 0]
 
 
-async def test_only_engine_restarts_if_memory_is_short(serving: Control) -> None:
+async def test_single_engine_restarts_if_memory_is_insufficient_for_a_second(serving: Control) -> None:
     serving.park.room = FULL
     result = await serving.promote(2)
     assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
     assert [engine.double.calls.count(RELOAD) for engine in serving.park.engines] == [0, 0]
 
 
-async def test_each_of_several_engines_restarts_if_memory_is_short(make: Make) -> None:
+async def test_all_engines_restart_if_memory_is_insufficient_for_an_additional_engine(make: Make) -> None:
     async with unprobed(make(replicas=2)).run() as control:
         await until(lambda: len(control.pool.ready) == 2)
         control.park.room = FULL
@@ -94,7 +94,7 @@ async def test_unverified_engine_left_by_an_earlier_server_is_not_trusted(make: 
         assert control.replica.target == target(1)
 
 
-async def test_damaged_files_are_not_served_even_without_probes(serving: Control) -> None:
+async def test_unverified_engine_does_not_serve_damaged_files(serving: Control) -> None:
     file = serving.registry.folder(target(2).version) / "merged" / "tokenizer.json"
     file.write_text('{"a": 1}')
     assert (await serving.promote(2)).outcome is SwapOutcome.REFUSED

@@ -43,7 +43,7 @@ def client(transport: httpx.AsyncBaseTransport) -> LoadClient:
     return LoadClient(httpx.AsyncClient(transport=transport, base_url="http://engine"), "/v1/completions", "bot")
 
 
-async def test_measurement_determines_decode_step_and_prompt_times_of_an_engine() -> None:
+async def test_measurement_yields_the_decode_step_time_and_prompt_time_of_an_engine() -> None:
     done: list[None] = []
     times = await measure(
         client(httpx.MockTransport(_answer)),
@@ -71,7 +71,7 @@ async def test_answer_shorter_than_requested_fails_the_measurement() -> None:
         await client(httpx.MockTransport(lambda _: httpx.Response(200, content=events))).ask([1], 2)
 
 
-async def test_engine_on_another_machine_is_measured_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_remote_engine_is_measured_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     identity = make_identity()
     context = client_context(identity, identity.certificate)
     engine = MagicMock(start=AsyncMock(), stop=AsyncMock(), address=TlsAddress("10.0.0.7", 4711, context))

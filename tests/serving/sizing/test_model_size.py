@@ -26,7 +26,7 @@ def test_parameter_count_matches_the_published_count(name: str, billions: float)
     assert read_model_size(str(FOLDER / name), None).parameters == pytest.approx(billions * 1e9, rel=0.005)
 
 
-def test_active_parameters_of_a_mixture_include_only_the_experts_used_per_token() -> None:
+def test_active_parameters_of_a_moe_model_include_only_the_experts_used_per_token() -> None:
     assert read_model_size(str(FOLDER / "mixtral-8x7b"), None).active == pytest.approx(12.9e9, rel=0.01)
 
 

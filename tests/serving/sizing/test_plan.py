@@ -39,18 +39,18 @@ def test_plan_has_the_fewest_replicas_that_meet_the_latency_target() -> None:
     assert predict(LOAD, plan.replicas - 1, times, 64).p95 > 0.6
 
 
-def test_latency_target_below_that_of_an_idle_replica_is_rejected() -> None:
+def test_latency_target_below_the_latency_of_an_idle_replica_is_rejected() -> None:
     with pytest.raises(SettingsError, match=r"0\.21 s on an idle replica"):
         make_plan(LOAD, 0.1, make_times(), 64, None, None)
 
 
-def test_planned_rollout_with_one_replica_delays_requests_by_the_reload_time() -> None:
+def test_planned_rollout_on_a_single_replica_delays_requests_by_the_reload_time() -> None:
     plan = make_plan(Workload(2.0, 100, 20), 1.0, make_times(), 64, None, reload_s=5.0)
     assert plan.replicas == 1
     assert 4.0 < plan.rollout.longest_wait_s < 6.0
 
 
-def test_plan_from_published_figures_is_labelled_unmeasured(home: Path) -> None:
+def test_plan_from_published_figures_is_labeled_as_unmeasured(home: Path) -> None:
     plan = plan_json(home, *EXAMPLE, "--p95", "2s")
     assert plan["times"].startswith("unmeasured")
     assert 2 <= plan["replicas"] <= 20
@@ -68,7 +68,7 @@ def test_plan_splits_a_model_across_gpus_if_it_does_not_fit_on_one(home: Path) -
     assert not plan["memory"]["second_engine"]
 
 
-def test_plan_uses_and_names_the_given_measurement(home: Path, tmp_path: Path) -> None:
+def test_plan_uses_and_cites_the_supplied_measurement(home: Path, tmp_path: Path) -> None:
     make_times().write(tmp_path / "times.json")
     arguments = ("--times", str(tmp_path / "times.json"), "--rps", "1", "--p95", "1s", "--prompt", "100")
     plan = plan_json(home, *arguments, "--answer", "20")
@@ -76,7 +76,7 @@ def test_plan_uses_and_names_the_given_measurement(home: Path, tmp_path: Path) -
     assert plan["warning"] is None
 
 
-def test_plan_warns_when_requests_are_longer_than_those_measured(home: Path, tmp_path: Path) -> None:
+def test_plan_warns_when_requests_are_longer_than_in_the_measurement(home: Path, tmp_path: Path) -> None:
     make_times().write(tmp_path / "times.json")
     result = svc_plan(home, "--times", str(tmp_path / "times.json"), "--rps", "1", "--p95", "10s", "--answer", "200")
     assert "measure again" in result.stderr

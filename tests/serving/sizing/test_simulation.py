@@ -58,7 +58,7 @@ def test_requests_wait_for_a_weight_reload_when_there_is_only_one_replica() -> N
     assert 2.5 < max(each.first - each.arrived for each in during) < 4.0
 
 
-def test_no_request_waits_for_a_reload_when_the_other_replica_has_capacity() -> None:
+def test_no_request_waits_for_a_reload_when_a_second_replica_has_capacity() -> None:
     requests = Workload(20.0, 10, 5).requests(2000)
     during, seconds = simulate_rollout(requests, 2, make_times(), Limits(8), reload_s=3.0)
     assert 6.0 <= seconds < 8.0

@@ -37,7 +37,7 @@ def test_plain_text_prompt_is_stored_as_a_json_string() -> None:
     assert prompt_text(Content(CHAT, payload(prompt="once")), PLAIN) == '"once"'
 
 
-def test_prompt_that_is_not_text_is_not_stored() -> None:
+def test_non_text_prompt_is_not_stored() -> None:
     cases: list[object] = [[52, 1287, 9], [[52], [9]], 7, None]
     for prompt in cases:
         with pytest.raises(ValueError, match="not text"):
@@ -48,7 +48,7 @@ def test_several_prompts_are_stored_as_a_json_list() -> None:
     assert prompt_text(Content(CHAT, payload(prompt=["a", "b"])), PLAIN) == '["a", "b"]'
 
 
-def test_stored_answer_text_is_that_of_choice_0() -> None:
+def test_stored_answer_text_comes_from_choice_0() -> None:
     choices = [{"index": 1, "message": {"content": "second"}}, {"index": 0, "message": {"content": "first"}}]
     assert answer_text(answered(json.dumps({"choices": choices}).encode()), PLAIN) == "first"
 
@@ -68,7 +68,7 @@ def test_text_of_a_streamed_answer_is_joined() -> None:
     assert answer_text(answered(*parts), PLAIN) == "Hello"
 
 
-def test_email_address_arriving_in_pieces_is_redacted() -> None:
+def test_email_address_split_across_stream_chunks_is_redacted() -> None:
     parts = [event({"content": piece}) for piece in ("to jane", "@exam", "ple.org", " now")]
     assert answer_text(answered(*parts), PLAIN) == "to [mail] now"
 

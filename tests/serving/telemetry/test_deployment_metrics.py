@@ -55,7 +55,7 @@ def test_swap_is_counted_and_timed_with_its_queued_requests(
     assert registry.get_sample_value("svc_swap_queued_requests_sum", {"model": NAME}) == 12
 
 
-def test_swap_refused_before_admission_closed_is_not_timed(
+def test_swap_refused_while_admission_was_open_is_not_timed(
     registry: CollectorRegistry, metrics: DeploymentMetrics
 ) -> None:
     metrics.swap_ended(SwapResult(SwapOutcome.REFUSED, "other shapes"))
@@ -63,7 +63,9 @@ def test_swap_refused_before_admission_closed_is_not_timed(
     assert registry.get_sample_value("svc_swap_queued_requests_count", {"model": NAME}) is None
 
 
-def test_held_out_run_is_due_for_at_most_one_version(registry: CollectorRegistry, metrics: DeploymentMetrics) -> None:
+def test_held_out_interval_metric_exists_for_at_most_one_version(
+    registry: CollectorRegistry, metrics: DeploymentMetrics
+) -> None:
     def due(version: str) -> float | None:
         return registry.get_sample_value("svc_holdout_interval_seconds", {"model": "tuned", "version": version})
 

@@ -101,7 +101,7 @@ class Clock:
         return self.now
 
 
-def test_initial_burst_is_accepted_followed_by_the_daily_rate(tmp_path: Path) -> None:
+def test_feature_rate_limit_allows_an_initial_burst_and_then_the_daily_rate(tmp_path: Path) -> None:
     clock = Clock()
     process = FeatureProcess(Settings(home=tmp_path), on_dropped=print, clock=clock)
     assert sum(process.wants(ONE) for _ in range(BURST + 500)) == BURST
@@ -114,7 +114,7 @@ def test_initial_burst_is_accepted_followed_by_the_daily_rate(tmp_path: Path) ->
     assert sum(process.wants(ONE) for _ in range(2 * BURST)) == BURST
 
 
-def test_each_version_has_its_own_share_of_feature_computations(tmp_path: Path) -> None:
+def test_each_version_has_its_own_rate_limit_for_feature_computations(tmp_path: Path) -> None:
     process = FeatureProcess(Settings(home=tmp_path), on_dropped=print, clock=Clock())
     assert sum(process.wants(ONE) for _ in range(2 * BURST)) == BURST
     assert process.wants(target(2))
@@ -164,7 +164,7 @@ class TestOneProcess:
         features.add(of=target(3))
         features.stored(1, target(3))
 
-    def test_request_deleted_in_the_meantime_leaves_no_features(self, features: Features) -> None:
+    def test_no_features_are_stored_for_a_request_deleted_while_they_are_computed(self, features: Features) -> None:
         four = target(4)
         make_version(features.registry, 4, compared=True)
         records = features.records(1, four)
@@ -253,7 +253,7 @@ def test_version_without_a_text_space_is_checked_once_and_starts_no_process(feat
     assert (children(), features.lost) == ([], 0)
 
 
-def test_requests_beyond_the_feature_queue_are_dropped_and_counted_without_waiting(
+def test_requests_beyond_the_feature_queue_capacity_are_dropped_and_counted_without_waiting(
     features: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift_features, "_GATHER_S", 30.0)

@@ -67,7 +67,7 @@ async def test_each_engine_sample_has_model_and_version_labels() -> None:
     assert registry.get_sample_value("vllm:e2e_request_latency_seconds_bucket", {**labels, "le": "+Inf"}) == 2
 
 
-async def test_adapter_names_create_no_metric_series() -> None:
+async def test_adapter_names_do_not_create_separate_metric_series() -> None:
     collector, registry = metrics(httpx.Response(200, text=PAGE))
     await collector.refresh()
     assert b"lora_requests_info" not in generate_latest(registry)

@@ -16,7 +16,7 @@ labels = st.tuples(st.sampled_from(["1", "2"]), st.sampled_from(["in", 'o"ut\n']
 
 
 @given(st.lists(st.tuples(labels, st.integers(0, 2**40))))
-def test_counter_output_matches_that_of_prometheus_client(counted: Sequence[tuple[tuple[str, str], int]]) -> None:
+def test_counter_output_matches_prometheus_client(counted: Sequence[tuple[tuple[str, str], int]]) -> None:
     ours, theirs = CollectorRegistry(), CollectorRegistry()
     loop = LoopCounter("things_total", "Some help", LABELS, registry=ours)
     library = Counter("things_total", "Some help", LABELS, registry=theirs)
@@ -27,7 +27,7 @@ def test_counter_output_matches_that_of_prometheus_client(counted: Sequence[tupl
 
 
 @given(st.lists(st.tuples(st.sampled_from(["1", "2"]), seconds)))
-def test_histogram_output_matches_that_of_prometheus_client(samples: Sequence[tuple[str, float]]) -> None:
+def test_histogram_output_matches_prometheus_client(samples: Sequence[tuple[str, float]]) -> None:
     ours, theirs = CollectorRegistry(), CollectorRegistry()
     loop = LoopHistogram("h_seconds", "Some help", ("version",), BUCKETS, registry=ours)
     library = Histogram("h_seconds", "Some help", ("version",), buckets=BUCKETS, registry=theirs)
@@ -37,7 +37,7 @@ def test_histogram_output_matches_that_of_prometheus_client(samples: Sequence[tu
     assert generate_latest(ours).splitlines() == _page(theirs)
 
 
-def test_next_look_up_returns_the_same_metric_series() -> None:
+def test_repeated_lookup_returns_the_same_metric_series() -> None:
     histogram = LoopHistogram("h_seconds", "Some help", ("version",), BUCKETS, registry=CollectorRegistry())
     assert histogram.series("1") is histogram.series("1")
 

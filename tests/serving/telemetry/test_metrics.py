@@ -77,7 +77,9 @@ def test_requests_without_a_known_model_are_counted_under_unknown(
     assert registry.get_sample_value("svc_requests_total", labels) == 1
 
 
-def test_errors_do_not_lower_the_measured_durations(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
+def test_failed_requests_are_excluded_from_the_measured_durations(
+    registry: CollectorRegistry, metrics: GatewayMetrics
+) -> None:
     metrics.request_ended(ONE, Route.COMPLETIONS, 503, 0.001, reason=ErrorCode.ENGINE_DIED)
     metrics.request_ended(ONE, Route.COMPLETIONS, 200, 1.0)
     labels = {"model": "tuned", "version": "1", "route": "/v1/completions"}
@@ -173,7 +175,7 @@ def test_unserved_versions_stay_in_the_metrics_for_a_day_after_a_request(
     assert requests_of(registry, TWO) == 2
 
 
-def test_requests_without_a_version_stay_counted_after_a_day_without_any(
+def test_errors_without_a_version_stay_in_the_metrics_after_a_day_without_errors(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     metrics.request_failed(None, ErrorCode.ENGINE_UNAVAILABLE, NAME)
@@ -184,7 +186,7 @@ def test_requests_without_a_version_stay_counted_after_a_day_without_any(
     assert registry.get_sample_value("svc_request_errors_total", labels) == 1
 
 
-def test_version_is_counted_from_zero_if_requested_after_its_removal(
+def test_counters_restart_at_zero_if_a_version_is_requested_after_its_series_were_removed(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     stream(metrics, ONE)
@@ -209,7 +211,7 @@ def test_rest_of_a_stream_is_counted_even_after_a_day_without_requests(
     assert registry.get_sample_value(name, labels) == 2
 
 
-def test_rating_of_a_removed_versions_answer_is_counted_for_a_day(
+def test_ratings_of_an_unserved_version_stay_in_the_metrics_for_a_day(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     metrics.feedback_given(ONE.version, Rating.BAD)

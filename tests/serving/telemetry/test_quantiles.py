@@ -54,7 +54,7 @@ def test_quantile_is_nearly_zero_if_a_request_took_zero_seconds() -> None:
     assert 0 < shown(versions)["1", "0.5"] < 1e-5
 
 
-def test_sample_expires_after_nearly_the_window_length() -> None:
+def test_sample_expires_at_the_end_of_the_window() -> None:
     clock = Clock()
     clock.now = 0.0
     versions = example(clock)

@@ -120,7 +120,9 @@ NESTED = b'{"messages": [' + b'{"a":' * 5_000 + b"1" + b"}" * 5_000 + b"]}"
 
 
 @pytest.mark.parametrize("odd", [NESTED, b'{"prompt": [52, 1287, 9]}'], ids=["nested", "tokens"])
-def test_malformed_content_loses_neither_its_row_nor_other_contents(store: Store, odd: bytes) -> None:
+def test_malformed_content_is_dropped_without_losing_its_row_or_the_content_of_other_rows(
+    store: Store, odd: bytes
+) -> None:
     pen = Pen(store, content_share=1.0)
     pen.writer.start()
     for payload in (CONTENT, odd, CONTENT):
@@ -157,7 +159,7 @@ def test_flush_gives_up_if_the_writer_is_stuck(store: Store) -> None:
     assert not Pen(store).writer.flush(0.05)
 
 
-def test_next_batch_is_written_even_if_the_store_failed_for_one(
+def test_next_batch_is_written_even_if_writing_the_previous_batch_failed(
     pen: Pen, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(store: Store, batch: list[object]) -> None:
@@ -243,7 +245,7 @@ def test_no_content_is_stored_if_the_content_share_is_zero(store: Store) -> None
     assert not any(writer.wants_content() for _ in range(1000))
 
 
-def test_configured_share_of_requests_has_content(store: Store) -> None:
+def test_content_is_stored_for_the_configured_share_of_requests(store: Store) -> None:
     writer = Pen(store, content_share=0.3).writer
     assert 2400 < sum(writer.wants_content() for _ in range(10_000)) < 3600  # 13 standard deviations
 
@@ -302,7 +304,9 @@ def test_only_the_content_is_lost_if_a_redaction_pattern_takes_too_long(
 
 
 @pytest.mark.slow
-def test_row_sizes_are_summed_once_and_the_size_limit_holds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_limit_is_enforced_after_summing_the_row_sizes_only_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     add_requests(store, [RECORD] * 50)
     monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
     pen = Pen(store, content_share=1.0, max_mib=1, max_content_kib=64)
@@ -376,7 +380,7 @@ def test_row_sizes_are_summed_again_regularly_when_other_servers_may_add_rows(
     assert known[:6] == [None, 1, None, 1, 1, None]
 
 
-def test_rows_added_at_a_busy_moment_share_a_transaction(pen: Pen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_added_under_load_share_a_transaction(pen: Pen, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
     written = threading.Event()
 

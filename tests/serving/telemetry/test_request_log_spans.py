@@ -69,7 +69,7 @@ def pen(store: Store) -> Pen:
     return Pen(store)
 
 
-def test_traced_request_is_passed_on_with_its_redacted_content(pen: Pen) -> None:
+def test_traced_request_is_exported_with_redacted_content(pen: Pen) -> None:
     content = Content(Route.CHAT_COMPLETIONS, b'{"messages": [{"role": "user", "content": "I am a@b.de"}]}')
     content.add(b'{"choices": [{"index": 0, "message": {"content": "call 030 901820"}}]}')
     pen.log.add(RECORD, content, TRACE)
@@ -80,7 +80,7 @@ def test_traced_request_is_passed_on_with_its_redacted_content(pen: Pen) -> None
     assert record == RECORD._replace(prompt='[{"role": "user", "content": "I am [mail]"}]', answer="call [phone]")
 
 
-def test_request_without_a_trace_has_only_a_row(pen: Pen) -> None:
+def test_untraced_request_is_stored_as_a_row_without_a_span(pen: Pen) -> None:
     pen.log.add(RECORD)
     pen.log.start()
     pen.log.close()

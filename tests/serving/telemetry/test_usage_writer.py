@@ -60,7 +60,7 @@ def test_final_usage_is_written_at_shutdown(store: Store) -> None:
     assert in_store(store) == {"k1": Usage(1, 3, 4)}
 
 
-async def test_next_server_reads_todays_usage(store: Store) -> None:
+async def test_restarted_server_reads_the_usage_of_the_current_day(store: Store) -> None:
     earlier = UsageMeter(store, now=lambda: datetime.now(UTC) - timedelta(days=1))
     earlier.add("k1", "tuned", tokens_in=100, tokens_out=100)
     earlier.flush()
@@ -76,7 +76,7 @@ async def test_next_server_reads_todays_usage(store: Store) -> None:
     assert known == [{"k1": 14}]
 
 
-async def test_failed_usage_read_is_retried_without_counting_own_usage(
+async def test_failed_usage_read_is_retried_without_counting_local_usage_twice(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = list[datetime]()

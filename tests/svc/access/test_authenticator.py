@@ -321,7 +321,7 @@ def test_secret_that_was_accepted_before_is_rejected_after_its_key_expires(
     assert fault_of(authenticator, issued.secret) is KeyFault.EXPIRED
 
 
-def test_old_secret_that_was_accepted_before_is_rejected_after_its_grace_period(
+def test_rotated_secret_that_was_accepted_before_is_rejected_after_its_grace_period(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, clock: Clock
 ) -> None:
     keyring.rotate("ci", grace=timedelta(seconds=30))

@@ -60,7 +60,7 @@ def test_key_created_without_options_is_a_client_key(svc: Svc) -> None:
     assert (principal.limits, principal.weight) == (Limits(), 1)
 
 
-def test_created_key_has_the_values_of_its_options(svc: Svc) -> None:
+def test_created_key_has_the_properties_given_as_options(svc: Svc) -> None:
     options = ["--name", "ci", "--scope", "infer", "--scope", "metrics", "--model", "tickets", "--model", "reviews"]
     limits = ["--requests-per-minute", "60", "--tokens-in-per-minute", "1000", "--tokens-out-per-minute", "500"]
     made = create(svc, *options, *limits, "--concurrent", "4", "--tokens-per-day", "10000", "--weight", "3")
@@ -133,7 +133,7 @@ def test_error_names_the_unknown_key(svc: Svc) -> None:
 
 
 @pytest.mark.parametrize("command", ["revoke", "rotate"])
-def test_confirmation_is_required_if_a_secret_ends_immediately(
+def test_confirmation_is_required_if_a_secret_expires_immediately(
     svc: Svc, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = create(svc, "--name", "ci")
@@ -222,7 +222,7 @@ def in_postgresql(postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch) -
     return postgresql.empty()
 
 
-def test_keys_are_created_in_the_database_of_the_settings(svc: Svc, in_postgresql: Store) -> None:
+def test_keys_are_created_in_the_configured_database(svc: Svc, in_postgresql: Store) -> None:
     made = create(svc, "--name", "ci")
     assert [key.id for key in read_keys(in_postgresql)] == [made["key_id"]]
     assert not Path(".svc", "svc.db").exists()

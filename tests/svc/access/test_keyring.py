@@ -40,7 +40,7 @@ def test_secret_contains_its_key_id_and_matches_the_stored_hash(keyring: Keyring
     assert issued.key.hash == hash_secret(issued.secret)
 
 
-def test_secret_appears_in_no_file_and_no_text(tmp_path: Path) -> None:
+def test_secret_is_in_neither_stored_files_nor_object_reprs(tmp_path: Path) -> None:
     keyring = Keyring(new_store(tmp_path / "home"), ALICE)
     issued = keyring.create(INFER)
     rotated = keyring.rotate(issued.key.id)

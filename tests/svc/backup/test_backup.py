@@ -78,7 +78,7 @@ def test_regenerable_files_are_excluded(used: UsedHome, archive: Archive, back_u
     assert files == {"svc.db", "mlflow.db", "files/svc.yaml", "snapshot.json"}
 
 
-def test_snapshot_does_not_need_a_version_that_was_removed_before_being_copied(
+def test_snapshot_is_complete_without_a_version_that_was_removed_before_being_copied(
     used: UsedHome, back_up: BackUp, restore_as: RestoreAs
 ) -> None:
     first, second, third = used.publish(), used.publish(), used.publish()
@@ -104,7 +104,7 @@ def test_version_registered_during_a_backup_is_in_the_next_backup(used: UsedHome
     assert len(back_up().snapshot.versions) == 2
 
 
-def test_missing_needed_version_is_reported_and_the_rest_is_backed_up(used: UsedHome, back_up: BackUp) -> None:
+def test_missing_required_version_is_reported_and_the_rest_is_backed_up(used: UsedHome, back_up: BackUp) -> None:
     first, second = used.publish(), used.publish()
     used.promote(first)
     used.registry.folder(first).rename(used.settings.home / "elsewhere")
@@ -188,7 +188,7 @@ def test_pruning_removes_old_snapshots_and_versions_only_they_contain(used: Used
     assert [snapshot.versions for snapshot in archive.snapshots()] == [(str(second),)] * 2
 
 
-def test_concurrent_backups_into_one_folder_exclude_each_other(
+def test_second_concurrent_backup_into_the_same_folder_is_rejected(
     used: UsedHome, archive: Archive, back_up: BackUp
 ) -> None:
     archive.prepare()

@@ -65,7 +65,7 @@ def test_reading_newer_snapshots_does_not_change_the_archive(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_restored_home_has_no_store_if_the_keys_are_not_confirmed(
+def test_store_is_not_restored_if_the_keys_are_not_confirmed(
     used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
 ) -> None:
     create(used, "one")
@@ -84,7 +84,9 @@ def test_restored_home_has_no_store_if_the_keys_are_not_confirmed(
     assert states(home) == {"one": True}
 
 
-def test_restore_with_valid_keys_is_rejected_if_nobody_can_confirm(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+def test_restore_with_valid_keys_is_rejected_without_a_terminal_to_confirm_them(
+    svc: Svc, used: UsedHome, tmp_path: Path
+) -> None:
     (issued,) = create(used, "laptop")
     add_usage(used.store, {UsageOf(datetime(2026, 1, 2, 3, tzinfo=UTC), issued.key.id, "tickets"): Usage(1, 2, 3)})
     svc("--home", used.settings.home, "backup", "backups")

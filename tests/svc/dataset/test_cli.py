@@ -36,7 +36,7 @@ def check(*arguments: str) -> Result:
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=str)
-def test_invalid_value_is_printed_without_control_characters_and_invalid_utf8(tmp_path: Path, value: Any) -> None:
+def test_invalid_value_is_printed_without_control_characters_or_invalid_utf8(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(value))
     text, machine = check(str(path)), check(str(path), "--json")
@@ -51,7 +51,7 @@ def test_data_check_prints_problems_even_if_the_file_name_is_not_utf8(tmp_path: 
     assert check(str(path), "--json").exit_code == 1
 
 
-def test_detectable_loss_is_printed_when_a_held_out_file_is_given(tmp_path: Path) -> None:
+def test_smallest_detectable_loss_is_printed_when_a_held_out_file_is_given(tmp_path: Path) -> None:
     train, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
     for path, count in ((train, 3), (heldout, 40)):
         turns = ([QUESTION | {"content": f"{path.stem} {number}"}, ANSWER] for number in range(count))
@@ -85,6 +85,6 @@ def test_invalid_lines_are_stored_for_every_kind_of_error(tmp_path: Path, value:
 
 
 @given(st.text(st.characters()))
-def test_data_error_is_printable_whatever_text_it_contains(text: str) -> None:
+def test_data_error_is_printable_even_if_it_contains_arbitrary_text(text: str) -> None:
     error = RowError(Code.WRONG_FORMAT, text, field="x").at("y")
     assert error.wrong.isprintable() and error.wrong.encode()

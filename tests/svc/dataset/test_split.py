@@ -56,7 +56,7 @@ def test_held_out_share_matches_the_requested_share_on_real_examples(share: floa
 
 
 @pytest.mark.slow
-def test_duplicate_group_is_held_out_when_its_smallest_hash_is_below_the_share() -> None:
+def test_duplicate_group_is_held_out_when_its_smallest_hash_is_below_the_held_out_share() -> None:
     """One copy differs only in case and has no hash of its own: three hashes, and 1 - 0.9 ** 3 is 0.271."""
     examples = with_copies(1)
     copied = {example.answer for example in examples if sum(one.answer == example.answer for one in examples) > 1}
@@ -69,7 +69,9 @@ def test_duplicate_group_is_held_out_when_its_smallest_hash_is_below_the_share()
 
 @given(st.integers(0, 2**32), st.integers(0, 9), st.integers(0, 60))
 @settings(max_examples=15, deadline=None)
-def test_adding_unrelated_examples_moves_no_existing_example(seed: int, split_seed: int, more: int) -> None:
+def test_adding_unrelated_examples_does_not_move_existing_examples_across_the_split(
+    seed: int, split_seed: int, more: int
+) -> None:
     before = split_heldout(examples := with_copies(seed), 0.2, split_seed)
     after = split_heldout([*unrelated(seed + 1, more), *examples], 0.2, split_seed)
     assert set(before.heldout) <= set(after.heldout)
@@ -78,7 +80,9 @@ def test_adding_unrelated_examples_moves_no_existing_example(seed: int, split_se
 
 @given(st.integers(0, 2**32), st.integers(0, 9), st.sets(st.integers(0, 69), max_size=30))
 @settings(max_examples=15, deadline=None)
-def test_group_with_a_prompt_already_trained_on_is_not_held_out(seed: int, split_seed: int, places: set[int]) -> None:
+def test_duplicate_group_with_a_previously_trained_prompt_is_not_held_out(
+    seed: int, split_seed: int, places: set[int]
+) -> None:
     examples = with_copies(seed)
     learnt = [examples[place] for place in places]
     split = split_heldout(examples, 0.5, split_seed, hash_prompts(learnt))
@@ -87,14 +91,14 @@ def test_group_with_a_prompt_already_trained_on_is_not_held_out(seed: int, split
 
 @given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0.01, 0.99))
 @settings(max_examples=15, deadline=None)
-def test_repeating_a_split_after_training_on_it_gives_the_same_split(seed: int, split_seed: int, share: float) -> None:
+def test_split_is_unchanged_when_repeated_after_training_on_it(seed: int, split_seed: int, share: float) -> None:
     """Otherwise, the same recipe would be a different run after it has finished."""
     split = split_heldout(examples := with_copies(seed), share, split_seed)
     again = split_heldout(examples, share, split_seed, hash_prompts(split.train))
     assert (again.train, again.heldout) == (split.train, split.heldout)
 
 
-def test_examples_kept_in_training_because_already_trained_on_are_counted() -> None:
+def test_examples_kept_out_of_the_held_out_set_by_previous_training_are_counted() -> None:
     examples = unrelated(0, 60)
     held = split_heldout(examples, 0.2, 0).heldout
     assert split_heldout(examples, 0.2, 0, hash_prompts(held[:3])).learnt_before == 3
@@ -114,12 +118,12 @@ def test_split_does_not_depend_on_example_order() -> None:
     assert one == other[::-1] != []
 
 
-def test_another_seed_holds_out_different_examples() -> None:
+def test_different_seeds_hold_out_different_examples() -> None:
     examples = unrelated(0, 50)
     assert split_heldout(examples, 0.2, 0).heldout != split_heldout(examples, 0.2, 1).heldout
 
 
-def test_at_least_one_example_is_held_out_and_equal_prompts_stay_together() -> None:
+def test_at_least_one_example_is_held_out_and_equal_prompts_are_not_split_up() -> None:
     examples = [chat("a", "1"), chat("a", "2"), chat("b", "3")]
     splits = [split_heldout(examples, 0.01, seed) for seed in range(8)]
     assert {tuple(split.heldout) for split in splits} == {tuple(examples[:2]), tuple(examples[2:])}
@@ -158,7 +162,7 @@ def test_examples_of_one_conversation_stay_on_the_same_side_of_the_split(greetin
     assert 10 <= len(held) <= 30  # two and a half standard deviations of 100 draws at 0.2
 
 
-def test_prompt_answered_within_a_training_conversation_is_not_held_out() -> None:
+def test_prompt_that_is_also_answered_in_a_training_conversation_is_not_held_out() -> None:
     """The greeting alone is a separate group from each conversation that begins with it, and may be trained on."""
     chance = random.Random(5)
     greeted = [conversation("Hi", "Hello.", text(chance, 20, 30), f"answer {number}") for number in range(30)]
@@ -170,7 +174,7 @@ def test_prompt_answered_within_a_training_conversation_is_not_held_out() -> Non
         assert split_heldout(examples, 0.1, seed, hash_answered_prompts(split.train)).heldout == split.heldout
 
 
-def test_split_of_questions_ignores_later_turns() -> None:
+def test_split_of_conversations_ignores_their_later_turns() -> None:
     first = [conversation(f"question {number}", "a") for number in range(60)]
     longer = [conversation(f"question {number}", "a", "more?", "b") for number in range(60)]
     held = split_heldout(first, 0.2, 0).heldout

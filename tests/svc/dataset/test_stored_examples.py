@@ -48,18 +48,20 @@ def test_tools_and_weights_are_unchanged_in_examples_stored_on_disk(tmp_path: Pa
 
 
 @given(st.lists(st.integers(0, 39)))
-def test_selection_of_stored_examples_keeps_the_chosen_order(chosen: list[int]) -> None:
+def test_selected_stored_examples_are_returned_in_the_order_of_the_indices(chosen: list[int]) -> None:
     assert list(select(collect(IN_MEMORY), chosen)) == select(IN_MEMORY, chosen)
 
 
 @pytest.mark.parametrize("count", [0, 3, 40], ids=["none", "list", "other file"])
-def test_joined_examples_are_read_one_list_after_the_other(stored: StoredExamples, count: int) -> None:
+def test_joined_example_lists_are_read_in_sequence(stored: StoredExamples, count: int) -> None:
     others = collect(IN_MEMORY[:count])
     assert isinstance(others, StoredExamples) == (count == 40)
     assert list(join(others, stored, stored[:2])) == [*others, *IN_MEMORY, *IN_MEMORY[:2]]
 
 
-def test_stored_examples_leave_no_named_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_examples_are_not_visible_as_a_file_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     examples = collect(IN_MEMORY)
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,7 @@ def test_every_text_is_counted_in_exactly_one_histogram_bin(lengths: list[int]) 
     assert found.median <= found.p95 <= found.longest == max(1, *lengths)
 
 
-def test_length_quantiles_are_lengths_found_in_the_data() -> None:
+def test_length_quantiles_are_values_that_occur_in_the_data() -> None:
     found = Lengths.of([1] * 50 + [7] * 45 + [100] * 5)
     assert (found.median, found.p95, found.longest) == (1, 7, 100)
 
@@ -41,7 +41,7 @@ def test_general_examples_are_excluded_from_labels() -> None:
     assert summarize_data([*train, chat("q", "Paris")], [], general=1).labels == {"yes": 3, "no": 3}
 
 
-def test_all_different_answers_are_not_treated_as_labels() -> None:
+def test_answers_are_not_treated_as_labels_when_they_are_all_different() -> None:
     assert summarize_data([chat(f"q {place}", f"a {place}") for place in range(6)], []).labels == {}
 
 

@@ -11,7 +11,7 @@ from tests.svc.chats import chat
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=80), st.integers(0, 2**40))
-def test_every_line_is_in_exactly_one_of_drift_sample_and_rest(numbers: list[int], seed: int) -> None:
+def test_drift_sample_and_remainder_partition_the_examples(numbers: list[int], seed: int) -> None:
     examples = [chat(f"question {number}") for number in numbers]
     drawn = draw_drift_sample(examples, seed)
     assert Counter([*drawn.sample, *drawn.rest]) == Counter(examples)
@@ -26,7 +26,7 @@ def test_drift_sample_size_is_capped_for_many_examples() -> None:
     assert len(draw_drift_sample([chat(str(number)) for number in range(3000)], 0).sample) == MAX_SAMPLED
 
 
-def test_frequent_question_is_drawn_into_the_drift_sample_in_proportion() -> None:
+def test_frequent_question_is_sampled_in_proportion_to_its_frequency() -> None:
     """The question is on 800 of 2,000 lines, and the result must be within four standard deviations."""
     examples = [chat("How are you?")] * 800 + [chat(str(number)) for number in range(1200)]
     shares = [
@@ -36,7 +36,7 @@ def test_frequent_question_is_drawn_into_the_drift_sample_in_proportion() -> Non
     assert all(0.32 < share < 0.48 for share in shares)
 
 
-def test_adjacent_copies_in_the_file_are_not_adjacent_in_the_drift_sample() -> None:
+def test_adjacent_duplicates_in_the_file_are_spread_out_in_the_drift_sample() -> None:
     examples = [chat(str(number // 10)) for number in range(400)]
     sample = draw_drift_sample(examples, 0).sample
     assert sum(one == other for one, other in pairwise(sample)) < 10

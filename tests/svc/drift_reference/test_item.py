@@ -98,7 +98,9 @@ def same(one: Sample, other: Sample) -> None:
 
 @settings(max_examples=25)
 @given(st.lists(answers, min_size=1, max_size=3), st.none() | st.floats(-9, 0))
-def test_drift_items_yield_the_same_samples_as_their_texts(records: list[RequestRecord], logprob: float | None) -> None:
+def test_drift_items_yield_the_same_samples_as_the_original_texts(
+    records: list[RequestRecord], logprob: float | None
+) -> None:
     items = maker.make(records)
     assert REFERENCE.prompts is not None and REFERENCE.answers is not None
     same(prompt_sample(items, REFERENCE.prompts), REFERENCE.prompt_sampler.sample([*map(_prompt, records)]))  # type: ignore[union-attr]
@@ -106,7 +108,7 @@ def test_drift_items_yield_the_same_samples_as_their_texts(records: list[Request
     same(answer_sample(items, [logprob] * len(items), REFERENCE.answers), answer_sampler.sample(told))
 
 
-def test_tool_call_counts_as_neither_json_nor_empty() -> None:
+def test_tool_call_is_counted_neither_as_a_json_answer_nor_as_an_empty_answer() -> None:
     call = answer_text("", [ToolCall("rain", "{}")])
     sample = AnswerSampler([call] * 12, cut=16).sample([Answer(call, 9, "tool_calls", None, greedy=True)])
     assert AnswerFeature.VALID_JSON not in sample.categories
@@ -122,7 +124,7 @@ def _greedy(record: RequestRecord) -> bool:
     return record.temperature == 0 and (record.max_tokens is None or record.max_tokens >= answer_sampler.cut)
 
 
-def test_stored_drift_items_yield_the_same_samples(tmp_path: Path) -> None:
+def test_drift_items_yield_the_same_samples_after_a_round_trip_through_the_store(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     records = [chat(text)._replace(request_id=text) for text in TEXTS]
     add_requests(store, records)
@@ -169,7 +171,7 @@ def test_answer_has_no_log_probability_until_it_is_scored() -> None:
     assert AnswerFeature.LOGPROB not in make(chat("a")).answer
 
 
-def test_items_cannot_be_created_without_a_version_reference() -> None:
+def test_drift_items_cannot_be_created_for_a_version_without_a_drift_reference() -> None:
     with pytest.raises(NotFoundError, match="adapter"):
         ItemMaker(Reference(None, None, None, None, "an adapter", [], REFERENCE.hashes))
 

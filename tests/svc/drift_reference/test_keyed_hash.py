@@ -66,7 +66,7 @@ def test_word_hashes_are_sorted_and_unique_regardless_of_order_and_case() -> Non
     assert len(ONE.words("!")) == len(ONE.words("")) == 0
 
 
-def test_only_words_with_the_smallest_hashes_are_kept_in_long_texts() -> None:
+def test_only_the_smallest_word_hashes_of_a_long_text_are_kept() -> None:
     letters = [chr(code) for code in range(0x4E00, 0x4E00 + 1500)]
     words = ONE.words("".join(letters))
     assert len(words) == MAX_WORDS

@@ -93,7 +93,7 @@ def test_middle_of_a_long_text_affects_only_the_length() -> None:
     same(replace(long, numbers={**long.numbers, PromptFeature.CHARACTERS: short.numbers["characters"]}), short)
 
 
-def test_end_of_a_long_text_affects_its_features() -> None:
+def test_end_of_a_long_text_affects_its_prompt_features() -> None:
     context = "the parcel is in the cellar " * 200
     one, other = (sampler.sample([Prompt(context + question)]) for question in ("Where is it?", "Elephants, please!"))
     assert one.numbers[PromptFeature.UNKNOWN_WORDS][0] < other.numbers[PromptFeature.UNKNOWN_WORDS][0]
@@ -132,14 +132,16 @@ def test_word_is_a_run_of_letters_in_scripts_with_spaces(text: str) -> None:
     assert re.findall(WORD, text) == re.findall(r"[^\W\d_]+", text) == text.rstrip("?؟;").split()
 
 
-def test_system_prompts_with_a_common_beginning_are_distinguished() -> None:
+def test_system_prompts_with_a_common_prefix_are_distinguished() -> None:
     systems = ["", SYSTEM, SYSTEM + " Be brief.", "Be brief."]
     assert len({category(Prompt("a", system=system), PromptFeature.SYSTEM_PROMPT) for system in systems}) == 4
 
 
 @settings(max_examples=25)
 @given(st.lists(prompts, min_size=1, max_size=3), st.lists(prompts, max_size=2))
-def test_prompt_features_do_not_depend_on_other_prompts(ones: list[Prompt], others: list[Prompt]) -> None:
+def test_prompt_features_do_not_depend_on_the_other_prompts_in_a_sample(
+    ones: list[Prompt], others: list[Prompt]
+) -> None:
     same(sampler.sample([*ones, *others]), sampler.sample(ones).followed_by(sampler.sample(others)))
 
 
@@ -162,12 +164,12 @@ def test_sample_of_no_prompts_is_empty() -> None:
     same(empty.followed_by(one), one)
 
 
-def test_word_order_does_not_affect_features() -> None:
+def test_word_order_does_not_affect_prompt_features() -> None:
     one, other = (sampler.sample([Prompt(text)]) for text in ("parcel where", "where parcel"))
     same(replace(one, views=()), replace(other, views=()))
 
 
-def test_one_megabyte_text_is_handled() -> None:
+def test_prompt_features_can_be_computed_for_a_one_megabyte_text() -> None:
     sample = sampler.sample([Prompt("parcel " * 150_000)])
     assert sample.numbers[PromptFeature.CHARACTERS][0] == 1_050_000
 

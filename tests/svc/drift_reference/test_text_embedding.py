@@ -55,14 +55,14 @@ def assert_same_place(one: TextSpace, other: TextSpace, prompts: list[str]) -> N
 
 
 @pytest.mark.parametrize("view", ["topic", "answer"])
-def test_prompts_on_different_topics_are_far_apart(view: str) -> None:
+def test_embeddings_of_prompts_on_different_topics_are_far_apart(view: str) -> None:
     fitted = space()
     plants = getattr(fitted.embed(["water for the garden", "my tulips", "roses, roses"]), view)
     trains = getattr(fitted.embed(["the next train", "to Berlin by train", "Paris is late"]), view)
     assert distance(plants, trains) > 1.2 * max(distance(plants, plants), distance(trains, trains))
 
 
-def test_answer_view_separates_prompts_by_expected_answer() -> None:
+def test_answer_embedding_separates_prompts_by_expected_answer() -> None:
     # The prompts differ in one word, which decides the answer.
     prompts = [f"{first} {rest} please" for rest in ("one", "two", "three", "four") for first in ("sell", "keep")]
     fitted = fit_text_space(prompts, ["yes", "no"] * 4)
@@ -74,7 +74,7 @@ def test_answer_view_separates_prompts_by_expected_answer() -> None:
     assert told(same.answer, other.answer) > 1.2 * told(same.topic, other.topic)
 
 
-def test_same_examples_produce_the_same_text_space() -> None:
+def test_fitting_a_text_space_is_deterministic() -> None:
     one, other = space(), space()
     assert all((getattr(one, field.name) == getattr(other, field.name)).all() for field in fields(TextSpace))
 
@@ -94,7 +94,7 @@ def test_loaded_text_space_keeps_array_types_and_shapes(tmp_path: Path) -> None:
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
 
 
-def test_only_words_from_training_examples_count_as_known() -> None:
+def test_words_absent_from_the_training_examples_count_as_unknown() -> None:
     assert space().unknown_words(["Roses and trains", "roses elephant", "elephant"]).tolist() == [0, 0.5, 1]
 
 
@@ -113,7 +113,7 @@ def test_any_text_has_a_finite_embedding(text: str) -> None:
     assert np.isfinite(embedding.topic).all() and np.isfinite(embedding.answer).all()
 
 
-def test_empty_text_is_embedded_at_the_origin() -> None:
+def test_embedding_of_an_empty_text_is_zero() -> None:
     assert (space().embed([""]).topic == 0).all()
 
 
@@ -123,7 +123,7 @@ def test_embedding_ignores_case() -> None:
     assert fitted.embed(["ROSES"]).topic == pytest.approx(fitted.embed(["roses"]).topic)
 
 
-def test_only_the_beginning_and_end_of_a_long_text_are_read() -> None:
+def test_only_the_beginning_and_end_of_a_long_text_are_embedded() -> None:
     made, ends = space(), "water the tulips in " * 100
     one, other = made.embed([ends + "train " * 200_000 + ends]), made.embed([ends + ends])
     assert (one.topic == other.topic).all()
@@ -132,7 +132,7 @@ def test_only_the_beginning_and_end_of_a_long_text_are_read() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 1999, 2000, 2001, 2002, 5000])
-def test_only_long_texts_are_cut_in_the_middle(length: int) -> None:
+def test_middle_is_removed_only_from_long_texts(length: int) -> None:
     text = "".join(chr(0x4E00 + place) for place in range(length))
     assert head_and_tail(text) == (text if length <= 2000 else f"{text[:1000]}\n{text[-1000:]}")
 
@@ -187,7 +187,7 @@ def works(made: TextSpace) -> None:
     assert np.isfinite(embedding.topic).all() and np.isfinite(embedding.answer).all()
 
 
-def test_answer_view_has_no_dimensions_when_all_answers_are_equal() -> None:
+def test_answer_embedding_has_no_dimensions_when_all_answers_are_equal() -> None:
     assert fit_text_space(PROMPTS, ["same"] * 8).embed(PROMPTS).answer.shape == (8, 0)
 
 
@@ -238,7 +238,7 @@ def test_error_names_a_file_that_is_not_a_text_embedding(tmp_path: Path, content
         load_text_space(tmp_path / "space.npz")
 
 
-def test_text_embedding_file_with_a_single_array_is_rejected(tmp_path: Path) -> None:
+def test_text_embedding_file_in_npy_instead_of_npz_format_is_rejected(tmp_path: Path) -> None:
     file = io.BytesIO()
     np.save(file, np.zeros(3))
     (tmp_path / "space.npz").write_bytes(file.getvalue())

@@ -41,7 +41,7 @@ async def test_answer_includes_length_and_finish_reason() -> None:
 
 
 @pytest.mark.parametrize("finish_reason", ["stop", "length"])
-async def test_answer_logprob_equals_that_of_rescoring_its_text(finish_reason: str) -> None:
+async def test_answer_logprob_equals_the_logprob_from_rescoring_the_answer(finish_reason: str) -> None:
     async with client_of(EngineDouble(finish_reason=finish_reason)) as client:
         answer = await client.chat(PROMPT, max_tokens=3)
         prompt, tokens = await client.prompt_tokens(PROMPT), await client.tokens(answer.text)
@@ -49,7 +49,7 @@ async def test_answer_logprob_equals_that_of_rescoring_its_text(finish_reason: s
 
 
 @pytest.mark.parametrize("parses_calls", [True, False])
-async def test_engine_parses_tool_calls_only_on_request(parses_calls: bool) -> None:
+async def test_tool_calls_are_parsed_by_the_engine_only_if_requested(parses_calls: bool) -> None:
     bodies = []
 
     def respond(request: httpx.Request) -> httpx.Response:
@@ -128,7 +128,7 @@ async def test_request_ids_are_unique_and_carry_the_client_prefix() -> None:
     assert all(request_id.startswith("holdout-") for request_id in ids)
 
 
-async def test_client_error_quotes_no_request_text() -> None:
+async def test_engine_client_error_does_not_quote_request_text() -> None:
     body = {"error": {"message": "Unsupported role: 'my SECRET'"}}
     async with answering(lambda request: httpx.Response(400, json=body)) as client:
         with pytest.raises(
@@ -217,17 +217,17 @@ async def test_health_is_determined_by_response_status(status: int, health: Heal
         assert await client.health() is health
 
 
-async def test_engine_that_stopped_listening_is_dead(tmp_path: Path) -> None:
+async def test_engine_is_reported_dead_when_its_socket_is_gone(tmp_path: Path) -> None:
     async with EngineClient.of(tmp_path / "engine.sock", "tuned") as client:
         assert await client.health() is Health.DEAD
 
 
-async def test_missing_engine_is_unhealthy(tmp_path: Path) -> None:
+async def test_engine_that_does_not_exist_is_unhealthy(tmp_path: Path) -> None:
     async with EngineClient.of(tmp_path / "none.sock", "tuned") as client:
         assert not await client.healthy()
 
 
-async def test_request_to_a_missing_engine_raises_engine_error(tmp_path: Path) -> None:
+async def test_request_to_an_engine_that_does_not_exist_raises_engine_error(tmp_path: Path) -> None:
     async with EngineClient.of(tmp_path / "none.sock", "tuned") as client:
         with pytest.raises(EngineError, match="the engine did not respond to /v1/chat/completions"):
             await client.chat(PROMPT, max_tokens=1)

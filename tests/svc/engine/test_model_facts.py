@@ -43,7 +43,7 @@ def test_dense_model_has_no_experts(tmp_path: Path, said: dict[str, Any]) -> Non
     assert not read(tmp_path, {**SMOLLM2, **said}).experts
 
 
-def test_token_size_counts_a_key_and_a_value_per_layer(tmp_path: Path) -> None:
+def test_kv_cache_size_per_token_includes_a_key_and_a_value_per_layer(tmp_path: Path) -> None:
     assert read(tmp_path, SMOLLM2).token_bytes == 2 * 30 * 3 * 64 * 2
 
 
@@ -51,7 +51,7 @@ def test_explicit_head_size_in_the_config_is_used(tmp_path: Path) -> None:
     assert read(tmp_path, {**SMOLLM2, "head_dim": 128}).token_bytes == 2 * 30 * 3 * 128 * 2
 
 
-def test_all_heads_are_kv_heads_when_the_config_has_no_grouped_heads(tmp_path: Path) -> None:
+def test_all_attention_heads_are_kv_heads_when_the_config_does_not_set_kv_heads(tmp_path: Path) -> None:
     config = {key: value for key, value in SMOLLM2.items() if key != "num_key_value_heads"}
     assert read(tmp_path, config).kv_heads == 9
 
@@ -80,12 +80,12 @@ def test_tensor_parallel_ranks_must_not_split_quantization_groups(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "no json", "null"])
-def test_corrupt_config_yields_no_facts(tmp_path: Path, content: str) -> None:
+def test_corrupt_model_config_yields_empty_model_facts(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     assert read_model_facts(tmp_path) == ModelFacts()
 
 
-def test_missing_folder_yields_no_facts(tmp_path: Path) -> None:
+def test_missing_model_folder_yields_empty_model_facts(tmp_path: Path) -> None:
     assert read_model_facts(tmp_path / "none") == ModelFacts()
 
 

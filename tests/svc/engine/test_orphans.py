@@ -91,13 +91,13 @@ def child(folder: Path) -> psutil.Process:
     return psutil.Process(int(found[1]))
 
 
-async def test_orphan_engine_keeps_running_and_reports_its_target(folder: Path) -> None:
+async def test_orphaned_engine_keeps_running_and_reports_its_target(folder: Path) -> None:
     async with orphan(folder) as engine:
         assert find_engine(folder) == engine
         assert await engine_in(folder).orphan_holds() == "one"
 
 
-async def test_orphan_is_adopted_and_stopped_like_the_servers_own_engine(folder: Path) -> None:
+async def test_orphaned_engine_can_be_adopted_and_stopped(folder: Path) -> None:
     async with orphan(folder) as engine:
         adopting, core = engine_in(folder), child(folder)
         await adopting.adopt()
@@ -122,7 +122,7 @@ async def test_engine_started_with_different_arguments_is_not_adopted(folder: Pa
         assert await engine_in(folder, start_timeout_s=7).orphan_holds() == "one"
 
 
-async def test_dead_engine_reports_no_target(folder: Path) -> None:
+async def test_dead_engine_has_no_target_and_cannot_be_adopted(folder: Path) -> None:
     async with orphan(folder) as engine:
         engine.kill()
         await asyncio.sleep(0.1)
@@ -141,7 +141,7 @@ async def test_engine_core_process_that_outlived_its_engine_is_stopped(folder: P
         assert not runs(core)
 
 
-async def test_engine_without_a_record_is_found_by_its_lock(folder: Path) -> None:
+async def test_engine_without_a_record_is_identified_by_its_lock_and_stopped(folder: Path) -> None:
     async with orphan(folder, fail="no-record") as engine:
         assert read_record(folder) is None
         await asyncio.to_thread(end_engine, folder)
@@ -149,14 +149,14 @@ async def test_engine_without_a_record_is_found_by_its_lock(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("fail", ["", "no-record"])
-async def test_child_processes_started_while_an_engine_stops_are_stopped_too(folder: Path, fail: str) -> None:
+async def test_child_processes_started_during_engine_shutdown_are_stopped_too(folder: Path, fail: str) -> None:
     async with orphan(folder, "late", fail=fail) as engine:
         await asyncio.to_thread(end_engine, folder)
         assert not runs(engine)
         assert not runs(child(folder))
 
 
-def test_briefly_held_reader_lock_is_waited_for(folder: Path) -> None:
+def test_engine_lock_is_acquired_after_a_short_lived_shared_lock_is_released(folder: Path) -> None:
     with (folder / LOCK_FILE).open("ab") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
         threading.Timer(0.2, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
@@ -194,7 +194,7 @@ async def test_process_reusing_a_dead_engines_pid_is_left_alone(folder: Path) ->
         await stranger.wait()
 
 
-async def test_copied_home_does_not_stop_the_engine_of_the_original_home(folder: Path) -> None:
+async def test_engine_of_a_home_is_not_stopped_from_a_copy_of_that_home(folder: Path) -> None:
     async with orphan(folder) as engine:
         copy = folder / "copy"
         copy.mkdir()

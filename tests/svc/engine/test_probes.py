@@ -62,12 +62,12 @@ async def test_probe_of_identical_weights_passes_with_no_difference() -> None:
     assert await check(EngineDouble(), await probes_of(EngineDouble())) == 0.0
 
 
-async def test_probe_noise_within_tolerance_passes_and_is_reported() -> None:
+async def test_probe_difference_within_the_tolerance_passes_and_is_reported() -> None:
     probes = await probes_of(EngineDouble())
     assert await check(EngineDouble(probe_noise=MIN_TOLERANCE / 2), probes) == pytest.approx(MIN_TOLERANCE / 2)
 
 
-async def test_probe_noise_beyond_tolerance_fails() -> None:
+async def test_probe_difference_beyond_the_tolerance_fails() -> None:
     probes = await probes_of(EngineDouble())
     with pytest.raises(ProbeError, match=r"probe 1 of 2 differs by 0\.0020 nats") as caught:
         await check(EngineDouble(probe_noise=2 * MIN_TOLERANCE), probes)
@@ -93,26 +93,26 @@ async def test_probe_recorded_with_nan_fails() -> None:
         await check(EngineDouble(), damaged)
 
 
-async def test_identical_weights_pass_despite_different_rounding_in_a_batch() -> None:
+async def test_probe_of_identical_weights_passes_despite_rounding_differences_in_batches() -> None:
     probes, double = await probes_of(EngineDouble()), EngineDouble()
     add_noise(double, [0.1] * len(probes))
     assert await check(double, probes) == 0.0
 
 
-async def test_identical_weights_pass_when_other_requests_share_some_batches() -> None:
+async def test_probe_of_identical_weights_passes_when_some_batches_include_other_requests() -> None:
     probes, double = await probes_of(EngineDouble()), EngineDouble()
     add_noise(double, [0.1] * len(probes) + [0.2, 0.1])
     assert await check(double, probes) == 0.0
 
 
-async def test_different_weights_fail_after_few_measurements() -> None:
+async def test_probe_of_different_weights_fails_after_few_measurements() -> None:
     probes, double = await probes_of(EngineDouble()), EngineDouble(probe_noise=0.1)
     with pytest.raises(ProbeError, match=r"probe 1 of 2 differs by 0\.1000 nats"):
         await check(double, probes)
     assert len(double.requests) == len(probes) + 5
 
 
-async def test_empty_probe_list_fails() -> None:
+async def test_probe_check_fails_without_probes() -> None:
     with pytest.raises(ProbeError, match="has no probes"):
         await check(EngineDouble(), [])
 
@@ -134,7 +134,7 @@ async def test_probe_sequences_are_measured_one_at_a_time() -> None:
     assert [[len(logprobs) for logprobs in run] for run in measured] == [[2, 2]] * 3
 
 
-def test_probe_tolerance_has_its_minimum_when_all_measurements_are_equal() -> None:
+def test_probe_tolerance_is_the_minimum_when_all_measurements_are_equal() -> None:
     probes = make_probes(SEQUENCES[:1], [[(-1.0, -2.0)], [(-1.0, -2.0)]], FACTS)
     assert probes[0].tolerance == MIN_TOLERANCE == 1e-3
 
@@ -147,7 +147,7 @@ def test_probe_tolerance_is_twice_the_measured_noise() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize("run", [0, 1])
-def test_no_probe_is_created_from_non_finite_measurements(value: float, run: int) -> None:
+def test_creating_a_probe_from_non_finite_measurements_fails(value: float, run: int) -> None:
     measured = [[(-1.0, -2.0)], [(-1.0, -2.0)]]
     measured[run] = [(-1.0, value)]
     with pytest.raises(ProbeError, match="non-finite"):
@@ -158,7 +158,7 @@ logprobs = st.floats(-20, 0)
 
 
 @given(st.lists(st.tuples(logprobs, logprobs), min_size=1, max_size=6))
-def test_probe_tolerance_covers_all_its_measurements(runs: list[tuple[float, float]]) -> None:
+def test_probe_tolerance_covers_all_measurements_of_the_probe(runs: list[tuple[float, float]]) -> None:
     probe = make_probes(SEQUENCES[:1], [[run] for run in runs], FACTS)[0]
     assert probe.tolerance >= MIN_TOLERANCE
     for run in runs:
@@ -181,7 +181,7 @@ def test_chosen_probe_sequences_are_few_short_excerpts_of_prompt_and_answer(
         assert any(tuple(p)[-start:] == prompt and tuple(a)[: len(answer)] == answer for p, a in pairs)
 
 
-def test_probe_sequences_are_chosen_from_the_whole_set() -> None:
+def test_probe_sequences_are_spread_across_the_held_out_set() -> None:
     pairs = [([number], [number]) for number in range(16)]
     assert [token_ids[0] for token_ids, _ in choose_sequences(pairs, 4)] == [0, 4, 8, 12]
 
@@ -200,7 +200,7 @@ def test_probe_sequences_are_chosen_from_the_whole_set() -> None:
         {"note": "x"},
     ],
 )
-def test_probe_without_evidential_value_cannot_be_created(change: dict[str, object]) -> None:
+def test_probe_with_invalid_fields_is_rejected(change: dict[str, object]) -> None:
     good = {"token_ids": (1, 2, 3, 4), "start": 2, "logprobs": (-1.0, -2.0), "tolerance": 1e-3, "engine": FACTS}
     Probe.model_validate(good)
     with pytest.raises(ValidationError):
@@ -223,7 +223,7 @@ def test_engine_facts_distinguish_compiled_from_eager(tmp_path: Path) -> None:
     assert eager == facts_of(tmp_path)
 
 
-def test_engine_facts_include_number_type_and_kernel(tmp_path: Path) -> None:
+def test_engine_facts_include_dtype_and_kernel(tmp_path: Path) -> None:
     merged, gptq = facts_of(tmp_path, AVX2), facts_of(tmp_path, AVX2, GPTQ)
     assert (merged.dtype, merged.kernel) == ("float32", GptqKernel.VLLM)
     assert (gptq.dtype, gptq.kernel) == ("bfloat16", GptqKernel.TORCH)
@@ -231,7 +231,7 @@ def test_engine_facts_include_number_type_and_kernel(tmp_path: Path) -> None:
     assert facts_of(tmp_path) != facts_of(tmp_path, args=("--dtype", "float32"))
 
 
-def test_engine_facts_with_different_number_types_have_different_keys() -> None:
+def test_engine_facts_with_different_dtypes_have_different_keys() -> None:
     wide = FACTS.model_copy(update={"dtype": "float32"})
     assert wide.key != FACTS.key
     assert EngineFacts.model_validate_json(wide.key) == wide

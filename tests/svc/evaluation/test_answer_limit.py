@@ -30,7 +30,7 @@ def test_answer_limit_fits_the_reference_and_the_remaining_context(prompt: int, 
     assert found == context - prompt or 1.5 * answer + 16 <= found < 1.5 * answer + 17
 
 
-def test_answer_limit_considers_only_the_last_of_several_answers_trained_on() -> None:
+def test_answer_limit_depends_only_on_the_last_trained_answer() -> None:
     of_two = TokenizedExample(tuple(range(120)), ((10, 100), (110, 120)))
     assert limit(of_two) == 31
     assert limit(of_two, context=125) == 15
@@ -41,5 +41,5 @@ def test_configured_answer_limit_is_the_same_for_every_example() -> None:
 
 
 @given(st.text())
-def test_answer_limit_without_a_tokenizer_allows_one_token_per_byte(reference: str) -> None:
+def test_answer_limit_allows_one_token_per_byte_when_there_is_no_tokenizer(reference: str) -> None:
     assert limit_of_text(reference) >= 1.5 * len(reference.encode()) + 16

@@ -38,11 +38,11 @@ def test_metric_scores_are_not_cached_with_answers(cache: EvaluationCache) -> No
     assert find(cache, [chat("d", "4")]) == (RESULTS[0],)
 
 
-def test_cache_returns_results_for_a_subset_of_examples(cache: EvaluationCache) -> None:
+def test_evaluation_cache_returns_results_for_a_subset_of_examples(cache: EvaluationCache) -> None:
     assert find(cache, EXAMPLES[1:]) == tuple(RESULTS[1:])
 
 
-def test_cache_returns_none_when_one_example_is_missing(cache: EvaluationCache) -> None:
+def test_evaluation_cache_returns_none_when_one_example_is_missing(cache: EvaluationCache) -> None:
     assert find(cache, [*EXAMPLES, chat("d", "4")]) is None
 
 
@@ -68,19 +68,19 @@ def test_changed_answer_limit_is_a_cache_miss(cache: EvaluationCache) -> None:
     assert find(cache, EXAMPLES) == tuple(RESULTS)
 
 
-def test_results_added_later_are_found_together_with_earlier_ones(cache: EvaluationCache) -> None:
+def test_cache_lookup_combines_results_added_at_different_times(cache: EvaluationCache) -> None:
     cache.add([chat("d", "4")], RESULTS[:1])
     assert find(cache, [chat("d", "4"), *EXAMPLES]) == (RESULTS[0], *RESULTS)
 
 
 @pytest.mark.parametrize("conditions", [("sha256:2", "eager"), ("sha256:1", "compiled"), ("sha256:1",)])
-def test_different_weights_or_conditions_are_a_cache_miss(
+def test_different_weights_or_evaluation_conditions_cause_a_cache_miss(
     cache: EvaluationCache, tmp_path: Path, conditions: tuple[str, ...]
 ) -> None:
     assert find(EvaluationCache(tmp_path / "cache", *conditions), EXAMPLES) is None
 
 
-def test_corrupt_cache_file_is_ignored(cache: EvaluationCache, tmp_path: Path) -> None:
+def test_corrupt_evaluation_cache_file_is_ignored(cache: EvaluationCache, tmp_path: Path) -> None:
     [path] = (tmp_path / "cache").iterdir()
     path.write_bytes(path.read_bytes()[:-5])
     assert find(cache, EXAMPLES) is None

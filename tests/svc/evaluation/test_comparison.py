@@ -59,7 +59,9 @@ def against(
 @pytest.mark.slow
 @settings(max_examples=30)
 @given(rows)
-def test_swapping_the_models_mirrors_all_differences(given: list[tuple[str, str, str, float, float]]) -> None:
+def test_swapping_the_compared_models_reverses_the_sign_of_all_differences(
+    given: list[tuple[str, str, str, float, float]],
+) -> None:
     examples, one, other = pairs(given)
     there = compare(examples, one.results, other.results, ALL)
     back = compare(examples, other.results, one.results, ALL)
@@ -102,7 +104,7 @@ def test_comparison_direction_follows_the_primary_metric(
 
 
 @pytest.mark.parametrize(("differing", "direction"), [(5, Direction.UNDECIDED), (6, Direction.BETTER)])
-def test_difference_within_chance_at_the_5_percent_level_is_not_significant(
+def test_difference_that_chance_could_explain_at_the_5_percent_level_is_not_significant(
     differing: int, direction: Direction
 ) -> None:
     first = ["mail"] * differing + ["net"] * 20
@@ -134,7 +136,7 @@ def test_wins_losses_and_ties_are_tested_with_the_exact_sign_test() -> None:
     assert tally.p_value == pytest.approx(0.109375)  # 2 * (1 + 10 + 45) / 1024
 
 
-def test_corpus_metric_is_tallied_by_its_per_example_metric() -> None:
+def test_wins_on_a_corpus_metric_are_counted_with_the_corresponding_per_example_metric() -> None:
     examples, one, other = pairs([("net", "mail", '{"s": "net"}', 1.0, 1.0)] * 3 + [("mail", "x", "y", 1.0, 1.0)])
     with_it = compare(examples, one.results, other.results, [MacroF1(), Accuracy()])
     without = compare(examples, one.results, other.results, [MacroF1()])
@@ -142,7 +144,7 @@ def test_corpus_metric_is_tallied_by_its_per_example_metric() -> None:
     assert (without.tally.metric, without.tally.wins) == ("exact_match", 0)
 
 
-def test_most_different_examples_come_first_with_ties_ordered_by_edits() -> None:
+def test_differing_examples_are_sorted_by_score_difference_and_then_by_edit_distance() -> None:
     first = ["net", "net", "no", "mail", "net"]
     second = ["a long other answer", "mail", "no, and more", "mail", "net"]
     differing = against(first, second).different
@@ -161,13 +163,13 @@ def test_number_of_examples_shown_is_limited() -> None:
     assert len(against(["net"] * 50, ["mail"] * 50).different) == SHOWN
 
 
-def test_token_metrics_are_excluded_when_tokenizers_differ() -> None:
+def test_token_based_metrics_are_excluded_when_the_models_have_different_tokenizers() -> None:
     comparison = against(["net"], ["mail"], no_tokens="the two have different tokenizers")
     assert set(comparison.metrics) == {"exact_match", "cut_off"}
     assert comparison.left_out == dict.fromkeys(("perplexity", "nll"), "the two have different tokenizers")
 
 
-def test_model_with_significantly_fewer_truncated_answers_is_better() -> None:
+def test_model_with_significantly_fewer_truncated_answers_counts_as_better() -> None:
     examples = [chat(f"q {place}", "net") for place in range(20)]
     cut = [result("net", "net", end="length" if place < 15 else "stop") for place in range(20)]
     whole = [result("net", "net")] * 20
@@ -176,7 +178,7 @@ def test_model_with_significantly_fewer_truncated_answers_is_better() -> None:
     assert (truncation.difference.value, truncation.direction) == (-0.75, Direction.BETTER)
 
 
-def test_another_metric_becomes_primary_when_the_primary_is_excluded() -> None:
+def test_next_usable_metric_becomes_primary_when_the_primary_metric_is_excluded() -> None:
     examples, one, other = pairs([("net", "net", "mail", 1.0, 1.0)])
     metrics = choose_metrics(examples, MetricOptions(names=("perplexity", "length", "exact_match")))
     comparison = compare(examples, one.results, other.results, metrics, no_tokens="elsewhere")

@@ -67,7 +67,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return made
 
 
-async def test_every_example_is_sent_and_its_answer_compared_with_the_reference() -> None:
+async def test_every_example_is_sent_to_the_endpoint_and_its_answer_compared_with_the_reference() -> None:
     provider = Provider()
     results = await ask(provider)
     assert [result.hit for result in results] == [True, False]
@@ -85,7 +85,7 @@ async def test_each_request_has_its_own_token_limit() -> None:
     assert [result.limit for result in results] == [8, 24]
 
 
-async def test_no_api_key_is_sent_when_none_is_configured() -> None:
+async def test_no_api_key_is_sent_to_the_endpoint_when_none_is_configured() -> None:
     provider = Provider()
     await ask(provider, Endpoint("http://127.0.0.1:8000/v1", "mine"))
     assert "authorization" not in provider.requests[0].headers
@@ -98,7 +98,7 @@ async def test_no_api_key_is_sent_when_none_is_configured() -> None:
         ("'temperature' does not support 0 with this model", "temperature", None),
     ],
 )
-async def test_unsupported_request_option_is_replaced_and_the_request_retried(
+async def test_unsupported_request_option_is_replaced_or_omitted_and_the_request_retried(
     refused: str, gone: str, instead: str | None, pauses: list[float]
 ) -> None:
     provider = Provider(*[refused_option(refused, gone)] * 4)
@@ -122,7 +122,7 @@ async def test_permanently_busy_endpoint_raises_error() -> None:
         await ask(provider)
 
 
-async def test_rejection_is_not_retried_and_its_error_omits_the_api_key() -> None:
+async def test_rejected_request_is_not_retried_and_its_error_omits_the_api_key() -> None:
     provider = Provider(*[refusal(401, f"Incorrect API key provided: {KEY}")] * 20)
     with pytest.raises(
         EngineError, match=r"big-model at https://elsewhere\.example/v1 responded with status 401"
@@ -131,7 +131,7 @@ async def test_rejection_is_not_retried_and_its_error_omits_the_api_key() -> Non
     assert KEY not in str(raised.value) + repr(raised.value) + repr(ENDPOINT)
 
 
-async def test_no_further_request_is_sent_after_a_rejection() -> None:
+async def test_no_further_request_is_sent_to_an_endpoint_after_a_rejection() -> None:
     asked: list[httpx.Request] = []
 
     async def refuse(request: httpx.Request) -> httpx.Response:
@@ -198,7 +198,7 @@ async def test_endpoint_may_call_tools_when_references_do() -> None:
     assert (result.answer, result.hit) == ('{"name": "rain", "arguments": {}}', True)
 
 
-async def test_reference_thinking_is_neither_sent_nor_compared() -> None:
+async def test_reference_thinking_is_neither_sent_to_the_endpoint_nor_compared() -> None:
     def thinks(body: dict[str, Any]) -> httpx.Response:
         answer = yes(body).json()
         answer["choices"][0]["message"]["content"] = "<think>\nIs it?\n</think>\n\nyes"

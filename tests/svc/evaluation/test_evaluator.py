@@ -45,7 +45,7 @@ async def test_answers_are_compared_with_their_references() -> None:
     assert report.examples == 4
 
 
-async def test_documents_are_scored_but_not_asked() -> None:
+async def test_documents_are_scored_without_generating_answers() -> None:
     documents = [ChatExample.of_document(text) for text in ("a b c", "d e")]
     rows = [TokenizedExample(tuple(range(1, length)), ((1, length - 1),)) for length in (5, 4)]
     async with client_of(EngineDouble()) as client:
@@ -67,7 +67,7 @@ async def test_evaluation_results_follow_the_order_of_the_examples() -> None:
     assert [(result.answer.strip(), result.tokens, result.finish_reason) for result in alone] == [(ONE, 5, "stop")] * 2
 
 
-async def test_answer_logprob_equals_rescoring_its_text_without_the_end_token() -> None:
+async def test_answer_logprob_equals_the_logprob_from_rescoring_without_the_end_token() -> None:
     async with client_of(EngineDouble(finish_reason="stop")) as client:
         result = await asked(client, chat("a", "other"), limit=8)
         whole = tokenized(chat("a", result.answer))
@@ -91,14 +91,14 @@ async def test_answer_equal_to_the_reference_is_not_scored_again() -> None:
 
 
 @pytest.mark.parametrize("reference", ["other", ONE])
-async def test_results_are_the_same_for_trained_and_untrained_models(reference: str) -> None:
+async def test_evaluation_results_do_not_depend_on_whether_the_model_is_marked_as_trained(reference: str) -> None:
     async with client_of(EngineDouble(finish_reason="stop")) as client:
         answers = [await asked(client, chat("a", reference), limit=8, trained=way) for way in (True, False)]
     assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("cut", ["1.0 1.1", "1.0 1.1 1.2 1.3 1.4"])
-async def test_reference_longer_or_shorter_than_the_answer_is_scored(cut: str) -> None:
+async def test_reference_is_scored_whether_it_is_longer_or_shorter_than_the_answer(cut: str) -> None:
     double = EngineDouble(finish_reason="stop")
     async with client_of(double) as client:
         result = await asked(client, chat("a", cut), limit=8)
@@ -113,7 +113,7 @@ async def test_truncated_answer_matching_the_reference_is_still_scored() -> None
     assert double.calls.count("/v1/completions") == 1
 
 
-async def test_verbatim_long_answer_is_a_hit_with_the_default_limit() -> None:
+async def test_long_answer_identical_to_the_reference_is_a_hit_with_the_default_token_limit() -> None:
     double = EngineDouble(tokens=200, finish_reason="stop")
     example = chat("a", " ".join(f"1.{number}" for number in range(200)))
     seen = [tokenized(example)]
@@ -167,7 +167,7 @@ async def test_reported_nll_is_averaged_per_token() -> None:
     assert evaluation.report.nll.value == pytest.approx((2 * short.nll + 5 * long.nll) / 7)
 
 
-async def test_only_answers_trained_on_are_scored_in_a_conversation() -> None:
+async def test_only_trained_answers_of_a_conversation_are_scored() -> None:
     double, example = EngineDouble(), chat("a b", "c d e")
     of_two = replace(tokenized(example), learnt=((1, 2), (4, 6)))
     async with client_of(double) as client:
@@ -240,7 +240,7 @@ async def test_evaluation_report_round_trips_through_json() -> None:
     assert type(report).model_validate_json(report.model_dump_json()) == report
 
 
-async def test_report_lists_the_task_metrics_with_the_primary_one_first() -> None:
+async def test_evaluation_report_lists_the_primary_metric_first() -> None:
     async with client_of(EngineDouble()) as client:
         examples = [chat("a", ONE), chat("b", ONE), chat("c", "other"), chat("d", "other")]
         evaluation = await judged(client, examples, limit=8)
@@ -266,7 +266,7 @@ def test_metric_scores_are_recomputed_from_the_answers() -> None:
         ([math.inf, 1.0], "the score of answer 1 is inf"),
     ],
 )
-def test_scores_must_be_one_finite_number_per_answer(scores: list[float], wrong: str) -> None:
+def test_metric_must_return_one_finite_score_per_answer(scores: list[float], wrong: str) -> None:
     class Own(ExactMatch):
         name = "own"
 

@@ -16,14 +16,14 @@ values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30)
 
 
 @given(counts)
-def test_proportion_is_within_its_interval_and_the_interval_within_0_and_1(count: tuple[int, int]) -> None:
+def test_proportion_lies_within_its_interval_and_the_interval_between_0_and_1(count: tuple[int, int]) -> None:
     estimate = proportion(*count)
     assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
     assert estimate.low < estimate.high
 
 
 @given(counts)
-def test_hits_and_misses_have_mirrored_intervals(count: tuple[int, int]) -> None:
+def test_intervals_of_hit_and_miss_proportions_are_mirrored(count: tuple[int, int]) -> None:
     hits, total = count
     one, other = proportion(hits, total), proportion(total - hits, total)
     assert math.isclose(one.low, 1 - other.high, abs_tol=1e-9)
@@ -45,7 +45,7 @@ def test_confidence_intervals_match_published_values(hits: int, total: int, low:
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 0), (-1, 5), (6, 5), (1, -1)])
-def test_proportion_of_impossible_counts_is_rejected(hits: int, total: int) -> None:
+def test_proportion_of_invalid_counts_is_rejected(hits: int, total: int) -> None:
     with pytest.raises(ValueError, match="hits of"):
         proportion(hits, total)
 
@@ -68,7 +68,7 @@ def test_equal_weights_do_not_change_the_mean_or_interval(numbers: list[float]) 
 
 @settings(max_examples=20)  # each draws 2000 samples
 @given(values)
-def test_mean_lies_between_the_extremes_and_in_its_interval(numbers: list[float]) -> None:
+def test_mean_and_its_interval_lie_between_the_smallest_and_largest_value(numbers: list[float]) -> None:
     estimate = mean(numbers)
     slack = 1e-6
     assert min(numbers) - slack <= estimate.low <= estimate.high <= max(numbers) + slack
@@ -92,7 +92,7 @@ def test_mean_of_no_values_is_rejected() -> None:
         mean([])
 
 
-def test_paired_difference_cancels_shared_example_difficulty() -> None:
+def test_paired_difference_has_no_variance_when_all_examples_differ_equally() -> None:
     first = [float(number) for number in range(50)]
     difference = paired_difference(first, [value + 0.5 for value in first])
     assert difference == Interval(value=0.5, low=0.5, high=0.5)
@@ -120,7 +120,7 @@ def test_interval_of_1000_values_is_computed_quickly() -> None:
     assert time.process_time() - started < 0.2
 
 
-def test_interval_is_correct_when_resampling_in_batches() -> None:
+def test_bootstrap_interval_is_correct_when_resampling_in_batches() -> None:
     generator = random.Random(1)
     estimate = mean([generator.gauss(0, 1) for _ in range(3000)])
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 / math.sqrt(3000), rel=0.1)

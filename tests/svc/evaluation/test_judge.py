@@ -33,7 +33,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint_module, "_MAX_PAUSE_S", 0.01)
 
 
-async def test_consistent_judge_gives_the_same_verdict_in_both_orders() -> None:
+async def test_judge_with_the_same_verdict_in_both_answer_orders_has_full_agreement() -> None:
     with judge_server(prefer_good) as server:
         report = await judge(PAIRS, endpoint(server))
     assert (report.pairs, report.unread) == (6, 0)
@@ -42,7 +42,7 @@ async def test_consistent_judge_gives_the_same_verdict_in_both_orders() -> None:
     assert len(server.requests) == 12
 
 
-async def test_position_biased_judge_has_even_win_rate_and_no_agreement() -> None:
+async def test_position_biased_judge_has_a_50_percent_win_rate_and_no_agreement() -> None:
     with judge_server(lambda first, second: "A") as server:
         report = await judge(PAIRS, endpoint(server))
     assert (report.win_rate.value, report.agreement.value) == (0.5, 0.0)
@@ -62,7 +62,7 @@ async def test_win_rate_and_agreement_have_intervals() -> None:
     assert report.agreement.low < 1.0
 
 
-async def test_equal_answers_are_a_tie_without_asking_the_judge() -> None:
+async def test_identical_answers_are_a_tie_without_a_judge_request() -> None:
     with judge_server(prefer_good) as server:
         report = await judge([(chat(), "same", " same\n"), PAIRS[0]], endpoint(server))
     assert report.verdicts[0] == (Preference.TIE, Preference.TIE)
@@ -84,7 +84,7 @@ async def test_no_api_key_is_sent_to_the_judge_when_none_is_configured() -> None
     assert server.keys == [None, None]
 
 
-async def test_data_destination_is_printed_before_anything_is_sent_to_the_judge(
+async def test_judge_url_is_printed_before_any_data_is_sent_to_the_judge(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with judge_server(prefer_good, failures=[(401, {}, "wrong key")] * 9) as server, pytest.raises(JudgeError):
@@ -99,20 +99,20 @@ async def test_data_destination_is_printed_before_anything_is_sent_to_the_judge(
     "text",
     ["A", " a.", "**A**", "a", "The second is longer, so B at first sight. On reflection:\n\nA", "Verdict: A"],
 )
-async def test_verdict_is_parsed_from_any_common_form(text: str) -> None:
+async def test_judge_verdict_is_parsed_from_any_common_format(text: str) -> None:
     with judge_server(lambda first, second: text) as server:
         report = await judge(PAIRS[:1], endpoint(server))
     assert report.verdicts[0][0] is Preference.FIRST
 
 
 @pytest.mark.parametrize("text", ["", "B is a better answer", "Both are good.", "C", "neither", "Answer: Apple"])
-async def test_text_without_a_verdict_is_not_parsed_as_one(text: str) -> None:
+async def test_text_without_a_judge_verdict_yields_no_verdict(text: str) -> None:
     with judge_server(lambda first, second: text) as server, pytest.raises(JudgeError, match="returned no verdict"):
         await judge(PAIRS[:1], endpoint(server))
 
 
 @pytest.mark.slow
-async def test_few_pairs_without_a_verdict_are_excluded() -> None:
+async def test_pairs_without_a_judge_verdict_are_excluded_if_they_are_few() -> None:
     pairs = [(chat(str(place), "r"), "poor" if place else "odd", f"good {place}") for place in range(12)]
     with judge_server(
         lambda first, second: "both!" if "odd" in (first, second) else prefer_good(first, second)

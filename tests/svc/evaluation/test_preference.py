@@ -11,7 +11,7 @@ BASE = PairScores(chosen=(-9.0, -2.0, -3.0, -4.0), rejected=(-1.0, -3.0, -1.0, -
 TRAINED = PairScores(chosen=(-5.0, -2.0, -1.0, -4.5), rejected=(-4.0, -9.0, -2.0, -5.0))
 
 
-def test_accuracy_is_the_share_of_pairs_whose_chosen_answer_is_more_likely() -> None:
+def test_preference_accuracy_is_the_share_of_pairs_whose_chosen_answer_is_more_likely() -> None:
     report = PreferenceReport.of(TRAINED)
     assert report.accuracy.value == 0.75
     assert report.accuracy.low < 0.75 < report.accuracy.high
@@ -19,7 +19,7 @@ def test_accuracy_is_the_share_of_pairs_whose_chosen_answer_is_more_likely() -> 
     assert report.reward_accuracy is None
 
 
-def test_reward_accuracy_is_the_share_of_pairs_whose_chosen_answer_gained_more_than_under_the_base() -> None:
+def test_reward_accuracy_is_the_share_of_pairs_whose_chosen_answer_has_the_higher_reward() -> None:
     report = PreferenceReport.of(TRAINED, BASE)
     assert report.reward_accuracy and report.reward_accuracy.value == 0.75  # the fourth lost 0.5 nats
     assert report.reward_margin and report.reward_margin.value == pytest.approx((7 + 6 + 3 - 0.5) / 4)

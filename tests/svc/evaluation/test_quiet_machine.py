@@ -33,7 +33,7 @@ async def measured(shares: Sequence[float]) -> tuple[int, float, int]:
     return result, share, made
 
 
-async def test_quiet_machine_is_measured_once() -> None:
+async def test_measurement_on_a_quiet_machine_is_not_repeated() -> None:
     result, share, made = await measured([0.02])
     assert (result, made) == (1, 1)
     assert share == pytest.approx(0.02, abs=0.03)
@@ -50,7 +50,7 @@ async def test_quietest_of_three_measurements_is_used_on_a_busy_machine() -> Non
     assert share == pytest.approx(0.4, abs=0.05)
 
 
-async def test_own_cpu_time_does_not_count_as_that_of_other_processes() -> None:
+async def test_own_cpu_time_is_not_attributed_to_other_processes() -> None:
     async def measure() -> None:
         end = time.thread_time() + 0.2
         while time.thread_time() < end:
@@ -62,7 +62,7 @@ async def test_own_cpu_time_does_not_count_as_that_of_other_processes() -> None:
     assert share < 0.02
 
 
-def test_machine_cpu_time_grows_with_work() -> None:
+def test_machine_cpu_time_increases_while_a_process_is_working() -> None:
     before, end = machine_s(), time.thread_time() + 0.3
     while time.thread_time() < end:
         pass

@@ -37,7 +37,7 @@ def test_written_results_round_trip_exactly(
     assert read_results(path) == tuple(results)
 
 
-def test_largest_answer_limit_is_the_maximum_over_all_results() -> None:
+def test_largest_answer_limit_is_taken_over_all_results() -> None:
     assert largest_limit([RESULT, RESULT.model_copy(update={"limit": 40}), RESULT]) == 40
 
 

@@ -8,7 +8,7 @@ from tests.svc.engine.in_process import client_of
 
 
 @pytest.mark.parametrize("streams", [1, 8])
-async def test_every_stream_generates_tokens_from_a_cached_prompt(streams: int) -> None:
+async def test_throughput_streams_generate_from_cached_prompts(streams: int) -> None:
     double = EngineDouble(tokens=TOKENS)
     async with client_of(double) as client:
         speed = await decoding_speed(client, [[1, 2], [3, 4], [5, 6]], streams)
@@ -19,7 +19,7 @@ async def test_every_stream_generates_tokens_from_a_cached_prompt(streams: int) 
     assert "/reset_prefix_cache" not in double.calls
 
 
-async def test_slower_engine_has_fewer_tokens_per_second() -> None:
+async def test_measured_throughput_is_limited_by_the_engine_token_rate() -> None:
     async with client_of(EngineDouble(tokens=TOKENS, token_delay_s=0.004)) as client:
         speed = await decoding_speed(client, [[1, 2]], 8)
     assert speed.high <= 8 / 0.004

@@ -28,14 +28,14 @@ def outcome(lost: int, gained: int, examples: int, margin: float) -> GateOutcome
 
 
 @given(changed())
-def test_interval_of_a_difference_in_proportions_contains_its_value(counts: tuple[int, int, int]) -> None:
+def test_interval_of_a_loss_contains_the_measured_loss(counts: tuple[int, int, int]) -> None:
     loss = loss_of(*counts)
     assert -1 <= loss.low <= loss.value <= loss.high <= 1
     assert loss.low < loss.high
 
 
 @given(changed())
-def test_interval_is_mirrored_when_the_models_are_swapped(counts: tuple[int, int, int]) -> None:
+def test_interval_of_a_loss_is_mirrored_when_the_models_are_swapped(counts: tuple[int, int, int]) -> None:
     lost, gained, examples = counts
     loss, other = loss_of(*counts), loss_of(gained, lost, examples)
     assert (loss.low, loss.high) == pytest.approx((-other.high, -other.low))
@@ -49,7 +49,9 @@ def test_six_lost_answers_prove_a_loss_and_five_do_not(lost: int, leaves_out_0: 
 
 @pytest.mark.parametrize("true_loss", [0.02, 0.1, 0.3])
 @pytest.mark.parametrize("examples", [30, 60, 200])
-def test_version_worse_than_the_margin_passes_at_most_once_in_ten_trials(true_loss: float, examples: int) -> None:
+def test_version_worse_than_the_margin_passes_the_gate_in_at_most_10_percent_of_trials(
+    true_loss: float, examples: int
+) -> None:
     """The margin equals the true loss, which is excluded by chance nominally once in forty times."""
     lost = np.random.default_rng(0).binomial(examples, true_loss, 2000)
     seen, counts = np.unique(lost, return_counts=True)
@@ -69,7 +71,7 @@ def test_wider_margin_never_worsens_the_outcome(counts: tuple[int, int, int], ma
 
 
 @given(changed(), st.integers(2, 20), MARGINS)
-def test_gate_decision_is_kept_with_more_examples_in_the_same_proportions(
+def test_gate_decision_does_not_change_with_more_examples_in_the_same_proportions(
     counts: tuple[int, int, int], times: int, margin: float
 ) -> None:
     lost, gained, examples = counts
@@ -94,7 +96,7 @@ def test_gate_cannot_both_pass_and_fail(counts: tuple[int, int, int], margin: fl
 
 
 @given(changed(), MARGINS)
-def test_number_of_examples_to_decide_is_given_only_if_undecided_and_suffices(
+def test_undecided_gate_names_a_sufficient_number_of_examples_to_decide(
     counts: tuple[int, int, int], margin: float
 ) -> None:
     verdict = judge(loss_of(*counts), margin, counts[2])
@@ -127,16 +129,16 @@ def test_3_percent_loss_on_200_examples_is_undecided_with_a_5_percent_margin() -
 @pytest.mark.parametrize(
     ("examples", "wanted"), [(30, GateOutcome.UNDECIDED), (60, GateOutcome.PASSED), (2, GateOutcome.UNDECIDED)]
 )
-def test_unchanged_answers_pass_only_with_enough_examples(examples: int, wanted: GateOutcome) -> None:
+def test_gate_passes_unchanged_answers_only_with_enough_examples(examples: int, wanted: GateOutcome) -> None:
     assert outcome(0, 0, examples, 0.05) is wanted
 
 
-def test_margin_of_100_percent_always_passes() -> None:
+def test_gate_with_a_margin_of_100_percent_always_passes() -> None:
     assert outcome(2, 0, 2, 1.0) is GateOutcome.PASSED
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_verdict_is_undecided_with_fewer_examples_than_required(value: float) -> None:
+def test_gate_is_undecided_with_fewer_examples_than_required(value: float) -> None:
     narrow = Interval(value=value, low=value, high=value)
     verdict = judge(narrow, 0.5, 7, fewest=8)
     assert (verdict.outcome, verdict.examples_to_decide) == (GateOutcome.UNDECIDED, 8)

@@ -78,7 +78,7 @@ def test_developer_turn_becomes_a_system_turn(svc: Svc, store: Store, tmp_path: 
     assert [message.role for message in pair.chosen.prompt] == ["system", "user"]
 
 
-def test_thinking_is_removed_from_the_original_answer(svc: Svc, store: Store, tmp_path: Path) -> None:
+def test_thinking_is_removed_from_the_original_answer_of_rated_requests(svc: Svc, store: Store, tmp_path: Path) -> None:
     rate(store, CORRECTION, answer="Red? Yellow.</think>\n\nA banana.")
     assert read_pairs(written(svc, tmp_path, "tiny")) == [PreferencePair(CORRECTED, GIVEN)]
 
@@ -100,7 +100,7 @@ CALL = '{"name": "rain", "arguments": {}}'
         ({}, Feedback(Rating.GOOD, correction="A banana.\n"), "there is no correction, or it equals"),
     ],
 )
-def test_feedback_that_yields_no_pair_is_counted_as_not_used(
+def test_feedback_that_yields_no_preference_pair_is_counted_as_unused(
     svc: Svc, store: Store, tmp_path: Path, fields: dict[str, Any], feedback: Feedback, reason: str
 ) -> None:
     rate(store, feedback, "other", **fields)
@@ -150,7 +150,7 @@ def test_existing_output_file_is_kept_when_there_is_no_feedback_to_write(
     assert (tmp_path / "out.jsonl").read_text() == "old"
 
 
-def test_error_says_how_to_store_texts_when_no_feedback_can_be_used(svc: Svc, store: Store) -> None:
+def test_error_names_the_content_logging_setting_when_no_feedback_can_be_used(svc: Svc, store: Store) -> None:
     ended = svc("feedback", "tiny")
     assert ended.code == NotFoundError.exit_code
     assert "no feedback on tiny can be used for the objective dpo" in ended.err

@@ -21,7 +21,7 @@ from svc.files.disk import close_to_others, is_full, sync_files, write_whole
         (0o777, [], False),
     ],
 )
-def test_only_folders_containing_our_own_files_get_owner_only_permissions(
+def test_owner_only_permissions_are_set_only_on_unshared_tuneserve_folders(
     tmp_path: Path, mode: int, names: list[str], closed: bool
 ) -> None:
     """A user may set /tmp as a home, for example."""
@@ -42,7 +42,7 @@ def test_existing_file_is_replaced_on_write(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_old_file_is_kept_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_file_is_unchanged_when_a_write_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.json"
     write_whole(path, b"old")
 
@@ -80,7 +80,7 @@ def test_full_disk_error_is_recognized(tmp_path: Path, error: Exception, full: b
 
 
 @pytest.mark.parametrize(("free", "full"), [(4096, True), (10**9, False)])
-def test_truncated_torch_write_counts_as_full_disk_without_free_space(
+def test_truncated_torch_write_counts_as_a_full_disk_error_if_no_space_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, full: bool
 ) -> None:
     usage = namedtuple("usage", "total used free")

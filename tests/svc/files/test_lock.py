@@ -65,7 +65,7 @@ def test_lock_is_released_when_its_holder_is_killed(tmp_path: Path, holder: "sub
         assert lock_holder(tmp_path / "lock") == {"pid": os.getpid()}
 
 
-def test_lock_is_released_when_its_body_raises(tmp_path: Path) -> None:
+def test_lock_is_released_when_the_locked_block_raises(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), hold_lock(tmp_path / "lock", "it"):
         raise ZeroDivisionError
     assert lock_holder(tmp_path / "lock") is None
@@ -75,7 +75,7 @@ def test_never_held_lock_has_no_holder(tmp_path: Path) -> None:
     assert lock_holder(tmp_path / "lock") is None
 
 
-def test_child_process_does_not_keep_the_lock_of_its_parent(tmp_path: Path) -> None:
+def test_child_process_does_not_inherit_the_lock_of_its_parent(tmp_path: Path) -> None:
     with hold_lock(tmp_path / "lock", "it"):
         child = subprocess.Popen([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], stdout=-1)
         assert child.stdout is not None
@@ -106,7 +106,7 @@ def test_reading_the_lock_holder_never_interferes_with_locking(tmp_path: Path) -
             process.kill()
 
 
-def test_child_process_inheriting_the_locked_file_keeps_the_lock(tmp_path: Path) -> None:
+def test_lock_stays_held_while_a_child_process_has_inherited_the_file_descriptor(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with locked_file(path) as file:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[file.fileno()])
@@ -123,7 +123,7 @@ def test_locked_file_cannot_be_locked_again(tmp_path: Path) -> None:
         pass
 
 
-def test_lock_is_not_acquired_when_its_folder_is_renamed_during_the_wait(
+def test_lock_is_not_acquired_if_its_folder_is_renamed_while_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that removes a run holds its lock, renames the folder and deletes it."""

@@ -14,14 +14,14 @@ from tests.svc.report.test_judged import LABELS
 pytestmark = pytest.mark.slow
 
 
-def test_hub_reads_licence_base_and_task_from_the_card(manifest: Manifest, versions: JudgedVersions) -> None:
+def test_hub_reads_license_base_model_and_task_from_the_card(manifest: Manifest, versions: JudgedVersions) -> None:
     data = ModelCard(make_card(versions.registry, manifest, Format.GPTQ, "org/tickets")).data
     assert data.get("license") == "apache-2.0"
     assert (data.get("base_model"), data.get("base_model_relation")) == ("org/base", "quantized")
     assert (data.get("library_name"), data.get("pipeline_tag")) == ("transformers", "text-generation")
 
 
-def test_card_has_metrics_with_intervals_and_changes_from_the_base(
+def test_card_lists_metrics_with_intervals_and_changes_from_the_base_model(
     manifest: Manifest, versions: JudgedVersions
 ) -> None:
     card = make_card(versions.registry, manifest, Format.MERGED, "org/tickets")
@@ -56,7 +56,7 @@ def test_card_contains_no_example_text_labels_or_paths(
         ("secret@4", "A previously fine-tuned model"),
     ],
 )
-def test_card_does_not_name_a_base_that_is_not_on_the_hub(
+def test_card_does_not_name_a_base_model_that_is_not_on_the_hub(
     versions: JudgedVersions, manifest: Manifest, origin: str, shown: str
 ) -> None:
     local = manifest.model_copy(update={"base": BaseRecord(origin=origin, revision="abc", licence=None)})
@@ -67,7 +67,7 @@ def test_card_does_not_name_a_base_that_is_not_on_the_hub(
     assert "license:" not in card
 
 
-def test_card_names_parts_of_a_combined_adapter_only_if_they_are_on_the_hub(
+def test_card_of_a_combined_adapter_names_only_source_adapters_on_the_hub(
     versions: JudgedVersions, manifest: Manifest
 ) -> None:
     parts = [{"adapter": name, "weight": 0.5} for name in ("secret@3", "/home/alice/secret", "org/lora")]

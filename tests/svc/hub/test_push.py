@@ -45,9 +45,7 @@ def test_version_is_uploaded_as_one_private_commit_with_a_tag(
     assert list(hub.objects.values()) == [content["model.safetensors"]]  # sent once, as a large file
 
 
-def test_push_creates_a_public_repository_only_with_the_public_option(
-    svc: Svc, manifest: Manifest, hub: HubServer
-) -> None:
+def test_push_with_the_public_option_creates_a_public_repository(svc: Svc, manifest: Manifest, hub: HubServer) -> None:
     assert svc("push", str(manifest.id), "org/tickets", "--format", "gptq", "--public", "--yes").code == 0
     assert not hub.repositories["org/tickets"].private
 
@@ -64,7 +62,7 @@ def test_push_sends_nothing_without_confirmation(
     assert svc("push", str(manifest.id), "org/tickets", "--json").code == 2
 
 
-def test_dry_run_writes_the_card_without_a_token_or_the_network(
+def test_push_dry_run_writes_the_card_without_a_token_or_network_access(
     svc: Svc, manifest: Manifest, hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
@@ -86,7 +84,9 @@ def test_push_is_recorded_in_the_audit_log_even_if_it_fails(
     assert event.details["repo"] == "closed/tickets"
 
 
-def test_repository_with_content_is_replaced_only_on_request(svc: Svc, manifest: Manifest, hub: HubServer) -> None:
+def test_non_empty_repository_is_replaced_only_with_the_replace_option(
+    svc: Svc, manifest: Manifest, hub: HubServer
+) -> None:
     hub.repositories["org/tickets"] = Repository(
         private=True, files={"other.bin": b"1", "config.json": b"{}"}, tags={f"v{manifest.number}": "older"}
     )
@@ -112,7 +112,7 @@ def test_push_to_an_existing_repository_of_different_visibility_is_refused(
     assert "model.safetensors" not in hub.repositories["org/tickets"].files
 
 
-def test_no_file_is_uploaded_to_a_server_that_cannot_make_repositories_private(
+def test_push_is_refused_if_the_hub_server_cannot_make_the_repository_private(
     svc: Svc, manifest: Manifest, hub: HubServer
 ) -> None:
     hub.knows_visibility = False
@@ -150,7 +150,7 @@ def test_rejected_token_is_not_printed(
     assert "hf_wrong_token" not in ended.out + ended.err
 
 
-def test_hub_that_does_not_respond_is_reported(
+def test_unresponsive_hub_raises_error(
     svc: Svc, manifest: Manifest, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -167,7 +167,9 @@ def test_error_for_a_server_without_xet_names_the_setting_that_disables_xet(
     assert "model.safetensors" not in hub.repositories["org/tickets"].files
 
 
-def test_changed_file_is_not_uploaded(svc: Svc, manifest: Manifest, versions: JudgedVersions, hub: HubServer) -> None:
+def test_push_is_refused_if_a_version_file_was_modified(
+    svc: Svc, manifest: Manifest, versions: JudgedVersions, hub: HubServer
+) -> None:
     weights = versions.registry.artifact(manifest.id, Format.MERGED) / "model.safetensors"
     weights.chmod(0o644)
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
@@ -175,7 +177,7 @@ def test_changed_file_is_not_uploaded(svc: Svc, manifest: Manifest, versions: Ju
     assert hub.requests == []
 
 
-def test_version_that_failed_a_check_is_refused(
+def test_push_of_a_version_that_failed_a_check_is_refused(
     svc: Svc, versions: JudgedVersions, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Registry, "of", lambda settings: versions.registry)
@@ -186,7 +188,7 @@ def test_version_that_failed_a_check_is_refused(
     assert hub.requests == []
 
 
-def test_config_of_an_adapter_names_the_base_on_the_hub_instead_of_a_folder(
+def test_pushed_adapter_config_names_the_base_model_on_the_hub_instead_of_a_local_folder(
     svc: Svc, versions: JudgedVersions, hub: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Registry, "of", lambda settings: versions.registry)
@@ -214,7 +216,7 @@ def test_config_of_an_adapter_names_the_base_on_the_hub_instead_of_a_folder(
     "changes",
     [{"new_tokens": ["<tool>"]}, {"chat_template": "/home/alice/t.jinja"}, {"rope_scaling": {"type": "yarn"}}],
 )
-def test_adapter_trained_on_a_modified_base_is_refused(
+def test_push_of_an_adapter_trained_on_a_modified_base_is_refused(
     svc: Svc, versions: JudgedVersions, hub: HubServer, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
 ) -> None:
     monkeypatch.setattr(Registry, "of", lambda settings: versions.registry)
@@ -231,7 +233,7 @@ def test_invalid_repository_name_is_rejected(svc: Svc, manifest: Manifest, hub: 
     assert hub.requests == []
 
 
-def test_format_that_the_version_lacks_is_refused(svc: Svc, manifest: Manifest, hub: HubServer) -> None:
+def test_push_of_a_format_that_the_version_lacks_is_refused(svc: Svc, manifest: Manifest, hub: HubServer) -> None:
     ended = svc("push", str(manifest.id), "org/tickets", "--format", "gguf", "--yes")
     assert ended.code == NotFoundError.exit_code
     assert "choose one with --format" in ended.err

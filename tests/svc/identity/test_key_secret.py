@@ -22,7 +22,7 @@ def test_secret_matches_the_pattern_used_by_secret_scanners() -> None:
     assert re.fullmatch(r"ts_[0-9a-z]{8}_[0-9A-Za-z]{38}", new_secret(new_key_id()))
 
 
-def test_secrets_of_one_key_share_only_the_key_id() -> None:
+def test_secrets_with_the_same_key_id_share_nothing_else() -> None:
     parts = {new_secret("abcd0123").removeprefix("ts_abcd0123_")[:32] for _ in range(200)}
     assert len(parts) == 200
     assert {part[place] for part in parts for place in range(32)} == set(LETTERS)
@@ -47,7 +47,7 @@ def test_secret_with_a_leading_space_is_invalid() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "none", "sk-1234", "ts_abcd0123_", "ts_é"])
-def test_text_in_another_format_is_not_accepted_as_a_secret(text: str) -> None:
+def test_text_without_the_api_key_format_is_not_accepted_as_a_secret(text: str) -> None:
     assert key_id_of(text) is None
 
 
@@ -80,5 +80,5 @@ def test_secrets_within_a_text_are_redacted() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "nothing", "rts_abcd0123_0123456789", "ts_short_0123456789"])
-def test_text_that_is_not_a_secret_is_not_redacted(text: str) -> None:
+def test_text_that_resembles_an_api_key_secret_is_not_redacted(text: str) -> None:
     assert hide_secrets(text) == text

@@ -30,7 +30,7 @@ def test_permitted_model_may_be_requested_in_any_version(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["reviews", "ticket", "tickets2", "", "@tickets", "TICKETS"])
-def test_models_not_permitted_may_not_be_requested(model: str) -> None:
+def test_model_outside_the_list_of_an_api_key_may_not_be_requested(model: str) -> None:
     assert not CLIENT.may_ask(model)
 
 
@@ -49,7 +49,7 @@ def test_api_key_without_a_model_list_may_request_any_model() -> None:
         (ADMIN, True),
     ],
 )
-def test_model_with_owners_is_permitted_only_to_owners_admins_and_keys_restricted_to_it(
+def test_model_with_owners_may_be_requested_only_by_owners_admins_and_keys_limited_to_that_model(
     principal: Principal, allowed: bool
 ) -> None:
     assert principal.may_ask("tickets@1", {"alice000"}) == allowed

@@ -17,11 +17,11 @@ SMOLLM3 = """{%- set today = strftime_now("%d %B %Y") -%}{{- "Today Date: " ~ to
         ("{{ messages }}", "{{ messages }}"),
     ],
 )
-def test_current_date_in_the_template_is_replaced_by_a_fixed_one(template: str, pinned: str) -> None:
+def test_current_date_in_a_chat_template_is_replaced_by_a_fixed_date(template: str, pinned: str) -> None:
     assert pin_date(template) == pinned
 
 
-def test_template_with_the_date_as_an_argument_is_unchanged() -> None:
+def test_chat_template_that_accepts_the_date_as_an_argument_is_unchanged() -> None:
     template = files("trl.chat_templates").joinpath("llama3_2.jinja").read_text("utf-8")
     assert "strftime_now" in template
     assert pin_date(template) == template

@@ -19,13 +19,13 @@ def write_folder(folder: Path, *names: str, index: object = None) -> Path:
     return folder
 
 
-def test_weight_index_decides_when_the_folder_contains_the_weights_twice(tmp_path: Path) -> None:
+def test_weight_index_determines_the_weight_files_if_a_folder_contains_the_weights_twice(tmp_path: Path) -> None:
     index = {"metadata": {}, "weight_map": {"a": SHARDS[1], "b": SHARDS[0], "c": SHARDS[1]}}
     write_folder(tmp_path, *SHARDS, "consolidated.safetensors", index=index)
     assert [path.name for path in weight_files(tmp_path)] == list(SHARDS)
 
 
-def test_all_safetensors_files_are_weight_files_without_an_index(tmp_path: Path) -> None:
+def test_all_safetensors_files_are_weight_files_if_there_is_no_weight_index(tmp_path: Path) -> None:
     write_folder(tmp_path, "b.safetensors", "a.safetensors", "model.bin")
     assert [path.name for path in weight_files(tmp_path)] == ["a.safetensors", "b.safetensors"]
 

@@ -64,7 +64,7 @@ def test_cluster_with_autoscaler_node_types_adds_machines_even_if_only_its_head_
     assert adds_machines()
 
 
-def test_cluster_with_a_legacy_autoscaler_report_of_its_head_alone_adds_machines(
+def test_cluster_is_scalable_if_a_legacy_autoscaler_reports_only_the_head_node(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From a report of Ray 2.60, with its provider of fake machines."""
@@ -81,6 +81,6 @@ def test_cluster_adds_no_machines_before_its_autoscaler_has_reported(monkeypatch
 
 
 @pytest.mark.parametrize(("types", "adds"), [(["headgroup", f"node_{WORKER}"], True), ([f"node_{HEAD}"], False)])
-def test_report_of_autoscaler_v2_is_recognized(monkeypatch: pytest.MonkeyPatch, types: list[str], adds: bool) -> None:
+def test_autoscaler_v2_report_is_parsed(monkeypatch: pytest.MonkeyPatch, types: list[str], adds: bool) -> None:
     report_v2(monkeypatch, *types)
     assert adds_machines() is adds

@@ -97,7 +97,7 @@ def engine_of(cluster: ClusterDouble) -> ProcessDouble:
     return list(cluster.engines.values())[-1]
 
 
-async def test_started_engine_answers_over_tls_and_loads_weights_from_its_own_machine(
+async def test_ray_engine_serves_over_tls_and_loads_weights_from_its_own_machine(
     make: Make, folder: Path, cluster: ClusterDouble
 ) -> None:
     engine, phases = make(), list[EnginePhase]()
@@ -111,7 +111,7 @@ async def test_started_engine_answers_over_tls_and_loads_weights_from_its_own_ma
     assert engine.plan == engine_of(cluster).plan
 
 
-async def test_reload_passes_the_path_on_the_remote_machine_to_the_engine(
+async def test_weight_reload_uses_the_path_on_the_remote_machine(
     make: Make, folder: Path, cluster: ClusterDouble
 ) -> None:
     engine = make()
@@ -121,7 +121,7 @@ async def test_reload_passes_the_path_on_the_remote_machine_to_the_engine(
     assert engine_of(cluster).double.weights == str(folder / "node" / "models" / NAME / "2" / "merged")
 
 
-async def test_weights_altered_on_the_machine_of_the_engine_are_not_loaded(
+async def test_weights_modified_on_the_remote_machine_are_not_loaded(
     make: Make, folder: Path, cluster: ClusterDouble
 ) -> None:
     engine = make()
@@ -178,14 +178,14 @@ async def test_actor_record_with_the_private_key_is_readable_only_by_its_owner(m
     assert stat.S_IMODE((folder / "state" / RECORD_FILE).stat().st_mode) == 0o600
 
 
-async def test_copied_home_neither_adopts_nor_stops_the_engine_of_the_original(make: Make, folder: Path) -> None:
+async def test_copied_home_neither_adopts_nor_stops_the_engine_of_the_original_home(make: Make, folder: Path) -> None:
     await make().start()
     shutil.copytree(folder / "state", folder / "copy")
     assert read_actor(folder / "copy") is None
     assert read_actor(folder / "state")
 
 
-async def test_next_server_adopts_the_engine_that_an_earlier_server_left_running(
+async def test_new_server_adopts_the_engine_that_the_previous_server_left_running(
     make: Make, cluster: ClusterDouble
 ) -> None:
     first = make()
@@ -213,7 +213,7 @@ async def test_engine_with_different_options_is_stopped_by_the_next_start_instea
     assert len(cluster.running) == 1
 
 
-async def test_engine_that_exits_is_reported_with_its_code_and_refuses_connections(
+async def test_exited_engine_is_reported_with_its_exit_code_and_refuses_connections(
     make: Make, cluster: ClusterDouble
 ) -> None:
     engine = make()
@@ -227,7 +227,9 @@ async def test_engine_that_exits_is_reported_with_its_code_and_refuses_connectio
     await asyncio.wait_for(next(iter(cluster.running.values())), 5)  # the actor ends, too, and frees its resources
 
 
-async def test_lost_actor_counts_as_engine_death_and_fails_further_commands(make: Make, cluster: ClusterDouble) -> None:
+async def test_losing_the_ray_actor_is_reported_as_engine_death_and_fails_later_commands(
+    make: Make, cluster: ClusterDouble
+) -> None:
     engine = make()
     await engine.start()
     await cluster.kill(next(iter(cluster.running)))
@@ -236,7 +238,7 @@ async def test_lost_actor_counts_as_engine_death_and_fails_further_commands(make
         await engine.sleep()
 
 
-async def test_unresponsive_machine_counts_as_lost_after_a_few_seconds(
+async def test_engine_on_an_unresponsive_machine_is_reported_lost_after_a_few_seconds(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("svc.ray_engine.node.BEAT_S", 0.02)
@@ -256,7 +258,7 @@ async def test_engine_and_actor_can_be_stopped_without_ray(make: Make, folder: P
     assert not (folder / "state" / RECORD_FILE).exists()
 
 
-async def test_failed_engine_start_names_the_machine_and_leaves_no_actor(
+async def test_error_for_a_failed_engine_start_names_the_machine_and_no_ray_actor_remains(
     make: Make, folder: Path, cluster: ClusterDouble
 ) -> None:
     vars(cluster)["failure"] = EngineError("vLLM exited with code 1", todo="check the log")
@@ -266,14 +268,14 @@ async def test_failed_engine_start_names_the_machine_and_leaves_no_actor(
     assert not (folder / "state" / RECORD_FILE).exists()
 
 
-async def test_machine_that_differs_from_the_other_machines_is_rejected(make: Make, cluster: ClusterDouble) -> None:
+async def test_engine_on_a_machine_with_different_capabilities_is_rejected(make: Make, cluster: ClusterDouble) -> None:
     vars(cluster)["machine"] = AVX512.model_copy(update={"vllm": "0.31.0"})
     with pytest.raises(EngineError, match="has different capabilities from the other") as error:
         await make().start()
     assert "ray.gpu_type" in error.value.todo
 
 
-async def test_sleep_and_wake_reach_the_engine(make: Make, cluster: ClusterDouble) -> None:
+async def test_sleep_and_wake_commands_are_forwarded_to_the_remote_engine(make: Make, cluster: ClusterDouble) -> None:
     engine = make()
     await engine.start()
     await engine.sleep()
@@ -305,7 +307,7 @@ async def test_engine_stops_generating_when_a_client_disconnects(make: Make, clu
             await asyncio.sleep(0.01)
 
 
-async def test_long_answer_to_a_slow_reader_arrives_in_full(make: Make, cluster: ClusterDouble) -> None:
+async def test_long_response_is_delivered_in_full_to_a_slow_client(make: Make, cluster: ClusterDouble) -> None:
     engine = make()
     await engine.start()
     engine_of(cluster).double.metrics = "x" * 5_000_000
@@ -314,7 +316,7 @@ async def test_long_answer_to_a_slow_reader_arrives_in_full(make: Make, cluster:
     assert isinstance(engine.address, TlsAddress)
 
 
-def test_actor_of_an_unreachable_cluster_is_recorded_without_failing_the_server(
+def test_ray_actor_on_an_unreachable_cluster_stays_recorded_and_does_not_fail_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("svc.ray_engine.cluster.sys.executable", "/bin/false")
@@ -325,7 +327,7 @@ def test_actor_of_an_unreachable_cluster_is_recorded_without_failing_the_server(
     assert end_postponed(folder.parent) == ([], ["tuned-3"])
 
 
-async def test_actor_that_could_not_be_stopped_is_stopped_later_even_if_another_has_started(
+async def test_ray_actor_that_could_not_be_stopped_is_stopped_later_even_after_a_replacement_starts(
     make: Make, folder: Path, cluster: ClusterDouble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = make()

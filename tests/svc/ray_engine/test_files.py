@@ -51,12 +51,14 @@ def present(folder: Path) -> list[int]:
     return sorted(int(path.parent.name) for path in folder.glob("models/*/*/merged"))
 
 
-def test_no_downloaded_version_is_removed_without_a_size_limit(tmp_path: Path, models: NodeModels, store: str) -> None:
+def test_downloaded_versions_are_not_evicted_without_a_size_limit(
+    tmp_path: Path, models: NodeModels, store: str
+) -> None:
     fetch(models, store, 1, 2, 3, 4)
     assert present(tmp_path) == [1, 2, 3, 4]
 
 
-def test_least_recently_used_versions_are_removed_before_a_download_exceeds_the_limit(
+def test_least_recently_used_versions_are_evicted_before_a_download_exceeds_the_size_limit(
     tmp_path: Path, models: NodeModels, store: str
 ) -> None:
     fetch(models, store, 1, 2, 3, 4)
@@ -65,14 +67,16 @@ def test_least_recently_used_versions_are_removed_before_a_download_exceeds_the_
     assert present(tmp_path) == [3, 4, 5]
 
 
-def test_no_version_is_removed_when_nothing_is_downloaded(tmp_path: Path, models: NodeModels, store: str) -> None:
+def test_no_version_is_evicted_if_the_requested_version_is_already_present(
+    tmp_path: Path, models: NodeModels, store: str
+) -> None:
     fetch(models, store, 1, 2, 3, 4)
     models.max_bytes = SIZE
     fetch(models, store, 4)
     assert present(tmp_path) == [1, 2, 3, 4]
 
 
-def test_most_recently_used_version_is_removed_last(tmp_path: Path, models: NodeModels, store: str) -> None:
+def test_most_recently_used_version_is_evicted_last(tmp_path: Path, models: NodeModels, store: str) -> None:
     fetch(models, store, 1, 2, 3, 4)
     os.utime(tmp_path / "models" / NAME / "1" / "merged", (9, 9))
     models.max_bytes = 4 * SIZE
@@ -80,7 +84,7 @@ def test_most_recently_used_version_is_removed_last(tmp_path: Path, models: Node
     assert present(tmp_path) == [1, 3, 4, 5]
 
 
-def test_versions_used_by_other_engines_on_the_machine_are_kept_until_those_engines_end(
+def test_versions_used_by_other_engines_on_a_machine_are_not_evicted_until_those_engines_stop(
     tmp_path: Path, models: NodeModels, store: str
 ) -> None:
     with closing(NodeModels(tmp_path)) as other:
@@ -92,20 +96,20 @@ def test_versions_used_by_other_engines_on_the_machine_are_kept_until_those_engi
     assert present(tmp_path) == [3, 4]
 
 
-def test_version_that_the_engine_may_return_to_is_kept(tmp_path: Path, models: NodeModels, store: str) -> None:
+def test_version_that_an_engine_may_roll_back_to_is_not_evicted(tmp_path: Path, models: NodeModels, store: str) -> None:
     models.max_bytes = SIZE
     fetch(models, store, 1, 2)
     assert present(tmp_path) == [1, 2]
 
 
-def test_removed_version_is_downloaded_again_when_needed(tmp_path: Path, models: NodeModels, store: str) -> None:
+def test_evicted_version_is_downloaded_again_when_needed(tmp_path: Path, models: NodeModels, store: str) -> None:
     models.max_bytes = SIZE
     fetch(models, store, 1, 2, 3, 4, 1)
     path = tmp_path / "models" / NAME / "1" / "merged" / "model.safetensors"
     assert path.read_bytes() == b"\1" * SIZE
 
 
-def test_version_whose_download_failed_can_be_removed(tmp_path: Path, models: NodeModels, store: str) -> None:
+def test_version_whose_download_failed_can_be_evicted(tmp_path: Path, models: NodeModels, store: str) -> None:
     fetch(models, store, 1)
     path = tmp_path / "models" / NAME / "1" / "merged" / "model.safetensors"
     path.chmod(0o644)

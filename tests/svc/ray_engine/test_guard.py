@@ -43,7 +43,7 @@ asyncio.run(main())
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["killed", "stop", "lose the node"])
-def test_engine_and_its_children_stop_with_their_actor(end: str) -> None:
+def test_ray_engine_and_its_child_processes_stop_when_the_ray_actor_stops(end: str) -> None:
     with TemporaryDirectory(prefix="svc") as folder:
         pipe = subprocess.PIPE
         with subprocess.Popen([sys.executable, "-c", ACTOR, folder, SERVER], stdin=pipe, stdout=pipe) as actor:

@@ -70,12 +70,12 @@ def test_ray_cluster_is_not_queried_when_no_engine_runs_on_ray(tmp_path: Path, a
     assert asked == []
 
 
-def test_model_with_its_own_ray_launcher_setting_is_also_checked(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
+def test_ray_settings_of_an_individual_model_are_also_checked(tmp_path: Path, asked: list[tuple[Need, ...]]) -> None:
     machines(tmp_path, engine={}, models={"big": {"engine": ON_RAY}}).check()
     assert len(asked) == 1
 
 
-def test_missing_artifact_store_setting_is_rejected(tmp_path: Path) -> None:
+def test_missing_artifact_store_setting_is_rejected_for_ray_engines(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"artifacts\.url is not set") as error:
         machines(tmp_path, artifacts={}).check()
     assert "svc models push" in error.value.todo
@@ -109,7 +109,7 @@ def test_error_names_the_address_of_an_unreachable_ray_cluster(tmp_path: Path, m
         ({}, {"cpus": 4}, [{"GPU": 1}, {"CPU": 4}]),
     ],
 )
-def test_engine_requests_the_devices_named_in_its_settings(
+def test_engine_requests_the_ray_resources_implied_by_its_settings(
     tmp_path: Path,
     asked: list[tuple[Need, ...]],
     engine: dict[str, Any],
@@ -120,7 +120,7 @@ def test_engine_requests_the_devices_named_in_its_settings(
     assert [dict(need.resources) for need in asked[0]] == needs
 
 
-async def test_shortage_is_reported_when_the_cluster_lacks_capacity(
+async def test_resource_shortage_is_reported_when_the_ray_cluster_lacks_capacity(
     tmp_path: Path, asked: list[tuple[Need, ...]]
 ) -> None:
     cluster, on_cpu = machines(tmp_path), engine(device=Device.CPU)
@@ -131,7 +131,7 @@ async def test_shortage_is_reported_when_the_cluster_lacks_capacity(
     )
 
 
-async def test_each_engine_is_counted_with_its_own_resources_when_several_models_start(
+async def test_resource_shortage_check_uses_the_requirements_of_each_engine(
     tmp_path: Path, asked: list[tuple[Need, ...]]
 ) -> None:
     small, large = engine(device=Device.CUDA), engine(device=Device.CUDA, tensor_parallel=4)
@@ -143,7 +143,7 @@ async def test_each_engine_is_counted_with_its_own_resources_when_several_models
     )
 
 
-async def test_start_waits_for_machines_when_the_cluster_adds_them_on_demand(
+async def test_engine_start_waits_for_machines_when_the_cluster_adds_them_on_demand(
     tmp_path: Path, asked: list[tuple[Need, ...]], requests: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster, on_cpu = machines(tmp_path, ray={"wait_s": 600}), engine(device=Device.CPU)
@@ -159,7 +159,7 @@ async def test_start_waits_for_machines_when_the_cluster_adds_them_on_demand(
         pytest.param(1e-9, "added no suitable machines within 1e-09 s (ray.wait_s)", id="timeout"),
     ],
 )
-async def test_shortage_is_reported_when_the_cluster_adds_no_machine_in_time(
+async def test_resource_shortage_is_reported_when_the_cluster_adds_no_machine_in_time(
     tmp_path: Path,
     asked: list[tuple[Need, ...]],
     requests: list[tuple[int, float]],
@@ -202,7 +202,7 @@ async def test_no_machine_is_requested_when_capacity_suffices_or_the_cluster_can
         ([{"CPU": 0.1}] * 10, [{"CPU": 1.0}], 10),
     ],
 )
-def test_number_of_engines_that_fit_is_limited_by_the_scarcest_resource_of_a_machine(
+def test_number_of_engines_that_fit_is_computed_from_the_free_resources_of_each_machine(
     needs: list[dict[str, float]], free: list[dict[str, float]], fitting: int
 ) -> None:
     assert count_fitting([Need(resources=need) for need in needs], free) == fitting

@@ -53,14 +53,14 @@ def test_unsupported_adapter_methods_are_rejected_by_name(said: dict[str, Any], 
     assert told in (adapter_refusal(LORA | said) or "")
 
 
-def test_adapter_rejection_suggests_another_format(registry: Registry) -> None:
+def test_unservable_adapter_error_suggests_the_merged_format(registry: Registry) -> None:
     version = made(registry, use_dora=True)
     with pytest.raises(RefusedError, match="cannot be served as an adapter: it is DoRA") as caught:
         read_adapter(registry, version)
     assert "--format merged" in caught.value.todo
 
 
-def test_adapter_description_includes_its_base_rank_and_layers(registry: Registry) -> None:
+def test_adapter_info_includes_its_base_rank_and_target_layers(registry: Registry) -> None:
     version = made(registry, target_modules=["model.layers.0.q_proj", "v_proj"], rank_pattern={"v_proj": 48})
     found = read_adapter(registry, version)
     assert (found.base.folder, found.base.revision) == (base_folder(registry), "1")
@@ -68,7 +68,7 @@ def test_adapter_description_includes_its_base_rank_and_layers(registry: Registr
     assert found.bytes == sum(file.stat().st_size for file in found.folder.iterdir())
 
 
-def test_base_chat_template_gets_the_arguments_used_in_training(registry: Registry) -> None:
+def test_chat_template_of_the_base_model_receives_the_arguments_used_in_training(registry: Registry) -> None:
     version, base = made(registry), base_folder(registry)
     (base / TEMPLATE_KWARGS_FILE).write_text(json.dumps({"enable_thinking": True}))
     assert read_adapter(registry, version).base.template_kwargs == (("enable_thinking", True),)
@@ -81,7 +81,7 @@ def test_chat_template_with_the_current_date_is_rejected(registry: Registry) -> 
         read_adapter(registry, version)
 
 
-def test_missing_base_raises_error_with_advice(registry: Registry) -> None:
+def test_missing_base_model_of_an_adapter_raises_error_with_advice(registry: Registry) -> None:
     version = made(registry)
     shutil.rmtree(base_folder(registry))
     with pytest.raises(NotFoundError, match=r"the base model of tuned@1 is no longer in .*base") as caught:
@@ -94,7 +94,7 @@ def test_version_without_an_adapter_raises_not_found(registry: Registry) -> None
         read_adapter(registry, make_version(registry, 1))
 
 
-def test_corrupt_config_is_rejected_as_an_adapter(registry: Registry) -> None:
+def test_corrupt_adapter_config_is_rejected(registry: Registry) -> None:
     version = made(registry)
     (registry.folder(version) / "adapter" / CONFIG_FILE).write_text("[")
     with pytest.raises(IntegrityError):

@@ -49,7 +49,7 @@ def flip_a_byte(path: Path) -> None:
     ],
     ids=["flipped", "shorter", "longer", "missing", "a folder"],
 )
-def test_changed_or_missing_file_is_named_in_the_error(
+def test_modified_or_missing_version_file_is_named_in_the_error(
     tmp_path: Path, change: Callable[[Path], object], text: str
 ) -> None:
     write_model(tmp_path / "merged")

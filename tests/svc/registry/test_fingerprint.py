@@ -94,7 +94,9 @@ def test_two_quantizations_of_one_model_share_a_fingerprint(same: Same) -> None:
     ],
     ids=str,
 )
-def test_fingerprint_changes_with_anything_a_reload_cannot_change(same: Same, change: Change) -> None:
+def test_fingerprint_changes_with_any_property_that_an_in_place_reload_cannot_change(
+    same: Same, change: Change
+) -> None:
     assert not same({"quantization": GPTQ}, {"quantization": GPTQ, **change})
 
 
@@ -113,11 +115,13 @@ def test_fingerprint_changes_with_anything_a_reload_cannot_change(same: Same, ch
     ],
     ids=str,
 )
-def test_fingerprint_ignores_metadata_written_by_tools(same: Same, one: Change, other: Change) -> None:
+def test_fingerprint_ignores_config_differences_that_do_not_affect_inference(
+    same: Same, one: Change, other: Change
+) -> None:
     assert same(one, other)
 
 
-def test_chat_template_in_a_separate_file_has_the_same_fingerprint(tmp_path: Path) -> None:
+def test_fingerprint_does_not_depend_on_the_file_that_contains_the_chat_template(tmp_path: Path) -> None:
     one = write_model(tmp_path / "one")
     other = write_model(tmp_path / "other", tokenizer_config={"chat_template": None})
     (other / "chat_template.jinja").write_text(TEMPLATE)
@@ -141,13 +145,13 @@ def test_corrupt_template_arguments_file_is_named_in_the_error(tmp_path: Path, c
         compatibility_fingerprint(model)
 
 
-def test_fingerprint_ignores_how_weights_are_split_into_files(tmp_path: Path) -> None:
+def test_fingerprint_ignores_the_sharding_of_weights_into_files(tmp_path: Path) -> None:
     one, other = write_model(tmp_path / "one"), write_model(tmp_path / "other")
     (other / "model.safetensors").rename(other / "model-00001-of-00001.safetensors")
     assert compatibility_fingerprint(one) == compatibility_fingerprint(other)
 
 
-def test_sentencepiece_model_is_the_tokenizer_without_a_tokenizer_json(tmp_path: Path) -> None:
+def test_fingerprint_uses_the_sentencepiece_model_if_there_is_no_tokenizer_json(tmp_path: Path) -> None:
     folders = [write_model(tmp_path / name) for name in ("one", "same", "other")]
     for folder, vocabulary in zip(folders, (b"a", b"a", b"b"), strict=True):
         (folder / "tokenizer.json").unlink()
@@ -178,7 +182,7 @@ def test_normalized_quantization_config_is_none_without_quantization() -> None:
     assert normal_quantization(None) is None
 
 
-def test_fingerprint_depends_on_the_layout_of_compressed_tensors(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_format_of_compressed_tensors(tmp_path: Path) -> None:
     layouts = [
         {"quant_method": "compressed-tensors", "format": f"{kind}-quantized"} for kind in ("int", "float", "int")
     ]

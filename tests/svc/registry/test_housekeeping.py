@@ -50,7 +50,7 @@ def store(tmp_path: Path) -> Store:
     return new_store(tmp_path)
 
 
-def test_version_is_removed_with_its_files_and_its_number_is_never_reused(
+def test_removed_version_leaves_no_files_and_its_number_is_never_reused(
     registry: Registry,
     store: Store,
     publish: Publish,
@@ -70,7 +70,7 @@ def run_of(registry: Registry, made: Manifest) -> Path:
     return run
 
 
-def test_run_files_of_a_removed_version_are_removed_and_count_as_freed_space(
+def test_removing_a_version_also_removes_its_run_files_and_counts_them_as_freed_space(
     registry: Registry, store: Store, publish: Publish
 ) -> None:
     manifest = publish()
@@ -142,7 +142,7 @@ def test_base_version_of_a_served_or_previous_adapter_is_not_removed(
         remove_version(registry, store, base)
 
 
-def test_other_versions_can_be_removed_when_the_served_one_is_corrupt(
+def test_other_versions_can_be_removed_when_the_served_version_is_corrupt(
     registry: Registry, store: Store, publish: Publish
 ) -> None:
     damaged, other = publish().id, publish().id
@@ -154,7 +154,7 @@ def test_other_versions_can_be_removed_when_the_served_one_is_corrupt(
     assert registry.versions(damaged.name) == [damaged]
 
 
-def test_concurrently_promoted_version_is_not_removed(
+def test_version_promoted_during_its_removal_is_not_removed(
     registry: Registry,
     store: Store,
     publish: Publish,
@@ -175,7 +175,7 @@ def test_concurrently_promoted_version_is_not_removed(
     assert registry.versions(version.name) == [version]
 
 
-def test_no_version_is_removed_while_a_swap_determines_the_rollback_target(
+def test_potential_rollback_target_is_not_removed_during_a_swap(
     registry: Registry, store: Store, publish: Publish
 ) -> None:
     before, served, other = publish().id, publish().id, publish().id
@@ -188,7 +188,7 @@ def test_no_version_is_removed_while_a_swap_determines_the_rollback_target(
     assert before in registry.versions(before.name)
 
 
-def test_version_currently_being_removed_is_not_treated_as_an_interrupted_removal(
+def test_version_being_removed_is_not_treated_as_an_interrupted_removal(
     registry: Registry, store: Store, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A removal is never old enough to be cleaned up, because the version may still be restored."""
@@ -222,7 +222,7 @@ def test_version_is_not_removed_when_mlflow_fails(
     registry.verify(version, Format.MERGED)
 
 
-def test_freed_space_excludes_files_kept_by_another_hard_link(tmp_path: Path) -> None:
+def test_freed_space_excludes_files_with_additional_hard_links(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "own").write_bytes(bytes(10))
@@ -271,7 +271,7 @@ def test_old_runs_are_removed_but_recent_and_running_ones_are_kept(
 
 
 @pytest.mark.parametrize("kind", ["runs", "sweeps"])
-def test_run_resumed_concurrently_is_kept(registry: Registry, tmp_path: Path, kind: str) -> None:
+def test_run_resumed_during_cleanup_is_kept(registry: Registry, tmp_path: Path, kind: str) -> None:
     old = make_run(tmp_path, "old", 15, kind)
     (found,) = find_reclaimable(registry, tmp_path, 14)
     assert found.size >= 1000
@@ -280,7 +280,7 @@ def test_run_resumed_concurrently_is_kept(registry: Registry, tmp_path: Path, ki
     assert (old / "checkpoints" / "weights").is_file()
 
 
-def test_run_continued_concurrently_is_kept(registry: Registry, tmp_path: Path) -> None:
+def test_run_continued_during_cleanup_is_kept(registry: Registry, tmp_path: Path) -> None:
     old = make_run(tmp_path, "old", 15)
     (found,) = find_reclaimable(registry, tmp_path, 14)
     (old / "checkpoints" / "newer").touch()
@@ -289,7 +289,7 @@ def test_run_continued_concurrently_is_kept(registry: Registry, tmp_path: Path) 
     assert old.is_dir()
 
 
-def test_symbolic_link_to_a_run_elsewhere_is_not_removed(registry: Registry, tmp_path: Path) -> None:
+def test_symbolic_link_to_a_run_in_a_different_folder_is_not_removed(registry: Registry, tmp_path: Path) -> None:
     elsewhere = make_run(tmp_path / "elsewhere", "old", 15)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "old").symlink_to(elsewhere)
@@ -342,9 +342,7 @@ def make_folder(home: Path, name: str, days: float) -> Path:
     return folder
 
 
-def test_old_folders_of_jobs_and_batches_are_removed_when_they_ended_or_are_unknown(
-    any_store: Store, tmp_path: Path
-) -> None:
+def test_old_folders_of_ended_or_unknown_jobs_and_batches_are_removed(any_store: Store, tmp_path: Path) -> None:
     store, old = any_store, set[Path]()
     for status in JobStatus:
         job = add_job(store, owner="alice", status=status)
@@ -369,7 +367,7 @@ def test_old_folders_of_jobs_and_batches_are_removed_when_they_ended_or_are_unkn
     assert {path for path in left if path.name != ".removing"} == kept
 
 
-def test_folder_of_an_unknown_job_is_kept_for_a_day_regardless_of_the_age_option(store: Store, tmp_path: Path) -> None:
+def test_folder_of_an_unknown_job_is_kept_for_a_day_even_with_a_lower_age_limit(store: Store, tmp_path: Path) -> None:
     ended = make_folder(tmp_path, f"jobs/{add_job(store, owner='alice').id}", 0.5)
     make_folder(tmp_path, "jobs/ftjob-gone", 0.5)
     assert [found.path for found in find_ended(store, tmp_path, 0)] == [ended]

@@ -35,7 +35,7 @@ def test_written_manifest_round_trips(folder: Path, manifest: Manifest) -> None:
     assert manifest.id == VersionId("tiny", 3)
 
 
-def test_only_undecided_gates_are_listed_as_undecided(folder: Path) -> None:
+def test_failed_or_passed_gates_are_not_listed_as_undecided(folder: Path) -> None:
     made = make_manifest(VersionId("tiny", 3), folder, gates=(gate_report(0.04), gate_report(0.09)))
     write_manifest(folder, made)
     (undecided,) = read_manifest(folder).undecided
@@ -74,7 +74,7 @@ def test_manifest_is_written_atomically(folder: Path, manifest: Manifest, monkey
 
 
 @pytest.mark.parametrize(("name", "number"), [("tiny", "4"), ("other", "3")])
-def test_manifest_of_another_version_is_rejected(
+def test_manifest_with_a_mismatched_version_id_is_rejected(
     folder: Path, manifest: Manifest, tmp_path: Path, name: str, number: str
 ) -> None:
     write_manifest(folder, manifest)
@@ -100,7 +100,7 @@ def test_missing_manifest_raises_integrity_error(folder: Path) -> None:
         ({}, None),
     ],
 )
-def test_answer_limit_comes_from_the_recipe_or_is_none(
+def test_answer_limit_in_a_manifest_comes_from_the_recipe_or_is_none(
     manifest: Manifest, recipe: dict[str, Any], limit: int | None
 ) -> None:
     assert manifest.model_copy(update={"recipe": recipe}).max_answer_tokens == limit

@@ -107,19 +107,19 @@ def test_identical_files_are_uploaded_once(objects: ObjectStore, manifest: Manif
     assert len([key for key in keys(objects) if key.endswith("/tokenizer.json")]) == 1
 
 
-def test_upload_creates_only_the_files_and_manifest_of_the_version(
+def test_upload_creates_no_objects_other_than_version_files_and_a_manifest(
     objects: ObjectStore, manifest: Manifest, folder: Path
 ) -> None:
     objects.upload(manifest, folder)
     assert {key.split("/")[0] for key in keys(objects)} == {"files", "manifests"}
 
 
-def test_missing_version_raises_not_found(objects: ObjectStore) -> None:
+def test_version_absent_from_the_object_store_raises_not_found(objects: ObjectStore) -> None:
     with pytest.raises(NotFoundError, match="no version name@9"):
         objects.manifest(VersionId("name", 9))
 
 
-def test_upload_of_a_changed_file_is_refused_and_publishes_nothing(
+def test_upload_of_a_modified_file_is_refused_and_publishes_nothing(
     objects: ObjectStore, manifest: Manifest, folder: Path
 ) -> None:
     with (folder / FILE).open("r+b") as file:
@@ -130,14 +130,18 @@ def test_upload_of_a_changed_file_is_refused_and_publishes_nothing(
     assert key_of(manifest, weights(manifest)) not in keys(objects)
 
 
-def test_upload_without_a_local_file_is_refused(objects: ObjectStore, manifest: Manifest, folder: Path) -> None:
+def test_upload_is_refused_if_a_version_file_is_missing_locally(
+    objects: ObjectStore, manifest: Manifest, folder: Path
+) -> None:
     (folder / FILE).unlink()
     with pytest.raises(IntegrityError, match=r"model\.safetensors is missing"):
         objects.upload(manifest, folder)
     assert objects.versions() == []
 
 
-def test_second_registration_of_a_number_is_refused(objects: ObjectStore, manifest: Manifest, folder: Path) -> None:
+def test_registering_an_existing_version_number_with_different_content_is_refused(
+    objects: ObjectStore, manifest: Manifest, folder: Path
+) -> None:
     objects.upload(manifest, folder)
     other = manifest.model_copy(update={"base": BaseRecord(origin="other", revision="1", licence=None)})
     with pytest.raises(RegistryError, match="name@3 is already in") as caught:
@@ -194,7 +198,7 @@ def test_repeated_upload_sends_only_missing_files(
         (bytes(WEIGHTS), "was altered"),
     ],
 )
-def test_damaged_object_is_refused_with_its_key(
+def test_error_for_a_corrupt_object_names_its_key(
     objects: ObjectStore, manifest: Manifest, folder: Path, tmp_path: Path, content: bytes | None, how: str
 ) -> None:
     objects.upload(manifest, folder)
@@ -251,7 +255,7 @@ def test_manifest_with_a_path_outside_its_folder_is_refused(
 @pytest.mark.parametrize(
     ("content", "why"), [(b"{", "is not a manifest"), (b"{}", "is not a manifest"), (None, "is the manifest of name@3")]
 )
-def test_damaged_manifest_is_refused_with_its_key(
+def test_error_for_a_corrupt_manifest_object_names_its_key(
     objects: ObjectStore, manifest: Manifest, content: bytes | None, why: str
 ) -> None:
     obstore.put(objects._client, "manifests/name/4.json", content or manifest_bytes(manifest))
@@ -259,7 +263,7 @@ def test_damaged_manifest_is_refused_with_its_key(
         objects.manifest(VersionId("name", 4))
 
 
-def test_download_is_refused_when_the_disk_is_too_small(
+def test_download_is_refused_when_there_is_not_enough_disk_space(
     objects: ObjectStore, manifest: Manifest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objects.upload(manifest, folder)
@@ -273,7 +277,7 @@ def test_missing_object_store_folder_raises_error(tmp_path: Path) -> None:
         ObjectStore((tmp_path / "nowhere").as_uri()).versions()
 
 
-def test_missing_object_store_package_raises_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_obstore_package_raises_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(SettingsError, match="obstore is not installed"):
         _ = ObjectStore("s3://bucket")._client
@@ -282,7 +286,7 @@ def test_missing_object_store_package_raises_error(monkeypatch: pytest.MonkeyPat
 @slow
 @pytest.mark.parametrize("fault", [Fault.ERROR, Fault.LOST, Fault.STALL])
 @pytest.mark.parametrize("part", ["partNumber=2", "/manifests/", "/probes/", "uploads", "/tokenizer.json"])
-def test_upload_survives_failed_requests(
+def test_upload_succeeds_after_transient_request_failures(
     bucket: Bucket, manifest: Manifest, folder: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault, part: str
 ) -> None:
     if fault is Fault.STALL:
@@ -296,7 +300,7 @@ def test_upload_survives_failed_requests(
 
 @slow
 @pytest.mark.parametrize("fault", [Fault.ERROR, Fault.LOST, Fault.CUT, Fault.STALL])
-def test_download_survives_failed_requests(
+def test_download_succeeds_after_transient_request_failures(
     bucket: Bucket, manifest: Manifest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     ObjectStore(bucket.url).upload(manifest, folder)
@@ -310,7 +314,7 @@ def test_download_survives_failed_requests(
 
 @slow
 @pytest.mark.parametrize("fault", [Fault.ERROR, Fault.LOST])
-def test_upload_that_keeps_failing_names_the_key_and_publishes_nothing(
+def test_error_for_a_persistently_failing_upload_names_the_key_and_nothing_is_published(
     s3: ObjectStore, bucket: Bucket, manifest: Manifest, folder: Path, fault: Fault
 ) -> None:
     key = key_of(manifest, weights(manifest))
@@ -327,7 +331,7 @@ def test_upload_that_keeps_failing_names_the_key_and_publishes_nothing(
 
 @slow
 @pytest.mark.parametrize("fault", [Fault.ERROR, Fault.CUT])
-def test_download_that_keeps_failing_names_the_key_and_leaves_no_file(
+def test_error_for_a_persistently_failing_download_names_the_key_and_no_file_remains(
     s3: ObjectStore, bucket: Bucket, manifest: Manifest, folder: Path, tmp_path: Path, fault: Fault
 ) -> None:
     s3.upload(manifest, folder)

@@ -53,7 +53,7 @@ def keep(tmp_path: Path, registry: Registry, run: str, name: str, content: dict[
         ("field_accuracy", "field_accuracy"),
     ],
 )
-def test_watched_metric_is_the_primary_metric_or_its_per_example_counterpart(
+def test_monitored_metric_is_the_primary_metric_or_a_per_example_substitute(
     registry: Registry, keep: Keep, primary: str, watched: str
 ) -> None:
     assert watched_metric(registry, keep(None, primary), run_functions=False).name == watched
@@ -65,7 +65,7 @@ def test_json_schema_used_in_evaluation_is_stored_with_the_version(registry: Reg
     assert again.score(OBJECTS) == metric.score(OBJECTS) == [1.0, 0.0]
 
 
-def test_metric_function_is_stored_with_the_version_and_outlives_its_file(
+def test_metric_function_stored_with_a_version_works_after_its_source_file_is_deleted(
     registry: Registry, keep: Keep, tmp_path: Path
 ) -> None:
     path = tmp_path / "mine.py"

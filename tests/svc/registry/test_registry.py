@@ -48,7 +48,7 @@ Registry(Path(models), Seventh("unused")).publish(name, "run", content, make_man
 """
 
 
-def test_published_version_has_all_its_content(registry: Registry, publish: Publish) -> None:
+def test_published_version_contains_all_given_files(registry: Registry, publish: Publish) -> None:
     manifest = publish()
     folder = registry.folder(manifest.id)
     assert {path.name for path in folder.iterdir()} == {"merged", HELDOUT_FILE, MANIFEST_FILE}
@@ -129,7 +129,9 @@ def test_publication_succeeds_after_an_earlier_publication_was_killed(
     assert registry.versions() == [manifest.id]
 
 
-def test_version_number_with_an_existing_folder_is_skipped(registry: Registry, publish: Publish, name: str) -> None:
+def test_version_number_is_skipped_if_its_folder_already_exists(
+    registry: Registry, publish: Publish, name: str
+) -> None:
     registry.folder(VersionId(name, 1)).mkdir(parents=True)
     assert publish().number == 2
 
@@ -221,7 +223,7 @@ def learnt(registry: Registry, name: str, *examples: ChatExample) -> list[bool]:
     return [bool(known) for known in np.isin(hash_prompts(examples), registry.learnt_prompts(name))]
 
 
-def test_prompts_trained_on_by_any_version_of_a_name_are_known(
+def test_trained_prompts_of_all_versions_of_a_model_are_recognized(
     registry: Registry, name: str, publish_trained: Callable[[ChatExample], Manifest]
 ) -> None:
     publish_trained(chat("one"))
@@ -229,7 +231,7 @@ def test_prompts_trained_on_by_any_version_of_a_name_are_known(
     assert learnt(registry, name, chat("one"), chat("two"), chat("a")) == [True, True, False]
 
 
-def test_prompts_trained_on_by_versions_of_another_name_are_ignored(
+def test_trained_prompts_of_a_different_model_are_ignored(
     registry: Registry, publish_trained: Callable[[ChatExample], Manifest]
 ) -> None:
     publish_trained(chat("one"))
@@ -257,7 +259,7 @@ def test_reference_file_name_cannot_escape_its_folder(registry: Registry, with_r
         registry.reference(with_results.id, file)
 
 
-def test_manifest_of_another_version_is_rejected(registry: Registry, publish: Publish) -> None:
+def test_manifest_with_a_mismatched_version_id_is_rejected(registry: Registry, publish: Publish) -> None:
     one, two = publish(), publish()
     path = registry.folder(two.id) / MANIFEST_FILE
     path.unlink()
@@ -266,7 +268,7 @@ def test_manifest_of_another_version_is_rejected(registry: Registry, publish: Pu
         registry.manifest(two.id)
 
 
-def test_bare_name_means_the_newest_version_until_one_is_in_production(
+def test_name_without_a_version_resolves_to_production_or_else_the_newest_version(
     registry: Registry, publish: Publish, name: str, tracking: Tracking
 ) -> None:
     one, two = publish(), publish()
@@ -320,7 +322,7 @@ def test_missing_version_error_lists_existing_versions(
 
 
 @pytest.mark.parametrize("text", ["", "*", "**", "/etc", "..", "[", "a/../..", "@production", "*@production", "\0"])
-def test_text_that_is_not_a_version_raises_not_found(registry: Registry, publish: Publish, text: str) -> None:
+def test_resolving_an_invalid_version_string_raises_not_found(registry: Registry, publish: Publish, text: str) -> None:
     publish()
     with pytest.raises(NotFoundError):
         registry.resolve(text)
@@ -333,7 +335,7 @@ def test_missing_manifest_error_suggests_existing_versions(registry: Registry, p
     assert f"{name}@1" in caught.value.expected
 
 
-def test_format_missing_from_a_version_is_rejected(registry: Registry, publish: Publish) -> None:
+def test_requesting_a_format_missing_from_a_version_raises_not_found(registry: Registry, publish: Publish) -> None:
     manifest = publish()
     with pytest.raises(NotFoundError, match="has no format gptq") as caught:
         registry.artifact(manifest.id, Format.GPTQ)

@@ -47,7 +47,7 @@ def manifest(tmp_path: Path) -> Manifest:
     return make_manifest(VersionId("tiny", 1), tmp_path, base_evaluation=text_report("what"), formats=formats)
 
 
-def test_primary_metric_comes_first_and_metrics_have_intervals(manifest: Manifest) -> None:
+def test_version_page_shows_metrics_with_intervals_and_the_primary_metric_first(manifest: Manifest) -> None:
     heads, first, *others = shown(evaluation_table(manifest))
     assert [head.strip() for head in heads] == ["base", "merged"]
     assert first[0].strip() == "ROUGE-L"
@@ -67,7 +67,7 @@ def test_primary_metric_comes_first_and_metrics_have_intervals(manifest: Manifes
         (SelectedBy.VALIDATION, "ROUGE-L; the version was selected on 7 other examples (data.validation)"),
     ],
 )
-def test_examples_used_to_select_the_version_are_stated(
+def test_version_page_states_which_examples_selected_the_version(
     manifest: Manifest, capsys: pytest.CaptureFixture[str], selected_by: SelectedBy, shown: str
 ) -> None:
     data = manifest.data.model_copy(update={"selected_by": selected_by, "validation_examples": 7})
@@ -106,7 +106,7 @@ def test_preferences_are_shown_if_they_were_measured(manifest: Manifest, capsys:
     assert "pairs" not in capsys.readouterr().out
 
 
-def test_each_gate_verdict_is_shown_once(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_page_shows_each_gate_verdict_once(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     gates = (gate_report(0.04), gate_report(0.09))
     print_version(manifest.model_copy(update={"gates": gates}), Path())
     told = " ".join(capsys.readouterr().out.split())

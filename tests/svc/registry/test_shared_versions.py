@@ -65,7 +65,9 @@ def damage(objects: ObjectStore, content: bytes) -> None:
                 obstore.put(objects._client, entry["path"], content)
 
 
-def test_version_of_another_machine_is_found_by_its_id(registry: Registry, other: Registry, publish: Publish) -> None:
+def test_version_published_on_a_different_machine_is_found_by_its_id(
+    registry: Registry, other: Registry, publish: Publish
+) -> None:
     manifest = publish()
     assert other.versions() == []
     assert other.resolve(str(manifest.id)) == manifest.id
@@ -73,7 +75,7 @@ def test_version_of_another_machine_is_found_by_its_id(registry: Registry, other
     assert other.heldout(manifest.id) == registry.heldout(manifest.id)
 
 
-def test_version_of_another_machine_is_found_by_name_and_alias(
+def test_version_published_on_a_different_machine_is_found_by_name_and_alias(
     registry: Registry, other: Registry, publish: Publish
 ) -> None:
     first, second = publish().id, publish().id
@@ -116,7 +118,7 @@ def test_published_model_files_are_unchanged_after_upload_and_download(
     assert record_files(folder, folder) == record_files(model, model)
 
 
-def test_altered_object_is_refused_and_its_repair_is_downloaded(
+def test_modified_object_is_refused_and_downloaded_after_it_is_repaired(
     registry: Registry, other: Registry, objects: ObjectStore, publish: Publish
 ) -> None:
     manifest = publish()
@@ -130,7 +132,7 @@ def test_altered_object_is_refused_and_its_repair_is_downloaded(
     assert (other.artifact(manifest.id, Format.MERGED) / "model.safetensors").read_bytes() == good
 
 
-def test_damaged_manifest_does_not_hide_the_other_versions(
+def test_corrupt_manifest_does_not_hide_the_other_versions(
     other: Registry, objects: ObjectStore, publish: Publish, caplog: pytest.LogCaptureFixture
 ) -> None:
     damaged, intact = publish().id, publish().id
@@ -140,7 +142,7 @@ def test_damaged_manifest_does_not_hide_the_other_versions(
     assert f"could not fetch {damaged}" in caplog.text
 
 
-def test_versions_in_the_home_stay_usable_without_the_object_store(
+def test_local_versions_stay_usable_when_the_object_store_is_unavailable(
     registry: Registry, publish: Publish, objects: ObjectStore, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     version = publish().id
@@ -151,7 +153,7 @@ def test_versions_in_the_home_stay_usable_without_the_object_store(
     assert "only the versions in" in caplog.text
 
 
-def test_failed_upload_publishes_nothing_and_is_continued_by_the_next_registration(
+def test_failed_upload_publishes_nothing_and_the_next_registration_reuses_uploaded_files(
     registry: Registry, publish: Publish, objects: ObjectStore, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: ObjectStore, manifest: Manifest) -> None:
@@ -168,7 +170,7 @@ def test_failed_upload_publishes_nothing_and_is_continued_by_the_next_registrati
     assert sent == []
 
 
-def test_registration_skips_the_numbers_that_another_machine_has_published(
+def test_registration_skips_version_numbers_published_by_a_different_machine(
     objects: ObjectStore, publish: Publish, name: str, content: dict[str, Path], tmp_path: Path
 ) -> None:
     publish()
@@ -205,7 +207,7 @@ def test_two_machines_cannot_publish_the_same_number(
     assert objects.manifest(VersionId(name, 3)).run == "run-1"
 
 
-def test_fetched_version_can_have_an_alias_in_the_mlflow_of_another_machine(
+def test_fetched_version_can_have_an_alias_in_the_mlflow_of_a_different_machine(
     objects: ObjectStore, publish: Publish, tmp_path: Path, name: str
 ) -> None:
     publish()
@@ -314,13 +316,13 @@ def test_weights_absent_from_the_object_store_are_not_evicted(
         assert evictable(other, store) == []
 
 
-def test_nothing_is_evicted_during_a_training_run(other: Registry, store: Store, cached: list[VersionId]) -> None:
+def test_no_weights_are_evicted_during_a_training_run(other: Registry, store: Store, cached: list[VersionId]) -> None:
     with hold_lock(other.models.parent / "runs" / "name-key" / "lock", "it"):
         assert evictable(other, store) == []
 
 
 @pytest.mark.parametrize("event", ["used", "served"])
-def test_weights_that_became_needed_are_not_evicted(
+def test_weights_that_become_needed_during_eviction_are_not_evicted(
     other: Registry, store: Store, cached: list[VersionId], event: str
 ) -> None:
     item = next(find_evictable(other, store, 0))
@@ -345,7 +347,7 @@ def test_gc_evicts_weights_above_the_limit(
     assert [weights(other, version).exists() for version in cached] == [False, False, False]
 
 
-def test_registry_refresh_without_an_object_store_does_nothing(
+def test_registry_refresh_without_an_object_store_logs_no_warning(
     tmp_path: Path, tracking: Tracking, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):

@@ -22,7 +22,7 @@ def test_allocated_version_numbers_increase_by_one(tracking: Tracking, name: str
     assert [tracking.allocate(name, "/models", run).number for _ in range(3)] == [1, 2, 3]
 
 
-def test_number_of_a_withdrawn_version_is_not_reused(tracking: Tracking, name: str, run: str) -> None:
+def test_version_number_of_a_discarded_version_is_not_reused(tracking: Tracking, name: str, run: str) -> None:
     first = tracking.allocate(name, "/models", run)
     tracking.discard(first)
     assert tracking.allocate(name, "/models", run) == VersionId(name, 2)
@@ -45,7 +45,7 @@ def test_report_page_of_a_version_is_stored_with_its_run(tracking: Tracking, nam
     assert mlflow.download_artifacts(run, f"{name}-2.html").endswith(f"{name}-2.html")
 
 
-def test_withdrawing_a_version_deletes_its_report_page(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
+def test_discarding_a_version_deletes_its_report_page(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
     run = tracking.start_run(name, {})
     one, two = (tracking.allocate(name, "/models", run) for _ in range(2))
     for version in (one, two):
@@ -70,7 +70,7 @@ def test_report_page_rejected_by_mlflow_raises_error(tracking: Tracking, name: s
         tracking.log_page(VersionId(name, 1), "no-such-run", "<p>page</p>")
 
 
-def test_name_unknown_to_mlflow_has_no_aliases(tracking: Tracking, name: str) -> None:
+def test_model_name_unknown_to_mlflow_has_no_aliases(tracking: Tracking, name: str) -> None:
     assert tracking.aliases(name) == {}
     assert tracking.alias(name, Alias.PRODUCTION) is None
 
@@ -83,13 +83,15 @@ def test_alias_can_be_moved_to_another_version(tracking: Tracking, name: str, ru
     assert tracking.aliases(name) == {Alias.PRODUCTION: two, Alias.SHADOW: one}
 
 
-def test_aliases_of_other_versions_are_excluded(tracking: Tracking, name: str, run: str, mlflow: MlflowClient) -> None:
+def test_aliases_unknown_to_tuneserve_are_excluded(
+    tracking: Tracking, name: str, run: str, mlflow: MlflowClient
+) -> None:
     tracking.allocate(name, "/models", run)
     mlflow.set_registered_model_alias(name, "favourite", "1")
     assert tracking.aliases(name) == {}
 
 
-def test_runs_of_one_name_share_an_experiment(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
+def test_runs_of_the_same_model_share_an_mlflow_experiment(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
     runs = [mlflow.get_run(tracking.start_run(name, {"tuneserve.run": f"{name}-1"})) for _ in range(2)]
     assert runs[0].info.experiment_id == runs[1].info.experiment_id
     assert runs[0].data.tags["tuneserve.run"] == f"{name}-1"
@@ -111,11 +113,11 @@ def test_run_has_its_start_time_and_latest_metrics(tracking: Tracking, mlflow: M
     assert found.metrics == {"loss": 0.5}
 
 
-def test_run_unknown_to_mlflow_is_none(tracking: Tracking) -> None:
+def test_looking_up_a_run_unknown_to_mlflow_returns_none(tracking: Tracking) -> None:
     assert tracking.run("0" * 32) is None
 
 
-def test_newest_run_is_the_one_started_last(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
+def test_newest_run_is_the_most_recently_started_run(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
     first = mlflow.get_run(tracking.start_run(name, {})).info
     last = mlflow.create_run(first.experiment_id, start_time=first.start_time + 1000).info.run_id
     mlflow.create_run(first.experiment_id, start_time=first.start_time - 1000)
@@ -126,7 +128,7 @@ def test_never_trained_name_has_no_newest_run(tracking: Tracking, name: str) -> 
     assert tracking.newest_run(name) is None
 
 
-def test_attached_run_is_running_and_then_finished(tracking: Tracking, mlflow: MlflowClient) -> None:
+def test_attached_mlflow_run_is_marked_running_and_then_finished(tracking: Tracking, mlflow: MlflowClient) -> None:
     run = tracking.start_run("tests", {})
     tracking.end_run(run)
     with tracking.attach(run):
@@ -134,7 +136,7 @@ def test_attached_run_is_running_and_then_finished(tracking: Tracking, mlflow: M
     assert mlflow.get_run(run).info.status == "FINISHED"
 
 
-def test_attached_run_has_failed_after_an_error(tracking: Tracking, mlflow: MlflowClient) -> None:
+def test_attached_mlflow_run_is_marked_failed_after_an_error(tracking: Tracking, mlflow: MlflowClient) -> None:
     run = tracking.start_run("tests", {})
     with pytest.raises(ZeroDivisionError), tracking.attach(run):
         raise ZeroDivisionError

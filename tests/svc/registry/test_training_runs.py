@@ -36,7 +36,7 @@ def test_run_name_may_contain_hyphens(folder: Path, tmp_path: Path) -> None:
     assert [run.name for run in find_training_runs(tmp_path)] == ["tiny-quick"]
 
 
-def test_run_being_removed_is_not_listed(folder: Path, tmp_path: Path) -> None:
+def test_training_run_being_removed_is_not_listed(folder: Path, tmp_path: Path) -> None:
     folder.rename(folder.with_name(".removed-tiny-0123456789ab"))
     assert list(find_training_runs(tmp_path)) == []
 

@@ -28,7 +28,7 @@ def test_confusion_matrix_matches_scikit_learn(pairs: list[tuple[str, str]]) -> 
     assert [list(row) for row in confusion.counts] == wanted.tolist()
 
 
-def test_non_label_answers_have_their_own_confusion_matrix_column() -> None:
+def test_answers_that_are_not_labels_have_a_separate_confusion_matrix_column() -> None:
     confusion = matrix([("net", "net"), ("net", "I do not know"), ("games", "games"), ("games", "net")] * 2)
     assert confusion is not None
     assert confusion.given == ("games", "net", "(no label)")

@@ -40,7 +40,7 @@ def right(examples: Sequence[ChatExample], count: int) -> list[str]:
     ("base", "merged", "outcome"),
     [(10, 50, Direction.BETTER), (50, 10, Direction.WORSE), (30, 31, Direction.UNDECIDED)],
 )
-def test_report_verdict_follows_from_the_interval_of_the_change(base: int, merged: int, outcome: Direction) -> None:
+def test_report_verdict_is_determined_by_the_interval_of_the_change(base: int, merged: int, outcome: Direction) -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, merged)})
     [verdict] = comparison.verdicts
     assert (verdict.model, verdict.other, verdict.outcome) == ("merged", BASE, outcome)
@@ -48,19 +48,19 @@ def test_report_verdict_follows_from_the_interval_of_the_change(base: int, merge
     assert verdict.change.value == pytest.approx((merged - base) / 60)
 
 
-def test_gptq_is_compared_with_both_base_and_merged() -> None:
+def test_report_compares_gptq_with_both_the_base_and_the_merged_format() -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, 5), "merged": right(LABELS, 50), "gptq": right(LABELS, 49)})
     pairs = [(verdict.model, verdict.other) for verdict in comparison.verdicts]
     assert pairs == [("merged", BASE), ("gptq", BASE), ("gptq", "merged")]
 
 
-def test_primary_metric_decides_the_verdict_and_comes_first() -> None:
+def test_primary_metric_determines_the_report_verdict_and_comes_first() -> None:
     comparison = judged(TEXTS, {BASE: right(TEXTS, 0), "merged": right(TEXTS, 20)})
     assert comparison.rows[0].name == "rouge_l"
     assert comparison.rows[-1].name == "nll"
 
 
-def test_every_metric_has_its_paired_change() -> None:
+def test_report_shows_the_paired_change_of_every_metric() -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, 10), "merged": right(LABELS, 40)})
     changes = {row.name: row.changes["merged"].value for row in comparison.rows}
     assert set(changes) == {"accuracy", "macro_f1", "exact_match", "perplexity", "length", "cut_off", "nll"}
@@ -70,17 +70,17 @@ def test_every_metric_has_its_paired_change() -> None:
 
 
 @pytest.mark.parametrize(("base", "outcome"), [(0, Direction.BETTER), (20, Direction.UNDECIDED)])
-def test_verdict_without_paired_changes_requires_disjoint_intervals(base: int, outcome: Direction) -> None:
+def test_report_verdict_without_paired_changes_requires_disjoint_intervals(base: int, outcome: Direction) -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, 24)}, kept=["merged"])
     [verdict] = comparison.verdicts
     assert (verdict.outcome, verdict.change) == (outcome, None)
 
 
-def test_gptq_is_compared_with_the_base_when_there_is_no_merged_format() -> None:
+def test_report_compares_gptq_only_with_the_base_if_there_is_no_merged_format() -> None:
     assert judged(LABELS, {"gptq": right(LABELS, 10)}).tuned == "gptq"
 
 
-def test_unevaluated_version_has_no_verdicts() -> None:
+def test_unevaluated_version_has_no_report_verdicts() -> None:
     comparison = Judged([], {}, {})
     assert (comparison.tuned, comparison.rows, comparison.verdicts) == (None, (), ())
 

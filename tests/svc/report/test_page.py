@@ -247,7 +247,7 @@ def test_report_shows_the_rollouts_of_the_version_with_figures_and_outcome(
     assert "another loss" not in shown and "Rollout 2" not in shown
 
 
-def test_report_without_a_rollout_has_no_section_on_it(versions: JudgedVersions, tmp_path: Path) -> None:
+def test_report_of_a_version_without_rollouts_has_no_rollout_section(versions: JudgedVersions, tmp_path: Path) -> None:
     made = versions.publish(LABELS, ANSWERS)
     assert 'id="rollouts"' not in report_page(gather_report(versions.registry, made.id, open_database(tmp_path)))
 

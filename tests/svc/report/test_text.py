@@ -8,7 +8,7 @@ from svc.report.text import LONGEST, cut_text, visible
 
 
 @given(st.text(max_size=9_000))
-def test_truncated_text_loses_only_the_reported_number_of_characters(text: str) -> None:
+def test_truncation_removes_exactly_the_reported_number_of_characters(text: str) -> None:
     cut = cut_text(text)
     assert cut.start + cut.rest == visible(text[:LONGEST])
     assert cut.left_out == max(0, len(text) - LONGEST)

@@ -50,7 +50,7 @@ def test_empty_audit_log_passes_verification(store: Store) -> None:
     assert verify_chain(store) == ChainReport(0, FIRST_HASH)
 
 
-def test_tampered_audit_event_is_still_shown_as_stored(sqlite_store: Store) -> None:
+def test_tampered_audit_event_is_displayed_with_its_stored_values(sqlite_store: Store) -> None:
     store = sqlite_store  # in PostgreSQL, a text cannot be replaced by bytes
     record_event(store, ENTRY)
     tamper(store, "UPDATE audit SET actor = X'ff'")
@@ -97,14 +97,14 @@ def test_modified_audit_row_is_detected(five: Store, column: str) -> None:
         ("INSERT INTO audit SELECT 6, at, action, subject, actor, origin, reason, details, hash, hash FROM audit", 6),
     ],
 )
-def test_missing_moved_and_added_audit_rows_are_detected(five: Store, statement: str, first: int) -> None:
+def test_deleted_reordered_and_inserted_audit_rows_are_detected(five: Store, statement: str, first: int) -> None:
     tamper(five, statement.replace("FROM audit", "FROM audit WHERE id = 5") if "INSERT" in statement else statement)
     report = verify_chain(five)
     assert report.fault is not None
     assert (report.fault.id, report.events) == (first, first - 1)
 
 
-def test_truncated_audit_log_is_detected_using_an_earlier_hash(five: Store) -> None:
+def test_truncated_audit_log_is_detected_by_comparison_with_a_saved_hash(five: Store) -> None:
     kept = verify_chain(five).head
     record_event(five, ENTRY)
     assert verify_chain(five, expected=kept).fault is None
@@ -154,7 +154,7 @@ def test_audit_events_can_be_filtered_by_time(five: Store) -> None:
 
 
 @pytest.mark.parametrize("details", ["", "[1]", "null", "{"])
-def test_audit_row_with_tampered_details_can_still_be_shown(five: Store, details: str) -> None:
+def test_audit_event_with_tampered_details_can_still_be_displayed(five: Store, details: str) -> None:
     tamper(five, f"UPDATE audit SET details = '{details}' WHERE id = 3")
     assert read_events(five, newest=3)[0].details == {"unreadable": details}
 

@@ -86,7 +86,7 @@ def test_batches_are_listed_newest_first_in_pages(store: Store, add: Add) -> Non
     assert len(read_batches(store, None, page=Page(10))[0]) == 4
 
 
-def test_identical_create_request_returns_the_existing_batch_while_it_is_unfinished(store: Store, add: Add) -> None:
+def test_repeated_create_request_returns_the_existing_batch_while_it_is_unfinished(store: Store, add: Add) -> None:
     fields: dict[str, Any] = {"input_file": "file-1", "labels": '{"team": "a"}', "output_expires_s": 3600}
     first, without = add(**fields), add(input_file="file-1")
     assert add(**fields, max_open=1) == first
@@ -109,12 +109,12 @@ def test_identical_create_request_returns_the_existing_batch_while_it_is_unfinis
     ],
     ids=str,
 )
-def test_create_request_that_differs_creates_another_batch(add: Add, change: dict[str, Any]) -> None:
+def test_create_request_with_different_fields_creates_a_new_batch(add: Add, change: dict[str, Any]) -> None:
     fields: dict[str, Any] = {"input_file": "file-1", "labels": '{"team": "a"}', "output_expires_s": 3600}
     assert add(**fields).id != add(**(fields | change)).id
 
 
-def test_identical_create_request_creates_a_batch_when_the_earlier_one_is_cancelled_or_ended(
+def test_repeated_create_request_creates_a_new_batch_if_the_previous_batch_is_cancelled_or_ended(
     store: Store, add: Add
 ) -> None:
     first = add(input_file="file-1")
@@ -124,7 +124,7 @@ def test_identical_create_request_creates_a_batch_when_the_earlier_one_is_cancel
     assert len({first.id, second.id, add(input_file="file-1").id}) == 3
 
 
-def test_identical_create_request_creates_a_batch_when_the_earlier_one_is_too_old(add: Add) -> None:
+def test_repeated_create_request_creates_a_new_batch_if_the_previous_batch_is_too_old(add: Add) -> None:
     first = add(input_file="file-1", created_at=datetime.now(UTC) - REPEAT_WINDOW - timedelta(seconds=1))
     assert add(input_file="file-1").id != first.id
 
@@ -168,7 +168,7 @@ def test_batch_passes_through_its_states_to_completed(store: Store, add: Add) ->
     assert read_open_batches(store) == []
 
 
-def test_failed_batch_has_errors_by_line(store: Store, add: Add) -> None:
+def test_failed_batch_has_errors_with_line_numbers(store: Store, add: Add) -> None:
     id = add().id
     error = BatchError("invalid_json_line", "the line is not JSON", line=3)
     end_batch(store, id, BatchResult(BatchStatus.FAILED, errors=[error]), lease=None)
@@ -178,7 +178,9 @@ def test_failed_batch_has_errors_by_line(store: Store, add: Add) -> None:
     assert BatchError(**stored) == error
 
 
-def test_cancelled_batch_ends_as_cancelled_even_if_it_completes_meanwhile(store: Store, add: Add) -> None:
+def test_cancelled_batch_ends_as_cancelled_even_if_it_completes_before_cancellation_takes_effect(
+    store: Store, add: Add
+) -> None:
     id = add().id
     cancelling = cancel(store, id)
     assert (cancelling.status, cancelling.cancelling_at is None) == (BatchStatus.CANCELLING, False)
@@ -194,7 +196,7 @@ def test_cancelled_batch_ends_as_cancelled_even_if_it_completes_meanwhile(store:
     assert events == ["batch.create", "batch.cancel"]
 
 
-def test_ended_batch_and_batch_of_another_key_cannot_be_cancelled(store: Store, add: Add) -> None:
+def test_ended_batch_and_batch_of_a_different_api_key_cannot_be_cancelled(store: Store, add: Add) -> None:
     id = add().id
     with pytest.raises(EntryNotFoundError):
         cancel(store, id, "bob")

@@ -199,7 +199,7 @@ def _take_job(store: Store) -> None:
         "returned job",
     ],
 )
-async def test_change_of_the_store_is_notified_to_the_listener(
+async def test_listener_is_notified_of_store_changes(
     any_store: Store, before: Callable[[Store], Any], change: Callable[[Store], Any]
 ) -> None:
     before(any_store)
@@ -209,7 +209,7 @@ async def test_change_of_the_store_is_notified_to_the_listener(
         await until(lambda: changes.count > count)
 
 
-async def test_change_in_a_rolled_back_transaction_is_not_notified(any_store: Store) -> None:
+async def test_rolled_back_transaction_sends_no_change_notification(any_store: Store) -> None:
     async with heard(any_store) as changes:
         count = changes.count
         with any_store.connect() as connection:
@@ -220,14 +220,14 @@ async def test_change_in_a_rolled_back_transaction_is_not_notified(any_store: St
         assert changes.count == count
 
 
-async def test_echo_notifications_of_another_server_do_not_count_as_changes(store: Store) -> None:
+async def test_echo_notifications_from_other_servers_are_not_treated_as_store_changes(store: Store) -> None:
     async with heard(store) as changes:
         count = changes.count
         async with heard(store):
             assert changes.count == count
 
 
-async def test_listener_reconnects_after_its_connection_is_killed_and_polls_the_store_meanwhile(
+async def test_listener_polls_the_store_until_it_has_reconnected_after_a_lost_connection(
     postgresql: PostgresServer, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(change_listener, "_PAUSE_S", 1.0)
@@ -266,7 +266,7 @@ async def test_listener_reconnects_after_the_database_restarts(
     assert len(caplog.records) == 1
 
 
-async def test_notifications_are_not_trusted_when_test_echoes_do_not_arrive(
+async def test_notifications_are_not_trusted_when_echo_notifications_do_not_arrive(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(postgresql_module, "CHANNEL", "elsewhere")
@@ -285,7 +285,7 @@ async def test_notifications_are_not_trusted_when_test_echoes_do_not_arrive(
 
 
 @pytest.mark.slow
-async def test_notifications_are_no_longer_trusted_when_later_test_echoes_do_not_arrive(
+async def test_notifications_are_no_longer_trusted_when_echo_notifications_stop_arriving(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(change_listener, "_ECHO_INTERVAL_S", 1.0)
@@ -326,7 +326,7 @@ async def test_change_in_sqlite_is_noticed_within_a_second(
         assert time.monotonic() - began < 1.0
 
 
-async def test_request_rows_in_sqlite_do_not_count_as_changes(sqlite_store: Store) -> None:
+async def test_usage_rows_written_to_sqlite_are_not_treated_as_store_changes(sqlite_store: Store) -> None:
     async with heard(sqlite_store) as changes:
         count = changes.count
         await asyncio.to_thread(add_usage, sqlite_store, {UsageOf(datetime.now(UTC), "abcd0123", NAME): Usage(1, 2, 3)})
@@ -334,7 +334,7 @@ async def test_request_rows_in_sqlite_do_not_count_as_changes(sqlite_store: Stor
         assert changes.count == count
 
 
-async def test_sqlite_is_polled_until_it_can_be_read_again(
+async def test_sqlite_polling_recovers_after_read_errors(
     sqlite_store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(connection: Connection) -> int:
@@ -351,7 +351,7 @@ async def test_sqlite_is_polled_until_it_can_be_read_again(
     assert "could not listen for changes in the store" in caplog.text
 
 
-async def test_listening_to_sqlite_occupies_no_connection_of_the_pool(sqlite_store: Store) -> None:
+async def test_sqlite_listener_occupies_no_pooled_connection(sqlite_store: Store) -> None:
     async with heard(sqlite_store):
         assert isinstance(sqlite_store.pool, QueuePool)
         assert sqlite_store.pool.checkedout() == 0

@@ -26,20 +26,20 @@ async def is_waiting(changes: Changes, poll_s: float) -> bool:
     return going_on
 
 
-async def test_wait_for_changes_lasts_one_poll_interval_when_notifications_are_not_trusted() -> None:
+async def test_waiting_for_changes_lasts_one_poll_interval_if_notifications_are_not_trusted() -> None:
     changes = Changes()
     assert await is_waiting(changes, LONG_S)
     async with asyncio.timeout(SOON_S):
         await changes.wait(changes.count, SHORT_S)
 
 
-async def test_wait_for_changes_exceeds_the_poll_interval_when_notifications_are_trusted() -> None:
+async def test_waiting_for_changes_may_exceed_the_poll_interval_if_notifications_are_trusted() -> None:
     changes = Changes()
     changes.trust(LONG_S)
     assert await is_waiting(changes, SHORT_S)
 
 
-async def test_wait_for_changes_ends_after_the_fallback_interval_when_no_change_is_notified(
+async def test_waiting_for_changes_ends_after_the_fallback_interval_without_a_notification(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(changes_module, "FALLBACK_POLL_S", SHORT_S)
@@ -49,7 +49,7 @@ async def test_wait_for_changes_ends_after_the_fallback_interval_when_no_change_
         await changes.wait(changes.count, SHORT_S)
 
 
-async def test_wait_for_changes_ends_after_its_own_time_limit_even_if_notifications_are_trusted() -> None:
+async def test_waiting_for_changes_ends_at_the_timeout_even_if_notifications_are_trusted() -> None:
     changes = Changes()
     changes.trust(LONG_S)
     async with asyncio.timeout(SOON_S):
@@ -73,7 +73,7 @@ async def test_change_wakes_all_waiting_tasks() -> None:
         await asyncio.gather(*waits)
 
 
-async def test_change_during_a_read_is_not_missed() -> None:
+async def test_change_announced_during_a_read_is_not_missed() -> None:
     changes = Changes()
     count = changes.count
     changes.announce()
@@ -81,7 +81,7 @@ async def test_change_during_a_read_is_not_missed() -> None:
         await changes.wait(count, LONG_S)
 
 
-async def test_no_change_is_missed_at_whichever_step_of_the_loop_it_is_announced() -> None:
+async def test_change_is_not_missed_at_any_event_loop_step_during_the_wait() -> None:
     changes = Changes()
     for steps in range(20):
         count = changes.count
@@ -94,7 +94,7 @@ async def test_no_change_is_missed_at_whichever_step_of_the_loop_it_is_announced
 
 
 @pytest.mark.parametrize("heard", [True, False])
-async def test_waiting_tasks_wake_when_trust_in_notifications_begins_or_ends(heard: bool) -> None:
+async def test_waiting_tasks_wake_up_when_notifications_become_trusted_or_untrusted(heard: bool) -> None:
     changes = Changes()
     if heard:
         changes.trust(LONG_S)

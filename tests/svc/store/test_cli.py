@@ -37,7 +37,7 @@ def url_of(settings: StoreSettings) -> str:
     return settings.url.get_secret_value()
 
 
-def test_copied_rows_are_listed_by_table_with_the_next_steps(svc: Svc, home: Path, url: str) -> None:
+def test_store_migration_prints_row_counts_by_table_and_the_next_steps(svc: Svc, home: Path, url: str) -> None:
     result = svc("--home", home, "store", "migrate", "--from", "sqlite", "--to", url)
     assert result.code == 0, result.err
     assert ["holdout_runs", str(ROWS)] in [line.split() for line in result.out.splitlines()]
@@ -46,7 +46,7 @@ def test_copied_rows_are_listed_by_table_with_the_next_steps(svc: Svc, home: Pat
         assert part in result.err
 
 
-def test_copied_rows_are_reported_as_json(svc: Svc, home: Path, url: str) -> None:
+def test_store_migration_reports_row_counts_as_json(svc: Svc, home: Path, url: str) -> None:
     result = svc("--home", home, "store", "migrate", "--to", url, "--json")
     assert result.code == 0, result.err
     report = json.loads(result.out)
@@ -55,7 +55,7 @@ def test_copied_rows_are_reported_as_json(svc: Svc, home: Path, url: str) -> Non
     assert "@" not in report["to"]
 
 
-def test_audit_log_of_the_copied_store_passes_verification(
+def test_audit_log_passes_verification_after_store_migration(
     svc: Svc, home: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     svc("--home", home, "store", "migrate", "--to", url)
@@ -87,7 +87,7 @@ def test_password_of_the_target_database_is_never_printed(
     assert not [result for result in results if SECRET in result.out + result.err]
 
 
-def test_copy_is_refused_when_the_store_of_the_home_is_not_in_sqlite(
+def test_store_migration_is_refused_if_the_home_does_not_use_sqlite(
     svc: Svc, home: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SVC_STORE__URL", url)

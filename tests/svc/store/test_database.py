@@ -41,13 +41,17 @@ def test_written_rows_persist_after_reopening_the_store(tmp_path: Path) -> None:
     assert found.target == ONE
 
 
-def test_current_store_is_opened_without_migrating_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_with_the_current_schema_is_opened_without_a_migration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     open_database(tmp_path).dispose()
     monkeypatch.setattr("alembic.command.upgrade", lambda *_: pytest.fail("the newest migration has another name"))
     open_database(tmp_path)
 
 
-def test_store_is_unavailable_while_another_writer_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sqlite_store_is_unavailable_while_a_different_writer_locks_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("svc.store.database._BUSY_MS", 50)
     store = open_database(tmp_path)
     with exclusive(store), pytest.raises(StoreUnavailableError) as error, exclusive(store):
@@ -64,7 +68,7 @@ def test_store_is_unavailable_when_its_disk_is_full(tmp_path: Path) -> None:
     assert error.value.shown.wrong == f"no disk space is left for the store {tmp_path / 'svc.db'}"
 
 
-def test_store_of_another_release_is_rejected_with_its_revision(tmp_path: Path) -> None:
+def test_error_for_a_store_from_a_different_release_names_its_schema_revision(tmp_path: Path) -> None:
     store = open_database(tmp_path)
     with store.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0011'")
@@ -121,7 +125,7 @@ def test_store_has_owner_only_permissions(tmp_path: Path) -> None:
     assert set(modes.values()) == {0o600}
 
 
-def test_swap_step_without_its_swap_is_rejected(store: Store) -> None:
+def test_swap_step_referencing_a_missing_swap_is_rejected(store: Store) -> None:
     with pytest.raises(IntegrityError, match=r"(?i)foreign key"), store.begin() as connection:
         connection.execute(sa.text("INSERT INTO swap_steps (swap_id, at, text) VALUES (99, '2026-01-01', 'x')"))
 

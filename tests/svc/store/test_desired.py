@@ -27,13 +27,13 @@ def test_first_desired_state_has_generation_1(store: Store) -> None:
     assert made == read_desired(store, "tiny") == Desired(target(1), None, 1)
 
 
-def test_changing_the_desired_state_stores_the_previous_target(store: Store) -> None:
+def test_desired_state_change_stores_the_previous_target(store: Store) -> None:
     first = change_desired(store, None, target(1, Format.MERGED), None)
     change_desired(store, first, target(2), first.target)
     assert read_desired(store, "tiny") == Desired(target(2), target(1, Format.MERGED), 2)
 
 
-def test_changing_the_desired_state_can_clear_the_previous_target(store: Store) -> None:
+def test_desired_state_change_can_clear_the_previous_target(store: Store) -> None:
     first = change_desired(store, None, target(1), target(3))
     change_desired(store, first, target(2), None)
     assert read_desired(store, "tiny") == Desired(target(2), None, 2)
@@ -55,7 +55,7 @@ def test_desired_states_of_different_names_are_independent(store: Store) -> None
     assert read_desired(store, "other") == Desired(target(7, name="other"), None, 1)
 
 
-def test_change_based_on_an_outdated_state_is_rejected(store: Store) -> None:
+def test_desired_state_change_based_on_a_stale_read_is_rejected(store: Store) -> None:
     seen = change_desired(store, None, target(1), None)
     change_desired(store, seen, target(2), seen.target)
     with pytest.raises(BusyError, match="another user has just changed the desired version of tiny"):
@@ -63,20 +63,22 @@ def test_change_based_on_an_outdated_state_is_rejected(store: Store) -> None:
     assert read_desired(store, "tiny") == Desired(target(2), target(1), 2)
 
 
-def test_change_expecting_no_state_is_rejected_when_one_exists(store: Store) -> None:
+def test_initial_desired_state_is_rejected_if_a_state_already_exists(store: Store) -> None:
     change_desired(store, None, target(1), None)
     with pytest.raises(BusyError):
         change_desired(store, None, target(2), None)
     assert read_desired(store, "tiny") == Desired(target(1), None, 1)
 
 
-def test_change_expecting_a_nonexistent_state_is_rejected(store: Store) -> None:
+def test_desired_state_change_is_rejected_if_the_expected_state_does_not_exist(store: Store) -> None:
     with pytest.raises(BusyError):
         change_desired(store, Desired(target(1), None, 1), target(2), None)
     assert read_desired(store, "tiny") is None
 
 
-def test_change_based_on_an_outdated_state_is_rejected_even_if_its_values_recur(store: Store) -> None:
+def test_desired_state_change_based_on_a_stale_read_is_rejected_even_if_the_values_are_equal_again(
+    store: Store,
+) -> None:
     first = change_desired(store, None, target(1), None)
     second = change_desired(store, first, target(2), first.target)
     back = change_desired(store, second, target(1), None)
@@ -86,7 +88,7 @@ def test_change_based_on_an_outdated_state_is_rejected_even_if_its_values_recur(
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_exactly_one_of_many_concurrent_changes_succeeds(store: Store, exists: bool) -> None:
+def test_exactly_one_of_many_concurrent_desired_state_changes_succeeds(store: Store, exists: bool) -> None:
     seen = change_desired(store, None, target(1), None) if exists else None
     outcomes: list[Desired | BusyError] = []
     start = threading.Barrier(6)
@@ -108,14 +110,14 @@ def test_exactly_one_of_many_concurrent_changes_succeeds(store: Store, exists: b
     assert won == [read_desired(store, "tiny")]
 
 
-def test_target_is_printed_as_version_and_format() -> None:
+def test_desired_target_is_printed_as_version_and_format() -> None:
     assert str(target(3, Format.MERGED)) == "tiny@3 (merged)"
 
 
 PROMOTION = AuditEntry(Action.PROMOTE, "tiny@2", Actor("user:alice", "box"), "it is better")
 
 
-def test_change_is_audited_with_its_actor_and_previous_state(store: Store) -> None:
+def test_desired_state_change_is_audited_with_its_actor_and_previous_state(store: Store) -> None:
     first = change_desired(store, None, target(1), None)
     change_desired(store, first, target(2), first.target, entry=PROMOTION)
     (event,) = read_events(store, newest=9)
@@ -123,7 +125,7 @@ def test_change_is_audited_with_its_actor_and_previous_state(store: Store) -> No
     assert event.details == {"before": "tiny@1 (gptq)", "forced": False, "format": "gptq", "generation": 2}
 
 
-def test_rejected_change_is_not_audited(store: Store) -> None:
+def test_rejected_desired_state_change_is_not_audited(store: Store) -> None:
     change_desired(store, None, target(1), None)
     with pytest.raises(BusyError):
         change_desired(store, None, target(2), None, entry=PROMOTION)

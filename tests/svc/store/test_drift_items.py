@@ -74,14 +74,14 @@ def test_newest_drift_items_after_an_id_are_read_in_order(store: Store) -> None:
     assert item_ids(store, TARGET, after=ids[3]) == ids[4:]
 
 
-def test_drift_items_are_read_by_id_in_order_even_if_some_are_gone(store: Store) -> None:
+def test_drift_items_are_read_in_id_order_and_missing_ids_are_skipped(store: Store) -> None:
     fill(store, 3)
     ids = add(store, 3)
     assert requests_of(read_items_with(store, TARGET, [ids[2], 999, ids[0]])) == ["req-0", "req-2"]
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_drift_items_of_other_targets_are_excluded(store: Store, other: Target) -> None:
+def test_drift_items_of_different_targets_are_neither_read_nor_pruned(store: Store, other: Target) -> None:
     fill(store, 2)
     ids = add(store, 2)
     assert read_items(store, other, after=0, newest=9) == read_items_with(store, other, ids) == []
@@ -97,7 +97,7 @@ def test_drift_item_of_a_deleted_request_is_not_stored(store: Store) -> None:
     assert requests_of(read_items(store, TARGET, after=0, newest=9)) == ["req-0"]
 
 
-def test_first_drift_item_of_a_request_is_kept_when_another_is_added(store: Store) -> None:
+def test_adding_a_second_drift_item_for_a_request_keeps_the_first_item(store: Store) -> None:
     fill(store, 2)
     add(store, 1)
     assert add_items(store, TARGET, [item("req-0", characters=99), item("req-1")]) == 1
@@ -112,7 +112,7 @@ def test_drift_item_is_deleted_with_its_expired_request(store: Store) -> None:
     assert requests_of(read_items(store, TARGET, after=0, newest=9)) == ["req-1", "req-2"]
 
 
-def test_drift_item_is_deleted_with_its_request_when_the_user_is_forgotten(store: Store) -> None:
+def test_drift_item_is_deleted_with_its_request_when_user_data_is_erased(store: Store) -> None:
     add_requests(store, [RECORD._replace(request_id=f"req-{n}", user_hash=hash_user(f"u{n}")) for n in range(2)])
     add(store, 2)
     assert forget_requests(store, of_user("u0")).requests == 1

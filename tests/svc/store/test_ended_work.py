@@ -95,7 +95,7 @@ def test_job_is_kept_while_its_model_or_a_checkpoint_is_registered(store: Store,
     assert remove_jobs(store, "other") == 2
 
 
-def test_failed_job_is_deleted_when_another_job_owns_the_registered_name(
+def test_failed_job_is_deleted_if_a_successful_job_owns_the_registered_model_name(
     store: Store,
     add_job: AddJob,  # noqa: F811
 ) -> None:
@@ -107,7 +107,7 @@ def test_failed_job_is_deleted_when_another_job_owns_the_registered_name(
     assert (exists(store, failed), exists(store, succeeded)) == (False, True)
 
 
-def test_job_of_another_machine_is_kept_because_its_models_are_unknown_locally(
+def test_job_of_a_different_machine_is_kept_because_its_models_are_unknown_locally(
     store: Store,
     add_job: AddJob,  # noqa: F811
 ) -> None:
@@ -117,7 +117,7 @@ def test_job_of_another_machine_is_kept_because_its_models_are_unknown_locally(
     assert remove_ended_jobs(store, LIMIT, worker="w2", registered=list) == 1
 
 
-def test_started_job_without_a_worker_is_kept_if_another_machine_may_have_run_it(
+def test_started_job_without_a_worker_is_kept_if_a_different_machine_may_have_run_it(
     store: Store,
     add_job: AddJob,  # noqa: F811
 ) -> None:

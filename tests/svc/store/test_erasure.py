@@ -52,7 +52,7 @@ def test_only_selected_requests_and_their_feedback_are_deleted(three: Store, whi
         assert session.scalar(select(func.count()).select_from(FeedbackRow)) == 1
 
 
-def test_counting_selected_requests_deletes_nothing(three: Store, which: ColumnElement[bool]) -> None:
+def test_counting_requests_to_erase_deletes_nothing(three: Store, which: ColumnElement[bool]) -> None:
     assert count_requests(three, which) == Forgotten(1, 1, 1)
     assert len(kept(three)) == 3
 
@@ -74,7 +74,7 @@ def in_files(home: Path, text: str) -> bool:
     return any(text.encode() in path.read_bytes() for path in home.glob("svc.db*"))
 
 
-def test_deleted_text_remains_in_no_sqlite_file(sqlite_store: Store, tmp_path: Path) -> None:
+def test_deleted_request_text_does_not_remain_in_any_sqlite_file(sqlite_store: Store, tmp_path: Path) -> None:
     filled(sqlite_store)
     assert in_files(tmp_path / "home", MARK)
     forget_requests(sqlite_store, of_key("abcd0123"))
@@ -95,5 +95,5 @@ def test_any_user_name_can_be_hashed() -> None:
     assert len({hash_user(user) for user in ("", "\ud800", "x" * 10_000, "é")}) == 4
 
 
-def test_user_hash_counts_toward_the_record_size() -> None:
+def test_record_size_includes_the_user_hash() -> None:
     assert MINE.bytes - MINE._replace(user_hash=None).bytes == 32

@@ -13,12 +13,12 @@ from svc.version import VersionId
 from tests.svc.store.test_requests import RECORD
 
 
-def test_feedback_has_the_version_that_was_rated(store: Store) -> None:
+def test_feedback_stores_the_rated_version(store: Store) -> None:
     add_requests(store, [RECORD])
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD)) == KeptFeedback(VersionId("tiny", 2), None)
 
 
-def test_request_answered_by_no_version_can_be_rated(store: Store) -> None:
+def test_request_that_no_version_answered_can_be_rated(store: Store) -> None:
     add_requests(store, [RECORD._replace(version=None)])
     assert keep_feedback(store, "req-1", Feedback(Rating.BAD)) == KeptFeedback(None, None)
 
@@ -38,7 +38,7 @@ def test_second_feedback_on_a_request_replaces_the_first_entirely(store: Store) 
         assert (row.rating, row.label, row.correction) == ("bad", None, None)
 
 
-def test_concurrent_feedback_is_accepted(store: Store) -> None:
+def test_concurrent_feedback_on_the_same_request_is_accepted(store: Store) -> None:
     """A double click sends the same feedback twice."""
     add_requests(store, [RECORD])
     with ThreadPoolExecutor(8) as threads:
@@ -46,7 +46,7 @@ def test_concurrent_feedback_is_accepted(store: Store) -> None:
     assert sum(found is not None and found.replaced is None for found in kept) == 1
 
 
-def test_feedback_applies_to_the_newer_of_two_requests_with_the_same_id(store: Store) -> None:
+def test_feedback_applies_to_the_newest_request_if_several_have_the_same_id(store: Store) -> None:
     add_requests(store, [RECORD, RECORD._replace(version=VersionId("tiny", 3))])
     kept = keep_feedback(store, "req-1", Feedback(Rating.GOOD))
     assert kept is not None
@@ -59,12 +59,12 @@ def test_api_key_can_rate_only_its_own_answers(store: Store) -> None:
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine") is not None
 
 
-def test_request_without_a_key_cannot_be_rated_by_a_key(store: Store) -> None:
+def test_unauthenticated_request_cannot_be_rated_with_an_api_key(store: Store) -> None:
     add_requests(store, [RECORD])
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine") is None
 
 
-def test_request_is_found_when_another_key_has_one_with_the_same_id(store: Store) -> None:
+def test_feedback_finds_the_request_of_its_own_api_key_if_several_keys_used_the_same_id(store: Store) -> None:
     add_requests(store, [RECORD._replace(key_id="mine"), RECORD._replace(key_id="other", version=VersionId("tiny", 3))])
     kept = keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine")
     assert kept is not None

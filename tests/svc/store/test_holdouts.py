@@ -59,7 +59,7 @@ def test_stored_held_out_run_round_trips_exactly(store: Store, cause: HoldoutCau
     assert replace(found, id=None) == run
 
 
-def test_failed_held_out_runs_are_skipped_when_results_are_needed(store: Store) -> None:
+def test_failed_held_out_runs_are_skipped_if_only_completed_runs_are_requested(store: Store) -> None:
     add_holdout_run(store, COMPLETED)
     add_holdout_run(store, FAILED)
     completed, last = newest_holdout_run(store, TARGET), newest_holdout_run(store, TARGET, completed=False)
@@ -80,7 +80,7 @@ def test_failed_held_out_runs_are_skipped_when_results_are_needed(store: Store) 
         Target(VersionId("tiny", 2), Format.MERGED),
     ],
 )
-def test_held_out_runs_of_other_targets_are_excluded(store: Store, other: Target) -> None:
+def test_held_out_runs_of_different_targets_are_excluded(store: Store, other: Target) -> None:
     add_holdout_run(store, replace(COMPLETED, target=other))
     assert newest_holdout_run(store, TARGET, completed=False) is None
 

@@ -99,7 +99,7 @@ def test_worker_takes_the_oldest_job_of_an_owner_and_marks_it_as_running(store: 
     assert messages(store, first) == ["Fine-tuning job started"]
 
 
-def test_worker_takes_no_job_when_no_job_may_run(store: Store, add: Add) -> None:
+def test_worker_takes_no_job_if_no_queued_job_is_eligible(store: Store, add: Add) -> None:
     assert take(store) is None
     id = add(wanted=Wanted.PAUSE)
     add(status=JobStatus.VALIDATING_FILES)
@@ -129,7 +129,7 @@ def test_owner_with_the_fewest_running_jobs_is_next_when_several_workers_run(sto
     assert [take(store, worker) for worker in ("w1", "w3")] == [alice[2], bob[1]]
 
 
-def test_each_of_20_jobs_is_run_once_when_five_workers_take_them_at_the_same_time(store: Store, add: Add) -> None:
+def test_each_of_20_jobs_is_taken_once_by_five_concurrent_workers(store: Store, add: Add) -> None:
     ids = [add(f"owner-{number % 3}") for number in range(20)]
     taken = Counter[str]()
 
@@ -145,7 +145,7 @@ def test_each_of_20_jobs_is_run_once_when_five_workers_take_them_at_the_same_tim
     assert {find(store, id).status for id in ids} == {JobStatus.SUCCEEDED}
 
 
-def test_restarted_worker_takes_its_own_job_before_other_jobs(store: Store, add: Add) -> None:
+def test_restarted_worker_resumes_its_own_job_before_taking_new_jobs(store: Store, add: Add) -> None:
     first = add()
     add("bob")
     take(store)
@@ -156,9 +156,7 @@ def test_restarted_worker_takes_its_own_job_before_other_jobs(store: Store, add:
     assert messages(store, first) == ["Fine-tuning job started"]
 
 
-def test_job_of_a_silent_worker_is_taken_by_another_worker_and_later_reports_are_rejected(
-    store: Store, add: Add
-) -> None:
+def test_job_of_an_unresponsive_worker_is_reassigned_and_late_reports_are_rejected(store: Store, add: Add) -> None:
     id = add()
     take(store)
     silence(store, id, timedelta(seconds=30))
@@ -183,7 +181,7 @@ def test_job_of_a_silent_worker_is_taken_by_another_worker_and_later_reports_are
         (Wanted.PAUSE, JobStatus.QUEUED, "Fine-tuning job paused"),
     ],
 )
-def test_requested_cancel_or_pause_is_applied_to_a_job_whose_worker_is_silent(
+def test_cancel_or_pause_request_is_applied_to_a_job_with_an_unresponsive_worker(
     store: Store, add: Add, wanted: Wanted, status: JobStatus, last: str
 ) -> None:
     id = add()
@@ -195,7 +193,7 @@ def test_requested_cancel_or_pause_is_applied_to_a_job_whose_worker_is_silent(
     assert messages(store, id)[-1] == last
 
 
-def test_report_returns_the_requested_state_and_records_the_progress(store: Store, add: Add) -> None:
+def test_progress_report_is_stored_and_returns_the_requested_job_state(store: Store, add: Add) -> None:
     id = add()
     take(store)
     silence(store, id)
@@ -212,12 +210,12 @@ def test_report_returns_the_requested_state_and_records_the_progress(store: Stor
     assert find(store, id).trained_tokens == 99
 
 
-def test_no_steps_count_as_reported_for_a_new_job(store: Store, add: Add) -> None:
+def test_new_job_has_no_reported_steps(store: Store, add: Add) -> None:
     assert read_reported(store, add()) == Reported(0, 0)
 
 
 @pytest.mark.parametrize("died", [False, True])
-def test_job_attempt_is_counted_only_when_the_training_process_died(store: Store, add: Add, died: bool) -> None:
+def test_job_attempt_is_counted_only_if_the_training_process_died(store: Store, add: Add, died: bool) -> None:
     id = add()
     for _ in range(2):
         take(store)
@@ -225,7 +223,7 @@ def test_job_attempt_is_counted_only_when_the_training_process_died(store: Store
     assert find(store, id).attempts == (2 if died else 0)
 
 
-def test_job_event_for_waiting_is_recorded_once_when_the_job_is_retried_repeatedly(store: Store, add: Add) -> None:
+def test_waiting_event_of_a_job_is_recorded_once_even_if_the_job_is_retried_repeatedly(store: Store, add: Add) -> None:
     id = add()
     for _ in range(3):
         take(store)
@@ -245,7 +243,9 @@ def test_paused_job_waits_in_the_queue_when_its_worker_releases_it(store: Store,
     assert take(store) == id
 
 
-def test_interrupted_job_is_taken_first_by_the_worker_that_has_its_checkpoint(store: Store, add: Add) -> None:
+def test_interrupted_job_is_resumed_before_other_jobs_by_the_worker_that_has_its_checkpoint(
+    store: Store, add: Add
+) -> None:
     id = add("alice")
     take(store)
     other = add("bob")

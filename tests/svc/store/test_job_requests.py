@@ -89,25 +89,27 @@ def test_created_job_is_stored_with_its_first_events_and_an_audit_event(store: S
     assert (event.action, event.subject, event.actor) == ("job.create", created.id, "key:alice")
 
 
-def test_identical_create_request_returns_the_existing_job_while_it_is_unfinished(store: Store, add: Add) -> None:
+def test_repeated_create_request_returns_the_existing_job_while_it_is_unfinished(store: Store, add: Add) -> None:
     first = add(fingerprint="same")
     assert add(fingerprint="same", max_jobs=1) == first
     assert messages(store, first.id) == ["created", "queued"]
     assert len(audit.read_events(store, newest=10)) == 1
 
 
-def test_identical_create_request_creates_a_job_when_the_earlier_job_has_ended(store: Store, add: Add) -> None:
+def test_repeated_create_request_creates_a_new_job_if_the_previous_job_has_ended(store: Store, add: Add) -> None:
     first = add(fingerprint="same")
     change(store, first.id, status="failed")
     assert add(fingerprint="same").id != first.id
 
 
-def test_identical_create_request_creates_a_job_when_the_earlier_job_is_too_old(store: Store, add: Add) -> None:
+def test_repeated_create_request_creates_a_new_job_if_the_previous_job_is_too_old(store: Store, add: Add) -> None:
     first = add(fingerprint="same", created_at=datetime.now(UTC) - REPEAT_WINDOW - timedelta(seconds=1))
     assert add(fingerprint="same").id != first.id
 
 
-def test_identical_create_request_creates_a_job_when_the_earlier_job_is_being_cancelled(store: Store, add: Add) -> None:
+def test_repeated_create_request_creates_a_new_job_if_the_previous_job_is_being_cancelled(
+    store: Store, add: Add
+) -> None:
     first = add(fingerprint="same")
     change(store, first.id, status="running", wanted="cancel")
     assert add(fingerprint="same").id != first.id
@@ -189,14 +191,14 @@ def test_paused_job_stays_queued_until_it_is_resumed(store: Store, add: Add) -> 
         ("cancelled", Wanted.RUN),
     ],
 )
-def test_ended_job_is_not_changed(store: Store, add: Add, status: str, wanted: Wanted) -> None:
+def test_ended_job_cannot_be_cancelled_paused_or_resumed(store: Store, add: Add, status: str, wanted: Wanted) -> None:
     created = add()
     change(store, created.id, status=status)
     with pytest.raises(JobEndedError, match=f"has already ended: {status}"):
         change_wanted(store, created.id, "alice", wanted)
 
 
-def test_job_of_another_owner_is_not_found_and_not_changed(store: Store, add: Add) -> None:
+def test_job_of_a_different_owner_is_neither_found_nor_changed(store: Store, add: Add) -> None:
     created = add()
     for id in (created.id, "ftjob-none", "a\0"):
         with pytest.raises(EntryNotFoundError):
@@ -204,7 +206,7 @@ def test_job_of_another_owner_is_not_found_and_not_changed(store: Store, add: Ad
     assert find_job(store, created.id, None).wanted is Wanted.RUN
 
 
-def test_checked_job_is_queued_unless_it_has_been_cancelled(store: Store, add: Add) -> None:
+def test_validated_job_is_queued_unless_it_has_been_cancelled(store: Store, add: Add) -> None:
     created = add(status=JobStatus.VALIDATING_FILES)
     assert [each.id for each in read_checking(store)] == [created.id]
     values = {"request": '{"a": 1}', "recipe": "name: b\n", "training_s": 5.0, "event": "validated"}
@@ -220,7 +222,7 @@ def test_checked_job_is_queued_unless_it_has_been_cancelled(store: Store, add: A
     assert read_checking(store) == []
 
 
-def test_failed_check_ends_the_job_with_its_error(store: Store, add: Add) -> None:
+def test_failed_validation_ends_the_job_with_the_error(store: Store, add: Add) -> None:
     created = add(status=JobStatus.VALIDATING_FILES)
     fail_checked(store, created.id, JobError("invalid_training_file", "line 1 is not JSON", "training_file"))
     failed = find_job(store, created.id, None)

@@ -31,7 +31,7 @@ def found(store: Store, *, before_row: int | None = None, limit: int = 100) -> l
     )
 
 
-def test_stored_requests_for_replay_are_found_newest_first(store: Store) -> None:
+def test_replayable_requests_are_found_newest_first(store: Store) -> None:
     records = [KEPT._replace(answer="old"), KEPT._replace(answer="new")]
     add_requests(store, records)
     assert [read_kept_request(store, row) for row in found(store)] == records[::-1]
@@ -66,7 +66,7 @@ INCOMPLETE: list[dict[str, Any]] = [
 ]
 
 
-def test_requests_that_cannot_be_replayed_exactly_are_not_found(store: Store) -> None:
+def test_requests_that_cannot_be_replayed_exactly_are_excluded(store: Store) -> None:
     wrong, count = [], 0
     for fields in INCOMPLETE:
         add_requests(store, [KEPT._replace(**fields)])

@@ -47,7 +47,7 @@ def test_every_api_key_limit_has_a_database_column() -> None:
     assert set(Limits.__dataclass_fields__) <= set(KeyRow.__table__.columns.keys())
 
 
-def test_every_api_key_change_is_audited_and_increments_the_revision(store: Store) -> None:
+def test_every_api_key_change_is_audited_and_increments_the_revision_of_all_keys(store: Store) -> None:
     add_key(store, KEY, ENTRY)
     replace_secret(store, KEY.id, "hash-2", previous_until=NOON, entry=replace(ENTRY, action=Action.ROTATE_KEY))
     revoke_key(store, KEY.id, at=NOON, entry=replace(ENTRY, action=Action.REVOKE_KEY))
@@ -79,7 +79,7 @@ def test_name_of_a_revoked_api_key_can_be_reused_for_a_new_key(store: Store) -> 
     assert find_key(store, KEY.id).revoked_at == NOON
 
 
-def test_api_key_id_takes_precedence_over_a_name(store: Store) -> None:
+def test_api_key_lookup_prefers_an_id_over_an_equal_name(store: Store) -> None:
     add_key(store, KEY, ENTRY)
     add_key(store, replace(KEY, principal=replace(CI, key_id="other000", name=KEY.id)), ENTRY)
     assert find_key(store, KEY.id).principal.name == "ci"
@@ -95,18 +95,18 @@ def test_revoked_api_key_cannot_be_rotated_or_revoked_again(store: Store) -> Non
     assert len(read_events(store, newest=9)) == 2
 
 
-def test_error_does_not_quote_a_secret_given_as_an_id(store: Store) -> None:
+def test_error_does_not_quote_a_secret_passed_as_an_api_key_id(store: Store) -> None:
     secret = "ts_abcd0123_0123456789abcdefghijklmnopqrstuvwxyz01"
     with pytest.raises(NotFoundError) as raised:
         find_key(store, secret)
     assert "0123456789abc" not in str(raised.value)
 
 
-def test_printed_api_key_shows_no_hash(store: Store) -> None:
+def test_printed_api_key_does_not_contain_its_hash(store: Store) -> None:
     assert "hash-1" not in repr(replace(KEY, previous_hash="hash-1"))
 
 
-def test_api_key_table_has_a_hash_and_only_the_granted_scopes(store: Store) -> None:
+def test_api_key_row_contains_the_hash_and_only_the_granted_scopes(store: Store) -> None:
     add_key(store, KEY, ENTRY)
     with Session(store) as session:
         row = session.scalars(select(KeyRow)).one()

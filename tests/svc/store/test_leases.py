@@ -38,7 +38,7 @@ def let_pass(store: Store, seconds: float) -> None:
             server.seen_at -= timedelta(seconds=seconds)
 
 
-def test_only_the_first_server_gets_the_lease(any_store: Store) -> None:
+def test_only_the_first_server_acquires_the_lease(any_store: Store) -> None:
     assert report(any_store, "a") == {"teams": Lease("teams", "a", 1)}
     assert report(any_store, "b") == {}
 
@@ -51,13 +51,13 @@ def test_liveness_report_extends_the_leases_of_its_server(any_store: Store) -> N
     assert report(any_store, "b") == {}
 
 
-def test_restarted_server_immediately_gets_the_leases_of_its_killed_process(any_store: Store) -> None:
+def test_restarted_server_immediately_takes_over_the_leases_of_its_killed_process(any_store: Store) -> None:
     report_server(any_store, "killed", "a:8000", ["teams"])
     assert report_server(any_store, "again", "a:8000", ["teams"]) == {"teams": Lease("teams", "again", 2)}
     assert running_servers(any_store) == {"again": "a:8000"}
 
 
-def test_two_running_servers_with_the_same_address_do_not_remove_each_other(any_store: Store) -> None:
+def test_two_running_servers_with_the_same_address_are_both_kept(any_store: Store) -> None:
     report_server(any_store, "a", "tuneserve:8000", ["teams"])
     report_server(any_store, "b", "tuneserve:8000", ["teams"])
     assert report_server(any_store, "a", "tuneserve:8000", ["teams"]) == {}
@@ -65,20 +65,20 @@ def test_two_running_servers_with_the_same_address_do_not_remove_each_other(any_
     assert set(running_servers(any_store)) == {"a", "b"}
 
 
-def test_expired_lease_goes_to_another_server_with_a_new_generation(any_store: Store) -> None:
+def test_expired_lease_is_granted_to_a_different_server_with_a_new_generation(any_store: Store) -> None:
     report(any_store, "a")
     let_pass(any_store, LEASE_S + 1)
     assert report(any_store, "b") == {"teams": Lease("teams", "b", 2)}
     assert report(any_store, "a") == {}
 
 
-def test_late_liveness_report_keeps_a_lease_that_no_other_server_took(any_store: Store) -> None:
+def test_late_liveness_report_extends_an_expired_lease_that_no_other_server_acquired(any_store: Store) -> None:
     report(any_store, "a")
     let_pass(any_store, LEASE_S + 1)
     assert report(any_store, "a") == {"teams": Lease("teams", "a", 1)}
 
 
-def test_lease_of_a_stopped_server_is_free_immediately(any_store: Store) -> None:
+def test_lease_of_a_stopped_server_is_available_immediately(any_store: Store) -> None:
     report(any_store, "a")
     remove_server(any_store, "a")
     assert report(any_store, "b") == {"teams": Lease("teams", "b", 2)}
@@ -94,14 +94,14 @@ def test_write_with_a_lost_lease_is_rejected(any_store: Store) -> None:
             require_lease(session, lost)
 
 
-def test_write_with_an_expired_lease_that_no_other_server_took_is_accepted(any_store: Store) -> None:
+def test_write_with_an_expired_lease_is_accepted_if_no_other_server_acquired_it(any_store: Store) -> None:
     lease = report(any_store, "a")["teams"]
     let_pass(any_store, LEASE_S + 1)
     with exclusive(any_store) as session:
         require_lease(session, lease)
 
 
-def test_running_servers_are_those_that_reported_recently(any_store: Store) -> None:
+def test_only_servers_that_reported_recently_count_as_running(any_store: Store) -> None:
     report(any_store, "a")
     let_pass(any_store, LEASE_S + 1)
     report(any_store, "b")
@@ -111,7 +111,7 @@ def test_running_servers_are_those_that_reported_recently(any_store: Store) -> N
     assert list(running_servers(any_store)) == ["a", "b", "c"]
 
 
-def test_servers_that_have_not_reported_for_a_day_are_forgotten(any_store: Store) -> None:
+def test_servers_that_have_not_reported_for_a_day_are_deleted(any_store: Store) -> None:
     with Session(any_store) as session, session.begin():
         long_ago = datetime.now(UTC) - timedelta(days=2)
         session.add(ServerRow(id="old", address="old:8000", started_at=long_ago, seen_at=long_ago))
@@ -124,7 +124,7 @@ def hold(store: Store) -> AbstractContextManager[Lease | None]:
     return hold_lease(store, "*work", "the work")
 
 
-def test_held_lease_is_refused_to_another_process_until_it_is_released(postgresql_store: Store) -> None:
+def test_held_lease_cannot_be_acquired_by_a_second_holder_until_it_is_released(postgresql_store: Store) -> None:
     refused = pytest.raises(BusyError, match=r"the work is in use by process \d+ on [\w.-]+\n")
     with hold(postgresql_store), refused, hold(postgresql_store):
         pass
@@ -141,7 +141,7 @@ def test_held_lease_is_extended_while_the_work_runs(postgresql_store: Store, mon
             assert session.get_one(LeaseRow, "*work").until > datetime.now(UTC)
 
 
-def test_write_raises_an_error_when_another_process_has_taken_the_lease(postgresql_store: Store) -> None:
+def test_write_fails_if_a_different_process_has_acquired_the_lease(postgresql_store: Store) -> None:
     def write() -> None:
         with hold(postgresql_store) as lease:
             let_pass(postgresql_store, LEASE_S + 1)
@@ -153,7 +153,7 @@ def test_write_raises_an_error_when_another_process_has_taken_the_lease(postgres
         write()
 
 
-def test_lost_lease_is_not_taken_again_when_the_other_process_has_released_it(
+def test_lost_lease_is_not_renewed_after_its_new_holder_has_released_it(
     postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("svc.store.leases.LEASE_S", 0.6)
@@ -166,7 +166,7 @@ def test_lost_lease_is_not_taken_again_when_the_other_process_has_released_it(
             assert lease and lease.generation == 3
 
 
-def test_process_needs_no_lease_with_a_sqlite_store(tmp_path: Path) -> None:
+def test_no_lease_is_created_with_a_sqlite_store(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     with hold(store) as lease:
         assert lease is None

@@ -81,32 +81,32 @@ def has_tables(target: StoreSettings) -> bool:
     return bool(names)
 
 
-def test_every_table_is_copied_with_all_values(home: Path, target: StoreSettings, copy: Store) -> None:
+def test_store_migration_copies_every_table_with_all_values(home: Path, target: StoreSettings, copy: Store) -> None:
     result = migrate(home, target)
     assert result.rows == {table.name: ROWS for table in TABLES}
     assert result.replaced_texts == 0
     assert read_tables(copy) == read_tables(open_database(home))
 
 
-def test_copy_creates_missing_tables_in_the_target_database(home: Path, target: StoreSettings) -> None:
+def test_store_migration_creates_missing_tables_in_the_target_database(home: Path, target: StoreSettings) -> None:
     migrate(home, target)
     store = open_store(Settings(home=home, store=target))
     assert verify_chain(store).events == ROWS
     store.dispose()
 
 
-def test_store_without_rows_is_copied(tmp_path: Path, target: StoreSettings) -> None:
+def test_store_migration_succeeds_without_rows(tmp_path: Path, target: StoreSettings) -> None:
     new_store(tmp_path / "home").dispose()
     assert sum(migrate(tmp_path / "home", target).rows.values()) == 0
 
 
-def test_sqlite_file_is_unchanged_after_the_copy(home: Path, target: StoreSettings) -> None:
+def test_sqlite_file_is_unchanged_after_store_migration(home: Path, target: StoreSettings) -> None:
     before = (home / "svc.db").read_bytes()
     migrate(home, target)
     assert (home / "svc.db").read_bytes() == before
 
 
-def test_next_row_after_the_copy_gets_the_next_unused_id(home: Path, target: StoreSettings, copy: Store) -> None:
+def test_next_row_after_store_migration_gets_the_next_unused_id(home: Path, target: StoreSettings, copy: Store) -> None:
     migrate(home, target)
     with copy.connect() as connection:
         numbers = {
@@ -116,7 +116,7 @@ def test_next_row_after_the_copy_gets_the_next_unused_id(home: Path, target: Sto
     assert numbers == dict.fromkeys(NUMBERED, LAST_ID + 1)
 
 
-def test_ids_of_deleted_drift_items_are_not_reused_after_the_copy(
+def test_ids_of_deleted_drift_items_are_not_reused_after_store_migration(
     home: Path, target: StoreSettings, copy: Store
 ) -> None:
     run(home, "DELETE FROM drift_items")
@@ -125,14 +125,14 @@ def test_ids_of_deleted_drift_items_are_not_reused_after_the_copy(
         assert connection.exec_driver_sql("SELECT nextval('drift_items_id_seq')").scalar_one() == LAST_ID + 1
 
 
-def test_audit_log_continues_after_the_copy(home: Path, target: StoreSettings, copy: Store) -> None:
+def test_audit_log_continues_after_store_migration(home: Path, target: StoreSettings, copy: Store) -> None:
     migrate(home, target)
     record_event(copy, AuditEntry(Action.COLLECT, "x", ALICE))
     report = verify_chain(copy)
     assert (report.events, report.fault) == (ROWS + 1, None)
 
 
-def test_copy_succeeds_when_the_database_sorts_texts_by_another_collation(
+def test_store_migration_succeeds_if_the_target_database_uses_a_different_collation(
     home: Path, target: StoreSettings, copy: Store
 ) -> None:
     with copy.begin() as connection:
@@ -144,13 +144,13 @@ def test_copy_succeeds_when_the_database_sorts_texts_by_another_collation(
     assert len(deployed_names(copy)) == ROWS
 
 
-def test_copy_is_refused_while_a_server_uses_the_home(home: Path, target: StoreSettings) -> None:
+def test_store_migration_is_refused_while_a_server_uses_the_home(home: Path, target: StoreSettings) -> None:
     with hold_lock(home / LOCK_FILE, "the home"), pytest.raises(BusyError, match="is in use by process"):
         migrate(home, target)
     assert not has_tables(target)
 
 
-def test_copy_is_refused_while_another_process_has_the_store_open(
+def test_store_migration_is_refused_while_the_sqlite_file_is_open(
     home: Path, target: StoreSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_database(home)
@@ -163,7 +163,7 @@ def test_copy_is_refused_while_another_process_has_the_store_open(
     assert not has_tables(target)
 
 
-def test_no_other_process_can_use_the_store_during_the_copy(
+def test_no_other_process_can_use_the_sqlite_store_during_migration(
     home: Path, target: StoreSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare = migrate_module._compare
@@ -179,7 +179,7 @@ def test_no_other_process_can_use_the_store_during_the_copy(
     other.close()
 
 
-def test_no_other_process_can_write_to_the_database_during_the_copy(
+def test_no_other_process_can_write_to_the_target_database_during_store_migration(
     home: Path, target: StoreSettings, copy: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare = migrate_module._compare
@@ -195,21 +195,23 @@ def test_no_other_process_can_write_to_the_database_during_the_copy(
     assert migrate(home, target).rows["deployments"] == ROWS
 
 
-def test_copy_is_refused_when_the_database_has_rows(home: Path, target: StoreSettings, copy: Store) -> None:
+def test_store_migration_is_refused_if_the_target_database_has_rows(
+    home: Path, target: StoreSettings, copy: Store
+) -> None:
     add_deployment(copy, "tiny")
     with pytest.raises(RefusedError, match="is not empty: it has rows in deployments"):
         migrate(home, target)
     assert {name: len(rows) for name, rows in read_tables(copy).items() if rows} == {"deployments": 1}
 
 
-def test_copy_is_refused_when_svc_db_is_of_another_release(home: Path, target: StoreSettings) -> None:
+def test_store_migration_is_refused_if_svc_db_is_from_a_different_release(home: Path, target: StoreSettings) -> None:
     run(home, "UPDATE alembic_version SET version_num = '0011'")
     with pytest.raises(RegistryError, match=r"svc\.db was written by another release: revision 0011"):
         migrate(home, target)
     assert not has_tables(target)
 
 
-def test_copy_is_refused_when_the_database_is_of_another_release(
+def test_store_migration_is_refused_if_the_target_database_is_from_a_different_release(
     home: Path, target: StoreSettings, copy: Store
 ) -> None:
     with copy.begin() as connection:
@@ -218,26 +220,28 @@ def test_copy_is_refused_when_the_database_is_of_another_release(
         migrate(home, target)
 
 
-def test_copy_is_refused_when_the_database_is_not_suitable(home: Path, postgresql: PostgresServer) -> None:
+def test_store_migration_is_refused_if_the_target_database_is_not_utf8(home: Path, postgresql: PostgresServer) -> None:
     postgresql.run("CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
     with pytest.raises(RegistryError, match="has encoding LATIN1"):
         migrate(home, postgresql.settings("latin"))
 
 
-def test_missing_store_is_reported_without_creating_a_home(tmp_path: Path, target: StoreSettings) -> None:
+def test_store_migration_of_a_missing_store_raises_error_without_creating_a_home(
+    tmp_path: Path, target: StoreSettings
+) -> None:
     with pytest.raises(NotFoundError, match=r"there is no store .*nowhere/svc\.db"):
         migrate(tmp_path / "nowhere", target)
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_copy_is_refused_when_the_audit_log_is_altered(home: Path, target: StoreSettings) -> None:
+def test_store_migration_is_refused_if_the_audit_log_has_been_tampered_with(home: Path, target: StoreSettings) -> None:
     run(home, "DROP TRIGGER audit_no_UPDATE", "UPDATE audit SET subject = 'other' WHERE id = 3")
     with pytest.raises(IntegrityError, match=r"svc\.db is altered at event 3"):
         migrate(home, target)
     assert not has_tables(target)
 
 
-def test_copy_that_would_break_the_audit_log_is_refused(
+def test_store_migration_that_would_break_the_audit_log_is_refused(
     home: Path, target: StoreSettings, copy: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:  # an event with a NUL, whose replacement has another hash
@@ -251,14 +255,14 @@ def test_copy_that_would_break_the_audit_log_is_refused(
     assert not any(read_tables(copy).values())
 
 
-def test_damaged_sqlite_file_is_reported(home: Path, target: StoreSettings) -> None:
+def test_corrupt_sqlite_file_is_reported_during_store_migration(home: Path, target: StoreSettings) -> None:
     path = home / "svc.db"
     path.write_bytes(path.read_bytes()[:8192])
     with pytest.raises(RegistryError, match=r"cannot read .*svc\.db: database disk image is malformed"):
         migrate(home, target)
 
 
-def test_interrupted_copy_leaves_the_database_empty(
+def test_interrupted_store_migration_leaves_the_target_database_empty(
     home: Path, target: StoreSettings, copy: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*arguments: object) -> None:
@@ -272,7 +276,7 @@ def test_interrupted_copy_leaves_the_database_empty(
     assert migrate(home, target).rows["requests"] == ROWS
 
 
-def test_copy_cut_off_by_a_shutdown_leaves_the_database_empty(
+def test_store_migration_interrupted_by_a_database_shutdown_leaves_the_target_empty(
     home: Path, target: StoreSettings, copy: Store, postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     insert = migrate_module._insert
@@ -302,7 +306,7 @@ def test_copy_cut_off_by_a_shutdown_leaves_the_database_empty(
     ],
     ids=["changed", "lost"],
 )
-def test_row_damaged_during_the_copy_is_detected(
+def test_row_corrupted_during_store_migration_is_detected(
     home: Path, target: StoreSettings, copy: Store, change: str, message: str
 ) -> None:
     run(home, "DELETE FROM feedback", "DELETE FROM drift_items")  # they refer to requests
@@ -318,7 +322,7 @@ def test_row_damaged_during_the_copy_is_detected(
     assert not any(read_tables(copy).values())
 
 
-def test_characters_not_storable_in_postgresql_are_replaced_by_question_marks(
+def test_characters_that_postgresql_cannot_store_are_replaced_by_question_marks(
     home: Path, target: StoreSettings, copy: Store
 ) -> None:
     run(home, "UPDATE requests SET prompt = CAST(x'6100628063' AS TEXT) WHERE id = 7")  # a, NUL, b, not UTF-8, c
@@ -350,7 +354,7 @@ def test_error_for_an_invalid_value_names_table_row_and_column_but_not_the_value
     assert "private" not in str(caught.value)
 
 
-def test_error_for_a_row_rejected_by_postgresql_does_not_quote_its_texts(
+def test_error_for_a_row_rejected_by_postgresql_does_not_quote_its_values(
     home: Path, target: StoreSettings, copy: Store
 ) -> None:
     text = secrets.token_hex(2_000)

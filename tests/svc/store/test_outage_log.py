@@ -40,6 +40,8 @@ def test_later_outage_is_logged_again(caplog: pytest.LogCaptureFixture, monkeypa
     assert len(caplog.records) == 2
 
 
-def test_other_errors_are_logged_with_their_traceback_each_time(caplog: pytest.LogCaptureFixture) -> None:
+def test_errors_other_than_database_outages_are_logged_with_a_traceback_each_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     fail(OSError("disk full"), times=2)
     assert [bool(record.exc_info) for record in caplog.records] == [True, True]

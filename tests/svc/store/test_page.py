@@ -22,7 +22,9 @@ def ids(store: Store, page: Page, owner: str | None = "key-1") -> tuple[list[str
 
 
 @pytest.mark.parametrize("newest_first", [True, False])
-def test_successive_pages_list_every_row_once_even_if_rows_have_the_same_time(store: Store, newest_first: bool) -> None:
+def test_successive_pages_list_every_row_once_even_if_rows_have_equal_timestamps(
+    store: Store, newest_first: bool
+) -> None:
     for id, second in (("a", 0), ("b", 1), ("c", 1), ("d", 1), ("e", 2)):
         add(store, id, second=second)
     listed: list[str] = []
@@ -33,14 +35,14 @@ def test_successive_pages_list_every_row_once_even_if_rows_have_the_same_time(st
     assert listed == (list("edcba") if newest_first else list("abcde"))
 
 
-def test_page_has_only_the_rows_of_its_owner(store: Store) -> None:
+def test_page_contains_only_rows_of_the_requested_owner(store: Store) -> None:
     add(store, "a")
     add(store, "b", owner="key-2")
     assert ids(store, Page(10)) == (["a"], False)
     assert ids(store, Page(10), owner=None) == (["b", "a"], False)
 
 
-def test_page_that_starts_after_a_row_of_another_owner_is_rejected(store: Store) -> None:
+def test_page_cursor_that_refers_to_a_row_of_a_different_owner_is_rejected(store: Store) -> None:
     add(store, "a", owner="key-2")
     with pytest.raises(EntryNotFoundError, match="no entry 'a'"):
         ids(store, Page(10, "a"))
@@ -54,7 +56,7 @@ def test_malformed_id_is_not_found(store: Store, id: str) -> None:
         ids(store, Page(10, id))
 
 
-def test_row_of_another_owner_is_not_found(store: Store) -> None:
+def test_row_of_a_different_owner_is_not_found(store: Store) -> None:
     add(store, "a", owner="key-2")
     with pytest.raises(EntryNotFoundError, match="no file 'a'"):
         find_file(store, "a", "key-1")

@@ -63,14 +63,14 @@ def unavailable(settings: Settings) -> StoreUnavailableError:
     return caught.value
 
 
-def test_unreachable_store_is_named_without_its_password() -> None:
+def test_unreachable_store_error_does_not_contain_the_password() -> None:
     error = unavailable(settings_of(NOWHERE))
     assert error.shown.wrong.startswith("the store at 127.0.0.1:1/store is not responding: ")
     assert error.shown.todo.startswith("check that PostgreSQL is running")
     assert SECRET not in "".join(traceback.format_exception(error))
 
 
-def test_rejected_connection_is_reported_with_its_reason(postgresql: PostgresServer) -> None:
+def test_rejected_database_connection_is_reported_with_its_reason(postgresql: PostgresServer) -> None:
     error = unavailable(Settings(store=postgresql.settings("missing")))
     assert 'rejected the connection: database "missing" does not exist' in error.shown.wrong
     assert "store.url" in error.shown.todo
@@ -110,7 +110,7 @@ def test_missing_driver_is_reported_with_the_install_command(monkeypatch: pytest
         open_store(settings_of(NOWHERE))
 
 
-def test_displayed_store_location_has_the_default_port_and_no_user() -> None:
+def test_displayed_store_location_includes_the_default_port_but_no_user() -> None:
     assert location(make_url(f"postgresql://svc:{SECRET}@db/store")) == "db:5432/store"
 
 
@@ -122,7 +122,7 @@ def test_store_works_again_after_a_restart_of_the_database(postgresql: PostgresS
     assert deployed_names(store) == ["tiny", "other"]
 
 
-def test_stopped_database_raises_error_immediately(postgresql: PostgresServer, store: Store) -> None:
+def test_store_access_fails_immediately_when_the_database_is_stopped(postgresql: PostgresServer, store: Store) -> None:
     add_deployment(store, "tiny")
     postgresql.stop()
     began = time.monotonic()
@@ -136,7 +136,9 @@ def test_stopped_database_raises_error_immediately(postgresql: PostgresServer, s
     assert deployed_names(store) == ["tiny"]
 
 
-def test_transaction_cut_off_by_a_shutdown_is_rolled_back(postgresql: PostgresServer, store: Store) -> None:
+def test_transaction_interrupted_by_a_database_shutdown_is_rolled_back(
+    postgresql: PostgresServer, store: Store
+) -> None:
     def write() -> None:
         with exclusive(store) as session:
             session.connection().exec_driver_sql("INSERT INTO deployments VALUES ('tiny', now())")
@@ -151,7 +153,7 @@ def test_transaction_cut_off_by_a_shutdown_is_rolled_back(postgresql: PostgresSe
     assert deployed_names(store) == []
 
 
-def test_connection_to_a_read_only_server_is_replaced(store: Store) -> None:
+def test_database_connection_is_replaced_if_the_server_is_read_only(store: Store) -> None:
     with store.connect() as connection:
         connection.exec_driver_sql("SET TRANSACTION READ ONLY")
         with pytest.raises(StoreUnavailableError, match="is read-only"):
@@ -160,7 +162,9 @@ def test_connection_to_a_read_only_server_is_replaced(store: Store) -> None:
     add_deployment(store, "tiny")
 
 
-def test_read_only_database_is_unavailable(postgresql: PostgresServer, database: StoreSettings) -> None:
+def test_store_is_unavailable_when_the_database_is_read_only(
+    postgresql: PostgresServer, database: StoreSettings
+) -> None:
     name = location(postgresql_module.connect(database).url).rpartition("/")[2]
     postgresql.run(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
     error = unavailable(Settings(store=database))
@@ -168,7 +172,7 @@ def test_read_only_database_is_unavailable(postgresql: PostgresServer, database:
     assert "primary" in error.shown.todo
 
 
-def test_store_is_unavailable_when_all_connections_stay_in_use(
+def test_store_is_unavailable_when_the_connection_pool_is_exhausted(
     postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"_POOL_SIZE": 1, "_POOL_OVERFLOW": 0, "_POOL_TIMEOUT_S": 0.05}.items():
@@ -180,7 +184,7 @@ def test_store_is_unavailable_when_all_connections_stay_in_use(
 
 
 @pytest.mark.slow
-def test_database_that_accepts_connections_without_answering_is_reported(
+def test_database_that_accepts_connections_without_responding_is_reported(
     postgresql: PostgresServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(postgresql_module._CONNECTION_OPTIONS, "connect_timeout", 2)
@@ -189,7 +193,7 @@ def test_database_that_accepts_connections_without_answering_is_reported(
         assert "timeout" in str(unavailable(settings))
 
 
-def test_writer_that_waits_too_long_for_the_lock_gets_an_error_with_the_reason(
+def test_write_that_waits_too_long_for_a_lock_fails_with_the_reason(
     postgresql: PostgresServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgresql_module, "_SESSION", ("SET lock_timeout = '50ms'",))
@@ -201,7 +205,9 @@ def test_writer_that_waits_too_long_for_the_lock_gets_an_error_with_the_reason(
         other.dispose()
 
 
-def test_rejected_row_is_logged_without_its_texts(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_row_rejected_by_postgresql_is_logged_without_its_values(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
     bad = RECORD._replace(prompt="my mother's name", route=None)  # type: ignore[arg-type]
     try:
         add_requests(store, [bad])
@@ -218,7 +224,7 @@ def test_audit_log_cannot_be_truncated(store: Store) -> None:
     assert verify_chain(store).events == 1
 
 
-def test_database_of_another_release_is_rejected_with_its_revision(database: StoreSettings) -> None:
+def test_error_for_a_database_from_a_different_release_names_its_schema_revision(database: StoreSettings) -> None:
     settings = Settings(store=database)
     store = open_store(settings)
     with store.begin() as connection:
@@ -253,13 +259,15 @@ def test_failed_creation_of_tables_is_rolled_back(database: StoreSettings, monke
     store.dispose()
 
 
-def test_database_with_another_encoding_is_rejected(postgresql: PostgresServer) -> None:
+def test_database_with_an_encoding_other_than_utf8_is_rejected(postgresql: PostgresServer) -> None:
     postgresql.run("CREATE DATABASE ascii ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
     with pytest.raises(RegistryError, match="has encoding SQL_ASCII"):
         open_store(Settings(store=postgresql.settings("ascii")))
 
 
-def test_error_says_how_to_get_missing_privileges(postgresql: PostgresServer, database: StoreSettings) -> None:
+def test_missing_database_privileges_error_says_how_to_grant_them(
+    postgresql: PostgresServer, database: StoreSettings
+) -> None:
     assert database.url is not None
     postgresql.run("DROP ROLE IF EXISTS guest")
     postgresql.run("CREATE ROLE guest LOGIN")

@@ -64,7 +64,7 @@ def kept(store: Store) -> list[str]:
         return list(session.scalars(select(RequestRow.request_id).order_by(RequestRow.id)))
 
 
-def test_request_row_has_the_values_of_the_record(store: Store) -> None:
+def test_stored_request_row_has_the_values_of_the_request_record(store: Store) -> None:
     add_requests(store, [RECORD])
     with Session(store) as session:
         row = session.scalars(select(RequestRow)).one()
@@ -91,7 +91,7 @@ def test_each_request_value_is_stored_in_its_own_column(store: Store) -> None:
 
 
 @pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
-def test_text_that_a_database_cannot_store_costs_no_row(store: Store, text: str) -> None:
+def test_request_is_stored_even_if_its_text_contains_unsupported_characters(store: Store, text: str) -> None:
     fields = dict.fromkeys(("prompt", "answer", "client_request_id", "finish_reason"), text)
     add_requests(store, [RECORD, RECORD._replace(request_id="hostile", **fields)])  # type: ignore[arg-type]
     with Session(store) as session:
@@ -106,27 +106,27 @@ def test_numbers_above_32_bits_are_stored(store: Store) -> None:
     assert (row.max_tokens, row.tokens_in) == (2**62, 2**40)
 
 
-def test_request_answered_by_no_version_is_stored(store: Store) -> None:
+def test_request_that_no_version_answered_is_stored(store: Store) -> None:
     add_requests(store, [RECORD._replace(model="unknown", version=None, format=None, status=404, reason="x")])
     with Session(store) as session:
         row = session.scalars(select(RequestRow)).one()
         assert (row.model, row.number, row.format) == ("unknown", None, None)
 
 
-def test_old_requests_are_deleted(store: Store) -> None:
+def test_requests_older_than_the_retention_limit_are_deleted(store: Store) -> None:
     fill(store, 10)
     assert prune_requests(store, before=NOON - timedelta(minutes=3), max_bytes=PLENTY).rows == 6
     assert kept(store) == ["req-6", "req-7", "req-8", "req-9"]
 
 
-def test_row_with_a_wrong_timestamp_causes_no_other_deletions(store: Store) -> None:
+def test_request_with_a_wrong_timestamp_does_not_cause_deletion_of_other_requests(store: Store) -> None:
     fill(store, 3)
     add_requests(store, [RECORD._replace(request_id="at boot", started_at=datetime(1970, 1, 1, tzinfo=UTC))])
     prune_requests(store, before=LONG_AGO, max_bytes=PLENTY)
     assert kept(store) == ["req-0", "req-1", "req-2"]
 
 
-def test_oldest_requests_are_deleted_when_the_table_is_too_large(store: Store) -> None:
+def test_oldest_requests_are_deleted_when_the_request_table_exceeds_its_size_limit(store: Store) -> None:
     fill(store, 10)
     size = RECORD.bytes
     prune_requests(store, before=LONG_AGO, max_bytes=5 * size)
@@ -150,7 +150,7 @@ def test_pruning_requests_returns_the_remaining_size(store: Store, monkeypatch: 
     assert kept(store) == ["req-9"]
 
 
-def test_pruning_skips_summing_rows_when_their_known_size_is_within_the_limit(store: Store) -> None:
+def test_pruning_skips_the_exact_size_query_when_the_known_size_is_within_the_limit(store: Store) -> None:
     fill(store, 3)
     with statements(store) as sent:
         prune_requests(store, before=LONG_AGO, max_bytes=3 * RECORD.bytes, known_bytes=3 * RECORD.bytes)
@@ -160,7 +160,7 @@ def test_pruning_skips_summing_rows_when_their_known_size_is_within_the_limit(st
     assert delete.startswith("DELETE")
 
 
-def test_overestimated_size_deletes_no_request(store: Store) -> None:
+def test_no_request_is_deleted_when_the_size_was_overestimated(store: Store) -> None:
     fill(store, 3)
     size = 3 * RECORD.bytes
     assert prune_requests(store, before=LONG_AGO, max_bytes=size, known_bytes=size + 1) == Pruned(0, size)
@@ -180,7 +180,9 @@ def test_feedback_corrections_count_toward_the_size_limit(store: Store) -> None:
         assert session.scalar(select(func.sum(RequestRow.bytes))) == 2 * RECORD.bytes + 20_000
 
 
-def test_many_requests_are_deleted_in_several_transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_deletions_of_requests_are_split_into_several_transactions(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(requests, "_DELETED_TOGETHER", 3)
     fill(store, 10)
     assert prune_requests(store, before=NOON, max_bytes=PLENTY).rows == 9
@@ -196,7 +198,7 @@ def test_feedback_is_deleted_with_its_request(store: Store) -> None:
         assert session.scalar(select(func.count()).select_from(FeedbackRow)) == 1
 
 
-def test_actual_row_size_is_close_to_its_estimate(sqlite_store: Store) -> None:
+def test_estimated_row_size_is_close_to_the_actual_row_size(sqlite_store: Store) -> None:
     """Retention by size is only as precise as this estimate."""
     store = sqlite_store
     with store.connect() as connection:

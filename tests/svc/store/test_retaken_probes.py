@@ -41,14 +41,14 @@ def test_stored_probes_round_trip_exactly(store: Store) -> None:
         (TARGET, FACTS.model_copy(update={"device": Device.CUDA})),
     ],
 )
-def test_retaken_probes_apply_only_to_their_own_engine_kind_and_target(
+def test_remeasured_probes_apply_only_to_the_engine_kind_and_target_they_were_measured_for(
     store: Store, target: Target, facts: EngineFacts
 ) -> None:
     keep_retaken_probes(store, TARGET, FACTS, (probe(-1.0),))
     assert find_retaken_probes(store, target, facts) is None
 
 
-def test_newer_retaken_probes_replace_older_ones(store: Store) -> None:
+def test_newly_remeasured_probes_replace_previously_stored_probes(store: Store) -> None:
     keep_retaken_probes(store, TARGET, FACTS, (probe(-1.0),))
     keep_retaken_probes(store, TARGET, FACTS, (probe(-2.0),))
     assert find_retaken_probes(store, TARGET, FACTS) == (probe(-2.0),)

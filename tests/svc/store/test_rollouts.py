@@ -43,7 +43,7 @@ def stop(store: Store) -> RolloutRecord | None:
     return stop_rollout(store, "tuned", "a feeling", AuditEntry(Action.ROLLBACK, str(ONE.version), ACTOR))
 
 
-def test_second_rollout_of_a_model_is_refused_until_the_first_has_ended(store: Store) -> None:
+def test_rollout_is_rejected_while_another_rollout_of_the_same_model_is_running(store: Store) -> None:
     _, first = begin(store)
     with pytest.raises(BusyError, match=r"a rollout of tuned@2 \(merged\) is in progress"):
         begin(store)
@@ -52,7 +52,7 @@ def test_second_rollout_of_a_model_is_refused_until_the_first_has_ended(store: S
     begin(store)
 
 
-def test_final_rollout_step_makes_the_candidate_the_desired_version_and_is_audited(store: Store) -> None:
+def test_final_rollout_step_promotes_the_candidate_and_writes_an_audit_entry(store: Store) -> None:
     _, record = begin(store)
     switched = switch_rollout(store, record)
     assert switched is not None and switched.state is RolloutState.SWITCHING
@@ -64,7 +64,7 @@ def test_final_rollout_step_makes_the_candidate_the_desired_version_and_is_audit
     ]
 
 
-def test_stopped_rollout_can_no_longer_promote_its_candidate(store: Store) -> None:
+def test_stopped_rollout_cannot_promote_its_candidate(store: Store) -> None:
     _, record = begin(store)
     assert stop(store) is not None
     assert switch_rollout(store, record) is None
@@ -78,7 +78,7 @@ def test_rollout_cannot_promote_its_candidate_after_another_promotion(store: Sto
     assert switch_rollout(store, record) is None
 
 
-def test_rollout_can_no_longer_be_stopped_once_its_final_swap_has_begun(store: Store) -> None:
+def test_rollout_cannot_be_stopped_after_its_final_swap_has_begun(store: Store) -> None:
     _, record = begin(store)
     switch_rollout(store, record)
     assert stop(store) is None
@@ -97,7 +97,7 @@ Write = Callable[[Store, RolloutRecord, Lease], object]
     ],
     ids=["state", "signals", "switch", "outcome"],
 )
-def test_write_is_rejected_and_changes_nothing_when_another_server_has_taken_the_lease(
+def test_write_is_rejected_without_changes_after_another_server_has_taken_the_lease(
     any_store: Store, write: Write
 ) -> None:
     desired, record = begin(any_store)
@@ -111,7 +111,7 @@ def test_write_is_rejected_and_changes_nothing_when_another_server_has_taken_the
     write(any_store, record, held)
 
 
-def test_requests_of_a_rollout_are_read_in_order_exactly_once(store: Store) -> None:
+def test_each_request_of_a_rollout_is_read_once_and_in_order(store: Store) -> None:
     _, record = begin(store)
     row = RequestRecord(
         request_id="r",

@@ -43,7 +43,7 @@ def test_newest_unscored_answer_is_returned_first(store: Store) -> None:
         assert session.scalars(select(RequestRow.logprob)).all() == [-0.5] * 3
 
 
-def test_answers_already_tried_for_scoring_are_skipped(store: Store) -> None:
+def test_answers_with_a_previous_scoring_attempt_are_skipped(store: Store) -> None:
     add_requests(store, [at(1, answer="old"), at(2, answer="new")])
     first = newest(store)
     assert first is not None
@@ -78,7 +78,7 @@ NOT_COMPARABLE: list[dict[str, Any]] = [
 ]
 
 
-def test_answers_that_cannot_be_compared_are_not_scored(store: Store) -> None:
+def test_incomparable_answers_are_not_scored(store: Store) -> None:
     scored = []
     for fields in NOT_COMPARABLE:
         add_requests(store, [KEPT._replace(**fields)])
@@ -103,7 +103,7 @@ def test_comparable_answers_are_scored(store: Store, fields: dict[str, Any]) -> 
     assert newest(store) is not None
 
 
-def test_row_deleted_during_scoring_gets_no_score(store: Store) -> None:
+def test_no_score_is_stored_for_a_request_deleted_during_scoring(store: Store) -> None:
     add_requests(store, [KEPT])
     row = newest(store)
     assert row is not None

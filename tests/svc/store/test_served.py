@@ -38,7 +38,7 @@ def test_swap_ends_one_served_interval_and_begins_another(store: Store) -> None:
     ]
 
 
-def test_swap_to_the_already_served_version_changes_no_interval(store: Store) -> None:
+def test_swap_to_the_version_already_served_leaves_its_interval_unchanged(store: Store) -> None:
     begin_serving(store, ONE, Began.START, at=minute(0))
     begin_serving(store, ONE, Began.SWAP, at=minute(1))
     assert served_spans(store, "tickets") == [ServedSpan(ONE.target, 1, minute(0), Began.START, None, None)]
@@ -72,7 +72,7 @@ def test_served_intervals_of_running_servers_are_independent(postgresql_store: S
     assert spans == [("a", Ended.SWAP), ("b", None), ("a", Ended.STOP)]
 
 
-def test_served_interval_of_a_dead_server_ends_when_another_server_starts(postgresql_store: Store) -> None:
+def test_starting_a_server_ends_the_served_intervals_of_dead_servers(postgresql_store: Store) -> None:
     begin_serving(postgresql_store, ONE, Began.START, at=minute(0), server="died")
     report_server(postgresql_store, "a", "a:8000", [])
     begin_serving(postgresql_store, ONE, Began.START, at=minute(5), server="a")

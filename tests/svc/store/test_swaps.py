@@ -64,7 +64,7 @@ def test_swap_result_round_trips_for_every_outcome(store: Store, outcome: SwapOu
     assert found.result == result
 
 
-def test_last_swap_of_a_name_is_found(store: Store) -> None:
+def test_last_swap_is_found_by_model_name(store: Store) -> None:
     begin_swap(store, desired(2, 5))
     last = begin_swap(store, desired(3, 6))
     begin_swap(store, desired(9, 1, name="other"))
@@ -73,7 +73,7 @@ def test_last_swap_of_a_name_is_found(store: Store) -> None:
     assert found.id == last
 
 
-def test_queued_time_is_read_from_the_last_successful_in_place_swap_to_the_version(store: Store) -> None:
+def test_queueing_time_is_taken_from_the_last_successful_in_place_swap_to_the_same_version(store: Store) -> None:
     results = [
         SwapResult(SwapOutcome.SUCCEEDED, None, 1.5, kind=SwapKind.INPLACE),
         SwapResult(SwapOutcome.RESTORED, "why", 2.5, kind=SwapKind.INPLACE),
@@ -95,7 +95,7 @@ def test_swap_is_found_by_generation(store: Store) -> None:
     assert find_swap(store, "tiny", generation=7) is None
 
 
-def test_swap_steps_belong_to_their_swap(store: Store) -> None:
+def test_steps_of_different_swaps_are_stored_separately(store: Store) -> None:
     first, second = begin_swap(store, desired(2, 5)), begin_swap(store, desired(3, 6))
     add_step(store, second, "of the second")
     add_step(store, first, "of the first")
@@ -155,7 +155,7 @@ def test_last_swap_of_a_server_excludes_swaps_of_other_running_servers(shared: S
     assert last_swap(shared, "tiny", server="a") is None
 
 
-def test_single_server_is_listed_for_a_generation_even_before_its_swap_begins(tmp_path: Path) -> None:
+def test_only_server_is_listed_for_a_generation_even_before_its_swap_begins(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     (before,) = server_swaps(store, "tiny", 5)
     begin_swap(store, desired(2, 5))
@@ -167,7 +167,7 @@ def test_single_server_is_listed_for_a_generation_even_before_its_swap_begins(tm
     assert (overtaken.swap, overtaken.later) == (None, desired(3, 6).target)
 
 
-def test_servers_listed_for_a_generation_serve_the_model_or_swap_to_it(shared: Store) -> None:
+def test_servers_listed_for_a_generation_either_serve_the_model_or_are_swapping_to_it(shared: Store) -> None:
     report_server(shared, "c", "c:8000", [])
     begin_serving(shared, desired(1, 4), Began.START, server="a")
     begin_serving(shared, desired(2, 5), Began.START, server="b")  # it started with the version
@@ -180,7 +180,7 @@ def test_servers_listed_for_a_generation_serve_the_model_or_swap_to_it(shared: S
     ("outcome", "fails"),
     [(SwapOutcome.REFUSED, True), (SwapOutcome.CANCELLED, False), (SwapOutcome.SUCCEEDED, False)],
 )
-def test_version_counts_as_failed_elsewhere_if_the_last_swap_of_another_running_server_failed(
+def test_version_counts_as_failed_if_the_last_swap_to_it_on_another_running_server_failed(
     shared: Store, outcome: SwapOutcome, fails: bool
 ) -> None:
     end_swap(shared, begin_swap(shared, desired(2, 5), server="b"), SwapResult(outcome, "why"))

@@ -50,12 +50,12 @@ def test_usage_is_grouped_by_key_and_model_with_the_largest_first(store: Store) 
     ]
 
 
-def test_usage_before_the_starting_hour_is_excluded(store: Store) -> None:
+def test_usage_before_the_start_of_the_range_is_excluded(store: Store) -> None:
     add_usage(store, {OF: Usage(1, 10, 5), OF._replace(hour=NOON - timedelta(hours=1)): Usage(1, 1000, 0)})
     assert usage_since(store, NOON + timedelta(minutes=59)) == [UsageTotal("abcd0123", "tickets", Usage(1, 10, 5))]
 
 
-def test_usage_by_day_has_the_totals_of_a_day_and_the_day_before(store: Store) -> None:
+def test_daily_usage_has_the_totals_of_the_given_day_and_the_previous_day(store: Store) -> None:
     midnight = midnight_of(NOON)
     hours = [midnight - timedelta(hours=25), midnight - timedelta(hours=1), midnight, NOON]
     add_usage(store, {OF._replace(hour=hour): Usage(1, 10**number, 1) for number, hour in enumerate(hours)})
@@ -73,7 +73,7 @@ def test_token_counts_above_32_bits_are_supported(store: Store) -> None:
     assert usage_since(store, NOON)[0].usage.tokens_in == 2**41
 
 
-def test_concurrent_usage_additions_are_not_lost(store: Store) -> None:
+def test_concurrent_usage_updates_are_not_lost(store: Store) -> None:
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda _: add_usage(store, {OF: Usage(1, 2, 3)}), range(64)))
     assert usage_since(store, NOON)[0].usage == Usage(64, 128, 192)

@@ -74,7 +74,7 @@ def test_no_message_is_stored_when_no_webhooks_are_configured(store: Store, roll
 
 
 @pytest.mark.parametrize(("age", "keep"), [(timedelta(days=-1), 9), (timedelta(days=1), 0)], ids=["old", "too_many"])
-def test_dropping_messages_of_one_webhook_keeps_messages_of_other_webhooks(
+def test_dropping_the_messages_of_one_webhook_does_not_affect_other_webhooks(
     store: Store, rollout: int, age: timedelta, keep: int
 ) -> None:
     end_rollout(store, rollout, RolloutOutcome.FAILED, "a reason", webhooks=URLS)

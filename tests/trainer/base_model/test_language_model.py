@@ -49,7 +49,7 @@ def as_saved_since_4_52(published: Path, folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", ["published", "since 4.52"])
-def test_extracted_language_model_has_the_logits_of_the_whole_checkpoint(
+def test_extracted_language_model_has_the_same_logits_as_the_complete_checkpoint(
     published: Path, tmp_path: Path, names: str
 ) -> None:
     whole = published if names == "published" else as_saved_since_4_52(published, tmp_path / "new")
@@ -87,14 +87,14 @@ def test_extracted_folder_contains_only_language_model_files(published: Path, tm
     assert resolve_base(str(published), tmp_path) == base
 
 
-def test_extracted_config_without_weights_suffices_for_an_estimate(published: Path, tmp_path: Path) -> None:
+def test_memory_estimate_needs_only_the_extracted_config_without_weights(published: Path, tmp_path: Path) -> None:
     """This is for `svc estimate`, which reads no weights."""
     folder = resolve_config(str(published), tmp_path)
     assert json.loads((folder / "config.json").read_text("utf-8"))["model_type"] != "gemma3"
     assert weight_files(folder) == []
 
 
-def test_checkpoint_with_a_tensor_of_an_unknown_component_is_rejected(published: Path, tmp_path: Path) -> None:
+def test_checkpoint_with_tensors_of_an_unknown_component_is_rejected(published: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(published, tmp_path / "base"))
     path = weight_files(folder)[0]
     save_file(load_file(path) | {"audio_tower.conv.weight": torch.zeros(1)}, path, {"format": "pt"})
@@ -102,7 +102,7 @@ def test_checkpoint_with_a_tensor_of_an_unknown_component_is_rejected(published:
         resolve_base(str(folder), tmp_path / "cache")
 
 
-def test_not_enough_disk_space_error_says_how_much_is_missing(
+def test_disk_space_error_says_how_much_space_is_missing(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
@@ -124,7 +124,7 @@ def test_not_enough_disk_space_error_says_how_much_is_missing(
         ("gemma3n", "gemma3n_text", "extracting the language model from model_type 'gemma3n' with"),
     ],
 )
-def test_model_family_without_a_tested_extraction_is_rejected_with_the_reason(
+def test_multimodal_model_family_without_tested_extraction_is_rejected_with_the_reason(
     tiny_base: Path, tmp_path: Path, model_type: str, text: str, reason: str
 ) -> None:
     folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))

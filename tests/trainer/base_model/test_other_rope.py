@@ -45,7 +45,9 @@ def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", RopeType)
-def test_rope_scaling_extends_the_context_by_its_factor_for_training_and_engine(kind: RopeType, tmp_path: Path) -> None:
+def test_rope_scaling_extends_the_context_by_its_factor_in_training_and_in_the_engine(
+    kind: RopeType, tmp_path: Path
+) -> None:
     base = base_with(tmp_path / "base")
     changed = folder_with_rope(base, scaling(kind), tmp_path / "cache")
     config = load_config(changed)
@@ -56,9 +58,7 @@ def test_rope_scaling_extends_the_context_by_its_factor_for_training_and_engine(
 
 
 @pytest.mark.parametrize("kind", RopeType)
-def test_logits_with_rope_scaling_equal_those_of_a_model_configured_with_that_scaling(
-    kind: RopeType, tmp_path: Path
-) -> None:
+def test_rope_scaling_gives_the_same_logits_as_a_model_config_with_that_scaling(kind: RopeType, tmp_path: Path) -> None:
     rope = {"rope_type": str(kind), "factor": 4.0, "rope_theta": 10000.0}
     if kind is RopeType.YARN:
         rope["original_max_position_embeddings"] = 2048
@@ -87,7 +87,7 @@ def test_tokenizer_maximum_length_grows_with_the_context(tmp_path: Path) -> None
     assert AutoTokenizer.from_pretrained(changed).model_max_length == 8192
 
 
-def test_base_with_its_own_rope_scaling_is_rejected_unless_replace_is_set(tmp_path: Path) -> None:
+def test_base_that_already_has_rope_scaling_is_rejected_unless_replace_is_set(tmp_path: Path) -> None:
     base = base_with(tmp_path / "base", rope_scaling=LLAMA_3, max_position_embeddings=131072)
     with pytest.raises(BaseModelError, match=r"already uses RoPE scaling: llama3 with factor 8\.0"):
         folder_with_rope(base, scaling(), tmp_path)
@@ -115,7 +115,7 @@ def test_base_with_missing_or_mixed_rotary_embeddings_is_rejected(
         folder_with_rope(base, scaling(), tmp_path)
 
 
-def test_base_with_rope_scaling_has_a_scaled_config_and_its_own_revision(tiny_base: Path, tmp_path: Path) -> None:
+def test_base_with_rope_scaling_has_a_scaled_config_and_a_different_revision(tiny_base: Path, tmp_path: Path) -> None:
     settings, plain = Settings(home=tmp_path, base_cache=tmp_path / "cache"), str(tiny_base)
     base = find_base(plain, settings, None, scaling())
     assert load_config(base.folder).max_position_embeddings == 4 * load_config(tiny_base).max_position_embeddings

@@ -21,7 +21,7 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json", "nowhere"])
-def test_replacing_the_chat_template_changes_nothing_else(base: Path, tmp_path: Path, place: str) -> None:
+def test_replacing_the_chat_template_leaves_all_other_files_unchanged(base: Path, tmp_path: Path, place: str) -> None:
     own, config = base / "chat_template.jinja", base / "tokenizer_config.json"
     if place == "tokenizer_config.json":
         config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"chat_template": own.read_text("utf-8")}))
@@ -42,7 +42,9 @@ def test_arguments_of_a_replaced_chat_template_are_dropped(base: Path, tmp_path:
     assert choose_template_kwargs(folder, None) == {}
 
 
-def test_template_folder_is_rebuilt_only_for_a_new_template_or_new_base_files(base: Path, tmp_path: Path) -> None:
+def test_folder_with_a_replaced_template_is_rebuilt_only_when_the_template_or_base_changes(
+    base: Path, tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
     first = folder_with_template(base, TEMPLATE, cache)
     assert folder_with_template(base, TEMPLATE, cache) == first

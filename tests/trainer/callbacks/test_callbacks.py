@@ -42,13 +42,13 @@ def test_run_continues_when_a_small_loss_doubles() -> None:
     watch([0.1] * 40 + [0.4] * 40)
 
 
-def test_exploding_loss_stops_the_run_with_advice() -> None:
+def test_exploding_loss_stops_the_run_and_the_error_gives_advice() -> None:
     with pytest.raises(TrainingError, match=r"the loss exploded: it averages 10\.000 over the last 20 steps") as caught:
         watch([3.0] * 40 + [10.0] * 20)
     assert "lower train.learning_rate from 0.0003 to 0.0001" in caught.value.todo
 
 
-def test_run_continues_when_hard_batches_happen_to_come_later() -> None:
+def test_run_continues_when_batches_with_high_loss_cluster_late_in_training() -> None:
     watch([0.1] * 14 + [4.0] * 6 + [0.1] * 6 + [4.0] * 14)
 
 
@@ -76,7 +76,7 @@ class Optimizer:
     step_was_skipped = True
 
 
-def test_run_stops_only_after_too_many_consecutive_steps_skipped_by_float16() -> None:
+def test_run_stops_after_too_many_consecutive_steps_are_skipped_due_to_float16_overflow() -> None:
     watch = DivergenceWatch(3e-4)
 
     def step(**logs: float) -> None:
@@ -138,17 +138,17 @@ def test_signal_during_evaluation_saves_and_stops_the_run() -> None:
         ({}, 1, False),
     ],
 )
-def test_patience_counts_measurements_without_a_lower_loss(
+def test_patience_counts_heldout_evaluations_without_improvement(
     losses: dict[int, float], patience: int | None, over: bool
 ) -> None:
     assert out_of_patience(state(heldout=losses), patience) is over
 
 
-def test_best_step_is_the_first_with_the_lowest_loss() -> None:
+def test_best_step_is_the_earliest_step_with_the_lowest_loss() -> None:
     assert best_step(state(heldout={10: 1.0, 20: 0.5, 30: 0.5})) == 20
 
 
-def test_held_out_loss_is_measured_at_the_configured_interval_and_the_last_step() -> None:
+def test_held_out_loss_is_measured_at_the_configured_interval_and_at_the_last_step() -> None:
     watch, measured = EarlyStopping(Stopping(), HeldoutSchedule(every_steps=4, points=10)), []
     for step in range(1, 11):
         control = TrainerControl()

@@ -45,7 +45,7 @@ def saved(tmp_path: Path) -> Saved:
     return Saved(tmp_path / "epochs")
 
 
-def test_adapters_of_the_last_epochs_are_kept_and_every_epoch_is_reported(saved: Saved) -> None:
+def test_only_adapters_of_the_last_epochs_are_kept_but_every_epoch_is_reported(saved: Saved) -> None:
     for epoch in (1, 2, 3):
         saved.end(epoch, 10 * epoch)
     assert saved.names == ["step-00000020", "step-00000030"]
@@ -58,13 +58,13 @@ def test_adapter_of_an_epoch_repeated_after_a_resume_replaces_the_earlier_one(sa
     assert saved.names == ["step-00000010"]
 
 
-def test_no_adapter_is_saved_for_a_partial_epoch_or_on_secondary_devices(saved: Saved) -> None:
+def test_epoch_adapter_is_saved_only_after_complete_epochs_and_on_the_first_device(saved: Saved) -> None:
     saved.end(0.5, 5)
     saved.end(1, 10, first=False)
     assert saved.reported == []
 
 
-def test_training_continues_when_the_disk_is_full(saved: Saved) -> None:
+def test_training_continues_when_an_epoch_adapter_cannot_be_saved_because_the_disk_is_full(saved: Saved) -> None:
     saved.end(1, 10)
     saved.full = True
     saved.end(2, 20)

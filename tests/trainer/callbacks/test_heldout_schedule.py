@@ -27,14 +27,14 @@ def rows(count: int, tokens: int = 10) -> list[dict[str, Any]]:
         (HeldoutSchedule(4, 5), 10, [0, 4, 8, 10]),
     ],
 )
-def test_heldout_loss_is_measured_at_the_start_evenly_spaced_steps_and_the_end(
+def test_heldout_loss_is_measured_at_evenly_spaced_steps_including_the_first_and_last(
     schedule: HeldoutSchedule, steps: int, at: list[int]
 ) -> None:
     assert measured(schedule, steps) == at
 
 
 @pytest.mark.parametrize(("trained", "heldout"), [(3_000, 20), (8_000, 200), (50_000, 200), (10**7, 500)])
-def test_measuring_the_curve_uses_at_most_a_twelfth_of_the_trained_tokens(trained: int, heldout: int) -> None:
+def test_measuring_the_heldout_curve_uses_at_most_a_twelfth_of_the_trained_tokens(trained: int, heldout: int) -> None:
     curve = HeldoutCurve.affordable(rows(heldout), trained, 1000)
     measurements = len(measured(curve.schedule, 1000))
     assert 2 <= measurements <= 6
@@ -43,23 +43,25 @@ def test_measuring_the_curve_uses_at_most_a_twelfth_of_the_trained_tokens(traine
 
 
 @pytest.mark.parametrize(("trained", "heldout"), [(1_000, 200), (10**6, 0)])
-def test_no_curve_is_measured_for_a_short_run_or_without_heldout_examples(trained: int, heldout: int) -> None:
+def test_no_heldout_curve_is_measured_for_a_short_run_or_without_heldout_examples(trained: int, heldout: int) -> None:
     assert HeldoutCurve.affordable(rows(heldout), trained, 1000).rows == []
 
 
 @pytest.mark.parametrize(("batch", "measured_examples"), [(4, 19), (8, 38), (16, 64)])
-def test_short_run_measures_heldout_loss_less_often_on_more_examples(batch: int, measured_examples: int) -> None:
+def test_short_run_measures_heldout_loss_at_fewer_steps_but_on_more_examples(
+    batch: int, measured_examples: int
+) -> None:
     """A short run spends a quarter of its time on this, as a loss over fewer examples has too large an error."""
     curve = HeldoutCurve.affordable(rows(120), 24 * batch * 10, 24)
     assert measured(curve.schedule, 24) == [0, 12, 24]
     assert len(curve.rows) == measured_examples
 
 
-def test_no_curve_is_measured_for_a_run_too_short_to_diagnose() -> None:
+def test_no_heldout_curve_is_measured_for_a_run_too_short_to_diagnose() -> None:
     assert HeldoutCurve.affordable(rows(120), 19 * 4 * 10, 19).rows == []
 
 
-def test_measured_heldout_examples_are_fixed_and_spread_over_the_whole_file() -> None:
+def test_heldout_curve_examples_are_deterministic_and_spread_over_the_whole_file() -> None:
     first = HeldoutCurve.affordable(rows(500), 10**6, 1000).rows
     assert first == HeldoutCurve.affordable(rows(500), 10**6, 1000).rows
     places = sorted(row["input_ids"][0] for row in first)
@@ -71,7 +73,7 @@ def history(*entries: dict[str, Any]) -> TrainerState:
     return TrainerState(log_history=list(entries))
 
 
-def test_step_and_its_measurement_form_one_curve_point() -> None:
+def test_training_loss_and_heldout_loss_of_a_step_form_one_curve_point() -> None:
     (start, step) = training_points(
         history(
             {"step": 0, "heldout_loss": 3.0, "heldout_each": [2.0, 4.0], "heldout_set": "a", "epoch": 0},
@@ -84,12 +86,12 @@ def test_step_and_its_measurement_form_one_curve_point() -> None:
     assert (step.grad_norm, step.tokens_per_second) == (1.0, 9.0)
 
 
-def test_non_finite_gradient_norm_becomes_none() -> None:
+def test_non_finite_gradient_norm_is_recorded_as_none() -> None:
     (point,) = training_points(history({"step": 1, "loss": 2.0, "grad_norm": float("inf"), "epoch": 1.0}))
     assert point.grad_norm is None
 
 
-def test_measurements_on_other_examples_than_the_latest_are_omitted() -> None:
+def test_heldout_losses_measured_on_outdated_examples_are_omitted_from_the_curve() -> None:
     points = training_points(
         history(
             {"step": 1, "loss": 2.0, "epoch": 0.5},

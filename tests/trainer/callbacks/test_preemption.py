@@ -122,7 +122,7 @@ STOPPING = {"every_steps": 2, "keep_best": True}
     ("method", "measurement"),
     [(Method.LORA, 1), (Method.LORA, 6), (Method.FULL, 2)],
 )
-def test_interrupted_measurement_is_repeated_on_resume(
+def test_interrupted_heldout_evaluation_is_repeated_on_resume(
     tiny_base: Path,
     data: TrainingData,
     uninterrupted: UninterruptedRuns,
@@ -136,7 +136,7 @@ def test_interrupted_measurement_is_repeated_on_resume(
     check_measurement(tiny_base, data, recipe, uninterrupted.run(recipe), tmp_path, monkeypatch, measurement)
 
 
-def test_measurement_repeated_on_resume_can_end_the_run(
+def test_heldout_evaluation_repeated_on_resume_can_trigger_early_stopping(
     tiny_base: Path,
     data: TrainingData,
     uninterrupted: UninterruptedRuns,
@@ -169,7 +169,7 @@ def check_measurement(
     assert weights(folder) == weights(whole.folder)
 
 
-def test_signal_during_model_loading_aborts_the_loading(
+def test_signal_during_model_loading_aborts_loading(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = False
@@ -214,14 +214,14 @@ def test_signal_is_handled_between_layers_of_a_backward_pass() -> None:
     assert asked.by is signal.SIGTERM
 
 
-def test_uninterruptible_work_finishes_despite_a_signal() -> None:
+def test_uninterruptible_section_finishes_when_a_signal_arrives() -> None:
     asked = Preemption()
     asked.receive(signal.SIGINT)
     with pytest.raises(StepAbandoned), asked.interruptible():
         pytest.fail("it was begun after the signal")
 
 
-def test_signal_is_handled_even_if_the_log_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_is_handled_even_if_writing_to_the_log_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """After Ctrl-C in `svc train | tee log`, rich exits the process, because it cannot write."""
 
     def broken(*args: Any) -> None:

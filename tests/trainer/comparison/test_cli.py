@@ -48,7 +48,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
     ],
 )
 @pytest.mark.usefixtures("asked")
-def test_fail_if_worse_exits_with_1_when_the_second_model_is_worse(
+def test_fail_if_worse_option_exits_with_1_when_the_second_model_is_worse(
     svc: Svc, models: tuple[str, str], options: tuple[str, ...], code: int
 ) -> None:
     assert svc("compare", *models, *options).code == code

@@ -95,7 +95,7 @@ def yes(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json={"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]})
 
 
-def test_each_model_answers_with_its_own_weights_in_one_engine(bench: Bench) -> None:
+def test_both_compared_models_answer_with_their_own_weights_in_one_engine(bench: Bench) -> None:
     compared = bench.compare("tuned@1", "tuned@2", metrics=["exact_match"])
     tally = compared.comparison.tally
     assert (tally.wins, tally.losses, tally.ties) == (1, 1, 1)
@@ -114,7 +114,7 @@ def test_second_engine_is_started_for_a_model_that_cannot_be_loaded_in_place(ben
     assert bench.engines.running == 0
 
 
-def test_cached_answers_are_used_unless_fresh_is_set(bench: Bench) -> None:
+def test_cached_answers_are_used_unless_the_fresh_option_is_set(bench: Bench) -> None:
     first = bench.compare("tuned@1", "tuned@2")
     again = bench.compare("tuned@2", "tuned@1")
     assert len(bench.engines.launched) == 1
@@ -155,7 +155,7 @@ def test_registration_answers_are_not_reused_for_a_different_engine_kind(bench: 
     assert not bench.compare("tuned@3", "tuned@1").answers[0].kept
 
 
-def test_answer_limits_match_those_of_training_when_versions_set_none(bench: Bench) -> None:
+def test_answer_limits_equal_the_training_defaults_when_versions_set_no_limit(bench: Bench) -> None:
     for number in (1, 2):
         bench.change(number, recipe={})
     compared = bench.compare("tuned@1", "tuned@2")
@@ -167,7 +167,7 @@ def test_answer_limits_match_those_of_training_when_versions_set_none(bench: Ben
     assert {body["max_tokens"] for body in bodies} == set(qualifier.limits)
 
 
-def test_answer_limits_fit_into_a_short_context(bench: Bench) -> None:
+def test_answer_limits_are_reduced_to_fit_a_short_context(bench: Bench) -> None:
     bench.settings = bench.settings.model_copy(update={"engine": EngineSettings(device=Device.CPU, max_model_len=16)})
     bench.change(1, recipe={})
     results = bench.compare("tuned@1", "tuned@2").answers[0].results
@@ -208,7 +208,7 @@ def test_data_option_is_required_when_versions_have_different_heldout_sets(bench
 
 
 @pytest.mark.parametrize("limit", [None, 1])
-def test_metrics_are_chosen_from_all_examples_even_if_few_are_evaluated(
+def test_metrics_are_chosen_by_all_examples_even_if_only_some_are_evaluated(
     bench: Bench, tmp_path: Path, limit: int | None
 ) -> None:
     labels = [chat(f"is {number} even?", "yes" if number % 2 == 0 else "no") for number in range(8)]
@@ -230,7 +230,7 @@ def test_warning_is_printed_when_a_version_was_trained_on_the_questions(
     assert f"tuned@2 (merged) was {warning}" in err if warning else "prompts" not in err
 
 
-def test_contamination_warning_includes_prompts_the_base_version_was_trained_on(
+def test_contamination_warning_counts_prompts_the_base_version_was_trained_on(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, prompts in ((1, HELDOUT[:1]), (2, HELDOUT[1:2])):
@@ -264,14 +264,14 @@ def test_notice_is_printed_before_prompts_are_sent_to_an_endpoint(
     assert "sk-secret" not in json.dumps(content)
 
 
-def test_endpoint_uses_the_answer_limits_of_the_local_model(bench: Bench) -> None:
+def test_endpoint_uses_the_same_answer_limits_as_the_local_model(bench: Bench) -> None:
     bench.provider = httpx.MockTransport(yes)
     bench.change(1, recipe={})
     local, elsewhere = bench.compare("tuned@1", "https://host.example/v1#big").answers
     assert [result.limit for result in elsewhere.results] == [result.limit for result in local.results]
 
 
-def test_endpoint_limit_counts_reference_bytes_when_neither_model_is_local(bench: Bench, tmp_path: Path) -> None:
+def test_answer_limit_is_based_on_reference_bytes_when_neither_model_is_local(bench: Bench, tmp_path: Path) -> None:
     bench.provider = httpx.MockTransport(yes)
     write_examples(tmp_path / "data.jsonl", [chat("one", "äöü"), chat("two", "abc")])
     compared = bench.compare(
@@ -360,7 +360,7 @@ def test_configured_judge_compares_the_answers(bench: Bench, capsys: pytest.Capt
     assert "Judge judge-model at http://127.0.0.1" in capsys.readouterr().out
 
 
-def test_base_without_a_chat_template_uses_that_of_the_version_trained_from_it(bench: Bench) -> None:
+def test_base_without_a_chat_template_uses_the_template_of_the_version_trained_from_it(bench: Bench) -> None:
     template = "{{ messages[0].content }}{{ eos_token }}"
     base = bench.registry.models.parent / "untemplated"
     shutil.copytree(bench.registry.artifact(VersionId(NAME, 1), Format.MERGED), base)

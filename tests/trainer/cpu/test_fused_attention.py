@@ -125,7 +125,7 @@ def test_fused_attention_output_and_gradients_match_pytorch(
     assert whole_products == [inputs[0].shape]
 
 
-def test_each_row_of_a_batch_has_its_own_attention_mask(whole_products: list[torch.Size]) -> None:
+def test_fused_attention_applies_a_separate_mask_to_each_row_of_a_batch(whole_products: list[torch.Size]) -> None:
     """Packed examples of different lengths need different masks."""
     mask = causal(2, 6, 0).clone()
     mask[0, :, 3:, :3] = False
@@ -145,7 +145,7 @@ def test_each_row_of_a_batch_has_its_own_attention_mask(whole_products: list[tor
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_fused_attention_falls_back_to_pytorch_for_special_attention(
+def test_fused_attention_falls_back_to_pytorch_for_unsupported_attention_variants(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(fused_attention, "sdpa_attention_forward", lambda *args, **kwargs: ("pytorch", None))
@@ -160,7 +160,7 @@ def with_value_heads_of(size: int, number_type: torch.dtype) -> list[torch.Tenso
 
 
 @pytest.mark.parametrize(("size", "number_type"), [(4, torch.bfloat16), (8, torch.float32), (4, torch.float32)])
-def test_fused_attention_falls_back_for_other_number_types_or_value_heads(
+def test_fused_attention_falls_back_to_pytorch_for_unsupported_dtypes_or_value_heads(
     whole_products: list[torch.Size], size: int, number_type: torch.dtype
 ) -> None:
     """In multi-head latent attention, value heads have a different size."""
@@ -170,7 +170,7 @@ def test_fused_attention_falls_back_for_other_number_types_or_value_heads(
     assert not whole_products
 
 
-def test_fused_attention_falls_back_to_pytorch_for_long_rows(
+def test_fused_attention_falls_back_to_pytorch_for_long_sequences(
     whole_products: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     query, key, value = tensors(2, 4, 2, 6, 0, 8)
@@ -189,7 +189,7 @@ def tiny_model(implementation: str) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.bfloat16)
 
 
-def test_fused_attention_keeps_the_logits_and_the_saved_config(whole_products: list[torch.Size]) -> None:
+def test_fused_attention_changes_neither_the_logits_nor_the_saved_config(whole_products: list[torch.Size]) -> None:
     model = tiny_model("sdpa")
     ids = torch.arange(20).view(2, 10)
     before, config = model(input_ids=ids).logits, model.config.to_json_string()
@@ -199,7 +199,7 @@ def test_fused_attention_keeps_the_logits_and_the_saved_config(whole_products: l
     assert model.config.to_json_string() == config
 
 
-def test_attention_is_not_fused_when_the_model_needs_another_implementation() -> None:
+def test_attention_is_not_fused_when_the_model_requires_eager_attention() -> None:
     """For example, only `eager` supports soft-capped scores."""
     model = tiny_model("eager")
     assert not fuse_attention(model)

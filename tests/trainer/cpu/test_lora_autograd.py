@@ -57,7 +57,7 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("width", "height"), [(24, 40), (40, 24), (32, 32), (40, 600), (600, 40)])
-def test_fused_lora_gradients_match_the_formulas_for_many_rows(width: int, height: int) -> None:
+def test_fused_lora_gradients_match_the_analytic_gradients_for_many_rows(width: int, height: int) -> None:
     """There are more rows than some of these widths, so the update is added to the weight in one pass or both."""
     model = adapted(width, height)
     layer = model.base_model.model.layer
@@ -94,7 +94,7 @@ def test_fused_lora_weights_match_peft_after_many_steps() -> None:
     assert relative_error(weights, pefts_weights) < 1e-4
 
 
-def test_fused_lora_keeps_updates_smaller_than_bf16_weight_spacing() -> None:
+def test_fused_lora_preserves_updates_smaller_than_the_bf16_weight_spacing() -> None:
     """1 and 1.001 are the same number in bf16. The outputs, which are 0 without the update, show a loss."""
     model = adapted(2, 1, bias=False, r=1, lora_alpha=1)
     layer = model.base_model.model.layer
@@ -160,7 +160,7 @@ def adapted_like(model: PeftModel) -> PeftModel:
     ],
     ids=["DoRA", "a bias in the adapter", "switched off", "merged"],
 )
-def test_fused_lora_falls_back_to_peft_for_layers_other_than_plain_lora(
+def test_fused_lora_falls_back_to_peft_for_layers_without_plain_lora(
     config: dict[str, Any], change: Callable[[PeftModel], None] | None
 ) -> None:
     plain, fused = adapted(**config), adapted(**config)
@@ -180,7 +180,7 @@ def test_fused_lora_applies_dropout_only_during_training() -> None:
     assert torch.equal(model.eval()(x), model(x))
 
 
-def test_fusing_lora_layers_keeps_weight_names() -> None:
+def test_fusing_lora_layers_does_not_change_weight_names() -> None:
     model = adapted()
     names = list(model.state_dict())
     fuse_lora(model)

@@ -66,7 +66,7 @@ def learnt(family: str, turns: list[tuple[str, str]], kwargs: TemplateKwargs) ->
 
 
 @pytest.mark.parametrize("family", [*PLAIN, *THINKING])
-def test_answer_is_trained_on_without_a_thinking_block(family: str) -> None:
+def test_trained_answer_contains_no_thinking_block(family: str) -> None:
     for turns in CONVERSATIONS.values():
         if family in NO_SYSTEM and turns[0][0] == "system":
             continue
@@ -83,13 +83,13 @@ def test_example_is_rejected_if_training_would_include_a_thinking_block(family: 
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_template_that_no_argument_can_fix_is_rejected_with_the_reason(family: str) -> None:
+def test_template_that_remains_unusable_with_any_arguments_is_rejected_with_the_reason(family: str) -> None:
     with pytest.raises(DataError, match=REFUSED[family]):
         learnt(family, CONVERSATIONS["one turn"], {})
 
 
 @pytest.mark.parametrize("family", [*PLAIN, *THINKING])
-def test_each_answer_trained_on_follows_the_prompt_rendered_by_the_engine(family: str) -> None:
+def test_each_trained_answer_follows_the_same_prompt_as_in_the_engine(family: str) -> None:
     tokenizer, kwargs = tokenizer_of(family), NO_THINKING if family in THINKING else {}
     turns = [{"role": role, "content": text} for role, text in ANSWERS]
     example = parse_example({"messages": turns}).learning_all
@@ -105,7 +105,7 @@ def test_each_answer_trained_on_follows_the_prompt_rendered_by_the_engine(family
 
 
 @pytest.mark.parametrize("family", ["qwen2_5", "qwen3"])
-def test_final_answer_is_evaluated_even_if_only_an_earlier_one_is_trained_on(family: str) -> None:
+def test_final_answer_is_evaluated_even_if_only_an_earlier_answer_is_trained_on(family: str) -> None:
     turns: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in ANSWERS]
     turns[-1]["weight"] = 0
     tokenizer, example = tokenizer_of(family), parse_example({"messages": turns})
@@ -171,7 +171,7 @@ SYSTEM_IN_LAST_QUESTION = """{% if messages[0].role == 'system' %}{% set system 
     ],
     ids=["a closed block of thoughts", "the system turn in the question", "the same, several turns"],
 )
-def test_answer_is_trained_on_after_the_served_prompt_when_renderings_differ(
+def test_answer_follows_the_served_prompt_when_the_template_renders_history_differently(
     template: str, turns: list[tuple[str, str]], prompt: str
 ) -> None:
     """Examples are Gemma 4's and Mistral Nemo's templates. The answer is a word that its end token contains."""
@@ -184,7 +184,7 @@ def test_answer_is_trained_on_after_the_served_prompt_when_renderings_differ(
     assert tokenizer.decode(row.input_ids[start:end]) == "end<|im_end|>"
 
 
-def test_tool_call_is_trained_on_after_the_served_prompt_when_renderings_differ() -> None:
+def test_tool_call_follows_the_served_prompt_when_the_template_renders_history_differently() -> None:
     call = "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
     tokenizer = make_tokenizer(CLOSED_THOUGHTS.replace("{{ m.content }}", "{{ m.content }}" + call))
     calls = [{"type": "function", "function": {"name": "rain", "arguments": "{}"}}]
@@ -258,7 +258,7 @@ def base(folder: Path, family: str) -> Path:
         ("llama3", {"date_string": "1 Jan 2026"}, {"date_string": "1 Jan 2026"}),
     ],
 )
-def test_thinking_is_disabled_and_the_date_fixed_unless_the_recipe_sets_them(
+def test_template_disables_thinking_and_fixes_the_date_unless_the_recipe_sets_them(
     family: str, given: TemplateKwargs | None, chosen: TemplateKwargs, tmp_path: Path
 ) -> None:
     assert choose_template_kwargs(base(tmp_path / "base", family), given) == chosen

@@ -45,7 +45,7 @@ def test_each_example_of_a_step_is_assigned_to_exactly_one_device(
         assert all(1 <= len(each) <= batch for share in of_step for each in share)
 
 
-def test_filler_is_used_only_when_the_last_step_has_too_few_examples() -> None:
+def test_filler_examples_are_used_only_when_the_last_step_has_too_few_examples() -> None:
     _, shares = batches_of([5] * 9, 2, 1, 4)
     assert [share[-1] == [9] for share in shares] == [False, True, True, True]
     _, shares = batches_of([5] * 12, 2, 1, 4)

@@ -35,7 +35,7 @@ def parsed_answer(example: ChatExample) -> str:
 
 
 @pytest.mark.parametrize("said", ["", "I look."])
-def test_tool_call_answer_matches_its_reference_after_rendering_and_parsing(said: str) -> None:
+def test_rendered_tool_call_is_parsed_back_to_the_reference_answer(said: str) -> None:
     assert EXAMPLES
     for example in EXAMPLES:
         final = replace(example.messages[-1], content=said)

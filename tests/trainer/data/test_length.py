@@ -26,7 +26,7 @@ def test_examples_that_fit_the_maximum_length_are_unchanged(policy: TooLong) -> 
     assert fit_length([[SHORT], [row(8, 8), SHORT]], train(policy)) == [[SHORT], [row(8, 8), SHORT]]
 
 
-def test_too_long_examples_error_names_the_longest() -> None:
+def test_too_long_examples_error_names_the_longest_example() -> None:
     with pytest.raises(
         DataError, match="2 of 3 examples are longer than 16 tokens; the longest, example 3, has 30 tokens"
     ):
@@ -40,19 +40,21 @@ def test_too_long_examples_are_dropped_with_policy_drop(capsys: pytest.CaptureFi
     )
 
 
-def test_too_long_examples_are_truncated_or_dropped_if_no_answer_remains() -> None:
+def test_too_long_examples_are_truncated_but_dropped_if_no_answer_remains() -> None:
     remaining = fit_length([[SHORT, row(16, 1)], [row(10, 7)], [row(16, 1)]], train(TooLong.TRUNCATE))
     assert remaining == [[SHORT], [TokenizedExample(tuple(range(16)), ((10, 16),))]]
 
 
 @pytest.mark.parametrize("policy", [TooLong.DROP, TooLong.TRUNCATE])
-def test_data_with_only_one_example_that_fits_is_rejected(policy: TooLong) -> None:
+def test_dataset_is_rejected_if_only_one_example_fits_the_maximum_length(policy: TooLong) -> None:
     with pytest.raises(DataError, match="1 of 2 examples fit into 16 tokens"):
         fit_length([[SHORT], [row(30, 2)]], train(policy))
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=4), st.sampled_from(list(TooLong)[1:]))
-def test_remaining_examples_fit_and_have_an_answer_to_train_on(sizes: list[tuple[int, int]], policy: TooLong) -> None:
+def test_examples_left_after_the_length_check_fit_and_have_an_answer_to_train_on(
+    sizes: list[tuple[int, int]], policy: TooLong
+) -> None:
     rows = [SHORT, SHORT, *(row(*size) for size in sizes)]
     for [remaining] in fit_length([[row] for row in rows], train(policy)):
         assert len(remaining.input_ids) <= 16
@@ -60,12 +62,12 @@ def test_remaining_examples_fit_and_have_an_answer_to_train_on(sizes: list[tuple
         assert all(0 < start < end <= len(remaining.input_ids) for start, end in remaining.learnt)
 
 
-def test_examples_pass_if_they_fit_the_engine_context() -> None:
+def test_examples_that_fit_the_engine_context_are_accepted() -> None:
     check_served_length([SHORT, row(10, 5)], 16, "training")
     check_served_length([], 16, "training")
 
 
-def test_example_leaving_no_token_for_scoring_is_rejected() -> None:
+def test_example_that_leaves_no_context_for_the_scoring_token_is_rejected() -> None:
     with pytest.raises(DataError, match="example 2, needs 17 including its answer"):
         check_served_length([SHORT, row(10, 6)], 16, "held-out")
 
@@ -78,7 +80,7 @@ def test_context_overflow_error_names_the_setting() -> None:
     assert "engine.max_model_len to at least 18" in caught.value.todo
 
 
-def test_maximum_answer_length_counts_if_longer_than_the_reference() -> None:
+def test_context_check_uses_the_maximum_answer_length_if_longer_than_the_reference() -> None:
     check_served_length([SHORT], 16, "held-out", room=8)
     with pytest.raises(DataError, match="needs 17"):
         check_served_length([SHORT], 16, "held-out", room=9)

@@ -54,7 +54,7 @@ def test_loss_of_packed_examples_equals_their_individual_losses(examples: list[t
 
 @settings(max_examples=20, deadline=None)
 @given(rows)
-def test_every_example_is_packed_exactly_once_and_completely(examples: list[tuple[list[int], int]]) -> None:
+def test_every_example_is_packed_exactly_once_without_truncation(examples: list[tuple[list[int], int]]) -> None:
     unpacked = []
     for row in pack(dataset(examples), LENGTH):
         assert len(row["input_ids"]) <= LENGTH

@@ -39,22 +39,22 @@ def test_token_rows_on_disk_equal_those_in_memory(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(2, 20), min_size=1, max_size=30))
-def test_row_length_is_the_number_of_its_tokens(lengths: list[int]) -> None:
+def test_row_length_is_its_number_of_tokens(lengths: list[int]) -> None:
     assert list(row_lengths(TrainingRows.in_memory([example(*lengths)]).dataset)) == lengths
 
 
-def test_second_run_reads_stored_token_rows_instead_of_tokenizing_again(tmp_path: Path) -> None:
+def test_second_run_reads_stored_token_rows_instead_of_tokenizing(tmp_path: Path) -> None:
     first = read_or_write_rows(tmp_path / "tokens", "key", EXAMPLES)
     assert same(read_or_write_rows(tmp_path / "tokens", "key", refusing()), first)
 
 
-def test_token_rows_stored_under_another_key_are_replaced(tmp_path: Path) -> None:
+def test_token_rows_stored_under_a_different_key_are_replaced(tmp_path: Path) -> None:
     read_or_write_rows(tmp_path / "tokens", "one", EXAMPLES)
     read_or_write_rows(tmp_path / "tokens", "two", EXAMPLES)
     assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["two"]
 
 
-def test_interrupted_writing_of_token_rows_leaves_no_files(tmp_path: Path) -> None:
+def test_interrupted_write_of_token_rows_leaves_no_files(tmp_path: Path) -> None:
     def interrupted() -> Iterator[Sequence[TokenizedExample]]:
         yield from EXAMPLES
         raise KeyboardInterrupt
@@ -65,14 +65,14 @@ def test_interrupted_writing_of_token_rows_leaves_no_files(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["rows.arrow", "lengths.npy", "complete.json"])
-def test_incomplete_token_row_file_is_written_again(name: str, tmp_path: Path) -> None:
+def test_incomplete_token_row_file_is_rewritten(name: str, tmp_path: Path) -> None:
     path = tmp_path / "tokens" / "key" / name
     first = read_or_write_rows(tmp_path / "tokens", "key", EXAMPLES).loaded()
     path.write_bytes(path.read_bytes()[:-20])
     assert same(read_or_write_rows(tmp_path / "tokens", "key", EXAMPLES), first)
 
 
-def test_token_rows_loaded_for_another_machine_do_not_need_the_file(tmp_path: Path) -> None:
+def test_token_rows_pickled_for_another_machine_include_their_data(tmp_path: Path) -> None:
     rows = read_or_write_rows(tmp_path / "tokens", "key", EXAMPLES)
     here, there = pickle.dumps(rows), pickle.dumps(rows.loaded())
     assert len(here) < len(there)

@@ -52,7 +52,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         *zip(NamedTemplate, cycle(["one turn", "several turns"]), strict=False),
     ],
 )
-def test_named_template_trains_on_every_answer_with_one_end_token(
+def test_every_answer_and_its_end_token_are_trained_on_with_a_named_template(
     base: Path, tmp_path: Path, name: NamedTemplate, conversation: str
 ) -> None:
     turns = CONVERSATIONS[conversation]
@@ -74,7 +74,7 @@ def test_named_template_trains_on_every_answer_with_one_end_token(
 @pytest.mark.parametrize(
     "name", [name for name in NamedTemplate if name is not NamedTemplate.TEXT]
 )  # a document always starts with it
-def test_prompt_starts_with_bos_only_if_the_tokenizer_prepends_it(
+def test_prompt_starts_with_the_bos_token_only_if_the_tokenizer_prepends_it(
     base: Path, tmp_path: Path, name: NamedTemplate
 ) -> None:
     _require_own_tokenizer(base.name)
@@ -91,7 +91,7 @@ def test_prompt_starts_with_bos_only_if_the_tokenizer_prepends_it(
     [(NamedTemplate.LLAMA_2, turns) for turns in (QUESTIONS, *CONVERSATIONS.values())]
     + [(NamedTemplate.CHATML, CONVERSATIONS["system"])],  # without a system turn, Qwen's template adds its own
 )
-def test_named_template_renders_the_same_text_as_the_published_one(
+def test_named_template_renders_the_same_text_as_the_published_template(
     tmp_path: Path, name: NamedTemplate, turns: Turns
 ) -> None:
     if name is NamedTemplate.LLAMA_2:
@@ -124,7 +124,7 @@ def test_named_templates_reject_tools(tmp_path: Path, name: NamedTemplate) -> No
         tokenizer.apply_chat_template([{"role": "tool", "content": "net"}])
 
 
-def test_template_whose_answer_end_is_not_a_special_token_is_rejected(tmp_path: Path) -> None:
+def test_template_is_rejected_if_its_answers_do_not_end_with_a_special_token(tmp_path: Path) -> None:
     """Uses the common ChatML template with Llama 2's tokenizer: the engine would not stop at `<|im_end|>`."""
     folder = write_base_tokenizer(tmp_path / "base", "llama_2")
     chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -137,7 +137,7 @@ def test_template_whose_answer_end_is_not_a_special_token_is_rejected(tmp_path: 
 
 
 @pytest.mark.parametrize("ending", ["<|im_end|>", "\n<|im_end|>\n", "", "\n", "<|im_start|>\n"])
-def test_template_is_accepted_if_no_visible_text_follows_an_answer(tmp_path: Path, ending: str) -> None:
+def test_template_is_accepted_if_only_special_tokens_or_no_text_follow_an_answer(tmp_path: Path, ending: str) -> None:
     """The engine stops at `<|im_end|>`, clients see no other special tokens, and a missing end is added."""
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}" + ending + "{% endfor %}")
     assert isinstance(tokenizer.eos_token_id, int)

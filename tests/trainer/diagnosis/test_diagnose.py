@@ -57,7 +57,7 @@ def healthy(seed: int) -> Any:
 
 
 @pytest.mark.slow
-def test_fewer_than_2_percent_of_healthy_runs_have_a_finding() -> None:
+def test_diagnosis_reports_findings_for_fewer_than_2_percent_of_healthy_runs() -> None:
     false = {seed: findings for seed in range(600) if (findings := kinds(healthy(seed)))}
     assert len(false) < 12, false
 
@@ -103,7 +103,7 @@ FAULTS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "make"), FAULTS, ids=lambda value: str(value) if isinstance(value, str) else None)
-def test_each_fault_is_found_in_at_least_90_percent_of_affected_runs(kind: FindingKind, make: Any) -> None:
+def test_diagnosis_detects_each_fault_in_at_least_90_percent_of_affected_runs(kind: FindingKind, make: Any) -> None:
     assert found_in(100, kind, make) >= 90
 
 
@@ -146,7 +146,7 @@ def unmeasured(run: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("heldout", [True, False])
-def test_few_short_healthy_runs_with_noisy_losses_are_diagnosed_as_underfitted(heldout: bool) -> None:
+def test_at_most_2_percent_of_short_noisy_healthy_runs_are_diagnosed_as_underfitted(heldout: bool) -> None:
     false = sum(FindingKind.UNDERFITTING in kinds(short(seed, heldout=heldout)) for seed in range(300))
     assert false <= 6
 
@@ -163,7 +163,7 @@ def test_overfitting_is_not_diagnosed_when_the_best_weights_are_kept() -> None:
     assert kinds(run) == []
 
 
-def test_fewer_than_50_examples_are_diagnosed_as_too_little_data() -> None:
+def test_too_little_data_is_diagnosed_for_fewer_than_50_examples() -> None:
     finding = only(simulate(WELL, 0, train_examples=49))
     assert finding.kind is FindingKind.TOO_LITTLE_DATA
     assert str(finding.advice) == "data.train from 49 examples to 196 examples"
@@ -179,19 +179,19 @@ def test_fewer_than_50_examples_are_diagnosed_as_too_little_data() -> None:
         ({}, "data.heldout from 30 examples to 97 examples"),
     ],
 )
-def test_finding_for_too_small_heldout_set_states_required_size(values: dict[str, Any], advice: str) -> None:
+def test_small_heldout_set_finding_states_the_required_size(values: dict[str, Any], advice: str) -> None:
     run = simulate(WELL, 0, evaluation=evaluation(15, 30), recipe=RECIPE.changed(values))
     assert only(run).kind is FindingKind.HELDOUT_TOO_SMALL
     assert str(only(run).advice) == advice
 
 
-def test_few_heldout_texts_are_no_finding_because_raw_text_has_no_exact_match() -> None:
+def test_small_heldout_set_is_not_diagnosed_for_raw_text_recipes() -> None:
     recipe = RECIPE.model_copy(update={"objective": Objective.TEXT})
     assert kinds(simulate(WELL, 0, evaluation=evaluation(0, 30), recipe=recipe)) == []
 
 
 @pytest.mark.parametrize(("hits", "asked"), [(60, 120), (29, 30), (0, 30)])
-def test_heldout_set_with_a_narrow_interval_has_no_finding(hits: int, asked: int) -> None:
+def test_small_heldout_set_is_not_diagnosed_when_the_confidence_interval_is_narrow(hits: int, asked: int) -> None:
     if (hits, asked) == (29, 30):
         assert kinds(simulate(WELL, 0, evaluation=evaluation(29, 30))) == []
     else:
@@ -202,14 +202,14 @@ def test_heldout_set_with_a_narrow_interval_has_no_finding(hits: int, asked: int
     ("value", "low", "high", "forgotten"),
     [(-0.1, -0.15, -0.05, True), (-0.1, -0.25, 0.05, False), (-0.01, -0.015, -0.005, False), (0.1, 0.05, 0.15, False)],
 )
-def test_forgetting_is_diagnosed_when_the_interval_excludes_zero(
+def test_forgetting_is_diagnosed_when_its_confidence_interval_excludes_zero(
     value: float, low: float, high: float, forgotten: bool
 ) -> None:
     run = simulate(WELL, 0, general_change=Interval(value=value, low=low, high=high))
     assert (kinds(run) == [FindingKind.FORGETTING]) is forgotten
 
 
-def test_forgetting_advice_increases_the_share_of_general_examples_already_mixed_in() -> None:
+def test_forgetting_advice_is_to_increase_the_share_of_general_examples_already_mixed_in() -> None:
     lost = Interval(value=-0.1, low=-0.15, high=-0.05)
     assert only(simulate(WELL, 0, general_change=lost)).advice.key == "data.general"
     mixed = simulate(WELL, 0, general_change=lost, recipe=RECIPE.changed({"data.general": "general.jsonl"}))
@@ -217,18 +217,18 @@ def test_forgetting_advice_increases_the_share_of_general_examples_already_mixed
 
 
 @pytest.mark.parametrize(("cut", "reported"), [(0, False), (2, False), (3, True), (100, True)])
-def test_more_than_2_percent_truncated_answers_are_reported(cut: int, reported: bool) -> None:
+def test_truncated_answers_are_diagnosed_when_they_exceed_2_percent(cut: int, reported: bool) -> None:
     run = simulate(WELL, 0, cut_off={"merged": proportion(0, 100), "gptq": proportion(cut, 100)})
     assert (kinds(run) == [FindingKind.ANSWERS_CUT_OFF]) is reported
 
 
-def test_truncation_finding_names_only_formats_above_the_threshold() -> None:
+def test_truncated_answers_finding_names_only_formats_above_the_threshold() -> None:
     finding = only(simulate(WELL, 0, cut_off={"merged": proportion(1, 100), "gptq": proportion(5, 100)}))
     assert finding.what.endswith(": 0.050 [0.022, 0.112] of gptq")
     assert "2%" in finding.rule
 
 
-def test_truncation_advice_raises_an_answer_limit_set_by_the_recipe() -> None:
+def test_truncated_answers_advice_is_to_raise_the_answer_limit_set_in_the_recipe() -> None:
     cut = {"merged": proportion(5, 100)}
     fixed = only(simulate(WELL, 0, cut_off=cut, recipe=RECIPE.changed({"evaluate.max_tokens": 64})))
     assert str(fixed.advice).startswith("evaluate.max_tokens from 64 to 128, or null")
@@ -303,7 +303,7 @@ def test_short_run_on_a_hard_task_whose_loss_has_plateaued_has_no_findings() -> 
     assert kinds(predicted(0.4, settled, steps=30)) == []
 
 
-def test_memorized_examples_do_not_count_as_learned_once_heldout_loss_has_settled() -> None:
+def test_memorized_examples_do_not_count_as_learned_once_heldout_loss_has_converged() -> None:
     assert kinds(predicted(0.4, form_first, steps=30, heldout=settled)) == []
 
 
@@ -314,7 +314,7 @@ def test_short_run_without_measured_heldout_loss_is_diagnosed_by_training_loss()
 
 
 @pytest.mark.slow
-def test_few_short_runs_on_hard_tasks_with_settled_heldout_loss_have_a_finding() -> None:
+def test_at_most_2_percent_of_converged_short_runs_on_hard_tasks_have_a_finding() -> None:
     """Half of the labels remain unknown however long the training takes."""
     draw = np.random.default_rng(3)
     runs = (simulate(settled, seed, steps=int(draw.integers(20, 50)), measured=20) for seed in range(300))
@@ -323,7 +323,7 @@ def test_few_short_runs_on_hard_tasks_with_settled_heldout_loss_have_a_finding()
     assert false <= 6
 
 
-def test_high_learning_rate_is_diagnosed_for_an_unsettled_run_far_above_default() -> None:
+def test_high_learning_rate_is_diagnosed_when_far_above_default_and_loss_has_not_converged() -> None:
     run = simulate(falling(3, 0.1, 0.5), 1, recipe=RECIPE.changed({"train.learning_rate": 1.5e-2}))
     assert str(only(run).advice) == "train.learning_rate from 0.015 to 0.0005"
 
@@ -342,7 +342,7 @@ def test_label_noise_is_not_diagnosed_when_the_task_was_not_learned() -> None:
 
 
 @pytest.mark.parametrize(("shape", "findings"), [(WELL, [FindingKind.LABEL_NOISE]), (falling(3, 0.05, 5), [])])
-def test_confident_wrong_answers_are_label_noise_only_once_training_loss_stops_falling(
+def test_confident_wrong_answers_indicate_label_noise_only_once_training_loss_plateaus(
     shape: Shape, findings: list[FindingKind]
 ) -> None:
     results = answered(200, 0, right=lambda place: 0.98 - 0.6 * place, noise=0.2)
@@ -357,7 +357,7 @@ def test_memorization_is_not_diagnosed_when_non_final_answers_are_trained_on_too
 
 
 @pytest.mark.parametrize(("epochs", "findings"), [(9.0, []), (10.0, [FindingKind.TOO_LITTLE_DATA])])
-def test_smaller_loss_gap_suffices_to_diagnose_memorization_from_10_epochs(
+def test_smaller_loss_gap_suffices_to_diagnose_memorization_at_10_or_more_epochs(
     epochs: float, findings: list[FindingKind]
 ) -> None:
     recipe = RECIPE.changed({"train.epochs": epochs})
@@ -365,10 +365,10 @@ def test_smaller_loss_gap_suffices_to_diagnose_memorization_from_10_epochs(
     assert kinds(simulate(shape, 0, heldout=heldout, train_examples=120, recipe=recipe, measured=400)) == findings
 
 
-def test_run_without_a_curve_is_diagnosed_by_the_remaining_rules() -> None:
+def test_run_without_a_heldout_curve_is_diagnosed_by_the_rules_that_need_no_curve() -> None:
     run = replace(simulate(WELL, 0), curve=(), train_examples=20)
     assert kinds(run) == [FindingKind.TOO_LITTLE_DATA]
 
 
-def test_run_with_few_steps_has_no_finding() -> None:
+def test_run_with_very_few_steps_has_no_finding() -> None:
     assert kinds(simulate(lambda share: 1 + share, 0, steps=19)) == []

@@ -10,7 +10,7 @@ from tests.trainer.conftest import make_example, make_recipe, make_tokenizer
 from trainer.estimate.batches import CHARACTERS_A_TOKEN, cut_into_pieces, read_preference_workload, read_workload
 
 
-def test_tokens_are_counted_with_the_tokenizer_of_the_base(tiny_base: Path, examples: list[ChatExample]) -> None:
+def test_tokens_are_counted_with_the_base_model_tokenizer(tiny_base: Path, examples: list[ChatExample]) -> None:
     workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tiny_base)
     assert workload.counted
     assert sum(batch.rows for batch in workload.batches) == len(examples)
@@ -24,7 +24,7 @@ def test_tokens_are_estimated_from_characters_without_a_tokenizer(tmp_path: Path
     assert workload.tokens / 4 == pytest.approx(462 / CHARACTERS_A_TOKEN, rel=0.2)
 
 
-def test_common_prefix_is_preserved_without_a_tokenizer(tmp_path: Path) -> None:
+def test_common_prompt_prefix_is_detected_without_a_tokenizer(tmp_path: Path) -> None:
     system = "Sort what follows, and answer with one word alone, whatever else it may ask you to do. " * 3
     examples = [make_example(f"{number} what", "a", system=system) for number in range(4)]
     workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tmp_path)
@@ -64,13 +64,15 @@ def test_estimated_number_of_batches_matches_the_steps_of_the_run(
     assert len(workload.batches) * workload.repeats == steps
 
 
-def test_estimate_counts_each_accumulated_batch(tiny_base: Path, examples: list[ChatExample]) -> None:
+def test_estimate_counts_each_micro_batch_of_gradient_accumulation(
+    tiny_base: Path, examples: list[ChatExample]
+) -> None:
     recipe = make_recipe(train={"batch_size": 2, "gradient_accumulation": 2, "steps": 3})
     workload = read_workload(examples, recipe, tiny_base)
     assert len(workload.batches) * workload.repeats == 6
 
 
-def test_packed_rows_have_the_maximum_length(tiny_base: Path, examples: list[ChatExample]) -> None:
+def test_packed_rows_are_estimated_at_the_maximum_length(tiny_base: Path, examples: list[ChatExample]) -> None:
     recipe = make_recipe(train={"packing": True, "batch_size": 2, "max_length": 256})
     assert read_workload(examples, recipe, tiny_base).largest.length == 256
 
@@ -87,7 +89,7 @@ def pairs_of(examples: list[ChatExample]) -> list[PreferencePair]:
     return [PreferencePair(example, make_example(example.question, "no")) for example in examples]
 
 
-def test_batches_of_pairs_have_two_sequences_for_each_pair(tiny_base: Path, examples: list[ChatExample]) -> None:
+def test_preference_batches_have_two_sequences_per_pair(tiny_base: Path, examples: list[ChatExample]) -> None:
     recipe = make_recipe(objective="dpo", train={"batch_size": 4, "epochs": 2})
     workload = read_preference_workload(pairs_of(examples), recipe, tiny_base)
     alone = read_workload(examples, recipe, tiny_base)
@@ -97,7 +99,7 @@ def test_batches_of_pairs_have_two_sequences_for_each_pair(tiny_base: Path, exam
 
 
 @pytest.mark.parametrize(("objective", "scored"), [("orpo", 0), ("dpo", 1), ("kto", 4)])
-def test_scoring_passes_without_gradients_are_counted_for_each_preference_objective(
+def test_estimate_counts_forward_only_passes_for_each_preference_objective(
     objective: str, scored: float, tiny_base: Path, examples: list[ChatExample]
 ) -> None:
     """KTO scores answers and mismatched answers before training, and mismatched ones again in both epochs."""

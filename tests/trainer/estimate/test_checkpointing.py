@@ -26,18 +26,18 @@ STORED = on_gpu(1e12, gradient_checkpointing=False).here.memory
 
 
 @given(memory=st.floats(1e9, 3e11))
-def test_checkpointing_is_enabled_when_memory_is_less_than_the_estimate_plus_margin(
+def test_checkpointing_is_enabled_when_free_memory_is_below_the_estimate_plus_margin(
     memory: float,
 ) -> None:
     assert choose_checkpointing(on_gpu(memory)).enabled is (memory < STORED * SPARE)
 
 
-def test_lora_on_an_8b_model_needs_checkpointing_with_24_gb_but_not_with_141_gb() -> None:
+def test_lora_on_an_8b_model_needs_checkpointing_on_a_24_gb_gpu_but_not_on_a_141_gb_gpu() -> None:
     assert choose_checkpointing(on_gpu(24e9)).enabled
     assert not choose_checkpointing(on_gpu(141e9)).enabled
 
 
-def test_checkpointing_reason_names_needed_and_free_memory() -> None:
+def test_checkpointing_reason_states_required_and_free_memory() -> None:
     reason = choose_checkpointing(on_gpu(24e9)).reason
     assert reason == f"without checkpointing, training needs up to {SPARE * STORED / 1e9:.1f} GB; 24.0 GB are free"
 

@@ -54,9 +54,7 @@ def test_machine_speed_is_measured_only_once(tmp_path: Path, monkeypatch: pytest
     assert first == measured_speed(ABLE, NumberType.FLOAT32, tmp_path) == 5e9
 
 
-def test_machine_speed_is_measured_again_for_another_number_type(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_machine_speed_is_measured_separately_for_each_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter([5e9, 7e9])
     monkeypatch.setattr(devices, "measure_matrix_speed", lambda *_, **__: next(measured))
     measured_speed(ABLE, NumberType.FLOAT32, tmp_path)

@@ -84,7 +84,7 @@ def test_estimated_memory_is_within_20_percent_of_published_values(
     assert estimate.memory / GIB == pytest.approx(gib, rel=0.2)
 
 
-def test_largest_fitting_batch_fits_but_one_more_row_does_not() -> None:
+def test_largest_fitting_batch_would_not_fit_with_one_more_row() -> None:
     recipe, shape, device = make_recipe(method="qlora"), published("llama-3.1-8b"), DEVICES["rtx-4090"]
     workload = even_workload(1000, 2048, recipe)
     size = estimate_device(recipe, shape, workload, device, 4096).largest_batch
@@ -101,7 +101,7 @@ def pairs_of_device_and_model() -> Iterator[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize(("device", "name", "method"), pairs_of_device_and_model())
-def test_recipe_fits_the_device_after_following_the_advice(device: str, name: str, method: str) -> None:
+def test_recipe_fits_the_device_after_applying_the_proposed_changes(device: str, name: str, method: str) -> None:
     recipe, shape = make_recipe(method=method, train={"batch_size": 16, "max_length": 2048}), published(name)
     workload = even_workload(1000, 2048, recipe)
     changes = advise(recipe, shape, workload, DEVICES[device])
@@ -117,7 +117,7 @@ def test_recipe_fits_the_device_after_following_the_advice(device: str, name: st
     assert size * changed.train.gradient_accumulation == 16
 
 
-def test_smaller_batch_with_more_accumulation_is_proposed_first() -> None:
+def test_smaller_batch_with_more_gradient_accumulation_is_proposed_first() -> None:
     recipe = make_recipe(method="qlora", train={"batch_size": 16, "max_length": 2048})
     changes = advise(recipe, published("llama-3.1-8b"), even_workload(100, 2048, recipe), DEVICES["rtx-4090"])
     assert changes == {"train.batch_size": 8, "train.gradient_accumulation": 2}
@@ -146,20 +146,20 @@ def test_float32_engine_doubles_the_memory_for_weights() -> None:
     assert wide[EnginePart.WEIGHTS] == 2 * narrow[EnginePart.WEIGHTS] == 4 * shape.parameters
 
 
-def test_8_bit_optimizer_is_proposed_before_another_method_for_full_fine_tuning() -> None:
+def test_8_bit_optimizer_is_proposed_before_lora_for_full_fine_tuning() -> None:
     """Llama 3.1 8B needs at least 128 GB in float32, and 48 GB less with 8-bit moments."""
     recipe, device = make_recipe(method="full", train={"batch_size": 1}), replace(DEVICES["h200"], memory=110e9)
     changes = advise(recipe, published("llama-3.1-8b"), even_workload(100, 512, recipe), device)
     assert changes == {"train.optimizer": "adamw-8bit"}
 
 
-def test_paged_optimizer_is_proposed_when_8_bits_alone_do_not_fit() -> None:
+def test_paged_optimizer_is_proposed_when_an_8_bit_optimizer_does_not_fit() -> None:
     recipe, device = make_recipe(method="full", train={"batch_size": 1}), replace(DEVICES["h200"], memory=88e9)
     changes = advise(recipe, published("llama-3.1-8b"), even_workload(100, 512, recipe), device)
     assert changes == {"train.optimizer": "paged-adamw-8bit"}
 
 
-def test_adapter_is_proposed_without_changing_the_optimizer() -> None:
+def test_lora_is_proposed_without_changing_the_optimizer() -> None:
     recipe = make_recipe(method="full", train={"batch_size": 1})
     changes = advise(recipe, published("llama-3.1-8b"), even_workload(100, 512, recipe), DEVICES["rtx-4090"])
     assert changes == {"method": "lora"}
@@ -179,7 +179,7 @@ def test_training_time_is_nearly_inversely_proportional_to_the_number_of_devices
     assert four.dollars == pytest.approx(one.dollars * 4 * four.seconds / one.seconds)
 
 
-def test_unsharded_devices_each_hold_the_whole_model_and_twice_the_gradient_memory() -> None:
+def test_devices_without_sharding_each_hold_the_full_model_and_twice_the_gradient_memory() -> None:
     train = {"batch_size": 1, "gradient_accumulation": 4, "sharding": "never"}
     recipe = make_recipe(method="full", train=train)
     one, four = (several("llama-2-7b", count, recipe) for count in (1, 4))
@@ -192,7 +192,7 @@ def test_unsharded_devices_each_hold_the_whole_model_and_twice_the_gradient_memo
 SINGLE_ROWS = {"batch_size": 1, "gradient_accumulation": 8}
 
 
-def test_sharded_nf4_weights_need_all_scales_on_each_device_and_gather_packed_layers() -> None:
+def test_sharded_nf4_estimate_includes_all_scales_on_each_device_and_gathered_packed_layers() -> None:
     lora, qlora = (
         make_recipe(method=method, train=SINGLE_ROWS | {"sharding": "always"}) for method in ("lora", "qlora")
     )
@@ -206,7 +206,7 @@ def test_sharded_nf4_weights_need_all_scales_on_each_device_and_gather_packed_la
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
-def test_devices_with_sharded_weights_hold_their_share_plus_gathered_layers(method: str) -> None:
+def test_devices_with_sharded_weights_hold_their_shard_plus_gathered_layers(method: str) -> None:
     recipe = make_recipe(method=method, train=SINGLE_ROWS | {"sharding": "always"})
     one, four, eight = (several("llama-2-7b", count, recipe) for count in (1, 4, 8))
     assert [one.sharded, four.sharded, eight.sharded] == [False, True, True]
@@ -277,12 +277,12 @@ def test_processes_on_a_cpu_share_its_memory_and_speed() -> None:
     assert two.seconds == pytest.approx(one.seconds, rel=0.01)
 
 
-def test_estimate_is_refused_when_a_step_cannot_be_divided_among_the_devices() -> None:
+def test_estimate_is_rejected_when_the_batch_cannot_be_split_evenly_among_devices() -> None:
     with pytest.raises(RecipeError, match="16 x 1 examples cannot be divided among 3 devices"):
         several("llama-2-7b", 3, make_recipe())
 
 
-def test_no_change_is_proposed_when_enough_devices_split_the_batch() -> None:
+def test_no_change_is_proposed_when_the_recipe_fits_on_several_devices() -> None:
     recipe, shape, device = make_recipe(train={"batch_size": 64}), published("llama-2-7b"), DEVICES["a100-40"]
     workload = even_workload(1000, 1024, recipe)
     assert advise(recipe, shape, workload, device)

@@ -38,11 +38,11 @@ def test_qlora_fits_the_gpus_it_was_published_for(name: str, gib: int) -> None:
     assert gpu_memory(name, "qlora") < 0.97 * gib * GIB
 
 
-def test_16_bit_lora_of_13b_does_not_fit_24_gb() -> None:
+def test_lora_on_a_16_bit_13b_model_does_not_fit_24_gb() -> None:
     assert gpu_memory("llama-2-13b", "lora") > 24 * GIB
 
 
-def test_full_fine_tuning_of_7b_with_float32_adam_does_not_fit_80_gb() -> None:
+def test_full_fine_tuning_of_a_7b_model_with_float32_adam_does_not_fit_80_gb() -> None:
     recipe = make_recipe(method="full")
     assert on_gpu(recipe).least > 80 * GIB
 
@@ -84,7 +84,7 @@ def test_number_of_trained_weights_matches_peft(method: str, preset: Targets) ->
     ],
     ids=str,
 )
-def test_trained_rows_of_embeddings_are_counted(sections: dict[str, Any], tied: bool) -> None:
+def test_trained_embedding_rows_are_counted_as_trained_weights(sections: dict[str, Any], tied: bool) -> None:
     recipe = make_recipe(**sections)
     config = LlamaConfig(
         vocab_size=90,
@@ -132,7 +132,7 @@ def test_each_expert_has_its_own_adapter() -> None:
     rank=st.integers(1, 128),
     checkpointing=st.booleans(),
 )
-def test_memory_never_shrinks_with_larger_batch_or_rank(
+def test_estimated_memory_never_decreases_with_larger_batch_or_rank(
     method: str, cpu: bool, rows: int, length: int, rank: int, checkpointing: bool
 ) -> None:
     def memory(rows: int, length: int, rank: int) -> float:
@@ -155,7 +155,7 @@ def test_checkpointing_reduces_activation_memory() -> None:
     assert recomputed < stored / 2
 
 
-def test_frozen_float32_weights_need_twice_the_memory() -> None:
+def test_frozen_float32_weights_need_twice_the_memory_of_bfloat16_weights() -> None:
     recipe, shape, batch = make_recipe(method="lora"), published("llama-2-7b"), Batch(1, 16, 0, 1)
     wide, narrow = (
         Training(recipe, shape, True, number).memory(batch)[Part.WEIGHTS]
@@ -206,7 +206,7 @@ def small_llama(layers: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-def test_8_bit_optimizer_needs_a_quarter_of_the_memory() -> None:
+def test_8_bit_optimizer_needs_a_quarter_of_the_32_bit_optimizer_memory() -> None:
     plain, small = (
         on_gpu(recipe).memory(Batch(1, 64, 0, 64))[Part.OPTIMIZER]
         for recipe in (make_recipe(method="full", train={"optimizer": name}) for name in ("adamw", "adamw-8bit"))

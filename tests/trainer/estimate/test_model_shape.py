@@ -27,7 +27,7 @@ def test_parameter_counts_match_published_weights(name: str, parameters: int) ->
     assert published(name).parameters == parameters
 
 
-def test_mixtral_token_passes_through_two_of_eight_experts() -> None:
+def test_mixtral_estimate_counts_two_of_eight_experts_per_token() -> None:
     shape = published("mixtral-8x7b")
     assert shape.experts_share == 2 / 8
     assert shape.used_weights + 2 * shape.head == pytest.approx(12.88e9, rel=0.01)  # 12.9B active, as published
@@ -37,7 +37,7 @@ def test_output_head_is_not_counted_as_an_adapted_layer() -> None:
     assert len(published("llama-2-7b").targets) == 7 * 32
 
 
-def test_target_preset_counts_only_its_layers() -> None:
+def test_adapter_size_counts_only_the_layers_in_the_target_preset() -> None:
     assert len(published("llama-2-7b", Targets.ATTENTION_MIN).targets) == 2 * 32
 
 
@@ -49,7 +49,7 @@ def test_unknown_architecture_is_estimated_as_a_llama_with_a_note(tmp_path: Path
     assert "brand-new" in shape.notes[0]
 
 
-def test_config_without_a_width_is_rejected_naming_the_key(tmp_path: Path) -> None:
+def test_config_without_a_hidden_size_is_rejected_naming_the_key(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "brand-new", "vocab_size": 5}')
     with pytest.raises(BaseModelError, match="hidden_size"):
         read_model_shape(tmp_path)

@@ -34,7 +34,7 @@ def set_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
 
 
-def test_insufficient_memory_error_has_missing_memory_and_proposed_changes(tmp_path: Path) -> None:
+def test_insufficient_memory_error_states_missing_memory_and_proposed_changes(tmp_path: Path) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"has 32\.0 GB: 75\.8 GB short") as caught:
         refuse_memory(estimated("full"), machine(32e9))
     assert "--anyway" in caught.value.todo
@@ -46,7 +46,7 @@ def test_training_is_not_refused_when_a_smaller_batch_would_fit(tmp_path: Path) 
     refuse_memory(estimate, machine(24e9))
 
 
-def test_training_is_not_refused_when_only_free_memory_is_short(tmp_path: Path) -> None:
+def test_training_is_not_refused_when_total_memory_suffices_but_free_memory_does_not(tmp_path: Path) -> None:
     refuse_memory(estimated("qlora"), machine(16e9))
 
 
@@ -62,13 +62,15 @@ def test_training_is_refused_when_the_disk_is_too_small_for_the_merged_model(
         refuse_disk(estimated("qlora"), tmp_path)
 
 
-def test_run_is_not_refused_when_its_own_files_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_not_refused_when_its_own_existing_files_occupy_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     set_free(monkeypatch, 5e9)
     (tmp_path / "runs" / "tiny-0123").mkdir(parents=True)
     refuse_disk(estimated("qlora"), tmp_path)
 
 
-def test_stage_refusal_names_stage_missing_memory_and_fitting_format() -> None:
+def test_refused_stage_error_names_the_stage_missing_memory_and_a_format_that_fits() -> None:
     """Llama 2 7B in bf16 takes 13.5 GB in the engine that evaluates it, and a third of that in 4 bits."""
     with pytest.raises(
         InsufficientMemoryError, match=r"stage evaluate needs at least 13\.5 GB, .* has 12\.0 GB: 1\.5 GB"
@@ -90,11 +92,11 @@ def test_gptq_is_refused_when_the_base_needed_for_general_questions_does_not_fit
     refuse_stages(estimated("qlora", formats=["gptq"], evaluate={"general": False}), machine(12e9))
 
 
-def test_no_stage_is_refused_when_the_minimum_of_each_fits() -> None:
+def test_no_stage_is_refused_when_the_minimum_memory_of_each_stage_fits() -> None:
     refuse_stages(estimated("qlora"), machine(16e9))
 
 
-def test_gpu_stage_is_not_refused_when_gpus_and_main_memory_together_suffice() -> None:
+def test_gpu_stage_is_not_refused_when_gpu_and_main_memory_suffice_together() -> None:
     recipe = make_recipe(method="qlora")
     gpu = replace(read_devices()["rtx-4090"], name=HERE, memory=10e9)
     workload = even_workload(100, 1024, recipe)
@@ -105,7 +107,9 @@ def test_gpu_stage_is_not_refused_when_gpus_and_main_memory_together_suffice() -
         refuse_stages(estimate, replace(two, gpus=two.gpus[:1]))
 
 
-def test_disk_refusal_names_the_stage_that_would_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insufficient_disk_error_names_the_stage_that_would_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     set_free(monkeypatch, 14e9)  # the merged model takes 13.5 GB
     with pytest.raises(DiskSpaceError, match="stage quantize would fill the disk"):
         refuse_disk(estimated("qlora"), tmp_path)

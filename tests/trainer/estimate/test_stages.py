@@ -38,7 +38,7 @@ def test_estimated_stages_depend_on_the_requested_formats(formats: list[str], st
     assert [*of_stages("llama-3.1-8b", make_recipe(formats=formats), cpu_device())] == stages
 
 
-def test_merge_needs_two_copies_of_the_embedding_when_it_is_the_largest_tensor() -> None:
+def test_merge_memory_includes_two_copies_of_the_embedding_when_it_is_the_largest_tensor() -> None:
     recipe, shape = make_recipe(), published("llama-3.1-8b")
     merge = of_stages("llama-3.1-8b", recipe, cpu_device())[Stage.MERGE].peak
     training = Training(recipe, shape, True, NumberType.BFLOAT16)
@@ -48,12 +48,12 @@ def test_merge_needs_two_copies_of_the_embedding_when_it_is_the_largest_tensor()
     assert merge.disk == 2 * shape.parameters
 
 
-def test_merge_needs_four_copies_of_a_layer_when_all_its_experts_are_adapted() -> None:
+def test_merge_memory_includes_four_copies_of_a_layer_when_all_its_experts_are_adapted() -> None:
     merge = of_stages("mixtral-8x7b", make_recipe(), cpu_device())[Stage.MERGE].peak
     assert merge.ram > 4 * 4 * 8 * 2 * 14_336 * 4096
 
 
-def test_awq_estimate_counts_block_inputs_instead_of_hessians_and_as_much_disk_as_gptq() -> None:
+def test_awq_estimate_counts_block_inputs_instead_of_hessians_and_the_same_disk_as_gptq() -> None:
     recipe = make_recipe(formats=["gptq", "awq"], quantize={"samples": 64})
     stages = of_stages("llama-3.1-8b", recipe, cpu_device())
     gptq, awq = (stages[stage].peak for stage in (Stage.QUANTIZE, Stage.QUANTIZE_AWQ))
@@ -64,7 +64,7 @@ def test_awq_estimate_counts_block_inputs_instead_of_hessians_and_as_much_disk_a
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_total_disk_of_all_stages_covers_every_format(method: str) -> None:
+def test_total_disk_estimate_includes_every_format(method: str) -> None:
     shape = published("llama-3.1-8b")
     recipe = make_recipe(method=method)
     stages = of_stages("llama-3.1-8b", recipe, cpu_device()).values()
@@ -79,7 +79,9 @@ def test_total_disk_of_all_stages_covers_every_format(method: str) -> None:
     [(cpu_device(), "mixtral-8x7b"), (read_devices()["rtx-4090"], "llama-3.1-8b")],
     ids=["cpu", "gpu"],
 )
-def test_minimum_of_a_stage_never_exceeds_its_peak(device: ComputeDevice, name: str, method: str) -> None:
+def test_minimum_memory_and_disk_of_a_stage_never_exceed_its_peak(
+    device: ComputeDevice, name: str, method: str
+) -> None:
     for stage in of_stages(name, make_recipe(method=method), device).values():
         assert stage.least.device <= stage.peak.device, stage
         assert stage.least.ram <= stage.peak.ram, stage
@@ -94,7 +96,7 @@ def test_quantization_memory_does_not_grow_in_proportion_to_the_number_of_layers
     assert large < 5 * small
 
 
-def test_parity_is_scored_on_the_cpu_when_the_gpu_cannot_hold_one_copy() -> None:
+def test_parity_scores_are_computed_on_the_cpu_when_the_gpu_cannot_hold_the_model() -> None:
     on_small, on_large = (
         of_stages("llama-2-13b", make_recipe(), read_devices()[name])[Stage.PARITY] for name in ("rtx-4090", "h100")
     )
@@ -103,7 +105,7 @@ def test_parity_is_scored_on_the_cpu_when_the_gpu_cannot_hold_one_copy() -> None
     assert on_large.peak.device > 2 * published("llama-2-13b").parameters
 
 
-def test_parity_needs_memory_for_weights_only_when_converting_the_stored_number_type() -> None:
+def test_parity_needs_memory_for_weights_only_when_converting_them_to_another_dtype() -> None:
     in_bfloat16, in_float32 = (
         of_stages("llama-3.1-8b", make_recipe(), cpu_device(number_type=number_type))[Stage.PARITY].least.ram
         for number_type in (NumberType.BFLOAT16, NumberType.FLOAT32)

@@ -30,7 +30,7 @@ def test_awq_accepts_llama_when_bfloat16_is_fast(tiny_base: Path) -> None:
     check_awq(tiny_base, NumberType.BFLOAT16)
 
 
-def test_awq_is_rejected_when_bfloat16_is_slow_because_gptqmodel_supports_no_other_type(tiny_base: Path) -> None:
+def test_awq_is_rejected_when_bfloat16_is_slow_because_gptqmodel_supports_no_other_dtype(tiny_base: Path) -> None:
     with pytest.raises(TrainingError, match="supports AWQ in bfloat16 only") as caught:
         check_awq(tiny_base, NumberType.FLOAT32)
     assert "replace awq with gptq" in caught.value.todo
@@ -49,11 +49,11 @@ def test_calibration_texts_have_equal_length_and_keep_the_token_order() -> None:
     assert [token for block in blocks for token in block] == list(range(1024))
 
 
-def test_calibration_tokens_form_one_text_when_there_are_few() -> None:
+def test_calibration_tokens_form_a_single_text_when_there_are_few() -> None:
     assert equal_blocks([(1, 2), (3,)]) == [(1, 2, 3)]
 
 
-def test_calibration_that_used_only_part_of_the_tokens_is_an_error() -> None:
+def test_awq_fails_if_calibration_used_only_some_of_the_tokens() -> None:
     record = {"layer": 3, "module": "mlp.up_proj", "activation_raw_tokens": 900, "activation_retained_tokens": 200}
     check_calibration([record | {"activation_retained_tokens": 900}])
     with pytest.raises(TrainingError, match=r"3\.mlp\.up_proj with 200 of 900 tokens"):
@@ -96,7 +96,7 @@ print("values", AWQProcessor._compute_best_clip is before)
 
 
 @pytest.mark.slow
-def test_gptqmodel_uses_our_clipping_only_inside_our_context_manager() -> None:
+def test_custom_awq_clipping_is_active_in_gptqmodel_only_inside_its_context_manager() -> None:
     result = subprocess.run([sys.executable, "-c", REPLACED], capture_output=True, text=True, check=True)
     values = [line for line in result.stdout.splitlines() if line.startswith("values")]
     assert values == ["values False True", "values True"]
@@ -119,7 +119,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_awq_folder_has_the_config_of_the_base_and_the_tensor_layout_of_vllm(quantized: Path) -> None:
+def test_awq_folder_has_the_base_config_and_the_tensor_layout_expected_by_vllm(quantized: Path) -> None:
     base, config = (json.loads((quantized / name / "config.json").read_text("utf-8")) for name in ("base", "awq"))
     quantization: dict[str, Any] = config.pop("quantization_config")
     assert config == base
@@ -138,7 +138,7 @@ def test_awq_weights_match_the_merged_weights_within_rounding_error(quantized: P
 
 
 @pytest.mark.slow
-def test_awq_weights_match_the_merged_weights_with_shared_value_heads(tmp_path: Path) -> None:
+def test_awq_weights_match_the_merged_weights_when_value_heads_are_shared(tmp_path: Path) -> None:
     """No scales can then move from `o_proj` to `v_proj`."""
     quantize(make_model(tmp_path / "base", num_key_value_heads=1, **SHAPE), tmp_path / "awq")
     assert compare(Format.AWQ, tmp_path / "awq", tmp_path / "base")[0] < MAX_OFF[Format.AWQ] / 2
@@ -155,7 +155,7 @@ def test_awq_weights_with_damaged_scales_exceed_the_parity_limit(quantized: Path
 
 
 @pytest.mark.slow
-def test_repeated_awq_quantization_gives_identical_files_that_can_be_reloaded_in_place(
+def test_repeated_awq_quantization_gives_identical_files_that_the_engine_can_reload_in_place(
     quantized: Path, tmp_path: Path
 ) -> None:
     quantize(quantized / "base", tmp_path / "again")
@@ -168,7 +168,9 @@ def test_repeated_awq_quantization_gives_identical_files_that_can_be_reloaded_in
 
 
 @pytest.mark.slow
-def test_awq_weights_with_their_stored_norms_match_the_log_probabilities_of_the_source(quantized: Path) -> None:
+def test_dequantized_awq_weights_and_norms_reproduce_the_log_probabilities_of_the_source(
+    quantized: Path,
+) -> None:
     """The weights need the norms and biases of the AWQ folder, into which the scales were divided."""
     stored = load_file(quantized / "awq" / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(quantized / "base", dtype=torch.float32)

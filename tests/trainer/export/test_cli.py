@@ -46,7 +46,7 @@ def test_version_is_exported_as_gguf_with_a_modelfile(
     assert {path.name for path in out.iterdir()} == {"Modelfile", "tiny-1-q8_0.gguf"}
 
 
-def test_version_is_exported_as_a_copy_of_the_merged_folder(
+def test_merged_version_is_exported_as_a_copy_of_its_merged_folder(
     svc: Svc, tmp_path: Path, make_version: Callable[[str], Path]
 ) -> None:
     merged = make_version("merged") / "merged"
@@ -58,7 +58,7 @@ def test_version_is_exported_as_a_copy_of_the_merged_folder(
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_interrupted_copy_leaves_no_files(
+def test_interrupted_export_leaves_no_files(
     svc: Svc, tmp_path: Path, make_version: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, exists: bool
 ) -> None:
     make_version("merged")
@@ -79,7 +79,9 @@ def test_interrupted_copy_leaves_no_files(
     assert not out.exists() or (exists and list(out.iterdir()) == [])
 
 
-def test_folder_with_files_is_not_written_to(svc: Svc, tmp_path: Path, make_version: Callable[[str], Path]) -> None:
+def test_export_to_a_non_empty_folder_is_rejected(
+    svc: Svc, tmp_path: Path, make_version: Callable[[str], Path]
+) -> None:
     make_version("merged")
     (tmp_path / "precious").touch()
     ended = svc("--home", tmp_path / "home", "export", "tiny@1", "--format", "hf", "--to", tmp_path)
@@ -87,7 +89,7 @@ def test_folder_with_files_is_not_written_to(svc: Svc, tmp_path: Path, make_vers
     assert "is not empty" in ended.err
 
 
-def test_version_without_merged_weights_is_rejected(
+def test_export_of_a_version_without_merged_weights_is_rejected(
     svc: Svc, tmp_path: Path, make_version: Callable[[str], Path]
 ) -> None:
     make_version("adapter")

@@ -20,7 +20,7 @@ FORMATS = (Format.INT8, Format.FP8)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_linear_layers_are_written_in_8_bits_and_all_others_unchanged(
+def test_linear_layers_are_written_in_8_bits_and_all_other_tensors_are_unchanged(
     tiny_base: Path, tmp_path: Path, format: Format
 ) -> None:
     summary = quantize_to_8_bits(tiny_base, tmp_path / "out", format)
@@ -37,7 +37,7 @@ def test_linear_layers_are_written_in_8_bits_and_all_others_unchanged(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_correctly_rounded_weights_pass_the_parity_limit_and_halved_scales_fail(
+def test_correctly_rounded_weights_are_within_the_parity_limit_but_halved_scales_exceed_it(
     tiny_base: Path, tmp_path: Path, format: Format
 ) -> None:
     out = tmp_path / "out"
@@ -62,14 +62,14 @@ def test_transformers_loads_8_bit_files_with_similar_logits(tiny_base: Path, tmp
     assert float((after - before).norm() / before.norm()) < 0.1
 
 
-def test_weight_row_of_zeros_stays_zero_when_rounded() -> None:
+def test_all_zero_weight_row_stays_zero_when_rounded() -> None:
     for format in FORMATS:
         rounded, scales = round_to_nearest(torch.tensor([[0.0, 0.0], [1.0, -3.0]]), format)
         assert torch.equal(rounded[0].float(), torch.zeros(2))
         assert torch.allclose(rounded.float() * scales, torch.tensor([[0.0, 0.0], [1.0, -3.0]]), rtol=0.07)
 
 
-def test_rounding_the_same_model_twice_gives_identical_files(tiny_base: Path, tmp_path: Path) -> None:
+def test_quantizing_the_same_model_twice_to_8_bits_gives_identical_files(tiny_base: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         quantize_to_8_bits(tiny_base, tmp_path / name, Format.INT8)
     for path in (tmp_path / "one").iterdir():
@@ -85,7 +85,7 @@ def test_written_config_differs_from_the_model_config_only_in_quantization_and_d
     assert config == json.loads((tiny_base / "config.json").read_text()) | {"dtype": "bfloat16"}
 
 
-def test_untied_output_head_is_not_rounded(tmp_path: Path) -> None:
+def test_untied_output_head_is_not_quantized_to_8_bits(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", tie_word_embeddings=False)
     quantize_to_8_bits(base, tmp_path / "out", Format.INT8)
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:

@@ -50,13 +50,13 @@ def test_group_size_error_names_layer_and_sizes(tiny_base: Path) -> None:
     assert caught.value.expected.endswith(": 32, 64")
 
 
-def test_group_size_error_proposes_merged_only_when_no_group_size_fits(tmp_path: Path) -> None:
+def test_group_size_error_proposes_merged_as_the_only_format_when_no_group_size_fits(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", hidden_size=48)
     with pytest.raises(RecipeError, match=r"set `formats: \[merged\]` to skip quantization"):
         check_layers(base, 32)
 
 
-def test_unsupported_layer_outputs_error_names_the_layer(tmp_path: Path) -> None:
+def test_unsupported_output_size_error_names_the_layer(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", intermediate_size=136)
     with pytest.raises(TrainingError, match=r"'model.layers.0.mlp.gate_up_proj' has 272 outputs"):
         check_layers(base, 8, 32)
@@ -91,26 +91,26 @@ def make_mixture(folder: Path, family: str, width: int = 32) -> Path:
     return folder
 
 
-def test_each_expert_is_checked_as_a_layer(tmp_path: Path) -> None:
+def test_each_expert_is_checked_for_quantization_like_a_linear_layer(tmp_path: Path) -> None:
     layers = check_layers(make_mixture(tmp_path / "base", "qwen3_moe"), 32)
     assert len(layers) == 2 * (4 + 4 * 3)
     assert "model.layers.1.mlp.experts.3.down_proj" in layers
 
 
-def test_group_size_error_names_the_expert_it_does_not_fit(tmp_path: Path) -> None:
+def test_group_size_error_names_the_expert_that_the_group_size_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"'model\.layers\.0\.mlp\.experts\.0\.down_proj' has 32 inputs"):
         check_layers(make_mixture(tmp_path / "base", "qwen3_moe"), 64)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
-def test_mixture_is_rejected_when_gptqmodel_cannot_quantize_its_experts(family: str, tmp_path: Path) -> None:
+def test_mixture_of_experts_is_rejected_when_gptqmodel_cannot_quantize_its_experts(family: str, tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError, match=rf"experts\.gate_up_proj' is part of a mixture of experts, and the experts of '{family}'"
     ):
         check_layers(make_mixture(tmp_path / "base", family), 32)
 
 
-def test_mixture_is_rejected_when_the_engine_has_no_kernel_for_its_experts(
+def test_mixture_of_experts_is_rejected_when_the_engine_has_no_kernel_for_its_experts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_mixture(tmp_path / "base", "qwen3_moe")
@@ -129,7 +129,7 @@ def test_mixture_is_rejected_when_the_engine_has_no_kernel_for_its_experts(
         for family in _QUANTIZED_MIXTURES
     ],
 )
-def test_each_expert_is_quantized_under_its_name_in_the_base(
+def test_quantized_experts_have_the_same_tensor_names_as_in_the_base(
     family: str, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     base = make_mixture(tmp_path / "base", family)
@@ -163,7 +163,7 @@ def test_calibration_examples_depend_on_the_seed() -> None:
     assert pick_calibration(examples, 10, seed=1) != pick_calibration(examples, 10, seed=2)
 
 
-def test_all_examples_are_used_for_calibration_when_there_are_too_few(examples: list[ChatExample]) -> None:
+def test_all_examples_are_used_for_calibration_when_fewer_than_requested_exist(examples: list[ChatExample]) -> None:
     assert len(pick_calibration(examples, 1024, seed=0)) == len(examples)
 
 
@@ -224,7 +224,7 @@ def test_quantized_config_restores_model_values_changed_by_gptqmodel(tmp_path: P
 
 
 @pytest.mark.parametrize("ends", [257, [256, 257, 0]])
-def test_quantization_padding_token_has_an_embedding_row_and_no_other_role(
+def test_padding_token_for_quantization_has_an_embedding_row_and_is_not_a_special_token(
     tiny_base: Path, tmp_path: Path, ends: int | list[int]
 ) -> None:
     """Llama 3.1's tokenizer has `<|finetune_right_pad_id|>`, which may have no embedding row."""
@@ -241,7 +241,7 @@ def test_quantization_padding_token_has_an_embedding_row_and_no_other_role(
 
 
 @pytest.mark.parametrize("number_type", NumberType)
-def test_calibration_uses_float32_when_bfloat16_is_slow_or_missing(number_type: NumberType) -> None:
+def test_calibration_uses_float32_when_bfloat16_is_slow_or_unsupported(number_type: NumberType) -> None:
     bfloat16 = number_type is NumberType.BFLOAT16
     assert calibration_type(number_type) is (NumberType.BFLOAT16 if bfloat16 else NumberType.FLOAT32)
 
@@ -277,7 +277,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_quantization_is_reproducible_and_prints_only_our_progress(
+def test_quantization_is_reproducible_and_prints_no_gptqmodel_output(
     quantized: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     capfd.readouterr()
@@ -295,7 +295,7 @@ def test_quantization_is_reproducible_and_prints_only_our_progress(
 
 
 @pytest.mark.matrix
-def test_computing_layers_in_float32_changes_only_packed_weights_and_scales(quantized: Path, tmp_path: Path) -> None:
+def test_quantizing_in_float32_changes_only_packed_weights_and_scales(quantized: Path, tmp_path: Path) -> None:
     """Every other file and tensor is identical."""
     folders = [quantized / "bfloat16", tmp_path / "float32"]
     quantize(quantized / "base", folders[1], NumberType.FLOAT32)
@@ -357,7 +357,7 @@ print("values", *values())
 
 
 @pytest.mark.slow
-def test_gptqmodel_uses_our_rounding_settings_only_inside_our_context_manager() -> None:
+def test_custom_rounding_settings_are_active_in_gptqmodel_only_inside_their_context_manager() -> None:
     """If a gptqmodel release renames the settings, its own values apply, which take eight times as long."""
     result = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
     values = [line for line in result.stdout.splitlines() if line.startswith("values")]

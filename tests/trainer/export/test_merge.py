@@ -46,7 +46,7 @@ def test_all_linear_layers_are_merged(tiny_base: Path, adapter: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-3])
-def test_merge_sums_in_float32_and_rounds_without_bias(
+def test_merge_adds_in_float32_and_rounds_without_bias(
     tiny_base: Path, adapter: Path, tmp_path: Path, size: float
 ) -> None:
     module = "model.layers.1.mlp.up_proj"
@@ -63,7 +63,9 @@ def test_merge_sums_in_float32_and_rounds_without_bias(
     assert float((change * (merged - base)).sum() / change.square().sum()) == pytest.approx(1, abs=0.05)
 
 
-def test_dequantized_merge_adds_the_adapter_to_the_weights_qlora_trained_on(tiny_base: Path, tmp_path: Path) -> None:
+def test_dequantized_merge_adds_the_adapter_to_the_dequantized_weights_used_by_qlora(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     adapter = make_adapter(tiny_base, tmp_path / "adapter", targets=["up_proj"])
     assert merge_adapter(tiny_base, adapter, tmp_path / "merged", dequantized=True).modules == 2
     base = load_model(tiny_base, ModelForm(NumberType.FLOAT32, Quantization.NF4))
@@ -106,14 +108,14 @@ def test_merged_folder_is_a_complete_chat_model(tiny_base: Path, adapter: Path, 
     assert wanted <= names
 
 
-def test_merge_fails_if_the_adapter_changes_nothing(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_merge_fails_if_the_adapter_changes_no_weights(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     change_adapter(adapter, {name: torch.zeros_like(w) for name, w in weights.items() if ".lora_B." in name})
     with pytest.raises(TrainingError, match=r"'model\.layers\.0\.mlp\.down_proj' still has the base model's weights"):
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
-def test_adapter_without_effect_on_a_module_is_rejected_naming_the_module(
+def test_adapter_that_leaves_a_target_module_unchanged_is_rejected_naming_the_module(
     tiny_base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
@@ -145,7 +147,7 @@ def test_merge_fails_if_the_adapter_contains_a_fully_trained_module(
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
-def test_tensor_changed_without_being_a_target_is_named_in_the_error() -> None:
+def test_changed_tensor_that_is_not_a_target_is_named_in_the_error() -> None:
     base = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}
     merged = {"a.weight": torch.ones(2), "b.weight": torch.tensor([0.0, 1.0])}
     with pytest.raises(TrainingError, match=r"'b\.weight' differs"):
@@ -158,7 +160,7 @@ def test_tensor_missing_from_the_merged_model_is_named_in_the_error() -> None:
         compare_weights(base, {"a.weight": torch.ones(2)}, {"a"})
 
 
-def test_merge_summary_reports_changed_modules_smallest_share_and_largest_change() -> None:
+def test_merge_summary_reports_changed_modules_smallest_changed_share_and_largest_change() -> None:
     base = {"a.weight": torch.zeros(4), "b.weight": torch.zeros(4)}
     merged = {"a.weight": torch.tensor([0.0, 0.0, 0.0, 3.0]), "b.weight": torch.ones(4)}
     summary = compare_weights(base, merged, {"a", "b"})

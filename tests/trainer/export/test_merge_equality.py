@@ -77,7 +77,7 @@ def test_tensorwise_merge_matches_whole_model_merge_for_bases_not_in_bf16(
 @pytest.mark.parametrize(
     "family", [family if family in DISTINCT else pytest.param(family, marks=pytest.mark.matrix) for family in FAMILIES]
 )
-def test_tensorwise_merge_matches_whole_model_merge_for_every_family(tmp_path: Path, family: str) -> None:
+def test_tensorwise_merge_matches_whole_model_merge_for_every_model_family(tmp_path: Path, family: str) -> None:
     base = resolve_base(str(build_hub_model(tmp_path / "base", family)), tmp_path / "cache").folder
     check_equal(base, make_adapter(base, tmp_path / "adapter"), tmp_path)
 
@@ -85,7 +85,7 @@ def test_tensorwise_merge_matches_whole_model_merge_for_every_family(tmp_path: P
 @pytest.mark.parametrize(
     ("family", "method"), [("gemma_2", "dora"), ("phi_3", "adalora"), ("qwen3_moe", "vera"), ("mixtral", "dora")]
 )
-def test_tensorwise_merge_matches_whole_model_merge_for_families_with_other_methods(
+def test_tensorwise_merge_matches_whole_model_merge_for_every_adapter_method_and_family(
     tmp_path: Path, family: str, method: str
 ) -> None:
     base = build_hub_model(tmp_path / "base", family)
@@ -100,7 +100,7 @@ def test_tensorwise_merge_matches_whole_model_merge_for_every_mixture_of_experts
     check_equal(tmp_path / "base", adapter, tmp_path)
 
 
-def test_tensorwise_merge_matches_whole_model_merge_for_layers_joined_in_the_files(tmp_path: Path) -> None:
+def test_tensorwise_merge_matches_whole_model_merge_for_layers_stored_fused(tmp_path: Path) -> None:
     """Several parameters are stored as one tensor, which is not the case in any family tested with an engine."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
     config = AutoConfig.for_model("hrm_text", **sizes, num_layers_per_stack=1, vocab_size=100)
@@ -112,7 +112,7 @@ def test_tensorwise_merge_matches_whole_model_merge_for_layers_joined_in_the_fil
 
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")  # of PEFT, of the whole model
 @pytest.mark.parametrize("same", [True, False], ids=["the embedding again", "other weights"])
-def test_tensorwise_merge_matches_whole_model_merge_when_a_tied_head_is_stored(
+def test_tensorwise_merge_matches_whole_model_merge_when_a_tied_head_is_stored_in_addition(
     tiny_base: Path, tmp_path: Path, same: bool
 ) -> None:
     base = make_model(tmp_path / "base")
@@ -138,7 +138,7 @@ def test_tensorwise_merge_matches_whole_model_merge_with_only_a_tied_head_stored
 
 
 @pytest.mark.parametrize("family", ["smollm2", "mixtral"])
-def test_merge_writes_an_index_when_the_model_exceeds_one_file(
+def test_merge_writes_an_index_when_the_model_is_split_into_several_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """The files equal those that `save_pretrained` writes, even if the base is split into different shards."""

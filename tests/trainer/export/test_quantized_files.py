@@ -63,7 +63,7 @@ def test_components_of_a_fused_layer_are_concatenated(tmp_path: Path) -> None:
         assert tensor.shape[-1] == 2 * half
 
 
-def test_joining_a_fused_layer_leaves_other_tensors_unchanged(tmp_path: Path) -> None:
+def test_fusing_a_layer_leaves_other_tensors_unchanged(tmp_path: Path) -> None:
     other = packed(OTHER, 3)
     write(tmp_path, packed(PARTS[0], 1) | packed(PARTS[1], 2) | other)
     join_fused_layers(tmp_path, [LAYER, OTHER])
@@ -71,7 +71,7 @@ def test_joining_a_fused_layer_leaves_other_tensors_unchanged(tmp_path: Path) ->
     assert all(torch.equal(joined[name], tensor) for name, tensor in other.items())
 
 
-def test_joining_layers_from_two_files_removes_the_old_files(tmp_path: Path) -> None:
+def test_fusing_layers_stored_in_two_files_removes_the_old_files(tmp_path: Path) -> None:
     write(tmp_path, packed(PARTS[0], 1), packed(PARTS[1], 2))
     join_fused_layers(tmp_path, [LAYER])
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
@@ -85,7 +85,7 @@ def test_files_of_a_model_without_fused_layers_are_not_rewritten(tmp_path: Path)
     assert path.stat().st_mtime_ns == before
 
 
-def test_joining_layers_with_different_groups_raises_error(tmp_path: Path) -> None:
+def test_fusing_layers_with_different_quantization_groups_raises_error(tmp_path: Path) -> None:
     other = packed(PARTS[1], 2)
     other[f"{PARTS[1]}.g_idx"] = other[f"{PARTS[1]}.g_idx"].flip(0)
     write(tmp_path, packed(PARTS[0], 1) | other)
@@ -94,7 +94,9 @@ def test_joining_layers_with_different_groups_raises_error(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_quantized_phi3_has_its_fused_layers_and_similar_weights(tmp_path: Path, examples: list[ChatExample]) -> None:
+def test_quantized_phi3_has_the_fused_layers_of_phi3_and_similar_weights(
+    tmp_path: Path, examples: list[ChatExample]
+) -> None:
     from transformers import Phi3Config, Phi3ForCausalLM, set_seed
 
     from trainer.export.gptq import quantize_to_4_bits

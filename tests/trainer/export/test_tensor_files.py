@@ -27,7 +27,9 @@ def write(folder: Path, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("names", [list(TENSORS), sorted(TENSORS), sorted(TENSORS, reverse=True)])
-def test_tensor_file_is_identical_to_safetensors_output_in_any_tensor_order(tmp_path: Path, names: list[str]) -> None:
+def test_tensor_file_is_identical_to_safetensors_output_regardless_of_tensor_order(
+    tmp_path: Path, names: list[str]
+) -> None:
     write(tmp_path / "out", names)
     contiguous = {name: tensor.contiguous() for name, tensor in TENSORS.items()}
     save_file(contiguous, tmp_path / "expected.safetensors", {"format": "pt"})
@@ -36,7 +38,7 @@ def test_tensor_file_is_identical_to_safetensors_output_in_any_tensor_order(tmp_
     assert written.read_bytes() == expected.read_bytes()
 
 
-def test_index_names_the_file_of_each_tensor_when_several_are_written(
+def test_index_names_the_file_of_each_tensor_when_several_files_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensor_files, "_MAX_FILE_SIZE", 50)

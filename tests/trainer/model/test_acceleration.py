@@ -37,7 +37,7 @@ def test_newest_installed_and_supported_attention_backend_is_selected(
 
 
 @given(FACTS)
-def test_batches_are_padding_free_only_with_flash_attention(facts: Facts) -> None:
+def test_padding_free_batches_are_used_only_with_flash_attention(facts: Facts) -> None:
     chosen = choose_acceleration(facts)
     assert chosen.padding_free == (chosen.attention is not Attention.SDPA)
 
@@ -67,7 +67,7 @@ def test_liger_kernels_are_used_when_installed() -> None:
     assert not choose_acceleration(Facts(AMPERE, **ALL), liger=False).liger_kernels
 
 
-def test_flash_attention_is_not_detected_from_a_matching_import_name_alone(
+def test_flash_attention_is_not_detected_by_its_import_name_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FlashAttention 4 has the same import name as version 2, and only its distribution name differs."""

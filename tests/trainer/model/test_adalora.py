@@ -42,16 +42,16 @@ def run(steps: int, *, skipped: int = 0) -> PeftModel:
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 5, 6, 7, 10, 25])
-def test_adalora_run_of_at_least_two_steps_ends_with_the_requested_rank(steps: int) -> None:
+def test_adalora_reaches_the_requested_rank_when_the_run_has_at_least_two_steps(steps: int) -> None:
     assert kept_ranks(run(steps)) == LAYERS * RANK
 
 
-def test_adalora_run_of_one_step_keeps_all_ranks() -> None:
+def test_adalora_keeps_all_ranks_when_the_run_has_only_one_step() -> None:
     assert kept_ranks(run(1)) == LAYERS * INITIAL_RANK
 
 
 @pytest.mark.parametrize(("steps", "skipped"), [(1, 1), (2, 2), (3, 1), (10, 10)])
-def test_adalora_keeps_all_ranks_when_every_step_before_allocation_is_skipped(steps: int, skipped: int) -> None:
+def test_adalora_keeps_all_ranks_when_all_steps_before_rank_allocation_are_skipped(steps: int, skipped: int) -> None:
     assert kept_ranks(run(steps, skipped=skipped)) == LAYERS * INITIAL_RANK
 
 

@@ -93,20 +93,20 @@ def test_attention_targets_exclude_experts(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["dora", "vera", "adalora"])
-def test_recipe_whose_method_cannot_train_experts_is_rejected(method: str) -> None:
+def test_recipe_targeting_experts_is_rejected_if_its_method_cannot_train_them(method: str) -> None:
     with pytest.raises(RecipeError) as caught:
         adapted(make_mixture("qwen3_moe"), method=method)
     assert "'model.layers.0.mlp.experts.gate_up_proj'" in caught.value.wrong
     assert "attention" in caught.value.todo
 
 
-def test_recipe_training_experts_with_dropout_is_rejected() -> None:
+def test_recipe_that_trains_experts_with_dropout_is_rejected() -> None:
     with pytest.raises(RecipeError, match=r"adapter\.dropout"):
         adapted(make_mixture("qwen3_moe"), adapter={"dropout": 0.1})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_config_provides_num_experts_for_families_that_name_it_differently(family: str) -> None:
+def test_num_experts_is_added_to_configs_that_use_a_different_key_for_it(family: str) -> None:
     config = AutoConfig.for_model(family, **{FAMILIES[family]: 5})
     written = config.to_json_string()
     name_experts(config)
@@ -146,7 +146,7 @@ def train(
     ("method", "number_type"),
     [("lora", NumberType.BFLOAT16), ("lora", NumberType.FLOAT32), ("qlora", NumberType.BFLOAT16)],
 )
-def test_merged_mixture_matches_the_outputs_of_base_plus_adapter(
+def test_merged_mixture_of_experts_gives_the_same_outputs_as_base_plus_adapter(
     method: str, number_type: NumberType, mixture: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     losses = losses_of(train(mixture, method, examples, tmp_path / "adapter", number_type))

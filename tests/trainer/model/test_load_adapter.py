@@ -42,7 +42,7 @@ def trained_adapter(base: Path, folder: Path, method: Method) -> Path:
 
 @pytest.mark.parametrize("number_type", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", [method for method in Method if method not in (Method.FULL, Method.QLORA)])
-def test_loaded_adapter_has_the_weights_of_its_file(
+def test_loaded_adapter_has_the_weights_stored_in_its_file(
     base: Path, tmp_path: Path, method: Method, number_type: torch.dtype
 ) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter", method)
@@ -83,7 +83,7 @@ def new_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("loaded", [False, True], ids=["new", "loaded"])
-def test_model_with_the_first_adapter_of_a_process_is_freed_after_use(
+def test_first_model_with_an_adapter_in_a_process_is_freed_after_use(
     new_processes: Forks, base: Path, tmp_path: Path, loaded: bool
 ) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter", Method.LORA) if loaded else ""

@@ -27,7 +27,7 @@ print(memory() - before)
 
 
 @pytest.mark.slow
-def test_matrix_product_caches_are_bounded_for_many_lengths() -> None:
+def test_matrix_multiplication_caches_stay_bounded_when_sequence_lengths_vary() -> None:
     """Without the limit, the caches take 340 MB with AMX, and 257 MB with AVX-512 in bfloat16."""
     root = str(Path(__file__).parents[3])
     result = subprocess.run(

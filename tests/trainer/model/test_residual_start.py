@@ -52,7 +52,7 @@ def test_initialized_adapter_does_not_change_the_logits_of_the_model(tiny_base: 
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_initialized_adapter_takes_over_a_part_of_the_base_weights(tiny_base: Path, start: str) -> None:
+def test_initialized_adapter_contains_a_part_subtracted_from_the_base_weights(tiny_base: Path, start: str) -> None:
     model, _ = started(tiny_base, start)
     with model.disable_adapter():
         assert not torch.allclose(logits(model), logits(read(tiny_base)), atol=1e-2)
@@ -75,7 +75,7 @@ def test_saved_adapter_can_be_applied_to_the_original_base(tiny_base: Path, tmp_
     assert torch.allclose(logits(load_adapter(read(tiny_base), tmp_path)), logits(model), atol=1e-5)
 
 
-def test_saved_adapter_has_twice_the_rank_and_the_same_scale(tiny_base: Path, tmp_path: Path) -> None:
+def test_saved_pissa_adapter_has_twice_the_rank_and_the_same_scale(tiny_base: Path, tmp_path: Path) -> None:
     model, matrices = started(tiny_base, "pissa")
     model.save_pretrained(tmp_path)
     save_as_lora(tmp_path, matrices)
@@ -83,7 +83,9 @@ def test_saved_adapter_has_twice_the_rank_and_the_same_scale(tiny_base: Path, tm
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 16, True)
 
 
-def test_small_change_survives_an_engine_that_rounds_the_adapter_to_bf16(tiny_base: Path, tmp_path: Path) -> None:
+def test_small_weight_update_is_preserved_when_the_saved_adapter_is_rounded_to_bf16(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     model, matrices = started(tiny_base, "pissa")
     train(model)
     model.save_pretrained(tmp_path)

@@ -18,7 +18,7 @@ def rounded(weights: torch.Tensor) -> torch.Tensor:
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=20))
-def test_stochastic_rounding_yields_a_neighbouring_bf16_value(numbers: list[float]) -> None:
+def test_stochastic_rounding_yields_an_adjacent_bf16_value(numbers: list[float]) -> None:
     weights = torch.tensor(numbers)
     lower, upper = neighbours(weights)
     result = rounded(weights).float()
@@ -46,13 +46,13 @@ def test_stochastic_rounding_is_deterministic_for_equal_weights() -> None:
     assert torch.equal(rounded(weights), rounded(weights))
 
 
-def test_equal_parameters_are_rounded_independently() -> None:
+def test_parameters_with_equal_values_are_rounded_independently() -> None:
     """Identical rounding of equal parameters would add up errors over the layers."""
     first, second = (torch.nn.Parameter(torch.full((1000,), 1 + 2e-3)) for _ in range(2))
     round_to_bfloat16([first, second])
     assert 0.3 < float((first == second).float().mean()) < 0.7
 
 
-def test_16_bit_weight_is_not_rounded() -> None:
+def test_float16_weight_is_not_rounded() -> None:
     weights = torch.randn(10).half()
     assert rounded(weights).dtype is torch.float16

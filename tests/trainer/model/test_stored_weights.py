@@ -41,7 +41,7 @@ def change_files(base: Path, **changed: torch.Tensor | None) -> None:
     save_file(remaining, base / "model.safetensors", {"format": "pt"})
 
 
-def test_tied_head_is_the_embedding_when_only_one_is_stored(tmp_path: Path) -> None:
+def test_tied_head_is_read_from_the_embedding_when_only_the_embedding_is_stored(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     check_equal(base)
     embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
@@ -49,7 +49,7 @@ def test_tied_head_is_the_embedding_when_only_one_is_stored(tmp_path: Path) -> N
     check_equal(base)
 
 
-def test_tied_head_stored_separately_is_read_as_its_own_tensor(tmp_path: Path) -> None:
+def test_separately_stored_tied_head_is_read_as_its_own_tensor(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     head = load_file(base / "model.safetensors")["model.embed_tokens.weight"] + 1
     change_files(base, **{"lm_head.weight": head})

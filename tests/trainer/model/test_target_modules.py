@@ -64,7 +64,7 @@ def test_target_preset_adapts_the_expected_layers_of_each_architecture(family: s
 
 
 @pytest.mark.parametrize("preset", [Targets.ATTENTION_MIN, Targets.ATTENTION])
-def test_preset_matching_no_layers_is_rejected_listing_the_layers(preset: Targets) -> None:
+def test_preset_matching_no_layers_is_rejected_with_a_list_of_the_layers(preset: Targets) -> None:
     with pytest.raises(RecipeError) as caught:
         target_modules(empty_model("mamba"), preset)
     assert preset.value in caught.value.wrong
@@ -72,13 +72,13 @@ def test_preset_matching_no_layers_is_rejected_listing_the_layers(preset: Target
     assert "all-linear" in caught.value.todo
 
 
-def test_listed_layers_are_the_only_ones_with_an_adapter() -> None:
+def test_only_the_listed_layers_have_an_adapter() -> None:
     targets = target_modules(empty_model("llama"), ("mlp.up_proj", "q_proj"))
     assert {name.rpartition(".")[2] for name in changed_layers("llama", targets)} == {"q_proj", "up_proj"}
 
 
 @pytest.mark.parametrize("name", ["w_proj", "lm_head"])
-def test_listed_layer_that_is_missing_or_the_output_head_is_rejected_listing_the_layers(name: str) -> None:
+def test_missing_target_layer_or_output_head_is_rejected_with_a_list_of_the_layers(name: str) -> None:
     with pytest.raises(RecipeError) as caught:
         target_modules(empty_model("llama"), ("q_proj", name))
     assert f"[{name}]" in caught.value.wrong

@@ -75,7 +75,7 @@ def test_config_of_a_bfloat16_base_is_copied_byte_for_byte(tmp_path: Path, end: 
 
 
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
-def test_only_the_number_type_changes_in_the_config_of_other_bases(tmp_path: Path, key: str) -> None:
+def test_only_the_dtype_changes_in_the_config_of_a_base_not_in_bfloat16(tmp_path: Path, key: str) -> None:
     own = {name: value for name, value in LLAMA.items() if name != "torch_dtype"} | {key: "float16"}
     base, merged = write_folder(tmp_path / "base", own), tmp_path / "merged"
     merged.mkdir()
@@ -87,7 +87,7 @@ def test_only_the_number_type_changes_in_the_config_of_other_bases(tmp_path: Pat
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "qwen2"])
-def test_config_with_equivalent_spelling_passes_the_check(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_equivalent_config_with_different_formatting_passes_the_check(tmp_path: Path, config: dict[str, Any]) -> None:
     base = write_folder(tmp_path / "base", config)
     AutoConfig.from_pretrained(base).save_pretrained(tmp_path / "saved")
     spelled = json.loads((tmp_path / "saved" / "config.json").read_text("utf-8"))
@@ -131,7 +131,7 @@ def test_config_difference_that_affects_answers_fails_the_check(
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "tokenizer.model"])
-def test_one_different_byte_in_a_shipped_file_fails_the_check(tmp_path: Path, name: str) -> None:
+def test_single_changed_byte_in_a_shipped_file_fails_the_check(tmp_path: Path, name: str) -> None:
     base, merged = write_folder(tmp_path / "base", LLAMA), write_folder(tmp_path / "merged", LLAMA)
     (base / name).write_bytes(b'{"eos_token_id": [2, 5]}\r\n')
     (merged / name).write_bytes(b'{"eos_token_id": [2, 5]}\n')

@@ -150,7 +150,7 @@ def test_correct_version_passes_all_parity_checks(correct: Callable[[str], Versi
 
 
 @pytest.mark.parametrize(("kind", "compared"), [("lora", False), ("qlora", True), ("qlora, merged into NF4", False)])
-def test_version_trained_on_nf4_but_merged_into_other_weights_is_also_compared_with_nf4(
+def test_version_trained_on_nf4_is_also_compared_with_nf4_if_merged_into_unquantized_weights(
     correct: Callable[[str], Version], kind: str, compared: bool
 ) -> None:
     differences = correct(kind).report().differences
@@ -158,7 +158,7 @@ def test_version_trained_on_nf4_but_merged_into_other_weights_is_also_compared_w
     assert not compared or differences[BESIDE_NF4].mean > 0
 
 
-def test_parity_fails_when_the_adapter_was_merged_into_other_weights_than_the_recipe_says(
+def test_parity_fails_when_the_adapter_was_merged_into_the_wrong_base_weights(
     correct: Callable[[str], Version],
 ) -> None:
     report = replace(correct("qlora"), recipe=make_recipe(method="qlora", merge_dequantized=True)).report()
@@ -177,7 +177,7 @@ def test_correct_version_of_a_float16_base_passes_parity(tmp_path: Path, tiny_ba
 
 
 @pytest.mark.parametrize(("kind", "trained"), [("lora", 1e-3), ("dora", 1e-2), ("vera", 1e-3)])
-def test_parity_passes_when_the_trained_change_is_small(
+def test_parity_passes_when_training_changed_the_weights_only_slightly(
     tmp_path: Path, tiny_base: Path, kind: str, trained: float
 ) -> None:
     """The learned change is smaller than the precision of bf16."""
@@ -186,7 +186,7 @@ def test_parity_passes_when_the_trained_change_is_small(
     assert report.differences["merged compared with trained, both in transformers"].mean < 1e-3
 
 
-def test_template_rendering_the_current_date_is_served_with_a_fixed_date(tmp_path: Path, tiny_base: Path) -> None:
+def test_template_that_renders_the_current_date_is_served_with_a_fixed_date(tmp_path: Path, tiny_base: Path) -> None:
     base = shutil.copytree(tiny_base, tmp_path / "base")
     template = base / "chat_template.jinja"
     template.write_text("{{ strftime_now('%Y') }} " + template.read_text())
@@ -197,7 +197,7 @@ def test_template_rendering_the_current_date_is_served_with_a_fixed_date(tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "vera", "qlora"])
-def test_adapted_model_is_freed_before_another_model_is_loaded(
+def test_model_with_adapter_is_freed_before_another_model_is_loaded(
     correct: Callable[[str], Version], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     version = correct(kind)
@@ -328,7 +328,7 @@ def test_parity_fails_when_alpha_differs_from_the_recipe(tmp_path: Path, tiny_ba
     assert "merge: scale" in {result.name for result in version.report().checks if not result.passed}
 
 
-def test_parity_fails_when_the_engine_computes_different_scores(version: Version) -> None:
+def test_parity_fails_when_the_engine_computes_different_token_scores(version: Version) -> None:
     """All files are correct, and only the engine's scores differ."""
     scores = score(load(version.made.base, TYPE), version.examples)
     formats = {Format.MERGED: (version.merged, EngineReading(prompts_differ=(), scores=scores, speed=SPEED))}
@@ -359,7 +359,7 @@ def test_adapter_is_not_compared_for_full_fine_tuning(tmp_path: Path, tiny_base:
     assert version.report().failed == ()
 
 
-def test_gptq_is_compared_with_the_trained_model_without_a_merged_format(version: Version) -> None:
+def test_gptq_is_compared_with_the_trained_model_if_there_is_no_merged_format(version: Version) -> None:
     alone = replace(version, made=replace(version.made, formats={Format.GPTQ: version.made.formats[Format.GPTQ]}))
     assert alone.report().failed == ()
     scaled_update(2)(version)

@@ -47,7 +47,7 @@ def arrived(model: PeftModel, inputs: torch.Tensor, without: torch.Tensor, added
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_change_below_bf16_precision_affects_the_output_when_summed_in_float32(kind: str) -> None:
+def test_update_below_bf16_precision_affects_the_output_when_summed_in_float32(kind: str) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(2048, WIDTH).to(torch.bfloat16)
     model, without, added = fine_adapter(kind, inputs.float())
@@ -57,7 +57,7 @@ def test_change_below_bf16_precision_affects_the_output_when_summed_in_float32(k
 
 @pytest.mark.parametrize("kind", ["lora", "vera"])
 @torch.no_grad()
-def test_change_below_bf16_precision_is_lost_when_peft_adds_it(kind: str) -> None:
+def test_update_below_bf16_precision_is_lost_when_peft_adds_it_in_bf16(kind: str) -> None:
     """If this fails, PEFT has fixed its rounding, and `sum_in_float32` can be deleted."""
     torch.manual_seed(0)
     inputs = torch.randn(2048, WIDTH).to(torch.bfloat16)
@@ -65,7 +65,7 @@ def test_change_below_bf16_precision_is_lost_when_peft_adds_it(kind: str) -> Non
     assert arrived(model, inputs, without, added) < 0.3
 
 
-def test_layer_summing_in_float32_is_freed_without_garbage_collection() -> None:
+def test_layer_that_sums_in_float32_is_freed_without_garbage_collection() -> None:
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH)).bfloat16(), KINDS["lora"]())
     sum_in_float32(model)
     layer, base = model.base_model.model[0], weakref.ref(model.base_model.model[0].get_base_layer())

@@ -14,7 +14,7 @@ from trainer.pipeline.find_base import merged_revision
 pytestmark = pytest.mark.slow
 
 
-def test_base_is_not_evaluated_again_on_the_same_examples(make: Make, engines: Engines) -> None:
+def test_base_is_not_reevaluated_on_the_same_examples(make: Make, engines: Engines) -> None:
     first = make()
     asked = first.registry.manifest(first.train_version()).base_evaluation
     assert asked is not None
@@ -25,14 +25,14 @@ def test_base_is_not_evaluated_again_on_the_same_examples(make: Make, engines: E
     assert known == asked.model_copy(update={"seconds": 0.0})
 
 
-def test_base_is_evaluated_again_when_the_examples_differ(make: Make, engines: Engines) -> None:
+def test_base_is_reevaluated_when_the_examples_differ(make: Make, engines: Engines) -> None:
     make().train_version()
     launched = len(engines.launched)
     make(heldout=(make_example("three", "red"),)).train_version()
     assert engines.started_with[launched] == "base"
 
 
-def test_base_that_is_a_registered_version_is_not_evaluated(make: Make, engines: Engines) -> None:
+def test_base_is_not_evaluated_if_it_is_a_registered_version(make: Make, engines: Engines) -> None:
     first = make()
     version = first.train_version()
     manifest, launched = first.registry.manifest(version), len(engines.launched)

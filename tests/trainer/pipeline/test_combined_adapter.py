@@ -124,7 +124,7 @@ def test_combining_with_weights_one_and_zero_gives_the_first_adapter(
 
 
 @pytest.mark.parametrize("names", [("first", "rank 2"), ("rslora", "second"), ("first", "other layers")])
-def test_cat_method_gives_the_exact_weighted_sum_of_the_updates(
+def test_cat_combination_gives_the_exact_weighted_sum_of_the_adapter_updates(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path, names: tuple[str, str]
 ) -> None:
     parts = [updates(tiny_base, folders[name]) for name in names]
@@ -136,7 +136,7 @@ def test_cat_method_gives_the_exact_weighted_sum_of_the_updates(
     )
 
 
-def test_combination_keeps_layers_that_only_the_second_adapter_has(
+def test_combined_adapter_includes_layers_found_only_in_the_second_adapter(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     result = combined(tiny_base, tmp_path / "out", find(folders, "first layer", "second", method="linear"))
@@ -159,7 +159,7 @@ def test_combining_adapters_again_gives_identical_files(
     assert other.digest != adapter.digest
 
 
-def test_merged_weights_answer_like_the_combined_adapter(
+def test_merged_weights_give_the_same_outputs_as_the_combined_adapter(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     adapter = find(folders, *PAIR, method="ties", density=0.5)
@@ -199,7 +199,7 @@ def test_recipe_of_a_combined_adapter_has_the_rank_and_layers_of_the_result(fold
         (("ranks", "first"), {"method": "cat"}, "ranks cannot be combined: its layers have different ranks"),
     ],
 )
-def test_adapters_that_peft_cannot_combine_are_rejected_by_their_configs(
+def test_adapters_that_peft_cannot_combine_are_rejected_based_on_their_configs(
     folders: Mapping[str, Path], names: tuple[str, str], options: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(RecipeError, match=reason):
@@ -226,12 +226,12 @@ def test_invalid_combine_section_of_a_recipe_is_rejected(tmp_path: Path, combine
         read(content, (), tmp_path, "recipe.yaml")
 
 
-def test_missing_version_in_a_combination_is_reported(registry: Registry) -> None:
+def test_combining_a_nonexistent_version_raises_error(registry: Registry) -> None:
     with pytest.raises(NotFoundError, match="no version support@3"):
         find({"a": Path("support@3"), "b": Path("support@3")}, "a", "b", registry=registry, method="cat")
 
 
-def test_versions_trained_on_another_base_cannot_be_combined(folders: Mapping[str, Path]) -> None:
+def test_versions_trained_on_a_different_base_are_rejected_for_combination(folders: Mapping[str, Path]) -> None:
     adapter = replace(find(folders, *PAIR, method="cat"), bases={"support@3": "sha256:1"})
     adapter.check_revision(Base(Path(), "org/base", None, "sha256:1"))
     with pytest.raises(BaseModelError, match=r"support@3 was trained on a different base from org/base"):
@@ -263,7 +263,7 @@ def test_combined_adapter_passes_all_pipeline_stages_except_training(
 
 
 @pytest.mark.slow
-def test_combine_recipe_registers_a_combination_of_a_version_and_an_adapter_folder(
+def test_combine_recipe_registers_a_version_combined_from_a_version_and_an_adapter_folder(
     svc: Svc, tmp_path: Path, tiny_base: Path, folders: Mapping[str, Path], examples: list[ChatExample]
 ) -> None:
     write_examples(tmp_path / "heldout.jsonl", examples)

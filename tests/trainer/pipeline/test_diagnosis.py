@@ -47,12 +47,12 @@ def test_healthy_curve_yields_no_diagnosis() -> None:
 
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", "0.0005"), ("full", "5e-05"), ("vera", "0.06")])
-def test_low_learning_rate_advice_names_the_default_of_the_method(method: str, rate: str) -> None:
+def test_low_learning_rate_advice_names_the_default_rate_of_the_method(method: str, rate: str) -> None:
     advice = found(lambda share: 3.0, method=method, train={"learning_rate": 1e-6})
     assert advice == {FindingKind.LEARNING_RATE_LOW: f"train.learning_rate from 1e-06 to {rate}"}
 
 
-def test_learning_rate_is_low_relative_to_the_default_for_the_base() -> None:
+def test_low_learning_rate_is_diagnosed_relative_to_the_default_for_the_base() -> None:
     rate = {"learning_rate": 1e-4}  # a fifth of the default at width 576, three quarters of it at width 8192
     assert FindingKind.LEARNING_RATE_LOW in found(lambda share: 3.0, train=rate)
     assert FindingKind.LEARNING_RATE_LOW not in found(lambda share: 3.0, width=8192, train=rate)
@@ -108,7 +108,7 @@ def test_findings_are_stored_and_printed_with_the_version(
     ("evaluate", "advice"),
     [({}, "data.train: read the truncated answers"), ({"max_tokens": 3}, "evaluate.max_tokens from 3 to 6, or null")],
 )
-def test_version_report_shows_share_of_answers_cut_off_at_the_token_limit(
+def test_version_report_shows_the_share_of_answers_truncated_at_the_token_limit(
     make: Make, capsys: pytest.CaptureFixture[str], evaluate: dict[str, Any], advice: str
 ) -> None:
     pipeline = make(evaluate=evaluate)  # the engine's double ends no answer by itself

@@ -20,7 +20,7 @@ def free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, free))
 
 
-def test_run_fails_before_writing_when_the_disk_is_full(
+def test_run_fails_before_writing_files_when_the_disk_is_full(
     pipeline: Pipeline, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free_bytes(monkeypatch, 1000)
@@ -31,7 +31,7 @@ def test_run_fails_before_writing_when_the_disk_is_full(
 
 
 @pytest.mark.slow
-def test_disk_filling_up_stops_the_run_before_the_next_stage_and_keeps_finished_stages(
+def test_run_stops_before_the_next_stage_and_keeps_finished_stages_when_the_disk_fills_up(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge = stages.merge_adapter
@@ -52,7 +52,7 @@ def test_disk_filling_up_stops_the_run_before_the_next_stage_and_keeps_finished_
     assert stages.ran.count(Stage.MERGE) == 1
 
 
-def test_stage_filling_the_disk_is_reported_and_the_run_can_be_resumed(
+def test_run_can_be_resumed_after_a_stage_fills_the_disk(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fill(*_: Any, **__: Any) -> None:

@@ -31,7 +31,7 @@ def test_estimate_is_printed_and_stored_with_the_measured_values(capsys: pytest.
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("method", [Method.LORA, Method.FULL])
-def test_estimated_memory_is_close_to_that_of_a_real_training_run(method: Method) -> None:
+def test_estimated_memory_is_close_to_the_memory_used_by_a_real_training_run(method: Method) -> None:
     base = resolve_base("smollm2-135m-instruct", load_settings().base_cache).folder
     (measured,) = measure([Case(method, 4, 2, base, NumberType.BFLOAT16)], cpu_device())
     assert abs(measured.memory_ratio - 1) < MEMORY

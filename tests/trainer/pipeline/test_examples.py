@@ -82,7 +82,7 @@ def test_documents_are_split_into_training_and_heldout_documents(tmp_path: Path)
     assert examples.questions is None
 
 
-def test_examples_have_the_modification_time_of_the_training_file(tmp_path: Path) -> None:
+def test_modification_time_of_the_training_file_is_recorded_with_the_examples(tmp_path: Path) -> None:
     write_examples(tmp_path / "t.jsonl", TRAIN)
     os.utime(tmp_path / "t.jsonl", (86_400, 86_400))
     examples = read_run_examples(make_recipe(data={"train": tmp_path / "t.jsonl"}))
@@ -104,7 +104,7 @@ def test_all_answers_of_a_conversation_are_trained_on_unless_the_recipe_says_las
     assert last.train_fingerprint != examples.train_fingerprint
 
 
-def test_heldout_prompt_answered_earlier_in_a_training_conversation_is_a_leak(tmp_path: Path) -> None:
+def test_heldout_prompt_inside_a_training_conversation_counts_as_a_leak(tmp_path: Path) -> None:
     turns = [*HELDOUT[0].as_dict()["messages"], {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
     train = [*TRAIN, parse_example({"messages": turns})]
     with pytest.raises(DataError, match="1 training examples have the same prompt"):
@@ -114,12 +114,12 @@ def test_heldout_prompt_answered_earlier_in_a_training_conversation_is_a_leak(tm
     assert read_run_examples(recipe, bad_lines=bad_lines).train == tuple(TRAIN)
 
 
-def test_training_fingerprint_differs_when_only_a_subset_is_trained_on(tmp_path: Path) -> None:
+def test_training_fingerprint_differs_when_only_a_subset_of_examples_is_used(tmp_path: Path) -> None:
     whole, part = read(tmp_path, TRAIN, HELDOUT), read(tmp_path, TRAIN, HELDOUT, limit=3)
     assert whole.train_fingerprint != part.train_fingerprint
 
 
-def test_skip_leaving_only_one_training_example_is_rejected(tmp_path: Path) -> None:
+def test_skip_setting_that_leaves_only_one_training_example_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="leaves only 1 of 6 examples"):
         read(tmp_path, TRAIN, HELDOUT, skip=5)
 
@@ -134,7 +134,7 @@ def test_empty_heldout_file_is_rejected(tmp_path: Path) -> None:
         read(tmp_path, TRAIN, [])
 
 
-def test_training_prompt_in_the_heldout_file_is_rejected(tmp_path: Path) -> None:
+def test_heldout_file_containing_a_training_prompt_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match="1 training examples have the same prompt as a held-out example; the first is example 3"
     ):
@@ -161,7 +161,7 @@ def read_validation(folder: Path, validation: list[ChatExample], **sections: Any
     return read_run_examples(make_recipe(data=paths, **sections))
 
 
-def test_training_curve_loss_is_measured_on_validation_examples_if_given(tmp_path: Path) -> None:
+def test_heldout_loss_of_the_training_curve_is_measured_on_validation_examples_if_given(tmp_path: Path) -> None:
     examples = read_validation(tmp_path, VALIDATION)
     assert examples.measured == tuple(VALIDATION)
     assert examples.heldout == tuple(HELDOUT)
@@ -178,13 +178,13 @@ def test_training_curve_loss_is_measured_on_validation_examples_if_given(tmp_pat
         ({"patience": 2}, SelectedBy.VALIDATION),
     ],
 )
-def test_validation_examples_select_the_version_when_they_decide_stopping(
+def test_validation_set_is_recorded_as_selecting_the_version_if_it_decides_early_stopping(
     tmp_path: Path, stopping: dict[str, Any], selected_by: SelectedBy
 ) -> None:
     assert read_validation(tmp_path, VALIDATION, stopping=stopping).selected_by is selected_by
 
 
-def test_heldout_examples_select_the_version_without_a_validation_set(tmp_path: Path) -> None:
+def test_heldout_set_is_recorded_as_selecting_the_version_if_there_is_no_validation_set(tmp_path: Path) -> None:
     write_examples(tmp_path / "t.jsonl", TRAIN)
     recipe = make_recipe(data={"train": tmp_path / "t.jsonl"}, stopping={"keep_best": True})
     assert read_run_examples(recipe).selected_by is SelectedBy.HELDOUT
@@ -197,7 +197,9 @@ def test_heldout_examples_select_the_version_without_a_validation_set(tmp_path: 
         (HELDOUT[0], "1 validation examples have the same prompt as a held-out example"),
     ],
 )
-def test_validation_prompt_in_another_set_is_rejected(tmp_path: Path, leak: ChatExample, message: str) -> None:
+def test_validation_prompt_that_also_occurs_in_another_set_is_rejected(
+    tmp_path: Path, leak: ChatExample, message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         read_validation(tmp_path, [*VALIDATION, leak])
 
@@ -241,14 +243,14 @@ def split_again(folder: Path, learnt: PromptHashes) -> Examples:
     return read_run_examples(make_recipe(data={"train": folder / "t.jsonl", "heldout_share": 0.3}), learnt=learnt)
 
 
-def test_example_trained_on_by_an_earlier_version_is_not_held_out(tmp_path: Path) -> None:
+def test_example_used_to_train_an_earlier_version_is_not_held_out(tmp_path: Path) -> None:
     before = split_again(tmp_path, NO_PROMPTS).heldout
     after = split_again(tmp_path, hash_prompts(before[:4]))
     assert after.heldout == before[4:]
     assert set(before[:4]) < set(after.train)
 
 
-def test_number_of_examples_kept_in_training_because_already_trained_on_is_printed(
+def test_number_of_examples_not_held_out_due_to_earlier_training_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = split_again(tmp_path, NO_PROMPTS).heldout
@@ -260,7 +262,7 @@ def test_number_of_examples_kept_in_training_because_already_trained_on_is_print
     )
 
 
-def test_examples_are_unchanged_after_a_version_of_the_same_recipe_exists(
+def test_data_split_is_unchanged_after_the_recipe_has_produced_a_version(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = split_again(tmp_path, NO_PROMPTS)
@@ -269,7 +271,7 @@ def test_examples_are_unchanged_after_a_version_of_the_same_recipe_exists(
 
 
 @pytest.mark.parametrize(("copies", "warned"), [(6, True), (1, False)])
-def test_warning_is_printed_when_near_duplicates_enlarge_the_heldout_set(
+def test_warning_is_printed_when_near_duplicates_make_the_heldout_set_larger(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], copies: int, warned: bool
 ) -> None:
     """There are six examples in each group, so 1 - 0.9 ** 6 = 47% of the groups are held out."""
@@ -286,11 +288,11 @@ def read_named(folder: Path, learnt: PromptHashes) -> Examples:
     return read_run_examples(recipe, learnt=learnt)
 
 
-def test_heldout_file_is_unchanged_when_its_prompts_were_trained_on_before(tmp_path: Path) -> None:
+def test_heldout_file_is_used_unchanged_even_if_earlier_versions_trained_on_its_prompts(tmp_path: Path) -> None:
     assert read_named(tmp_path, hash_prompts(lines_of(2, "held"))).heldout == tuple(lines_of(3, "held"))
 
 
-def test_number_of_heldout_prompts_already_trained_on_is_printed(
+def test_number_of_heldout_prompts_used_to_train_earlier_versions_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read_named(tmp_path, hash_prompts(lines_of(2, "held")))
@@ -299,7 +301,7 @@ def test_number_of_heldout_prompts_already_trained_on_is_printed(
     )
 
 
-def test_nothing_is_printed_when_no_heldout_prompt_was_trained_on_before(
+def test_no_notice_is_printed_when_no_heldout_prompt_was_used_in_earlier_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read_named(tmp_path, hash_prompts(TRAIN))
@@ -313,13 +315,13 @@ def limited(folder: Path, limit: int | None, seed: int = 0) -> Sequence[ChatExam
     return read_run_examples(make_recipe(data=data, evaluate={"limit": limit})).heldout
 
 
-def test_limited_evaluation_puts_randomly_sampled_heldout_examples_first(tmp_path: Path) -> None:
+def test_evaluation_limit_moves_randomly_sampled_heldout_examples_to_the_front(tmp_path: Path) -> None:
     asked = limited(tmp_path, 8)[:8]
     assert not set(asked) <= set(lines_of(20, "held"))
     assert list(asked) == [example for example in lines_of(40, "held") if example in asked]
 
 
-def test_sampled_prompts_differ_with_the_data_seed(tmp_path: Path) -> None:
+def test_heldout_sample_depends_on_the_data_seed(tmp_path: Path) -> None:
     assert limited(tmp_path, 8)[:8] != limited(tmp_path, 8, seed=1)[:8]
 
 
@@ -367,7 +369,7 @@ def test_data_with_too_few_general_examples_is_rejected(tmp_path: Path) -> None:
         read(tmp_path, TRAIN, HELDOUT, general=tmp_path / "g.jsonl", general_share=0.5)
 
 
-def test_skipped_invalid_lines_and_leaks_are_stored_unchanged(tmp_path: Path) -> None:
+def test_skipped_invalid_and_leaked_lines_are_stored_verbatim(tmp_path: Path) -> None:
     lines = [json.dumps(example.as_dict()).encode() for example in (*TRAIN, *HELDOUT)]
     bad = b'{"messages": [{"role": "user", "content": "caf\xe9"}]}\r\n'
     (tmp_path / "t.jsonl").write_bytes(lines[0] + b"\n" + bad + b"\n".join(lines[1:]))
@@ -381,7 +383,7 @@ def test_skipped_invalid_lines_and_leaks_are_stored_unchanged(tmp_path: Path) ->
     assert [(entry["line"], entry["code"]) for entry in entries] == [(2, "not_utf8"), (8, "leak")]
 
 
-def test_truncated_file_stops_the_run_even_if_invalid_lines_are_skipped(tmp_path: Path) -> None:
+def test_truncated_file_is_rejected_even_if_invalid_lines_are_skipped(tmp_path: Path) -> None:
     lines = [json.dumps(example.as_dict()).encode() for example in TRAIN]
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines))[:-8])
     write_examples(tmp_path / "h.jsonl", HELDOUT)
@@ -421,7 +423,7 @@ def test_general_example_matching_a_general_question_is_not_mixed_in(tmp_path: P
     assert read_run_examples(recipe).train[-1].question == "what is three?"
 
 
-def test_data_consisting_almost_only_of_general_questions_is_rejected(tmp_path: Path) -> None:
+def test_data_consisting_almost_entirely_of_general_questions_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="only 1 of 3 training examples are not general questions") as raised:
         with_questions(tmp_path, [*QUESTIONS, TRAIN[0]])
     assert "evaluate.general" in raised.value.todo
@@ -458,7 +460,7 @@ def read_judged(folder: Path, objective: str, **sections: Any) -> Examples:
     return read_run_examples(make_recipe(objective=objective, data=data, **sections))
 
 
-def test_preference_pairs_are_split_by_their_chosen_answers(tmp_path: Path) -> None:
+def test_preference_pairs_are_split_into_training_and_heldout_by_their_chosen_answers(tmp_path: Path) -> None:
     examples = read_judged(tmp_path, "dpo")
     assert [pair.chosen for pair in examples.judged if isinstance(pair, PreferencePair)] == list(examples.train)
     assert [pair.chosen for pair in examples.pairs] == list(examples.heldout)
@@ -466,7 +468,7 @@ def test_preference_pairs_are_split_by_their_chosen_answers(tmp_path: Path) -> N
     assert {example.answer for example in examples.given} == {"yes"}
 
 
-def test_desirable_labelled_answers_are_used_as_reference_answers(tmp_path: Path) -> None:
+def test_answers_labeled_desirable_are_used_as_reference_answers(tmp_path: Path) -> None:
     examples = read_judged(tmp_path, "kto")
     assert {example.answer for example in examples.heldout} == {"yes"}
     assert {example.answer for example in examples.train} == {"yes", "no"}
@@ -475,7 +477,7 @@ def test_desirable_labelled_answers_are_used_as_reference_answers(tmp_path: Path
     assert {pair.rejected.answer for pair in examples.pairs} == {"no"}
 
 
-def test_evaluated_pairs_have_the_order_of_the_limited_heldout_examples(tmp_path: Path) -> None:
+def test_evaluated_pairs_are_in_the_same_order_as_the_sampled_heldout_examples(tmp_path: Path) -> None:
     examples = read_judged(tmp_path, "dpo", evaluate={"limit": 2}, data={"heldout_share": 0.3})
     assert [pair.chosen for pair in examples.pairs] == list(examples.heldout)
     assert examples.heldout != read_judged(tmp_path, "dpo", data={"heldout_share": 0.3}).heldout
@@ -490,7 +492,7 @@ def test_training_fingerprint_depends_on_the_rejected_answers(tmp_path: Path) ->
     assert second.train_fingerprint != first.train_fingerprint
 
 
-def test_heldout_answers_that_are_all_undesirable_are_rejected(tmp_path: Path) -> None:
+def test_heldout_set_with_only_undesirable_answers_is_rejected(tmp_path: Path) -> None:
     write_pairs(tmp_path / "t.jsonl", pairs_of(40))
     row = {"prompt": "another", "completion": "no", "label": False}
     (tmp_path / "h.jsonl").write_text(json.dumps(row), "utf-8")
@@ -499,7 +501,7 @@ def test_heldout_answers_that_are_all_undesirable_are_rejected(tmp_path: Path) -
         read_run_examples(make_recipe(objective="kto", data=data))
 
 
-def test_pair_with_a_heldout_prompt_is_a_leak(tmp_path: Path) -> None:
+def test_training_pair_with_a_heldout_prompt_counts_as_a_leak(tmp_path: Path) -> None:
     write_pairs(tmp_path / "t.jsonl", pairs_of(10))
     write_pairs(tmp_path / "h.jsonl", pairs_of(1))
     data = {"train": tmp_path / "t.jsonl", "heldout": tmp_path / "h.jsonl"}

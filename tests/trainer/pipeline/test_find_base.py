@@ -57,7 +57,7 @@ def test_base_without_a_chat_template_error_names_the_recipe_key(untemplated: Pa
     assert "set chat_template in the recipe" in raised.value.todo
 
 
-def test_base_without_a_chat_template_uses_that_of_the_recipe(
+def test_base_without_a_chat_template_uses_the_template_of_the_recipe(
     untemplated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = Settings(home=tmp_path, base_cache=tmp_path / "cache")
@@ -69,7 +69,7 @@ def test_base_without_a_chat_template_uses_that_of_the_recipe(
     assert "replaces" not in capsys.readouterr().err
 
 
-def test_replacing_the_chat_template_of_the_base_is_announced(
+def test_notice_is_printed_when_the_chat_template_of_the_base_is_replaced(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = Settings(home=tmp_path, base_cache=tmp_path / "cache")
@@ -78,7 +78,7 @@ def test_replacing_the_chat_template_of_the_base_is_announced(
     assert "the chat template alpaca replaces the base's own" in capsys.readouterr().err
 
 
-def test_base_config_is_found_in_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+def test_base_config_is_read_from_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     """`svc estimate` needs only config.json."""
     (tmp_path / "config.json").write_text("{}", "utf-8")
     assert find_config(str(tmp_path), Settings(home=tmp_path), NamedTemplate.CHATML) == tmp_path

@@ -48,13 +48,13 @@ def test_forgetting_is_recorded_in_the_version_and_mlflow(make: Make) -> None:
 
 
 @pytest.mark.slow
-def test_version_has_no_forgetting_result_without_general_questions(make: Make) -> None:
+def test_version_has_no_forgetting_result_if_no_general_questions_were_evaluated(make: Make) -> None:
     pipeline = make()
     assert pipeline.registry.manifest(pipeline.train_version()).forgetting == {}
 
 
 @pytest.mark.slow
-def test_version_is_rejected_when_only_its_quantized_model_forgot_too_much(make: Make) -> None:
+def test_version_is_rejected_when_only_its_quantized_model_exceeds_the_forgetting_limit(make: Make) -> None:
     with pytest.raises(TrainingError, match=r"fell by 1\.000 through training and quantization: .* gptq"):
         asking(make(evaluate={"max_forgetting": 0.5}), questions("base.0", "merged.0")).train_version()
 
@@ -74,7 +74,7 @@ def test_base_answers_general_questions_only_once_when_only_gptq_is_registered(m
 
 
 @pytest.mark.slow
-def test_gptq_only_version_is_rejected_when_it_forgot_too_much(make: Make) -> None:
+def test_gptq_only_version_is_rejected_when_it_exceeds_the_forgetting_limit(make: Make) -> None:
     with pytest.raises(TrainingError, match=r"fell by 1\.000 through training and quantization"):
         asking(make(formats=["gptq"], evaluate={"max_forgetting": 0.5}), questions("base.0")).train_version()
 
@@ -95,7 +95,7 @@ def test_no_general_questions_are_evaluated_for_an_adapter_only_version(make: Ma
 
 
 @pytest.mark.slow
-def test_changing_the_limit_after_too_much_forgetting_needs_no_new_answers(make: Make, engines: Engines) -> None:
+def test_changing_the_forgetting_limit_after_a_rejection_generates_no_new_answers(make: Make, engines: Engines) -> None:
     with pytest.raises(TrainingError, match=r"correct answers to 10 general questions fell by 1\.000"):
         asking(make(evaluate={"max_forgetting": 0.5}), questions("base.0")).train_version()
     launched = len(engines.launched)
@@ -104,7 +104,7 @@ def test_changing_the_limit_after_too_much_forgetting_needs_no_new_answers(make:
 
 
 @pytest.mark.slow
-def test_retraining_does_not_ask_the_base_general_questions_again(make: Make, engines: Engines) -> None:
+def test_retraining_reuses_the_stored_base_answers_to_general_questions(make: Make, engines: Engines) -> None:
     general = questions("base.0")
     asking(make(), general).train_version()
     launched = len(engines.launched)
@@ -114,7 +114,7 @@ def test_retraining_does_not_ask_the_base_general_questions_again(make: Make, en
 
 
 @pytest.mark.slow
-def test_base_that_is_a_registered_version_does_not_answer_general_questions(make: Make, engines: Engines) -> None:
+def test_general_questions_are_not_sent_to_a_base_that_is_a_registered_version(make: Make, engines: Engines) -> None:
     general = questions("merged.0")
     first = asking(make(), general)
     manifest, launched = first.registry.manifest(first.train_version()), len(engines.launched)
@@ -151,11 +151,11 @@ def lost(before: int, after: int, total: int = 100) -> Forgetting:
         (50, 45, 0.0),  # five lost and none gained: by chance more often than once in twenty times
     ],
 )
-def test_version_is_accepted_if_no_forgetting_beyond_the_limit_is_proven(before: int, after: int, most: float) -> None:
+def test_version_is_accepted_if_forgetting_beyond_the_limit_is_not_proven(before: int, after: int, most: float) -> None:
     check_gate(judge_forgetting(lost(before, after), most, Format.MERGED), Undecided.WARN)
 
 
-def test_losing_12_of_60_answers_with_a_10_percent_limit_only_warns(
+def test_loss_of_12_of_60_answers_with_a_10_percent_forgetting_limit_causes_only_a_warning(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     report = judge_forgetting(lost(27, 15, total=60), 0.1, Format.MERGED)
@@ -166,7 +166,7 @@ def test_losing_12_of_60_answers_with_a_10_percent_limit_only_warns(
     )
 
 
-def test_version_with_undecided_forgetting_is_rejected_when_undecided_is_fail() -> None:
+def test_version_with_undecided_forgetting_is_rejected_when_undecided_is_set_to_fail() -> None:
     with pytest.raises(TrainingError, match="undecided: a loss of up to") as raised:
         check_gate(judge_forgetting(lost(27, 15, total=60), 0.1, Format.MERGED), Undecided.FAIL)
     assert "evaluate.undecided is fail" in raised.value.expected

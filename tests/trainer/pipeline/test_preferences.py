@@ -39,7 +39,7 @@ def margin(weights: str, pair: PreferencePair) -> float:
     return chosen - rejected
 
 
-def test_preference_metrics_of_base_and_formats_are_recorded_with_the_version(make: Make) -> None:
+def test_preference_metrics_of_the_base_and_each_format_are_recorded_with_the_version(make: Make) -> None:
     pipeline = with_pairs(make(objective="dpo", evaluate={"max_gptq_loss": 1, "max_gptq_nll": 1e6}))
     manifest = pipeline.registry.manifest(pipeline.train_version())
     assert list(manifest.preferences) == ["base", "merged", "gptq"]
@@ -68,7 +68,7 @@ def test_version_without_merged_format_has_no_reward_accuracy(make: Make) -> Non
     assert manifest.preferences["gptq"].reward_accuracy is None
 
 
-def test_stored_answers_of_the_base_are_reused_when_it_scores_pairs(make: Make, engines: Engines) -> None:
+def test_stored_base_answers_are_reused_when_the_base_scores_preference_pairs(make: Make, engines: Engines) -> None:
     first = with_pairs(make(objective="dpo", formats=["merged"]))
     asked = [asked_of(engines, first)]
     asked.append(asked_of(engines, with_pairs(make(objective="dpo", formats=["merged"], train={"seed": 1}))))

@@ -131,17 +131,17 @@ def test_pissa_rank_larger_than_the_smallest_layer_dimension_is_rejected(base: P
     assert "a rank of at most 32" in str(raised.value)
 
 
-def test_group_size_dividing_no_layer_width_is_rejected(base: Path) -> None:
+def test_group_size_that_divides_no_layer_width_is_rejected(base: Path) -> None:
     with pytest.raises(RecipeError, match=r"quantize\.group_size is 128"):
         check(base, quantize={"group_size": 128})
 
 
-def test_awq_is_refused_where_bfloat16_is_slow(base: Path) -> None:
+def test_awq_is_rejected_on_machines_with_slow_bfloat16(base: Path) -> None:
     with pytest.raises(TrainingError, match="supports AWQ in bfloat16 only"):
         check_base(base, make_recipe(**RECIPE, formats=["awq"]), AVX2, EngineSettings())
 
 
-def test_fp8_is_refused_where_an_engine_would_take_seconds_per_token(
+def test_fp8_is_rejected_on_machines_where_the_engine_would_take_seconds_per_token(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(base, formats=["fp8"])

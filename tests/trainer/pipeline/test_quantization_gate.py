@@ -96,7 +96,7 @@ def test_quantization_loss_proven_beyond_the_limit_is_rejected(merged: int, gptq
         check(won(merged, 200), won(gptq, 200), max_gptq_loss=most)
 
 
-def test_rejected_loss_error_has_both_scores_and_their_difference() -> None:
+def test_quantization_loss_error_states_both_scores_and_their_difference() -> None:
     with pytest.raises(TrainingError) as caught:
         check(won(160, 200), won(100, 200))
     assert "GPTQ lowered exact match by 0.300: 0.800 [" in caught.value.wrong
@@ -117,7 +117,7 @@ def test_free_text_model_is_rejected_when_reference_answers_become_less_likely(m
         check(likely(merged), likely(gptq))
 
 
-def test_rejected_nll_error_has_the_loss_and_the_limit() -> None:
+def test_nll_increase_error_states_the_increase_and_the_limit() -> None:
     with pytest.raises(TrainingError) as caught:
         check(likely(2.0), likely(2.5), max_gptq_nll=0.1)
     assert "nats per token merged" in caught.value.wrong
@@ -130,7 +130,7 @@ def test_nll_increase_is_accepted_after_the_recipe_raises_the_limit() -> None:
     check(likely(2.0), likely(2.1), max_gptq_nll=0.1)
 
 
-def test_at_most_5_percent_of_models_are_rejected_when_the_difference_is_noise() -> None:
+def test_at_most_5_percent_of_models_without_a_true_loss_are_rejected() -> None:
     """The interval covers 95%, and only one of its ends leads to rejection."""
     rejected = 0
     for seed in range(40):
@@ -182,18 +182,18 @@ def test_undecided_small_loss_warning_names_the_number_of_examples_needed(
     )
 
 
-def test_corpus_metric_gate_is_undecided_for_unchanged_answers_on_few_examples() -> None:
+def test_corpus_metric_gate_is_undecided_with_few_examples_even_if_scores_are_equal() -> None:
     loss, _ = judged(won(20, 30), won(20, 30), MacroF1())
     assert (loss.verdict.loss.value, loss.verdict.outcome) == (0, GateOutcome.UNDECIDED)
 
 
-def test_gate_report_says_gained_when_the_quantized_model_is_better() -> None:
+def test_gate_report_states_the_gain_when_the_quantized_model_is_better() -> None:
     loss, _ = judged(won(100, 200), won(120, 200))
     assert loss.verdict.outcome is GateOutcome.PASSED
     assert loss.measured.startswith("GPTQ raised exact match by 0.100: 0.500 [")
 
 
-def test_gate_report_says_unchanged_when_both_models_score_the_same() -> None:
+def test_gate_report_states_no_change_when_both_models_have_the_same_score() -> None:
     loss, _ = judged(won(100, 200), won(100, 200))
     assert loss.measured.startswith("GPTQ left exact match unchanged: 0.500 [")
 

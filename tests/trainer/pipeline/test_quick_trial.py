@@ -43,7 +43,7 @@ def test_quick_trial_mixes_in_10_percent_of_the_general_examples() -> None:
     assert len(set(cut.train[:-2]) - set(general)) == 10
 
 
-def test_quick_trial_of_a_preference_uses_10_percent_of_the_pairs() -> None:
+def test_quick_trial_of_a_preference_recipe_uses_10_percent_of_the_pairs() -> None:
     whole = examples(100, 40)
 
     def pairs(better: Sequence[ChatExample]) -> tuple[PreferencePair, ...]:
@@ -61,7 +61,7 @@ def test_quick_trial_version_has_its_own_name() -> None:
     assert quick_trial(make_recipe(), examples(20, 20))[0].name == "tiny-quick"
 
 
-def test_quick_trial_keeps_all_other_recipe_keys() -> None:
+def test_quick_trial_leaves_recipe_keys_unrelated_to_its_size_unchanged() -> None:
     whole = make_recipe(method="vera", train={"batch_size": 4}, quantize={"group_size": 32})
     recipe, _ = quick_trial(whole, examples(20, 20))
     assert (recipe.method, recipe.rank, recipe.train.batch_size, recipe.quantize) == (
@@ -88,12 +88,12 @@ def test_full_run_time_is_predicted_from_the_quick_trial(train: dict[str, int], 
     assert whole_run_seconds(make_recipe(train=train).train, trial) == seconds
 
 
-def test_full_run_time_is_predicted_from_speed_after_a_resumed_trial() -> None:
+def test_full_run_time_is_predicted_from_training_speed_after_a_resumed_trial() -> None:
     """The trial's duration covers only its last process."""
     trial = TrainingSummary(10, 100, 5.0, 2.0)
     assert whole_run_seconds(make_recipe(train={"epochs": 3}).train, trial) == 600.0
 
 
-def test_no_time_is_predicted_if_the_resumed_trial_took_no_step() -> None:
+def test_no_full_run_time_is_predicted_if_the_resumed_trial_made_no_steps() -> None:
     trial = TrainingSummary(10, 100, 0.0, 0.1)
     assert whole_run_seconds(make_recipe().train, trial) is None

@@ -137,7 +137,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[RayDouble]:
     double.stop()
 
 
-def test_weights_written_on_a_ray_node_equal_local_ones_and_are_kept_in_the_object_store(
+def test_weights_written_on_a_ray_node_equal_local_weights_and_are_kept_in_the_object_store(
     machine: Machine, ray: RayDouble, tmp_path: Path, tiny_base: Path, examples: list[ChatExample]
 ) -> None:
     here = make_machine(tmp_path / "here", tiny_base, examples, Format.MERGED, Format.INT8)
@@ -156,7 +156,7 @@ def test_weights_written_on_a_ray_node_equal_local_ones_and_are_kept_in_the_obje
 
 
 @pytest.mark.matrix
-def test_stage_restarts_on_another_node_with_the_weights_of_finished_stages_after_node_loss(
+def test_stage_restarts_on_another_node_and_reuses_finished_stages_when_its_node_is_lost(
     machine: Machine, ray: RayDouble, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with machine.cluster() as cluster:
@@ -204,7 +204,7 @@ def test_stage_is_repeated_when_its_weights_are_missing_from_the_object_store(ma
     assert machine.run.done(Stage.TRAIN)
 
 
-def test_weights_are_downloaded_when_a_run_from_a_ray_cluster_continues_locally(machine: Machine) -> None:
+def test_weights_are_downloaded_when_a_run_started_on_a_ray_cluster_continues_locally(machine: Machine) -> None:
     machine.run_here(Stage.MERGE)
     machine.cluster().share()
     written = machine.files(Format.MERGED)
@@ -214,7 +214,7 @@ def test_weights_are_downloaded_when_a_run_from_a_ray_cluster_continues_locally(
     assert machine.run.stored_weights(Stage.MERGE) is None
 
 
-def test_stage_fails_when_its_node_has_different_devices_than_the_node_checked_first(
+def test_stage_fails_when_its_node_has_different_devices_from_the_node_used_for_checks(
     machine: Machine, ray: RayDouble
 ) -> None:
     with machine.cluster(HOPPER) as cluster, pytest.raises(TrainingError, match=r"different devices: .*H100"):

@@ -42,7 +42,7 @@ def test_rerunning_a_recipe_whose_version_was_removed_registers_the_next_version
     assert make().train_version() == VersionId(first.name, first.number + 1)
 
 
-def test_registration_succeeds_despite_another_corrupt_version_of_the_name(make: Make) -> None:
+def test_registration_succeeds_when_another_version_of_the_model_is_corrupt(make: Make) -> None:
     pipeline = make()
     first = pipeline.train_version()
     manifest = pipeline.registry.folder(first) / "manifest.json"

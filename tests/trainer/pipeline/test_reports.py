@@ -72,7 +72,7 @@ def test_tensorboard_discards_repeated_steps_when_training_resumes(tmp_path: Pat
     assert "parameters/text_summary" in events.Tags()["tensors"]
 
 
-def test_no_other_tracker_is_loaded_or_written_when_only_mlflow_is_configured(
+def test_only_mlflow_is_imported_and_written_when_it_is_the_only_configured_tracker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
@@ -82,7 +82,9 @@ def test_no_other_tracker_is_loaded_or_written_when_only_mlflow_is_configured(
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
-def test_missing_tracker_package_error_has_the_install_command(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tracker_package_error_includes_the_install_command(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     find_spec = util.find_spec
     monkeypatch.setattr("trainer.pipeline.reports.find_spec", lambda name: None if name == package else find_spec(name))
     with pytest.raises(RecipeError, match=f"report_to contains {package}") as caught:

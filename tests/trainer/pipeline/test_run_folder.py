@@ -57,7 +57,7 @@ def test_run_folder_is_the_same_for_equal_recipe_and_data() -> None:
     ],
     ids=str,
 )
-def test_run_folder_changes_with_any_training_key(change: dict[str, Any]) -> None:
+def test_run_folder_depends_on_every_recipe_key_that_affects_training(change: dict[str, Any]) -> None:
     assert folder(make_recipe(**change)) != folder(make_recipe())
 
 
@@ -70,7 +70,7 @@ def test_run_folder_changes_with_any_training_key(change: dict[str, Any]) -> Non
         ({"method": "qlora"}, {"method": "lora", "quantization": "nf4"}),
     ],
 )
-def test_run_folder_is_the_same_whether_a_method_is_named_or_set_key_by_key(
+def test_run_folder_is_the_same_when_the_keys_implied_by_a_method_are_set_individually(
     method: dict[str, Any], spelled_out: dict[str, Any]
 ) -> None:
     assert folder(make_recipe(**method)) == folder(make_recipe(**spelled_out))
@@ -136,7 +136,7 @@ def test_changing_a_key_repeats_only_the_stages_that_depend_on_it(change: dict[s
     assert {stage for stage in Stage if before[stage] != after[stage]} == again
 
 
-def test_merging_into_other_weights_repeats_every_stage_except_training() -> None:
+def test_changing_the_weights_to_merge_into_repeats_every_stage_except_training() -> None:
     recipes = make_recipe(method="qlora"), make_recipe(method="qlora", merge_dequantized=True)
     before, after = (stage_keys(recipe, BASE, EXAMPLES) for recipe in recipes)
     assert {stage for stage in Stage if before[stage] == after[stage]} == {Stage.TRAIN}
@@ -160,23 +160,23 @@ PAIRS = replace(EXAMPLES, judged=(PAIR,), heldout_judged=(PAIR,))
 @pytest.mark.parametrize(
     "change", [{"objective": "orpo"}, {"preference": {"beta": 0.5}}, {"stopping": {"curve": False}}]
 )
-def test_run_folder_of_a_preference_changes_with_its_objective_and_settings(change: dict[str, Any]) -> None:
+def test_run_folder_of_a_preference_recipe_changes_with_its_objective_and_settings(change: dict[str, Any]) -> None:
     first, second = make_recipe(objective="dpo"), make_recipe(**{"objective": "dpo"} | change)
     assert folder(first, examples=PAIRS) != folder(second, examples=PAIRS)
 
 
-def test_run_folder_of_a_preference_changes_with_the_heldout_pairs_that_are_scored_before_training() -> None:
+def test_run_folder_of_a_preference_recipe_changes_with_heldout_pairs_scored_before_training() -> None:
     other = replace(PAIR, rejected=make_example("a", "z"))
     recipe = make_recipe(objective="dpo")
     assert folder(recipe, examples=replace(PAIRS, heldout_judged=(other,))) != folder(recipe, examples=PAIRS)
 
 
-def test_run_folder_is_the_same_after_moving_base_and_data() -> None:
+def test_run_folder_is_unchanged_after_base_and_data_are_moved() -> None:
     moved = make_recipe(base="/mnt/base", data={"train": "/mnt/t.jsonl", "heldout": "/mnt/h.jsonl"})
     assert folder(moved) == folder(make_recipe())
 
 
-def test_stage_is_done_once_its_result_is_saved(run: Run) -> None:
+def test_stage_is_marked_done_once_its_result_is_saved(run: Run) -> None:
     assert not run.done(Stage.TRAIN)
     run.save(Stage.TRAIN, Figures(0.1, (1, 2)))
     assert run.done(Stage.TRAIN)
@@ -184,26 +184,26 @@ def test_stage_is_done_once_its_result_is_saved(run: Run) -> None:
     assert run.load(Stage.TRAIN, Figures) == Figures(0.1, (1, 2))
 
 
-def test_stage_is_not_done_after_its_input_changed(run: Run) -> None:
+def test_stage_is_no_longer_done_after_its_input_has_changed(run: Run) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
     assert not Run(run.folder, {Stage.TRAIN: "other"}).done(Stage.TRAIN)
 
 
-def test_stage_is_not_done_without_its_outputs(run: Run) -> None:
+def test_stage_is_not_done_if_its_output_files_are_missing(run: Run) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
     assert not run.done(Stage.TRAIN, run.adapter)
     run.adapter.mkdir()
     assert run.done(Stage.TRAIN, run.adapter)
 
 
-def test_stage_is_not_done_once_it_begins_again(run: Run) -> None:
+def test_stage_is_no_longer_done_once_it_is_restarted(run: Run) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
     run.begin(Stage.TRAIN)
     assert not run.done(Stage.TRAIN)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "{}"])
-def test_stage_is_not_done_with_an_invalid_result_file(run: Run, content: str) -> None:
+def test_stage_is_not_done_if_its_result_file_is_invalid(run: Run, content: str) -> None:
     (run.folder / "train.json").write_text(content)
     assert not run.done(Stage.TRAIN)
 
@@ -219,7 +219,7 @@ def test_stage_is_not_done_if_saving_its_result_fails(run: Run, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("linked", [True, False])
-def test_cleaning_a_run_keeps_only_weights_linked_to_the_registry(run: Run, linked: bool) -> None:
+def test_cleaning_a_run_keeps_only_weights_hard_linked_to_the_registry(run: Run, linked: bool) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
     for folder in (run.adapter, run.merged, run.weights(Format.GPTQ), run.checkpoints):
         folder.mkdir()
@@ -242,7 +242,9 @@ def test_space_check_passes_with_enough_free_space(run: Run, monkeypatch: pytest
     run.require_space(Stage.MERGE, 500_000_000)
 
 
-def test_insufficient_space_error_names_missing_space_and_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insufficient_space_error_states_the_missing_space_and_the_folder(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     free_bytes(monkeypatch, 200_000_000)
     with pytest.raises(DiskSpaceError) as caught:
         run.require_space(Stage.MERGE, 500_000_000)

@@ -32,7 +32,7 @@ def caught(work: Callable[[], Any]) -> Exception:
     return raised.value
 
 
-def test_library_failure_error_names_library_cause_and_log(
+def test_library_failure_error_names_the_library_the_cause_and_the_log_file(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages_module, "quantize_to_4_bits", lambda *_, **__: fail_in_torch())
@@ -48,11 +48,11 @@ def test_library_failure_error_names_library_cause_and_log(
     assert "padding_idx=12" in log.read_text("utf-8")
 
 
-def test_library_failing_in_a_child_process_is_named() -> None:
+def test_error_names_the_library_that_failed_in_a_child_process() -> None:
     assert failed_library(caught(lambda: in_child_process(fail_in_numpy))) == "numpy"
 
 
-def test_called_library_is_named_when_its_dependency_fails() -> None:
+def test_error_names_the_called_library_when_its_dependency_fails() -> None:
     """click calls a function of these tests, which calls numpy. The library that our code called is click."""
     import click
 
@@ -61,12 +61,12 @@ def test_called_library_is_named_when_its_dependency_fails() -> None:
     assert failed_library(error) == "click"
 
 
-def test_no_library_is_named_when_our_own_code_fails(tmp_path: Path) -> None:
+def test_error_names_no_library_when_the_failure_is_in_tuneserve_code(tmp_path: Path) -> None:
     error = caught(lambda: read_json_object(None))  # type: ignore[arg-type]
     assert failed_library(error) is None
     assert stage_failure(Stage.MERGE, error, tmp_path) is None
     assert not (tmp_path / LOG_FILE).exists()
 
 
-def test_no_library_is_named_when_our_code_fails_in_a_library_callback() -> None:
+def test_error_names_no_library_when_tuneserve_code_fails_in_a_library_callback() -> None:
     assert failed_library(caught(lambda: read_headers(None))) is None  # type: ignore[arg-type]

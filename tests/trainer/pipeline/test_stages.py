@@ -39,7 +39,7 @@ DEFAULT_FORMATS = [Format.ADAPTER, Format.MERGED, Format.GPTQ]
 
 
 @pytest.mark.parametrize(("capabilities", "number_type"), [(AVX512, NumberType.BFLOAT16), (AVX2, NumberType.FLOAT32)])
-def test_training_and_quantization_use_the_fast_number_type_of_the_device(
+def test_training_and_quantization_use_the_fast_dtype_of_the_device(
     make: Make, stages: Stages, capabilities: DeviceCapabilities, number_type: NumberType
 ) -> None:
     make(capabilities=capabilities).train_version()
@@ -96,7 +96,7 @@ def test_single_training_process_does_not_shard_the_weights(make: Make, stages: 
     assert stages.sharded == [False]
 
 
-def test_number_types_and_the_reasons_for_them_are_printed_before_training(
+def test_dtypes_and_the_reasons_for_them_are_printed_before_training(
     make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(capabilities=AVX2).train_version()
@@ -130,7 +130,7 @@ def test_run_fails_before_training_if_a_format_cannot_be_served_on_this_machine(
     assert stages.ran == []
 
 
-def test_version_has_the_default_formats_unless_the_recipe_names_some(pipeline: Pipeline, stages: Stages) -> None:
+def test_version_has_the_default_formats_unless_the_recipe_sets_formats(pipeline: Pipeline, stages: Stages) -> None:
     version = pipeline.train_version()
     assert version.number == 1
     assert stages.ran == [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE]
@@ -149,7 +149,7 @@ def test_stages_and_the_registered_version_are_written_to_the_progress_file(make
     assert records == [*stages, Registered(version=str(version)), Registered(version=str(version))]
 
 
-def test_run_is_listed_as_running_in_every_stage(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_listed_as_running_during_every_stage(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Stage, bool]] = []
 
     def record(run: Run, stage: Stage, need: int) -> None:
@@ -196,7 +196,7 @@ def test_only_requested_formats_are_created_and_evaluated(
     assert (manifest.base_evaluation is not None) == ("merged" in formats)
 
 
-def test_finished_stages_are_kept_when_a_format_is_added(make: Make, stages: Stages, engines: Engines) -> None:
+def test_finished_stages_are_not_repeated_when_a_format_is_added(make: Make, stages: Stages, engines: Engines) -> None:
     make(formats=["merged"]).train_version()
     ran, launched = len(stages.ran), len(engines.launched)
     assert make().train_version().number == 2
@@ -204,7 +204,9 @@ def test_finished_stages_are_kept_when_a_format_is_added(make: Make, stages: Sta
     assert engines.started_with[launched:] == ["gptq", "gptq"]
 
 
-def test_adding_other_quantized_formats_repeats_no_other_stage(make: Make, stages: Stages, engines: Engines) -> None:
+def test_adding_quantized_formats_runs_only_the_stages_of_those_formats(
+    make: Make, stages: Stages, engines: Engines
+) -> None:
     make().train_version()
     ran, launched = len(stages.ran), len(engines.launched)
     pipeline = make(formats=["merged", "gptq", "awq", "int8", "fp8"])
@@ -232,11 +234,11 @@ def test_base_that_cannot_be_written_to_gguf_is_rejected_before_training(make: M
     assert stages.ran == []
 
 
-def test_group_size_is_not_checked_without_the_gptq_format(make: Make) -> None:
+def test_group_size_is_not_checked_when_gptq_is_not_requested(make: Make) -> None:
     assert make(formats=["merged"], quantize={"group_size": 128}).train_version().number == 1
 
 
-def test_short_context_is_accepted_when_prompts_and_references_fit(make: Make, stages: Stages) -> None:
+def test_short_engine_context_is_accepted_when_prompts_and_references_fit(make: Make, stages: Stages) -> None:
     short = EngineSettings(device=Device.CPU, max_model_len=16)
     pipeline = make(engine=short, formats=["merged"])
     version = pipeline.train_version()
@@ -258,7 +260,7 @@ def test_run_stops_before_training_if_the_engine_cannot_parse_held_out_tool_call
     assert stages.ran == []
 
 
-def test_repeating_a_finished_run_returns_its_version_without_work(
+def test_repeating_a_finished_run_returns_its_version_without_running_any_stage(
     make: Make, stages: Stages, engines: Engines
 ) -> None:
     version = make().train_version()
@@ -310,7 +312,9 @@ def test_resumed_run_uses_the_same_mlflow_run(make: Make, stages: Stages) -> Non
     assert pipeline.registry.manifest(pipeline.train_version()).tracking_run == begun
 
 
-def test_second_process_is_rejected_without_changes_while_the_run_is_locked(pipeline: Pipeline, stages: Stages) -> None:
+def test_second_process_is_rejected_and_changes_no_files_while_the_run_is_locked(
+    pipeline: Pipeline, stages: Stages
+) -> None:
     with hold_lock(pipeline.run.lock, "it"), pytest.raises(BusyError, match=pipeline.run.folder.name):
         pipeline.train_version()
     assert stages.ran == []

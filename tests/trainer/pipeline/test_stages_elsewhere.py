@@ -98,7 +98,7 @@ def test_version_is_registered_without_local_weights_if_they_are_in_the_object_s
     assert stages.ran == [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE]
 
 
-def test_finished_stages_are_not_repeated_when_the_run_continues_on_a_ray_cluster(
+def test_finished_local_stages_are_not_repeated_when_the_run_continues_on_a_ray_cluster(
     pipeline: Pipeline, stages: Stages
 ) -> None:
     stages.broken.add(Stage.QUANTIZE)
@@ -109,7 +109,7 @@ def test_finished_stages_are_not_repeated_when_the_run_continues_on_a_ray_cluste
     assert stages.ran == [Stage.TRAIN, Stage.MERGE, Stage.QUANTIZE, Stage.QUANTIZE]
 
 
-def test_run_from_a_ray_cluster_continues_locally_with_weights_from_the_object_store(
+def test_run_started_on_a_ray_cluster_continues_locally_with_weights_from_the_object_store(
     pipeline: Pipeline, stages: Stages
 ) -> None:
     stages.broken.add(Stage.QUANTIZE)
@@ -121,6 +121,6 @@ def test_run_from_a_ray_cluster_continues_locally_with_weights_from_the_object_s
     assert (pipeline.registry.folder(version) / Format.MERGED).is_dir()
 
 
-def test_run_record_of_a_version_trained_on_ray_describes_the_node(pipeline: Pipeline) -> None:
+def test_run_record_of_a_version_trained_on_ray_describes_the_training_node(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     assert gather_report(pipeline.registry, version).run.machine == MACHINE

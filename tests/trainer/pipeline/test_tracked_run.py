@@ -14,7 +14,7 @@ from trainer.pipeline.tracked_run import sending_curve
 pytestmark = pytest.mark.slow
 
 
-def test_curve_of_a_training_run_is_complete_after_the_tracking_server_was_down(
+def test_tracked_training_curve_is_complete_after_a_tracking_server_outage(
     tracking_server: TrackingServer,
 ) -> None:
     tracking = Tracking(tracking_server.url)
@@ -31,7 +31,7 @@ def test_curve_of_a_training_run_is_complete_after_the_tracking_server_was_down(
     assert sorted({point.step for point in history}) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_training_ends_normally_if_the_tracking_server_stays_down(capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_completes_normally_if_the_tracking_server_stays_down(capsys: pytest.CaptureFixture[str]) -> None:
     tracking = Tracking(UNREACHABLE)
     with tracking.attach("abc"), sending_curve(tracking, "abc") as send:
         send(1, {"loss": 3.0})

@@ -91,7 +91,7 @@ def test_published_adapter_config_of_a_chat_model_is_accepted() -> None:
         (TINYLLAMA | {"lora_alpha": 0.5}, "its lora_alpha is 0.5, which is not a positive whole number"),
     ],
 )
-def test_adapter_that_cannot_be_merged_is_rejected_by_its_config(config: dict[str, Any], reason: str) -> None:
+def test_unmergeable_adapter_is_rejected_based_on_its_config(config: dict[str, Any], reason: str) -> None:
     assert refusal(config) == reason
 
 
@@ -136,7 +136,7 @@ def test_adapter_trained_with_plain_peft_is_merged_exactly(tiny_base: Path, plai
     assert applied.off == 0
 
 
-def test_first_tensor_that_does_not_fit_the_base_is_named(plain: Path, tmp_path: Path) -> None:
+def test_adapter_error_names_the_first_tensor_that_does_not_fit_the_base(plain: Path, tmp_path: Path) -> None:
     wider = make_model(tmp_path / "wider", hidden_size=128)
     with pytest.raises(BaseModelError, match=r"layers.0.self_attn.q_proj.lora_A.weight of shape \[4, 64\].*\[4, 128\]"):
         check_fits(wider, find_adapter(str(plain), tmp_path))
@@ -145,7 +145,9 @@ def test_first_tensor_that_does_not_fit_the_base_is_named(plain: Path, tmp_path:
         check_fits(shallower, find_adapter(str(plain), tmp_path))
 
 
-def test_recipe_for_a_trained_adapter_gets_its_type_rank_alpha_and_layers(tiny_base: Path, tmp_path: Path) -> None:
+def test_recipe_for_an_imported_adapter_has_the_type_rank_alpha_and_layers_of_the_adapter(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     folder = train_with_peft(tiny_base, tmp_path / "dora", use_dora=True, target_modules=r".*\.(q_proj|up_proj)$")
     adapter = find_adapter(str(folder), tmp_path)
     check_fits(tiny_base, adapter)
@@ -171,7 +173,7 @@ def test_base_is_taken_from_the_adapter_only_if_it_is_a_hub_id(
     assert replace(adapter, config=dict(adapter.config) | {"base_model_name_or_path": named}).base == base
 
 
-def test_warning_is_printed_when_the_base_differs_from_the_one_named_by_the_adapter(
+def test_warning_is_printed_when_the_base_differs_from_the_base_named_in_the_adapter_config(
     plain: Path, tmp_path: Path
 ) -> None:
     adapter = replace(find_adapter(str(plain), tmp_path), config=TINYLLAMA)

@@ -19,7 +19,9 @@ from trainer.recipe.stage import Stage
 pytestmark = pytest.mark.slow
 
 
-def test_raising_a_gate_limit_needs_no_new_measurements(make: Make, stages: Stages, engines: Engines) -> None:
+def test_raising_a_gate_limit_reuses_the_stored_evaluation_results(
+    make: Make, stages: Stages, engines: Engines
+) -> None:
     with pytest.raises(TrainingError, match=r"GPTQ lowered accuracy by 1\.000"):
         make(WORSE_QUANTIZED).train_version()
     ran, launched = len(stages.ran), len(engines.launched)
@@ -27,7 +29,7 @@ def test_raising_a_gate_limit_needs_no_new_measurements(make: Make, stages: Stag
     assert (len(stages.ran), len(engines.launched)) == (ran, launched)
 
 
-def test_version_with_worse_8_bit_weights_is_rejected_with_the_advice_to_remove_the_format(make: Make) -> None:
+def test_version_with_degraded_8_bit_weights_is_rejected_with_advice_to_remove_the_format(make: Make) -> None:
     with pytest.raises(TrainingError, match=r"INT8 lowered accuracy by 1\.000") as caught:
         make(WORSE_QUANTIZED, formats=["merged", "int8"]).train_version()
     assert "remove int8 from `formats`" in caught.value.todo
@@ -40,13 +42,13 @@ def test_failed_version_is_registered_when_register_failed_is_set(make: Make) ->
     assert pipeline.train_version().number == 1
 
 
-def test_run_fails_again_when_only_a_failed_version_is_registered(make: Make) -> None:
+def test_rerun_fails_again_when_only_a_failed_version_has_been_registered(make: Make) -> None:
     replace(make(WORSE_QUANTIZED), register_failed=True).train_version()
     with pytest.raises(TrainingError, match=r"GPTQ lowered accuracy by 1\.000"):
         make(WORSE_QUANTIZED).train_version()
 
 
-def test_parity_failure_rejects_the_version_without_repeating_measurements(
+def test_version_that_failed_parity_can_be_registered_without_repeating_evaluations(
     make: Make, stages: Stages, engines: Engines
 ) -> None:
     stages.unequal = ["another template", "wrong scale"]
@@ -73,7 +75,7 @@ def test_version_has_its_parity_report_and_page(make: Make, stages: Stages) -> N
     assert "All 1 checks passed" in page
 
 
-def test_new_version_is_registered_once_a_failed_check_passes(make: Make, stages: Stages) -> None:
+def test_new_version_is_registered_once_a_previously_failed_check_passes(make: Make, stages: Stages) -> None:
     """A later release may measure differently. The recipe must then not return the failed version."""
     stages.unequal = ["another template"]
     failed = replace(make(), register_failed=True).train_version()
@@ -114,7 +116,7 @@ def test_undecided_version_is_registered_with_a_warning_and_its_verdicts(
     assert "cannot be excluded with 2 examples" in output
 
 
-def test_undecided_version_is_rejected_without_new_measurements_when_undecided_is_fail(
+def test_undecided_version_is_rejected_without_reevaluation_when_undecided_is_set_to_fail(
     make: Make, stages: Stages, engines: Engines
 ) -> None:
     with pytest.raises(TrainingError, match="undecided: a loss of up to"):
@@ -136,7 +138,7 @@ def test_detectable_loss_is_printed_before_training(
 
 
 @pytest.mark.parametrize("evaluate", [{"max_gptq_loss": 1.0}, {"metrics": "perplexity"}])
-def test_detectable_loss_is_not_printed_without_a_limited_proportion_metric(
+def test_detectable_loss_is_not_printed_when_no_proportion_metric_has_a_limit(
     make: Make, stages: Stages, capsys: pytest.CaptureFixture[str], evaluate: dict[str, Any]
 ) -> None:
     stages.broken = {Stage.TRAIN}
@@ -145,7 +147,7 @@ def test_detectable_loss_is_not_printed_without_a_limited_proportion_metric(
     assert "are enough to detect" not in capsys.readouterr().err
 
 
-def test_version_is_registered_when_the_recipe_allows_its_loss(make: Make) -> None:
+def test_version_is_registered_when_the_recipe_permits_its_quantization_loss(make: Make) -> None:
     assert make(WORSE_QUANTIZED, evaluate={"max_gptq_loss": 1.0}).train_version().number == 1
 
 
@@ -159,7 +161,7 @@ def test_no_version_is_registered_when_the_quantized_free_text_model_is_broken(m
         make(heldout).train_version()
 
 
-def test_changing_the_metrics_needs_no_new_answers(make: Make, stages: Stages, engines: Engines) -> None:
+def test_changing_the_metrics_reuses_the_stored_answers(make: Make, stages: Stages, engines: Engines) -> None:
     version = make().train_version()
     ran, launched = len(stages.ran), len(engines.launched)
     pipeline = make(evaluate={"metrics": ["chrf", "exact_match"]})
@@ -211,7 +213,7 @@ def test_judge_runs_once_and_its_verdict_is_stored_with_the_version(
     assert server.url in capsys.readouterr().err
 
 
-def test_version_has_no_verdict_without_a_judge(make: Make) -> None:
+def test_version_has_no_judge_verdict_when_no_judge_is_configured(make: Make) -> None:
     pipeline = make()
     assert pipeline.registry.manifest(pipeline.train_version()).judge is None
 

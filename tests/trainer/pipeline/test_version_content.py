@@ -44,7 +44,7 @@ def test_version_stores_chat_template_arguments(make: Make, engines: Engines) ->
     assert engines.started_with[:2] == ["base", "merged"], "the merged model was not evaluated in the base's engine"
 
 
-def test_no_template_arguments_file_is_written_without_arguments(pipeline: Pipeline) -> None:
+def test_no_template_arguments_file_is_written_when_there_are_no_arguments(pipeline: Pipeline) -> None:
     folder = pipeline.registry.artifact(pipeline.train_version(), Format.MERGED)
     assert not (folder / "chat_template_kwargs.json").exists()
 
@@ -59,7 +59,7 @@ def test_manifest_records_base_data_recipe_and_libraries(pipeline: Pipeline) -> 
     assert "torch" in manifest.libraries
 
 
-def test_manifest_records_which_examples_selected_the_version(make: Make) -> None:
+def test_manifest_records_which_example_set_selected_the_version(make: Make) -> None:
     pipeline = make()
     examples = replace(pipeline.examples, validation=pipeline.examples.heldout[:1]).selected
     pipeline = replace(pipeline, examples=examples)
@@ -74,7 +74,7 @@ def test_manifest_records_when_the_training_files_were_modified(make: Make) -> N
     assert pipeline.registry.manifest(pipeline.train_version()).data.modified_at == modified_at
 
 
-def test_manifest_has_evaluation_and_probes_of_each_served_format(pipeline: Pipeline) -> None:
+def test_manifest_includes_evaluation_and_probes_of_each_served_format(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     for format in (Format.MERGED, Format.GPTQ):
         record = pipeline.registry.format(version, format)
@@ -88,7 +88,7 @@ def test_version_stores_its_training_curve(pipeline: Pipeline) -> None:
     assert read_training_curve(pipeline.registry.reference(version, TRAINING_CURVE_FILE)) == CURVE
 
 
-def test_version_stores_the_answers_given_in_each_served_format(pipeline: Pipeline) -> None:
+def test_version_stores_the_answers_generated_in_each_served_format(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     for format in (Format.MERGED, Format.GPTQ):
         results = pipeline.registry.results(version, format)
@@ -130,7 +130,7 @@ def test_version_stores_only_evaluated_answers_when_evaluation_is_limited(make: 
     assert len(pipeline.registry.heldout(version)) == 2
 
 
-def test_answers_are_kept_when_a_later_stage_is_interrupted(make: Make, stages: Stages) -> None:
+def test_stored_answers_are_kept_when_a_later_stage_is_interrupted(make: Make, stages: Stages) -> None:
     stages.broken = {Stage.QUANTIZE}
     with pytest.raises(InterruptedRunError):
         make().train_version()
@@ -179,7 +179,7 @@ def test_drift_sample_is_drawn_from_all_user_supplied_examples(pipeline: Pipelin
     assert sample == draw_drift_sample(pipeline.examples.given, pipeline.recipe.data.seed).sample
 
 
-def test_text_space_includes_all_prompt_words_except_those_of_the_drift_sample(make: Make) -> None:
+def test_text_space_vocabulary_excludes_words_that_occur_only_in_the_drift_sample(make: Make) -> None:
     """Otherwise, every live prompt would have more unknown words than the reference has."""
     heldout = tuple(make_example(word, "red") for word in ("xylophone", "marimba", "celesta", "timpani"))
     pipeline = make(heldout=heldout, data={"train": "train.jsonl", "seed": 0})
@@ -203,7 +203,7 @@ def test_version_stores_a_summary_of_its_data(make: Make) -> None:
     assert stored == summarize_data(pipeline.examples.train, pipeline.examples.heldout)
 
 
-def test_version_stores_steps_time_and_machine_of_its_training(pipeline: Pipeline) -> None:
+def test_version_stores_training_steps_duration_and_machine(pipeline: Pipeline) -> None:
     record = read_record(pipeline.registry.reference(pipeline.train_version(), RUN_RECORD_FILE), RunRecord)
     assert (record.steps, record.tokens, record.seconds) == (3, 30, 3.0)
     assert record.number_type == pipeline.capabilities.training_type
@@ -220,7 +220,7 @@ def test_weights_of_a_finished_run_are_hard_links_to_registry_files(pipeline: Pi
     assert all(path.stat().st_nlink > 1 for path in pipeline.run.folder.rglob("*.safetensors"))
 
 
-def test_mlflow_page_is_the_same_as_svc_report_output(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_page_is_identical_to_the_svc_report_output(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
     monkeypatch.setattr(registration, "report_page", report_page)

@@ -81,7 +81,7 @@ def test_absolute_and_home_folder_paths_are_unchanged(write: Write) -> None:
 
 
 @pytest.mark.parametrize("base", ["smollm2-135m-instruct", "org/model", "tiny@3"])
-def test_base_that_is_not_a_path_is_unchanged(write: Write, base: str) -> None:
+def test_base_that_is_not_a_path_is_not_resolved_against_the_recipe_folder(write: Write, base: str) -> None:
     assert load_recipe(write(base=base)).base == base
 
 
@@ -158,7 +158,7 @@ def test_set_option_overrides_a_recipe_key(write: Write) -> None:
     assert (recipe.train.epochs, recipe.train.seed, recipe.name, recipe.adapter.rank) == (2, 5, "other", 8)
 
 
-def test_last_of_two_overrides_of_a_key_wins(write: Write) -> None:
+def test_last_override_takes_precedence_when_a_key_is_set_twice(write: Write) -> None:
     assert load_recipe(write(), ("train.epochs=2", "train.epochs=3")).train.epochs == 3
 
 
@@ -204,7 +204,7 @@ def test_recipe_keys_are_the_leaves_of_the_schema() -> None:
 
 
 @given(mappings_of(recipe_keys()))
-def test_any_mapping_loads_or_raises_a_recipe_error(
+def test_any_mapping_is_loaded_as_a_recipe_or_raises_a_recipe_error(
     tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -231,7 +231,9 @@ def test_rejected_value_error_names_the_recipe_key(
 
 
 @given(st.text(max_size=30) | st.from_regex(r"[a-z.]{1,12}=.{0,12}"))
-def test_any_set_option_loads_or_raises_a_recipe_error(tmp_path_factory: pytest.TempPathFactory, override: str) -> None:
+def test_any_set_option_is_applied_or_raises_a_recipe_error(
+    tmp_path_factory: pytest.TempPathFactory, override: str
+) -> None:
     path = tmp_path_factory.getbasetemp() / "set.yaml"
     path.write_text(yaml.safe_dump(GOOD), "utf-8")
     try:
@@ -324,7 +326,7 @@ def test_contradictory_recipe_keys_are_rejected(write: Write, sections: dict[str
         ({"objective": "orpo", "preference": {"loss": "ipo"}}, "preference.loss is not used by `objective: orpo`"),
     ],
 )
-def test_recipe_is_refused_when_its_objective_cannot_honour_a_key(
+def test_recipe_is_rejected_when_its_objective_does_not_support_a_key(
     sections: dict[str, Any], reason: str, write: Write
 ) -> None:
     assert reason in refusal(write(**{"objective": "dpo"} | sections))
@@ -347,19 +349,19 @@ def test_recipe_is_refused_when_its_objective_cannot_honour_a_key(
     ],
     ids=str,
 )
-def test_recipe_for_documents_is_refused_when_a_key_needs_turns(
+def test_raw_text_recipe_is_rejected_when_a_key_requires_conversations(
     sections: dict[str, Any], key: str, write: Write
 ) -> None:
     assert key in refusal(write(**{"objective": "text"} | sections))
 
 
-def test_recipe_for_documents_disables_general_questions(write: Write) -> None:
+def test_raw_text_recipe_disables_general_questions(write: Write) -> None:
     recipe = load_recipe(write(objective="text", evaluate={"limit": 5}))
     assert (recipe.chat_template, recipe.evaluate.general, recipe.evaluate.limit) == (NamedTemplate.TEXT, False, 5)
     assert recipe.changed({"train.seed": 3}).objective is Objective.TEXT
 
 
-def test_run_parameters_include_only_the_preference_keys_of_the_objective(write: Write) -> None:
+def test_run_parameters_include_only_preference_keys_used_by_the_objective(write: Write) -> None:
     keys = {
         objective: {key for key in load_recipe(write(objective=objective)).flat() if key.startswith("preference.")}
         for objective in ("sft", "orpo")

@@ -45,13 +45,13 @@ def test_default_learning_rate_equals_the_measured_rate_up_to_the_measured_base_
         ("orpo", "full", 6144, 1e-6, 5e-6),
     ],
 )
-def test_default_learning_rate_of_a_preference_is_within_the_published_range(
+def test_default_learning_rate_for_preference_training_is_within_the_published_range(
     objective: str, method: str, width: int, low: float, high: float
 ) -> None:
     assert low <= make_recipe(objective=objective, method=method).learning_rate(width) <= high
 
 
-def test_learning_rate_set_in_the_recipe_is_used_for_any_base() -> None:
+def test_learning_rate_set_in_the_recipe_overrides_the_default_for_any_base() -> None:
     recipe = make_recipe(train={"learning_rate": 7e-4})
     assert recipe.with_learning_rate(8192) == recipe
 

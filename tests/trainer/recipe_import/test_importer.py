@@ -88,7 +88,7 @@ def test_llama_factory_dpo_example_keeps_its_hyperparameters_and_finds_its_data(
     assert (content["adapter"]["rank"], content["train"]["learning_rate"], content["train"]["epochs"]) == (8, 5e-6, 3)
 
 
-def test_defaults_of_the_other_tool_are_written_if_they_differ_from_ours(tmp_path: Path) -> None:
+def test_defaults_of_the_source_tool_are_written_if_they_differ_from_tuneserve_defaults(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("{model_name_or_path: org/base, dataset: mine}")
     content = import_recipe(config, tmp_path).content
@@ -119,7 +119,7 @@ def test_llama_factory_lora_target_may_be_a_list(tmp_path: Path) -> None:
 
 
 @given(key=st.from_regex(r"[a-z_]{3,20}", fullmatch=True).filter(lambda key: not key.startswith(("wandb_", "hub_"))))
-def test_key_unknown_to_the_importer_is_listed_as_left_out(key: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_key_unknown_to_the_importer_is_listed_as_omitted(key: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     result = imported(tmp_path_factory.getbasetemp(), **{f"x{key}": 1})
     assert f"x{key}" in left_out(result)
 
@@ -138,11 +138,13 @@ def test_key_unknown_to_the_importer_is_listed_as_left_out(key: str, tmp_path_fa
         ),
     ],
 )
-def test_key_without_counterpart_is_listed_as_left_out(content: dict[str, Any], key: str, tmp_path: Path) -> None:
+def test_key_without_a_tuneserve_equivalent_is_listed_as_omitted(
+    content: dict[str, Any], key: str, tmp_path: Path
+) -> None:
     assert key in left_out(imported(tmp_path, **content))
 
 
-def test_listed_target_layers_become_the_equivalent_preset_if_there_is_one(tmp_path: Path) -> None:
+def test_listed_target_layers_are_replaced_by_the_equivalent_preset_if_it_exists(tmp_path: Path) -> None:
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
     equal = imported(tmp_path, adapter="lora", lora_target_modules=attention)
     assert equal.content["adapter"]["targets"] == "attention"
@@ -163,13 +165,13 @@ def test_config_for_an_unsupported_task_is_rejected(content: dict[str, Any], tmp
         imported(tmp_path, **content)
 
 
-def test_inconsistent_values_are_imported_with_the_reason_why_the_trainer_rejects_them(tmp_path: Path) -> None:
+def test_inconsistent_values_are_imported_with_a_note_why_the_trainer_rejects_them(tmp_path: Path) -> None:
     result = imported(tmp_path, sample_packing=True, neftune_noise_alpha=5)
     assert result.refused is not None
     assert "train.neftune_alpha" in result.text().splitlines()[1]
 
 
-def test_import_command_writes_the_recipe_and_lists_keys_that_were_left_out(tmp_path: Path) -> None:
+def test_import_command_writes_the_recipe_and_lists_omitted_keys(tmp_path: Path) -> None:
     config, to = tmp_path / "My Config.yml", tmp_path / "recipe.yaml"
     config.write_text("{base_model: org/base, datasets: [{path: ./data.jsonl}], optimizer: muon}")
     result = CliRunner().invoke(group, ["recipe", "import", str(config), "--to", str(to)], catch_exceptions=False)
@@ -187,7 +189,7 @@ def test_import_command_prints_its_notes_as_json(tmp_path: Path) -> None:
     assert {note["effect"] for note in printed["notes"]} <= {effect.value for effect in Effect}
 
 
-def test_config_of_an_unknown_tool_is_rejected(tmp_path: Path) -> None:
+def test_config_file_of_an_unknown_tool_is_rejected(tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("name: x")
     with pytest.raises(RecipeError, match="not an Axolotl or LLaMA-Factory config"):
@@ -218,7 +220,7 @@ def test_adapter_initialization_is_imported_from_axolotl(
         {"adapter": "lora", "peft_init_lora_weights": False},
     ],
 )
-def test_unsupported_adapter_initialization_is_reported_as_left_out(content: dict[str, Any], tmp_path: Path) -> None:
+def test_unsupported_adapter_initialization_is_reported_as_omitted(content: dict[str, Any], tmp_path: Path) -> None:
     assert left_out(imported(tmp_path, **content)) == {"peft_init_lora_weights"}
 
 
@@ -228,7 +230,7 @@ def test_pissa_is_imported_from_llama_factory(iterations: int, start: str, tmp_p
     assert imported_from_llama_factory(tmp_path, **content)["adapter"]["init"] == start
 
 
-def test_lora_plus_is_imported_from_both_tools(tmp_path: Path) -> None:
+def test_lora_plus_is_imported_from_axolotl_and_llama_factory(tmp_path: Path) -> None:
     result = imported(tmp_path, adapter="qlora", loraplus_lr_ratio=16, loraplus_lr_embedding=1e-6)
     assert (result.content["train"]["lora_plus_ratio"], left_out(result)) == (16, set())
     assert imported_from_llama_factory(tmp_path, loraplus_lr_ratio=16.0)["train"]["lora_plus_ratio"] == 16
@@ -247,13 +249,13 @@ def test_rope_scaling_is_imported_from_axolotl(content: dict[str, Any], tmp_path
     assert not left_out(result)
 
 
-def test_rope_scaling_that_the_engine_would_apply_differently_is_reported_as_left_out(tmp_path: Path) -> None:
+def test_rope_scaling_that_the_engine_would_apply_differently_is_reported_as_omitted(tmp_path: Path) -> None:
     result = imported(tmp_path, overrides_of_model_config={"rope_scaling": {"type": "dynamic", "factor": 2}, "x": 1})
     assert left_out(result) == {"rope_scaling", "overrides_of_model_config"}
     assert "rope_scaling" not in result.content
 
 
-def test_llama_factory_rope_scaling_without_a_factor_is_reported_as_left_out(tmp_path: Path) -> None:
+def test_llama_factory_rope_scaling_without_a_factor_is_reported_as_omitted(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("{model_name_or_path: org/base, dataset: own, rope_scaling: yarn}")
     assert "rope_scaling" in left_out(import_recipe(config, tmp_path))

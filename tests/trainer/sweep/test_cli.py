@@ -68,7 +68,7 @@ def children(tracking: Tracking, experiment: str) -> list[Any]:
     return [run for run in client.search_runs([stored.experiment_id]) if "mlflow.parentRunId" in run.data.tags]
 
 
-def test_sweep_produces_a_table_a_plot_and_a_recipe(
+def test_sweep_writes_a_table_a_plot_and_a_recipe(
     recipe: Path, run: Any, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = run("sweep", recipe, "--json")
@@ -138,7 +138,7 @@ def test_sweep_with_an_invalid_space_is_rejected_before_the_first_trial(
     assert "held-out loss of the base" not in ended.err
 
 
-def test_parallel_option_is_refused_without_a_ray_cluster(recipe: Path, run: Any) -> None:
+def test_parallel_option_is_rejected_without_a_ray_cluster(recipe: Path, run: Any) -> None:
     ended = run("sweep", recipe, "--parallel", "2")
     assert ended.code == 2
     assert "--parallel needs --on ray" in ended.err
@@ -201,7 +201,7 @@ def in_the_middle(sweeps: Path, finished: int) -> bool:
 
 
 @pytest.mark.matrix
-def test_killed_and_interrupted_sweep_resumes_with_the_same_result(
+def test_sweep_resumes_with_the_same_result_after_being_killed_or_interrupted(
     recipe: Path, tracking: Tracking, tmp_path: Path
 ) -> None:
     tracking.experiments()  # creates the database

@@ -104,7 +104,7 @@ def contest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Contest:
     return Contest(tmp_path, monkeypatch)
 
 
-def test_trial_with_the_lowest_loss_wins_when_answers_do_not_differ(contest: Contest) -> None:
+def test_trial_with_the_lowest_loss_wins_when_finalists_do_not_differ_in_their_answers(contest: Contest) -> None:
     key, reasons, finalists = won(contest.open())
     assert (key, reasons) == ("fast", [])
     assert [finalist.trial.key for finalist in finalists] == ["unchanged", "fast", "middle", "slow"]
@@ -117,7 +117,7 @@ def test_primary_metric_decides_when_finalists_differ_significantly(contest: Con
 
 
 @pytest.mark.parametrize("dequantized", [False, True])
-def test_finalists_are_merged_into_the_same_weights_as_by_svc_train(contest: Contest, dequantized: bool) -> None:
+def test_finalists_are_merged_into_the_same_base_weights_as_in_svc_train(contest: Contest, dequantized: bool) -> None:
     won(contest.open(method="qlora", merge_dequantized=dequantized))
     assert set(contest.dequantized) == {dequantized}
 
@@ -130,7 +130,7 @@ def test_sweep_without_a_forgetting_limit_only_reports_forgetting(contest: Conte
     assert contest.logged["fast"]["general_difference_merged"] == -1
 
 
-def test_trial_that_forgets_too_much_does_not_win(contest: Contest) -> None:
+def test_trial_exceeding_the_forgetting_limit_does_not_win(contest: Contest) -> None:
     limits = {"metrics": "exact_match", "max_forgetting": 0.1}
     finals = contest.open(answer("fast"), ["base", "middle", "slow"], evaluate=limits)
     key, reasons, finalists = won(finals)
@@ -144,7 +144,7 @@ def test_trial_that_forgets_too_much_does_not_win(contest: Contest) -> None:
     assert (lines[2e-3].primary.value, lines[2e-3].difference.value) == (1, 1)
 
 
-def test_more_trials_are_evaluated_while_all_forget_too_much(contest: Contest) -> None:
+def test_more_trials_are_evaluated_while_all_exceed_the_forgetting_limit(contest: Contest) -> None:
     limits = {"metrics": "exact_match", "max_forgetting": 0.1}
     finals = contest.open(knowing=["base", "slow"], evaluate=limits, sweep={"finalists": 1})
     key, _, finalists = won(finals)
@@ -152,7 +152,7 @@ def test_more_trials_are_evaluated_while_all_forget_too_much(contest: Contest) -
     assert len(finalists) == 4
 
 
-def test_trial_that_forgets_least_wins_when_all_forget_too_much(contest: Contest) -> None:
+def test_trial_with_the_least_forgetting_wins_when_all_exceed_the_limit(contest: Contest) -> None:
     limits = {"metrics": "exact_match", "max_forgetting": 0.1}
     key, reasons, _ = won(contest.open(evaluate=limits))
     assert key == "unchanged"
@@ -178,7 +178,7 @@ def test_no_merged_weights_are_left_after_the_finals(contest: Contest) -> None:
     assert not list(finals.runner.folder.glob("finals/*"))
 
 
-def test_trials_without_an_adapter_are_excluded_from_the_finals(contest: Contest) -> None:
+def test_trials_whose_adapter_is_missing_are_excluded_from_the_finals(contest: Contest) -> None:
     finals = contest.open()
     finals.runner.adapter(MIDDLE).rmdir()
     assert [trial.key for trial in finals.rank(TRIALS)] == ["unchanged", "fast", "slow"]

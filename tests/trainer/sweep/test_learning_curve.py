@@ -35,7 +35,7 @@ def test_fit_recovers_a_known_power_law(floor: float, scale: float, exponent: fl
     assert predicted == pytest.approx(floor + scale * 2000**-exponent, abs=0.03 * fall)
 
 
-def test_gain_from_twice_the_data_is_predicted_by_a_power_law() -> None:
+def test_gain_from_doubling_the_data_is_predicted_by_a_power_law() -> None:
     losses = tuple(0.2 + 5 * size**-0.5 for size in SIZES)
     curve = curve_of(losses, noise=0.01)
     assert curve.gain is not None

@@ -11,7 +11,7 @@ NOISY = tuple(level + shift for level, shift in zip(LEVELS, (0.3, -0.4, 0.2, -0.
 """Losses that are slightly better than the plain losses on average, but not significantly."""
 
 
-def test_first_listed_trial_is_chosen_among_indistinguishable_trials() -> None:
+def test_first_listed_trial_is_chosen_if_no_difference_is_significant() -> None:
     plain, noisy, worse = outcome(0, "plain"), outcome(0, "noisy", each=NOISY), outcome(1, "worse")
     assert noisy.mean < plain.mean
     assert COMPARISON.choose([worse, plain, noisy]).key == "plain"
@@ -50,7 +50,7 @@ def point(step: int, loss: float, *heldout: float) -> TrainingPoint:
     ],
     ids=["rises", "falls", "chance", "diverges", "unmeasured"],
 )
-def test_overfitting_means_heldout_loss_rises_while_training_loss_falls(
+def test_trial_overfits_if_heldout_loss_rises_while_training_loss_falls(
     points: list[TrainingPoint], overfits: bool
 ) -> None:
     assert outcome(0, points=tuple(points)).overfits is overfits

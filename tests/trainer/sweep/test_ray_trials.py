@@ -79,7 +79,7 @@ class Trials:
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, NODES), (2, 2)])
-def test_number_of_parallel_trials_is_the_cluster_capacity_or_the_configured_limit(
+def test_number_of_parallel_trials_is_limited_by_cluster_capacity_and_the_parallel_option(
     limit: int | None, expected: int
 ) -> None:
     place = make_trials(limit)
@@ -127,7 +127,7 @@ def test_sweep_is_interrupted_when_a_signal_arrives_after_the_last_trial() -> No
 
 
 @pytest.mark.parametrize("fails", ["cluster", "search"])
-def test_other_trials_stop_with_checkpoints_when_the_cluster_or_the_search_fails(fails: str) -> None:
+def test_running_trials_save_checkpoints_and_stop_when_the_cluster_or_search_fails(fails: str) -> None:
     place, running = make_trials(), list[Future[TrialOutcome]]()
 
     def fail() -> TrialOutcome:

@@ -63,7 +63,7 @@ def make() -> Make:
     return make
 
 
-def test_each_search_phase_starts_from_the_winner_of_the_previous_one(make: Make) -> None:
+def test_each_search_phase_starts_from_the_winner_of_the_previous_phase(make: Make) -> None:
     def landscape(recipe: Recipe) -> float:
         return bowl(1e-4)(recipe) + 8 / recipe.rank + 1 / recipe.train.epochs
 
@@ -76,7 +76,9 @@ def test_each_search_phase_starts_from_the_winner_of_the_previous_one(make: Make
 
 
 @pytest.mark.parametrize(("method", "highest"), [("lora", 5e-4), ("adalora", 1e-2), ("vera", 6e-2), ("full", 5e-5)])
-def test_tried_learning_rates_are_around_the_default_of_the_method(make: Make, method: str, highest: float) -> None:
+def test_tried_learning_rates_are_centered_on_the_default_of_the_method(
+    make: Make, method: str, highest: float
+) -> None:
     sweep = make(bowl(highest / 5), method=method)
     sweep.run()
     rates = [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)]
@@ -108,7 +110,7 @@ def test_lower_learning_rates_are_tried_when_the_lowest_is_best(make: Make) -> N
     assert [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)][5:] == [5e-6, 2.5e-6]
 
 
-def test_note_says_when_the_best_learning_rate_is_the_highest_tried(make: Make) -> None:
+def test_note_is_added_when_the_best_learning_rate_is_the_highest_tried(make: Make) -> None:
     sweep = make(bowl(1.0))
     assert sweep.run().values[RATE] == 8e-3
     assert any("the best train.learning_rate is the highest value tried" in note for note in sweep.search.notes)
@@ -143,12 +145,12 @@ def test_at_most_three_epochs_are_tried_unless_the_third_is_significantly_better
     assert [trial.values[EPOCHS] for trial in sweep.of(Phase.EPOCHS)] == [1, 2, 3]
 
 
-def test_recipe_wins_when_a_difference_may_be_due_to_chance(make: Make) -> None:
+def test_unchanged_recipe_wins_when_a_difference_may_be_due_to_chance(make: Make) -> None:
     """None of the values matters here, so the recipe wins unchanged."""
     assert make(lambda recipe: 1.0).run().values == {}
 
 
-def test_winner_is_never_worse_than_the_recipe(make: Make) -> None:
+def test_sweep_winner_is_never_worse_than_the_unchanged_recipe(make: Make) -> None:
     """The recipe has two epochs, and its learning rate is right only for two epochs."""
 
     def landscape(recipe: Recipe) -> float:
@@ -157,13 +159,13 @@ def test_winner_is_never_worse_than_the_recipe(make: Make) -> None:
     assert make(landscape, train={"epochs": 2}).run().values == {}
 
 
-def test_no_further_epochs_are_tried_when_the_last_one_brought_no_gain(make: Make) -> None:
+def test_no_further_epochs_are_tried_when_the_last_epoch_brought_no_gain(make: Make) -> None:
     sweep = make(lambda recipe: recipe.train.epochs)
     sweep.run()
     assert [trial.values[EPOCHS] for trial in sweep.of(Phase.EPOCHS)] == [1, 2]
 
 
-def test_unchanged_recipe_takes_part_in_the_comparison_when_it_sets_steps(make: Make) -> None:
+def test_unchanged_recipe_is_tried_as_a_trial_when_it_sets_steps(make: Make) -> None:
     sweep = make(lambda recipe: -1.0 if recipe.train.steps else 0.0, train={"steps": 7})
     assert sweep.run().values == {}
 
@@ -213,7 +215,7 @@ def test_sweep_fails_when_no_trial_completes(make: Make) -> None:
         make(bowl(1e-4), {"diverges": lambda recipe: True}).run()
 
 
-def test_training_needed_by_two_phases_runs_only_once(make: Make) -> None:
+def test_identical_trials_of_two_phases_are_trained_only_once(make: Make) -> None:
     sweep = make(bowl(1e-4))
     sweep.run()
     rates = [values[RATE] for values in sweep.trials.made[1:] if values.get(RANK, 16) == 16 and values[EPOCHS] == 1]
@@ -306,7 +308,7 @@ def test_killed_sweep_resumes_with_the_same_trials(sections: dict[str, Any], kil
     assert completed == whole.trials.made
 
 
-def test_repeating_a_finished_sweep_trains_nothing(make: Make) -> None:
+def test_repeating_a_finished_sweep_runs_no_training(make: Make) -> None:
     sweep = make(bowl(1e-4))
     won = sweep.run()
     before = len(sweep.trials.made)
@@ -314,13 +316,13 @@ def test_repeating_a_finished_sweep_trains_nothing(make: Make) -> None:
     assert len(sweep.trials.made) == before
 
 
-def test_every_combination_is_tried_when_the_space_has_only_lists(make: Make) -> None:
+def test_every_combination_is_tried_when_the_search_space_has_only_lists(make: Make) -> None:
     sweep = make(bowl(1e-4), sweep={"space": {RATE: [1e-4, 2e-4], RANK: [4, 8]}})
     assert sweep.run().values == {RATE: 1e-4, RANK: 4}
     assert len(sweep.of(Phase.SPACE)) == 4
 
 
-def test_recipe_sets_the_number_of_trials_for_a_space_with_ranges(make: Make) -> None:
+def test_recipe_sets_the_number_of_trials_for_a_search_space_with_ranges(make: Make) -> None:
     space = {RATE: {"low": 1e-5, "high": 1e-2, "log": True}, "adapter.rank": {"low": 2, "high": 64}}
     sweep = make(bowl(1e-4), sweep={"space": space, "trials": 7})
     sweep.run()
@@ -336,7 +338,7 @@ def test_sweep_ends_after_its_time_limit(make: Make) -> None:
     assert any("sweep.seconds" in note for note in sweep.search.notes)
 
 
-def test_recipe_wins_when_its_own_trial_uses_up_the_time_limit(make: Make) -> None:
+def test_unchanged_recipe_wins_when_its_own_trial_uses_up_the_time_limit(make: Make) -> None:
     sweep = make(bowl(1e-4), sweep={"seconds": 0.5}, adapter={"targets": "attention"})
     assert sweep.run().values == {}
     assert len(sweep.search.tried) == 1
@@ -352,11 +354,11 @@ def ranges(recipe: Recipe) -> float:
 
 
 @pytest.mark.parametrize("parallel", [2, 3])
-def test_number_of_concurrent_trials_equals_the_allowed_number(parallel: int) -> None:
+def test_number_of_concurrent_trials_equals_the_configured_parallelism(parallel: int) -> None:
     assert at_once(parallel, bowl(1e-4))[1].most == parallel
 
 
-def test_equivalent_trials_started_concurrently_share_one_training() -> None:
+def test_equivalent_trials_started_concurrently_share_one_training_run() -> None:
     search, trials = at_once(3, bowl(1e-4))
     assert [trial.values for _, trial in search.tried[:2]] == [{}, {EPOCHS: 1.0, STEPS: None, RATE: 5e-4}]
     assert [values for values in trials.trials.made if values.get(RATE, 5e-4) == 5e-4] == [{}]
@@ -380,7 +382,7 @@ def test_phases_choose_the_same_values_when_trials_run_concurrently(make: Make) 
     assert complete(search.tried) == complete(sweep.search.tried)
 
 
-def test_trial_is_pruned_only_by_comparison_with_trials_finished_before_its_start() -> None:
+def test_trial_is_pruned_only_based_on_trials_finished_before_it_started() -> None:
     space: dict[str, Any] = {"sweep": {"space": {RATE: [5e-4, 4e-4, 3e-4, 2e-4, 1e-4]}, "finalists": 0}}
     search, _ = at_once(3, bowl(5e-4), **space)
     statuses = [trial.status for phase, trial in search.tried if phase is Phase.SPACE]
@@ -388,7 +390,7 @@ def test_trial_is_pruned_only_by_comparison_with_trials_finished_before_its_star
 
 
 @pytest.mark.slow
-def test_sampler_avoids_the_values_of_running_trials() -> None:
+def test_sampler_does_not_repeat_the_values_of_running_trials() -> None:
     search, _ = at_once(6, ranges, **RANGES)
     rates = [trial.values[RATE] for phase, trial in search.tried if phase is Phase.SPACE]
     assert len(set(rates)) == len(rates)

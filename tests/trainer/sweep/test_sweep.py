@@ -42,7 +42,7 @@ def test_warning_is_printed_when_the_winner_may_not_be_better() -> None:
     assert "cannot be distinguished from learning_rate 0.0005" in result.warning
 
 
-def test_parsing_the_winners_printed_flags_restores_its_values(tmp_path: Path) -> None:
+def test_flags_printed_for_the_winner_parse_back_to_its_values(tmp_path: Path) -> None:
     """YAML reads 5e-05 as a string and 5.0e-05 as a number."""
     values = {RATE: 5e-5, RANK: 8, "train.steps": None, "adapter.targets": "attention"}
     path = tmp_path / "recipe.yaml"
@@ -82,7 +82,7 @@ def test_sweep_plot_is_reproducible_byte_for_byte(tmp_path: Path) -> None:
     assert b"learning_rate" in files[0]
 
 
-def test_sweep_plot_supports_a_space_with_numbers_and_null(tmp_path: Path) -> None:
+def test_sweep_plot_supports_a_setting_with_both_numbers_and_null(tmp_path: Path) -> None:
     recipe = make_recipe()
     trials = [outcome(loss, str(loss), {RANK: rank}) for loss, rank in ((0, None), (1, 8), (2, 4))]
     search = Search(recipe, 5e-4, TrialComparison(TOKENS), FakeTrials(recipe, lambda _: 0).start, "")

@@ -59,7 +59,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, float]]]:
     return remaining
 
 
-def test_trials_are_judged_on_validation_examples_if_given(
+def test_trials_are_compared_on_validation_examples_if_given(
     runner: TrialRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.data.chat_template.tokenize_turns_of", lambda folder, examples, kwargs: [])
@@ -91,7 +91,7 @@ def test_trial_uses_the_default_learning_rate_of_its_adapter_type(
     assert rates == [rate]
 
 
-def test_measurements_before_an_interruption_are_replayed_on_resume(
+def test_losses_measured_before_an_interruption_are_reported_again_on_resume(
     runner: TrialRunner, trainings: list[list[tuple[int, float]]]
 ) -> None:
     trainings += [[(1, 0.9)], [(2, 0.8)]]
@@ -103,7 +103,7 @@ def test_measurements_before_an_interruption_are_replayed_on_resume(
     assert outcome.watched == {1: 0.9, 2: 0.8}
 
 
-def test_training_shared_by_two_trials_runs_only_once(
+def test_training_run_shared_by_two_trials_is_executed_only_once(
     runner: TrialRunner, trainings: list[list[tuple[int, float]]]
 ) -> None:
     trainings.append([(1, 0.9)])

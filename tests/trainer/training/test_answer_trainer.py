@@ -159,7 +159,7 @@ def test_trl_loss_equals_the_loss_from_the_model_logits(
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_mixture_architecture_without_experts_is_trained_without_auxiliary_loss(tmp_path: Path) -> None:
+def test_mixture_of_experts_architecture_with_zero_experts_is_trained_without_auxiliary_loss(tmp_path: Path) -> None:
     dense = GraniteMoeHybridForCausalLM(
         GraniteMoeHybridConfig(**SHAPE, num_local_experts=0, layer_types=["attention"] * 2, mamba_n_heads=4)
     )
@@ -169,7 +169,7 @@ def test_mixture_architecture_without_experts_is_trained_without_auxiliary_loss(
 
 
 @pytest.mark.parametrize("model", [LLAMA, MIXTURE, *SCALED.values()], ids=["plain", "mixture", *SCALED])
-def test_fused_trl_head_is_used_when_it_is_correct(model: PreTrainedModel) -> None:
+def test_fused_trl_head_is_used_when_its_outputs_are_correct(model: PreTrainedModel) -> None:
     model = copy.deepcopy(model)
     add_fused_lm_head(model)
     assert fused_head_is_right(model)
@@ -184,7 +184,9 @@ WRONG = {
 @pytest.mark.parametrize(
     ("model", "number_type"), zip(WRONG.values(), [torch.float32, torch.bfloat16], strict=True), ids=WRONG
 )
-def test_fused_trl_head_is_not_used_when_it_is_wrong(model: PreTrainedModel, number_type: torch.dtype) -> None:
+def test_fused_trl_head_is_not_used_when_its_outputs_are_wrong(
+    model: PreTrainedModel, number_type: torch.dtype
+) -> None:
     model = copy.deepcopy(model).to(number_type)
     add_fused_lm_head(model)
     assert not fused_head_is_right(model)

@@ -123,7 +123,7 @@ def test_results_are_returned_in_the_order_of_the_devices() -> None:
     assert "LOCAL_RANK" not in os.environ
 
 
-def test_process_for_a_single_device_has_no_rank_in_its_environment() -> None:
+def test_rank_environment_variable_is_not_set_for_a_single_process() -> None:
     assert run_on_devices(DEVICES[:1], describe, ("a",), {}) == [("a", 0, 1, None)]
 
 
@@ -150,7 +150,7 @@ def test_error_names_no_rank_when_all_processes_fail_with_the_same_error() -> No
         run(fail_in_both)
 
 
-def test_all_processes_end_within_seconds_when_one_is_killed(tmp_path: Path) -> None:
+def test_all_processes_exit_within_seconds_when_one_process_is_killed(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"rank 1 of 2 on GPU 1 \(A100\) was killed by SIGKILL") as caught:
         run(die_in_second, tmp_path)
     assert "free some memory" in caught.value.todo
@@ -159,7 +159,7 @@ def test_all_processes_end_within_seconds_when_one_is_killed(tmp_path: Path) -> 
     assert alive(tmp_path) == []
 
 
-def test_error_reports_the_killed_process_and_not_the_process_that_failed_as_a_result() -> None:
+def test_error_reports_the_killed_process_rather_than_the_process_that_failed_as_a_result() -> None:
     with pytest.raises(TrainingError, match=r"rank 1 of 2 .* was killed by SIGKILL"):
         run(fail_after_second_died)
 
@@ -188,7 +188,7 @@ def test_run_is_interrupted_when_a_signal_arrives_after_the_last_step(tmp_path: 
     thread.join()
 
 
-def test_processes_end_when_the_caller_is_killed(tmp_path: Path) -> None:
+def test_training_processes_exit_when_the_parent_process_is_killed(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom pathlib import Path\nfrom tests.trainer.training.test_device_processes import run, sleep\n"
         "if __name__ == '__main__':\n    run(sleep, Path(sys.argv[1]))\n"

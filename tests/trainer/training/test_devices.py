@@ -45,16 +45,14 @@ def numbers(choice: DeviceChoice) -> list[str]:
         (3, 2, 4, None),
     ],
 )
-def test_dividing_a_step_among_devices_reduces_accumulation_before_batch_size(
+def test_splitting_a_step_among_devices_reduces_accumulation_before_batch_size(
     batch_size: int, accumulation: int, devices: int, share: Share | None
 ) -> None:
     assert divide_step(make(batch_size=batch_size, gradient_accumulation=accumulation), devices) == share
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 16))
-def test_shares_of_all_devices_add_up_to_the_examples_of_a_step(
-    batch_size: int, accumulation: int, devices: int
-) -> None:
+def test_per_device_batches_add_up_to_the_examples_of_a_step(batch_size: int, accumulation: int, devices: int) -> None:
     share = divide_step(make(batch_size=batch_size, gradient_accumulation=accumulation), devices)
     step = batch_size * accumulation
     assert (share is None) == (step % devices != 0)
@@ -63,7 +61,7 @@ def test_shares_of_all_devices_add_up_to_the_examples_of_a_step(
         assert share.batch_size <= batch_size
 
 
-def test_cpu_trains_in_one_process_unless_the_recipe_asks_for_several() -> None:
+def test_cpu_training_uses_one_process_unless_the_recipe_sets_more() -> None:
     assert choose_processes(make()) == choose_processes(make(devices=1)) == DeviceChoice()
     assert choose_processes(make(devices=2)).devices == (TrainingDevice("the CPU"),) * 2
 
@@ -73,7 +71,7 @@ def test_list_of_gpus_is_rejected_when_training_runs_on_the_cpu() -> None:
         choose_processes(make(devices=[0, 1]))
 
 
-def test_error_suggests_the_nearest_device_counts_that_divide_a_step() -> None:
+def test_error_suggests_the_nearest_device_counts_that_split_the_batch_evenly() -> None:
     with pytest.raises(RecipeError, match="6 x 1 examples cannot be divided among 4 devices") as caught:
         choose_processes(make(devices=4, batch_size=6))
     assert "set train.devices to 3 or 6" in caught.value.todo
@@ -108,13 +106,13 @@ def test_first_gpu_is_used_when_no_gpu_is_free() -> None:
     assert len(choice.reasons) == 2
 
 
-def test_gpus_that_differ_from_the_default_torch_device_are_not_chosen() -> None:
+def test_gpus_of_a_different_model_than_the_default_torch_device_are_not_chosen() -> None:
     choice = choose_gpus(make(), [t4(0), a100(1), a100(2)], A100)
     assert numbers(choice) == ["GPU-1", "GPU-2"]
     assert choice.reasons == (f"GPU 0 not used: {T4} with 15 GiB differs from {A100} with 80 GiB",)
 
 
-def test_surplus_gpus_that_do_not_divide_a_step_are_not_chosen() -> None:
+def test_surplus_gpus_are_not_chosen_if_the_batch_cannot_be_split_evenly_among_them() -> None:
     choice = choose_gpus(make(batch_size=16), [a100(number) for number in range(3)], A100)
     assert numbers(choice) == ["GPU-0", "GPU-1"]
     assert choice.reasons == ("GPU 2 not used: a step of 16 x 1 examples cannot be divided among 3 devices",)
@@ -136,7 +134,7 @@ def test_device_count_above_the_number_of_free_gpus_is_rejected_with_the_reason(
         choose_gpus(make(devices=2), [], A100)
 
 
-def test_listed_gpus_train_even_when_they_are_in_use() -> None:
+def test_listed_gpus_are_used_even_when_other_processes_occupy_them() -> None:
     choice = choose_gpus(make(devices=[2, 0]), [a100(0, used=70), a100(1), a100(2)], A100)
     assert numbers(choice) == ["GPU-2", "GPU-0"]
     assert choice.reasons == ("GPU 0 is listed, but another process uses 75.2 GB of it",)
@@ -157,7 +155,7 @@ def test_listed_gpus_that_are_missing_or_unequal_are_rejected(gpus: list[Gpu], m
         choose_gpus(make(devices=[0, 1]), gpus, A100)
 
 
-def test_listed_gpus_among_which_a_step_cannot_be_divided_are_rejected() -> None:
+def test_listed_gpus_are_rejected_if_the_batch_cannot_be_split_evenly_among_them() -> None:
     with pytest.raises(RecipeError, match="5 x 1 examples cannot be divided among 2 devices"):
         choose_gpus(make(devices=[0, 1], batch_size=5), [a100(0), a100(1)], A100)
 

@@ -143,7 +143,7 @@ def test_logits_of_long_answers_are_computed_in_bounded_chunks(monkeypatch: pyte
         "a decoder in the decoder",
     ],
 )
-def test_answer_loss_matches_the_full_loss_for_other_architectures(model: PreTrainedModel) -> None:
+def test_answer_loss_matches_the_full_loss_for_every_tested_architecture(model: PreTrainedModel) -> None:
     assert_same(model.float())
 
 

@@ -191,7 +191,7 @@ def test_recomputed_layers_are_detected_in_a_model_with_an_image_encoder() -> No
     step.check(checkpointing=True)
 
 
-def test_run_stops_in_its_first_step_if_layers_compute_in_an_unexpected_number_type(
+def test_run_stops_in_its_first_step_if_layers_compute_in_an_unexpected_dtype(
     train: Callable[..., TrainingSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arguments, "SFTConfig", lambda **options: SFTConfig(**options | {"bf16": False}))
@@ -221,7 +221,7 @@ real_torch_call = DataCollatorForLanguageModeling.torch_call
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_padding_free_collator_makes_one_row_and_separates_all_examples(packed: bool) -> None:
+def test_padding_free_collator_concatenates_examples_into_one_row_and_marks_their_boundaries(packed: bool) -> None:
     lengths = {"seq_lengths": [2, 1]} if packed else {}
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], **lengths}] * 2
     check_padding_free(DataCollatorForLanguageModeling(0, padding_free=True).torch_call(rows), rows)
@@ -237,7 +237,7 @@ def test_padding_free_batch_that_does_not_separate_its_examples_is_an_error() ->
         check_padding_free(batch, rows)
 
 
-def test_trained_weight_in_16_bits_is_an_error(tiny_base: Path) -> None:
+def test_trained_weight_in_bfloat16_raises_an_error(tiny_base: Path) -> None:
     model = adapted(tiny_base, make_recipe())
     check_number_types(model, NumberType.BFLOAT16)
     trained = next(weight for weight in model.parameters() if weight.requires_grad)
@@ -257,7 +257,7 @@ def test_frozen_layer_in_float32_is_an_error_unless_transformers_requires_float3
 
 
 @needs_bitsandbytes
-def test_layers_that_are_not_in_nf4_are_an_error(tiny_base: Path) -> None:
+def test_qlora_layers_not_stored_in_nf4_raise_an_error(tiny_base: Path) -> None:
     quantized = make_recipe(method="qlora")
     assert quantized.base_quantization is Quantization.NF4
     check_nf4(adapted(tiny_base, quantized), NumberType.BFLOAT16)
@@ -290,7 +290,7 @@ def optimizer_of(model: torch.nn.Module, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_optimizer_check_fails_if_fusing_differs_from_the_choice(fused: bool) -> None:
+def test_optimizer_check_fails_if_the_fused_option_differs_from_the_chosen_value(fused: bool) -> None:
     optimizer = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), fused=fused)
     check_optimizer_class(optimizer, Optimizer.ADAMW, fused=fused)
     with pytest.raises(TrainingError, match=f"AdamW with fused={fused}"):
@@ -306,7 +306,7 @@ def test_optimizer_check_fails_if_fusing_differs_from_the_choice(fused: bool) ->
         (Optimizer.PAGED_ADAMW_8BIT, {"optim_bits": 8, "is_paged": True}),
     ],
 )
-def test_optimizer_check_fails_if_bitsandbytes_bits_or_paging_differ_from_the_choice(
+def test_optimizer_check_fails_if_bitsandbytes_bits_or_paging_differ_from_the_recipe(
     chosen: Optimizer, options: dict[str, Any]
 ) -> None:
     layer = torch.nn.Linear(400, 400)
@@ -318,7 +318,7 @@ def test_optimizer_check_fails_if_bitsandbytes_bits_or_paging_differ_from_the_ch
 
 
 @needs_bitsandbytes
-def test_optimizer_that_affects_no_weight_is_an_error_before_the_first_step(
+def test_optimizer_is_rejected_before_the_first_step_if_no_weight_is_quantized_or_paged(
     train: Callable[..., TrainingSummary],
 ) -> None:
     """Every matrix of the tiny model's adapter has fewer than 4,096 weights, so its moments stay in float32."""

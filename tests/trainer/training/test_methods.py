@@ -150,7 +150,7 @@ class Products(TorchDispatchMode):
         *((method, NumberType.BFLOAT16) for method in (Method.FULL, Method.LORA, Method.QLORA)),
     ],
 )
-def test_matrix_products_use_the_requested_number_type(
+def test_matrix_multiplications_use_the_requested_dtype(
     method: Method, number_type: NumberType, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     """A single bfloat16 product in float32 training would dominate the time on a CPU without a bfloat16 kernel."""
@@ -199,7 +199,7 @@ def test_measuring_heldout_loss_does_not_change_qlora_weights(
     assert written[0] == written[1]
 
 
-def test_qlora_computes_in_the_requested_number_type(tiny_base: Path) -> None:
+def test_qlora_computes_in_the_requested_dtype(tiny_base: Path) -> None:
     for number_type in NumberType:
         model = load_model(tiny_base, ModelForm(number_type, Quantization.NF4)).model
         assert model.layers[0].mlp.up_proj.compute_dtype is getattr(torch, number_type)
@@ -227,7 +227,7 @@ def test_adalora_schedule_uses_the_actual_number_of_steps() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [4, 8, 16])
-def test_short_adalora_run_can_be_trained_and_merged(
+def test_adalora_run_of_up_to_three_steps_can_be_trained_and_merged(
     batch_size: int, tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     """The batch sizes result in three steps, two steps and one step."""
@@ -240,7 +240,7 @@ def test_short_adalora_run_can_be_trained_and_merged(
     assert merge_adapter(tiny_base, out, tmp_path / "merged").modules > 0
 
 
-def test_module_left_without_rank_by_adalora_may_keep_base_weights(tmp_path: Path) -> None:
+def test_module_pruned_to_rank_zero_by_adalora_may_keep_the_base_weights(tmp_path: Path) -> None:
     pattern = {"model.layers.0.mlp.up_proj.lora_E": [False] * 6, "model.layers.1.mlp.up_proj.lora_E": [True, False]}
     (tmp_path / "adapter_config.json").write_text(json.dumps({"rank_pattern": pattern}), "utf-8")
     assert unused_modules(tmp_path) == {"model.layers.0.mlp.up_proj"}
@@ -260,7 +260,7 @@ def test_rslora_divides_scaling_by_the_square_root_of_the_rank(tiny_base: Path) 
         ("adalora", {"rslora": True}, "adapter.rslora is not used by adalora"),
     ],
 )
-def test_recipe_key_without_meaning_for_the_method_is_rejected(
+def test_recipe_key_that_does_not_apply_to_the_method_is_rejected(
     method: str, adapter: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

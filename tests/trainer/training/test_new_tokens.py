@@ -67,7 +67,7 @@ def test_new_token_gets_one_id_and_ids_of_ordinary_text_are_unchanged(tied: Path
     assert after.chat_template == before.chat_template
 
 
-def test_embedding_row_of_a_new_token_starts_as_the_mean_of_its_former_token_parts(untied: Path) -> None:
+def test_new_token_embedding_is_initialized_to_the_mean_of_its_original_subword_embeddings(untied: Path) -> None:
     weights, tokenizer = load_file(untied / "model.safetensors"), AutoTokenizer.from_pretrained(untied)
     parts = tokenizer("<").input_ids + tokenizer("tool>").input_ids
     for name in (EMBEDDING, "lm_head.weight"):
@@ -81,7 +81,7 @@ def test_new_token_that_the_base_already_has_is_rejected(tied: Path, tmp_path: P
         folder_with_tokens(tied, ["<other>", "<tool>"], tmp_path)
 
 
-def test_base_with_spare_embedding_rows_keeps_its_size(tmp_path: Path) -> None:
+def test_embedding_size_is_unchanged_when_spare_rows_suffice_for_new_tokens(tmp_path: Path) -> None:
     """Qwen's embeddings have more rows than its tokenizer has ids."""
     base = make_model(tmp_path / "base", vocab_size=320)
     changed = folder_with_tokens(base, TOKENS, tmp_path / "cache")
@@ -108,7 +108,7 @@ def test_new_token_absent_from_all_examples_is_rejected_before_training(tied: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
 @pytest.mark.parametrize("base", ["tied", "untied"])
-def test_merged_model_has_the_trained_token_rows_and_the_outputs_of_base_plus_adapter(
+def test_merged_model_has_the_trained_embedding_rows_and_the_outputs_of_base_plus_adapter(
     method: str, base: str, data: TrainingData, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder: Path = request.getfixturevalue(base)
@@ -185,7 +185,7 @@ def test_full_fine_tuning_learns_new_tokens(tied: Path, data: TrainingData, tmp_
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_run_ends_with_the_same_token_rows(
+def test_killed_and_resumed_run_ends_with_the_same_new_token_embeddings(
     tied: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = UninterruptedRuns(tied, data.train, tmp_path / "whole").run(recipe())
@@ -195,7 +195,7 @@ def test_killed_and_resumed_run_ends_with_the_same_token_rows(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.matrix), True])
-def test_training_new_tokens_on_two_devices_gives_the_losses_of_one_device(
+def test_training_new_tokens_on_two_devices_gives_the_same_losses_as_on_one_device(
     sharded: bool, tied: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

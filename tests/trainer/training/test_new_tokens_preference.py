@@ -66,7 +66,7 @@ def recipe(objective: Objective, method: Method = Method.LORA, **sections: Any) 
     ],
     ids=str,
 )
-def test_merged_model_has_the_trained_token_rows_after_preference_training(
+def test_merged_model_has_the_trained_new_token_embeddings_after_preference_training(
     objective: Objective, method: Method, base: Path, tmp_path: Path
 ) -> None:
     summary = train_in(FLOAT32, base, data_for(objective), recipe(objective, method), tmp_path)
@@ -78,7 +78,7 @@ def test_merged_model_has_the_trained_token_rows_after_preference_training(
 
 
 @pytest.mark.parametrize("objective", [DPO, pytest.param(KTO, marks=pytest.mark.matrix)], ids=str)
-def test_killed_and_resumed_preference_run_ends_with_the_same_token_rows(
+def test_killed_and_resumed_preference_run_ends_with_the_same_new_token_embeddings(
     objective: Objective, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = data_for(objective)

@@ -33,7 +33,7 @@ def test_all_optimizer_names_are_known_to_transformers(optimizer: Optimizer) -> 
     assert name.startswith("paged") is optimizer.is_paged
 
 
-def test_adamw_is_not_fused_when_the_loss_is_scaled() -> None:
+def test_fused_adamw_is_not_used_when_the_loss_is_scaled() -> None:
     assert choose_optimizer(Optimizer.ADAMW, scaled=True) == "adamw_torch"
 
 

@@ -24,7 +24,7 @@ from trainer.training.out_of_memory import cheaper, out_of_memory
         ({"method": "qlora", "train": {"batch_size": 1, "max_length": 2048}}, "set train.max_length to 1024"),
     ],
 )
-def test_out_of_memory_advice_names_the_next_setting_to_lower_with_its_value(
+def test_out_of_memory_advice_names_the_next_setting_to_reduce_and_its_new_value(
     sections: dict[str, Any], advice: str
 ) -> None:
     assert advice in cheaper(make_recipe(**sections), checkpointing=True)

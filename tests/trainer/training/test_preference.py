@@ -267,7 +267,7 @@ def weights(folder: Path) -> bytes:
         (Objective.KTO, Method.DORA, FLOAT32),
     ],
 )
-def test_resumed_run_matches_an_uninterrupted_one(
+def test_resumed_preference_run_matches_an_uninterrupted_run(
     objective: Objective,
     method: Method,
     number_type: NumberType,
@@ -284,7 +284,7 @@ def test_resumed_run_matches_an_uninterrupted_one(
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
 
-def test_resumed_run_does_not_score_the_answers_again(
+def test_resumed_preference_run_does_not_rescore_the_answers(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, scoring = recipe_of(Objective.DPO), "Scoring the answers with the model before training"
@@ -326,7 +326,7 @@ def test_signal_while_answers_are_scored_interrupts_the_run(
 
 
 @pytest.mark.parametrize("objective", [Objective.DPO, Objective.KTO])
-def test_preference_loss_before_the_first_step_is_that_of_an_indifferent_model(
+def test_preference_loss_before_the_first_step_equals_the_loss_of_a_model_without_preference(
     objective: Objective, tiny_base: Path, tmp_path: Path
 ) -> None:
     summary = train(tiny_base, recipe_of(objective, stopping={"every_steps": 2}), tmp_path)
@@ -387,7 +387,7 @@ def test_prompt_tokens_are_not_scored_in_preference_training(tiny_base: Path) ->
             assert tokenizer.decode(row.answer) == example.answer + str(tokenizer.eos_token)
 
 
-def test_kto_compares_labelled_answers_with_answers_to_other_prompts(tiny_base: Path) -> None:
+def test_kto_compares_each_labeled_answer_with_an_answer_to_a_different_prompt(tiny_base: Path) -> None:
     twice = [answer for answer in LABELLED for _ in range(2)]
     for comparison in comparisons_of(tiny_base, twice, recipe_of(Objective.KTO)):
         assert comparison.second.prompt == comparison.first.prompt
@@ -398,7 +398,7 @@ def test_kto_compares_labelled_answers_with_answers_to_other_prompts(tiny_base: 
         }
 
 
-def test_labelled_answers_to_a_single_prompt_are_refused(tiny_base: Path) -> None:
+def test_labeled_answers_to_a_single_prompt_are_rejected(tiny_base: Path) -> None:
     answers = [LabelledAnswer(PAIRS[0].chosen, True), LabelledAnswer(PAIRS[0].rejected, False)]
     with pytest.raises(DataError, match="the same prompt"):
         comparisons_of(tiny_base, answers, recipe_of(Objective.KTO))
@@ -410,12 +410,12 @@ def test_pair_is_dropped_when_either_answer_is_too_long(tiny_base: Path) -> None
     assert len(comparisons_of(tiny_base, pairs, recipe)) == 3
 
 
-def test_heldout_pairs_longer_than_the_training_limit_are_still_measured(tiny_base: Path) -> None:
+def test_heldout_pairs_longer_than_the_training_limit_are_still_evaluated(tiny_base: Path) -> None:
     tokenizer, long = load_tokenizer(tiny_base), PreferencePair(make_example("n", "red" * 500), make_example("n", "b"))
     assert len(tokenize_judged(tokenizer, [long], stop_tokens(tiny_base, tokenizer), {})) == 1
 
 
-def test_best_weights_are_kept_by_heldout_preference_loss(tiny_base: Path, tmp_path: Path) -> None:
+def test_weights_with_the_lowest_heldout_preference_loss_are_kept(tiny_base: Path, tmp_path: Path) -> None:
     recipe = recipe_of(Objective.DPO, stopping={"every_steps": 1, "keep_best": True})
     summary = train(tiny_base, recipe, tmp_path)
     measured = {point.step: point.heldout_loss for point in summary.points if point.step and point.heldout_loss}

@@ -55,7 +55,7 @@ def test_every_token_of_a_document_and_its_end_token_are_trained_on_exactly_once
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_training_on_documents_lowers_the_loss_of_other_documents(
+def test_training_on_documents_lowers_the_loss_on_heldout_documents(
     packing: bool, base: Path, documents: list[ChatExample], tmp_path: Path
 ) -> None:
     train = {"batch_size": 4, "packing": packing, "max_length": 256, "learning_rate": 1e-2, "epochs": 3}

@@ -74,7 +74,7 @@ def test_error_says_how_many_workers_fit_when_the_cluster_is_too_small() -> None
     assert "set train.devices to 9" in error.todo
 
 
-def test_error_says_that_other_jobs_use_the_resources_when_the_cluster_is_large_enough() -> None:
+def test_error_says_other_jobs_use_the_resources_when_the_cluster_is_large_enough_but_busy() -> None:
     error = shortage(H100, 2, [node("a", CPU=64, GPU=8, type_H100=1)], {"CPU": 64, "GPU": 1}, 10)
     assert "other jobs use them; currently free: 64 CPU, 1 GPU" in error.wrong
     assert "ray.wait_s" in error.todo
@@ -89,7 +89,7 @@ def test_ray_workers_with_different_gpus_are_rejected() -> None:
         check_equal([facts(1, with_gpu("H100")), facts(2, with_gpu("A100"))])
 
 
-def test_ray_workers_are_rejected_when_a_node_has_another_tuneserve_version() -> None:
+def test_ray_workers_are_rejected_when_a_node_has_a_different_tuneserve_version() -> None:
     with pytest.raises(TrainingError, match=r"node 10\.0\.0\.2 has tuneserve 0\.0\.1, but this machine"):
         check_equal([facts(1, AVX512), facts(2, AVX512, "0.0.1")])
 
@@ -111,7 +111,7 @@ class _FailingActor:
         return SimpleNamespace(remote=Reference)
 
 
-def test_first_worker_failure_to_arrive_is_reported_even_if_node_clocks_differ(
+def test_first_received_worker_failure_is_reported_even_if_node_clocks_differ(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second worker's connection breaks because the first one has run out of memory."""
@@ -133,14 +133,12 @@ def test_first_worker_failure_to_arrive_is_reported_even_if_node_clocks_differ(
     [(1, 3.0, 3), (1, 2.0, 2), (2, 3.0, 1), (4, 3.0, 1)],
     ids=["all", "used", "pairs", "few"],
 )
-def test_number_of_training_runs_that_fit_is_computed_from_free_resources_and_at_least_one(
-    size: int, free: float, expected: int
-) -> None:
+def test_number_of_runs_that_fit_the_free_resources_is_at_least_one(size: int, free: float, expected: int) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 1.0}}] * 3 + [{"Alive": False, "Resources": {"CPU": 9.0}}]
     assert count_fitting(WorkerKind(1, gpus=0, gpu_type=None), size, nodes, {"CPU": free}) == expected
 
 
-def test_output_lines_of_a_ray_worker_start_with_the_title_of_its_training_run(
+def test_ray_worker_output_lines_are_prefixed_with_the_title_of_their_training_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = _Output("trial 3")

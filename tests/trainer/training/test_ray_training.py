@@ -178,7 +178,7 @@ def test_run_stopped_by_a_signal_leaves_no_worker_and_continues_with_the_same_re
 
 
 @pytest.mark.matrix
-def test_run_ends_when_workers_are_lost_three_times_without_a_checkpoint(machine: Machine, ray: RayDouble) -> None:
+def test_run_fails_when_workers_are_lost_three_times_without_a_new_checkpoint(machine: Machine, ray: RayDouble) -> None:
     lost = list[int]()
 
     def lose(step: int, figures: object) -> None:

@@ -86,7 +86,7 @@ def fail(place: Place, folders: TrainingFolders) -> None:
     raise TrainingError("the loss exploded")
 
 
-def test_checkpoint_is_in_the_object_store_before_it_is_announced(worker: RayWorker, run: SharedRun) -> None:
+def test_checkpoint_is_uploaded_to_the_object_store_before_it_is_announced(worker: RayWorker, run: SharedRun) -> None:
     messages = train(worker, run, write_checkpoint)
     assert [message.name for message in messages if isinstance(message, Call)] == ["on_checkpoint", TRAINED]
     assert messages[-1] == Result("done")
@@ -111,7 +111,7 @@ def test_console_output_of_a_ray_worker_is_sent_to_the_caller(worker: RayWorker,
     assert text == "on the console\na warning\n"
 
 
-def test_last_message_of_a_ray_worker_is_the_failure_when_its_work_fails(worker: RayWorker, run: SharedRun) -> None:
+def test_last_message_of_a_failed_ray_worker_is_its_failure(worker: RayWorker, run: SharedRun) -> None:
     last = train(worker, run, fail)[-1]
     assert isinstance(last, Failure)
     assert str(last.error) == "the loss exploded"
@@ -132,7 +132,9 @@ def test_no_folder_of_the_run_remains_when_the_worker_has_cleaned_up(worker: Ray
     assert (run.folder / "bases" / run.base).is_dir()
 
 
-def test_run_folders_are_kept_when_a_ray_worker_uses_the_home_as_its_folder(worker: RayWorker, run: SharedRun) -> None:
+def test_ray_worker_deletes_no_run_folders_when_its_folder_is_the_service_home(
+    worker: RayWorker, run: SharedRun
+) -> None:
     own = run.folder / "runs" / "tiny-0123456789ab"
     own.mkdir(parents=True)
     (own / "lock").write_text("")

@@ -113,7 +113,7 @@ def data(examples: list[ChatExample]) -> TrainingData:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resumed_run_matches_an_uninterrupted_one_for_every_method(
+def test_resumed_run_matches_an_uninterrupted_run_for_every_method(
     method: Method,
     tiny_base: Path,
     data: TrainingData,
@@ -129,7 +129,7 @@ def test_resumed_run_matches_an_uninterrupted_one_for_every_method(
     assert_same(resumed, tmp_path / "b", whole)
 
 
-def test_run_continued_by_another_machine_matches_an_uninterrupted_one(
+def test_run_resumed_on_another_machine_matches_an_uninterrupted_run(
     tiny_base: Path,
     data: TrainingData,
     uninterrupted: UninterruptedRuns,
@@ -155,7 +155,7 @@ def test_run_continued_by_another_machine_matches_an_uninterrupted_one(
 @pytest.mark.parametrize(
     "method", [Method.FULL, *(pytest.param(each, marks=pytest.mark.matrix) for each in (Method.QLORA, Method.ADALORA))]
 )
-def test_resumed_float32_run_matches_an_uninterrupted_one(
+def test_resumed_float32_run_matches_an_uninterrupted_run(
     method: Method,
     tiny_base: Path,
     data: TrainingData,
@@ -196,7 +196,7 @@ def left_out(folder: Path, step: int) -> list[int]:
 
 @pytest.mark.parametrize("method", [Method.FULL, Method.LORA, Method.ADALORA])
 @pytest.mark.usefixtures("scaled_on_cpu")
-def test_resumed_float16_run_matches_an_uninterrupted_one(
+def test_resumed_float16_run_matches_an_uninterrupted_run(
     method: Method,
     tiny_base: Path,
     data: TrainingData,
@@ -233,7 +233,7 @@ def test_adalora_importance_means_stay_finite_after_a_skipped_step(
     ],
 )
 @pytest.mark.usefixtures("scaled_on_cpu")
-def test_run_resumed_with_another_number_type_is_converted_with_a_message(
+def test_run_resumed_in_a_different_dtype_is_converted_and_a_message_is_printed(
     begun: NumberType,
     goes_on: NumberType,
     tiny_base: Path,
@@ -260,7 +260,7 @@ def test_run_resumed_with_another_number_type_is_converted_with_a_message(
         assert max(left_out(tmp_path / "b", STEPS)) > 6, "the scale of the loss was not found anew"
 
 
-def test_finished_run_is_not_converted_to_another_number_type(
+def test_finished_run_is_not_converted_to_a_different_dtype(
     tiny_base: Path, data: TrainingData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_in(BFLOAT16, tiny_base, data, recipe(), tmp_path)
@@ -270,7 +270,7 @@ def test_finished_run_is_not_converted_to_another_number_type(
     assert "converted" not in capsys.readouterr().err
 
 
-def test_checkpoint_without_a_number_type_counts_as_bfloat16(tmp_path: Path) -> None:
+def test_checkpoint_without_a_recorded_dtype_is_treated_as_bfloat16(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
     assert trainer_module.number_type_of(tmp_path) is BFLOAT16
 
@@ -286,7 +286,7 @@ def test_checkpoint_without_a_number_type_counts_as_bfloat16(tmp_path: Path) -> 
     ],
     ids=["accumulation", "steps", "stopping", "curve", "packing"],
 )
-def test_resumed_run_matches_an_uninterrupted_one_for_other_settings(
+def test_resumed_run_matches_an_uninterrupted_run_for_various_recipe_settings(
     sections: dict[str, Any],
     tiny_base: Path,
     data: TrainingData,

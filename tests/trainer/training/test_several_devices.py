@@ -133,7 +133,7 @@ def at_checkpoint(folder: Path, step: int, act: Callable[[], None]) -> threading
     ],
     ids=str,
 )
-def test_training_on_two_devices_gives_the_losses_and_weights_of_one_device(
+def test_training_on_two_devices_matches_the_losses_and_weights_of_one_device(
     method: Method, settings: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     changed = recipe(method, train=settings, stopping={"every_steps": 3})
@@ -160,7 +160,7 @@ def test_training_on_two_devices_gives_the_losses_and_weights_of_one_device(
     ],
     ids=str,
 )
-def test_sharded_training_on_two_devices_gives_the_losses_and_saved_weights_of_one_device(
+def test_sharded_training_on_two_devices_matches_the_losses_and_saved_weights_of_one_device(
     method: Method, settings: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     """The second device has none of the last held-out examples, of which there are five."""
@@ -188,7 +188,7 @@ def test_sharded_nf4_training_of_dora_on_two_devices_matches_one_device(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("method", [Method.LORA, Method.QLORA, Method.FULL])
-def test_sharded_bfloat16_training_on_two_devices_has_nearly_the_losses_of_one_device(
+def test_sharded_bfloat16_training_on_two_devices_has_nearly_the_same_losses_as_on_one_device(
     method: Method, tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     one = train(tiny_base, data, recipe(method), tmp_path / "1", 1, NumberType.BFLOAT16)
@@ -269,7 +269,7 @@ def rank(number: int) -> int:
 
 
 @pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.matrix)])
-def test_other_processes_end_within_seconds_when_a_training_process_is_killed(
+def test_remaining_processes_exit_within_seconds_when_a_training_process_is_killed(
     sharded: bool, tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     killed: list[float] = []
@@ -296,7 +296,7 @@ def test_other_processes_end_within_seconds_when_a_training_process_is_killed(
         pytest.param(1, 2, True, marks=pytest.mark.matrix),
     ],
 )
-def test_run_resumed_on_another_number_of_devices_has_nearly_equal_results_and_a_notice(
+def test_run_resumed_on_a_different_number_of_devices_has_similar_results_and_prints_a_notice(
     begun: int,
     resumed_on: int,
     sharded: bool,

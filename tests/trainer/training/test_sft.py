@@ -113,11 +113,11 @@ def test_adapter_is_written_with_its_tokenizer(trained: Path) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
 
 
-def test_no_training_file_is_written_as_pickle(trained: Path) -> None:
+def test_training_writes_no_pickle_files(trained: Path) -> None:
     assert not [path.name for path in trained.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
 
 
-def test_every_linear_layer_except_the_head_is_trained(trained: Path) -> None:
+def test_every_linear_layer_except_the_output_head_is_trained(trained: Path) -> None:
     high = {
         name: weight for name, weight in load_file(trained / "adapter_model.safetensors").items() if "lora_B" in name
     }
@@ -159,7 +159,7 @@ def test_training_summary_counts_steps_and_tokens(tiny_base: Path, examples: lis
     assert (summary.steps, summary.tokens) == (6, 2 * sum(len(row.input_ids) for row in rows))
 
 
-def test_resumed_run_does_not_tokenize_its_examples_again(
+def test_repeated_run_reuses_tokenized_examples(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = train(tiny_base, examples, tmp_path / "adapter")
@@ -407,7 +407,7 @@ def test_measuring_the_heldout_curve_does_not_change_the_weights(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_curve_contains_learning_rate_gradient_norm_and_speed_of_every_step(
+def test_training_curve_contains_learning_rate_gradient_norm_and_speed_of_every_step(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     first, second, third = train(tiny_base, examples, tmp_path / "adapter", learning_rate=1e-2).points
@@ -439,7 +439,7 @@ def test_learning_rate_follows_the_schedule_from_warmup_to_end(
     assert rates[20] == pytest.approx(1e-3) if schedule == "constant" else rates[20] < 1e-4
 
 
-def test_gradient_accumulation_gives_the_weights_of_one_large_batch(
+def test_gradient_accumulation_gives_the_same_weights_as_one_large_batch(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     """The steps are equal up to rounding, because sums are computed in a different order."""
@@ -453,7 +453,7 @@ def test_gradient_accumulation_gives_the_weights_of_one_large_batch(
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
-def test_packed_rows_train_on_the_same_tokens_in_fewer_steps(
+def test_packing_trains_on_the_same_tokens_in_fewer_steps(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     apart = train(tiny_base, examples, tmp_path / "a" / "adapter", batch_size=1, epochs=2)
@@ -462,7 +462,7 @@ def test_packed_rows_train_on_the_same_tokens_in_fewer_steps(
     assert packed.steps < apart.steps / 4
 
 
-def test_heldout_loss_is_measured_with_packed_rows(
+def test_heldout_loss_is_measured_when_packing_is_enabled(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     recipe = make_recipe(
@@ -511,7 +511,7 @@ def test_batch_is_not_split_across_several_gpus(
     assert train(tiny_base, examples, tmp_path / "adapter").steps == 3
 
 
-def test_common_prefix_is_not_split_off_with_embedding_noise(
+def test_complete_examples_are_passed_to_the_model_when_neftune_noise_is_enabled(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The noise is scaled by the length of the model's input, which must be the complete example."""
@@ -565,7 +565,7 @@ def test_packed_examples_do_not_attend_to_each_other_in_a_mixture_of_experts(
         (NumberType.FLOAT16, (False, True), "adamw_torch"),
     ],
 )
-def test_number_type_determines_mixed_precision_and_optimizer(
+def test_dtype_determines_mixed_precision_and_optimizer(
     number_type: NumberType, mixed: tuple[bool, bool], optimizer: str, tmp_path: Path
 ) -> None:
     acceleration = choose_acceleration(Facts())

@@ -51,7 +51,7 @@ def test_base_is_uploaded_and_downloaded_only_once(tmp_path: Path, objects: Obje
     assert fetch_base(objects, name, tmp_path / "cache") == fetched
 
 
-def test_no_base_files_remain_after_fetching_when_a_file_was_altered(tmp_path: Path, objects: ObjectStore) -> None:
+def test_fetching_a_base_with_an_altered_file_leaves_no_files(tmp_path: Path, objects: ObjectStore) -> None:
     name = share_base(objects, write_base(tmp_path / "base"), REVISION)
     objects.write(f"bases/{name}/model.safetensors", b"weightz")
     with pytest.raises(IntegrityError, match="was altered"):
@@ -59,7 +59,7 @@ def test_no_base_files_remain_after_fetching_when_a_file_was_altered(tmp_path: P
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_interrupted_upload_of_a_base_is_continued(tmp_path: Path, objects: ObjectStore) -> None:
+def test_interrupted_upload_of_a_base_is_resumed(tmp_path: Path, objects: ObjectStore) -> None:
     base = write_base(tmp_path / "base")
     name = share_base(objects, base, REVISION)
     objects.delete([f"bases/{name}.json", f"bases/{name}/config.json"])

@@ -71,7 +71,7 @@ def test_another_machine_fetches_the_newest_checkpoints_and_the_mlflow_run_id(fi
     assert second.tracking.read_text("utf-8") == '{"run_id": "abc"}'
 
 
-def test_best_checkpoint_is_shared_regardless_of_its_age(first: Machine, second: Machine) -> None:
+def test_best_checkpoint_is_uploaded_regardless_of_its_age(first: Machine, second: Machine) -> None:
     for step in (1, 2, 3, 4):
         first.write(step, best=1)
     second.shared.fetch()
@@ -98,7 +98,7 @@ def test_checkpoint_whose_upload_failed_is_ignored(first: Machine, second: Machi
     assert second.shared.fetch() == "step-00000001"
 
 
-def test_next_checkpoint_is_uploaded_when_the_object_store_is_available_again(
+def test_checkpoint_uploads_resume_when_the_object_store_is_available_again(
     first: Machine, second: Machine, bucket: Bucket
 ) -> None:
     bucket.fault = lambda method, path: Fault.ERROR
@@ -108,7 +108,9 @@ def test_next_checkpoint_is_uploaded_when_the_object_store_is_available_again(
     assert second.shared.fetch() == "step-00000002"
 
 
-def test_best_checkpoint_is_shared_when_its_own_upload_failed(first: Machine, second: Machine, bucket: Bucket) -> None:
+def test_best_checkpoint_is_uploaded_with_a_later_checkpoint_if_its_own_upload_failed(
+    first: Machine, second: Machine, bucket: Bucket
+) -> None:
     bucket.fault = lambda method, path: Fault.ERROR
     first.write(1, best=1)
     bucket.fault = lambda method, path: None
@@ -118,7 +120,7 @@ def test_best_checkpoint_is_shared_when_its_own_upload_failed(first: Machine, se
     assert second.steps == [1, 3, 4]
 
 
-def test_new_checkpoint_is_shared_when_an_earlier_checkpoint_is_damaged(
+def test_new_checkpoint_is_uploaded_when_an_earlier_checkpoint_is_damaged(
     first: Machine, second: Machine, bucket: Bucket
 ) -> None:
     bucket.fault = lambda method, path: Fault.ERROR

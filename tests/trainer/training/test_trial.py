@@ -137,7 +137,7 @@ class Stop(Exception):
     """Raised by a report to stop a trial."""
 
 
-def test_trial_ends_when_its_report_callback_raises(attempt: Try) -> None:
+def test_trial_stops_when_its_report_callback_raises(attempt: Try) -> None:
     def report(step: int, figures: dict[str, float]) -> None:
         if HELDOUT_LOSS in figures:
             raise Stop
@@ -161,7 +161,9 @@ def test_trial_resumes_from_a_checkpoint_after_a_signal(attempt: Try, tmp_path: 
     assert (resumed.heldout_each, curve(resumed)) == (whole.heldout_each, curve(whole))
 
 
-def test_signal_during_the_last_measurement_repeats_no_step(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_is_repeated_after_a_signal_during_the_last_heldout_evaluation(
+    attempt: Try, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = attempt(recipe(), "whole")
     judge = trial_module._judge
 

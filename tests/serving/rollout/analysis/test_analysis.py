@@ -55,7 +55,7 @@ def verdict(analysis: Analysis, signal: Signal) -> SignalVerdict:
 
 
 @pytest.mark.parametrize("session", [1, 5])
-def test_candidates_equal_to_production_are_rarely_rolled_back_when_every_request_is_checked(session: int) -> None:
+def test_candidates_equal_to_production_are_rarely_rolled_back_with_a_check_after_every_request(session: int) -> None:
     draw = np.random.default_rng(0)
     rates, failed = Rates(errors=0.1, invalid=0.1), 0
     for _ in range(40):
@@ -68,7 +68,7 @@ def test_candidates_equal_to_production_are_rarely_rolled_back_when_every_reques
     assert failed / 40 <= LARGE.wrong_rollback
 
 
-def test_rise_from_2_to_10_percent_invalid_outputs_is_proven_within_800_candidate_units() -> None:
+def test_increase_from_2_to_10_percent_invalid_outputs_is_proven_within_800_candidate_units() -> None:
     draw, units = np.random.default_rng(1), []
     for _ in range(10):
         analysis = Analysis()
@@ -116,7 +116,7 @@ def test_one_client_with_most_failures_does_not_fail_the_candidate() -> None:
     assert analysis.outcomes[Signal.ERRORS] is GateOutcome.PASSED
 
 
-def test_signal_without_data_is_undecided_and_does_not_hold_up_a_rollout() -> None:
+def test_signal_without_data_is_undecided_and_does_not_block_a_rollout() -> None:
     analysis = Analysis()
     for second in range(4_000):
         analysis.add(Request(None, Arm.CANDIDATE if second % 3 == 0 else Arm.PRODUCTION, float(second)))
@@ -183,6 +183,6 @@ def test_detectable_losses_shrink_with_the_number_of_units_and_exceed_the_margin
 
 
 @pytest.mark.parametrize("wrong", [{"errors": -0.01}, {"feedback": 1.0}, {"first_token": 0.9}])
-def test_margins_reject_impossible_values(wrong: dict[str, float]) -> None:
+def test_impossible_margins_are_rejected(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="margins must be in"):
         Margins(**wrong)

@@ -41,7 +41,7 @@ def wrong_share(streams: Floats, margin: float, outcome: GateOutcome) -> float:
 
 @pytest.mark.parametrize("production", [0.02, 0.2])
 @pytest.mark.parametrize("margin", [0.0, 0.1])
-def test_wrong_decisions_are_rare_for_losses_at_the_margin_when_every_block_is_checked(
+def test_wrong_decisions_are_rare_for_losses_at_the_margin_with_a_check_after_every_block(
     production: float, margin: float
 ) -> None:
     draw = np.random.default_rng(0)
@@ -51,7 +51,7 @@ def test_wrong_decisions_are_rare_for_losses_at_the_margin_when_every_block_is_c
     assert wrong_share(streams, margin, GateOutcome.PASSED) <= LARGE.wrong_advance
 
 
-def test_false_proofs_of_a_loss_are_rare_when_rates_vary_with_the_time_of_day() -> None:
+def test_false_positives_are_rare_when_rates_vary_with_the_time_of_day() -> None:
     draw = np.random.default_rng(1)
     rate = 0.2 + 0.2 * np.sin(np.arange(BLOCKS) / 20)
     streams = (draw.random((STREAMS, BLOCKS)) < rate) - draw.binomial(10, rate, (STREAMS, BLOCKS)) / 10

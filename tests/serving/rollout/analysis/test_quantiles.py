@@ -11,7 +11,7 @@ from serving.rollout.analysis.quantiles import Times
 
 
 @given(st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=200), st.sampled_from([0.05, 0.5, 0.95, 1.0]))
-def test_quantile_is_at_most_1_percent_above_the_exact_one(values: list[float], share: float) -> None:
+def test_quantile_is_at_most_1_percent_above_the_exact_value(values: list[float], share: float) -> None:
     times = Times()
     for value in values:
         times.add(value)
@@ -19,12 +19,12 @@ def test_quantile_is_at_most_1_percent_above_the_exact_one(values: list[float], 
     assert exact * (1 - 1e-9) <= times.quantile(share) <= exact * 1.01 * (1 + 1e-9)
 
 
-def test_quantile_raises_error_when_no_times_were_recorded() -> None:
+def test_quantile_raises_an_error_when_no_durations_were_recorded() -> None:
     with pytest.raises(ValueError, match="no times"):
         Times().quantile(0.95)
 
 
-def test_upper_confidence_limit_of_a_quantile_is_unknown_with_few_times() -> None:
+def test_upper_confidence_limit_of_a_quantile_is_unknown_with_few_samples() -> None:
     times = Times()
     assert times.limits(0.95, 0.05) == (0.0, None)
     times.add(0.3)
@@ -48,7 +48,7 @@ def test_confidence_limits_contain_the_true_quantile_at_all_times() -> None:
     assert high / low < 1.6
 
 
-def test_times_outside_the_supported_range_are_clipped() -> None:
+def test_durations_outside_the_supported_range_are_clipped() -> None:
     times = Times()
     for value in (0.0, 1e9):
         times.add(value)

@@ -33,7 +33,7 @@ def test_unit_observation_averages_its_requests() -> None:
     assert closed(units, Request(None, PRODUCTION, WINDOW_S))[0] == Unit(CANDIDATE, 0.25, 0.5, 2.0)
 
 
-def test_requests_after_the_window_of_their_unit_are_ignored() -> None:
+def test_requests_after_the_end_of_their_units_window_are_ignored() -> None:
     units = Units()
     closed(units, Request("ada", CANDIDATE, 0.0))
     late = [Request("ada", CANDIDATE, WINDOW_S + second, failed=True) for second in range(100)]
@@ -50,7 +50,7 @@ def test_units_already_observed_on_the_candidate_are_ignored_in_the_next_step() 
     assert units.start_step() == []
 
 
-def test_request_answered_by_the_other_arm_is_ignored() -> None:
+def test_request_is_ignored_if_its_unit_belongs_to_the_opposite_arm() -> None:
     units = Units()
     closed(units, Request("ada", PRODUCTION, 0.0), Request("ada", CANDIDATE, 1.0, failed=True))
     assert units.start_step() == [Unit(PRODUCTION, 0.0, None, None)]

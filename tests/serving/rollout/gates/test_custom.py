@@ -121,13 +121,13 @@ def test_gate_entry_point_fails_if_it_returns_false_or_raises() -> None:
     )
 
 
-def test_result_file_may_be_named_after_the_version(tmp_path: Path) -> None:
+def test_result_file_path_may_contain_a_version_placeholder(tmp_path: Path) -> None:
     (tmp_path / "tuned@2.json").write_text('{"results": {"stats": {"successes": 200, "failures": 0}}}')
     gate = ResultFileGate(name="mine", result_file=tmp_path / "{version}.json", min_pass_share=0.9)
     assert check(gate).verdict is GateVerdict.PASSED
 
 
-def test_kind_of_a_custom_gate_is_determined_by_its_setting_keys(tmp_path: Path) -> None:
+def test_custom_gate_type_is_inferred_from_its_setting_keys(tmp_path: Path) -> None:
     path = tmp_path / "svc.yaml"
     path.write_text(
         "models: {tuned: {gates: {custom: [{name: a, command: [x]}, {name: b, entry_point: m:f}, "

@@ -36,7 +36,7 @@ def check(registry: Registry, gate: str, *, format: Format = Format.MERGED, **se
     return row(check_gates(promotion(registry, format=format), GateSettings(**settings), NOW), gate)
 
 
-def test_no_gate_fails_for_an_equal_version(registry: Registry) -> None:
+def test_no_gate_fails_for_a_version_equal_to_production(registry: Registry) -> None:
     register(registry, 1), register(registry, 2)
     rows = check_gates(promotion(registry), GateSettings(quality_margin=0.05), NOW)
     assert {each.gate: each.verdict for each in rows} == {
@@ -55,7 +55,7 @@ def test_no_gate_fails_for_an_equal_version(registry: Registry) -> None:
     assert refusing_gates(rows, GateSettings()) == ()
 
 
-def test_version_with_failed_registration_checks_is_refused_with_a_list_of_them(registry: Registry) -> None:
+def test_version_with_failed_registration_checks_is_refused_and_the_checks_are_listed(registry: Registry) -> None:
     register(registry, 1), register(registry, 2, failed=("GPTQ lost 0.3", "the tokens differ"))
     failed = check(registry, "checks")
     assert (failed.verdict, failed.reason) == (FAILED, "GPTQ lost 0.3; the tokens differ")
@@ -83,13 +83,15 @@ def test_parity_gate_fails_if_a_check_in_the_parity_report_failed(registry: Regi
     assert "template" in parity.reason
 
 
-def test_parity_and_licence_gates_are_undecided_without_a_report_and_a_licence(registry: Registry) -> None:
+def test_parity_and_licence_gates_are_undecided_if_report_and_licence_are_missing(registry: Registry) -> None:
     register(registry, 1)
     register(registry, 2, parity=None, base=BaseRecord(origin="base", revision="1", licence=None))
     assert check(registry, "parity").verdict is check(registry, "licence").verdict is UNDECIDED
 
 
-def test_probes_gate_is_undecided_without_probes_but_adapters_may_use_those_of_merged(registry: Registry) -> None:
+def test_probes_gate_is_undecided_without_probes_but_accepts_merged_model_probes_for_an_adapter(
+    registry: Registry,
+) -> None:
     formats = (Format.MERGED, Format.ADAPTER)
     register(registry, 1, formats=formats), register(registry, 2, formats=formats)
     assert check(registry, "probes", format=Format.ADAPTER).verdict is PASSED
@@ -106,7 +108,7 @@ def test_version_with_better_quality_passes_the_quality_gate(registry: Registry)
     assert quality.limit == "loss of at most 0.020"
 
 
-def test_promotion_is_refused_by_a_proven_loss_of_quality(registry: Registry) -> None:
+def test_promotion_is_refused_if_a_quality_loss_is_proven(registry: Registry) -> None:
     register(registry, 1, 80), register(registry, 2, 60)
     rows = check_gates(promotion(registry), GateSettings(), NOW)
     assert [each.gate for each in refusing_gates(rows, GateSettings())] == ["quality"]
@@ -120,7 +122,7 @@ def test_quality_gate_with_too_few_examples_is_undecided_and_names_the_number_ne
     assert "cannot be excluded with 100 examples; about 2,300 would decide" in quality.reason
 
 
-def test_undecided_gate_refuses_a_promotion_only_if_configured(registry: Registry) -> None:
+def test_undecided_gate_blocks_a_promotion_only_if_configured(registry: Registry) -> None:
     register(registry, 1, 80), register(registry, 2, 79)
     strict = GateSettings.model_validate({"undecided": "refuse"})
     rows = check_gates(promotion(registry), strict, NOW)
@@ -143,13 +145,13 @@ def test_version_that_makes_references_less_likely_fails_the_nll_gate(registry: 
     assert check(registry, "nll", nll_margin=0.3).verdict is PASSED
 
 
-def test_nll_gate_is_undecided_if_the_references_have_different_tokens(registry: Registry) -> None:
+def test_nll_gate_is_undecided_if_the_references_are_tokenized_differently(registry: Registry) -> None:
     register(registry, 1), register(registry, 2, scored=4)
     nll = check(registry, "nll")
     assert (nll.verdict, nll.reason) == (UNDECIDED, "the tokenizers or chat templates differ")
 
 
-def test_versions_are_compared_only_on_examples_that_both_were_evaluated_on(registry: Registry) -> None:
+def test_versions_are_compared_only_on_examples_in_both_evaluations(registry: Registry) -> None:
     register(registry, 1, 40, 100), register(registry, 2, 40, 40)
     assert check(registry, "quality").measured.startswith("exact match: 1.000 tuned@1, 1.000 tuned@2")
 
@@ -225,7 +227,7 @@ def test_version_in_production_is_compared_with_its_base(registry: Registry) -> 
     assert quality.measured.startswith("exact match: 0.200 base, 0.800 tuned@1")
 
 
-def test_quality_gate_compares_an_adapter_by_the_results_of_its_merged_model(registry: Registry) -> None:
+def test_quality_gate_uses_the_results_of_the_merged_model_for_an_adapter(registry: Registry) -> None:
     formats = (Format.MERGED, Format.ADAPTER)
     register(registry, 1, 60, formats=formats), register(registry, 2, 80, formats=formats)
     assert check(registry, "quality", format=Format.ADAPTER).verdict is PASSED

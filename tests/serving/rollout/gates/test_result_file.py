@@ -54,7 +54,7 @@ def test_openai_evals_api_run_is_read_only_if_it_is_completed(tmp_path: Path) ->
         read_results(path)
 
 
-def test_tests_that_ended_with_an_error_count_as_not_passed(tmp_path: Path) -> None:
+def test_tests_with_errors_count_as_failed(tmp_path: Path) -> None:
     results = read_results(promptfoo(tmp_path, successes=90, failures=5, errors=5))
     assert (results.passed, results.total) == (90, 100)
     assert read_results(promptfoo(tmp_path, successes=2, failures=1)).total == 3  # older exports
@@ -64,7 +64,9 @@ def test_tests_that_ended_with_an_error_count_as_not_passed(tmp_path: Path) -> N
     ("passed", "verdict"),
     [(990, GateVerdict.PASSED), (905, GateVerdict.UNDECIDED), (800, GateVerdict.FAILED)],
 )
-def test_share_of_passed_tests_is_compared_with_its_interval(tmp_path: Path, passed: int, verdict: GateVerdict) -> None:
+def test_verdict_takes_the_confidence_interval_of_the_pass_rate_into_account(
+    tmp_path: Path, passed: int, verdict: GateVerdict
+) -> None:
     assert check(promptfoo(tmp_path, successes=passed, failures=1000 - passed)).verdict is verdict
 
 

@@ -62,7 +62,7 @@ def test_prompt_is_converted_to_messages() -> None:
 
 
 @given(json_values)
-def test_any_client_prompt_is_converted_to_serialisable_messages(prompt: Any) -> None:
+def test_any_client_prompt_is_converted_to_serializable_messages(prompt: Any) -> None:
     written = input_messages(json.dumps(prompt))
     assert written.encode("utf-8")
     for message in json.loads(written):
@@ -88,7 +88,7 @@ def test_stored_tool_calls_are_separate_message_parts() -> None:
     ]
 
 
-def test_broken_off_answer_has_finish_reason_error() -> None:
+def test_interrupted_answer_has_finish_reason_error() -> None:
     assert json.loads(output_messages("on", None))[0]["finish_reason"] == "error"
 
 

@@ -105,7 +105,7 @@ def test_queued_spans_are_sent_on_close() -> None:
     assert sent.exporter.ends == 1
 
 
-def test_spans_beyond_the_queue_are_dropped_and_counted() -> None:
+def test_spans_beyond_the_queue_capacity_are_dropped_and_counted() -> None:
     sent = Sent(max_queued=10)
     for _ in range(25):
         sent.add()
@@ -125,7 +125,7 @@ def test_span_queue_has_space_again_after_spans_were_sent() -> None:
     assert sent.counts == {"sent": 3}
 
 
-def test_span_is_sent_without_content_over_its_limit() -> None:
+def test_span_is_sent_without_content_when_the_content_limit_is_exceeded() -> None:
     sent = Sent(max_content=500)
     sent.add('"' + "x" * 300 + '"')
     sent.add('"' + "y" * 300 + '"')
@@ -169,7 +169,7 @@ def test_rejected_span_batch_is_counted_and_released() -> None:
     assert sent.counts == {SpanDropped.SEND_FAILED: 2}
 
 
-def test_closing_traces_waits_no_longer_than_its_timeout() -> None:
+def test_closing_the_trace_exporter_waits_no_longer_than_its_timeout() -> None:
     sent = Sent()
     sent.add()
     assert sent.exporter.asked.wait(5)
@@ -248,7 +248,7 @@ def test_duplicate_traceparent_headers_are_ignored() -> None:
 
 
 @given(st.text(st.characters(max_codepoint=255)), st.text(st.characters(max_codepoint=255)))
-def test_trace_headers_for_the_engine_are_valid_whatever_a_client_sends(parent: str, state: str) -> None:
+def test_trace_headers_for_the_engine_are_valid_regardless_of_client_headers(parent: str, state: str) -> None:
     for traceparent in (parent, f"00-{TRACE}-{PARENT}-01"):
         lines = TRACER.begin(headers(traceparent, state=state)).header_lines
         assert lines.endswith("\r\n")

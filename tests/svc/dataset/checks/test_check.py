@@ -74,7 +74,7 @@ def test_file_without_examples_is_an_error(tmp_path: Path) -> None:
     assert report.median_characters == 0
 
 
-def test_oddities_of_files_that_openai_publishes_are_warnings(tmp_path: Path) -> None:
+def test_irregularities_in_openai_sample_files_are_reported_as_warnings(tmp_path: Path) -> None:
     path = tmp_path / "published.jsonl"
     path.write_text(published(toy=4, drone=3))
     report = check_file(path)

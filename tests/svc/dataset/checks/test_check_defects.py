@@ -94,7 +94,9 @@ def test_wrong_message_role_is_reported(tmp_path: Path, form: Format) -> None:
 @pytest.mark.parametrize("form", [Format.CHAT, Format.OPENAI_EVALS])
 @given(chance=seeds)
 @few
-def test_kinds_of_duplicates_are_distinguished(tmp_path: Path, form: Format, chance: random.Random) -> None:
+def test_exact_and_near_duplicates_and_contradictions_are_distinguished(
+    tmp_path: Path, form: Format, chance: random.Random
+) -> None:
     question, answer = TEXT[form]
     rows = good_rows(form, chance, GOOD_ROWS)
     first = put(rows[0], question, long := text(chance, 40, 60))
@@ -126,7 +128,9 @@ def test_leaks_are_errors_and_near_leaks_are_warnings(tmp_path: Path, form: Form
 @pytest.mark.parametrize("form", [Format.ALPACA, Format.PROMPT_COMPLETION, Format.OPENAI_EVALS_OUTPUT])
 @given(chance=seeds)
 @few
-def test_answers_unlike_all_other_answers_are_reported(tmp_path: Path, form: Format, chance: random.Random) -> None:
+def test_answers_that_deviate_from_the_label_set_or_format_are_reported(
+    tmp_path: Path, form: Format, chance: random.Random
+) -> None:
     rows = good_rows(form, chance, GOOD_ROWS, labels=True)
     rows[3] = put(rows[3], TEXT[form][1], '{"colour": "loud"}')
     rows[8] = put(rows[8], TEXT[form][1], "It is red.")
@@ -186,7 +190,7 @@ def test_same_answer_after_different_thinking_is_not_a_contradiction(tmp_path: P
     assert found(tmp_path / "x.jsonl", lines) == {2: {Code.NEAR_DUPLICATE}, 3: {Code.CONTRADICTION}}
 
 
-def test_same_prompt_with_other_tools_is_a_leak_but_no_duplicate(tmp_path: Path) -> None:
+def test_same_prompt_with_different_tools_is_a_leak_but_not_a_duplicate(tmp_path: Path) -> None:
     one, other = tool_row(), tool_row(description="Makes it.")
     answered = put(one, "messages.3.content", "Yes.")
     assert found(tmp_path / "x.jsonl", map(encode, [one, other])) == {}
@@ -207,7 +211,7 @@ def test_assistant_turn_before_any_user_turn_is_reported(tmp_path: Path, system:
     assert codes == {1: {Code.ASSISTANT_FIRST}}
 
 
-def test_list_without_valid_examples_is_reported_at_its_last_line(tmp_path: Path) -> None:
+def test_json_list_without_valid_examples_is_reported_at_its_last_line(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[\n\n1,\n2\n]")
     problems = list(check_file(tmp_path / "x.json").problems)
     assert [(problem.line, problem.code) for problem in problems] == [
@@ -224,7 +228,7 @@ def test_label_occurring_once_among_frequent_labels_is_reported(tmp_path: Path) 
     assert found(tmp_path / "x.jsonl", map(encode, rows)) == {121: {Code.LABEL_NOT_IN_SET}}
 
 
-def test_short_questions_with_one_long_instruction_are_not_duplicates(tmp_path: Path) -> None:
+def test_short_questions_that_share_a_long_instruction_are_not_duplicates(tmp_path: Path) -> None:
     instruction = "Translate the following sentence into French, and answer with the translation only, without quotes: "
     chance = random.Random(1)
     rows = [row(Format.ALPACA, "", instruction * 3 + text(chance, 2, 5), text(chance, 2, 5)) for _ in range(60)]

@@ -121,7 +121,7 @@ def test_valid_labels_are_not_reported(counts: dict[str, int], system: str) -> N
     ("first", "second", "wrong", "system"),
     [("正面", "负面", "中性的", "请回答正面或负面。"), ("はい", "いいえ", "たぶん", "はいかいいえで答えて。")],
 )
-def test_listed_labels_are_recognised_in_scripts_without_spaces(
+def test_listed_labels_are_recognized_in_scripts_without_spaces(
     first: str, second: str, wrong: str, system: str
 ) -> None:
     assert odd_labels({first: 30, second: 30, wrong: 1}, system) == {wrong}
@@ -132,7 +132,7 @@ def test_part_of_a_word_is_not_accepted_as_a_listed_label() -> None:
 
 
 @pytest.mark.parametrize("task", ["Is it positive or negative?\n\n{}", "{}\n\nIs it positive or negative?"])
-def test_second_task_without_a_system_turn_is_not_checked_against_other_labels(task: str) -> None:
+def test_free_form_examples_of_a_second_task_are_not_checked_against_the_label_set(task: str) -> None:
     rows = labelled({"positive": 20, "negative": 20}, around=task)
     assert odd([*rows, chat("What is 2+3?", "5"), chat("Name the capital of Peru.", "Lima")]) == {}
     assert odd([*rows, example("neg", around=task)]) == {40: Code.LABEL_NOT_IN_SET}

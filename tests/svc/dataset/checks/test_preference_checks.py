@@ -93,13 +93,13 @@ def test_pair_is_a_duplicate_when_prompt_and_both_answers_are_the_same(tmp_path:
     assert problems(check(tmp_path, *rows)) == [(3, Code.DUPLICATE, "same as line 1")]
 
 
-def test_labelled_answer_is_a_contradiction_when_an_earlier_line_has_the_opposite_label(tmp_path: Path) -> None:
+def test_labeled_answer_is_a_contradiction_when_an_earlier_line_has_the_opposite_label(tmp_path: Path) -> None:
     rows = [labelled("q"), labelled("q", "two", label=False), labelled("q", label=False), labelled("r", label=False)]
     report = check(tmp_path, *rows)
     assert problems(report) == [(3, Code.CONTRADICTION, "same as line 1, but with the opposite preference")]
 
 
-def test_labelled_answer_is_a_duplicate_when_an_earlier_line_has_the_same_label(tmp_path: Path) -> None:
+def test_labeled_answer_is_a_duplicate_when_an_earlier_line_has_the_same_label(tmp_path: Path) -> None:
     rows = [labelled("q", label=False), labelled("q", label=False), labelled("r")]
     assert problems(check(tmp_path, *rows)) == [(2, Code.DUPLICATE, "same as line 1")]
 
@@ -111,7 +111,7 @@ def test_pair_leaks_when_a_held_out_pair_has_the_same_prompt(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_pair_is_too_long_when_either_answer_is(tmp_path: Path, side: str) -> None:
+def test_pair_is_too_long_when_either_answer_is_too_long(tmp_path: Path, side: str) -> None:
     report = check(tmp_path, pair("q") | {side: "word " * 100}, max_length=50)
     ((line, code, message),) = problems(report)
     assert (line, code) == (1, Code.TOO_LONG)
@@ -135,7 +135,7 @@ def test_undesirable_answers_are_not_checked_against_the_label_set(tmp_path: Pat
 
 
 @pytest.mark.parametrize("longer", [1, 84, 100])
-def test_interval_of_the_share_of_longer_chosen_answers_is_a_wilson_interval(longer: int) -> None:
+def test_length_bias_confidence_interval_is_a_wilson_interval(longer: int) -> None:
     chosen = [2 if place < longer else 1 for place in range(100)]
     bias = measure_length_bias(AnswerLengths(array("I", chosen), array("I", [3 - length for length in chosen])))
     assert bias is not None
@@ -157,7 +157,7 @@ def test_length_bias_ignores_pairs_of_equal_length(tmp_path: Path) -> None:
     assert check(tmp_path, pair("q")).length_bias is None
 
 
-def test_missing_label_is_reported_when_all_labelled_answers_have_the_opposite_label(tmp_path: Path) -> None:
+def test_missing_label_is_reported_when_all_labeled_answers_have_the_opposite_label(tmp_path: Path) -> None:
     one, other = (
         write_lines(tmp_path / f"{label}.jsonl", labelled(f"{label} q", label=label), labelled("r", label=label))
         for label in (True, False)

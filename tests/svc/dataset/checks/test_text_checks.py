@@ -78,7 +78,7 @@ def test_wrongly_decoded_text_is_reported(wrong: str, around: str) -> None:
     assert "\ufffd" in decoded or Code.MOJIBAKE in codes(around + decoded + around)
 
 
-def test_short_texts_read_as_windows_1252_are_reported() -> None:
+def test_short_texts_wrongly_decoded_as_windows_1252_are_reported() -> None:
     originals = ("é", "ü", "naïve", "–", "’", "“x", "€", "°", "ß", "привет", "日本")  # noqa: RUF001
     assert [text for text in originals if codes(text.encode().decode("cp1252")) != {Code.MOJIBAKE}] == []
 

@@ -71,7 +71,7 @@ def test_every_chat_format_yields_the_same_example(form: Format) -> None:
     ],
     ids=str,
 )
-def test_common_spellings_of_fields_are_accepted(value: Any) -> None:
+def test_common_field_name_variants_are_accepted(value: Any) -> None:
     assert parse(value) == chat("i", "o")
 
 
@@ -102,7 +102,7 @@ def test_xlam_answers_become_the_tool_calls_of_the_final_turn() -> None:
     ]
 
 
-def test_row_of_another_format_may_contain_xlam_keys() -> None:
+def test_xlam_keys_in_a_prompt_completion_row_are_ignored() -> None:
     assert parse({"prompt": "i", "completion": "o", "query": "x", "answers": "[]"}) == chat("i", "o")
 
 
@@ -111,7 +111,7 @@ def test_xlam_row_may_have_a_system_prompt() -> None:
     assert [message.role for message in example.messages] == [Role.SYSTEM, Role.USER, Role.ASSISTANT]
 
 
-def test_sharegpt_calls_become_tool_calls() -> None:
+def test_sharegpt_function_calls_become_tool_calls() -> None:
     turns = [("human", "Rain?"), ("function_call", '{"name": "rain", "arguments": {"city": "Rome"}}')]
     turns += [("observation", "no"), ("gpt", "No.")]
     value = {"conversations": [{"from": who, "value": said} for who, said in turns], "tools": json.dumps([TOOL])}
@@ -296,7 +296,7 @@ def test_file_format_is_the_format_of_most_rows(tmp_path: Path) -> None:
     assert errors[1:] == [None] * 5
 
 
-def test_data_files_may_differ_in_format(tmp_path: Path) -> None:
+def test_data_files_of_one_dataset_may_have_different_formats(tmp_path: Path) -> None:
     paths = [write_lines(tmp_path / f"{form}.jsonl", row(form, "be short", "which", "that")) for form in TEXT_FORMATS]
     assert read_examples(paths) == [EXPECTED] * len(paths)
 

@@ -76,7 +76,7 @@ def test_document_row_with_an_invalid_text_is_an_error(tmp_path: Path, text: obj
         read_examples(path)
 
 
-def test_data_check_finds_copied_documents_and_reports_no_excess_length(tmp_path: Path) -> None:
+def test_data_check_reports_duplicate_documents_but_never_overlong_documents(tmp_path: Path) -> None:
     licence = LICENCE.read_text("utf-8")
     rows = [{"text": licence}, {"text": licence + " "}, {"text": licence.replace("Licen", "Lizen", 3)}, {"text": TEXT}]
     report = check_file(write_lines(tmp_path / "x.jsonl", *rows))
@@ -94,6 +94,6 @@ def test_split_separates_different_documents_but_keeps_copies_together(tmp_path:
     assert len(set(group_near_duplicates(examples).tolist())) == 200
 
 
-def test_question_and_answer_of_a_document_example_are_its_text() -> None:
+def test_document_example_has_its_text_as_both_question_and_answer() -> None:
     example = ChatExample.of_document("a b")
     assert (example.question, example.answer, example.learnt) == ("a b", "a b", (1,))

@@ -104,7 +104,7 @@ def test_truncated_compressed_file_yields_readable_rows_then_an_error(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.gz", "x.jsonl.xz", "x.jsonl.bz2", "x.jsonl.zst"])
-def test_file_contradicting_its_extension_is_unreadable(tmp_path: Path, name: str) -> None:
+def test_file_whose_content_does_not_match_its_extension_is_unreadable(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"no such thing at all, but long enough for a header")
     (line,) = read_lines(tmp_path / name)
     assert line.error is not None and line.error.code is Code.UNREADABLE
@@ -186,7 +186,7 @@ def test_unreadable_parquet_value_is_reported_by_row(tmp_path: Path, zone: str |
     assert errors(path) == [(1, Code.WRONG_FORMAT)]
 
 
-def test_parquet_file_of_unknown_format_error_lists_its_columns(tmp_path: Path) -> None:
+def test_error_for_a_parquet_file_in_an_unknown_format_lists_its_columns(tmp_path: Path) -> None:
     path = arrow_file(tmp_path / "x.parquet", {"question": ["q"], "answer": ["a"]})
     (line,) = read_lines(path)
     assert line.error is not None and line.error.code is Code.WRONG_FORMAT
@@ -205,7 +205,7 @@ def test_duplicate_relevant_column_is_reported_and_not_read(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("before", ["\n", " \r\n\n", "sep=;\r\n", '"sep=;"\n', "\nsep=;\n\n"])
-def test_spreadsheet_lines_before_csv_header_are_skipped(tmp_path: Path, before: str) -> None:
+def test_blank_lines_and_sep_lines_before_the_csv_header_are_skipped(tmp_path: Path, before: str) -> None:
     (tmp_path / "x.csv").write_bytes(f"{before}prompt;completion\nq, r;a\n".encode())
     (line,) = read_lines(tmp_path / "x.csv")
     assert line.example is not None and line.example.question == "q, r"
@@ -232,7 +232,7 @@ def read_lines_examples(path: Path) -> list[ChatExample]:
     return [line.example for line in read_lines(path) if line.example]
 
 
-def test_reading_progress_is_monotonic_and_within_the_file_size(tmp_path: Path) -> None:
+def test_reading_progress_is_monotonic_and_never_exceeds_the_file_size(tmp_path: Path) -> None:
     for path in (jsonl(tmp_path), parquet(tmp_path / "x.parquet")):
         told: list[int] = []
         assert sum(1 for _ in read_rows(path, told.append)) == len(EXAMPLES)

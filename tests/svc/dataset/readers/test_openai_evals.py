@@ -27,7 +27,7 @@ OUTPUT = {
 }
 
 
-def test_example_pairs_question_with_reference_instead_of_model_output() -> None:
+def test_evals_example_uses_the_reference_as_answer_instead_of_the_model_output() -> None:
     example = parse(OUTPUT)
     assert [(turn.role.value, turn.content) for turn in example.messages] == [
         ("system", "Categorise."),
@@ -68,6 +68,6 @@ def test_ambiguous_evals_row_is_rejected_naming_the_field(value: Any, field: str
     assert caught.value.field == field
 
 
-def test_evals_key_in_a_row_of_another_format_is_ignored() -> None:
+def test_evals_key_is_ignored_in_a_prompt_completion_row() -> None:
     assert recognise({"prompt": "a", "completion": "b", "item": {"id": 5}}) is Format.PROMPT_COMPLETION
     assert parse({"prompt": "a", "completion": "b", "item": {"id": 5}}).answer == "b"

@@ -108,11 +108,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_pair_is_read_from_every_published_format(tmp_path: Path, name: str) -> None:
+def test_preference_pair_is_read_from_every_published_dataset_format(tmp_path: Path, name: str) -> None:
     assert read_pairs(write_lines(tmp_path / "x.jsonl", PUBLISHED[name])) == [PAIR]
 
 
-def test_pair_becomes_a_desirable_and_an_undesirable_answer_when_read_as_labelled_answers(tmp_path: Path) -> None:
+def test_preference_pair_yields_a_desirable_and_an_undesirable_answer_for_kto(tmp_path: Path) -> None:
     answers = read_labelled(write_lines(tmp_path / "x.jsonl", ULTRAFEEDBACK))
     assert answers == [LabelledAnswer(PAIR.chosen, desirable=True), LabelledAnswer(PAIR.rejected, desirable=False)]
 
@@ -164,7 +164,7 @@ CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
         },
     ],
 )
-def test_answer_may_be_a_tool_call_when_the_row_has_tools(tmp_path: Path, value: dict[str, Any]) -> None:
+def test_preference_answer_may_be_a_tool_call_when_the_row_defines_tools(tmp_path: Path, value: dict[str, Any]) -> None:
     (pair,) = read_pairs(write_lines(tmp_path / "x.jsonl", value))
     assert pair.chosen.calls_tools
     assert pair.chosen.tools == pair.rejected.tools != ()
@@ -211,14 +211,14 @@ LATER = [ASKED, GOOD, turn("user", "Another?")]
         ({"chosen": BETTER}, Code.WRONG_FORMAT, ""),
     ],
 )
-def test_error_names_the_field_of_the_file_when_a_pair_is_invalid(value: Any, code: Code, field: str) -> None:
+def test_invalid_preference_pair_error_names_the_field_as_in_the_file(value: Any, code: Code, field: str) -> None:
     form = PairFormat.OPENAI_PREFERENCE if "input" in value else PairFormat.CHOSEN_REJECTED
     with pytest.raises(RowError) as caught:
         parse_pair(value, form)
     assert (caught.value.code, caught.value.field) == (code, field)
 
 
-def test_answer_stays_text_when_it_is_json_but_not_turns(tmp_path: Path) -> None:
+def test_json_answer_that_is_not_a_list_of_turns_is_read_as_text(tmp_path: Path) -> None:
     better, worse = '[{"from": "USD", "value": 5}]', '{"role": "admin", "content": 1}'
     (pair,) = read_pairs(write_lines(tmp_path / "x.jsonl", {"prompt": QUESTION, "chosen": better, "rejected": worse}))
     assert (pair.chosen.answer, pair.rejected.answer) == (better, worse)
@@ -237,7 +237,7 @@ LABELLED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", LABELLED)
-def test_labelled_answer_is_read_from_every_published_format(tmp_path: Path, name: str) -> None:
+def test_labeled_answer_is_read_from_every_published_dataset_format(tmp_path: Path, name: str) -> None:
     answers = read_labelled(write_lines(tmp_path / "x.jsonl", LABELLED[name]))
     assert answers == [LabelledAnswer(chat(QUESTION, WORSE), desirable=False)]
 
@@ -273,7 +273,7 @@ CHAT = {"messages": [ASKED, GOOD]}
         (read_labelled, CHAT, "contains chat examples", "set `objective: sft`"),
     ],
 )
-def test_error_names_the_matching_objective_when_a_file_has_the_wrong_kind(
+def test_error_suggests_the_matching_objective_when_a_file_contains_the_wrong_kind_of_data(
     tmp_path: Path, read: Any, value: Any, wrong: str, todo: str
 ) -> None:
     path = write_lines(tmp_path / "x.jsonl", *[value] * 3)
@@ -283,11 +283,11 @@ def test_error_names_the_matching_objective_when_a_file_has_the_wrong_kind(
     assert todo in caught.value.todo
 
 
-def test_row_with_messages_and_a_pair_is_a_chat_example_when_chat_examples_are_read(tmp_path: Path) -> None:
+def test_row_with_both_messages_and_a_preference_pair_can_be_read_as_a_chat_example(tmp_path: Path) -> None:
     assert read_examples(write_lines(tmp_path / "x.jsonl", ULTRAFEEDBACK)) == [PAIR.chosen]
 
 
-def test_chat_file_is_read_when_its_label_is_not_a_boolean(tmp_path: Path) -> None:
+def test_file_with_a_non_boolean_label_column_is_read_as_chat_examples(tmp_path: Path) -> None:
     value = {"prompt": QUESTION, "completion": BETTER, "label": "fruit"}
     assert read_examples(write_lines(tmp_path / "x.jsonl", value)) == [PAIR.chosen]
 
@@ -301,32 +301,32 @@ def test_chat_file_is_read_when_its_label_is_not_a_boolean(tmp_path: Path) -> No
         ("x.json", json.dumps([LLAMA_FACTORY], indent=2)),
     ],
 )
-def test_pair_is_read_when_the_file_is_a_table_or_a_list(tmp_path: Path, name: str, content: str) -> None:
+def test_preference_pair_is_read_from_a_table_or_a_json_list(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     assert read_pairs(tmp_path) == [PAIR]
 
 
 @pytest.mark.parametrize("name", ["TRL, implicit prompt", "LLaMA-Factory, ShareGPT", "OpenAI", "TRL, turns"])
-def test_pair_is_read_when_turns_are_json_in_the_cells_of_a_table(tmp_path: Path, name: str) -> None:
+def test_preference_pair_is_read_from_a_table_with_turns_encoded_as_json(tmp_path: Path, name: str) -> None:
     cells = {key: value if isinstance(value, str) else json.dumps(value) for key, value in PUBLISHED[name].items()}
     with (tmp_path / "x.csv").open("w", newline="") as file:
         csv.writer(file).writerows([cells.keys(), cells.values()])
     assert read_pairs(tmp_path / "x.csv") == [PAIR]
 
 
-def test_label_is_read_when_it_is_text_in_a_table(tmp_path: Path) -> None:
+def test_text_label_in_a_table_is_read_as_a_boolean(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(f"prompt,completion,label\n{QUESTION},{BETTER},True\n{QUESTION},{WORSE},False\n")
     assert [answer.desirable for answer in read_labelled(tmp_path / "x.csv")] == [True, False]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_pair_is_read_from_parquet_when_other_columns_are_present(tmp_path: Path, name: str) -> None:
+def test_preference_pair_is_read_from_parquet_with_additional_columns(tmp_path: Path, name: str) -> None:
     rows = [{**PUBLISHED[name], "embedding": [0.5]}] * 2
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     assert read_pairs(tmp_path) == [PAIR, PAIR]
 
 
-def test_pair_with_a_held_out_prompt_is_rejected_or_skipped_as_a_bad_line(tmp_path: Path) -> None:
+def test_preference_pair_with_a_held_out_prompt_is_rejected_or_skipped_as_a_bad_line(tmp_path: Path) -> None:
     other = {"prompt": "Another fruit?", "chosen": BETTER, "rejected": WORSE}
     path, bad = write_lines(tmp_path / "x.jsonl", HH, other), BadLines(tmp_path / "bad")
     kept_back = [chat(QUESTION.upper(), "some answer")]
@@ -336,7 +336,7 @@ def test_pair_with_a_held_out_prompt_is_rejected_or_skipped_as_a_bad_line(tmp_pa
     assert (bad.folder / "x.jsonl").read_bytes() == path.read_bytes().splitlines(keepends=True)[0]
 
 
-def test_pair_skipped_as_labelled_answers_counts_as_one_bad_line(tmp_path: Path) -> None:
+def test_preference_pair_skipped_during_kto_reading_counts_as_one_bad_line(tmp_path: Path) -> None:
     bad = BadLines(tmp_path / "bad")
     path = write_lines(tmp_path / "x.jsonl", HH)
     assert read_labelled(path, minimum=0, kept_back=[PAIR.chosen], bad_lines=bad) == []
@@ -353,7 +353,7 @@ def test_empty_preference_file_raises_too_few_examples(tmp_path: Path, read: Any
 @pytest.mark.parametrize(
     "name", [name for name in PUBLISHED if name.startswith(("TRL, turns", "TRL, impl", "UltraFeedback", "ORPO"))]
 )
-def test_pair_equals_the_pair_extracted_by_trl(tmp_path: Path, name: str) -> None:
+def test_preference_pair_equals_the_pair_extracted_by_trl(tmp_path: Path, name: str) -> None:
     from trl.data_utils import is_conversational, maybe_extract_prompt
 
     row = {key: value for key, value in PUBLISHED[name].items() if key in ("prompt", "chosen", "rejected")}
@@ -371,7 +371,7 @@ pairs = st.builds(
 
 
 @given(st.lists(pairs, min_size=1, max_size=4))
-def test_pairs_round_trip_when_written_to_a_file(
+def test_preference_pairs_round_trip_through_a_file(
     tmp_path_factory: pytest.TempPathFactory, pairs: list[PreferencePair]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "pairs.jsonl"
@@ -380,7 +380,7 @@ def test_pairs_round_trip_when_written_to_a_file(
 
 
 @given(pairs)
-def test_pair_is_the_same_in_every_format(pair: PreferencePair) -> None:
+def test_equivalent_rows_in_different_formats_yield_the_same_preference_pair(pair: PreferencePair) -> None:
     question, better, worse = pair.chosen.question, pair.chosen.answer, pair.rejected.answer
     asked, good, bad = turn("user", question), turn("assistant", better), turn("assistant", worse)
     rows = [
@@ -422,7 +422,7 @@ rows = st.fixed_dictionaries(
 
 
 @given(rows | json_values, st.sampled_from(list(PairFormat)))
-def test_any_row_is_parsed_as_a_pair_with_one_prompt_or_is_an_error(value: Any, form: PairFormat) -> None:
+def test_any_row_is_parsed_as_a_preference_pair_with_a_single_prompt_or_rejected(value: Any, form: PairFormat) -> None:
     try:
         pair, fields = parse_pair(value, form)
     except RowError:
@@ -433,7 +433,7 @@ def test_any_row_is_parsed_as_a_pair_with_one_prompt_or_is_an_error(value: Any, 
 
 
 @given(rows | json_values, st.sampled_from(list(Format)))
-def test_any_row_is_parsed_as_a_labelled_answer_or_is_an_error(value: Any, form: Format) -> None:
+def test_any_row_is_parsed_as_a_labeled_answer_or_rejected(value: Any, form: Format) -> None:
     try:
         answer, fields = parse_labelled(value, form)
     except RowError:
@@ -442,7 +442,9 @@ def test_any_row_is_parsed_as_a_labelled_answer_or_is_an_error(value: Any, form:
 
 
 @given(st.lists(rows, max_size=5))
-def test_any_file_is_read_or_rejected(tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, Any]]) -> None:
+def test_any_preference_file_is_read_or_rejected_without_a_crash(
+    tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, Any]]
+) -> None:
     path = write_lines(tmp_path_factory.getbasetemp() / "any.jsonl", *values)
     for read in (read_examples, read_pairs, read_labelled):
         with suppress(DataError):

@@ -66,7 +66,7 @@ def test_unconvertible_promptfoo_test_is_reported_by_line(prompt: str, test: str
     assert line.number == 3
 
 
-def test_promptfoo_text_can_be_read_from_a_neighbouring_file(tmp_path: Path) -> None:
+def test_promptfoo_prompt_can_be_read_from_a_file_next_to_the_suite(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Ask {{x}}\n", "utf-8")
     (line,) = lines(tmp_path, "prompts: ['file://p.txt']\ntests: [{vars: {x: a}, assert: [{type: equals, value: b}]}]")
     assert line.example is not None

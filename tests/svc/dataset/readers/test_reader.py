@@ -31,7 +31,7 @@ def test_missing_file_error_names_the_file(tmp_path: Path) -> None:
     assert "check the path" in error.todo
 
 
-def test_folder_without_data_files_error_names_the_folder(tmp_path: Path) -> None:
+def test_error_for_a_folder_without_data_files_names_the_folder(tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     assert f"the folder {tmp_path} contains no data files" in failure(tmp_path).wrong
 
@@ -81,7 +81,7 @@ def test_invalid_line_error_has_line_number_and_check_command(tmp_path: Path, li
     assert f"svc data check {path}" in error.todo
 
 
-def test_object_reading_time_is_linear_in_number_of_keys(tmp_path: Path) -> None:
+def test_json_object_reading_time_is_linear_in_the_number_of_keys(tmp_path: Path) -> None:
     keys = [f'"{number}": 1' for number in range(100_000)]
     path = tmp_path / "train.jsonl"
     path.write_text("{" + ", ".join([*keys, keys[500]]) + "}")
@@ -96,7 +96,7 @@ def test_byte_order_mark_and_windows_line_endings_are_accepted(tmp_path: Path) -
     assert read_examples(path) == [chat(), chat()]
 
 
-def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
+def test_only_line_feeds_are_treated_as_line_separators(tmp_path: Path) -> None:
     example = chat(user="one\u2028two\x85three\u2029")
     write_examples(tmp_path / "x.jsonl", [example, chat()])
     assert read_examples(tmp_path / "x.jsonl") == [example, chat()]

@@ -51,7 +51,7 @@ def test_valid_example_is_parsed_completely() -> None:
         ((), "messages is an empty list"),
     ],
 )
-def test_invalid_turn_error_has_its_position_and_value(turns: tuple[Any, ...], text: str) -> None:
+def test_invalid_turn_error_names_the_turn_index_and_the_value(turns: tuple[Any, ...], text: str) -> None:
     assert text in wrong(*turns)
 
 
@@ -64,7 +64,7 @@ def test_invalid_turn_error_has_its_position_and_value(turns: tuple[Any, ...], t
         ({"messages": {"role": "user"}}, "messages is an object"),
     ],
 )
-def test_non_example_line_error_describes_the_line(value: Any, text: str) -> None:
+def test_error_for_a_line_that_is_not_an_example_describes_the_line(value: Any, text: str) -> None:
     with pytest.raises(DataError) as caught:
         parse_row(value, Format.CHAT)
     assert text in caught.value.wrong

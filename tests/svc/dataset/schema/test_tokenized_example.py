@@ -27,7 +27,9 @@ def test_written_tokenized_examples_round_trip(
 
 
 @given(examples())
-def test_prompt_and_answer_are_those_of_the_last_answer_trained_on(example: TokenizedExample) -> None:
+def test_tokenized_example_is_split_into_prompt_and_answer_at_the_last_trained_answer(
+    example: TokenizedExample,
+) -> None:
     start, end = example.learnt[-1]
     assert example.prompt + example.answer == example.input_ids[:end]
     assert len(example.prompt) == start

@@ -60,13 +60,13 @@ def test_tool_calls_with_results_are_accepted(turns: tuple[Any, ...]) -> None:
     assert parse(*turns, ANSWER).answer == "No."
 
 
-def test_final_calls_form_the_answer_regardless_of_argument_order() -> None:
+def test_final_tool_calls_form_the_same_answer_regardless_of_argument_order() -> None:
     first = parse(calling("1", arguments='{"city": "Rome", "days": 2}'), tools=[FUNCTION])
     second = parse(calling("2", arguments={"days": 2, "city": "Rome"}), tools=[FUNCTION])
     assert first.answer == second.answer == '{"name": "rain", "arguments": {"city": "Rome", "days": 2}}'
 
 
-def test_text_precedes_calls_in_an_answer_with_both() -> None:
+def test_text_precedes_tool_calls_in_an_answer_that_contains_both() -> None:
     example = parse(calling("1", "2") | {"content": "I look."}, tools=[FUNCTION])
     assert example.answer.splitlines() == ["I look.", *['{"name": "rain", "arguments": {}}'] * 2]
 
@@ -77,7 +77,7 @@ def test_turn_with_calls_may_omit_content() -> None:
     assert parse(called, tools=[FUNCTION]).calls_tools
 
 
-def test_final_call_without_tool_definitions_is_rejected() -> None:
+def test_final_tool_call_without_tool_definitions_is_rejected() -> None:
     assert refusal(calling("1")).code is Code.WRONG_TOOLS
 
 
@@ -90,17 +90,17 @@ def test_tool_calls_round_trip_through_answer_text(text: str, calls: list[tuple[
     assert calls_in(made) == calls
 
 
-def test_whitespace_between_text_and_call_is_stripped_from_the_answer() -> None:
+def test_whitespace_between_text_and_tool_call_is_stripped_from_the_answer() -> None:
     assert answer_text("I look.\n\n", [ToolCall("rain", "{}")]) == 'I look.\n{"name": "rain", "arguments": {}}'
 
 
 @pytest.mark.parametrize("arguments", ['{"a": "\\ud83d"}', '{"a": 1e999}'], ids=["lone surrogate", "infinity"])
-def test_tool_call_arguments_not_representable_in_json_or_utf8_become_a_string(arguments: str) -> None:
+def test_tool_call_arguments_not_representable_in_json_or_utf8_are_stored_as_a_string(arguments: str) -> None:
     text = answer_text("", [ToolCall("rain", arguments)])
     assert calls_in(text.encode("utf-8").decode("utf-8")) == [("rain", arguments)]
 
 
-def test_truncated_tool_call_arguments_become_a_string() -> None:
+def test_truncated_tool_call_arguments_are_stored_as_a_string() -> None:
     assert calls_in(answer_text("", [ToolCall("rain", '{"city": "Ro')])) == [("rain", '{"city": "Ro')]
 
 
@@ -136,7 +136,7 @@ def test_tool_results_may_come_in_any_order_but_must_be_complete(
     assert refusal(calling(*ids), *answers, ANSWER).code is Code.WRONG_TURNS
 
 
-def test_sharegpt_observation_without_a_call_error_uses_sharegpt_field_name() -> None:
+def test_error_for_a_sharegpt_observation_without_a_tool_call_uses_the_sharegpt_field_name() -> None:
     turns = [("human", "q"), ("gpt", "x"), ("observation", "no"), ("gpt", "b")]
     value = {"conversations": [{"from": who, "value": said} for who, said in turns]}
     with pytest.raises(RowError) as caught:
@@ -144,7 +144,7 @@ def test_sharegpt_observation_without_a_call_error_uses_sharegpt_field_name() ->
     assert (caught.value.code, caught.value.field) == (Code.WRONG_TURNS, "conversations[2].value")
 
 
-def test_tool_and_call_validation_time_is_linear_in_their_number() -> None:
+def test_tool_call_validation_time_is_linear_in_the_number_of_tools_and_calls() -> None:
     ids = [str(number) for number in range(20_000)]
     tools = [{"name": f"f{name}"} for name in ids]
     calls = [{"id": name, "function": {"name": f"f{name}", "arguments": "{}"}} for name in ids]
@@ -206,7 +206,7 @@ def test_tool_call_type_other_than_function_is_rejected() -> None:
     ],
     ids=json.dumps,
 )
-def test_tool_definitions_invalid_for_every_api_are_rejected(tools: Any) -> None:
+def test_tool_definitions_that_no_api_would_accept_are_rejected(tools: Any) -> None:
     assert refusal(ANSWER, tools=tools).code is Code.WRONG_TOOLS
 
 

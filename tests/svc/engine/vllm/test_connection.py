@@ -99,7 +99,9 @@ class TestBrokenAnswers:
                 await asyncio.wait_for(ask(pool), 5)
             await until_closed(server)
 
-    async def test_fully_read_body_has_a_size_limit(self, socket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_size_limit_applies_to_a_fully_buffered_response_body(
+        self, socket: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("svc.engine.vllm.connection_pool._MAX_BODY_BYTES", 1)
         async with engine(socket, say(ANSWER)) as (pool, _):
             with pytest.raises(MalformedAnswerError):
@@ -123,7 +125,9 @@ class TestSilence:
             assert len(server.requests) == 2
 
     @pytest.mark.slow
-    async def test_response_may_take_longer_in_total_than_the_silence_timeout(self, socket: Path) -> None:
+    async def test_response_may_take_longer_than_the_silence_timeout_while_data_keeps_arriving(
+        self, socket: Path
+    ) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(STREAM)
             for _ in range(10):
@@ -135,7 +139,7 @@ class TestSilence:
             assert await ask(pool) == b"x" * 10
             assert await ask(pool) == b"x" * 10
 
-    async def test_slow_reader_does_not_make_the_engine_count_as_silent(self, socket: Path) -> None:
+    async def test_silence_timeout_does_not_include_time_when_the_client_is_not_reading(self, socket: Path) -> None:
         clock = asyncio.get_running_loop().time
         async with (
             engine(socket, say(STREAM, chunk(b"x")), silence_s=0.1) as (pool, _),
@@ -162,7 +166,7 @@ class TestArrival:
         assert [part for part, _ in came] == [b"a", b"bc"]
         assert came[1][1] - came[0][1] > 0.09
 
-    async def test_timeout_is_paused_while_the_response_is_not_being_read(self, socket: Path) -> None:
+    async def test_silence_timeout_is_paused_while_backpressure_stops_the_response(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(STREAM)
             for _ in range(200):
@@ -202,19 +206,21 @@ PARTS = st.lists(st.binary(min_size=1, max_size=40), max_size=6)
 
 
 @given(body=PARTS, chunked=st.booleans(), cuts=st.sets(st.integers(1, 600)))
-def test_response_is_the_same_wherever_its_bytes_are_split(body: list[bytes], chunked: bool, cuts: set[int]) -> None:
+def test_response_is_parsed_identically_for_any_split_into_packets(
+    body: list[bytes], chunked: bool, cuts: set[int]
+) -> None:
     whole = b"".join(body)
     length = HEAD + b"content-type: text/event-stream\r\ncontent-length: %d\r\n\r\n" % len(whole)
     said = STREAM + b"".join(map(chunk, body)) + LAST_CHUNK if chunked else length + whole
     assert asyncio.run(answer_of(cut(said, sorted(at for at in cuts if at < len(said))))) == whole
 
 
-async def test_response_is_the_same_when_split_at_every_byte() -> None:
+async def test_response_is_parsed_identically_when_received_byte_by_byte() -> None:
     said = STREAM + chunk(b"one") + chunk(b"two") + LAST_CHUNK
     assert await answer_of([bytes([byte]) for byte in said]) == b"onetwo"
 
 
-async def test_connection_lost_before_a_request_raises_error_immediately() -> None:
+async def test_request_on_a_lost_connection_raises_error_immediately() -> None:
     connection = EngineConnection(10, set())
     connection.connection_made(Wire())
     connection.connection_lost(None)

@@ -50,7 +50,7 @@ class TestRequests:
             assert await ask(pool, payload) == b"{}"
         assert server.requests[0].endswith(b"\r\n\r\n" + payload)
 
-    async def test_thousand_concurrent_requests_get_their_own_responses(self, socket: Path) -> None:
+    async def test_each_of_1000_concurrent_requests_receives_its_own_response(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             own = peer.asked.rpartition(b"\r\n\r\n")[2]
             await peer.say(STREAM)
@@ -91,7 +91,7 @@ class TestKeptConnections:
             assert await ask(pool) == b"{}"
             assert (len(server.requests), len(server.peers)) == (2, 2)
 
-    async def test_connection_broken_before_the_response_is_retried(self, socket: Path) -> None:
+    async def test_request_is_retried_when_a_reused_connection_breaks_before_the_response(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER), say(then_hang_up=True), say(ANSWER)) as (pool, server):
             await ask(pool)
             assert await ask(pool) == b"{}"
@@ -119,7 +119,7 @@ class TestKeptConnections:
                 await ask(pool)
             assert len(server.requests) == 1
 
-    async def test_engine_that_may_have_died_from_a_request_is_not_reported_unreachable(self, socket: Path) -> None:
+    async def test_engine_is_not_reported_unreachable_if_the_request_may_have_crashed_it(self, socket: Path) -> None:
         async def die(peer: Peer) -> None:
             server.stop_listening()
             peer.hang_up()
@@ -129,7 +129,7 @@ class TestKeptConnections:
             with pytest.raises(BrokenConnectionError):
                 await ask(pool)
 
-    async def test_engine_that_died_before_reading_the_request_is_unreachable(self, socket: Path) -> None:
+    async def test_engine_is_reported_unreachable_if_it_died_before_reading_the_request(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER)) as (pool, server):
             await ask(pool)
             server.peers[0].stop_reading()
@@ -140,7 +140,7 @@ class TestKeptConnections:
             with pytest.raises(UnreachableError):
                 await asking
 
-    async def test_connection_the_engine_announced_to_close_is_not_reused(self, socket: Path) -> None:
+    async def test_connection_with_a_connection_close_header_is_not_reused(self, socket: Path) -> None:
         last = ANSWER.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
         async with engine(socket, say(last), say(ANSWER)) as (pool, server):
             assert [await ask(pool), await ask(pool)] == [b"{}", b"{}"]
@@ -155,7 +155,7 @@ class TestKeptConnections:
             assert await ask(pool) == b"{}"
             assert len(server.peers) == 2
 
-    async def test_surplus_bytes_after_a_response_do_not_reach_the_next_response(self, socket: Path) -> None:
+    async def test_surplus_bytes_after_a_response_are_not_read_as_the_next_response(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER + b"[]"), say(ANSWER + ANSWER), say(ANSWER)) as (pool, server):
             assert [await ask(pool), await ask(pool), await ask(pool)] == [b"{}", b"{}", b"{}"]
             assert len(server.peers) == 3
@@ -231,7 +231,7 @@ class TestUnreachable:
 
 
 class TestLeaving:
-    async def test_leaving_a_response_early_closes_its_connection(self, socket: Path) -> None:
+    async def test_exiting_a_response_context_early_closes_the_connection(self, socket: Path) -> None:
         async with engine(socket, say(STREAM, chunk(b"x"))) as (pool, server):
             async with pool.post("/", b"", "1") as answer:
                 assert await answer.read_some() == b"x"
@@ -245,7 +245,7 @@ class TestLeaving:
             assert len(server.peers) == 1
 
     @pytest.mark.parametrize("said", [b"", STREAM], ids=["head", "body"])
-    async def test_request_cancelled_while_waiting_for_a_response_leaves_nothing_behind(
+    async def test_request_cancelled_while_waiting_for_a_response_leaks_no_task_or_connection(
         self, socket: Path, said: bytes
     ) -> None:
         async with engine(socket, say(said)) as (pool, server):
@@ -259,7 +259,7 @@ class TestLeaving:
             assert asyncio.all_tasks() == before
 
     @pytest.mark.parametrize("ticks", range(8))
-    async def test_request_cancelled_while_connecting_leaves_nothing_behind(self, socket: Path, ticks: int) -> None:
+    async def test_request_cancelled_while_connecting_leaks_no_connection(self, socket: Path, ticks: int) -> None:
         async with engine(socket, say(ANSWER)) as (pool, server):
             asking = asyncio.create_task(ask(pool))
             for _ in range(ticks):
@@ -289,7 +289,7 @@ class TestLeaving:
             assert len(server.requests) == 3
 
 
-async def test_unread_response_data_stays_in_the_engine(socket: Path) -> None:
+async def test_unread_response_data_is_not_buffered_in_the_server(socket: Path) -> None:
     size = 20_000_000
 
     async def reply(peer: Peer) -> None:

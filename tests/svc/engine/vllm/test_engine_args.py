@@ -21,12 +21,12 @@ OPTION = "--max-model-len"
         ["--max-model-len", "1", "--max_model_len=4k"],
     ],
 )
-def test_all_spellings_of_an_option_are_found_and_the_last_one_wins(arguments: list[str]) -> None:
+def test_all_spellings_of_an_option_are_recognized_and_the_last_value_wins(arguments: list[str]) -> None:
     assert given(arguments, OPTION) == "4k"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--max-model-length", "4"], ["--model", "x"], ["max-model-len"], ["--"]])
-def test_similar_arguments_do_not_match_the_option(arguments: list[str]) -> None:
+def test_arguments_that_resemble_an_option_do_not_match_it(arguments: list[str]) -> None:
     assert given(arguments, OPTION) is None
 
 

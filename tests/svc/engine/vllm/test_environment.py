@@ -13,7 +13,7 @@ def empty(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_engine_inherits_variables_used_by_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_inherits_environment_variables_used_by_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [
         *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHASHSEED", "VIRTUAL_ENV"),
         *("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NCCL_DEBUG", "OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "HF_HOME"),
@@ -25,7 +25,7 @@ def test_engine_inherits_variables_used_by_its_libraries(monkeypatch: pytest.Mon
     assert inherited_environment() == dict.fromkeys(names, "x")
 
 
-def test_engine_does_not_inherit_secrets_or_unrelated_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_inherits_neither_secrets_nor_unrelated_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         *("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS", "HF_TOKEN", "HF_TOKEN_PATH"),
         *("VLLM_API_KEY", "OPENAI_API_KEY", "MLFLOW_TRACKING_PASSWORD", "SVC_HOME", "DATABASE_URL", "PATHOLOGY"),

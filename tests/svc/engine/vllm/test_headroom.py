@@ -43,7 +43,9 @@ def host(free: int, *gpus: int) -> Machine:
     return Machine(cores=(0, 1), quota=None, memory=64 * GIB, free=free, gpus=found)
 
 
-def test_memory_fits_weights_one_sequence_and_engine_overhead(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_required_memory_includes_weights_one_sequence_and_engine_overhead(
+    monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
     sequence = 2 * 2 * 256 * 2 * 1024
     assert shortage(monkeypatch, model, host(3 * GIB + ENGINE + sequence)) is None
     assert shortage(monkeypatch, model, host(3 * GIB + ENGINE + sequence - 1)) is not None
@@ -75,13 +77,17 @@ def test_gpu_memory_is_checked_instead_of_main_memory_on_a_gpu(monkeypatch: pyte
     assert said == "it needs about 5.0 GiB, but only 4.0 GiB of GPU memory are free"
 
 
-def test_gpu_with_the_least_free_memory_determines_the_headroom(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_headroom_is_determined_by_the_gpu_with_the_least_free_memory(
+    monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
     assert shortage(monkeypatch, model, host(0, 3 * GIB, 3 * GIB)) is None
     assert shortage(monkeypatch, model, host(0, 70 * GIB, GIB)) is not None
     assert shortage(monkeypatch, model, host(0, 70 * GIB, GIB), tensor_parallel=1) is None
 
 
-def test_configured_share_of_gpu_memory_must_be_free(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_memory_shortage_is_reported_if_less_than_the_configured_gpu_memory_share_is_free(
+    monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
     assert shortage(monkeypatch, model, host(0, 40 * GIB), gpu_memory_share=0.5) is None
     said = shortage(monkeypatch, model, host(0, 39 * GIB), gpu_memory_share=0.5)
     assert said == "it needs about 40.0 GiB, but only 39.0 GiB of GPU memory are free"
@@ -97,7 +103,7 @@ def test_memory_requirement_includes_adapters(monkeypatch: pytest.MonkeyPatch, m
 
 
 @pytest.mark.parametrize(("free", "enough"), [(6 * GIB, True), (6 * GIB - 1, False)])
-def test_engine_can_sleep_when_free_main_memory_is_twice_its_weights(
+def test_engine_can_sleep_if_free_main_memory_is_at_least_twice_the_weight_size(
     monkeypatch: pytest.MonkeyPatch, model: Path, free: int, enough: bool
 ) -> None:
     monkeypatch.setattr(headroom, "read_machine", lambda **_: host(free))
@@ -105,9 +111,7 @@ def test_engine_can_sleep_when_free_main_memory_is_twice_its_weights(
     assert (headroom.backup_shortage(spec) is None) is enough
 
 
-def test_adapter_memory_counts_toward_main_memory_needed_for_sleep(
-    monkeypatch: pytest.MonkeyPatch, model: Path
-) -> None:
+def test_main_memory_needed_for_sleep_includes_adapters(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     monkeypatch.setattr(headroom, "read_machine", lambda **_: host(6 * GIB))
     slots = LoraSlots(max_loaded=1, max_batched=1, max_rank=16, targets=(), bytes=GIB)
     spec = EngineSpec(model, "tuned", model, model, model / "engine.log", model, HOPPER, lora=slots)

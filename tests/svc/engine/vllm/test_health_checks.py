@@ -61,7 +61,7 @@ async def test_health_checks_share_one_connection(socket: Path) -> None:
         assert len(server.connections) == 1
 
 
-async def test_health_check_is_repeated_if_the_engine_had_closed_the_connection(socket: Path) -> None:
+async def test_health_check_is_retried_if_the_engine_has_closed_the_connection(socket: Path) -> None:
     async with serving(socket) as server, client_of(socket) as client:
         assert await client.healthy()
         server.connections[0].close()
@@ -70,7 +70,9 @@ async def test_health_check_is_repeated_if_the_engine_had_closed_the_connection(
 
 
 @pytest.mark.parametrize("end", [lambda socket: None, Path.unlink], ids=["refused", "missing"])
-async def test_engine_that_stopped_listening_is_dead(socket: Path, end: Callable[[Path], None]) -> None:
+async def test_engine_is_reported_dead_when_its_socket_is_gone_or_refuses_connections(
+    socket: Path, end: Callable[[Path], None]
+) -> None:
     async with client_of(socket) as client:
         async with serving(socket):
             assert await client.healthy()

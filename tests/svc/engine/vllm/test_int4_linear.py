@@ -92,12 +92,12 @@ class Layer:
 
 
 @pytest.mark.parametrize(("group_size", "rows"), zip(WRITTEN, (1, 3, 8, 65), strict=True))
-def test_int4_outputs_equal_those_of_dequantized_weights(group_size: int, rows: int) -> None:
+def test_int4_outputs_equal_the_outputs_of_dequantized_weights(group_size: int, rows: int) -> None:
     Layer(256, 192, group_size).check(rows)
 
 
 @pytest.mark.parametrize(("group_size", "rows"), zip(WRITTEN, (1, 3, 8, 65), strict=True))
-def test_int4_outputs_equal_those_of_dequantized_weights_with_zero_points(group_size: int, rows: int) -> None:
+def test_int4_outputs_with_zero_points_equal_the_outputs_of_dequantized_weights(group_size: int, rows: int) -> None:
     layer = Layer(256, 192, group_size, awq=True)
     layer.check(rows)
     layer.load(seed=5)
@@ -112,7 +112,7 @@ def test_int4_outputs_equal_those_of_dequantized_weights_with_zero_points(group_
     seed=st.integers(0, 100),
 )
 @settings(max_examples=60)
-def test_all_accepted_int4_shapes_are_computed_correctly(
+def test_int4_outputs_are_correct_for_all_supported_shapes(
     groups: int, group_size: int, blocks: int, rows: int, seed: int
 ) -> None:
     from svc.engine.vllm.int4_linear import Int4LinearKernel
@@ -128,7 +128,7 @@ def test_int4_layer_adds_its_bias_to_the_output() -> None:
     Layer(64, 64, 32).check(5, torch.randn(64).to(torch.bfloat16))
 
 
-def test_int4_layer_accepts_inputs_of_any_number_of_dimensions() -> None:
+def test_int4_layer_accepts_inputs_with_any_number_of_dimensions() -> None:
     import torch
 
     layer = Layer(64, 96, 32)

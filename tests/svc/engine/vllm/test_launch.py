@@ -55,7 +55,7 @@ def test_engine_loads_only_safetensors_and_no_remote_code(tmp_path: Path) -> Non
     assert "--trust-remote-code" not in arguments
 
 
-def test_engine_prefers_hugging_face_files_over_a_second_copy_of_the_model(tmp_path: Path) -> None:
+def test_engine_loads_the_hugging_face_files_of_a_folder_that_contains_the_model_twice(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert (option(arguments, "--config-format"), option(arguments, "--tokenizer-mode")) == ("hf", "hf")
 
@@ -64,7 +64,7 @@ def test_engine_prefers_hugging_face_files_over_a_second_copy_of_the_model(tmp_p
     ("config", "device", "able"),
     [("{}", Device.CPU, True), ('{"num_experts": 4}', Device.CPU, False), ('{"num_experts": 4}', Device.CUDA, True)],
 )
-def test_mixture_of_experts_model_is_not_reloaded_in_place_on_a_cpu(
+def test_in_place_reload_is_disabled_for_mixture_of_experts_models_on_a_cpu(
     tmp_path: Path, config: str, device: Device, able: bool
 ) -> None:
     write_config(tmp_path, config)
@@ -95,7 +95,7 @@ def test_engine_is_not_probed_if_a_probe_would_crash_it(
     ("arguments", "probed"),
     [((), True), (("--enable-lora",), True), (("--lora-target-modules", "q_proj", "lm_head"), False)],
 )
-def test_engine_with_adapter_slots_is_probed_unless_arguments_adapt_the_output_layer(
+def test_engine_with_adapter_slots_is_probed_unless_lora_targets_include_the_output_layer(
     tmp_path: Path, arguments: tuple[str, ...], probed: bool
 ) -> None:
     able = replace(spec(tmp_path, args=arguments), lora=SLOTS).engine_capabilities
@@ -122,7 +122,7 @@ def idle(folder: Path, **settings: Any) -> EngineSpec:
         (Device.CUDA, False, ("--enable-sleep-mode",), False),
     ],
 )
-def test_gpu_engine_enables_sleep_mode_when_the_model_has_an_idle_time(
+def test_gpu_engine_enables_sleep_mode_when_the_model_has_an_idle_timeout(
     tmp_path: Path, device: Device, idles: bool, arguments: tuple[str, ...], sleeps: bool
 ) -> None:
     made = replace(spec(tmp_path, device=device, args=arguments), idles=idles)
@@ -151,7 +151,9 @@ def test_engine_serves_its_folder_under_one_model_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("own", "used"), [(512, "512"), (100_000, "2048")])
-def test_context_length_never_exceeds_that_of_the_model(tmp_path: Path, own: int, used: str) -> None:
+def test_configured_context_length_never_exceeds_the_context_length_of_the_model(
+    tmp_path: Path, own: int, used: str
+) -> None:
     write_config(tmp_path, json.dumps({"max_position_embeddings": own}))
     assert option(command(spec(tmp_path)), "--max-model-len") == used
 
@@ -162,7 +164,7 @@ def test_context_length_comes_from_settings_when_the_config_has_none(tmp_path: P
     assert option(command(spec(tmp_path, max_model_len=99)), "--max-model-len") == "99"
 
 
-def test_extra_engine_arguments_come_last_and_take_precedence(tmp_path: Path) -> None:
+def test_user_engine_arguments_come_last_and_take_precedence(tmp_path: Path) -> None:
     assert command(spec(tmp_path, args=("--seed", "1")))[-2:] == ["--seed", "1"]
 
 
@@ -183,7 +185,7 @@ def test_compilation_is_disabled_on_cpu_by_default(
     assert ("TORCHDYNAMO_DISABLE" in environment(made)) is expected
 
 
-def test_environment_enables_reloads_and_disables_network_access(
+def test_engine_environment_enables_weight_reloads_and_disables_network_access(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
@@ -201,7 +203,7 @@ def test_engine_uses_the_cpu_affinity_of_the_parent_process(tmp_path: Path, monk
     assert environment(spec(tmp_path))["OMP_NUM_THREADS"] == "2"
 
 
-def test_inherited_variable_does_not_override_configured_cache_size(
+def test_inherited_environment_variable_does_not_override_the_configured_cache_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
@@ -210,7 +212,9 @@ def test_inherited_variable_does_not_override_configured_cache_size(
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment(made)
 
 
-def test_engine_plan_stays_fixed_after_the_machine_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_plan_is_computed_once_and_ignores_later_machine_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = spec(tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
     before = made.plan
@@ -233,7 +237,7 @@ def test_launch_digest_depends_on_the_number_of_engines_sharing_a_gpu(tmp_path: 
     assert not differs(device=Device.CPU)
 
 
-def test_launch_digest_does_not_depend_on_the_time_after_which_a_replica_is_removed(tmp_path: Path) -> None:
+def test_launch_digest_does_not_depend_on_the_replica_removal_delay(tmp_path: Path) -> None:
     one, two = (
         launch_digest(spec(tmp_path, device=Device.CUDA, replicas={"max": 2, "remove_after_s": seconds}))
         for seconds in (300, 900)
@@ -253,7 +257,7 @@ def test_engine_entry_point_exists_in_installed_vllm(tmp_path: Path) -> None:
     assert command(spec(tmp_path, device=Device.CPU))[1:4] == ["-m", "svc.engine.vllm.start", entry]
 
 
-def test_user_disabled_kernels_and_plugins_are_kept_alongside_ours(
+def test_kernels_disabled_and_plugins_enabled_by_the_user_are_preserved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_config(tmp_path, GPTQ)
@@ -264,7 +268,9 @@ def test_user_disabled_kernels_and_plugins_are_kept_alongside_ours(
     assert variables["VLLM_PLUGINS"] == "theirs,tuneserve"
 
 
-def test_our_plugin_is_added_to_the_plugins_named_by_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuneserve_plugin_is_added_to_the_vllm_plugins_selected_by_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "theirs")
     assert environment(spec(tmp_path))["VLLM_PLUGINS"] == "theirs,tuneserve"
 
@@ -277,7 +283,9 @@ def test_engine_log_contains_no_request_text(tmp_path: Path) -> None:
     assert "--no-log-error-stack" not in command(spec(tmp_path, args=("--log-error-stack",)))
 
 
-def test_plugin_list_stays_unset_so_vllm_loads_all_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_plugin_list_stays_unset_if_the_user_selects_no_plugins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_config(tmp_path, GPTQ)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     assert "VLLM_PLUGINS" not in environment(spec(tmp_path, gptq_kernel=GptqKernel.TORCH))
@@ -300,7 +308,7 @@ def test_launch_digest_depends_on_the_instruction_set_limit(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "INFO"), ("ERROR", "INFO"), ("DEBUG", "DEBUG")])
-def test_vllm_log_level_includes_the_startup_phase_lines(
+def test_vllm_log_level_is_verbose_enough_to_log_startup_phases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, used: str
 ) -> None:
     """TRL sets the variable to ERROR in the process that trains and then evaluates."""
@@ -311,7 +319,7 @@ def test_vllm_log_level_includes_the_startup_phase_lines(
     assert environment(spec(tmp_path))["VLLM_LOGGING_LEVEL"] == used
 
 
-def test_engine_does_not_inherit_the_variable_enabling_our_int4_kernel(
+def test_engine_does_not_inherit_the_variable_that_enables_the_int4_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(INT4_LINEAR_VARIABLE, "1")
@@ -327,7 +335,7 @@ def test_chat_template_gets_arguments_from_the_model_folder(tmp_path: Path) -> N
     assert launch_digest(spec(tmp_path)) != plain
 
 
-def test_engine_template_arguments_override_those_in_the_model_folder(tmp_path: Path) -> None:
+def test_engine_template_arguments_override_template_arguments_in_the_model_folder(tmp_path: Path) -> None:
     write_config(tmp_path, "{}")
     write_template_kwargs(tmp_path / "model", {"enable_thinking": False})
     told = replace(spec(tmp_path), template_kwargs={"enable_thinking": True})
@@ -336,7 +344,7 @@ def test_engine_template_arguments_override_those_in_the_model_folder(tmp_path: 
     assert "--default-chat-template-kwargs" not in command(nothing)
 
 
-def test_command_line_template_arguments_override_those_in_the_model_folder(tmp_path: Path) -> None:
+def test_command_line_template_arguments_override_template_arguments_in_the_model_folder(tmp_path: Path) -> None:
     write_config(tmp_path, "{}")
     write_template_kwargs(tmp_path / "model", {"enable_thinking": False})
     given = spec(tmp_path, args=("--default-chat-template-kwargs", "{}"))
@@ -344,7 +352,7 @@ def test_command_line_template_arguments_override_those_in_the_model_folder(tmp_
     assert given.plan["default_chat_template_kwargs"].origin is Origin.ARGS
 
 
-def test_chat_template_gets_content_as_strings_as_in_training(tmp_path: Path) -> None:
+def test_chat_template_receives_message_content_as_strings_as_in_training(tmp_path: Path) -> None:
     assert option(command(spec(tmp_path)), "--chat-template-content-format") == "string"
     given = command(spec(tmp_path, args=("--chat-template-content-format", "openai")))
     assert option(given, "--chat-template-content-format") == "openai"

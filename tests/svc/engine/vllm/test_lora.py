@@ -21,7 +21,7 @@ def chosen(**changes: Any) -> LoraSlots:
 @pytest.mark.parametrize(
     ("rank", "largest"), [(1, 16), (16, 16), (17, 32), (64, 64), (200, 256), (300, 320), (512, 512)]
 )
-def test_maximum_lora_rank_is_the_smallest_supported_that_fits(rank: int, largest: int) -> None:
+def test_maximum_lora_rank_is_the_smallest_supported_rank_that_fits(rank: int, largest: int) -> None:
     assert chosen(rank=rank).max_rank == largest
 
 
@@ -35,7 +35,7 @@ def test_batched_adapters_are_capped_at_the_number_of_loaded_adapters() -> None:
     assert chosen(max_loaded=500).max_batched == 8
 
 
-def test_adapted_layers_are_the_usual_plus_the_adapters_own_without_output_layer() -> None:
+def test_lora_targets_include_default_and_adapter_layers_but_not_the_output_layer() -> None:
     assert set(chosen(targets=frozenset({"c_attn"})).targets) == USUAL_TARGETS | {"c_attn"}
     assert "lm_head" not in chosen().targets
 

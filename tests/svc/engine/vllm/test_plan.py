@@ -53,7 +53,7 @@ def origin_and_value(plan: EnginePlan, name: str) -> tuple[Origin, object]:
     return plan[name].origin, plan[name].value
 
 
-def test_model_and_scheduler_run_in_one_process_that_uses_one_thread_per_core() -> None:
+def test_cpu_engine_runs_model_and_scheduler_in_one_process_with_one_thread_per_core() -> None:
     chosen = plan(machine=replace(HOST, cores=(2, 5)))
     assert chosen["distributed_executor_backend"].origin is Origin.MACHINE
     assert chosen.arguments[chosen.arguments.index("--distributed-executor-backend") + 1].endswith(".UniProcExecutor")
@@ -72,7 +72,7 @@ APART = [
 
 
 @pytest.mark.parametrize(("settings", "machine", "origin"), APART)
-def test_model_in_its_own_process_has_threads_bound_to_all_cores(
+def test_model_running_in_a_separate_process_has_its_threads_bound_to_all_cores(
     settings: dict[str, Any], machine: dict[str, Any], origin: Origin
 ) -> None:
     chosen = plan(machine=replace(HOST, cores=(2, 5), **machine), **settings)
@@ -88,7 +88,7 @@ def test_gpu_uses_the_default_vllm_executor() -> None:
 
 
 @pytest.mark.parametrize(("quota", "threads"), [(2.0, "2"), (2.9, "2"), (0.5, "1"), (1.0, "1")])
-def test_cpu_quota_reduces_and_unbinds_threads(quota: float, threads: str) -> None:
+def test_cpu_quota_limits_the_number_of_threads_and_disables_binding(quota: float, threads: str) -> None:
     chosen = plan(machine=replace(HOST, cores=tuple(range(64)), quota=quota))
     assert chosen.variables["OMP_NUM_THREADS"] == threads
     assert chosen.variables["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
@@ -108,14 +108,14 @@ def test_engines_split_the_cpu_quota_among_them() -> None:
     assert plan(machine=replace(HOST, quota=5.0), engines=2).variables["OMP_NUM_THREADS"] == "2"
 
 
-def test_configured_core_count_overrides_the_engine_share() -> None:
+def test_configured_core_count_overrides_the_share_of_cores_per_engine() -> None:
     chosen = plan(cores=6, engines=2)
     assert origin_and_value(chosen, "threads") == (Origin.SETTING, 6)
     assert chosen.variables["OMP_NUM_THREADS"] == "6"
 
 
 @pytest.mark.parametrize(("quota", "most"), [(None, 8), (3.5, 3)])
-def test_more_cores_than_available_are_rejected(quota: float | None, most: int) -> None:
+def test_configured_core_count_above_the_available_cores_is_rejected(quota: float | None, most: int) -> None:
     with pytest.raises(EngineError, match=rf"cores is {most + 1}\n  expected: at most {most}"):
         plan(machine=replace(HOST, quota=quota), cores=most + 1)
 
@@ -124,69 +124,69 @@ def test_cpu_quota_above_the_core_count_has_no_effect() -> None:
     assert plan(machine=replace(HOST, quota=8.0)) == plan()
 
 
-def test_vllm_thread_binding_variable_is_kept() -> None:
+def test_vllm_thread_binding_variable_set_by_the_user_is_kept() -> None:
     chosen = plan(machine=replace(HOST, threads_bind="0-3"))
     assert origin_and_value(chosen, "threads") == (Origin.ENVIRONMENT, "0-3")
     assert chosen.variables["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
 
 
-def test_vllm_binds_threads_itself_with_several_cpu_ranks() -> None:
+def test_thread_binding_is_left_to_vllm_with_several_cpu_ranks() -> None:
     chosen = plan(tensor_parallel=2)
     assert chosen["threads"].origin is Origin.VLLM
     assert "VLLM_CPU_OMP_THREADS_BIND" not in chosen.variables
 
 
-def test_cache_size_fits_the_maximum_number_of_longest_sequences() -> None:
+def test_kv_cache_fits_the_maximum_number_of_concurrent_sequences_of_maximum_length() -> None:
     chosen = plan(max_model_len=2048, max_concurrency=10)
     assert origin_and_value(chosen, "kv_cache_memory_bytes") == (Origin.MODEL, 11 * 2048 * 23_040)
     assert "10 sequences of 2048 tokens" in chosen["kv_cache_memory_bytes"].reason
 
 
-def test_cache_size_is_rounded_up_to_complete_blocks_per_sequence() -> None:
+def test_kv_cache_size_is_rounded_up_to_complete_blocks_per_sequence() -> None:
     assert plan(max_model_len=33, max_concurrency=1)["kv_cache_memory_bytes"].value == 2 * 64 * 23_040
 
 
-def test_cache_takes_at_most_half_of_the_memory_left_after_weights() -> None:
+def test_kv_cache_takes_at_most_half_of_the_memory_left_after_weights() -> None:
     made = plan(machine=replace(HOST, free=2 * GIB + GIB // 4))
     assert origin_and_value(made, "kv_cache_memory_bytes") == (Origin.MACHINE, GIB)
     assert made["kv_cache_memory_bytes"].reason == "1.0 GiB: half of the 2.0 GiB left free by the weights"
 
 
-def test_cache_for_one_sequence_is_tried_when_memory_is_short() -> None:
+def test_kv_cache_for_one_sequence_is_requested_even_if_memory_is_short() -> None:
     chosen = plan(machine=replace(HOST, free=0))
     assert chosen["kv_cache_memory_bytes"].value == 2048 * 23_040
 
 
-def test_cache_defaults_to_a_few_gib_when_memory_per_token_is_unknown() -> None:
+def test_kv_cache_defaults_to_a_few_gib_when_memory_per_token_is_unknown() -> None:
     assert origin_and_value(plan(model=ModelFacts()), "kv_cache_memory_bytes") == (Origin.DEFAULT, 4 * GIB)
 
 
-def test_configured_cache_size_overrides_the_computed_size() -> None:
+def test_configured_kv_cache_size_overrides_the_computed_size() -> None:
     assert origin_and_value(plan(kv_cache_gib=1.5), "kv_cache_memory_bytes") == (Origin.SETTING, 3 * GIB // 2)
 
 
-def test_engine_arguments_change_the_computed_cache_size() -> None:
+def test_engine_arguments_affect_the_computed_kv_cache_size() -> None:
     chosen = plan(args=("--max-model-len", "1024", "--max-num-seqs=1", "--block-size", "16"))
     assert chosen["kv_cache_memory_bytes"].value == 2 * 1024 * 23_040
 
 
-def test_float32_doubles_the_cache_size() -> None:
+def test_float32_doubles_the_kv_cache_size() -> None:
     wide = plan(args=("--dtype", "float32"))["kv_cache_memory_bytes"].value
     assert isinstance(wide, int)
     assert wide / 2 == plan()["kv_cache_memory_bytes"].value
 
 
-def test_memory_share_argument_is_not_overridden_by_a_configured_cache_size() -> None:
+def test_gpu_memory_argument_is_not_overridden_by_a_configured_kv_cache_size() -> None:
     chosen = plan(args=("--gpu-memory-utilization", "0.4"), kv_cache_gib=2)
     assert chosen["kv_cache_memory_bytes"].origin is Origin.ARGS
     assert "--kv-cache-memory-bytes" not in chosen.arguments
 
 
-def test_configured_context_is_capped_at_the_model_context() -> None:
+def test_configured_context_length_is_capped_at_the_model_context_length() -> None:
     assert origin_and_value(plan(max_model_len=9000), "max_model_len") == (Origin.MODEL, 8192)
 
 
-def test_settings_and_defaults_are_reported_with_different_origins() -> None:
+def test_engine_plan_distinguishes_settings_from_defaults() -> None:
     assert plan(max_model_len=2048)["max_model_len"].origin is Origin.SETTING
     assert plan()["max_model_len"].origin is Origin.DEFAULT
 
@@ -196,7 +196,7 @@ def gpus(count: int, gpu: Gpu = H100) -> Machine:
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(0, 1), (1, 1), (2, 1), (3, 3), (4, 3), (8, 3)])
-def test_tensor_parallel_size_is_the_largest_dividing_the_attention_heads(count: int, ranks: int) -> None:
+def test_tensor_parallel_size_is_the_largest_divisor_of_the_attention_heads(count: int, ranks: int) -> None:
     assert plan(GPU, gpus(count))["tensor_parallel_size"].value == ranks
 
 
@@ -218,11 +218,11 @@ def test_configured_tensor_parallel_size_overrides_the_computed_one() -> None:
     assert origin_and_value(plan(GPU, gpus(4), tensor_parallel=2), "tensor_parallel_size") == (Origin.SETTING, 2)
 
 
-def test_90_percent_of_an_empty_gpu_is_used() -> None:
+def test_engine_uses_90_percent_of_the_memory_of_an_idle_gpu() -> None:
     assert origin_and_value(plan(GPU, gpus(1)), "gpu_memory_utilization") == (Origin.MACHINE, 0.9)
 
 
-def test_only_free_gpu_memory_is_used_on_a_shared_gpu() -> None:
+def test_engine_uses_only_free_memory_on_a_shared_gpu() -> None:
     busy = replace(H100, free=40 * GIB)
     assert plan(GPU, gpus(1, busy))["gpu_memory_utilization"].value == 0.49
 
@@ -249,7 +249,7 @@ def test_gpu_memory_share_is_left_to_vllm_when_no_gpu_is_visible() -> None:
 
 
 @pytest.mark.parametrize("name", ["enable_prefix_caching", "enable_chunked_prefill"])
-def test_options_left_to_vllm_are_shown_but_not_passed(name: str) -> None:
+def test_options_left_to_vllm_defaults_are_shown_but_not_passed(name: str) -> None:
     chosen = plan(GPU, gpus(1))
     assert chosen[name].origin is Origin.VLLM
     assert chosen[name].arguments == ()
@@ -326,14 +326,14 @@ OPTIONS = {
 
 
 @given(machines(), facts)
-def test_cache_size_is_positive_and_less_than_total_memory(machine: Machine, model: ModelFacts) -> None:
+def test_kv_cache_size_is_positive_and_less_than_total_memory(machine: Machine, model: ModelFacts) -> None:
     size = plan(CPU, machine, model)["kv_cache_memory_bytes"].value
     assert isinstance(size, int)
     assert 0 < size < machine.memory
 
 
 @given(machines(), facts)
-def test_cache_size_leaves_memory_for_the_weights(machine: Machine, model: ModelFacts) -> None:
+def test_kv_cache_size_leaves_memory_for_the_weights(machine: Machine, model: ModelFacts) -> None:
     size = plan(CPU, machine, model)["kv_cache_memory_bytes"].value
     one_sequence = 2048 * (model.token_bytes or GIB)
     assert isinstance(size, int)
@@ -361,7 +361,7 @@ def test_gpu_memory_share_is_between_0_and_the_vllm_maximum(machine: Machine, mo
 
 
 @given(machines(), facts, st.sampled_from([CPU, GPU]), st.sets(st.sampled_from(list(OPTIONS))), st.booleans())
-def test_no_argument_is_passed_twice_and_user_arguments_are_shown_as_given(
+def test_engine_plan_passes_no_argument_twice_and_attributes_user_arguments_to_the_user(
     machine: Machine, model: ModelFacts, device: Device, options: set[str], underscores: bool
 ) -> None:
     names = {name: f"--{name[2:].replace('-', '_')}" if underscores else name for name in options}
@@ -384,7 +384,7 @@ GPTQ = replace(MODEL, quantization="gptq", group_size=64)
 
 
 @pytest.mark.parametrize("able", [AVX2, AVX512_ALONE])
-def test_merged_weights_are_served_in_float32_when_16_bit_types_are_slow(able: DeviceCapabilities) -> None:
+def test_merged_weights_are_served_in_float32_when_16_bit_dtypes_are_slow(able: DeviceCapabilities) -> None:
     chosen = plan(capabilities=able)
     assert origin_and_value(chosen, "dtype") == (Origin.MACHINE, "float32")
     assert chosen.arguments[chosen.arguments.index("--dtype") + 1] == "float32"
@@ -399,7 +399,7 @@ def test_float32_doubles_the_memory_of_16_bit_weights() -> None:
     assert wide_roomy == 2 * roomy
 
 
-def test_weights_stored_in_float32_need_no_extra_memory() -> None:
+def test_weights_stored_in_float32_need_no_extra_memory_when_served_in_float32() -> None:
     assert weight_bytes(replace(MODEL, dtype="float32"), wide=True) == MODEL.weights
 
 
@@ -427,7 +427,7 @@ def test_configured_pytorch_kernel_is_used_even_if_vllm_has_one() -> None:
 
 
 @pytest.mark.parametrize("capabilities", [AVX2, AMX])
-def test_awq_uses_the_4_bit_kernel_chosen_for_gptq_on_a_cpu(capabilities: DeviceCapabilities) -> None:
+def test_awq_uses_the_same_4_bit_kernel_as_gptq_on_a_cpu(capabilities: DeviceCapabilities) -> None:
     of_gptq, of_awq = (
         plan(model=replace(GPTQ, quantization=name), capabilities=capabilities) for name in ("gptq", "awq")
     )
@@ -440,7 +440,7 @@ def test_unquantized_model_needs_no_gptq_kernel() -> None:
     assert "gptq_kernel" not in [choice.name for choice in chosen.choices]
 
 
-def test_configured_number_type_overrides_the_computed_one() -> None:
+def test_configured_dtype_overrides_the_computed_dtype() -> None:
     chosen = plan(capabilities=AVX2, args=("--dtype", "bfloat16"))
     assert origin_and_value(chosen, "dtype") == (Origin.ARGS, "bfloat16")
 
@@ -458,7 +458,7 @@ def test_configured_number_type_overrides_the_computed_one() -> None:
         (AMX, "auto", None, True),
     ],
 )
-def test_number_type_unsupported_by_vllm_for_gptq_is_rejected(
+def test_gptq_with_a_dtype_that_vllm_does_not_support_is_rejected(
     capabilities: DeviceCapabilities, value: str, own: str | None, taken: bool
 ) -> None:
     with nullcontext() if taken else pytest.raises(EngineError, match=f"--dtype {value}, which"):

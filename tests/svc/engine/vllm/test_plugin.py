@@ -26,7 +26,7 @@ def test_vllm_discovers_the_plugin_by_its_entry_point() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "0", None])
-def test_plugin_imports_nothing_in_vllm_started_outside_our_server(value: str | None) -> None:
+def test_plugin_imports_nothing_when_vllm_is_started_without_tuneserve(value: str | None) -> None:
     code = "import sys; from svc.engine.vllm.plugin import register; register(); assert 'vllm' not in sys.modules"
     names = (EMPTY_TOKENS_VARIABLE, INT4_LINEAR_VARIABLE, LORA_VARIABLE, QUIET_VARIABLE, SCALES_VARIABLE)
     subprocess.run([sys.executable, "-c", code], check=True, env=dict.fromkeys(names, value) if value else {})
@@ -72,7 +72,7 @@ def test_engine_core_error_is_logged_in_full(name: str) -> None:
     assert "ValueError: my SECRET" in logged(name)
 
 
-def test_errors_are_logged_in_full_in_vllm_started_outside_our_server() -> None:
+def test_errors_are_logged_in_full_when_vllm_is_started_without_tuneserve() -> None:
     register()
     assert "ValueError: my SECRET" in logged("uvicorn.error")
 
@@ -152,7 +152,7 @@ assert convert_ids_list_to_tokens(tokenizer, [1, 2]) == [" a", ""]
 
 
 @pytest.mark.slow
-def test_vllm_returns_empty_token_for_a_sentencepiece_id_without_text(vllm: Forks) -> None:
+def test_vllm_returns_an_empty_token_for_a_sentencepiece_id_without_text(vllm: Forks) -> None:
     vllm.run(TOKENS, **{EMPTY_TOKENS_VARIABLE: "1"})
 
 
@@ -177,7 +177,7 @@ print(torch.allclose(result.float(), torch.full((2, 512), 64.0), rtol=0.02))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ours", [True, False])
-def test_int8_kernel_computes_with_its_own_scales_when_a_reload_has_freed_them(vllm: Forks, ours: bool) -> None:
+def test_int8_kernel_uses_its_own_copy_of_scales_that_a_reload_has_freed(vllm: Forks, ours: bool) -> None:
     """If a vLLM release does this by itself, the second case fails, and the plugin is no longer needed there."""
     printed = vllm.run(FREED_SCALES, **({SCALES_VARIABLE: "1"} if ours else {}))
     assert printed.split()[-1] == str(ours)

@@ -155,7 +155,7 @@ async def test_stopping_an_engine_also_removes_its_socket(engine_in: Start) -> N
     assert await engine.wait() == -signal.SIGTERM
 
 
-async def test_stopping_an_engine_removes_interprocess_sockets_of_a_killed_predecessor_too(
+async def test_stopping_an_engine_also_removes_sockets_left_by_a_killed_predecessor(
     engine_in: Start, folder: Path
 ) -> None:
     def bind(name: str) -> None:
@@ -228,7 +228,7 @@ async def test_engine_death_is_detected(engine_in: Start) -> None:
     assert not await engine.client.healthy()
 
 
-async def test_engine_health_is_judged_correctly_without_free_file_descriptors(
+async def test_engine_health_is_reported_correctly_when_no_file_descriptors_are_free(
     engine_in: Start,
 ) -> None:
     engine = engine_in("ready")
@@ -250,7 +250,7 @@ async def test_log_of_the_previous_engine_is_kept(engine_in: Start, folder: Path
     assert "bad weights" not in (folder / "logs" / "engine.log").read_text()
 
 
-async def test_engine_exiting_at_startup_raises_error_with_its_last_error_and_log(engine_in: Start) -> None:
+async def test_error_for_an_engine_that_exits_at_startup_includes_its_last_error_and_log(engine_in: Start) -> None:
     engine = engine_in("crash")
     with pytest.raises(EngineError, match="exited with code 3 before it was ready: ValueError: bad weights") as caught:
         await engine.start()
@@ -265,7 +265,7 @@ async def test_engine_exceeding_the_start_timeout_is_stopped(engine_in: Start) -
     assert not lives(pid_of(engine))
 
 
-async def test_cancelled_engine_start_leaves_nothing_behind(engine_in: Start) -> None:
+async def test_cancelled_engine_start_leaves_no_process_running(engine_in: Start) -> None:
     engine = engine_in("hang")
     start = asyncio.create_task(engine.start())
     while engine._child is None:
@@ -276,7 +276,7 @@ async def test_cancelled_engine_start_leaves_nothing_behind(engine_in: Start) ->
     assert not lives(pid_of(engine))
 
 
-async def test_engine_start_cancelled_during_process_creation_leaves_nothing_behind(
+async def test_engine_start_cancelled_during_process_creation_leaves_no_process_running(
     engine_in: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = threading.Event()
@@ -313,13 +313,13 @@ async def whole_life(engine_in: Start) -> None:
         await engine_in("crash").start()
 
 
-async def test_engine_lifecycle_never_blocks_the_event_loop_with_waits(engine_in: Start) -> None:
+async def test_engine_start_and_stop_never_wait_in_the_event_loop(engine_in: Start) -> None:
     with watched_loop() as watch:
         await whole_life(engine_in)
     assert watch.waits == []
 
 
-async def test_engine_lifecycle_never_runs_long_computations_in_the_event_loop(engine_in: Start) -> None:
+async def test_engine_start_and_stop_run_no_long_computations_in_the_event_loop(engine_in: Start) -> None:
     await whole_life(engine_in)  # modules that are imported at first use are loaded
     with watched_loop() as watch:
         await whole_life(engine_in)
@@ -344,7 +344,7 @@ async def test_engine_of_a_killed_parent_is_stopped_at_the_next_start(engine_in:
             psutil.Process(orphan).kill()
 
 
-async def test_unrelated_process_reusing_the_pid_is_left_alone(engine_in: Start, folder: Path) -> None:
+async def test_unrelated_process_reusing_the_pid_of_an_engine_is_not_stopped(engine_in: Start, folder: Path) -> None:
     stranger = await asyncio.create_subprocess_exec(sys.executable, "-c", "import time; time.sleep(60)")
     (folder / "engine.json").write_text(json.dumps({"pid": stranger.pid, "created": 1.0}))
     try:
@@ -363,7 +363,7 @@ async def test_corrupt_engine_record_does_not_prevent_a_start(engine_in: Start, 
     assert await engine.client.healthy()
 
 
-async def test_engine_is_not_put_to_sleep_without_memory_for_its_weights(
+async def test_engine_is_not_put_to_sleep_if_main_memory_cannot_hold_its_weights(
     engine_in: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, engine = list[str](), engine_in("ready")
@@ -378,7 +378,7 @@ async def test_engine_is_not_put_to_sleep_without_memory_for_its_weights(
     assert asked == []
 
 
-async def test_memory_allocated_by_the_first_sleep_is_reused_by_the_next(
+async def test_memory_check_for_sleep_is_skipped_once_the_engine_has_slept(
     engine_in: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, engine, answers = list[str](), engine_in("ready"), iter([None, "full"])

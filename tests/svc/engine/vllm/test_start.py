@@ -54,7 +54,7 @@ def test_forked_engine_process_has_the_preloaded_modules_imported(seen: dict[str
     assert seen["parent"] != seen["main"]
 
 
-def test_forked_engine_process_uses_the_environment_at_request_time(seen: dict[str, Any]) -> None:
+def test_forked_engine_process_uses_the_environment_of_the_fork_request(seen: dict[str, Any]) -> None:
     assert (seen["late"], seen["early"]) == ("yes", None)
 
 

@@ -31,7 +31,7 @@ def test_startup_phases_are_recognized_from_vllm_log_lines(tmp_path: Path, phase
     assert PhaseReader(log_of(tmp_path, "INFO something", LINES[phase], "WARNING else")).look() is phase
 
 
-def test_startup_phase_is_python_start_without_a_log(tmp_path: Path) -> None:
+def test_startup_phase_is_python_start_until_the_log_exists(tmp_path: Path) -> None:
     assert PhaseReader(tmp_path / "none.log").look() is EnginePhase.PYTHON
 
 
@@ -58,7 +58,7 @@ def test_each_startup_phase_check_reads_only_new_log_lines(tmp_path: Path) -> No
 
 
 @given(st.lists(st.sampled_from(list(LINES)), max_size=8), st.integers(7, 200))
-def test_startup_phase_never_goes_back_however_the_log_arrives(
+def test_startup_phase_never_moves_backward_while_the_log_grows(
     tmp_path_factory: pytest.TempPathFactory, said: list[EnginePhase], piece: int
 ) -> None:
     text = "".join(f"{LINES[phase]}\n" for phase in said)

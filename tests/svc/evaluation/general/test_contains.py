@@ -26,7 +26,7 @@ def is_right(answer: str, *accepted: str) -> bool:
         ("STRASSE", "straße"),
     ],
 )
-def test_answer_containing_an_accepted_text_is_correct(answer: str, accepted: str) -> None:
+def test_answer_containing_an_accepted_string_is_correct(answer: str, accepted: str) -> None:
     assert is_right(answer, "something else", accepted)
 
 
@@ -34,10 +34,10 @@ def test_answer_containing_an_accepted_text_is_correct(answer: str, accepted: st
     ("answer", "accepted"),
     [("Parisian", "Paris"), ("1,000", "1"), ("15", "5"), ("2.5", "5"), ("houses old are", "houses are old"), ("", "a")],
 )
-def test_answer_containing_no_accepted_text_is_wrong(answer: str, accepted: str) -> None:
+def test_answer_containing_no_accepted_string_is_wrong(answer: str, accepted: str) -> None:
     assert not is_right(answer, accepted)
 
 
 @given(words, st.sampled_from(["", "so ", "it is: "]), st.sampled_from(["", "!", " - yes"]))
-def test_text_around_the_accepted_text_is_ignored(accepted: str, before: str, after: str) -> None:
+def test_text_around_the_accepted_string_is_ignored(accepted: str, before: str, after: str) -> None:
     assert is_right(f"{before} {accepted} {after}", accepted)

@@ -29,17 +29,17 @@ def line(question: str, answer: str, **more: object) -> dict[str, object]:
     return {"messages": turns, **more}
 
 
-def test_all_shipped_references_count_as_correct_answers() -> None:
+def test_reference_answers_of_all_shipped_general_questions_count_as_correct() -> None:
     assert right(SHIPPED, [example.answer for example in SHIPPED.examples]) == [1.0] * 120
 
 
-def test_each_accepted_text_is_correct_on_its_own() -> None:
+def test_each_accepted_string_counts_as_a_correct_answer() -> None:
     for example, texts in zip(SHIPPED.examples, SHIPPED.accepted, strict=True):
         for text in texts:
             assert right(GeneralSet("", (example,), (texts,)), [text]) == [1.0], text
 
 
-def test_repeating_the_question_is_wrong_unless_the_task_is_repetition() -> None:
+def test_repeating_a_general_question_is_wrong_unless_the_task_asks_for_repetition() -> None:
     repeated = right(SHIPPED, [example.question for example in SHIPPED.examples])
     found = [example.question for example, score in zip(SHIPPED.examples, repeated, strict=True) if score]
     assert all("banana" in question or "OK" in question for question in found), found
@@ -54,7 +54,7 @@ def test_constant_answer_is_rarely_correct_for_general_questions() -> None:
         assert sum(right(SHIPPED, [answer] * len(SHIPPED.examples))) <= 2
 
 
-def test_first_half_of_questions_has_the_same_mix_of_kinds_as_the_whole() -> None:
+def test_first_half_of_general_questions_has_the_same_category_distribution_as_the_full_set() -> None:
     path = Path(__file__).parents[4] / "svc" / "evaluation" / "general" / "general.jsonl"
     kinds = [json.loads(row)["kind"] for row in path.read_text("utf-8").splitlines()]
     whole, half = Counter(kinds), Counter(kinds[:HALF])
@@ -82,7 +82,7 @@ def test_malformed_accepted_answers_are_rejected_with_line_number(tmp_path: Path
 
 
 @pytest.mark.parametrize("rows", [[], [{"messages": []}]])
-def test_general_questions_file_without_questions_is_rejected(tmp_path: Path, rows: list[dict[str, object]]) -> None:
+def test_empty_general_questions_file_is_rejected(tmp_path: Path, rows: list[dict[str, object]]) -> None:
     with pytest.raises(DataError, match=r"own\.jsonl"):
         read_general_set(write_lines(tmp_path / "own.jsonl", *rows))
 

@@ -36,7 +36,7 @@ def text(*calls: Call, said: str = "") -> str:
         ('{"name": "rain", "arguments"', text(ROME), 0.0, 0.0),
     ],
 )
-def test_call_is_correct_when_tool_and_arguments_match_the_reference(
+def test_tool_call_is_correct_when_its_name_and_arguments_match_the_reference(
     answer: str, reference: str, calls: float, tools: float
 ) -> None:
     pair = answered([(answer, reference)])

@@ -28,7 +28,7 @@ CALLING = parse_example(
 )
 
 
-def test_call_metrics_are_added_to_text_metrics_when_few_references_call_tools() -> None:
+def test_tool_call_metrics_are_added_to_text_metrics_when_few_references_call_tools() -> None:
     chosen = names([*TEXTS, CALLING])
     assert chosen[0] == "rouge_l"
     assert {"call_accuracy", "tool_accuracy"} <= set(chosen)
@@ -74,7 +74,7 @@ def test_evaluation_task_is_detected_from_the_references(examples: list[ChatExam
         (JAPANESE, ["chrf", "exact_match"]),
     ],
 )
-def test_each_task_has_its_metrics_with_the_primary_one_first(examples: list[ChatExample], expected: list[str]) -> None:
+def test_primary_metric_comes_first_for_each_task(examples: list[ChatExample], expected: list[str]) -> None:
     assert names(examples) == [*expected, "perplexity", "length"]
 
 
@@ -82,11 +82,11 @@ def test_recipe_selects_the_evaluation_metrics() -> None:
     assert names(TEXTS, MetricOptions(("rouge", "length"))) == ["rouge_l", "rouge_1", "rouge_2", "length"]
 
 
-def test_default_primary_metric_stays_primary_when_selected() -> None:
+def test_default_primary_metric_stays_primary_if_it_is_among_the_selected_metrics() -> None:
     assert names(LABELS, MetricOptions(("exact_match", "accuracy")))[0] == "accuracy"
 
 
-def test_first_directed_metric_is_primary_if_the_default_is_not_selected() -> None:
+def test_first_metric_with_a_direction_is_primary_if_the_default_is_not_selected() -> None:
     assert names(TEXTS, MetricOptions(("length", "chrf", "exact_match"))) == ["chrf", "length", "exact_match"]
 
 
@@ -116,7 +116,7 @@ def test_json_metric_rejects_non_json_references(name: str) -> None:
         choose_metrics([OBJECTS[0], TEXTS[0]], MetricOptions((name,)))
 
 
-def test_recipe_schema_must_accept_all_references(tmp_path: Path) -> None:
+def test_json_schema_in_the_recipe_must_accept_all_references(tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_text('{"properties": {"size": {"maximum": 5}}}', "utf-8")
     with pytest.raises(RecipeError, match="the reference answer of held-out example 6 does not match the schema"):
@@ -136,7 +136,7 @@ def test_installed_package_can_provide_a_metric(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("value", "wrong"), [("no_such_module:Own", "cannot be loaded"), (f"{__name__}:Answered", "cannot be loaded")]
 )
-def test_entry_point_that_provides_no_metric_is_named_in_the_error(
+def test_error_for_an_entry_point_without_a_metric_names_the_entry_point(
     monkeypatch: pytest.MonkeyPatch, value: str, wrong: str
 ) -> None:
     offer(monkeypatch, value)
@@ -145,7 +145,7 @@ def test_entry_point_that_provides_no_metric_is_named_in_the_error(
     assert value in caught.value.wrong
 
 
-def test_metric_error_is_found_early_by_scoring_the_references(tmp_path: Path) -> None:
+def test_broken_metric_is_detected_before_evaluation_by_scoring_the_references(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def score(answers, references):\n    return 1 / 0\n", "utf-8")
     metrics = choose_metrics(TEXTS, MetricOptions((f"{path}:score",)))

@@ -48,12 +48,14 @@ def test_metric_function_may_return_an_array(write: Write) -> None:
     assert write("import numpy\nreturn numpy.array([0.25, 1])").score(GIVEN) == [0.25, 1.0]
 
 
-def test_metric_function_does_not_get_the_store_url(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metric_function_cannot_read_the_store_url_from_its_environment(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SVC_STORE__URL", "postgresql://svc:s3cret@db/store")
     assert write("import os\nreturn ['SVC_STORE__URL' in os.environ] * 2").score(GIVEN) == [0.0, 0.0]
 
 
-def test_metric_function_can_import_neighbouring_files(write: Write, tmp_path: Path) -> None:
+def test_metric_function_can_import_modules_from_its_own_folder(write: Write, tmp_path: Path) -> None:
     (tmp_path / "length.py").write_text("two = 2", "utf-8")
     assert write("import length\nreturn [length.two] * 2").score(GIVEN) == [2.0, 2.0]
 
@@ -127,9 +129,9 @@ def test_metric_name_combines_file_and_function_names(text: str, name: str) -> N
 
 
 @pytest.mark.parametrize("text", ["rouge", "my_metric:score", "x.py", "x.py:"])
-def test_text_without_a_python_file_and_function_is_not_a_function_spec(text: str) -> None:
+def test_text_that_does_not_name_a_python_file_and_function_is_not_a_function_spec(text: str) -> None:
     assert FunctionSpec.parse(text) is None
 
 
-def test_metric_function_is_not_called_without_answers(write: Write) -> None:
+def test_metric_function_may_return_an_empty_list_when_there_are_no_answers(write: Write) -> None:
     assert write("return []").score(Answered([], [])) == []

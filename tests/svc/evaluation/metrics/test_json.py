@@ -39,7 +39,7 @@ def test_json_field_is_correct_when_its_value_matches_the_reference(answer: str,
 
 
 @given(objects)
-def test_json_object_matches_all_its_own_fields(value: dict[str, Any]) -> None:
+def test_json_object_compared_with_itself_has_full_field_accuracy(value: dict[str, Any]) -> None:
     text = json.dumps(value)
     assert FieldAccuracy().score(answered([(text, text)])) == [1.0]
 
@@ -62,7 +62,7 @@ def test_inferred_schema_accepts_all_references(references: list[dict[str, Any]]
         ("name: x", False),
     ],
 )
-def test_answer_must_have_the_keys_and_types_of_the_references(answer: str, valid: bool) -> None:
+def test_answer_must_match_the_json_schema_inferred_from_the_references(answer: str, valid: bool) -> None:
     schema = infer_schema([{"name": "a", "size": 1}, {"name": "b", "size": 2, "tags": ["t"]}])
     assert SchemaValid(schema).score(answered([(answer, "{}")])) == [float(valid)]
 

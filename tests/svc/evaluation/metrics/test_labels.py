@@ -46,7 +46,7 @@ def test_macro_f1_matches_scikit_learn_over_reference_labels(given_pairs: list[t
     assert 0 <= estimate.low <= estimate.high <= 1
 
 
-def test_macro_f1_drops_for_a_never_predicted_label_that_accuracy_hides() -> None:
+def test_macro_f1_penalizes_a_never_predicted_rare_label_more_than_accuracy() -> None:
     judged = with_scores(Accuracy(), answered([("net", "net")] * 95 + [("net", "doc")] * 5))
     assert Accuracy().estimate(judged).value == 0.95
     assert MacroF1().estimate(judged).value < 0.5

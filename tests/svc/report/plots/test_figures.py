@@ -39,7 +39,7 @@ ROWS = [
 ]
 
 
-def test_proportions_and_other_metrics_are_plotted_separately() -> None:
+def test_proportions_are_plotted_separately_from_other_metrics() -> None:
     shares, numbers = plot_shares(ROWS), plot_numbers(ROWS)
     assert label_of(shares) == "accuracy: base 0.500 [0.450, 0.550], gptq 0.500 [0.450, 0.550]"
     assert label_of(numbers).startswith("nll: base 2.000")
@@ -47,7 +47,7 @@ def test_proportions_and_other_metrics_are_plotted_separately() -> None:
     assert "length" not in (numbers or "")
 
 
-def test_plot_without_data_is_none() -> None:
+def test_no_plot_is_created_without_data() -> None:
     assert plot_shares(ROWS[1:]) is None
     assert plot_numbers([ROWS[0], ROWS[4]]) is None
     assert plot_loss([]) is None
@@ -69,7 +69,7 @@ def test_training_curve_is_plotted_without_held_out_loss() -> None:
     assert label_of(plot_loss(points)) == "training loss from 1.000 to 0.500 in 2 steps"
 
 
-def test_plot_of_many_steps_is_at_most_three_times_larger_than_of_300() -> None:
+def test_plot_of_50000_steps_is_less_than_three_times_larger_than_a_plot_of_300_steps() -> None:
     many = plot_loss(curve(50_000))
     assert many is not None
     assert len(many) < 3 * len(plot_loss(curve(300)) or "")

@@ -31,7 +31,7 @@ def test_svg_is_well_formed_and_has_the_requested_size() -> None:
     assert (root.get("role"), root.get("aria-label")) == ("img", "some of all")
 
 
-def test_all_svg_colours_are_page_variables() -> None:
+def test_all_svg_colors_are_css_variables_of_the_page() -> None:
     svg = drawn()
     assert set(re.findall(r"var\(--(\w+)\)", svg)) == {colour.name.lower() for colour in Colour}
     assert re.findall(r"#[0-9a-fA-F]{6}\b", svg) == []

@@ -40,7 +40,7 @@ def make_tool(folder: Path, body: str) -> Path:
 
 
 @pytest.mark.parametrize("type", KQuant)
-def test_quantize_tool_converts_the_f16_file_to_one_k_quant_file_with_a_modelfile(
+def test_quantize_tool_converts_the_f16_file_to_a_single_k_quant_file_with_a_modelfile(
     tiny_base: Path, examples: list[ChatExample], bin_folder: Path, tmp_path: Path, type: KQuant
 ) -> None:
     record, out = make_tool(bin_folder, COPY), tmp_path / "out"
@@ -73,7 +73,7 @@ def test_missing_quantize_tool_is_reported_before_any_file_is_written(
     ],
     ids=["fails", "writes nothing", "writes other weights"],
 )
-def test_failing_or_faulty_quantize_tool_leaves_no_files(
+def test_no_files_remain_when_the_quantize_tool_fails_or_writes_a_wrong_file(
     tiny_base: Path, examples: list[ChatExample], bin_folder: Path, tmp_path: Path, body: str, told: str
 ) -> None:
     make_tool(bin_folder, body)

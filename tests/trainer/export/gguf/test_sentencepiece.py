@@ -44,7 +44,7 @@ def test_space_prefix_option_is_detected_by_comparing_token_ids(*, prefix: bool)
     assert chosen.prefix is prefix
 
 
-def test_tokenizer_with_merges_that_scores_cannot_express_is_rejected() -> None:
+def test_tokenizer_whose_merges_cannot_be_expressed_as_scores_is_rejected() -> None:
     """llama.cpp merges every pair in the vocabulary; this tokenizer merges only listed pairs, without `aa`."""
     tokenizer = make_tokenizer()
     content = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -58,7 +58,7 @@ def test_tokenizer_with_merges_that_scores_cannot_express_is_rejected() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not LLAMA_2.is_dir(), reason="npm could not fetch the tokenizer")
-def test_published_llama_2_tokenizer_is_accepted_on_real_texts() -> None:
+def test_published_llama_2_tokenizer_is_accepted_when_checked_on_real_texts() -> None:
     examples = read_examples(ROOT / "examples" / "debian-triage" / "heldout.jsonl")[:100]
     texts = [
         f"<s>[INST] {message.content} [/INST] \u65e5\u672c \U0001f642 </s>" for e in examples for message in e.messages

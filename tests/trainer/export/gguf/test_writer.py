@@ -66,7 +66,7 @@ def logits(folder: Path, file: str | None = None) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
-def test_transformers_loads_a_gguf_file_with_the_logits_of_the_original_model(
+def test_gguf_file_loaded_by_transformers_gives_the_logits_of_the_original_model(
     tmp_path: Path, examples: list[ChatExample], family: str
 ) -> None:
     base = make_family(tmp_path / "base", family)
@@ -99,7 +99,7 @@ def test_model_with_nan_weights_is_rejected(tmp_path: Path, examples: list[ChatE
     assert not list((tmp_path / "out").glob("*.gguf"))
 
 
-def test_matrix_whose_row_size_is_no_multiple_of_the_8_bit_block_is_written_in_16_bits(
+def test_matrix_is_written_in_16_bits_if_its_rows_do_not_divide_into_8_bit_blocks(
     tmp_path: Path, examples: list[ChatExample]
 ) -> None:
     base = make_model(tmp_path / "base", intermediate_size=72)
@@ -109,7 +109,9 @@ def test_matrix_whose_row_size_is_no_multiple_of_the_8_bit_block_is_written_in_1
     assert types["blk.0.ffn_up.weight"] is gguf.GGMLQuantizationType.Q8_0
 
 
-def test_chat_template_in_the_gguf_file_includes_its_arguments(tmp_path: Path, examples: list[ChatExample]) -> None:
+def test_chat_template_in_the_gguf_file_includes_its_template_arguments(
+    tmp_path: Path, examples: list[ChatExample]
+) -> None:
     base = make_model(tmp_path / "base")
     write_template_kwargs(base, {"enable_thinking": False, "date_string": "26 Jul 2024"})
     reader = gguf.GGUFReader(export_gguf(base, tmp_path / "out", "tiny", examples).file)
@@ -141,7 +143,7 @@ def test_llama_3_rope_factors_match_transformers(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "uses 'linear' RoPE scaling"),
     ],
 )
-def test_model_that_llama_cpp_would_compute_differently_is_rejected(
+def test_model_for_which_llama_cpp_would_compute_different_outputs_is_rejected(
     tmp_path: Path, config: dict[str, object], told: str
 ) -> None:
     base = make_model(tmp_path / "base")
@@ -161,7 +163,7 @@ def test_model_that_llama_cpp_would_compute_differently_is_rejected(
         ({"use_bidirectional_attention": True}, "has bidirectional attention"),
     ],
 )
-def test_gemma_config_that_differs_from_published_models_is_rejected(
+def test_gemma_config_that_differs_from_the_published_gemma_models_is_rejected(
     tmp_path: Path, changes: dict[str, Any], told: str
 ) -> None:
     AutoConfig.for_model("gemma2", **GEMMA | changes).save_pretrained(tmp_path)
@@ -175,7 +177,7 @@ def test_mixture_of_experts_is_rejected_for_gguf(tmp_path: Path) -> None:
         read_architecture(make_mixture(tmp_path / "base", "mixtral"))
 
 
-def test_gguf_file_that_differs_from_the_model_is_deleted(
+def test_gguf_file_is_deleted_if_its_contents_differ_from_the_model(
     tiny_base: Path, tmp_path: Path, examples: list[ChatExample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = iter([2, 2, 2, 2])  # queries and keys of two layers; read again, they have their own size
