@@ -1,4 +1,4 @@
-"""Figures of a running server, read from the same metrics page that Prometheus scrapes.
+"""Statistics of a running server, read from the same metrics page that Prometheus scrapes.
 
 This module depends only on the metric names (docs/metrics.md).
 """

@@ -334,7 +334,7 @@ class JobTraining:
         if self._wanted is Wanted.PAUSE and self._kill_at is None:
             self._interrupt(self._options.pace.pause_s)
         if self._is_late():
-            log.warning("the training of %s wrote no checkpoint in time; killing it", self.job.id)
+            log.warning("the training run of %s did not write a checkpoint in time; killing it", self.job.id)
             await asyncio.to_thread(self._process.kill)
         return False
 

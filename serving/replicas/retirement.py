@@ -52,7 +52,7 @@ class Retirement:
     async def cut_off(self) -> None:
         """Cancel the background tasks, because the caller is about to stop all engines.
 
-        Waits until cancelled engine starts have ended.
+        Waits for the cancelled engine startups to finish.
         """
         for task in self._endings:
             task.cancel()

@@ -169,7 +169,7 @@ def require_replay(
     if kept.total < MIN_UNITS:
         raise RefusedError(
             f"{wrong}; only {kept.total} stored requests to {record.previous} can be replayed",
-            expected=f"at least {MIN_UNITS} chat completions from the last {MAX_AGE.days} days with stored content",
+            expected=f"at least {MIN_UNITS} chat completions with stored content from the last {MAX_AGE.days} days",
             todo=f"set `request_log.content_share`, and retry once enough requests are stored; or {others}",
         )
     if kept.units < MIN_UNITS:

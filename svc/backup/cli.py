@@ -46,7 +46,8 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
     settings = settings_of(ctx)
     if not settings.home.is_dir():
         raise NotFoundError(
-            f"the home {settings.home} does not exist", todo="name an existing home: svc --home FOLDER backup DIR"
+            f"the home folder {settings.home} does not exist",
+            todo="name an existing home: svc --home FOLDER backup DIR",
         )
     folder = folder.absolute()
     if folder.is_relative_to(settings.home):

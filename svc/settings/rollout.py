@@ -43,7 +43,7 @@ class RolloutSettings(Section):
     min_units: int = Field(
         50, ge=1, description="minimum number of users or conversations that the candidate serves in each canary step"
     )
-    max_step_s: float = Field(86_400.0, gt=0, description="deadline of each step, in seconds")
+    max_step_s: float = Field(86_400.0, gt=0, description="time limit for each step, in seconds")
     at_deadline: AtDeadline = Field(
         AtDeadline.ROLLBACK,
         description="action at the deadline; rollback: return all clients to production; hold: stay at the step "

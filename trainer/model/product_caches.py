@@ -12,10 +12,10 @@ it. One step uses about 40 products, each in every layer."""
 
 @cache
 def bound_product_caches() -> None:
-    """Limit oneDNN and PyTorch to 64 cached compiled products each, instead of 1,024. Must be called before the
+    """Limit oneDNN and PyTorch to 64 cached matrix-product kernels each, instead of 1,024. Must be called before the
     first matrix product.
 
-    Each batch length needs its own compiled products, which take about 0.6 MB each with AMX. In 80 steps of
+    Each batch length needs its own kernels, which take about 0.6 MB each with AMX. In 80 steps of
     four examples each, the caches grew to 0.8 GB without the limits, and the steps were no faster than with
     them. Environment variables that are already set are kept. Child processes, such as engines, do not
     inherit the limits.

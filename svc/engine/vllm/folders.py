@@ -44,7 +44,7 @@ def runtime_folder(home: Path, purpose: str) -> Path:
         ) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise EngineError(
-            f"{folder} is not a private folder of this user",
+            f"{folder} is not owned by this user or is accessible to other users",
             expected="a folder with mode 0700, owned by this user",
             todo=f"check who created the folder, then remove it: rm -r {folder}",
         )

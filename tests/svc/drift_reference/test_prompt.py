@@ -86,14 +86,14 @@ def test_middle_of_a_long_text_does_not_affect_its_language() -> None:
     assert language(english + "Wo ist mein Paket? " * 1000 + english) == language(english)
 
 
-def test_middle_of_a_long_text_affects_only_the_length() -> None:
+def test_middle_of_a_long_prompt_affects_only_its_character_count() -> None:
     head, tail = "a parcel " * 200, "the money " * 200
     short, long = (sampler.sample([Prompt(head + middle + tail)]) for middle in ("", "elephant! " * 9_000))
     assert long.numbers[PromptFeature.CHARACTERS][0] == short.numbers[PromptFeature.CHARACTERS][0] + 90_000
     same(replace(long, numbers={**long.numbers, PromptFeature.CHARACTERS: short.numbers["characters"]}), short)
 
 
-def test_end_of_a_long_text_affects_its_prompt_features() -> None:
+def test_end_of_a_long_prompt_affects_its_features() -> None:
     context = "the parcel is in the cellar " * 200
     one, other = (sampler.sample([Prompt(context + question)]) for question in ("Where is it?", "Elephants, please!"))
     assert one.numbers[PromptFeature.UNKNOWN_WORDS][0] < other.numbers[PromptFeature.UNKNOWN_WORDS][0]

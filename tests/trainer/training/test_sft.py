@@ -176,7 +176,7 @@ def test_too_long_examples_are_counted_and_rejected_before_training(tiny_base: P
         train(tiny_base, examples, tmp_path / "adapter", max_length=300)
 
 
-def test_non_finite_loss_error_proposes_a_lower_learning_rate(
+def test_non_finite_loss_error_suggests_a_lower_learning_rate(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     with pytest.raises(TrainingError, match="the loss is nan") as caught:

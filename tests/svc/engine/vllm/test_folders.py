@@ -42,7 +42,7 @@ def test_socket_path_is_short_however_deep_the_home_is() -> None:
 
 def test_runtime_folder_accessible_to_other_users_is_rejected(parent: Path, tmp_path: Path) -> None:
     runtime_folder(tmp_path, "serve").chmod(0o755)
-    with pytest.raises(EngineError, match="not a private folder"):
+    with pytest.raises(EngineError, match="not owned by this user or is accessible"):
         runtime_folder(tmp_path, "serve")
 
 
@@ -51,7 +51,7 @@ def test_symbolic_link_in_place_of_the_runtime_folder_is_rejected(parent: Path, 
     folder.rmdir()
     (tmp_path / "other").mkdir(mode=0o700)
     folder.symlink_to(tmp_path / "other")
-    with pytest.raises(EngineError, match="not a private folder"):
+    with pytest.raises(EngineError, match="not owned by this user or is accessible"):
         runtime_folder(tmp_path, "serve")
 
 
@@ -59,7 +59,7 @@ def test_file_in_place_of_the_runtime_folder_is_rejected(parent: Path, tmp_path:
     folder = runtime_folder(tmp_path, "serve")
     folder.rmdir()
     folder.touch()
-    with pytest.raises(EngineError, match="not a private folder"):
+    with pytest.raises(EngineError, match="not owned by this user or is accessible"):
         runtime_folder(tmp_path, "serve")
 
 
@@ -70,7 +70,7 @@ def test_runtime_folder_owned_by_another_user_is_rejected(
     folder = runtime_folder(tmp_path, "serve")
     monkeypatch.setattr(os, "getuid", lambda: own + 1)
     folder.rename(folder.with_name(folder.name.replace(f"-{own}-", f"-{own + 1}-")))
-    with pytest.raises(EngineError, match="not a private folder"):
+    with pytest.raises(EngineError, match="not owned by this user or is accessible"):
         runtime_folder(tmp_path, "serve")
 
 
