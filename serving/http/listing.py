@@ -51,7 +51,7 @@ def list_object(objects: Sequence[Mapping[str, Any]], *, has_more: bool) -> dict
 
 
 def unix_seconds(moment: datetime | None) -> int | None:
-    """Return a time as a Unix timestamp in whole seconds, or None if there is no time."""
+    """Return a time as a Unix timestamp in whole seconds, or None if the argument is None."""
     return None if moment is None else int(moment.timestamp())
 
 

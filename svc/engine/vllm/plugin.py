@@ -20,7 +20,7 @@ QUIET_VARIABLE = "TUNESERVE_QUIET_ERRORS"
 EMPTY_TOKENS_VARIABLE = "TUNESERVE_EMPTY_TOKENS"
 """Environment variable that is set to 1 for engines whose clients can request log-probabilities."""
 SCALES_VARIABLE = "TUNESERVE_KEEP_SCALES"
-"""Environment variable that is set to 1 for engines whose weights can be reloaded."""
+"""Environment variable that is set to 1 for engines that must compute INT8 correctly after a reload in place."""
 _REQUEST_LOGGERS = ("vllm.entrypoints.", "uvicorn.")
 """Loggers of request-handling code. Loggers of the engine core are excluded, because their errors explain why the core
 exits."""
