@@ -289,6 +289,8 @@ class Admission:
             if closed:
                 raise
             raise OverloadedError(f"{error.wrong}; {self._full}", todo=error.todo) from error
+        finally:
+            self._settle()  # if the request has left the queue without a slot, the next one may fit
 
     def _admit_waiting(self) -> None:
         """Give free slots to the queued requests in order. If there is no engine, reject all of them."""

@@ -87,11 +87,11 @@ class BatchSlots:
         timer = loop.call_later(MAX_WAIT_S, self._expire, waiting)
         try:
             await waiting.given
-        except asyncio.CancelledError:
-            if waiting.given.cancelled():
+        except (asyncio.CancelledError, QueueTimeoutError):
+            if waiting in self._waiting:
                 self._waiting.remove(waiting)
-            else:
-                self.leave(interruption)  # cancelled just as it got the slot
+            self.leave(interruption)  # it may have been cancelled just as it got its slot
+            self.give(fits)  # the next request may fit where this one did not
             raise
         finally:
             timer.cancel()
@@ -125,5 +125,4 @@ class BatchSlots:
 
     def _expire(self, waiting: _Waiting) -> None:
         if not waiting.given.done():
-            self._waiting.remove(waiting)
             waiting.given.set_exception(QueueTimeoutError(f"no capacity became available within {MAX_WAIT_S:g} s"))

@@ -18,6 +18,11 @@ from tests.serving.admission.opened import admitted, drained, open_admission, se
 PARTIES = (NO_KEY, Party("a"), Party("b", weight=3))
 
 
+def tokens(choice: int) -> int:
+    """Return the size of a request. One of four needs more than half of all tokens."""
+    return 1 if choice % 4 else 500
+
+
 @dataclass
 class World:
     """The admission, its clients, its swaps and the server's own requests, with the expected counts."""
@@ -39,10 +44,10 @@ class World:
     batched: list[tuple[asyncio.Task[None], asyncio.Event]] = field(default_factory=list)
     batched_inside: int = 0
 
-    async def client(self, number: int, party: Party, end: asyncio.Event) -> None:
+    async def client(self, number: int, tokens: int, party: Party, end: asyncio.Event) -> None:
         waits = self.admission._closed
         with suppress(AdmissionError):
-            async with admitted(self.admission, 1, party):
+            async with admitted(self.admission, tokens, party):
                 seen = self.version
                 self.entered_closed |= self.admission._closed
                 self.inside.add(number)
@@ -65,10 +70,10 @@ class World:
                     self.asking = False
                     self.mixed |= self.version != seen
 
-    async def batch(self, end: asyncio.Event) -> None:
+    async def batch(self, tokens: int, end: asyncio.Event) -> None:
         interruption = OneShotEvent()
         interruption.listen(end.set)
-        async with admitted(self.admission, 1, Party("a", 1, interruption)):
+        async with admitted(self.admission, tokens, Party("a", 1, interruption)):
             seen = self.version
             self.batched_inside += 1
             try:
@@ -96,7 +101,10 @@ class World:
             case "arrive":
                 end = asyncio.Event()
                 party = PARTIES[choice % len(PARTIES)] if self.keys else NO_KEY
-                self.clients[self.arrived] = asyncio.create_task(self.client(self.arrived, party, end)), end
+                self.clients[self.arrived] = (
+                    asyncio.create_task(self.client(self.arrived, tokens(choice), party, end)),
+                    end,
+                )
                 self.arrived += 1
             case "finish" if alive:
                 self.clients[alive[choice % len(alive)]][1].set()
@@ -120,7 +128,7 @@ class World:
                     self.question[0].cancel()
             case "batch":
                 end = asyncio.Event()
-                self.batched.append((asyncio.create_task(self.batch(end)), end))
+                self.batched.append((asyncio.create_task(self.batch(tokens(choice), end)), end))
             case "end batch" if self.batched:
                 task, end = self.batched.pop(choice % len(self.batched))
                 end.set()
@@ -133,6 +141,10 @@ class World:
                 self.dead = False
                 self.admission.available()
 
+    def has_room(self, tokens: int) -> bool:
+        admission = self.admission
+        return admission.running < admission.max_running and admission._tokens + tokens <= admission.max_tokens
+
     def check(self) -> None:
         admission = self.admission
         alive = {number for number, (task, _) in self.clients.items() if not task.done()}
@@ -142,10 +154,11 @@ class World:
         # Places that were given back unused are queued again beside those.
         assert 0 <= admission.queued <= self.max_queued + admission.max_running
         assert all(admitted == sorted(admitted) for admitted in self.admitted_after_wait.values())
-        assert admission._closed or not admission.queued or admission.running == admission.max_running
+        assert admission._closed or not (head := admission.queue._next()) or not self.has_room(head.tokens)
+        waiting_batch = next(iter(admission.batch_slots._waiting), None)
+        assert not waiting_batch or not admission._has_spare(waiting_batch.tokens)
         assert self.batched_inside == admission.batch_slots.running
-        assert not (self.batched_inside and (admission.queued or admission._changing or not admission._ready))
-        assert self.batched_inside + admission.running <= max(admission.running, admission.max_running)
+        assert not self.batched_inside or not admission._has_excess()
         assert not self.mixed
         assert not self.entered_closed
         assert bool(admission.background_slot.taken) == self.asking

@@ -164,3 +164,22 @@ async def test_cancelled_batch_request_occupies_no_slot(ticks: int) -> None:
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert not admission.batch_slots.busy
+
+
+async def test_next_batch_request_runs_when_the_one_before_it_is_cancelled_just_as_it_gets_its_slot() -> None:
+    admission = open_admission(max_running=1)
+    await admission.enter(1, NO_KEY)
+    async with batched(admission, 2) as (first, second):
+        admission.leave(1)  # gives the first its slot, but its task has not run yet
+        first.task.cancel()
+        await settle()
+        assert second.began
+
+
+async def test_next_batch_request_runs_when_a_larger_one_before_it_stops_waiting() -> None:
+    admission = open_admission(max_running=8, max_tokens=100)
+    async with admitted(admission, 50), batched(admission, 1, tokens=60) as (large,), batched(admission, 1) as (small,):
+        assert begun([large, small]) == [False, False]
+        large.task.cancel()
+        await settle()
+        assert small.began

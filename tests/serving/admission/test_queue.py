@@ -6,7 +6,14 @@ import time
 import pytest
 
 from serving.admission.admission import Admission
-from serving.admission.errors import EngineUnavailableError, QueueOverflowError, QueueTimeoutError
+from serving.admission.errors import (
+    EngineUnavailableError,
+    OverloadedError,
+    QueueOverflowError,
+    QueueTimeoutError,
+)
+from serving.admission.party import Party
+from svc.one_shot_event import OneShotEvent
 from tests.serving.admission.opened import admit_once, admitted, open_admission, run_until, settle
 from tests.serving.service import closed
 
@@ -122,3 +129,33 @@ async def test_requests_wait_for_an_engine_start_until_the_wake_timeout() -> Non
     with pytest.raises(QueueTimeoutError, match=r"0\.2 s for an engine"):
         await admit_once(admission)
     assert time.monotonic() - began >= 0.2
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_smaller_request_is_admitted_when_a_larger_one_ahead_of_it_stops_waiting(cancelled: bool) -> None:
+    admission, alice = open_admission(max_tokens=100, queue_timeout_s=0.05), Party("alice")
+    async with admitted(admission, 50):
+        large = asyncio.create_task(admission.enter(60, alice))
+        await asyncio.sleep(0.03)
+        small = asyncio.create_task(admission.enter(1, alice))  # times out later than the larger one
+        await settle()
+        assert admission.queued == 2
+        if cancelled:
+            large.cancel()
+        with pytest.raises((asyncio.CancelledError, OverloadedError)):
+            await large
+        await small
+        admission.leave(1)
+
+
+async def test_batch_request_runs_when_the_queued_request_that_it_yielded_to_is_cancelled() -> None:
+    admission = open_admission(max_tokens=100)
+    async with admitted(admission, 50):
+        queued = asyncio.create_task(admission.enter(60, Party("alice")))
+        await settle()
+        batch = asyncio.create_task(admission.enter(1, Party("bob", 1, OneShotEvent())))
+        await settle()
+        assert not batch.done()
+        queued.cancel()
+        await settle()
+        assert batch.done()
