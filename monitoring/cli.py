@@ -150,7 +150,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
 
     Raises:
         ServerNotRunningError: no server is running, or it does not respond or gives an unexpected response.
-        NotFoundError: a model is not served, and the server did not refuse to serve it either.
+        NotFoundError: one of `models` is neither served nor listed among the models that the server could not start.
     """
     import httpx
 

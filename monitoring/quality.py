@@ -13,9 +13,9 @@ matter. The primary metric counts as changed if an exact paired test of its scor
 most one false alarm per 10,000 runs. At the default interval, the two tests together raise less than one false alarm in
 three years.
 
-The test flips signs (Fisher 1935): without a change, a score is as likely to rise as to fall by the same
-amount. Equal answers have equal scores and carry no information. For scores of 0 or 1, it is McNemar's exact
-test.
+The paired test flips signs (Fisher 1935): without a change, a score is as likely to rise as to fall by the same
+amount. Equal answers have equal scores and carry no information. For scores of 0 or 1, the test is McNemar's
+exact test.
 """
 
 from collections.abc import Mapping, Sequence

@@ -123,11 +123,11 @@ def assemble(
     on_failure: OnFailure,
     make_slots: MakeSlots = EngineSlots,
 ) -> Parts:
-    """Create all components of a server. The models to serve are passed later, when its deployments run.
+    """Create all components of a server. The models to serve are passed later, to `Deployments.run`.
 
     Args:
         capabilities: capabilities of this device.
-        on_phase: called with each phase of an engine start.
+        on_phase: called with each phase of an engine's startup.
         on_ready: called with each version that starts being served.
         on_failure: called with the reason why a model cannot be served.
         make_slots: function that returns the object that starts and finds engines.
@@ -231,7 +231,7 @@ def make_job_worker(
 ) -> JobWorker | None:
     """Return the worker that runs fine-tuning jobs on this machine, or None if the settings disable it.
 
-    If the bases are removed from the settings, existing jobs remain in the queue.
+    If `fine_tuning.bases` is emptied, existing jobs remain in the queue.
     """
     tuning = settings.fine_tuning
     if not tuning.bases or not tuning.worker:
@@ -264,7 +264,7 @@ def assemble_gateway(
         sources: function that returns the engines whose metrics are shown.
         status: function that returns the JSON values of /svc/status.
         server: id of the server; empty if no other server can use the store.
-        loader: starts engines for fine-tuned models; None to start no engines.
+        loader: starts engines for fine-tuned models that clients request, or None to start none.
     """
     limits, traces = settings.serve, make_traces(settings.telemetry, metrics)
     lose_features = partial(metrics.rows_dropped, Dropped.FEATURES)

@@ -75,7 +75,7 @@ class DeploymentBuilder:
         leadership = partial(self.leadership.leads, name)
 
         def leads() -> bool:
-            """Return whether this server leads the model. A model loaded without a promotion has no leader."""
+            """Return whether this server is the model's leader. A model loaded without a promotion has no leader."""
             return reconciler.actual.generation > 0 and leadership()
 
         alias = ProductionAlias(self.registry.tracking, leads)

@@ -231,7 +231,7 @@ class Deployments:
     async def _start(self, deployment: Deployment) -> SvcError | None:
         """Start a deployment and keep it running.
 
-        If the start fails, return the error, which the caller must show, and keep retrying in the background.
+        If it fails to start, return the error, which the caller must show, and keep retrying in the background.
         """
         target, failed = deployment.reconciler.actual.target, None
         try:
@@ -382,7 +382,8 @@ class Deployments:
         """Put idle models to sleep or stop them, longest idle first, until there is enough memory for a version's
         engines.
 
-        Sleeping models are stopped last, because stopping them frees little GPU memory and makes their next start slow.
+        Sleeping models are stopped last, because stopping them frees little GPU memory and makes them slow to
+        start again.
 
         Raises:
             SvcError: there is not enough memory, and no idle model is left.
@@ -416,7 +417,7 @@ class Deployments:
         """Stop a model after its last request has ended, or after `_DRAIN_S` at the latest.
 
         Args:
-            removed: whether the model was removed from the set. Otherwise, another server continues its rollout.
+            removed: whether the model was removed from the set. If it was not, another server continues its rollout.
         """
         deployment = self._all[name]
         self.router.remove(name)

@@ -105,7 +105,10 @@ class ModelNames:
         return self.candidate if self.candidate_on_demand or self.candidate in self.versions else None
 
     def _parsed(self, model: str) -> VersionId | None:
-        """Return the version of this model or the guest that a name refers to, loaded or not, or None."""
+        """Return the version that a name refers to, whether or not it is loaded.
+
+        Return None unless it is a version of this model or a guest.
+        """
         try:
             version = VersionId.parse(model)
         except NotFoundError:

@@ -30,7 +30,7 @@ class Backend(Protocol):
 
     @property
     def context(self) -> int:
-        """Maximum combined length of prompt and answer, in tokens. It applies if a request does not set a limit."""
+        """Maximum combined length of a prompt and its answer, in tokens. It applies to requests that set no limit."""
 
     async def check(self, model: str) -> None:
         """Check that a model name can be served. The registry is read only if necessary.
@@ -41,7 +41,8 @@ class Backend(Protocol):
         """
 
     async def takes(self, version: VersionId) -> bool:
-        """Return whether the engines can serve a version of any model, either directly or as an adapter of their base.
+        """Return whether the engines can serve a version, either directly or as an adapter of their base. The version
+        may belong to another model.
 
         If they can, `lease` and `admitted` accept the version's name. The registry is read only if necessary.
         """
@@ -62,8 +63,8 @@ class Destination(NamedTuple):
         model: the model name to be passed to the lease.
         assignment: decision of the model's rollout, or None if there is no rollout or the client requested a
             version.
-        version: the version that answers, if it is known before admission, because the client requested a fine-tuned
-            model. Another model's engine may serve it.
+        version: the version that answers, if the client requested a fine-tuned model, else None. Another model's engine
+            may serve the fine-tuned model.
     """
 
     backend: Backend

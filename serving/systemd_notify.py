@@ -20,8 +20,8 @@ _FIRST_DESCRIPTOR = 3
 """First file descriptor that the service manager passes. Lower numbers are the standard streams."""
 _BEAT_S = 5.0
 _PATIENCE_S = 60.0
-"""Additional time, in seconds, that the server requests for its start or stop with each report that the event
-loop is running."""
+"""Additional time for startup or shutdown, in seconds. The server requests it with each report that the event loop is
+running."""
 
 
 def inherited_listener(environment: MutableMapping[str, str] = os.environ) -> socket.socket | None:
@@ -103,7 +103,7 @@ class ServiceManager:
     async def run(self) -> None:
         """Report at regular intervals, until cancelled, that the event loop is running.
 
-        This way, a long start does not look like a hang.
+        This way, a slow startup does not look like a hang.
         """
         while True:
             self._send(f"WATCHDOG=1\nEXTEND_TIMEOUT_USEC={_PATIENCE_S * 1e6:.0f}")

@@ -114,7 +114,7 @@ class RolledBackError(SvcError):
 
 
 class UndecidedError(SvcError):
-    """Raised when a rollout reaches its deadline without evidence for or against the candidate."""
+    """Raised when a rollout reaches its deadline without enough evidence for or against the candidate."""
 
     exit_code = 22
 
@@ -152,7 +152,7 @@ class InsufficientMemoryError(SvcError):
 class GateError(RefusedError):
     """Raised when a gate refuses a promotion.
 
-    The version either failed a check or is measurably worse.
+    The version failed at least one gate, or a gate was undecided and the settings refuse undecided gates.
     """
 
     exit_code = 23

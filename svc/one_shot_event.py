@@ -1,5 +1,5 @@
-"""An event that happens at most once and then calls its listeners, such as a closed connection or an
-expired key.
+"""An event that happens at most once and then calls its listeners, such as the closing of a connection
+or the expiry of a key.
 
 A future would cost several times as much per request, because it is bound to a loop and copies a context
 for each callback.

@@ -1,4 +1,4 @@
-"""Connects this process to a Ray cluster for the duration of a `with` block, to train on it or to place engines."""
+"""Connects this process to a Ray cluster for the duration of a `with` block, to train or to start engines on it."""
 
 import os
 import signal
@@ -40,12 +40,13 @@ def find_address(setting: str | None) -> str:
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Connect this process to a cluster for the `with` block. Non-detached actors started in the block are stopped at
-    its end.
+    """Connect this process to a cluster for the duration of the `with` block.
+
+    Non-detached actors started in the block are stopped when it ends.
 
     Raises:
         SettingsError: Ray is not installed.
-        ServerNotRunningError: the cluster cannot be reached, or does not accept this process.
+        ServerNotRunningError: the cluster cannot be reached, or rejects the connection.
     """
     try:
         import ray

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 EPOCHS_FOLDER = "epochs"
-"""Folder next to the progress file with the adapters of the last epochs."""
+"""Name of the folder that contains the adapters saved after the last few epochs. It is next to the progress file."""
 
 
 class _Record(BaseModel):
@@ -29,10 +29,10 @@ class StepDone(_Record):
     """An optimizer step is complete.
 
     Attributes:
-        steps: total number of steps of the training run.
+        steps: total number of steps in the training run.
         epoch: number of epochs trained so far, including the fraction of the current one.
         loss: mean loss per token of the step's batch, in nats.
-        accuracy: share of the batch's tokens that were the model's top-1 token, or None if not measured.
+        accuracy: share of the batch's trained tokens that were the model's top-1 prediction, or None if not measured.
         tokens: number of tokens trained on so far.
         left_s: estimated remaining training time in seconds, or None if not known yet.
     """

@@ -26,7 +26,7 @@ class Format(StrEnum):
 QUANTIZED_FORMATS = (Format.GPTQ, Format.AWQ, Format.INT8, Format.FP8)
 """Formats produced by quantizing the merged model."""
 SERVED_FORMATS = (*QUANTIZED_FORMATS, Format.MERGED)
-"""Formats with complete models, in the order in which a server prefers them."""
+"""Formats that consist of a complete model, in a server's order of preference."""
 
 
 class Alias(StrEnum):

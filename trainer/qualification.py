@@ -83,7 +83,7 @@ class Qualified(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class GeneralQuestions:
-    """Questions unrelated to the task, which the base and every format that is a complete model answer.
+    """Questions unrelated to the task. They are put to the base and to every format that is a complete model.
 
     Attributes:
         tokenized: the same questions, tokenized as in training.
@@ -161,7 +161,7 @@ class Qualifier:
         in place.
 
         Args:
-            known: the base's evaluation, if its answers are stored.
+            known: the base's evaluation from stored answers, or None to evaluate the base now.
         """
         async with self._engine(base) as engine:
             client, general = engine.client, self._general.of_base if self._general else None
@@ -213,8 +213,8 @@ class Qualifier:
         )
 
     async def _loads(self, engine: Engine, folder: Path) -> list[float]:
-        """Load the format in place several times and return the seconds each load took. The result is empty if the
-        engine cannot reload.
+        """Load the format in place several times and return how long each load took, in seconds. The result is empty if
+        the engine cannot reload weights.
         """
         return [await self._load(engine.client, folder) for _ in range(_LOADS if engine.capabilities.reloads else 0)]
 

@@ -71,7 +71,7 @@ class AlarmBook:
     def end_forgotten(self, signal: Signal, states: Mapping[str, FeatureState], time: datetime) -> None:
         """End stored alarms that are missing from the detector's state.
 
-        This happens if the detector's state was lost, or if another release had different features.
+        This happens if the detector's state was lost, or was written by a release with different features.
         """
         for feature in self.lasting(signal):
             if feature not in states or states[feature].alarm is None:

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE: Final = "drift.lock"
 LEASE: Final = "*drift"
-"""Name of the lease. No model can have this name."""
+"""Name of the lease that is held while drift is checked. It is not a valid model name."""
 _WHAT = "the drift check"
 REPORT: Final = TypeAdapter(SignalReport)
 _TRAFFIC_STATE: Final = TypeAdapter(TrafficState)
@@ -49,7 +49,8 @@ _MIN_REFERENCE = 10
 _MAX_READ = 5_000
 """Maximum number of requests read per check. After days without a check, only the newest ones are read."""
 _STALE = timedelta(hours=1)
-"""If requests have arrived without stored features for this long, the server is assumed not to store them."""
+"""If no features have been stored for this long although requests were answered, the server is assumed not to store
+features."""
 _MAKING = timedelta(minutes=10)
 """Requests without features are ignored until they are this old, because the process that computes features
 needs time to start."""
@@ -75,7 +76,7 @@ class _Bets:
     """A drift detector for one version's traffic, together with the reference it was built from.
 
     Attributes:
-        accepted: the accepted traffic that serves as reference, or None if the reference is the version's examples.
+        accepted: the accepted traffic that serves as the reference, or None if the reference is the version's examples.
         detector: the detector, or None if nothing can be compared.
         missing: the reason why answers cannot be compared or, if `detector` is None, why nothing can be compared.
     """
@@ -113,10 +114,10 @@ class DriftCheck:
         """Check a target's new requests and ratings, store the results, and return the reports.
 
         Args:
-            lease: lease of the check, from `only_check`.
+            lease: the lease yielded by `only_check`.
 
         Raises:
-            LeaseLostError: another process runs a check now. Nothing is stored.
+            LeaseLostError: another process has taken over the lease. Nothing is stored.
             NotFoundError: the version does not exist.
             IntegrityError: the version's files differ from its manifest.
         """
@@ -250,7 +251,7 @@ class DriftCheck:
         return same and compared and newest is not None and newest.id <= state.cursor and not self._are_stale(target)
 
     def _are_stale(self, target: Target) -> bool:
-        """Return whether requests are still answered, but no request features have been stored for a long time."""
+        """Return whether requests are still being answered, but no features have been stored for a long time."""
         newest = self._newest(target)
         since = newest.item.started_at + _STALE if newest else None
         return was_answered(self._store, target, after=since, before=self._clock() - _MAKING)
@@ -295,7 +296,7 @@ class DriftCheck:
 
 
 def read_reports(states: Mapping[str, DriftState]) -> list[SignalReport]:
-    """Return the reports of the last check. Reports in an incompatible format of another release are skipped."""
+    """Return the reports of the last check. Reports in another release's incompatible format are skipped."""
     reports = list[SignalReport]()
     for signal in Signal:
         try:

@@ -5,7 +5,7 @@ from collections import Counter, deque
 COMPARED = 100
 """Number of most recent counted requests to which the limit on each client's share applies."""
 _MIN_COUNT = 5
-"""Number of the last `COMPARED` counted requests that may come from any one client, regardless of its share."""
+"""Any client may send this many of the last `COMPARED` counted requests, however small its usual share is."""
 _SLACK = 1.2
 """Factor by which a client may exceed its usual share."""
 

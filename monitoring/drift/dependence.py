@@ -86,9 +86,9 @@ class Resemblances:
     Attributes:
         among: similarities by topic and features combined.
         similar: similarities by prompt topic.
-        codes: one code per item for each feature; items with equal codes have equal values.
+        codes: one code per item for each feature; equal codes mean equal values, or values in the same quartile.
         usual: mean of `similar` in the reference.
-        usually_shared: for each feature, the fraction of pairs of reference items with equal values.
+        usually_shared: for each feature, the fraction of pairs of reference items with equal codes.
     """
 
     among: NDArray[np.float32]
@@ -125,7 +125,7 @@ class Resemblances:
         return float(min(MAX_LAG, max(1 + depends, (sizes**2).sum() / sizes.sum())))
 
     def _is_burst(self, places: range, lag: int, lags: int) -> bool:
-        """Return whether items that are `lag` to `lags` apart are more similar than the reference's items."""
+        """Return whether items at distances between `lag` and `lags` are more similar than the reference's items."""
         far = np.stack([self.similar[place, place - lags : place - lag].mean() for place in places])
         # Rows share items, so their error is underestimated.
         if far.mean() > self.usual + 2 * _SURE * _error(far):

@@ -43,7 +43,7 @@ class Requests:
     """A sequence of requests; each attribute has one entry per request.
 
     Attributes:
-        prompts: features of the prompts, including views of their texts.
+        prompts: features of the prompts, including text embeddings.
         answers: features of the answers.
         words: hashes of each prompt's words.
         conversations: hash of each request's conversation.
@@ -97,7 +97,7 @@ class Baseline:
     """The reference for comparing requests.
 
     Attributes:
-        prompts: features of the prompts, including views of their texts.
+        prompts: features of the prompts, including text embeddings.
         words: hashes of each prompt's words.
         answers: features of the answers, most of which are answers to prompts that are not in `prompts`.
     """

@@ -24,7 +24,8 @@ from svc.drift_reference.sample import Floats, Sample
 
 CLASSIFIER = "domain_classifier"
 WIDTHS = (1.0, 0.55)
-"""Kernel widths for the two views of a prompt, topic and answer, tuned on training and held-out prompts."""
+"""Kernel widths for the two embeddings of a prompt (by its topic and by its expected answer), tuned on training and
+held-out prompts."""
 LEARNED_FROM = (16, 40)
 """Sizes of the windows of newest items from which sets are learned."""
 HISTORY = 400
@@ -59,7 +60,7 @@ class DomainClassifier:
     """Places bets on whether prompts have changed, based on their similarity to each other and to the reference.
 
     Args:
-        reference: the reference prompts, including their views.
+        reference: the reference prompts, including their text embeddings.
 
     Attributes:
         far_bounds: bound of each fixed set.

@@ -104,7 +104,7 @@ def rating_bets(reference: Sample) -> list[Bet]:
 
 
 def one_a_day(ratings: Iterable[RatedAnswer]) -> list[RatedAnswer]:
-    """Return each person's first rating per UTC day, plus all ratings by unknown persons."""
+    """Return each person's first rating per UTC day, plus all ratings whose author is unknown."""
     first, counted = [], set[tuple[str, object]]()
     for rating in ratings:
         key = rating.person, rating.given_at.date()

@@ -12,14 +12,14 @@ from svc.drift_reference.sample import Floats
 
 
 class Similarity:
-    """Computes the similarity of two prompts, from 0 to 1, as the mean of Gaussian kernels, one per view.
+    """Computes the similarity of two prompts, from 0 to 1, as the mean of Gaussian kernels, one per embedding.
 
-    As usual, the kernel width is the median distance within the reference. For a view of answers, it is 0.55
-    times that distance, because answers form groups.
+    Each kernel width is a multiple of the median distance within the reference, which is a common choice. Embeddings of
+    answers need a smaller width than others, because answers form groups.
 
     Args:
-        reference: the reference prompts, as one array (prompts x axes) per view.
-        widths: kernel widths as multiples of the median distance, one per view.
+        reference: the reference prompts, as one array (prompts x dimensions) per embedding.
+        widths: kernel widths as multiples of the median distance, one per embedding.
     """
 
     def __init__(self, reference: Sequence[Floats], widths: Sequence[float]) -> None:

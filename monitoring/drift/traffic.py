@@ -203,7 +203,7 @@ def _status(watch: Watch, shown: int, *, compared: bool) -> tuple[Status, str]:
     """Return the status of a signal that has no alarm, and the reason for the status.
 
     Args:
-        shown: number of newest requests that are still stored.
+        shown: number of newest requests that the report describes.
     """
     if shown < _MIN_SHOWN:
         return Status.WAITING, f"fewer than {_MIN_SHOWN} comparable requests"

@@ -29,10 +29,10 @@ Prepare = Callable[[Settings], Callable[[], object]]
 
 @contextmanager
 def checking_drift(settings: Settings, prepare: Prepare = ProductionChecks) -> Iterator[None]:
-    """Run drift checks in a separate process while the `with` body runs. On exit, stop the process even mid-check.
+    """Run drift checks in a separate process while the `with` body runs.
 
-    The process is restarted if it dies. An interrupted check stores nothing, and the next check processes
-    the same requests again.
+    On exit, the process is stopped, even in the middle of a check. The process is restarted if it dies. An
+    interrupted check stores nothing, and the next check processes the same requests again.
 
     Args:
         prepare: function that is called once in the process and returns the check. The process then runs the

@@ -52,7 +52,7 @@ def exporting(
 
     Raises:
         BusyError: the port is in use.
-        SettingsError: the address does not belong to this machine.
+        SettingsError: listening on `host` and `port` failed for any other reason.
     """
     metrics = CollectorRegistry()
     for collector in (

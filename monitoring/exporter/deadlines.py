@@ -61,9 +61,10 @@ class DeadlineMetrics(Collector):
         return certificate, key, backup
 
     def _newest_backup(self) -> float | None:
-        """Return the time of the newest backup, or None if there is no backup yet.
+        """Return the time of the newest backup, or None if `svc backup` has never been run.
 
-        If the backup folder cannot be read, return the time at which `svc backup` started instead.
+        If the backup folder cannot be read or contains no finished backup, return the time at which `svc backup` was
+        last started.
         """
         event = next(iter(read_events(self._store, newest=1, action=Action.BACKUP)), None)
         if event is None:

@@ -51,7 +51,7 @@ class ServerPage(Collector):
     def _ask(self) -> httpx.Response | None:
         """Fetch the server's metrics page and return the response.
 
-        The result is None if the response is late or missing, or has a 5xx status, such as a proxy's 502.
+        The result is None if the server does not respond in time, or if the status is 5xx, such as a proxy's 502.
         """
         try:
             with self._find().client(_TIMEOUT_S) as client:

@@ -80,7 +80,7 @@ class TrainingMetrics(Collector):
         return families.values()
 
     def _figures(self, running: Sequence[TrainingRun]) -> dict[str, RunFigures]:
-        """Return the figures of each model's active run, or of its newest run if none is active.
+        """Return the metrics of each model's active run, or of its newest run if no run is active.
 
         The result is empty if MLflow does not respond.
         """

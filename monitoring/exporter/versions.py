@@ -85,7 +85,7 @@ def heldout_set(fingerprint: str, examples: int) -> str:
 
     Args:
         fingerprint: hash of the complete held-out set, `sha256:<hex>`.
-        examples: number of evaluated examples, from the start of the set.
+        examples: number of evaluated examples, which are the first ones in the set.
     """
     return f"{fingerprint.removeprefix('sha256:')[:_SHOWN_DIGITS]}:{examples}"
 

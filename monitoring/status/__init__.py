@@ -1,1 +1,1 @@
-"""The `svc status` command: reads the state and figures of a running server, and displays them on a screen."""
+"""The `svc status` command: reads the state and statistics of a running server, and displays them on one screen."""

@@ -22,7 +22,7 @@ Client errors (400, 404, 413, a closed connection) say nothing about a server or
 
 @dataclass(slots=True)
 class VersionFigures:
-    """Figures of one version since the server started. They are reset to 0 after a day without requests.
+    """Request statistics of one version since the server started. They are reset to 0 after a day without requests.
 
     Attributes:
         requests: finished requests, regardless of their status.
@@ -43,10 +43,10 @@ class VersionFigures:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Figures of all versions, read from a metrics page.
+    """Request statistics of all versions, read from a metrics page.
 
     Attributes:
-        versions: figures of each version, keyed by its name, such as `tickets@2`.
+        versions: statistics of each version, keyed by its name, such as `tickets@2`.
         errors: failed requests by reason, including client errors and requests that reached no version.
     """
 
@@ -56,11 +56,11 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A snapshot of a server's status, figures and drift.
+    """A snapshot of a server's status, request statistics and drift.
 
     Attributes:
         state: the response of /svc/status.
-        figures: the figures read from the server's metrics page.
+        figures: the statistics read from the server's metrics page.
         drift: for each model, the statuses of its drift signals and held-out quality. Empty for a model that
             was not checked, and for a remote server.
     """
@@ -79,7 +79,7 @@ class Rate(NamedTuple):
 
 
 def read_figures(exposition: str, models: Collection[str] = ()) -> Figures:
-    """Parse a metrics page in Prometheus' text format and return its figures.
+    """Parse a metrics page in Prometheus' text format and return the statistics in it.
 
     Args:
         models: names of the models to include. If empty, all models are included, and so are requests for unknown

@@ -121,7 +121,8 @@ class Admission:
 
         Args:
             tokens: maximum number of tokens in the answers, which is the cost of the slot.
-            party: the tenant that sent the request. Batch requests wait for spare capacity.
+            party: the tenant that sent the request. If it has an `interruption`, the request is a batch request and
+                waits for spare capacity.
             may_wait: whether the request may be queued even without a key, because it has already waited for an
                 adapter.
 

@@ -10,7 +10,10 @@ from contextlib import asynccontextmanager, suppress
 
 
 class BackgroundSlotEndedError(Exception):
-    """Raised when the server's own request was cancelled by a swap or engine stop. It may be sent again."""
+    """Raised when the server's own request was cancelled because of a swap or because its engine was stopped.
+
+    The request may be sent again.
+    """
 
 
 class BackgroundSlot:
@@ -25,7 +28,7 @@ class BackgroundSlot:
         self.taken: asyncio.Timeout | None = None
 
     def show(self, *, open: bool, running: int) -> None:
-        """Notify the slot whether admission is open, and how many requests are running."""
+        """Tell the slot whether admission is open and how many requests are running."""
         quiet = open and not running
         if open is not self._open.is_set() or quiet is not self._quiet.is_set():  # called for every request
             _set(self._open, open)
@@ -64,7 +67,7 @@ class BackgroundSlot:
     async def _wait(self, patience_s: float) -> None:
         """Wait until admission is open and no request is running.
 
-        After `patience_s` seconds, running requests no longer delay the return.
+        After `patience_s` seconds, wait only until admission is open, even if requests are running.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):

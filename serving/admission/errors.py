@@ -8,8 +8,8 @@ QUEUED_RETRY_S = 2
 """Retry delay while an engine is being replaced or reloaded, in seconds. An in-place swap takes one to two seconds once
 the running requests are done."""
 ENGINE_RETRY_S = 20
-"""Retry delay while no engine is available, in seconds. Two retries of an OpenAI client cover an engine start, which
-takes about 40 s."""
+"""Retry delay while no engine is available, in seconds. The two retries of an OpenAI client leave enough time
+for an engine to start (about 40 s)."""
 
 
 class AdmissionError(SvcError):

@@ -12,7 +12,8 @@ class Party(NamedTuple):
     This is a tuple because one is created for each request, and tuples are cheap to create.
 
     Attributes:
-        name: the key's id. Only the operator can create keys. Empty for the tenant of all requests without a key.
+        name: the key's id, or an empty string for the tenant of all requests without a key. Only the operator can
+            create keys.
         weight: the tenant's share relative to other tenants when slots are scarce.
         interruption: event that admission triggers to interrupt a batch request. None for clients' requests, which are
             never interrupted.
@@ -32,9 +33,10 @@ NO_KEY = Party()
 
 
 def party_of(principal: Principal | None, interruption: OneShotEvent | None = None) -> Party:
-    """Return a client's tenant. The client has a principal if it sent a key.
+    """Return the tenant that a request belongs to.
 
     Args:
+        principal: the principal of the key that the client sent, or None if it sent no key.
         interruption: only for batch requests; see `Party`.
     """
     if interruption is None:

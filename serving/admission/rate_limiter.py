@@ -35,8 +35,9 @@ _UNTIL_ONE_ENDS_S = 1.0
 _ROUNDING = 1e-9
 _NONE = Limits()
 _DEBT_PER_SERVER = 1.2
-"""Maximum amount by which usage on other servers may fill a per-minute limit, as a multiple of that limit per running
-server. This amount is reached only after a store outage, when all usage during the outage is added in one step."""
+"""Usage on other servers can raise a key's past use to at most this multiple of its per-minute limit, times the number
+of running servers. This maximum is reached only after a store outage, when all usage during the outage is added in
+one step."""
 
 
 class Limit(StrEnum):
@@ -72,7 +73,7 @@ _NO_DEMAND = Demand(0, 0, said=False)
 
 
 class Allowance(NamedTuple):
-    """The remaining amount of one of a key's limits.
+    """How much is left of one of a key's limits.
 
     Attributes:
         reset_s: seconds until the whole limit is available again.
@@ -188,7 +189,7 @@ class RateLimiter:
             quota.used += used
 
     def add_used_elsewhere(self, used: Mapping[str, Usage], servers: int) -> None:
-        """Count each key's usage on other servers since the last call against its per-minute limits.
+        """Charge each key's per-minute limits for its usage on other servers since the last call.
 
         Args:
             servers: number of running servers.
@@ -270,7 +271,7 @@ class _Quota:
         return 1
 
     def spent(self, used: Usage) -> int:
-        """Return the amount of this limit that a request has used. It may exceed reservations based on estimates."""
+        """Return the amount of this limit that a request has used. It may exceed a reservation that was estimated."""
         return 0
 
     def forget(self) -> None:
@@ -306,7 +307,7 @@ class _OfMinute(_Quota):
         self._at = now
 
     def add_used_elsewhere(self, used: Usage, servers: int) -> None:
-        """Add the usage of other servers, until past use reaches `_DEBT_PER_SERVER` times the limit per server."""
+        """Add usage on other servers, up to a total of `_DEBT_PER_SERVER` times the limit for each running server."""
         self.forget()
         self.used = max(self.used, min(self.used + self.spent(used), _DEBT_PER_SERVER * servers * self.most))
 

@@ -67,8 +67,8 @@ class HoldoutRuns:
         facts: function that returns the kind of engine that serves a version in a given format.
         every_hours: interval between the starts of two runs, in hours. 0 disables the runs.
         run_functions: whether a version's own metric function may be run.
-        leads: function that returns whether this server leads the model. If there are several servers, only the leader
-            performs the runs.
+        leads: function that returns whether this server is the model's leader. If there are several servers, only the
+            leader performs the runs.
     """
 
     scheduler: BackgroundScheduler

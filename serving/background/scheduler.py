@@ -31,10 +31,10 @@ PATIENCE_S = 30.0
 other requests. 200 held-out examples then take less than two of the six hours between two runs."""
 _POLL_S = 1.0
 _MAX_DEATHS = 3
-_DEATHS_WITHIN_S = 24 * 3600.0
-"""Number of engine deaths during background requests in one day, for any reason, after which background requests
-stop. This protects clients, because a request that kills the engine would be sent to each new engine within
+"""Number of engine deaths during background requests, for any reason, within `_DEATHS_WITHIN_S`, after which background
+requests stop. This protects clients, because a request that kills the engine would be sent to each new engine within
 minutes."""
+_DEATHS_WITHIN_S = 24 * 3600.0
 _WITH_ENGINE = {EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING}
 
 
@@ -67,7 +67,7 @@ class BackgroundScheduler:
         return self._given_up or self.unfit
 
     async def ask(self, weights: LoadedWeights, send: Callable[[EngineClient], Awaitable[Result]]) -> Result:
-        """Send a request when its turn comes. If it is interrupted, send it again to the same weights.
+        """Send a request when its turn comes. If it is interrupted, send it again while the same weights are loaded.
 
         Args:
             weights: the weights that the engine must have loaded.

@@ -3,8 +3,8 @@
 Only greedy answers whose content is stored unredacted are scored. The text is scored as part of a prompt, and the
 score of a sampled or redacted text would not be comparable. Long answers are truncated to the maximum
 length of a held-out answer. Answers are scored one at a time, spread evenly over the hour, after the
-held-out set has run. Only the messages of a request are stored, so answers with tools or a reasoning
-parser are scored without them.
+held-out set has run. Only the messages of a request are stored, so the answer is scored without the
+request's tools and without the engine's reasoning parser.
 """
 
 import asyncio
@@ -107,7 +107,10 @@ class LiveScores:
         return True
 
     def _find_cut(self, target: Target) -> int | None:
-        """Return the largest token limit of any held-out answer, or None if the version has no held-out answers."""
+        """Return the largest answer token limit (`max_tokens`) among the version's held-out examples.
+
+        Return None if the version has no readable held-out results.
+        """
         try:
             return largest_limit(self.registry.results(target.version, target.format))
         except (NotFoundError, IntegrityError) as error:

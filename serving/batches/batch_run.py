@@ -1,6 +1,6 @@
 """Answers the requests of one batch.
 
-input file ──▶ checked ──▶ requests ──▶ answers in the batch's folder ──▶ result files
+input file ──▶ checked requests ──▶ answers in the batch's folder ──▶ result files
 """
 
 import asyncio
@@ -61,7 +61,8 @@ class BatchContext:
     Attributes:
         folder: folder that contains a folder for each batch.
         ask: function that answers a request.
-        lease: function that returns the lease of the server that runs batches, or raises LeaseLostError.
+        lease: function that returns this server's lease for running batches, or None if no other server can use the
+            store. It raises LeaseLostError if this server does not hold the lease.
         concurrency: maximum number of concurrent requests of one batch.
     """
 
@@ -97,7 +98,7 @@ class BatchRun:
         """Run the batch. If this task is cancelled, the batch can be resumed.
 
         Raises:
-            LeaseLostError: another server runs batches now.
+            LeaseLostError: this server no longer holds the lease for running batches.
         """
         folder, errors = self.context.folder / self.batch.id, tuple[BatchError, ...]()
         route = Route(self.batch.endpoint)
@@ -290,7 +291,7 @@ class BatchRun:
                 await asyncio.sleep(RETRY_S)
 
     async def _input(self) -> Path | None:
-        """Return the path of the input file's contents on this machine, or None if the batch is cancelled meanwhile.
+        """Return the path of the input file's contents on this machine, or None if the batch is cancelled first.
 
         While the object store does not respond, this retries until the batch expires.
 

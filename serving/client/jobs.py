@@ -42,7 +42,7 @@ class Jobs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RemoteJobs:
-    """The jobs on a server that the key may see."""
+    """A server's jobs that are visible to the key."""
 
     server: ServerAddress
 
@@ -71,7 +71,7 @@ class LocalJobs:
     """All jobs in this machine's store, whether or not a server is running.
 
     Attributes:
-        organization: organization id that the jobs contain.
+        organization: value of `organization_id` in the returned jobs.
     """
 
     store: Store

@@ -20,7 +20,7 @@ from svc.store.swaps import ServerSwap, server_swaps
 
 @dataclass(frozen=True, slots=True)
 class LocalAdministration:
-    """Administration of a server by the home's owner, on the machine where it runs."""
+    """Administration of a server by the home's owner, on the machine where the server runs."""
 
     settings: Settings
     store: Store
@@ -44,9 +44,7 @@ class LocalAdministration:
         return RemoteAdministration(self.server).rollback(name, reason=reason)
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return each server's progress toward the version that a model's desired state specifies in the given
-        generation.
-        """
+        """Return each server's progress in applying the given generation of a model's desired state."""
         return server_swaps(self.store, name, generation)
 
     def rollouts(self, name: str) -> list[RolloutView]:

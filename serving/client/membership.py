@@ -30,7 +30,7 @@ def add_model(settings: Settings, model: str, format: Format | None) -> Target:
         RefusedError: the model is already being served, or cannot be served.
         NotFoundError: there is no such model, version or format.
         ServerNotRunningError: no server uses the home, or the server has stopped. If it has stopped, it will
-            serve the model after its next start.
+            serve the model the next time it starts.
     """
     server, name = server_address(settings), model.partition("@")[0]
     registry, store = Registry.of(settings), open_store(settings)
@@ -57,7 +57,7 @@ def remove_model(settings: Settings, name: str) -> None:
     Raises:
         NotFoundError: the model is not served.
         ServerNotRunningError: no server uses the home, or the server has stopped. If it has stopped, it will
-            not serve the model after its next start.
+            not serve the model the next time it starts.
     """
     server, store = server_address(settings), open_store(settings)
     if not remove_deployment(store, name):

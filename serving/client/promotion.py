@@ -21,10 +21,10 @@ from svc.version import Format, Target, VersionId
 _POLL_S = 0.1
 _ROLLOUT_POLL_S = 0.5
 _SOON_S = 5.0
-"""Time in seconds during which a rollout is polled as often as a swap, because a rollback ends within that time. After
+"""Time in seconds for which a rollout is polled as often as a swap, because a rollback ends within that time. After
 that, the rollout is polled every `_ROLLOUT_POLL_S` seconds."""
 _UNWRITTEN_S = 30.0
-"""Maximum time for the server to write a result to the journal, in seconds."""
+"""Maximum time to wait for the server to write a result to the journal, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,9 @@ class Administration(Protocol):
         """Roll a model back; see `VersionChanges.rollback`."""
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return each server's progress toward the version that a model's desired state specifies in the given
-        generation. See `svc.store.swaps.server_swaps`.
+        """Return each server's progress in applying the given generation of a model's desired state.
+
+        See `svc.store.swaps.server_swaps`.
 
         Raises:
             ServerNotRunningError: the server does not respond.
@@ -108,8 +109,8 @@ def follow(administration: Administration, change: VersionChange, on_step: Calla
 
     Raises:
         BusyError: another change was made before any server began this change.
-        ServerNotRunningError: the server stopped in the meantime. The server will apply the change after its next
-            start.
+        ServerNotRunningError: the server stopped in the meantime. The server will apply the change the next
+            time it starts.
     """
     name, generation = change.target.version.name, change.generation
     assert generation is not None  # noqa: S101 - callers follow only what changed the desired state
@@ -145,8 +146,8 @@ def follow_rollout(
         on_step: called with the text of each step, once per step.
 
     Raises:
-        ServerNotRunningError: the server stopped in the meantime. It will continue the rollout after its next
-            start.
+        ServerNotRunningError: the server stopped in the meantime. It will continue the rollout the next
+            time it starts.
     """
     shown, soon = 0, time.monotonic() + _SOON_S
     while True:

@@ -18,9 +18,9 @@ from svc.version import Format, Target, VersionId
 
 _PAUSE_S = 0.5
 _PATIENCE_S = 10.0
-"""Maximum duration of a network outage while a change is being followed, in seconds."""
+"""Longest network outage that is tolerated while a change is being followed, in seconds."""
 _GATES_S = 900.0
-"""Maximum time for the server to check a promotion's gates, in seconds. Gates may run configured commands."""
+"""Maximum time to wait while the server checks a promotion's gates, in seconds. Gates may run configured commands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,7 @@ class RemoteAdministration:
         return _change(RemoteServer(self.server).post("/svc/rollback", {"model": name, "reason": reason}))
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return each server's progress toward the version that a model's desired state specifies in the given
-        generation.
-        """
+        """Return each server's progress in applying the given generation of a model's desired state."""
         return [
             ServerSwap(
                 row["server"],

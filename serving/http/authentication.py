@@ -62,7 +62,7 @@ class Authentication:
         return self._authenticator.valid_principal(key_id)
 
     def check(self, state: RequestState, path: str) -> None:
-        """Admit a request, or let it pass if its path is public. Raises the same errors as `admit`."""
+        """Authorize a request. A public path needs no key. Raises the same errors as `admit`."""
         if self.needs_key(state, path):
             if path in _OPEN:
                 return

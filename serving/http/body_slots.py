@@ -1,7 +1,7 @@
 """Limits the number of request bodies that are being received at the same time.
 
-The limit is needed because a body takes up memory before the server knows its model. A body that arrives together
-with its headers needs no slot.
+The limit is needed because a body takes up memory before the server knows which model it is for. A body that arrives
+together with its headers needs no slot.
 """
 
 from collections import Counter
@@ -33,8 +33,8 @@ class BodySlots:
             peer: key or address from which the request came.
 
         Raises:
-            OverloadedError: no slot is free. The request does not wait for a slot, because the other requests may never
-                complete.
+            OverloadedError: no slot is free. The request does not wait for a slot, because the requests that hold
+                the slots may never complete.
         """
         taken = self._reading.total()
         if taken >= self._most or self._reading[peer] >= max(1, self._most // 2):

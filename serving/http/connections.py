@@ -1,4 +1,4 @@
-"""Client connections, limited by file descriptors and closed if a client sends no request or stops reading.
+"""Limits the number of client connections, and closes those whose client sends no request or stops reading.
 
 uvicorn waits indefinitely for a first request and for headers of any size, and closes a connection only
 after its client has read everything. If clients used up all file descriptors, the server could not reach

@@ -101,7 +101,7 @@ class ApiError:
     """An error in the form in which it is sent to clients.
 
     Attributes:
-        parts: `wrong`, `expected` and `todo` of an error for `svc`, which shows each of them on its own line.
+        parts: the `wrong`, `expected` and `todo` texts of the error, each of which `svc` shows on its own line.
     """
 
     status: int

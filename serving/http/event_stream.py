@@ -22,7 +22,7 @@ class EventStream:
 
     Attributes:
         begin: called with the engine's content type to begin the response to the client.
-        between_tokens: called with the seconds between the arrivals of two tokens from the engine. With a
+        between_tokens: called with the seconds between the arrivals of two consecutive tokens from the engine. With a
             slow client, tokens may be read from the buffer much later than they arrived.
         wants_usage: whether the client requested the chunk with token counts.
         show: function that rewrites each event before it is forwarded; see serving.replicas.balancer.Lease.

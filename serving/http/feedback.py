@@ -1,4 +1,4 @@
-"""The `POST /v1/feedback` endpoint, which rates an answer identified by its `x-request-id`.
+"""The `POST /v1/feedback` endpoint, with which clients rate an answer, identified by its `x-request-id`.
 
 A key may rate only answers to its own requests. Admins, and clients that need no key, may rate all
 answers. Each request has one rating; a second rating replaces the first and is not counted again. A

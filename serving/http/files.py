@@ -75,7 +75,7 @@ class Files:
     """The endpoints for files.
 
     Args:
-        uploading: runs the uploads.
+        uploading: handles file uploads.
         on_uploaded: called after each upload.
     """
 

@@ -24,7 +24,7 @@ _WARNING_LIMIT = WarningLimit()
 class HttpServer(uvicorn.Server):
     """uvicorn's server without its own signal handlers.
 
-    The handlers in serving.server are used instead, because they can also interrupt a start in progress.
+    The handlers in serving.server are used instead, because they can also interrupt a server's startup.
 
     Args:
         most: maximum number of open connections.

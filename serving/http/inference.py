@@ -5,8 +5,8 @@ with three exceptions: the model's name on the way in, an adapter's private name
 token counts in a stream, which is dropped for clients that did not request it.
 
 The response headers are sent with the first complete event, so that a failure before that event can have its own
-status. Bytes that a client does not read immediately are buffered (serving.http.delivery) outside
-admission, because the engine is done by then.
+status. Once the engine is done, the request releases its admission slot, even if the client has not read all
+bytes. The rest waits in a buffer (serving.http.delivery).
 """
 
 import asyncio

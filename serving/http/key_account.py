@@ -27,8 +27,7 @@ class KeyAccount:
 
     Attributes:
         body_bytes: size of the request's body.
-        token_events: number of forwarded events that contain tokens, for answers without token counts from
-            the engine.
+        token_events: number of forwarded events that contain tokens. Used if the engine sends no token counts.
     """
 
     def __init__(

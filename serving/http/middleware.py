@@ -1,6 +1,6 @@
-"""The outermost layer of the HTTP application. It admits requests, completes responses and handles exceptions.
+"""The outermost layer of the HTTP application. It admits requests, adds headers to responses and handles exceptions.
 
-It adds the request id, the version, the processing time and the key's remaining limits to each response.
+The headers contain the request id, the version, the processing time and the key's remaining limits.
 The server generates request ids itself, because feedback refers to answers by id and a client may use an
 id twice. The client's own id is stored and returned too. A version's name is sent only to clients that
 may use the version. The layer is pure ASGI, because the framework's middleware would delay streams.
@@ -47,8 +47,8 @@ class RequestMiddleware:
     Attributes:
         app: the wrapped application.
         authentication: admits requests before they are passed to the application.
-        router: source of the production version's name. If only one model is served, responses that no version
-            generated contain this name.
+        router: provides the production version if only one model is served. Responses that no version generated
+            are labeled with it.
         hosts: the accepted host names.
         limiter: provides a key's remaining limits.
         clock: function that returns monotonic time, in seconds.

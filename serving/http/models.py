@@ -22,7 +22,7 @@ OWNER = "tuneserve"
 
 
 class ModelNotDeletableError(SvcError):
-    """Raised when a client tries to delete a model."""
+    """Raised when a client tries to delete a model that is not fine-tuned, or that it does not own."""
 
 
 def require_model(router: Router, principal: Principal | None, model: str) -> None:

@@ -26,7 +26,7 @@ class Form:
     """A form that has been read.
 
     Attributes:
-        fields: text of each field, keyed by field name, without the file.
+        fields: text of each field except the file, keyed by field name.
         filename: the client's name for the file, or None if the client sent no name.
     """
 

@@ -31,7 +31,7 @@ class RequestAccount:
     """Record of a single request, filled in from the request's arrival until its end.
 
     Attributes:
-        state: the request's state, which identifies it. Its version is set here.
+        state: the request's state, which contains its id. This class sets the state's `version`.
         metrics: metrics in which the request is counted.
         request_log: log that stores the request's row.
         key: the request's use of its key's limits, which is settled at the end.
@@ -40,7 +40,7 @@ class RequestAccount:
         model: the requested model, from a bounded set of names.
         work: maximum number of tokens in the request's answers.
         status: HTTP status of the response, or None until the response begins.
-        begun: whether the response headers were sent or passed to the delivery.
+        begun: whether the response headers were sent, or passed to `Delivery` for sending.
         complete: whether the engine has sent the complete answer.
         withdrawn: whether this is a request in a batch that will be retried later. It is then neither counted nor
             stored.
@@ -106,7 +106,7 @@ class RequestAccount:
             self._place_s = waited_s
 
     def served_by(self, target: Target, pace: TokenPace) -> None:
-        """Record the version to which the request is now being sent, and the generation speed of its engines."""
+        """Record the version to which the request is being sent, and the generation speed of the model's engines."""
         if self._request and target != self._served:
             self._gather_features(self._request, target)
         self._served, self._pace = target, pace
@@ -132,7 +132,7 @@ class RequestAccount:
         return self._own_s
 
     def keep(self, part: bytes) -> None:
-        """Keep part of the answer (a body or an event) if content or features are stored."""
+        """Keep part of the answer (a body or an event) if content or features are stored, or a rollout needs it."""
         if self._content:
             self._content.add(part)
 

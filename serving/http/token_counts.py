@@ -2,7 +2,7 @@
 
 An engine counts tokens without running its model. These requests therefore take no slot in admission and are not stored
 in the request log. They do not count toward any key limit either, except that a rejected request counts toward the
-requests per minute. They are queued only while no engine accepts requests because an engine is being replaced or
+requests-per-minute limit. They are queued only while no engine accepts requests because an engine is being replaced or
 reloaded. Because they use CPU, at most MAX_CONCURRENT of them are answered concurrently, and at most half of that
 number for a single caller.
 """

@@ -1,4 +1,4 @@
-"""Runs the uploads of files and parts of files: a limited number concurrently, each in its own thread."""
+"""Runs uploads of files and of parts of files, each in its own thread, and limits how many run concurrently."""
 
 import asyncio
 import shutil

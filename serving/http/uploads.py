@@ -77,7 +77,7 @@ class Uploads:
 
     Args:
         uploading: runs the uploads of parts.
-        on_uploaded: called after each completed file.
+        on_uploaded: called each time an upload is completed.
     """
 
     def __init__(

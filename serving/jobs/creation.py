@@ -85,7 +85,7 @@ _QUEUED = "Files validated, moving job to queued state"
 
 
 class FineTuningDisabledError(SvcError):
-    """Raised when a client uses the fine-tuning API of a server that has no bases configured."""
+    """Raised when a client uses the fine-tuning API of a server that has no base models configured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Client:
         owner: owner of the new job.
         visible_owner: the only owner whose files and models the client may use, or None for all.
         principal: the client's key, or None if no key was needed.
-        actor: author of the change in the audit log.
+        actor: who creates the job, for the audit log.
     """
 
     owner: str

@@ -35,7 +35,7 @@ PREFIXES: Final = (PREFIX, "ft-")
 _NAME = re.compile(r"[A-Za-z0-9:._/@-]{1,512}")  # PostgreSQL rejects some other characters
 _KNOWN_S = 5.0
 """Seconds for which a model read from the store is cached. After a model is deleted on one server, other servers may
-keep serving it for up to this time."""
+keep serving it for up to this long."""
 _UNKNOWN_S = 1.0
 _MAX_KNOWN = 10_000
 
@@ -55,7 +55,7 @@ class Loader:
     """Starts engines for models that were not promoted.
 
     Attributes:
-        targets: function that returns a version in every format in which it can be served, preferred format first.
+        targets: function that returns a target for each format that a version can be served in, preferred format first.
         load: see `serving.deployments.Deployments.load`.
         patience_s: maximum time that a request waits, in seconds.
         max_waiting: maximum number of requests that wait for engines to start.
@@ -71,7 +71,7 @@ class FineTunedModels:
     """Finds fine-tuned models. All methods must be called on one event loop.
 
     Args:
-        organization: the owner of these models in OpenAI's API.
+        organization: name that the API reports as the owner of these models (`owned_by`).
         loader: starts an engine for a model that no running engine can serve; None to start no engines.
         clock: function that returns monotonic time, in seconds.
 
@@ -181,8 +181,8 @@ class FineTunedModels:
         return Destination(backend, str(model.version), version=model.version)
 
     async def _loaded(self, loader: Loader, model: FineTunedModel) -> None:
-        """Wait until an engine has been started for a model. All requests share one start, which continues even after
-        the last waiting request is cancelled.
+        """Wait until an engine has been started for a model. All requests for the model wait for the same engine
+        startup, which continues even after the last of them is cancelled.
         """
         task = self._loading.get(model.version)
         if task is None:

@@ -105,7 +105,8 @@ class Pace:
         report_s: interval between two reports to the store when there is no new progress.
         event_s: interval between two events with metrics.
         retry_s: delay before another attempt at a job that had to wait.
-        pause_s: time allowed for writing a checkpoint when a job is paused; after that, the training is killed.
+        pause_s: time allowed for writing a checkpoint when a job is paused; after that, the training process is
+            killed.
         stop_s: time allowed for writing a checkpoint when the server stops.
     """
 
@@ -144,7 +145,7 @@ class JobTraining:
         folder: the job's folder.
 
     Attributes:
-        job: the job, in the state in which the worker took it.
+        job: the job as it was when the worker took it.
     """
 
     def __init__(self, job: Job, folder: Path, options: TrainingOptions) -> None:
@@ -252,8 +253,8 @@ class JobTraining:
         return None
 
     async def _content(self, id: str) -> Path:
-        """Return the path of a file's contents. While they are fetched, the worker keeps reporting, so that it does not
-        lose the job.
+        """Return the path of a file's contents. While they are being fetched, the worker keeps reporting to the store,
+        so that it does not lose the job.
         """
         fetching = asyncio.create_task(self._options.files.content(id))
         try:
@@ -420,10 +421,10 @@ class JobTraining:
         await self._in_store(release_job, message=message, died=died, resumes_here=resumes_here)
 
     async def _end(self, function: Callable[..., None], **values: Any) -> None:
-        """Record the end of the job, then delete the adapters of its epochs.
+        """Record the end of the job, then delete the adapters that were saved after each epoch.
 
-        The order matters: if the server crashes before the job has ended, its checkpoints are registered again, from
-        these adapters.
+        The order matters: if the server crashes before the end is recorded, the job's checkpoints are registered again
+        from these adapters.
         """
 
         def end() -> None:  # in one thread, because the server may stop at any time

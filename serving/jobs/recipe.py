@@ -246,8 +246,8 @@ def file_keys(training_file: str, validation_file: str | None) -> dict[str, str]
 
 
 def recipe_with_data(recipe: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
-    """Return a job's recipe with the paths of its files on this machine. The home may have a different path on each
-    machine.
+    """Return a job's recipe with the paths of its files on this machine. The paths differ between machines if
+    tuneserve's home directory does.
 
     Args:
         paths: paths of the files, keyed by their recipe keys in the `data` section.

@@ -48,7 +48,7 @@ class JobResults:
 
     Args:
         folder: folder that contains a folder for each job.
-        organization: organization that model names contain.
+        organization: organization name that model names include.
     """
 
     def __init__(self, store: Store, files: ClientFiles, registry: Registry, folder: Path, organization: str) -> None:
@@ -120,7 +120,11 @@ class JobResults:
 
 
 def checkpoint_metrics(step: int, records: Iterable[ProgressRecord]) -> dict[str, float | None]:
-    """Return a step's metrics under OpenAI's names. The held-out loss is always measured on all held-out examples."""
+    """Return a step's metrics under OpenAI's names.
+
+    OpenAI has separate metrics for a sample of the held-out examples and for all of them. Here, both have the same
+    value, because the held-out loss is always measured on all held-out examples.
+    """
     trained = heldout = None
     for record in records:
         if isinstance(record, StepDone) and record.step == step:

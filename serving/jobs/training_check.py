@@ -95,8 +95,8 @@ async def check_training(recipe: str, settings: Settings, *, timeout_s: float) -
 
 
 def command_environment(settings: Settings) -> dict[str, str]:
-    """Return the environment for a training command. The environment contains the settings of this process that
-    training uses, regardless of their source.
+    """Return the environment for a training command. It includes those settings of this process that training
+    uses, even if they were not set through environment variables.
 
     The store's password is not passed on, because training does not use the store.
     """

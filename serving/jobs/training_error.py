@@ -1,4 +1,4 @@
-"""Turns the output of a failed training into an error for the job's owner."""
+"""Turns the output of a failed training run into an error for the job's owner."""
 
 import re
 

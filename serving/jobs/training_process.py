@@ -23,7 +23,7 @@ from svc.files.disk import write_whole
 
 LOG_FILE, RECORD_FILE = "log", "process.json"
 MARKER = "TUNESERVE_JOB_FOLDER"
-"""Environment variable that names the job's folder to the process and all its descendants."""
+"""Environment variable that is set to the job's folder in the process and all its descendants."""
 _EARLIER_LOG = "log.1"
 _NICENESS = 10
 """Niceness of the training relative to the server, because training keeps every core busy. CPU engines have a niceness

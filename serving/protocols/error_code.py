@@ -72,8 +72,8 @@ CLIENT_FAULTS = frozenset(
         ErrorCode.CLIENT_SLOW,
     }
 )
-"""Failures caused by the client. A request that fails for such a reason still counts toward its key's requests per
-minute."""
+"""Failures caused by the client. A request that fails for such a reason still counts toward its key's
+requests-per-minute limit."""
 _OUTCOMES = {
     ErrorCode.CLIENT_GONE: RequestOutcome.CLIENT_GONE,
     ErrorCode.CLIENT_SLOW: RequestOutcome.CLIENT_SLOW,

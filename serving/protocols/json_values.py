@@ -7,7 +7,7 @@ CONTAINERS = frozenset({dict, list})
 
 
 def is_deeper(value: Any, most: int) -> bool:
-    """Return whether a JSON value has more than `most` levels of objects and arrays, including its own."""
+    """Return whether objects and arrays are nested more than `most` levels deep, counting the value itself."""
     level = [value] if type(value) in CONTAINERS else []
     for _ in range(most):
         level = [inner for container in level for inner in _containers_in(container)]

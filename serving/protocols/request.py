@@ -176,9 +176,9 @@ _DECODER = msgspec.json.Decoder(float_hook=_finite)
 def _read_json(body: bytes) -> tuple[dict[str, Any], Callable[[dict[str, Any]], bytes]]:
     """Parse the JSON object in a body, and return it along with a function that serializes it.
 
-    msgspec is several times faster than the standard library, but rejects some valid JSON: lone surrogates, and numbers
-    that Python can hold. A body that msgspec rejects is therefore parsed by the standard library, which can also locate
-    an error.
+    msgspec is several times faster than the standard library, but rejects some valid JSON: lone surrogates, and some
+    numbers that Python can represent. A body that msgspec rejects is therefore parsed by the standard library, which
+    can also locate an error.
     """
     try:
         fields = _DECODER.decode(body)

@@ -24,7 +24,7 @@ _TRANSFER = {
     for name in ("kv_transfer_params", "ec_transfer_params")
 }
 """Fields that name a host from which the engine fetches memory blocks, or that make it keep blocks after the answer
-until they are fetched. `kv_transfer_params` in `vllm_xargs` makes vLLM fail on an assertion."""
+until they are fetched. `kv_transfer_params` in `vllm_xargs` causes an assertion failure in vLLM."""
 _PROMPT_LOGPROBS = {
     "prompt_logprobs": Refusal(
         "prompt_logprobs", f"log-probabilities of the prompt are not supported, because {_ENDS_ENGINE}"
@@ -37,8 +37,8 @@ _ECHO = {
         f"'echo' is not supported for chat, because it requests the prompt's log-probabilities, and {_ENDS_ENGINE}",
     )
 }
-"""`echo` is rejected for chat. There, vLLM's `top_logprobs` defaults to 0, with which `echo` already makes vLLM score
-the prompt."""
+"""`echo` is rejected for chat, where vLLM's `top_logprobs` defaults to 0. This default is enough for `echo` to make
+vLLM score the prompt."""
 _PRIORITY = {
     "priority": Refusal("priority", "'priority' is not supported, because the server decides the order of requests")
 }
@@ -163,7 +163,7 @@ _SEVERAL = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
 
 
 def count_answers(fields: Fields, route: Route) -> int:
-    """Return the number of answers that a client requests. `find_refusal` must have returned None for it."""
+    """Return the number of answers that a client requests. Call this only if `find_refusal` returned None."""
     if route not in _SEVERAL:
         return 1
     return max(1, fields.get("n") or 1) * max(1, _count_prompts(fields.get("prompt")))

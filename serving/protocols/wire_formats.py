@@ -1,9 +1,8 @@
 """Reads each route's prompts and answers: token counts, end of stream, text and finish reason.
 
 There are three formats. Completions (chat and plain) end with `[DONE]`, while responses and messages end with a
-special event. All values are returned in the terms of chat completions. A part of an answer is either a
-JSON body or one event of a stream. This module reads the bytes that vLLM writes, but changes none of
-them.
+special event. All values use the terms of chat completions. A part of an answer is either a JSON body or
+one event of a stream. This module reads the bytes that vLLM writes, but never changes them.
 
 Nearly all events of a stream contain one piece of text and nothing else. Each format recognizes such events without
 parsing them, and parses only the remaining events.
@@ -90,7 +89,7 @@ class WireFormat(ABC):
     """Base class for parsing a route's requests and answers."""
 
     _plain_head: bytes
-    """Prefix of an event that contains only text, unless the event also reports an error."""
+    """An event with this prefix contains only text, unless it also reports an error."""
     _error_head = b"event: error\ndata: "
 
     def classify(self, event: bytes) -> Seen:
@@ -126,7 +125,7 @@ class WireFormat(ABC):
         """Return a request's messages, or its prompt if it has no messages."""
 
     def text(self, parts: Iterable[bytes]) -> str:
-        """Return the text of the first choice. Tool calls are formatted as in the examples' reference answers."""
+        """Return the text of the first choice. Tool calls are formatted by `answer_text`, as in reference answers."""
         answer = _Answer()
         for part in parts:
             self._add_part(part, answer)

@@ -1,1 +1,1 @@
-"""Manages the engines behind a model name: connects to them, supervises them, verifies every load and pools them."""
+"""Manages the engines behind a model name: connects to them, pools and supervises them, and verifies every load."""

@@ -182,7 +182,7 @@ class AdapterCache:
         Args:
             for_operator: whether the operator wants the version to be served. If so, the loader does not check
                 whether clients may use it. If the engine has several slots, the adapter is also loaded before other
-                waiting adapters, and keeps accepting requests while they wait.
+                waiting adapters, and keeps accepting requests while those adapters wait.
 
         Raises:
             QueueTimeoutError: all loaded adapters were in use for too long.

@@ -32,7 +32,7 @@ class EngineAdapterLoader:
     Attributes:
         model: the model that the engine was started with.
         watch: object that makes a pending request to the engine fail if the engine dies.
-        occupied: function that returns a context manager during which the engine is marked as in use.
+        occupied: function that returns a context manager that marks the engine as in use.
     """
 
     engine: Engine

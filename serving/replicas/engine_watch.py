@@ -49,7 +49,7 @@ class EngineWatch:
         self._suspected.set()
 
     def clear(self) -> None:
-        """Clear the suspicion that the engine is dead. It predates the moment at which the engine became ready."""
+        """Clear the suspicion that the engine is dead, because it arose before the engine became ready."""
         self._suspected.clear()
 
     async def died(self) -> str:

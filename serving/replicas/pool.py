@@ -39,7 +39,7 @@ class EnginePool:
         size: number of members after `fill`.
         most: maximum number of running engines to adopt.
         members: engines that accept requests when they are ready.
-        others: engines that may become members, or used to be.
+        others: engines that may become members, or used to be members.
         candidate: engine in `others` that runs the candidate of a rollout, or None if there is none.
         retirement: object that stops engines that are no longer needed.
         restarts: number of times that an engine was restarted because it died.
@@ -173,7 +173,9 @@ class EnginePool:
         self._changed.set()
 
     def shrink(self) -> bool:
-        """Remove the member with the fewest requests. Its engine stops after the last of them.
+        """Remove a member that has no working engine or, if there is none, the ready member with the fewest requests.
+
+        The member's engine stops after its last request.
 
         Returns:
             Whether a member was removed. Members that are being started or changed, and the only ready member, are not
@@ -261,7 +263,7 @@ class EnginePool:
 
     @asynccontextmanager
     async def held(self, engine: Replica) -> AsyncIterator[None]:
-        """Wait for the exclusive right to start, change or stop the engine, and hold it during the `with` block."""
+        """Wait for the exclusive right to start, change or stop an engine, and hold it during the `with` block."""
         try:
             async with engine.lock:
                 yield
@@ -315,7 +317,7 @@ class EnginePool:
     def _show(self) -> None:
         """Publish the state of the engines to admission, model names and metrics.
 
-        Also ends a background request to an engine that is no longer the primary.
+        If the primary engine has changed, also cancel the server's own request to the previous one.
         """
         self.metrics.engine_states([engine.state for engine in self.all])
         ready = self.ready

@@ -53,7 +53,7 @@ class Replica:
         replica: the engine's number, which names its folder and log.
         launch: function that returns a new engine for a model, without starting it.
         on_change: function called on each state change.
-        on_phase: function called with each phase of an engine start.
+        on_phase: function called with each phase of engine startup.
         turn: lock held while an engine starts, shared with other engines on the device.
         adapter_patience_s: longest time that a request may wait for an adapter slot, in seconds.
         silence_s: longest time that the engine may go without sending data during a client's request, in seconds.
@@ -67,7 +67,7 @@ class Replica:
         adapters: adapters that the engine applies to its base, or None if the engine runs a merged version.
         on_adapter: function called after an adapter load with its duration in seconds, and after an eviction
             with None.
-        model: model that the engine was started with, or None before the first start.
+        model: model that the engine was started with, or None if no engine has been started yet.
         running: number of running requests, including the server's own.
         reserved: number of requests that are not running yet but for which the engine has loaded or is
             loading an adapter.

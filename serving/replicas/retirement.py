@@ -39,7 +39,7 @@ class Retirement:
         self._later(self._end_drained(engine))
 
     def after_start(self, engine: Replica, starting: asyncio.Task[Any]) -> None:
-        """Cancel an engine's start and stop the engine. This runs in the background, because stopping takes seconds.
+        """Cancel an engine's startup and stop the engine. This runs in the background, because stopping takes seconds.
 
         Args:
             starting: the task that starts the engine.

@@ -76,7 +76,7 @@ class Cancellation:
 
     @asynccontextmanager
     async def holding(self, pool: EnginePool, engines: Sequence[Replica]) -> AsyncIterator[None]:
-        """Wait for engine starts in progress, and hold the right to change the engines during the `with` block.
+        """Wait for any engine startups to finish, then hold the right to change the engines during the `with` block.
 
         Raises:
             SupersededError: cancellation was requested first.

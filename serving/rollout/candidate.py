@@ -45,8 +45,8 @@ class CandidatePlan:
 
     Attributes:
         swap: plan for a swap from the production version to the candidate.
-        shortage: reason why there is not enough memory for the second engine that the candidate needs; None if there is
-            enough, or if the candidate is an adapter in the engines of the production version.
+        shortage: why there is not enough memory for the candidate's own engine. None if there is enough, or if the
+            candidate is loaded as an adapter in the production version's engines.
     """
 
     swap: Plan

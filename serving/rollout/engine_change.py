@@ -3,9 +3,9 @@
 In place: stop sending requests -> drain -> reload -> reset the prefix cache -> check the probes. If no
 other engine accepts requests, requests are queued during the change. Blue-green: start a second engine with
 the version, check the probes, replace the first engine, then drain it. No request has to wait, but both
-engines must fit into memory. Probes are recorded only on an engine that starts with the version. Until probes exist for
-this kind of engine, the version is loaded by starting an engine with it: a second engine or, if memory is short, the
-same engine after a restart. An adapter of the same base is loaded and checked while requests run.
+engines must fit into memory. Probes are recorded only on an engine that was started with the version. Until
+probes exist for this kind of engine, the version is loaded by starting an engine with it: a second engine or, if memory
+is short, the same engine after a restart. An adapter of the same base is loaded and checked while requests run.
 
 A superseded change stops as soon as it safely can: while waiting, while an engine starts, or after a reload. A reload
 is never cancelled, because that would leave the engine's weights in an unknown state.
@@ -239,7 +239,7 @@ class EngineChange:
 
     @asynccontextmanager
     async def _without(self, change: SwapInProgress, engine: Replica) -> AsyncIterator[None]:
-        """Context manager during which no requests are sent to the engine.
+        """Stop sending requests to the engine for the duration of the `with` body.
 
         Requests go to the other engines or, if there are none, wait in the queue.
         """
@@ -383,7 +383,7 @@ class EngineChange:
     async def _start_before(self, change: SwapInProgress, engine: Replica) -> bool:
         """Start the engine with the previous version, and return whether it started.
 
-        If the start fails, the reviver tries again later.
+        If it did not start, the reviver tries again later.
         """
         try:
             await engine.start(change.current)

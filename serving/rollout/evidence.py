@@ -1,4 +1,4 @@
-"""Evaluates a rollout from the results that the server stored about both versions' answers.
+"""Evaluates a rollout from the stored requests, ratings and shadow comparisons of both versions.
 
 All evidence is read from the store, so a restarted server has the same evidence.
 """
@@ -27,8 +27,8 @@ from svc.store.swaps import last_queued_s
 
 _FAILED = {RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR}
 _VERDICTS_S = 10.0
-"""Interval, in seconds, at which all figures are recomputed while the outcome is undecided. Recomputing them
-takes 10 ms for 3,000 units, compared with microseconds for the outcomes alone."""
+"""Interval, in seconds, at which all verdicts are recomputed while the outcome is undecided. Recomputing them
+takes 10 ms for 3,000 units, whereas the outcome alone takes microseconds."""
 _CLOCKS_DIFFER = timedelta(minutes=1)
 """Maximum difference between the clocks of servers that record ratings."""
 _MIN_REQUESTS_FOR_SHARE = 100
@@ -53,7 +53,7 @@ class Look:
         losses: text that names the proven losses; empty if none is proven.
         text: one line about all signals with data.
         warning: text saying what prevents the evidence from growing; empty if nothing does.
-        is_complete: whether all requests of the shadow step are in the figures.
+        is_complete: whether the evidence covers all requests of the shadow step.
     """
 
     units: int
@@ -82,7 +82,7 @@ class CanaryEvidence:
         self._clients = _Clients()
 
     def start_step(self, began_at: datetime) -> None:
-        """Record when the candidate's share grew. After a restart, that time is in the past."""
+        """Record when the candidate's share grew. If the server has restarted since, this may be long ago."""
         self._next_step_at = began_at
 
     def look(self) -> Look:
@@ -133,7 +133,7 @@ class _Clients:
 
 
 def _few_clients_text(name: str) -> str:
-    """Return the warning about a single client that sends most of the requests. It contains no figures, so that its
+    """Return the warning about a single client that sends most of the requests. It contains no numbers, so that its
     text never changes and it is shown only once.
     """
     return (
@@ -146,8 +146,8 @@ def _few_clients_text(name: str) -> str:
 class ShadowEvidence:
     """Compares both versions' answers to the same requests.
 
-    Latencies are shown but do not affect the outcome, because copies run one or two at a time, whereas production
-    requests run under the current load.
+    Latencies are shown but do not affect the outcome, because the mirrored requests run one or two at a time, whereas
+    production requests run under the current load.
 
     Args:
         wanted: function that returns the number of requests after which the step ends.
@@ -227,7 +227,8 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
     """Return texts, displayed before a rollout starts, that say how long it will take and which losses it can prove.
 
     Args:
-        kept: number of stored requests, if they are replayed because there is memory for only one engine.
+        kept: number of stored requests, if they are replayed because there is memory for only one engine. None if
+            requests are not replayed.
     """
     plan, per_day = record.plan, requests_per_day(store, record.name)
     deadline = timedelta(seconds=plan.max_step_s)
@@ -362,7 +363,7 @@ def _row(verdict: SignalVerdict) -> SignalRow:
 
 
 def _pairs_text(pairs: list[ShadowPair]) -> str:
-    """Return, as text, the comparison figures that are displayed but do not affect the outcome."""
+    """Return text with the metrics of the comparison that are displayed but do not affect the outcome."""
     compared = [pair for pair in pairs if pair.agrees is not None]
     if not compared:
         return f"{len(pairs)} requests compared"

@@ -33,8 +33,8 @@ class Idling:
     Attributes:
         target: function that returns the version to start an engine with.
         timeout_s: idle time after which engines stop or sleep, in seconds. None means never.
-        promoting: function that returns whether a swap or a rollout is in progress. Engines do not idle in that
-            case.
+        promoting: function that returns whether a swap or a rollout is in progress. During either, the
+            engines are kept running.
         rolling_out: function that returns whether a rollout is in progress. A rollout needs the production version, so
             idle engines are started for it.
         make_room: function that stops the engines of other idle models if this model's engines would not fit
@@ -75,8 +75,8 @@ class Idling:
     async def sleep(self) -> bool:
         """Put the engines to sleep or stop them. Return whether all of them are now asleep or stopped.
 
-        Does nothing while requests are running or an engine is being changed. If an engine cannot be stopped, stopping
-        it is retried before its next start.
+        Does nothing while requests are running or an engine is being started, stopped or swapped. If an engine cannot
+        be stopped, another attempt is made before the engine is started again.
         """
         members = self.pool.members
         if any(member.lock.locked() for member in members):

@@ -1,4 +1,4 @@
-"""Chooses the models and versions with which a server starts, and checks whether versions may be served."""
+"""Chooses the models and versions that a server serves when it starts, and checks whether versions may be served."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,16 +26,16 @@ def choose_deployments(
     every: bool = False,
     needed: bool = True,
 ) -> list[Desired]:
-    """Return a desired state for each model with which a server starts, and store the set of models.
+    """Return the initial desired state of each model to be served, and store the set of models.
 
-    All servers that share a store serve the same versions of the same models. A server that starts while others are
-    running changes neither.
+    All servers that share a store serve the same versions of the same models. A server that starts while other servers
+    are running changes neither the set of models nor their versions.
 
     Args:
         models: models as passed to `choose_desired`. If empty, the models that were served last are used, or
             else the only registered model.
         format: format in which all named models are served.
-        every: whether to choose every model that has ever been served.
+        every: whether to choose every model that has ever been served, if `models` is empty.
         needed: whether at least one model is required.
 
     Raises:
@@ -78,7 +78,8 @@ def _require_same_models(names: Sequence[str], served: Sequence[str], others: Se
 def choose_desired(
     registry: Registry, store: Store, model: str, format: Format | None, *, fixed: bool = False
 ) -> Desired:
-    """Return the desired state that a model starts with. If it is new, write it to the store and the audit log first.
+    """Return a model's initial desired state. If it differs from the stored state, first store it and record the choice
+    in the audit log.
 
     The audit log attributes the choice to the local user, because only commands on this machine call this
     function.
@@ -91,8 +92,8 @@ def choose_desired(
 
     Raises:
         NotFoundError: there is no such model, version or format.
-        RefusedError: the version failed a check at registration, vLLM cannot apply its adapter, or the desired state
-            is fixed and differs.
+        RefusedError: the version failed a check at registration, vLLM cannot serve the format or apply the adapter, or
+            `fixed` is set and the stored state differs.
     """
     stored = read_desired(store, _name(model))
     version = stored.target.version if stored and "@" not in model else _resolve(registry, model)
@@ -171,7 +172,7 @@ def _resolve(registry: Registry, model: str) -> VersionId:
 
 
 def _name(model: str) -> str:
-    """Return the name in NAME, NAME@N or NAME@alias."""
+    """Return the NAME part of NAME, NAME@N or NAME@alias."""
     return model.partition("@")[0]
 
 
@@ -188,7 +189,7 @@ def best_format(registry: Registry, version: VersionId) -> Format:
     """Return the format in which a server serves a version by default.
 
     Raises:
-        NotFoundError: the version has only an adapter.
+        NotFoundError: the version has no format that can be served without a base.
     """
     formats = registry.manifest(version).formats
     for format in SERVED_FORMATS:

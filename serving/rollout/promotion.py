@@ -1,4 +1,4 @@
-"""Types that describe the request for a promotion and its result.
+"""Types for promotion requests and their results.
 
 This module does not import the gates, which only the server checks.
 """

@@ -57,15 +57,16 @@ class Reconciler:
     """Makes a model's engines run the desired version, and keeps them running it.
 
     Attributes:
-        actual: the state that is being served or started. Initially, this is the desired state at server start.
+        actual: the state that is being served or started. Initially, this is the state that was desired when
+            the server started.
         changes: notifications about changes in the store, which this object waits for.
-        leadership: the id of this server, and whether this server is the model's leader.
+        leadership: object that knows this server's id, and whether this server is the model's leader.
         slots: engine slots, used to check whether there is memory for another engine.
         swap: object that changes the version of the engines.
         rollouts: object that runs rollouts.
         journal: journal that records swaps. It is closed by the code that stops the server.
         reviver: object that starts missing engines.
-        last_error: reason why the last swap or start failed.
+        last_error: reason why the last swap, or the last attempt to start an engine, failed.
         promoting: whether a rollout or swap is in progress. Engines must not idle until it has ended.
     """
 
@@ -100,7 +101,7 @@ class Reconciler:
 
         Raises:
             SvcError: the version cannot be served. The error is a SwapError if another version was served before.
-                That version then becomes the desired version again, and the next start uses it.
+                That version then becomes the desired version again, and is served the next time the server starts.
         """
         adopted = bool(self.pool.members)
         self.pool.fill()
@@ -268,7 +269,7 @@ class Reconciler:
         return result
 
     async def _start(self, target: Target) -> str | None:
-        """Start the first engine with a version. Return the reason if the start fails, else None.
+        """Start the first engine with a version. Return the reason for a failure, or None on success.
 
         The reviver starts the other engines.
         """
@@ -306,7 +307,7 @@ class Reconciler:
             await self._rewrite(failed, before.target, before.previous)
 
     def _serves(self, began_by: Began | None = None) -> None:
-        """Publish the version that is now serving.
+        """Publish the version that is now being served.
 
         Args:
             began_by: reason for the change, or None if this version was already being served.
@@ -319,7 +320,7 @@ class Reconciler:
             self.journal.serves(self.actual, began_by)
 
     def _revived(self) -> None:
-        """Publish the served version once the reviver has started an engine, if the first start had failed."""
+        """Publish the served version once the reviver has started an engine, if the first attempt had failed."""
         if self.names.served is None:
             self._serves(Began.START)
 

@@ -51,19 +51,19 @@ MIN_UNITS = 20
 """Smallest number of users, conversations or single requests to compare; 16 are enough to prove a loss if the candidate
 always fails."""
 QUIET_S = 5.0
-"""Seconds without requests before the candidate is loaded. It is doubled after each load, because a request may have
-had to wait.
+"""Seconds without requests before the candidate is loaded. The value is doubled after each load, because a request
+may have had to wait.
 """
 _MAX_QUIET_S = 300.0
 _POLL_S = 0.25
 _ROWS_PER_COMPARISON = 4
-"""Number of stored requests to find for each wanted comparison, because some cannot be replayed unchanged."""
+"""Number of stored requests to look up per comparison that is needed, because some cannot be replayed unchanged."""
 _ROUTE = Route.CHAT_COMPLETIONS
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """The stored requests of a rollout.
+    """Stored requests that a rollout can replay.
 
     Attributes:
         compared: number of comparisons that are already stored.
@@ -137,8 +137,9 @@ def require_replay(
 
     Args:
         engines: number of engines that run the production version.
-        load_s: time for which requests were queued when the production version was last loaded in place, if known.
-        queue_timeout_s: longest time a request may be queued.
+        load_s: time for which requests were queued when the production version was last loaded in place, in seconds,
+            or None if unknown.
+        queue_timeout_s: longest time for which a request may be queued, in seconds.
 
     Raises:
         RefusedError: the requests cannot be replayed.

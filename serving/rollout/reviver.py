@@ -31,7 +31,7 @@ class _Turn:
     Attributes:
         at: time of the planned start on the event loop's clock, in seconds.
         attempts: number of failed starts so far.
-        refusals: number of starts in a row that were postponed because of too little memory.
+        refusals: how many times in a row the start has been postponed for lack of memory.
         died: whether the member's engine died, rather than never having been started.
     """
 
@@ -104,8 +104,8 @@ class Reviver:
     async def _has_room(self, engine: Replica) -> bool:
         """Return whether there is enough memory to start the engine. If not, postpone the start.
 
-        During a swap, memory may be taken up by second or replaced engines, and replicas that were added because of the
-        load may no longer fit when the model wakes up.
+        During a swap, a second engine or an engine that is being replaced may take up memory. Replicas that were added
+        because of the load may no longer fit when the model wakes up.
         """
         grown = self.pool.size > self.slots.first_engines(self.target().version.name)
         if not self.pool.others and not grown:
@@ -138,7 +138,7 @@ class Reviver:
 
 
 async def start_engine(engine: Replica, target: Target) -> str | None:
-    """Start a member's engine. Return the reason if the start fails, else None."""
+    """Start a member's engine. Return the reason for a failure, or None on success."""
     try:
         await engine.start(target)
     except Exception as error:  # any error: it may be temporary

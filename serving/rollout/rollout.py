@@ -5,7 +5,7 @@
 
 Each state is stored before it takes effect, so that a server that is killed and restarted resumes from that state. The
 production version stays loaded until the end: a rollback only changes where requests are sent. If there is memory for
-only one engine, both steps are replaced by a replay of stored requests; see serving.rollout.replay.
+only one engine, a replay of stored requests replaces the shadow and canary steps; see serving.rollout.replay.
 
 If several servers serve the model, the server that holds the model's lease leads. Only the leader compares both
 versions and changes the stored state. The other servers follow: they load the candidate and route the same clients to
@@ -80,7 +80,8 @@ _RESULT_S = 2.0
 """Seconds that a server may take to record why its swap failed, after it has made the previous version the desired
 version again."""
 _STOP_TIMEOUT_S = 45.0
-"""Maximum time to load the production version again when the server stops. The service manager waits for this."""
+"""Maximum time to load the production version again when the server stops, in seconds. The service manager waits
+for this load."""
 _MAX_REFERENCES = 200
 
 
@@ -243,7 +244,8 @@ class _Run:
         return False
 
     async def _follow(self) -> None:
-        """Route the same clients to the candidate as the leader does, until this server has to lead or to swap.
+        """Route the same clients to the candidate as the leader does, until this server has to lead the rollout or
+        swap to the candidate.
 
         If the candidate cannot be loaded or its engine dies, production answers all clients of this server.
 
@@ -536,8 +538,8 @@ class _Run:
                 raise StoppedError(RolloutOutcome.CANCELLED, why)
 
     async def _continue_switch(self) -> None:
-        """Swap to the candidate, which is already the desired version. The server may have been restarted since it
-        became so.
+        """Swap to the candidate, which is already the desired version. The server may have been restarted in the
+        meantime.
 
         Raises:
             StoppedError: the swap failed, or another version became the desired version.
@@ -659,8 +661,8 @@ def _is_complete(look: Look) -> bool:
 
 
 def _expects_json(registry: Registry, version: VersionId) -> bool:
-    """Return whether a version's answers should be JSON, which is the case if all its held-out reference answers are
-    JSON.
+    """Return whether a version's answers should be JSON, which is the case if it has held-out reference answers and
+    the first `_MAX_REFERENCES` of them are all JSON.
     """
     references = [without_thinking(example.answer) for example in registry.heldout(version)[:_MAX_REFERENCES]]
     return bool(references) and all(map(is_json, references))

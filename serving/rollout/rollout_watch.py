@@ -88,7 +88,7 @@ class RolloutWatch:
         return Reading(began, desired, record or self.seen)  # rollouts are never deleted
 
     def renew(self, reading: Reading) -> RolloutRecord:
-        """Reset `lapsed`, take over a new reading of the state, and return the rollout."""
+        """Reset `lapsed`, adopt a new reading of the state, and return the rollout."""
         self.lapsed = False
         self._note(reading)
         return self.seen

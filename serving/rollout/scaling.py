@@ -14,8 +14,8 @@ from math import ceil
 MEAN_S = 30.0
 """Length of the window over which the load is averaged, in seconds."""
 _TARGET_SHARE = 0.7
-"""Fraction of a replica's sequence slots in use above which another replica is added. A new replica takes a minute or
-two to start."""
+"""A replica is added if more than this fraction of the current replicas' sequence slots is in use. A new replica takes
+a minute or two to start."""
 _REMOVAL_SHARE = 0.5
 """A replica is removed if, without it, the load would use less than this fraction of the remaining sequence slots."""
 

@@ -12,8 +12,8 @@ async def start_second_engine(pool: EnginePool, target: Target, cancellation: Ca
     """Start and verify an engine that is not a pool member, after checking that there is enough memory for it.
 
     Returns:
-        The engine and the result of its verification. If the engine fails or its start is cancelled, it is
-        stopped in the background.
+        The engine and the result of its verification. If the engine fails to start or cancellation is requested, the
+        engine is stopped in the background.
 
     Raises:
         SupersededError: cancellation was requested.

@@ -276,7 +276,7 @@ class CopyAnswer:
         await asyncio.to_thread(self._classify, wire_format(copy.route))
 
     def _classify(self, form: WireFormat) -> None:
-        """Read the end of the answer, its finish reason and its token counts."""
+        """Set `finish_reason` and `usage` from the answer's parts and, for a stream, also `complete`."""
         if not self.parts or not is_event(self.parts[0]):
             body = b"".join(self.parts)
             self.finish_reason, self.usage = form.finish_reason(body), form.usage(body)

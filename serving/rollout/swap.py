@@ -2,8 +2,8 @@
 
 `EngineChange` changes one engine after another, while the other engines keep answering requests. If the
 swap fails or is superseded, the previous version is restored and verified again on every engine. An engine that cannot
-be restored accepts no requests. Each engine is held while it is being changed. An engine that dies before or after its
-turn is restarted with the previous version, independently of the swap, and then changed.
+be restored accepts no requests. Each engine is locked while its version is being changed. An engine that dies before
+or after its turn is restarted with the previous version, independently of the swap, and then changed.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ class Swap:
     ) -> SwapResult:
         """Swap to `target`, or keep `current` in production if that fails.
 
-        Problems with a version are returned, not raised.
+        A problem with a version is reported in the result rather than raised.
 
         Args:
             current: version that the engines run.

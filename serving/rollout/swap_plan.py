@@ -94,7 +94,7 @@ class SwapPlanner:
         return plan
 
     async def _with_adapter(self, current: Target, target: Target) -> Plan:
-        """Plan a swap to or from an adapter. If all running engines can apply the adapter, it is loaded in them."""
+        """Plan a swap to or from an adapter. If all running engines can apply the adapter, it is loaded into them."""
         await self.verification.model(target)
         if current.format is not target.format:
             return Plan(SwapKind.BLUEGREEN, _DIFFERENT)
@@ -108,9 +108,9 @@ class SwapPlanner:
         return Plan(SwapKind.ADAPTER, "an adapter of the same base")
 
     async def _in_place(self, target: Target) -> Plan:
-        """Plan an in-place reload, provided that engines of this kind can perform and verify it.
+        """Plan an in-place reload, provided that an engine with the new version can perform and verify it.
 
-        Otherwise, plan to start an engine with the version: a second engine or, if memory is short, the same engine
+        Otherwise, plan to start an engine with that version: a second engine or, if memory is short, the running engine
         after a restart.
         """
         several = len(self.pool.alive) > 1
@@ -146,7 +146,8 @@ class SwapPlanner:
     async def shortage(self, target: Target) -> str | None:
         """Return a message stating how much memory is missing for one more engine, or None if there is enough.
 
-        Waits for stopping and starting engines first.
+        Before a shortage is reported, engines that are still stopping or starting are given up to `patience_s` to
+        finish.
         """
         deadline = time.monotonic() + self.patience_s
         while True:

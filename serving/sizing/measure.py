@@ -1,4 +1,6 @@
-"""Measures step times with a short load on a running server or on an engine started for it (`svc plan --measure`)."""
+"""Measures step times by sending a short load to a running server, or to an engine started for the measurement
+(`svc plan --measure`).
+"""
 
 import asyncio
 import json
@@ -105,7 +107,7 @@ async def measure(
     """Measure the time to first token of new prompts, and the time of steps with 1, 2, 4, ... running answers.
 
     Args:
-        prompt, answer: lengths of the requests in tokens.
+        prompt, answer: lengths of each request's prompt and answer, in tokens.
         concurrency: largest number of running answers.
         on_step: function called after each of the `len(levels(concurrency)) + 2` measured points.
     """

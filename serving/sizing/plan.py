@@ -18,12 +18,12 @@ _MAX_GPUS = 8
 _MAX_REPLICAS = 1024
 _MIN_REQUESTS, _MAX_REQUESTS = 3000, 20_000
 _HORIZON = 20
-"""Simulated time as a multiple of the required latency. It is long enough for a growing queue to exceed that
-latency."""
+"""Simulated time as a multiple of the required latency. It is long enough for the wait in a growing queue to
+exceed that latency."""
 _RELOAD_BYTES_PER_S = 4e9
+"""Assumed speed of an in-place reload. On an H200, reloading 16 GB took 3.5 s (vllm#49459)."""
 _RELOAD_S = 3.0
-"""Assumed speed of an in-place reload, and its duration in seconds if the size of the weights is unknown. On an H200,
-reloading 16 GB took 3.5 s (vllm#49459)."""
+"""Assumed duration of an in-place reload if the size of the weights is unknown, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 """Durations of engine steps, either measured on an engine and stored as JSON, or estimated from a GPU's published
-figures.
+specifications.
 
 In each step a vLLM engine computes the next token of every running answer, and part of the prompts of new requests.
 """
@@ -54,7 +54,8 @@ class MeasuredTimes(BaseModel):
 
     Attributes:
         model: name of the model, and where it was served.
-        prompt, answer: lengths of the measured requests in tokens. Step times may differ for requests of other lengths.
+        prompt, answer: lengths of each measured request's prompt and answer, in tokens. Step times may
+            differ for requests of other lengths.
         decoding: time of a step without prompts, by number of running answers.
         prefill: time to first token of an uncached prompt on an idle engine, by number of prompt tokens.
         step_tokens: maximum number of tokens in one step.
@@ -125,7 +126,7 @@ class MeasuredTimes(BaseModel):
 
 
 def _interpolated(points: tuple[Point, ...], count: int) -> float:
-    """Return the time at a count, along the straight lines between the points."""
+    """Return the time for a count, by linear interpolation between the points or extrapolation beyond them."""
     if len(points) == 1:
         return points[0].seconds
     right = min(max(1, bisect_left([point.count for point in points], count)), len(points) - 1)
@@ -138,8 +139,8 @@ def _interpolated(points: tuple[Point, ...], count: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Step times estimated from published figures: a step takes as long as its memory reads or its computation,
-    whichever takes longer.
+    """Step times estimated from published GPU specifications: a step takes as long as its memory reads or its
+    computation, whichever takes longer.
 
     Attributes:
         gpus: number of GPUs per replica.

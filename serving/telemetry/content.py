@@ -73,7 +73,7 @@ def prompt_text(content: Content, redactor: Redactor) -> str:
 def answer_text(content: Content, redactor: Redactor) -> str:
     """Return the redacted text of the answer's first choice, including its tool calls.
 
-    The text is redacted after its events have been joined, because a number may be split across several events.
+    The text is redacted after its events have been joined, because a phone number may be split across several events.
     """
     return _encodable(redactor.text(wire_format(content.route).text(content.answer)))
 

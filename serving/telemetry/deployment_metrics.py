@@ -184,7 +184,9 @@ class DeploymentMetrics:
         self.on_loaded(served)
 
     def holdout_due(self, served: Target | None, every_s: float) -> None:
-        """Set the interval between a version's held-out runs. `served` is None if the version has no held-out set."""
+        """Set the interval between a version's runs on its held-out set. `served` is None if the version has no
+        held-out set.
+        """
         self._forget(self.instruments.holdout_interval)
         if served:
             self.instruments.holdout_interval.labels(self.model, str(served.version.number)).set(every_s)

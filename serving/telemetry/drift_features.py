@@ -188,7 +188,9 @@ class FeatureProcess:
         return answer
 
     def _can_compare(self, target: Target) -> bool:
-        """Return whether a version's drift reference includes a text space, without loading it."""
+        """Return whether a version's drift reference includes the text space (the embedding in which texts are
+        compared). The text space is not loaded.
+        """
         if target not in self._compared:
             try:
                 files = Registry.of(self.settings).manifest(target.version).reference

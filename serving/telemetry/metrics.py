@@ -242,8 +242,8 @@ class GatewayMetrics:
         Args:
             served: the version that answered, or None if no version did.
             status: the HTTP status that was sent, or `CLIENT_GONE_STATUS`.
-            seconds: time from the last byte of the request to the last byte of the response; None for a request of a
-                batch, because no client waits for it.
+            seconds: time from the last byte of the request to the last byte of the response; None for a batch
+                request, because no client waits for it.
             request_id: request id shown in the exemplar.
             reason: why the request failed, possibly within a stream, or None if it succeeded.
             model: the requested model, from a bounded set. Used if no version answered.

@@ -358,9 +358,7 @@ def _stored(entry: _Entry, texts: _Texts | None) -> RequestRecord:
 
 
 def _checked(record: RequestRecord, entry: _Entry) -> RequestRecord:
-    """Return a row. If a rollout needs it and the answer is complete, also record in the row whether the answer is
-    valid JSON.
-    """
+    """Return the record, with `valid` set if a rollout needs to know whether the complete answer is valid JSON."""
     content = entry.content
     if content is None or not content.expects_json or content.too_long or not _is_good(record):
         return record

@@ -29,7 +29,7 @@ row for each key and model in use."""
 
 @dataclass(eq=False)
 class UsageWriter:
-    """Writes the counts of a usage meter to the store, and reads the counts of other servers.
+    """Writes a usage meter's counts to the store, and reads the counts of other servers.
 
     Attributes:
         on_used_today: function called with the number of tokens that each key used today, by key id. The first call

@@ -83,7 +83,7 @@ class Grant:
 class Authenticator:
     """Checks secrets against a store's keys, which are held in memory.
 
-    `look` must be called, in any thread, before the first call of `grant`.
+    `look` must be called, in any thread, before the first call to `grant`.
 
     Args:
         now: function that returns the current time, used to check expiry.
@@ -195,7 +195,7 @@ class Authenticator:
         return key.principal if key else None
 
     def valid_principal(self, key_id: str) -> Principal:
-        """Return the principal of a key, for work that continues after the request that had the secret.
+        """Return the principal of a key, for work that continues after the request that presented the secret has ended.
 
         Raises:
             InvalidKeyError: the key was removed, or is revoked or expired.

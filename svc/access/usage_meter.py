@@ -15,8 +15,8 @@ from svc.store.usage import Usage, UsageOf, add_usage
 
 _HOUR_S = 3600
 _Of = tuple[int, str, str]
-"""Hour (since 1970), key id and model for which usage is counted. The type is a tuple because hashing a `UsageOf` would
-take longer than everything else in this module."""
+"""The hour (in hours since 1970), key id and model for which usage is counted. The type is a tuple because hashing a
+`UsageOf` would take longer than everything else in this module."""
 
 
 class UsageMeter:

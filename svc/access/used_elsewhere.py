@@ -52,7 +52,7 @@ class UsedElsewhere:
         """Read the totals and return the new usage. Call this in a thread.
 
         Raises:
-            SQLAlchemyError: the store failed. The next reading covers the time since the last successful one.
+            SQLAlchemyError: the store failed. The next reading also covers the usage that this one missed.
         """
         midnight = midnight_of(self._now())
         totals = usage_by_day(self._store, midnight)

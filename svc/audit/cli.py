@@ -87,7 +87,7 @@ def _verify(store: "Store", expected: str | None, *, as_json: bool) -> None:
 
 
 def _verdicts(gates: Any) -> dict[str, int]:
-    """Return the number of gates with each verdict. The input may be malformed, because an event can be altered."""
+    """Return the number of gates with each verdict. The input may be malformed, because the log may be altered."""
     rows = gates if isinstance(gates, list) else []
     return dict(Counter(str(row.get("verdict")) for row in rows if isinstance(row, dict)))
 

@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 STORE_FILE, TRACKING_FILE, OTHER_FILES = "svc.db", "mlflow.db", "files"
 CONTENTS_FILE = "contents.json"
-"""File that lists the contents of clients' files. It is separate from the record, so that earlier releases can still
-read the record."""
+"""File that lists the contents of clients' files. It is separate from the snapshot's record, so that earlier releases
+can still read the record."""
 _RECORD_FILE = "snapshot.json"
 _NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z")
 
@@ -47,7 +47,8 @@ class Snapshot(BaseModel):
         name: time of the snapshot in UTC, which is also its folder's name.
         release: tuneserve release that created the snapshot.
         versions: names of the included versions, as `NAME@N`.
-        files: records of the files in the snapshot's folder, which are all files except weights.
+        files: records of the files in the snapshot's own folder, which contains everything except versions and the
+            contents of clients' files.
         tracking: MLflow server that stores runs and aliases, or None if they are in `mlflow.db`.
         store: PostgreSQL database that is the store, or None if it is in `svc.db`.
         left_out: for each damaged or missing version or client file, the reason why it is not included.

@@ -35,7 +35,7 @@ def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool
         verify: whether to also check the files against their hashes.
 
     Raises:
-        IntegrityError: the copy is a different version with the same name and number, or its manifest is
+        IntegrityError: the copy is a different version with the same model name and version number, or its manifest is
             damaged.
     """
     if not (target / MANIFEST_FILE).exists():

@@ -1,4 +1,4 @@
-"""The contents of clients' files, in a folder of the home. The files' metadata is in the store (svc.store.files).
+"""The contents of clients' files, in a folder of the home directory. Metadata is in the store (svc.store.files).
 
 With an object store (svc.client_files.shared_contents), a file's contents are uploaded before its row is added to the
 store, and a server without the contents downloads them. Objects are deleted in the background.
@@ -45,7 +45,7 @@ from svc.store.files import (
 log = logging.getLogger(__name__)
 
 FILES_FOLDER = "files"
-"""Folder of the home that holds the contents of files."""
+"""Folder in the home directory that holds the contents of files."""
 _REMOVED = ".removed-"
 _MAX_THREADS = 4
 Result = TypeVar("Result")
@@ -56,7 +56,7 @@ class ClientFiles:
 
     Args:
         folder: folder for the contents, which is created if it does not exist.
-        shared: the contents in an object store, or None if there is none.
+        shared: the contents in an object store, or None if there is no object store.
     """
 
     def __init__(self, store: Store, folder: Path, shared: SharedContents | None = None) -> None:
@@ -69,7 +69,7 @@ class ClientFiles:
 
     @classmethod
     def of(cls, settings: Settings, store: Store) -> "ClientFiles":
-        """Return the files of the home folder given in the settings.
+        """Return the clients' files in the home directory given in the settings.
 
         Raises:
             SettingsError: there is an object store, but its client is not installed.
@@ -129,7 +129,7 @@ class ClientFiles:
     async def in_thread(self, work: Callable[[], Result]) -> Result:
         """Call a function that fetches or adds a file, and return its result.
 
-        Separate threads are used, so that an object store that does not respond cannot block other work.
+        A dedicated thread pool is used, so that an object store that does not respond cannot block other work.
         """
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
@@ -145,7 +145,7 @@ class ClientFiles:
     @contextmanager
     def writing(self, id: str | None = None) -> Iterator[tuple[str, FileWriter]]:
         """Yield the id of a new file, and a writer for its contents. If an error occurs, the partial contents are
-        deleted, also from the object store.
+        deleted, including any in the object store.
 
         Args:
             id: id to use instead of a new one, for a file that may have been partly written before a crash. No row in

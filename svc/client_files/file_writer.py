@@ -33,7 +33,7 @@ class FileWriter:
         self.bytes += len(part)
 
     def close(self) -> str:
-        """Complete the file on disk, and return the hash of its contents."""
+        """Sync the file to disk, close it, and return the SHA-256 hash of its contents."""
         self._file.flush()
         os.utime(self._file.fileno())  # `remove_unknown` leaves new files alone; the last write may be hours ago
         os.fsync(self._file.fileno())

@@ -2,8 +2,8 @@
 
     client-files/ID    the contents of one file, which never change
 
-A server without a file's contents downloads them to a folder in its home. This copy is removed when the file is
-deleted, or when it has not been used for a day and no job or batch needs it.
+A server that lacks a file's contents downloads them to a folder in its home directory. This copy is removed when the
+file is deleted, or when it has not been used for a day and no job or batch needs it.
 """
 
 import errno
@@ -29,7 +29,7 @@ from svc.store.files import FileContent, known_files, needed_files
 log = logging.getLogger(__name__)
 
 COPIES_FOLDER = "fetched-files"
-"""Folder of the home that contains file contents fetched from the object store."""
+"""Folder in the home directory that contains file contents fetched from the object store."""
 _PREFIX = "client-files"
 _RETRY_S = 10
 _UNUSED_S = 86_400.0
@@ -72,7 +72,7 @@ class SharedContents:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def put(self, content: FileContent, path: Path) -> None:
-        """Upload a file's contents completely.
+        """Upload a file's contents.
 
         Raises:
             ContentStoreError: the store does not respond, or rejects the request.

@@ -1,4 +1,4 @@
-"""Files that arrive in parts. Until an upload is complete, each part is a file in the upload's folder.
+"""Files that clients upload in parts. Until an upload is complete, each part is a file in the upload's folder.
 
 The paths are made from ids, never from anything that a client sent.
 """
@@ -37,7 +37,7 @@ class ChecksumError(SvcError):
 
 
 class ClientUploads:
-    """Uploads in parts.
+    """Receives files that clients upload in parts.
 
     Args:
         folder: folder for the parts, which is created if it does not exist.
@@ -64,7 +64,8 @@ class ClientUploads:
         """Add the part that a writer has written. This must be the last call within `writing_part`.
 
         Raises:
-            UploadEndedError, UploadSizeError: the upload has ended, or its parts are too large or too many.
+            EntryNotFoundError, UploadEndedError: the upload does not exist, or has ended.
+            UploadSizeError: the parts are larger than the file in total, or there are too many parts.
         """
         writer.close()
         part = UploadPart(id, upload.id, writer.bytes, datetime.now(UTC))

@@ -22,7 +22,7 @@ NO_PROMPTS: PromptHashes = np.zeros(0, np.uint64)
 
 
 def hash_text(text: str) -> int:
-    """Return the eight-byte BLAKE2b hash of a text as a number."""
+    """Return the eight-byte BLAKE2b hash of a text as an integer."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

@@ -58,8 +58,8 @@ class DataSummary(_Record):
 
     Attributes:
         general: number of training examples that come from `data.general`.
-        prompts, answers: lengths of the training prompts (all turns before the answer) and answers, or None
-            without training examples.
+        prompts, answers: lengths of the training prompts (all turns before the answer) and answers, or None if
+            there are no training examples.
         labels: counts of the labels in the training examples that do not come from `data.general`, most frequent first.
             Labels that differ only in spacing and case are counted together. Empty if the answers are not labels.
         near_duplicates: number of training examples with the same or nearly the same prompt as an earlier
@@ -82,7 +82,7 @@ def summarize_data(train: Sequence[ChatExample], heldout: Sequence[ChatExample],
     """Summarize a training set and its held-out set.
 
     Args:
-        train: training examples; none if the adapter was trained elsewhere.
+        train: training examples; empty if the adapter was trained elsewhere.
         general: number of general examples, which come last in `train`.
     """
     if not train:

@@ -1,11 +1,11 @@
 """Human-readable features of an answer, such as its length, how it ended, and whether it has the format that the task
 requires.
 
-The length, finish reason and likelihood of an answer depend on how it was sampled, and held-out answers
-are greedy. These three features are therefore compared only for live answers at temperature 0, which are treated as if
-they had been truncated at the limit for held-out answers. Otherwise, every client with a higher temperature would look
-like drift. Each held-out answer has its own token limit, derived from its reference. Live prompts have no reference, so
-the largest of these limits is used for them.
+The length, finish reason and likelihood of an answer depend on how it was sampled, and held-out answers are generated
+with greedy sampling. These three features are therefore compared only for live answers at temperature 0. Otherwise,
+every client with a higher temperature would look like drift. Each held-out example has its own token limit, derived
+from its reference answer. Live prompts have no reference, so live answers are treated as if they had been truncated at
+the highest of these limits.
 """
 
 import re
@@ -32,28 +32,28 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _REFUSAL_CHARS = 200
-"""Refusals are searched for only in this many characters at the start of an answer."""
+"""Number of characters at the start of an answer that are searched for a refusal."""
 
 
 class AnswerFeature(StrEnum):
     """The features by which answers are compared. Each has its own row in the drift table."""
 
     TOKENS = "answer_tokens"
-    """Length in tokens, capped at the largest limit of the held-out answers. Used only for greedy answers."""
+    """Length in tokens, capped at the highest token limit among the held-out examples. Used only for greedy answers."""
     LOGPROB = "answer_logprob"
     """Mean log-probability of the answer's tokens, rounded to tenths of a nat because repeated scoring of the same
-    answer gives results that differ by hundredths. Used only for greedy answers that have been scored."""
+    answer gives results that differ by hundredths of a nat. Used only for greedy answers that have been scored."""
     FINISH_REASON = "finish_reason"
     """Why the answer ended: `stop`, `length` or `tool_calls`. Used only for greedy answers."""
     EMPTY = "empty"
     REFUSAL = "refusal"
     """Whether the answer starts like a refusal in English."""
     VALID_JSON = "valid_json"
-    """Whether the answer is JSON. Used only if all held-out references are JSON, and only for answers that
-    ended within the largest limit of the held-out answers."""
+    """Whether the answer is JSON. Used only if all held-out references are JSON, and only for answers that the model
+    ended within the highest token limit among the held-out examples."""
     LABEL = "label"
     """The answer if it is one of the labels, or else `other`. Used only if the references consist of a few labels,
-    and only for answers that ended within the largest limit of the held-out answers."""
+    and only for answers that the model ended within the highest token limit among the held-out examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,12 @@ class Answer:
 
 
 class AnswerSampler:
-    """Computes the features of answers, in samples that can be compared with each other.
+    """Computes the features of answers, and returns them as samples that can be compared with each other.
 
     Args:
         references: reference answers of the held-out set, which show whether the task asks for JSON or labels.
-        cut: length in tokens at which live answers count as truncated, which is the largest limit of the
-            held-out answers.
+        cut: length in tokens above which live answers count as truncated. This is the highest token limit among the
+            held-out examples.
     """
 
     def __init__(self, references: Sequence[str], cut: int) -> None:
@@ -127,7 +127,7 @@ class AnswerSampler:
         return _yes(answer.text if known else None, lambda text: not text.strip())
 
     def _whole(self, answer: Answer) -> str | None:
-        """Return the answer's text if the model ended it within the held-out answers' limit, or None otherwise."""
+        """Return the answer's text if the model ended it within `cut` tokens, or None otherwise."""
         ended = answer.finish_reason in _ENDED and answer.tokens is not None and answer.tokens <= self.cut
         return answer.text if ended else None
 
@@ -138,12 +138,12 @@ class AnswerSampler:
 
 
 def is_greedy(temperature: float | None, max_tokens: int | None, cut: int) -> bool:
-    """Return whether a request used the same sampling as held-out requests.
+    """Return whether a request used greedy sampling, as held-out requests do, with a high enough token limit.
 
     Args:
         temperature: temperature in the request, or None for the model's own default, which is rarely 0.
         max_tokens: token limit in the request, or None if there is no limit.
-        cut: the largest limit of the held-out answers, in tokens.
+        cut: highest token limit among the held-out examples. The request's own limit must not be lower.
     """
     return temperature == 0 and (max_tokens is None or max_tokens >= cut)
 

@@ -1,7 +1,7 @@
-"""Computes the features of live requests, called drift items, and converts them to samples.
+"""Creates drift items from live requests, and collects the items into samples.
 
-Each item contains the features of one request. The same code computes the features of the reference, so
-the two can be compared. This module knows nothing about how items are stored.
+A drift item contains the features of one request. The same code computes the features of the reference, so that live
+requests can be compared with it. This module knows nothing about how items are stored.
 """
 
 import math

@@ -56,7 +56,7 @@ class KeyedHash:
     def words(self, text: str) -> NDArray[np.int32]:
         """Return the hashes of a text's distinct words in sorted order, keeping only the `MAX_WORDS` smallest.
 
-        Keeping the smallest amounts to a consistent random sample, because a word has the same hash in every text.
+        The smallest hashes are a consistent random sample of the words, because a word has the same hash in every text.
         """
         distinct = set(_WORD.findall(head_and_tail(text).lower()))
         hashes = {self._number(word, 4) for word in distinct}

@@ -57,7 +57,7 @@ class Prompt:
 
 
 class PromptSampler:
-    """Computes the features of prompts, in samples that can be compared with each other.
+    """Computes the features of prompts, and returns them as samples that can be compared with each other.
 
     Args:
         space: the version's text space, which must not have been fitted on any of the compared prompts.

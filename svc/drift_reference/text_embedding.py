@@ -5,8 +5,8 @@ n-grams, Deerwester et al. 1990), and the answer that it asks for (a ridge regre
 to the answer). With the second view, detecting a topic change that matters to the task takes only about two thirds as
 many prompts. Lipton et al. 2018 and Rabanser et al. 2019 found a similar gain with a classifier's outputs.
 
-The map is not fitted on the examples with which live prompts are compared (drift_sample.py). It therefore fits the
-examples no better than the live prompts, as a permutation test requires. Texts cannot be recovered from the map,
+The map is not fitted on the examples with which live prompts are compared (drift_sample.py). It therefore fits those
+examples no better than it fits live prompts, as a permutation test requires. Texts cannot be recovered from the map,
 because n-grams and words are stored as hashes. This module knows nothing about statistical tests, windows or the served
 model.
 """
@@ -67,7 +67,7 @@ class Embedding:
         topic: array of shape (prompts, axes), with each prompt's position among the prompts that the map was
             fitted on.
         answer: array of shape (prompts, axes), with the predicted position of each prompt's answer. The array has no
-            axes if the map was fitted on equal answers.
+            axes if all the answers that the map was fitted on are the same.
     """
 
     topic: Floats

@@ -37,7 +37,7 @@ _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 _X86 = ("x86_64", "AMD64")
 _GPU_CHOICE = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 _QUESTION = 3
-"""Version of the query to torch and vLLM. Results cached by other versions are ignored."""
+"""Version of the code that queries torch and vLLM. Results cached by other versions are ignored."""
 _VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
 """CPU flags that determine which kernels run, widest instructions first."""
 _WIDEST = {"AVX512": "amx_bf16", "AVX2": "avx2"}
@@ -46,9 +46,9 @@ _ASK_S = 300.0
 _FASTER_WITH_TORCH = {"x86_64-avx512f", "x86_64-avx512_bf16"}
 """Instruction sets on which PyTorch's 4-bit kernel decodes faster than vLLM's (docs/devices.md)."""
 _AWQ_CAPABILITY = (7, 5)
-"""Lowest compute capability of a GPU for which vLLM loads AWQ (`AutoAWQConfig.get_min_capability`)."""
+"""Lowest GPU compute capability at which vLLM loads AWQ models (`AutoAWQConfig.get_min_capability`)."""
 _S_PER_FP8_WEIGHT = 3e-8
-"""Seconds per token and weight for FP8 on a CPU for which vLLM has no FP8 kernel and calls PyTorch's reference
+"""Seconds per token and per FP8 weight on a CPU for which vLLM has no FP8 kernel, so that it calls PyTorch's reference
 `_scaled_mm` instead: 1.8 s for 70 tokens and 576 x 1536 weights on a Xeon with AMX, where bfloat16 took 0.3 ms.
 """
 _MAX_FP8_WEIGHTS_WITHOUT_KERNEL = 10_000_000

@@ -1,8 +1,8 @@
 """Removes request content from engine error messages before they are logged or stored.
 
-vLLM's messages quote values from the request: after `value=` and `got`, in quotation marks, as Python or
-JSON lists and objects, and, if the body is invalid, as pydantic's `'input'`. A message is therefore cut
-off at the first value. The sender of the request gets the full message, but readers of a log do not.
+vLLM's messages quote values from the request in several forms: after `value=` or `got`, in quotation marks, as Python
+or JSON lists and objects, or, if the body is invalid, as pydantic's `'input'`. A message is therefore cut off at the
+first value. The sender of the request gets the full message, but readers of a log do not.
 """
 
 import json

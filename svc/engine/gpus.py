@@ -17,7 +17,7 @@ class ListedGpu(BaseModel):
         memory_gib: total memory, as reported by nvidia-smi.
         tflops: throughput of dense bfloat16 matrix products, in 10^12 operations per second.
         bandwidth: memory bandwidth in GB/s.
-        utilization: share of `tflops` that training reaches, keyed by method.
+        utilization: fraction of `tflops` that training achieves, keyed by training method.
         dollars: price per hour.
     """
 

@@ -41,9 +41,9 @@ class Machine:
         cores: ids of the logical cores that this process may run on; never empty.
         quota: CPU seconds per second that the cgroup allows, or None if there is no limit.
         memory: total memory that the process may use, in bytes.
-        free: memory that is currently available, in bytes, on the NUMA node of the first core, where vLLM allocates its
-            cache, and within the limits of the cgroup. Under a cgroup limit, the kernel's file cache counts as used,
-            because vLLM also counts it as used before it allocates memory.
+        free: memory that is currently available within the cgroup's limits, in bytes. It is measured on the NUMA node
+            of the first core, because vLLM allocates its cache there. Under a cgroup limit, the kernel's file cache
+            counts as used, because vLLM also counts it as used before it allocates memory.
         gpus: GPUs that `CUDA_VISIBLE_DEVICES` allows; empty if `nvidia-smi` does not respond.
         nodes: number of NUMA nodes that the cores belong to.
         threads_bind: value of vLLM's environment variable `VLLM_CPU_OMP_THREADS_BIND`.

@@ -103,6 +103,6 @@ def read_model_facts(folder: Path) -> ModelFacts:
 
 
 def _number(config: dict[str, Any], key: str) -> int | None:
-    """Return a key's value if it is a positive integer, or None otherwise. A group size of -1 means a single group."""
+    """Return a key's value if it is a positive integer, or else None, as for a group size of -1 (a single group)."""
     value = config.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

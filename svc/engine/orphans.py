@@ -109,8 +109,8 @@ def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
     until no process is left.
 
     Args:
-        known: the engine's first process, if the caller knows it. With it, the engine is stopped even if the folder was
-            changed.
+        known: the engine's first process, if the caller knows it. The engine can then be stopped even if the record in
+            the folder is missing or names a different process.
     """
     record = read_record(folder)
     engine = known if known and runs(known) else find_engine(folder)

@@ -24,8 +24,8 @@ from svc.settings.engine import Device, EngineSettings, GptqKernel
 MAX_PROBES = 8
 MAX_TOKENS = 64
 MIN_TOLERANCE = 1e-3
-"""Minimum tolerance, in nats. On the CPU, repeated measurements of one probe at a time are identical to four
-decimal places, while another model's weights differ by about 10 nats."""
+"""Minimum tolerance, in nats. On the CPU, repeated measurements of a single probe agree to four decimal places if no
+other requests are running, while the wrong model's weights give values that differ by about 10 nats."""
 _REMEASUREMENTS = 5
 """Maximum number of times that a differing probe is measured again. With AMX, rounding depends on the batch size, with
 differences of up to 0.28 nats. Probes measured alone never differed, but with up to 15 other requests streaming at the

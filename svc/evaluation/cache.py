@@ -34,7 +34,8 @@ class EvaluationCache:
 
     Args:
         folder: folder with the caches of all models. It is created when the first result is added.
-        conditions: everything that affects the answers except for their limits, such as weights and engine kind.
+        conditions: everything that affects the answers except for their token limits, such as the weights and the kind
+            of engine.
     """
 
     def __init__(self, folder: Path, *conditions: str) -> None:
@@ -49,7 +50,7 @@ class EvaluationCache:
         return find_results(self._read(), examples, limits)
 
     def add(self, examples: Sequence[ChatExample], results: Sequence[ExampleResult]) -> None:
-        """Store the results for examples, given in the same order.
+        """Store one result per example, given in the same order as the examples.
 
         Scores are left out, because they depend on the metrics.
         """

@@ -4,7 +4,7 @@ The result contains the difference in each metric with its confidence interval, 
 most.
 
 The comparison is paired, which means that differences are taken example by example so that the
-difficulty of the examples cancels out. All figures describe the second model relative to the first.
+difficulty of the examples cancels out. Every difference is the second model's result minus the first's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -104,8 +104,7 @@ class VersionComparison(_Part):
             share of answers that were cut off at their limit, and `nll`, the negative log-likelihood of the
             references, where it can be compared.
         left_out: reasons why metrics cannot compare these models, keyed by metric name.
-        different: the examples whose answers differ most, ordered by the difference in the tally's metric
-            and then by `edits`.
+        different: the examples whose answers differ most, ordered by the size of `gain` and then by `edits`.
     """
 
     examples: int
@@ -189,8 +188,8 @@ def _direction(difference: Interval, better: Better, differing: int) -> Directio
 def _gains(primary: Metric, one: Answered, other: Answered) -> tuple[list[float], str]:
     """Return how much better the second model's score is on each example, and which metric was used.
 
-    If the primary metric does not score individual examples, the metric that monitoring uses in its place is used, or
-    exact match if the results do not contain that metric.
+    If the primary metric does not score individual examples, the gain is measured by the metric that monitoring uses
+    instead or, if the results do not contain that metric, by exact match.
     """
     by = primary.name if primary.scored else primary.watched_by
     if by in one.results[0].scores:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 CONCURRENCY = 8
-"""Maximum number of concurrent requests. It is lower than for our own engine because providers limit the rate."""
+"""Maximum number of concurrent requests. It is lower than for our own engine because providers enforce rate limits."""
 _TIMEOUT_S, _CONNECT_S = 300.0, 10.0
 _MAX_TRIES = 5
 _MAX_PAUSE_S = 60.0
@@ -51,7 +51,7 @@ class Endpoint:
         """Parse an endpoint of the form `https://HOST/v1#MODEL`.
 
         Raises:
-            SettingsError: the text has a different form, or the key would be sent over a network in plain text.
+            SettingsError: the text does not have this form, or the key would be sent over a network in plain text.
         """
         url, _, model = text.partition("#")
         if not model:

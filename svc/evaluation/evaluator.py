@@ -1,8 +1,8 @@
 """Evaluates models for the trainer, gates and monitoring, through the same endpoint that serves clients.
 
 Greedy answers are compared with references. In addition, the log-likelihood of the references reveals differences that
-are too small for exact match. The log-likelihood covers the tokens of the final answer, including the token that ends
-it, so its negative mean equals the training loss on that answer.
+are too small for exact match to detect. The log-likelihood covers the tokens of the final answer, including the token
+that ends it, so the negative log-likelihood per token equals the training loss on that answer.
 """
 
 import asyncio
@@ -66,7 +66,7 @@ class EvaluationReport(BaseModel):
         hits: for each example, whether its answer is an exact match; used for paired comparisons.
         seconds: time taken to generate and score all answers, or 0 if they were cached.
         metrics: reports on the metrics, keyed by name.
-        primary: name of the metric that gates use and that monitoring keeps measuring.
+        primary: name of the primary metric, which is used by the gates and tracked by monitoring.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

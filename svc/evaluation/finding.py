@@ -1,4 +1,7 @@
-"""Findings of a diagnosis. Each describes a fault with its numbers, the rule, and the recipe key to change."""
+"""Findings of a diagnosis.
+
+Each describes a fault and the measurements that reveal it, the rule that detected it, and the recipe key to change.
+"""
 
 from enum import StrEnum
 
@@ -6,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FindingKind(StrEnum):
-    """Kind of fault in a training run. The rule for each kind is in docs/diagnosis.md, which a test checks."""
+    """Kind of fault in a training run. A test checks that docs/diagnosis.md states the rule for each kind."""
 
     DIVERGENCE = "divergence"
     LEARNING_RATE_HIGH = "learning_rate_high"
@@ -50,7 +53,7 @@ class Finding(_Record):
     """A fault found in a training run.
 
     Attributes:
-        what: a sentence that describes the fault, including the numbers.
+        what: a sentence that describes the fault, including the measured values.
         advice: the recipe change to try first.
         rule: the rule that detected the fault.
     """

@@ -16,7 +16,7 @@ from svc.version import Format
 
 
 class Forgetting(BaseModel):
-    """Comparison of a base's answers to general questions with those of a version in one format.
+    """Comparison of how a base model and one format of a version answer general questions.
 
     Attributes:
         questions: name of the file with the questions.
@@ -25,7 +25,7 @@ class Forgetting(BaseModel):
         difference: `after` minus `before`, paired by question. It is negative if the version
             answers fewer questions correctly.
         nll_before, nll_after: negative log-likelihood of the references under the base and under the
-            version, in nats per token. It is more sensitive than the share.
+            version, in nats per token. It reveals smaller changes than `before` and `after`.
         nll_difference: `nll_after` minus `nll_before`. It is positive if the references have
             become less likely.
         lost, gained: number of questions that only the base answers correctly, and number of questions that only the
@@ -58,7 +58,7 @@ class Forgetting(BaseModel):
 def measure_forgetting(
     questions: GeneralSet, before: Sequence[ExampleResult], after: Sequence[ExampleResult]
 ) -> Forgetting:
-    """Compare a base's answers to general questions with those of a version.
+    """Compare a base model's answers to general questions with a version's answers.
 
     Args:
         before, after: one result per question, in order.

@@ -87,8 +87,8 @@ def share_difference(differences: Sequence[float]) -> Interval:
     """Return the mean of paired share differences, each between -1 and 1, with its adjusted Wald interval.
 
     The adjustment adds one difference of 1 and one of -1 (Bonett and Price 2012, J. Educ. Behav. Stat. 37,
-    for answers that are right or wrong). Unlike a bootstrap interval, the result therefore does not shrink
-    to a point if no answer changes. With 50 or more examples, it excludes 0 only if at least six answers
+    who define it for right-or-wrong answers). Unlike a bootstrap interval, the result therefore does not
+    shrink to a point if no answer changes. With 50 or more examples, it excludes 0 only if at least six answers
     change in the same direction.
 
     Raises:

@@ -50,7 +50,7 @@ class JudgeReport(BaseModel):
         unread: number of all other pairs, which are excluded from all figures.
         win_rate: win rate of the second model, averaged over pairs and orders. A win counts 1 and a tie 0.5.
         agreement: share of pairs with the same verdict in both orders.
-        verdicts: the two verdicts on each pair, or an empty tuple if one is not readable.
+        verdicts: the two verdicts on each pair, or an empty tuple if either is unreadable.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

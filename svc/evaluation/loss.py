@@ -7,8 +7,9 @@ from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.results import ExampleResult, token_weights
 
 MIN_DIFFERENCES = 8
-"""Minimum number of examples for basing a verdict on a bootstrap interval. If there are fewer, all of them
-may differ in the same direction by chance (1 case in 128), which a bootstrap cannot show."""
+"""Minimum number of examples for basing a verdict on a bootstrap interval. With fewer examples, the
+probability that all of them differ in the same direction by chance exceeds 1 in 128, and a bootstrap interval does not
+account for this."""
 MIN_NLL_MARGIN = 0.005
 """Minimum margin for the loss in NLL, in nats per token. For a model that is nearly certain of the
 references, a margin relative to its NLL would be smaller than the engine's rounding errors."""
@@ -32,5 +33,5 @@ def metric_loss(metric: Metric, before: Answered, after: Answered) -> Interval:
 
 
 def nll_loss(before: Sequence[ExampleResult], after: Sequence[ExampleResult]) -> Interval:
-    """Return how much less likely the second model finds the reference answers, in nats per token."""
+    """Return how much less likely the reference answers are under the second model, in nats per token."""
     return paired_difference([result.nll for result in before], [result.nll for result in after], token_weights(before))

@@ -23,12 +23,13 @@ PREFERENCE_TITLES = {
     "reward_accuracy": "chosen answer gained more",
     "reward_margin": "by, in nats",
 }
-"""Names of the figures of a `PreferenceReport`, with their titles for display."""
+"""Names of the metrics in a `PreferenceReport`, with their titles for display."""
 
 
 class PairScores(BaseModel):
-    """A model's log-probabilities of both answers of each pair, in order, in nats. Each is summed over the answer's
-    tokens.
+    """A model's log-probabilities for the chosen and the rejected answer of each pair, in the order of the pairs.
+
+    Each is the sum over the answer's tokens, in nats.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -79,7 +80,7 @@ class PreferenceReport(BaseModel):
 
     @property
     def figures(self) -> dict[str, Interval]:
-        """The measured figures, keyed by name."""
+        """The metrics that were measured, keyed by name."""
         figures = (self.accuracy, self.margin, self.reward_accuracy, self.reward_margin)
         return {name: figure for name, figure in zip(PREFERENCE_TITLES, figures, strict=True) if figure}
 

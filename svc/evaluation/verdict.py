@@ -85,8 +85,8 @@ class GateReport(_Record):
     """Verdict of one gate on a version.
 
     Attributes:
-        measured: text with the figures before and after.
-        limit: text with the recipe's key for the margin and, for a relative margin, the figure that it is relative to.
+        measured: text that describes the change and states the values before and after.
+        limit: text with the recipe's key for the margin and, for a relative margin, the value that it is relative to.
         format: the format whose loss was measured, or None in versions from releases that supported only GPTQ.
     """
 

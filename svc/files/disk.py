@@ -1,7 +1,7 @@
 """Writes files atomically and detects a full disk.
 
-Even after a kill or a power loss, a written file is either complete or absent. This module knows nothing about the
-files' contents.
+Even if the process is killed or the power fails, a written file is either complete or absent. This module knows
+nothing about the files' contents.
 """
 
 import errno
@@ -49,11 +49,11 @@ def close_to_others(folder: Path, marks: Iterable[str]) -> None:
     no such folder.
 
     A shared folder such as /tmp, or a folder with other content, is left unchanged, even if it is configured
-    as the home.
+    as the home folder.
 
     Args:
-        marks: file names by which the service's own folders are recognized. Each folder is either empty or
-            contains at least one of them.
+        marks: file names by which the service's own folders are recognized. A folder must be empty or contain
+            at least one of them.
     """
     with suppress(FileNotFoundError):
         status, names = folder.stat(), set(os.listdir(folder))

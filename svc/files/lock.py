@@ -17,8 +17,8 @@ _PAUSE_S = 0.01
 
 @contextmanager
 def locked_file(path: Path) -> Iterator[IO[str]]:
-    """Lock a file exclusively and yield it, positioned at its end. A process that inherits it also holds the
-    lock.
+    """Lock a file exclusively and yield it, positioned at its end. A child process that inherits the open file also
+    holds the lock.
 
     Raises:
         BlockingIOError: another process holds the lock, or has just removed the file.
@@ -96,7 +96,7 @@ def lock_holder(path: Path) -> dict[str, Any] | None:
 
 def _lies_at(path: Path, file: IO[str]) -> bool:
     """Return whether the path still refers to this file. The last lock holder may have removed or renamed the
-    folder.
+    file's folder.
     """
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))

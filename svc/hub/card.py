@@ -23,18 +23,18 @@ _TOP_KEYS = ("method", "objective", "quantization", "merge_dequantized", "chat_t
 _PRIVATE_KEYS = frozenset({"adapter.trained", "adapter.combine"})
 """Recipe keys whose values may be paths."""
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's option --max-lora-rank."""
+"""Values that vLLM accepts for its option --max-lora-rank."""
 
 
 def make_card(registry: Registry, manifest: Manifest, format: Format, repo: str) -> str:
     """Return the README.md of a version's repository, with its metadata block.
 
     Args:
-        format: the format in the repository.
+        format: the format that is uploaded to the repository.
         repo: `org/name`.
 
     Raises:
-        IntegrityError: a file of the version is missing or was changed.
+        IntegrityError: one of the version's files is missing or was changed.
     """
     report = gather_report(registry, manifest.id)
     sections = {
@@ -152,7 +152,7 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
 
 
 def training_options(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Return the recipe's keys that describe the training, except those that name files or servers.
+    """Return the recipe keys that describe how the version was trained, except those that name files or servers.
 
     Keys that are unset or turned off are left out.
     """

@@ -1,4 +1,4 @@
-"""The command `svc push`, which publishes a version on the Hugging Face Hub."""
+"""The `svc push` command, which publishes a version on the Hugging Face Hub."""
 
 import re
 from pathlib import Path

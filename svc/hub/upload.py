@@ -1,4 +1,4 @@
-"""Uploads a version to a repository of the Hugging Face Hub, as one commit with a tag.
+"""Uploads a version to a repository on the Hugging Face Hub, as one commit with a tag.
 
 Before anything is sent, the destination's contents and visibility are checked. The upload's commit names the newest
 commit seen in that check as its parent, so it fails if someone else has changed the repository since.
@@ -65,7 +65,7 @@ class Destination:
         exists: whether it has been created.
         commit: the newest commit, or None if the repository does not exist.
         files: the files in the repository, without `.gitattributes`.
-        tag: tag for the version's number.
+        tag: name of the version's tag in the repository.
         has_tag: whether the tag exists.
     """
 
@@ -85,7 +85,7 @@ def files_to_upload(registry: Registry, manifest: Manifest, format: Format, repo
 
     Raises:
         NotFoundError: the version does not have the format.
-        RefusedError: the version failed a check, or the adapter belongs to a base that the recipe has changed.
+        RefusedError: the version failed a check, or the recipe modifies the base, so the adapter does not match it.
         IntegrityError: a file is missing or was changed.
     """
     version = manifest.id
@@ -123,7 +123,7 @@ def files_to_upload(registry: Registry, manifest: Manifest, format: Format, repo
 
 
 def _base_changes(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the recipe keys that change the base itself, so that an adapter does not fit the original base."""
+    """Return the recipe keys that modify the base itself, so that an adapter does not match the original base."""
     values = {key: recipe.get(key) for key in ("chat_template", "new_tokens")}
     values["rope_scaling"] = (recipe.get("rope_scaling") or {}).get("type")
     return [key for key, value in values.items() if value]

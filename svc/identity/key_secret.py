@@ -3,7 +3,7 @@
     ts_k3v9q0xa_5yD0...Qe1x4T9a
        └─ id ─┘ └ 190 bits ┘└ CRC-32 ┘
 
-The id is public and appears in rows, metrics and tables. The prefix lets secret scanners find keys in
+The id is public and appears in database rows, metrics and printed tables. The prefix lets secret scanners find keys in
 repositories and logs, and the checksum detects a typo before any lookup.
 
 Only the SHA-256 is stored. A slow password hash would add no security, because nobody can try 2^190 secrets, however

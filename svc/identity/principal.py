@@ -43,7 +43,7 @@ class Principal:
 
     Attributes:
         name: name for display.
-        models: names of models that the key may use in any version, or None for all models.
+        models: names of the models that the key may use (all versions), or None for all models.
         weight: share of this key relative to other keys when capacity is short.
     """
 
@@ -63,8 +63,8 @@ class Principal:
 
         Args:
             model: NAME, NAME@N or NAME@alias.
-            owners: ids of the keys whose jobs train the model. If there are any, another key may use the model only if
-                that key's list of models includes the model, or if the key has the scope `admin`.
+            owners: ids of the keys whose jobs train the model. If there are any, a key that is not among them needs
+                to have the model in its `models` or, if it has no such list, the `admin` scope.
         """
         if self.key_id in owners:
             return True

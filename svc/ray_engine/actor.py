@@ -1,7 +1,7 @@
-"""The Ray actor of an engine. It only starts `EngineNode` in a separate thread, and reports its address.
+"""The Ray actor that runs an engine. It only starts an `EngineNode` in a separate thread, and reports its address.
 
-Ray never restarts an actor. Restarting is left to the server, which knows what to load and when. The actor of a server
-that was killed continues to run with its engine until the next server adopts or stops it.
+Ray never restarts an actor. Restarting is left to the server, which knows what to load and when. If a server is killed,
+its actors and their engines keep running until the next server adopts or stops them.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from svc.ray_engine.identity import make_identity
 from svc.ray_engine.node import EngineNode
 
 Listening = tuple[str, int, str]
-"""Address of the machine, port for commands, and certificate of the actor as PEM text."""
+"""The machine's address, the port for commands, and the actor's certificate in PEM format."""
 
 
 class EngineActor:
@@ -24,7 +24,7 @@ class EngineActor:
     Args:
         name: name of the actor.
         folder: see `RaySettings.folder`.
-        peer: certificate of the server as PEM text.
+        peer: the server's certificate in PEM format.
     """
 
     def __init__(self, name: str, folder: str, peer: str) -> None:
@@ -36,7 +36,7 @@ class EngineActor:
         threading.Thread(target=self._run, args=(name, folder, peer), daemon=True).start()
 
     def listening(self) -> Listening:
-        """Return the address and certificate of the engine."""
+        """Return the address, port and certificate for sending commands to this actor."""
         return self._listening.result(timeout=60)
 
     def _run(self, name: str, folder: str, peer: str) -> None:

@@ -46,7 +46,7 @@ def _machine_types() -> set[str]:
 
 @contextmanager
 def requested(needs: Sequence[Need], wait_s: float) -> Iterator[bool]:
-    """Request machines for engines, and yield whether enough resources are available within a time limit.
+    """Request machines for engines, and yield whether enough resources became available within a time limit.
 
     The resources are reserved for the duration of the `with` block.
 

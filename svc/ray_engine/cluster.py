@@ -30,7 +30,8 @@ class Describe(_Model):
     """Query for the capabilities of a machine that has the needed resources, even if they are in use.
 
     Attributes:
-        wait_s: maximum wait, in seconds, for the cluster to add a machine with the resources if it has none.
+        needs: alternative resource requirements, in order of preference.
+        wait_s: if the cluster has no such machine, the maximum wait for it to add one, in seconds per alternative.
     """
 
     do: Literal["describe"] = "describe"
@@ -46,7 +47,11 @@ class Capacity(_Model):
 
 
 class Grow(_Model):
-    """Query that lets the cluster add machines, and returns whether the engines fit within a time limit."""
+    """Query that lets the cluster add machines, and returns whether it then has room for the engines.
+
+    Attributes:
+        wait_s: maximum wait for enough free resources, in seconds.
+    """
 
     do: Literal["grow"] = "grow"
     needs: tuple[Need, ...]
@@ -72,7 +77,7 @@ class End(_Model):
 
 
 class Placed(_Model):
-    """An actor's address and port for commands, and its certificate as PEM text."""
+    """An actor's address and port for commands, and its certificate in PEM format."""
 
     host: str
     port: int
@@ -99,7 +104,7 @@ class Resources(_Model):
 
 
 class Answer(_Model):
-    """The answer to a query. One attribute is set, or none after a successful `end`."""
+    """The answer to a query. Exactly one attribute is set, or none after a successful `end`."""
 
     placed: Placed | None = None
     described: Described | None = None
@@ -124,11 +129,11 @@ class RayCluster:
 
     def describe(self, needs: tuple[Need, ...], folder: str, wait_s: float) -> Described:
         """Return the capabilities of the machines that have the resources for an engine. This call imports torch on
-        such a machine, and blocks for seconds. If there is no such machine, and the cluster adds machines on demand,
+        such a machine, and takes several seconds. If there is no such machine, and the cluster adds machines on demand,
         the call blocks until a machine is added.
 
         Args:
-            wait_s: maximum wait for a machine, in seconds.
+            wait_s: maximum wait for a machine, in seconds, for each of the alternatives in `needs`.
 
         Raises:
             EngineError: the cluster cannot be reached, has no such machine, or accepts requests without a token.
@@ -138,7 +143,7 @@ class RayCluster:
         return answer
 
     async def resources(self) -> Resources:
-        """Return the free resources. This takes seconds.
+        """Return the free resources. This takes several seconds.
 
         Raises:
             EngineError: the cluster cannot be reached.
@@ -148,11 +153,11 @@ class RayCluster:
         return answer
 
     async def grow(self, needs: Sequence[Need], wait_s: float) -> bool:
-        """Let the cluster add machines, and return whether the engines fit within a time limit.
+        """Let the cluster add machines, and return whether it then has room for the engines.
 
         Args:
             needs: resources of each engine.
-            wait_s: time limit in seconds.
+            wait_s: maximum wait for enough free resources, in seconds.
 
         Raises:
             EngineError: the cluster cannot be reached.
@@ -178,7 +183,7 @@ class RayCluster:
         await self._asked(End(names=(name,)))
 
     def end_now(self, *names: str) -> None:
-        """Stop actors, if they exist. This blocks for seconds and raises the same errors as `end`."""
+        """Stop actors, if they exist. This blocks for several seconds and raises the same errors as `end`."""
         self._ask(End(names=names))
 
     async def _asked(self, question: Question) -> Answer:

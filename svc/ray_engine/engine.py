@@ -1,4 +1,4 @@
-"""An engine on a machine of a Ray cluster, as its server sees it. It implements svc.engine.engine.LastingEngine."""
+"""The server's interface to an engine on a machine of a Ray cluster. It implements svc.engine.engine.LastingEngine."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _ACTOR_START_S = 30.0
 _STOP_TIMEOUT_S = 40.0
-"""Maximum time for an actor to stop its engine, in seconds: two rounds of SIGTERM and SIGKILL, 10 s each."""
+"""Maximum time for an actor to stop its engine, in seconds: two rounds of SIGTERM and SIGKILL, 10 s for each signal."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Placement:
     """Location and resources of a server's engines.
 
     Attributes:
-        need: resources of one engine.
+        need: resources that one engine needs.
         folder, wait_s: see `RaySettings`.
         artifacts: URL of the artifact store.
         models: the registry's folder on this machine.
-        max_bytes: maximum size of all versions on each machine, in bytes, or None for no limit. If it is exceeded,
-            unused versions are removed.
+        max_bytes: maximum total size of the versions on each machine, in bytes, or None for no limit. If it is
+            exceeded, unused versions are removed.
     """
 
     cluster: RayCluster
@@ -87,7 +87,7 @@ class RayEngine:
 
     @property
     def address(self) -> TlsAddress:
-        """The engine's port on its machine.
+        """The engine's host and port, with the TLS context for connecting to it.
 
         Raises:
             RuntimeError: the engine has neither been started nor adopted.
@@ -186,7 +186,7 @@ class RayEngine:
         return self._link
 
     def _use(self, reply: Reply, placed: Placed, identity: Identity) -> None:
-        """Use the running engine that an actor reports.
+        """Set this object up to use the running engine that an actor has reported.
 
         Raises:
             EngineError: no engine is running.
@@ -332,7 +332,7 @@ class RayEngine:
 
 
 class _NodeClient(EngineClient):
-    """A client whose requests name the paths of model folders on the engine's machine.
+    """A client that replaces the model folder paths in requests with the paths on the engine's machine.
 
     Args:
         path_there: function that downloads a model folder to the engine's machine, and returns its path there.

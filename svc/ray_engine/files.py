@@ -51,7 +51,8 @@ class NodeModels:
             artifacts: URL of the artifact store.
 
         Raises:
-            NotFoundError: the artifact store does not have the version, or this machine lacks the folder.
+            NotFoundError: the artifact store does not have the version; or the folder does not belong to a version and
+                is missing on this machine.
             DiskSpaceError, IntegrityError, RegistryError: the files could not be downloaded, or were changed.
         """
         if model.version is None or model.format is None:

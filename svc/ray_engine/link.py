@@ -1,4 +1,4 @@
-"""A server's connection to an actor for commands, which also shows whether the actor is alive."""
+"""The connection over which a server sends commands to an actor. It also shows whether the actor is alive."""
 
 import asyncio
 import contextlib
@@ -31,8 +31,8 @@ class ActorLink:
     """A connection to an actor.
 
     Attributes:
-        beat: the most recent figures of the engine.
-        on_phase: called with each phase of a start.
+        beat: the engine's most recently reported metrics.
+        on_phase: called with each phase of engine startup.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

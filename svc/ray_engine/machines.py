@@ -93,7 +93,8 @@ class RayMachines:
     async def shortage(self, engines: Sequence[EngineSettings]) -> str | None:
         """Return a message if the cluster has too few free resources for more engines, or None if it has enough.
 
-        This takes seconds, or up to `ray.wait_s` if the cluster adds machines on demand and has too few free resources.
+        This takes several seconds, or up to `ray.wait_s` if the cluster has too few free resources but adds machines on
+        demand.
 
         Args:
             engines: settings of each engine.

@@ -1,7 +1,7 @@
 """Messages between a server and an engine's actor: one JSON object per line, over TLS.
 
-The server sends commands. The actor replies to each command. It also reports the phases of a start, the engine's
-figures once per second, and the engine's exit.
+The server sends commands. The actor replies to each command. It also reports the phases of engine startup, the
+engine's metrics once per second, and the engine's exit.
 """
 
 from pathlib import Path
@@ -119,7 +119,7 @@ class Reply(_Message):
     Attributes:
         problem: why the command failed, or None.
         port: port of the running engine, or None.
-        plan: launch options of the running engine, see `EnginePlan.rows`.
+        plan: launch options of the running engine; see `EnginePlan.rows`.
         path: path of a fetched folder.
     """
 
@@ -132,14 +132,14 @@ class Reply(_Message):
 
 
 class Phase(_Message):
-    """A phase of the engine's start."""
+    """A phase of engine startup."""
 
     kind: Literal["phase"] = "phase"
     phase: EnginePhase
 
 
 class Beat(_Message):
-    """A periodic report of the engine's figures; see `Engine` for their meaning."""
+    """A periodic report of the engine's metrics; see `Engine` for their meaning."""
 
     kind: Literal["beat"] = "beat"
     memory: int | None = None

@@ -49,11 +49,11 @@ class EngineNode:
     """An engine on this machine, and the ports through which a server uses it.
 
     Args:
-        name: name of the actor, which also names the engine's folders.
+        name: name of the actor, also used in the names of the engine's folders.
         folder: folder for everything that the engine writes.
         host: address of this machine.
         identity: key pair of this process.
-        peer: certificate of the server.
+        peer: the server's certificate in PEM format.
         capabilities: function that returns the capabilities of this machine.
         make: function that returns an engine for a specification.
     """

@@ -1,4 +1,4 @@
-"""Passes bytes between TLS connections and an engine's Unix socket, without reading them.
+"""Passes bytes between TLS connections and an engine's Unix socket, without inspecting them.
 
 When one side closes its connection, the other side's connection is closed too, so that an engine stops working on an
 answer whose client has disconnected.

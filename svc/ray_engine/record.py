@@ -1,6 +1,6 @@
-"""The record that a server keeps of an engine's actor in its home, so that a later server can adopt or stop it.
+"""A server's record of an engine's actor, kept in the home folder so that a later server can adopt or stop the actor.
 
-The record contains the server's private key for the actor, so only its owner can read it.
+The record contains the server's private key for the actor, so only the user who runs the server can read it.
 """
 
 import os

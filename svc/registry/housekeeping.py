@@ -50,7 +50,7 @@ class Reclaimable:
     """A file or folder that can be deleted.
 
     Attributes:
-        size: number of bytes that a deletion would free.
+        size: number of bytes that deleting it would free.
         why: why the file or folder is not needed.
         touched: time of the last change to the contents, in seconds since the epoch.
     """

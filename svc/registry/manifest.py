@@ -56,7 +56,7 @@ class DataRecord(_Record):
     """The examples used for training and evaluation.
 
     Attributes:
-        modified_at: time (UTC) of the last change to any local training file before the training, or None if unknown.
+        modified_at: time (UTC) at which the newest local training file was last modified, or None if unknown.
         pairs_fingerprint: fingerprint of the held-out pairs, or None if there are none. For preference training,
             `train_fingerprint` refers to the training pairs or labeled answers.
     """

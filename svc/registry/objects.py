@@ -50,7 +50,8 @@ _CREATE_PAUSES_S = (0.2, 1.0, 5.0)
 _FIRST_PROGRESS_S, _PROGRESS_S = 2.0, 15.0
 _MANIFESTS, _FILES, _PROBES = "manifests", "files", "probes"
 _HIDDEN = (re.compile(r"<(?!Code>|/Code>)[^>]*>[^<]*"), re.compile(r"\?\S+"))
-"""Match all elements of an XML error except its code, and a URL's query parameters, which may contain a signature."""
+"""Patterns for the parts of an error message to hide: all elements of an XML error except its code, and a URL's query
+parameters, which may contain a signature."""
 
 
 @dataclass
@@ -493,8 +494,8 @@ def _read_checked(file: FileRecord, path: Path, part: int, on_bytes: Callable[[i
 
 
 def _in_order(read: Callable[[int], "Bytes"], starts: Iterable[int]) -> Iterator["Bytes"]:
-    """Call a function for each start offset in a few threads, which work ahead of the consumer, and yield the results
-    in order.
+    """Call a function for each start offset and yield the results in order. The calls run in a few threads, ahead of
+    the consumer.
     """
     ahead: deque[Future[Bytes]] = deque()
     with ThreadPoolExecutor(_AT_ONCE, "download") as pool:

@@ -41,7 +41,8 @@ log = logging.getLogger(__name__)
 HELDOUT_FILE = "heldout.jsonl"
 REFERENCE_FOLDER = "reference"
 """Folder with files for later comparisons: `BASE_RESULTS_FILE`, the `results_file` of each format, the
-training curve, a sample of the prompts, the text space, and the hashes of the training prompts."""
+training curve, a sample of the prompts, the text embedding (`TEXT_SPACE_FILE`), and the hashes of the training
+prompts."""
 HELDOUT_TOKENS_FILE = "heldout_tokens.jsonl"
 """File in `REFERENCE_FOLDER` that contains the examples of `HELDOUT_FILE` as token ids, in order."""
 _FETCHING = ".fetching"
@@ -354,7 +355,7 @@ class Registry:
         return published
 
     def downloads_paused(self, name: str) -> AbstractContextManager[None]:
-        """Return a context manager in which no other thread or process downloads versions of a model."""
+        """Return a context manager that keeps other threads and processes from downloading versions of a model."""
         return wait_for_lock(self.models / name / _FETCHING)
 
     def _source(self, name: str) -> str:
@@ -372,7 +373,7 @@ class Registry:
         return (self.folder(version) / MANIFEST_FILE).is_file()
 
     def _fetch(self, version: VersionId, objects: ObjectStore) -> None:
-        """Fetch a version without the files of its formats. The next fetch continues an interrupted one."""
+        """Fetch a version without the files of its formats. If it is interrupted, the next fetch resumes it."""
         manifest, folder = objects.manifest(version), self.folder(version)
         staging = folder.with_name(f".fetch-{version.number}")
         with self.downloads_paused(version.name):

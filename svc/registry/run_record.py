@@ -1,6 +1,4 @@
-"""Record of a version's training run, for example its machine and duration. It is stored for information
-only.
-"""
+"""Record of a version's training run, such as the machine and the duration. It is informational only."""
 
 import platform
 
@@ -14,7 +12,7 @@ RUN_RECORD_FILE = "run.json"
 
 
 class MachineRecord(BaseModel):
-    """The machine that created a version.
+    """The machine on which a version was created.
 
     Attributes:
         processor: name of the processor, as reported by the kernel.

@@ -1,4 +1,4 @@
-"""Stores runs with their curves, registered versions and aliases in MLflow, where people can browse them.
+"""Stores training runs and their curves, registered versions, and aliases in MLflow, where users can browse them.
 
 MLflow also allocates version numbers, because it never reuses a number, not even after a deletion. A
 version's files are stored elsewhere (see registry.py), and MLflow stores only their path.
@@ -131,7 +131,7 @@ class Tracking:
     @contextmanager
     def attach(self, run_id: str) -> Iterator[None]:
         """Mark a run as running for the duration of the `with` block, and as finished or failed afterwards. The block
-        also runs if MLflow does not respond.
+        runs even if MLflow does not respond.
         """
         with self.if_available(), self._asking():
             self._client.update_run(run_id, status="RUNNING")

@@ -1,5 +1,6 @@
-"""Sends requests to a server's administration API. A returned error is raised as the error class that the server
-raised.
+"""Sends requests to a server's administration API.
+
+If the server returns an error, an error of the same class is raised here.
 """
 
 from collections.abc import Mapping

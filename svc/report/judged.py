@@ -94,7 +94,7 @@ class Judged:
 
     @cached_property
     def verdicts(self) -> tuple[ModelComparison, ...]:
-        """Return a comparison of each format with the base, then of each quantized format with merged."""
+        """Return comparisons of each format with the base, then of each quantized format with the merged format."""
         formats = [model for model in self.evaluations if model != BASE]
         pairs = [(format, BASE) for format in formats if BASE in self.evaluations]
         if Format.MERGED in formats:

@@ -29,7 +29,7 @@ class Report:
     Attributes:
         confusion: confusion matrix of the format that represents the version, or None if answers are not
             labels.
-        heldout_labels: count of each label in the held-out examples, if `data` has labels.
+        heldout_labels: count of each label in the held-out examples; empty if the task has no labels.
         rollouts: rollouts whose candidate was this version, oldest first.
     """
 
@@ -43,8 +43,8 @@ class Report:
     rollouts: tuple[RolloutView, ...] = ()
 
     def figures(self) -> dict[str, Any]:
-        """Return the report's figures as a JSON object. Texts are omitted, because they are in the version's own
-        files.
+        """Return the report's numbers as a JSON object. Prompts and answers are omitted, because they are in the
+        version's own files.
         """
         judged, manifest = self.judged, self.manifest
         figures = {

@@ -12,10 +12,10 @@ from pydantic import (
 
 
 def absolute(path: Path) -> Path:
-    """Convert a path relative to the working folder or to a user's home to an absolute path.
+    """Convert a path relative to the working folder or to a user's home (`~USER`) to an absolute path.
 
     Raises:
-        ValueError: the user does not exist.
+        ValueError: the path begins with `~USER`, and there is no such user.
     """
     try:
         return path.expanduser().absolute()

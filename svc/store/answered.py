@@ -60,9 +60,9 @@ def read_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnsw
 
 
 def read_earlier_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
-    """Return the model's newest ratings from before the target's first answer, oldest first.
+    """Return the newest ratings of a model's answers that precede the target version's first answer.
 
-    At most `newest` ratings are returned.
+    At most `newest` ratings are returned, oldest first.
     """
     first = select(RequestRow.id).where(answered_by(target)).order_by(RequestRow.id).limit(1)
     with Session(store) as session:

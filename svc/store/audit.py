@@ -52,7 +52,7 @@ class Action(StrEnum):
     COLLECT = "gc"
     FORGET = "forget"
     BACKUP = "backup"
-    """Recorded before the backup begins, because anyone who has the copy can read the home's contents."""
+    """Recorded before the backup begins, because anyone who has the copy can read the contents of the home folder."""
     RESTORE = "restore"
     ACCEPT_DRIFT = "drift.accept"
 
@@ -176,7 +176,7 @@ def verify_chain(store: Store | Connection, *, expected: str | None = None) -> C
     """Recompute every hash in the audit log and report the first altered row.
 
     Args:
-        store: the store, or a connection to see the rows of its transaction.
+        store: the store, or a connection whose uncommitted rows are verified too.
         expected: an earlier hash, stored elsewhere, that must occur in some row.
     """
     head, count, seen = FIRST_HASH, 0, expected is None

@@ -77,8 +77,8 @@ class BatchProgress:
     """Progress of a batch.
 
     Attributes:
-        completed, failed: number of answered requests, and of failed requests.
-        tokens_in, tokens_out: tokens of the answered requests.
+        completed, failed: numbers of answered and failed requests.
+        tokens_in, tokens_out: numbers of prompt and answer tokens in the answered requests.
     """
 
     completed: int = 0

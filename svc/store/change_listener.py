@@ -1,9 +1,10 @@
 """Receives PostgreSQL's notifications of changes in the store (LISTEN and NOTIFY), so that a server need not poll the
 store several times per second.
 
-A notification can be lost without an error: PgBouncer drops notifications unless it pools sessions, and after a
-failover the old database server sends nothing more. The listener therefore sends itself an echo through the store's
-connection pool every minute. If the latest echo has not arrived, the store is polled as often as with SQLite.
+A notification can be lost without an error: PgBouncer drops notifications unless it uses session pooling, and after a
+failover the old database server sends nothing more. Every minute, the listener therefore sends itself a test
+notification, called an echo, through the store's connection pool. If the latest echo has not arrived, the store is
+polled as often as with SQLite.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ _ECHO_INTERVAL_S = 60.0
 _ECHO_TIMEOUT_S = 5.0
 _PAUSE_S = 2.0
 _UNHEARD_PAUSE_S = 600.0
-"""Seconds until the next attempt to listen if no echo arrived. Each attempt makes PgBouncer log a warning."""
+"""Seconds to wait before listening again if no echo arrived. Each attempt makes PgBouncer log a warning."""
 
 
 class _UnheardError(Exception):
@@ -34,7 +35,7 @@ class _UnheardError(Exception):
 
 @dataclass(eq=False)
 class ChangeListener:
-    """Announces changes in a PostgreSQL store."""
+    """Tells a server's tasks about changes in a PostgreSQL store."""
 
     store: Store
     changes: Changes

@@ -17,8 +17,8 @@ class Changes:
     """Counts the changes that this server was notified of, and lets tasks wait for the next change. All methods must be
     called on one event loop.
 
-    A task that follows the store notes `count`, reads the store, and passes the noted number to `wait`. A change during
-    the read then ends the wait immediately, so that no change is missed.
+    A task saves `count` before it reads the store, and then passes the saved number to `wait`. A change during the read
+    then ends the wait immediately, so that no change is missed.
 
     Attributes:
         count: number of notifications so far.

@@ -1,7 +1,7 @@
 """Names under which the checkpoints of jobs are registered: `ft-ckpt-ID@STEP`, with the job's id.
 
-Checkpoints are thus not versions of the job's model, so they cannot be promoted, and are never its newest version. No
-key has the id `ckpt`, so the name cannot collide with a model's name.
+Checkpoints are thus not versions of the job's model, so they cannot be promoted, and are never its newest version. A
+model trained by a job is named `ft-KEY-SUFFIX`, and no key has the id `ckpt`, so the two kinds of names cannot collide.
 """
 
 from svc.version import VersionId

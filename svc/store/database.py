@@ -38,10 +38,12 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MS = 10_000  # two processes write: the server and the command line
 _PAUSE_S = 0.01
 _NEWEST = "batches"
-"""Newest migration. It is not read from Alembic, because importing Alembic takes a tenth of a command's start time."""
+"""Newest migration. It is not read from Alembic, because importing Alembic would account for a tenth of a command's
+startup time."""
 _NOTIFY = text("SELECT pg_notify(:channel, :echo)").bindparams(channel=CHANNEL)
 _VERSION_TABLES = {"sqlite": "alembic_version", "postgresql": "tuneserve_alembic_version"}
-"""Table with the schema's revision. In PostgreSQL, MLflow may use the same database and Alembic's default name."""
+"""Name of the table that contains the schema's revision, keyed by dialect. It is not Alembic's default name in
+PostgreSQL, because MLflow may use the same database and has a table with the default name."""
 
 
 def open_store(settings: Settings) -> Store:
@@ -198,7 +200,7 @@ def is_sqlite(store: Store) -> bool:
 
 
 def upsert(store: Store, table: type[Table]) -> sqlite.Insert | postgresql.Insert:
-    """Return an INSERT that supports `on_conflict_do_...`. SQLAlchemy has a separate class for each database."""
+    """Return an INSERT statement that supports `on_conflict_do_...`. SQLAlchemy has one class for each database."""
     return sqlite.insert(table) if is_sqlite(store) else postgresql.insert(table)
 
 

@@ -32,8 +32,8 @@ class Item:
         answer: numeric and categorical features of the answer, except for its log-probability, which is
             scored later. The value is None for a feature that the answer lacks. Empty if the version has no
             registered answers to compare with.
-        topic: the prompt's vector in the text space, float32.
-        wanted: text-space vector of the answer that the prompt asks for, float32.
+        topic: embedding of the prompt, float32.
+        wanted: embedding of the answer that the prompt asks for, as predicted from the prompt, float32.
         words: sorted keyed hashes of the prompt's distinct words, int32.
         conversation: keyed hash of the messages up to the first user turn, the same for all turns of a
             conversation.

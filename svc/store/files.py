@@ -196,7 +196,7 @@ def remove_expired_files(store: Store, now: datetime) -> list[str]:
     """Delete the rows of expired files, except those that an unfinished job or batch needs.
 
     Returns:
-        The ids of at most 1,000 deleted files.
+        The ids of the deleted files, at most 1,000 per call.
     """
     by_job = select(JobRow.id).where(_used_by_job(FileRow.id)).exists()
     by_batch = select(BatchRow.id).where(_used_by_batch(FileRow.id)).exists()

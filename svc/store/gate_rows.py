@@ -24,9 +24,9 @@ class GateRow(BaseModel):
 
     Attributes:
         gate: name of the gate.
-        measured: text with the measured figures; empty if nothing was measured.
-        limit: text with the allowed values; empty if there is no limit.
-        reason: reason for the verdict; empty if the figures explain it.
+        measured: the measured values, as text; empty if nothing was measured.
+        limit: the allowed values, as text; empty if there is no limit.
+        reason: reason for the verdict; empty if `measured` and `limit` explain it.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -26,7 +26,7 @@ class HoldoutCause(StrEnum):
     """Trigger of a held-out run."""
 
     START = "start"
-    """The run was triggered by the start of an engine."""
+    """The run was triggered by an engine starting up."""
     SWAP = "swap"
     """The run was triggered by loading new weights into a running engine."""
     SCHEDULE = "schedule"

@@ -77,10 +77,10 @@ class Reported:
 def take_job(store: Store, worker: str, may_run: Callable[[Job], bool]) -> Job | None:
     """Take a job and return it, or return None if no job can be taken.
 
-    The worker first resumes a job that the store records as running on it, because an earlier process of the worker
-    took the job, and then a job that it had to interrupt. Otherwise, it takes the queued job of the owner with the
-    fewest running jobs, so that keys share the machines. Among owners with equally few running jobs, the owner whose
-    last job started longest ago comes first.
+    A job that the store still records as running on this worker, because the worker's previous process took it, comes
+    first. A queued job that this worker had to interrupt comes second. Otherwise, the worker takes a queued job of the
+    owner with the fewest running jobs, so that the machines are shared fairly among keys. Among owners with equally few
+    running jobs, the owner whose last job started longest ago comes first.
 
     Args:
         worker: id of the worker, which runs one job at a time.

@@ -104,7 +104,7 @@ def read_checking(store: Store) -> list[Job]:
 
 
 def queue_checked(store: Store, id: str, *, request: str, recipe: str, training_s: float, event: str) -> None:
-    """Move a job whose files have been checked to the queue, unless it has been cancelled.
+    """Queue a job whose files have passed the check, unless the job has been cancelled.
 
     Args:
         request, recipe: new values of the job's fields.
@@ -119,7 +119,10 @@ def queue_checked(store: Store, id: str, *, request: str, recipe: str, training_
 
 
 def fail_checked(store: Store, id: str, error: JobError) -> None:
-    """Mark a job as failed because the check has shown that it cannot run, unless it has been cancelled."""
+    """Mark a job as failed because the check before queueing has shown that it cannot run.
+
+    Does nothing if the job has been cancelled.
+    """
     with exclusive(store) as session:
         if row := _checking(session, id):
             row.status, row.finished_at, row.estimated_finish = JobStatus.FAILED.value, datetime.now(UTC), None

@@ -71,14 +71,14 @@ class Job:
     Attributes:
         owner: id of the key that created the job; empty for requests without a key.
         fingerprint: hash of the owner and the request. A client's retry has the same fingerprint.
-        model: the base's name, as given by the client.
+        model: name of the base model, as given by the client.
         request: the client's request, as JSON.
-        recipe: the recipe to train, as YAML. It names the base, and the training file by its path.
-        name: name under which the version is registered.
+        recipe: the training recipe, as YAML. It contains the base model's name and the training file's path.
+        name: model name under which the version is registered.
         worker: the worker that runs the job, or None.
         seen_at: time of that worker's last report.
         attempts: number of the current attempt. Attempts that were interrupted without failing are not counted.
-        number: number of the registered version, or None before the registration.
+        number: version number, or None until the version is registered.
         fine_tuned_model: the version's name for clients, `ft:BASE:ORG:SUFFIX:ID`.
         error: `{"code", "message", "param"}` as JSON, or None unless the job failed.
     """

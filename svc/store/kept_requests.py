@@ -18,7 +18,7 @@ the text that the model generated."""
 _NOT_TEXT = ('"type": "image', '"type": "input_', '"type": "video', '"type": "audio', '"type": "file"')
 _TOOLS = ('"tool_calls": ', '"tool_call_id": ', '"role": "tool"')
 """Substrings that occur in the stored JSON of messages only if the messages contain content other than text, or use
-tools. They cannot occur in the text of a message, because its quotes are escaped."""
+tools. They cannot occur in the text of a message, because quotes in it are escaped."""
 
 
 def find_kept_requests(

@@ -143,7 +143,7 @@ def no_such_key(text: str) -> NotFoundError:
 
 
 def _next_revision(session: Session) -> int:
-    """Return the revision of the key that the transaction changes, and announce the change to servers."""
+    """Return the next revision, for the key that this transaction changes, and announce the change to servers."""
     announce_change(session.connection())
     return (session.scalar(_REVISION) or 0) + 1
 

@@ -63,7 +63,7 @@ def report_server(store: Store, server: str, address: str, names: Collection[str
 
     Args:
         address: host name and port of the server.
-        names: leases that the server wants.
+        names: names of the leases that the server wants to hold.
 
     Returns:
         The leases that the server now holds for `LEASE_S`, by name.
@@ -137,7 +137,7 @@ def require_lease(session: Session, lease: Lease | None) -> None:
 
 @contextmanager
 def hold_lease(store: Store, name: str, what: str) -> Iterator[Lease | None]:
-    """Hold a lease for the duration of the `with` block, for a process other than a server. A thread extends it.
+    """Hold a lease during the `with` block, in a process that is not a server. A background thread extends the lease.
 
     With SQLite, nothing is written, and the lease is None: the processes of one home use a lock file.
 

@@ -68,7 +68,7 @@ def migrate(home: Path, target: StoreSettings) -> Migration:
     Raises:
         BusyError: a server or another process is using the home.
         NotFoundError: the home has no SQLite store.
-        RefusedError: the database has rows.
+        RefusedError: the database already contains rows.
         RegistryError: one of the stores was written by another release, the database is not suitable, or it cannot
             store a value.
         IntegrityError: the audit log is altered, or a row of the copy differs.

@@ -1,4 +1,4 @@
-"""Logs errors of the store in retry loops, without a traceback for every attempt while the database is unavailable."""
+"""Logs store errors in retry loops, without a traceback for every attempt while the database is unavailable."""
 
 import logging
 import sys
@@ -7,8 +7,8 @@ import time
 from svc.store.unavailable import StoreUnavailableError
 
 _SAME_OUTAGE_S = 120.0
-"""Maximum number of seconds between two failures of the same outage. It exceeds the timeouts for statements and
-connection attempts."""
+"""Two failures at most this many seconds apart belong to the same outage. The value exceeds the timeouts for statements
+and connection attempts."""
 _failed_at: dict[str, float] = {}
 """Time of the last failure, keyed by the logger's name."""
 

@@ -56,7 +56,7 @@ class Dropped(StrEnum):
 
 
 class RequestRecord(NamedTuple):
-    """Log record of one finished request. It is a tuple, because one is created on the event loop for each
+    """Log record of one finished request. It is a tuple for speed, because the event loop creates a record for each
     request.
 
     Attributes:
@@ -72,8 +72,8 @@ class RequestRecord(NamedTuple):
         first_token_seconds: time from the request's last byte to the first streamed token.
         prompt: JSON of the messages, or the prompt, redacted; None if content is not stored.
         answer: text of the first choice, redacted; None if content is not stored.
-        temperature: as sent by the client; None if it was missing or not a number.
-        max_tokens: the client's limit on the answer; None if it was missing or not a number.
+        temperature: sampling temperature as sent by the client; None if it was missing or not a number.
+        max_tokens: the client's limit on the answer's length in tokens; None if it was missing or not a number.
         user_hash: `hash_user` of the user's name as sent by the client, if any.
         unit: hash of the user, conversation or request that a rollout assigned to the version; None if there was no
             rollout.

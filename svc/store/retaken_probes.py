@@ -13,7 +13,7 @@ _PROBES = TypeAdapter(tuple[Probe, ...])
 
 
 def find_retaken_probes(store: Store, target: Target, facts: EngineFacts) -> tuple[Probe, ...] | None:
-    """Return the probes measured for the given engine kind, or None if none have been measured yet."""
+    """Return a version's probes as remeasured on the given kind of engine, or None if that has not been done yet."""
     with Session(store) as session:
         row = session.get(RetakenProbesRow, target_columns(target) | {"engine": facts.key})
         return _PROBES.validate_json(row.probes) if row else None

@@ -72,9 +72,9 @@ class SignalRow:
 
     Attributes:
         outcome: `passed`, `failed` or `undecided`.
-        production, candidate: the signal's figure for each version; None if there is no data.
-        low, high: anytime-valid confidence bounds on the loss; infinite bounds are None.
-        margin: largest acceptable loss.
+        production, candidate: the signal's value for each version; None if there is no data.
+        low, high: anytime-valid confidence bounds on how much worse the candidate is; infinite bounds are None.
+        margin: how much worse than production the candidate may be.
         units: number of candidate units that contributed.
     """
 

@@ -21,7 +21,7 @@ class Began(StrEnum):
     START = "start"
     """Serving began because a server started an engine with the version."""
     ADOPTED = "adopted"
-    """Serving began because a server started and adopted a running engine with the version."""
+    """Serving began because a server started and adopted an engine that was already running the version."""
     SWAP = "swap"
     """Serving began because the version was promoted."""
 
@@ -61,9 +61,9 @@ class ServedSpan:
 def begin_serving(
     store: Store, desired: Desired, began_by: Began, at: datetime | None = None, *, server: str = ""
 ) -> None:
-    """Record that a server has started serving a version. Does nothing if the server is already serving it.
+    """Record that a server has started serving a version. A swap to the version that it already serves is ignored.
 
-    At the start of a server, this also ends the periods of servers that are no longer running.
+    When a server starts, this also ends the periods of servers that are no longer running.
 
     Args:
         at: time of the start, or None for now.
@@ -90,7 +90,7 @@ def begin_serving(
 
 
 def resume_serving(store: Store, server: str) -> None:
-    """Reopen a running server's last periods after another server has ended them because it saw no recent report."""
+    """Reopen a running server's last serving periods, which another server ended for lack of a recent report."""
     last = select(func.max(ServedRow.id)).where(ServedRow.server == server).group_by(ServedRow.name)
     is_lost = (ServedRow.ended_by == Ended.LOST) & ServedRow.id.in_(last)
     with exclusive(store) as session:

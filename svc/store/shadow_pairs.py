@@ -17,9 +17,9 @@ class ShadowPair:
 
     Attributes:
         unit: hash of the user or conversation; empty if unknown.
-        production_valid, candidate_valid: whether the answer is JSON; None if JSON is not expected, or if a version
-            failed.
-        agrees: whether both answers are equal; None if one version failed.
+        production_valid, candidate_valid: whether the answer is JSON; None if JSON is not expected, or if
+            either version failed.
+        agrees: whether both answers are equal; None if either version failed.
         production_tokens, candidate_tokens: lengths of the answers; None if unknown.
         production_seconds, candidate_seconds: time until the answer was complete.
         production_logprob, candidate_logprob: mean log-probability of the tokens that the version sampled, in nats per

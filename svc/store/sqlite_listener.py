@@ -27,7 +27,7 @@ _PAUSE_S = 2.0
 
 @dataclass(eq=False)
 class SqliteListener:
-    """Announces changes in an SQLite store."""
+    """Tells a server's tasks about changes in an SQLite store."""
 
     store: Store
     changes: Changes

@@ -27,7 +27,7 @@ class SwapOutcome(StrEnum):
     """A check failed after the load, so the previous version was loaded again and verified by its probes."""
     CANCELLED = "cancelled"
     """The swap was cancelled because the desired version changed. The previous version stays in service until
-    the newly desired one is loaded."""
+    the newly desired version is loaded."""
     FAILED = "failed"
     """The swap failed because the engine died or because only a new engine could restore the previous version."""
 
@@ -156,7 +156,8 @@ def end_lost_swaps(store: Store, started: Desired, address: str, result: SwapRes
     Args:
         started: desired state with which this server started.
         address: address of this server. An earlier server at this address counts as an earlier run of this server.
-        result: result to record for an earlier run's swap to that state. All other swaps are recorded as failed.
+        result: recorded for a swap to that state by an earlier run of this server. All other swaps are recorded as
+            failed.
         reason: why the other swaps failed.
     """
     unfinished = select(SwapRow).where(SwapRow.name == started.name, SwapRow.outcome.is_(None))
@@ -174,9 +175,10 @@ def end_lost_swaps(store: Store, started: Desired, address: str, result: SwapRes
 
 
 def find_swap(store: Store, name: str, generation: int | None = None, *, server: str = "") -> SwapRecord | None:
-    """Return a model's last swap on a server, or its last swap for a given generation of the desired state.
+    """Return a model's last swap on a server.
 
     Args:
+        generation: generation of the desired state that the swap must have had as its target; None allows any.
         server: id of the server; empty if no other server can use the store.
     """
     with Session(store) as session:
@@ -185,8 +187,8 @@ def find_swap(store: Store, name: str, generation: int | None = None, *, server:
 
 
 def last_swap(store: Store, name: str, *, server: str) -> SwapRecord | None:
-    """Return a model's last swap on a server. If the server has not begun a swap since its start, return the last swap
-    on a server that is no longer running, which may have been an earlier run of this server.
+    """Return a model's last swap on a server. If the server has not begun a swap since it started, return the last
+    swap on a server that is no longer running, which may have been an earlier run of this server.
 
     Args:
         server: id of the server; empty if no other server can use the store.

@@ -50,7 +50,7 @@ class Upload:
         owner: id of the key that owns the upload; empty for requests without a key.
         filename: the client's name for the file, never used as a path.
         bytes: size of the file.
-        expires_after_s: seconds after which the file expires, or None if it does not expire.
+        expires_after_s: lifetime of the completed file in seconds, or None if it does not expire.
         file: id of the file, once the upload is complete.
     """
 
@@ -124,7 +124,7 @@ def add_part(store: Store, part: UploadPart) -> None:
 
     Raises:
         EntryNotFoundError, UploadEndedError: the upload does not exist, or has ended.
-        UploadSizeError: the parts are larger than the file in total, or there are too many parts.
+        UploadSizeError: the parts together exceed the upload's declared size, or there are too many parts.
     """
     with exclusive(store) as session:
         upload = _require_pending(session, part.upload)
@@ -205,7 +205,7 @@ def expire_uploads(store: Store, now: datetime) -> list[str]:
     after their expiry time.
 
     Returns:
-        The ids of at most 1,000 uploads that have expired.
+        The ids of the uploads that were ended, at most 1,000 per call.
     """
     pending = UploadRow.status == UploadStatus.PENDING.value
     with exclusive(store) as session:

@@ -27,7 +27,7 @@ class UsageOf(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Counts of requests and tokens. It is a tuple for speed, because one is created for each request."""
+    """Counts of requests and tokens. It is a tuple for speed, because each request creates an instance."""
 
     requests: int = 0
     tokens_in: int = 0
@@ -83,7 +83,7 @@ def hour_of(moment: datetime) -> datetime:
 
 
 def add_usage(store: Store, used: Mapping[UsageOf, Usage]) -> None:
-    """Add usage to the stored totals, atomically. Several processes may do so concurrently."""
+    """Add usage to the stored totals, atomically. Several processes may call this concurrently."""
     if not used:
         return
     row = upsert(store, UsageRow)
@@ -109,7 +109,7 @@ def usage_since(store: Store, since: datetime) -> list[UsageTotal]:
 
 
 def usage_by_day(store: Store, midnight: datetime) -> dict[DayOf, Usage]:
-    """Return usage totals by key for two days: the one that begins at `midnight`, and the previous one."""
+    """Return each key's usage totals for the UTC day that begins at `midnight`, and for the day before."""
     today, sums = UsageRow.hour >= midnight, [func.sum(getattr(UsageRow, name)) for name in Usage._fields]
     yesterday = midnight - timedelta(days=1)
     query = select(today, UsageRow.key_id, *sums).where(UsageRow.hour >= yesterday).group_by(today, UsageRow.key_id)

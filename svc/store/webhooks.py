@@ -23,7 +23,7 @@ class WebhookOutcome(StrEnum):
     FAILED = "failed"
     """The receiver did not accept the message; the delivery is retried."""
     DROPPED = "dropped"
-    """The message is no longer retried."""
+    """Delivery of the message is no longer retried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,7 @@ class WebhookDelivery:
 
 
 def add_deliveries(session: Session, urls: Collection[str], body: str) -> None:
-    """Add a webhook message for each receiver to a transaction, so that the message is stored together with the
-    change that it reports.
-    """
+    """Store a webhook message for each receiver, in the same transaction as the change that the message reports."""
     now = datetime.now(UTC)
     message = f"msg_{uuid4().hex}"
     for url in urls:

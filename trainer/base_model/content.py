@@ -68,7 +68,7 @@ def copy_shipped_files(model: Path, out: Path, quantization: Mapping[str, Any] |
 
 
 def _write_config(model: Path, out: Path, quantization: Mapping[str, Any] | None) -> None:
-    """Write the model's own config.json, updated with the data type and quantization of the weights in `out`.
+    """Write the model's own config.json, updated with the dtype and quantization of the weights in `out`.
 
     The config that transformers saves is not used: transformers renames keys (`rope_theta` to `rope_parameters`) and
     adds defaults, and TRL and gptqmodel change the config while they work.

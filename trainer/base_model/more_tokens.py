@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
-"""Name suffixes of the stored matrices with one row per token."""
+"""Suffixes of the names of the weight matrices that have one row per token."""
 _NOT_OF_TOKENIZER = ("generation_config.json", "chat_template.json")
-"""Shipped files that come from the base's folder, because saving the tokenizer does not write them."""
+"""Files in `SHIPPED_FILES` that are linked from the base's folder, because saving the tokenizer does not write them."""
 
 
 def revision_with_tokens(revision: str, tokens: Sequence[str]) -> str:
@@ -35,9 +35,9 @@ def revision_with_tokens(revision: str, tokens: Sequence[str]) -> str:
 def folder_with_tokens(folder: Path, tokens: Sequence[str], cache: Path) -> Path:
     """Return a cache folder that links to a model's files, but has a tokenizer and embeddings with added tokens.
 
-    Each new token's row is initialized to the mean of the rows of the tokens into which the base's tokenizer splits its
-    text. Existing rows and ids do not change. The new tokens are not special: an engine does not remove them from
-    answers.
+    A new token's embedding is initialized to the mean embedding of the tokens into which the base's tokenizer splits
+    the new token's text. Existing embeddings and ids do not change. The new tokens are not special: an engine does not
+    remove them from answers.
 
     Args:
         folder: folder of the model. If it contains no weights, only the config and the tokenizer are changed.

@@ -28,7 +28,7 @@ class Base:
 
     Attributes:
         folder: contains config.json, *.safetensors, tokenizer files, and the chat template if there is one.
-        origin: name of the base in the recipe.
+        origin: the base's name as given in the recipe.
         licence: the license stated by the source, or None if no license is stated.
         revision: identifier of the content: `sha256:<hex>` of the wheel, GGUF file or folder, or the Hub
             commit.

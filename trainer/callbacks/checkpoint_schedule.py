@@ -1,8 +1,8 @@
 """Schedules checkpoints every few steps, every few minutes, and when a signal stops the run.
 
 On SIGTERM, transformers' own checkpoint code would wait for three seconds and then for the end of a step, which may
-take minutes here. If the process is killed while it writes a checkpoint, an incomplete folder is left behind. Imports
-transformers.
+take minutes here. If the process were then killed while writing the checkpoint, it would leave an incomplete folder
+behind. Imports transformers.
 """
 
 import time

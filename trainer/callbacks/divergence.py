@@ -19,7 +19,7 @@ _FIRST, _LAST = 5, 20
 at the start are used, because the loss explodes within 20 steps if the learning rate is far too high."""
 _SKIPPED = 20
 """Maximum number of consecutive steps that the optimizer may skip. In float16 training, the loss scale is
-halved at each skipped step until it fits."""
+halved at each skipped step until the gradients no longer overflow."""
 _TIMES, _NATS = 2.0, 1.0
 """Minimum factor and minimum difference in nats by which the mean loss of the last steps must exceed the mean loss of
 the first steps to count as exploded."""
@@ -96,9 +96,9 @@ def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False
 def _exploded(first: Sequence[float], last: Sequence[float]) -> bool:
     """Return whether the last losses are far above the first losses.
 
-    The result is true if the last losses have a far higher mean than the first losses, by more than chance, or if even
-    the lowest of the last losses is far above the highest of the first losses. The second condition catches a steadily
-    growing loss: its growth increases the scatter, so the first condition misses it.
+    The result is true if the mean of the last losses is far above the mean of the first losses, by more than chance can
+    explain, or if even the lowest of the last losses is far above the highest of the first losses. The second condition
+    catches a steadily growing loss, whose growth increases the scatter so that the first condition misses it.
     """
     start, highest = fmean(first), max(first)
     rise = fmean(last) - start

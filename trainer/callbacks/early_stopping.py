@@ -63,7 +63,7 @@ def misses_measurement(state: TrainerState, schedule: HeldoutSchedule) -> bool:
 
 
 def best_step(state: TrainerState) -> int | None:
-    """Return the first step with the lowest held-out loss, or None if no measurement followed a training step."""
+    """Return the first step with the lowest held-out loss, or None if it has not been measured after any step."""
     # The base's loss, measured before step 1, is not a result of the run.
     losses = {step: loss for step, loss in heldout_losses(state).items() if step > 0}
     return min(losses, key=lambda step: losses[step]) if losses else None

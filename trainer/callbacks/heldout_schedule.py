@@ -18,16 +18,15 @@ from trainer.recipe.train import Stopping
 
 _MEASUREMENTS = 10  # of a run whose recipe asks for measurements without an interval
 _SHARE = 0.08
-"""Held-out tokens measured per trained token. Measuring an example costs 0.37 times as much as training on
+"""Held-out tokens evaluated per trained token. Evaluating an example costs 0.37 times as much as training on
 it (SmolLM2-135M, LoRA, batches of four, on a CPU)."""
 _MIN_EXAMPLES, _MAX_EXAMPLES = 8, 64
 """Minimum and maximum number of examples on which the held-out curve is measured."""
 _POINTS = 6
 """Maximum number of held-out measurements, including the measurement before the first step."""
 _SHORT_SHARE, _SHORT_POINTS = 0.6, 3
-"""Share of tokens and number of measurements for a short run. A short run may spend more of its time on
-measurements, because a twentieth would allow too few examples to tell whether their loss falls in the
-second half of the steps."""
+"""Values of `_SHARE` and `_POINTS` for a short run. A short run may spend more of its time on measurements, because a
+twentieth of its time would allow too few examples to tell whether their loss falls in the second half of the steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +61,10 @@ class HeldoutSchedule:
 
 @dataclass(frozen=True, slots=True)
 class HeldoutCurve:
-    """The held-out examples to measure during a run, and the schedule for measuring them.
+    """The held-out examples to evaluate during a run, and the schedule for evaluating them.
 
     Attributes:
-        rows: examples to measure; empty if the run is too short.
+        rows: tokenized examples to evaluate; empty if the run is too short.
     """
 
     rows: list[dict[str, Any]]
@@ -73,7 +72,7 @@ class HeldoutCurve:
 
     @classmethod
     def affordable(cls, heldout: Sequence[dict[str, Any]], trained_tokens: float, steps: int) -> "HeldoutCurve":
-        """Plan two to six measurements of 8 to 64 held-out examples that cost less than a twentieth of the run.
+        """Plan two to six measurements on 8 to 64 held-out examples, at less than a twentieth of the run's cost.
 
         A run that is short, but long enough for a diagnosis of its curve, gets up to three measurements. They
         cost less than a quarter of the run.

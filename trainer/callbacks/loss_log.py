@@ -1,4 +1,4 @@
-"""Reports the loss curve of a run as a hundred points.
+"""Reports the loss curve of a run as at most 200 points.
 
 The trainer stores the loss of every step in its state, which is part of every checkpoint. The points are means over
 fixed ranges of steps, so that a resumed run reports the same curve as an uninterrupted one. Imports transformers.

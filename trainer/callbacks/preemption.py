@@ -1,9 +1,9 @@
 """Handles signals that stop a run, such as the termination notice of a spot instance, an administrator's `kill`, or
 Ctrl-C.
 
-The first signal abandons the current step, which may take minutes to finish. If it arrives during work that must not be
-interrupted, it is recorded and takes effect when that work has finished. A second signal has its default effect, which
-ends the process.
+At the first signal, the current step is abandoned, because it may take minutes to finish. If the signal arrives during
+work that must not be interrupted, it is recorded and takes effect when that work has finished. A second signal has its
+default effect, which ends the process.
 """
 
 import signal
@@ -48,7 +48,7 @@ class Preemption:
             self._interruptible = False
 
     def agreed(self, value: Value) -> Value:
-        """Return a value on which all processes of the training run agree."""
+        """Return the value on which all processes of the training run agree. A single process keeps its own value."""
         return value
 
     def receive(self, by: signal.Signals) -> None:

@@ -1,5 +1,5 @@
-"""Shows the progress of a training run: a live bar on a terminal, or else a line every 15 s and one at the
-end. Also writes the progress to a file for other programs.
+"""Shows the progress of a training run: a live bar on a terminal, or else a line every 15 s and a final
+line. Also writes the progress to a file for other programs.
 
 Imports transformers.
 """
@@ -66,7 +66,7 @@ class TrainingProgress(TrainerCallback):
 
 
 class ProgressRecords(TrainerCallback):
-    """Reports each step and each measurement of the held-out loss as records.
+    """Writes a record for each step and for each measurement of held-out loss.
 
     Args:
         write: writes a record to the progress file of the run.
@@ -81,7 +81,7 @@ class ProgressRecords(TrainerCallback):
         self._started, self._before = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Write a record for each new measurement."""
+        """Write a record for a completed step or a new held-out loss."""
         step = state.global_step
         if LOSS in logs:
             elapsed, taken = time.monotonic() - self._started, step - self._before

@@ -1,1 +1,1 @@
-"""`svc compare`, which lets two models answer the same examples and compares their answers."""
+"""`svc compare`, which has two models answer the same examples and compares their answers."""

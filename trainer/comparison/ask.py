@@ -59,7 +59,7 @@ class Interview:
         launch: creates a new, unstarted engine for a model folder.
         fresh: whether to ignore stored answers.
         tokenize: function that tokenizes examples as in training.
-        transport: HTTP transport for requests to endpoints, or None for the network.
+        transport: HTTP transport for requests to endpoints, or None to use the network.
     """
 
     settings: Settings
@@ -147,7 +147,7 @@ class Interview:
         return self._cache(model).find(self.examples, limits) or self._registered(model, limits)
 
     def _registered(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
-        """Return the answers stored at the version's registration, or None if any are missing or not comparable."""
+        """Return the answers stored when the version was registered, or None if any are missing or not comparable."""
         manifest, format = model.manifest, model.format
         if manifest is None or format is None:
             return None

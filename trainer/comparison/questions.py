@@ -66,8 +66,8 @@ def choose_questions(models: Sequence[Model], registry: Registry, wanted: Wanted
 
     Args:
         wanted: the command's arguments. If they name no data, the held-out set that the versions share is used, limited
-            to the examples on which the versions were evaluated. If they also name no metrics, the version's metrics
-            are used.
+            to the examples on which the versions were evaluated. If they also name no metrics, the first
+            version's metrics are used.
         cache: folder for Hub datasets.
 
     Raises:

@@ -111,5 +111,5 @@ def _model(model: Model, answers: Answers) -> dict[str, Any]:
 
 
 def _result(result: ExampleResult, *, likely: bool) -> dict[str, Any]:
-    """Convert a result to JSON values. The reference's likelihood is included only if known for both models."""
+    """Convert a result to JSON values. Likelihoods are included only if they are known for both models."""
     return result.model_dump(mode="json", exclude={"scores"} if likely else {"scores", "nll", "scored", "logprob"})

@@ -2,7 +2,7 @@
 CPU for short rows.
 
 PyTorch's own CPU attention computes in small blocks, and needs a copy of each key and value for every query head that
-shares them. Here, attention is two complete products in the forward pass and four in the backward pass. On rows of a
+shares them. Here, attention takes two full products in the forward pass and four in the backward pass. On rows of a
 few hundred tokens, which are usual in fine-tuning, these products take between a third and four fifths of the time of
 PyTorch's attention in bfloat16 (two cores with AVX-512). In float32 they are not faster. The formula is the same;
 scores are rounded to bfloat16 before the softmax, as in transformers' `eager`.

@@ -1,7 +1,7 @@
 """Computes each LoRA linear layer in one autograd step, whereas PEFT's forward needs ten.
 
 Under bf16 autocast, PEFT casts a layer's input to the adapter's float32 and back, scales, adds and casts
-once more, and stores a tensor of each step for the backward pass. On a CPU these passes over memory take
+once more, and stores a tensor for the backward pass at each of these steps. On a CPU these passes over memory take
 as long as the matrix products. Here the adapter's small weights are cast instead of the layer's large
 inputs, the update is added inside its matrix product, and layers with the same input store it once. The
 formula is the same, but values are rounded to bf16 at different points.
@@ -46,7 +46,7 @@ def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: A
 
 
 def _is_plain(layer: Linear, x: Tensor) -> bool:
-    """Return whether a layer computes W x + b + s B A x with a frozen W, no dropout, and W's data type
+    """Return whether a layer computes W x + b + s B A x with a frozen W, no dropout, and W's dtype
     throughout.
     """
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:

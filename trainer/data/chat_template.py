@@ -101,8 +101,8 @@ def check_ending(
 ) -> None:
     """Check that no chat template text reaches the client after an answer.
 
-    A tokenizer may treat the end of a turn as ordinary text, as Llama 2's does with `<|im_end|>`, so the engine would
-    not stop there.
+    A tokenizer may treat the template's end-of-turn marker as ordinary text, as Llama 2's does with `<|im_end|>`, so
+    the engine would not stop there.
 
     Args:
         folder: folder of the model, named in the error message.

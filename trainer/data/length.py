@@ -80,7 +80,7 @@ def cut_documents(documents: Iterable[Sequence[TokenizedExample]], length: int) 
 
 
 def truncate(row: TokenizedExample, length: int) -> TokenizedExample:
-    """Truncate a row to the given length, keeping the answers that begin before it."""
+    """Truncate a row to the given number of tokens. Answers that begin within this length stay, possibly cut off."""
     learnt = tuple((start, min(end, length)) for start, end in row.learnt if start < length)
     return replace(row, input_ids=row.input_ids[:length], learnt=learnt)
 

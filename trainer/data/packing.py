@@ -1,7 +1,7 @@
-"""Packs several short examples into one row, so that they fill the row's maximum length.
+"""Packs several short examples into each row, so that rows are filled up to the maximum length.
 
-Position ids restart with each example. From these, transformers derives an attention mask between examples, so that
-each example is trained on as if it were alone in its row. Imports torch and TRL.
+Position ids restart with each example. From these, transformers derives an attention mask that separates the examples,
+so each example is trained on as if it were alone in its row. Imports torch and TRL.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ memory."""
 
 
 def refuse_recurrent(config: "PreTrainedConfig") -> None:
-    """Reject models with recurrent state, which the attention mask between packed examples does not separate.
+    """Reject models with recurrent layers, whose state would carry over from one packed example to the next.
 
     Raises:
         RecipeError: the model has recurrent layers.
@@ -41,8 +41,8 @@ def refuse_recurrent(config: "PreTrainedConfig") -> None:
 
 
 def pack(rows: "Dataset", max_length: int) -> "Dataset":
-    """Pack examples into few rows by best-fit decreasing. `seq_lengths` lists the lengths of each row's
-    examples.
+    """Pack examples into rows by best-fit decreasing, which keeps the number of rows low. The returned `seq_lengths`
+    column lists the lengths of each row's examples.
 
     Args:
         rows: examples with `input_ids` and `labels`, none longer than `max_length`.

@@ -43,7 +43,7 @@ class TrainingRows:
 
     Attributes:
         dataset: rows with `input_ids` and `labels`, in memory or memory-mapped.
-        lengths: number of tokens in the longest row of each example.
+        lengths: for each example, the number of tokens in its longest row.
     """
 
     dataset: Dataset
@@ -51,7 +51,7 @@ class TrainingRows:
 
     @classmethod
     def in_memory(cls, examples: Sequence[Sequence[TokenizedExample]]) -> "TrainingRows":
-        """Create the rows of tokenized examples in memory."""
+        """Create in-memory rows from tokenized examples."""
         rows = [training_row(row) for row in chain.from_iterable(examples)]
         return cls(Dataset.from_list(rows), np.fromiter(map(_longest, examples), np.int32))
 
@@ -74,10 +74,10 @@ def row_lengths(dataset: Dataset) -> NDArray[np.int32]:
 
 
 def read_or_write_rows(folder: Path, key: str, examples: Iterable[Sequence[TokenizedExample]]) -> TrainingRows:
-    """Return the rows of tokenized examples from a file. If there is no complete file, it is written first.
+    """Read the rows of tokenized examples from a file. If the file is missing or incomplete, write it first.
 
     Args:
-        folder: folder for row files. Files with other keys are deleted.
+        folder: folder for row files. Before a file is written, all other files in the folder are deleted.
         key: hash of everything on which the rows depend (`rows_key`).
         examples: the rows of each example. The examples are iterated over only if the file has to be written.
     """

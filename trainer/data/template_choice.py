@@ -1,8 +1,7 @@
-"""The chat templates that a recipe can choose by name or from a user's own file.
+"""Provides the chat template that a recipe chooses, either by name or as a user's own file.
 
-They consist of ordinary text and the tokenizer's own begin and end tokens, so they work with every
-tokenizer and without new embedding rows. Every answer ends with the end token, at which the engine
-stops.
+The named templates consist of ordinary text and the tokenizer's own begin and end tokens, so they work with every
+tokenizer and without new embedding rows. Every answer ends with the end token, at which the engine stops.
 """
 
 from pathlib import Path

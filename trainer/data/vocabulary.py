@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def check_tokenizer(
     folder: Path, tokenizer: "PreTrainedTokenizerBase", stops: Collection[int], embedding_rows: int
 ) -> None:
-    """Check that ids that may occur in ordinary text, or in special tokens added by libraries, have embedding
-    rows.
+    """Check that the model has embedding rows for all token ids that may occur in ordinary text, and for the special
+    tokens that libraries add.
 
     Args:
         folder: folder of the model, named in the error message.

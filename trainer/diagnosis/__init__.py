@@ -1,1 +1,1 @@
-"""Diagnosis of a training run: finds faults in its measurements and explains them."""
+"""Diagnosis of a training run: finds what went wrong by looking at the run's measurements, and explains it."""

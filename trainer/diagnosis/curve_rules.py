@@ -11,7 +11,7 @@ from trainer.diagnosis.training_run import TrainingRun
 from trainer.diagnosis.window import Window, start_of, taken, width, window_of, windows
 
 SURE = 3.0
-"""Number of standard errors above which a difference between windows is not considered chance. Because many
+"""Number of standard errors above which a difference between windows is not attributed to chance. Because many
 pairs of windows are compared, a difference must also be large."""
 ABOVE_START = 0.1
 """Minimum rise of the loss, as a share of the loss before the first step. A smaller rise does not justify another
@@ -20,12 +20,12 @@ GIVEN_BACK = 0.25
 """Minimum rise of the loss, as a share of its fall so far. Hard batches alone cause smaller rises."""
 UNFINISHED_SHARE, HELDOUT_SHARE = 0.2, 0.12
 """Training counts as unfinished if the last third of training contributed more than these shares to the total reduction
-of the training loss and of the held-out loss. A loss that approaches its limit exponentially, with a share of 0.2 in
-that third, is three quarters of the way to the limit."""
+of the training loss and of the held-out loss. If a loss approaches its limit exponentially and a fifth of its total
+reduction falls in the last third, it has come three quarters of the way to the limit."""
 LATE_SURE = 2.0
-"""Minimum fall of the loss late in training, in standard errors. It applies to the held-out loss over the
-same examples, if measured, or else to the training loss. Because only one comparison is made, fewer
-standard errors are enough than for pairs of windows."""
+"""Minimum fall of the loss late in training, in standard errors. It applies to the held-out loss, compared example by
+example, or to the training loss if the held-out loss was not measured often enough. Because only one comparison is
+made, fewer standard errors are enough than for pairs of windows."""
 USUAL_TIMES = 3.0
 """Factor by which a learning rate must differ from the usual rate to count as the cause of a finding. Adjacent rates in
 a sweep differ by this factor."""
@@ -50,9 +50,7 @@ def find_divergence(run: TrainingRun) -> Finding | None:
 
 
 def find_high_rate(run: TrainingRun) -> Finding | None:
-    """Return a finding if the loss jumps up while falling, either above the starting loss or far above an
-    earlier value.
-    """
+    """Return a finding if the loss rose far above an earlier value during the run but did not diverge."""
     parts = windows(run.curve)
     if not parts or find_divergence(run):
         return None
@@ -73,7 +71,7 @@ def find_high_rate(run: TrainingRun) -> Finding | None:
 
 def find_low_rate(run: TrainingRun) -> Finding | None:
     """Return a finding if the loss hardly fell or was still falling at the end, and the learning rate is far
-    below the usual one.
+    below the usual rate.
     """
     if run.learning_rate * USUAL_TIMES > run.usual_learning_rate:
         return None
@@ -97,7 +95,7 @@ def find_low_rate(run: TrainingRun) -> Finding | None:
 
 def find_underfitting(run: TrainingRun) -> Finding | None:
     """Return a finding if the loss was still falling at the end although the learning rate is not far below the
-    usual one.
+    usual rate.
     """
     if run.learning_rate * USUAL_TIMES <= run.usual_learning_rate or not (ends := _unfinished(run)):
         return None
@@ -133,8 +131,8 @@ def late_windows(run: TrainingRun) -> tuple[Window, Window, Window] | None:
     """Return the windows at the start, at two thirds and at the end of training, or None if the run is too
     short.
 
-    Progress is measured by the sum of the learning rates instead of the number of steps, because a rate that
-    falls to 0 slows every run down.
+    Progress is measured by the sum of the learning rates instead of the number of steps, because a learning rate that
+    decays to 0 makes the loss of every run level off.
     """
     steps = taken(run.curve)
     if not windows(run.curve):
@@ -191,7 +189,9 @@ def _is_above(window: Window, other: Window, least: float) -> bool:
 
 
 def _slower(run: TrainingRun) -> Advice:
-    """Return advice to lower the learning rate, as for a run stopped for divergence (trainer.callbacks.divergence)."""
+    """Return advice to lower the learning rate. A run that is stopped because it diverges gets the same advice
+    (trainer.callbacks.divergence).
+    """
     return _other_rate(run, f"{run.learning_rate / 3:.1g}")
 
 

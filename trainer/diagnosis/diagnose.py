@@ -1,5 +1,5 @@
-"""Applies all diagnosis rules to a run. The rules are pure functions of its measurements, so that the
-diagnosis of a run is always the same.
+"""Applies all diagnosis rules to a run. The rules are pure functions of the run's recipe and measurements, so the
+same run always gets the same diagnosis.
 """
 
 from svc.evaluation.finding import Advice, Finding, FindingKind

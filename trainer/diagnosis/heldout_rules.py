@@ -13,8 +13,8 @@ from trainer.diagnosis.window import measured_points, start_of, taken, width, wi
 from trainer.recipe.train import Train
 
 FALSE_ALARMS = 0.05
-"""Acceptable share of healthy runs in which the paired test alone finds a rise in held-out loss. This share is divided
-among the measurements."""
+"""Acceptable share of healthy runs in which the paired test alone finds a rise in held-out loss. For each test, it is
+divided by the number of comparisons (Bonferroni correction)."""
 RISE = 0.1
 """Minimum rise of the held-out loss, as a share of its lowest value. A smaller rise does not justify another run."""
 FEW_EXAMPLES = 50
@@ -27,12 +27,12 @@ applies from MANY_EPOCHS epochs on: a model that has seen an example ten times h
 enough. Among 20 runs of 20 epochs on 60 examples, the first ratio detected 16 runs and the second 18
 (benchmarks.diagnosis, seeds 3000 to 3019)."""
 WIDEST = 0.2
-"""Maximum width of the exact-match interval. With a wider interval, a version that is ten points worse could not be
-distinguished."""
+"""Maximum width of the 95% interval of exact match. With a wider interval, a drop of ten percentage points could go
+unnoticed."""
 
 CUT_OFF = 0.02
-"""Share of answers cut off at their token limit above which there is a finding. A smaller share barely
-changes the metrics."""
+"""A finding is reported if more than this share of a format's answers are cut off at their token limit. A smaller
+share barely changes the metrics."""
 
 
 def find_overfitting(run: TrainingRun) -> Finding | None:
@@ -61,7 +61,7 @@ def find_overfitting(run: TrainingRun) -> Finding | None:
 
 
 def find_too_little_data(run: TrainingRun) -> Finding | None:
-    """Return a finding if there are very few training examples, or few that the model has memorized."""
+    """Return a finding if there are very few training examples, or few examples that the model has memorized."""
     limit, count = run.recipe.data.limit, run.train_examples
     if count < FEW_EXAMPLES:
         what = f"there are only {count} training examples"
@@ -178,9 +178,9 @@ def _least_gap(run: TrainingRun) -> float:
 def _gap(run: TrainingRun) -> tuple[float, float] | None:
     """Return the final training loss and a lower bound of the held-out loss, in nats per token.
 
-    The result is None within the first epoch, because the training loss on an example that is seen for the first time
-    is itself a held-out loss. It is also None if answers other than the final answers are trained on, because then the
-    two losses are not comparable.
+    The result is None if the run ended within the first epoch, because the training loss on an example that is seen for
+    the first time is itself a held-out loss. It is also None if other answers than the final answers are trained on,
+    because the two losses are then not comparable, or if there are too few measurements.
     """
     parts = windows(run.curve)
     if not parts or run.curve[-1].epoch <= 1.0 or not run.learns_final_answers:

@@ -16,9 +16,9 @@ MAX_LABELS = 50
 """Maximum number of distinct answers for a task to count as labeling. `svc data check` uses the same
 limit."""
 MIN_ASKED = 60
-"""Minimum number of held-out examples, chosen so that a third of the examples is at least twenty."""
+"""Minimum number of held-out results needed to judge the labels. A third of the results is then at least twenty."""
 WRONG = 0.06
-"""Share of wrong answers among the model's most confident third above which labels are suspect. On the
+"""The labels are suspect if more than this share of the model's most confident third of answers are wrong. On the
 section task, 2 to 4% of these answers are wrong, compared with 25 to 35% of all answers."""
 LEARNT, SURE = 0.7, 0.88
 """Thresholds for the mean probability of the most confident third and the most confident sixth of answers. A model
@@ -35,14 +35,14 @@ GAINED = 0.05
 """Minimum share of the label entropy that the prompts must explain. A model below this share has learned only how
 frequent each label is."""
 HARDLY_GAINED, STILL_FALLING, LATE_SURE = 0.15, 0.15, 1.5
-"""Thresholds for a model that has hardly started to learn: the maximum share of the label entropy that it explains, and
-by how much its training loss must still have fallen in the last third of training for more steps to help, as a share of
-its final level and in standard errors. If the prompts do not explain the labels, the loss falls by at most 7%
-(docs/diagnosis.md)."""
+"""A model has hardly started to learn if it explains at most the first of these shares of the label entropy. More steps
+are expected to help if its training loss fell in the last third of training by more than the second share of the final
+loss, and by more than the third value in standard errors. If the prompts do not explain the labels, the loss falls by
+at most 7% (docs/diagnosis.md)."""
 PARTLY_GAINED, HELDOUT_FALLING, HELDOUT_SURE = 0.5, 0.05, 2.0
-"""Thresholds for a model that has learned only part of its task in a short run: the maximum share of the label entropy
-that it explains, and by how much its held-out loss must have fallen in the second half of the steps for more steps to
-help, as a share of its final level and in standard errors over the same examples."""
+"""After a short run, a model has learned only part of its task if it explains at most the first of these shares of the
+label entropy. More steps are expected to help if its held-out loss on the same examples fell in the second half of the
+run by more than the second share of the final loss, and by more than the third value in standard errors."""
 
 
 def find_label_noise(run: TrainingRun) -> Finding | None:

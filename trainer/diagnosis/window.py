@@ -66,8 +66,8 @@ def width(steps: int) -> int:
 
 
 def windows(curve: Sequence[TrainingPoint]) -> list[Window]:
-    """Split a loss curve into windows of a tenth of its steps, aligned to its end. The result is empty if the
-    run is too short.
+    """Split a loss curve into windows that each contain a tenth of its steps, aligned to the end of the curve. The
+    result is empty if the run is too short.
     """
     steps = taken(curve)
     if len(steps) < MIN_STEPS:
@@ -78,8 +78,8 @@ def windows(curve: Sequence[TrainingPoint]) -> list[Window]:
 
 
 def start_of(curve: Sequence[TrainingPoint]) -> Window:
-    """Return the loss before training: the mean of the first steps or the mean over the held-out examples,
-    whichever is higher.
+    """Return the loss before training: the mean training loss over the first steps or the mean held-out loss before the
+    first step, whichever is higher.
 
     The higher value is used because a held-out set may be harder or easier than the training examples.
     """

@@ -134,9 +134,9 @@ def read_preference_workload(
 ) -> Workload:
     """Return the batches that preference training would form (see `read_workload`).
 
-    The model scores all answers once before training. With `objective: kto`, each labeled answer is also compared with
-    an answer to a different prompt. These answers are scored too, and are assumed to be as long as the labeled
-    answers.
+    If the objective needs a reference model, all answers are scored once before training. With `objective: kto`, each
+    labeled answer is also compared with an answer to a different prompt. These answers are scored too, and are assumed
+    to be as long as the labeled answers.
     """
     train, counted = recipe.train, any((folder / name).is_file() for name in TOKENIZER_FILES)
     chosen = np.random.default_rng(recipe.data.seed).permutation(len(judged))[:_MAX_EXAMPLES]
@@ -249,8 +249,8 @@ def _tokenize(
 def _tokenize_judged(
     judged: Sequence[PreferencePair | LabelledAnswer], folder: Path, recipe: Recipe, *, counted: bool
 ) -> list[tuple[TokenizedExample, ...]]:
-    """Return both answers of each pair, or each labeled answer. Answers that the recipe drops as too long are
-    excluded.
+    """Return both tokenized answers of each pair, or each tokenized labeled answer. Pairs and answers that the recipe
+    drops as too long are excluded.
     """
 
     def tokenize(examples: Sequence[ChatExample]) -> list[TokenizedExample]:

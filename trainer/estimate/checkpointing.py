@@ -1,7 +1,7 @@
-"""Chooses gradient checkpointing on a GPU: off if training fits in the free memory without it.
+"""Decides whether to use gradient checkpointing on a GPU: it is off if training fits in the free memory without it.
 
 Checkpointing computes each layer twice, so a step takes about a third longer. It affects the result only through
-rounding, so a run may resume with another choice. On a CPU it is off; see docs/training-speed.md.
+rounding, so a run may resume with a different setting. On a CPU it is off; see docs/training-speed.md.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from trainer.estimate.estimate import Estimate, estimate_recipe, memory_on
 from trainer.recipe.train import Sharding
 
 SPARE = 1.4
-"""Factor by which the free memory must exceed the estimate without checkpointing. Estimates were within a fifth of the
-measured memory on a CPU, and were never compared with measurements on a GPU."""
+"""Checkpointing is off only if the free memory exceeds the estimate without checkpointing by this factor. Estimates
+were within a fifth of the measured memory on a CPU, and were never compared with measurements on a GPU."""
 _KEY = "train.gradient_checkpointing"
 
 
@@ -24,8 +24,8 @@ class Checkpointing:
 
 
 def choose_checkpointing(estimate: Estimate) -> Checkpointing:
-    """Choose gradient checkpointing for a run on this machine. `train.gradient_checkpointing` in the recipe takes
-    precedence.
+    """Decide whether a run on this machine uses gradient checkpointing. `train.gradient_checkpointing` in the recipe
+    takes precedence.
     """
     recipe, device = estimate.recipe, estimate.here.device
     asked = recipe.train.gradient_checkpointing
@@ -54,8 +54,8 @@ def with_checkpointing(estimate: Estimate, enabled: bool, served_length: int) ->
 
 
 def _sharding(estimate: Estimate) -> dict[str, str]:
-    """Return a recipe change that keeps the weights sharded or unsharded, as they are in an estimate. Weights that fit
-    unsharded only with checkpointing therefore stay unsharded.
+    """Return a recipe change that forces the weights to be sharded, or not to be sharded, as the estimate assumes.
+    Weights that fit unsharded only with checkpointing therefore stay unsharded.
     """
     here = estimate.here
     if here.device.count == 1 or here.undivided:

@@ -59,15 +59,15 @@ def training_seconds(training: Training, workload: Workload, device: ComputeDevi
 
 
 def _gathered_bytes(training: Training) -> float:
-    """Return the bytes that a device receives in a batch when the weights are sharded: all weights in the forward
-    pass and again in the backward pass, and the gradients of its share.
+    """Return the bytes that a device receives per batch when the weights are sharded: all weights in the forward pass
+    and again in the backward pass, and the gradients of its own shard.
     """
     others = (training.devices - 1) / training.devices
     return others * (2 * training.copy_bytes + FLOAT32 * training.trained)
 
 
 def scoring_operations(training: Training, batch: Batch) -> float:
-    """Return the number of floating-point operations for a batch without a backward pass."""
+    """Return the number of floating-point operations for scoring a batch, without a backward pass."""
     forward, attention = _forward(training, batch)
     return (
         forward + 2 * training.shape.head * batch.answers + attention + 2 * _adapter_products(training) * batch.computed
@@ -75,7 +75,7 @@ def scoring_operations(training: Training, batch: Batch) -> float:
 
 
 def batch_operations(training: Training, batch: Batch) -> float:
-    """Return the number of floating-point operations for a batch, forward and backward."""
+    """Return the number of floating-point operations in the forward and backward passes of a batch."""
     shape = training.shape
     forward, attention = _forward(training, batch)
     head = 2 * shape.head * batch.answers
@@ -85,7 +85,7 @@ def batch_operations(training: Training, batch: Batch) -> float:
 
 
 def _forward(training: Training, batch: Batch) -> tuple[float, float]:
-    """Return the number of operations in a forward pass, for the layers' weights and for attention."""
+    """Return the number of operations in a forward pass: first for the layers' weights, then for attention."""
     shape, rows = training.shape, batch.rows * batch.sequences
     pairs = _up_to(batch.shared) + rows * (_up_to(batch.length) - _up_to(batch.shared))
     return 2 * shape.used_weights * batch.computed, 4 * shape.layers * shape.queries * pairs
@@ -112,7 +112,7 @@ def _memory_traffic(training: Training) -> float:
 
 
 def _up_to(tokens: int) -> int:
-    """Return the number of attention pairs among the first `tokens` tokens: each attends to itself and to all earlier
-    tokens.
+    """Return the number of attention pairs among the first `tokens` tokens: each token attends to itself and to all
+    earlier tokens.
     """
     return tokens * (tokens + 1) // 2

@@ -37,8 +37,8 @@ _CPU_BANDWIDTH = 1e10
 
 
 def training_kind(recipe: Recipe) -> Method:
-    """Return the method whose training speed applies to the recipe. The base's quantization matters only for
-    LoRA.
+    """Return the training method under which the recipe's speed is listed. Whether the base is quantized makes a
+    difference only for LoRA.
     """
     if recipe.adapter_type is None:
         return Method.FULL
@@ -70,7 +70,7 @@ class ComputeDevice:
     """A device on which training may run.
 
     Attributes:
-        name: `HERE` for this machine.
+        name: the GPU's name in gpus.yaml, or `HERE` for this machine.
         memory: bytes that training may use.
         speed: operations per second of bare matrix products.
         bandwidth: memory bandwidth in bytes per second.

@@ -2,8 +2,8 @@
 size, time and cost.
 
 Estimated memory was within a fifth of the measured memory. Estimated time was usually within a third of the measured
-time, less often with AMX (docs/estimate.md). A run is therefore rejected only if `least`, which no batch size reduces,
-exceeds the memory. With several GPUs, memory is given per GPU.
+time, less often with AMX (docs/estimate.md). A run is therefore rejected only if `least`, the memory that it needs at
+any batch size, exceeds the available memory. With several GPUs, memory is given per GPU.
 """
 
 import math
@@ -32,8 +32,9 @@ class DeviceEstimate:
     Attributes:
         parts: peak training memory in bytes, keyed by what it is used for.
         least: minimum bytes that a training step needs, whatever the batch.
-        engine: bytes of the engine that serves the merged model, with one sequence of maximum length.
-        stages: memory and disk space of each stage, including training.
+        engine: bytes that an engine needs to serve the merged model with one sequence of maximum length, keyed by what
+            they are used for.
+        stages: memory and disk space that each stage needs, including training.
         largest_batch: largest batch size that fits on each device, or 0 if not even one example fits.
         seconds: time from the first training step to the last.
         dollars: price of `seconds` of training on all devices, or None if the device has no price.
@@ -61,7 +62,7 @@ class DeviceEstimate:
 
     @property
     def ram(self) -> float:
-        """Main memory in bytes that the most demanding stage needs in addition to a GPU. It is 0 without a GPU."""
+        """Main memory in bytes that the most demanding stage needs in addition to GPU memory. It is 0 without a GPU."""
         return 0.0 if self.device.cpu else max(stage.peak.ram for stage in self.stages)
 
     @property
@@ -165,7 +166,7 @@ def memory_on(recipe: Recipe, shape: ModelShape, batch: Batch, device: ComputeDe
     """Return the peak memory of training with the given batch, in bytes. Other stages are not included.
 
     Args:
-        batch: a batch of the recipe. Several devices each compute a part of it.
+        batch: a batch of the recipe's full batch size. With several devices, each computes a part of it.
     """
     if share := divide_step(recipe.train, device.count):
         batch = batch.resized(math.ceil(batch.rows * share.batch_size / recipe.train.batch_size))

@@ -27,10 +27,10 @@ _NF4, _NF4_SCALES = 4 / 8, 0.127 / 8
 """Bytes per weight in NF4: for the weight itself, and for its share of the scales."""
 PROCESS = 0.75e9
 """Memory of a Python process with torch, transformers, PEFT and TRL before a model is loaded, in bytes:
-0.69 GB measured, plus the command."""
+0.69 GB as measured, plus an allowance for the command itself."""
 _QUANTIZING = 0.16e9
-"""Memory in bytes still in use after quantizing, measured with SmolLM2-135M. It consists of bitsandbytes
-and of pages of the weight file, which the kernel can reclaim."""
+"""Memory in bytes still in use after the base has been quantized to NF4, measured with SmolLM2-135M. It consists of
+bitsandbytes and of pages of the weight file, which the kernel can reclaim."""
 _CUDA = 0.75 * 2**30
 """Memory of the CUDA context and the cuBLAS workspace, in bytes. It takes 0.4 to 0.8 GiB, depending on
 driver and GPU."""
@@ -111,7 +111,9 @@ class Training:
 
     @property
     def copy_bytes(self) -> float:
-        """Size in bytes of all weights, in the form in which devices gather shards."""
+        """Size in bytes of all weights as devices gather them: quantized weights in NF4, and all others in the data
+        type of the matrix products.
+        """
         packed = self.shape.linear_weights if self.nf4 else 0
         return self.size * (self.shape.parameters - packed) + _NF4 * packed
 

@@ -2,8 +2,8 @@
 its layers.
 
 This gives exact counts for every architecture that transformers knows, including mixtures of experts.
-Any other architecture is assumed to be a Llama of the same widths with full attention; `notes` state
-what remains unknown.
+Any other architecture is assumed to be a Llama of the same widths with full attention; `ModelShape.notes`
+states what remains unknown.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ class ModelShape:
         architecture: name of the architecture in the config.
         parameters: number of weights; weights shared by two layers are counted once.
         hidden: width of the hidden states between layers.
-        inner: inner width of the feed-forward block for one token, summed over all experts that compute the
+        inner: inner width of the feed-forward block for one token, summed over all experts that process the
             token.
         layers: number of layers.
         heads, kv_heads, head_width: number of query heads, number of key and value heads, and width of a head.
@@ -44,7 +44,7 @@ class ModelShape:
         linear: input and output sizes of each linear layer except the output head, keyed by name.
         targets: names of the linear layers that an adapter changes.
         experts: shapes [experts, rows, columns] of the parameters that contain all experts of a layer.
-        experts_share: share of the experts that compute a token.
+        experts_share: share of a layer's experts that process each token.
         adapts_experts: whether an adapter also changes the experts.
         untied: whether the output head has its own weights instead of sharing the embedding's weights.
         context: the model's maximum number of tokens, or None if the config does not state it.
@@ -92,7 +92,7 @@ class ModelShape:
 
     @property
     def used_weights(self) -> float:
-        """Number of weights involved in computing one token, excluding the output head."""
+        """Number of weights used to process one token, excluding the output head."""
         return self.linear_weights + self.expert_weights * self.experts_share
 
     @cached_property

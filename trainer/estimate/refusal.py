@@ -84,8 +84,8 @@ def _all_memory(machine: Machine) -> float:
 
 
 def _other_formats(estimate: Estimate, machine: Machine) -> str:
-    """Return the recipe changes to a single format that would make every stage fit, or other advice if there
-    are none.
+    """Return advice to reduce the recipe's formats to a single format with which every stage would fit, or other
+    advice if there is no such format.
     """
     recipe, device = estimate.recipe, estimate.here.device
     for format in _FEWER_FORMATS if recipe.adapter_type else _FEWER_FORMATS[:-1]:

@@ -177,7 +177,9 @@ def _parts_table(devices: Sequence[DeviceEstimate]) -> Table:
 
 
 def _stages_table(devices: Sequence[DeviceEstimate]) -> Table:
-    """Return a table with one row per stage, in GB. For a GPU, the entries show its memory plus main memory."""
+    """Return a table with one row per stage, in GB. For a GPU, each cell shows GPU memory and main memory, as in
+    `9.5 + 2.1`.
+    """
     titles = [one.device.label if one.device.cpu else f"{one.device.label} + RAM" for one in devices]
     table = Table("stage, GB", *(Column(title, justify="right") for title in (*titles, "disk")), box=None)
     for of_stage in zip(*(one.stages for one in devices), strict=True):

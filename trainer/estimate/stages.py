@@ -31,7 +31,8 @@ _COMPARED_COPIES = 12
 """Number of float32 copies of a layer in memory while its merged weights are compared with the sum of base and adapter
 (trainer.parity.adapter)."""
 _PARITY_ROOM = 1.2, 2 * 2**30
-"""Free GPU memory required to score a model on a GPU: this multiple of its weights, plus this many bytes.
+"""Free GPU memory required to score a model on a GPU: the first value times the size of its weights, plus the second
+value in bytes.
 `trainer.parity.scores.choose_device` applies the same rule."""
 
 

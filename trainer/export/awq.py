@@ -23,7 +23,8 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures whose AWQ scales trainer.parity.awq can undo to compare the weights with the merged model. In
 gptqmodel's definitions of other architectures, the scales are applied to other layers."""
 _BLOCK = 512
-"""Tokens in a calibration text. If texts have different lengths, gptqmodel calibrates AWQ with only the last batch."""
+"""Number of tokens in a calibration text. If texts have different lengths, gptqmodel calibrates AWQ with only the last
+batch."""
 _CLIP_STEPS, _CLIP_SHARE = 10, 0.05
 """Number and size of the steps in the clipping search, as in gptqmodel. The search tries 1, 0.95 and so on down to 0.55
 times the largest weight."""
@@ -122,8 +123,9 @@ def best_clip(
     """Return, for each group of weights, the clipping limit at which rounding changes the group's contribution to the
     outputs least.
 
-    The mean square of the change x·d over all tokens x is d·G·d, where G is the mean of the outer products x·x. The
-    number of values in G is the square of the group size, whatever the number of tokens.
+    If rounding changes a group's weights by d, the output changes by x·d for a token with the inputs x. The mean square
+    of this change over all tokens is d·G·d, where G is the mean outer product of x with itself. The number of values in
+    G is the square of the group size, whatever the number of tokens.
 
     Args:
         weight: [outputs, inputs].

@@ -1,4 +1,4 @@
-"""The command `svc export`."""
+"""The `svc export` command."""
 
 from pathlib import Path
 

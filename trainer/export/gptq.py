@@ -40,20 +40,20 @@ if TYPE_CHECKING:
     from gptqmodel import QuantizeConfig
 
 _BITS = 4
-"""Bits per weight. The engine's CPU kernel supports only this number."""
+"""Bits per weight. The engine's CPU kernel supports only 4-bit weights."""
 _BATCH = 4  # calibration examples in one forward pass
 _NO_LOSS = "not applicable"
 _SCALE_ERROR = 2.0
-"""Exponent of the rounding errors when choosing a group's scale. The chosen scale minimizes the sum of these powers,
-and may clip the largest weight."""
+"""Exponent to which rounding errors are raised when choosing a group's scale. The chosen scale minimizes the sum of
+these powers, and may clip the largest weight."""
 _SCALE_STEPS, _MIN_SCALE = 20, 0.5
 """Number of steps and lowest factor of the scale search, which tries 1, 0.95, 0.9 and so on times the scale
 that reaches the largest weight. gptqmodel's default of 80 steps, down to 0.2, takes eight times as long
 and made no difference on 400 held-out examples of the example task."""
 _CPU_BLOCK = 32
-"""Number of columns rounded in sequence before the rest of the layer is corrected for all of them at once.
-gptqmodel's default blocks of 128 correct four times as many columns one by one. The result is the same,
-except that here the scales take more of the corrections into account."""
+"""Number of columns that are rounded one after another before the remaining columns of the layer are corrected for
+all of them at once. With gptqmodel's default of 128, each rounded column corrects up to four times as many columns
+within its block. The result is the same, except that here the scales take more of the corrections into account."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +135,8 @@ def calibration_rows(model: Path, calibration: Sequence[ChatExample], recipe: Re
 
 
 def pick_calibration(examples: Sequence[ChatExample], samples: int, seed: int) -> list[ChatExample]:
-    """Return `samples` examples drawn at random with the given seed. If there are fewer, return all of them in
-    random order.
+    """Return `samples` examples drawn at random with the given seed. If there are fewer examples, return all of
+    them in random order.
     """
     drawn = random.Random(seed).sample(range(len(examples)), min(samples, len(examples)))  # noqa: S311
     return [examples[index] for index in drawn]
@@ -242,7 +242,7 @@ def faster_rounding(*, cpu: bool) -> Iterator[None]:
     This replaces gptqmodel's methods, because gptqmodel has no options for either.
 
     Args:
-        cpu: whether the layers are on a CPU; on a GPU, gptqmodel has a kernel for its own blocks.
+        cpu: whether the layers are on a CPU; on a GPU, gptqmodel has a kernel for its own block size.
     """
     from gptqmodel.quantization.gptq import GPTQ
     from gptqmodel.quantization.quantizer import Quantizer

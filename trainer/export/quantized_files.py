@@ -26,7 +26,7 @@ _VOLATILE_KEYS = {"offload_to_disk_path"}  # of gptqmodel's metadata; they diffe
 
 
 def write_bfloat16(folder: Path) -> None:
-    """Convert the float32 weights that were not quantized in a quantized model to bf16.
+    """Convert a quantized model's unquantized float32 weights to bf16.
 
     These weights come from a merged model in bf16, so nothing is rounded. Packed layers keep their types.
     """
@@ -111,8 +111,8 @@ def check_packed(folder: Path, layers: list[str]) -> None:
 def finish_folder(model: Path, out: Path) -> None:
     """Replace the config, tokenizer and templates that gptqmodel wrote with the model's own.
 
-    gptqmodel writes the config as changed by its loader. For Gemma 3, it contained the frequencies twice, in
-    two shapes. Only the quantization config is kept, without the keys that differ between two runs on the
+    gptqmodel writes the config as changed by its loader. For Gemma 3, this config specified the RoPE frequencies twice,
+    in two different forms. Only the quantization config is kept, without the keys that differ between two runs on the
     same input.
     """
     (out / "quant_log.csv").unlink(missing_ok=True)

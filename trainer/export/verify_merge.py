@@ -1,4 +1,4 @@
-"""Verifies how training changed the weights, by comparing every written tensor with the base's.
+"""Checks which weights training changed, by comparing every written tensor with the base's tensor.
 
 If a merge silently does nothing, the version answers like the base; if other tensors change, the version differs from
 the trained model. The output of full fine-tuning is compared in the same way. Quality is measured by the evaluation,

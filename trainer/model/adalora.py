@@ -43,7 +43,7 @@ class RankAllocation(TrainerCallback):
         self._model = model
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Update the rank allocator after a step that `global_step` does not include yet."""
+        """Update the rank allocator after an optimizer step, which `global_step` does not count yet."""
         step, config = state.global_step + 1, self._model.peft_config["default"]
         if step < config.total_step - config.tfinal:
             # In float16 the optimizer skips a step whose gradients are not finite, which would spoil the means.

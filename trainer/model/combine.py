@@ -52,7 +52,7 @@ def combine_adapters(
     Args:
         base: folder with the base's config.json.
         rank: rank of the result, for methods that factorize.
-        seed: seed of the values that DARE drops.
+        seed: random seed that determines which values DARE drops.
 
     Raises:
         ValueError: PEFT cannot combine the adapters.

@@ -40,7 +40,7 @@ def round_layers_to_nf4(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """Quantize a linear layer's weight to NF4 with quantized scales, and dequantize it to its original number
+    """Quantize a linear layer's weight to NF4 with quantized scales, and dequantize it to its original data
     type.
     """
     from bitsandbytes.functional import dequantize_4bit

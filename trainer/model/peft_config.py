@@ -34,7 +34,7 @@ def add_adapter(
 
     Args:
         steps: number of steps in the complete run, which AdaLoRA's schedule needs.
-        tokens: ids of new tokens, whose rows of the embeddings are trained.
+        tokens: ids of new tokens, whose embedding rows are trained.
 
     Raises:
         RecipeError: the model has none of the layers in `adapter.targets`, or the method cannot train a
@@ -173,7 +173,7 @@ def _targets_as_named() -> Iterator[None]:
 
     Recent releases of transformers store all experts of a layer in one parameter. For some mixtures of experts, PEFT
     mistakes our targets for module names from an older release and converts them: it drops shared experts and layers
-    without experts, adds the router, and doubles one rank.
+    without experts, adds the router, and doubles the rank of one parameter.
     """
     before = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING
     transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING = {}

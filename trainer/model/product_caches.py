@@ -1,4 +1,4 @@
-"""Limits the number of matrix products that a process keeps compiled. Imports torch."""
+"""Limits how many compiled matrix-product kernels a process keeps in memory. Imports torch."""
 
 import os
 from functools import cache
@@ -6,8 +6,8 @@ from functools import cache
 import torch
 
 _LIMITS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Environment variables that limit oneDNN's cache of compiled products and PyTorch's own cache in front of
-it. One step uses about 40 products, each in every layer."""
+"""Environment variables that limit oneDNN's cache of compiled kernels and PyTorch's own cache in front of it. One
+step uses about 40 kernels, each of them in every layer."""
 
 
 @cache

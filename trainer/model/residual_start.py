@@ -2,8 +2,8 @@
 
 The base's weights are split into W = R + s B0 A0. Training updates B and A and freezes the residual R, so the adapter
 fits only R, which is not stored anywhere. Because R + s B A = W + s (B A - B0 A0), the trained change is also a plain
-LoRA of twice the rank, which fits the original base. The first matrices B0 and A0 are part of each checkpoint, because
-another machine may compute them with other signs or in another order.
+LoRA of twice the rank, which fits the original base. The initial matrices B0 and A0 are part of each checkpoint,
+because another machine may compute them with different signs or in a different order.
 
 PEFT also implements these initializations and a conversion. PEFT's initialization cannot continue from stored matrices.
 PEFT's conversion adds two products of large matrices that almost cancel out, so an engine that rounds the matrices to
@@ -25,18 +25,18 @@ from torch import Tensor, nn
 from trainer.recipe.adapter import OLORA, pissa_iterations
 
 Matrices = dict[str, Tensor]
-"""The first matrices of all layers in float32 in main memory, keyed by parameter name."""
+"""The initial `A` and `B` matrices of each adapted layer, in float32 in main memory, keyed by parameter name."""
 
 _ADAPTER = "default"
 
 
 @torch.no_grad()
 def first_matrices(model: PeftModel, start: str, seed: int) -> Matrices:
-    """Return the matrices with which the adapter starts. The base is not changed.
+    """Return the adapter's initial matrices. The base is not changed.
 
     Args:
         start: value of `adapter.init`. The rank is at most the smaller size of each layer.
-        seed: seed for an approximate decomposition, which is the only use of random numbers.
+        seed: random seed for an approximate decomposition. Nothing else uses random numbers.
     """
     matrices: Matrices = {}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -67,7 +67,7 @@ def _factors(weight: Tensor, rank: int, scale: float, start: str) -> tuple[Tenso
 
 @torch.no_grad()
 def start_from(model: PeftModel, matrices: Matrices) -> None:
-    """Set the adapter's first matrices, and subtract their product from the base's weights.
+    """Set the adapter's initial matrices, and subtract their product from the base's weights.
 
     Weights are replaced, not overwritten, because several models may share their memory.
     """
@@ -87,7 +87,7 @@ def save_as_lora(adapter: Path, matrices: Matrices) -> None:
 
     Args:
         adapter: folder with adapter_config.json and adapter_model.safetensors.
-        matrices: the matrices with which the adapter started.
+        matrices: the adapter's initial matrices.
     """
     path, converted = adapter / SAFETENSORS_WEIGHTS_NAME, {}
     for name, trained in load_file(path).items():

@@ -1,7 +1,7 @@
 """Stochastic rounding from float32 to bf16. Each number is rounded up or down at random, so that small
 changes are preserved on average.
 
-Learnt changes are often smaller than bf16's precision. Rounding to nearest removes them from most weights, and
+Learned changes are often smaller than bf16's precision. Rounding to nearest removes them from most weights, and
 introduces a bias. After four steps of LoRA and rounding to nearest, held-out answers were less likely by 0.16 nats per
 token under a merged SmolLM2 than under base plus adapter. With stochastic rounding, they were more likely by 0.003.
 (Gupta et al. 2015, "Deep learning with limited numerical precision", section 3.) Numbers that bf16 can represent do not

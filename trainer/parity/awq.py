@@ -17,9 +17,10 @@ _NORMS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm") | dict
 )
 """The norm that precedes each layer, for the architectures in trainer.export.awq."""
 _SOURCES = {"o_proj": "v_proj", "down_proj": "up_proj"}
-"""The layer whose rows produce a layer's inputs, up to a weighted sum or a product."""
+"""For a layer without a preceding norm, the layer whose rows produce its inputs. In between there is only a weighted
+sum (attention) or an elementwise product (gating)."""
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Position of each of eight outputs in an integer, counted in 4-bit groups from the lowest."""
+"""Position of each of eight outputs in a packed integer, counted in groups of 4 bits from the lowest bits."""
 
 
 def read_unscaled(before: Tensors, after: Tensors, layer: str) -> torch.Tensor:
@@ -28,7 +29,7 @@ def read_unscaled(before: Tensors, after: Tensors, layer: str) -> torch.Tensor:
     Args:
         before: the source model.
         after: the AWQ model.
-        layer: name of the layer in both.
+        layer: name of the layer, which is the same in both models.
     """
     module, _, name = layer.rpartition(".")
     rounded = expand(after, layer)

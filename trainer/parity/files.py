@@ -19,7 +19,7 @@ _MAY_DIFFER = {"_name_or_path", "quantization_config", "transformers_version"}
 
 
 def other_files(base: Path, folder: Path) -> list[str]:
-    """Return the names of the files shipped with the weights whose contents differ from the base's."""
+    """Return the names of the files, other than weights and config.json, whose contents differ from the base's."""
     shipped = {name: _content(base / name) for name in SHIPPED_FILES}
     if pinned := pinned_template(base):
         shipped[TEMPLATE_FILE] = pinned.encode("utf-8")

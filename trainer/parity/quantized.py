@@ -19,7 +19,7 @@ from trainer.parity.awq import Tensors, read_unscaled
 
 MAX_OFF = {Format.GPTQ: 0.45, Format.AWQ: 0.45, Format.INT8: 0.1, Format.FP8: 0.1}
 """Maximum ratio of the norm of a layer's change to the norm of its weights. Measured for GPTQ: 0.12 for tiny models,
-0.24 for SmolLM2's worst layer with 32 samples and groups of 64. Scales that are off by half change a layer by 0.5.
+0.24 for SmolLM2's worst layer with 32 samples and groups of 64. Scales that are wrong by 50% change a layer by 0.5.
 Measured for AWQ: 0.11 for tiny models, 0.19 for SmolLM2's worst layer with 32 samples and groups of 32. Measured for
 SmolLM2's worst layer in INT8: 0.012, in FP8: 0.026; a row in which one weight is far larger than the other weights
 changes by more."""

@@ -33,7 +33,7 @@ class CombinedAdapter:
         parts: the adapters, in the order of the recipe.
         bases: revision of the base on which each registered version among the parts was trained, keyed by version.
         rank: rank of the result.
-        seed: seed of the values that DARE drops.
+        seed: random seed that determines which values DARE drops.
     """
 
     combine: Combine

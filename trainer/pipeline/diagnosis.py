@@ -1,4 +1,4 @@
-"""Collects the measurements of a run from which it is diagnosed."""
+"""Collects the measurements that are needed to diagnose a run."""
 
 from collections.abc import Mapping, Sequence
 

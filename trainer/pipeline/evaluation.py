@@ -85,7 +85,8 @@ class RunEvaluation:
         template_kwargs: arguments of the chat template, the same for the base and its versions.
         launch: creates engines; defaults to vLLM processes on this machine.
         pairs: held-out pairs; the first `options.limit` of them are scored.
-        document_length: number of tokens of each document that are scored, or None if the examples are chats.
+        document_length: number of tokens at the start of each document that are scored, or None if the examples are
+            chats.
     """
 
     settings: Settings

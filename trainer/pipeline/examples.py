@@ -36,7 +36,8 @@ Judged = PreferencePair | LabelledAnswer
 _MANY_HELD = 2.0
 """A warning is printed if the share of held-out examples exceeds this multiple of `data.heldout_share`."""
 _FEW = 20
-"""Number of held-out examples beyond the expected number that may be due to chance and do not cause a warning."""
+"""If the number of held-out examples exceeds the expected number by at most this many, no warning is printed, because
+the excess may be due to chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class Examples:
         validation: examples read from `data.validation`.
         selected_by: the examples that were used to select the version's weights or the recipe's values.
         modified_at: time at which the newest local file of `data.train` was last modified, or None without local files.
-        judged: pairs or labeled answers to train on, if the objective is a preference. In that case, `train` contains
-            the better or the labeled answers, in the same order.
+        judged: pairs or labeled answers to train on; empty unless the recipe has a preference objective. With such an
+            objective, `train` contains the better or the labeled answers, in the same order.
         heldout_judged, validation_judged: held-out and validation pairs or labeled answers. `heldout` contains only
             the better or desirable answers, which are the references in the evaluation.
     """
@@ -81,7 +82,7 @@ class Examples:
 
     @property
     def measured_fingerprint(self) -> str:
-        """Fingerprint of the examples in `measured`, or in `measured_judged` if the objective is a preference."""
+        """Fingerprint of the examples in `measured`, or in `measured_judged` for a preference objective."""
         if self.judged:
             return fingerprint_judged(self.measured_judged)
         return fingerprint(self.validation) if self.validation else self.heldout_fingerprint
@@ -202,8 +203,8 @@ def _read_heldout(recipe: Recipe, cache: Path | None) -> Examples:
 
 
 class _Reader:
-    """Reads the files of a recipe as examples. For a preference, an example is a pair's better answer or a labeled
-    answer, and represents its pair or label wherever examples are selected.
+    """Reads the files of a recipe as examples. For a preference objective, an example is a pair's better answer or a
+    labeled answer, and represents its pair or label wherever examples are selected.
     """
 
     def __init__(self, objective: Objective, cache: Path | None, bad_lines: BadLines | None) -> None:
@@ -236,7 +237,7 @@ class _Reader:
 
     def judged(self, examples: Sequence[ChatExample]) -> tuple[Judged, ...]:
         """Return the pairs or labeled answers that the given examples represent. The result is empty if the
-        objective is not a preference.
+        recipe has no preference objective.
         """
         return tuple(self._judged[id(example)][1] for example in examples) if self._judged else ()
 

@@ -1,5 +1,5 @@
-"""Measures forgetting in a run. The base and the served formats answer general questions, and the loss of
-each format is compared with a limit.
+"""Measures forgetting in a run. The base and the served formats answer general questions, and each format's drop in
+correct answers is compared with a limit.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,6 @@
-"""Applies a version's gates: prints which losses a gate can detect, and fails or warns according to its verdict."""
+"""Applies a version's gates: prints how large a drop in quality each gate can detect, and fails or warns according to
+the gate's verdict.
+"""
 
 from svc.errors import TrainingError
 from svc.evaluation.metrics.metric import Metric, Unit
@@ -51,8 +53,8 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
 
 
 def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
-    """Print how far a loss must be from each limit for these examples to give a verdict. Only limits on a share
-    of answers are covered.
+    """Print how far a drop in quality must be from each gate's limit for these examples to give a verdict. Only limits
+    on a share of answers are covered.
     """
     limits = recipe.evaluate
     formats = set(recipe.formats)

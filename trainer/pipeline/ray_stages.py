@@ -3,7 +3,7 @@
     to the node      as a message: recipe, examples, and results of earlier stages
                      through the object store: base, and trained model
     from the node    as a message: results, and hashes of the weights
-                     through the object store: weights of the recipe's formats, with the same keys as a version's
+                     through the object store: weights of the recipe's formats, under the same keys as a version's files
 
 All stages run on one node, which has the weights on its disk. If the node is lost, another node downloads the weights
 of finished stages from the object store. A merged model that is not among the recipe's formats is not stored there, but
@@ -78,8 +78,8 @@ class RayStages:
     Args:
         models: the run's stages, as this machine would run them.
         checkpoints: the run's checkpoints in the object store.
-        node: information about the node that was recorded before training. Nodes with other devices are rejected,
-            because their measurements are not comparable.
+        node: information recorded before training about the node for the stages. Nodes with other devices are
+            rejected, because their measurements are not comparable.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class RayStages:
         self.close()  # the training may need its GPU
 
     def training(self, *, fetches: bool) -> RayProcesses:
-        """Return workers that train the run during their `with` block.
+        """Return workers that carry out the run's training within their `with` block.
 
         Args:
             fetches: whether the trained model is downloaded to this machine.

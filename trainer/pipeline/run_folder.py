@@ -42,7 +42,8 @@ class StoredWeights(BaseModel):
 
     Attributes:
         files: the files, with paths relative to the run's folder.
-        fingerprint: see svc.registry.fingerprint, or None for weights that the engine does not load.
+        fingerprint: fingerprint of the weights (svc.registry.fingerprint), or None for weights that the engine does not
+            load.
     """
 
     model_config = ConfigDict(frozen=True)

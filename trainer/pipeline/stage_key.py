@@ -1,8 +1,9 @@
 """Computes the keys of a run's stages. A key is a short hash of everything that affects the stage's result.
 
 A key covers the stage's inputs: recipe values, data, and the keys of the earlier stages whose files it reads. A change
-to `quantize` therefore does not repeat training, merging or their evaluation. Answers are scored and compared with
-limits when the version is registered, so a change to metrics or limits does not repeat the evaluation.
+to `quantize` therefore does not cause training, merging or the evaluation of the merged model to be repeated. Answers
+are scored and compared with limits when the version is registered, so the evaluation is not repeated after a change to
+metrics or limits.
 """
 
 import hashlib
@@ -34,8 +35,8 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
     """Return the keys of a run's stages, keyed by stage.
 
     Data paths, the checkpoint interval and the held-out loss curve are excluded, because they do not affect the result.
-    As an exception, preference objectives include the held-out curve, because the model must score its examples before
-    training. Devices are excluded because they affect only rounding, so that a run can resume on other devices.
+    For preference objectives, however, the held-out curve is included, because the model must score its examples before
+    training. Devices are also excluded, because they affect only rounding. A run can therefore resume on other devices.
 
     Args:
         trained: hash of an adapter that is not trained in this run. Its path is excluded.
@@ -92,7 +93,7 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
 
 
 def _content(path: Path) -> str | None:
-    """Return the hash of a file used by metrics, so that changing a metric's function repeats the registration.
+    """Return the hash of a file used by metrics, so that the version is registered again after a metric's code changes.
 
     The result is None if the file cannot be read, which is reported later.
     """

@@ -1,5 +1,5 @@
-"""Turns a recipe into a registered version, stage by stage. Each stage reads the files of the earlier
-stages.
+"""Turns a recipe into a registered version, stage by stage. Each stage reads the files that earlier
+stages wrote.
 
 train -> merge -> evaluate (base, merged) -> quantize and qualify each quantized format -> parity -> judge -> register
 
@@ -113,8 +113,8 @@ class Pipeline:
             return version
 
     def _reopen_registration(self) -> None:
-        """Allow the version to be registered again if it was removed, or if it failed a check that it must now
-        pass.
+        """Allow the version to be registered again if it was removed, or if it was registered despite a failed check
+        and this command does not allow that.
         """
         if not self.run.done(Stage.REGISTER):
             return
@@ -138,9 +138,9 @@ class Pipeline:
     def _steps(self) -> dict[Stage, Step]:
         """Return the stages that the recipe's formats need, with the disk space that each stage needs.
 
-        A checkpoint of full fine-tuning contains float32 weights and two moments. With AdamW, that is six times
-        the size of the base in bf16. In addition to the checkpoints to keep, the disk holds the checkpoint being
-        written and the best checkpoint. The checkpoints of a resumed run are already on the disk.
+        A full fine-tuning checkpoint contains the weights in float32 and two moments per weight. With AdamW, that is
+        six times the size of the base in bf16. In addition to the checkpoints to keep, the disk holds the checkpoint
+        being written and the best checkpoint. A resumed run's checkpoints are already on disk.
         """
         run, size = self.run, sum(path.stat().st_size for path in weight_files(self.base.folder))
         kept = self.recipe.checkpoints.keep + 1 + self.recipe.stopping.keep_best
@@ -168,7 +168,7 @@ class Pipeline:
 
     @contextmanager
     def _on_ray(self) -> Iterator[RayStages]:
-        """Connect to the cluster for the `with` block."""
+        """Connect to the cluster for the duration of the `with` block."""
         shared = self._shared_checkpoints
         assert shared is not None  # noqa: S101 - see the property
         shared.fetch_tracking()
@@ -218,7 +218,9 @@ class Pipeline:
         return self._train_in(None, self._check_formats())
 
     def _train_on(self, cluster: RayStages) -> RemoteResult:
-        """Train on a cluster. A complete model stays in the object store."""
+        """Train on a cluster. With full fine-tuning, the trained model stays in the object store; an adapter is
+        downloaded.
+        """
         served_length = self._check_formats()
         cluster.check()
         with cluster.training(fetches=not self._full) as processes:
@@ -235,8 +237,8 @@ class Pipeline:
         return TrainingSummary(steps=0, tokens=0, tokens_per_second=0.0, seconds=0.0)
 
     def _check_formats(self) -> int | None:
-        """Check before training that the examples of each format can be evaluated. Return the maximum length of an
-        example in tokens, or None if no format is served.
+        """Check before training that the served formats can be evaluated on the held-out examples. Return the maximum
+        length of an example in tokens, or None if no format is served.
         """
         if set(self.recipe.formats).isdisjoint(SERVED_FORMATS):
             return None
@@ -295,7 +297,7 @@ class Pipeline:
     @property
     def _fitted_recipe(self) -> Recipe:
         """The recipe, with gradient checkpointing enabled if the estimate for this machine requires it. The setting
-        does not affect the run's keys, so another machine may resume the run with a different setting.
+        is not part of the run's stage keys, so another machine may resume the run with a different setting.
         """
         if self.expected is None:
             return self.recipe

@@ -1,6 +1,6 @@
-"""Records which MLflow run belongs to a run folder, and sends the run's curves.
+"""Records which MLflow run belongs to a run folder, and sends the run's curves to MLflow.
 
-The run is created only once, so that a resumed run continues it. If the MLflow server is down or slow, the training is
+The run is created only once, so that a resumed run continues it. If the MLflow server is down or slow, training is
 neither stopped nor delayed.
 """
 
@@ -46,7 +46,8 @@ def tracked_run(path: Path, start: Callable[[], str]) -> str:
 
 @contextmanager
 def sending_curve(tracking: Tracking, run_id: str) -> Iterator[Report]:
-    """Yield a function that takes an optimizer step and its metrics, which a thread sends to MLflow.
+    """Yield a function that takes an optimizer step and its metrics, and queues them for a thread that sends them to
+    MLflow.
 
     Metrics that could not be sent are sent again with the next metrics, and at the end of the block. If MLflow still
     does not respond then, the metrics are lost, and a warning is logged.

@@ -1,5 +1,5 @@
-"""Finds an adapter that was trained elsewhere, checks that it fits its base, and copies it, so that no adapter is
-trained.
+"""Finds an adapter that was trained elsewhere, checks that it fits its base, and copies it into the run in place
+of a newly trained one.
 
 PEFT silently ignores tensors that do not fit the model. The names and shapes of all tensors are therefore compared with
 the tensors that PEFT itself would write for this base. Only configs and headers are read.
@@ -49,8 +49,8 @@ class TrainedAdapter:
 
     @property
     def base(self) -> str | None:
-        """The base model id in the adapter's config, or None if the config contains a path, which may refer to another
-        machine.
+        """The base model id in the adapter's config, or None if the config contains a path, which may be valid only on
+        another machine.
         """
         named = str(self.config.get("base_model_name_or_path") or "")
         return named if named in KNOWN or _HUB_ID.fullmatch(named) else None
@@ -100,8 +100,9 @@ class TrainedAdapter:
         }
 
     def copy_to(self, out: Path, base: Path) -> None:
-        """Copy the adapter to a new folder. In the copy's config, the base becomes the given folder, and a pattern for
-        layers becomes a list of layer names, because an engine needs a local base and explicit names.
+        """Copy the adapter to a new folder. In the copy's config, the base is set to the given folder, and a pattern
+        that selects layers is replaced with a list of layer names, because an engine needs a local base and explicit
+        names.
         """
         out.mkdir(parents=True)
         shutil.copyfile(self.folder / _WEIGHTS_FILE, out / _WEIGHTS_FILE)
@@ -143,7 +144,7 @@ def find_adapter(name: str, cache: Path) -> TrainedAdapter:
         cache: folder for downloads.
 
     Raises:
-        BaseModelError: the adapter does not exist, is not in safetensors, or is of an unsupported kind.
+        BaseModelError: the adapter does not exist, is not in safetensors format, or is of an unsupported kind.
         IntegrityError: a file is damaged.
     """
     folder = Path(name).expanduser() if is_folder(name) else fetch_adapter(name, cache)

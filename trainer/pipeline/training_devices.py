@@ -1,4 +1,4 @@
-"""Chooses the devices of a training run on this machine, and prints them with the reasons."""
+"""Chooses the devices of a training run on this machine, and prints the choice and the reasons for it."""
 
 from collections.abc import Sequence
 

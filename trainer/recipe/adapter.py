@@ -27,14 +27,14 @@ class AdapterType(StrEnum):
 
 
 class Quantization(StrEnum):
-    """Number format of the frozen weights during the training of an adapter."""
+    """How the frozen weights are stored while an adapter is trained."""
 
     NF4 = "nf4"
     """Quantization to four bits, with quantized scales (Dettmers et al. 2023)."""
 
 
 class TokenLayer(StrEnum):
-    """Layer whose weight matrix has one row per token. Tied layers share their weights."""
+    """Layer whose weight matrix has one row per token of the vocabulary. Tied layers share their weights."""
 
     EMBEDDING = "embed_tokens"
     HEAD = "lm_head"
@@ -62,11 +62,11 @@ class Method(StrEnum):
 
 MAX_RANK = 1024
 GAUSSIAN, OLORA, PISSA = "gaussian", "olora", "pissa"
-"""Values of `adapter.init`, named as in PEFT. The values for an approximate PiSSA also start with `pissa`."""
+"""Values of `adapter.init`, named as in PEFT. The values for approximate PiSSA also start with `pissa`."""
 
 
 def pissa_iterations(init: str) -> int | None:
-    """Return the number of iterations for an approximate PiSSA, or None for an exact PiSSA."""
+    """Return the number of iterations for approximate PiSSA, or None for exact PiSSA."""
     return int(number) if (number := init.partition("_niter_")[2]) else None
 
 

@@ -47,7 +47,7 @@ def _as_template(value: Any) -> Any:
 
 
 def is_folder(name: str) -> bool:
-    """Return whether the name of a model is a path, and not an id on the Hugging Face Hub."""
+    """Return whether the name of a model is a path rather than a Hugging Face Hub id."""
     return name.startswith((".", "/", "~"))
 
 

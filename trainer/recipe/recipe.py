@@ -325,8 +325,8 @@ class Recipe(Section):
         return self.train.learning_rate or self.usual_learning_rate(width)
 
     def usual_learning_rate(self, width: int) -> float:
-        """Return the default learning rate for a base of the given width. It depends on the objective and on the
-        adapter type, or on full fine-tuning in place of an adapter.
+        """Return the default learning rate for a base of the given width. The rate also differs between
+        objectives, between adapter types, and for full fine-tuning.
 
         The rate is inversely proportional to the square root of the width. This exponent, 0.5, lies between the
         exponents of "LoRA Without Regret" for Llama (0.78) and Qwen (0.08). For models from 1B to 70B, it gives rates

@@ -70,7 +70,7 @@ Devices = Annotated[
 
 
 DEVICE_KEYS = {"devices", "sharding"}
-"""Keys of `train` that affect the result only in rounding and random numbers."""
+"""Keys of `train` that affect the result only through rounding and random numbers."""
 
 
 class Train(Section):

@@ -174,8 +174,8 @@ def _import_data(draft: Draft, folder: Path) -> None:
 
 
 def _limit(draft: Draft, datasets: list[Any]) -> None:
-    """Import the slice of the config's only dataset, such as `train[:1000]`. Other kinds of slices, such as
-    percentages, cannot be imported.
+    """Import a dataset's slice, such as `train[:1000]`, if the config has only one dataset. Other kinds of slices,
+    such as percentages, cannot be imported.
     """
     for number, dataset in enumerate(datasets):
         split = str(dataset.get("split") or "train") if isinstance(dataset, dict) else "train"

@@ -1,7 +1,7 @@
 """The recipe that an import builds, and notes on keys that could not be imported unchanged.
 
-An importer takes the keys of the other tool's file one by one. Keys that remain at the end are reported, so that no key
-is lost silently.
+An importer takes the keys of the other tool's config one by one. Keys that remain at the end are reported, so that no
+key is lost silently.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ class Note:
     """A key of the other tool that was not imported unchanged.
 
     Attributes:
-        key: key in the other tool's file.
+        key: key in the other tool's config.
         text: explanation, or an empty string if there is nothing to explain.
     """
 
@@ -43,7 +43,7 @@ class Draft:
     """A recipe that is being built.
 
     Args:
-        content: the other tool's file. Keys that are taken are removed from it.
+        content: contents of the other tool's config, from which `take` removes keys.
 
     Attributes:
         values: values of the recipe by dotted key.
@@ -55,7 +55,9 @@ class Draft:
     notes: list[Note] = field(default_factory=list)
 
     def take(self, key: str, default: Any = None) -> Any:
-        """Remove a key from the other tool's file and return its value, or the default if it is missing or null."""
+        """Remove a key from the other tool's config and return its value, or the default if the key is missing or its
+        value is null.
+        """
         value = self.content.pop(key, None)
         return default if value is None else value
 
@@ -67,20 +69,20 @@ class Draft:
             self.values[name] = value
 
     def changed(self, key: str, text: str) -> None:
-        """Note that a key was imported although its meaning differs slightly."""
+        """Add a note that a key was imported although its meaning differs slightly."""
         self.notes.append(Note(key, Effect.CHANGED, text))
 
     def leave_out(self, key: str, text: str) -> None:
-        """Note that a key was not imported although training differs without it."""
+        """Add a note that a key was not imported although training differs without it."""
         self.notes.append(Note(key, Effect.LEFT_OUT, text))
 
     def leave_out_if_set(self, key: str, text: str) -> None:
-        """Take a key that cannot be imported, and note it if it has an effect."""
+        """Take a key that cannot be imported, and add a note if the key has an effect."""
         if self.take(key) not in _OFF:
             self.leave_out(key, text)
 
     def finish(self, not_needed: Iterable[str]) -> None:
-        """Report the keys that were not taken.
+        """Add notes on the keys that were not taken.
 
         Args:
             not_needed: keys that the trainer does not need, given by name or as a prefix followed by an asterisk.

@@ -40,7 +40,7 @@ class ImportedRecipe:
     refused: str | None
 
     def note_lines(self) -> list[str]:
-        """Return the notes as lines of text, grouped by the effect of the import on the keys."""
+        """Return the notes as lines of text, grouped by how the import handled each key."""
         lines = [f"svc train would reject this recipe: {self.refused}"] if self.refused else []
         for effect, heading in _HEADINGS.items():
             notes = [note for note in self.notes if note.effect is effect]

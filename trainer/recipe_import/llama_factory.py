@@ -82,8 +82,8 @@ def import_llama_factory(draft: Draft, folder: Path, beginning: Path) -> None:
 
     Args:
         folder: folder of the new recipe.
-        beginning: folder of the config. The list of datasets is searched for in `dataset_dir` below the working
-            directory, this folder and its parents.
+        beginning: folder of the config. The dataset list is looked up in `dataset_dir`, relative first to the working
+            directory, then to this folder and each of its parents.
 
     Raises:
         RecipeError: the config trains something other than a text model on examples or preferences.
@@ -159,7 +159,7 @@ def _listed(names: str | list[str]) -> list[str]:
 
 
 def _find_info(dataset_dir: str, beginning: Path) -> Path | None:
-    """Return the file that lists the locations of datasets, or None if it does not exist."""
+    """Return the path of the file that lists the datasets and their locations, or None if there is no such file."""
     places = (place / dataset_dir / _DATASET_INFO for place in (Path.cwd(), beginning, *beginning.parents))
     return next((place for place in places if place.is_file()), None)
 

@@ -3,7 +3,7 @@ which trial wins.
 
 Held-out loss says little about general ability, and does not fully predict the primary metric. Measuring either of them
 requires generated answers, so only a few trials are measured, on a single engine. Each adapter is merged, and the
-merged weights are loaded in place, in the same way as `svc train` evaluates a version. This works for every adapter
+merged weights are loaded in place, as they are when `svc train` evaluates a version. This works for every adapter
 type, including those that vLLM does not serve.
 """
 
@@ -179,7 +179,7 @@ class Finals:
         """Choose the winner among the finalists.
 
         Finalists that forget too much are excluded; if all of them do, the one that forgets least wins. Of the
-        remaining finalists, those whose primary metric is worse than the best value by more than chance are excluded
+        remaining finalists, those whose primary metric is significantly worse than the best value are excluded
         too. Held-out loss decides among the rest.
 
         Args:
@@ -296,7 +296,7 @@ class Finals:
         Stored answers are reused.
 
         Args:
-            make: returns the model's folder. It is called only if answers are missing.
+            make: function that returns the model's folder. It is called only if answers are missing.
         """
         runner, kwargs = self.runner, self.runner.template_kwargs
         cache = evaluation_cache(self.settings, self.capabilities, revision, runner.base.folder, template_kwargs=kwargs)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 CURVE_FILE = "curve.json"
 _MIN_EXAMPLES = 20
-"""Minimum number of examples for a learning curve. With fewer, a tenth of them is too few to train on."""
+"""Minimum number of examples for a learning curve. With fewer, the smallest subset (one tenth) is too small to train
+on."""
 _SHARES = (0.1, 0.25, 0.5, 1.0)
 _MIN_POINTS = 4
 _EXPONENTS = np.linspace(0.05, 2.0, 79)
@@ -95,12 +96,12 @@ class LearningCurve(_Result):
 
 
 def run_curve(runner: "TrialRunner") -> LearningCurve:
-    """Run the training runs that are still missing, then write and return the learning curve. The caller must
+    """Complete the remaining training runs, then write and return the learning curve. The caller must
     hold the runner's lock.
 
     Raises:
         DataError: there are too few examples.
-        InterruptedRunError: the curve was interrupted; running the same command again resumes it.
+        InterruptedRunError: the command was interrupted; running the same command again resumes it.
         TrainingError: the loss of a training run exploded, or memory ran out.
     """
     examples, rows = runner.examples.train, runner.data.train

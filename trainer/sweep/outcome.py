@@ -28,7 +28,7 @@ class Summary(BaseModel):
     Attributes:
         values: recipe keys that the trial changes, with their values.
         loss: held-out loss in nats per answer token, or None if the trial was not completed.
-        seconds: duration of training in the process that finished it.
+        seconds: time that training took in the process that finished it.
         why: the reason why the trial was not completed.
     """
 
@@ -48,7 +48,7 @@ class TrialOutcome(Summary):
     Attributes:
         key: key that identifies the trial's training (`trainer.sweep.values.training_key`).
         heldout_each: loss of each held-out example, in the same order in all trials.
-        points: one point for each training step.
+        points: points of the training curve, one for each step.
         watched: held-out loss on a subset of the examples, measured during training and keyed by step.
     """
 
@@ -64,7 +64,7 @@ class TrialOutcome(Summary):
 
     @property
     def overfits(self) -> bool:
-        """Whether held-out loss rose from its minimum by more than chance while training loss kept falling."""
+        """Whether held-out loss rose significantly from its minimum while training loss kept falling."""
         measured = [point for point in self.points if point.heldout_each]
         if not measured:
             return False
@@ -90,7 +90,7 @@ class TrialComparison:
         return paired_difference(first.heldout_each, second.heldout_each, self.tokens)
 
     def distinct(self, first: TrialOutcome, second: TrialOutcome) -> bool:
-        """Return whether the losses of two trials differ by more than chance."""
+        """Return whether the losses of two trials differ significantly."""
         difference = self.difference(first, second)
         return difference.low > 0 or difference.high < 0
 

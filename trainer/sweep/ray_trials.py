@@ -1,7 +1,7 @@
 """Trains the trials of a sweep on a Ray cluster, several at the same time. See docs/ray.md.
 
-Each trial trains like `svc train --on ray`, in a thread of this process: with its own workers, and with its checkpoints
-in the object store. This module does not import torch.
+Each trial is run by a thread of this process, but trained as with `svc train --on ray`: it has its own workers, and its
+checkpoints are in the object store. This module does not import torch.
 """
 
 from collections.abc import Callable, Iterator
@@ -66,7 +66,7 @@ class _Session:
 
 
 class RayTrials:
-    """Trains trials on a cluster, for the duration of the `with` block of `joined`.
+    """Trains trials on a cluster. Trials can only be trained within the `with` block of `joined`.
 
     Args:
         base: base model of all trials.
@@ -196,11 +196,11 @@ class RayTrials:
             )
 
     def untrained_losses(self, data: "TrialData", recipe: Recipe, folder: Path) -> tuple[float, ...]:
-        """Return the untrained model's loss on each judged example.
+        """Return the untrained model's loss on each example in `TrialData.judged`.
 
         Args:
-            folder: path in the form of a trial folder, from which a name in the object store is derived. Nothing is
-                written to it.
+            folder: path of the same form as a trial folder's, from which a name in the object store is derived. Nothing
+                is written to this path.
 
         Raises:
             InterruptedRunError: a signal was received.

@@ -53,7 +53,8 @@ _RANDOM = 5
 
 Space = Mapping[str, Sequence[Any] | Between]
 StartTrial = Callable[[int, Values, Watch], "Future[TrialOutcome]"]
-"""Starts a trial with a number and the given values. Trials that require the same training share a future."""
+"""Function that starts the trial with the given number and values. Trials that require the same training share
+a future."""
 
 
 class Phase(StrEnum):
@@ -224,7 +225,7 @@ class Search:
 
     def _epochs(self, best: TrialOutcome) -> TrialOutcome:
         """Try one epoch, then more epochs as long as each increase lowers held-out loss. From the largest
-        planned number of epochs on, the loss must fall by more than chance.
+        planned number of epochs on, the loss must fall significantly.
         """
         own = None if self.recipe.train.steps else self.recipe.train.epochs
         lengths = sorted({*_EPOCHS, own or 1.0})
@@ -401,7 +402,7 @@ class _Pruning:
         self._losses: dict[int, float] = {}
 
     def __call__(self, step: int, loss: float) -> None:
-        """Raise TrialPruned if the loss is above the median of the earlier trials."""
+        """Raise TrialPruned if the trial's lowest loss so far is above the earlier trials' median loss at this step."""
         self._losses[step] = loss
         trial = optuna.trial.create_trial(state=TrialState.RUNNING, intermediate_values=self._losses)
         if _pruner().prune(self._earlier, trial):

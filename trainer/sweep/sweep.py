@@ -38,8 +38,8 @@ class SweepResult(BaseModel):
     """Result of a sweep. Losses are in nats per answer token.
 
     Attributes:
-        winner: values that the winner changes in the recipe. Empty if no trial is better by more than
-            chance.
+        winner: values that the winner changes in the recipe. Empty if no trial is significantly
+            better.
         recipe: loss of the unchanged recipe, or None if that trial did not complete.
         runner_up: values of the best trial apart from the winner, or None if no other trial was completed.
         difference: held-out loss of the runner-up minus the winner's.

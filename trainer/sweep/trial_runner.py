@@ -1,5 +1,5 @@
-"""Runs the trials of a sweep or learning curve. Its folder contains a lock, the trials and the ids of their
-MLflow runs.
+"""Runs the trials of a sweep or learning curve. Each sweep or curve has a folder that contains a lock, the trials and
+the ids of their MLflow runs.
 
     $SVC_HOME/sweeps/NAME-KEY/   lock  mlflow.json  base.json  study.db  result.json  winner.yaml
     trials.svg  parallel.json
@@ -229,7 +229,7 @@ class TrialRunner:
             values: the values to change in the recipe.
             watch: called with a step and its held-out loss after each measurement. It can raise
                 `optuna.TrialPruned` to prune the trial.
-            train: the rows of each example to train on, or None for all examples.
+            train: examples to train on, each as a sequence of rows, or None for all examples.
             title: name of the trial, used as a prefix of the trial's output on a cluster.
 
         Raises:

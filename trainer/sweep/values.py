@@ -30,8 +30,8 @@ def with_values(recipe: Recipe, values: Values) -> Recipe:
 
 
 def training_key(recipe: Recipe) -> str:
-    """Return a key that identifies a trial's training. A default gives the same key as the same value set
-    explicitly.
+    """Return a key that identifies a trial's training. The key does not depend on whether a default value is
+    set explicitly.
     """
     content = {key: value for key, value in recipe.flat().items() if key.startswith(("adapter.", "train."))}
     if recipe.train.steps is not None:

@@ -45,7 +45,7 @@ class TrainerRows:
     """A run's rows, in the form that its trainer expects.
 
     Attributes:
-        collator: function that forms a batch of rows, or None for TRL's.
+        collator: function that combines rows into a batch, or None for TRL's default.
         tokens: number of tokens in the training rows.
         heldout: rows whose loss is measured during training.
     """
@@ -94,8 +94,8 @@ def assemble_trainer(
     bits.
 
     Args:
-        curve: other rows to measure during training, and the steps at which to do so, or None to use
-            `rows.heldout`.
+        curve: other rows whose loss is measured during training, and the steps at which to measure it, or None to
+            use `rows.heldout`.
         load: function that loads the base's weights.
         make: class of the trainer.
 
@@ -179,7 +179,7 @@ def _start_from_base(model: PeftModel, setup: TrainerSetup) -> Matrices:
 
 
 def _trained_tokens(rows: TrainerRows, steps: int, train: Train) -> float:
-    """Return the approximate number of tokens processed in all steps together."""
+    """Return the approximate total number of tokens processed in all steps."""
     count = len(rows.dataset)
     in_a_step = min(train.batch_size * train.gradient_accumulation, count)
     return steps * in_a_step / count * rows.tokens

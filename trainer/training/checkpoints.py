@@ -53,7 +53,7 @@ class CheckpointFolder:
 
         Args:
             step: number of optimizer steps so far.
-            best: the step whose checkpoint is kept regardless of its age.
+            best: the step whose checkpoint is kept regardless of its age, or None if there is no such step.
 
         Raises:
             DiskSpaceError: the disk is full. Earlier checkpoints are kept.

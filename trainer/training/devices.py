@@ -37,7 +37,8 @@ class DeviceChoice:
     """The devices of a training run.
 
     Attributes:
-        devices: one or more devices. Empty if the run trains in its own process, on the first GPU or the CPU.
+        devices: devices to train on, with one process for each. Empty if the run trains in the current process, on the
+            first GPU or the CPU.
         reasons: reasons why other GPUs are not used, and warnings about listed GPUs that are in use.
     """
 

@@ -36,8 +36,8 @@ class LoadedBase:
         return load_tokenizer(self.folder)
 
     def load(self, base: Path, form: ModelForm) -> PreTrainedModel:
-        """Return a copy of the model as loaded by `load_model`. If the form is the same as in the previous call, the
-        folder is not read again.
+        """Return a copy of the model that `load_model` returns. The folder is read again only if `form` differs from
+        the previous call's `form`.
         """
         if self._model is None or form != self._form:
             self._model, self._form = load_model(base, form), form

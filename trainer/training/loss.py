@@ -154,10 +154,10 @@ def as_forward_pass(model: torch.nn.Module, work: Callable[[], Tensor], inputs: 
 def fused_head_is_right(model: PreTrainedModel | PeftModel) -> bool:
     """Return whether TRL's output head computes the same log-probabilities as the model's own forward pass.
 
-    TRL multiplies hidden states by the head's weights itself. TRL reads from config keys how most models change logits,
-    such as the scale of Granite and Cohere and the soft cap of Gemma. TRL silently ignores changes that it does not
-    know, such as RecurrentGemma's cap and Inkling's scale. These changes are detected with hidden states whose logits
-    reach 100, where the difference far exceeds the rounding of any data type.
+    TRL multiplies hidden states by the head's weights itself. For most models that scale or cap their logits, such as
+    Granite, Cohere and Gemma, TRL finds the scale or cap in the config. TRL silently ignores scales and caps that it
+    does not know, such as RecurrentGemma's cap and Inkling's scale. These are detected with hidden states whose logits
+    reach 100, where the difference far exceeds the rounding error of any data type.
 
     Args:
         model: a model to which TRL has added its output head.
@@ -218,8 +218,8 @@ def answer_token_losses(
 def answer_logprobs(
     model: PreTrainedModel | PeftModel, input_ids: Tensor, labels: Tensor, balance: "Balance | None" = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the log-probability of each row's answer in nats, summed over its tokens, with its gradient, and the
-    number of these tokens. For the other arguments, see `answer_loss`.
+    """Return the log-probability of each row's answer, in nats and summed over its tokens, and the number of these
+    tokens. The log-probabilities can be differentiated. For the other arguments, see `answer_loss`.
 
     Args:
         balance: receives the load-balancing loss of a mixture of experts. If given, each row is computed in full.

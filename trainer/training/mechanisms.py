@@ -161,7 +161,7 @@ def check_liger(model: nn.Module, *, chosen: bool) -> None:
     """Check that Liger has replaced a part of every layer if it was chosen, and no part otherwise.
 
     Raises:
-        TrainingError: Liger is not active as chosen.
+        TrainingError: Liger was chosen but is not active, or is active although it was not chosen.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
     wrong = {name for name, layer in layers.items() if any(map(_is_liger, layer.modules())) is not chosen}
@@ -191,7 +191,7 @@ def check_checkpointing(model: nn.Module, *, chosen: bool) -> None:
     """Check that gradient checkpointing is on in every layer if it was chosen, and in none otherwise.
 
     Raises:
-        TrainingError: checkpointing is not set as chosen.
+        TrainingError: checkpointing was chosen but is off in a layer, or is on although it was not chosen.
     """
     layers = checkpointed_layers(model)
     wrong = [layer for layer in layers if layer.gradient_checkpointing is not chosen]
@@ -335,14 +335,14 @@ def check_optimizer_class(optimizer: torch.optim.Optimizer, chosen: Optimizer, *
 def check_lora_plus(
     optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float, ratio: float | None
 ) -> None:
-    """Check that LoRA's B matrices have their own peak learning rate, and that all other weights have the recipe's
-    learning rate.
+    """Check that LoRA's B matrices have their own peak learning rate, and that all other trained matrices have the
+    recipe's learning rate. Vectors, such as DoRA's magnitudes, are not checked.
 
     Args:
         ratio: learning rate of B as a multiple of A's learning rate, or None if both are the same.
 
     Raises:
-        TrainingError: a weight has another learning rate. DoRA's magnitudes may have either.
+        TrainingError: a matrix has a different learning rate.
     """
     rates = {
         id(weight): group.get("initial_lr", group["lr"])

@@ -52,7 +52,7 @@ class PreferenceTrainer(ResumableTrainer):
     As in TRL, the load-balancing loss of a mixture of experts is added, as a mean over batches.
 
     Args:
-        recipe: the run's recipe, whose objective is not `sft`.
+        recipe: the run's recipe, whose objective is dpo, orpo or kto.
     """
 
     loss_is_scaled_for_ga = True  # transformers must not divide it by the number of accumulated batches
@@ -181,7 +181,7 @@ class PreferenceTrainer(ResumableTrainer):
         return dpo_losses(first - before[0], second - before[1], (one, other), self._preference) * real
 
     def _mean(self, values: Tensor, real: Tensor) -> Tensor:
-        """Return the mean over all devices of the values of real comparisons."""
+        """Return the mean value of all comparisons that are not fillers, over all devices."""
         total, count = self.accelerator.gather(torch.stack([values.sum(), real.sum()])).view(-1, 2).sum(dim=0)
         return total / count
 

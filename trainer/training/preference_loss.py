@@ -31,8 +31,8 @@ def dpo_losses(chosen: Tensor, rejected: Tensor, tokens: tuple[Tensor, Tensor], 
 
 
 def orpo_losses(chosen: Tensor, rejected: Tensor, preference: Preference) -> Tensor:
-    """Return ORPO's loss for each pair: the chosen answer's negative log-likelihood, and the log odds ratio (Hong et
-    al. 2024, eq. 6 and 7).
+    """Return ORPO's loss for each pair: the chosen answer's negative log-likelihood plus `beta` times the odds ratio
+    loss (Hong et al. 2024, eq. 6 and 7).
 
     Args:
         chosen, rejected: mean log-probability of each answer's tokens, of shape [pairs].

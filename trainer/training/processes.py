@@ -114,7 +114,7 @@ class Call:
 @dataclass(frozen=True, slots=True)
 class Listens:
     """Message that says that the processes are now ready to handle signals. The caller then sends the first signal that
-    it receives. Earlier signals stop the processes.
+    it receives. Until then, a signal stops the processes.
     """
 
 

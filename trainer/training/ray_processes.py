@@ -42,7 +42,7 @@ node dead after 14 s."""
 _REPLACEMENT_S = 600.0
 _CLEAN_S = 5.0
 _ATTEMPTS = 3
-"""Number of consecutive losses of workers, without a new checkpoint in between, after which the run fails."""
+"""The run fails when workers are lost this many times in a row without a new checkpoint in between."""
 _STOPPED = "stopped by {} before the first step"
 
 
@@ -285,7 +285,9 @@ class RayProcesses:
         self._workers = None
 
     def kill(self) -> None:
-        """Kill the workers, without checkpoints. Call this from a different thread than `run`, which then fails."""
+        """Kill the workers without saving checkpoints. Call this from a different thread than `run`, which then
+        fails.
+        """
         if workers := self._workers:
             workers.kill()
 
@@ -311,7 +313,7 @@ class RayProcesses:
         return self._repeat(work, arguments, own, "restarting all workers from the newest checkpoint")
 
     def call(self, work: Callable[..., Any], *arguments: object) -> Any:
-        """Call `work`, for a task other than training, in the only worker, and return the result. If the worker is
+        """Call `work` in the only worker, for a task other than training, and return the result. If the worker is
         lost, `work` is called again on another node.
 
         Args:
@@ -523,7 +525,7 @@ class _Workers:
 
 
 def check_equal(facts: Sequence[NodeFacts]) -> None:
-    """Check that all workers compute with the same version and the same kind of device.
+    """Check that all workers run this version of the project on the same kind of device.
 
     Raises:
         TrainingError: a node has a different version of this project, or a different kind of device.

@@ -195,9 +195,9 @@ def trainer_in_group(
     *,
     sharded: bool,
 ) -> Iterator[tuple[ResumableTrainer, GroupPreemption, Caller]]:
-    """Join the group of one of several processes for the duration of the `with` block. Yield its trainer, the signals
-    of the caller, and the connection to the caller, whose functions `report` and `on_checkpoint` the first process
-    calls.
+    """Connect this process to its group for the duration of the `with` block. Yield this process's trainer, the object
+    that receives the caller's signals, and the connection to the caller. Through that connection, the first process
+    calls the caller's functions `report` and `on_checkpoint`.
 
     Raises:
         TrainingError: memory runs out.
@@ -238,8 +238,8 @@ def ignore(*arguments: object) -> None:
 
 
 def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption, number_type: NumberType) -> float:
-    """Train to the end, resuming from the newest checkpoint if there is one. Return the seconds spent in this
-    process.
+    """Train to the end, resuming from the newest checkpoint if there is one. Return the time spent in this
+    process, in seconds.
 
     Raises:
         InterruptedRunError: a signal was received, and a checkpoint was written.

@@ -112,7 +112,7 @@ def whole(value: Tensor, *, keep: bool) -> Tensor:
     """Gather a tensor in main memory. A tensor that is not sharded is only copied.
 
     Args:
-        keep: whether this process needs the result. If not, it is an empty tensor.
+        keep: whether this process needs the result. If not, an empty tensor is returned.
     """
     gathered = value.detach()
     if isinstance(gathered, DTensor):

@@ -3,7 +3,8 @@
 A checkpoint contains everything that the next step depends on: trained weights, optimizer, schedule, random number
 state, position in the data, the losses so far, AdaLoRA's allocator, the reference log-probabilities of preference
 tuning, PiSSA's initial matrices and, in float16, the loss scale. It also records the data type used for computation.
-Trained weights are always in float32, so a machine with another data type can resume from it. Imports torch and TRL.
+Trained weights are always in float32, so a machine that computes in another data type can resume from
+it. Imports torch and TRL.
 """
 
 import hashlib
@@ -57,8 +58,8 @@ _NUMBER_TYPE = "number_type"  # in the header of the weights' file
 
 
 class ResumableTrainer(AnswerTrainer):
-    """`AnswerTrainer` with complete checkpoints, a data order that has no hidden state, and measurements of
-    held-out loss.
+    """`AnswerTrainer` with complete checkpoints, a data order that can be recomputed for any epoch,
+    and measurements of held-out loss.
 
     Args:
         checkpoints: folder of the checkpoints.
@@ -432,7 +433,7 @@ class _StepStart(TrainerCallback):
         self._tokens_before, self._began = int(state.num_input_tokens_seen), time.monotonic()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Store the random state and token count, which are those at the start of the next step."""
+        """Store the random state and token count with which the next step starts."""
         on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         self._random = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
         self._tokens = int(state.num_input_tokens_seen)
@@ -471,7 +472,7 @@ def hear_signals_between_layers(model: torch.nn.Module) -> None:
 
 
 def number_type_of(checkpoint: Path) -> NumberType:
-    """Return the data type in which a checkpoint was computed."""
+    """Return the data type that training used for computation when it saved a checkpoint."""
     with safe_open(checkpoint / _WEIGHTS, framework="pt") as file:
         # Checkpoints without this entry were computed in bfloat16.
         return NumberType((file.metadata() or {}).get(_NUMBER_TYPE, NumberType.BFLOAT16))

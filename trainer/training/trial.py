@@ -1,8 +1,8 @@
 """Trains only to measure held-out loss, without merging or serving anything. Imports torch and TRL.
 
-A trial on this machine trains on one device. Its result is bit for bit the same as that of `train_model` on this device
-with the same recipe, even after other training runs in the same process. On a cluster, a trial trains on one or more
-devices.
+A trial on this machine trains on one device. Its result is bit-for-bit identical to the result of `train_model` on
+this device with the same recipe, even after other training runs in the same process. On a cluster, a trial trains on
+one or more devices.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +41,7 @@ from trainer.training.sft import (
 from trainer.training.trainer import ResumableTrainer, answer_tokens
 
 _MEASUREMENTS = 3
-"""Number of times that the watched examples are measured in a trial: once after each third of the steps."""
+"""Number of times that the loss of the watched examples is measured in a trial: once after each third of the steps."""
 _STOPPING = Stopping(curve=False)
 """Settings that replace the recipe's `stopping` section in a trial."""
 
@@ -68,7 +68,8 @@ class TrialRun:
     Attributes:
         steps: number of optimizer steps.
         heldout_each: loss of each example in `TrialData.judged`, in nats per answer token.
-        points: one point per step, with the losses of the watched examples if they were measured.
+        points: points of the training curve, one per step, with the losses of the watched examples if they were
+            measured.
     """
 
     steps: int
@@ -86,7 +87,8 @@ def train_trial(
     number_type: NumberType,
     adapter: Path | None = None,
 ) -> TrialRun:
-    """Train with the recipe, ignoring its `stopping` section, and then measure the loss of each judged example.
+    """Train with the recipe, ignoring its `stopping` section, and then measure the loss of each example in
+    `data.judged`.
 
     Training resumes from the newest checkpoint if there is one.
 
@@ -109,7 +111,7 @@ def train_trial(
 def untrained_losses(
     base: LoadedBase, data: TrialData, recipe: Recipe, folder: Path, *, number_type: NumberType
 ) -> tuple[float, ...]:
-    """Return the untrained model's loss on each judged example.
+    """Return the untrained model's loss on each example in `data.judged`.
 
     Raises:
         InterruptedRunError: a signal was received.
@@ -134,7 +136,7 @@ def train_trial_in(
     sharded: bool,
     saves: bool,
 ) -> TrialRun:
-    """Do the same as `train_trial` in other processes, which train together.
+    """Do the same as `train_trial`, but in `processes`, which train the model together.
 
     Args:
         folders: `out` receives the adapter.
@@ -162,7 +164,7 @@ def untrained_losses_in(
     number_type: NumberType,
     sharded: bool,
 ) -> tuple[float, ...]:
-    """Do the same as `untrained_losses` in other processes.
+    """Do the same as `untrained_losses`, but in `processes`, which share the work.
 
     Raises:
         InterruptedRunError: a signal was received.
@@ -208,7 +210,7 @@ def _measure_in(
 def _finish(
     trainer: ResumableTrainer, judged: Sequence[TokenizedExample], asked: Preemption, number_type: NumberType
 ) -> TrialRun:
-    """Train to the end, and measure the loss of each judged example.
+    """Train to the end, and measure the loss of each example in `judged`.
 
     Raises:
         InterruptedRunError: a signal was received, and a checkpoint was written.

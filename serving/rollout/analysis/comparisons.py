@@ -23,8 +23,8 @@ from svc.evaluation.verdict import GateOutcome
 
 PERCENTILE = 0.95
 _MIN_PRODUCTION = 50
-"""Number of production units needed for a first estimate of their 95th percentile. Latencies are not compared until
-then."""
+"""Number of production units needed before production's 95th percentile is first estimated. Latencies are not compared
+until then."""
 _GROWTH = 1.01
 """Factor by which the number of production units must grow before the percentile is estimated again."""
 _RATIOS = (0.01, 100.0)
@@ -53,9 +53,9 @@ class Loss:
     """How much worse the candidate is than production, with anytime-valid limits.
 
     Attributes:
-        value: difference of shares, or ratio of times, averaged over blocks.
-        low: lower limit of the loss. Smaller losses are refuted, with the error probability of a rollback.
-        high: upper limit of the loss. Larger losses are refuted, with the error probability of an advance.
+        value: difference of shares, or ratio of 95th percentiles, averaged over blocks.
+        low: lower limit of the loss. Smaller losses are ruled out, with the error probability allowed for a rollback.
+        high: upper limit of the loss. Larger losses are ruled out, with the error probability allowed for an advance.
     """
 
     value: float
@@ -127,8 +127,8 @@ class LatencyComparison:
     It compares two shares: candidate units above `margin` times a threshold, and production units above the threshold.
     The threshold is production's 95th percentile as estimated before the block. If every quantile of the candidate is
     at most `margin` times production's, the first share is at most the second at any threshold. An inaccurate threshold
-    therefore costs power, but does not increase the probability of wrong proofs. Replacing `margin` with other ratios
-    gives the limits of the ratio.
+    therefore costs power, but does not increase the probability of wrong proofs. The limits of the ratio
+    are found by replacing `margin` with other ratios.
 
     Confidence sequences of both percentiles (Howard and Ramdas 2022) need about five times as many units for the
     same decision.
@@ -187,7 +187,7 @@ class LatencyComparison:
         return Figure(times.count, times.quantile(PERCENTILE), *times.limits(PERCENTILE, _FIGURE_ERROR))
 
     def loss(self) -> Loss | None:
-        """Return the ratio of the times, from 0.01 to 100, or None before the first block is complete."""
+        """Return the ratio of the 95th percentiles, from 0.01 to 100, or None before the first block is complete."""
         if not self._slow:
             return None
         ratios, slow = np.array(self._ratios, dtype=np.float64), np.array(self._slow, dtype=np.float64)

@@ -27,7 +27,7 @@ def detectable_difference(units: int, share: float, production: float, margin: f
     Args:
         units: number of candidate units; at least 1.
         share: the candidate's share of the units; above 0 and below 1.
-        production: production's value of the share, such as its share of failed requests.
+        production: the share in production, such as its share of failed requests.
         error: allowed probability of a wrong proof.
 
     Returns:

@@ -58,7 +58,7 @@ class Times:
     def _bin(self, rank: int) -> int:
         """Return the histogram bin that contains the time with the given rank.
 
-        Ranks start at 1, and the search starts at the longest times.
+        Rank 1 is the shortest time. The search starts from the longest times, which is faster for high quantiles.
         """
         place, above = self._highest, self.count - rank
         while (above := above - self._counts[place]) >= 0:

@@ -20,7 +20,7 @@ class Promotion:
     """A promotion whose gates are to be checked.
 
     Attributes:
-        production: the version that is desired before the promotion.
+        production: the version that the promotion would replace as the desired version.
     """
 
     registry: Registry
@@ -31,7 +31,7 @@ class Promotion:
 def check_gates(promotion: Promotion, settings: GateSettings, now: datetime) -> tuple[GateRow, ...]:
     """Check all gates of a promotion, after downloading the candidate's missing files, and return their results.
 
-    If a gate cannot be checked, its result is undecided or failed rather than an error.
+    A gate that cannot be checked does not raise an error; its result is undecided or failed.
 
     Raises:
         NotFoundError: a version does not exist.

@@ -26,7 +26,7 @@ _NO_MARGIN = "no margin is set"
 
 @dataclass(frozen=True, slots=True)
 class _Arm:
-    """Registration results of a version or of a base model."""
+    """The evaluation results of a version or a base model, as recorded at registration."""
 
     name: str
     report: EvaluationReport

@@ -12,8 +12,8 @@ from svc.version import Format, Target
 
 _NAMES = ("speed", "first_token")
 _OF_FORMAT = frozenset({"kernel", "dtype"})
-"""Properties of a kind of engine that depend on the served format. Speeds are only comparable if all other
-properties are equal."""
+"""Engine properties that depend on the served format. Speeds are only comparable if all other properties are
+equal."""
 
 
 def check_speed(
@@ -69,15 +69,15 @@ def _speed(manifest: Manifest, format: Format) -> Speed | None:
 
 
 def _facts(manifest: Manifest, format: Format) -> frozenset[str]:
-    """Return the kinds of engine on which a format's probes were recorded, as strings that can be compared for
-    equality.
+    """Return the properties of the engines on which a format's probes were recorded, without those in `_OF_FORMAT`.
+    Each engine's properties are one string, so that they can be compared for equality.
     """
     probes = manifest.formats[format].probes
     return frozenset(probe.engine.model_dump_json(exclude=set(_OF_FORMAT)) for probe in probes)
 
 
 def _slowdown(first: Interval, second: Interval) -> Interval:
-    """Return how much larger the first value is, relative to the second. Both values must be above 0."""
+    """Return by how much the first value exceeds the second, as a fraction of the second. Both must be above 0."""
     return Interval(
         value=first.value / second.value - 1, low=first.low / second.high - 1, high=first.high / second.low - 1
     )

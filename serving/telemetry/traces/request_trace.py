@@ -54,7 +54,7 @@ class RequestTrace:
 
     @property
     def header_lines(self) -> str:
-        """Header lines, including line ends, that make the engine's span a child of this request's span."""
+        """Header lines, including line endings, that make the engine's span a child of this request's span."""
         parent = f"traceparent: 00-{self.trace_id:032x}-{self.span_id:016x}-{self.sampled:02x}\r\n"
         return f"{parent}tracestate: {self.state}\r\n" if self.state else parent
 

@@ -1,6 +1,6 @@
 """A base model's tokenizer and chat template, which provide its special tokens and count an example's tokens.
 
-The whole conversation is counted, including the template's text after the last answer (usually a line end),
+The whole conversation is counted, including the template's text after the last answer (usually a newline),
 which is excluded from training.
 """
 
@@ -16,7 +16,7 @@ class BaseTokenizer:
     """The tokenizer and chat template in the folder of a model to be trained.
 
     Attributes:
-        special_tokens: special tokens, as text, that an example should not contain.
+        special_tokens: special tokens, as strings, that an example should not contain.
 
     Raises:
         DataError: the folder has no readable tokenizer, or no chat template.

@@ -48,7 +48,7 @@ class DataReport:
             not counted.
         answers: number of occurrences of each final answer that is neither rejected nor undesirable. Incomplete if
             there are too many different answers for them to be labels.
-        answer_lengths: lengths of the answers in pairs.
+        answer_lengths: lengths of the chosen and rejected answers of all pairs.
         documents: number of examples that are documents.
         desirable: number of answers labelled as desirable (True) and as undesirable (False).
     """

@@ -18,7 +18,7 @@ MAX_LONGER_SHARE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class AnswerLengths:
-    """Lengths of the answers in pairs, in characters."""
+    """Lengths of the chosen and rejected answers of preference pairs, in characters."""
 
     chosen: "array[int]" = field(default_factory=lambda: array("I"))
     rejected: "array[int]" = field(default_factory=lambda: array("I"))

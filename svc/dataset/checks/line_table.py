@@ -1,5 +1,6 @@
-"""Table of the examples in streamed files: 73 bytes and a 130-byte sketch per example, but no text. A large table is
-stored in a temporary file.
+"""Table of hashes and sketches of the examples in streamed files.
+
+It takes about 200 bytes per example and does not contain the text. A large table is stored in a temporary file.
 """
 
 import struct
@@ -41,18 +42,22 @@ class LineTable(NamedTuple):
     """Hashes and sketches of all examples, with one row per example in reading order.
 
     Attributes:
-        rows: structured array with the following fields. files: index of the file. lines: line number in the
-            file. prompts: hash of all turns before the answer; prompts that differ only in spacing and case have the
-            same hash. pairs: the same kind of hash for prompt and answer together, including the answer's thinking; for
-            preferences, also the rejected answer or the label. opposites: the value of `pairs` of an example with the
-            opposite preference; 0 for chat examples. systems: the same kind of hash for the system turn and the tools;
-            0 if there are none. beginnings, endings: hashes that are equal for examples of the same task. They cover
-            the system turn or, without one, the prompt's first and last words, where instructions usually are. answers:
-            hash of the exact answer; for a pair, of the chosen one. labels: hash of the answer's label, ignoring
-            spacing and case; 0 if the answer is not a label. kinds: `AnswerKind` of the answer.
+        rows: structured array with these fields. All hashes except `answers` ignore spacing and case.
+            files: index of the example's file.
+            lines: line number in the file.
+            prompts: hash of all turns before the answer.
+            pairs: hash of the prompt and the answer, including the answer's thinking; for preferences, also of the
+                rejected answer or the label.
+            opposites: value of `pairs` that an example with the opposite preference would have; 0 for chat examples.
+            systems: hash of the system turn and the tools; 0 if there are none.
+            beginnings, endings: hash of the system turn or, if there is none, of the prompt's first or last words,
+                where instructions usually are. Examples of the same task usually share at least one of the two.
+            answers: hash of the exact answer; for a pair, of the chosen answer.
+            labels: hash of the answer's label; 0 if the answer is not a label.
+            kinds: `AnswerKind` of the answer.
         sketches: sketches of the prompts, for finding near duplicates.
-        earlier: for each answer before the final one, the same hash as in `prompts`, and the index of its
-            row in `rows`.
+        earlier: one entry for each answer before an example's final answer: the hash of the answer's prompt, computed
+            as in `prompts`, and the index of the example in `rows`.
     """
 
     rows: Rows
@@ -134,8 +139,9 @@ def _normal_answer(example: ChatExample) -> str:
 
 
 def _asked(example: ChatExample) -> str:
-    """Return the text that is compared to find near duplicates: the prompt without its system turn, which is often
-    shared.
+    """Return the text that is compared to find near duplicates.
+
+    This is the prompt without its system turn, because many examples often have the same system turn.
     """
     if example.is_document:
         return example.question
@@ -152,5 +158,5 @@ def _last_words(text: str) -> str:
 
 @lru_cache(maxsize=128)
 def _normal_hash(*texts: str) -> int:
-    """Return the hash of normalized texts, cached because system turns, tools and labels recur often."""
+    """Normalize the texts and return one hash of them all, cached because system turns, tools and labels recur."""
     return hash_text("\x1d".join(map(normal, texts)))

@@ -7,7 +7,7 @@ estimate is 0.06. datasketch, which the tests use for comparison, takes ten time
 text (6,000 questions of 60 words: 1.7 s instead of 0.15 s).
 
 Runs that occur in more than 5% of the first 2,000 texts, and in more than 4 different texts, are
-treated as the task's wording and ignored. Otherwise, two short questions after the same long instruction
+treated as part of the task's instructions and ignored. Otherwise, two short questions after the same long instruction
 would look like copies. If fewer than 24 runs remain, texts count as near duplicates only if all their
 runs are the same, because in a short text a single different word makes a different question.
 """
@@ -51,8 +51,8 @@ _SKETCH = np.dtype([("values", np.uint16, _VALUES), ("runs", np.uint16)])
 Sketches = NDArray[np.void]
 """MinHash sketches, one row per text.
 
-`values`: the low 16 bits of the smallest hash under each of 64 functions. `runs`: number of distinct three-word runs in
-the text, excluding common runs; 0 if the text cannot be compared."""
+`values`: the low 16 bits of the smallest hash under each of 64 hash functions. `runs`: number of distinct three-word
+runs in the text, excluding common runs; 0 if the text cannot be compared."""
 
 
 class Sketcher:
@@ -206,7 +206,7 @@ def _near(
 
 
 def unite(group: NDArray[np.int64], ones: NDArray[np.int64], others: NDArray[np.int64]) -> None:
-    """Merge the groups of each pair of texts in place. The merged group keeps the smaller index.
+    """Merge the groups of the two texts in each pair, updating `group` in place. The smaller group index is kept.
 
     Args:
         group: for each text, the index of the first text in its group.

@@ -16,7 +16,7 @@ class RowFile:
     """Collects the rows of an array.
 
     Args:
-        kind: type of a row.
+        kind: dtype of a row.
     """
 
     def __init__(self, kind: np.dtype[Any]) -> None:
@@ -36,7 +36,7 @@ class RowFile:
             self._write()
 
     def finish(self) -> NDArray[Any]:
-        """Return all rows. Rows in a file are mapped into memory, which the system can reclaim."""
+        """Return all rows. If they are in a file, it is memory-mapped, so that the system can reclaim the memory."""
         if self._file is None:
             return np.frombuffer(self._waiting, self._kind)
         self._write()

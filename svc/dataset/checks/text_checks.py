@@ -37,8 +37,8 @@ _HIDDEN = re.compile("\u202e|(?<![\U0001f3f4\U000e0020-\U000e007e])[\U000e0020-\
 encode a region's flag."""
 
 _GOOD = re.compile("\x85|(?<=Å)[²³±]|(?<=[A-ZÀ-Þ]Ã)[”»]|»(?=[ÄÖÜ])")
-"""Matches valid text that ftfy would flag: a line end, units (Å²), and quotes after capitalized words or around German
-words (»Öl«)."""
+"""Matches valid text that ftfy would flag: the line break U+0085, units (Å²), and quotation marks after capitalized
+words or around German words (»Öl«)."""
 _MAX_SHOWN = 60
 
 

@@ -103,7 +103,7 @@ TODO: dict[Code, str] = {**_ERRORS, **_WARNINGS}
 def severity_of(code: Code) -> Severity:
     """Return a code's severity.
 
-    A line with an error stops training. A line with a warning should be checked by a person; if the line is not an
+    A line with an error stops training. A line with a warning should be checked by a person; if it does not contain an
     example, it is skipped.
     """
     return Severity.ERROR if code in _ERRORS else Severity.WARNING
@@ -140,7 +140,7 @@ class RowError(DataError):
 
     Args:
         field: path within the example; the message begins with it.
-        wrong: what is wrong, including the value, which may be any text.
+        wrong: what is wrong, including the offending value; unprintable characters in it are escaped.
     """
 
     def __init__(self, code: Code, wrong: str, *, field: str = "", expected: str = "") -> None:

@@ -46,9 +46,9 @@ class BadLines:
             index.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def _name(self, path: Path) -> str:
-        """Return the name of the file for a data file's bad lines: the data file's name without a compression suffix.
+        """Return the name under which a data file's bad lines are stored: its own name without a compression suffix.
 
-        If two data files have the same name, a number is prepended to the second name.
+        If that name is already taken, a number is prepended to it.
         """
         if path not in self._names:
             name = path.stem if path.suffix.lower() in COMPRESSIONS else path.name

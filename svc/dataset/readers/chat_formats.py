@@ -43,7 +43,7 @@ KEYS: dict[Format, tuple[str, ...]] = {
     Format.OPENAI_EVALS_ITEM: ("item",),
     Format.TEXT: ("text",),
 }
-"""Required keys of each format. A row with the keys of several formats is assigned to the first of them."""
+"""Required keys of each format, in the order in which `recognise` tries the formats."""
 _OWN_KEYS = {Format.XLAM, Format.OPENAI_EVALS_ITEM, Format.OPENAI_EVALS_OUTPUT, Format.TEXT}
 """Formats whose keys may also occur as unrelated keys in a row of another format."""
 OPTIONAL_KEYS = ("input", "system", "history", "tools", "functions", "sample")

@@ -120,7 +120,7 @@ class _ListReader:
 
 
 def _decode(text: str, at: int) -> tuple[Any, int, RowError | None]:
-    """Decode an element. Also return the index after it, and an error if only the strict decoder rejects it."""
+    """Return the element at an index, the index where it ends, and an error if only the strict decoder rejects it."""
     try:
         return *STRICT.raw_decode(text, at), None
     except RowError as fault:

@@ -1,6 +1,6 @@
 """Reads JSONL records without loading the whole file into memory.
 
-Lines end only at the LF byte, because `str.splitlines` also breaks at U+2028, which is valid in JSON.
+Lines are split only at LF bytes. `str.splitlines` would also split at U+2028, which is valid inside JSON strings.
 """
 
 import codecs

@@ -122,7 +122,7 @@ def _answer(example: ChatExample) -> tuple[str, str | None]:
 
 
 def _read_openai(value: dict[str, Any], key: str) -> tuple[ChatExample, tuple[str, ...]]:
-    """Read one of the answers in a row in OpenAI's preference fine-tuning format, along with the prompt."""
+    """Read the answer under `key`, along with the prompt, from a row in OpenAI's preference fine-tuning format."""
     asked = expect(dict, _decoded(value["input"]), "input", "an object with 'messages'")
     chat = Turns()
     for place, turns in (("input.messages", asked.get("messages")), (key, _decoded(value[key]))):
@@ -214,9 +214,10 @@ def _hh_turns(answer: str, prompt: Any) -> list[tuple[str, str]]:
 
 
 def _turns_in(value: Any) -> Any:
-    """Return turns as a list: a list of turns, a single turn, or one of these as JSON text, as in CSV files.
+    """Convert a value that contains turns to a list of turns.
 
-    Return any other value unchanged.
+    The value may be a list of turns, a single turn, or the JSON text of either, as in CSV files. Any other value is
+    returned unchanged.
     """
     decoded = decode_inner(value) if isinstance(value, str) and value.lstrip().startswith(("[", "{")) else value
     turns = [decoded] if isinstance(decoded, dict) else decoded
@@ -225,7 +226,7 @@ def _turns_in(value: Any) -> Any:
 
 
 def _is_turn(value: Any) -> bool:
-    """Return whether a value is a turn, rather than an answer that is JSON."""
+    """Return whether a value is a turn, rather than part of an answer that consists of JSON."""
     if not isinstance(value, dict) or not (value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"}):
         return False
     role = _role(value)

@@ -1,8 +1,8 @@
 """Reads Promptfoo YAML files as chat rows, one for each combination of a test and a prompt.
 
 Promptfoo's templates are written in Nunjucks, a full programming language. Here, only variable names are
-replaced; any other expression in braces is rejected, and so is code in other files. Text files are read if they are in
-the YAML file's folder or its subfolders. A test that yields no example is an error.
+replaced; any other expression in braces is rejected, and so are references to files with code. Text files are
+read if they are in the YAML file's folder or its subfolders. A test that yields no example is an error.
 """
 
 import json
@@ -133,7 +133,7 @@ def _read_beside(folder: Path, reference: str, field: str) -> str:
     """Return the contents of a text file that the YAML file refers to.
 
     Raises:
-        RowError: the file is outside the folder, contains code, or cannot be read.
+        RowError: the file is outside the folder, its suffix is not that of a text file, or it cannot be read.
     """
     path = (folder / reference.removeprefix(_FILE)).resolve()
     if not path.is_relative_to(folder.resolve()) or path.suffix not in _TEXT_FILES:

@@ -58,7 +58,7 @@ _OBJECTIVES = {
 
 @dataclass(frozen=True, slots=True)
 class Line(Generic[Example]):
-    """One line of a data file, parsed to an example or an error. A blank line has neither.
+    """One line of a data file, with the example or the error that parsing it produced. A blank line has neither.
 
     Attributes:
         number: line number, starting at 1.
@@ -160,7 +160,9 @@ def read_examples(
     bad_lines: BadLines | None = None,
     kept_back: Sequence[ChatExample] = (),
 ) -> Sequence[ChatExample]:
-    """Return all chat examples from one or more sources, in order. Many examples are stored in a temporary file.
+    """Return all chat examples from one or more sources, in order.
+
+    If there are too many examples for memory, they are stored in a temporary file.
 
     Args:
         sources: files, folders, or hub datasets given as `hf:ORG/NAME`.

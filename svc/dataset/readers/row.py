@@ -12,7 +12,7 @@ as a whole."""
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A record of a data file, decoded to a value or an error. A blank line has neither.
+    """A record of a data file, with the value or the error that decoding it produced. A blank line has neither.
 
     Attributes:
         number: number of the record's first line, starting at 1; for a Parquet file, the row number.

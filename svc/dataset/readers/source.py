@@ -19,7 +19,7 @@ _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revi
 _WORD = "(?<![a-z]){}(?![a-z])"
 _TRAINING = re.compile(_WORD.format("(train|training)"))
 _OTHER_SPLITS = re.compile(_WORD.format("(validation|valid|val|dev|test|testing|eval|evaluation)"))
-"""Matches the words in paths by which the Hub recognizes validation and test splits
+"""Matches the words that mark a path as a validation or test split on the Hub
 (https://huggingface.co/docs/hub/datasets-file-names-and-splits)."""
 _NO_EXAMPLES = {"dataset_info.json", "dataset_infos.json", "state.json"}
 _DATASET_CARD = "README.md"
@@ -35,7 +35,7 @@ def data_files(source: str | Path, cache: Path | None = None, *, fetch: Callable
             its subfolders are read, sorted by path. Test and validation files of a Hub dataset are read only
             if FILE-OR-FOLDER names the split.
         cache: folder for files fetched from the hub.
-        fetch: replaces `huggingface_hub.snapshot_download`.
+        fetch: function to call instead of `huggingface_hub.snapshot_download`.
 
     Raises:
         DataError: a folder has no data files, or a hub dataset cannot be fetched or has no training split.
@@ -48,7 +48,7 @@ def data_files(source: str | Path, cache: Path | None = None, *, fetch: Callable
 
 
 def newest_modification(sources: Iterable[str | Path]) -> datetime | None:
-    """Return the time at which the newest local file of the sources was last modified, or None without local files.
+    """Return the most recent modification time of the local files, or None if no source is local.
 
     Files of hub datasets are skipped, because their times are download times.
 

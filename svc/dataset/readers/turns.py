@@ -1,6 +1,6 @@
 """Collects the turns of a row in any format, and converts them to a chat example.
 
-Error messages use the field names of the file, not those of the collected turns.
+Error messages name the fields of the file, not the fields of the collected turns.
 """
 
 import re
@@ -13,7 +13,7 @@ from svc.dataset.schema.tool_calls import decode_inner, expect, json_text
 
 _CALLS = ("function_call", "tool_call")
 ASSISTANTS = ("gpt", "assistant", "model", "chatgpt", "bing", "bard", *_CALLS)
-"""Names of the assistant role in all formats."""
+"""All names that the formats use for the assistant role."""
 _SPEAKERS = {
     "system": ("system",),
     "user": ("human", "user"),
@@ -21,7 +21,7 @@ _SPEAKERS = {
     "tool": ("tool", "function_response", "observation"),
 }
 ROLES = {speaker: role for role, speakers in _SPEAKERS.items() for speaker in speakers}
-"""Role in the chat format for each role name of any format."""
+"""Maps each role name used by any format to the role in the chat format."""
 _PLACE = re.compile(r"messages\[(\d+)\](?:\.(\w+))?")
 
 

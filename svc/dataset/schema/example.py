@@ -116,7 +116,7 @@ class ChatExample:
 
     @property
     def is_document(self) -> bool:
-        """Whether this is a document without turns, which is stored as the answer to an empty question."""
+        """Whether this is a plain document, which is stored as the answer to an empty user turn."""
         return len(self.messages) == 2 and not self.messages[0].content
 
     @property
@@ -177,7 +177,10 @@ class ChatExample:
 
     @property
     def learning_all(self) -> "ChatExample":
-        """A copy of the example in which every answer is trained on, or the example itself if any turn has a weight."""
+        """A copy of the example in which every answer is trained on.
+
+        An example whose turns already have weights is returned unchanged.
+        """
         replies = self.replies
         if len(replies) == 1 or any(message.weight is not None for message in self.messages):
             return self
@@ -238,10 +241,10 @@ def answered_prompts(example: ChatExample) -> list[str]:
 
 
 def normal_opening(example: ChatExample, questions: int) -> str:
-    """Return the normalized prompt, cut off after the given number of user turns, or after the last user turn.
+    """Return the normalized prompt up to the given number of user turns, or to the last user turn if there are fewer.
 
     Args:
-        questions: number of user turns to include, at least one.
+        questions: number of user turns to include, at least 1.
     """
     if example.is_document:
         return normal_prompt(example)

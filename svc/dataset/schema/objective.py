@@ -17,7 +17,7 @@ class Objective(StrEnum):
     """Prefer desirable over undesirable answers, without pairs, relative to the model before training (Ethayarajh et
     al. 2024)."""
     TEXT = "text"
-    """Maximize the likelihood of all tokens of documents, without turns (continued pretraining)."""
+    """Maximize the likelihood of every token of plain documents, which have no turns (continued pretraining)."""
 
     @property
     def is_preference(self) -> bool:
@@ -26,5 +26,5 @@ class Objective(StrEnum):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the untrained model also scores the answers."""
+        """Whether training needs the log-probabilities that the model assigns to the answers before training."""
         return self in (Objective.DPO, Objective.KTO)

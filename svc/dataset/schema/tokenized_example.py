@@ -1,6 +1,6 @@
 """A tokenized chat example, which also marks the answers that are trained on and scored.
 
-The trainer writes the token ids once. Training, evaluation and all later held-out runs read the same
+The trainer writes the token ids once. Training, evaluation and all later held-out evaluations read the same
 ids, so that loss and log-likelihood refer to the same tokens. This module knows nothing about
 tokenizers.
 """
@@ -23,7 +23,7 @@ class TokenizedExample:
     """Token ids of a conversation, up to and including the token that ends its last answer.
 
     Attributes:
-        learnt: ranges of the answers that are trained on, each as its start and its exclusive end. A range
+        learnt: token ranges of the answers that are trained on, each as (start, exclusive end). A range
             includes the token that ends the answer. There is at least one range, and they are in order.
     """
 

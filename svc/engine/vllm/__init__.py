@@ -1,1 +1,1 @@
-"""Configures, starts and talks to a vLLM server process, and changes vLLM where necessary (plugin.py)."""
+"""Configures, starts and talks to a vLLM server process, and patches vLLM where necessary (plugin.py)."""

@@ -30,7 +30,7 @@ class Choice:
     """A launch option of an engine, and its value.
 
     Attributes:
-        name: vLLM's name for the option, if it has one.
+        name: vLLM's name for the option, or our own name if vLLM has none.
         reason: short reason for the value; empty if the origin explains it.
         arguments: arguments to add to vLLM's command line; empty if the user has already passed them, or if vLLM
             decides.

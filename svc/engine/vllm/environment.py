@@ -16,8 +16,8 @@ _INHERITED = re.compile(
     "|TRITON|VLLM|XDG)(_.*)?",
     re.DOTALL,
 )
-"""Matches variables of Python, the C library, PyTorch, vLLM and their dependencies, in most cases by the
-part of the name before the first underscore."""
+"""Matches the names of environment variables that Python, the C library, PyTorch, vLLM and their dependencies read.
+Most are recognized by the part of the name before the first underscore."""
 _SECRET_WORDS = frozenset({"CREDENTIALS", "KEY", "PASSWORD", "SECRET", "TOKEN"})
 
 

@@ -13,7 +13,7 @@ FOUR_BITS = (GPTQ, AWQ)
 COMPRESSED_TENSORS = "compressed-tensors"
 """Quantization method named in the config of an INT8 or FP8 model."""
 _WIDE = (NumberType.FLOAT32.value, "float")
-"""vLLM's names for 32-bit floating-point numbers."""
+"""vLLM's names for the float32 data type."""
 _VLLM_KERNELS = "CPUWNA16LinearKernel,ZentorchWNA16LinearKernel"
 """vLLM's own CPU kernels for 4-bit weights, which are tried before a plugin's kernel. The first kernel claims to be
 supported even if its operator is missing, and the second does so if the package zentorch is installed."""
@@ -95,16 +95,16 @@ def explain_gptq_kernel(settings: EngineSettings, capabilities: DeviceCapabiliti
 
 
 def is_wide(dtype: Choice) -> bool:
-    """Return whether an engine computes in 32 bits."""
+    """Return whether an engine with this data type computes in float32."""
     return dtype.value in _WIDE
 
 
 def weight_bytes(model: ModelFacts, *, wide: bool) -> int:
     """Return the memory that a model's weights take up in the engine, in bytes.
 
-    In 32 bits, 16-bit weights take twice their size on disk.
+    In an engine that computes in float32, 16-bit weights take up twice their size on disk.
 
     Args:
-        wide: whether the engine computes in 32 bits.
+        wide: whether the engine computes in float32.
     """
     return model.weights * 2 if wide and model.dtype != NumberType.FLOAT32 else model.weights

@@ -201,7 +201,7 @@ class EnginePlanner:
         return Choice(name, count, origin, reason, variables=free)
 
     def _most_cores(self) -> tuple[int, str]:
-        """Return how many cores this process may use, along with the reason."""
+        """Return the number of cores that this process may use, and a phrase that says what limits it."""
         cores, quota = len(self._machine.cores), self._machine.quota
         if quota is not None and quota < cores:
             return max(1, int(quota)), f"a quota of {quota:g} cores"

@@ -27,7 +27,7 @@ exits."""
 
 
 def register() -> None:
-    """Apply the changes enabled by the environment variables. vLLM may call this function more than once."""
+    """Apply the patches enabled by the environment variables. vLLM may call this function more than once."""
     if os.environ.get(QUIET_VARIABLE) == "1" and not isinstance(logging.getLogRecordFactory(), _QuietRecords):
         logging.setLogRecordFactory(_QuietRecords(logging.getLogRecordFactory()))
     if os.environ.get(INT4_LINEAR_VARIABLE) == "1":
@@ -78,9 +78,9 @@ def _register_int4_linear() -> None:
 
 @cache  # once per process, however often vLLM calls it
 def _apply_no_adapter_to_the_base() -> None:
-    """Stop vLLM on a CPU from applying an adapter to base requests that share a batch with adapter requests.
+    """Stop vLLM on a CPU from applying an adapter to base-model requests that share a batch with adapter requests.
 
-    In such a batch, tokens for the base have the adapter slot -1, which vLLM's GPU kernels skip. Its CPU
+    In such a batch, tokens of base-model requests have the adapter slot -1, which vLLM's GPU kernels skip. Its CPU
     kernels take -1 as the index of the last slot and apply the adapter there (vllm-project/vllm#48421).
     Setting the values between the adapter's two matrices to zero for these tokens makes its contribution
     zero.

@@ -201,7 +201,7 @@ class EngineProcess:
         return 0.0
 
     def front_s(self) -> float | None:
-        """Return the CPU time of vLLM's HTTP process, which is started here, in seconds, or None if it is unknown."""
+        """Return the CPU time of vLLM's HTTP process, the engine's first process, in seconds. None if it is unknown."""
         with contextlib.suppress(psutil.Error):
             return sum(self._process.cpu_times()[:2]) if self._process else None
         return None

@@ -3,11 +3,11 @@
     python -m svc.engine.vllm.start ENTRY_MODULE ARGUMENTS
 
 vLLM's HTTP process starts the engine core as a new Python process, which imports vLLM again. On two cores, this second
-import takes 9 of the 24 seconds of a start. Here, a fork server imports vLLM at the same time as the HTTP process, and
-the core is forked from it, which reduces the start time to 15 seconds. Unlike the HTTP process, the fork server has no
-threads and has not computed anything, so forking it is safe. The fork server is used only on a CPU, because CUDA cannot
-be used in a process that was forked after its parent used CUDA. This module imports only the standard library, so that
-the fork server starts immediately.
+import takes 9 of the 24 seconds of engine startup. Here, a fork server imports vLLM at the same time as the HTTP
+process, and the core is forked from that server, which reduces the startup time to 15 seconds. Unlike the HTTP process,
+the fork server has no threads and has not computed anything, so forking it is safe. The fork server is used only on a
+CPU, because CUDA cannot be used in a process that was forked after its parent used CUDA. This module imports only the
+standard library, so that the fork server starts immediately.
 """
 
 import multiprocessing
@@ -43,8 +43,8 @@ class ForkingContext(context.ForkServerContext):
 
 
 def start(entry: str, preloaded: Sequence[str] = _CORE) -> None:
-    """Run a module as the main program, forking its child processes from a server that has already imported the
-    modules.
+    """Run a module as the main program, forking its child processes from a server that has already imported `entry`
+    and `preloaded`.
 
     Args:
         entry: the module to run and to import in the fork server. Its arguments are `sys.argv[1:]`.

@@ -1,4 +1,4 @@
-"""Metric for answers that contain an accepted text, so that models are not penalized for answering in sentences."""
+"""Metric that counts answers containing an accepted text, so that answering in full sentences is not penalized."""
 
 import re
 from collections.abc import Sequence

@@ -90,9 +90,9 @@ def find_task(references: Sequence[ChatExample]) -> Task:
     """Infer the kind of task from the references.
 
     The kind is `calls` if at least half of the references call tools. It is `labels` if every reference could be a
-    label, and either there are only a few distinct labels (as in the data check) or the instruction lists nearly all of
-    them. It is `json` if all references are objects or lists, and `text` otherwise. It is `documents` if the examples
-    have no answers.
+    label, and either there are only a few distinct labels (the data check uses the same limit) or the instruction lists
+    nearly all of them. It is `json` if all references are objects or lists, and `text` otherwise. It is `documents` if
+    the examples have no answers.
     """
     if references and all(example.is_document for example in references):
         return Task.DOCUMENTS

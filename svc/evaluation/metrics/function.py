@@ -90,7 +90,7 @@ class FunctionMetric(Metric):
         """Call the function in a worker process and return the worker's output.
 
         Raises:
-            RecipeError: the file is missing, or the function took too long or exited its process.
+            RecipeError: the file is missing, or the function took too long or terminated its process.
         """
         if not self.spec.path.is_file():
             raise RecipeError(f"the file of metric {self.spec} does not exist", todo="correct evaluate.metrics")

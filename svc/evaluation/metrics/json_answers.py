@@ -113,7 +113,7 @@ class SchemaValid(AnswerMetric):
 
 
 def infer_schema(references: Sequence[Any]) -> JsonSchema:
-    """Infer the narrowest schema that accepts all references, in terms of types and keys.
+    """Infer a schema that accepts all references and restricts types and keys as narrowly as possible.
 
     The schema specifies types. For objects, it also lists the allowed keys, and requires each key that occurs in all
     references. For lists, a single schema applies to all items. Values are not restricted, because a right answer may

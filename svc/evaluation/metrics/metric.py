@@ -60,8 +60,8 @@ class Metric(ABC):
         name: identifier consisting of the letters a to z, digits and `_`.
         title: name for display.
         scored: whether each example has its own score.
-        watched_by: name of the metric that monitoring uses instead if this metric has no scores for examples. Empty to
-            use this metric.
+        watched_by: name of the metric that monitoring uses in place of this one if this one has no per-example
+            scores; empty if monitoring uses this metric.
         in_tokens: whether values depend on the model's tokenizer, so that models with different tokenizers
             cannot be compared.
     """
@@ -126,7 +126,7 @@ class AnswerMetric(Metric):
 
 
 class SetMetric(Metric):
-    """A metric that is computed over all examples together and has no scores for single examples."""
+    """A metric that is computed over all examples together and has no per-example scores."""
 
     scored = False
 

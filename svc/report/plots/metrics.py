@@ -23,7 +23,7 @@ _LOOKS = {
     Format.INT8.value: (Colour.INT8, "^"),
     Format.FP8.value: (Colour.FP8, "v"),
 }
-"""Color and marker of each model. The color or the marker alone identifies the model."""
+"""Color and marker of each model. Either of the two is enough to identify the model."""
 _ROW = 46
 _MAX_TITLE_CHARS = 24
 

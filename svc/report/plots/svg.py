@@ -66,7 +66,7 @@ def draw_svg(name: str, description: str, height: float, draw: Callable[["Figure
         name: name of the figure, unique on its page.
         description: text alternative for screen readers.
         height: height of the figure, in the same unit as `WIDTH`.
-        draw: adds axes to an empty figure.
+        draw: function that adds axes to an empty figure.
     """
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else it logs the creation of its font cache
     import matplotlib

@@ -63,7 +63,9 @@ class Architecture:
         return 1.0 if self.config.model_type == _GEMMA and tensor.endswith("norm.weight") else 0.0
 
     def rope_factors(self) -> list[float] | None:
-        """Return the divisors of the rotation frequencies as in Llama 3, or None if the model has none."""
+        """Return the factors by which Llama 3's RoPE scaling divides the rotation frequencies, or None if the model
+        does not use this scaling.
+        """
         rope = self._rope
         if rope.get("rope_type") != "llama3":
             return None

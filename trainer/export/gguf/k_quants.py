@@ -24,7 +24,7 @@ _TIMEOUT_S = 3600.0
 
 
 class KQuant(StrEnum):
-    """llama.cpp's name for a data type with blocks of 256. In Q4_K_M and Q5_K_M, some layers have 6 bits."""
+    """llama.cpp's names for data types with blocks of 256 weights. In Q4_K_M and Q5_K_M, some tensors have 6 bits."""
 
     Q4_K_M = "q4_k_m"
     Q5_K_M = "q5_k_m"
@@ -33,8 +33,8 @@ class KQuant(StrEnum):
 
 MAX_CHANGE = {KQuant.Q4_K_M: 0.2, KQuant.Q5_K_M: 0.1, KQuant.Q6_K: 0.05}
 """Maximum relative change of a matrix: the norm of the change divided by the norm of the matrix. Measured for SmolLM2's
-worst matrix, in this order: 0.052, 0.053 and 0.018. SmolLM2's width of 576 is not a multiple of 256, and llama.cpp
-stores such matrices in types with smaller blocks."""
+worst matrix, in the order of the keys: 0.052, 0.053 and 0.018. SmolLM2's width of 576 is not a multiple of 256, and
+llama.cpp stores such matrices in types with smaller blocks."""
 
 
 def find_tool() -> str:

@@ -1,7 +1,7 @@
 """Writes Ollama's Modelfile, whose Go template has to render the same text as the base's chat template.
 
 Ollama cannot read chat templates. Known kinds of template are recognized by their output, not by their source text.
-Templates of other kinds are rejected. This module is independent of weights.
+Templates of other kinds are rejected. This module does not read weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _TURNS: _Turns = (("system", "Be brief."), ("user", "One?"), ("assistant", "Yes.
 
 @dataclass(frozen=True, slots=True)
 class TemplateKind:
-    """A format for conversations.
+    """A format in which chat templates render conversations.
 
     Attributes:
         before: text before a turn's content, with `{}` for the role.

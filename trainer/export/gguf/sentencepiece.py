@@ -18,7 +18,7 @@ SPACE = "\u2581"
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """The SentencePiece tokenizer with which llama.cpp replaces a base's tokenizer.
+    """The SentencePiece tokenizer that llama.cpp uses in place of a base's own tokenizer.
 
     Attributes:
         content: contents of the base's tokenizer.json.

@@ -77,7 +77,9 @@ def read_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 
 def has_bytes(content: dict[str, Any]) -> bool:
-    """Return whether a tokenizer encodes characters without a token of their own as bytes, as SentencePiece's do."""
+    """Return whether a tokenizer encodes characters without a token of their own as bytes, as SentencePiece tokenizers
+    do.
+    """
     return bool(content["model"].get("byte_fallback")) and "<0x00>" in content["model"]["vocab"]
 
 

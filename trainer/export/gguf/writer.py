@@ -302,7 +302,7 @@ def compare_gguf(file: Path, model: Path, name: str, most: float) -> tuple[float
         most: maximum ratio of the norm of a matrix's change to its norm.
 
     Returns:
-        The largest ratio, and the name of that matrix.
+        The largest ratio, and the name of the matrix with this ratio.
 
     Raises:
         TrainingError: a matrix changed by more than `most`, or contains NaN.

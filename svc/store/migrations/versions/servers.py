@@ -1,4 +1,4 @@
-"""Adds tables for servers and leases, and columns for the server of a swap or serving period."""
+"""Adds tables for servers and leases, and columns that record the server of each swap and serving period."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "rollouts"
 
 
 def upgrade() -> None:
-    """Add the tables for servers and leases, and the columns for the server of a swap or serving period."""
+    """Add the tables for servers and leases, and the columns that record the server of each swap and serving period."""
     op.create_table(
         "servers",
         sa.Column("id", sa.String(), nullable=False),
