@@ -1,11 +1,13 @@
-"""Repeats a measurement if other processes keep the machine busy, and reports how busy the machine was.
+"""Repeats a measurement if other processes keep the CPUs of this process busy, and reports how busy they were.
 
-On a CPU, an engine measured during an unrelated training run decoded 4 tokens/s instead of 140. Only CPU usage is
-checked, so other processes on the same GPU go unnoticed.
+On a CPU, an engine measured during an unrelated training run decoded 4 tokens/s instead of 140. Only the
+CPUs that this process may use are checked, because others do not slow it: `taskset` or a container may exclude them.
+Other processes on the same GPU go unnoticed.
 """
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -17,16 +19,20 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MAX_OTHERS_SHARE = 0.1
-"""Maximum share of all CPUs that other processes may use. An idle system with a progress bar stays below this share,
+"""Maximum share of the CPUs that other processes may use. An idle system with a progress bar stays below this share,
 and a smaller share does not affect an engine's speed."""
 _TRIES = 3
 _PAUSE_S = 10.0
 
 
 def machine_s() -> float:
-    """Return the CPU time used by all processes on this machine or stolen by its host, in seconds."""
-    times = psutil.cpu_times()
-    return sum(times[:]) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+    """Return the CPU time used by all processes on this process's CPUs or stolen by the host, in seconds."""
+    usage, cpus = psutil.cpu_times(percpu=True), os.sched_getaffinity(0)
+    if max(cpus) < len(usage):  # otherwise, a container has its own numbers for its CPUs
+        usage = [usage[cpu] for cpu in cpus]
+    return sum(
+        sum(times[:]) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0) for times in usage
+    )
 
 
 async def measure_quietly(
@@ -45,18 +51,18 @@ async def measure_quietly(
         used_s: function that returns the CPU time of all processes, in seconds.
 
     Returns:
-        The least disturbed result, and the share of all CPUs that other processes used during that measurement.
+        The least disturbed result, and the share of the CPUs that other processes used during that measurement.
     """
     best: tuple[Result, float] | None = None
     for attempt in range(_TRIES):
         if attempt:
             share = 100 * (best or (None, 0.0))[1]
-            log.warning("other processes used %.0f %% of the processors: retrying the measurement", share)
+            log.warning("other processes used %.0f%% of the CPU time; repeating the measurement", share)
             await asyncio.sleep(_PAUSE_S)
         began, before = time.monotonic(), used_s() - own_s() - time.process_time()
         result = await measure()
         others_s = used_s() - own_s() - time.process_time() - before
-        share = max(0.0, others_s) / ((time.monotonic() - began) * (psutil.cpu_count() or 1))
+        share = max(0.0, others_s) / ((time.monotonic() - began) * len(os.sched_getaffinity(0)))
         if best is None or share < best[1]:
             best = result, share
         if best[1] <= MAX_OTHERS_SHARE:

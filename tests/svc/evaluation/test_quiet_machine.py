@@ -1,15 +1,26 @@
 """Tests that a measurement on a busy machine is repeated, and that the quietest measurement counts."""
 
 import asyncio
+import os
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import psutil
 import pytest
 
 from svc.evaluation.quiet_machine import machine_s, measure_quietly
 
-CORES = psutil.cpu_count() or 1
+
+class CpuTimes(NamedTuple):
+    """CPU times in the form in which psutil returns them."""
+
+    user: float
+    system: float
+    idle: float
+    iowait: float
+
+
+CORES = len(os.sched_getaffinity(0))
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +78,17 @@ def test_machine_cpu_time_increases_while_a_process_is_working() -> None:
     while time.thread_time() < end:
         pass
     assert machine_s() - before > 0.2
+
+
+@pytest.mark.parametrize(("cpus", "expected_s"), [({0}, 1.5), ({1}, 40.0), ({0, 1}, 41.5), ({6, 7}, 41.5)])
+def test_only_cpus_that_this_process_may_use_are_counted_if_they_are_known(
+    cpus: set[int], expected_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may have its own numbers for its CPUs, so that those of this process are not among them."""
+    usage = [
+        CpuTimes(user=1.0, system=0.5, idle=7.0, iowait=2.0),
+        CpuTimes(user=30.0, system=10.0, idle=7.0, iowait=2.0),
+    ]
+    monkeypatch.setattr("svc.evaluation.quiet_machine.psutil.cpu_times", lambda *, percpu: usage)
+    monkeypatch.setattr("svc.evaluation.quiet_machine.os.sched_getaffinity", lambda _: cpus)
+    assert machine_s() == expected_s
