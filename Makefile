@@ -82,10 +82,10 @@ fast-others:
 
 # Many of these tests wait, so there are more workers than cores.
 WORKERS ?= $(shell expr $$(nproc) \* 3 / 2)
-# An engine uses all cores, so tests with engines run one after the other.
+# Engines use all cores that they may use, so the two workers of the end-to-end tests have half of them each.
 test: $(READY) $(PROMETHEUS) $(ALERTMANAGER)
-	$(BIN)/pytest -m "not matrix and not soak" --ignore tests/e2e -n $(WORKERS) --dist loadfile
-	$(BIN)/pytest -m "not matrix and not soak" tests/e2e
+	$(BIN)/pytest -m "not matrix and not soak" --ignore tests/e2e -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not matrix and not soak" tests/e2e -n 2
 
 # Every process killed at every step, and every method, family and template, on the real engine. Then faults with a store
 # in PostgreSQL, and property tests with examples that the fast tests do not use.

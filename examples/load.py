@@ -39,6 +39,7 @@ class Load:
         url: the server's root, without /v1.
         prompts: conversations without an answer, as OpenAI messages; used in turn.
         streams: number of concurrent streams.
+        pause_s: pause before each of a stream's requests, in seconds.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Load:
         prompts: Sequence[list[dict[str, str]]],
         *,
         streams: int = 8,
+        pause_s: float = 0.0,
         max_tokens: int = 24,
     ) -> None:
         self._client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         self._model = model
         self._prompts = prompts
         self._streams = streams
+        self._pause_s = pause_s
         self._max_tokens = max_tokens
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -91,7 +94,7 @@ class Load:
             time.sleep(0.05)
 
     def _run(self, index: int) -> None:
-        while not self._stop.is_set():
+        while not self._stop.wait(self._pause_s):
             self.answers.append(self._ask(index % len(self._prompts)))
             index += self._streams
 

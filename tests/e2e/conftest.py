@@ -1,10 +1,20 @@
-"""Provides a trained home and one running server to all end-to-end tests, as an engine start takes 30 s."""
+"""Provides a trained home and one running server to all end-to-end tests, because starting an engine takes 15 s.
 
+With several workers (`pytest -n 2 tests/e2e`), each uses its own cores, because the threads of engines that compete for
+a core wait for each other. One core is enough: most of the time, engines start up.
+"""
+
+import os
+import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import openai
 import pytest
+from filelock import FileLock
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from examples.service import serving, svc_json
 from svc.dataset.readers.reader import read_examples, write_examples
@@ -26,19 +36,23 @@ qualify: {repeats: 3}
 """
 
 
+_SHARING_SERVER = ("test_compare", "test_dashboards", "test_main_job", "test_openai_surface", "test_shutdown")
+_LONGEST = ("test_rollout", "test_hot_load")
+
 Report = Callable[[str], None]
-FIGURES = pytest.StashKey[list[str]]()
+_FIGURE = "figure"
 
 
 @pytest.fixture
-def report(request: pytest.FixtureRequest) -> Report:
+def report(record_property: Callable[[str, object], None]) -> Report:
     """Return a function that reports a figure at the end of the test run, even for a passing test."""
-    return request.config.stash.setdefault(FIGURES, []).append
+    return partial(record_property, _FIGURE)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the reported figures."""
-    figures = config.stash.setdefault(FIGURES, [])
+    reports = [each for outcome in ("passed", "failed") for each in terminalreporter.getreports(outcome)]
+    figures = [str(value) for each in reports for name, value in each.user_properties if name == _FIGURE]
     if figures:
         terminalreporter.section("figures")
     for figure in figures:
@@ -61,28 +75,91 @@ def _store(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a worker and all processes that it starts use only its share of the cores.
+
+    PyTorch is not imported yet: it counts the cores only then, and more threads than cores take 15 times as long.
+    """
+    worker = getattr(config, "workerinput", None)
+    if worker:
+        cores, number = sorted(os.sched_getaffinity(0)), int(worker["workerid"].removeprefix("gw"))
+        os.sched_setaffinity(0, cores[number :: worker["workercount"]] or cores)
+
+
+class _ByServer(LoadScopeScheduling):
+    """Gives each worker whole modules, and all modules that share the server to the first worker."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.split("::", maxsplit=1)[0]
+        return "server" if Path(module).stem in _SHARING_SERVER else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    config.option.loadscopereorder = False
+    return _ByServer(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the modules that share the server first, because their worker trains the home that most others need. Modules
+    that need no home follow, and then the longest.
+    """
+
+    def order(item: pytest.Item) -> tuple[bool, bool, bool]:
+        needs_home = isinstance(item, pytest.Function) and "trained_home" in item.fixturenames
+        return item.path.stem not in _SHARING_SERVER, needs_home, item.path.stem not in _LONGEST
+
+    items.sort(key=order)
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a tiny base model in the Hugging Face hub layout, real examples and a recipe."""
-    folder = tmp_path_factory.mktemp("main-job")
+    """Return a folder with a tiny base model in the Hugging Face hub layout, real examples and a recipe.
+
+    All workers share it.
+    """
+    own = tmp_path_factory.getbasetemp()
+    return _made_once((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "main-job", _write_workplace)
+
+
+def _write_workplace(folder: Path) -> None:
+    folder.mkdir()
     build_hub_model(folder / "base", "smollm2")
     write_examples(folder / "train.jsonl", read_examples(DATA / "train.jsonl")[:48])
     # Enough for the smallest window of drift detection.
     write_examples(folder / "heldout.jsonl", read_examples(DATA / "heldout.jsonl")[:HELDOUT_EXAMPLES])
     (folder / "recipe.yaml").write_text(RECIPE, "utf-8")
+
+
+@pytest.fixture(scope="session")
+def trained_home(workplace: Path) -> Path:
+    """Return a home with a LoRA version and a QLoRA version. All workers share it, so it must not be changed.
+
+    Needs the real engine: versions are registered only after it has evaluated, reloaded and restarted them.
+    """
+
+    def train(home: Path) -> None:
+        recipe, other = str(workplace / "recipe.yaml"), ("method=qlora", "train.seed=1", "qualify.restart=false")
+        svc_json(home, "train", recipe)
+        svc_json(home, "train", recipe, *(word for setting in other for word in ("--set", setting)))
+
+    return _made_once(workplace / "home", train)
+
+
+def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Let the first worker that needs a folder make it, and the others wait."""
+    made = folder.with_suffix(".made")
+    with FileLock(folder.with_suffix(".lock")):
+        if not made.exists():
+            make(folder)
+            made.touch()
     return folder
 
 
 @pytest.fixture(scope="session")
-def home(workplace: Path) -> Path:
-    """Return a home with a LoRA version and a QLoRA version.
-
-    Needs the real engine: versions are registered only after it has evaluated, reloaded and restarted them.
-    """
-    home, recipe = workplace / "home", str(workplace / "recipe.yaml")
-    svc_json(home, "train", recipe)
-    svc_json(home, "train", recipe, "--set", "method=qlora", "--set", "train.seed=1", "--set", "qualify.restart=false")
-    return home
+def home(trained_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return this worker's copy of the trained home."""
+    return Path(shutil.copytree(trained_home, tmp_path_factory.mktemp("home") / "home"))
 
 
 @pytest.fixture(scope="session")

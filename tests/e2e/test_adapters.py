@@ -135,7 +135,7 @@ def test_no_request_waits_when_adapter_is_promoted_under_load(instance: Instance
     assert instance.engines() == engines
 
 
-def test_restarted_server_adopts_the_adapter_engine_after_a_kill(instance: Instance, own: Texts) -> None:
+def test_killed_server_adopts_the_adapter_engine_when_it_restarts(instance: Instance, own: Texts) -> None:
     engines = instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     instance.start()

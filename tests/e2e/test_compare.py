@@ -42,7 +42,7 @@ def test_remote_endpoint_gives_the_same_answers_as_local_version(server: Server)
     assert compared["direction"] == "undecided"
 
 
-def test_version_reports_forgetting_for_merged_and_gptq_formats(home: Path) -> None:
+def test_forgetting_is_reported_for_the_merged_and_gptq_formats_of_a_version(home: Path) -> None:
     formats = svc_json(home, "show", "tiny@1")["forgetting"]
     assert list(formats) == ["merged", "gptq"]
     assert formats["merged"]["before"] == formats["gptq"]["before"]

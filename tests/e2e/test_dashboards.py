@@ -281,7 +281,7 @@ def test_no_prometheus_rule_fails_to_evaluate(watched: Watched) -> None:
     assert states == [("ok", None)] * (len(rules("record")) + len(rules("alert")))
 
 
-def test_prometheus_request_counts_match_those_of_the_clients(watched: Watched) -> None:
+def test_request_counts_in_prometheus_match_the_clients_counts(watched: Watched) -> None:
     for version in ("1", "2"):
         got = sum(answer.version == f"tiny@{version}" for answer in watched.load.answers)
         counted = watched.value(f'sum(svc_requests_total{{model="tiny", version="{version}", status="200"}})')

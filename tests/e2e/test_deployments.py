@@ -83,7 +83,7 @@ def test_no_request_to_either_model_fails_during_a_swap(instance: Instance, repo
 
 
 @pytest.mark.matrix
-def test_killing_the_engine_of_one_model_fails_no_request_to_a_second_model(instance: Instance, report: Report) -> None:
+def test_no_request_fails_when_the_engine_of_a_different_model_is_killed(instance: Instance, report: Report) -> None:
     expected = {f"{OTHER}@2": instance.answers(OTHER)}
     engine = instance.engines_by_replica()[instance.models()[TINY]["engines"][0]["replica"]]
     with Load(instance.url, OTHER, PROMPTS, streams=4) as other:
@@ -120,7 +120,7 @@ def test_model_can_be_removed_and_added_while_a_second_model_keeps_serving(insta
 
 
 @pytest.mark.matrix
-def test_restarted_server_adopts_the_engines_of_both_models_after_a_kill(instance: Instance, report: Report) -> None:
+def test_killed_server_adopts_the_engines_of_both_models_when_it_restarts(instance: Instance, report: Report) -> None:
     before, engines = {name: instance.answers(name) for name in (TINY, OTHER)}, instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     began = time.monotonic()

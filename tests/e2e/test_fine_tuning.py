@@ -21,16 +21,16 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "openai-client" / "finetune.p
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an empty home."""
     return tmp_path_factory.mktemp("fine-tuning")
 
 
 @pytest.fixture(scope="module")
-def client(home: Path, workplace: Path) -> Iterator[OpenAI]:
+def client(empty_home: Path, workplace: Path) -> Iterator[OpenAI]:
     """Yield a client of a server that serves no model and trains one base."""
     bases = json.dumps({"small": str(workplace / "base")})
-    with serving(home, None, PORT, environment={"SVC_FINE_TUNING__BASES": bases}) as url:
+    with serving(empty_home, None, PORT, environment={"SVC_FINE_TUNING__BASES": bases}) as url:
         yield OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
 
 
@@ -58,11 +58,11 @@ def test_fine_tuning_example_script_trains_a_model_and_chats_with_it(client: Ope
     assert model[1] in {each.id for each in client.models.list()}
 
 
-def test_fine_tuned_model_and_its_checkpoint_are_served_by_one_engine(client: OpenAI, home: Path) -> None:
+def test_fine_tuned_model_and_its_checkpoint_are_served_by_one_engine(client: OpenAI, empty_home: Path) -> None:
     [job] = client.fine_tuning.jobs.list()
     first, last = sorted(client.fine_tuning.jobs.checkpoints.list(job.id), key=lambda each: each.step_number)
     assert job.fine_tuned_model == last.fine_tuned_model_checkpoint  # its weights are those of the model
-    [row] = svc_json(home, "jobs", "list")
+    [row] = svc_json(empty_home, "jobs", "list")
     assert row["fine_tuned_model"] == job.fine_tuned_model
     assert ask(client, job.fine_tuned_model) == ask(client, "ft-local-example@1")
     assert ask(client, first.fine_tuned_model_checkpoint)

@@ -97,7 +97,7 @@ def test_streamed_text_matches_the_complete_answer(server: Server) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == server.answer(1)
 
 
-def test_held_out_run_reproduces_the_results_from_registration(server: Server, report: Report) -> None:
+def test_held_out_run_reproduces_the_results_recorded_at_registration(server: Server, report: Report) -> None:
     target = Target(VersionId("tiny", 1), Format.GPTQ)
     store, registry = open_database(server.home), Registry.of(Settings(home=server.home))
     run = _wait_for(lambda: newest_holdout_run(store, target))
@@ -158,7 +158,7 @@ def test_held_out_loss_in_training_matches_the_engines_negative_log_likelihood(s
     assert abs(loss - evaluation.nll.value) <= max(0.02, 3 * floor.mean)
 
 
-def test_parity_report_passes_every_check_and_its_page_is_written(server: Server) -> None:
+def test_every_check_in_the_parity_report_passes_and_its_html_page_is_written(server: Server) -> None:
     for version in ("tiny@1", "tiny@2"):
         shown: Any = svc_json(server.home, "show", version, "--parity")
         assert [check for check in shown["checks"] if not check["passed"]] == []

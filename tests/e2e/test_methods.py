@@ -62,7 +62,7 @@ def test_every_training_method_is_evaluated_and_registered(
 
 
 @pytest.mark.parametrize("method", [Method.LORA, *ADAPTERS, Method.FULL])
-def test_version_from_every_training_method_is_served(
+def test_version_trained_with_any_method_is_served(
     versions: Versions, methods_home: Path, client: openai.OpenAI, method: Method
 ) -> None:
     if method is not Method.LORA:

@@ -6,15 +6,13 @@ tests.hub_models.published.
 
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from svc.errors import BaseModelError
 from svc.settings.settings import Settings
-from tests.e2e.conftest import FIGURES, Report
+from tests.e2e.conftest import Report
 from tests.hub_models.published import NO_TEMPLATE, build_published, refusal
 from tests.hub_models.training import check_merged, train_and_merge
 from trainer.base_model.resolve import resolve_base
@@ -27,25 +25,11 @@ HUB_CONFIGS = os.environ.get("HUB_CONFIGS")
 MODELS = sorted(path.name for path in Path(HUB_CONFIGS).iterdir() if path.is_dir()) if HUB_CONFIGS else ["all"]
 
 
-@pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
-    """Count the models that were run, refused and skipped, and print the counts at the end."""
-    counts: Counter[str] = Counter()
-    yield counts
-    total = "all models skipped: HUB_CONFIGS is not set"
-    if HUB_CONFIGS:
-        total = f"{counts['run']} run, {counts['refused']} refused, {counts['skipped']} skipped"
-    request.config.stash[FIGURES].append(f"published configs: {total}")
-
-
 @pytest.mark.parametrize("model", MODELS)
-def test_published_model_config_is_merged_or_refused_with_a_reason(
-    tmp_path: Path, outcomes: Counter[str], report: Report, model: str
-) -> None:
+def test_published_model_config_is_merged_or_refused_with_a_reason(tmp_path: Path, report: Report, model: str) -> None:
     published = Path(HUB_CONFIGS or "") / model
     started = time.monotonic()
     if not HUB_CONFIGS or not (published / "config.json").is_file():
-        outcomes["skipped"] += 1
         pytest.skip(f"{model} has no config.json" if HUB_CONFIGS else "HUB_CONFIGS is not set")
     base = build_published(published, tmp_path / "base")
     reason = refusal(published)
@@ -63,5 +47,4 @@ def test_published_model_config_is_merged_or_refused_with_a_reason(
         base = resolve_base(str(base), tmp_path / "cache").folder
         check_merged(base, train_and_merge(base, tmp_path))
     outcome = "refused" if reason else "run"
-    outcomes[outcome] += 1
     report(f"{model}: {outcome} in {time.monotonic() - started:.1f} s{f': {reason}' if reason else ''}")

@@ -26,22 +26,30 @@ pytestmark = [pytest.mark.slow]
 PORT = 8951
 PLAN = {"min_units": 30, "max_step_s": 240, "max_errors": 0.1, "max_invalid": 0.1, "max_slowdown": 2.5}
 """Limits that a few hundred requests of a tiny model can decide."""
+BY_REQUEST = PLAN | {"unit": "request", "min_units": 100}
+"""Limits for requests, because users would be observed for a minute each. A step still lasts a few seconds."""
 # A core for each of the two engines of a rollout: threads of both that compete for two cores slow both to a quarter.
-SETTINGS = {"SVC_MODELS": json.dumps({name: {"rollout": PLAN} for name in ("teams", "tiny")}), "SVC_ENGINE__CORES": "1"}
+SETTINGS = {
+    "SVC_MODELS": json.dumps({"teams": {"rollout": BY_REQUEST}, "tiny": {"rollout": PLAN}}),
+    "SVC_ENGINE__CORES": "1",
+}
 STEPS = ("--shadow", "30", "--canary", "50,100")
 
 
 class Users:
     """Load of the OpenAI client in which every request is another user's.
 
+    Args:
+        pause_s: pause before each of a stream's requests, in seconds.
+
     Attributes:
         failed: errors of requests that failed.
         versions: version of each answer, in order.
     """
 
-    def __init__(self, url: str, model: str, questions: list[str], streams: int = 4) -> None:
+    def __init__(self, url: str, model: str, questions: list[str], streams: int = 4, pause_s: float = 0.0) -> None:
         self._client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
-        self._model, self._questions, self._streams = model, questions, streams
+        self._model, self._questions, self._streams, self._pause_s = model, questions, streams, pause_s
         self._numbers, self._stop = itertools.count(), threading.Event()
         self.failed: list[str] = []
         self.versions: list[str] = []
@@ -71,7 +79,7 @@ class Users:
             time.sleep(0.05)
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop.wait(self._pause_s):
             number = next(self._numbers)
             question = self._questions[number % len(self._questions)]
             try:
@@ -145,7 +153,8 @@ def users(instance: Instance) -> Iterator[Users]:
     if instance.status()["version"] != "teams@1":
         assert instance.command("promote", "teams@1", "--direct", *ANY_QUALITY).returncode == 0
     instance.until(lambda status: len(status["engines"]) == 1)
-    with Users(instance.url, "teams", prompts(50)).asking() as users:
+    # Without pauses, the load takes most of the CPU time, and the candidate's engine takes twice as long to start.
+    with Users(instance.url, "teams", prompts(50), pause_s=0.1).asking() as users:
         users.wait_for(20)
         yield users
 

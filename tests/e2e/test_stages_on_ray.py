@@ -121,7 +121,7 @@ def make_here(place: Place, base: Path, format: Format) -> Path:
 
 
 @pytest.mark.parametrize("format", [Format.MERGED, Format.INT8])
-def test_ray_trained_version_matches_a_local_version_even_if_a_node_is_lost_in_evaluation(
+def test_ray_trained_version_matches_a_local_version_even_if_a_node_is_lost_during_evaluation(
     format: Format, place: Place, nodes: RayNodes, workplace: Path
 ) -> None:
     write_recipe(place, workplace, format)

@@ -146,7 +146,7 @@ def test_both_servers_serve_a_promoted_version_even_if_the_object_store_fails_te
     report(f"two servers: promoted after {took_s:.1f} s, {sum(len(each.versions) for each in clients)} answers")
 
 
-def test_database_restart_under_load_fails_no_request(
+def test_no_request_fails_when_the_database_restarts_under_load(
     pair: Pair, clients: list[Users], postgresql: PostgresServer
 ) -> None:
     postgresql.stop()

@@ -101,7 +101,7 @@ def test_upgrade_under_load_refuses_no_connection_and_keeps_the_engine_running(
 
 
 @pytest.mark.matrix
-def test_home_restored_from_a_backup_taken_under_load_gives_the_same_answers(
+def test_server_restored_from_a_backup_taken_under_load_gives_the_same_answers(
     managed: Managed, tmp_path: Path, report: Report
 ) -> None:
     expected = managed.answers()
