@@ -58,7 +58,7 @@ def test_counted_flops_match_pytorch_flop_counter(tiny_base: Path) -> None:
     assert counter.get_total_flops() == pytest.approx(without_attention, rel=0.1)
 
 
-def test_counted_batches_match_the_trainers_batches(tiny_base: Path) -> None:
+def test_batches_in_the_flop_count_match_the_trainers_batches(tiny_base: Path) -> None:
     tokenizer = load_tokenizer(tiny_base)
     rows = tokenize_examples(tokenizer, EXAMPLES, stop_tokens(tiny_base, tokenizer), {})
     lengths = [len(row.input_ids) for row in rows]

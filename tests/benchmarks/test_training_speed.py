@@ -120,7 +120,7 @@ def test_loss_curves_of_different_lengths_are_rejected() -> None:
         summary(ROUNDS, CURVES | {Contestant.ALIKE: Run(100, 1.0, 1, (2.0,))})
 
 
-def test_share_of_matmul_speed_is_the_median_over_rounds_that_measured_flops() -> None:
+def test_share_of_matmul_speed_is_the_median_over_rounds_with_measured_flops() -> None:
     shares = [Run(100, 2.0, 1, (1.0,), flops=flops, matrix_speed=10.0) for flops in (8.0, 10.0, 14.0)]
     rounds = [a_round(1.0, 3.0, 2.0) | {Contestant.OURS: run} for run in shares]
     assert summary(rounds, CURVES)["share"] == pytest.approx(10 / 2 / 10)
@@ -163,6 +163,7 @@ def test_only_our_trainer_reports_its_share_of_matmul_speed(runs: dict[Contestan
     assert runs[Contestant.TRL].share is None
 
 
+@pytest.mark.matrix
 def test_unsloth_trains_on_the_same_batches_as_our_trainer(
     task: Task, runs: dict[Contestant, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

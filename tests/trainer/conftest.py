@@ -59,8 +59,11 @@ def losses_of(summary: TrainingSummary) -> list[float]:
 
 @pytest.fixture(autouse=True)
 def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept any load from other processes, because tests run in parallel and the machine is never quiet."""
-    monkeypatch.setattr("svc.evaluation.quiet_machine.MAX_OTHERS_SHARE", 2.0)
+    """Accept any load from other processes, because tests run in parallel and the machine is never quiet.
+
+    The measured share can be above 1: an engine double answers faster than the kernel's CPU times are updated.
+    """
+    monkeypatch.setattr("svc.evaluation.quiet_machine.MAX_OTHERS_SHARE", float("inf"))
 
 
 @pytest.fixture(scope="session")

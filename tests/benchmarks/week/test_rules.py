@@ -58,7 +58,7 @@ def test_every_alert_is_evaluated_for_every_model() -> None:
         assert sorted(evaluated) == sorted(alerts)
 
 
-def test_series_becomes_stale_when_it_ends_and_all_zero_counters_are_omitted() -> None:
+def test_missing_series_becomes_stale_and_counter_that_stays_zero_is_omitted() -> None:
     series = Series()
     alarm = ("svc_drift_alarm", (("model", "m"),))
     restarts = ("svc_engine_restarts_total", (("model", "m"),))
@@ -69,7 +69,7 @@ def test_series_becomes_stale_when_it_ends_and_all_zero_counters_are_omitted() -
     assert line.splitlines()[1].strip() == "values: '_ 1x1 stale 0 stale'"
 
 
-def test_every_expected_alert_exists_and_starts_before_it_ends() -> None:
+def test_every_expected_alert_has_a_rule_and_valid_start_and_end_times() -> None:
     alerts = {rule["alert"] for group in groups() for rule in group["rules"] if "alert" in rule}
     for one in read_expected():
         assert one.alert in alerts

@@ -25,7 +25,7 @@ EPOCHS = 20
 """Enough for the training to be still running when the first steps are known."""
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 async def test_paused_and_resumed_job_registers_a_version_with_metrics(
     tmp_path: Path, tiny_base: Path, examples: list[ChatExample], monkeypatch: pytest.MonkeyPatch
 ) -> None:

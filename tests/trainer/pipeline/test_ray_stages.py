@@ -137,6 +137,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[RayDouble]:
     double.stop()
 
 
+@pytest.mark.matrix
 def test_weights_written_on_a_ray_node_equal_local_weights_and_are_kept_in_the_object_store(
     machine: Machine, ray: RayDouble, tmp_path: Path, tiny_base: Path, examples: list[ChatExample]
 ) -> None:
@@ -170,7 +171,7 @@ def test_stage_restarts_on_another_node_and_reuses_finished_stages_when_its_node
 
 
 @pytest.mark.matrix
-def test_unregistered_merged_model_is_merged_again_when_its_node_is_lost(
+def test_merge_of_an_unregistered_model_is_repeated_when_its_node_is_lost(
     tmp_path: Path, tiny_base: Path, examples: list[ChatExample], ray: RayDouble
 ) -> None:
     machine = make_machine(tmp_path / "machine", tiny_base, examples, Format.INT8)

@@ -30,7 +30,7 @@ from trainer.sweep.outcome import Status, TrialOutcome
 from trainer.sweep.ray_trials import RayTrials
 from trainer.sweep.trial_runner import TrialRunner
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 DEVICE: DeviceCapabilities = AVX512.model_copy(update={"cpu_bfloat16": False})
 """A device that trains in float32."""

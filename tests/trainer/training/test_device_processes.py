@@ -139,7 +139,7 @@ def test_error_names_rank_and_device_when_one_process_fails() -> None:
         run(fail_in_second, TrainingError("no memory"))
 
 
-def test_exception_of_a_library_names_rank_and_device_and_has_its_traceback() -> None:
+def test_library_exception_is_reported_with_rank_device_and_traceback() -> None:
     with pytest.raises(RuntimeError, match=r"^rank 1 of 2 on GPU 1 \(A100\): ValueError: wrong") as caught:
         run(fail_in_second, ValueError("wrong"))
     assert "in fail_in_second" in caught.value.__notes__[0]

@@ -246,7 +246,7 @@ def test_module_pruned_to_rank_zero_by_adalora_may_keep_the_base_weights(tmp_pat
     assert unused_modules(tmp_path) == {"model.layers.0.mlp.up_proj"}
 
 
-def test_rslora_divides_scaling_by_the_square_root_of_the_rank(tiny_base: Path) -> None:
+def test_rslora_scaling_is_alpha_divided_by_the_square_root_of_the_rank(tiny_base: Path) -> None:
     config = adapter_config(recipe(Method.LORA, adapter={"rank": 16, "rslora": True}), "all-linear", steps=9)
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     assert get_peft_model(model, config).base_model.model.model.layers[0].mlp.up_proj.scaling["default"] == 8

@@ -193,8 +193,8 @@ def test_killed_and_resumed_run_ends_with_the_same_new_token_embeddings(
     assert_same(train_in(BFLOAT16, tied, data, recipe(), tmp_path), tmp_path, whole)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.matrix), True])
+@pytest.mark.matrix
+@pytest.mark.parametrize("sharded", [False, True])
 def test_training_new_tokens_on_two_devices_gives_the_same_losses_as_on_one_device(
     sharded: bool, tied: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

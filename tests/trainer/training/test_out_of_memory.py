@@ -30,7 +30,7 @@ def test_out_of_memory_advice_names_the_next_setting_to_reduce_and_its_new_value
     assert advice in cheaper(make_recipe(**sections), checkpointing=True)
 
 
-def test_gradient_checkpointing_is_proposed_before_another_method() -> None:
+def test_gradient_checkpointing_is_proposed_before_a_different_training_method() -> None:
     recipe = make_recipe(train={"batch_size": 1})
     assert "set train.gradient_checkpointing to true" in cheaper(recipe, checkpointing=False)
 

@@ -326,7 +326,7 @@ def test_signal_while_answers_are_scored_interrupts_the_run(
 
 
 @pytest.mark.parametrize("objective", [Objective.DPO, Objective.KTO])
-def test_preference_loss_before_the_first_step_equals_the_loss_of_a_model_without_preference(
+def test_preference_loss_before_the_first_step_equals_the_loss_of_a_model_with_no_preference(
     objective: Objective, tiny_base: Path, tmp_path: Path
 ) -> None:
     summary = train(tiny_base, recipe_of(objective, stopping={"every_steps": 2}), tmp_path)

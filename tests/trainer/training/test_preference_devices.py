@@ -29,7 +29,7 @@ from trainer.training.devices import TrainingDevice
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData, TrainingSummary
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.matrix
 
 DPO, ORPO, KTO = Objective.DPO, Objective.ORPO, Objective.KTO
 
@@ -68,15 +68,15 @@ def train(recipe: Recipe, base: Path, folder: Path, processes: int, *, sharded: 
     ("objective", "method", "settings", "sharded"),
     [
         (KTO, Method.LORA, {}, True),
-        pytest.param(DPO, Method.LORA, {}, False, marks=pytest.mark.matrix),
-        pytest.param(ORPO, Method.LORA, {}, False, marks=pytest.mark.matrix),
-        pytest.param(KTO, Method.LORA, {}, False, marks=pytest.mark.matrix),
-        pytest.param(DPO, Method.LORA, {}, True, marks=pytest.mark.matrix),
-        pytest.param(ORPO, Method.LORA, {}, True, marks=pytest.mark.matrix),
-        pytest.param(DPO, Method.FULL, {}, True, marks=pytest.mark.matrix),
-        pytest.param(DPO, Method.QLORA, {}, True, marks=pytest.mark.matrix),
-        pytest.param(ORPO, Method.LORA, {"batch_size": 2, "gradient_accumulation": 2}, True, marks=pytest.mark.matrix),
-        pytest.param(DPO, Method.LORA, {"gradient_checkpointing": True}, True, marks=pytest.mark.matrix),
+        (DPO, Method.LORA, {}, False),
+        (ORPO, Method.LORA, {}, False),
+        (KTO, Method.LORA, {}, False),
+        (DPO, Method.LORA, {}, True),
+        (ORPO, Method.LORA, {}, True),
+        (DPO, Method.FULL, {}, True),
+        (DPO, Method.QLORA, {}, True),
+        (ORPO, Method.LORA, {"batch_size": 2, "gradient_accumulation": 2}, True),
+        (DPO, Method.LORA, {"gradient_checkpointing": True}, True),
     ],
     ids=str,
 )
@@ -93,7 +93,6 @@ def test_preference_training_on_two_devices_matches_one_device(
     assert (two.steps, two.devices) == (one.steps, 2)
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize(("objective", "sharded"), [(DPO, False), (KTO, True)])
 def test_interrupted_preference_run_on_two_devices_resumes_with_a_bitwise_identical_result(
     objective: Objective, sharded: bool, tiny_base: Path, tmp_path: Path

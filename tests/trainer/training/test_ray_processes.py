@@ -133,7 +133,9 @@ def test_first_received_worker_failure_is_reported_even_if_node_clocks_differ(
     [(1, 3.0, 3), (1, 2.0, 2), (2, 3.0, 1), (4, 3.0, 1)],
     ids=["all", "used", "pairs", "few"],
 )
-def test_number_of_runs_that_fit_the_free_resources_is_at_least_one(size: int, free: float, expected: int) -> None:
+def test_number_of_concurrent_runs_is_limited_by_free_resources_but_is_at_least_one(
+    size: int, free: float, expected: int
+) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 1.0}}] * 3 + [{"Alive": False, "Resources": {"CPU": 9.0}}]
     assert count_fitting(WorkerKind(1, gpus=0, gpu_type=None), size, nodes, {"CPU": free}) == expected
 

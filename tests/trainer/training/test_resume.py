@@ -213,7 +213,7 @@ def test_resumed_float16_run_matches_an_uninterrupted_run(
 
 
 @pytest.mark.usefixtures("scaled_on_cpu")
-def test_adalora_importance_means_stay_finite_after_a_skipped_step(
+def test_adalora_importance_averages_stay_finite_after_a_skipped_step(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_until(tiny_base, data, recipe(Method.ADALORA), tmp_path, 7, monkeypatch, FLOAT16)
@@ -233,7 +233,7 @@ def test_adalora_importance_means_stay_finite_after_a_skipped_step(
     ],
 )
 @pytest.mark.usefixtures("scaled_on_cpu")
-def test_run_resumed_in_a_different_dtype_is_converted_and_a_message_is_printed(
+def test_checkpoint_is_converted_with_a_message_when_a_run_resumes_in_a_different_dtype(
     begun: NumberType,
     goes_on: NumberType,
     tiny_base: Path,
@@ -260,7 +260,7 @@ def test_run_resumed_in_a_different_dtype_is_converted_and_a_message_is_printed(
         assert max(left_out(tmp_path / "b", STEPS)) > 6, "the scale of the loss was not found anew"
 
 
-def test_finished_run_is_not_converted_to_a_different_dtype(
+def test_weights_of_a_finished_run_are_not_converted_to_a_different_dtype(
     tiny_base: Path, data: TrainingData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_in(BFLOAT16, tiny_base, data, recipe(), tmp_path)

@@ -152,7 +152,9 @@ def test_training_loss_falls_during_a_run(tiny_base: Path, examples: list[ChatEx
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_training_summary_counts_steps_and_tokens(tiny_base: Path, examples: list[ChatExample], tmp_path: Path) -> None:
+def test_training_summary_has_the_number_of_steps_and_tokens(
+    tiny_base: Path, examples: list[ChatExample], tmp_path: Path
+) -> None:
     summary = train(tiny_base, examples, tmp_path / "adapter", epochs=2)
     tokenizer = load_tokenizer(tiny_base)
     rows = tokenize_examples(tokenizer, examples, stop_tokens(tiny_base, tokenizer), {})
@@ -294,7 +296,7 @@ def test_example_rejected_by_the_template_is_named_in_the_error(template: str, w
         tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
 
 
-def test_stop_tokens_include_those_in_the_generation_config(tiny_base: Path, tmp_path: Path) -> None:
+def test_stop_tokens_include_the_end_tokens_of_the_generation_config(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 7]}', "utf-8")
     tokenizer = make_tokenizer()
     assert stop_tokens(tmp_path, tokenizer) == {5, 7, tokenizer.eos_token_id}
@@ -351,7 +353,7 @@ def test_answer_only_loss_equals_the_full_loss_with_sliding_window_and_logit_cap
     torch.testing.assert_close(answer_loss(model, *batch), whole_loss(model, *batch), rtol=1e-4, atol=1e-4)
 
 
-def test_saved_best_weights_equal_those_of_a_run_that_ends_at_the_best_step(
+def test_saved_best_weights_equal_the_weights_of_a_run_that_ends_at_the_best_step(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     """At a constant learning rate, a run that ends at that step has the same weights."""

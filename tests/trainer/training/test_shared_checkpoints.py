@@ -150,7 +150,7 @@ def test_checkpoint_with_a_path_outside_its_folder_is_rejected(first: Machine, s
         second.shared.fetch()
 
 
-def test_training_start_is_refused_while_the_object_store_is_unavailable(second: Machine, bucket: Bucket) -> None:
+def test_training_is_refused_while_the_object_store_is_unavailable(second: Machine, bucket: Bucket) -> None:
     bucket.fault = lambda method, path: Fault.ERROR
     with pytest.raises(RegistryError, match="could not list checkpoints/tiny-1"):
         second.shared.fetch()

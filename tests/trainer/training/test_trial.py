@@ -105,7 +105,7 @@ def test_trial_measures_heldout_loss_three_times(attempt: Try) -> None:
     assert {point.step: len(point.heldout_each) for point in trial.points if point.heldout_each} == {2: 3, 4: 3, 6: 3}
 
 
-def test_untrained_losses_equal_those_at_step_zero(
+def test_untrained_model_has_the_same_losses_as_a_training_run_at_step_zero(
     tiny_base: Path, data: TrialData, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     losses = untrained_losses(LoadedBase(tiny_base), data, recipe(), tmp_path / "unused", number_type=TYPE)
