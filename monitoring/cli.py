@@ -175,7 +175,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
     except ValueError as error:
         raise ServerNotRunningError(
             f"{server.url}/metrics returned status {metrics.status_code}, but no valid metrics: {error}",
-            todo="check that the address belongs to the server, and that no proxy responds instead",
+            todo="check that the URL is the server's, and that no proxy is responding in its place",
         ) from error
     if models:
         status = _only(status, models)

@@ -41,7 +41,7 @@ _format_option = click.option(
     "--format",
     "format_name",
     type=click.Choice([format.value for format in (*SERVED_FORMATS, Format.ADAPTER)]),
-    help="Format to serve; `adapter` can serve many versions on one base model.",
+    help="Format to serve; with `adapter`, many versions can share one base model.",
 )
 
 
@@ -111,8 +111,9 @@ def serve(
                 logs = settings.home / "logs"
                 console.print(f"{targets}: starting vLLM (about 40 s each, unless already running); logs in {logs}")
             else:
-                manager.ready("serving no model yet")
-                console.print(f"[green]serving no model yet; clients can train at {claim.url}/v1[/green]")
+                manager.ready("not serving any model yet")
+                hint = f"clients can create fine-tuning jobs at {claim.url}/v1"
+                console.print(f"[green]not serving any model yet; {hint}[/green]")
             phases = advancing("engine", tuple(EnginePhase)) if wanted else nullcontext(lambda phase: None)
             on_phase = bar.enter_context(phases)
             pending = {desired.name for desired in wanted}
@@ -352,7 +353,7 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
     for each in servers:
         if each.result is None:
             click.secho(
-                f"warning: {_server_text(each)}; this server will serve {target} after its next start",
+                f"warning: {_server_text(each)}; this server will serve {target} when it is next started",
                 fg="yellow",
                 err=True,
             )

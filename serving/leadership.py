@@ -102,13 +102,14 @@ class Leadership:
         except SQLAlchemyError:
             log_store_error(
                 log,
-                "could not extend this server's leases; unless this succeeds within %.0f s, this server stops leading",
+                "could not extend this server's leases; unless they are extended within %.0f s, "
+                "this server will lose leadership",
                 LEASE_S,
             )
             return
         self._leases, self._until = leases, began + LEASE_S
         if before != set(leases):
-            log.info("this server leads: %s", ", ".join(sorted(leases)) or "nothing")
+            log.info("this server is now the leader for: %s", ", ".join(sorted(leases)) or "nothing")
             self._changes.announce()
 
     def _report(self, names: Collection[str]) -> dict[str, Lease]:

@@ -93,7 +93,8 @@ def require_safe(serve: ServeSettings, *, has_keys: bool) -> None:
         return
     if not has_keys:
         raise SettingsError(
-            f"`serve.host` is {serve.host}, but no key exists, so any machine that can reach it would have full access",
+            f"`serve.host` is {serve.host}, but no key exists, so any machine that can reach the server would have "
+            "full access",
             expected="a loopback address such as 127.0.0.1 while no key exists",
             todo="create a key first: svc keys create --scope admin",
         )

@@ -193,7 +193,7 @@ class Qualifier:
         judged = await self._judge(client, text)
         answered, pairs = await self._ask_general(client, text), await self._score_pairs(client, text)
         picked = self._tokenized[:: max(1, len(self.judged) // MAX_PROBES)]
-        with waiting(f"measuring probes of {text}"):
+        with waiting(f"measuring probe log-probabilities of {text}"):
             sequences = choose_sequences([(example.prompt, example.answer) for example in picked], MAX_PROBES)
             measured = await measure_probes(client, sequences, repeats=options.repeats)
             probes = make_probes(sequences, measured, self._facts(folder))
@@ -282,7 +282,7 @@ class Qualifier:
         """Return a model's scores of the held-out pairs, or None if there are no pairs."""
         if not self._pairs:
             return None
-        with counting(f"scoring held-out pairs of {text}", len(self._pairs)) as advance:
+        with counting(f"scoring held-out pairs with {text}", len(self._pairs)) as advance:
             return await score_pairs(client, self._pairs, on_done=advance)
 
     @asynccontextmanager

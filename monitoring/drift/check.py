@@ -303,7 +303,7 @@ def read_reports(states: Mapping[str, DriftState]) -> list[SignalReport]:
             if signal in states:
                 reports.append(REPORT.validate_json(states[signal].report))
         except ValidationError:
-            log.warning("cannot read the last report on %s", signal, exc_info=True)
+            log.warning("cannot read the latest drift report for %s", signal, exc_info=True)
     return reports
 
 

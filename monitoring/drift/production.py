@@ -57,4 +57,4 @@ class ProductionChecks:
                     except Exception:  # a bug too: it would prevent the checks of all later models, every time
                         log.exception("the drift check of %s failed", target)
         except BusyError:
-            log.info("another process is running the drift check; skipping this one")
+            log.info("another process is already running the drift check; skipping this run")

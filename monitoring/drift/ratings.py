@@ -73,7 +73,7 @@ def check_ratings(
             base, ratings = _pairs(ratings[:_MIN_REFERENCE]), ratings[_MIN_REFERENCE:]
     if not base:
         alarms.end_all(Signal.PEOPLE, now)  # from another release, whose state could not be read
-        why = f"fewer than {_MIN_REFERENCE} earlier ratings to compare with (only one per person and day counts)"
+        why = f"fewer than {_MIN_REFERENCE} earlier ratings to compare with (only one per person per day counts)"
         return state, SignalReport(Signal.PEOPLE, Status.WAITING, why)
     known = set(state.memory)
     before = [rating for rating in ratings if rating.id in known]
@@ -183,7 +183,7 @@ def accept_ratings(store: Store, target: Target, state: RatingState, since: date
     if len(ratings) < _MIN_ACCEPTED:
         raise RefusedError(
             f"only {len(ratings)} ratings were submitted since the change",
-            expected=f"at least {_MIN_ACCEPTED} ratings; only one rating per person and day counts",
+            expected=f"at least {_MIN_ACCEPTED} ratings; only one rating per person per day counts",
             todo=f"repeat `svc drift {target.version} --accept` once enough ratings have been submitted",
         )
     return replace(state, base=_pairs(ratings), features={})

@@ -57,7 +57,7 @@ class DeadlineMetrics(Collector):
             if newest := self._newest_backup():
                 backup.add_metric([], newest)
         except SQLAlchemyError:
-            log.warning("cannot read the expiry times of keys and the time of the newest backup", exc_info=True)
+            log.warning("cannot read the keys' expiry times or the time of the newest backup", exc_info=True)
         return certificate, key, backup
 
     def _newest_backup(self) -> float | None:

@@ -61,7 +61,7 @@ class TrainingMetrics(Collector):
         try:
             runs: list[TrainingRun] | None = list(find_training_runs(self._home))
         except (OSError, IntegrityError):
-            log.warning("cannot read the training runs in the home", exc_info=True)
+            log.warning("cannot read the training runs in the home folder", exc_info=True)
             runs = None
         running = [run for run in runs or () if run.running]
         figures = self._figures(running)

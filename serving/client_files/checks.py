@@ -155,7 +155,7 @@ async def run_check(path: Path, purpose: Purpose, *, timeout_s: float = MAX_SECO
         async with asyncio.timeout(timeout_s):
             output, errors = await process.communicate()
     except TimeoutError:
-        return ContentCheck(False, f"checking the file took longer than {timeout_s:g} s")
+        return ContentCheck(False, f"the file check did not finish within {timeout_s:g} s")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -168,6 +168,6 @@ async def run_check(path: Path, purpose: Purpose, *, timeout_s: float = MAX_SECO
             errors[-2000:].decode("utf-8", "replace"),
         )
         if process.returncode == -signal.SIGXCPU:
-            return ContentCheck(False, f"checking the file took longer than {timeout_s:g} s")
+            return ContentCheck(False, f"the file check did not finish within {timeout_s:g} s")
         return ContentCheck(False, "the file could not be checked; the server's log says why")
     return ContentCheck(**json.loads(output))

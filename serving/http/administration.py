@@ -153,7 +153,7 @@ class Administration:
         if generation is not None and not (generation.isdecimal() and len(generation) < 10):
             raise SettingsError(
                 f"{generation!r} is not a valid value of 'generation'",
-                expected="the generation number that the change returned",
+                expected="the generation number from the response to the promotion or rollback",
             )
         number = int(generation) if generation else None
         swap = await asyncio.to_thread(find_swap, self._store, name, number, server=self._server)

@@ -84,7 +84,7 @@ class KeyAccount:
         for limit, allowance in self._limiter.allowances(self._principal).items():
             if limit is not Limit.TOKENS_PER_DAY and 2 * allowance.remaining < allowance.limit:
                 raise RateLimitedError(
-                    f"half of this key's limit {limit} is reserved for requests outside batches",
+                    f"half of this key's {limit} limit is reserved for requests outside batches",
                     limit=limit.value,
                     retry_after_s=_BATCH_RETRY_S,
                 )

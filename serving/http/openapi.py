@@ -149,7 +149,7 @@ _UPLOAD_REFUSED = {
     413: "the file or the form is too large",
     415: "the content type is not multipart/form-data",
     429: "too many uploads are running; see retry-after",
-    507: "the server's disk for files is full",
+    507: "the server's file storage is full",
 }
 _RANGES = {400: "the Range header is invalid", 416: "the range is outside the file"}
 _NO_MODEL = {404: "no loaded version has this name", 503: "no version is loaded yet", **_DEFECT}

@@ -145,7 +145,7 @@ def too_large(max_bytes: int) -> FileTooLargeError:
 
 
 def _disk_full() -> DiskFullError:
-    return DiskFullError("the server's disk for files is full", todo="delete files, or ask the operator for more space")
+    return DiskFullError("the server's file storage is full", todo="delete files, or ask the operator for more space")
 
 
 def _refuse_other_sites(state: RequestState) -> None:

@@ -163,7 +163,9 @@ class JobCreation:
         task = self._running.get(fingerprint)
         if task is None:
             if len(self._running) >= _MAX_WAITING:
-                raise OverloadedError(f"{_MAX_WAITING} jobs are being created", todo="send the request again later")
+                raise OverloadedError(
+                    f"{_MAX_WAITING} jobs are already being created", todo="send the request again later"
+                )
             task = asyncio.create_task(self._create(request, client, fingerprint))
             self._running[fingerprint] = task
             task.add_done_callback(lambda ended: self._ended(fingerprint, ended))
@@ -201,7 +203,7 @@ class JobCreation:
             async with self._decisions:
                 await decide_job(self._store, self._files, self._settings, job, self._check)
         except SQLAlchemyError:
-            log_store_error(log, "could not record the check of job %s; repeating it", job.id)
+            log_store_error(log, "could not record the result of checking job %s; checking it again", job.id)
         except (ContentMissingError, ContentStoreError, OSError) as error:
             log.warning("could not check job %s; retrying later: %s", job.id, error)
             await asyncio.sleep(_FETCH_AGAIN_S)
@@ -385,8 +387,8 @@ def require_enabled(settings: Settings) -> None:
     """
     if not settings.fine_tuning.bases:
         raise FineTuningDisabledError(
-            "fine-tuning over HTTP is off on this server",
-            expected="the setting `fine_tuning.bases`, which names the bases that clients may fine-tune",
+            "fine-tuning over HTTP is disabled on this server",
+            expected="the `fine_tuning.bases` setting, which names the bases that clients may fine-tune",
             todo="ask the operator to set it, for example `fine_tuning: {bases: {gpt-4o-mini: ./models/NAME}}`",
         )
 

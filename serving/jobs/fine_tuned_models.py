@@ -231,6 +231,6 @@ class FineTunedModels:
 def _not_loaded(model: FineTunedModel, wrong: str) -> ModelNotLoadedError:
     return ModelNotLoadedError(
         f"model {model.name!r} {wrong}",
-        expected="a model with the same base that is served as an adapter, or enough memory for an engine",
+        expected="an engine that serves adapters for the same base, or enough memory for another engine",
         todo=f"retry later, or ask the operator to load it: svc add {model.version}",
     )

@@ -23,7 +23,7 @@ def _clean_suffix(suffix: str) -> str:
     """Replace characters that are not allowed in model names with hyphens."""
     cleaned = _OTHER_CHARACTERS.sub("-", suffix).strip("-._")
     if not cleaned:
-        raise ValueError("a suffix must contain a letter or digit from A to Z, a to z or 0 to 9")
+        raise ValueError("a suffix must contain at least one ASCII letter or digit")
     return cleaned
 
 

@@ -84,7 +84,7 @@ async def check_training(recipe: str, settings: Settings, *, timeout_s: float) -
             async with asyncio.timeout(timeout_s):
                 output, errors = await process.communicate()
         except TimeoutError:
-            raise CheckTimeoutError(f"checking the training took longer than {timeout_s:g} s") from None
+            raise CheckTimeoutError(f"the training check did not finish within {timeout_s:g} s") from None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with all its children

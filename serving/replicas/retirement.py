@@ -67,7 +67,7 @@ class Retirement:
     def _forget_start(self, start: asyncio.Task[Any]) -> None:
         self._cut_starts.discard(start)
         if not start.cancelled() and start.exception():
-            log.info("an engine start failed after it was cancelled", exc_info=start.exception())
+            log.info("an engine startup failed after it had been cancelled", exc_info=start.exception())
 
     async def _end_drained(self, engine: Replica) -> None:
         try:

@@ -87,6 +87,6 @@ def require_fit(model: ServedModel, adapter: AdapterFacts) -> None:
 def _too_large(adapter: AdapterFacts, max_rank: int) -> RefusedError:
     return RefusedError(
         f"the adapter of {adapter.version} has rank {adapter.rank}",
-        expected=f"a rank of at most {max_rank}: `adapters.max_rank`, or the default for the engine's first version",
+        expected=f"a rank of at most {max_rank}, the engine's limit",
         todo="increase `adapters.max_rank` and restart the engine, or serve the version with --format merged",
     )

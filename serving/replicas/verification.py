@@ -127,7 +127,7 @@ class Verification:
                 f"no probes are recorded for {target} on this kind of engine, and they cannot be recorded now, because "
                 "this engine was not started with that version",
                 expected=f"probes from {facts.key}",
-                todo="start an engine with this version, which records its probes",
+                todo="start an engine with this version to record its probes",
             )
         return await _compared(client, known)
 

@@ -94,7 +94,7 @@ class EngineChange:
         try:
             return await self._in_place(change, engine)
         except EngineError as error:
-            change.report(f"the change cannot be done in place: {error.wrong}")
+            change.report(f"the change cannot be made in place: {error.wrong}")
             change.plan = replace(change.plan, why=error.wrong)
             return await self._blue_green(change, engine)
         except OSError as error:
@@ -284,7 +284,7 @@ class EngineChange:
             outcome = await self._restore(change, engine, error)
             return SwapOutcome.CANCELLED if outcome is SwapOutcome.RESTORED else outcome, str(error)
         except Exception as error:  # any error: weights that are not verified must not serve
-            log.warning("%s: the load or its verification failed", change.target, exc_info=error)
+            log.warning("could not load or verify %s", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
             return await self._restore(change, engine, error), str(error) or repr(error)
         self._serve_if_only(change)

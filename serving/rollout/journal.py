@@ -101,7 +101,7 @@ class Journal:
             self._gave_up.set()
             self._writer.shutdown(wait=False, cancel_futures=True)
             log.error(
-                "could not write the results of %d swaps; the next server start will mark them as ended",
+                "could not write the results of %d swaps; they will be marked as ended when the server next starts",
                 len(self._unwritten),
             )
 

@@ -157,8 +157,8 @@ def require_replay(
         )
     if load_s is not None and 2 * load_s > queue_timeout_s:
         raise RefusedError(
-            f"{wrong}; a request that arrives while stored requests are replayed may wait for two loads of "
-            f"{load_s:.1f} s, but is rejected after {queue_timeout_s:g} s",
+            f"{wrong}; a request that arrives while stored requests are replayed may have to wait for two loads "
+            f"of {load_s:.1f} s each, but would be rejected after {queue_timeout_s:g} s",
             expected=f"a `serve.queue_timeout_s` of at least {math.ceil(2 * load_s)} s",
             todo=f"set `serve.queue_timeout_s`, and restart the server; or {others}",
         )
@@ -311,7 +311,7 @@ class Replay:
             with engine.occupied():
                 await answer.read(engine.http, engine.client.model, copy)
         except EngineDiedError as error:
-            raise EngineError(f"the engine died while {self.record.target} answered a stored request") from error
+            raise EngineError(f"the engine died while {self.record.target} was answering a stored request") from error
         except EngineRefusedError:
             return None
         except SvcError as error:

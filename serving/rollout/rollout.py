@@ -438,8 +438,8 @@ class _Run:
         )
         previous = self._record.previous
         self._report(
-            f"replay: comparing {replay.wanted} stored answers of {previous} from the request log, whenever no "
-            f"request has arrived for {QUIET_S:g} s"
+            f"replay: comparing {replay.wanted} stored answers of {previous} from the request log with the "
+            f"candidate's, whenever no request has arrived for {QUIET_S:g} s"
         )
         stop = Cancellation()
         replaying = asyncio.create_task(replay.run(stop))

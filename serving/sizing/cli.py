@@ -76,7 +76,7 @@ _positive = click.IntRange(1, 1_000_000)
     show_default=True,
     help="Coefficient of variation of both lengths: standard deviation divided by mean.",
 )
-@click.option("--p95", type=_Seconds(), metavar="TIME", help="Time in which 95% of the answers must be complete.")
+@click.option("--p95", type=_Seconds(), metavar="TIME", help="Time within which 95% of the answers must be complete.")
 @click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Bits per weight.  [default: as in the files, or 16]")
 @click.option(
     "--reload",

@@ -82,7 +82,7 @@ class LoadClient:
             async with self.http.stream("POST", self.path, json=body) as answer:
                 if answer.is_error:
                     text = (await answer.aread()).decode("utf-8", "replace")
-                    raise EngineError(f"{self.model} rejected a request of the measurement: {text[:300]}")
+                    raise EngineError(f"{self.model} rejected a measurement request: {text[:300]}")
                 async for line in answer.aiter_lines():
                     if not line.startswith("data: ") or line == _DONE:
                         continue
@@ -92,7 +92,7 @@ class LoadClient:
                         first = first or last
                     count = (event.get("usage") or {}).get("completion_tokens", count)
         except httpx.HTTPError as error:
-            raise EngineError(f"{self.model} did not answer a request of the measurement: {error!r}") from error
+            raise EngineError(f"{self.model} did not answer a measurement request: {error!r}") from error
         if count != tokens:
             raise EngineError(
                 f"{self.model} answered with {count} tokens",

@@ -120,7 +120,7 @@ class MeasuredTimes(BaseModel):
         except (OSError, ValidationError) as error:
             raise SettingsError(
                 f"cannot read the measurement {path}: {error}",
-                expected="a file that `svc plan --measure` has written",
+                expected="a file written by `svc plan --measure`",
                 todo="measure again: svc plan --measure NAME@N",
             ) from error
 

@@ -37,7 +37,12 @@ if TYPE_CHECKING:
 )
 @click.option("--action", metavar="TEXT", help="Show only events with this action, for example promote.")
 @click.option("--subject", metavar="TEXT", help="Show only events about this subject: NAME, NAME@N or key:ID.")
-@click.option("--since", type=time_past, metavar="TIME", help="Show only events since this time in UTC, such as 30d.")
+@click.option(
+    "--since",
+    type=time_past,
+    metavar="TIME",
+    help="Show only events since this time: a date (UTC), or an age such as 30d.",
+)
 @json_option
 @click.pass_context
 def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bool, **chosen: Any) -> None:
@@ -74,7 +79,7 @@ def _verify(store: "Store", expected: str | None, *, as_json: bool) -> None:
     if as_json:
         print_json(asdict(report))
     elif report.fault is None:
-        click.secho(f"{report.events} events are unaltered", fg="green")
+        click.secho(f"unaltered events: {report.events}", fg="green")
         click.echo(
             f"keep the newest hash on another machine, so that you can check it later with --expect: {report.head}"
         )
@@ -82,7 +87,7 @@ def _verify(store: "Store", expected: str | None, *, as_json: bool) -> None:
         raise IntegrityError(
             f"the audit log was altered; the first altered row is {report.fault.id}: {report.fault.wrong}",
             expected="an unbroken chain of unaltered rows",
-            todo="find out who can write to the store, and compare it with a backup",
+            todo="find out who can write to the store, and compare the store with a backup",
         )
 
 

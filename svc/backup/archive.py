@@ -195,7 +195,7 @@ class Archive:
         try:
             wanted = {content.sha256 for snapshot in stay for content in self.contents_of(snapshot)}
         except (OSError, ValueError):  # it is unknown what the damaged snapshot needs
-            log.exception("cannot tell which clients' files are still needed in %s; removing none", self)
+            log.exception("cannot tell which client files in %s are still needed; removing none", self)
             return
         for path in self.contents.iterdir() if self.contents.is_dir() else ():
             if path.name not in wanted:

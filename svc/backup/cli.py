@@ -63,7 +63,7 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
         print_json({"snapshot": snapshot.name, "copied": made.copied, "pruned": made.pruned, **told})
     else:
         click.secho(
-            f"snapshot {snapshot.name}: {len(snapshot.versions)} versions, {len(made.copied)} of them newly copied",
+            f"snapshot {snapshot.name} (versions: {len(snapshot.versions)}, newly copied: {len(made.copied)})",
             fg="green",
         )
     if snapshot.tracking:
@@ -122,7 +122,7 @@ def restore(
     unused = snapshot.store is None and settings.store.url is not None
     if unused and revoke_keys:
         raise RefusedError(
-            f"the keys of snapshot {snapshot.name} are not used: store.url names another store",
+            f"the keys of snapshot {snapshot.name} would not be used, because store.url names another store",
             todo="restore without --revoke-keys, or without store.url",
         )
     keys: dict[str, Any] = {}
@@ -148,13 +148,13 @@ def restore(
     click.secho(f"restored {settings.home} from {snapshot.name}: {len(snapshot.versions)} versions", fg="green")
     if snapshot.store:
         click.echo(
-            f"before you serve, restore the store at {snapshot.store} from its own backup with pg_restore, and name "
-            "it in store.url; keys that were revoked after that backup will be valid again",
+            f"before you run svc serve, restore the store at {snapshot.store} from its own backup with pg_restore, and "
+            "set store.url to the restored database; keys that were revoked after that backup will be valid again",
             err=True,
         )
     if snapshot.tracking:
         click.echo(
-            f"before you serve, restore MLflow at {snapshot.tracking} to its state at the time of the snapshot",
+            f"before you run svc serve, restore MLflow at {snapshot.tracking} to its state at the time of the snapshot",
             err=True,
         )
 

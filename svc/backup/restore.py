@@ -120,7 +120,7 @@ class Restore:
             raise SettingsError(
                 f"the home folder {self.home} is not empty: it contains {', '.join(sorted(content)[:3])}",
                 expected="a new or empty folder",
-                todo="restore into another home (svc --home NEW restore DIR), or move this home away",
+                todo="restore into another home (svc --home NEW restore DIR), or move this home elsewhere",
             )
 
     def _copy_contents(self, snapshot: Snapshot) -> None:
@@ -139,7 +139,7 @@ class Restore:
                 try:
                     copy_content(self.archive.contents / content.sha256, folder / content.id, content, on_bytes)
                 except (FileNotFoundError, IntegrityError) as error:
-                    log.error("the content of %s is not restored: %s", content.id, error)
+                    log.error("could not restore the content of %s: %s", content.id, error)
         sync_folder(folder)
 
     def _copy_versions(self, snapshot: Snapshot) -> None:

@@ -119,7 +119,8 @@ def mix_general(
     if wanted > len(usable):
         raise DataError(
             f"data.general has only {len(usable)} examples that are not held out",
-            expected=f"at least {wanted} examples, a share of {share:g} when mixed with {len(train)} training examples",
+            expected=f"at least {wanted} examples, which are a share of {share:g} when mixed with {len(train)} "
+            "training examples",
             todo="add general examples, or lower data.general_share",
         )
     return select(general, np.sort(_seeded(usable, general, seed)[:wanted]))
@@ -199,9 +200,9 @@ def _held_groups(
         )
     if not len(free):
         raise DataError(
-            "cannot split off a held-out set: earlier versions of this name were trained on all examples or on near "
-            "duplicates of them",
-            expected="at least one example that is new to these versions",
+            "cannot split off a held-out set: earlier versions with this name were trained on all examples or on "
+            "near duplicates of them",
+            expected="at least one example that none of these versions was trained on",
             todo="add examples, set data.heldout to a held-out file, or train under another name",
         )
     hashes = smallest[free]

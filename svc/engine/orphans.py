@@ -65,7 +65,7 @@ def locked(folder: Path) -> Iterator[IO[str]]:
         except BlockingIOError:
             pids = ", ".join(str(process.pid) for process in _holders(folder))
             raise EngineError(
-                f"an engine is already running in {folder}, with processes {pids}",
+                f"an engine is already running in {folder} (processes: {pids})",
                 todo="stop these processes and retry",
             ) from None
         yield file

@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     help="Objective of the recipe: sft writes corrections; dpo and orpo write pairs; kto writes answers with ratings.",
 )
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="File to write.  [default: stdout]")
-@click.option("--since", type=time_past, metavar="TIME", help="Use only requests since this time in UTC, such as 30d.")
+@click.option(
+    "--since",
+    type=time_past,
+    metavar="TIME",
+    help="Use only requests since this time: a date (UTC), or an age such as 30d.",
+)
 @click.pass_context
 def feedback(ctx: click.Context, model: str, objective: str, output: Path | None, since: datetime | None) -> None:
     """Write feedback on the answers of MODEL (NAME or NAME@N) as lines of training data.

@@ -99,7 +99,7 @@ def files_to_upload(registry: Registry, manifest: Manifest, format: Format, repo
         raise RefusedError(
             f"{version} failed a check: {manifest.failed[0]}",
             expected="a version that passed all checks",
-            todo="push another version, or fix the cause and train it again",
+            todo="push another version, or fix the cause and train again",
         )
     if format is Format.ADAPTER and (changed := _base_changes(manifest.recipe)):
         raise RefusedError(

@@ -219,7 +219,7 @@ class RayCluster:
             last = errors.decode(errors="replace").strip().splitlines() or [type(error).__name__]
             raise EngineError(
                 f"the Ray cluster {self.address} did not answer: {last[-1][-300:]}",
-                todo="check ray.address and that the cluster runs: ray status",
+                todo="check ray.address, and check that the cluster is running: ray status",
             ) from error
         if answer.problem is not None:
             raise answer.problem.error()

@@ -162,7 +162,7 @@ def _place(question: Place) -> Placed:
     except GetTimeoutError:
         ray.kill(actor)
         raise EngineError(
-            f"no machine in the Ray cluster had {question.need.resources} free for {question.timeout_s:.0f} s",
+            f"no machine in the Ray cluster had {question.need.resources} free within {question.timeout_s:.0f} s",
             todo="free resources, add a machine, or raise ray.wait_s: `ray status` shows what is in use",
         ) from None
     except RayActorError as error:

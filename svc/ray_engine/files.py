@@ -59,8 +59,8 @@ class NodeModels:
             if not (model.path / "config.json").is_file():
                 raise NotFoundError(
                     f"{model.path} contains no model",
-                    expected="the base of an adapter, at the same path as on the server's machine",
-                    todo="mount its folder at this path, or serve the version with --format merged",
+                    expected="the adapter's base model, at the same path as on the server",
+                    todo="mount the base model's folder at this path, or serve the version with --format merged",
                 )
             return model.path
         version = VersionId(*model.version)

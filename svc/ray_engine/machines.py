@@ -62,7 +62,7 @@ class RayMachines:
             raise SettingsError(
                 "engine.launcher is ray, but artifacts.url is not set, so other machines cannot download the versions",
                 expected="s3://bucket/prefix, or file:///path on a file system that all machines share",
-                todo="set artifacts.url, and upload the versions that are only here: svc models push NAME@N",
+                todo="set artifacts.url, and upload the versions that exist only here: svc models push NAME@N",
             )
         if find_spec("ray") is None:
             raise SettingsError("engine.launcher is ray, but Ray is not installed", todo="pip install 'tuneserve[ray]'")

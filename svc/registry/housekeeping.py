@@ -101,8 +101,8 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
         raise BusyError(
             f"{version} is in the object store {registry.objects.url}, from which it would be fetched again",
             expected="a version that only this home has",
-            todo=f"set artifacts.cache_gb and run `svc gc` to free this disk; to remove the version from all machines, "
-            f"first delete {manifest_key(version)} from the object store",
+            todo="set artifacts.cache_gb and run `svc gc` to free disk space here; to remove the version from all "
+            f"machines, first delete {manifest_key(version)} from the object store",
         )
     folder = registry.folder(version)
     run = _run_of(registry, version)

@@ -210,7 +210,7 @@ class ObjectStore:
             raise DiskSpaceError(
                 f"not enough disk space in {folder} to download {what}: it needs {total / 1e6:.0f} MB, and "
                 f"{free / 1e6:.0f} MB are free",
-                todo="free disk space: svc gc, or a smaller artifacts.cache_gb",
+                todo="free disk space: run `svc gc`, or lower artifacts.cache_gb",
             )
         with _progress(f"downloading {what}", total) as on_bytes:
             for file in missing:

@@ -92,7 +92,7 @@ def print_parity(report: ParityReport, page: Path) -> None:
             check.name, "passed" if check.passed else "[red]failed[/red]", escape(check.found), escape(check.expected)
         )
     output.print(table)
-    output.print(f"\n{report.examples} examples compared in {report.seconds:.0f} s; with plots: {page}")
+    output.print(f"\n{report.examples} examples compared in {report.seconds:.0f} s; report with plots: {page}")
 
 
 def evaluation_table(manifest: Manifest) -> Table:

@@ -60,7 +60,7 @@ class FineTuningSettings(Section):
     )
     place: TrainingPlace = Field(
         TrainingPlace.HERE,
-        description="where jobs run; here: on the server's machine; ray: on the cluster `ray.address`, as with "
+        description="where jobs run; here: on the server's machine; ray: on the cluster at `ray.address`, as with "
         "`svc train --on ray`; the server's machine only registers the version",
     )
     wandb: bool = Field(

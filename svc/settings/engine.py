@@ -43,7 +43,7 @@ class ReplicaRange(Section):
     @model_validator(mode="after")
     def _check_order(self) -> Self:
         if self.min > self.max:
-            raise ValueError(f"min is {self.min}, which is more than max, {self.max}")
+            raise ValueError(f"min ({self.min}) is greater than max ({self.max})")
         return self
 
 
@@ -82,7 +82,8 @@ class EngineSettings(Section):
     """
 
     launcher: Launcher = Field(
-        Launcher.LOCAL, description="local: engines run on this machine; ray: engines run on the cluster `ray.address`"
+        Launcher.LOCAL,
+        description="local: engines run on this machine; ray: engines run on the cluster at `ray.address`",
     )
     device: Device = Field(
         Device.AUTO, description="cpu, cuda, or auto, which selects the device that the installed vLLM is built for"

@@ -40,7 +40,7 @@ class EntryPointGate(_RunGate):
 class ResultFileGate(_CustomGate):
     """A gate that reads results exported by Promptfoo or OpenAI Evals."""
 
-    result_file: AbsolutePath = Field(description="exported file; `{version}` in its path is replaced with NAME@N")
+    result_file: AbsolutePath = Field(description="exported results; `{version}` in the path is replaced with NAME@N")
     min_pass_share: float = Field(ge=0, le=1, description="minimum share of passed tests")
 
 
@@ -92,7 +92,7 @@ class GateSettings(Section):
         description="margin for the drop that training causes in the share of correctly answered general questions",
     )
     speed_margin: float | None = Field(
-        0.2, ge=0, description="margin for tokens per second and time to first token: 0.2 is 20% slower"
+        0.2, ge=0, description="margin for tokens per second and time to first token: 0.2 means 20% slower"
     )
     max_age_days: float | None = Field(
         None, gt=0, description="maximum age of the training data, and of the version and its evaluation, in days"

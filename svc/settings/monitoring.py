@@ -88,15 +88,15 @@ class HoldoutSettings(Section):
 
     every_hours: float = Field(6.0, ge=0, description="interval between held-out runs, in hours; 0 disables these runs")
     requests_per_minute: float = Field(
-        60.0, gt=0, description="maximum number of held-out examples plus scored answers per minute"
+        60.0, gt=0, description="maximum total of held-out examples and scored answers per minute"
     )
     scored_per_hour: int = Field(
         200, ge=0, description="maximum number of live answers scored per hour, newest first; 0 disables scoring"
     )
     run_functions: bool = Field(
         False,
-        description="whether to run a version's metric function, which is code from the user who registered it; if "
-        "not, such a version is monitored by exact match",
+        description="whether to run a version's metric function, which is code from the user who registered the "
+        "version; if not, such a version is monitored by exact match",
     )
 
 

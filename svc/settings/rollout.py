@@ -57,7 +57,7 @@ class RolloutSettings(Section):
     max_errors: float = Field(0.01, gt=0, lt=1, description="margin for the share of failed requests")
     max_invalid: float = Field(0.01, gt=0, lt=1, description="margin for the share of answers that are not valid JSON")
     max_slowdown: float = Field(
-        1.2, gt=1, description="margin for the time to the first token: 1.2 is 20% slower than production"
+        1.2, gt=1, description="margin for the time to the first token: 1.2 means 20% slower than production"
     )
     max_negative: float = Field(0.05, gt=0, lt=1, description="margin for the share of negative feedback")
 

@@ -24,7 +24,7 @@ def _store_url(secret: SecretStr) -> SecretStr:
     if not valid:
         raise ValueError(
             "not the URL of a PostgreSQL database, such as postgresql+psycopg://user@host:5432/database; put the "
-            "password after the user name, percent-encoded, not into a parameter"
+            "password after the user name, percent-encoded, not in a query parameter"
         )
     return secret
 

@@ -36,5 +36,6 @@ class WebhookSettings(Section):
         description="URL to which the messages are posted; https, or http on this machine"
     )
     secret_file: AbsolutePath = Field(
-        description="file with the secrets that sign the messages, `whsec_` and base64; readable by its owner only"
+        description="file with the secrets that sign the messages, each `whsec_` followed by base64; readable by its "
+        "owner only"
     )

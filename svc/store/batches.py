@@ -165,7 +165,7 @@ def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int
         count = session.scalar(select(func.count()).select_from(BatchRow).where(*of_owner)) or 0
         if count >= max_open:
             raise TooManyBatchesError(
-                f"{count} unfinished batches were created with this key",
+                f"this key has {count} unfinished batches",
                 expected=f"fewer than {max_open}",
                 todo="wait until a batch has ended, or cancel a batch",
             )

@@ -64,8 +64,7 @@ def migrate_store(ctx: click.Context, url: str, password_file: Path | None, as_j
         click.secho(f"copied {count} rows to {result.target} and compared each copy with the original", fg="green")
     if result.replaced_texts:
         click.echo(
-            f"{result.replaced_texts} strings contained NULs or invalid bytes, which the copy replaces with question "
-            "marks",
+            f"NULs and invalid bytes in {result.replaced_texts} strings were replaced with question marks in the copy",
             err=True,
         )
     click.echo(

@@ -275,7 +275,7 @@ def _require_storage(session: Session, owner: str, more: int, limits: StorageLim
         )
     if size + more > limits.bytes:
         raise StorageLimitError(
-            f"this key has {size} bytes of files, so {more} more bytes exceed its limit",
+            f"this key has {size} bytes of files, so {more} more bytes would exceed its limit",
             expected=f"at most {limits.bytes} bytes in all files",
             todo="delete files, or let them expire",
         )

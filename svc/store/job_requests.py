@@ -211,7 +211,7 @@ def _find_repeated(session: Session, fingerprint: str, owner: str, max_jobs: int
         count = session.scalar(select(func.count()).select_from(JobRow).where(JobRow.owner == owner, is_open)) or 0
         if count >= max_jobs:
             raise TooManyJobsError(
-                f"{count} unfinished jobs were created with this key",
+                f"this key has {count} unfinished jobs",
                 expected=f"fewer than {max_jobs}",
                 todo="wait until a job has ended, or cancel a job",
             )

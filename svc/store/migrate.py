@@ -77,7 +77,9 @@ def migrate(home: Path, target: StoreSettings) -> Migration:
     """
     path = home / SQLITE_FILE
     if not path.is_file():
-        raise NotFoundError(f"there is no store {path}", todo="name the home with the store to copy: svc --home FOLDER")
+        raise NotFoundError(
+            f"there is no store {path}", todo="specify the home that contains the store to copy: svc --home FOLDER"
+        )
     with hold_lock(home / LOCK_FILE, f"the home {home}"), sole_access(home) as connection:
         _require_unaltered_audit_log(connection, path)
         source, store = _Source(connection, path), open_new_store(target)
@@ -174,7 +176,7 @@ def _require_unaltered_audit_log(connection: sa.Connection, where: object) -> No
     fault = verify_chain(connection).fault
     if fault is not None:
         raise IntegrityError(
-            f"the audit log in {where} is altered at event {fault.id}: {fault.wrong}",
+            f"the audit log in {where} has been altered at event {fault.id}: {fault.wrong}",
             todo=f"restore the home from a backup made before the alteration; {_NOTHING_COPIED}",
         )
 
@@ -189,8 +191,8 @@ def _take_empty(copy: sa.Connection) -> None:
     if filled:
         raise RefusedError(
             f"the database {location(copy.engine.url)} is not empty: it has rows in {', '.join(filled[:3])}",
-            expected="a database without tuneserve rows",
-            todo="create a new one: createdb --encoding UTF8 --template template0 NAME",
+            expected="a database with no rows in tuneserve's tables",
+            todo="create a new database: createdb --encoding UTF8 --template template0 NAME",
         )
 
 

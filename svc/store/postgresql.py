@@ -143,7 +143,7 @@ def require_usable(connection: Connection) -> None:
     allowed = connection.exec_driver_sql("SELECT has_schema_privilege(current_schema(), 'CREATE')").scalar_one()
     if not allowed:
         raise RegistryError(
-            f"the user of store.url may not create tables in {where}",
+            f"the user in store.url has no permission to create tables in {where}",
             todo="make the user the owner of the database: ALTER DATABASE name OWNER TO user",
         )
 
@@ -164,7 +164,7 @@ def _read_password(path: Path) -> str:
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "the text is not UTF-8"
         raise SettingsError(
-            f"cannot read the password of the store from {path}: {why}", todo="correct store.password_file"
+            f"cannot read the store's password from {path}: {why}", todo="correct store.password_file"
         ) from None
     if not password:
         raise SettingsError(f"the file {path} is empty", expected="the password of the store's user")

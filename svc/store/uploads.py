@@ -87,9 +87,9 @@ def add_upload(store: Store, upload: Upload) -> None:
         query = select(func.count()).select_from(UploadRow).where(UploadRow.owner == upload.owner, is_open)
         if (count := session.scalar(query) or 0) >= MAX_OPEN:
             raise StorageLimitError(
-                f"{count} unfinished uploads were created with this key",
+                f"this key has {count} unfinished uploads",
                 expected=f"fewer than {MAX_OPEN}",
-                todo="complete or cancel uploads, or wait an hour until they expire",
+                todo="complete or cancel uploads, or wait until they expire, an hour after their creation",
             )
         session.add(UploadRow.of(upload, status=upload.status.value, purpose=upload.purpose.value))
 

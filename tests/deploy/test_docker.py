@@ -33,7 +33,7 @@ def test_shell_scripts_pass_shellcheck() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_image_is_built_from_constraints_and_does_not_run_as_root() -> None:
+def test_image_is_built_with_the_constraints_file_and_does_not_run_as_root() -> None:
     script = (DEPLOY / "docker" / "steps.sh").read_text("utf-8")
     assert '--constraint "deploy/constraints/$variant.txt"' in script
     for variant in ("cpu", "gpu"):

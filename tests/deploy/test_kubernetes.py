@@ -90,7 +90,7 @@ def test_engine_sockets_are_in_a_memory_backed_volume() -> None:
     assert {mount["name"] for mount in mounts if mount["mountPath"] == "/tmp"} == {"tmp"}
 
 
-def test_server_stateful_set_has_only_one_replica_per_home() -> None:
+def test_server_stateful_set_has_exactly_one_replica() -> None:
     (manifest,) = [one for _, one in objects() if one["kind"] == "StatefulSet" and "replicas" in one["spec"]]
     assert manifest["spec"]["replicas"] == 1
 
@@ -103,7 +103,7 @@ def test_training_job_resumes_after_node_drain_and_fails_on_other_errors() -> No
     assert manifest["spec"]["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_operator_rules_match_prometheus_rules() -> None:
+def test_prometheus_operator_manifest_matches_the_prometheus_rule_files() -> None:
     source = importlib.util.spec_from_file_location("prometheus_rule", KUBERNETES / "prometheus_rule.py")
     assert source is not None and source.loader is not None
     module = importlib.util.module_from_spec(source)

@@ -107,7 +107,7 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 
 
-async def test_answers_from_an_adapter_name_its_version(served: Control) -> None:
+async def test_answers_from_an_adapter_contain_the_name_of_its_version(served: Control) -> None:
     async with served.client() as client:
         for path, body in BODIES.items():
             for stream in (False, True):
@@ -117,7 +117,7 @@ async def test_answers_from_an_adapter_name_its_version(served: Control) -> None
                 assert f"{NAME}@2#" not in answer.text, path
 
 
-async def test_engine_rejections_for_an_adapter_name_its_version(served: Control) -> None:
+async def test_engine_rejections_for_an_adapter_contain_the_name_of_its_version(served: Control) -> None:
     async with served.client() as client:
         await ask(client, f"{NAME}@2")
         (private,) = (name for name in served.double.adapters if name.startswith(f"{NAME}@2#"))
@@ -131,7 +131,9 @@ async def test_engine_rejections_for_an_adapter_name_its_version(served: Control
             assert private not in answer.text, path
 
 
-async def test_token_counts_for_an_adapter_name_its_version(served: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_token_count_response_for_an_adapter_contains_the_name_of_its_version(
+    served: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def counted(double: EngineDouble, send: Send, path: str, body: dict[str, Any]) -> None:
         await JSONResponse({"count": 3, "model": body["model"]})({"type": "http"}, _never, send)
 
@@ -195,7 +197,7 @@ async def test_adapter_is_not_unloaded_while_it_serves_a_request(served: Control
     assert (served.double.dropped_in_use, served.double.most_adapters) == ([], 2)
 
 
-async def test_response_has_retry_after_if_no_adapter_slot_becomes_free_in_time(make: Make) -> None:
+async def test_response_has_a_retry_after_header_if_no_adapter_slot_becomes_free_in_time(make: Make) -> None:
     control = make(format=Format.ADAPTER, adapters=AdapterSettings(max_loaded=1), queue_timeout_s=0.05)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 0.1
@@ -285,7 +287,7 @@ async def test_adapter_that_the_base_cannot_apply_is_rejected_with_the_reason(se
             assert reason in answer.json()["error"]["message"] and str(served.settings.home) not in answer.text
 
 
-async def test_adapter_that_failed_a_check_is_served_only_in_production(served: Control) -> None:
+async def test_adapter_that_failed_a_check_is_served_only_as_the_production_version(served: Control) -> None:
     versions(served, 4, failed=("parity",))
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[::2] == (404, "model_not_found")

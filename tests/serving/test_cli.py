@@ -225,7 +225,7 @@ async def test_dry_run_of_the_served_version_compares_it_with_its_base(serving: 
     assert gates["speed"] == "the version is in production"
 
 
-async def test_configured_gate_refuses_a_promotion_with_its_output(home: Home) -> None:
+async def test_promotion_refused_by_a_configured_gate_fails_with_the_gates_output(home: Home) -> None:
     gate = {"name": "own", "command": ["sh", "-c", "echo 3 tests failed; exit 1"]}
     models = {NAME: {"gates": {"custom": [gate]}}}
     home.settings = Settings.model_validate(home.settings.model_dump() | {"models": models})
@@ -250,7 +250,7 @@ async def test_gates_are_stored_with_the_promotion_and_shown_in_the_history(home
     assert "gates failed=1 passed=" in " ".join((await type_in(home, "audit")).stdout.split())
 
 
-async def test_version_with_undecided_verdict_is_promoted_with_a_warning(serving: Home) -> None:
+async def test_version_with_an_undecided_verdict_is_promoted_with_a_warning(serving: Home) -> None:
     make_version(serving.registry, 4, gates=(gate_report(0.04), gate_report(0.09)))
     result = await type_in(serving, "promote", f"{NAME}@4")
     assert result.stdout.startswith("tuned@4 (merged) is served")
@@ -303,7 +303,7 @@ async def test_failed_promotion_is_in_the_audit_log_but_never_served(serving: Ho
     assert {span.target.version.number for span in served_spans(serving.store, NAME)} == {1}
 
 
-async def test_history_shows_the_start_the_swaps_and_the_stop(home: Home) -> None:
+async def test_history_shows_the_server_startup_the_swap_and_the_shutdown(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         await type_in(home, "promote", f"{NAME}@2", "--reason", "it is better")
     rows = json.loads((await type_in(home, "history", NAME, "--json")).stdout)
@@ -411,7 +411,7 @@ async def test_refused_promotion_shows_the_reason_and_the_served_version(serving
     assert json.loads(result.stdout)["outcome"] == "restored"
 
 
-async def test_failed_promotion_does_not_report_previous_version_as_serving(serving: Home) -> None:
+async def test_failed_promotion_does_not_claim_that_the_previous_version_is_served(serving: Home) -> None:
     serving.park.double.loadable = lambda folder: False
     error = error_of(await type_in(serving, "promote", f"{NAME}@2"))
     assert "`svc status` shows whether tuned@1 (merged) is served again" in error.wrong

@@ -127,7 +127,7 @@ async def test_official_client_raises_if_its_key_is_invalid(served: Served) -> N
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-async def test_official_client_retries_if_a_rate_limit_allows_it(served: Served, client: str) -> None:
+async def test_official_client_succeeds_by_retrying_a_rate_limited_request(served: Served, client: str) -> None:
     headers = {"authorization": f"Bearer {served.key}"}
     asked = [served.http.post("/v1/chat/completions", json=BODY, headers=headers) for _ in range(A_MINUTE)]
     assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}

@@ -359,7 +359,7 @@ async def test_removed_model_can_be_added_again(two: Home) -> None:
         assert await answer_of(client, OTHER) == (200, f"{OTHER}@7", "7")
 
 
-async def test_metrics_of_each_model_have_its_name_as_label(two: Home) -> None:
+async def test_metrics_of_each_model_have_its_name_as_a_label(two: Home) -> None:
     async with two.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await all_ready(client, NAME, OTHER)
         await answer_of(client, OTHER)

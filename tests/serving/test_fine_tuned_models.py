@@ -134,7 +134,7 @@ async def test_owner_can_use_its_fine_tuned_model_even_if_its_key_lists_other_mo
         assert (await ask(client, model.name))[::2] == (200, "1")
 
 
-async def test_served_model_of_a_job_is_hidden_from_other_keys(home: Home) -> None:
+async def test_served_model_trained_by_a_job_is_visible_only_to_the_jobs_owner(home: Home) -> None:
     alice, bob = key(home), key(home)
     model = train(home.store, home.registry, owner=alice.key.id)
     async with home.serving(str(model.version)) as client:
@@ -314,7 +314,7 @@ async def test_request_gets_503_if_its_model_loads_too_slowly_and_a_later_reques
     assert len(merged.park.engines) == 2
 
 
-async def test_merged_version_replaces_an_unused_version_of_the_same_model_name(merged: Home) -> None:
+async def test_merged_version_replaces_an_unused_version_of_the_same_model(merged: Home) -> None:
     models = [train(merged.store, merged.registry, number=number, formats=(Format.MERGED,)) for number in (5, 6)]
     async with serving(merged) as (client,):
         for model in (*models, models[0]):

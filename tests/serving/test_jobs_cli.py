@@ -114,7 +114,7 @@ def test_job_is_followed_until_it_succeeds(home: WorkerHome, svc: Svc, monkeypat
     assert f"fine-tuned model: ft:small:org::{id}" in result.stdout
 
 
-def test_followed_job_prints_one_json_value_per_line(home: WorkerHome, svc: Svc) -> None:
+def test_following_a_job_with_the_json_option_prints_one_object_per_line(home: WorkerHome, svc: Svc) -> None:
     id = home.add()
     take(home)
     report_job(home.store, id, "w1", news=[STEP])
@@ -195,7 +195,7 @@ async def remote(store: Store, socket_folder: Path, tmp_path: Path) -> AsyncIter
         yield RemoteJobs(ServerAddress("http://localhost", socket)), WorkerHome(store, socket_folder)
 
 
-async def test_jobs_read_from_the_server_equal_those_read_from_the_store(remote: tuple[RemoteJobs, WorkerHome]) -> None:
+async def test_same_jobs_are_read_from_the_server_and_from_the_store(remote: tuple[RemoteJobs, WorkerHome]) -> None:
     source, home = remote
     local = LocalJobs(home.store, "tuneserve")
     id = home.add()

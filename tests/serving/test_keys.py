@@ -47,7 +47,7 @@ def local(home: Home) -> ServerAddress:
     return address
 
 
-async def test_requests_during_server_start_require_a_key_if_a_key_exists(home: Home) -> None:
+async def test_requests_during_server_startup_require_a_key_if_a_key_exists(home: Home) -> None:
     make_key(home)
     home.park.start_delay_s = 0.2
     with server.claim(home.settings) as claim:
@@ -123,7 +123,7 @@ def get(address: ServerAddress, path: str, **headers: str) -> httpx.Response:
         return client.get(path, headers=headers)
 
 
-async def test_no_header_makes_a_request_count_as_local(client: httpx.AsyncClient) -> None:
+async def test_request_is_never_considered_local_because_of_a_header(client: httpx.AsyncClient) -> None:
     headers = {"through_socket": "true", "x-forwarded-for": "127.0.0.1", "x-forwarded-proto": "unix"}
     assert (await client.get("/svc/status", headers=headers)).status_code == 401
 
@@ -155,7 +155,7 @@ def test_socket_is_created_even_if_the_home_path_is_long(home: Home, tmp_path: P
         assert claim.local.getsockname()
 
 
-async def test_usage_on_another_server_counts_towards_the_limits_in_the_headers(
+async def test_rate_limit_headers_include_usage_on_another_server(
     home: Home, postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.assembly.UsageWriter", partial(UsageWriter, every_s=0.05))

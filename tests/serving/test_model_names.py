@@ -52,7 +52,7 @@ def test_long_model_name_is_truncated_in_the_error() -> None:
     assert len(caught.value.wrong) < 200
 
 
-def test_model_is_unavailable_before_its_first_version() -> None:
+def test_model_is_unavailable_before_its_first_version_is_loaded() -> None:
     with pytest.raises(EngineUnavailableError):
         ModelNames("tuned").resolve("tuned")
 

@@ -86,7 +86,9 @@ async def test_remote_promote_and_rollback_print_the_same_as_local_commands(home
     assert desired is not None and desired.target == target(1)
 
 
-async def test_version_with_undecided_verdict_is_promoted_remotely_with_a_warning(home: Home, remote: Remote) -> None:
+async def test_version_with_an_undecided_verdict_is_promoted_remotely_with_a_warning(
+    home: Home, remote: Remote
+) -> None:
     make_version(home.registry, 4, gates=(gate_report(0.04), gate_report(0.09)))
     result = await remote("promote", f"{NAME}@4")
     assert result.exit_code == 0, result.output
@@ -121,7 +123,7 @@ async def test_remote_status_is_shown(remote: Remote) -> None:
     assert f"{NAME}@1" in result.output
 
 
-async def test_key_with_metrics_scope_can_read_status_and_change_nothing(home: Home, remote: Remote) -> None:
+async def test_key_with_the_metrics_scope_can_read_the_status_but_change_nothing(home: Home, remote: Remote) -> None:
     issued = make_key(home, Scope.METRICS)
     await asyncio.sleep(0.6)
     assert f"{NAME}@1" in (await remote("status", issued=issued)).output

@@ -43,7 +43,7 @@ def router(*backends: OneBackend) -> Router:
     return built
 
 
-def test_request_by_name_is_routed_to_that_model() -> None:
+def test_request_is_routed_to_the_model_it_names() -> None:
     for model in ("b", "b@7", "b@production"):
         a, b = backend("a", 1), backend("b", 7)
         destination = router(a, b).find(model)
@@ -117,7 +117,7 @@ def test_same_client_is_always_assigned_to_the_same_version(who: str, share: flo
     assert split.assign(who, random.random) == split.assign(who, random.random)
 
 
-def test_clients_are_divided_by_the_candidates_share() -> None:
+def test_candidate_gets_approximately_its_configured_share_of_clients() -> None:
     for percent in (0, 5, 25, 50, 100):
         expected = len(CLIENTS) * percent / 100
         deviation = 4 * (expected * (1 - percent / 100)) ** 0.5
@@ -147,7 +147,7 @@ def test_request_for_a_named_version_is_not_part_of_a_rollout() -> None:
     assert (split.find("a@1", "ann").model, split.find("a@1", "ann").assignment) == ("a@1", None)
 
 
-def test_clients_cannot_request_the_internal_name_of_assigned_requests() -> None:
+def test_clients_cannot_request_a_model_by_the_internal_name_for_assigned_requests() -> None:
     one = backend("a", 1)
     with pytest.raises(ModelNotFoundError):
         router(one).find(one.names.assigned)

@@ -110,7 +110,7 @@ async def test_status_shows_the_last_swap(home: Home) -> None:
     assert (status["last_swap"]["to"], status["last_swap"]["outcome"]) == (str(target(2)), "succeeded")
 
 
-async def test_unwritten_swap_result_is_in_the_status_without_delaying_the_stop(
+async def test_swap_result_that_cannot_be_written_is_still_shown_in_the_status(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -154,7 +154,7 @@ async def test_engine_death_is_in_status_and_metrics(home: Home) -> None:
     assert 'svc_engine_state{model="tuned",state="failed"} 1.0' in metrics
 
 
-async def test_metrics_have_no_created_series(home: Home) -> None:
+async def test_metrics_contain_no_created_timestamp_series(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         await ask(client, stream=False)
         assert "_created" not in (await client.get("/metrics")).text
@@ -210,7 +210,7 @@ async def test_second_stop_signal_cancels_running_requests(home: Home) -> None:
     assert home.park.alive == 0
 
 
-async def test_draining_server_answers_requests_while_health_reports_it(home: Home) -> None:
+async def test_draining_server_answers_requests_while_its_health_endpoint_reports_draining(home: Home) -> None:
     drain_for(home, 30.0)
     async with started(home) as (task, client):
         await home.ready.wait()
@@ -239,7 +239,7 @@ async def test_server_stops_by_itself_after_it_has_drained(home: Home) -> None:
             await client.get("/health")
 
 
-async def test_second_signal_ends_draining_but_not_running_requests(home: Home) -> None:
+async def test_second_signal_ends_the_drain_period_but_running_requests_complete(home: Home) -> None:
     drain_for(home, 30.0)
     home.park.prepare = slow
     async with started(home) as (task, client):
@@ -253,7 +253,7 @@ async def test_second_signal_ends_draining_but_not_running_requests(home: Home) 
     assert (answer.status, answer.error) == (200, None)
 
 
-async def test_draining_server_leaves_its_engine_running_if_requested_by_signal(home: Home) -> None:
+async def test_draining_server_leaves_its_engine_running_if_a_signal_requests_it(home: Home) -> None:
     drain_for(home, 0.2)
     async with started(home) as (task, _):
         await home.ready.wait()
@@ -265,7 +265,7 @@ async def test_draining_server_leaves_its_engine_running_if_requested_by_signal(
 
 
 @pytest.mark.parametrize("path", ["/collective_rpc", "/reset_prefix_cache"])
-async def test_swap_cancelled_by_stop_signal_is_carried_out_at_next_start(home: Home, path: str) -> None:
+async def test_swap_cancelled_by_a_stop_signal_is_carried_out_at_the_next_startup(home: Home, path: str) -> None:
     async with started(home) as (task, client):
         await home.ready.wait()
         await until(lambda: home.book.book)
@@ -317,7 +317,7 @@ async def test_stopped_server_leaves_no_tasks_running(home: Home) -> None:
     assert asyncio.all_tasks() <= before | {asyncio.current_task()}
 
 
-async def test_failed_start_is_reported_and_releases_the_port(home: Home) -> None:
+async def test_failed_startup_is_reported_and_the_port_is_released(home: Home) -> None:
     (home.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
     with server.claim(home.settings) as claim, pytest.raises(IntegrityError):
         await home.serve(claim, f"{NAME}@1")
@@ -373,14 +373,14 @@ async def test_crash_of_a_shared_component_stops_the_server_but_not_its_engine(
     assert home.park.alive == 0
 
 
-async def test_second_server_on_a_home_fails_immediately(home: Home) -> None:
+async def test_second_server_with_the_same_home_fails_immediately(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         with pytest.raises(BusyError, match="in use by process"), server.claim(home.settings):
             pass
         assert len(home.park.engines) == 1
 
 
-async def test_second_server_on_a_port_fails_immediately(home: Home, tmp_path: Path) -> None:
+async def test_second_server_on_the_same_port_fails_immediately(home: Home, tmp_path: Path) -> None:
     """The second server fails even before the first server responds."""
     with server.claim(home.settings) as first:
         port = int(first.url.rpartition(":")[2])

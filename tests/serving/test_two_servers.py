@@ -145,7 +145,9 @@ async def test_promotion_does_not_wait_for_a_server_that_stops_reporting(
     assert outcomes(await following) == {FIRST: SwapOutcome.SUCCEEDED, SECOND: None}
 
 
-async def test_promotion_names_a_server_that_stopped_during_the_promotion(first: Control, second: Control) -> None:
+async def test_promotion_result_includes_a_server_that_stopped_during_the_promotion(
+    first: Control, second: Control
+) -> None:
     async with first.run(), AsyncExitStack() as stack:
         await stack.enter_async_context(second.run())
         await until(lambda: len(served_spans(first.store, NAME)) == 2)
@@ -168,7 +170,7 @@ async def test_promotion_does_not_wait_for_a_server_that_started_with_the_promot
             assert outcomes(await follow_change(first, wish)) == {FIRST: SwapOutcome.SUCCEEDED}
 
 
-async def test_version_stays_desired_if_a_starting_server_cannot_serve_it_but_another_serves_it(
+async def test_version_stays_desired_if_a_starting_server_cannot_serve_it_but_another_server_does(
     first: Control, second: Control
 ) -> None:
     make_version(first.registry, 4)

@@ -182,7 +182,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def test_server_replacement_refuses_no_connection_and_fails_no_request(service: Service) -> None:
+def test_no_connection_is_refused_and_no_request_fails_when_the_server_is_replaced(service: Service) -> None:
     clients, engine = Clients(service.manager.url, kept=CLIENTS // 2), service.engine
     assert engine is not None
     with clients.asking():

@@ -188,7 +188,7 @@ def test_empty_model_list_says_how_to_create_a_model(svc: Svc) -> None:
     assert "svc train RECIPE" in svc("models").out
 
 
-def test_empty_model_list_is_an_empty_json_list(svc: Svc) -> None:
+def test_empty_model_list_is_printed_as_an_empty_json_list(svc: Svc) -> None:
     assert json.loads(svc("models", "--json").out) == []
 
 
@@ -220,7 +220,7 @@ def test_data_check_with_held_out_leakage_exits_with_1(svc: Svc, tmp_path: Path)
     assert data_check(svc, tmp_path / "train.jsonl", "--heldout", tmp_path / "heldout.jsonl")[0] == 1
 
 
-def test_data_check_prints_problems_by_line(svc: Svc, tmp_path: Path) -> None:
+def test_data_check_prints_the_line_number_of_a_problem(svc: Svc, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(json.dumps(chat().as_dict()) + "\n{}\n")
     result = svc("data", "check", tmp_path / "bad.jsonl")
     assert result.code == 1

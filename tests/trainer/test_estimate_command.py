@@ -144,7 +144,7 @@ def test_anyway_option_skips_the_memory_check(svc: Svc, tmp_path: Path, recipe: 
     assert "is missing model.safetensors" in ended.err
 
 
-def test_estimate_counts_the_devices_that_the_recipe_names(svc: Svc, tmp_path: Path, recipe: Path) -> None:
+def test_estimate_uses_the_number_of_devices_set_in_the_recipe(svc: Svc, tmp_path: Path, recipe: Path) -> None:
     arguments = ("estimate", recipe, "--set", "train.devices=4", "--device", "here", "--device", "h200")
     content = json.loads(svc("--home", tmp_path / "home", *arguments, "--json").out)
     assert [(device["label"], device["count"]) for device in content["devices"]] == [

@@ -89,7 +89,7 @@ async def test_qualification_results_include_the_answer_to_each_example() -> Non
         assert tuple(result.hit for result in qualified.results) == qualified.evaluation.hits
 
 
-async def test_probes_contain_the_log_probabilities_of_the_weights_and_the_engine_kind() -> None:
+async def test_probes_contain_the_engine_kind_and_the_log_probabilities_of_the_evaluated_model() -> None:
     qualified = await qualifier(Engines(), qualify={"repeats": 1}).alone(GPTQ, "gptq")
     assert len(qualified.probes) == 4
     for probe in qualified.probes:
@@ -138,7 +138,7 @@ async def test_general_questions_have_a_separate_answer_limit() -> None:
     assert {result.limit for result in (*base.general, *merged.general)} == {MAX_TOKENS}
 
 
-async def test_recipe_limits_the_number_of_evaluated_examples() -> None:
+async def test_number_of_evaluated_examples_is_limited_by_the_recipe() -> None:
     qualified = await qualifier(Engines(), evaluate={"limit": 2}).alone(GPTQ, "gptq")
     assert qualified.evaluation.examples == 2
 

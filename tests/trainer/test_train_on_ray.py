@@ -168,7 +168,7 @@ def test_ctrl_c_stops_all_workers_and_the_next_run_resumes(here: Place, place: P
     assert place.difference(here) <= SAME
 
 
-def test_second_command_for_the_same_run_is_refused_while_the_first_trains(place: Place, tmp_path: Path) -> None:
+def test_second_command_for_the_same_run_is_refused_while_the_first_is_running(place: Place, tmp_path: Path) -> None:
     """The two commands share the object store and the cluster, but no home, as on two machines. One node is free."""
     other = replace(place, folder=tmp_path / "other", shared=place.folder)
     command = ["--on", "ray", "--set", "train.epochs=3000"]  # the first still trains when the second has waited

@@ -269,9 +269,9 @@ class _Conversation:
                 common = _common_prefix(prompt, conversation)
                 in_conversation, in_prompt = (text[common : common + _MAX_SHOWN] for text in (conversation, prompt))
                 raise DataError(
-                    f"example {self.number}: the base model's chat template renders the prompt differently within the "
-                    f"whole conversation: after a common prefix, the conversation has {in_conversation!r} where the "
-                    f"prompt has {in_prompt!r}",
+                    f"example {self.number}: the base model's chat template renders the prompt differently as part "
+                    f"of the whole conversation: after a common prefix, the conversation has {in_conversation!r} where "
+                    f"the prompt has {in_prompt!r}",
                     expected="a template that renders earlier turns the same way in a prompt and in a conversation",
                     todo=todo,
                 )

@@ -43,7 +43,7 @@ def export(
     version_id = registry.resolve(version)
     out = to or Path(f"{version_id.name}-{version_id.number}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BusyError(f"{out} is not empty", expected="a new or empty folder", todo="choose another one with --to")
+        raise BusyError(f"{out} is not empty", expected="a new or empty folder", todo="choose another folder with --to")
     merged = _merged(registry, version_id)
     if kind == _HF:
         result = _copy(merged, out)

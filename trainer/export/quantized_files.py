@@ -84,7 +84,7 @@ def _join(tensors: "dict[str, torch.Tensor]", layer: str, parts: list[str]) -> N
     if any(not torch.equal(group, groups[0]) for group in groups):
         raise TrainingError(
             f"{' and '.join(parts)} were quantized with different input groups",
-            expected=f"the same groups, because the engine fuses them into one layer, {layer!r}",
+            expected=f"the same groups, because the engine fuses these layers into one, {layer!r}",
             todo="set `formats: [merged]` to skip quantization",
         )
     tensors[f"{layer}.{_INPUT_GROUPS}"] = groups[0]

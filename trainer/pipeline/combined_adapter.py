@@ -79,7 +79,7 @@ class CombinedAdapter:
         for version, revision in self.bases.items():
             if revision != base.revision:
                 raise BaseModelError(
-                    f"{version} was trained on a different base from {base.origin} ({revision[:19]}, not "
+                    f"{version} was trained on a different base than {base.origin} ({revision[:19]}, not "
                     f"{base.revision[:19]})",
                     expected="adapters that were trained on the same base with the same chat template",
                     todo=f"run `svc show {version}` to see the base of this version",
@@ -139,7 +139,7 @@ def _find_version(name: str, registry: Registry) -> TrainedAdapter:
         raise NotFoundError(
             f"{version} has no adapter",
             expected="a version that was trained with an adapter",
-            todo="choose another one",
+            todo="choose another version",
         )
     registry.verify(version, Format.ADAPTER)
     return replace(find_adapter(str(registry.artifact(version, Format.ADAPTER).absolute()), Path()), origin=name)

@@ -61,7 +61,7 @@ def count_workers(recipe: Recipe) -> int:
         )
     if recipe.checkpoints.keep_epochs:
         raise RecipeError(
-            "checkpoints.keep_epochs cannot be used on Ray: the adapters of single epochs would stay on the nodes",
+            "checkpoints.keep_epochs cannot be used on Ray: the adapters of individual epochs would stay on the nodes",
             todo="remove checkpoints.keep_epochs from the recipe",
         )
     share_of(train, asked or 1)

@@ -68,7 +68,7 @@ def sending_curve(tracking: Tracking, run_id: str) -> Iterator[Report]:
             thread.submit(sender.send)
     if sender.unsent:
         console.print(
-            f"curve points that are missing in MLflow at {tracking.where}: {len(sender.unsent)}",
+            f"curve points missing from MLflow at {tracking.where}: {len(sender.unsent)}",
             style="yellow",
             soft_wrap=True,
         )
@@ -97,7 +97,7 @@ class _Sender:
             self._tracking.log_points(self._run_id, self.unsent)
         except RegistryError as error:
             if not self._is_reported:
-                console.print(f"{error.wrong}; the training continues", style="yellow", soft_wrap=True)
+                console.print(f"{error.wrong}; training continues", style="yellow", soft_wrap=True)
             self._is_reported = True
         else:
             self.unsent.clear()

@@ -158,8 +158,8 @@ def find_adapter(name: str, cache: Path) -> TrainedAdapter:
     if reason := refusal(config):
         raise BaseModelError(
             f"{name} cannot be imported: {reason}",
-            expected="LoRA, rsLoRA or DoRA of a causal language model",
-            todo="merge it with the program that trained it, and use the merged folder as a base",
+            expected="a LoRA, rsLoRA or DoRA adapter for a causal language model",
+            todo="merge the adapter in the program that trained it, and use the merged model as a base",
         )
     if not (folder / _WEIGHTS_FILE).is_file():
         pickled = " (only adapter_model.bin, a pickle file, which can run code)"

@@ -38,7 +38,7 @@ def choose_training_devices(recipe: Recipe, capabilities: DeviceCapabilities) ->
             names = f"{len(choice.devices)} processes on the CPU"
         console.print(
             f"  training on {names}: each computes {share.accumulation} x {share.batch_size} of the "
-            f"{train.gradient_accumulation} x {train.batch_size} examples of a step",
+            f"{train.gradient_accumulation} x {train.batch_size} examples in a step",
             markup=False,
             soft_wrap=True,
         )
@@ -63,7 +63,7 @@ def choose_sharding(recipe: Recipe, devices: int, number_type: NumberType, expec
         return False
     if reason := find_undivided(recipe, number_type, experts=False):
         raise RecipeError(f"train.sharding is {asked}, but {reason}", todo=f"set train.sharding to {Sharding.NEVER}")
-    console.print(f"  each device stores 1/{devices} of the weights, gradients and moments", soft_wrap=True)
+    console.print(f"  each device stores 1/{devices} of the weights, gradients and optimizer moments", soft_wrap=True)
     return True
 
 

@@ -119,8 +119,8 @@ class Recipe(Section):
     def _is_consistent(self) -> "Recipe":
         if self.train.packing and self.train.neftune_alpha is not None:
             raise ValueError(
-                "train.neftune_alpha cannot be used with train.packing, because its noise is scaled by the length of a "
-                "row instead of an example"
+                "train.neftune_alpha cannot be used with train.packing, because NEFTune would scale its "
+                "noise by the length of a row instead of an example"
             )
         if len(set(self.formats)) < len(self.formats):
             raise ValueError("`formats` lists a format twice")
@@ -156,9 +156,9 @@ class Recipe(Section):
     def undivided(self) -> str | None:
         """Reason why the weights cannot be sharded across devices, or None if they can."""
         if self.adapter_type not in (None, AdapterType.LORA, AdapterType.DORA):
-            return f"{self.adapter_type} cannot be sharded across devices; lora, dora and full can"
+            return f"{self.adapter_type} cannot be sharded across devices, unlike lora, dora and full"
         if self.train.optimizer is not Optimizer.ADAMW:
-            return f"the moments of {self.train.optimizer} cannot be sharded across devices; those of adamw can"
+            return f"the moments of {self.train.optimizer} cannot be sharded across devices, unlike adamw's"
         return None
 
     @model_validator(mode="after")
@@ -176,7 +176,7 @@ class Recipe(Section):
         if self.train.lora_plus_ratio is not None and kind not in (AdapterType.LORA, AdapterType.DORA):
             raise ValueError(f"train.lora_plus_ratio is not used by {kind or f'`method: {self.method}`'}")
         if self.new_tokens and kind not in (None, AdapterType.LORA, AdapterType.DORA):
-            raise ValueError(f"new_tokens cannot be trained with {kind}; lora, qlora, dora and full can")
+            raise ValueError(f"new_tokens cannot be trained with {kind}, only with lora, qlora, dora or full")
         if self.adapter.starts_from_base and self.base_quantization:
             raise ValueError(
                 f"`adapter.init: {self.adapter.init}` changes the base's weights, but `quantization: "
@@ -263,7 +263,7 @@ class Recipe(Section):
         calibrated = next((format for format in self.formats if format in (Format.GPTQ, Format.AWQ)), None)
         if not self.data.train and calibrated:
             raise ValueError(
-                f"`formats` lists {calibrated}, which needs data.train for its calibration; set formats: [merged]"
+                f"`formats` lists {calibrated}, which needs data.train for calibration; set formats: [merged]"
             )
         return self
 

@@ -48,8 +48,8 @@ _OBJECTIVES = {"dpo": Objective.DPO, "ipo": Objective.DPO, "orpo": Objective.ORP
 _OTHER_TASKS = {
     "reward_model": "a reward model",
     "process_reward_model": "a process reward model",
-    "pretraining_dataset": "raw text",
-    "processor_type": "images or sound",
+    "pretraining_dataset": "a model on raw text",
+    "processor_type": "a model on images or sound",
     "diffusion": "a diffusion model",
     "gptq": "a model that is already quantized",
     "gptq_model_v1": "a model that is already quantized",
@@ -101,7 +101,8 @@ def import_axolotl(draft: Draft, folder: Path) -> None:
     for key, task in _OTHER_TASKS.items():
         if draft.content.get(key):
             raise RecipeError(
-                f"the config trains {task} ({key})", expected="a text model that is trained on examples or preferences"
+                f"the config is for training {task} ({key})",
+                expected="a text model that is trained on examples or preferences",
             )
     _import_objective(draft)
     draft.copy("base_model", "base")
@@ -118,7 +119,7 @@ def _import_objective(draft: Draft) -> None:
     if kind is None:
         return
     if kind not in _OBJECTIVES:
-        raise RecipeError(f"the config trains with `rl: {kind}`", expected=f"one of {', '.join(_OBJECTIVES)}")
+        raise RecipeError(f"the config sets `rl: {kind}`", expected=f"one of {', '.join(_OBJECTIVES)}")
     draft.values["objective"] = _OBJECTIVES[kind].value
     if kind == "ipo":
         draft.values["preference.loss"] = DpoLoss.IPO.value
@@ -210,7 +211,7 @@ def _sources(draft: Draft, key: str, number: int, dataset: Any, folder: Path) ->
 def _import_adapter(draft: Draft) -> None:
     kind = draft.take("adapter")
     if kind not in (None, "", "lora", "qlora"):
-        raise RecipeError(f"the config trains with `adapter: {kind}`", expected="lora, qlora or no adapter")
+        raise RecipeError(f"the config sets `adapter: {kind}`", expected="lora, qlora or no adapter")
     four_bit = bool(draft.take("load_in_4bit")) or kind == "qlora"
     import_method(draft, adapter=bool(kind), dora=bool(draft.take("peft_use_dora")), four_bit=bool(kind) and four_bit)
     if draft.take("load_in_8bit"):

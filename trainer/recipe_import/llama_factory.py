@@ -106,12 +106,12 @@ def import_llama_factory(draft: Draft, folder: Path, beginning: Path) -> None:
 def _import_objective(draft: Draft) -> None:
     stage, loss = draft.take("stage", "sft"), draft.take("pref_loss", "sigmoid")
     if stage not in _OBJECTIVES:
-        raise RecipeError(f"the config trains with `stage: {stage}`", expected=f"one of {', '.join(_OBJECTIVES)}")
+        raise RecipeError(f"the config sets `stage: {stage}`", expected=f"one of {', '.join(_OBJECTIVES)}")
     objective = _OBJECTIVES[stage]
     if objective is Objective.DPO and loss == "orpo":
         objective = Objective.ORPO
     elif objective is Objective.DPO and loss not in _LOSSES:
-        raise RecipeError(f"the config trains with `pref_loss: {loss}`", expected=f"one of {', '.join(_LOSSES)}, orpo")
+        raise RecipeError(f"the config sets `pref_loss: {loss}`", expected=f"one of {', '.join(_LOSSES)}, orpo")
     elif objective is Objective.DPO:
         draft.values["preference.loss"] = _LOSSES[loss].value
     draft.values["objective"] = objective.value
@@ -195,7 +195,7 @@ def _sources(draft: Draft, name: str, info: Path | None, folder: Path) -> list[s
 def _import_adapter(draft: Draft) -> None:
     kind = draft.take("finetuning_type", "lora")
     if kind not in ("lora", "full"):
-        raise RecipeError(f"the config trains with `finetuning_type: {kind}`", expected="lora or full")
+        raise RecipeError(f"the config sets `finetuning_type: {kind}`", expected="lora or full")
     bits, quantizer = draft.take("quantization_bit"), draft.take("quantization_method", "bnb")
     four_bit = bits == 4
     if bits and not four_bit:

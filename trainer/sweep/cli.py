@@ -99,7 +99,7 @@ def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_j
         print_json(curve.model_dump(mode="json") | {"folder": str(runner.folder), "picture": str(picture)})
     else:
         print_curve(curve, len(runner.data.judged))
-        output.print(f"picture: {picture}", markup=False, soft_wrap=True)
+        output.print(f"plot: {picture}", markup=False, soft_wrap=True)
 
 
 def _open_trial_runner(

@@ -199,7 +199,7 @@ def print_sweep(result: SweepResult, folder: Path, picture: Path) -> None:
         output.print(f"[dim]{escape(note)}[/dim]")
     if flags := "".join(f" --set {shlex.quote(flag)}" for flag in settings_of_winner(result)):
         output.print(f"as flags of svc train:{flags}", markup=False, soft_wrap=True)
-    output.print(f"as a recipe: {folder / WINNER_FILE}\npicture: {picture}", markup=False, soft_wrap=True)
+    output.print(f"as a recipe: {folder / WINNER_FILE}\nplot: {picture}", markup=False, soft_wrap=True)
 
 
 def _print_finals(finals: FinalsResult, winner: Values) -> None:
@@ -215,5 +215,5 @@ def _print_finals(finals: FinalsResult, winner: Values) -> None:
             forgetting,
         )
     output.print(table)
-    general = f"; {finals.questions} general questions, base {finals.general}" if finals.general else ""
-    output.print(f"on the engine: {finals.examples} held-out examples{general}")
+    general = f" and {finals.questions} general questions (base: {finals.general})" if finals.general else ""
+    output.print(f"finals were evaluated on the engine with {finals.examples} held-out examples{general}")

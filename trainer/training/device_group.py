@@ -142,7 +142,7 @@ class DeviceGroup:
         if self.size == 1:
             return
         expected = DistributedType.MULTI_GPU if torch.cuda.is_available() else DistributedType.MULTI_CPU
-        actual = f"{accelerator.distributed_type} with {accelerator.num_processes} processes, {type(model).__name__}"
+        actual = f"{accelerator.distributed_type}, num_processes={accelerator.num_processes}, {type(model).__name__}"
         wrapper: type[torch.nn.Module] = FSDPModule if self.sharded else DistributedDataParallel
         if (
             accelerator.distributed_type is not expected
@@ -150,8 +150,8 @@ class DeviceGroup:
             or not isinstance(model, wrapper)
         ):
             raise TrainingError(
-                f"the installed accelerate does not train on several devices: {actual}",
-                expected=f"{expected} with {self.size} processes, {wrapper.__name__}",
+                f"the installed version of accelerate does not train on several devices: {actual}",
+                expected=f"{expected}, num_processes={self.size}, {wrapper.__name__}",
                 todo="set train.devices to 1, or install the versions in deploy/constraints",
             )
         if self.sharded:

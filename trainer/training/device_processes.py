@@ -143,7 +143,7 @@ class _Processes:
         if code == -signal.SIGKILL:
             todo = "free some memory: the system kills the largest process when memory runs out"
         return TrainingError(
-            f"the training process of {where} {ended}; the other processes were stopped", todo=f"{todo}; then {AGAIN}"
+            f"the training process with {where} {ended}; the other processes were stopped", todo=f"{todo}; then {AGAIN}"
         )
 
 

@@ -114,7 +114,7 @@ def choose_processes(train: Train) -> DeviceChoice:
     if isinstance(train.devices, tuple):
         raise RecipeError(
             f"train.devices lists GPUs {_numbers(train.devices)}, but training runs on the CPU",
-            expected="a number of processes on a CPU",
+            expected="a number of processes instead of a list of GPUs",
             todo="remove train.devices from the recipe",
         )
     count = train.devices or 1
@@ -212,7 +212,7 @@ def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int
         raise RecipeError(
             f"train.devices lists GPUs that differ from each other or from {first}, which torch would use: {listed}",
             expected="identical GPUs, because every GPU waits for the slowest",
-            todo="list identical GPUs; to use another GPU type, hide the rest with CUDA_VISIBLE_DEVICES",
+            todo="list identical GPUs; to use a different type of GPU, hide all others with CUDA_VISIBLE_DEVICES",
         )
     return list(numbers)
 

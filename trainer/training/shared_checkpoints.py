@@ -138,7 +138,7 @@ class SharedCheckpoints:
             records = RECORDS.validate_json((checkpoint / FILES).read_bytes())
             self._objects.send(f"{self._prefix}/{checkpoint.name}", records, checkpoint)
         except (OSError, ValidationError, IntegrityError) as error:
-            log.warning("checkpoint %s is damaged and not uploaded: %s", checkpoint.name, error)
+            log.warning("checkpoint %s is damaged and was not uploaded: %s", checkpoint.name, error)
         else:
             self._objects.write(f"{self._prefix}/{checkpoint.name}.json", RECORDS.dump_json(records))
 

@@ -161,13 +161,13 @@ def _require_same_examples(registry: Registry, candidate: Manifest, production: 
     if candidate.data.heldout_fingerprint != production.data.heldout_fingerprint:
         heldout = registry.folder(production.id) / HELDOUT_FILE
         raise _IncomparableError(
-            f"{candidate.id} and {production.id} have different held-out examples; compare them: "
+            f"{candidate.id} and {production.id} have different held-out examples; to compare the versions: "
             f"svc compare {production.id} {candidate.id} --data {heldout}"
         )
     if candidate.max_answer_tokens != production.max_answer_tokens:
         raise _IncomparableError(
-            f"{candidate.id} and {production.id} were evaluated with different evaluate.max_tokens; compare them: "
-            f"svc compare {production.id} {candidate.id}"
+            f"{candidate.id} and {production.id} were evaluated with different evaluate.max_tokens; to compare the "
+            f"versions: svc compare {production.id} {candidate.id}"
         )
 
 

@@ -130,7 +130,7 @@ def read_results(path: Path) -> ExportedResults:
     except (ValueError, RecursionError) as error:  # includes JSON, Unicode and pydantic's errors
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
-        raise UnreadableError(f"not an export of Promptfoo or OpenAI Evals: {text}") from error
+        raise UnreadableError(f"not a Promptfoo or OpenAI Evals export: {text}") from error
     if not 0 <= results.passed <= results.total or not results.total:
         raise UnreadableError(f"{results.passed} of {results.total} tests passed")
     return results

@@ -219,11 +219,11 @@ class _LineChecks:
         for code, text in check(message.content):
             report.add(number, code, f"{where} {text}", where)
         turn = where.removesuffix(".content")
-        shown = [("name", message.name or ""), ("thinking", message.reasoning or "")]
-        shown += [("call", f"{call.name} {call.arguments}") for call in message.tool_calls]
-        for kind, content in shown:
+        shown = [("the name", message.name or ""), ("the reasoning", message.reasoning or "")]
+        shown += [("a tool call", f"{call.name} {call.arguments}") for call in message.tool_calls]
+        for part, content in shown:
             for code, text in self._text(content):
-                report.add(number, code, f"{turn} {text} in a {kind}", turn)
+                report.add(number, code, f"{turn} {text} in {part}", turn)
         for place, call in enumerate(message.tool_calls):
             if call.encoded_twice:
                 field = f"{turn}.tool_calls[{place}].function.arguments"

@@ -57,7 +57,7 @@ def _check_gptq_dtype(value: str, kernel: GptqKernel | None, own: str | None) ->
         return
     raise EngineError(
         f"engine.args contains --dtype {value}, which 4-bit models do not support",
-        expected=f"{' or '.join(supported[kernel])} with the kernel {kernel}",
+        expected=f"{' or '.join(supported[kernel])} with the {kernel} kernel",
         todo="remove --dtype from engine.args: merged versions get float32 automatically where it is faster",
     )
 

@@ -66,26 +66,26 @@ def test_tail_bets_cover_both_tails_and_hit_rates_stay_below_bounds_without_drif
 
 
 @pytest.mark.parametrize("moved", [-10.0, 10.0])
-def test_value_outside_the_reference_range_is_in_every_tail_set_of_that_tail(moved: float) -> None:
+def test_value_outside_the_reference_range_hits_every_bet_on_its_tail(moved: float) -> None:
     bets = feature_bets(of_numbers(np.random.default_rng(1).normal(size=200)))
     assert sorted(hit_table(bets, of_numbers([moved]))[0].tolist()) == [MISS] * 3 + [HIT] * 3
 
 
-def test_different_value_is_in_a_tail_set_if_all_reference_values_are_equal() -> None:
+def test_value_hits_a_tail_bet_only_if_it_differs_from_a_constant_reference() -> None:
     bets = feature_bets(of_numbers([3.0] * 200))
     assert all(bet.bound == pytest.approx(SLACK * upper_limit(0, 200, SURE)) for bet in bets)
     below, same, above = (hit_table(bets, of_numbers([value]))[0] for value in (2.0, 3.0, 4.0))
     assert HIT in below and HIT in above and HIT not in same
 
 
-def test_bets_are_placed_on_new_categories_and_each_category_below_half_of_the_reference() -> None:
+def test_bets_are_placed_on_new_and_minority_categories_but_not_on_majority_categories() -> None:
     reference = of_names(["stop"] * 90 + ["length"] * 10)
     assert largest_win(reference, of_names(["error"])) == pytest.approx(1 / (SLACK * upper_limit(0, 100, SURE)))
     assert largest_win(reference, of_names(["length"])) == pytest.approx(1 / (SLACK * upper_limit(10, 100, SURE)))
     assert largest_win(reference, of_names(["stop"])) == 0  # twice 90% is more than all
 
 
-def test_category_rare_in_the_reference_belongs_to_a_bet_set() -> None:
+def test_bets_on_rare_and_new_categories_have_high_payouts() -> None:
     reference = of_names(["stop"] * 198 + ["length"] * 2)
     assert largest_win(reference, of_names(["length"])) > 10
     assert largest_win(reference, of_names(["error"])) > 30
@@ -132,9 +132,7 @@ def test_hit_table_without_items_has_no_rows(sample: Sample) -> None:
 
 
 @given(numbers, names)
-def test_share_of_the_reference_in_a_bet_set_is_at_most_half_the_sets_bound(
-    values: list[float], categories: list[str]
-) -> None:
+def test_reference_hit_rate_of_each_bet_is_at_most_half_its_bound(values: list[float], categories: list[str]) -> None:
     for reference in (of_numbers(values), of_names(categories)):
         bets, table = feature_bets(reference), hit_table(feature_bets(reference), reference)
         there = (table != NO_HIT).sum(axis=0)

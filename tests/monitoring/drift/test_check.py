@@ -196,7 +196,7 @@ def test_traffic_is_compared_even_if_request_content_is_not_stored(
     assert "finish_reason" in alarmed(store, Signal.OUTPUT)
 
 
-def test_traffic_signals_are_off_and_name_the_setting_if_features_are_not_stored(
+def test_traffic_signals_are_off_and_the_reason_names_the_setting_if_features_are_not_stored(
     check: Check, traffic: Traffic
 ) -> None:
     traffic.ask(ALIKE[:60], features=False)

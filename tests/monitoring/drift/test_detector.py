@@ -171,7 +171,7 @@ def test_requests_resembling_the_reference_cause_no_alarm(run: int, repeats: flo
     assert stream.watch.kept > 0.6 * size
 
 
-def test_estimated_dependence_is_about_the_run_length_of_the_stream() -> None:
+def test_estimated_dependence_distance_is_close_to_the_run_length_of_the_stream() -> None:
     alone, runs = Stream(), Stream()
     alone.add(draw_requests(2, 300))
     runs.add(draw_requests(2, 300, run=6))
@@ -179,7 +179,7 @@ def test_estimated_dependence_is_about_the_run_length_of_the_stream() -> None:
     assert 4 <= runs.watch.dependence <= 8
 
 
-def test_dependence_is_64_after_few_requests() -> None:
+def test_dependence_distance_is_64_after_few_requests() -> None:
     assert Stream().add(draw_requests(2, 50)).watch.dependence == MAX_LAG
 
 

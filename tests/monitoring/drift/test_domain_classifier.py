@@ -63,7 +63,7 @@ def test_bets_on_learned_sets_start_after_enough_earlier_items(dependence: float
 
 @settings(max_examples=25)
 @given(st.integers(ALL_LEARNED + 65, SIZE - 1), st.integers(1, 65), st.data())
-def test_learned_sets_and_bounds_ignore_items_within_the_dependence_length(
+def test_learned_sets_and_bounds_ignore_items_within_the_dependence_distance(
     place: int, dependence: int, data: st.DataObject
 ) -> None:
     hits, bounds = CLASSIFIER.learned_hits(SIMILAR, place, float(dependence))
@@ -91,7 +91,7 @@ def test_score_limits_and_bounds_of_learned_sets_do_not_depend_on_the_checked_it
 
 
 @pytest.mark.parametrize("dependence", [1, 5])
-def test_learned_sets_depend_on_the_nearest_item_beyond_the_dependence_length(dependence: int) -> None:
+def test_learned_sets_depend_on_the_nearest_item_beyond_the_dependence_distance(dependence: int) -> None:
     """Control: shows that the classifier does react to older items."""
     changes = 0
     for place in range(500, 540):
@@ -162,7 +162,7 @@ def test_far_set_bounds_are_twice_the_upper_limit_of_reference_shares() -> None:
     assert CLASSIFIER.far_bounds == pytest.approx(expected)
 
 
-def test_changed_prompts_are_separable_from_the_reference_and_rank_as_most_typical() -> None:
+def test_changed_prompts_are_separable_from_the_reference_and_most_typical_of_live_traffic() -> None:
     live = ALIKE.part(0, 40).followed_by(draw_requests(3, 60, moved=3.0).prompts)
     assert CLASSIFIER.separation(ALIKE.part(0, 100)) < 0.65 < CLASSIFIER.separation(live)
     assert all(place >= 40 for place in CLASSIFIER.most_typical(live, 5))

@@ -169,7 +169,7 @@ def test_false_alarms_are_rarer_if_hit_rates_are_below_the_bound() -> None:
     assert below < at / 3
 
 
-def test_false_alarm_rate_stays_within_its_limit_for_runs_of_the_dependence_length() -> None:
+def test_false_alarm_rate_stays_within_its_limit_for_runs_as_long_as_the_dependence_distance() -> None:
     assert false_alarm_rate([0.1, 0.5], [0.1, 0.5], run=5, dependence=5.0) <= 1 / THRESHOLD
 
 
@@ -265,7 +265,7 @@ def test_alarm_strength_stays_between_0_and_1_and_reaches_1_only_during_alarms(i
 
 
 @given(streams)
-def test_alarm_starts_and_ends_alternate_for_each_feature(items: list[tuple[int, ...]]) -> None:
+def test_alarm_start_and_end_events_alternate_for_each_feature(items: list[tuple[int, ...]]) -> None:
     watched = Watched().add(*items)
     for name in ("one", "other"):
         began = [event.alarm is not None for event in watched.events if event.feature == name]
@@ -286,7 +286,7 @@ def test_no_events_are_produced_without_bets() -> None:
     assert (nothing.states(), nothing.strengths()) == ({}, {})
 
 
-def test_alarm_start_is_the_first_item_if_bets_restart_in_a_changed_stream() -> None:
+def test_alarm_start_is_the_first_checked_item_if_the_stream_had_already_changed() -> None:
     """An example is a change that was accepted: the positions of the stream continue."""
     watched = Watched(["one"], [BOUND], position=5_000).add(*[(HIT,)] * 20)
     assert [event.alarm.since for event in watched.events if event.alarm] == [5_001]

@@ -65,7 +65,7 @@ def test_template_prompts_are_not_near_copies_if_reference_uses_the_template() -
     assert decide(NearCopies(reference), [form(number) for number in range(50)]) == [False] * 50
 
 
-def test_repetition_within_a_template_is_a_near_copy_despite_common_words() -> None:
+def test_repeated_template_prompt_is_a_near_copy_although_its_words_are_common() -> None:
     reference = [form(number) for number in range(1_000, 1_200)]
     assert decide(NearCopies(reference), [form(1), form(2), form(1)]) == [False, False, True]
 
@@ -129,7 +129,7 @@ def test_same_near_copies_are_detected_after_a_restart(reference: list[Words], s
 
 
 @given(prompts, st.integers(0, 40))
-def test_request_restored_after_a_restart_has_the_same_effect_as_a_checked_request(
+def test_near_copy_decisions_are_the_same_if_earlier_requests_are_restored_instead_of_checked(
     stream: list[Words], cut: int
 ) -> None:
     expected = decide(NearCopies([]), stream)

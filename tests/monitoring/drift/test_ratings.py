@@ -116,7 +116,7 @@ def test_rating_day_starts_at_midnight_utc() -> None:
     assert one_a_day([late, early]) == [late, early]
 
 
-def test_alarm_starts_within_60_ratings_in_18_of_20_trials_when_bad_ratings_rise_to_half(
+def test_alarm_starts_within_60_ratings_in_18_of_20_trials_when_bad_ratings_rise_to_50_percent(
     people: People,
 ) -> None:
     seen = 0
@@ -275,7 +275,7 @@ def test_change_cannot_be_accepted_with_fewer_than_50_ratings(people: People) ->
         accept_ratings(people.store, TARGET, people.state, NOON)
 
 
-def test_drift_features_of_ratings_are_bad_and_corrected() -> None:
+def test_bad_and_corrected_ratings_are_separate_drift_features() -> None:
     sample = rating_sample([(True, True), (True, False), (False, False)])
     table = hit_table(rating_bets(sample), sample)
     assert (table == HIT).tolist() == [[True, True], [True, False], [False, False]]

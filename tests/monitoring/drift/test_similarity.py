@@ -49,7 +49,7 @@ def test_similarities_are_unchanged_if_all_distances_are_scaled() -> None:
     assert Similarity(views, [1.0])(views, views) == pytest.approx(Similarity(wide, [1.0])(wide, wide))
 
 
-def test_similarities_are_unchanged_if_width_and_distances_are_halved() -> None:
+def test_similarities_are_unchanged_if_kernel_width_and_distances_are_halved() -> None:
     views, halved = [draw(1, 20, 5)], [draw(1, 20, 5) / 2]
     narrow, wide = Similarity(views, [0.5]), Similarity(views, [1.0])
     assert narrow(halved, halved) == pytest.approx(wide(views, views))

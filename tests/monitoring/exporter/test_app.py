@@ -138,7 +138,7 @@ def test_exporter_fails_if_the_host_name_is_invalid(registry: Registry) -> None:
         pass
 
 
-def test_exporter_fails_if_the_address_is_not_local(registry: Registry) -> None:
+def test_exporter_fails_if_the_address_does_not_belong_to_the_machine(registry: Registry) -> None:
     with (
         pytest.raises(SettingsError, match=r"cannot listen on 192\.0\.2\.1"),
         exporting(registry, _store(registry), _home(registry), _nowhere, "192.0.2.1", 0),

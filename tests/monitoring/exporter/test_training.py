@@ -53,18 +53,18 @@ def work(tmp_path: Path) -> Iterator[Work]:
         yield work
 
 
-def test_training_is_reported_as_running_if_a_run_of_the_model_name_is_active(read: Read, work: Work) -> None:
+def test_training_is_reported_as_running_if_a_run_for_the_model_name_is_active(read: Read, work: Work) -> None:
     work()
     assert read("svc_training_running") == 1
 
 
-def test_training_is_reported_as_not_running_if_no_run_of_the_model_name_is_active(read: Read, tmp_path: Path) -> None:
+def test_training_is_reported_as_not_running_if_no_run_for_the_model_name_is_active(read: Read, tmp_path: Path) -> None:
     with hold_lock(tmp_path / RUNS_FOLDER / "tiny-0123456789ab" / RUN_LOCK, "a run"):
         pass
     assert read("svc_training_running") == 0
 
 
-def test_modification_time_of_the_newest_file_of_an_active_run_is_exported(read: Read, work: Work) -> None:
+def test_newest_file_modification_time_of_an_active_run_is_exported(read: Read, work: Work) -> None:
     folder = work()
     (folder / "stage").mkdir()
     (folder / "stage" / "weights").touch()
@@ -85,7 +85,7 @@ def test_training_is_reported_as_running_if_one_of_several_runs_is_active(read: 
     assert read("svc_training_running") == 1
 
 
-def test_training_is_reported_as_not_running_if_no_run_of_the_model_name_exists(read: Read, work: Work) -> None:
+def test_training_is_reported_as_not_running_if_no_run_for_the_model_name_exists(read: Read, work: Work) -> None:
     work("other-0123456789ab")
     assert read("svc_training_running") == 0
 

@@ -80,7 +80,7 @@ def test_requests_without_a_version_are_not_attributed_to_any_version(traffic: G
     assert read().versions == {}
 
 
-def test_tokens_are_counted_by_direction_in_the_status(traffic: GatewayMetrics, read: Read) -> None:
+def test_prompt_and_generated_tokens_are_counted_separately_in_the_status(traffic: GatewayMetrics, read: Read) -> None:
     traffic.tokens(ONE, Usage(prompt=30, completion=4))
     traffic.tokens(ONE, Usage(prompt=1, completion=2))
     figures = read().versions["tiny@1"]

@@ -61,7 +61,7 @@ async def test_requests_do_not_wait_for_a_swap_if_another_engine_accepts_them() 
     assert admission.closed_s is None
 
 
-async def test_requests_wait_if_the_other_engine_is_lost_during_a_swap() -> None:
+async def test_requests_wait_if_the_last_serving_engine_is_lost_during_a_swap() -> None:
     admission, end = open_admission(), asyncio.Event()
     end.set()
     async with admission.changing():
@@ -159,7 +159,7 @@ class TestTokens:
         assert began == [70, 60, 20]
 
 
-async def test_idle_time_counts_from_the_end_of_the_last_request() -> None:
+async def test_idle_time_is_measured_from_the_end_of_the_last_request() -> None:
     admission = open_admission()
     async with admitted(admission):
         await asyncio.sleep(0.05)
@@ -169,7 +169,7 @@ async def test_idle_time_counts_from_the_end_of_the_last_request() -> None:
     assert admission.idle_s >= 0.05
 
 
-async def test_idle_time_counts_from_when_an_engine_becomes_ready() -> None:
+async def test_idle_time_is_measured_from_the_moment_an_engine_becomes_ready() -> None:
     """Otherwise, a model that loaded for longer than `idle_s`, or was promoted while idle, would stop immediately."""
     admission = open_admission()
     admission.unavailable("the engine is starting")

@@ -166,7 +166,7 @@ async def test_cancelled_batch_request_occupies_no_slot(ticks: int) -> None:
     assert not admission.batch_slots.busy
 
 
-async def test_next_batch_request_runs_when_the_one_before_it_is_cancelled_just_as_it_gets_its_slot() -> None:
+async def test_next_batch_request_runs_if_the_first_is_cancelled_between_getting_its_slot_and_running() -> None:
     admission = open_admission(max_running=1)
     await admission.enter(1, NO_KEY)
     async with batched(admission, 2) as (first, second):

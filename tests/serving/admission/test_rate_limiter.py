@@ -119,7 +119,7 @@ class TestDay:
         clock.now = NOON
         clock.limiter.reserve(key, asks(50, 50))
 
-    def test_retry_after_is_one_second_if_running_reservations_fill_the_limit(self) -> None:
+    def test_retry_after_is_one_second_if_reservations_of_running_requests_fill_the_limit(self) -> None:
         clock, key = Clock(), principal(tokens_per_day=100)
         clock.limiter.reserve(key, asks(60, 1))
         assert refused(clock.limiter, key, asks(60, 1)).retry_after_s == 1
@@ -130,7 +130,7 @@ class TestDay:
         clock.limiter.reserve(key, asks(2048, said=False)).settle(1, 20)
         assert refused(clock.limiter, key, asks(2048, said=False)).retry_after_s == NOON
 
-    def test_usage_before_the_server_start_counts_towards_the_daily_limit(self) -> None:
+    def test_usage_before_the_server_started_counts_towards_the_daily_limit(self) -> None:
         clock, key = Clock(), principal(tokens_per_day=100)
         clock.limiter.reserve(key, asks(10, 1)).settle(1, 10)
         clock.limiter.add_used_today({"k1": 80, "other": 1000})
@@ -276,7 +276,7 @@ class Exchange:
         max_size=30,
     ),
 )
-def test_overshoot_of_a_shared_limit_is_little_more_than_one_limit_per_server(
+def test_tokens_used_beyond_the_refill_are_little_more_than_one_full_allowance_per_server(
     limit: int, phases: list[float], steps: list[tuple[float, float, bool]]
 ) -> None:
     servers, used = Exchange(limit, phases), list[tuple[float, int]]()
@@ -315,7 +315,7 @@ def test_usage_on_other_servers_expires_even_if_the_key_sends_no_request_to_this
     assert clock.limiter.allowances(key)[Limit.TOKENS_OUT_PER_MINUTE].remaining == 60
 
 
-def test_delay_after_late_usage_reports_is_little_more_than_a_minute_per_server() -> None:
+def test_wait_caused_by_usage_on_other_servers_is_capped_at_72_seconds_per_server() -> None:
     clock, key = Clock(), principal(tokens_out_per_minute=60)
     clock.limiter = RateLimiter({"k1": key}.get, clock=lambda: clock.now)
     clock.limiter.add_used_elsewhere({"k1": Usage(1, 1, 10**6)}, 3)

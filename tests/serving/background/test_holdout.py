@@ -130,7 +130,7 @@ async def test_each_answer_is_scored_with_the_versions_metric(make: Make, monkey
     assert run.hits == (True, False, False)
 
 
-async def test_exact_match_as_primary_metric_scores_each_answer(make: Make) -> None:
+async def test_each_answer_is_scored_by_exact_match_if_that_is_the_primary_metric(make: Make) -> None:
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
     assert (run.metric, run.scores) == ("exact_match", (1.0, 0.0, 0.0))
@@ -294,7 +294,7 @@ async def test_held_out_run_restarts_after_engine_death_interrupts_it(make: Make
 
 
 @pytest.mark.slow
-async def test_held_out_run_under_load_completes_and_fails_no_request(
+async def test_held_out_run_completes_under_load_without_a_failed_request(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.background.scheduler.PATIENCE_S", 0.02)

@@ -111,7 +111,7 @@ async def test_background_request_is_resent_if_the_swap_was_cancelled(
         assert (await running).status == 200
 
 
-async def test_background_request_is_superseded_if_the_engine_died(control: Control) -> None:
+async def test_background_request_raises_superseded_error_if_the_engine_died(control: Control) -> None:
     control.double.fault = Fault.DIE_BEFORE_ANSWER
     asking = questions(control)
     with pytest.raises(SupersededError):
@@ -144,7 +144,7 @@ async def test_background_request_is_resent_if_the_engine_was_only_slow(control:
     assert asking.off is None
 
 
-async def test_swap_of_a_slow_engine_does_not_count_as_engine_death(
+async def test_swap_on_a_slow_engine_is_not_logged_as_engine_death(
     control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     checks = 0

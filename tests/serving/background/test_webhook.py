@@ -307,7 +307,7 @@ async def test_webhook_message_is_dropped_when_the_receiver_responds_with_410_go
     assert due_deliveries(store, receiver.url, 9) == []
 
 
-async def test_webhook_messages_stored_before_the_server_start_are_sent_and_counted(
+async def test_webhook_messages_stored_before_the_server_started_are_sent_and_counted(
     tmp_path: Path, receiver: Receiver, secret_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = Home(tmp_path / "home", monkeypatch)

@@ -81,7 +81,7 @@ async def test_file_check_results_are_stored(store: Store, files: ClientFiles, c
     assert status(store, result)[0] is FileStatus.UPLOADED
 
 
-async def test_file_check_is_not_delayed_by_another_owner_with_many_files(
+async def test_file_check_is_not_delayed_by_many_files_of_a_different_owner(
     store: Store, files: ClientFiles, check: HeldCheck
 ) -> None:
     many = [add(files, owner="alice") for _ in range(5)]
@@ -152,7 +152,7 @@ async def test_openai_client_waits_for_the_file_check(socket_folder: Path, store
 async def test_file_check_is_killed_when_it_exceeds_its_timeout(tmp_path: Path) -> None:
     (tmp_path / "file-1").write_text(EXAMPLE)
     check = await run_check(tmp_path / "file-1", Purpose.FINE_TUNE, timeout_s=0.05)
-    assert check == ContentCheck(False, "checking the file took longer than 0.05 s")
+    assert check == ContentCheck(False, "the file check did not finish within 0.05 s")
 
 
 async def test_failed_file_check_marks_the_file_as_unusable(tmp_path: Path) -> None:

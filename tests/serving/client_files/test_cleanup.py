@@ -139,7 +139,9 @@ def test_upload_parts_on_disk_are_removed_when_their_upload_has_ended(
     assert (folder / kept.id / part).is_file()
 
 
-async def test_file_cleanup_runs_at_its_interval(store: Store, files: ClientFiles, uploads: ClientUploads) -> None:
+async def test_file_cleanup_is_repeated_at_the_configured_interval(
+    store: Store, files: ClientFiles, uploads: ClientUploads
+) -> None:
     running = asyncio.create_task(run_cleanup(files, uploads, interval_s=0.05))
     for _ in range(2):
         expired = add(store, files, expired=True)

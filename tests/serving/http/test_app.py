@@ -66,7 +66,7 @@ async def test_metrics_are_plain_text_or_openmetrics_as_requested(client: httpx.
     assert openmetrics.text.endswith("# EOF\n")
 
 
-async def test_version_is_dropped_from_metrics_once_neither_served_nor_requested(
+async def test_version_is_dropped_from_metrics_once_it_is_neither_served_nor_requested(
     service: Service, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.telemetry.metrics.IDLE_VERSION_TIMEOUT_S", 0.01)

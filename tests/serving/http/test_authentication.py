@@ -144,7 +144,9 @@ async def test_key_may_only_use_its_allowed_models(service: KeyedService, client
     assert service.double.requests == []
 
 
-async def test_health_needs_no_key_and_shows_no_version(service: KeyedService, client: httpx.AsyncClient) -> None:
+async def test_health_endpoint_requires_no_key_and_shows_no_version(
+    service: KeyedService, client: httpx.AsyncClient
+) -> None:
     service.key()
     for path in ("/health", "/health/live"):
         answer = await client.get(path)
@@ -152,7 +154,7 @@ async def test_health_needs_no_key_and_shows_no_version(service: KeyedService, c
         assert NAME not in f"{answer.text}{answer.headers}"
 
 
-async def test_unlisted_paths_require_a_key(service: KeyedService, client: httpx.AsyncClient) -> None:
+async def test_paths_not_listed_as_public_require_a_key(service: KeyedService, client: httpx.AsyncClient) -> None:
     service.key()
     paths = ["/openapi.json", "/nothing", "/", "//svc/status", "/svc/../metrics", "/health/"]
     assert [path for path in paths if (await client.get(f"http://localhost{path}")).status_code != 401] == []

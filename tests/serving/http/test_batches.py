@@ -221,5 +221,5 @@ async def test_batch_is_rejected_when_its_key_has_too_many_unfinished_batches(
     for number in range(20):
         given = {"number": str(number)}
         await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, metadata=given, **WINDOW)
-    with pytest.raises(openai.RateLimitError, match="20 unfinished batches were created with this key"):
+    with pytest.raises(openai.RateLimitError, match="this key has 20 unfinished batches"):
         await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, **WINDOW)

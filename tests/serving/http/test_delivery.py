@@ -122,7 +122,7 @@ async def test_data_is_queued_behind_earlier_unsent_data(buffers: AnswerBuffers)
     assert connection.body == b"onetwo"
 
 
-async def test_failed_answer_stays_incomplete_and_releases_its_buffer_memory(buffers: AnswerBuffers) -> None:
+async def test_failed_answer_is_not_sent_and_releases_its_buffer_memory(buffers: AnswerBuffers) -> None:
     connection = Client()
 
     async def break_off() -> None:
@@ -150,7 +150,7 @@ class SlowClient:
         self.taken += message.get("body", b"")
 
 
-async def test_stream_waits_for_its_client_if_its_caller_uses_half_of_the_buffer_memory() -> None:
+async def test_stream_pauses_until_its_client_reads_if_its_caller_uses_half_of_the_buffer_memory() -> None:
     buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=2 * PART_BYTES)
     client, events = SlowClient(), [bytes([number]) * PART_BYTES for number in range(4)]
     read: list[bytes] = []

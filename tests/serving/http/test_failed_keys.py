@@ -40,29 +40,29 @@ def test_peer_is_rejected_once_its_invalid_key_attempts_reach_the_per_minute_lim
     assert raised.value.retry_after_s == 40
 
 
-def test_failed_key_limit_resets_after_one_minute(failed: FailedKeys, clock: Clock) -> None:
+def test_invalid_key_limit_resets_after_one_minute(failed: FailedKeys, clock: Clock) -> None:
     spend(failed, "10.0.0.1")
     clock.at = 60.0
     assert spend(failed, "10.0.0.1")[-1]
 
 
-def test_failed_key_limit_is_separate_for_each_peer(failed: FailedKeys) -> None:
+def test_invalid_key_limit_is_separate_for_each_peer(failed: FailedKeys) -> None:
     spend(failed, "10.0.0.1")
     assert not failed.add("10.0.0.2")
 
 
-def test_addresses_of_one_peer_share_the_failed_key_limit(failed: FailedKeys) -> None:
+def test_addresses_of_one_peer_share_the_invalid_key_limit(failed: FailedKeys) -> None:
     spend(failed, "2001:db8::1")
     with pytest.raises(TooManyWrongKeysError):
         failed.add("2001:db8::ffff:2")
 
 
-def test_failed_key_table_stays_bounded_if_many_peers_fail(failed: FailedKeys) -> None:
+def test_invalid_key_table_stays_bounded_if_many_peers_send_invalid_keys(failed: FailedKeys) -> None:
     for number in range(_MAX_PEERS + 1000):
         failed.add(str(ipaddress.ip_address(number + 2**24)))
     assert len(failed._peers) == _MAX_PEERS
 
 
-def test_failed_key_entry_for_an_invalid_address_is_small(failed: FailedKeys) -> None:
+def test_invalid_address_is_truncated_in_the_invalid_key_table(failed: FailedKeys) -> None:
     failed.add("x" * 10_000)
     assert max(map(len, failed._peers)) <= 64

@@ -52,7 +52,7 @@ async def listed(client: AsyncOpenAI) -> list[str]:
     return [model.id async for model in client.models.list() if model.id.startswith("ft:")]
 
 
-async def test_key_lists_and_retrieves_its_own_models_only(owners: Owners) -> None:
+async def test_key_can_list_and_retrieve_only_its_own_models(owners: Owners) -> None:
     other = owners.add(owners.bob)
     async with owners.clients() as (alice, bob):
         assert await listed(alice) == [owners.model]
@@ -64,7 +64,7 @@ async def test_key_lists_and_retrieves_its_own_models_only(owners: Owners) -> No
         assert caught.value.code == "model_not_found"
 
 
-async def test_key_chats_with_its_own_models_only(owners: Owners) -> None:
+async def test_key_can_chat_only_with_its_own_models(owners: Owners) -> None:
     async with owners.clients() as (alice, bob):
         raw = await alice.chat.completions.with_raw_response.create(model=owners.model, messages=MESSAGES)
         assert raw.headers["x-model-version"] == f"{NAME}@1"
@@ -74,7 +74,7 @@ async def test_key_chats_with_its_own_models_only(owners: Owners) -> None:
             await bob.chat.completions.create(model=owners.model, messages=MESSAGES)
 
 
-async def test_deleted_model_is_neither_listed_nor_answers(owners: Owners) -> None:
+async def test_deleted_model_is_neither_listed_nor_served(owners: Owners) -> None:
     async with owners.clients() as (alice, bob):
         await alice.chat.completions.create(model=owners.model, messages=MESSAGES)
         with pytest.raises(openai.NotFoundError):
@@ -90,7 +90,7 @@ async def test_deleted_model_is_neither_listed_nor_answers(owners: Owners) -> No
     assert [(event.subject, event.details["version"]) for event in events] == [(owners.model, f"{NAME}@1")]
 
 
-async def test_admin_lists_and_deletes_models_of_all_keys(owners: Owners) -> None:
+async def test_admin_can_list_and_delete_models_of_all_keys(owners: Owners) -> None:
     admin = owners.service.key(Scope.ADMIN)
     async with owners.service.official(admin) as client:
         assert await listed(client) == [owners.model]

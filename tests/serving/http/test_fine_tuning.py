@@ -517,14 +517,14 @@ async def test_only_the_owner_of_a_fine_tuned_model_can_train_it_further(
             await third.fine_tuning.jobs.create(model="other@1", training_file=files[operator.key.id])
 
 
-async def test_job_is_rejected_without_a_retry_when_the_key_has_too_many_open_jobs(
+async def test_job_rejection_tells_the_client_not_to_retry_when_the_key_has_too_many_open_jobs(
     socket_folder: Path, store: Store, base: Path, check: FakeCheck
 ) -> None:
     service = FineTuningService(socket_folder, store=store, base=base, max_jobs=1)
     async with service.run(), service.official(max_retries=2) as client:
         file = service.add_file()
         await client.fine_tuning.jobs.create(model=BASE, training_file=file)
-        with pytest.raises(openai.RateLimitError, match="1 unfinished jobs were created with this key") as caught:
+        with pytest.raises(openai.RateLimitError, match="this key has 1 unfinished jobs") as caught:
             await client.fine_tuning.jobs.create(model=BASE, training_file=file, seed=1)
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert len(check.recipes) == 1

@@ -387,7 +387,9 @@ class TestEngineDeaths:
         await client.post(CHAT_PATH, json=STREAM)
         assert failed(service, "engine_error") == 1
 
-    async def test_refused_request_counts_as_a_model_error_without_a_version(self, socket_folder: Path) -> None:
+    async def test_refused_request_is_counted_for_the_model_with_an_empty_version_label(
+        self, socket_folder: Path
+    ) -> None:
         service = Service(socket_folder, max_running=1)
         async with service.run(), service.client() as client, admitted(service.admission):
             await client.post(CHAT_PATH, json=CHAT)

@@ -119,7 +119,7 @@ async def test_only_complete_answers_have_features(service: Service, handed: lis
     assert handed == []
 
 
-async def test_tokenized_prompt_counts_as_dropped_features_without_a_log_message(
+async def test_features_of_a_tokenized_prompt_are_counted_as_dropped_without_a_log_message(
     service: Service, handed: list[RequestRecord], caplog: pytest.LogCaptureFixture
 ) -> None:
     async with service.client() as client:
@@ -130,7 +130,7 @@ async def test_tokenized_prompt_counts_as_dropped_features_without_a_log_message
     assert service.count("svc_request_log_dropped_total", reason="content_unreadable") == 0
 
 
-async def test_texts_for_feature_extraction_are_limited_per_version(
+async def test_number_of_requests_queued_for_feature_extraction_is_limited(
     service: Service, handed: list[RequestRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift_features, "BURST", 2)

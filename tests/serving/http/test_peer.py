@@ -3,7 +3,7 @@
 from serving.http.peer import peer_of
 
 
-def test_peer_of_an_address_is_the_ipv4_address_or_the_ipv6_64_prefix() -> None:
+def test_peer_is_the_ipv4_address_or_the_64_bit_prefix_of_the_ipv6_address() -> None:
     cases: list[tuple[str, str]] = [
         ("10.0.0.1", "10.0.0.1"),
         ("::ffff:10.0.0.1", "10.0.0.1"),

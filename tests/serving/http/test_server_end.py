@@ -97,7 +97,7 @@ async def test_responses_have_the_current_date() -> None:
         assert _date(await answer(connection)) > _date(first)
 
 
-async def test_every_accepted_connection_has_a_protocol_when_the_server_stops() -> None:
+async def test_every_accepted_connection_has_a_protocol_handler_when_the_server_stops() -> None:
     for ticks in range(6):
         await stop_after_a_connection(ticks)
 

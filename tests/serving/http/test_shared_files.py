@@ -164,7 +164,7 @@ async def test_batch_fails_if_its_input_in_the_object_store_was_altered(
     assert f"client-files/{file}" in (batch.errors.data[0].message or "")
 
 
-async def test_job_can_be_created_and_trained_by_a_gateway_that_lacks_its_file_locally(
+async def test_gateway_can_create_and_run_a_job_without_a_local_copy_of_its_file(
     socket_folder: Path, any_store: Store, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training command is a double that copies the training data named in its recipe."""
@@ -271,7 +271,7 @@ async def test_file_is_checked_by_a_second_gateway_if_the_receiving_gateway_has_
     assert find_file(any_store, recent, None).status is FileStatus.UPLOADED
 
 
-async def test_altered_file_is_unusable_after_its_check(
+async def test_altered_file_is_marked_unusable_by_the_file_check(
     clients: tuple[AsyncOpenAI, AsyncOpenAI],
     services: tuple[BatchService, BatchService],
     any_store: Store,

@@ -175,7 +175,7 @@ def test_default_number_of_epochs_follows_the_rule_published_by_openai(examples:
     assert default_epochs(examples) == epochs
 
 
-def test_recipe_keys_that_clients_may_set_contain_no_paths_addresses_or_code() -> None:
+def test_clients_cannot_set_recipe_keys_that_hold_paths_addresses_or_code() -> None:
     assert set(RECIPE_KEYS) <= set(recipe_keys())
     forbidden = {"name", "base", "objective", "report_to", "train.devices", "evaluate.json_schema"}
     sections = {"judge", "sweep", "qualify", "checkpoints"}

@@ -143,7 +143,7 @@ def test_partially_written_result_file_is_replaced(store: Store, files: ClientFi
     assert files.path(first.result_file).read_text().count("\n") == 3
 
 
-def test_last_three_epochs_become_checkpoints_and_the_last_epoch_is_the_model(
+def test_last_three_epochs_become_checkpoints_and_the_last_becomes_the_fine_tuned_model(
     store: Store, registry: Registry, progress: ProgressFile, results: JobResults
 ) -> None:
     add_job(store, owner="alice", id=JOB.id, name=VERSION.name, fine_tuned_model=NAME)

@@ -258,7 +258,7 @@ async def test_job_returns_to_the_queue_with_a_checkpoint_when_the_server_stops(
         await home.ended(id, other)
 
 
-async def test_no_process_keeps_running_when_the_server_stops_during_a_training_start(
+async def test_no_process_keeps_running_when_the_server_stops_while_a_training_process_starts(
     home: WorkerHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     id = home.add(**LONG)

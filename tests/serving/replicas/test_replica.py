@@ -51,7 +51,7 @@ async def test_engine_with_unexpected_weights_is_stopped(make: Make) -> None:
     assert (control.state, control.park.alive, control.replica.has_engine) == (EngineState.FAILED, 0, False)
 
 
-async def test_engine_is_stopped_if_its_start_fails(make: Make) -> None:
+async def test_engine_is_stopped_if_its_startup_fails(make: Make) -> None:
     control = make()
     control.park.failing_starts = 1
     with pytest.raises(EngineError, match="no memory"):
@@ -72,7 +72,7 @@ async def test_engine_is_stopped_if_its_files_were_altered(make: Make, start_del
     assert control.replica.weights is NO_WEIGHTS
 
 
-async def test_altered_files_are_reported_if_they_prevented_the_engine_start(make: Make) -> None:
+async def test_altered_files_are_reported_if_they_prevented_the_engine_startup(make: Make) -> None:
     control = make()
     control.park.failing_starts = 1
     (control.registry.folder(target(1).version) / "merged" / "config.json").write_text("{}")
@@ -96,7 +96,7 @@ async def test_starting_an_engine_stops_the_previous_engine(make: Make) -> None:
     await control.replica.stop()
 
 
-async def test_no_engine_keeps_running_after_a_cancelled_start(make: Make) -> None:
+async def test_no_engine_keeps_running_after_a_cancelled_startup(make: Make) -> None:
     control = make()
     control.park.start_delay_s = 10
     starting = asyncio.create_task(control.replica.start(target(1)))

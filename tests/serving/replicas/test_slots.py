@@ -73,7 +73,7 @@ async def test_cluster_capacity_is_checked_with_the_engine_settings_of_each_mode
 
 
 @pytest.mark.parametrize(("other", "engines"), [("local", 5), ("ray", 4)])
-def test_engines_on_a_ray_cluster_do_not_count_as_sharing_the_local_machine(
+def test_engines_on_a_ray_cluster_are_not_counted_as_running_on_the_local_machine(
     tmp_path: Path, other: str, engines: int
 ) -> None:
     settings = Settings.model_validate(
@@ -113,7 +113,7 @@ async def test_ray_actor_is_stopped_once_its_cluster_is_reachable_even_if_a_loca
     ending.cancel()
 
 
-def test_copied_home_does_not_stop_ray_actors_that_the_original_home_could_not_stop(
+def test_ray_actors_that_could_not_be_stopped_are_not_stopped_from_a_copy_of_the_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RayCluster, "end_now", lambda cluster, *names: pytest.fail("ended"))

@@ -18,7 +18,7 @@ TOO_LONG = [
 ]
 
 
-def test_context_length_error_is_recognized_by_vllms_message() -> None:
+def test_context_length_error_is_recognized_by_the_vllm_message() -> None:
     for message in TOO_LONG:
         assert isinstance(refusal(400, {"message": message}), ContextLengthError), message
 
@@ -53,7 +53,7 @@ def test_logged_engine_failure_contains_no_request_content() -> None:
     assert "SECRET" in refusal(400, {"message": message}).wrong
 
 
-def test_malformed_engine_error_becomes_a_rejection() -> None:
+def test_malformed_engine_error_is_treated_as_a_rejected_request() -> None:
     cases: list[object] = [None, [], "text", {}, {"message": None}, {"message": 1, "param": 2}]
     for error in cases:
         typed = refusal(400, error)

@@ -104,7 +104,7 @@ async def test_stored_probes_are_checked_on_the_next_load(elsewhere: Control) ->
         await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)
 
 
-async def test_no_probes_are_recorded_if_engine_was_not_started_with_the_version(elsewhere: Control) -> None:
+async def test_no_probes_are_recorded_if_the_engine_was_not_started_with_the_version(elsewhere: Control) -> None:
     """After a reload without effect, probes would be recorded for the wrong weights, however similar."""
     sibling = make_version(elsewhere.registry, 4, probes_of=elsewhere.double.weights)
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
@@ -115,7 +115,7 @@ async def test_no_probes_are_recorded_if_engine_was_not_started_with_the_version
 
 
 @pytest.mark.parametrize(("number", "known"), [(1, True), (2, False)])
-async def test_probes_are_missing_if_the_engine_kind_never_ran_the_version(
+async def test_probes_exist_only_if_an_engine_of_the_kind_has_run_the_version(
     elsewhere: Control, number: int, known: bool
 ) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))

@@ -46,14 +46,14 @@ async def test_restarted_server_adopts_the_running_engine(left: Control) -> None
         assert control.park.alive == 1
 
 
-async def test_history_shows_the_server_loss_and_the_engine_adoption(left: Control) -> None:
+async def test_history_shows_that_the_server_was_lost_and_the_engine_adopted(left: Control) -> None:
     async with again(left) as control:
         await until(lambda: len(served_spans(control.store, NAME)) == 2)
         spans = served_spans(control.store, NAME)
     assert [(span.began_by, span.ended_by) for span in spans] == [(Began.START, Ended.LOST), (Began.ADOPTED, None)]
 
 
-async def test_adopted_engine_can_be_swapped_and_is_monitored(left: Control) -> None:
+async def test_adopted_engine_can_be_switched_to_another_version_and_is_monitored(left: Control) -> None:
     async with again(left) as control:
         assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
         control.park.engines[-1].kill()

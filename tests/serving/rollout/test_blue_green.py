@@ -32,7 +32,7 @@ def control(make: Make) -> Control:
     return control
 
 
-async def test_no_request_fails_waits_or_mixes_versions_in_blue_green_swap_under_load(control: Control) -> None:
+async def test_no_request_fails_waits_or_mixes_versions_in_a_blue_green_swap_under_load(control: Control) -> None:
     async with control.run(), control.client() as client:
         load = Load(client)
         async with load.run():
@@ -143,7 +143,7 @@ async def test_serving_engine_is_unchanged_if_the_second_engine_fails_to_start(c
     assert swap.reason is not None and "no memory" in swap.reason
 
 
-async def test_swap_succeeds_if_serving_engine_dies_while_the_second_starts(control: Control) -> None:
+async def test_swap_succeeds_if_the_serving_engine_dies_while_the_second_engine_starts(control: Control) -> None:
     async with control.run(), control.client() as client:
         control.park.start_delay_s = 0.2
         wish = control.wish(4)

@@ -114,7 +114,9 @@ def test_bad_ratings_can_fail_a_rollout_but_missing_ratings_do_not_block_it(
     assert "bad ratings 100.0%" in CanaryEvidence(store, record).look().losses
 
 
-def test_ratings_count_even_if_the_clock_of_the_storing_server_is_slow(store: Store, record: RolloutRecord) -> None:
+def test_ratings_are_counted_even_if_the_clock_of_the_server_that_stored_them_is_slow(
+    store: Store, record: RolloutRecord
+) -> None:
     evidence = CanaryEvidence(store, record)
     add(store, record, 201, valid=True)
     keep_feedback(store, "False200", Feedback(Rating.GOOD))
@@ -152,7 +154,7 @@ def add_of_units(store: Store, record: RolloutRecord, units: list[str], start: i
         ([""] * 200, False),
     ],
 )
-def test_warning_about_a_unit_that_sends_most_requests_starts_at_100_requests(
+def test_warning_about_a_unit_that_sends_most_requests_requires_at_least_100_requests(
     store: Store, record: RolloutRecord, units: list[str], warns: bool
 ) -> None:
     add_of_units(store, record, units)

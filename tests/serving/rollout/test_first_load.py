@@ -83,7 +83,7 @@ async def test_first_load_starts_one_engine_and_reloads_the_remaining_engines(el
         assert len(control.park.engines) == 3
 
 
-async def test_previous_version_is_restored_if_engine_does_not_start_with_new_version(
+async def test_previous_version_is_restored_if_the_engine_does_not_start_with_the_new_version(
     elsewhere: Elsewhere,
 ) -> None:
     async with elsewhere().run() as control:
@@ -128,7 +128,7 @@ async def test_reload_is_undone_if_the_version_has_no_probes(
         await control.serves(target(1))
 
 
-async def test_adopted_engine_is_replaced_if_its_kind_never_started_the_version(make: Make) -> None:
+async def test_adopted_engine_is_replaced_if_no_engine_of_its_kind_has_run_the_version(make: Make) -> None:
     control = make()
     control.leaves = True
     async with control.run():

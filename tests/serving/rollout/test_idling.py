@@ -158,7 +158,9 @@ async def test_failed_wake_up_rejects_waiting_requests_and_is_retried(idling: Ho
                 await asyncio.sleep(0.01)
 
 
-async def test_failed_stop_is_retried_before_the_next_start(idling: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_attempt_to_stop_an_idle_engine_is_retried_before_the_next_startup(
+    idling: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failures = fail_to_end_once(monkeypatch)
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
@@ -269,7 +271,7 @@ async def test_longest_idle_model_is_stopped_if_memory_is_insufficient(idling: H
         await become(client, tuned="idle", other="ready", third="ready")
 
 
-async def test_start_and_wake_up_require_memory_for_only_the_first_replica(idling: Home) -> None:
+async def test_startup_and_wake_up_require_memory_for_only_the_first_replica(idling: Home) -> None:
     replicas = {"min": 1, "max": 3}
     configure(idling, serve={"port": 0, "idle_s": IDLE_S}, engine={"replicas": replicas})
     asked = list[int]()

@@ -80,7 +80,7 @@ async def test_older_alias_move_never_overwrites_a_newer_one(
     assert book.book == {Alias.PRODUCTION: TWO}
 
 
-async def test_password_in_the_url_of_mlflow_is_not_logged_when_mlflow_is_unavailable(
+async def test_password_in_the_mlflow_url_is_not_logged_when_mlflow_is_unavailable(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -37,7 +37,7 @@ def slower(double: EngineDouble) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)], ids=["promotion", "rollback"])
-async def test_swap_under_load_fails_no_request_and_mixes_no_versions(make: Make, before: int, after: int) -> None:
+async def test_no_request_fails_or_mixes_versions_in_a_swap_under_load(make: Make, before: int, after: int) -> None:
     control = make()
     control.park.prepare = slower
     async with control.run(), control.client() as client:
@@ -269,7 +269,7 @@ async def test_serving_continues_if_mlflow_is_down(make: Make) -> None:
         assert control.book.book == {Alias.PRODUCTION: TWO}
 
 
-async def test_unresponsive_mlflow_does_not_delay_the_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unresponsive_mlflow_does_not_delay_startup(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     control = make()
 
     async def hang(name: str) -> None:
@@ -298,7 +298,7 @@ async def test_serving_continues_if_the_store_is_down(control: Control, monkeypa
     assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_failed_promotion_is_not_repeated_if_desired_version_cannot_be_restored(
+async def test_failed_promotion_is_not_repeated_if_the_desired_version_cannot_be_restored(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere")
@@ -368,7 +368,7 @@ async def test_restarted_server_serves_the_desired_version(make: Make) -> None:
         assert Path(control.double.weights).parent.name == "2"
 
 
-async def test_promotion_made_without_a_running_server_is_carried_out_at_start(make: Make) -> None:
+async def test_promotion_made_without_a_running_server_is_carried_out_at_startup(make: Make) -> None:
     control = make()
     async with control.run():
         pass
@@ -379,7 +379,7 @@ async def test_promotion_made_without_a_running_server_is_carried_out_at_start(m
         await until(lambda: control.book.book == {Alias.PRODUCTION: TWO})
 
 
-async def test_interrupted_swap_is_completed_by_the_next_start(make: Make) -> None:
+async def test_interrupted_swap_is_completed_at_the_next_startup(make: Make) -> None:
     control = make()
     async with control.run():
         pass
@@ -402,7 +402,7 @@ async def test_interrupted_swap_fails_if_another_version_is_now_desired(make: Ma
         assert (await control.outcome(wish)).outcome is SwapOutcome.FAILED
 
 
-async def test_previous_version_becomes_desired_if_first_start_of_a_version_fails(make: Make) -> None:
+async def test_previous_version_becomes_desired_if_a_new_version_fails_at_startup(make: Make) -> None:
     control = make()
     make_version(control.registry, 4, probes_of="/elsewhere")
     async with control.run():
@@ -419,7 +419,7 @@ async def test_previous_version_becomes_desired_if_first_start_of_a_version_fail
         assert control.reconciler.actual.target == target(1)
 
 
-async def test_failed_start_does_not_wait_for_mlflow(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failed_startup_does_not_wait_for_mlflow(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.rollout.reconciler._ALIAS_WAIT_S", 0.05)
 
     async def silent(name: str) -> VersionId | None:
@@ -434,7 +434,7 @@ async def test_failed_start_does_not_wait_for_mlflow(make: Make, monkeypatch: py
             await control.reconciler.start()
 
 
-async def test_previously_served_version_stays_desired_if_its_start_fails(make: Make) -> None:
+async def test_previously_served_version_stays_desired_if_the_engine_fails_to_start(make: Make) -> None:
     control = make()
     async with control.run():
         await control.promote(2)

@@ -212,7 +212,7 @@ async def test_restoring_production_after_a_replay_does_not_start_a_held_out_eva
         assert control.pool.weights == weights
 
 
-async def test_replay_continues_after_a_restart_that_stopped_the_server_with_the_candidate_loaded(
+async def test_replay_continues_after_the_server_is_restarted_while_the_candidate_is_loaded(
     control: Control,
 ) -> None:
     keep(control)
@@ -321,7 +321,7 @@ async def test_rollout_fails_when_the_engine_dies_with_the_candidate_loaded(cont
         await control.serves(target(1))
         assert (await ask(client, stream=True)).words == {"1"}
     assert seen.outcome is RolloutOutcome.FAILED
-    assert seen.why is not None and "the engine died while tuned@2 (merged) answered a stored request" in seen.why
+    assert seen.why is not None and "the engine died while tuned@2 (merged) was answering a stored request" in seen.why
 
 
 async def test_requests_with_incompletely_stored_prompts_are_not_replayed(control: Control) -> None:
@@ -457,7 +457,7 @@ async def test_rollout_fails_before_loading_the_candidate_when_clients_cannot_wa
         seen = await ended(control)
         assert "/collective_rpc" not in control.double.calls
     assert seen.outcome is RolloutOutcome.FAILED
-    assert seen.why is not None and "two loads of 1.2 s, but is rejected after 2 s" in seen.why
+    assert seen.why is not None and "two loads of 1.2 s each, but would be rejected after 2 s" in seen.why
 
 
 async def test_client_does_not_wait_for_a_slow_store(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ async def test_swap_continues_if_an_engine_fails_to_start(make: Make) -> None:
         await until(lambda: held(control) == [target(2)] * 2)
 
 
-async def test_restart_of_a_dead_engine_waits_for_a_running_engine_start(make: Make) -> None:
+async def test_dead_engine_is_not_started_while_another_engine_is_starting(make: Make) -> None:
     async with serving(make, 2) as control:
         control.park.start_delay_s = 0.5
         wish = control.wish(4)
@@ -251,7 +251,7 @@ async def test_all_engines_end_up_with_the_desired_version_regardless_of_which_d
         assert control.names.all() == (NAME, str(wanted.version), f"{NAME}@production")
 
 
-async def test_failed_engine_start_is_reported(make: Make) -> None:
+async def test_engine_startup_failure_is_reported(make: Make) -> None:
     async with serving(make, 2) as control:
         control.park.failing_starts = 1
         kill(control, 1)

@@ -88,7 +88,7 @@ async def test_engine_that_died_unnoticed_before_its_switch_restarts_with_the_ne
         await both_ready(control, 2)
 
 
-async def test_no_request_fails_waits_or_mixes_versions_in_rolling_swap_under_load(control: Control) -> None:
+async def test_no_request_fails_waits_or_mixes_versions_in_a_rolling_swap_under_load(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         load = Load(client)
@@ -118,7 +118,7 @@ async def test_both_versions_can_be_requested_by_number_during_a_swap(make: Make
 
 
 @pytest.mark.parametrize("bad", [0, 1], ids=["first", "second"])
-async def test_all_engines_are_restored_if_a_probe_fails_on_one(control: Control, bad: int) -> None:
+async def test_all_engines_are_restored_if_a_probe_fails_on_one_engine(control: Control, bad: int) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         double = control.park.engines[bad].double

@@ -288,7 +288,7 @@ async def test_promotion_of_the_candidate_is_completed_if_the_server_was_killed_
     assert set(users.statuses) == {200}
 
 
-async def test_rollout_is_promoted_when_the_restarted_server_serves_the_candidate(control: Control) -> None:
+async def test_rollout_ends_as_promoted_when_the_restarted_server_serves_the_candidate(control: Control) -> None:
     switched(control)
     control.assemble()
     async with control.run():
@@ -320,7 +320,7 @@ async def test_rollout_ends_as_promoted_if_its_swap_succeeded_before_a_later_pro
         await control.serves(target(1))
 
 
-async def test_candidate_is_promoted_if_the_database_reply_to_the_switch_is_lost(
+async def test_candidate_is_promoted_if_the_database_connection_closes_after_the_switch_is_committed(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost: list[bool] = []
@@ -450,7 +450,7 @@ async def test_adapter_candidate_runs_in_the_production_engine_without_a_second_
     assert set(users.statuses) == {200}
 
 
-async def test_all_of_several_engines_serve_the_candidate_after_a_rollout(make: Make) -> None:
+async def test_all_engines_serve_the_candidate_after_a_rollout_with_several_engines(make: Make) -> None:
     control = make(replicas=2)
     async with control.run(), control.client() as client, Users(client).asking() as users:
         await until(lambda: len(control.pool.ready) == 2)

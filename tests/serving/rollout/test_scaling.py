@@ -55,7 +55,7 @@ def test_replica_is_removed_after_the_configured_time_of_low_load() -> None:
     assert observe(policy, requests=5, replicas=4, seconds=60, start=170) == 3
 
 
-def test_load_between_the_scale_down_and_scale_up_limits_changes_no_replicas() -> None:
+def test_load_between_the_scale_down_and_scale_up_limits_does_not_change_the_number_of_replicas() -> None:
     # Two replicas get up to 14 requests; one would be enough for at most 5.
     assert {observe(make_policy(), count, 2, 2 * HOLD_S) for count in (6, 10, 14)} == {2}
 

@@ -164,7 +164,7 @@ async def test_new_engine_starts_for_the_next_request_if_the_sleeping_engine_die
         assert [engine.alive for engine in sleeping.park.engines] == [False, True]
 
 
-async def test_all_of_several_sleeping_engines_wake(sleeping: Home) -> None:
+async def test_all_sleeping_engines_of_a_model_wake(sleeping: Home) -> None:
     configure(
         sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
     )  # the second engine starts after a second
@@ -340,7 +340,7 @@ async def test_waking_model_does_not_stop_itself_to_free_memory(sleeping: Home) 
         assert len(sleeping.park.engines) == 1
 
 
-async def test_engine_that_could_neither_sleep_nor_stop_is_stopped_before_restarting(
+async def test_engine_that_neither_wakes_nor_stops_is_stopped_before_a_new_engine_starts(
     sleeping: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_to_end_once(monkeypatch)

@@ -99,7 +99,7 @@ async def test_files_are_compared_if_a_version_has_no_recorded_fingerprint(contr
     assert swap.outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_names_refer_to_the_new_version_once_admission_opens(control: Control) -> None:
+async def test_model_name_refers_to_the_new_version_once_admission_opens(control: Control) -> None:
     assert (await control.reconciler.swap.run(target(1), target(2), lambda step: None)).outcome is SwapOutcome.SUCCEEDED
     async with control.client() as client:
         answer = await ask(client, stream=True)
@@ -358,13 +358,13 @@ async def test_swap_fails_if_the_prefix_cache_is_not_reset_after_the_reload(cont
     assert control.state is EngineState.READY
 
 
-async def test_rejected_prefix_cache_reset_raises_after_a_timeout(control: Control) -> None:
+async def test_prefix_cache_reset_that_keeps_failing_raises_after_a_timeout(control: Control) -> None:
     control.double.stuck_resets = 1000
     with pytest.raises(EngineError, match=r"within 0\.1 s"):
         await control.replica.client.reset_prefix_cache(within_s=0.1)
 
 
-async def test_prefix_cache_reset_is_assumed_if_the_engine_returns_no_result(
+async def test_prefix_cache_reset_is_assumed_to_have_succeeded_if_the_engine_returns_no_result(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control.double, "_simple", lambda path: None)

@@ -65,7 +65,7 @@ async def test_unverified_engine_restarts_for_each_promotion_and_the_journal_sho
     assert [engine.double.calls.count(RELOAD) for engine in serving.park.engines] == [0, 0]
 
 
-async def test_single_engine_restarts_if_memory_is_insufficient_for_a_second(serving: Control) -> None:
+async def test_single_engine_restarts_if_memory_is_insufficient_for_a_second_engine(serving: Control) -> None:
     serving.park.room = FULL
     result = await serving.promote(2)
     assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
@@ -100,7 +100,7 @@ async def test_unverified_engine_does_not_serve_damaged_files(serving: Control) 
     assert (await serving.promote(2)).outcome is SwapOutcome.REFUSED
 
 
-async def test_adapters_are_loaded_unverified(make: Make) -> None:
+async def test_adapters_are_loaded_without_verification(make: Make) -> None:
     async with unprobed(make(format=Format.ADAPTER)).run() as control:
         result = await control.promote(2)
         assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.ADAPTER)

@@ -242,7 +242,7 @@ def test_closing_gives_up_if_the_feature_process_hangs(features: Features, monke
     assert features.lost == 120
 
 
-def test_version_without_a_text_space_is_checked_once_and_starts_no_process(features: Features) -> None:
+def test_version_without_a_text_space_is_checked_once_without_starting_a_process(features: Features) -> None:
     make_version(features.registry, 2)
     without = [target(2), Target(VersionId("gone", 1), Format.MERGED)]
     assert all(map(features.process.wants, without))

@@ -74,7 +74,7 @@ def test_old_samples_expire_while_new_samples_arrive() -> None:
     assert all(value < 2 for value in shown(versions).values())
 
 
-def test_quantile_memory_is_bounded_by_the_window_slots() -> None:
+def test_quantile_memory_is_bounded_by_the_number_of_window_slots() -> None:
     clock = Clock()
     versions = example(clock)
     for _ in range(1000):

@@ -25,13 +25,13 @@ class Clocks:
         return self.retention.oldest_kept(lambda: self.newest)
 
 
-def test_rows_expire_by_a_steady_wall_clock() -> None:
+def test_rows_expire_at_the_maximum_age_while_the_wall_clock_is_steady() -> None:
     clocks = Clocks()
     for _ in range(3):
         assert clocks.after(timedelta(days=10)) == clocks.wall - MONTH
 
 
-def test_no_row_expires_if_clock_is_a_year_ahead_for_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_row_expires_if_the_clock_is_a_year_ahead_for_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     clocks, year = Clocks(), timedelta(days=365)
     clocks.after(HOUR)
     assert clocks.after(timedelta(minutes=1), jump=year) is None

@@ -114,7 +114,7 @@ def test_key_list_shows_when_a_key_was_last_used(svc: Svc) -> None:
     assert json.loads(svc("keys", "list", "--json").out)[0]["last_used"] == hour.isoformat()
 
 
-def test_revoked_key_is_rejected_and_listed_with_all_keys(svc: Svc) -> None:
+def test_revoked_key_is_rejected_and_listed_only_if_all_keys_are_requested(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     result = svc("keys", "revoke", "ci", "--yes", "--reason", "leaked")
     assert "has been revoked" in result.out
@@ -133,7 +133,7 @@ def test_error_names_the_unknown_key(svc: Svc) -> None:
 
 
 @pytest.mark.parametrize("command", ["revoke", "rotate"])
-def test_confirmation_is_required_if_a_secret_expires_immediately(
+def test_confirmation_is_required_if_a_secret_would_become_invalid_immediately(
     svc: Svc, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = create(svc, "--name", "ci")
@@ -145,7 +145,9 @@ def test_confirmation_is_required_if_a_secret_expires_immediately(
 
 
 @pytest.mark.parametrize("command", ["revoke", "rotate"])
-def test_key_command_with_json_fails_without_yes_and_changes_nothing(svc: Svc, command: str) -> None:
+def test_key_command_with_the_json_option_fails_without_the_yes_option_and_changes_nothing(
+    svc: Svc, command: str
+) -> None:
     made = create(svc, "--name", "ci")
     result = svc("keys", command, "ci", "--json")
     assert result.code == 2
@@ -161,7 +163,7 @@ def test_rotation_creates_a_new_secret_and_invalidates_the_old_one(svc: Svc) -> 
         authenticator().grant(made["secret"])
 
 
-def test_rotation_with_grace_period_keeps_both_secrets_valid_without_confirmation(svc: Svc) -> None:
+def test_rotation_with_a_grace_period_keeps_both_secrets_valid_without_confirmation(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     result = svc("keys", "rotate", "ci", "--grace", "1h")
     assert "the old secret stays valid until" in result.err
@@ -208,7 +210,7 @@ def test_usage_output_is_valid_csv(svc: Svc, used: str) -> None:
     assert rows[1]["key_id"] == ""
 
 
-def test_showing_usage_without_any_usage_is_not_an_error(svc: Svc) -> None:
+def test_usage_command_succeeds_when_there_is_no_usage(svc: Svc) -> None:
     result = svc("usage")
     assert (result.code, "no usage since" in result.out) == (0, True)
 

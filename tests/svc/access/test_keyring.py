@@ -71,7 +71,7 @@ def test_invalid_model_name_is_rejected(keyring: Keyring, model: str) -> None:
         keyring.create(INFER, models=frozenset({model}))
 
 
-def test_key_that_would_expire_before_it_starts_is_rejected(keyring: Keyring, clock: Clock) -> None:
+def test_key_with_an_expiry_time_that_is_not_in_the_future_is_rejected(keyring: Keyring, clock: Clock) -> None:
     with pytest.raises(SettingsError, match="is in the past"):
         keyring.create(INFER, expires_at=clock.at)
 

@@ -61,7 +61,9 @@ def test_usage_is_kept_for_the_next_flush_if_the_store_fails(
     assert usage_since(store, clock.at)[0].usage == Usage(2, 11, 6)
 
 
-def test_no_usage_is_lost_if_threads_count_concurrently(meter: UsageMeter, store: Store, clock: Clock) -> None:
+def test_no_usage_is_lost_if_several_threads_add_usage_concurrently(
+    meter: UsageMeter, store: Store, clock: Clock
+) -> None:
     def count(number: int) -> None:
         meter.add("a", "tickets", tokens_in=1, tokens_out=2)
         if number % 50 == 0:

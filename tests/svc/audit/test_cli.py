@@ -68,7 +68,7 @@ def test_audit_events_can_be_filtered(svc: Svc, three: Store, options: list[str]
 def test_unaltered_audit_log_passes_verification(svc: Svc, three: Store) -> None:
     result = svc("audit", "--verify")
     assert result.code == 0
-    assert "3 events are unaltered" in result.out
+    assert "unaltered events: 3" in result.out
     assert verify_chain(three).head in result.out
 
 
@@ -174,7 +174,7 @@ def test_forget_deletes_nothing_before_confirmation(
     assert read_events(store, newest=1)[0].action == "key.create"
 
 
-def test_forget_with_json_requires_yes_and_prints_the_counts(svc: Svc, requested: str) -> None:
+def test_forget_with_the_json_option_requires_the_yes_option_and_prints_the_counts(svc: Svc, requested: str) -> None:
     assert svc("forget", "--key", requested, "--json").code == 2
     output = json.loads(svc("forget", "--key", requested, "--yes", "--json").out)
     assert output == {"requests": 1, "contents": 1, "feedback": 0}

@@ -56,7 +56,7 @@ def test_each_model_has_its_own_history(store: Store, subject: str) -> None:
     assert row["action"] is None
 
 
-def test_history_does_not_attribute_a_later_start_to_the_removal_of_a_version(store: Store) -> None:
+def test_history_does_not_attribute_a_server_startup_to_an_unrelated_version_removal(store: Store) -> None:
     begin_serving(store, Desired(target(1), None, 1), Began.START)
     record_event(store, AuditEntry(Action.REMOVE_VERSION, "tickets@9", ALICE, details={"generation": 1}))
     assert read_history(store, "tickets")[0]["action"] is None

@@ -26,7 +26,7 @@ def test_backup_and_restore_report_their_results_as_json(svc: Svc, used: UsedHom
 
 def test_backup_and_restore_report_their_results_as_text(svc: Svc, used: UsedHome) -> None:
     version = used.publish()
-    assert "1 versions, 1 of them newly copied" in svc("--home", used.settings.home, "backup", "backups").out
+    assert "(versions: 1, newly copied: 1)" in svc("--home", used.settings.home, "backup", "backups").out
     assert str(version) in svc("restore", "backups", "--list").out
     assert "1 versions" in svc("--home", "again", "restore", "backups").out
 

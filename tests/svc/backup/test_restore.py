@@ -86,7 +86,7 @@ def test_folder_that_is_not_a_backup_is_reported(tmp_path: Path) -> None:
         Archive(tmp_path / "nothing").find(None)
 
 
-def test_restored_home_can_register_versions(used: UsedHome, back_up: BackUp, restore_as: RestoreAs) -> None:
+def test_versions_can_be_registered_in_a_restored_home(used: UsedHome, back_up: BackUp, restore_as: RestoreAs) -> None:
     first = used.publish()
     back_up()
     registry = Registry.of(restore_as("again"))

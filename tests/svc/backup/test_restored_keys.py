@@ -142,7 +142,9 @@ def test_only_new_keys_are_valid_after_restoring_with_all_keys_revoked(
     assert len(read_keys(open_database(tmp_path / "again"))) == 3
 
 
-def test_newer_snapshot_with_an_unreadable_store_is_named(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+def test_restore_warns_about_a_newer_snapshot_with_an_unreadable_store(
+    svc: Svc, used: UsedHome, tmp_path: Path
+) -> None:
     create(used, "laptop")
     svc("--home", used.settings.home, "backup", "backups")
     svc("--home", used.settings.home, "backup", "backups")

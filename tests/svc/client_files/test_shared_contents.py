@@ -381,7 +381,9 @@ def test_damaged_local_file_does_not_prevent_other_files_from_being_uploaded(
     assert objects.keys("client-files") == [f"client-files/{good}"]
 
 
-async def test_unused_local_copies_are_removed_with_either_database(any_store: Store, tmp_path: Path) -> None:
+async def test_unused_local_copies_are_removed_whichever_database_is_configured(
+    any_store: Store, tmp_path: Path
+) -> None:
     (tmp_path / "objects").mkdir()
     first, second = (files_of(tmp_path / name, any_store, (tmp_path / "objects").as_uri()) for name in ("a", "b"))
     needed, unneeded = add(first, b"{}\n"), add(first, b"{}\n")

@@ -74,7 +74,7 @@ def test_answers_are_printed_without_control_characters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=str)
-def test_invalid_lines_are_stored_for_every_kind_of_error(tmp_path: Path, value: Any) -> None:
+def test_invalid_line_with_control_characters_or_invalid_utf8_is_stored(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(value))
     bad = BadLines(tmp_path / "bad")

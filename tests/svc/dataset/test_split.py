@@ -123,7 +123,7 @@ def test_different_seeds_hold_out_different_examples() -> None:
     assert split_heldout(examples, 0.2, 0).heldout != split_heldout(examples, 0.2, 1).heldout
 
 
-def test_at_least_one_example_is_held_out_and_equal_prompts_are_not_split_up() -> None:
+def test_at_least_one_example_is_held_out_and_examples_with_equal_prompts_stay_together() -> None:
     examples = [chat("a", "1"), chat("a", "2"), chat("b", "3")]
     splits = [split_heldout(examples, 0.01, seed) for seed in range(8)]
     assert {tuple(split.heldout) for split in splits} == {tuple(examples[:2]), tuple(examples[2:])}

@@ -36,7 +36,7 @@ def test_label_counts_ignore_case_and_spacing() -> None:
     assert summary.labels == {"net": 4, "games": 2}
 
 
-def test_general_examples_are_excluded_from_labels() -> None:
+def test_general_examples_are_excluded_from_label_counts() -> None:
     train = [chat(f"q {place}", ("yes", "no")[place % 2]) for place in range(6)]
     assert summarize_data([*train, chat("q", "Paris")], [], general=1).labels == {"yes": 3, "no": 3}
 
@@ -45,7 +45,7 @@ def test_answers_are_not_treated_as_labels_when_they_are_all_different() -> None
     assert summarize_data([chat(f"q {place}", f"a {place}") for place in range(6)], []).labels == {}
 
 
-def test_near_duplicates_are_counted_within_training_and_between_splits() -> None:
+def test_near_duplicates_are_counted_within_the_training_split_and_between_splits() -> None:
     train = [chat(SENTENCE), chat(SENTENCE.upper()), chat("another question altogether, and what of it?")]
     summary = summarize_data(train, [chat(f"{SENTENCE}!"), chat("what is new here was never asked before")])
     assert (summary.near_duplicates, summary.near_heldout) == (1, 1)

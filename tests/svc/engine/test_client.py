@@ -23,7 +23,7 @@ def answering(respond: Callable[[httpx.Request], httpx.Response]) -> EngineClien
     return EngineClient(httpx.AsyncClient(transport=httpx.MockTransport(respond), base_url="http://engine"), "tuned")
 
 
-async def test_chat_is_greedy_with_limited_tokens() -> None:
+async def test_chat_uses_greedy_decoding_and_limits_the_number_of_tokens() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         assert (await client.chat(PROMPT, max_tokens=2)).text == "1.0 1.1 "
@@ -320,7 +320,7 @@ async def test_adapters_are_loaded_and_removed_by_name() -> None:
         assert await client.adapters() == []
 
 
-async def test_adapter_is_scored_with_its_own_weights() -> None:
+async def test_logprobs_of_an_adapter_are_computed_with_its_own_weights() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         await client.load_adapter("a", Path("/models/tuned/2/adapter"))

@@ -322,7 +322,7 @@ def test_installed_torch_and_vllm_capabilities_are_detected(monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_cpu_limited_to_avx2_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_on_a_cpu_limited_to_avx2_uses_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     found = ask_capabilities()

@@ -118,7 +118,7 @@ def test_only_numa_nodes_of_usable_cores_are_counted(
     assert read_machine(gpus=False).nodes == nodes  # core 7 is unknown
 
 
-def test_vllm_thread_binding_variable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_thread_binding_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     assert read_machine(gpus=False).threads_bind == "0-1"
 

@@ -33,13 +33,13 @@ def test_model_facts_are_read_from_the_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"])
-def test_mixture_of_experts_model_has_experts(tmp_path: Path, key: str) -> None:
+def test_mixture_of_experts_model_is_recognized_by_its_config(tmp_path: Path, key: str) -> None:
     assert read(tmp_path, {**SMOLLM2, key: 8}).experts
     assert read(tmp_path, {"text_config": {**SMOLLM2, key: 8}}).experts
 
 
 @pytest.mark.parametrize("said", [{}, {"num_experts": 1}, {"num_experts": 0}, {"num_experts": None}])
-def test_dense_model_has_no_experts(tmp_path: Path, said: dict[str, Any]) -> None:
+def test_dense_model_is_not_treated_as_a_mixture_of_experts(tmp_path: Path, said: dict[str, Any]) -> None:
     assert not read(tmp_path, {**SMOLLM2, **said}).experts
 
 
@@ -60,7 +60,7 @@ def test_text_config_of_a_multimodal_model_is_used(tmp_path: Path) -> None:
     assert read(tmp_path, {"text_config": SMOLLM2, "dtype": "float16"}).kv_heads == 3
 
 
-def test_weight_size_is_the_sum_of_the_weight_files(tmp_path: Path) -> None:
+def test_weight_size_is_the_total_size_of_the_weight_files(tmp_path: Path) -> None:
     for number, size in enumerate((100, 20)):
         (tmp_path / f"model-{number}.safetensors").write_bytes(b"x" * size)
     assert read(tmp_path, SMOLLM2).weights == 120

@@ -164,7 +164,7 @@ def test_engine_lock_is_acquired_after_a_short_lived_shared_lock_is_released(fol
             pass
 
 
-def test_lock_held_by_another_engine_raises_error_naming_it(folder: Path) -> None:
+def test_error_for_a_lock_held_by_another_engine_has_the_pid_of_that_engine(folder: Path) -> None:
     sleeper = "import fcntl, sys, time; fcntl.flock(3, 2); print(flush=True); time.sleep(60)"
     arguments = ["bash", "-c", f"exec 3>>{folder / LOCK_FILE}; exec {sys.executable} -c '{sleeper}'"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE) as other:

@@ -217,7 +217,7 @@ def facts_of(
 GPTQ: dict[str, Any] = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 
 
-def test_engine_facts_distinguish_compiled_from_eager(tmp_path: Path) -> None:
+def test_engine_facts_differ_between_compiled_and_eager_execution(tmp_path: Path) -> None:
     eager, compiled = (facts_of(tmp_path, args=(value,)) for value in ("--enforce-eager", "--no-enforce-eager"))
     assert eager != compiled
     assert eager == facts_of(tmp_path)

@@ -18,12 +18,14 @@ def limit(one: TokenizedExample, context: int = 10_000) -> int:
     return found
 
 
-def test_default_answer_limit_is_1_5_times_the_reference_plus_16_rounded_up() -> None:
+def test_default_answer_limit_is_1_5_times_the_reference_length_plus_16_rounded_up() -> None:
     assert [limit(example(5, tokens)) for tokens in (1, 2, 3, 200)] == [18, 19, 21, 316]
 
 
 @given(SIZES, SIZES, st.integers(0, 6000))
-def test_answer_limit_fits_the_reference_and_the_remaining_context(prompt: int, answer: int, spare: int) -> None:
+def test_answer_limit_covers_the_reference_and_fits_into_the_remaining_context(
+    prompt: int, answer: int, spare: int
+) -> None:
     context = prompt + answer + spare
     found = limit(example(prompt, answer), context)
     assert answer <= found <= context - prompt

@@ -128,7 +128,7 @@ def test_longer_answer_counts_as_different_but_not_better() -> None:
     assert comparison.metrics["length"].direction is Direction.DIFFERENT
 
 
-def test_wins_losses_and_ties_are_tested_with_the_exact_sign_test() -> None:
+def test_wins_and_losses_are_compared_with_the_exact_sign_test() -> None:
     first = ["mail"] * 8 + ["net"] * 2 + ["net"] * 10
     second = ["net"] * 8 + ["mail"] * 2 + ["net"] * 10
     tally = against(first, second).tally

@@ -19,14 +19,14 @@ def by_table(first: str, second: str) -> int:
 
 
 @given(texts, texts)
-def test_edit_distance_equals_the_textbook_algorithm(first: str, second: str) -> None:
+def test_edit_distance_matches_the_textbook_algorithm(first: str, second: str) -> None:
     assert edit_distance(first, second) == by_table(first, second)
 
 
 @pytest.mark.parametrize(("first", "second", "edits"), [("kitten", "sitting", 3), ("", "abc", 3), ("same", "same", 0)])
-def test_edit_distance_equals_known_values(first: str, second: str, edits: int) -> None:
+def test_edit_distance_matches_known_values(first: str, second: str, edits: int) -> None:
     assert edit_distance(first, second) == edits
 
 
-def test_edit_distance_is_correct_beyond_machine_word_length() -> None:
+def test_edit_distance_is_correct_for_texts_longer_than_64_characters() -> None:
     assert edit_distance("a" * 500 + "b", "b" + "a" * 500) == 2

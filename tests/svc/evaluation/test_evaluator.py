@@ -190,7 +190,7 @@ async def test_valid_json_is_not_measured_when_a_reference_is_plain_text() -> No
     assert report.valid_json is None
 
 
-async def test_each_evaluated_example_advances_the_progress() -> None:
+async def test_progress_advances_with_each_evaluated_example() -> None:
     done: list[None] = []
     async with client_of(EngineDouble()) as client:
         await judged(client, [chat(str(number)) for number in range(5)], limit=1, on_done=lambda: done.append(None))

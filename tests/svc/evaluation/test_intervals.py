@@ -23,7 +23,7 @@ def test_proportion_lies_within_its_interval_and_the_interval_between_0_and_1(co
 
 
 @given(counts)
-def test_intervals_of_hit_and_miss_proportions_are_mirrored(count: tuple[int, int]) -> None:
+def test_intervals_of_hit_and_miss_proportions_mirror_each_other(count: tuple[int, int]) -> None:
     hits, total = count
     one, other = proportion(hits, total), proportion(total - hits, total)
     assert math.isclose(one.low, 1 - other.high, abs_tol=1e-9)
@@ -45,7 +45,7 @@ def test_confidence_intervals_match_published_values(hits: int, total: int, low:
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 0), (-1, 5), (6, 5), (1, -1)])
-def test_proportion_of_invalid_counts_is_rejected(hits: int, total: int) -> None:
+def test_proportion_rejects_invalid_counts(hits: int, total: int) -> None:
     with pytest.raises(ValueError, match="hits of"):
         proportion(hits, total)
 
@@ -92,7 +92,7 @@ def test_mean_of_no_values_is_rejected() -> None:
         mean([])
 
 
-def test_paired_difference_has_no_variance_when_all_examples_differ_equally() -> None:
+def test_paired_difference_has_a_zero_width_interval_when_all_examples_differ_by_the_same_amount() -> None:
     first = [float(number) for number in range(50)]
     difference = paired_difference(first, [value + 0.5 for value in first])
     assert difference == Interval(value=0.5, low=0.5, high=0.5)
@@ -107,7 +107,7 @@ def test_estimate_is_printed_with_its_interval() -> None:
     assert str(Interval(value=0.5, low=0.25, high=0.75)) == "0.500 [0.250, 0.750]"
 
 
-def test_statistic_interval_equals_the_mean_interval_for_the_mean() -> None:
+def test_bootstrap_of_the_mean_gives_the_same_interval_as_the_mean_function() -> None:
     numbers = [1.0, 2.0, 5.0, 9.0]
     assert bootstrap(4, lambda drawn: drawn @ np.array(numbers) / drawn.sum(axis=1)) == mean(numbers)
 

@@ -69,7 +69,7 @@ async def test_identical_answers_are_a_tie_without_a_judge_request() -> None:
     assert len(server.requests) == 2
 
 
-async def test_judge_receives_the_conversation_reference_and_both_answers() -> None:
+async def test_judge_receives_the_conversation_the_reference_and_both_answers() -> None:
     with judge_server(prefer_good) as server:
         await judge(PAIRS[:1], endpoint(server, "secret"))
     question = server.requests[0]["messages"][-1]["content"]

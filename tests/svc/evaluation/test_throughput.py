@@ -8,7 +8,7 @@ from tests.svc.engine.in_process import client_of
 
 
 @pytest.mark.parametrize("streams", [1, 8])
-async def test_throughput_streams_generate_from_cached_prompts(streams: int) -> None:
+async def test_throughput_is_measured_with_prompts_that_are_already_cached(streams: int) -> None:
     double = EngineDouble(tokens=TOKENS)
     async with client_of(double) as client:
         speed = await decoding_speed(client, [[1, 2], [3, 4], [5, 6]], streams)

@@ -81,7 +81,7 @@ def test_gate_decision_does_not_change_with_more_examples_in_the_same_proportion
 
 
 @given(st.integers(1, 10_000), st.integers(1, 100))
-def test_more_examples_detect_a_smaller_loss_when_no_answer_changes(examples: int, more: int) -> None:
+def test_smallest_detectable_loss_decreases_with_more_examples_when_no_answer_changes(examples: int, more: int) -> None:
     few, many = (judge(loss_of(0, 0, count), 0.1, count) for count in (examples, examples + more))
     assert many.detectable < few.detectable
     assert many.loss.high < few.loss.high
@@ -96,9 +96,7 @@ def test_gate_cannot_both_pass_and_fail(counts: tuple[int, int, int], margin: fl
 
 
 @given(changed(), MARGINS)
-def test_undecided_gate_names_a_sufficient_number_of_examples_to_decide(
-    counts: tuple[int, int, int], margin: float
-) -> None:
+def test_undecided_gate_states_how_many_examples_suffice_to_decide(counts: tuple[int, int, int], margin: float) -> None:
     verdict = judge(loss_of(*counts), margin, counts[2])
     needed = verdict.examples_to_decide
     if verdict.outcome is not GateOutcome.UNDECIDED:
@@ -114,7 +112,7 @@ def test_undecided_gate_names_a_sufficient_number_of_examples_to_decide(
         assert judge(wider, margin, needed).outcome is not GateOutcome.UNDECIDED
 
 
-def test_losing_12_of_60_answers_is_undecided_with_a_10_percent_margin() -> None:
+def test_loss_of_12_of_60_answers_is_undecided_with_a_10_percent_margin() -> None:
     assert outcome(12, 0, 60, 0.1) is GateOutcome.UNDECIDED
 
 

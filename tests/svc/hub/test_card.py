@@ -14,7 +14,9 @@ from tests.svc.report.test_judged import LABELS
 pytestmark = pytest.mark.slow
 
 
-def test_hub_reads_license_base_model_and_task_from_the_card(manifest: Manifest, versions: JudgedVersions) -> None:
+def test_hub_reads_the_license_the_base_model_and_the_task_from_the_card(
+    manifest: Manifest, versions: JudgedVersions
+) -> None:
     data = ModelCard(make_card(versions.registry, manifest, Format.GPTQ, "org/tickets")).data
     assert data.get("license") == "apache-2.0"
     assert (data.get("base_model"), data.get("base_model_relation")) == ("org/base", "quantized")
@@ -38,7 +40,7 @@ def test_card_lists_metrics_with_intervals_and_changes_from_the_base_model(
 
 
 @pytest.mark.parametrize("format", [Format.MERGED, Format.GPTQ])
-def test_card_contains_no_example_text_labels_or_paths(
+def test_card_contains_no_example_texts_no_labels_and_no_paths(
     manifest: Manifest, versions: JudgedVersions, format: Format
 ) -> None:
     card = make_card(versions.registry, manifest, format, "org/tickets")

@@ -199,7 +199,7 @@ async def test_new_server_adopts_the_engine_that_the_previous_server_left_runnin
     assert len(cluster.engines) == 1
 
 
-async def test_engine_with_different_options_is_stopped_by_the_next_start_instead_of_adopted(
+async def test_new_server_stops_an_engine_with_different_options_instead_of_adopting_it(
     make: Make, cluster: ClusterDouble
 ) -> None:
     first = make()
@@ -316,7 +316,7 @@ async def test_long_response_is_delivered_in_full_to_a_slow_client(make: Make, c
     assert isinstance(engine.address, TlsAddress)
 
 
-def test_ray_actor_on_an_unreachable_cluster_stays_recorded_and_does_not_fail_the_server(
+def test_ray_actor_on_an_unreachable_cluster_stays_recorded_and_raises_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("svc.ray_engine.cluster.sys.executable", "/bin/false")

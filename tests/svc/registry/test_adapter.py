@@ -49,7 +49,7 @@ def test_lora_and_rslora_adapters_are_accepted(said: dict[str, Any]) -> None:
         ({"target_parameters": ["mlp.experts.down_proj"]}, "experts"),
     ],
 )
-def test_unsupported_adapter_methods_are_rejected_by_name(said: dict[str, Any], told: str) -> None:
+def test_reason_for_rejecting_an_adapter_names_the_unsupported_feature(said: dict[str, Any], told: str) -> None:
     assert told in (adapter_refusal(LORA | said) or "")
 
 
@@ -60,7 +60,7 @@ def test_unservable_adapter_error_suggests_the_merged_format(registry: Registry)
     assert "--format merged" in caught.value.todo
 
 
-def test_adapter_info_includes_its_base_rank_and_target_layers(registry: Registry) -> None:
+def test_adapter_info_includes_the_base_model_the_rank_and_the_target_layers(registry: Registry) -> None:
     version = made(registry, target_modules=["model.layers.0.q_proj", "v_proj"], rank_pattern={"v_proj": 48})
     found = read_adapter(registry, version)
     assert (found.base.folder, found.base.revision) == (base_folder(registry), "1")

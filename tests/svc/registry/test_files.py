@@ -13,7 +13,7 @@ from svc.registry.files import FileRecord, Tensor, hash_tensor, read_headers, re
 from tests.svc.registry.model_folder import write_model
 
 
-def test_file_record_has_path_hash_and_size(tmp_path: Path) -> None:
+def test_file_record_has_a_path_a_hash_and_a_size(tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "x").write_bytes(b"abc")
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
@@ -61,7 +61,7 @@ def test_modified_or_missing_version_file_is_named_in_the_error(
     assert caught.value.todo
 
 
-def test_tensor_headers_have_name_type_and_shape(tmp_path: Path) -> None:
+def test_tensor_headers_have_a_name_a_type_and_a_shape(tmp_path: Path) -> None:
     save_file({"b": np.zeros((2, 3), np.float32)}, tmp_path / "1.safetensors")
     save_file({"a": np.zeros(4, np.int32)}, tmp_path / "2.safetensors")
     assert read_headers(tmp_path) == (Tensor("a", "I32", (4,)), Tensor("b", "F32", (2, 3)))

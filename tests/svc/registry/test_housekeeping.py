@@ -280,7 +280,7 @@ def test_run_resumed_during_cleanup_is_kept(registry: Registry, tmp_path: Path, 
     assert (old / "checkpoints" / "weights").is_file()
 
 
-def test_run_continued_during_cleanup_is_kept(registry: Registry, tmp_path: Path) -> None:
+def test_run_whose_files_change_during_cleanup_is_kept(registry: Registry, tmp_path: Path) -> None:
     old = make_run(tmp_path, "old", 15)
     (found,) = find_reclaimable(registry, tmp_path, 14)
     (old / "checkpoints" / "newer").touch()

@@ -67,7 +67,7 @@ def test_version_page_shows_metrics_with_intervals_and_the_primary_metric_first(
         (SelectedBy.VALIDATION, "ROUGE-L; the version was selected on 7 other examples (data.validation)"),
     ],
 )
-def test_version_page_states_which_examples_selected_the_version(
+def test_version_page_states_which_examples_were_used_to_select_the_version(
     manifest: Manifest, capsys: pytest.CaptureFixture[str], selected_by: SelectedBy, shown: str
 ) -> None:
     data = manifest.data.model_copy(update={"selected_by": selected_by, "validation_examples": 7})
@@ -91,7 +91,9 @@ def test_forgetting_is_shown_if_it_was_measured(manifest: Manifest, capsys: pyte
     assert "general questions" not in capsys.readouterr().out
 
 
-def test_preferences_are_shown_if_they_were_measured(manifest: Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preference_metrics_are_shown_if_they_were_measured(
+    manifest: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = PairScores(chosen=(-4.0,) * 10, rejected=(-3.0,) * 10)
     trained = PairScores(chosen=(-4.0,) * 10, rejected=(-6.0,) * 10)
     record = manifest.formats[Format.MERGED].model_copy(update={"preference": PreferenceReport.of(trained, base)})

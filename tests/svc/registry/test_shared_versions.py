@@ -192,7 +192,7 @@ class Third(Tracking):
         """Do nothing."""
 
 
-def test_two_machines_cannot_publish_the_same_number(
+def test_two_machines_cannot_publish_the_same_version_number(
     objects: ObjectStore, name: str, content: dict[str, Path], tmp_path: Path
 ) -> None:
     first, second = (Registry(tmp_path / machine / "models", Third("unused"), objects) for machine in ("a", "b"))
@@ -207,7 +207,7 @@ def test_two_machines_cannot_publish_the_same_number(
     assert objects.manifest(VersionId(name, 3)).run == "run-1"
 
 
-def test_fetched_version_can_have_an_alias_in_the_mlflow_of_a_different_machine(
+def test_fetched_version_can_be_given_an_alias_in_the_mlflow_database_of_a_different_machine(
     objects: ObjectStore, publish: Publish, tmp_path: Path, name: str
 ) -> None:
     publish()
@@ -277,7 +277,9 @@ def test_least_recently_used_weights_are_evicted_first(other: Registry, store: S
     assert evictable(other, store) == [2, 1, 3]
 
 
-def test_only_excess_weights_are_evicted(other: Registry, store: Store, cached: list[VersionId]) -> None:
+def test_only_as_many_weights_are_evicted_as_the_size_limit_requires(
+    other: Registry, store: Store, cached: list[VersionId]
+) -> None:
     total = sum(path.stat().st_size for path in other.models.rglob("*") if path.is_file())
     assert evictable(other, store, total) == []
     assert evictable(other, store, total - 1) == [2]

@@ -62,5 +62,5 @@ def test_report_for_a_missing_version_exits_with_not_found(svc: Svc, version: st
     assert list(tmp_path.glob("*.html")) == []
 
 
-def test_show_command_prints_the_command_for_the_report(svc: Svc, version: str) -> None:
+def test_show_command_prints_the_command_that_creates_the_report(svc: Svc, version: str) -> None:
     assert f"svc report {version}" in svc("show", version).out

@@ -48,7 +48,7 @@ def test_report_verdict_is_determined_by_the_interval_of_the_change(base: int, m
     assert verdict.change.value == pytest.approx((merged - base) / 60)
 
 
-def test_report_compares_gptq_with_both_the_base_and_the_merged_format() -> None:
+def test_report_compares_gptq_with_both_the_base_model_and_the_merged_format() -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, 5), "merged": right(LABELS, 50), "gptq": right(LABELS, 49)})
     pairs = [(verdict.model, verdict.other) for verdict in comparison.verdicts]
     assert pairs == [("merged", BASE), ("gptq", BASE), ("gptq", "merged")]
@@ -76,7 +76,7 @@ def test_report_verdict_without_paired_changes_requires_disjoint_intervals(base:
     assert (verdict.outcome, verdict.change) == (outcome, None)
 
 
-def test_report_compares_gptq_only_with_the_base_if_there_is_no_merged_format() -> None:
+def test_report_compares_gptq_only_with_the_base_model_if_there_is_no_merged_format() -> None:
     assert judged(LABELS, {"gptq": right(LABELS, 10)}).tuned == "gptq"
 
 

@@ -104,7 +104,7 @@ def request_rollout(store: Store) -> None:
     begin_rollout(store, promote(store), TWO, RolloutSettings(canary=(5, 100)), ENTRY)
 
 
-async def test_promotion_is_notified_within_50_milliseconds(store: Store) -> None:
+async def test_promotion_notification_arrives_within_50_milliseconds(store: Store) -> None:
     async def heard_at(count: int) -> float:
         await changes.wait(count, 5.0)
         return time.monotonic()

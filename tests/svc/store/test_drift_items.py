@@ -66,7 +66,7 @@ def test_drift_item_has_a_log_probability_once_its_answer_was_scored(store: Stor
     assert [found.logprob for found in read_items(store, TARGET, after=0, newest=9)] == [-0.25]
 
 
-def test_newest_drift_items_after_an_id_are_read_in_order(store: Store) -> None:
+def test_newest_drift_items_above_a_given_id_are_read_in_order(store: Store) -> None:
     fill(store, 6)
     ids = add(store, 6)
     assert requests_of(read_items(store, TARGET, after=ids[1], newest=3)) == ["req-3", "req-4", "req-5"]

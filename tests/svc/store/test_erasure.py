@@ -95,5 +95,5 @@ def test_any_user_name_can_be_hashed() -> None:
     assert len({hash_user(user) for user in ("", "\ud800", "x" * 10_000, "é")}) == 4
 
 
-def test_record_size_includes_the_user_hash() -> None:
+def test_request_record_size_includes_the_user_hash() -> None:
     assert MINE.bytes - MINE._replace(user_hash=None).bytes == 32

@@ -27,7 +27,7 @@ def test_feedback_on_a_missing_request_is_not_stored(store: Store) -> None:
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD)) is None
 
 
-def test_second_feedback_on_a_request_replaces_the_first_entirely(store: Store) -> None:
+def test_new_feedback_on_a_request_replaces_the_earlier_feedback_entirely(store: Store) -> None:
     add_requests(store, [RECORD])
     keep_feedback(store, "req-1", Feedback(Rating.GOOD, "hardware", "a correction"))
     kept = keep_feedback(store, "req-1", Feedback(Rating.BAD))
@@ -64,7 +64,7 @@ def test_unauthenticated_request_cannot_be_rated_with_an_api_key(store: Store) -
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine") is None
 
 
-def test_feedback_finds_the_request_of_its_own_api_key_if_several_keys_used_the_same_id(store: Store) -> None:
+def test_feedback_applies_to_the_request_of_its_own_api_key_if_several_requests_have_the_same_id(store: Store) -> None:
     add_requests(store, [RECORD._replace(key_id="mine"), RECORD._replace(key_id="other", version=VersionId("tiny", 3))])
     kept = keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine")
     assert kept is not None

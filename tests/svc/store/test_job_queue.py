@@ -223,7 +223,7 @@ def test_job_attempt_is_counted_only_if_the_training_process_died(store: Store, 
     assert find(store, id).attempts == (2 if died else 0)
 
 
-def test_waiting_event_of_a_job_is_recorded_once_even_if_the_job_is_retried_repeatedly(store: Store, add: Add) -> None:
+def test_repeated_waiting_event_of_a_job_is_recorded_only_once(store: Store, add: Add) -> None:
     id = add()
     for _ in range(3):
         take(store)

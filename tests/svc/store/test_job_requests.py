@@ -132,7 +132,7 @@ def test_twenty_concurrent_identical_requests_create_one_job(store: Store, add: 
 def test_job_is_refused_when_the_owner_has_too_many_open_jobs(store: Store, add: Add) -> None:
     first = add(max_jobs=2)
     add(max_jobs=2)
-    with pytest.raises(TooManyJobsError, match="2 unfinished jobs were created with this key"):
+    with pytest.raises(TooManyJobsError, match="this key has 2 unfinished jobs"):
         add(max_jobs=2)
     with pytest.raises(TooManyJobsError):
         find_repeated(store, "other", "alice", max_jobs=2)
@@ -141,7 +141,7 @@ def test_job_is_refused_when_the_owner_has_too_many_open_jobs(store: Store, add:
     add(max_jobs=2)
 
 
-def test_estimated_finish_of_a_job_includes_the_jobs_queued_before_it(store: Store, add: Add) -> None:
+def test_estimated_finish_time_of_a_job_accounts_for_jobs_queued_before_it(store: Store, add: Add) -> None:
     first, second = add(training_s=100.0), add(training_s=50.0)
     assert first.estimated_finish is not None
     assert second.estimated_finish == first.estimated_finish + timedelta(seconds=50)

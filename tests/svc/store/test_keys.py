@@ -47,7 +47,7 @@ def test_every_api_key_limit_has_a_database_column() -> None:
     assert set(Limits.__dataclass_fields__) <= set(KeyRow.__table__.columns.keys())
 
 
-def test_every_api_key_change_is_audited_and_increments_the_revision_of_all_keys(store: Store) -> None:
+def test_every_api_key_change_is_audited_and_increments_the_shared_key_revision(store: Store) -> None:
     add_key(store, KEY, ENTRY)
     replace_secret(store, KEY.id, "hash-2", previous_until=NOON, entry=replace(ENTRY, action=Action.ROTATE_KEY))
     revoke_key(store, KEY.id, at=NOON, entry=replace(ENTRY, action=Action.REVOKE_KEY))

@@ -132,7 +132,7 @@ def test_held_lease_cannot_be_acquired_by_a_second_holder_until_it_is_released(p
         assert lease and lease.generation == 2
 
 
-def test_held_lease_is_extended_while_the_work_runs(postgresql_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lease_is_extended_while_it_is_held(postgresql_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svc.store.leases.LEASE_S", 0.3)
     with hold(postgresql_store) as lease:
         time.sleep(0.6)

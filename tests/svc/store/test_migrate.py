@@ -236,7 +236,7 @@ def test_store_migration_of_a_missing_store_raises_error_without_creating_a_home
 
 def test_store_migration_is_refused_if_the_audit_log_has_been_tampered_with(home: Path, target: StoreSettings) -> None:
     run(home, "DROP TRIGGER audit_no_UPDATE", "UPDATE audit SET subject = 'other' WHERE id = 3")
-    with pytest.raises(IntegrityError, match=r"svc\.db is altered at event 3"):
+    with pytest.raises(IntegrityError, match=r"svc\.db has been altered at event 3"):
         migrate(home, target)
     assert not has_tables(target)
 
@@ -250,7 +250,7 @@ def test_store_migration_that_would_break_the_audit_log_is_refused(
         store = open_database(home)
         record_event(store, AuditEntry(Action.COLLECT, "a\0b", ALICE))
         store.dispose()
-    with pytest.raises(IntegrityError, match=f"the copy is altered at event {ROWS + 1}"):
+    with pytest.raises(IntegrityError, match=f"the copy has been altered at event {ROWS + 1}"):
         migrate(home, target)
     assert not any(read_tables(copy).values())
 
@@ -344,7 +344,7 @@ def test_characters_that_postgresql_cannot_store_are_replaced_by_question_marks(
         ("drift_items", "topic", "'private'", "bytes"),
     ],
 )
-def test_error_for_an_invalid_value_names_table_row_and_column_but_not_the_value(
+def test_error_for_an_invalid_value_names_the_table_the_row_and_the_column_but_not_the_value(
     home: Path, target: StoreSettings, table: str, column: str, value: str, expected: str
 ) -> None:
     run(home, f"UPDATE {table} SET {column} = {value} WHERE id = 28")

@@ -33,7 +33,7 @@ def test_outage_is_logged_once_without_a_traceback(caplog: pytest.LogCaptureFixt
     assert record.exc_info is None
 
 
-def test_later_outage_is_logged_again(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_new_outage_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     fail(AWAY)
     monkeypatch.setattr(outage_log, "_SAME_OUTAGE_S", 0.0)
     fail(AWAY)

@@ -114,7 +114,7 @@ def test_displayed_store_location_includes_the_default_port_but_no_user() -> Non
     assert location(make_url(f"postgresql://svc:{SECRET}@db/store")) == "db:5432/store"
 
 
-def test_store_works_again_after_a_restart_of_the_database(postgresql: PostgresServer, store: Store) -> None:
+def test_store_works_again_after_the_database_restarts(postgresql: PostgresServer, store: Store) -> None:
     add_deployment(store, "tiny")
     postgresql.stop()
     postgresql.start()
@@ -273,7 +273,7 @@ def test_missing_database_privileges_error_says_how_to_grant_them(
     postgresql.run("CREATE ROLE guest LOGIN")
     name = location(postgresql_module.connect(database).url).rpartition("/")[2]
     postgresql.run("REVOKE CREATE ON SCHEMA public FROM PUBLIC", name)
-    with pytest.raises(RegistryError, match="may not create tables") as caught:
+    with pytest.raises(RegistryError, match="no permission to create tables") as caught:
         open_store(settings_of(database.url.get_secret_value().replace("//tests@", "//guest@")))
     assert "OWNER TO" in caught.value.todo
 

@@ -99,7 +99,7 @@ def test_request_is_stored_even_if_its_text_contains_unsupported_characters(stor
     assert {getattr(row, name) for name in fields} == {"a?b"}
 
 
-def test_numbers_above_32_bits_are_stored(store: Store) -> None:
+def test_numbers_that_exceed_32_bits_are_stored(store: Store) -> None:
     add_requests(store, [RECORD._replace(max_tokens=2**62, tokens_in=2**40)])
     with Session(store) as session:
         row = session.scalars(select(RequestRow)).one()

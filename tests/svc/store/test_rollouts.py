@@ -97,7 +97,7 @@ Write = Callable[[Store, RolloutRecord, Lease], object]
     ],
     ids=["state", "signals", "switch", "outcome"],
 )
-def test_write_is_rejected_without_changes_after_another_server_has_taken_the_lease(
+def test_write_is_rejected_and_changes_nothing_after_another_server_has_taken_the_lease(
     any_store: Store, write: Write
 ) -> None:
     desired, record = begin(any_store)

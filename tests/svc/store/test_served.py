@@ -45,7 +45,7 @@ def test_swap_to_the_version_already_served_leaves_its_interval_unchanged(store:
 
 
 @pytest.mark.parametrize("began_by", [Began.START, Began.ADOPTED])
-def test_served_interval_of_a_crashed_server_ends_at_the_next_start(store: Store, began_by: Began) -> None:
+def test_served_interval_of_a_crashed_server_ends_when_the_server_restarts(store: Store, began_by: Began) -> None:
     begin_serving(store, ONE, Began.START, at=minute(0))
     begin_serving(store, ONE, began_by, at=minute(9))
     assert served_spans(store, "tickets") == [

@@ -155,7 +155,7 @@ def test_last_swap_of_a_server_excludes_swaps_of_other_running_servers(shared: S
     assert last_swap(shared, "tiny", server="a") is None
 
 
-def test_only_server_is_listed_for_a_generation_even_before_its_swap_begins(tmp_path: Path) -> None:
+def test_single_server_is_listed_for_a_generation_even_before_its_swap_begins(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     (before,) = server_swaps(store, "tiny", 5)
     begin_swap(store, desired(2, 5))

@@ -101,7 +101,7 @@ def asks(clock: CheckpointSchedule, step: int) -> bool:
     return control.should_save
 
 
-def test_checkpoint_is_due_after_the_configured_minutes() -> None:
+def test_checkpoint_is_due_after_the_configured_number_of_minutes() -> None:
     now = 0.0
     clock = CheckpointSchedule(Checkpoints(every_minutes=2), Preemption(), clock=lambda: now)
     due = []
@@ -111,12 +111,12 @@ def test_checkpoint_is_due_after_the_configured_minutes() -> None:
     assert due == [False, False, True, False, False, True, False, False, True]
 
 
-def test_checkpoint_is_due_after_the_configured_steps() -> None:
+def test_checkpoint_is_due_after_the_configured_number_of_steps() -> None:
     clock = CheckpointSchedule(Checkpoints(every_steps=3), Preemption(), clock=lambda: 0.0)
     assert [step for step in range(1, 10) if asks(clock, step)] == [3, 6, 9]
 
 
-def test_signal_during_evaluation_saves_and_stops_the_run() -> None:
+def test_signal_during_evaluation_saves_a_checkpoint_and_stops_the_run() -> None:
     preemption, control = Preemption(), TrainerControl()
     clock = CheckpointSchedule(Checkpoints(), preemption, clock=lambda: 0.0)
     clock.on_evaluate(ARGS, state(), control)

@@ -52,7 +52,7 @@ def test_only_adapters_of_the_last_epochs_are_kept_but_every_epoch_is_reported(s
     assert saved.reported == [(10, "step-00000010"), (20, "step-00000020"), (30, "step-00000030")]
 
 
-def test_adapter_of_an_epoch_repeated_after_a_resume_replaces_the_earlier_one(saved: Saved) -> None:
+def test_adapter_of_an_epoch_repeated_on_resume_replaces_the_previously_saved_adapter(saved: Saved) -> None:
     for _ in range(2):
         saved.end(1, 10)
     assert saved.names == ["step-00000010"]

@@ -63,7 +63,7 @@ def test_json_output_contains_metrics_and_answers(svc: Svc) -> None:
     assert content["answers"][0]["b"]["answer"] == "no"
 
 
-def test_api_key_is_read_from_a_private_file_or_a_variable(
+def test_api_key_is_read_from_a_private_file_or_an_environment_variable(
     svc: Svc, asked: list[Wanted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "key").write_text("sk-file\n")

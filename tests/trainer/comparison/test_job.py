@@ -155,7 +155,7 @@ def test_registration_answers_are_not_reused_for_a_different_engine_kind(bench: 
     assert not bench.compare("tuned@3", "tuned@1").answers[0].kept
 
 
-def test_answer_limits_equal_the_training_defaults_when_versions_set_no_limit(bench: Bench) -> None:
+def test_answer_limits_equal_the_training_defaults_when_no_recipe_sets_a_limit(bench: Bench) -> None:
     for number in (1, 2):
         bench.change(number, recipe={})
     compared = bench.compare("tuned@1", "tuned@2")
@@ -188,7 +188,7 @@ def test_bare_name_selects_the_production_version(bench: Bench) -> None:
     assert [result.hit for answers in compared.answers for result in answers.results] == [True, False]
 
 
-def test_version_is_compared_in_its_served_format_unless_specified(bench: Bench) -> None:
+def test_version_is_compared_in_its_served_format_unless_another_format_is_specified(bench: Bench) -> None:
     make_version(bench.registry, 3, formats=(Format.MERGED, Format.GPTQ))
     served = everything(bench.compare("tuned@3", "tuned@3"))
     merged = everything(bench.compare("tuned@3", "tuned@3", format="merged"))
@@ -208,7 +208,7 @@ def test_data_option_is_required_when_versions_have_different_heldout_sets(bench
 
 
 @pytest.mark.parametrize("limit", [None, 1])
-def test_metrics_are_chosen_by_all_examples_even_if_only_some_are_evaluated(
+def test_choice_of_metrics_depends_on_all_examples_even_if_only_some_are_evaluated(
     bench: Bench, tmp_path: Path, limit: int | None
 ) -> None:
     labels = [chat(f"is {number} even?", "yes" if number % 2 == 0 else "no") for number in range(8)]
@@ -230,7 +230,7 @@ def test_warning_is_printed_when_a_version_was_trained_on_the_questions(
     assert f"tuned@2 (merged) was {warning}" in err if warning else "prompts" not in err
 
 
-def test_contamination_warning_counts_prompts_the_base_version_was_trained_on(
+def test_contamination_warning_includes_prompts_that_the_base_version_was_trained_on(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, prompts in ((1, HELDOUT[:1]), (2, HELDOUT[1:2])):
@@ -271,7 +271,9 @@ def test_endpoint_uses_the_same_answer_limits_as_the_local_model(bench: Bench) -
     assert [result.limit for result in elsewhere.results] == [result.limit for result in local.results]
 
 
-def test_answer_limit_is_based_on_reference_bytes_when_neither_model_is_local(bench: Bench, tmp_path: Path) -> None:
+def test_answer_limit_is_derived_from_reference_length_in_bytes_when_neither_model_is_local(
+    bench: Bench, tmp_path: Path
+) -> None:
     bench.provider = httpx.MockTransport(yes)
     write_examples(tmp_path / "data.jsonl", [chat("one", "äöü"), chat("two", "abc")])
     compared = bench.compare(

@@ -160,7 +160,7 @@ def with_value_heads_of(size: int, number_type: torch.dtype) -> list[torch.Tenso
 
 
 @pytest.mark.parametrize(("size", "number_type"), [(4, torch.bfloat16), (8, torch.float32), (4, torch.float32)])
-def test_fused_attention_falls_back_to_pytorch_for_unsupported_dtypes_or_value_heads(
+def test_fused_attention_falls_back_to_pytorch_for_unsupported_dtypes_or_value_head_sizes(
     whole_products: list[torch.Size], size: int, number_type: torch.dtype
 ) -> None:
     """In multi-head latent attention, value heads have a different size."""

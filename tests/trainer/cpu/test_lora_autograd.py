@@ -109,7 +109,7 @@ def test_fused_lora_preserves_updates_smaller_than_the_bf16_weight_spacing() -> 
     torch.testing.assert_close(y.float(), torch.full((1, 50, 1), 2e-3), rtol=1e-2, atol=0)
 
 
-def test_fused_lora_neither_changes_nor_copies_the_weight() -> None:
+def test_fused_lora_neither_changes_nor_copies_the_base_weight() -> None:
     model = adapted(8, 12)
     weight = model.base_model.model.layer.base_layer.weight
     before, stored = weight.clone(), []
@@ -160,7 +160,7 @@ def adapted_like(model: PeftModel) -> PeftModel:
     ],
     ids=["DoRA", "a bias in the adapter", "switched off", "merged"],
 )
-def test_fused_lora_falls_back_to_peft_for_layers_without_plain_lora(
+def test_fused_lora_falls_back_to_peft_for_layers_that_do_not_use_plain_lora(
     config: dict[str, Any], change: Callable[[PeftModel], None] | None
 ) -> None:
     plain, fused = adapted(**config), adapted(**config)

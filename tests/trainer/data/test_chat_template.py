@@ -83,7 +83,7 @@ def test_example_is_rejected_if_training_would_include_a_thinking_block(family: 
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_template_that_remains_unusable_with_any_arguments_is_rejected_with_the_reason(family: str) -> None:
+def test_unusable_template_is_rejected_with_the_reason(family: str) -> None:
     with pytest.raises(DataError, match=REFUSED[family]):
         learnt(family, CONVERSATIONS["one turn"], {})
 
@@ -258,7 +258,7 @@ def base(folder: Path, family: str) -> Path:
         ("llama3", {"date_string": "1 Jan 2026"}, {"date_string": "1 Jan 2026"}),
     ],
 )
-def test_template_disables_thinking_and_fixes_the_date_unless_the_recipe_sets_them(
+def test_template_arguments_disable_thinking_and_fix_the_date_unless_the_recipe_sets_arguments(
     family: str, given: TemplateKwargs | None, chosen: TemplateKwargs, tmp_path: Path
 ) -> None:
     assert choose_template_kwargs(base(tmp_path / "base", family), given) == chosen

@@ -33,7 +33,7 @@ def test_too_long_examples_error_names_the_longest_example() -> None:
         fit_length([[SHORT], [row(10, 7)], [SHORT, row(20, 10), SHORT]], train(TooLong.ERROR))
 
 
-def test_too_long_examples_are_dropped_with_policy_drop(capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_long_examples_are_dropped_with_the_drop_policy(capsys: pytest.CaptureFixture[str]) -> None:
     assert fit_length([[SHORT], [SHORT, row(10, 7)], [SHORT]], train(TooLong.DROP)) == [[SHORT], [SHORT]]
     assert "1 of 3 examples are longer than 16 tokens (first: example 2): 1 dropped, 0 truncated" in " ".join(
         capsys.readouterr().err.split()
@@ -52,7 +52,7 @@ def test_dataset_is_rejected_if_only_one_example_fits_the_maximum_length(policy:
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=4), st.sampled_from(list(TooLong)[1:]))
-def test_examples_left_after_the_length_check_fit_and_have_an_answer_to_train_on(
+def test_remaining_examples_fit_the_maximum_length_and_have_an_answer_to_train_on(
     sizes: list[tuple[int, int]], policy: TooLong
 ) -> None:
     rows = [SHORT, SHORT, *(row(*size) for size in sizes)]

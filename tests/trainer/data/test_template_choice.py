@@ -137,7 +137,9 @@ def test_template_is_rejected_if_its_answers_do_not_end_with_a_special_token(tmp
 
 
 @pytest.mark.parametrize("ending", ["<|im_end|>", "\n<|im_end|>\n", "", "\n", "<|im_start|>\n"])
-def test_template_is_accepted_if_only_special_tokens_or_no_text_follow_an_answer(tmp_path: Path, ending: str) -> None:
+def test_template_is_accepted_if_only_special_tokens_or_whitespace_follow_an_answer(
+    tmp_path: Path, ending: str
+) -> None:
     """The engine stops at `<|im_end|>`, clients see no other special tokens, and a missing end is added."""
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}" + ending + "{% endfor %}")
     assert isinstance(tokenizer.eos_token_id, int)

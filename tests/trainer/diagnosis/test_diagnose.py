@@ -151,7 +151,7 @@ def test_at_most_2_percent_of_short_noisy_healthy_runs_are_diagnosed_as_underfit
     assert false <= 6
 
 
-def test_diagnosis_advice_proposes_steps_when_the_recipe_sets_steps() -> None:
+def test_diagnosis_advice_changes_the_number_of_steps_when_the_recipe_sets_it() -> None:
     recipe = RECIPE.changed({"train.steps": 100})
     run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), recipe=recipe)
     assert str(only(run).advice) == "train.steps from 100 to 20"
@@ -342,7 +342,7 @@ def test_label_noise_is_not_diagnosed_when_the_task_was_not_learned() -> None:
 
 
 @pytest.mark.parametrize(("shape", "findings"), [(WELL, [FindingKind.LABEL_NOISE]), (falling(3, 0.05, 5), [])])
-def test_confident_wrong_answers_indicate_label_noise_only_once_training_loss_plateaus(
+def test_confident_wrong_answers_indicate_label_noise_only_after_training_loss_has_plateaued(
     shape: Shape, findings: list[FindingKind]
 ) -> None:
     results = answered(200, 0, right=lambda place: 0.98 - 0.6 * place, noise=0.2)

@@ -88,7 +88,7 @@ def test_high_learning_rate_is_diagnosed_when_the_loss_jumps(base: Path, tmp_pat
     assert diagnosed[FindingKind.LEARNING_RATE_HIGH].advice.value == "0.004"
 
 
-def test_exploding_loss_stops_the_run_and_proposes_a_learning_rate(base: Path, tmp_path: Path) -> None:
+def test_exploding_loss_stops_the_run_with_an_error_proposing_a_lower_learning_rate(base: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as caught:
         findings(base, tmp_path, *task(1), learning_rate=4e-2)
     assert "lower train.learning_rate from 0.04 to 0.01" in caught.value.todo
@@ -99,7 +99,9 @@ def test_high_learning_rate_is_diagnosed_when_the_loss_explodes_in_the_first_ste
     assert str(diagnosed[FindingKind.LEARNING_RATE_HIGH].advice) == "train.learning_rate from 1 to 0.004"
 
 
-def test_underfitting_is_diagnosed_when_a_run_was_still_learning(base: Path, tmp_path: Path) -> None:
+def test_underfitting_is_diagnosed_when_the_model_is_still_learning_at_the_end_of_a_run(
+    base: Path, tmp_path: Path
+) -> None:
     """The adapter's update is scaled to a sixteenth of its usual size."""
     diagnosed = findings(base, tmp_path, *task(1), adapter={"alpha": 2}, epochs=1.5)
     assert list(diagnosed) == [FindingKind.UNDERFITTING]

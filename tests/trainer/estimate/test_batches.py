@@ -31,7 +31,7 @@ def test_common_prompt_prefix_is_detected_without_a_tokenizer(tmp_path: Path) ->
     assert workload.largest.shared >= 50
 
 
-def test_only_the_answer_is_trained_on_when_tokens_are_estimated() -> None:
+def test_only_answer_tokens_count_as_trained_on_when_tokens_are_estimated() -> None:
     row = cut_into_pieces(make_example("question", "a" * 21))
     assert row.scored == 5
 
@@ -64,7 +64,7 @@ def test_estimated_number_of_batches_matches_the_steps_of_the_run(
     assert len(workload.batches) * workload.repeats == steps
 
 
-def test_estimate_counts_each_micro_batch_of_gradient_accumulation(
+def test_estimate_includes_every_micro_batch_of_gradient_accumulation(
     tiny_base: Path, examples: list[ChatExample]
 ) -> None:
     recipe = make_recipe(train={"batch_size": 2, "gradient_accumulation": 2, "steps": 3})
@@ -99,7 +99,7 @@ def test_preference_batches_have_two_sequences_per_pair(tiny_base: Path, example
 
 
 @pytest.mark.parametrize(("objective", "scored"), [("orpo", 0), ("dpo", 1), ("kto", 4)])
-def test_estimate_counts_forward_only_passes_for_each_preference_objective(
+def test_estimate_includes_the_forward_only_passes_of_each_preference_objective(
     objective: str, scored: float, tiny_base: Path, examples: list[ChatExample]
 ) -> None:
     """KTO scores answers and mismatched answers before training, and mismatched ones again in both epochs."""

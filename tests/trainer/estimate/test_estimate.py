@@ -179,7 +179,7 @@ def test_training_time_is_nearly_inversely_proportional_to_the_number_of_devices
     assert four.dollars == pytest.approx(one.dollars * 4 * four.seconds / one.seconds)
 
 
-def test_devices_without_sharding_each_hold_the_full_model_and_twice_the_gradient_memory() -> None:
+def test_unsharded_training_on_several_devices_doubles_only_the_gradient_memory_of_each_device() -> None:
     train = {"batch_size": 1, "gradient_accumulation": 4, "sharding": "never"}
     recipe = make_recipe(method="full", train=train)
     one, four = (several("llama-2-7b", count, recipe) for count in (1, 4))
@@ -253,7 +253,7 @@ def test_estimate_says_why_weights_cannot_be_sharded(sections: dict[str, Any], r
     assert reason in (estimated.undivided or "")
 
 
-def test_sharding_is_proposed_before_another_training_method() -> None:
+def test_sharding_is_proposed_before_a_different_training_method() -> None:
     recipe = make_recipe(method="full", train=SINGLE_ROWS | {"sharding": "never"})
     device = replace(DEVICES["a100-80"], count=8)
     changes = advise(recipe, published("llama-2-7b"), even_workload(1000, 1024, recipe), device)
@@ -265,7 +265,7 @@ def test_activation_memory_per_device_shrinks_when_devices_split_a_batch() -> No
     assert four.parts[Part.ACTIVATIONS] == pytest.approx(one.parts[Part.ACTIVATIONS] / 4, rel=0.05)
 
 
-def test_processes_on_a_cpu_share_its_memory_and_speed() -> None:
+def test_two_processes_on_a_cpu_need_over_twice_the_memory_and_the_same_time_as_one_process() -> None:
     recipe = make_recipe(train={"batch_size": 4, "gradient_accumulation": 2, "sharding": "never"})
     one, two = (
         estimate_device(

@@ -37,11 +37,11 @@ def test_output_head_is_not_counted_as_an_adapted_layer() -> None:
     assert len(published("llama-2-7b").targets) == 7 * 32
 
 
-def test_adapter_size_counts_only_the_layers_in_the_target_preset() -> None:
+def test_adapter_size_includes_only_the_layers_in_the_target_preset() -> None:
     assert len(published("llama-2-7b", Targets.ATTENTION_MIN).targets) == 2 * 32
 
 
-def test_unknown_architecture_is_estimated_as_a_llama_with_a_note(tmp_path: Path) -> None:
+def test_unknown_architecture_is_estimated_like_llama_and_a_note_is_added(tmp_path: Path) -> None:
     widths = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "brand-new", **widths}))
     shape = read_model_shape(tmp_path)
@@ -49,7 +49,7 @@ def test_unknown_architecture_is_estimated_as_a_llama_with_a_note(tmp_path: Path
     assert "brand-new" in shape.notes[0]
 
 
-def test_config_without_a_hidden_size_is_rejected_naming_the_key(tmp_path: Path) -> None:
+def test_config_without_a_hidden_size_is_rejected_with_an_error_naming_the_key(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "brand-new", "vocab_size": 5}')
     with pytest.raises(BaseModelError, match="hidden_size"):
         read_model_shape(tmp_path)

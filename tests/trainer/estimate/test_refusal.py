@@ -70,7 +70,7 @@ def test_run_is_not_refused_when_its_own_existing_files_occupy_the_disk(
     refuse_disk(estimated("qlora"), tmp_path)
 
 
-def test_refused_stage_error_names_the_stage_missing_memory_and_a_format_that_fits() -> None:
+def test_refused_stage_error_states_the_stage_a_format_that_fits_and_how_much_memory_is_missing() -> None:
     """Llama 2 7B in bf16 takes 13.5 GB in the engine that evaluates it, and a third of that in 4 bits."""
     with pytest.raises(
         InsufficientMemoryError, match=r"stage evaluate needs at least 13\.5 GB, .* has 12\.0 GB: 1\.5 GB"
@@ -79,7 +79,7 @@ def test_refused_stage_error_names_the_stage_missing_memory_and_a_format_that_fi
     assert caught.value.todo == 'set formats=["gptq"], evaluate.general=false; to start the run anyway, use --anyway'
 
 
-def test_adapter_format_is_proposed_when_no_engine_fits_merged_or_gptq() -> None:
+def test_adapter_format_is_proposed_when_neither_the_merged_nor_the_gptq_model_fits_in_memory() -> None:
     with pytest.raises(InsufficientMemoryError, match="stage evaluate needs") as caught:
         refuse_stages(estimated("qlora"), machine(3e9))
     assert 'set formats=["adapter"]' in caught.value.todo

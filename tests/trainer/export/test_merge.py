@@ -46,7 +46,7 @@ def test_all_linear_layers_are_merged(tiny_base: Path, adapter: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-3])
-def test_merge_adds_in_float32_and_rounds_without_bias(
+def test_merge_adds_the_adapter_in_float32_and_rounds_without_bias(
     tiny_base: Path, adapter: Path, tmp_path: Path, size: float
 ) -> None:
     module = "model.layers.1.mlp.up_proj"
@@ -115,7 +115,7 @@ def test_merge_fails_if_the_adapter_changes_no_weights(tiny_base: Path, adapter:
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
-def test_adapter_that_leaves_a_target_module_unchanged_is_rejected_naming_the_module(
+def test_adapter_that_leaves_a_target_module_unchanged_is_rejected_with_an_error_naming_the_module(
     tiny_base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
@@ -160,7 +160,7 @@ def test_tensor_missing_from_the_merged_model_is_named_in_the_error() -> None:
         compare_weights(base, {"a.weight": torch.ones(2)}, {"a"})
 
 
-def test_merge_summary_reports_changed_modules_smallest_changed_share_and_largest_change() -> None:
+def test_merge_summary_has_the_module_count_smallest_share_of_changed_weights_and_largest_change() -> None:
     base = {"a.weight": torch.zeros(4), "b.weight": torch.zeros(4)}
     merged = {"a.weight": torch.tensor([0.0, 0.0, 0.0, 3.0]), "b.weight": torch.ones(4)}
     summary = compare_weights(base, merged, {"a", "b"})

@@ -100,7 +100,9 @@ def test_tensorwise_merge_matches_whole_model_merge_for_every_mixture_of_experts
     check_equal(tmp_path / "base", adapter, tmp_path)
 
 
-def test_tensorwise_merge_matches_whole_model_merge_for_layers_stored_fused(tmp_path: Path) -> None:
+def test_tensorwise_merge_matches_whole_model_merge_when_several_layers_are_stored_as_one_tensor(
+    tmp_path: Path,
+) -> None:
     """Several parameters are stored as one tensor, which is not the case in any family tested with an engine."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
     config = AutoConfig.for_model("hrm_text", **sizes, num_layers_per_stack=1, vocab_size=100)
@@ -112,7 +114,7 @@ def test_tensorwise_merge_matches_whole_model_merge_for_layers_stored_fused(tmp_
 
 @pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")  # of PEFT, of the whole model
 @pytest.mark.parametrize("same", [True, False], ids=["the embedding again", "other weights"])
-def test_tensorwise_merge_matches_whole_model_merge_when_a_tied_head_is_stored_in_addition(
+def test_tensorwise_merge_matches_whole_model_merge_when_a_tied_head_is_also_stored(
     tiny_base: Path, tmp_path: Path, same: bool
 ) -> None:
     base = make_model(tmp_path / "base")

@@ -43,7 +43,7 @@ def test_padding_free_batches_are_used_only_with_flash_attention(facts: Facts) -
 
 
 @given(st.fixed_dictionaries({package: st.booleans() for package in PACKAGES}))
-def test_installed_packages_are_ignored_for_cpu_training(packages: dict[str, bool]) -> None:
+def test_installed_acceleration_packages_are_ignored_for_cpu_training(packages: dict[str, bool]) -> None:
     assert choose_acceleration(Facts(None, **packages)) == choose_acceleration(Facts())
 
 

@@ -150,7 +150,7 @@ def test_correct_version_passes_all_parity_checks(correct: Callable[[str], Versi
 
 
 @pytest.mark.parametrize(("kind", "compared"), [("lora", False), ("qlora", True), ("qlora, merged into NF4", False)])
-def test_version_trained_on_nf4_is_also_compared_with_nf4_if_merged_into_unquantized_weights(
+def test_qlora_version_merged_into_unquantized_weights_is_also_compared_with_the_nf4_model(
     correct: Callable[[str], Version], kind: str, compared: bool
 ) -> None:
     differences = correct(kind).report().differences

@@ -234,7 +234,7 @@ def test_combining_a_nonexistent_version_raises_error(registry: Registry) -> Non
 def test_versions_trained_on_a_different_base_are_rejected_for_combination(folders: Mapping[str, Path]) -> None:
     adapter = replace(find(folders, *PAIR, method="cat"), bases={"support@3": "sha256:1"})
     adapter.check_revision(Base(Path(), "org/base", None, "sha256:1"))
-    with pytest.raises(BaseModelError, match=r"support@3 was trained on a different base from org/base"):
+    with pytest.raises(BaseModelError, match=r"support@3 was trained on a different base than org/base"):
         adapter.check_revision(Base(Path(), "org/base", None, "sha256:2"))
 
 
@@ -246,7 +246,7 @@ def test_adapter_that_does_not_fit_the_base_is_rejected(folders: Mapping[str, Pa
 
 
 @pytest.mark.slow
-def test_combined_adapter_passes_all_pipeline_stages_except_training(
+def test_combined_adapter_goes_through_all_pipeline_stages_except_training(
     make: Make, stages: Stages, folders: Mapping[str, Path], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.pipeline.stages.check_fits", lambda base, adapter: None)  # the base is a stand-in

@@ -93,7 +93,7 @@ def test_skip_and_limit_select_a_subset_of_training_examples(tmp_path: Path) -> 
     assert read(tmp_path, TRAIN, HELDOUT, skip=1, limit=3).train == tuple(TRAIN[1:4])
 
 
-def test_all_answers_of_a_conversation_are_trained_on_unless_the_recipe_says_last(tmp_path: Path) -> None:
+def test_all_answers_of_a_conversation_are_trained_on_unless_the_recipe_selects_the_last_answer(tmp_path: Path) -> None:
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     long = parse_example({"messages": [{"role": role, "content": text} for role, text in turns]})
     train = [*TRAIN, long]
@@ -336,7 +336,7 @@ def test_user_supplied_examples_include_all_task_files_despite_a_training_limit(
     assert examples.given == (*copies, *HELDOUT)
 
 
-def test_user_supplied_examples_include_held_out_ones_when_the_file_is_split(tmp_path: Path) -> None:
+def test_user_supplied_examples_include_heldout_examples_when_the_file_is_split(tmp_path: Path) -> None:
     assert read_train(tmp_path, lines_of(40)).given == tuple(lines_of(40))
 
 

@@ -80,7 +80,7 @@ def test_gptq_only_version_is_rejected_when_it_exceeds_the_forgetting_limit(make
 
 
 @pytest.mark.slow
-def test_base_engine_start_failure_explains_how_to_skip_general_questions(make: Make, engines: Engines) -> None:
+def test_base_engine_startup_error_explains_how_to_skip_general_questions(make: Make, engines: Engines) -> None:
     engines.refusals = 1
     with pytest.raises(EngineError, match="cannot send the general questions to the base") as raised:
         asking(make(formats=["gptq"]), questions("base.0")).train_version()
@@ -174,7 +174,7 @@ def test_version_with_undecided_forgetting_is_rejected_when_undecided_is_set_to_
 
 
 @pytest.mark.parametrize(("before", "after"), [(50, 50), (50, 60), (50, 49)])
-def test_version_passes_if_forgetting_beyond_the_limit_is_excluded(
+def test_version_passes_if_forgetting_beyond_the_limit_is_ruled_out(
     before: int, after: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = judge_forgetting(lost(before, after), 0.1, Format.MERGED)

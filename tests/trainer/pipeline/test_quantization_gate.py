@@ -164,7 +164,7 @@ def first_answers(lost: int, gained: int, total: int) -> tuple[Qualified, Qualif
         (30, 0, 200, GateOutcome.FAILED),
     ],
 )
-def test_quantization_loss_within_the_limit_passes_only_if_examples_prove_it(
+def test_quantization_loss_within_the_limit_passes_only_if_enough_examples_prove_it(
     lost: int, gained: int, total: int, wanted: GateOutcome
 ) -> None:
     loss, nll = judged(*first_answers(lost, gained, total))
@@ -205,7 +205,7 @@ def written(kept: float, metric: Metric, nll: float = 1.0, total: int = 40) -> Q
     return qualified(answers, [nll] * total, metric=metric)
 
 
-def test_broken_free_text_model_is_rejected_although_exact_match_is_zero_for_both() -> None:
+def test_broken_free_text_model_is_rejected_even_if_exact_match_is_zero_for_both_models() -> None:
     metric = Rouge("L")
     merged, broken = written(0.8, metric), written(0.0, metric)
     assert merged.evaluation.exact_match.value == broken.evaluation.exact_match.value == 0.0

@@ -94,6 +94,6 @@ def test_full_run_time_is_predicted_from_training_speed_after_a_resumed_trial() 
     assert whole_run_seconds(make_recipe(train={"epochs": 3}).train, trial) == 600.0
 
 
-def test_no_full_run_time_is_predicted_if_the_resumed_trial_made_no_steps() -> None:
+def test_no_full_run_time_is_predicted_if_the_resumed_trial_ran_no_steps() -> None:
     trial = TrainingSummary(10, 100, 0.0, 0.1)
     assert whole_run_seconds(make_recipe().train, trial) is None

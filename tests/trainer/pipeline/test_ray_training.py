@@ -22,7 +22,7 @@ def test_number_of_ray_workers_is_derived_from_the_recipe(train: dict[str, Any],
     [
         ({"train": {"devices": [0, 1]}}, "train.devices lists GPUs 0, 1, but Ray chooses"),
         ({"train": {"devices": 3, "batch_size": 4, "gradient_accumulation": 1}}, "cannot be divided among 3 devices"),
-        ({"checkpoints": {"keep_epochs": 3}}, "adapters of single epochs would stay on the nodes"),
+        ({"checkpoints": {"keep_epochs": 3}}, "adapters of individual epochs would stay on the nodes"),
         ({"objective": "dpo"}, "preference tuning has not been tested on a Ray cluster"),
     ],
 )

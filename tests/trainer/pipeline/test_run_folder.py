@@ -40,7 +40,7 @@ def folder(recipe: Recipe, base: Base = BASE, examples: Examples = EXAMPLES) -> 
     return Run.of(Path("/runs"), recipe, base, examples).folder
 
 
-def test_run_folder_is_the_same_for_equal_recipe_and_data() -> None:
+def test_run_folder_is_the_same_for_equal_recipes_and_data() -> None:
     assert folder(make_recipe()) == folder(make_recipe())
     assert folder(make_recipe()).name.startswith("tiny-")
 
@@ -90,7 +90,7 @@ def test_run_folder_changes_with_the_training_data() -> None:
     assert folder(make_recipe(), examples=OTHER_TRAIN) != folder(make_recipe())
 
 
-def test_run_folder_changes_with_heldout_data_used_for_stopping() -> None:
+def test_run_folder_changes_with_heldout_data_used_for_early_stopping() -> None:
     assert folder(make_recipe(), examples=OTHER_HELDOUT) == folder(make_recipe())
     looks = make_recipe(stopping={"patience": 2})
     assert folder(looks, examples=OTHER_HELDOUT) != folder(looks)
@@ -136,7 +136,7 @@ def test_changing_a_key_repeats_only_the_stages_that_depend_on_it(change: dict[s
     assert {stage for stage in Stage if before[stage] != after[stage]} == again
 
 
-def test_changing_the_weights_to_merge_into_repeats_every_stage_except_training() -> None:
+def test_merging_into_different_weights_repeats_every_stage_except_training() -> None:
     recipes = make_recipe(method="qlora"), make_recipe(method="qlora", merge_dequantized=True)
     before, after = (stage_keys(recipe, BASE, EXAMPLES) for recipe in recipes)
     assert {stage for stage in Stage if before[stage] == after[stage]} == {Stage.TRAIN}

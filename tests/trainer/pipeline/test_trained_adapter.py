@@ -182,7 +182,7 @@ def test_warning_is_printed_when_the_base_differs_from_the_base_named_in_the_ada
 
 
 @pytest.mark.slow
-def test_imported_adapter_passes_all_pipeline_stages_except_training(
+def test_imported_adapter_goes_through_all_pipeline_stages_except_training(
     make: Make, stages: Stages, plain: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("trainer.pipeline.stages.check_fits", lambda base, adapter: None)  # the base is a stand-in

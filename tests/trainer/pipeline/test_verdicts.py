@@ -66,7 +66,7 @@ def test_version_that_failed_parity_can_be_registered_without_repeating_evaluati
     assert manifest.parity == make_parity(*stages.unequal)
 
 
-def test_version_has_its_parity_report_and_page(make: Make, stages: Stages) -> None:
+def test_parity_report_and_its_html_page_are_stored_with_the_version(make: Make, stages: Stages) -> None:
     pipeline = make()
     version = pipeline.train_version()
     assert stages.compared == [[Format.GPTQ, Format.MERGED]]
@@ -126,7 +126,7 @@ def test_undecided_version_is_rejected_without_reevaluation_when_undecided_is_se
     assert (len(stages.ran), len(engines.launched)) == (ran, launched)
 
 
-def test_detectable_loss_is_printed_before_training(
+def test_smallest_detectable_quality_loss_is_printed_before_training(
     make: Make, stages: Stages, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages.broken = {Stage.TRAIN}
@@ -138,7 +138,7 @@ def test_detectable_loss_is_printed_before_training(
 
 
 @pytest.mark.parametrize("evaluate", [{"max_gptq_loss": 1.0}, {"metrics": "perplexity"}])
-def test_detectable_loss_is_not_printed_when_no_proportion_metric_has_a_limit(
+def test_smallest_detectable_quality_loss_is_not_printed_when_no_proportion_metric_has_a_limit(
     make: Make, stages: Stages, capsys: pytest.CaptureFixture[str], evaluate: dict[str, Any]
 ) -> None:
     stages.broken = {Stage.TRAIN}

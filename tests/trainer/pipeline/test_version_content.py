@@ -179,7 +179,7 @@ def test_drift_sample_is_drawn_from_all_user_supplied_examples(pipeline: Pipelin
     assert sample == draw_drift_sample(pipeline.examples.given, pipeline.recipe.data.seed).sample
 
 
-def test_text_space_vocabulary_excludes_words_that_occur_only_in_the_drift_sample(make: Make) -> None:
+def test_words_found_only_in_the_drift_sample_are_unknown_to_the_drift_reference(make: Make) -> None:
     """Otherwise, every live prompt would have more unknown words than the reference has."""
     heldout = tuple(make_example(word, "red") for word in ("xylophone", "marimba", "celesta", "timpani"))
     pipeline = make(heldout=heldout, data={"train": "train.jsonl", "seed": 0})

@@ -165,7 +165,7 @@ def test_config_for_an_unsupported_task_is_rejected(content: dict[str, Any], tmp
         imported(tmp_path, **content)
 
 
-def test_inconsistent_values_are_imported_with_a_note_why_the_trainer_rejects_them(tmp_path: Path) -> None:
+def test_inconsistent_values_are_imported_with_a_note_explaining_why_the_trainer_rejects_them(tmp_path: Path) -> None:
     result = imported(tmp_path, sample_packing=True, neftune_noise_alpha=5)
     assert result.refused is not None
     assert "train.neftune_alpha" in result.text().splitlines()[1]

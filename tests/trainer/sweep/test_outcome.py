@@ -27,7 +27,7 @@ def test_incomplete_trial_is_never_chosen() -> None:
     assert COMPARISON.choose([pruned, outcome(1, "complete")]).key == "complete"
 
 
-def test_trial_comparison_weights_answers_by_token_count() -> None:
+def test_answers_are_weighted_by_token_count_when_trials_are_compared() -> None:
     """The second trial is better only on the one long answer."""
     first, second = outcome(0), outcome(0, each=(LEVELS[0] - 0.1, *(level + 0.05 for level in LEVELS[1:])))
     assert TrialComparison(TOKENS).difference(first, second).value > 0

@@ -52,7 +52,7 @@ def test_flags_printed_for_the_winner_parse_back_to_its_values(tmp_path: Path) -
     assert load_recipe(path, tuple(flags)) == with_values(recipe, values)
 
 
-def test_winning_recipe_is_complete_without_a_sweep_section() -> None:
+def test_winning_recipe_is_complete_and_has_no_sweep_section() -> None:
     recipe = make_recipe(sweep={"space": {RANK: [4, 8]}}, evaluate={"metrics": "rouge"}, method="dora")
     content: Any = parse_yaml(recipe_text(with_values(recipe, {RANK: 8})))
     assert "sweep" not in content

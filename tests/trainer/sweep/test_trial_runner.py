@@ -172,7 +172,7 @@ def with_cluster(runner: TrialRunner, cluster: Any) -> TrialRunner:
     return changed
 
 
-def test_resumed_sampled_sweep_keeps_its_number_of_concurrent_trials(runner: TrialRunner) -> None:
+def test_resumed_sweep_with_a_sampler_keeps_its_number_of_concurrent_trials(runner: TrialRunner) -> None:
     def parallel(now: int, *, sampled: bool) -> int:
         joined: Any = SimpleNamespace(joined=lambda: nullcontext(now))
         with with_cluster(runner, joined).training(sampled=sampled) as used:

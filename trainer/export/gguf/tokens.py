@@ -69,7 +69,8 @@ def read_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     kinds = {part.get("type") for part in splits.get("pretokenizers", [splits])}
     if content["model"].get("type") != "BPE" or ("ByteLevel" not in kinds and not has_bytes(content)):
         raise TrainingError(
-            f"the tokenizer {tokenizer.name_or_path} is neither byte-level BPE nor SentencePiece's BPE with bytes",
+            f"the tokenizer {tokenizer.name_or_path} is neither byte-level BPE nor SentencePiece BPE with byte "
+            "fallback",
             expected="a tokenizer of the kind used by Llama 2, Llama 3, SmolLM2 or Qwen",
             todo="export the version as hf, and convert it with llama.cpp's convert_hf_to_gguf.py",
         )

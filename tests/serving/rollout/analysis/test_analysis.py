@@ -55,7 +55,9 @@ def verdict(analysis: Analysis, signal: Signal) -> SignalVerdict:
 
 
 @pytest.mark.parametrize("session", [1, 5])
-def test_candidates_equal_to_production_are_rarely_rolled_back_with_a_check_after_every_request(session: int) -> None:
+def test_candidates_equal_to_production_are_rarely_rolled_back_even_with_a_check_after_every_request(
+    session: int,
+) -> None:
     draw = np.random.default_rng(0)
     rates, failed = Rates(errors=0.1, invalid=0.1), 0
     for _ in range(40):
@@ -175,7 +177,7 @@ def test_detectable_loss_is_proven_in_about_80_percent_of_rollouts(share: float)
     assert 0.65 <= proven / 25 < 1.0
 
 
-def test_detectable_losses_shrink_with_the_number_of_units_and_exceed_the_margins() -> None:
+def test_detectable_losses_shrink_with_more_units_but_exceed_the_margins() -> None:
     margins, analysis = Margins(), Analysis()
     few, many = analysis.detectable(200, 0.05), analysis.detectable(20_000, 0.05)
     for signal in Signal:

@@ -21,7 +21,7 @@ def test_request_without_user_or_conversation_forms_its_own_unit() -> None:
     assert closed(units, failed, good) == [Unit(CANDIDATE, 1.0, 1.0, None), Unit(PRODUCTION, 0.0, 0.0, 0.2)]
 
 
-def test_unit_observation_averages_its_requests() -> None:
+def test_observation_of_a_unit_has_the_mean_rates_and_the_median_latency_of_its_requests() -> None:
     units = Units()
     requests = [
         Request("ada", CANDIDATE, 0.0, failed=True),

@@ -52,7 +52,7 @@ def test_token_counts_match_training_except_for_trailing_template_text(tmp_path:
         assert 0 <= tokenizer.count(example) - len(row.input_ids) <= after
 
 
-def test_tool_calls_and_tools_count_towards_tokens(tmp_path: Path) -> None:
+def test_tool_calls_and_tools_are_included_in_the_token_count(tmp_path: Path) -> None:
     template = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %}"
     template += "{{ m.content }}{% endfor %}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
     tokenizer = BaseTokenizer(base(tmp_path / "base", template))
@@ -68,7 +68,7 @@ def test_tool_calls_and_tools_count_towards_tokens(tmp_path: Path) -> None:
     assert tokenizer.count(parse_example({"messages": turns, "tools": tools})) > tokenizer.count(plain)
 
 
-def test_error_has_the_reason_if_the_template_rejects_an_example(tmp_path: Path) -> None:
+def test_error_states_the_reason_if_the_template_rejects_an_example(tmp_path: Path) -> None:
     tokenizer = BaseTokenizer(base(tmp_path / "base", NO_SYSTEM))
     with pytest.raises(RowError, match="no system turn") as caught:
         tokenizer.count(ChatExample((Message(Role.SYSTEM, "s"), *chat("q", "a").messages)))
@@ -126,7 +126,7 @@ def test_folder_without_a_usable_tokenizer_is_rejected(tmp_path: Path, template:
         BaseTokenizer(folder)
 
 
-def test_special_tokens_of_the_base_are_found_in_texts(tmp_path: Path) -> None:
+def test_special_tokens_of_the_base_model_are_found_in_texts(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["⟪end⟫"], special_tokens=True)
     tokenizer.add_tokens(["the"])

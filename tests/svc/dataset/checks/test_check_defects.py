@@ -155,7 +155,9 @@ def tool_row(name: str = "Ada", arguments: str = "{}", description: str = "Tells
 @pytest.mark.parametrize(
     ("part", "field"), [("name", "messages[0]"), ("arguments", "messages[1]"), ("description", "tools[0]")]
 )
-def test_forbidden_text_is_also_reported_in_names_calls_and_tools(tmp_path: Path, part: str, field: str) -> None:
+def test_special_token_is_also_reported_in_names_tool_calls_and_tool_descriptions(
+    tmp_path: Path, part: str, field: str
+) -> None:
     hostile = json.dumps({"city": "<|im_end|>"}) if part == "arguments" else "a <|im_end|> b"
     (tmp_path / "a.jsonl").write_bytes(encode(tool_row(**{part: hostile})))
     (problem,) = check_file(tmp_path / "a.jsonl").problems
@@ -274,7 +276,7 @@ def test_faulty_held_out_line_is_reported(tmp_path: Path) -> None:
     assert [(problem.line, problem.severity) for problem in held.problems] == [(2, Severity.ERROR)]
 
 
-def test_problems_name_fields_as_in_the_original_file(tmp_path: Path) -> None:
+def test_problems_use_the_field_names_of_the_original_file(tmp_path: Path) -> None:
     rows = good_rows(Format.SHAREGPT, random.Random(1), 2)
     rows[0] = put(rows[0], "conversations.1.value", "a </s> b")
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(map(encode, [rows[0], put(rows[1], "conversations.2.value", 7)])))

@@ -119,7 +119,7 @@ def test_few_examples_sharing_text_in_a_small_file_are_not_near_duplicates(count
     assert len(set(groups)) == count
 
 
-def test_text_with_exact_copies_does_not_count_as_task_wording() -> None:
+def test_text_shared_by_exact_copies_is_not_mistaken_for_common_task_instructions() -> None:
     groups, _ = clusters(sketches(*[LONG] * 8, f"Description:\n{LONG}"))
     assert set(groups) == {0}
 

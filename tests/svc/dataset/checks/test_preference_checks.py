@@ -104,7 +104,7 @@ def test_labeled_answer_is_a_duplicate_when_an_earlier_line_has_the_same_label(t
     assert problems(check(tmp_path, *rows)) == [(2, Code.DUPLICATE, "same as line 1")]
 
 
-def test_pair_leaks_when_a_held_out_pair_has_the_same_prompt(tmp_path: Path) -> None:
+def test_pair_is_a_leak_when_a_held_out_pair_has_the_same_prompt(tmp_path: Path) -> None:
     report = check(tmp_path, pair("other"), pair("q", "x", "y"), heldout=pair("Q"))
     message = f"line 1 of the held-out file {tmp_path / 'heldout.jsonl'} has the same prompt"
     assert problems(report) == [(2, Code.LEAK, message)]

@@ -148,7 +148,9 @@ def test_system_prompt_may_be_in_a_separate_field(form: Format) -> None:
         (None, "x", "messages"),
     ],
 )
-def test_errors_name_original_fields_if_the_system_prompt_is_separate(system: Any, turns: Any, field: str) -> None:
+def test_errors_use_the_original_field_names_if_the_system_prompt_is_separate(
+    system: Any, turns: Any, field: str
+) -> None:
     assert refusal({"system": system, "messages": turns}, Format.CHAT).field == field
 
 
@@ -170,7 +172,9 @@ def with_weights(*weights: int | None) -> ChatExample:
         ((1, None), (1, 3)),
     ],
 )
-def test_weights_decide_which_turns_are_trained_on(weights: tuple[int | None, ...], learnt: tuple[int, ...]) -> None:
+def test_message_weights_decide_which_turns_are_trained_on(
+    weights: tuple[int | None, ...], learnt: tuple[int, ...]
+) -> None:
     example = with_weights(*weights)
     assert example.learnt == learnt
     assert parse_example(example.as_dict()) == example
@@ -179,7 +183,9 @@ def test_weights_decide_which_turns_are_trained_on(weights: tuple[int | None, ..
 @pytest.mark.parametrize(
     ("weights", "learnt"), [((None, None), (1, 3)), ((0, None), (3,)), ((1, 0), (1,)), ((None,), (1,))]
 )
-def test_weights_override_training_on_all_answers(weights: tuple[int | None, ...], learnt: tuple[int, ...]) -> None:
+def test_message_weights_override_the_option_to_train_on_all_answers(
+    weights: tuple[int | None, ...], learnt: tuple[int, ...]
+) -> None:
     assert with_weights(*weights).learning_all.learnt == learnt
 
 

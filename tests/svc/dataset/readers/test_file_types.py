@@ -114,7 +114,7 @@ def errors(path: Path) -> list[tuple[int, Code]]:
     return [(line.number, line.error.code) for line in read_lines(path) if line.error]
 
 
-def test_invalid_json_list_element_is_reported_by_its_first_line(tmp_path: Path) -> None:
+def test_invalid_json_list_element_is_reported_at_its_first_line(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps([VALUES[0], {"messages": 3}, 7, VALUES[1]], indent=1))
     begin = path.read_text().splitlines().index('  "messages": 3')
@@ -145,7 +145,7 @@ def test_non_utf8_list_element_is_reported_and_reading_continues(tmp_path: Path)
     assert errors(tmp_path / "x.json") == [(2, Code.NOT_UTF8)]
 
 
-def test_csv_errors_are_reported_by_the_first_line_of_the_record(tmp_path: Path) -> None:
+def test_csv_errors_are_reported_at_the_first_line_of_the_record(tmp_path: Path) -> None:
     content = b'prompt,completion\n"a\nb",c\nonly one\nd,\nd,caf\xe9\n"e"x,f\n\ng,h\n'
     (tmp_path / "x.csv").write_bytes(content)
     wanted = [(4, Code.WRONG_FORMAT), (5, Code.WRONG_CONTENT), (6, Code.NOT_UTF8), (7, Code.WRONG_FORMAT)]
@@ -180,7 +180,7 @@ def test_unused_parquet_column_may_have_any_content(tmp_path: Path, unused: Any)
 
 
 @pytest.mark.parametrize("zone", [None, "Mars/Base"])
-def test_unreadable_parquet_value_is_reported_by_row(tmp_path: Path, zone: str | None) -> None:
+def test_unreadable_parquet_value_is_reported_with_its_row_number(tmp_path: Path, zone: str | None) -> None:
     prompts = pyarrow.array([10**15], pyarrow.timestamp("s", tz=zone))
     path = arrow_file(tmp_path / "x.parquet", {"prompt": prompts, "completion": ["a"]})
     assert errors(path) == [(1, Code.WRONG_FORMAT)]

@@ -68,6 +68,6 @@ def test_ambiguous_evals_row_is_rejected_naming_the_field(value: Any, field: str
     assert caught.value.field == field
 
 
-def test_evals_key_is_ignored_in_a_prompt_completion_row() -> None:
+def test_prompt_completion_row_with_an_evals_item_key_is_not_treated_as_an_evals_row() -> None:
     assert recognise({"prompt": "a", "completion": "b", "item": {"id": 5}}) is Format.PROMPT_COMPLETION
     assert parse({"prompt": "a", "completion": "b", "item": {"id": 5}}).answer == "b"

@@ -24,7 +24,7 @@ def names(folder: Path, files: list[Path]) -> list[str]:
     return [str(path.relative_to(folder)) for path in files]
 
 
-def test_data_source_given_as_a_file_is_that_single_file(tmp_path: Path) -> None:
+def test_data_source_that_is_a_file_yields_only_that_file(tmp_path: Path) -> None:
     assert data_files(tmp_path / "x.txt") == [tmp_path / "x.txt"]
 
 
@@ -165,7 +165,7 @@ def test_missing_file_error_explains_hub_dataset_syntax() -> None:
     assert "hf:ORG/NAME" in caught.value.todo
 
 
-def test_newest_modification_time_comes_from_the_most_recently_modified_local_file(tmp_path: Path) -> None:
+def test_latest_modification_time_is_found_among_local_files_and_folders(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name, seconds in (("a.jsonl", 100), ("folder/b.jsonl", 300), ("folder/c.csv", 200)):
         (tmp_path / name).write_text("{}\n", "utf-8")
@@ -173,5 +173,5 @@ def test_newest_modification_time_comes_from_the_most_recently_modified_local_fi
     assert newest_modification([tmp_path / "a.jsonl", str(tmp_path / "folder")]) == datetime.fromtimestamp(300, UTC)
 
 
-def test_newest_modification_time_is_none_without_local_files() -> None:
+def test_latest_modification_time_is_none_without_local_files() -> None:
     assert newest_modification(["hf:org/name"]) is None

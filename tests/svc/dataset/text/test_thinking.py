@@ -15,5 +15,5 @@ from svc.dataset.text.thinking import without_thinking
         ("<think>\nI never stop", "<think>\nI never stop"),
     ],
 )
-def test_text_through_end_of_thinking_is_removed(text: str, answer: str) -> None:
+def test_text_up_to_and_including_the_end_of_thinking_is_removed(text: str, answer: str) -> None:
     assert without_thinking(text) == answer

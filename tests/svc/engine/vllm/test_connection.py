@@ -35,7 +35,7 @@ class TestBrokenAnswers:
             (STREAM + chunk(b"{}") + b"0\r\n", b"{}"),
         ],
     )
-    async def test_received_bytes_can_be_read_before_the_connection_error(
+    async def test_received_bytes_can_be_read_before_the_connection_error_is_raised(
         self, socket: Path, said: bytes, came: bytes | None
     ) -> None:
         found = None

@@ -203,7 +203,7 @@ class TestUnreachable:
             with closing(pool), pytest.raises(UnreachableError):
                 await ask(pool)
 
-    async def test_waiting_requests_are_sent_once_the_engine_accepts_them(self, socket: Path) -> None:
+    async def test_waiting_request_is_sent_as_soon_as_the_engine_accepts_its_connection(self, socket: Path) -> None:
         with sockets.socket(sockets.AF_UNIX) as listener, sockets.socket(sockets.AF_UNIX) as first:
             listener.bind(str(socket))
             listener.listen(0)
@@ -289,7 +289,7 @@ class TestLeaving:
             assert len(server.requests) == 3
 
 
-async def test_unread_response_data_is_not_buffered_in_the_server(socket: Path) -> None:
+async def test_less_than_2_mb_of_an_unread_response_is_buffered(socket: Path) -> None:
     size = 20_000_000
 
     async def reply(peer: Peer) -> None:

@@ -159,7 +159,7 @@ def test_configured_context_length_never_exceeds_the_context_length_of_the_model
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"max_position_embeddings": null}'])
-def test_context_length_comes_from_settings_when_the_config_has_none(tmp_path: Path, content: str) -> None:
+def test_context_length_comes_from_settings_when_the_model_config_has_none(tmp_path: Path, content: str) -> None:
     write_config(tmp_path, content)
     assert option(command(spec(tmp_path, max_model_len=99)), "--max-model-len") == "99"
 
@@ -257,7 +257,7 @@ def test_engine_entry_point_exists_in_installed_vllm(tmp_path: Path) -> None:
     assert command(spec(tmp_path, device=Device.CPU))[1:4] == ["-m", "svc.engine.vllm.start", entry]
 
 
-def test_kernels_disabled_and_plugins_enabled_by_the_user_are_preserved(
+def test_user_values_of_vllm_disabled_kernels_and_vllm_plugins_are_preserved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_config(tmp_path, GPTQ)

@@ -30,7 +30,7 @@ def test_maximum_lora_rank_can_be_configured() -> None:
     assert chosen(max_rank=100, rank=16).max_rank == 128
 
 
-def test_batched_adapters_are_capped_at_the_number_of_loaded_adapters() -> None:
+def test_adapters_per_batch_never_exceed_the_maximum_number_of_loaded_adapters() -> None:
     assert chosen(max_loaded=4).max_batched == 4
     assert chosen(max_loaded=500).max_batched == 8
 
@@ -69,7 +69,7 @@ def test_engine_without_adapter_slots_gets_no_lora_arguments_or_variables(
     assert RUNTIME_VARIABLE not in environment(spec(tmp_path))
 
 
-def test_launch_digest_depends_on_adapter_slots_and_base(tmp_path: Path) -> None:
+def test_launch_digest_depends_on_adapter_slots_and_base_model(tmp_path: Path) -> None:
     made = replace(spec(tmp_path), lora=SLOTS)
     others = [
         spec(tmp_path),

@@ -83,7 +83,7 @@ def test_model_running_in_a_separate_process_has_its_threads_bound_to_all_cores(
     assert "OMP_NUM_THREADS" not in chosen.variables
 
 
-def test_gpu_uses_the_default_vllm_executor() -> None:
+def test_gpu_engine_uses_the_default_vllm_executor() -> None:
     assert "--distributed-executor-backend" not in plan(GPU, machine=replace(HOST, gpus=(H100,))).arguments
 
 
@@ -96,7 +96,7 @@ def test_cpu_quota_limits_the_number_of_threads_and_disables_binding(quota: floa
 
 @pytest.mark.parametrize(("engines", "threads"), [(1, "8"), (2, "4"), (3, "2"), (9, "1")])
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_engines_split_the_cores_among_them(engines: int, threads: str, nodes: int) -> None:
+def test_cores_are_divided_evenly_among_engines(engines: int, threads: str, nodes: int) -> None:
     variables = plan(machine=replace(HOST, nodes=nodes), engines=engines).variables
     bound = variables["VLLM_CPU_OMP_THREADS_BIND"]
     assert variables.get("OMP_NUM_THREADS", str(len(bound.split(",")))) == threads
@@ -104,7 +104,7 @@ def test_engines_split_the_cores_among_them(engines: int, threads: str, nodes: i
     assert engines == 1 or bound == "nobind"
 
 
-def test_engines_split_the_cpu_quota_among_them() -> None:
+def test_cpu_quota_is_divided_evenly_among_engines() -> None:
     assert plan(machine=replace(HOST, quota=5.0), engines=2).variables["OMP_NUM_THREADS"] == "2"
 
 

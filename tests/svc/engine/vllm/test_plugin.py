@@ -177,7 +177,9 @@ print(torch.allclose(result.float(), torch.full((2, 512), 64.0), rtol=0.02))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ours", [True, False])
-def test_int8_kernel_uses_its_own_copy_of_scales_that_a_reload_has_freed(vllm: Forks, ours: bool) -> None:
+def test_int8_kernel_uses_its_own_copy_of_the_scales_after_a_reload_has_freed_the_originals(
+    vllm: Forks, ours: bool
+) -> None:
     """If a vLLM release does this by itself, the second case fails, and the plugin is no longer needed there."""
     printed = vllm.run(FREED_SCALES, **({SCALES_VARIABLE: "1"} if ours else {}))
     assert printed.split()[-1] == str(ours)

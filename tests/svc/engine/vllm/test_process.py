@@ -313,7 +313,7 @@ async def whole_life(engine_in: Start) -> None:
         await engine_in("crash").start()
 
 
-async def test_engine_start_and_stop_never_wait_in_the_event_loop(engine_in: Start) -> None:
+async def test_engine_start_and_stop_make_no_blocking_calls_in_the_event_loop(engine_in: Start) -> None:
     with watched_loop() as watch:
         await whole_life(engine_in)
     assert watch.waits == []
@@ -326,7 +326,7 @@ async def test_engine_start_and_stop_run_no_long_computations_in_the_event_loop(
     assert watch.slow == []
 
 
-async def test_engine_of_a_killed_parent_is_stopped_at_the_next_start(engine_in: Start, folder: Path) -> None:
+async def test_engine_of_a_killed_parent_is_stopped_at_the_next_engine_start(engine_in: Start, folder: Path) -> None:
     arguments = [sys.executable, "-c", PARENT, str(folder), str(SERVER)]
     parent = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
     assert parent.stdout is not None
@@ -356,7 +356,9 @@ async def test_unrelated_process_reusing_the_pid_of_an_engine_is_not_stopped(eng
 
 
 @pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"pid": "x", "created": 1}', '{"pid": -5, "created": 1}'])
-async def test_corrupt_engine_record_does_not_prevent_a_start(engine_in: Start, folder: Path, record: str) -> None:
+async def test_corrupt_engine_record_does_not_prevent_engine_startup(
+    engine_in: Start, folder: Path, record: str
+) -> None:
     (folder / "engine.json").write_text(record)
     engine = engine_in("ready")
     await engine.start()

@@ -94,7 +94,7 @@ def test_metric_function_error_names_the_file_and_function(write: Write, body: s
     assert caught.value.todo or caught.value.expected
 
 
-def test_metric_function_traceback_contains_only_user_lines(write: Write) -> None:
+def test_metric_function_traceback_contains_only_lines_of_user_code(write: Write) -> None:
     with pytest.raises(RecipeError) as caught:
         write("value = {}\nreturn value['score']").score(GIVEN)
     assert "return value['score']" in caught.value.wrong

@@ -31,7 +31,7 @@ def test_rouge_matches_the_rouge_score_package(given_pairs: list[tuple[str, str]
 
 @settings(deadline=None)
 @given(pairs)
-def test_chrf_matches_sacrebleu_as_a_fraction(given_pairs: list[tuple[str, str]]) -> None:
+def test_chrf_equals_the_sacrebleu_score_divided_by_100(given_pairs: list[tuple[str, str]]) -> None:
     expected = [sentence_chrf(answer, [reference]).score / 100 for answer, reference in given_pairs]
     scores = Chrf().score(answered(given_pairs))
     assert scores == pytest.approx(expected)
@@ -54,6 +54,6 @@ def test_perplexity_difference_is_paired_by_example() -> None:
     assert Perplexity().difference(before, after).low > 0
 
 
-def test_length_is_the_mean_token_count_per_answer() -> None:
+def test_length_metric_is_the_mean_token_count_per_answer() -> None:
     judged = with_scores(Length(), answered([("one", "x"), ("one two three", "y")]))
     assert Length().estimate(judged).value == 3.0

@@ -69,7 +69,7 @@ def test_training_curve_is_plotted_without_held_out_loss() -> None:
     assert label_of(plot_loss(points)) == "training loss from 1.000 to 0.500 in 2 steps"
 
 
-def test_plot_of_50000_steps_is_less_than_three_times_larger_than_a_plot_of_300_steps() -> None:
+def test_plot_of_50000_steps_is_less_than_three_times_as_large_as_a_plot_of_300_steps() -> None:
     many = plot_loss(curve(50_000))
     assert many is not None
     assert len(many) < 3 * len(plot_loss(curve(300)) or "")

@@ -50,7 +50,7 @@ def test_published_tokenizer_gets_the_same_pre_tokenizer_as_in_the_llama_cpp_con
     assert choose_pre_tokenizer(read_tokenizer(folder), TEXTS).name == pre
 
 
-def test_pre_tokenizer_error_counts_the_texts_that_no_pre_tokenizer_reproduces() -> None:
+def test_pre_tokenizer_error_states_how_many_texts_are_tokenized_differently() -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate([*letters, "1a"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("1", "a")]))
