@@ -139,8 +139,8 @@ def end_processes(folder: Path, noted: Mapping[int, tuple[str, int]] | None = No
 
 
 def _processes(folder: Path, sessions: set[int], noted: Mapping[int, tuple[str, int]]) -> Iterator[psutil.Process]:
-    """Yield the processes that belong to a folder: marked or noted processes, processes in its sessions, and the
-    descendants of all of these. Sessions led by these processes are added to `sessions`.
+    """Yield the processes that belong to a job's folder: those with the folder as their mark in the environment, those
+    in `noted`, all in `sessions`, and their descendants. Sessions that these processes lead are added to `sessions`.
     """
     mark, own = str(folder.resolve()), dict[int, psutil.Process]()
     everyone = [process for process in psutil.process_iter() if process.pid != os.getpid()]

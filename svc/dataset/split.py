@@ -119,8 +119,8 @@ def mix_general(
     if wanted > len(usable):
         raise DataError(
             f"data.general has only {len(usable)} examples that are not held out",
-            expected=f"at least {wanted} examples, which are a share of {share:g} when mixed with {len(train)} "
-            "training examples",
+            expected=f"at least {wanted} examples, so that they make up {share:.0%} of all examples when mixed with "
+            f"{len(train)} training examples",
             todo="add general examples, or lower data.general_share",
         )
     return select(general, np.sort(_seeded(usable, general, seed)[:wanted]))

@@ -70,7 +70,7 @@ def test_dependence_distance_is_high_if_one_conversation_has_most_items() -> Non
 
 
 @pytest.mark.parametrize("changed", [1, MAX_LAG])
-def test_dependence_distance_ignores_changes_in_the_newest_64_items(changed: int) -> None:
+def test_dependence_estimate_ignores_changes_in_the_newest_64_requests(changed: int) -> None:
     vectors, conversations = runs(1), one_each()
     before = dependence(similarities(vectors), SIZE, conversations, USUAL)
     vectors[-changed:] = 9.0
@@ -78,14 +78,14 @@ def test_dependence_distance_ignores_changes_in_the_newest_64_items(changed: int
     assert dependence(similarities(vectors), SIZE, conversations, USUAL) == before
 
 
-def test_dependence_distance_ignores_items_beyond_the_given_count() -> None:
+def test_dependence_estimate_ignores_items_beyond_the_given_count() -> None:
     vectors = runs(5)
     before = dependence(similarities(vectors[:600]), 600, one_each(600), USUAL)
     vectors[600:] = 9.0
     assert dependence(similarities(vectors), 600, one_each(), USUAL) == before
 
 
-def test_dependence_distance_ignores_items_older_than_the_window() -> None:
+def test_dependence_estimate_ignores_items_older_than_the_window() -> None:
     vectors = runs(5, size=1_000)
     among = similarities(vectors)
     assert dependence(among, 1_000, one_each(1_000), USUAL) == dependence(among[200:, 200:], 800, one_each(), USUAL)
