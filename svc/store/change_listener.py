@@ -51,7 +51,7 @@ class ChangeListener:
                 pause_s = _UNHEARD_PAUSE_S
                 if not self._is_unheard:
                     log.warning(
-                        "notifications from the store do not arrive (a pooler in transaction mode drops them); "
+                        "notifications from the store are not arriving (a pooler in transaction mode drops them); "
                         "polling the store instead"
                     )
                 self._is_unheard = True

@@ -16,14 +16,14 @@ class RunHolder:
     """A named actor that exists while a command trains a run.
 
     Args:
-        command: machine and process of the command.
+        command: host name and process id of the command that trains the run.
     """
 
     def __init__(self, command: str) -> None:
         self._command = command
 
     def describe(self) -> str:
-        """Return the machine and process of the command."""
+        """Return the host name and process id of the command that trains the run."""
         return self._command
 
 

@@ -278,7 +278,7 @@ async def test_notifications_are_not_trusted_when_echo_notifications_do_not_arri
         assert changes.count == 0
         assert not changes.heard
         assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
-            "notifications from the store do not arrive"
+            "notifications from the store are not arriving"
         ]
         monkeypatch.setattr(postgresql_module, "CHANNEL", "tuneserve")
         await until(lambda: changes.heard)
