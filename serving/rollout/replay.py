@@ -164,7 +164,8 @@ def require_replay(
         )
     if record.plan.shadow < MIN_UNITS:
         raise RefusedError(
-            f"{wrong}; a shadow step of {record.plan.shadow} requests is too short to replay stored requests instead",
+            f"{wrong}; stored requests can be replayed to the candidate instead, but a shadow step of "
+            f"{record.plan.shadow} requests is too short for that",
             todo=f"replay at least {MIN_UNITS} stored requests (--shadow {MIN_UNITS}), or {others}",
         )
     if kept.total < MIN_UNITS:

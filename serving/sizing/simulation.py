@@ -151,8 +151,8 @@ class _Replica:
             heapq.heappush(self._answers, (self._steps + request.answer - 1, self._added, request))
 
     def _decode(self, until: float) -> None:
-        """Simulate all steps until the next answer is finished or the given time is reached. The number of running
-        answers is the same in each of these steps.
+        """Simulate all steps until the next answer is finished or the given time is reached. The same requests
+        are running in each of these steps.
         """
         step_s = self._times.step_s(len(self._answers), 0, self._context)
         steps = min(self._answers[0][0] - self._steps, ceil((until - self._now) / step_s) if until < inf else inf)

@@ -240,7 +240,7 @@ class Registration:
         if self.report is not None and self.report.failed:
             raise TrainingError(
                 f"the model to serve differs from the trained model: {'; '.join(self.report.failed)}",
-                todo="check these numbers, or register a version that cannot be promoted with --register-failed",
+                todo="check these numbers, or register the version with --register-failed (it cannot be promoted)",
             )
 
     def _published(self, failed: tuple[str, ...]) -> Manifest | None:

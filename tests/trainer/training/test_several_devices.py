@@ -208,6 +208,7 @@ def test_mixture_of_experts_has_nearly_the_same_losses_on_two_devices_as_on_one(
     assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-3)
 
 
+@pytest.mark.matrix
 def test_losses_and_checkpoints_are_reported_once_when_training_on_two_devices(
     tiny_base: Path, data: TrainingData, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
