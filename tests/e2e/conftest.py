@@ -12,12 +12,12 @@ from pathlib import Path
 
 import openai
 import pytest
-from filelock import FileLock
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from examples.service import serving, svc_json
 from svc.dataset.readers.reader import read_examples, write_examples
+from svc.files.lock import wait_for_lock
 from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server
 from tests.hub_models.build import build_hub_model
 from tests.postgresql import PostgresServer
@@ -149,7 +149,7 @@ def trained_home(workplace: Path) -> Path:
 def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """Let the first worker that needs a folder make it, and the others wait."""
     made = folder.with_suffix(".made")
-    with FileLock(folder.with_suffix(".lock")):
+    with wait_for_lock(folder.with_suffix(".lock")):
         if not made.exists():
             make(folder)
             made.touch()
