@@ -93,7 +93,7 @@ FAULTS := $(foreach each,kill_matrix kill_replicas rollback_amid_rollout rollout
 test-matrix: $(READY) $(PROMETHEUS) $(TOKENIZERS) $(LLAMA_CPP)
 	$(BIN)/pytest -m matrix
 	$(BIN)/pytest -m "not soak" --store postgresql $(FAULTS)
-	$(BIN)/pytest -m "not slow and not matrix and not soak" --hypothesis-profile=random -n auto --dist worksteal
+	$(BIN)/pytest -m "not slow and not matrix and not soak" --ignore tests/e2e --hypothesis-profile=random -n auto --dist worksteal
 
 # Heavy traffic on the real engine: two models, promoted, idling and killed, with good, bad and hostile clients.
 MINUTES ?= 10

@@ -6,6 +6,7 @@ a core wait for each other. One core is enough: most of the time, engines start 
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -78,10 +79,10 @@ def _store(request: pytest.FixtureRequest) -> Iterator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     """Let a worker and all processes that it starts use only its share of the cores.
 
-    PyTorch is not imported yet: it counts the cores only then, and more threads than cores take 15 times as long.
+    PyTorch must not be imported yet: it counts the cores only then, and two threads on one core take 15 times as long.
     """
     worker = getattr(config, "workerinput", None)
-    if worker:
+    if worker and "torch" not in sys.modules:
         cores, number = sorted(os.sched_getaffinity(0)), int(worker["workerid"].removeprefix("gw"))
         os.sched_setaffinity(0, cores[number :: worker["workercount"]] or cores)
 
