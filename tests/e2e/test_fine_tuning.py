@@ -16,6 +16,8 @@ from openai import OpenAI
 from examples.service import serving, svc_json
 from tests.e2e.conftest import PROMPTS
 
+pytestmark = [pytest.mark.slow]
+
 PORT = 8955
 EXAMPLE = Path(__file__).parents[2] / "examples" / "openai-client" / "finetune.py"
 
