@@ -136,15 +136,20 @@ def _write_workplace(folder: Path) -> None:
 def trained_home(workplace: Path) -> Path:
     """Return a home with a LoRA version and a QLoRA version. All workers share it, so it must not be changed.
 
-    Needs the real engine: versions are registered only after it has evaluated, reloaded and restarted them.
+    Needs the real engine: versions are registered only after it has evaluated and reloaded them. The server's start
+    compares their probes with a new engine, so the trainer does not start two more for that.
     """
 
     def train(home: Path) -> None:
-        recipe, other = str(workplace / "recipe.yaml"), ("method=qlora", "train.seed=1", "qualify.restart=false")
-        svc_json(home, "train", recipe)
-        svc_json(home, "train", recipe, *(word for setting in other for word in ("--set", setting)))
+        svc_json(home, *train_command(workplace))
+        svc_json(home, *train_command(workplace), "--set", "method=qlora", "--set", "train.seed=1")
 
     return _made_once(workplace / "home", train)
+
+
+def train_command(workplace: Path) -> list[str]:
+    """Return the command that trained version 1 of the home."""
+    return ["train", str(workplace / "recipe.yaml"), "--set", "qualify.restart=false"]
 
 
 def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:

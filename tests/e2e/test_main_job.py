@@ -35,7 +35,7 @@ from svc.store.database import open_database
 from svc.store.holdouts import HoldoutCause, newest_holdout_run
 from svc.store.tables import RequestRow
 from svc.version import Format, Target, VersionId
-from tests.e2e.conftest import Report
+from tests.e2e.conftest import Report, train_command
 from tests.e2e.instance import ANY_QUALITY, figures
 from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server
 
@@ -75,7 +75,7 @@ def test_version_stores_its_answers_with_log_probabilities(home: Path) -> None:
 
 
 def test_rerunning_the_same_recipe_does_not_register_a_second_version(home: Path, workplace: Path) -> None:
-    assert svc_json(home, "train", str(workplace / "recipe.yaml"))["version"] == "tiny@1"
+    assert svc_json(home, *train_command(workplace))["version"] == "tiny@1"
     assert len(svc_json(home, "models")) == 2
 
 

@@ -130,6 +130,7 @@ def machine(tmp_path: Path, tiny_base: Path, data: TrainingData, ray: RayDouble)
     return Machine(tmp_path, tiny_base, data)
 
 
+@pytest.mark.matrix
 def test_workers_on_two_ray_nodes_train_the_same_adapter_as_two_local_processes(
     here: Path, machine: Machine, ray: RayDouble, capfd: pytest.CaptureFixture[str]
 ) -> None:
