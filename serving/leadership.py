@@ -64,8 +64,8 @@ class Leadership:
         self.server = "" if is_sqlite(store) else uuid4().hex
 
     def leads(self, name: str) -> bool:
-        """Return whether this server is the leader for a model now. A server that cannot reach the store is no longer
-        the leader after `LEASE_S`.
+        """Return whether this server is the leader for a model now. A server that cannot reach the store loses the
+        leadership after `LEASE_S`.
         """
         return not self.server or (name in self._leases and self._clock() < self._until)
 

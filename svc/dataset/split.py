@@ -119,7 +119,7 @@ def mix_general(
     if wanted > len(usable):
         raise DataError(
             f"data.general has only {len(usable)} examples that are not held out",
-            expected=f"at least {wanted} examples, so that they make up {share:.0%} of all examples when mixed with "
+            expected=f"at least {wanted} examples, to make up {100 * share:g}% of all examples when mixed with "
             f"{len(train)} training examples",
             todo="add general examples, or lower data.general_share",
         )

@@ -78,7 +78,8 @@ def migrate(home: Path, target: StoreSettings) -> Migration:
     path = home / SQLITE_FILE
     if not path.is_file():
         raise NotFoundError(
-            f"there is no store {path}", todo="specify the home that contains the store to copy: svc --home FOLDER"
+            f"the store {path} does not exist",
+            todo="specify the home that contains the store to copy: svc --home FOLDER",
         )
     with hold_lock(home / LOCK_FILE, f"the home {home}"), sole_access(home) as connection:
         _require_unaltered_audit_log(connection, path)

@@ -23,7 +23,7 @@ class WebhookOutcome(StrEnum):
     FAILED = "failed"
     """The receiver did not accept the message; the delivery is retried."""
     DROPPED = "dropped"
-    """Delivery of the message is no longer retried."""
+    """The server has given up on the message, and does not retry the delivery."""
 
 
 @dataclass(frozen=True, slots=True)

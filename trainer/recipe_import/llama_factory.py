@@ -159,7 +159,7 @@ def _listed(names: str | list[str]) -> list[str]:
 
 
 def _find_info(dataset_dir: str, beginning: Path) -> Path | None:
-    """Return the path of the file that lists the datasets and their locations, or None if there is no such file."""
+    """Return the path of the file that lists the datasets and their locations, or None if it does not exist."""
     places = (place / dataset_dir / _DATASET_INFO for place in (Path.cwd(), beginning, *beginning.parents))
     return next((place for place in places if place.is_file()), None)
 

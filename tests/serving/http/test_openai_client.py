@@ -1,5 +1,6 @@
 """Tests the service with the unmodified official client."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import httpx2
@@ -10,8 +11,10 @@ from openai.types.chat import ChatCompletionFunctionToolParam, ChatCompletionUse
 from pydantic import BaseModel
 
 from serving.router import Router
+from tests.serving.admission.opened import admitted
+from tests.serving.control import until
 from tests.serving.engine_double import Fault
-from tests.serving.service import NAME, Service
+from tests.serving.service import NAME, Service, closed
 
 MESSAGES: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": "one two three"}]
 WEATHER: ChatCompletionFunctionToolParam = {
@@ -219,3 +222,22 @@ async def test_openai_client_raises_if_a_stream_fails(service: Service, official
     with pytest.raises(openai.APIError, match="engine"):
         async for _ in stream:
             pass
+
+
+async def test_openai_client_gets_its_answer_when_the_larger_request_queued_ahead_of_it_is_abandoned(
+    service: Service, official: AsyncOpenAI
+) -> None:
+    service.admission.max_tokens = 100
+    async with admitted(service.admission, 50):
+        async with closed(service.admission):
+            large = asyncio.create_task(
+                official.chat.completions.create(model=NAME, messages=MESSAGES, max_completion_tokens=60)
+            )
+            await until(lambda: service.admission.queued == 1)
+            small = asyncio.create_task(
+                official.chat.completions.create(model=NAME, messages=MESSAGES, max_completion_tokens=8)
+            )
+            await until(lambda: service.admission.queued == 2)
+        large.cancel()
+        answer = await asyncio.wait_for(small, 5)
+    assert answer.choices[0].message.content == "1.0 1.1 1.2 1.3 "

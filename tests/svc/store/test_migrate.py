@@ -229,7 +229,7 @@ def test_store_migration_is_refused_if_the_target_database_is_not_utf8(home: Pat
 def test_store_migration_of_a_missing_store_raises_error_without_creating_a_home(
     tmp_path: Path, target: StoreSettings
 ) -> None:
-    with pytest.raises(NotFoundError, match=r"there is no store .*nowhere/svc\.db"):
+    with pytest.raises(NotFoundError, match=r"the store .*nowhere/svc\.db does not exist"):
         migrate(tmp_path / "nowhere", target)
     assert not (tmp_path / "nowhere").exists()
 
