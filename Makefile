@@ -82,7 +82,7 @@ fast-others:
 
 # Many of these tests wait, so there are more workers than cores.
 WORKERS ?= $(shell expr $$(nproc) \* 3 / 2)
-# Engines use all cores that they may use, so the two workers of the end-to-end tests have half of them each.
+# An engine uses all the cores that it may use, so each of the two end-to-end workers is bound to half of them.
 test: $(READY) $(PROMETHEUS) $(ALERTMANAGER)
 	$(BIN)/pytest -m "not matrix and not soak" --ignore tests/e2e -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest -m "not matrix and not soak" tests/e2e -n 2
