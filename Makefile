@@ -3,6 +3,9 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 
+# Containers often set it. Each process of the tests would then compile everything that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 # 1: the newest releases instead of the tested ones.
 NEWEST ?=

@@ -312,7 +312,8 @@ class BatchRun:
                     raise self._no_input(error) from error
                 log.error("batch %s is waiting for its input file: %s", self.batch.id, error)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.cancelled.wait(), RETRY_S)
+                async with asyncio.timeout(RETRY_S):
+                    await self.cancelled.wait()
                 return None
 
     def _no_input(self, error: Exception) -> BatchFailedError:

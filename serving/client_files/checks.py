@@ -68,8 +68,9 @@ class FileChecks:
             while True:
                 self._changed.clear()
                 await self._begin_checks()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), _POLL_S)
+                with contextlib.suppress(TimeoutError):  # until Python 3.12, wait_for can swallow a cancellation
+                    async with asyncio.timeout(_POLL_S):
+                        await self._changed.wait()
         finally:
             for task in self._running:
                 task.cancel()

@@ -87,7 +87,8 @@ class HttpServer(uvicorn.Server):
         """
         while not await self.on_tick(0):
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), _DATE_S)
+                async with asyncio.timeout(_DATE_S):
+                    await self._stopping.wait()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start as uvicorn does, but with a limit on connections."""

@@ -33,6 +33,10 @@ class StepEvents:
                 self._steps[record.step], self._total = record, record.steps
             elif isinstance(record, HeldoutLoss):
                 self._heldout[record.step] = record
+        newest, measured = max(self._steps, default=0), max(self._heldout, default=0)
+        # Older ones get no event. After the last event, a long training run would fill the dicts.
+        self._steps = {each: record for each, record in self._steps.items() if each in (newest, measured)}
+        self._heldout = {each: record for each, record in self._heldout.items() if each == measured}
 
     def next(self, *, last: bool = False) -> JobNews | None:
         """Return the next event, or None if there is none yet. A measured held-out loss is returned before newer steps.

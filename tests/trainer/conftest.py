@@ -1,4 +1,4 @@
-"""A complete chat model, small enough to train in a second, with random weights and a byte-level tokenizer."""
+"""Fixtures of the trainer's tests: a tiny model, its examples and recipes, and runs to compare with."""
 
 from multiprocessing import forkserver, set_forkserver_preload
 from pathlib import Path
@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from svc.dataset.schema.example import ChatExample, Message, Role
+from svc.dataset.schema.example import ChatExample
 from svc.engine.vllm.start import ForkingContext
+from tests.trainer.tiny_model import examples as examples
+from tests.trainer.tiny_model import make_example as make_example
+from tests.trainer.tiny_model import make_model as make_model
+from tests.trainer.tiny_model import tiny_base as tiny_base
 from tests.trainer.tiny_tokenizer import CHAT_TEMPLATE as CHAT_TEMPLATE
 from tests.trainer.tiny_tokenizer import make_tokenizer as make_tokenizer
 from tests.trainer.uninterrupted import UninterruptedRuns
@@ -17,33 +20,6 @@ from trainer.recipe.recipe import Recipe
 from trainer.training.summary import TrainingSummary
 
 torch.set_num_threads(1)  # threads that wait for each other cost more than these models' arithmetic
-
-
-def make_model(folder: Path, **config: Any) -> Path:
-    """Write the model and return its folder. `config` changes the model's shape."""
-    tokenizer = make_tokenizer()
-    shape = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": True,
-    }
-    set_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**shape, **config}))
-    model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def make_example(user: str, answer: str, system: str = "Say the colour in one word.") -> ChatExample:
-    """Return an example with one question and its answer."""
-    turns = (Message(Role.SYSTEM, system), Message(Role.USER, user), Message(Role.ASSISTANT, answer))
-    return ChatExample(turns)
 
 
 def make_recipe(**sections: Any) -> Recipe:
@@ -64,19 +40,6 @@ def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     The measured share can be above 1: an engine double answers faster than the kernel's CPU times are updated.
     """
     monkeypatch.setattr("svc.evaluation.quiet_machine.MAX_OTHERS_SHARE", float("inf"))
-
-
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a tiny model, which tests must not change."""
-    return make_model(tmp_path_factory.mktemp("model") / "base")
-
-
-@pytest.fixture(scope="session")
-def examples() -> list[ChatExample]:
-    """Return twelve questions of different lengths."""
-    colours = ["red", "blue", "green"]
-    return [make_example(f"number {'x' * number}", colours[number % 3]) for number in range(12)]
 
 
 @pytest.fixture(scope="module")

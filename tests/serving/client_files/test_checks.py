@@ -108,6 +108,21 @@ async def test_file_check_interrupted_by_a_server_stop_is_rerun(
         await until(lambda: status(store, id)[0] is FileStatus.PROCESSED)
 
 
+@pytest.mark.parametrize("turns", range(6))
+async def test_file_checks_stop_when_cancelled_just_after_an_upload(
+    store: Store, files: ClientFiles, check: HeldCheck, turns: int
+) -> None:
+    checks = FileChecks(store, files, check)
+    task = asyncio.create_task(checks.run())
+    await asyncio.sleep(0.05)
+    checks.wake()
+    for _ in range(turns):  # of the event loop
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task], timeout=1)
+    assert task.done()
+
+
 async def test_file_that_is_deleted_during_its_check_stays_deleted(
     store: Store, files: ClientFiles, check: HeldCheck
 ) -> None:

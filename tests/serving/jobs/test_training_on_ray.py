@@ -15,7 +15,7 @@ from svc.version import Format
 from tests.new_store import new_store
 from tests.ray_cluster import running_cluster
 from tests.serving.jobs.worker_home import WorkerHome, add_real_job
-from tests.trainer.conftest import examples, tiny_base
+from tests.trainer.tiny_model import examples, tiny_base
 
 __all__ = ["examples", "tiny_base"]
 

@@ -5,7 +5,7 @@ import pytest
 from svc.evaluation.preference import PairScores, PreferenceReport, score_pairs
 from tests.serving.engine_double import EngineDouble, logprob_of, tokenized
 from tests.svc.engine.in_process import client_of
-from tests.trainer.conftest import make_example
+from tests.trainer.tiny_model import make_example
 
 BASE = PairScores(chosen=(-9.0, -2.0, -3.0, -4.0), rejected=(-1.0, -3.0, -1.0, -5.0))
 TRAINED = PairScores(chosen=(-5.0, -2.0, -1.0, -4.5), rejected=(-4.0, -9.0, -2.0, -5.0))
