@@ -38,7 +38,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run files with slow tests first, so that workers that run whole files finish at about the same time."""
+    """Mark tests with PostgreSQL as slow. Run files with slow tests first, so that workers that each run a whole file
+    finish at about the same time.
+    """
+    for item in items:
+        if isinstance(item, pytest.Function) and "postgresql" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -99,7 +104,7 @@ def postgresql() -> Iterator[PostgresServer]:
         yield server
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def store_settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
     """Return the settings of an empty store in SQLite and in PostgreSQL. A test that uses them runs once with each."""
     home = tmp_path / "home"

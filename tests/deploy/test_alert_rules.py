@@ -61,6 +61,7 @@ def _is_quiet_case(case: dict[str, Any], alert: str) -> bool:
     return bool(late and series & read_by(rule["expr"])) and not any(check.get("exp_alerts") for check in checks)
 
 
+@pytest.mark.slow
 def test_every_alert_has_a_firing_and_a_silent_test_case() -> None:
     firing = {
         check["alertname"] for case in cases() for check in case.get("alert_rule_test", []) if check.get("exp_alerts")
@@ -69,6 +70,7 @@ def test_every_alert_has_a_firing_and_a_silent_test_case() -> None:
     assert [alert for alert in ALERTS if not any(_is_quiet_case(case, alert) for case in cases())] == []
 
 
+@pytest.mark.slow
 def test_every_alert_in_a_test_case_exists() -> None:
     assert {check["alertname"] for case in cases() for check in case.get("alert_rule_test", [])} <= set(ALERTS)
 

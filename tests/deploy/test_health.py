@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -25,6 +26,7 @@ def healthy(home: Path) -> bool:
     return subprocess.run(command, env=os.environ | {"SVC_HOME": str(home)}, timeout=30, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_responding_server_is_healthy(tmp_path: Path) -> None:
     socket = tmp_path / "http.sock"
     (tmp_path / LOCK_FILE).write_text(json.dumps({"pid": 1, "url": "https://x:8000", "socket": str(socket)}))

@@ -38,6 +38,7 @@ def tools(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_install_error_names_missing_compiler_packages(checkout: Path, tools: Path) -> None:
     status, output = install(checkout, sys.executable, tools=tools)
     assert status == 1

@@ -103,6 +103,7 @@ def test_training_job_resumes_after_node_drain_and_fails_on_other_errors() -> No
     assert manifest["spec"]["template"]["spec"]["restartPolicy"] == "Never"
 
 
+@pytest.mark.slow
 def test_prometheus_operator_manifest_matches_the_prometheus_rule_files() -> None:
     source = importlib.util.spec_from_file_location("prometheus_rule", KUBERNETES / "prometheus_rule.py")
     assert source is not None and source.loader is not None

@@ -45,17 +45,20 @@ def run_script(index: str) -> tuple[list[str], str]:
     return done.stdout.splitlines(), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "/"])
 def test_reachable_torch_index_is_passed_to_pip(address: str, end: str) -> None:
     assert run_script(f"{address}/cpu{end}") == (["--extra-index-url", f"{address}/cpu{end}"], "")
 
 
+@pytest.mark.slow
 def test_index_without_torch_is_not_passed_to_pip(address: str) -> None:
     arguments, message = run_script(f"{address}/other")
     assert arguments == []
     assert f"{address}/other does not respond" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["http://127.0.0.1:1/cpu", "download.pytorch.org/whl/cpu", "http://a b/cpu"])
 def test_unreachable_torch_index_is_not_passed_to_pip(index: str) -> None:
     arguments, message = run_script(index)

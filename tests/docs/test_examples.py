@@ -30,6 +30,7 @@ def test_example_recipes_parse_and_have_a_readme(path: Path) -> None:
     assert (path.parent / "README.md").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("train", "heldout"), DATA)
 def test_example_data_has_no_validation_problems_or_train_held_out_leaks(
     train: tuple[str, ...], heldout: tuple[str, ...]

@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from svc.cli import COMMANDS
 from svc.settings.load import setting_keys
 from svc.settings.settings import ENV_PREFIX
@@ -62,6 +64,7 @@ def test_snippets_in_the_readme_compile() -> None:
         compile(snippet, "README.md", "exec")
 
 
+@pytest.mark.slow
 def test_internal_links_in_the_docs_resolve() -> None:
     broken = []
     for page in PAGES:

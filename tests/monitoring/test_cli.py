@@ -164,6 +164,7 @@ def test_json_status_has_the_same_content_as_the_screen(status: Status) -> None:
     assert output["url"].startswith("http://127.0.0.1:")
 
 
+@pytest.mark.slow
 def test_verbose_status_shows_the_engine_settings(status: Status) -> None:
     rows = [line.split() for line in status("--verbose").out.splitlines()]
     assert ["threads", "2", "machine", "2", "cores", "of", "this", "process"] in rows
@@ -195,6 +196,7 @@ def test_status_shows_adapters_of_each_engine_and_marks_unverified_ones(status: 
     assert "adapters loaded" not in status().out
 
 
+@pytest.mark.slow
 def test_unverified_engine_is_shown_with_the_reason(status: Status) -> None:
     unverified = {"verified": False, "verification": "not verified: it would end it"}
     assert "replica 0: not verified: it would end it" in status(engines=[STATE["engines"][0] | unverified]).out
@@ -213,6 +215,7 @@ def test_status_shows_a_swap_in_progress(status: Status) -> None:
     assert "last swap: to tiny@2 (gptq), in progress" in status(last_swap=swap).out
 
 
+@pytest.mark.slow
 def test_status_is_shown_while_the_store_is_unavailable(status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVC_STORE__URL", "postgresql://svc@127.0.0.1:1/store")
     ended = status(store="unavailable", last_swap=None, rollout=None, holdout=None)
@@ -288,6 +291,7 @@ def test_status_shows_the_step_and_statistics_of_a_running_rollout(status: Statu
     assert lines[first + 3].split() == ["first_token", "0.400", "0.410", "1.150", "1.2", "118", "passed"]
 
 
+@pytest.mark.slow
 def test_status_shows_no_rollout_statistics_while_the_candidate_loads(status: Status) -> None:
     out = status(rollout=ROLLOUT | {"state": "loading", "canary": None, "signals": []}).out
     assert "rollout 3: tiny@2 -> tiny@3, loading for " in out

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from prometheus_client import ProcessCollector
 
@@ -224,6 +225,7 @@ def test_drift_panels_show_negative_changes_and_small_p_values() -> None:
     assert all(axis["custom"]["scaleDistribution"] == {"type": "log", "log": 10} for axis in pvalues)
 
 
+@pytest.mark.slow
 def test_every_dashboard_query_is_valid_promql(tmp_path: Path) -> None:
     recorded = [{"record": f"query:{index}", "expr": query.expr} for index, query in enumerate(QUERIES)]
     page = tmp_path / "rules.yml"

@@ -16,6 +16,8 @@ from tests.monitoring.drift.traffic import open_registry, register, target
 from tests.new_store import new_store
 from tests.serving.versions import FACTS, OTHER_FACTS
 
+pytestmark = pytest.mark.slow
+
 NOW = datetime(2026, 11, 2, tzinfo=UTC)
 
 
@@ -177,7 +179,6 @@ def test_identical_answers_have_a_quality_p_value_of_1() -> None:
     assert (report.quality, report.score_p) == (Quality.AS_REGISTERED, 1.0)
 
 
-@pytest.mark.slow
 def test_false_alarm_rate_of_the_quality_test_is_within_its_significance_level() -> None:
     """Uses a level of 0.05, which needs few runs. For ten changes, all combinations are counted."""
     generator = np.random.default_rng(1)
@@ -185,7 +186,6 @@ def test_false_alarm_rate_of_the_quality_test_is_within_its_significance_level()
     assert 0.02 < np.mean(found) < 0.09
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("changed", [16, 17, 200])
 def test_quality_test_can_detect_a_change_with_only_a_few_changed_examples(changed: int) -> None:
     worse = [-0.1 - place / 1000 for place in range(changed)]

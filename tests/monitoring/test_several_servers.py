@@ -30,6 +30,7 @@ def query(panel: str, metric: str) -> str:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("panel", "metric", "labels", "values", "shown"),
     [

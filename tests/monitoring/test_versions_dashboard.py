@@ -57,6 +57,7 @@ REQUESTS = 'svc_requests_total{model="tiny",version="1",route="r",status="200"}'
 ERRORS = 'svc_request_errors_total{{model="tiny",version="1",reason="{}"}}'
 
 
+@pytest.mark.slow
 def test_only_server_faults_count_as_version_errors_on_the_dashboard(passes: Passes) -> None:
     faults = ("engine_died", "engine_timeout", "engine_error", "internal_error", "overloaded")
     of_clients = ("invalid_request", "context_length_exceeded", "body_too_large", "client_gone")
@@ -70,11 +71,13 @@ def test_only_server_faults_count_as_version_errors_on_the_dashboard(passes: Pas
     )
 
 
+@pytest.mark.slow
 def test_dashboard_counts_only_errors_of_the_selected_version(passes: Passes) -> None:
     series = {REQUESTS: counted(600), ERRORS.format("engine_died").replace('"1"', '"2"'): counted(60)}
     passes([case(query("Error rate of A"), series, {'{version="1"}': 0})])
 
 
+@pytest.mark.slow
 def test_error_rate_uses_the_same_confidence_interval_method_as_evaluations(passes: Passes) -> None:
     """Increases are extrapolated, so there may be more errors than requests. The share is then 1."""
     cases = []
@@ -87,6 +90,7 @@ def test_error_rate_uses_the_same_confidence_interval_method_as_evaluations(pass
     passes(cases)
 
 
+@pytest.mark.slow
 def test_p95_confidence_interval_matches_its_rank_bounds_for_values_in_one_bucket(passes: Passes) -> None:
     """With one bucket from 0 to 1, a quantile is its own rank."""
     histograms = {"Response time": "svc_request_duration_seconds", "First token": "svc_time_to_first_token_seconds"}
@@ -106,6 +110,7 @@ def judged(version: str, heldout: str, suffix: str = "") -> str:
     return f"svc_registry_version_evaluation{suffix}{{{labels}}}"
 
 
+@pytest.mark.slow
 def test_only_versions_evaluated_on_the_chosen_held_out_set_are_compared(passes: Passes) -> None:
     passes(
         case(
@@ -117,11 +122,13 @@ def test_only_versions_evaluated_on_the_chosen_held_out_set_are_compared(passes:
     )
 
 
+@pytest.mark.slow
 def test_held_out_set_menu_lists_only_the_sets_of_the_compared_versions(passes: Passes) -> None:
     series = {judged("1", CHOSEN): "1x60", judged("2", OTHER): "1x60", judged("3", "aaaaaaaaaaaa:4"): "1x60"}
     passes([case(query("variable heldout"), series, {f'{{heldout="{heldout}"}}': 1 for heldout in (CHOSEN, OTHER)})])
 
 
+@pytest.mark.slow
 def test_good_feedback_rate_uses_the_same_confidence_interval_method_as_evaluations(passes: Passes) -> None:
     feedback = 'svc_feedback_total{{model="tiny",version="1",rating="{}"}}'
     passes(

@@ -87,6 +87,7 @@ def test_job_is_shown_with_its_events_and_without_control_characters(home: Worke
     assert (shown["status"], len(shown["events"])) == ("failed", 3)
 
 
+@pytest.mark.slow
 def test_job_is_followed_until_it_succeeds(home: WorkerHome, svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs_cli, "_POLL_S", 0.05)
     id = home.add()
@@ -195,6 +196,7 @@ async def remote(store: Store, socket_folder: Path, tmp_path: Path) -> AsyncIter
         yield RemoteJobs(ServerAddress("http://localhost", socket)), WorkerHome(store, socket_folder)
 
 
+@pytest.mark.slow
 async def test_same_jobs_are_read_from_the_server_and_from_the_store(remote: tuple[RemoteJobs, WorkerHome]) -> None:
     source, home = remote
     local = LocalJobs(home.store, "tuneserve")
@@ -210,6 +212,7 @@ async def test_same_jobs_are_read_from_the_server_and_from_the_store(remote: tup
     assert await asyncio.to_thread(lambda: list(source.events(id, after))) == list(local.events(id, after))
 
 
+@pytest.mark.slow
 async def test_remote_job_changes_raise_the_same_errors_as_local_changes(
     remote: tuple[RemoteJobs, WorkerHome],
 ) -> None:

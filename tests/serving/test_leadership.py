@@ -70,6 +70,7 @@ async def test_tasks_waiting_for_changes_continue_when_a_server_starts_leading(p
     await asyncio.wait_for(waiting, 1)
 
 
+@pytest.mark.slow
 async def test_stopped_server_is_not_listed_even_if_a_liveness_report_was_in_progress(
     postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

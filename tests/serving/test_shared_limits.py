@@ -182,6 +182,7 @@ def _failing(*_: object) -> None:
     raise OperationalError("INSERT", {}, Exception("no route to host"))
 
 
+@pytest.mark.slow
 async def test_usage_during_an_outage_is_added_afterwards_without_a_long_lockout(
     two: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ def test_ready_and_stopping_notifications_reach_the_service_manager(notices: soc
     assert given == {"HOME": "/"}
 
 
+@pytest.mark.slow
 async def test_watchdog_notifications_are_sent_often_enough(notices: socket.socket) -> None:
     watchdog_s = 0.3
     given = {"NOTIFY_SOCKET": notices.getsockname(), "WATCHDOG_USEC": f"{watchdog_s * 1e6:.0f}"}

@@ -29,6 +29,7 @@ def with_traces(home: Home, endpoint: str) -> None:
     home.settings = home.settings.model_copy(update=update)
 
 
+@pytest.mark.slow
 async def test_server_sends_the_spans_of_its_requests_before_it_stops(home: Home) -> None:
     with otlp_receiver() as receiver:
         with_traces(home, receiver.url)
@@ -59,6 +60,7 @@ async def test_server_starts_answers_and_stops_if_the_trace_receiver_is_down(
         assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
 
 
+@pytest.mark.slow
 async def test_status_and_metrics_do_not_show_the_trace_receiver_headers(
     home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

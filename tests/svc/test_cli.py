@@ -27,11 +27,13 @@ def loaded_after(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_help_option_imports_no_heavy_library() -> None:
     code = "import sys; sys.argv = ['svc', '--help']\nfrom svc.cli import main\ntry: main()\nexcept SystemExit: pass"
     assert not loaded_after(code) & set(NOT_FOR_HELP)
 
 
+@pytest.mark.slow
 def test_importing_the_service_packages_does_not_import_torch() -> None:
     assert not loaded_after("import svc.cli, serving, monitoring, svc.registry.registry") & set(HEAVY)
 
@@ -48,6 +50,7 @@ def test_help_lists_all_commands(svc: Svc) -> None:
     assert all(name in result.out and text in result.out for name, (_, text) in cli.COMMANDS.items())
 
 
+@pytest.mark.slow
 def test_every_command_has_help(svc: Svc) -> None:
     results = {command: svc(command, "-h") for command in cli.COMMANDS}
     assert [name for name, help in results.items() if help.code or f"svc {name}" not in help.out] == []
@@ -108,6 +111,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_command_cleans_up_on_sigterm_as_on_a_keyboard_interrupt() -> None:
     with subprocess.Popen([sys.executable, "-c", SLOW_COMMAND], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -128,12 +132,14 @@ def test_home_folder_and_its_contents_have_owner_only_permissions(tmp_path: Path
     assert [path for path in (home, *home.rglob("*")) if path.stat().st_mode & 0o077] == []
 
 
+@pytest.mark.slow
 def test_home_folder_created_by_an_older_release_gets_owner_only_permissions(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir(mode=0o755)
     subprocess.run([sys.executable, "-m", "svc.cli", "--home", tmp_path / "home", "status"], capture_output=True)
     assert (tmp_path / "home").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
@@ -177,6 +183,7 @@ def test_home_option_overrides_the_environment_variable(
     assert f"no server is running for the home {tmp_path / 'above'}" in svc("--home", "above", "status").err
 
 
+@pytest.mark.slow
 def test_command_run_in_a_subprocess_prints_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "svc.cli", "data", "check", "none.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)

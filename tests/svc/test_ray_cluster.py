@@ -27,6 +27,7 @@ def test_dashboard_url_is_rejected_as_a_ray_address(monkeypatch: pytest.MonkeyPa
         find_address(None)
 
 
+@pytest.mark.slow
 def test_connecting_to_a_ray_address_where_nothing_listens_raises_error() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

@@ -122,6 +122,7 @@ def test_nested_strings_are_redacted_at_any_depth() -> None:
     assert REDACTOR.strings(value) == blanked
 
 
+@pytest.mark.slow
 @given(st.from_regex(r"[a-z0-9._%+-]{1,30}@([a-z0-9-]{1,20}\.){1,3}[a-z]{2,10}", fullmatch=True), st.text(max_size=20))
 def test_no_email_address_survives_redaction(mail: str, after: str) -> None:
     assert mail not in REDACTOR.text(f"{mail} {after}")
@@ -148,6 +149,7 @@ def test_redaction_is_idempotent(text: str) -> None:
     assert REDACTOR.text(once) == once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "unit", ["a", "a.", "1", "1 ", "a@", "+1", "0", "(1", "- ", "a@b.", "00", "ts_", "ts_abcd0123_"]
 )
@@ -185,12 +187,14 @@ def blank_endless() -> None:
     assert ENDLESS not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_custom_pattern_exceeding_the_time_limit_is_stopped() -> None:
     began = time.monotonic()
     blank_endless()
     assert time.monotonic() - began < 8 * LIMIT_S
 
 
+@pytest.mark.slow
 def test_redaction_time_limit_applies_to_all_strings_of_a_value_combined() -> None:
     began = time.monotonic()
     with pytest.raises(RedactionTimeoutError):
@@ -198,6 +202,7 @@ def test_redaction_time_limit_applies_to_all_strings_of_a_value_combined() -> No
     assert time.monotonic() - began < 8 * LIMIT_S
 
 
+@pytest.mark.slow
 def test_other_threads_keep_running_while_a_slow_pattern_is_matched() -> None:
     working = threading.Thread(target=blank_endless)
     working.start()

@@ -179,6 +179,7 @@ def test_setting_keys_include_every_leaf() -> None:
     assert set(setting_keys()) == leaves
 
 
+@pytest.mark.slow
 @given(mappings_of(setting_keys()))
 def test_any_mapping_is_loaded_as_settings_or_raises_a_settings_error(content: dict[str, Any]) -> None:
     Path("svc.yaml").write_text(yaml.safe_dump(content), "utf-8")

@@ -16,6 +16,8 @@ from tests.svc.engine.devices import AVX512
 from tests.trainer.estimate.configs import FOLDER, cpu_device
 from trainer.estimate import devices
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -63,6 +63,7 @@ def test_time_in_alarm_extends_to_end_of_stream_if_alarm_stays_active() -> None:
     assert Replay(list(range(100)), [event(91, begins=True)]).in_alarm(100) == 10
 
 
+@pytest.mark.slow
 def test_change_is_never_detected_before_it_begins(pool: Pool) -> None:
     reference, live, generator = draw_reference(pool, 1)
     stream = Change("strong", 100).make(pool, live, generator)

@@ -91,6 +91,7 @@ def test_checking_in_chunks_does_not_change_the_result_if_the_stream_exceeds_the
     assert (pieces.watch, pieces.events) == (at_once.watch, at_once.events)
 
 
+@pytest.mark.slow
 def test_detector_state_is_unchanged_if_there_are_no_new_requests() -> None:
     stream = Stream()
     stream.add(CHANGING)
@@ -115,6 +116,7 @@ def test_detector_state_records_which_recent_requests_were_counted(monkeypatch: 
     assert stream.watch.newest_kept == "1" * 5 + "0" * 44 + "1"
 
 
+@pytest.mark.slow
 def test_near_copies_in_the_reference_count_once() -> None:
     repeating = REFERENCE.at(np.repeat(np.arange(200), np.where(np.arange(200) < 30, 20, 1)))
     detector = Detector(Baseline(repeating.prompts, repeating.words, REFERENCE.answers))
@@ -122,6 +124,7 @@ def test_near_copies_in_the_reference_count_once() -> None:
     assert Stream(detector).add(CHANGING).events == AT_ONCE.events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "features", "signal"),
     [
@@ -141,12 +144,14 @@ def test_alarm_names_the_feature_within_12_requests_of_a_clear_shift(
     assert delay <= 12
 
 
+@pytest.mark.slow
 def test_alarm_for_an_initial_shift_starts_after_a_burst_is_ruled_out() -> None:
     feature, delay = first_alarm(draw_requests(2, 0), draw_requests(3, 400, longer=20.0))
     assert feature == "characters"
     assert 50 < delay < 260
 
 
+@pytest.mark.slow
 def test_alarm_starts_when_topics_change_slightly() -> None:
     stream = Stream()
     stream.add(draw_requests(2, 500))
@@ -171,6 +176,7 @@ def test_requests_resembling_the_reference_cause_no_alarm(run: int, repeats: flo
     assert stream.watch.kept > 0.6 * size
 
 
+@pytest.mark.slow
 def test_estimated_dependence_distance_is_close_to_the_run_length_of_the_stream() -> None:
     alone, runs = Stream(), Stream()
     alone.add(draw_requests(2, 300))
@@ -187,6 +193,7 @@ def no_answers(requests: Requests) -> Requests:
     return replace(requests, answers=Sample(requests.size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strip", [no_answers, without_answers])
 def test_changed_prompts_are_detected_when_neither_reference_nor_traffic_has_answers(
     strip: Callable[[Requests], Requests],
@@ -198,6 +205,7 @@ def test_changed_prompts_are_detected_when_neither_reference_nor_traffic_has_ans
     assert next(event.feature for event in stream.events) == CLASSIFIER
 
 
+@pytest.mark.slow
 def test_answers_without_values_cause_no_output_alarm() -> None:
     stream = Stream()
     stream.add(draw_requests(2, 100))
@@ -215,12 +223,14 @@ def test_bet_weights_sum_to_the_budget_shares_of_their_signals() -> None:
     assert (with_answers._weights > 0).all()
 
 
+@pytest.mark.slow
 def test_tiny_reference_causes_no_alarm() -> None:
     for size in (1, 2, 3):
         detector = Detector(baseline_of(REFERENCE.at(np.arange(size))))
         assert Stream(detector).add(draw_requests(2, 300)).events == [], size
 
 
+@pytest.mark.slow
 def test_length_change_is_detected_even_if_text_views_have_no_dimensions() -> None:
     def flat(requests: Requests) -> Requests:
         none = np.zeros((requests.size, 0))

@@ -61,6 +61,7 @@ def test_bets_on_learned_sets_start_after_enough_earlier_items(dependence: float
     assert counts == [0, 0, half, half, everything]
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.integers(ALL_LEARNED + 65, SIZE - 1), st.integers(1, 65), st.data())
 def test_learned_sets_and_bounds_ignore_items_within_the_dependence_distance(
@@ -115,6 +116,7 @@ def test_learned_set_bounds_are_above_0_and_at_most_95_percent(seed: int, back: 
     assert ((there > 0) & (there <= 0.95)).all()
 
 
+@pytest.mark.slow
 def test_unchanged_items_hit_learned_sets_less_often_than_their_bounds() -> None:
     hits, bounds = learned(SIMILAR, range(ALL_LEARNED, SIZE))
     assert (hits.mean(axis=0) < bounds.mean(axis=0)).all()
@@ -162,6 +164,7 @@ def test_far_set_bounds_are_twice_the_upper_limit_of_reference_shares() -> None:
     assert CLASSIFIER.far_bounds == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_changed_prompts_are_separable_from_the_reference_and_most_typical_of_live_traffic() -> None:
     live = ALIKE.part(0, 40).followed_by(draw_requests(3, 60, moved=3.0).prompts)
     assert CLASSIFIER.separation(ALIKE.part(0, 100)) < 0.65 < CLASSIFIER.separation(live)

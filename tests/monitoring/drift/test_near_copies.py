@@ -53,6 +53,7 @@ def test_request_with_half_of_its_words_replaced_is_not_a_near_copy() -> None:
     assert decide(NearCopies([]), [distinct(1), rephrased]) == [False, False]
 
 
+@pytest.mark.slow
 def test_template_prompts_are_near_copies_only_until_template_words_become_common() -> None:
     copies = NearCopies([distinct(number) for number in range(5_000, 5_200)])
     results = decide(copies, [form(number) for number in range(300)])
@@ -91,6 +92,7 @@ def test_near_copies_do_not_displace_the_newest_100_counted_requests() -> None:
     assert decide(NearCopies([]), [distinct(1), *[distinct(2)] * 500, distinct(1)])[-1]
 
 
+@pytest.mark.slow
 def test_words_become_rare_again_if_no_recent_request_contains_them() -> None:
     copies = NearCopies([])
     decide(copies, [form(number) for number in range(200)])

@@ -116,6 +116,7 @@ def test_rating_day_starts_at_midnight_utc() -> None:
     assert one_a_day([late, early]) == [late, early]
 
 
+@pytest.mark.slow
 def test_alarm_starts_within_60_ratings_in_18_of_20_trials_when_bad_ratings_rise_to_50_percent(
     people: People,
 ) -> None:
@@ -148,6 +149,7 @@ def test_fewer_bad_ratings_cause_no_alarm(people: People) -> None:
     assert people.alarms.changed == []
 
 
+@pytest.mark.slow
 def test_ratings_resembling_earlier_ratings_cause_no_alarm(people: People) -> None:
     for seed in range(5):
         people.forget()
@@ -170,6 +172,7 @@ def test_many_bad_ratings_from_one_user_cause_no_alarm(people: People) -> None:
     assert people.state.position == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, 33])
 def test_checking_ratings_in_chunks_does_not_change_the_result(people: People, size: int, tmp_path: Path) -> None:
     bad = [*drawn(1, 130, 0.06), *drawn(2, 60, 0.6), *drawn(3, 330, 0.03)]

@@ -26,6 +26,8 @@ from tests.monitoring.test_cli import serving
 from tests.new_store import new_store
 from tests.serving.versions import make_version
 
+pytestmark = pytest.mark.slow
+
 SERVER_PAGE = """# HELP svc_requests Requests answered
 # TYPE svc_requests counter
 svc_requests_total{model="tiny",route="/v1/chat/completions",status="200",version="2"} 41.0
@@ -153,7 +155,6 @@ def test_exporter_listens_on_ipv6(registry: Registry) -> None:
         assert "svc_server_up 0.0" in httpx.get(url).text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["of its home", "elsewhere"])
 def test_export_command_exports_a_server_and_stops_on_a_signal(tmp_path: Path, elsewhere: bool) -> None:
     command = [sys.executable, "-m", "svc.cli", "--home", str(tmp_path / "home"), "monitor", "--port", "0"]

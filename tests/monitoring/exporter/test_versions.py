@@ -111,6 +111,7 @@ def test_subset_of_a_held_out_set_is_labeled_as_a_separate_set(registry: Registr
     assert shown == [None, REPORT.nll.value]
 
 
+@pytest.mark.slow
 def test_only_the_newest_versions_are_exported(registry: Registry, metrics: CollectorRegistry) -> None:
     for number in range(1, SHOWN_VERSIONS + 3):
         judge(registry, make_version(registry, number), REPORT)

@@ -222,6 +222,7 @@ async def test_requeued_request_is_not_charged_twice_and_keeps_its_queue_positio
     assert order == ["a1", "b1", "a2", "b2"]
 
 
+@pytest.mark.slow
 async def test_total_wait_of_a_requeued_request_stays_within_the_timeout() -> None:
     admission, began = open_admission(queue_timeout_s=0.2), time.monotonic()
 

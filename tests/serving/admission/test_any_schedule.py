@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -195,6 +196,7 @@ ACTIONS = st.sampled_from(
 BATCH = st.lists(st.tuples(ACTIONS, st.integers(0, 20)), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=6 * settings().max_examples, deadline=None)
 @given(
     schedule=st.lists(BATCH, max_size=25),

@@ -95,6 +95,7 @@ def test_fifty_flooding_keys_get_throughput_proportional_to_their_weights_within
     asyncio.run(run())
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
     weights=st.lists(st.integers(1, 10), min_size=2, max_size=8),
@@ -119,6 +120,7 @@ def test_small_tenant_waits_for_at_most_one_request_per_other_tenant(
     asyncio.run(run())
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), keys=st.integers(1, 6), steps=st.integers(1, 120))
 def test_no_slot_stays_free_if_the_next_queued_request_fits(seed: int, keys: int, steps: int) -> None:

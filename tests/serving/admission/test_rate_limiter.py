@@ -189,6 +189,7 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=4 * settings().max_examples, deadline=None)
 @given(steps=STEPS, limit=st.integers(1, 100))
 def test_token_usage_never_exceeds_the_limit_plus_its_refill(
@@ -210,6 +211,7 @@ def test_token_usage_never_exceeds_the_limit_plus_its_refill(
         assert used + held <= limit + (clock.now - since) * limit / 60 + 1e-6
 
 
+@pytest.mark.slow
 @settings(max_examples=4 * settings().max_examples, deadline=None)
 @given(amounts=st.lists(st.integers(1, 50), min_size=1, max_size=20), limit=st.integers(50, 200))
 def test_request_is_accepted_when_retried_after_the_delay_reported_in_the_error(amounts: list[int], limit: int) -> None:
@@ -266,6 +268,7 @@ class Exchange:
         return 0
 
 
+@pytest.mark.slow
 @settings(max_examples=4 * settings().max_examples, deadline=None)
 @given(
     limit=st.integers(10, 100),

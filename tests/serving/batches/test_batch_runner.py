@@ -69,6 +69,7 @@ async def in_progress(client: AsyncOpenAI, id: str, completed: int) -> Batch:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.slow
 async def test_all_requests_of_a_batch_are_answered(service: BatchService, client: AsyncOpenAI, store: Store) -> None:
     async with service.running_batches():
         id = await create(client, service.add_input(lines(10) + "\n" + line('a line\n"é"')))
@@ -92,6 +93,7 @@ async def test_all_requests_of_a_batch_are_answered(service: BatchService, clien
     assert (file.purpose, file.filename, file.expires_at) == (Purpose.BATCH_OUTPUT, f"{id}_output.jsonl", None)
 
 
+@pytest.mark.slow
 async def test_batch_input_and_output_go_through_the_files_api(service: BatchService) -> None:
     key, other = service.key(*CLIENT), service.key(*CLIENT)
     async with AsyncExitStack() as stack:
@@ -116,6 +118,7 @@ async def test_batch_input_and_output_go_through_the_files_api(service: BatchSer
                 await call(batch.output_file_id)
 
 
+@pytest.mark.slow
 async def test_input_file_of_an_unfinished_batch_cannot_be_deleted(service: BatchService, client: AsyncOpenAI) -> None:
     file = service.add_input(lines(1))
     id = await create(client, file)
@@ -126,6 +129,7 @@ async def test_input_file_of_an_unfinished_batch_cannot_be_deleted(service: Batc
     assert (await client.files.delete(file)).deleted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -143,6 +147,7 @@ async def test_batch_completes_on_every_supported_endpoint(
     assert batch.usage is not None and batch.usage.input_tokens == 2
 
 
+@pytest.mark.slow
 async def test_failed_requests_are_in_the_error_file(service: BatchService, client: AsyncOpenAI) -> None:
     content = (
         line("good")
@@ -171,6 +176,7 @@ async def test_failed_requests_are_in_the_error_file(service: BatchService, clie
     assert failed["stream"]["response"]["body"]["error"]["param"] == "stream"
 
 
+@pytest.mark.slow
 async def test_batch_input_may_have_a_byte_order_mark_blank_lines_and_windows_line_endings(
     service: BatchService, client: AsyncOpenAI
 ) -> None:
@@ -181,6 +187,7 @@ async def test_batch_input_may_have_a_byte_order_mark_blank_lines_and_windows_li
             assert (batch.status, list(service.content(batch.output_file_id))) == ("completed", ["a"])
 
 
+@pytest.mark.slow
 async def test_batch_with_invalid_input_fails_and_names_the_invalid_lines(
     service: BatchService, client: AsyncOpenAI
 ) -> None:
@@ -206,6 +213,7 @@ async def test_batch_fails_when_its_input_file_is_missing(service: BatchService,
     assert batch.errors.data[0].code == "input_file_unavailable"
 
 
+@pytest.mark.slow
 async def test_finished_requests_are_not_sent_again_after_a_batch_is_interrupted(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:
@@ -237,6 +245,7 @@ async def test_batch_folders_left_by_a_killed_server_are_removed(service: BatchS
         await until(lambda: not left.exists())
 
 
+@pytest.mark.slow
 async def test_batch_is_paused_while_the_server_is_not_the_leader(service: BatchService, client: AsyncOpenAI) -> None:
     service.double.token_delay_s = 0.002
     id = await create(client, service.add_input(lines(40)))
@@ -251,6 +260,7 @@ async def test_batch_is_paused_while_the_server_is_not_the_leader(service: Batch
         assert (await ended(client, id)).status == "completed"
 
 
+@pytest.mark.slow
 async def test_cancelled_batch_stops_within_seconds_and_keeps_its_answers(
     service: BatchService, client: AsyncOpenAI
 ) -> None:
@@ -274,6 +284,7 @@ async def test_waiting_batch_can_be_cancelled(service: BatchService, client: Asy
     assert (batch.status, batch.output_file_id, service.double.requests) == ("cancelled", None, [])
 
 
+@pytest.mark.slow
 async def test_expired_batch_keeps_its_answers_and_lists_the_unanswered_requests(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:
@@ -292,6 +303,7 @@ async def test_expired_batch_keeps_its_answers_and_lists_the_unanswered_requests
     assert (result["response"], result["error"]["code"]) == (None, "batch_expired")
 
 
+@pytest.mark.slow
 async def test_live_requests_interrupt_batch_requests_when_no_slot_is_free(socket_folder: Path, store: Store) -> None:
     service = BatchService(socket_folder, store=store, max_running=4)
     service.double.proceed.clear()
@@ -309,6 +321,7 @@ async def test_live_requests_interrupt_batch_requests_when_no_slot_is_free(socke
     assert batch.status == "completed" and len(service.content(batch.output_file_id)) == 20
 
 
+@pytest.mark.slow
 async def test_batch_requests_wait_while_admission_is_closed_for_a_swap(
     service: BatchService, client: AsyncOpenAI
 ) -> None:
@@ -332,6 +345,7 @@ async def test_batch_request_is_sent_at_most_three_times_to_a_failing_engine(
     assert len(service.double.requests) == 3
 
 
+@pytest.mark.slow
 async def test_batch_requests_are_counted_and_logged_but_their_durations_are_not_measured(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:
@@ -355,6 +369,7 @@ async def test_batch_requests_are_counted_and_logged_but_their_durations_are_not
     assert (used.usage.requests, used.usage.tokens_in) == (5, 15)
 
 
+@pytest.mark.slow
 async def test_batch_fails_when_its_key_is_revoked(service: BatchService) -> None:
     service.double.token_delay_s = 0.002
     alice, root = service.key(*CLIENT), service.key(Scope.ADMIN)
@@ -373,6 +388,7 @@ async def test_batch_fails_when_its_key_is_revoked(service: BatchService) -> Non
     assert len(service.content(batch.output_file_id)) >= 4
 
 
+@pytest.mark.slow
 async def test_batch_requests_have_the_permissions_and_limits_of_their_key(service: BatchService) -> None:
     other = service.key(*CLIENT, models=frozenset({"other"}))
     limited = service.key(*CLIENT, limits=Limits(concurrent=4))
@@ -393,6 +409,7 @@ async def test_batch_requests_have_the_permissions_and_limits_of_their_key(servi
         assert (await ended(client, id)).status == "completed"
 
 
+@pytest.mark.slow
 async def test_batch_starts_on_a_creation_notification_without_polling_the_store(
     service: BatchService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,8 @@ from tests.serving.engine_double import Fault
 from tests.serving.home import Home
 from tests.serving.versions import NAME
 
+pytestmark = pytest.mark.slow
+
 
 async def say(conversation: Conversation, text: str) -> list[str]:
     return await asyncio.to_thread(lambda: list(conversation.ask(text)))

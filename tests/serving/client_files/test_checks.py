@@ -149,6 +149,7 @@ async def test_file_with_missing_content_is_marked_unusable_only_if_no_other_ser
         await until(lambda: status(store, lost)[0] is FileStatus.ERROR)
 
 
+@pytest.mark.slow
 async def test_openai_client_waits_for_the_file_check(socket_folder: Path, store: Store) -> None:
     service = FineTuningService(socket_folder, store=store, base=None)
     async with service.run(), service.official() as client, running(service.file_checks):
@@ -170,6 +171,7 @@ async def test_file_check_is_killed_when_it_exceeds_its_timeout(tmp_path: Path) 
     assert check == ContentCheck(False, "the file check did not finish within 0.05 s")
 
 
+@pytest.mark.slow
 async def test_failed_file_check_marks_the_file_as_unusable(tmp_path: Path) -> None:
     check = await run_check(tmp_path, Purpose.BATCH)  # a folder cannot be read
     assert check == ContentCheck(False, "the file could not be checked; the server's log says why")

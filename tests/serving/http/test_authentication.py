@@ -97,6 +97,7 @@ async def test_invalid_key_is_rejected_on_every_route(service: KeyedService, cli
         assert wrong not in answer.text
 
 
+@pytest.mark.slow
 async def test_key_can_access_only_the_paths_its_scopes_allow(service: KeyedService, client: httpx.AsyncClient) -> None:
     paths = [
         ("POST", CHAT_PATH, Scope.INFER),
@@ -307,6 +308,7 @@ async def test_stream_ends_within_one_second_when_its_key_is_revoked(service: Ke
     await asyncio.wait({following})
 
 
+@pytest.mark.slow
 async def test_revoking_a_key_cancels_only_its_own_queued_requests(service: KeyedService) -> None:
     issued, other = service.key(), service.key()
     following = asyncio.create_task(service.authenticator.follow(Changes()))
@@ -326,6 +328,7 @@ async def test_revoking_a_key_cancels_only_its_own_queued_requests(service: Keye
     await asyncio.wait({following})
 
 
+@pytest.mark.slow
 async def test_running_requests_end_when_their_key_is_rotated_without_a_grace_period(
     service: KeyedService, store: Store
 ) -> None:

@@ -100,6 +100,7 @@ async def test_batch_creation_with_an_invalid_field_is_rejected(
     assert (await client.batches.list()).data == []
 
 
+@pytest.mark.slow
 async def test_identical_create_requests_create_only_one_batch(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:
@@ -151,6 +152,7 @@ async def test_batch_is_refused_if_its_file_has_the_wrong_purpose_or_errors(
             await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, **WINDOW)
 
 
+@pytest.mark.slow
 async def test_batches_are_listed_in_pages_without_gaps(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:
@@ -172,6 +174,7 @@ async def test_batches_are_listed_in_pages_without_gaps(
             await raw(client, limit=limit)
 
 
+@pytest.mark.slow
 async def test_keys_do_not_see_each_others_batches_and_files(service: BatchService) -> None:
     alice, bob, root = (service.key(*scopes) for scopes in [(Scope.FILES, Scope.INFER)] * 2 + [(Scope.ADMIN,)])
     file = service.add_input(line("a"), owner=alice.key.id)
@@ -214,6 +217,7 @@ async def test_batch_can_be_cancelled_repeatedly_but_not_after_it_has_ended(
     assert caught.value.response.headers["x-should-retry"] == "false"
 
 
+@pytest.mark.slow
 async def test_batch_is_rejected_when_its_key_has_too_many_unfinished_batches(
     service: BatchService, client: AsyncOpenAI
 ) -> None:

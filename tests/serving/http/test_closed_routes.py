@@ -1,6 +1,7 @@
 """Tests that all vLLM routes we do not offer are closed, especially those that change the engine's state."""
 
 import httpx
+import pytest
 
 from tests.serving.service import Service
 
@@ -105,6 +106,7 @@ OURS = {
 CLOSED = sorted(set(VLLM_ROUTES.split("\n")) - OURS - {""})
 
 
+@pytest.mark.slow
 async def test_vllm_routes_not_exposed_by_the_gateway_return_404_or_405(
     service: Service, client: httpx.AsyncClient
 ) -> None:

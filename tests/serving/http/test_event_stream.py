@@ -3,6 +3,8 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from serving.http.delivery import AnswerBuffers
 from tests.serving.service import CHAT, NAME, Service
 
@@ -16,6 +18,7 @@ def between_tokens(service: Service, suffix: str, **labels: str) -> float:
     return service.count(f"svc_time_between_tokens_seconds_{suffix}", model=NAME, version="1", **labels)
 
 
+@pytest.mark.slow
 async def test_time_between_tokens_excludes_pauses_caused_by_a_slow_client(
     socket_folder: Path,
 ) -> None:
@@ -30,6 +33,7 @@ async def test_time_between_tokens_excludes_pauses_caused_by_a_slow_client(
         assert between_tokens(service, "bucket", le="1.0") == MANY - 1
 
 
+@pytest.mark.slow
 async def test_time_between_tokens_includes_pauses_of_a_slow_engine(socket_folder: Path) -> None:
     async with Service(socket_folder).run() as service, service.socket_client() as client:
         service.double.tokens, service.double.token_delay_s = 4, 0.1

@@ -138,6 +138,7 @@ async def test_deleted_file_is_not_found(service: FineTuningService, client: Asy
         assert error.value.code == "not_found"
 
 
+@pytest.mark.slow
 async def test_files_are_listed_in_pages_and_by_purpose(service: FineTuningService, client: AsyncOpenAI) -> None:
     ids = [(await uploaded(client)).id for _ in range(3)]
     batch = await uploaded(client, purpose="batch")
@@ -351,6 +352,7 @@ async def test_upload_is_rejected_if_the_body_continues_endlessly_after_the_form
     assert contents(service) == []
 
 
+@pytest.mark.slow
 async def test_body_shorter_than_its_content_length_leaves_no_file_behind(
     service: FineTuningService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,6 +373,7 @@ async def test_body_longer_than_its_content_length_is_not_stored(service: FineTu
     await until(lambda: contents(service) == [])
 
 
+@pytest.mark.slow
 async def test_upload_is_aborted_if_the_client_sends_too_slowly(
     service: FineTuningService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,6 +410,7 @@ async def test_upload_ends_when_its_key_is_revoked(service: FineTuningService) -
     assert contents(service) == []
 
 
+@pytest.mark.slow
 async def test_number_of_concurrent_uploads_per_client_is_limited(service: FineTuningService) -> None:
     async with raw_client(service) as client:
         async with asyncio.TaskGroup() as group:
@@ -466,6 +470,7 @@ async def limited(socket_folder: Path, store: Store) -> AsyncIterator[FineTuning
         yield service
 
 
+@pytest.mark.slow
 async def test_file_count_and_total_file_size_are_limited_per_key(limited: FineTuningService) -> None:
     one, two = limited.key(Scope.FILES), limited.key(Scope.FILES)
     async with limited.official(one) as client:
@@ -483,6 +488,7 @@ async def test_file_count_and_total_file_size_are_limited_per_key(limited: FineT
     assert len(contents(limited)) == 3
 
 
+@pytest.mark.slow
 async def test_concurrent_uploads_cannot_exceed_a_keys_storage_limit(limited: FineTuningService) -> None:
     async with limited.official() as client:
         results = await asyncio.gather(
@@ -492,6 +498,7 @@ async def test_concurrent_uploads_cannot_exceed_a_keys_storage_limit(limited: Fi
     assert len(contents(limited)) == 1
 
 
+@pytest.mark.slow
 async def test_keys_do_not_see_each_others_files(service: FineTuningService) -> None:
     one, two, admin = service.key(Scope.FILES), service.key(Scope.FILES), service.key(Scope.FILES, Scope.ADMIN)
     async with service.official(one) as client:
@@ -516,6 +523,7 @@ async def test_key_without_the_files_scope_is_rejected(service: FineTuningServic
             await client.files.list()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["training_file", "validation_file"])
 async def test_file_of_a_job_cannot_be_deleted_until_the_job_has_ended(
     service: FineTuningService, client: AsyncOpenAI, store: Store, field: str
@@ -561,6 +569,7 @@ async def test_file_whose_content_is_not_on_this_server_returns_503(
     assert (error.value.status_code, error.value.code) == (503, "file_content_missing")
 
 
+@pytest.mark.slow
 async def test_hanging_disk_during_uploads_does_not_block_other_requests(
     service: FineTuningService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

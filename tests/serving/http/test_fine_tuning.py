@@ -162,6 +162,7 @@ async def test_succeeded_and_failed_jobs_are_returned_as_complete_job_objects(
     assert failed.error is not None and failed.error.code == "exploded"
 
 
+@pytest.mark.slow
 async def test_jobs_are_listed_in_pages_newest_first(service: FineTuningService, client: AsyncOpenAI) -> None:
     ids = [
         (await client.fine_tuning.jobs.create(model=BASE, training_file=service.add_file(), seed=seed)).id
@@ -177,6 +178,7 @@ async def test_jobs_are_listed_in_pages_newest_first(service: FineTuningService,
     assert caught.value.param == "after"
 
 
+@pytest.mark.slow
 async def test_jobs_are_filtered_by_metadata(service: FineTuningService, client: AsyncOpenAI) -> None:
     file, ids = service.add_file(), []
     for metadata in ({"team": "a", "x": ""}, {"team": "b"}, None):
@@ -191,6 +193,7 @@ async def test_jobs_are_filtered_by_metadata(service: FineTuningService, client:
     assert caught.value.param == "metadata"
 
 
+@pytest.mark.slow
 async def test_events_are_listed_in_pages_newest_first(
     service: FineTuningService, client: AsyncOpenAI, store: Store
 ) -> None:
@@ -251,6 +254,7 @@ async def test_finished_job_cannot_be_modified_and_the_client_does_not_retry(
         assert caught.value.response.headers["x-should-retry"] == "false"
 
 
+@pytest.mark.slow
 async def test_identical_concurrent_create_requests_create_one_job(
     service: FineTuningService, client: AsyncOpenAI, check: FakeCheck
 ) -> None:
@@ -266,6 +270,7 @@ async def test_identical_concurrent_create_requests_create_one_job(
     assert other.id != created[0].id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
 async def test_job_creation_is_rejected_if_a_file_is_deleted_concurrently(
     socket_folder: Path, store: Store, base: Path, monkeypatch: pytest.MonkeyPatch, param: str
@@ -284,6 +289,7 @@ async def test_job_creation_is_rejected_if_a_file_is_deleted_concurrently(
         assert (await client.fine_tuning.jobs.list()).data == []
 
 
+@pytest.mark.slow
 async def test_identical_create_requests_on_two_servers_create_one_job(
     service: FineTuningService, store: Store, socket_folder: Path, base: Path, check: FakeCheck
 ) -> None:
@@ -474,6 +480,7 @@ async def test_server_queues_waiting_jobs_once_their_checks_have_passed(
     running.cancel()
 
 
+@pytest.mark.slow
 async def test_keys_see_only_their_own_jobs_and_files(service: FineTuningService, store: Store) -> None:
     alice, bob = service.key(Scope.JOBS), service.key(Scope.JOBS)
     admin = service.key(Scope.ADMIN)
@@ -495,6 +502,7 @@ async def test_keys_see_only_their_own_jobs_and_files(service: FineTuningService
     assert find_job(store, other.id, None).name == f"ft-{bob.key.id}-x"
 
 
+@pytest.mark.slow
 async def test_only_the_owner_of_a_fine_tuned_model_can_train_it_further(
     service: FineTuningService, store: Store
 ) -> None:

@@ -128,6 +128,7 @@ class TestAnswers:
 class TestOverhead:
     """Tests the gateway's own time in milliseconds, as given in the response header."""
 
+    @pytest.mark.slow
     async def test_overhead_header_excludes_engine_time(self, service: Service, client: httpx.AsyncClient) -> None:
         service.double.token_delay_s = 0.2
         answer = await client.post(CHAT_PATH, json=CHAT)
@@ -138,6 +139,7 @@ class TestOverhead:
         answer = await client.post(CHAT_PATH, json=STREAM)
         assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 150
 
+    @pytest.mark.slow
     async def test_overhead_excludes_waiting_for_the_rest_of_the_first_event(
         self, service: Service, client: httpx.AsyncClient, socket_folder: Path
     ) -> None:
@@ -156,6 +158,7 @@ class TestOverhead:
         assert float(answer.headers["openai-processing-ms"]) >= 300
         assert 0 < float(answer.headers["x-svc-overhead-ms"]) < 90
 
+    @pytest.mark.slow
     async def test_overhead_excludes_waiting_for_a_slot(self, service: Service, client: httpx.AsyncClient) -> None:
         async with closed(service.admission):
             asking = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
@@ -189,6 +192,7 @@ class TestStreams:
                     break
             assert service.double.running == 1
 
+    @pytest.mark.slow
     async def test_stream_holds_its_slot_until_it_ends(self, service: Service, live: httpx.AsyncClient) -> None:
         service.double.token_delay_s = 0.05
         async with live.stream("POST", CHAT_PATH, json=STREAM) as answer:
@@ -265,6 +269,7 @@ class TestRefusals:
             answer = await client.post(CHAT_PATH, content=b" " * 2**22, headers={"content-type": "application/json"})
             assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
 
+    @pytest.mark.slow
     async def test_request_is_rejected_if_slots_or_queue_are_full_or_the_wait_times_out(
         self, socket_folder: Path
     ) -> None:
@@ -455,6 +460,7 @@ class TestClientsThatLeave:
         labels = {"model": NAME, "version": "", "route": CHAT_PATH, "status": "499", "outcome": "client_gone"}
         await until(lambda: service.count("svc_requests_total", **labels) == 1)
 
+    @pytest.mark.slow
     async def test_slot_is_released_even_if_the_client_does_not_read(self, socket_folder: Path) -> None:
         async with Service(socket_folder).run() as service, service.socket_client() as client:
             service.double.tokens = MANY
@@ -463,6 +469,7 @@ class TestClientsThatLeave:
                 await until(lambda: service.admission.running == 0)
                 assert "data: [DONE]" in [line async for line in answer.aiter_lines()]
 
+    @pytest.mark.slow
     async def test_client_that_does_not_read_is_disconnected(self, socket_folder: Path) -> None:
         slow = Service(socket_folder, buffers=small_buffers(client_timeout_s=0.3))
         async with slow.run() as service, service.socket_client() as client:
@@ -472,6 +479,7 @@ class TestClientsThatLeave:
                 await until(lambda: service.admission.running == 0)
                 assert service.gateway_buffers.used == 0
 
+    @pytest.mark.slow
     async def test_slow_but_steady_reader_gets_the_whole_answer(self, socket_folder: Path) -> None:
         slow = Service(socket_folder, buffers=small_buffers(client_timeout_s=0.5))
         async with slow.run() as service, service.socket_client() as client:
@@ -484,6 +492,7 @@ class TestClientsThatLeave:
             assert read.endswith(b"data: [DONE]\n\n")
             assert reason(service, "client_slow") == 0
 
+    @pytest.mark.slow
     async def test_client_that_does_not_read_does_not_block_other_clients(self, socket_folder: Path) -> None:
         slow = Service(socket_folder, buffers=small_buffers(max_bytes=256 * 1024))
         async with slow.run() as service, service.socket_client() as client, AsyncExitStack() as stack:
@@ -509,6 +518,7 @@ class TestLargeAnswers:
             assert (answer.status_code, error_of(answer)["code"]) == (400, "answer_too_large")
             assert service.gateway_buffers.used == 0
 
+    @pytest.mark.slow
     async def test_streamed_answer_over_the_size_limit_is_delivered(self, socket_folder: Path) -> None:
         async with Service(socket_folder, buffers=small_buffers()).run() as service, service.client() as client:
             service.double.tokens = MANY
@@ -559,6 +569,7 @@ class TestOutcomes:
 
 
 class TestLoad:
+    @pytest.mark.slow
     async def test_version_change_under_load_neither_loses_nor_mixes_up_answers(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:

@@ -343,6 +343,7 @@ async def test_requests_are_unaffected_if_the_trace_receiver_is_down(
     assert SECRET not in caplog.text
 
 
+@pytest.mark.slow
 async def test_unresponsive_trace_receiver_does_not_delay_requests(
     socket_folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

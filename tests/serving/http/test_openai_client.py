@@ -102,6 +102,7 @@ async def test_openai_client_does_not_retry_a_gateway_failure(
     assert tried == [NAME]
 
 
+@pytest.mark.slow
 async def test_openai_client_gets_a_response(official: AsyncOpenAI) -> None:
     answer = await official.responses.create(model=f"{NAME}@production", input="one two three", max_output_tokens=3)
     assert answer.output_text == "1.0 1.1 1.2 "

@@ -163,6 +163,7 @@ async def test_nothing_is_charged_if_admission_rejects_a_request(service: Servic
     assert left(service, Limit.REQUESTS_PER_MINUTE) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "streamed"])
 async def test_estimated_generated_tokens_are_charged_if_the_client_abandons_its_answer(
     service: Service, live: httpx.AsyncClient, body: dict[str, Any]
@@ -191,6 +192,7 @@ async def test_abandoned_stream_is_charged_for_at_least_the_forwarded_tokens(
     assert 5 <= 100 - left(service, Limit.TOKENS_OUT_PER_MINUTE) < 50
 
 
+@pytest.mark.slow
 async def test_abandoned_answer_is_charged_for_at_most_the_reserved_tokens(
     service: Service, live: httpx.AsyncClient
 ) -> None:
@@ -213,6 +215,7 @@ async def test_request_rejected_by_a_token_limit_still_counts_towards_the_reques
     ]
 
 
+@pytest.mark.slow
 async def test_concurrent_requests_count_towards_the_limit_before_their_bodies_are_parsed(
     service: Service, client: httpx.AsyncClient
 ) -> None:
@@ -240,6 +243,7 @@ async def test_forwarded_tokens_are_charged_if_the_engine_fails_mid_stream(
     assert (left(service, Limit.TOKENS_OUT_PER_MINUTE), left(service, Limit.CONCURRENT)) == (98, 1)
 
 
+@pytest.mark.slow
 async def test_request_over_the_concurrency_limit_is_rejected_until_a_running_request_ends(
     service: Service, client: httpx.AsyncClient
 ) -> None:
@@ -304,6 +308,7 @@ class TestFull:
         codes = [error_of(answer)["code"] for answer in answers if answer.status_code == 429]
         assert codes == ["overloaded"] * 6
 
+    @pytest.mark.slow
     async def test_only_the_flooding_key_is_rejected(self, service: Service, client: httpx.AsyncClient) -> None:
         async def ask(key: str) -> tuple[str, int]:
             answer = await client.post(CHAT_PATH, json=SHORT, headers={"x-api-key": key})

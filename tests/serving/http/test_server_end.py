@@ -77,6 +77,7 @@ async def test_stopping_server_answers_one_last_request_on_an_open_connection(
         assert await connection[0].read() == b""
 
 
+@pytest.mark.slow
 async def test_stopping_server_promptly_closes_a_connection_without_a_request() -> None:
     async with ending() as (server, (reader, _)):
         await told_to_end(server)
@@ -90,6 +91,7 @@ async def test_server_stops_without_waiting_for_the_next_date_header_update(monk
         pass
 
 
+@pytest.mark.slow
 async def test_responses_have_the_current_date() -> None:
     async with ending() as (_, connection):
         first = await answer(connection)

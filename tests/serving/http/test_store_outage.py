@@ -32,6 +32,7 @@ def stored(store: Store) -> int:
         return session.scalar(select(func.count()).select_from(RequestRow)) or 0
 
 
+@pytest.mark.slow
 async def test_requests_are_answered_during_a_database_outage_and_logged_afterwards(
     client: httpx.AsyncClient, store: Store, postgresql: PostgresServer
 ) -> None:
@@ -47,6 +48,7 @@ async def test_requests_are_answered_during_a_database_outage_and_logged_afterwa
         await asyncio.sleep(0.05)
 
 
+@pytest.mark.slow
 async def test_feedback_error_during_a_database_outage_does_not_name_the_database(
     client: httpx.AsyncClient, postgresql: PostgresServer
 ) -> None:

@@ -106,6 +106,7 @@ async def test_token_counting_does_not_count_towards_a_keys_rate_limits(
     assert answers[0].headers["x-ratelimit-remaining-requests"] == "0"  # while the request runs
 
 
+@pytest.mark.slow
 @both
 async def test_concurrent_token_count_requests_are_limited_and_one_key_gets_at_most_half_the_slots(
     service: Service, client: httpx.AsyncClient, path: str

@@ -48,6 +48,7 @@ def parts_on_disk(service: FineTuningService) -> list[str]:
     return [path.name for path in (service.folder / "uploads").glob("*/*")]
 
 
+@pytest.mark.slow
 async def test_file_too_large_for_one_request_is_uploaded_in_parts(
     service: FineTuningService, client: AsyncOpenAI
 ) -> None:
@@ -188,6 +189,7 @@ async def test_lone_surrogate_in_a_file_name_is_rejected(service: FineTuningServ
     assert answer.status_code == 400, answer.text
 
 
+@pytest.mark.slow
 async def test_size_and_storage_limits_apply_to_uploads(
     service: FineTuningService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +226,7 @@ async def test_malformed_upload_part_is_rejected(service: FineTuningService, cli
     assert parts_on_disk(service) == []
 
 
+@pytest.mark.slow
 async def test_keys_do_not_see_each_others_uploads(service: FineTuningService) -> None:
     async with service.official(service.key(Scope.FILES)) as client:
         upload = await created(client)

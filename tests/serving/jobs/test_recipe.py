@@ -116,6 +116,7 @@ def test_recipe_of_a_job_has_no_quantized_format_unless_requested(tmp_path: Path
     assert formats == [(Format.MERGED,), (Format.GPTQ,)]
 
 
+@pytest.mark.slow
 @given(fields=REQUESTS, owner=OWNERS, examples=st.integers(1, 10**6))
 def test_recipe_generated_from_any_valid_job_request_is_accepted_by_the_trainer(
     tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any], owner: str, examples: int

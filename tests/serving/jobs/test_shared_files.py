@@ -16,6 +16,8 @@ from svc.version import VersionId
 from tests.new_store import new_store
 from tests.serving.jobs.worker_home import PACE, WorkerHome, fake_result
 
+pytestmark = pytest.mark.slow
+
 AWAY = ContentStoreError("the object store is not responding")
 DAMAGED = ContentDamagedError("client-files/file-1 was altered")
 WAITS = "Waiting until the object store for files is available"

@@ -1,5 +1,7 @@
 """Events with the metrics of a job's steps are few, and have the last step and the held-out losses."""
 
+import pytest
+
 from serving.jobs.step_events import MAX_EVENTS, StepEvents
 from svc.store.job_queue import JobNews, Reported
 from svc.training_progress import HeldoutLoss, StepDone
@@ -42,6 +44,7 @@ def test_already_reported_steps_create_no_duplicate_events_when_job_tracking_res
     assert events.next(last=True) is None
 
 
+@pytest.mark.slow
 def test_long_training_run_has_few_events_including_one_for_its_last_step() -> None:
     events, steps = StepEvents(Reported(0, 0)), 20_000
     messages = []

@@ -97,12 +97,14 @@ def _is_estimate(process: psutil.Process) -> bool:
     return False
 
 
+@pytest.mark.slow
 async def test_timed_out_training_check_leaves_no_process_behind(tmp_path: Path, settings: Settings) -> None:
     with pytest.raises(CheckTimeoutError):
         await check_training(recipe(tmp_path), settings, timeout_s=0.3)
     assert not any(map(_is_estimate, psutil.Process().children()))
 
 
+@pytest.mark.slow
 async def test_cancelled_training_check_leaves_no_process_behind(tmp_path: Path, settings: Settings) -> None:
     task = asyncio.create_task(check_training(recipe(tmp_path), settings, timeout_s=60))
     await asyncio.sleep(0.3)

@@ -30,6 +30,8 @@ from svc.store.unavailable import StoreUnavailableError
 from tests.new_store import new_store
 from tests.serving.jobs.worker_home import PACE, WorkerHome, lives
 
+pytestmark = pytest.mark.slow
+
 LONG: dict[str, Any] = {"steps": 2000, "step_s": 0.02}
 
 
@@ -338,7 +340,6 @@ def server(home: WorkerHome) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-@pytest.mark.slow
 async def test_training_continues_under_a_restarted_server_when_the_server_is_killed(home: WorkerHome) -> None:
     id = home.add(steps=200, step_s=0.05, grandchild=True)
     with server(home):
@@ -355,7 +356,6 @@ async def test_training_continues_under_a_restarted_server_when_the_server_is_ki
         assert not lives(int((home.job_folder(id) / "grandchild").read_text()))
 
 
-@pytest.mark.slow
 async def test_training_continues_when_a_new_server_replaces_the_running_server(home: WorkerHome) -> None:
     id = home.add(steps=100, step_s=0.05)
     with server(home) as process:
@@ -369,7 +369,6 @@ async def test_training_continues_when_a_new_server_replaces_the_running_server(
     assert (home.job(id).status, len(home.starts(id))) == (JobStatus.SUCCEEDED, 1)
 
 
-@pytest.mark.slow
 async def test_job_succeeds_when_its_training_finished_while_no_server_was_running(home: WorkerHome) -> None:
     id = home.add(steps=20, step_s=0.05)
     with server(home):
@@ -380,7 +379,6 @@ async def test_job_succeeds_when_its_training_finished_while_no_server_was_runni
     assert home.job(id).status is JobStatus.SUCCEEDED
 
 
-@pytest.mark.slow
 async def test_each_of_20_jobs_succeeds_exactly_once_when_the_server_is_killed_repeatedly(home: WorkerHome) -> None:
     ids = [home.add(f"owner-{number % 3}", steps=5, step_s=0.02) for number in range(20)]
     for ended in (4, 9, 14):
@@ -394,7 +392,6 @@ async def test_each_of_20_jobs_succeeds_exactly_once_when_the_server_is_killed_r
         assert not any(lives(pid) for pid in home.starts(id))
 
 
-@pytest.mark.slow
 async def test_orphaned_training_process_of_a_finished_job_is_killed_when_the_server_starts(home: WorkerHome) -> None:
     id = home.add(**LONG)
     with server(home):

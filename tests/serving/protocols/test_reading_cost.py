@@ -191,6 +191,7 @@ def count(value: object) -> tuple[int, int]:
     return own + sum(separators for separators, _ in inner), containers
 
 
+@pytest.mark.slow
 @given(value=JSON_VALUES, ensure_ascii=st.booleans(), size=st.integers(1, 40))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_separators_inside_strings_are_not_counted_whatever_the_slice_size(

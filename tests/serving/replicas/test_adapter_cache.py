@@ -355,6 +355,7 @@ async def test_adapter_loads_and_evictions_are_reported() -> None:
     assert [seconds is None for seconds in reports] == [False, True, False]
 
 
+@pytest.mark.slow
 @settings(max_examples=3 * settings().max_examples, deadline=None)
 @given(
     most=st.integers(1, 4),

@@ -60,6 +60,7 @@ async def test_engine_is_quickly_declared_dead_if_it_neither_responds_nor_uses_c
     assert PATIENCE_S <= await seconds_until_death(share) < LIVES_S
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 1.0])
 async def test_unresponsive_engine_that_uses_cpu_is_declared_dead_much_later(share: float) -> None:
     assert await seconds_until_death(share) >= LIVES_S

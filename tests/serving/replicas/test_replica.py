@@ -131,6 +131,7 @@ async def test_engine_death_is_reported_with_the_exit_code(control: Control) -> 
     assert str(KILLED) in await died
 
 
+@pytest.mark.slow
 async def test_silent_engine_counts_as_dead_after_its_timeout(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     async def silent() -> Health:
         return Health.BAD
@@ -197,6 +198,7 @@ async def test_reload_fails_if_the_engine_core_is_dead(control: Control, monkeyp
             await reloading
 
 
+@pytest.mark.slow
 async def test_engine_with_unknown_health_is_not_considered_dead(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +234,7 @@ async def test_engine_state_is_in_the_metrics(make: Make) -> None:
     assert shown == {state: float(state is EngineState.DRAINING) for state in EngineState}
 
 
+@pytest.mark.slow
 async def test_each_weight_load_is_recorded_with_a_distinct_identity(control: Control) -> None:
     loads = [control.replica.weights]
     await control.promote(2)

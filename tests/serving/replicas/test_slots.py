@@ -86,6 +86,7 @@ def test_engines_on_a_ray_cluster_are_not_counted_as_running_on_the_local_machin
     assert of_home.spec(0, NAME, ServedModel(tmp_path)).engines == engines
 
 
+@pytest.mark.slow
 async def test_ray_actor_is_stopped_once_its_cluster_is_reachable_even_if_a_local_engine_replaced_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

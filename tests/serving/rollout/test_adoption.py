@@ -96,6 +96,7 @@ async def test_altered_files_are_not_served_by_an_adopted_engine(left: Control) 
     assert left.park.alive == 0
 
 
+@pytest.mark.slow
 async def test_swap_interrupted_by_a_server_crash_is_undone_and_then_repeated(
     left: Control,
 ) -> None:
@@ -114,6 +115,7 @@ async def test_swap_interrupted_by_a_server_crash_is_undone_and_then_repeated(
     assert left.park.ended == []
 
 
+@pytest.mark.slow
 async def test_swap_is_recorded_as_successful_if_the_server_died_before_recording_its_result(left: Control) -> None:
     async with again(left) as control:
         await control.promote(2)
@@ -187,6 +189,7 @@ async def test_no_engine_keeps_running_if_the_server_stops_during_adoption(
     await asyncio.sleep(0.05)  # a killed double closes its socket a few turns of the loop later
 
 
+@pytest.mark.slow
 async def test_first_adopted_engine_answers_while_the_second_engine_is_being_adopted(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from tests.serving.control import Make, until
 from tests.serving.versions import OTHER_FACTS, make_version, target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "number", "replicas"),
     [(SwapKind.INPLACE, 2, 1), (SwapKind.ROLLING, 2, 2), (SwapKind.BLUEGREEN, 4, 1)],
@@ -24,6 +25,7 @@ async def test_swap_does_not_block_the_event_loop(make: Make, kind: SwapKind, nu
         assert (watch.waits, watch.slow) == ([], [])
 
 
+@pytest.mark.slow
 async def test_first_load_does_not_block_the_event_loop(make: Make) -> None:
     control = make(facts=OTHER_FACTS)
     async with control.run():

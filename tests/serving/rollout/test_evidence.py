@@ -70,6 +70,7 @@ def test_canary_proves_a_loss_if_the_candidate_answers_invalid_json(store: Store
     assert look.losses.startswith("invalid JSON 100.0% instead of 0.0%, allowed increase 5 percentage points: failed")
 
 
+@pytest.mark.slow
 def test_canary_of_an_equal_version_passes_once_enough_requests_exclude_a_loss(
     store: Store, record: RolloutRecord
 ) -> None:
@@ -101,6 +102,7 @@ def test_wait_of_a_client_that_disconnects_before_the_first_token_counts_as_time
     assert "time to first token" in losses and "failed requests" not in losses
 
 
+@pytest.mark.slow
 def test_bad_ratings_can_fail_a_rollout_but_missing_ratings_do_not_block_it(
     store: Store, record: RolloutRecord
 ) -> None:
@@ -114,6 +116,7 @@ def test_bad_ratings_can_fail_a_rollout_but_missing_ratings_do_not_block_it(
     assert "bad ratings 100.0%" in CanaryEvidence(store, record).look().losses
 
 
+@pytest.mark.slow
 def test_ratings_are_counted_even_if_the_clock_of_the_server_that_stored_them_is_slow(
     store: Store, record: RolloutRecord
 ) -> None:
@@ -267,6 +270,7 @@ def doubts_about(store: Store, record: RolloutRecord, pairs: list[ShadowPair]) -
     return doubts(look, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [GOOD, FAILED])
 def test_replay_of_requests_from_too_few_users_is_never_conclusive(
     store: Store, record: RolloutRecord, pair: ShadowPair
@@ -288,6 +292,7 @@ def test_replay_is_conclusive_when_the_candidate_answers_as_well_as_production(
     assert doubts_about(store, record, [GOOD] * 20) == ""
 
 
+@pytest.mark.slow
 def test_replay_report_says_which_losses_are_excluded(store: Store, record: RolloutRecord) -> None:
     good = ShadowPair("", False, False, True, True, True, "stop", "stop", 3, 3, 0.1, 0.2)
     evidence = ShadowEvidence(store, record, lambda: 50)

@@ -13,6 +13,8 @@ from svc.store.swaps import SwapKind, SwapOutcome
 from tests.serving.control import Control, Make, ask, until
 from tests.serving.versions import NAME, OTHER_FACTS, target
 
+pytestmark = pytest.mark.slow
+
 TWO = f"{NAME}@2"
 RELOAD = "/collective_rpc"
 FULL = "it needs 2 GiB, 1 GiB is free"

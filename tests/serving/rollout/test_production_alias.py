@@ -80,6 +80,7 @@ async def test_older_alias_move_never_overwrites_a_newer_one(
     assert book.book == {Alias.PRODUCTION: TWO}
 
 
+@pytest.mark.slow
 async def test_password_in_the_mlflow_url_is_not_logged_when_mlflow_is_unavailable(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -51,6 +51,7 @@ async def test_fixed_replica_count_is_not_scaled_with_the_load(make: Make) -> No
     assert control.deployment.scaling is None
 
 
+@pytest.mark.slow
 async def test_replica_with_the_production_version_is_added_under_high_load(make: Make) -> None:
     async with make(replicas=LIMITS).run() as control:
         assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
@@ -60,12 +61,14 @@ async def test_replica_with_the_production_version_is_added_under_high_load(make
         assert control.sample("svc_replicas_wanted", model=target(2).version.name) == 2
 
 
+@pytest.mark.slow
 async def test_replicas_are_not_added_beyond_the_configured_maximum(make: Make) -> None:
     async with make(replicas=LIMITS).run() as control:
         await decide(control, 100 * PER_REPLICA, 2 * MEAN_S)
         await until(lambda: len(control.pool.ready) == 3)
 
 
+@pytest.mark.slow
 async def test_replica_completes_its_running_requests_before_it_is_removed(make: Make) -> None:
     async with make(replicas=LIMITS).run() as control, control.client() as client:
         await grow(control)
@@ -82,6 +85,7 @@ async def test_replica_completes_its_running_requests_before_it_is_removed(make:
         await until(lambda: control.park.alive == 1)
 
 
+@pytest.mark.slow
 async def test_replicas_do_not_change_during_a_swap(make: Make) -> None:
     async with make(replicas=LIMITS).run() as control:
         control.double.reload_delay_s = 1.0
@@ -92,6 +96,7 @@ async def test_replicas_do_not_change_during_a_swap(make: Make) -> None:
         assert (await swap).outcome is SwapOutcome.SUCCEEDED
 
 
+@pytest.mark.slow
 async def test_swap_includes_replicas_added_under_high_load(make: Make) -> None:
     async with make(replicas=LIMITS).run() as control:
         await grow(control)
@@ -134,6 +139,7 @@ async def test_refused_replica_is_retried_with_backoff_and_added_once_it_fits_in
         assert control.pool.size == 2
 
 
+@pytest.mark.slow
 async def test_dead_additional_replica_is_restarted_once_memory_suffices(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +166,7 @@ async def test_failed_memory_check_does_not_stop_the_server(make: Make, monkeypa
         assert scaling.status()["refused"] == "cannot allocate memory"
 
 
+@pytest.mark.slow
 async def test_restarted_server_adopts_all_replicas(make: Make) -> None:
     control = make(replicas=LIMITS)
     control.leaves = True

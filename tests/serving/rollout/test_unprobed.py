@@ -33,6 +33,7 @@ async def serving(make: Make) -> AsyncIterator[Control]:
         yield control
 
 
+@pytest.mark.slow
 async def test_unverified_engine_serves_and_is_never_probed(serving: Control) -> None:
     async with serving.client() as client, Load(client).run() as load:
         await asyncio.sleep(0.05)
@@ -72,6 +73,7 @@ async def test_single_engine_restarts_if_memory_is_insufficient_for_a_second_eng
     assert [engine.double.calls.count(RELOAD) for engine in serving.park.engines] == [0, 0]
 
 
+@pytest.mark.slow
 async def test_all_engines_restart_if_memory_is_insufficient_for_an_additional_engine(make: Make) -> None:
     async with unprobed(make(replicas=2)).run() as control:
         await until(lambda: len(control.pool.ready) == 2)
@@ -100,6 +102,7 @@ async def test_unverified_engine_does_not_serve_damaged_files(serving: Control) 
     assert (await serving.promote(2)).outcome is SwapOutcome.REFUSED
 
 
+@pytest.mark.slow
 async def test_adapters_are_loaded_without_verification(make: Make) -> None:
     async with unprobed(make(format=Format.ADAPTER)).run() as control:
         result = await control.promote(2)
@@ -109,6 +112,7 @@ async def test_adapters_are_loaded_without_verification(make: Make) -> None:
         assert probed(control) == []
 
 
+@pytest.mark.slow
 async def test_server_shows_that_a_version_is_unverified(home: Home) -> None:
     home.park.unprobed = WHY
     async with home.serving(NAME) as client:

@@ -43,6 +43,7 @@ def client(transport: httpx.AsyncBaseTransport) -> LoadClient:
     return LoadClient(httpx.AsyncClient(transport=transport, base_url="http://engine"), "/v1/completions", "bot")
 
 
+@pytest.mark.slow
 async def test_measurement_yields_the_decode_step_time_and_prompt_time_of_an_engine() -> None:
     done: list[None] = []
     times = await measure(

@@ -31,6 +31,7 @@ def plan_json(home: Path, *arguments: str) -> Any:
     return json.loads(svc_plan(home, *arguments, "--json").stdout)
 
 
+@pytest.mark.slow
 def test_plan_has_the_fewest_replicas_that_meet_the_latency_target() -> None:
     times = make_times(slope_s=0.002)
     plan = make_plan(LOAD, 0.6, times, 64, None, None)
@@ -44,12 +45,14 @@ def test_latency_target_below_the_latency_of_an_idle_replica_is_rejected() -> No
         make_plan(LOAD, 0.1, make_times(), 64, None, None)
 
 
+@pytest.mark.slow
 def test_planned_rollout_on_a_single_replica_delays_requests_by_the_reload_time() -> None:
     plan = make_plan(Workload(2.0, 100, 20), 1.0, make_times(), 64, None, reload_s=5.0)
     assert plan.replicas == 1
     assert 4.0 < plan.rollout.longest_wait_s < 6.0
 
 
+@pytest.mark.slow
 def test_plan_from_published_figures_is_labeled_as_unmeasured(home: Path) -> None:
     plan = plan_json(home, *EXAMPLE, "--p95", "2s")
     assert plan["times"].startswith("unmeasured")
@@ -57,17 +60,20 @@ def test_plan_from_published_figures_is_labeled_as_unmeasured(home: Path) -> Non
     assert plan["dollars_per_hour"] == pytest.approx(plan["replicas"] * 3.99)
 
 
+@pytest.mark.slow
 def test_price_option_overrides_the_listed_gpu_price(home: Path) -> None:
     plan = plan_json(home, *EXAMPLE, "--p95", "2s", "--price", "1")
     assert plan["dollars_per_hour"] == plan["replicas"]
 
 
+@pytest.mark.slow
 def test_plan_splits_a_model_across_gpus_if_it_does_not_fit_on_one(home: Path) -> None:
     plan = plan_json(home, "--model", "70b", "--gpu", "h100", "--rps", "1", "--p95", "60s")
     assert plan["gpus"] == 2
     assert not plan["memory"]["second_engine"]
 
 
+@pytest.mark.slow
 def test_plan_uses_and_cites_the_supplied_measurement(home: Path, tmp_path: Path) -> None:
     make_times().write(tmp_path / "times.json")
     arguments = ("--times", str(tmp_path / "times.json"), "--rps", "1", "--p95", "1s", "--prompt", "100")
@@ -76,6 +82,7 @@ def test_plan_uses_and_cites_the_supplied_measurement(home: Path, tmp_path: Path
     assert plan["warning"] is None
 
 
+@pytest.mark.slow
 def test_plan_warns_when_requests_are_longer_than_in_the_measurement(home: Path, tmp_path: Path) -> None:
     make_times().write(tmp_path / "times.json")
     result = svc_plan(home, "--times", str(tmp_path / "times.json"), "--rps", "1", "--p95", "10s", "--answer", "200")

@@ -15,6 +15,7 @@ def test_latency_of_a_single_request_is_its_prompt_time_plus_one_step_per_token(
     assert request.last - request.first == pytest.approx(19 * 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("utilization", [0.3, 0.6, 0.85])
 def test_mean_wait_matches_queueing_theory_when_requests_run_one_at_a_time(utilization: float) -> None:
     times = make_times(token_s=0.0)

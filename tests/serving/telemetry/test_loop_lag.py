@@ -20,6 +20,7 @@ async def lags() -> AsyncIterator[list[float]]:
     await asyncio.wait({watching})
 
 
+@pytest.mark.slow
 async def test_event_loop_lag_equals_the_time_the_loop_is_blocked(lags: list[float]) -> None:
     await until(lambda: lags)
     lags.clear()

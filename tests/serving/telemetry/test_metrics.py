@@ -134,6 +134,7 @@ def test_error_without_a_model_is_counted_under_unknown(registry: CollectorRegis
     assert registry.get_sample_value("svc_request_errors_total", labels) == 1
 
 
+@pytest.mark.slow
 def test_series_of_300_versions_are_removed_after_a_day_without_requests(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:

@@ -176,6 +176,7 @@ def test_next_batch_is_written_even_if_writing_the_previous_batch_failed(
     assert "no space left on device" in caplog.text
 
 
+@pytest.mark.slow
 def test_rows_wait_while_the_database_is_unavailable_and_overflow_is_counted(
     postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +197,7 @@ def test_rows_wait_while_the_database_is_unavailable_and_overflow_is_counted(
     assert (len(pen.rows()), pen.dropped) == (3, {Dropped.QUEUE_FULL: 2})
 
 
+@pytest.mark.slow
 def test_closing_does_not_wait_for_an_unavailable_database(
     postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +382,7 @@ def test_row_sizes_are_summed_again_regularly_when_other_servers_may_add_rows(
     assert known[:6] == [None, 1, None, 1, 1, None]
 
 
+@pytest.mark.slow
 def test_rows_added_under_load_share_a_transaction(pen: Pen, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
     written = threading.Event()

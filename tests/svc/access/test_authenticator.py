@@ -394,6 +394,7 @@ def test_grant_ends_when_its_key_expires(authenticator: Authenticator, issued: I
     assert grant.ended.error.fault is KeyFault.EXPIRED
 
 
+@pytest.mark.slow
 async def test_grant_issued_while_waiting_for_key_changes_ends_when_its_key_expires(
     store: Store, keyring: Keyring
 ) -> None:

@@ -114,6 +114,7 @@ def test_key_list_shows_when_a_key_was_last_used(svc: Svc) -> None:
     assert json.loads(svc("keys", "list", "--json").out)[0]["last_used"] == hour.isoformat()
 
 
+@pytest.mark.slow
 def test_revoked_key_is_rejected_and_listed_only_if_all_keys_are_requested(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     result = svc("keys", "revoke", "ci", "--yes", "--reason", "leaked")
@@ -230,6 +231,7 @@ def test_keys_are_created_in_the_configured_database(svc: Svc, in_postgresql: St
     assert not Path(".svc", "svc.db").exists()
 
 
+@pytest.mark.slow
 def test_unavailable_database_is_reported_without_a_traceback(
     svc: Svc, in_postgresql: Store, postgresql: PostgresServer
 ) -> None:

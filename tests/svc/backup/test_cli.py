@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from svc.errors import IntegrityError, NotFoundError, SettingsError
 from svc.store.audit import read_events
 from svc.store.database import open_database
@@ -10,6 +12,7 @@ from tests.command_line import Svc
 from tests.svc.backup.conftest import UsedHome
 
 
+@pytest.mark.slow
 def test_backup_and_restore_report_their_results_as_json(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
     version = used.publish()
     made = svc("--home", used.settings.home, "backup", "backups", "--json")
@@ -24,6 +27,7 @@ def test_backup_and_restore_report_their_results_as_json(svc: Svc, used: UsedHom
     assert sorted(event.action for event in events) == ["backup", "restore"]
 
 
+@pytest.mark.slow
 def test_backup_and_restore_report_their_results_as_text(svc: Svc, used: UsedHome) -> None:
     version = used.publish()
     assert "(versions: 1, newly copied: 1)" in svc("--home", used.settings.home, "backup", "backups").out
@@ -31,6 +35,7 @@ def test_backup_and_restore_report_their_results_as_text(svc: Svc, used: UsedHom
     assert "1 versions" in svc("--home", "again", "restore", "backups").out
 
 
+@pytest.mark.slow
 def test_error_names_a_required_version_missing_from_the_home(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
     version = used.publish()
     used.promote(version)

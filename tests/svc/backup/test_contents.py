@@ -42,6 +42,7 @@ def test_identical_file_contents_are_backed_up_once_and_restored_with_owner_only
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+@pytest.mark.slow
 def test_file_content_is_pruned_when_no_snapshot_needs_it(files: ClientFiles, used: UsedHome, archive: Archive) -> None:
     gone = add(files, b"gone")
     add(files, b"stays")
@@ -76,6 +77,7 @@ def test_file_content_that_is_only_in_the_object_store_is_not_reported_as_missin
     assert len(names(archive)) == 1
 
 
+@pytest.mark.slow
 def test_damaged_file_content_in_a_backup_is_replaced_by_verify_and_never_restored(
     files: ClientFiles, archive: Archive, back_up: BackUp, restore_as: RestoreAs
 ) -> None:

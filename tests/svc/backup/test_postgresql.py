@@ -15,6 +15,8 @@ from tests.command_line import Svc
 from tests.postgresql import SHARED, PostgresServer
 from tests.svc.backup.conftest import UsedHome
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def settings(used: UsedHome, postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> Settings:

@@ -14,6 +14,8 @@ from svc.version import Format
 from tests.svc.backup.conftest import BackUp, RestoreAs, UsedHome, progress
 from tests.svc.registry.manifests import make_manifest
 
+pytestmark = pytest.mark.slow
+
 
 def test_restore_into_a_non_empty_home_is_rejected(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
     back_up()

@@ -32,6 +32,7 @@ def states(home: Path) -> dict[str, bool]:
     return {key.principal.name: key.usable(datetime.now(UTC)) for key in read_keys(open_database(home))}
 
 
+@pytest.mark.slow
 def test_restored_key_stays_revoked_if_revoked_in_any_newer_snapshot(
     used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
 ) -> None:
@@ -65,6 +66,7 @@ def test_reading_newer_snapshots_does_not_change_the_archive(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_store_is_not_restored_if_the_keys_are_not_confirmed(
     used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
 ) -> None:
@@ -84,6 +86,7 @@ def test_store_is_not_restored_if_the_keys_are_not_confirmed(
     assert states(home) == {"one": True}
 
 
+@pytest.mark.slow
 def test_restore_with_valid_keys_is_rejected_without_a_terminal_to_confirm_them(
     svc: Svc, used: UsedHome, tmp_path: Path
 ) -> None:
@@ -99,6 +102,7 @@ def test_restore_with_valid_keys_is_rejected_without_a_terminal_to_confirm_them(
     assert issued.key.id in shown and "2026-01-02 03:00" in shown
 
 
+@pytest.mark.slow
 def test_restore_continues_if_an_option_confirms_the_keys(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
     create(used, "laptop", "stolen")
     svc("--home", used.settings.home, "backup", "backups")
@@ -115,6 +119,7 @@ def test_restore_continues_if_an_option_confirms_the_keys(svc: Svc, used: UsedHo
     assert states(tmp_path / "again") == {"laptop": True, "stolen": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", ["y", "n"])
 def test_restore_asks_for_confirmation_on_a_terminal(
     svc: Svc, used: UsedHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
@@ -128,6 +133,7 @@ def test_restore_asks_for_confirmation_on_a_terminal(
     assert (result.code == 0, (tmp_path / "again" / "svc.db").exists()) == ((answer == "y"),) * 2
 
 
+@pytest.mark.slow
 def test_only_new_keys_are_valid_after_restoring_with_all_keys_revoked(
     svc: Svc, used: UsedHome, tmp_path: Path
 ) -> None:
@@ -142,6 +148,7 @@ def test_only_new_keys_are_valid_after_restoring_with_all_keys_revoked(
     assert len(read_keys(open_database(tmp_path / "again"))) == 3
 
 
+@pytest.mark.slow
 def test_restore_warns_about_a_newer_snapshot_with_an_unreadable_store(
     svc: Svc, used: UsedHome, tmp_path: Path
 ) -> None:

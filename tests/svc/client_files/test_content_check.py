@@ -45,6 +45,7 @@ def test_description_of_an_unusable_file_lists_only_the_first_errors(file: Path)
     assert details.endswith("and 481 more errors")  # one of them: the file has no examples
 
 
+@pytest.mark.slow
 def test_check_stops_reading_a_file_with_too_many_errors(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svc.dataset.checks.check.check_files", None)
     file.write_text((EXAMPLE + "no JSON\n") * 100_000)

@@ -113,12 +113,14 @@ def add_job(store: Store, file: str, status: JobStatus = JobStatus.QUEUED) -> No
         connection.execute(insert(JobRow), asdict(job(training_file=file)) | {"status": status.value})
 
 
+@pytest.mark.slow
 async def test_file_content_fetched_by_another_server_equals_the_upload(
     first: ClientFiles, second: ClientFiles
 ) -> None:
     assert (await second.content(add(first))).read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 async def test_fetched_file_content_is_not_fetched_again(
     first: ClientFiles, second: ClientFiles, objects: ObjectStore
 ) -> None:
@@ -134,6 +136,7 @@ async def test_file_content_on_the_local_disk_is_not_fetched(first: ClientFiles,
     assert await first.content(id) == first.path(id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", [CONTENT[:-1], CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])], ids=["truncated", "bit"])
 async def test_damaged_object_is_rejected_with_its_key_and_leaves_no_file_behind(
     first: ClientFiles, second: ClientFiles, objects: ObjectStore, tmp_path: Path, damaged: bytes
@@ -163,6 +166,7 @@ async def test_missing_content_error_names_the_setting_if_no_object_store_is_con
         await files_of(tmp_path / "second", store, None).content(id)
 
 
+@pytest.mark.slow
 async def test_content_of_a_deleted_file_is_not_found(first: ClientFiles, second: ClientFiles) -> None:
     id = add(first)
     first.delete(id)
@@ -181,6 +185,7 @@ async def test_file_content_requested_by_concurrent_readers_is_fetched_once(
     assert len([path for method, path in bucket.requests if method == "GET"]) == 2  # one for each part
 
 
+@pytest.mark.slow
 async def test_two_processes_of_a_home_can_fetch_the_same_content_concurrently(
     first: ClientFiles, tmp_path: Path, store: Store, url: str
 ) -> None:
@@ -332,6 +337,7 @@ def test_object_left_by_a_crash_is_deleted(first: ClientFiles, objects: ObjectSt
     assert objects.keys("client-files") == [f"client-files/{id}"]
 
 
+@pytest.mark.slow
 async def test_local_copy_of_a_deleted_file_is_removed(first: ClientFiles, second: ClientFiles, tmp_path: Path) -> None:
     id, other = add(first), add(first)
     for each in (id, other):
@@ -341,6 +347,7 @@ async def test_local_copy_of_a_deleted_file_is_removed(first: ClientFiles, secon
     assert names(tmp_path / "second") == [other]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needed", [True, False])
 async def test_unused_local_copy_of_a_file_is_removed_unless_a_job_needs_it(
     first: ClientFiles, second: ClientFiles, store: Store, tmp_path: Path, needed: bool
@@ -352,6 +359,7 @@ async def test_unused_local_copy_of_a_file_is_removed_unless_a_job_needs_it(
     assert names(tmp_path / "second") == ([id] if needed else [])
 
 
+@pytest.mark.slow
 async def test_recently_used_local_copy_of_a_file_is_kept(
     first: ClientFiles, second: ClientFiles, tmp_path: Path
 ) -> None:
@@ -362,6 +370,7 @@ async def test_recently_used_local_copy_of_a_file_is_kept(
     assert names(tmp_path / "second") == [id]
 
 
+@pytest.mark.slow
 async def test_file_added_before_the_object_store_was_configured_is_uploaded(
     tmp_path: Path, store: Store, url: str, second: ClientFiles
 ) -> None:

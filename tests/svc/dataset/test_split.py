@@ -36,6 +36,7 @@ def unrelated(seed: int, count: int) -> list[ChatExample]:
     return [chat(text(chance, 40, 60), f"answer {seed} {number}") for number in range(count)]
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0.01, 0.99))
 @settings(max_examples=15, deadline=None)
 def test_near_duplicates_stay_on_the_same_side_of_the_split(seed: int, split_seed: int, share: float) -> None:
@@ -47,6 +48,7 @@ def test_near_duplicates_stay_on_the_same_side_of_the_split(seed: int, split_see
     assert not {example.answer for example in split.train} & {example.answer for example in split.heldout}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.3])
 def test_held_out_share_matches_the_requested_share_on_real_examples(share: float) -> None:
     """Hardly any example has a near duplicate. Four standard deviations of 1,200 draws are 0.035 and 0.053."""
@@ -67,6 +69,7 @@ def test_duplicate_group_is_held_out_when_its_smallest_hash_is_below_the_held_ou
     assert alone == pytest.approx(0.1, abs=0.025)  # of 3,000
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32), st.integers(0, 9), st.integers(0, 60))
 @settings(max_examples=15, deadline=None)
 def test_adding_unrelated_examples_does_not_move_existing_examples_across_the_split(
@@ -78,6 +81,7 @@ def test_adding_unrelated_examples_does_not_move_existing_examples_across_the_sp
     assert set(before.train) <= set(after.train)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32), st.integers(0, 9), st.sets(st.integers(0, 69), max_size=30))
 @settings(max_examples=15, deadline=None)
 def test_duplicate_group_with_a_previously_trained_prompt_is_not_held_out(
@@ -89,6 +93,7 @@ def test_duplicate_group_with_a_previously_trained_prompt_is_not_held_out(
     assert not {example.answer for example in learnt} & {example.answer for example in split.heldout}
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0.01, 0.99))
 @settings(max_examples=15, deadline=None)
 def test_split_is_unchanged_when_repeated_after_training_on_it(seed: int, split_seed: int, share: float) -> None:
@@ -147,6 +152,7 @@ def conversation(*texts: str) -> ChatExample:
     return parse_example({"messages": [{"role": role, "content": content} for role, content in turns]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greeting", [(), ("Hi", "Hello.")], ids=["different first questions", "the same greeting"])
 def test_examples_of_one_conversation_stay_on_the_same_side_of_the_split(greeting: tuple[str, ...]) -> None:
     """In the second case, half of the examples begin with the same user turn; in the first, no two do."""
@@ -162,6 +168,7 @@ def test_examples_of_one_conversation_stay_on_the_same_side_of_the_split(greetin
     assert 10 <= len(held) <= 30  # two and a half standard deviations of 100 draws at 0.2
 
 
+@pytest.mark.slow
 def test_prompt_that_is_also_answered_in_a_training_conversation_is_not_held_out() -> None:
     """The greeting alone is a separate group from each conversation that begins with it, and may be trained on."""
     chance = random.Random(5)
@@ -192,6 +199,7 @@ def test_sampled_examples_come_first_and_the_rest_keep_their_order(count: int, s
     assert placed[size:] == sorted(placed[size:])
 
 
+@pytest.mark.slow
 def test_every_example_is_equally_likely_to_be_sampled() -> None:
     """Each of forty examples is among the ten drawn in a quarter of the draws."""
     examples = [chat(f"question {number}") for number in range(40)]

@@ -96,6 +96,7 @@ def same(one: Sample, other: Sample) -> None:
         assert view.tolist() == another.tolist()
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.lists(answers, min_size=1, max_size=3), st.none() | st.floats(-9, 0))
 def test_drift_items_yield_the_same_samples_as_the_original_texts(
@@ -176,6 +177,7 @@ def test_drift_items_cannot_be_created_for_a_version_without_a_drift_reference()
         ItemMaker(Reference(None, None, None, None, "an adapter", [], REFERENCE.hashes))
 
 
+@pytest.mark.slow
 def test_drift_reference_contains_the_words_of_its_prompts(tmp_path: Path) -> None:
     registry = open_registry(tmp_path)
     register(registry, examples=20)

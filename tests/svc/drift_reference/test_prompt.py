@@ -137,6 +137,7 @@ def test_system_prompts_with_a_common_prefix_are_distinguished() -> None:
     assert len({category(Prompt("a", system=system), PromptFeature.SYSTEM_PROMPT) for system in systems}) == 4
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.lists(prompts, min_size=1, max_size=3), st.lists(prompts, max_size=2))
 def test_prompt_features_do_not_depend_on_the_other_prompts_in_a_sample(

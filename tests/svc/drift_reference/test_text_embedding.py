@@ -155,6 +155,7 @@ def test_embedding_has_one_row_per_prompt(prompts: list[str]) -> None:
     assert len(embedding.topic) == len(embedding.answer) == len(fitted.unknown_words(prompts)) == len(prompts)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.lists(st.sampled_from([*PROMPTS, *ODD]) | st.text(max_size=15), min_size=3, max_size=6, unique=True))
 def test_text_space_can_be_fitted_on_few_arbitrary_examples(prompts: list[str]) -> None:
@@ -246,6 +247,7 @@ def test_text_embedding_file_in_npy_instead_of_npz_format_is_rejected(tmp_path: 
         load_text_space(tmp_path / "space.npz")
 
 
+@pytest.mark.slow
 def test_corrupt_embedding_file_is_rejected_or_loaded_without_a_crash(tmp_path: Path) -> None:
     whole = save(tmp_path, space()).read_bytes()
     generator = random.Random(1)

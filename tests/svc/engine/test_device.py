@@ -329,6 +329,7 @@ def test_training_on_a_cpu_limited_to_avx2_uses_float32(monkeypatch: pytest.Monk
     assert (found.instruction_set, found.training_type) == ("x86_64-avx2", NumberType.FLOAT32)
 
 
+@pytest.mark.slow
 def test_cached_capabilities_are_read_without_importing_torch_or_vllm(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / f"capabilities-{module._identity()}.json").write_text(AVX2.model_dump_json())

@@ -89,6 +89,7 @@ def test_missing_model_folder_yields_empty_model_facts(tmp_path: Path) -> None:
     assert read_model_facts(tmp_path / "none") == ModelFacts()
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.sampled_from([*SMOLLM2, "text_config", "quantization_config", "head_dim"]), json_values))
 def test_any_model_config_can_be_parsed(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> None:
     facts = read(tmp_path_factory.getbasetemp(), config)

@@ -76,6 +76,7 @@ def test_swapping_the_compared_models_reverses_the_sign_of_all_differences(
     assert [one.place for one in there.different] == [one.place for one in back.different]
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(rows)
 def test_model_compared_with_itself_has_no_differences(given: list[tuple[str, str, str, float, float]]) -> None:

@@ -54,6 +54,7 @@ async def test_ties_count_half_in_the_win_rate() -> None:
     assert (report.win_rate.value, report.agreement.value) == (0.5, 1.0)
 
 
+@pytest.mark.slow
 async def test_win_rate_and_agreement_have_intervals() -> None:
     pairs = [*PAIRS, *((example, second, first) for example, first, second in PAIRS[:2])]
     with judge_server(prefer_good) as server:

@@ -61,6 +61,7 @@ async def test_quietest_of_three_measurements_is_used_on_a_busy_machine() -> Non
     assert share == pytest.approx(0.4, abs=0.05)
 
 
+@pytest.mark.slow
 async def test_own_cpu_time_is_not_attributed_to_other_processes() -> None:
     async def measure() -> None:
         end = time.thread_time() + 0.2
@@ -73,6 +74,7 @@ async def test_own_cpu_time_is_not_attributed_to_other_processes() -> None:
     assert share < 0.02
 
 
+@pytest.mark.slow
 def test_machine_cpu_time_increases_while_a_process_is_working() -> None:
     before, end = machine_s(), time.thread_time() + 0.3
     while time.thread_time() < end:

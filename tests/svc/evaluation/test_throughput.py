@@ -19,6 +19,7 @@ async def test_throughput_is_measured_with_prompts_that_are_already_cached(strea
     assert "/reset_prefix_cache" not in double.calls
 
 
+@pytest.mark.slow
 async def test_measured_throughput_is_limited_by_the_engine_token_rate() -> None:
     async with client_of(EngineDouble(tokens=TOKENS, token_delay_s=0.004)) as client:
         speed = await decoding_speed(client, [[1, 2]], 8)

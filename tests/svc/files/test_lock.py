@@ -38,6 +38,7 @@ def holder(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
         process.kill()
 
 
+@pytest.mark.slow
 def test_second_lock_attempt_fails_and_names_the_holder(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
     with pytest.raises(BusyError) as caught, hold_lock(tmp_path / "lock", "the run tiny-1"):
         pass
@@ -49,6 +50,7 @@ def test_other_processes_can_read_the_lock_holder(tmp_path: Path, holder: "subpr
     assert lock_holder(tmp_path / "lock") == {"pid": holder.pid, "url": "http://x"}
 
 
+@pytest.mark.slow
 def test_failed_lock_attempt_does_not_change_the_recorded_holder(
     tmp_path: Path, holder: "subprocess.Popen[str]"
 ) -> None:
@@ -87,6 +89,7 @@ def test_child_process_does_not_inherit_the_lock_of_its_parent(tmp_path: Path) -
         child.communicate()
 
 
+@pytest.mark.slow
 def test_reading_the_lock_holder_never_interferes_with_locking(tmp_path: Path) -> None:
     """`svc status` reads the lock holder while `svc serve` starts."""
     path = tmp_path / "lock"
@@ -118,6 +121,7 @@ def test_lock_stays_held_while_a_child_process_has_inherited_the_file_descriptor
     assert not is_locked(path)
 
 
+@pytest.mark.slow
 def test_locked_file_cannot_be_locked_again(tmp_path: Path) -> None:
     with locked_file(tmp_path / "lock"), pytest.raises(BlockingIOError), locked_file(tmp_path / "lock"):
         pass

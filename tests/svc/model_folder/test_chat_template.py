@@ -21,6 +21,7 @@ def test_current_date_in_a_chat_template_is_replaced_by_a_fixed_date(template: s
     assert pin_date(template) == pinned
 
 
+@pytest.mark.slow
 def test_chat_template_that_accepts_the_date_as_an_argument_is_unchanged() -> None:
     template = files("trl.chat_templates").joinpath("llama3_2.jinja").read_text("utf-8")
     assert "strftime_now" in template

@@ -238,6 +238,7 @@ async def test_losing_the_ray_actor_is_reported_as_engine_death_and_fails_later_
         await engine.sleep()
 
 
+@pytest.mark.slow
 async def test_engine_on_an_unresponsive_machine_is_reported_lost_after_a_few_seconds(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def test_most_recently_used_version_is_evicted_last(tmp_path: Path, models: Node
     assert present(tmp_path) == [1, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_versions_used_by_other_engines_on_a_machine_are_not_evicted_until_those_engines_stop(
     tmp_path: Path, models: NodeModels, store: str
 ) -> None:
@@ -96,12 +97,14 @@ def test_versions_used_by_other_engines_on_a_machine_are_not_evicted_until_those
     assert present(tmp_path) == [3, 4]
 
 
+@pytest.mark.slow
 def test_version_that_an_engine_may_roll_back_to_is_not_evicted(tmp_path: Path, models: NodeModels, store: str) -> None:
     models.max_bytes = SIZE
     fetch(models, store, 1, 2)
     assert present(tmp_path) == [1, 2]
 
 
+@pytest.mark.slow
 def test_evicted_version_is_downloaded_again_when_needed(tmp_path: Path, models: NodeModels, store: str) -> None:
     models.max_bytes = SIZE
     fetch(models, store, 1, 2, 3, 4, 1)
@@ -109,6 +112,7 @@ def test_evicted_version_is_downloaded_again_when_needed(tmp_path: Path, models:
     assert path.read_bytes() == b"\1" * SIZE
 
 
+@pytest.mark.slow
 def test_version_whose_download_failed_can_be_evicted(tmp_path: Path, models: NodeModels, store: str) -> None:
     fetch(models, store, 1)
     path = tmp_path / "models" / NAME / "1" / "merged" / "model.safetensors"

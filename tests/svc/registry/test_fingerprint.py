@@ -199,12 +199,14 @@ configs = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(configs)
 def test_normalizing_a_quantization_config_is_idempotent(config: dict[str, Any]) -> None:
     normal = normal_quantization(config)
     assert json.dumps(normal_quantization(normal)) == json.dumps(normal)
 
 
+@pytest.mark.slow
 @given(configs, json_values)
 def test_fingerprint_ignores_the_meta_key_of_the_quantization_config(config: dict[str, Any], meta: Any) -> None:
     assert json.dumps(normal_quantization(config | {"meta": meta})) == json.dumps(normal_quantization(config))

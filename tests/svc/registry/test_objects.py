@@ -83,6 +83,7 @@ def keys(objects: ObjectStore) -> list[str]:
     return sorted(entry["path"] for page in obstore.list(objects._client) for entry in page)
 
 
+@pytest.mark.slow
 def test_downloaded_version_equals_the_uploaded_version(
     objects: ObjectStore, manifest: Manifest, folder: Path, tmp_path: Path
 ) -> None:
@@ -221,6 +222,7 @@ def test_truncated_object_is_uploaded_again(objects: ObjectStore, manifest: Mani
     assert objects.lacks(manifest, manifest.files) == []
 
 
+@pytest.mark.slow
 def test_interrupted_download_continues_with_missing_files(
     objects: ObjectStore, manifest: Manifest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,6 +370,7 @@ def test_unreachable_object_store_is_reported_within_seconds(monkeypatch: pytest
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", [Format.MERGED, Format.GPTQ])
 def test_only_the_requested_files_are_downloaded(
     objects: ObjectStore, manifest: Manifest, folder: Path, tmp_path: Path, format: Format

@@ -277,6 +277,7 @@ def test_name_without_a_version_resolves_to_production_or_else_the_newest_versio
     assert registry.resolve(name) == one.id
 
 
+@pytest.mark.slow
 def test_version_10_is_newer_than_version_9(registry: Registry, publish: Publish, name: str) -> None:
     for number in range(1, 10):
         registry.folder(VersionId(name, number)).mkdir(parents=True)

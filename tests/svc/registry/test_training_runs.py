@@ -41,6 +41,7 @@ def test_training_run_being_removed_is_not_listed(folder: Path, tmp_path: Path) 
     assert list(find_training_runs(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_runs_created_by_the_trainer_are_listed(tmp_path: Path) -> None:
     """File names of the trainer are repeated in the registry, because svc does not import the trainer."""
     from trainer.base_model.resolve import Base

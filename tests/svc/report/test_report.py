@@ -13,6 +13,7 @@ from tests.svc.report.test_judged import LABELS, right
 ANSWERS = {BASE: right(LABELS, 10), "merged": right(LABELS, 50), "gptq": right(LABELS, 45)}
 
 
+@pytest.mark.slow
 def test_report_contains_all_data_of_the_version(versions: JudgedVersions) -> None:
     made = versions.publish(LABELS, ANSWERS)
     report = gather_report(versions.registry, made.id)

@@ -227,6 +227,7 @@ async def test_echo_notifications_from_other_servers_are_not_treated_as_store_ch
             assert changes.count == count
 
 
+@pytest.mark.slow
 async def test_listener_polls_the_store_until_it_has_reconnected_after_a_lost_connection(
     postgresql: PostgresServer, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -266,6 +267,7 @@ async def test_listener_reconnects_after_the_database_restarts(
     assert len(caplog.records) == 1
 
 
+@pytest.mark.slow
 async def test_notifications_are_not_trusted_when_echo_notifications_do_not_arrive(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -315,6 +317,7 @@ def test_change_in_sqlite_sends_no_notification(sqlite_store: Store) -> None:
     assert not [statement for statement in sent if "notify" in statement.lower()]
 
 
+@pytest.mark.slow
 async def test_change_in_sqlite_is_noticed_within_a_second(
     sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

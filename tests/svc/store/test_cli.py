@@ -13,6 +13,8 @@ from tests.filled_store import ROWS, fill
 from tests.new_store import new_store
 from tests.postgresql import PostgresServer
 
+pytestmark = pytest.mark.slow
+
 SECRET = "s3cret-pass"
 
 

@@ -28,6 +28,7 @@ from tests.svc.store.test_requests import RECORD, kept
 ONE = Target(VersionId("tiny", 1), Format.GPTQ)
 
 
+@pytest.mark.slow
 def test_migrations_create_the_tables_defined_in_code(store: Store) -> None:
     with store.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, **alembic_options(store)})
@@ -76,6 +77,7 @@ def test_error_for_a_store_from_a_different_release_names_its_schema_revision(tm
         open_database(tmp_path)
 
 
+@pytest.mark.slow
 def test_upgrading_the_first_schema_adds_tables_and_keeps_rows(tmp_path: Path) -> None:
     store = open_database(tmp_path)
     add_requests(store, [RECORD])
@@ -130,6 +132,7 @@ def test_swap_step_referencing_a_missing_swap_is_rejected(store: Store) -> None:
         connection.execute(sa.text("INSERT INTO swap_steps (swap_id, at, text) VALUES (99, '2026-01-01', 'x')"))
 
 
+@pytest.mark.slow
 def test_new_store_can_be_opened_while_another_process_is_writing(tmp_path: Path) -> None:
     """SQLite itself does not wait for the lock when it switches a file to WAL mode."""
     other = sqlite3.connect(tmp_path / "svc.db", isolation_level=None, check_same_thread=False)

@@ -44,6 +44,7 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Setting
         yield Settings(home=tmp_path, store=settings)
 
 
+@pytest.mark.slow
 def test_rows_written_by_an_earlier_release_are_preserved_by_schema_migrations(settings: Settings) -> None:
     url = settings.store.url.get_secret_value() if settings.store.url else f"sqlite:///{settings.home / SQLITE_FILE}"
     earlier = sa.create_engine(url)

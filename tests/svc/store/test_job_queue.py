@@ -109,6 +109,7 @@ def test_worker_takes_no_job_if_no_queued_job_is_eligible(store: Store, add: Add
     assert take(store) == id
 
 
+@pytest.mark.slow
 def test_owners_take_turns_when_one_has_queued_many_jobs(store: Store, add: Add) -> None:
     alice = [add("alice") for _ in range(4)]
     bob = [add("bob") for _ in range(2)]
@@ -129,6 +130,7 @@ def test_owner_with_the_fewest_running_jobs_is_next_when_several_workers_run(sto
     assert [take(store, worker) for worker in ("w1", "w3")] == [alice[2], bob[1]]
 
 
+@pytest.mark.slow
 def test_each_of_20_jobs_is_taken_once_by_five_concurrent_workers(store: Store, add: Add) -> None:
     ids = [add(f"owner-{number % 3}") for number in range(20)]
     taken = Counter[str]()

@@ -132,6 +132,7 @@ def test_held_lease_cannot_be_acquired_by_a_second_holder_until_it_is_released(p
         assert lease and lease.generation == 2
 
 
+@pytest.mark.slow
 def test_lease_is_extended_while_it_is_held(postgresql_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svc.store.leases.LEASE_S", 0.3)
     with hold(postgresql_store) as lease:
@@ -153,6 +154,7 @@ def test_write_fails_if_a_different_process_has_acquired_the_lease(postgresql_st
         write()
 
 
+@pytest.mark.slow
 def test_lost_lease_is_not_renewed_after_its_new_holder_has_released_it(
     postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

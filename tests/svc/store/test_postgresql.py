@@ -114,6 +114,7 @@ def test_displayed_store_location_includes_the_default_port_but_no_user() -> Non
     assert location(make_url(f"postgresql://svc:{SECRET}@db/store")) == "db:5432/store"
 
 
+@pytest.mark.slow
 def test_store_works_again_after_the_database_restarts(postgresql: PostgresServer, store: Store) -> None:
     add_deployment(store, "tiny")
     postgresql.stop()
@@ -122,6 +123,7 @@ def test_store_works_again_after_the_database_restarts(postgresql: PostgresServe
     assert deployed_names(store) == ["tiny", "other"]
 
 
+@pytest.mark.slow
 def test_store_access_fails_immediately_when_the_database_is_stopped(postgresql: PostgresServer, store: Store) -> None:
     add_deployment(store, "tiny")
     postgresql.stop()
@@ -136,6 +138,7 @@ def test_store_access_fails_immediately_when_the_database_is_stopped(postgresql:
     assert deployed_names(store) == ["tiny"]
 
 
+@pytest.mark.slow
 def test_transaction_interrupted_by_a_database_shutdown_is_rolled_back(
     postgresql: PostgresServer, store: Store
 ) -> None:
@@ -246,6 +249,7 @@ def test_database_can_be_shared_with_an_application_that_uses_alembic(database: 
     other.dispose()
 
 
+@pytest.mark.slow
 def test_failed_creation_of_tables_is_rolled_back(database: StoreSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise OSError("no space left on device")
@@ -259,6 +263,7 @@ def test_failed_creation_of_tables_is_rolled_back(database: StoreSettings, monke
     store.dispose()
 
 
+@pytest.mark.slow
 def test_database_with_an_encoding_other_than_utf8_is_rejected(postgresql: PostgresServer) -> None:
     postgresql.run("CREATE DATABASE ascii ENCODING 'SQL_ASCII' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
     with pytest.raises(RegistryError, match="has encoding SQL_ASCII"):

@@ -198,6 +198,7 @@ def test_feedback_is_deleted_with_its_request(store: Store) -> None:
         assert session.scalar(select(func.count()).select_from(FeedbackRow)) == 1
 
 
+@pytest.mark.slow
 def test_estimated_row_size_is_close_to_the_actual_row_size(sqlite_store: Store) -> None:
     """Retention by size is only as precise as this estimate."""
     store = sqlite_store

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 
+import pytest
 from sqlalchemy import Engine as Store
 
 from svc.store.usage import (
@@ -73,6 +74,7 @@ def test_token_counts_above_32_bits_are_supported(store: Store) -> None:
     assert usage_since(store, NOON)[0].usage.tokens_in == 2**41
 
 
+@pytest.mark.slow
 def test_concurrent_usage_updates_are_not_lost(store: Store) -> None:
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda _: add_usage(store, {OF: Usage(1, 2, 3)}), range(64)))

@@ -57,6 +57,7 @@ def test_rope_scaling_extends_the_context_by_its_factor_in_training_and_in_the_e
     assert read_model_facts(changed).context == 8192
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RopeType)
 def test_rope_scaling_gives_the_same_logits_as_a_model_config_with_that_scaling(kind: RopeType, tmp_path: Path) -> None:
     rope = {"rope_type": str(kind), "factor": 4.0, "rope_theta": 10000.0}

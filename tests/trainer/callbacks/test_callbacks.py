@@ -169,6 +169,7 @@ def reported(steps: int) -> dict[int, float]:
     return reports
 
 
+@pytest.mark.slow
 def test_long_run_reports_100_averaged_losses() -> None:
     reports = reported(1000)
     assert len(reports) == 100

@@ -107,6 +107,7 @@ def test_both_compared_models_answer_with_their_own_weights_in_one_engine(bench:
     assert bench.engines.running == 0
 
 
+@pytest.mark.slow
 def test_second_engine_is_started_for_a_model_that_cannot_be_loaded_in_place(bench: Bench) -> None:
     make_version(bench.registry, 3, width=8)
     bench.compare("tuned@1", "tuned@3")
@@ -114,6 +115,7 @@ def test_second_engine_is_started_for_a_model_that_cannot_be_loaded_in_place(ben
     assert bench.engines.running == 0
 
 
+@pytest.mark.slow
 def test_cached_answers_are_used_unless_the_fresh_option_is_set(bench: Bench) -> None:
     first = bench.compare("tuned@1", "tuned@2")
     again = bench.compare("tuned@2", "tuned@1")
@@ -133,6 +135,7 @@ def registered(bench: Bench) -> None:
     make_version(bench.registry, 3, answered=3, facts=facts)
 
 
+@pytest.mark.slow
 def test_answers_stored_at_registration_are_reused(bench: Bench) -> None:
     registered(bench)
     compared = bench.compare("tuned@3", "tuned@1")
@@ -306,6 +309,7 @@ def test_failed_comparison_leaves_no_engine_running(bench: Bench) -> None:
     assert bench.engines.running == 0
 
 
+@pytest.mark.slow
 def test_only_one_comparison_runs_at_a_time(bench: Bench) -> None:
     with hold_lock(bench.settings.home / FOLDER / "lock", "it"), pytest.raises(BusyError, match="svc compare"):
         bench.compare("tuned@1", "tuned@2")
@@ -347,6 +351,7 @@ def test_printed_comparison_explains_length_limits_derived_from_references(
     assert "answers of at most 1.5 times the length of their reference plus 16 tokens" in out
 
 
+@pytest.mark.slow
 def test_configured_judge_compares_the_answers(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     def prefer_two(first: str, second: str) -> str:
         return "A" if first.startswith("2") else "B"

@@ -96,6 +96,7 @@ def causal(batch: int, queries: int, before: int) -> torch.Tensor:
     return torch.ones(queries, queries + before, dtype=torch.bool).tril(before).expand(batch, 1, -1, -1)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 3),

@@ -39,6 +39,7 @@ def results(model: PeftModel, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad((y.float() ** 2).sum(), [x, *learnt])]
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.booleans())
 def test_fused_lora_output_and_gradients_match_peft(
@@ -56,6 +57,7 @@ def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(24, 40), (40, 24), (32, 32), (40, 600), (600, 40)])
 def test_fused_lora_gradients_match_the_analytic_gradients_for_many_rows(width: int, height: int) -> None:
     """There are more rows than some of these widths, so the update is added to the weight in one pass or both."""

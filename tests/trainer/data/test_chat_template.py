@@ -65,6 +65,7 @@ def learnt(family: str, turns: list[tuple[str, str]], kwargs: TemplateKwargs) ->
     return [tokenizer.decode(row.input_ids[start:end]) for start, end in row.learnt]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*PLAIN, *THINKING])
 def test_trained_answer_contains_no_thinking_block(family: str) -> None:
     for turns in CONVERSATIONS.values():

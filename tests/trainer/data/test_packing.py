@@ -41,6 +41,7 @@ def dataset(examples: list[tuple[list[int], int]]) -> Dataset:
     return Dataset.from_list(contents)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(rows)
 def test_loss_of_packed_examples_equals_their_individual_losses(examples: list[tuple[list[int], int]]) -> None:
@@ -52,6 +53,7 @@ def test_loss_of_packed_examples_equals_their_individual_losses(examples: list[t
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(rows)
 def test_every_example_is_packed_exactly_once_without_truncation(examples: list[tuple[list[int], int]]) -> None:

@@ -30,6 +30,7 @@ def same(one: TrainingRows, other: TrainingRows) -> bool:
     return one.dataset.to_list() == other.dataset.to_list() and np.array_equal(one.lengths, other.lengths)
 
 
+@pytest.mark.slow
 def test_token_rows_on_disk_equal_the_rows_in_memory(tmp_path: Path) -> None:
     rows, expected = read_or_write_rows(tmp_path / "tokens", "key", EXAMPLES), TrainingRows.in_memory(EXAMPLES)
     assert same(rows, expected)
@@ -38,6 +39,7 @@ def test_token_rows_on_disk_equal_the_rows_in_memory(tmp_path: Path) -> None:
     assert pack(rows.dataset, 16).to_list() == pack(expected.dataset, 16).to_list()
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(2, 20), min_size=1, max_size=30))
 def test_length_of_a_row_is_its_number_of_tokens(lengths: list[int]) -> None:
     assert list(row_lengths(TrainingRows.in_memory([example(*lengths)]).dataset)) == lengths

@@ -86,6 +86,7 @@ def test_prompt_starts_with_the_bos_token_only_if_the_tokenizer_prepends_it(
     assert (ids[0] == tokenizer.bos_token_id) is begins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "turns"),
     [(NamedTemplate.LLAMA_2, turns) for turns in (QUESTIONS, *CONVERSATIONS.values())]
@@ -124,6 +125,7 @@ def test_named_templates_reject_tools(tmp_path: Path, name: NamedTemplate) -> No
         tokenizer.apply_chat_template([{"role": "tool", "content": "net"}])
 
 
+@pytest.mark.slow
 def test_template_is_rejected_if_its_answers_do_not_end_with_a_special_token(tmp_path: Path) -> None:
     """Uses the common ChatML template with Llama 2's tokenizer: the engine would not stop at `<|im_end|>`."""
     folder = write_base_tokenizer(tmp_path / "base", "llama_2")

@@ -132,6 +132,7 @@ def table(device: ComputeDevice) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", [cpu_device(), read_devices()["h100"]], ids=["cpu", "h100"])
 def test_documented_memory_table_matches_the_formulas(device: ComputeDevice) -> None:
     assert table(device) in DOCS.read_text("utf-8")

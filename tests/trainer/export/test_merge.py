@@ -45,6 +45,7 @@ def test_all_linear_layers_are_merged(tiny_base: Path, adapter: Path, tmp_path: 
     assert merge_adapter(tiny_base, adapter, tmp_path / "merged").modules == 2 * 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 def test_merge_adds_the_adapter_in_float32_and_rounds_without_bias(
     tiny_base: Path, adapter: Path, tmp_path: Path, size: float
@@ -63,6 +64,7 @@ def test_merge_adds_the_adapter_in_float32_and_rounds_without_bias(
     assert float((change * (merged - base)).sum() / change.square().sum()) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_dequantized_merge_adds_the_adapter_to_the_dequantized_weights_used_by_qlora(
     tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -84,6 +86,7 @@ def test_dequantized_merge_adds_the_adapter_to_the_dequantized_weights_used_by_q
     assert torch.equal(merged["model.embed_tokens.weight"], stored["model.embed_tokens.weight"])
 
 
+@pytest.mark.slow
 def test_repeated_merges_are_bitwise_identical(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     for folder in ("one", "other"):
         merge_adapter(tiny_base, adapter, tmp_path / folder)
@@ -91,6 +94,7 @@ def test_repeated_merges_are_bitwise_identical(tiny_base: Path, adapter: Path, t
     assert first == second
 
 
+@pytest.mark.slow
 def test_unchanged_float32_weights_are_rounded_to_nearest(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_base, tmp_path / "base")
     weights = {name: weight.float() * (1 + 1e-4) for name, weight in load_file(base / "model.safetensors").items()}
@@ -108,6 +112,7 @@ def test_merged_folder_is_a_complete_chat_model(tiny_base: Path, adapter: Path, 
     assert wanted <= names
 
 
+@pytest.mark.slow
 def test_merge_fails_if_the_adapter_changes_no_weights(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     change_adapter(adapter, {name: torch.zeros_like(w) for name, w in weights.items() if ".lora_B." in name})

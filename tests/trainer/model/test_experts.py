@@ -67,6 +67,7 @@ def adapted(model: PreTrainedModel, **sections: Any) -> set[str]:
     return set(adapted_tensors(with_adapter).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_linear_targets_every_linear_layer_and_expert(family: str) -> None:
     model = make_mixture(family)
@@ -76,6 +77,7 @@ def test_all_linear_targets_every_linear_layer_and_expert(family: str) -> None:
     assert adapted(model, adapter={"rank": 2}) == layers | experts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_linear_gives_layers_and_experts_the_same_rank(family: str) -> None:
     model = add_adapter(make_mixture(family), make_recipe(adapter={"rank": 2}), steps=10)

@@ -40,6 +40,7 @@ def trained_adapter(base: Path, folder: Path, method: Method) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number_type", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", [method for method in Method if method not in (Method.FULL, Method.QLORA)])
 def test_loaded_adapter_has_the_weights_stored_in_its_file(

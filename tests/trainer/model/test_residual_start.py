@@ -66,6 +66,7 @@ def test_pissa_moves_the_largest_singular_values_into_the_adapter(tiny_base: Pat
     assert torch.allclose(after[:-4], before[4:], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_saved_adapter_can_be_applied_to_the_original_base(tiny_base: Path, tmp_path: Path, start: str) -> None:
     model, matrices = started(tiny_base, start)
@@ -83,6 +84,7 @@ def test_saved_pissa_adapter_has_twice_the_rank_and_the_same_scale(tiny_base: Pa
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 16, True)
 
 
+@pytest.mark.slow
 def test_small_weight_update_is_preserved_when_the_saved_adapter_is_rounded_to_bf16(
     tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +117,7 @@ def test_approximate_pissa_does_not_affect_the_random_state_of_the_run(tiny_base
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_initialized_adapter_matches_the_adapter_initialized_by_peft(
     tiny_base: Path, tmp_path: Path, start: str

@@ -103,6 +103,7 @@ def close(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor])
     return first.keys() == second.keys() and all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", list(CombineMethod))
 def test_combined_adapter_equals_the_combination_computed_by_peft(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path, method: CombineMethod
@@ -115,6 +116,7 @@ def test_combined_adapter_equals_the_combination_computed_by_peft(
     assert config["r"] == config["lora_alpha"] == adapter.rank == (8 if method is CombineMethod.CAT else 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "cat"])
 def test_combining_with_weights_one_and_zero_gives_the_first_adapter(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path, method: str
@@ -123,6 +125,7 @@ def test_combining_with_weights_one_and_zero_gives_the_first_adapter(
     assert close(result, updates(tiny_base, folders["first"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("first", "rank 2"), ("rslora", "second"), ("first", "other layers")])
 def test_cat_combination_gives_the_exact_weighted_sum_of_the_adapter_updates(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path, names: tuple[str, str]
@@ -136,6 +139,7 @@ def test_cat_combination_gives_the_exact_weighted_sum_of_the_adapter_updates(
     )
 
 
+@pytest.mark.slow
 def test_combined_adapter_includes_layers_found_only_in_the_second_adapter(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
@@ -143,6 +147,7 @@ def test_combined_adapter_includes_layers_found_only_in_the_second_adapter(
     assert result.keys() == updates(tiny_base, folders["second"]).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties_svd"])
 def test_combining_adapters_again_gives_identical_files(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path, method: str
@@ -159,6 +164,7 @@ def test_combining_adapters_again_gives_identical_files(
     assert other.digest != adapter.digest
 
 
+@pytest.mark.slow
 def test_merged_weights_give_the_same_outputs_as_the_combined_adapter(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def test_run_stops_before_the_next_stage_and_keeps_finished_stages_when_the_disk
     assert stages.ran.count(Stage.MERGE) == 1
 
 
+@pytest.mark.slow
 def test_run_can_be_resumed_after_a_stage_fills_the_disk(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ def tokenize(folder: Path, examples: Sequence[ChatExample], kwargs: Any) -> list
     return [TokenizedExample(tuple(range(1, length)), ((1, length - 1),)) for length in lengths]
 
 
+@pytest.mark.slow
 def test_version_trained_on_documents_is_evaluated_by_perplexity_and_registered(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

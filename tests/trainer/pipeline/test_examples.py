@@ -45,6 +45,7 @@ def test_training_and_heldout_sets_have_different_fingerprints(tmp_path: Path) -
     assert examples.train_fingerprint != examples.heldout_fingerprint
 
 
+@pytest.mark.slow
 def test_examples_stored_on_disk_equal_examples_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"question {number % 50} about {text(random.Random(number))}" for number in range(120)]
     lines = [make_example(prompt, f"answer {number}") for number, prompt in enumerate(prompts)]
@@ -270,6 +271,7 @@ def test_data_split_is_unchanged_after_the_recipe_has_produced_a_version(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("copies", "warned"), [(6, True), (1, False)])
 def test_warning_is_printed_when_near_duplicates_make_the_heldout_set_larger(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], copies: int, warned: bool

@@ -15,6 +15,7 @@ from trainer.pipeline.stages import Pipeline
 from trainer.recipe.named_template import NamedTemplate
 
 
+@pytest.mark.slow
 def test_version_used_as_a_base_resolves_to_its_merged_model(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     base = find_base(str(version), pipeline.settings)
@@ -23,6 +24,7 @@ def test_version_used_as_a_base_resolves_to_its_merged_model(pipeline: Pipeline)
     assert base.revision.startswith("sha256:")
 
 
+@pytest.mark.slow
 def test_base_version_with_modified_files_is_rejected(pipeline: Pipeline) -> None:
     version = pipeline.train_version()
     weights = pipeline.registry.artifact(version, Format.MERGED) / "model.safetensors"

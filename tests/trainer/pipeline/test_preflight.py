@@ -123,6 +123,7 @@ def test_context_length_is_rejected_when_vllm_would_use_long_rope_factors(base: 
         check_base(base, recipe, AVX512, EngineSettings(max_model_len=4097))
 
 
+@pytest.mark.slow
 def test_pissa_rank_larger_than_the_smallest_layer_dimension_is_rejected(base: Path) -> None:
     check(base, adapter={"init": "pissa", "rank": 32})
     check(base, adapter={"init": "gaussian", "rank": 64})
@@ -141,6 +142,7 @@ def test_awq_is_rejected_on_machines_with_slow_bfloat16(base: Path) -> None:
         check_base(base, make_recipe(**RECIPE, formats=["awq"]), AVX2, EngineSettings())
 
 
+@pytest.mark.slow
 def test_fp8_is_rejected_on_machines_where_the_engine_would_take_seconds_per_token(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,7 @@ def test_nll_increase_is_accepted_after_the_recipe_raises_the_limit() -> None:
     check(likely(2.0), likely(2.1), max_gptq_nll=0.1)
 
 
+@pytest.mark.slow
 def test_at_most_5_percent_of_models_without_a_true_loss_are_rejected() -> None:
     """The interval covers 95%, and only one of its ends leads to rejection."""
     rejected = 0

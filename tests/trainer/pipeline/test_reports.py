@@ -92,6 +92,7 @@ def test_missing_tracker_package_error_includes_the_install_command(
     assert f"pip install 'tuneserve[{package}]'" in caught.value.todo
 
 
+@pytest.mark.slow
 def test_wandb_without_an_api_key_is_rejected_before_sending_anything(
     monkeypatch: pytest.MonkeyPatch, listener: socket.socket, tmp_path: Path
 ) -> None:

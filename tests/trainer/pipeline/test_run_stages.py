@@ -32,6 +32,7 @@ def caught(work: Callable[[], Any]) -> Exception:
     return raised.value
 
 
+@pytest.mark.slow
 def test_library_failure_error_names_the_library_the_cause_and_the_log_file(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,6 +49,7 @@ def test_library_failure_error_names_the_library_the_cause_and_the_log_file(
     assert "padding_idx=12" in log.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_error_names_the_library_that_failed_in_a_child_process() -> None:
     assert failed_library(caught(lambda: in_child_process(fail_in_numpy))) == "numpy"
 

@@ -125,6 +125,7 @@ def test_only_config_and_safetensors_of_a_hub_adapter_are_downloaded(
     assert fetched == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+@pytest.mark.slow
 def test_adapter_trained_with_plain_peft_is_merged_exactly(tiny_base: Path, plain: Path, tmp_path: Path) -> None:
     adapter = find_adapter(str(plain), tmp_path)
     check_fits(tiny_base, adapter)
@@ -136,6 +137,7 @@ def test_adapter_trained_with_plain_peft_is_merged_exactly(tiny_base: Path, plai
     assert applied.off == 0
 
 
+@pytest.mark.slow
 def test_adapter_error_names_the_first_tensor_that_does_not_fit_the_base(plain: Path, tmp_path: Path) -> None:
     wider = make_model(tmp_path / "wider", hidden_size=128)
     with pytest.raises(BaseModelError, match=r"layers.0.self_attn.q_proj.lora_A.weight of shape \[4, 64\].*\[4, 128\]"):
@@ -145,6 +147,7 @@ def test_adapter_error_names_the_first_tensor_that_does_not_fit_the_base(plain: 
         check_fits(shallower, find_adapter(str(plain), tmp_path))
 
 
+@pytest.mark.slow
 def test_recipe_for_an_imported_adapter_has_the_type_rank_alpha_and_layers_of_the_adapter(
     tiny_base: Path, tmp_path: Path
 ) -> None:

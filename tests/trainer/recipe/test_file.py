@@ -203,6 +203,7 @@ def test_recipe_keys_are_the_leaves_of_the_schema() -> None:
     assert set(recipe_keys()) == leaves
 
 
+@pytest.mark.slow
 @given(mappings_of(recipe_keys()))
 def test_any_mapping_is_loaded_as_a_recipe_or_raises_a_recipe_error(
     tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]
@@ -230,6 +231,7 @@ def test_rejected_value_error_names_the_recipe_key(
         assert key in error.wrong  # noqa: PT017 - both outcomes are valid
 
 
+@pytest.mark.slow
 @given(st.text(max_size=30) | st.from_regex(r"[a-z.]{1,12}=.{0,12}"))
 def test_any_set_option_is_applied_or_raises_a_recipe_error(
     tmp_path_factory: pytest.TempPathFactory, override: str

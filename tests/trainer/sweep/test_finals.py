@@ -27,6 +27,8 @@ from trainer.sweep.outcome import TrialComparison, TrialOutcome
 from trainer.sweep.search import RATE
 from trainer.sweep.trial_runner import TrialRunner
 
+pytestmark = pytest.mark.slow
+
 UNCHANGED = outcome(0.5, "unchanged")
 FAST, MIDDLE, SLOW = (
     outcome(loss, key, {RATE: rate})

@@ -82,6 +82,7 @@ def test_sweep_plot_is_reproducible_byte_for_byte(tmp_path: Path) -> None:
     assert b"learning_rate" in files[0]
 
 
+@pytest.mark.slow
 def test_sweep_plot_supports_a_setting_with_both_numbers_and_null(tmp_path: Path) -> None:
     recipe = make_recipe()
     trials = [outcome(loss, str(loss), {RANK: rank}) for loss, rank in ((0, None), (1, 8), (2, 4))]
@@ -90,6 +91,7 @@ def test_sweep_plot_supports_a_setting_with_both_numbers_and_null(tmp_path: Path
     assert b"adapter.rank" in draw_sweep(summarize(search, trials[0], BASE), tmp_path / "one.svg").read_bytes()
 
 
+@pytest.mark.slow
 def test_sweep_plot_is_drawn_when_no_phase_has_two_trials(tmp_path: Path) -> None:
     assert draw_sweep(result_of(outcome(0, "a", {})), tmp_path / "one.svg").stat().st_size > 0
 

@@ -112,6 +112,7 @@ LLAMA = LlamaForCausalLM(LlamaConfig(**SHAPE))
 MIXTURE = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, **EXPERTS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "trls", "accumulation"),
     [(LLAMA, False, 1), (LLAMA, False, 3), (LLAMA, True, 3), (MIXTURE, True, 1)],
@@ -181,6 +182,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "number_type"), zip(WRONG.values(), [torch.float32, torch.bfloat16], strict=True), ids=WRONG
 )

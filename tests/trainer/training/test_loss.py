@@ -93,12 +93,14 @@ def assert_same(model: PreTrainedModel | PeftModel) -> None:
     torch.testing.assert_close(gradient(cheap, model), gradient(real, model), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(batches())
 def test_answer_loss_is_correct_for_labels_at_any_position(labelled: tuple[torch.Tensor, torch.Tensor]) -> None:
     torch.testing.assert_close(answer_loss(LLAMA, *labelled), whole_loss(LLAMA, *labelled), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(batches(), st.integers(1, 5))
 def test_answer_loss_is_unchanged_when_computed_in_chunks(

@@ -70,6 +70,7 @@ def adapted(base: Path, recipe: Recipe, number_type: NumberType = NumberType.BFL
     return add_adapter(load_model(base, ModelForm(number_type, recipe.base_quantization)), recipe, 2)
 
 
+@pytest.mark.slow
 def test_run_stops_before_its_first_step_if_the_chosen_attention_is_not_active(
     train: Callable[..., TrainingSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +154,7 @@ def test_gradient_checkpointing_must_match_the_chosen_setting_in_every_layer(mod
     assert caught.value.todo == "set train.gradient_checkpointing to true"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_run_passes_all_checks_when_its_chosen_options_are_active(
     train: Callable[..., TrainingSummary], checkpointing: bool
@@ -160,6 +162,7 @@ def test_run_passes_all_checks_when_its_chosen_options_are_active(
     assert train(gradient_checkpointing=checkpointing).steps == 2
 
 
+@pytest.mark.slow
 def test_run_stops_after_its_first_step_if_checkpointed_layers_are_not_recomputed(
     train: Callable[..., TrainingSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +194,7 @@ def test_recomputed_layers_are_detected_in_a_model_with_an_image_encoder() -> No
     step.check(checkpointing=True)
 
 
+@pytest.mark.slow
 def test_run_stops_in_its_first_step_if_layers_compute_in_an_unexpected_dtype(
     train: Callable[..., TrainingSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +203,7 @@ def test_run_stops_in_its_first_step_if_layers_compute_in_an_unexpected_dtype(
         train()
 
 
+@pytest.mark.slow
 def test_padding_free_batch_with_several_rows_is_an_error(
     train: Callable[..., TrainingSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +261,7 @@ def test_frozen_layer_in_float32_is_an_error_unless_transformers_requires_float3
     check_number_types(model, NumberType.BFLOAT16)
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_qlora_layers_not_stored_in_nf4_raise_an_error(tiny_base: Path) -> None:
     quantized = make_recipe(method="qlora")
@@ -317,6 +323,7 @@ def test_optimizer_check_fails_if_bitsandbytes_bits_or_paging_differ_from_the_re
             check_optimizer_class(other, chosen, fused=False)
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_optimizer_is_rejected_before_the_first_step_if_it_would_quantize_or_page_no_moments(
     train: Callable[..., TrainingSummary],

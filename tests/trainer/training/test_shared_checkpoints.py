@@ -60,6 +60,7 @@ def second(tmp_path: Path, bucket: Bucket) -> Machine:
     return Machine(tmp_path / "second", bucket)
 
 
+@pytest.mark.slow
 def test_another_machine_fetches_the_newest_checkpoints_and_the_mlflow_run_id(first: Machine, second: Machine) -> None:
     for step in (1, 2, 3):
         first.write(step)
@@ -71,6 +72,7 @@ def test_another_machine_fetches_the_newest_checkpoints_and_the_mlflow_run_id(fi
     assert second.tracking.read_text("utf-8") == '{"run_id": "abc"}'
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_uploaded_regardless_of_its_age(first: Machine, second: Machine) -> None:
     for step in (1, 2, 3, 4):
         first.write(step, best=1)
@@ -91,6 +93,7 @@ def test_no_checkpoint_is_fetched_from_an_empty_object_store(second: Machine) ->
     assert second.shared.fetch() is None
 
 
+@pytest.mark.slow
 def test_checkpoint_whose_upload_failed_is_ignored(first: Machine, second: Machine, bucket: Bucket) -> None:
     first.write(1)
     bucket.fail(Fault.ERROR, "PUT", "step-00000002/weights", times=100)
@@ -98,6 +101,7 @@ def test_checkpoint_whose_upload_failed_is_ignored(first: Machine, second: Machi
     assert second.shared.fetch() == "step-00000001"
 
 
+@pytest.mark.slow
 def test_checkpoint_uploads_resume_when_the_object_store_is_available_again(
     first: Machine, second: Machine, bucket: Bucket
 ) -> None:
@@ -108,6 +112,7 @@ def test_checkpoint_uploads_resume_when_the_object_store_is_available_again(
     assert second.shared.fetch() == "step-00000002"
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_uploaded_with_a_later_checkpoint_if_its_own_upload_failed(
     first: Machine, second: Machine, bucket: Bucket
 ) -> None:
@@ -120,6 +125,7 @@ def test_best_checkpoint_is_uploaded_with_a_later_checkpoint_if_its_own_upload_f
     assert second.steps == [1, 3, 4]
 
 
+@pytest.mark.slow
 def test_new_checkpoint_is_uploaded_when_an_earlier_checkpoint_is_damaged(
     first: Machine, second: Machine, bucket: Bucket
 ) -> None:
@@ -140,6 +146,7 @@ def test_altered_checkpoint_is_rejected(first: Machine, second: Machine, bucket:
     assert second.checkpoints.newest() is None
 
 
+@pytest.mark.slow
 def test_checkpoint_with_a_path_outside_its_folder_is_rejected(first: Machine, second: Machine, bucket: Bucket) -> None:
     first.write(1)
     objects, key = ObjectStore(bucket.url), "checkpoints/tiny-1/step-00000001.json"
@@ -156,6 +163,7 @@ def test_training_is_refused_while_the_object_store_is_unavailable(second: Machi
         second.shared.fetch()
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_registered_run_are_deleted_from_the_object_store(first: Machine, bucket: Bucket) -> None:
     first.write(1)
     first.shared.remove()

@@ -54,6 +54,7 @@ def verdict(analysis: Analysis, signal: Signal) -> SignalVerdict:
     return next(verdict for verdict in analysis.verdicts() if verdict.signal is signal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("session", [1, 5])
 def test_candidates_equal_to_production_are_rarely_rolled_back_even_with_a_check_after_every_request(
     session: int,
@@ -70,6 +71,7 @@ def test_candidates_equal_to_production_are_rarely_rolled_back_even_with_a_check
     assert failed / 40 <= LARGE.wrong_rollback
 
 
+@pytest.mark.slow
 def test_increase_from_2_to_10_percent_invalid_outputs_is_proven_within_800_candidate_units() -> None:
     draw, units = np.random.default_rng(1), []
     for _ in range(10):
@@ -100,6 +102,7 @@ def test_candidate_equal_to_production_passes_and_slower_candidate_fails() -> No
     assert loss.low < 1.6 < loss.high
 
 
+@pytest.mark.slow
 def test_candidate_slower_by_exactly_the_margin_is_rarely_rolled_back() -> None:
     draw, failed = np.random.default_rng(4), 0
     for _ in range(25):
@@ -162,6 +165,7 @@ def test_verdicts_do_not_depend_on_how_often_they_are_computed() -> None:
     assert first.verdicts() == second.verdicts()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.25])
 def test_detectable_loss_is_proven_in_about_80_percent_of_rollouts(share: float) -> None:
     units, production, draw = 250, 0.02, np.random.default_rng(8)

@@ -39,6 +39,7 @@ def wrong_share(streams: Floats, margin: float, outcome: GateOutcome) -> float:
     return sum(ever(stream, margin, outcome) for stream in streams) / len(streams)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("production", [0.02, 0.2])
 @pytest.mark.parametrize("margin", [0.0, 0.1])
 def test_wrong_decisions_are_rare_for_losses_at_the_margin_even_with_a_check_after_every_block(
@@ -51,6 +52,7 @@ def test_wrong_decisions_are_rare_for_losses_at_the_margin_even_with_a_check_aft
     assert wrong_share(streams, margin, GateOutcome.PASSED) <= LARGE.wrong_advance
 
 
+@pytest.mark.slow
 def test_false_positives_are_rare_when_rates_vary_with_the_time_of_day() -> None:
     draw = np.random.default_rng(1)
     rate = 0.2 + 0.2 * np.sin(np.arange(BLOCKS) / 20)
@@ -86,6 +88,7 @@ def test_wealth_of_a_betting_test_does_not_depend_on_the_order_of_values(values:
         assert one_by_one == pytest.approx(counted, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_confidence_limits_contain_the_true_difference_at_all_times() -> None:
     draw = np.random.default_rng(2)
     missed = 0

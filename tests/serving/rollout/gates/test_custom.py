@@ -72,6 +72,7 @@ def test_gate_command_that_cannot_run_or_crashes_fails_with_the_reason() -> None
     assert (row.verdict, row.reason) == (GateVerdict.FAILED, "exit code 3: out of memory")
 
 
+@pytest.mark.slow
 def test_gate_command_that_times_out_fails_and_is_stopped_with_its_child_processes() -> None:
     code = "import subprocess; subprocess.run(['sleep', '60'])"
     row = check(python(code, timeout_s=0.5))
@@ -111,6 +112,7 @@ def test_gate_entry_point_is_called_with_version_and_folder() -> None:
     assert (row.verdict, row.measured) == (GateVerdict.PASSED, "tuned@2 in 2"), row.reason
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("module")
 def test_gate_entry_point_fails_if_it_returns_false_or_raises() -> None:
     assert check(EntryPointGate(name="mine", entry_point="own_gates:fails")).verdict is GateVerdict.FAILED

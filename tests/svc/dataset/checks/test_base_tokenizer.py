@@ -16,6 +16,8 @@ from tests.svc.chats import chat
 from tests.trainer.tiny_tokenizer import CHAT_TEMPLATE, make_tokenizer
 from trainer.data.chat_template import load_tokenizer, tokenize_examples
 
+pytestmark = pytest.mark.slow
+
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHAT_TEMPLATE
 
 

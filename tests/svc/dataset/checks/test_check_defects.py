@@ -62,6 +62,7 @@ def found(path: Path, lines: Iterable[bytes], heldout: Iterable[bytes] = ()) -> 
     return codes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", TEXT_FORMATS)
 @given(chance=seeds, labels=st.booleans())
 @few

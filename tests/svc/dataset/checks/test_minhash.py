@@ -58,6 +58,7 @@ def test_texts_with_nothing_in_common_are_never_near_duplicates() -> None:
     assert (groups // 2 == np.arange(len(groups)) // 2).all()
 
 
+@pytest.mark.slow
 def test_similarity_estimate_is_as_accurate_as_a_reference_implementation() -> None:
     exact = np.array([similarity(pair) for pair in PAIRS])
     ours = (FOUND["values"][0::2] == FOUND["values"][1::2]).mean(axis=1)
@@ -124,6 +125,7 @@ def test_text_shared_by_exact_copies_is_not_mistaken_for_common_task_instruction
     assert set(groups) == {0}
 
 
+@pytest.mark.slow
 def test_very_many_copies_of_one_text_form_one_group() -> None:
     other = [text(random.Random(seed), 30, 40) for seed in range(2_000)]
     groups, _ = clusters(sketches(*other, *(f"{LONG} {number}" for number in range(5_000))))

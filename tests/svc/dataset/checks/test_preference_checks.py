@@ -181,6 +181,7 @@ def test_data_check_prints_file_kind_label_counts_and_length_bias(tmp_path: Path
     assert (other["kind"], other["desirable"], other["undesirable"], other["length_bias"]) == ("labelled", 2, 1, None)
 
 
+@pytest.mark.slow
 @given(st.lists(rows, max_size=5))
 def test_every_line_of_a_preference_file_is_an_example_an_error_or_skipped(
     tmp_path_factory: pytest.TempPathFactory, values: list[Row]

@@ -129,6 +129,7 @@ def test_configured_additional_special_tokens_are_found() -> None:
     assert codes("here ⟪end⟫ there") == set()
 
 
+@pytest.mark.slow
 def test_text_check_time_is_proportional_to_text_length() -> None:
     begins = ["", "{{", "{{a", "{{a|", "{% if", "{{ a ", "{#"]
     parts = ["{{[", "[", "{{a|", " ", "{{a ", "{% if ", "{#", "{{ a if", "{{1", "<|", "Ã"]

@@ -339,6 +339,7 @@ turns = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(keys, turns | st.text(max_size=5) | json_values, max_size=6), st.sampled_from(list(Format)))
 def test_any_row_either_round_trips_as_an_example_or_is_an_error(value: dict[str, Any], form: Format) -> None:
     try:

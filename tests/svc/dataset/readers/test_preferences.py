@@ -432,6 +432,7 @@ def test_any_row_is_parsed_as_a_preference_pair_with_a_single_prompt_or_rejected
     assert len(fields) == len(pair.chosen.messages) + 1
 
 
+@pytest.mark.slow
 @given(rows | json_values, st.sampled_from(list(Format)))
 def test_any_row_is_parsed_as_a_labeled_answer_or_rejected(value: Any, form: Format) -> None:
     try:
@@ -441,6 +442,7 @@ def test_any_row_is_parsed_as_a_labeled_answer_or_rejected(value: Any, form: For
     assert len(fields) == len(answer.example.messages)
 
 
+@pytest.mark.slow
 @given(st.lists(rows, max_size=5))
 def test_any_preference_file_is_read_or_rejected_without_a_crash(
     tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, Any]]

@@ -81,6 +81,7 @@ def test_invalid_line_error_has_line_number_and_check_command(tmp_path: Path, li
     assert f"svc data check {path}" in error.todo
 
 
+@pytest.mark.slow
 def test_json_object_reading_time_is_linear_in_the_number_of_keys(tmp_path: Path) -> None:
     keys = [f'"{number}": 1' for number in range(100_000)]
     path = tmp_path / "train.jsonl"

@@ -81,6 +81,7 @@ def test_final_tool_call_without_tool_definitions_is_rejected() -> None:
     assert refusal(calling("1")).code is Code.WRONG_TOOLS
 
 
+@pytest.mark.slow
 @given(
     text=st.text(max_size=20),
     calls=st.lists(st.tuples(NAMES, st.dictionaries(st.text(max_size=5), st.text() | st.integers()))),
@@ -144,6 +145,7 @@ def test_error_for_a_sharegpt_observation_without_a_tool_call_uses_the_sharegpt_
     assert (caught.value.code, caught.value.field) == (Code.WRONG_TURNS, "conversations[2].value")
 
 
+@pytest.mark.slow
 def test_tool_call_validation_time_is_linear_in_the_number_of_tools_and_calls() -> None:
     ids = [str(number) for number in range(20_000)]
     tools = [{"name": f"f{name}"} for name in ids]

@@ -139,6 +139,7 @@ class TestSilence:
             assert await ask(pool) == b"x" * 10
             assert await ask(pool) == b"x" * 10
 
+    @pytest.mark.slow
     async def test_silence_timeout_does_not_include_time_when_the_client_is_not_reading(self, socket: Path) -> None:
         clock = asyncio.get_running_loop().time
         async with (
@@ -154,6 +155,7 @@ class TestSilence:
 
 
 class TestArrival:
+    @pytest.mark.slow
     async def test_response_chunks_read_late_keep_their_own_arrival_times(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(STREAM + chunk(b"a"))
@@ -166,6 +168,7 @@ class TestArrival:
         assert [part for part, _ in came] == [b"a", b"bc"]
         assert came[1][1] - came[0][1] > 0.09
 
+    @pytest.mark.slow
     async def test_silence_timeout_is_paused_while_backpressure_stops_the_response(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(STREAM)

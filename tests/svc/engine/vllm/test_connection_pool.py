@@ -50,6 +50,7 @@ class TestRequests:
             assert await ask(pool, payload) == b"{}"
         assert server.requests[0].endswith(b"\r\n\r\n" + payload)
 
+    @pytest.mark.slow
     async def test_each_of_1000_concurrent_requests_receives_its_own_response(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             own = peer.asked.rpartition(b"\r\n\r\n")[2]
@@ -289,6 +290,7 @@ class TestLeaving:
             assert len(server.requests) == 3
 
 
+@pytest.mark.slow
 async def test_less_than_2_mb_of_an_unread_response_is_buffered(socket: Path) -> None:
     size = 20_000_000
 

@@ -44,6 +44,7 @@ def test_printed_output_of_a_metric_function_is_not_read_as_scores(
     assert "scores" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_metric_function_may_return_an_array(write: Write) -> None:
     assert write("import numpy\nreturn numpy.array([0.25, 1])").score(GIVEN) == [0.25, 1.0]
 

@@ -18,6 +18,7 @@ texts = words.map(" ".join) | st.text(max_size=20)
 pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=10)
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # the first call imports
 @given(pairs, st.sampled_from(["1", "2", "L"]))
 def test_rouge_matches_the_rouge_score_package(given_pairs: list[tuple[str, str]], kind: str) -> None:

@@ -18,6 +18,7 @@ def test_text_other_than_a_json_object_or_list_counts_as_invalid_json(text: str)
     assert not is_json(text)
 
 
+@pytest.mark.slow
 @given(st.lists(json_values) | st.dictionaries(st.text(), json_values))
 def test_json_object_or_list_counts_as_valid_json(value: Any) -> None:
     try:

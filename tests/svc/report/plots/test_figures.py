@@ -39,6 +39,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.slow
 def test_proportions_are_plotted_separately_from_other_metrics() -> None:
     shares, numbers = plot_shares(ROWS), plot_numbers(ROWS)
     assert label_of(shares) == "accuracy: base 0.500 [0.450, 0.550], gptq 0.500 [0.450, 0.550]"
@@ -55,6 +56,7 @@ def test_no_plot_is_created_without_data() -> None:
     assert plot_labels({}, {}) is None
 
 
+@pytest.mark.slow
 def test_training_curve_description_has_its_first_and_last_values() -> None:
     description = label_of(plot_loss(curve()))
     assert re.fullmatch(
@@ -64,17 +66,20 @@ def test_training_curve_description_has_its_first_and_last_values() -> None:
     assert label_of(plot_learning_rate(curve())) == "learning rate, maximum 0.00049"
 
 
+@pytest.mark.slow
 def test_training_curve_is_plotted_without_held_out_loss() -> None:
     points = [TrainingPoint(step=step, epoch=1, loss=1 / step) for step in (1, 2)]
     assert label_of(plot_loss(points)) == "training loss from 1.000 to 0.500 in 2 steps"
 
 
+@pytest.mark.slow
 def test_plot_of_50000_steps_is_less_than_three_times_as_large_as_a_plot_of_300_steps() -> None:
     many = plot_loss(curve(50_000))
     assert many is not None
     assert len(many) < 3 * len(plot_loss(curve(300)) or "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exploded", [False, True])
 def test_exploding_loss_is_plotted_on_a_logarithmic_axis(exploded: bool) -> None:
     points = [TrainingPoint(step=step, epoch=1, loss=2 + math.sin(step)) for step in range(1, 60)]
@@ -82,6 +87,7 @@ def test_exploding_loss_is_plotted_on_a_logarithmic_axis(exploded: bool) -> None
     assert ("10^" in (plot_loss(points) or "") or "mathdefault" in (plot_loss(points) or "")) == exploded
 
 
+@pytest.mark.slow
 def test_length_plot_description_covers_prompts_and_answers() -> None:
     description = label_of(plot_lengths(summarize_data([chat("x" * 100, "y" * 7)] * 3, [])))
     assert description.startswith("prompts: half have at most 100 characters")

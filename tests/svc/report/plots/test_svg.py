@@ -8,6 +8,8 @@ import pytest
 
 from svc.report.plots.svg import WIDTH, Colour, draw_svg
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 

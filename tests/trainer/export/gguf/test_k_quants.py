@@ -39,6 +39,7 @@ def make_tool(folder: Path, body: str) -> Path:
     return record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type", KQuant)
 def test_quantize_tool_converts_the_f16_file_to_a_single_k_quant_file_with_a_modelfile(
     tiny_base: Path, examples: list[ChatExample], bin_folder: Path, tmp_path: Path, type: KQuant
@@ -64,6 +65,7 @@ def test_missing_quantize_tool_is_reported_before_any_file_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "told"),
     [
@@ -82,6 +84,7 @@ def test_no_files_remain_when_the_quantize_tool_fails_or_writes_a_wrong_file(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_quantize_tool_is_stopped_after_its_timeout(
     tiny_base: Path, examples: list[ChatExample], bin_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ def test_matrix_is_written_in_16_bits_if_its_rows_do_not_divide_into_8_bit_block
     assert types["blk.0.ffn_up.weight"] is gguf.GGMLQuantizationType.Q8_0
 
 
+@pytest.mark.slow
 def test_chat_template_in_the_gguf_file_includes_its_template_arguments(
     tmp_path: Path, examples: list[ChatExample]
 ) -> None:
@@ -187,6 +188,7 @@ def test_gguf_file_is_deleted_if_its_contents_differ_from_the_model(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_modelfile_is_written_unless_disabled(tiny_base: Path, tmp_path: Path, examples: list[ChatExample]) -> None:
     for wanted in (True, False):
         export_gguf(tiny_base, tmp_path / str(wanted), "tiny", examples, modelfile=wanted)
