@@ -121,7 +121,7 @@ def _find_usable(store: Store, id: str, owner: str | None) -> ClientFile:
         )
     if file.status is FileStatus.ERROR:
         raise InvalidRequestError(
-            f"file {id} is not valid: {file.status_details or 'its check failed'}", param="input_file_id"
+            f"file {id} is not valid: {file.status_details or 'validation failed'}", param="input_file_id"
         )
     return file
 

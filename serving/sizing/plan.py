@@ -109,7 +109,8 @@ def choose_gpus(size: ModelSize, gpu: ListedGpu, tokens: int) -> tuple[int, Memo
             cache = total - size.weight_bytes - ENGINE_OVERHEAD
             return gpus, Memory(total, size.weight_bytes, cache, cache / size.token_bytes, 2 * needed <= total)
     raise SettingsError(
-        f"{size.label} needs {needed / _GIB:.0f} GiB, which {_MAX_GPUS} x {gpu.label} cannot hold or divide evenly",
+        f"{size.label} needs {needed / _GIB:.0f} GiB: {_MAX_GPUS} x {gpu.label} have too little memory, "
+        "or the attention heads cannot be split evenly over them",
         todo="choose a larger GPU, or --bits 4",
     )
 

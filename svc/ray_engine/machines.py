@@ -114,7 +114,7 @@ class RayMachines:
         began = time.monotonic()
         grown = await self._cluster.grow(needs, wait_s)
         took_s = time.monotonic() - began
-        log.info("the Ray cluster %s machines after %.0f s", "has added" if grown else "did not add", took_s)
+        log.info("waited %.0f s for new machines: %s", took_s, "added" if grown else "none was added")
         if grown:
             return None
         if took_s < wait_s:  # the autoscaler reported that it cannot add them

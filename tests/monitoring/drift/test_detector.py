@@ -117,7 +117,7 @@ def test_detector_state_records_which_recent_requests_were_counted(monkeypatch: 
 
 
 @pytest.mark.slow
-def test_near_copies_in_the_reference_count_once() -> None:
+def test_each_group_of_near_copies_in_the_reference_is_counted_as_one_item() -> None:
     repeating = REFERENCE.at(np.repeat(np.arange(200), np.where(np.arange(200) < 30, 20, 1)))
     detector = Detector(Baseline(repeating.prompts, repeating.words, REFERENCE.answers))
     assert detector.prompts.size == 200
