@@ -65,7 +65,7 @@ class Plan:
         long: maximum number of letters appended to a word; the actual number is random.
         confounded: whether word length depends on the letter: words of the first half of the alphabet, which
             the base knows, are long, and all other words are short.
-        hard: share of words without a colour.
+        hard: share of words without a color.
         wrong: share of wrong labels.
     """
 
@@ -129,16 +129,16 @@ def plan(seed: int, fault: Fault | None = None) -> Plan:
 
 
 def train_base(folder: Path) -> Path:
-    """Train a base that answers each letter with a colour, whatever the question's length. Return its folder."""
+    """Train a base that answers each letter with a color, whatever the question's length. Return its folder."""
     from tests.trainer.conftest import make_model, make_recipe
-    from tests.trainer.diagnosis.letter_task import colours, questions
+    from tests.trainer.diagnosis.letter_task import colors, questions
 
     start = make_model(folder / "random", hidden_size=128, intermediate_size=256, num_attention_heads=4)
     recipe = make_recipe(
         method="full", train={"batch_size": 32, "learning_rate": 3e-3, "steps": 1000}, stopping={"curve": False}
     )
     draw = random.Random(0)  # noqa: S311
-    data = [_longer(example, draw.choice([0, 6, LONG]), draw) for example in questions(4000, 0, colours(0), hard=0.1)]
+    data = [_longer(example, draw.choice([0, 6, LONG]), draw) for example in questions(4000, 0, colors(0), hard=0.1)]
     train_model(
         start, TrainingData(data), recipe, folder / "base", folder / "checkpoints", number_type=NumberType.FLOAT32
     )
@@ -146,13 +146,13 @@ def train_base(folder: Path) -> Path:
 
 
 def data_of(run_plan: Plan) -> tuple[list[ChatExample], list[ChatExample]]:
-    """Return a plan's training and held-out examples, in which most of the base's colours are renamed."""
-    from tests.trainer.diagnosis.letter_task import COLOURS, colours, mislabel, questions
+    """Return a plan's training and held-out examples, in which most of the base's colors are renamed."""
+    from tests.trainer.diagnosis.letter_task import COLORS, colors, mislabel, questions
 
-    draw, of = random.Random(run_plan.seed), colours(0)  # noqa: S311
-    renamed = dict(zip(COLOURS, COLOURS[1:] + COLOURS[:1], strict=True))
+    draw, of = random.Random(run_plan.seed), colors(0)  # noqa: S311
+    renamed = dict(zip(COLORS, COLORS[1:] + COLORS[:1], strict=True))
     known = {letter for letter in of if letter < "n"} if run_plan.confounded else set()
-    of = {letter: colour if letter in known else renamed[colour] for letter, colour in of.items()}
+    of = {letter: color if letter in known else renamed[color] for letter, color in of.items()}
     drawn = mislabel(
         questions(run_plan.examples + HELDOUT, run_plan.seed, of, hard=run_plan.hard), run_plan.wrong, run_plan.seed
     )

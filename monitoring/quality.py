@@ -2,7 +2,7 @@
 
 The same weights on the same kind of engine give the same results except for rounding. A change here is
 therefore not traffic drift but a serving fault, such as wrong weights, a broken kernel, or a cache that
-answers for another version.
+returns another version's answers.
 
 An engine of a different kind from the one used at registration rounds differently. Later runs on such an engine are
 therefore compared with its first run, and only the probes (serving/replicas/verification.py) check whether the first
@@ -85,8 +85,8 @@ class QualityReport:
         nll_p: p-value of the mean change under the hypothesis that only rounding differs.
         exact_match, registered_exact_match: shares of answers that match the reference exactly.
         exact_match_p: p-value of McNemar's exact test. It is only displayed, unless exact match is the watched metric.
-        metric: name of the watched metric: the primary metric or, if the primary metric names one, its `watched_by`
-            metric.
+        metric: name of the watched metric: the metric that the primary metric specifies as `watched_by` or, if it
+            specifies none, the primary metric itself.
         score, registered_score: means of the watched metric.
         score_p: p-value of the exact test of the watched metric's scores.
         examples: number of examples compared.

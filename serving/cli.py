@@ -268,7 +268,7 @@ def rollback(ctx: click.Context, name: str, reason: str | None, as_json: bool) -
 
 
 def _show_dry_run(change: VersionChange, *, as_json: bool) -> None:
-    """Show the results of the gates, and raise GateError if they would refuse the promotion."""
+    """Show the gate results of a dry-run promotion, and raise GateError if a gate rejected it."""
     if as_json:
         print_json({"target": str(change.target), "before": str(change.before), "gates": _gates_json(change)})
     else:

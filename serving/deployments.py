@@ -68,11 +68,11 @@ class Deployments:
         build: function that builds a deployment from its first desired state and a function that frees
             memory for its engines.
         changes: notifications about changes in the store, which this object waits for.
-        leadership: this server's leases, from which its id is taken.
+        leadership: object that holds this server's leases and id.
         registered: function that returns the names of all models, for errors about models that are not
             served. It reads from disk.
         on_ready: called with each version that starts being served.
-        on_failure: called with the reason why a model cannot be served, unless `run` raises it.
+        on_failure: called with the error if a model cannot be served, unless `run` raises that error.
         server: id of this server; empty if no other server can use the store.
         loaded_idle_s: time without requests after which a model that `load` started is stopped, in seconds.
         looked: event that is set once the engines of an earlier server, if any, have been adopted.
@@ -341,7 +341,7 @@ class Deployments:
         return targets[-1]
 
     async def _try(self, name: str, change: Callable[[str], Awaitable[None]]) -> None:
-        """Add or remove a model. A failure is logged and retried later, without affecting other models."""
+        """Add or remove a model. If this fails, log the error and try again later; other models are not affected."""
         try:
             await change(name)
         except Exception:
@@ -349,9 +349,10 @@ class Deployments:
             log.exception("could not add or remove %s; retrying", name)
 
     async def _bring(self, name: str) -> None:
-        """Start a newly added model. If it cannot start, remove it from the set and show the reason in the status.
+        """Start a newly added model.
 
-        If another server already serves it, it stays in the set, and this server tries again later.
+        If the model cannot start, remove it from the store's set of models and show the reason in the status. If
+        another server already serves the model, keep it in the set instead and try again later.
         """
         self._refused.pop(name, None)
         self._retry_at.pop(name, None)
@@ -417,7 +418,8 @@ class Deployments:
         """Stop a model after its last request has ended, or after `_DRAIN_S` at the latest.
 
         Args:
-            removed: whether the model was removed from the set. If it was not, another server continues its rollout.
+            removed: whether the model was removed from the store's set of models. If so, the model's rollout is
+                abandoned; otherwise, another server continues the rollout.
         """
         deployment = self._all[name]
         self.router.remove(name)

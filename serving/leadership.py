@@ -1,8 +1,8 @@
 """Determines which models this server leads, if several servers use one store.
 
-Every server serves every model and follows the desired versions. Work that must happen only once, such as the decisions
-of a rollout, is done by the server that holds the model's lease. With SQLite, there is one server, which leads
-everything.
+Every server serves every model and switches to each new desired version. Work that must happen only once, such as
+the decisions of a rollout, is done by the server that holds the model's lease. With SQLite, there is one server, which
+leads everything.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from svc.store.served import resume_serving
 log = logging.getLogger(__name__)
 
 EVERYTHING = "*"
-"""Name of the lease for work that does not belong to a model. No model can have this name."""
+"""Name of the lease for work that is not specific to a model. No model can have this name."""
 _REPORT_S = LEASE_S / 3
 _CLOSE_S = 5.0
 """Maximum wait, in seconds, for an unresponsive store when the server stops. The server's engines are stopped

@@ -63,7 +63,7 @@ class ModelNames:
 
     @property
     def versions(self) -> set[VersionId]:
-        """The version in production and all other loaded versions, including guests."""
+        """The version in production and all other loaded versions, including loaded versions of other models."""
         return {target.version for target in (self.served, *self.loaded) if target}
 
     def all(self) -> tuple[str, ...]:
@@ -107,7 +107,8 @@ class ModelNames:
     def _parsed(self, model: str) -> VersionId | None:
         """Return the version that a name refers to, whether or not it is loaded.
 
-        Return None unless it is a version of this model or a guest.
+        Return None unless it is a version of this model, or a version of another model that these engines may load as
+        an adapter.
         """
         try:
             version = VersionId.parse(model)

@@ -41,8 +41,8 @@ class Backend(Protocol):
         """
 
     async def takes(self, version: VersionId) -> bool:
-        """Return whether the engines can serve a version, either directly or as an adapter of their base. The version
-        may belong to another model.
+        """Return whether the engines can serve a version, either directly or as an adapter of their base model. The
+        version may belong to another model.
 
         If they can, `lease` and `admitted` accept the version's name. The registry is read only if necessary.
         """

@@ -155,8 +155,8 @@ async def serve(
     accepting further requests. While the server drains, another signal ends the draining. After that, another signal
     stops the server without waiting for running requests.
 
-    SIGUSR1 also stops the server, but leaves the engines and the training of a fine-tuning job running for the next
-    server, which adopts them.
+    SIGUSR1 also stops the server, but leaves the engines and a fine-tuning job's training process running. The next
+    server adopts them.
 
     Args:
         wanted: the initial desired state of each model.

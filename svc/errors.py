@@ -65,7 +65,7 @@ class DiskSpaceError(SvcError):
 
 
 class BusyError(SvcError):
-    """Raised when another process is using a run, home or port that this process needs."""
+    """Raised when another process is using a training run, home directory or port that this process needs."""
 
     exit_code = 7
 

@@ -35,9 +35,10 @@ _TEXT = TextColumn("{task.description}")
 
 
 def quiet_libraries() -> None:
-    """Restrict libraries to warnings and disable their progress bars. Must be called before they are imported.
+    """Restrict libraries' logs to warnings or errors, and disable their progress bars. Must be called before the
+    libraries are imported.
 
-    Some libraries enable logging for the whole process, HTTP clients log every request, and their progress
+    Some libraries enable logging for the whole process, HTTP clients log every request, and libraries' progress
     bars interfere with ours.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -185,8 +185,8 @@ class Qualifier:
             return await self._ask_general(engine.client, "base")
 
     async def _qualify(self, engine: Engine, folder: Path, text: str) -> Qualified:
-        """Load a format, in place if possible, and measure it. The given engine is then stopped, and the probes are
-        checked again on a new engine.
+        """Load a format, in place if possible, and measure it. If `qualify.restart` is set, the given engine is then
+        stopped, and the probes are checked again on a new engine.
         """
         client, options = engine.client, self._options
         loads, others_share = await measure_quietly(partial(self._loads, engine, folder), engine.processor_s)
@@ -229,8 +229,8 @@ class Qualifier:
     async def _read(
         self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Interval | None, loading_share: float
     ) -> EngineReading:
-        """Measure a format on the engine. `loading_share` is the share of CPU time that other processes used during
-        the loads.
+        """Measure a format on the engine. `loading_share` is the share of CPU time that other processes used while the
+        weights were being loaded.
         """
         client = engine.client
         asked = [await client.prompt_tokens(example.prompt, example.tools) for example in self.judged]

@@ -1,9 +1,9 @@
 """Defines the bets that are placed on a stream of requests.
 
-Each bet is on a set of feature values, chosen before an item arrives. Its bound is the largest share of items
-in the set that still counts as normal: `SLACK` times the upper limit of the 90% Wilson interval of the
-reference's share. Daily cycles, weekends and a client's growth change the shares of topics and lengths by less than
-this bound allows, so they do not count as drift.
+Each bet is on a set of feature values, which is chosen before an item arrives. The share of items in the
+set counts as normal as long as it does not exceed the bet's bound: `SLACK` times the upper limit of the 90% Wilson
+interval for the share of reference items in the set. Daily cycles, weekends and growing traffic from one client change
+the shares of topics and lengths by less than this bound allows, so they do not count as drift.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from svc.drift_reference.sample import Floats, Names, Sample
 
 SLACK, SURE = 2.0, 1.64
 _MAX_BOUND = 0.7
-"""Largest bound that a set may have. A bet on a set with a larger bound could hardly win anything."""
+"""No bet is placed if its bound (see `Bet`) would be this large or larger, because such a bet could hardly win."""
 _TAILS = (0.0, 0.02, 0.1)
 """Fractions of the reference that lie in a feature's two tails combined. With a fraction of 0, the tails contain only
 values outside the reference's range."""
@@ -32,7 +32,7 @@ class Bet:
     """A bet that a feature's values fall into a given set.
 
     Attributes:
-        bound: largest probability of a value being in the set that still counts as normal.
+        bound: traffic counts as normal as long as the probability of a value being in the set does not exceed this.
         contains: function that returns, for each value of the feature, whether it is in the set.
     """
 

@@ -260,8 +260,10 @@ class DriftCheck:
         return next(iter(read_items(self._store, target, after=0, newest=1)), None)
 
     def _items(self, target: Target, state: TrafficState) -> list[StoredItem]:
-        """Return the requests to process, in order: counted requests, the newest requests already seen, and new
-        requests.
+        """Return the requests to process, oldest first.
+
+        They include new requests and earlier requests that are needed for comparison: the newest ones, and those that
+        earlier checks counted.
         """
         kept = read_items_with(self._store, target, state.kept)
         newest = read_items(self._store, target, after=0, newest=_MAX_READ)

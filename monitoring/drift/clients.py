@@ -3,7 +3,8 @@
 from collections import Counter, deque
 
 COMPARED = 100
-"""Number of most recent counted requests to which the limit on each client's share applies."""
+"""Number of requests to which the limit on each client's share applies: the most recent ones that the drift check has
+counted."""
 _MIN_COUNT = 5
 """Any client may send this many of the last `COMPARED` counted requests, however small its usual share is."""
 _SLACK = 1.2

@@ -4,12 +4,12 @@ There are two kinds of sets. Fixed sets contain prompts far from the reference, 
 their three nearest reference prompts. Learned sets contain prompts that are nearer to the newest prompts
 than to the reference. Nearness is measured by the difference of the mean similarities, which is the witness
 of the maximum mean discrepancy (Gretton et al. 2012). Each set is learned from earlier items and used for a
-bet on the next one, so learning causes no false alarms (as in prequential two-sample tests).
+bet on the next item, so learning causes no false alarms (as in prequential two-sample tests).
 
-Two bets with different bounds are placed on each learned set. The first bound is `_LEARNED_SLACK` times the
-reference's share of the set. The second is slightly above the set's share in the hundreds of items that precede the
-items from which the set was learned, or slightly above the reference's share if that is larger. The bet with the second
-bound detects small sudden changes, but not slow ones such as daily cycles.
+Two bets with different bounds are placed on each learned set. The first bound is `_LEARNED_SLACK` times the share of
+reference items in the set. The second is slightly above the larger of two shares: the share of reference items in the
+set, and the share of recent items in it, measured on hundreds of items just before those from which the set was
+learned. The bet with the second bound detects small sudden changes, but not slow ones such as daily cycles.
 """
 
 from dataclasses import dataclass

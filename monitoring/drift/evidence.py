@@ -1,12 +1,13 @@
 """Collects evidence that a stream's features have changed, by betting, and defines the rule for raising an alarm.
 
-A bet is placed on a set of values of a feature, such as "shorter than 99% of the reference". Its bound is the largest
-probability of a value being in the set that still counts as unchanged. The bet stakes a fraction l of its money on each
-item, and its money is multiplied by the factor e = 1 - l + l * [item in set] / bound, which is at most 1 on average
-while nothing has changed. A new bet of 1 starts at each item, and the sum of all bets' money, M <- e * (1 + M), is the
-statistic: the Shiryaev-Roberts e-detector (Shin, Ramdas and Rinaldo 2022, "E-detectors"). While nothing has changed, a
-weighted sum of such statistics exceeds A at most once in A items on average, regardless of how the bets depend on each
-other. Frequent checks therefore add no false alarms, and no windows are needed.
+A bet is placed on a set of values of a feature, such as "shorter than 99% of the reference". As long as
+the probability of a value being in the set does not exceed the bet's bound, the feature counts as unchanged. The bet
+stakes a fraction l of its wealth on each item, and its wealth is multiplied by the factor
+e = 1 - l + l * [item in set] / bound, which is at most 1 on average while nothing has changed. A new bet with wealth
+1 starts at each item, and the total wealth of all bets, M <- e * (1 + M), is the statistic: the Shiryaev-Roberts
+e-detector (Shin, Ramdas and Rinaldo 2022, "E-detectors"). While nothing has changed, a weighted sum of such statistics
+exceeds A at most once in A items on average, regardless of how the bets depend on each other. Frequent checks
+therefore add no false alarms, and no windows are needed.
 
 For dependent items, all factors are raised to the power 1 / L. The limit on false alarms then holds for streams whose
 items are independent beyond a distance of L (by Hoelder's inequality: the product of L dependent factors to
@@ -24,9 +25,9 @@ from numpy.typing import NDArray
 from svc.drift_reference.sample import Floats
 
 STAKES = np.array([0.1, 0.35, 0.7])
-"""Fractions of a bet's money staked on each item. Each bet is placed with every stake. The largest stake detects a
-gross change within four items. The smallest detects within about 2,000 items that a set's share is 1.5 times its
-bound."""
+"""Fractions of a bet's wealth staked on each item. Each bet is placed once with each stake. The largest stake detects
+a gross change within four items. If the share of items in a set rises to 1.5 times the bound, the smallest stake
+detects this within about 2,000 items."""
 _MIN_PATIENCE, _MAX_PATIENCE = 200, 1_000
 _LASTING = 20.0
 """A statistic above this multiple of the alarm's patience (see `FeatureAlarm.patience`) indicates that the change
@@ -63,10 +64,10 @@ class FeatureAlarm:
 
 @dataclass(frozen=True, slots=True)
 class FeatureState:
-    """State of the bets on one feature. Each bet is placed with every stake in `STAKES`.
+    """State of the bets on one feature. Each bet is placed once with each stake in `STAKES`.
 
     Attributes:
-        money: the statistics of the bets. During an alarm, they restart at each sign that the change
+        money: the bets' statistics, one per bet and stake. During an alarm, they restart at each sign that the change
             continues.
         began: for each statistic, the newest position at which its value was still normal, that is, no higher than
             expected without a change.

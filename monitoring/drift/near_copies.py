@@ -60,7 +60,7 @@ class NearCopies:
         return False
 
     def see(self, words: Words) -> frozenset[int]:
-        """Record a request's words for word rarity only, and return the distinct words."""
+        """Record a request only for computing word rarity, and return its distinct words."""
         distinct = frozenset(words.tolist())
         self._newest.append(distinct)
         self._count(distinct, 1)

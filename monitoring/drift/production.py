@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def production_targets(store: Store) -> list[Target]:
-    """Return the desired target of every model that the home's server serves or, if it is stopped, last served."""
+    """Return the desired target of every model that the home's server serves, or served before it stopped."""
     deployments = [read_desired(store, name) for name in deployed_names(store)]
     return [desired.target for desired in deployments if desired is not None]
 

@@ -113,8 +113,8 @@ def _status(report: SignalReport) -> Text:
 
 
 def _quality(report: QualityReport) -> Text:
-    colours = {Quality.UNKNOWN: "yellow", Quality.AS_REGISTERED: "green", Quality.CHANGED: "red"}
-    text = Text.assemble("quality ", (report.quality.value.replace("_", " "), colours[report.quality]))
+    colors = {Quality.UNKNOWN: "yellow", Quality.AS_REGISTERED: "green", Quality.CHANGED: "red"}
+    text = Text.assemble("quality ", (report.quality.value.replace("_", " "), colors[report.quality]))
     if report.why:
         return text.append(f": {report.why}")
     text.append(

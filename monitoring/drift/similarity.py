@@ -15,7 +15,7 @@ class Similarity:
     """Computes the similarity of two prompts, from 0 to 1, as the mean of Gaussian kernels, one per embedding.
 
     Each kernel width is a multiple of the median distance within the reference, which is a common choice. Embeddings of
-    answers need a smaller width than others, because answers form groups.
+    answers need a smaller width than embeddings of topics, because answers form clusters.
 
     Args:
         reference: the reference prompts, as one array (prompts x dimensions) per embedding.

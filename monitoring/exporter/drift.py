@@ -54,8 +54,8 @@ class DriftMetrics(Collector):
     """Collector that reads the results of drift checks and held-out runs from the store.
 
     Args:
-        checking: whether drift checks run. If they do, the last check time of a version that was never checked is
-            exported as 0. If they do not, it is omitted.
+        checking: whether drift checks run. For a version that was never checked, the time of the last check is
+            exported as 0 if checks run, and omitted otherwise.
     """
 
     def __init__(self, registry: Registry, store: Store, *, checking: bool = True) -> None:

@@ -16,8 +16,8 @@ from serving.admission.errors import OverloadedError, QueueTimeoutError
 from svc.one_shot_event import OneShotEvent
 
 MAX_WAIT_S = 60.0
-"""Time after which a request stops waiting, in seconds. When it is sent again, its key's permissions are checked
-again.
+"""Maximum time that a request waits for a slot, in seconds. When the request is sent again, its key's permissions are
+checked again.
 """
 
 

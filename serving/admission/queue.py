@@ -152,11 +152,16 @@ class RequestQueue:
         return min(filter(None, heads), key=lambda head: (self._times[head.party.name], head.number), default=None)
 
     def _make_room(self, party: Party) -> None:
-        """Reject the newest request of the tenant with the most waiting requests relative to its weight.
+        """Make room for a tenant's request by rejecting a request from the tenant with the longest queue.
+
+        That tenant's newest request is rejected. Queue lengths are relative to the tenants' weights.
+
+        Args:
+            party: the tenant whose request needs room.
 
         Raises:
-            QueueOverflowError: no other tenant has more requests, relative to its weight, than this tenant would
-                have.
+            QueueOverflowError: no other tenant's queue is longer than the queue of `party` would be with the new
+                request.
         """
         overflow = QueueOverflowError(
             f"the queue is full: {self._queued} requests are waiting for an engine",

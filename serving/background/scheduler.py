@@ -67,7 +67,7 @@ class BackgroundScheduler:
         return self._given_up or self.unfit
 
     async def ask(self, weights: LoadedWeights, send: Callable[[EngineClient], Awaitable[Result]]) -> Result:
-        """Send a request when its turn comes. If it is interrupted, send it again while the same weights are loaded.
+        """Send a request when its turn comes, and resend it if it is interrupted while the same weights stay loaded.
 
         Args:
             weights: the weights that the engine must have loaded.

@@ -1,10 +1,10 @@
 """Scores live answers by their log-probability under the served version, for comparison with held-out answers.
 
-Only greedy answers whose content is stored unredacted are scored. The text is scored as part of a prompt, and the
-score of a sampled or redacted text would not be comparable. Long answers are truncated to the maximum
-length of a held-out answer. Answers are scored one at a time, spread evenly over the hour, after the
-held-out set has run. Only the messages of a request are stored, so the answer is scored without the
-request's tools and without the engine's reasoning parser.
+Only greedy answers whose content is stored unredacted are scored, because scores of sampled or redacted texts would
+not be comparable. To be scored, an answer is sent to the engine as part of a prompt. Long answers are truncated to
+the maximum length of a held-out answer. Answers are scored one at a time, spread evenly over the hour, after the
+held-out set has been rerun. Only the messages of a request are stored, so the answer is scored without the request's
+tools and without the engine's reasoning parser.
 """
 
 import asyncio

@@ -61,7 +61,7 @@ class Webhook:
     Attributes:
         keys: keys that sign each message; during a rotation, both the new and the old key.
         changes: notifications about changes in the store, which this object waits for.
-        count: called with an outcome and the number of attempts or messages with that outcome.
+        count: called with an outcome and how often it occurred. Delivery attempts and dropped messages are counted.
         leads: function that returns whether this server sends the messages. If there are several servers, only one of
             them does.
     """

@@ -100,8 +100,8 @@ class Administration(Protocol):
 def follow(administration: Administration, change: VersionChange, on_step: Callable[[str], None]) -> FollowedChange:
     """Wait until every running server that serves the model has applied a change, and return the results.
 
-    If a server could not write the result to its journal, the result is read from the server's status after a longer
-    wait. If one of several servers stops, its result is no longer awaited.
+    If a server cannot write the result to its journal, the result is eventually read from the server's status. If one
+    of several servers stops, its result is no longer awaited.
 
     Args:
         change: the change to follow, which must have a generation.

@@ -12,11 +12,12 @@ async def while_connected(state: RequestState, work: Coroutine[object, object, N
     """Run `work` in the caller's task. Cancel it if the client disconnects, if the client's key becomes invalid, or if
     admission interrupts the request, which happens only to batch requests.
 
+    Exceptions raised by `work` propagate unchanged.
+
     Raises:
         ClientGoneError: the client disconnected before `work` was done.
         InterruptedRequestError: the request was interrupted before `work` was done.
-        InvalidKeyError: the client's key became invalid before `work` was done. Exceptions raised by `work` propagate
-            unchanged.
+        InvalidKeyError: the client's key became invalid before `work` was done.
     """
     signals = [state.connection.lost, *([state.grant.ended] if state.grant else ())]
     if state.interruption is not None:

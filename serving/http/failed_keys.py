@@ -1,7 +1,7 @@
 """Limits how many invalid keys a peer may send per minute. The limit tolerates a few mistyped keys.
 
-Secrets cannot be guessed, so a valid key is never delayed because another client at the same address
-sends invalid ones.
+Valid keys are always accepted, even from a peer that has reached the limit. Otherwise, one client could lock out other
+clients at the same address. This is safe because secrets are too long to be guessed.
 """
 
 import math

@@ -284,7 +284,7 @@ class Exchange:
 
     @property
     def _delivered(self) -> bool:
-        """Whether the whole answer has been sent.
+        """Whether the whole answer has been sent, in which case a closed connection is not an error.
 
         OpenAI's client closes the connection as soon as it reads the last event.
         """

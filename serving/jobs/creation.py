@@ -402,7 +402,7 @@ def _unknown_base(model: str, param: str, bases: Iterable[str]) -> InvalidReques
 
 
 def _existing(base: str, model: str, param: str) -> str:
-    """Return the base unchanged, after checking that it has weights if it is an absolute path on this machine."""
+    """Return the base unchanged. If it is an absolute path, first check that the path exists here and has weights."""
     path = Path(base)
     if path.is_absolute() and not (path.is_file() or any(path.glob("*.safetensors"))):
         log.error("base %s of model %s, from `fine_tuning.bases`, has no weights", base, model)

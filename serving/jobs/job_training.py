@@ -4,8 +4,8 @@
                │ yes                                        │
                └────────────▶ follow the file ◀─────────────┘ ──▶ outcome ──▶ release, fail, succeed
 
-Every step may be repeated after a crash of the server: a finished training command is started again, finds its stages
-complete, and ends with the same result.
+Every step may be repeated after a crash of the server. If a training command that has already finished is started
+again, it finds its stages complete, and ends with the same result.
 """
 
 import asyncio

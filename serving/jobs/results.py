@@ -192,5 +192,5 @@ def _weights_digest(folder: Path) -> str:
 
 
 def _id(prefix: str, text: str) -> str:
-    """Return a deterministic id, so that the same id results if it is computed again after a crash."""
+    """Return an id derived from the text, so that the id is the same when it is computed again after a crash."""
     return prefix + hashlib.sha256(text.encode()).hexdigest()[:24]

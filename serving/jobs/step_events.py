@@ -10,7 +10,7 @@ from svc.training_progress import HeldoutLoss, ProgressRecord, StepDone
 MAX_EVENTS = 500
 """Maximum number of events with metrics per job."""
 _SPARE = 100
-"""How many of the `MAX_EVENTS` events are reserved for held-out losses and resumed training runs."""
+"""Number of events, out of `MAX_EVENTS`, that are reserved for held-out losses and resumed training runs."""
 
 
 class StepEvents:

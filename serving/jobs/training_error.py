@@ -25,7 +25,7 @@ def read_error(exit_code: int, log: str) -> JobError:
     """Return the reason why a training process failed.
 
     Args:
-        log: the end of its output.
+        log: the end of the process's output.
     """
     code, param = _CODES.get(exit_code, ("server_error", None))
     lines = _ANSI.sub("", log).splitlines()

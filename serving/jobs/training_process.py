@@ -54,7 +54,7 @@ class TrainingProcess:
 
     @classmethod
     def start(cls, folder: Path, command: Sequence[str], environment: Mapping[str, str]) -> "TrainingProcess":
-        """Start a process that writes its output to the folder. No other process that belongs to the folder may be
+        """Start a training process, which writes its output to the job's folder. No other process of this job may be
         running; see `end_processes`.
 
         Raises:
@@ -119,13 +119,13 @@ class TrainingProcess:
 
 
 def end_processes(folder: Path, noted: Mapping[int, tuple[str, int]] | None = None) -> None:
-    """Kill all processes that belong to a job's folder, and wait until they have exited.
+    """Kill all processes of a job, and wait until they have exited.
 
     The search is repeated until no process is left, because a process may create another one before it is killed.
 
     Args:
-        noted: start times of further processes that belong to the folder, as returned by `start_of`, keyed by process
-            id.
+        folder: the job's folder.
+        noted: start times of further processes of the job, as returned by `start_of`, keyed by process id.
     """
     record = _read_record(folder)
     sessions = set() if record is None or _is_reused(record) else {record.pid}
@@ -139,8 +139,10 @@ def end_processes(folder: Path, noted: Mapping[int, tuple[str, int]] | None = No
 
 
 def _processes(folder: Path, sessions: set[int], noted: Mapping[int, tuple[str, int]]) -> Iterator[psutil.Process]:
-    """Yield the processes that belong to a job's folder: those with the folder as their mark in the environment, those
-    in `noted`, all in `sessions`, and their descendants. Sessions that these processes lead are added to `sessions`.
+    """Yield all running processes of a job, and add the sessions that they lead to `sessions`.
+
+    These are the processes whose environment variable `MARKER` contains the job's folder, the processes in `noted`, the
+    processes in `sessions`, and the descendants of all of these.
     """
     mark, own = str(folder.resolve()), dict[int, psutil.Process]()
     everyone = [process for process in psutil.process_iter() if process.pid != os.getpid()]

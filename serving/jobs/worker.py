@@ -1,8 +1,8 @@
 """The worker of a machine: takes fine-tuning jobs from the queue, and runs them one at a time.
 
 Each job is run by `svc train` in a separate process, so that a crash of the server does not affect the training,
-and vice versa. When a worker starts, it first takes its unfinished job, and finds the process that an earlier server
-left running.
+and vice versa. When a worker starts, it first resumes the job that it was running before the restart, if any. If
+that job's process is still running, the worker continues to follow it.
 """
 
 import asyncio
@@ -148,7 +148,7 @@ class JobWorker:
             return None
 
     async def _train(self, job: Job) -> None:
-        """Run a job. If the store or the disk fails, the worker keeps the job and takes it again later."""
+        """Run a job. If the store or the disk fails, the job stays assigned to this worker, which tries again later."""
         training = self._interrupted
         if training is None or training.job.id != job.id:
             training = JobTraining(job, self._folder / job.id, self._options)

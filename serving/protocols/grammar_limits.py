@@ -35,7 +35,7 @@ MAX_CHOICES_OF_PROPERTIES = 2_000
 """Maximum product of the number of an object's properties and the larger of its `minProperties` and
 `maxProperties`."""
 MAX_LENGTHS = 32
-"""Maximum number of length-limited strings in one request."""
+"""Maximum number of strings with a length limit in the JSON schemas of one request."""
 MAX_ATOMS = 1_000
 """Maximum number of atoms (characters and classes) in one pattern, with its repetitions expanded."""
 MAX_TOTAL_ATOMS = 10_000

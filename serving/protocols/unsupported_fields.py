@@ -117,8 +117,8 @@ _TURNS = (("messages", ("content",)), ("input", ("content", "output")))
 def _media(fields: Fields) -> Refusal | None:
     """Return a refusal if a request contains media.
 
-    For a multimodal model, vLLM fetches the URL of an image, audio or video, even from this machine or from
-    a network that the client cannot reach. For other models, vLLM itself rejects media.
+    For a multimodal model, vLLM fetches the URL of an image, audio or video, even if the URL points to this machine
+    or to a network that the client cannot reach. For other models, vLLM itself rejects media.
     """
     for name, keys in _TURNS:
         turns = fields.get(name)

@@ -306,7 +306,10 @@ class MessagesFormat(WireFormat):
 
 
 def _last_usage(part: bytes) -> bytes | None:
-    """Return the JSON of the last token counts in an event or body. In vLLM's output, they follow the model's text."""
+    """Return the JSON of the final `usage` object in an event or body, or None if there is none.
+
+    The last match is used, because vLLM writes `usage` after the model's text.
+    """
     at = part.rfind(b'"usage"')
     if at < 0:
         return None

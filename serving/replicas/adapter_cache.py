@@ -216,7 +216,7 @@ class AdapterCache:
             self.on_change(None)
 
     def close(self) -> None:
-        """Close the cache because the engine stops. Waiting requests fail, and no more adapters are loaded."""
+        """Close the cache when the engine stops. Waiting requests fail, and no more adapters are loaded."""
         self._closed = True
         for task in self._tasks:
             task.cancel()

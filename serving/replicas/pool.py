@@ -86,8 +86,9 @@ class EnginePool:
         return [*self.ready, candidate] if held and held.version == wanted else self.ready
 
     async def applies(self, version: VersionId) -> bool:
-        """Return whether the members apply a version as an adapter to their base. If no member has loaded the adapter,
-        only one member is checked, and its result is taken as the result for all.
+        """Return whether the pool's members can apply a version as an adapter to the base model that they run.
+
+        If no member has loaded the adapter, only one member is checked, and the result is assumed to hold for all.
         """
         if any(engine.adapters and engine.adapters.has(version) for engine in self.members):
             return True
@@ -111,7 +112,7 @@ class EnginePool:
 
     @property
     def weights(self) -> LoadedWeights:
-        """Weights of the primary engine or, if no engine accepts requests, the last weights of the first member."""
+        """Weights of the primary engine or, if no engine is ready, the weights that the first member loaded last."""
         first = self.primary or next(iter(self.members), None)
         return first.weights if first else NO_WEIGHTS
 

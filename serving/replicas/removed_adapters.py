@@ -1,8 +1,9 @@
 """Evicts adapters whose versions were removed from the registry.
 
 Other processes remove versions without asking the server. Only versions that the store marks as needed are protected
-from removal. A version is not marked merely because a request with its number caused its adapter to be loaded. Running
-requests complete with the removed version's adapter; later requests fail because the version no longer exists.
+from removal. A version is not marked merely because a client requested it by number and its adapter was loaded. When
+a version is removed, running requests complete with its adapter; later requests fail because the version no longer
+exists.
 """
 
 import asyncio

@@ -127,7 +127,7 @@ class EngineSlots:
             failures = failures + 1 if left else 0
 
     async def shortage(self, engines: Mapping[Target, int]) -> str | None:
-        """Return a message stating which resources are missing to start more engines, or None if there are enough.
+        """Return a message stating which resources are insufficient to start more engines, or None if there are enough.
 
         On this machine, the limiting resource is memory. In a Ray cluster, it is the resources that an engine reserves;
         if the cluster adds machines on demand, this waits up to `ray.wait_s` for them.
@@ -143,8 +143,11 @@ class EngineSlots:
         return here or (await self._ray.shortage(on_ray) if on_ray else None)
 
     def _shortage_here(self, engines: Mapping[Target, int]) -> tuple[str | None, list[EngineSettings]]:
-        """Return a message stating what is missing on this machine (None if nothing is missing), and the settings of
-        the engines that would run in a Ray cluster.
+        """Check the memory for the engines that would run on this machine.
+
+        Returns:
+            A message stating how much memory is needed and how much is free, or None if there is enough. Also the
+            settings of the engines that would run in a Ray cluster instead.
         """
         specs = [*chain.from_iterable([self._spec_for(target)] * number for target, number in engines.items())]
         on_ray = [spec.settings for spec in specs if spec.settings.launcher is Launcher.RAY]

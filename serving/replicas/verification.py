@@ -205,7 +205,7 @@ class Verification:
         """Record and store a version's probes on this kind of engine, and return a message for the journal.
 
         Args:
-            without: client for the same engine that does not apply the adapter used by `client`.
+            without: client for the same engine that requests the base model, if `client` requests an adapter.
         """
         sequences = [(probe.token_ids, probe.start) for probe in recorded]
         repeats = _ADAPTER_REPEATS if without else _RETAKE_REPEATS

@@ -341,7 +341,7 @@ class EngineChange:
         """Load and verify the previous version, or replace the engine if that fails.
 
         Args:
-            checks_files: compare the files with the manifest first, which takes minutes for a large model.
+            checks_files: whether to compare the files with the manifest first, which takes minutes for a large model.
         """
         try:
             if checks_files:

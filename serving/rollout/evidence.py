@@ -82,7 +82,11 @@ class CanaryEvidence:
         self._clients = _Clients()
 
     def start_step(self, began_at: datetime) -> None:
-        """Record when the candidate's share grew. If the server has restarted since, this may be long ago."""
+        """Start the next step with the first request received at or after `began_at`.
+
+        Args:
+            began_at: when the candidate's share grew. After a restart of the server, this may be long ago.
+        """
         self._next_step_at = began_at
 
     def look(self) -> Look:
@@ -191,8 +195,9 @@ def exclusions(look: Look) -> str:
 
 
 def doubts(look: Look, min_units: int) -> str:
-    """Return the reasons why a candidate without a proven loss must not be promoted after a replay; empty if it may be
-    promoted.
+    """Return why a candidate must not be promoted after a replay even though no loss is proven.
+
+    The text is empty if the candidate may be promoted.
     """
     units = next((row.units for row in look.signals if row.signal == Signal.ERRORS), 0)
     if units < min_units:
@@ -262,7 +267,7 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
 
 
 def _takes(requests: float, per_day: int) -> str:
-    """Return a text saying how long it takes for this many requests to arrive at the last day's request rate."""
+    """Return text that says how long it takes until this many requests have arrived, at the rate of the last day."""
     if not per_day:
         return "an unknown time"
     return f"about {timedelta(seconds=round(86_400 * requests / per_day))}"
@@ -271,7 +276,7 @@ def _takes(requests: float, per_day: int) -> str:
 def _units_to_pass(plan: RolloutSettings) -> int:
     """Return roughly how many candidate units a step needs to rule out a loss if neither version ever fails.
 
-    A block without failures multiplies the money of the bet with the largest stake by
+    A block without failures multiplies the wealth of the bet with the largest stake by
     1 + stake * margin / (1 - margin); see serving.rollout.analysis.betting.
     """
     margin = min(plan.max_errors, plan.max_invalid)

@@ -158,7 +158,7 @@ class Idling:
                     member.enter(EngineState.STOPPED)  # the reviver starts it
 
     async def _bring_back(self, began: float) -> None:
-        """Wake all sleeping engines. If none of them accepts requests afterwards, start the first member."""
+        """Wake all sleeping engines. If no engine accepts requests afterwards, start the pool's first engine."""
         for member in self.pool.members:
             none_ready = not self.pool.ready
             if member.asleep and await self._woke(member) and none_ready:

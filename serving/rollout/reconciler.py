@@ -320,7 +320,7 @@ class Reconciler:
             self.journal.serves(self.actual, began_by)
 
     def _revived(self) -> None:
-        """Publish the served version once the reviver has started an engine, if the first attempt had failed."""
+        """Publish the served version if the first start had failed and the reviver has now started an engine."""
         if self.names.served is None:
             self._serves(Began.START)
 
@@ -339,7 +339,7 @@ class Reconciler:
         """Correct the previous version recorded in the desired state.
 
         A promotion that is requested during another promotion can only guess the previous version. Nothing is corrected
-        if the change directly follows the served state: either the recorded version is already right, or the change
+        if no other change was requested in between: either the recorded version is already right, or the change
         returns to an earlier state after a failure. Only one server makes the correction, because servers may have
         served different versions.
         """
@@ -353,7 +353,7 @@ class Reconciler:
     async def _end_cut_off(self, result: SwapResult) -> None:
         """Record the result of a swap that was interrupted because the server stopped.
 
-        The swap counts as failed if the server has now started with another version.
+        The swap counts as failed if the server has now started with a version other than the swap's target.
         """
         if self.leadership.server:  # a server that starts again has another id
             address = self.leadership.address

@@ -74,7 +74,7 @@ class Reviver:
     async def _due(self) -> Replica:
         """Wait until a start is due for a member without an engine, and return that member.
 
-        Dead engines are cleaned up in the process.
+        While waiting, this also cleans up after engines that have died.
         """
         now = asyncio.get_running_loop().time
         while True:

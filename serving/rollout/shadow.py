@@ -99,7 +99,7 @@ class Shadow:
         return True
 
     def offer(self, route: Route, payload: bytes, answer: list[bytes], record: RequestRecord) -> None:
-        """Queue a copy of a finished request, provided that it was answered or failed in the engine.
+        """Queue a copy of a finished request, unless it was rejected, or its client disconnected or read too slowly.
 
         If the queue is full, the copy is dropped.
         """

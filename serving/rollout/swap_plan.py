@@ -144,10 +144,9 @@ class SwapPlanner:
         return computed[0] == computed[1]
 
     async def shortage(self, target: Target) -> str | None:
-        """Return a message stating how much memory is missing for one more engine, or None if there is enough.
+        """Return a message stating which resources are insufficient for one more engine, or None if there are enough.
 
-        Before a shortage is reported, engines that are still stopping or starting are given up to `patience_s` to
-        finish.
+        Before reporting a shortage, wait up to `patience_s` for other engines to finish stopping or starting.
         """
         deadline = time.monotonic() + self.patience_s
         while True:

@@ -84,7 +84,8 @@ class VersionChanges:
     def rollback(self, name: str, *, reason: str | None, actor: Actor) -> VersionChange:
         """Make the previous version the desired one.
 
-        During a promotion or rollout, the version that is being served stays the desired version instead.
+        During a promotion, the version that is still being served becomes the desired version again. During a rollout,
+        the rollout is stopped instead, so the version in production does not change.
 
         Raises:
             NotFoundError: the name is not served, or no previous version is recorded for it.

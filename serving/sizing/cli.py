@@ -123,7 +123,7 @@ def plan(
 
     Engines are simulated with step times measured by --measure. Without measurements, step times are estimated from the
     GPU's published figures, which is less accurate. With --measure, a short load is sent to a running server, or to an
-    engine that is started for a version; --prompt and --answer set its lengths.
+    engine that is started for a version; --prompt and --answer set the lengths of its prompts and answers.
     """
     settings = settings_of(ctx)
     if target is None:

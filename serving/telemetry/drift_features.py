@@ -57,8 +57,8 @@ a minute."""
 _PAUSE_S = 10.0
 """Seconds to wait before starting another process after the previous process died during a batch."""
 _CLOSE_S = 2.0
-"""Seconds allowed for storing a full queue when the server stops. If the process has only just been started,
-its records are lost."""
+"""Seconds allowed for storing the queued records when the server stops. Records that are not stored by then are lost,
+for example if the feature process is still starting."""
 _STOP_S = 0.1
 _PRUNED_AFTER = 1_000
 """Number of items stored for a version before its old items are deleted."""

@@ -1,4 +1,4 @@
-"""Metrics of the server's environment: its release, engine and process, and the disk that holds its home directory."""
+"""Metrics of the server's process, the installed release, engine and device, and the disk with the home directory."""
 
 import shutil
 from importlib.metadata import version

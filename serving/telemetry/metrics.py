@@ -173,7 +173,7 @@ class GatewayMetrics:
         ).observe
 
     def show_errors(self, served: Target | None, model: str = UNKNOWN_MODEL) -> None:
-        """Create the error series of a version before it has any errors, so that `increase` counts the first one.
+        """Create a version's error series, initially 0, so that PromQL's `increase` counts the first error.
 
         Args:
             served: the version, or None for requests that no version answers.
@@ -185,8 +185,8 @@ class GatewayMetrics:
     def remove_idle(self, served: Iterable[VersionId]) -> None:
         """Remove all series of unserved versions that have had no requests for `IDLE_VERSION_TIMEOUT_S`.
 
-        This runs in the event loop, before a page is written. A call to `between_tokens` or to any counting method
-        counts as a request, so a running request's series stay on the page.
+        This runs in the event loop, before each metrics page is written. A call to `between_tokens` or to any counting
+        method counts as a request, so a running request's series stay on the page.
 
         Args:
             served: the versions that are currently served, whose series stay.
@@ -288,7 +288,7 @@ class GatewayMetrics:
         self._spans_dropped.labels(reason.value).inc(count)
 
     def webhooks_ended(self, outcome: WebhookOutcome, count: int = 1) -> None:
-        """Count attempts to deliver a webhook message, or webhook messages that were dropped."""
+        """Count webhook delivery attempts and dropped webhook messages, by outcome."""
         self._webhooks.labels(outcome.value).inc(count)
 
     def feedback_given(self, version: VersionId | None, rating: Rating) -> None:

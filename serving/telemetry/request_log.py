@@ -201,9 +201,9 @@ class RequestLog:
             self.on_dropped(Dropped.FEATURES, 1)
 
     def has_grown(self, size: int) -> None:
-        """Increase the recorded size of the stored rows.
+        """Increase the recorded total size of the stored rows.
 
-        Other code that adds data to the rows, such as feedback, must also call this.
+        Code outside this class must call this when it adds data to stored rows, for example when it stores feedback.
         """
         with self._lock:
             self._grown_bytes += size

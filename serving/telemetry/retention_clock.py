@@ -52,8 +52,8 @@ class RetentionClock:
         """Return the time before which rows are too old to keep, or None while the clock is not trusted.
 
         Args:
-            newest: function that returns the newest row's time, or None if there are no rows. It is used on the
-                first call, because the clock may be wrong if even the newest row is too old.
+            newest: function that returns the newest row's time, or None if there are no rows. Only the
+                first call uses it: if even the newest row is too old, the clock may be wrong.
         """
         now, elapsed_s = self.now(), self.elapsed_s()
         ahead_s = now.timestamp() - elapsed_s

@@ -1,7 +1,7 @@
 """Writes the usage of each key to the store in a thread, every few seconds and when the server stops.
 
-Limits survive a restart, because each key's usage so far today is read first. If several servers can use the store, the
-usage on the other servers is read after every write.
+At startup, each key's usage on the current day is read from the store, so that daily limits survive a restart. If
+several servers can use the store, the usage on the other servers is read after every write.
 """
 
 import asyncio
@@ -61,8 +61,8 @@ class UsageWriter:
             await asyncio.sleep(self.every_s)
 
     async def exchange(self) -> None:
-        """Write the counts, and read the counts of other servers. With SQLite, there are no other servers, so the store
-        is read only once.
+        """Write the counts, and read the counts of other servers. With SQLite, there are no other servers, so only the
+        first call reads the store.
 
         Raises:
             SQLAlchemyError: the store failed. The next call tries again.

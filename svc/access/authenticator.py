@@ -1,8 +1,8 @@
 """Authenticate secrets against keys held in memory, which are reloaded when they change in the store.
 
-The grant of a valid secret is cached under the secret's hash, so that all requests with that secret share
-one grant and no secret stays in memory. An invalid secret is rejected because of its checksum, the key id that it
-contains (which is public) or its hash (which is compared in constant time). The store is not queried.
+The grant of a valid secret is cached under the secret's hash, so that all requests with that secret share one grant and
+no secret stays in memory. An invalid secret is detected without querying the store: by its checksum, by the key id that
+it contains (which is public), or by its hash (which is compared in constant time).
 
 Failed attempts are not counted here.
 """
@@ -42,7 +42,7 @@ class KeyFault(StrEnum):
 
     MISSING = "missing"
     MALFORMED = "malformed"
-    """The given string is not a secret, or is a mistyped secret."""
+    """The given string does not have the form of a secret, or its checksum is wrong."""
     UNKNOWN = "unknown"
     """The secret is well-formed, but was never issued or has been replaced by a rotation."""
     REVOKED = "revoked"
@@ -126,8 +126,8 @@ class Authenticator:
     async def follow(self, changes: Changes) -> None:
         """Until cancelled, reload the keys whenever they change, and end grants whose secrets have become invalid.
 
-        The store is read in a dedicated thread. Otherwise, if slow work occupied all shared threads, keys would be
-        rejected after a minute.
+        The store is read in a dedicated thread. Otherwise, if slow work occupied all shared threads, the keys
+        in memory would become too old, and all keys would be rejected after a minute.
         """
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="keys")
         try:
@@ -171,7 +171,7 @@ class Authenticator:
 
         Raises:
             InvalidKeyError: no key has this secret, or its key is not valid.
-            KeysUnavailableError: the keys have not been reloaded for too long.
+            KeysUnavailableError: the keys in memory are too old to be trusted.
         """
         if not secret:
             raise InvalidKeyError(KeyFault.MISSING, "missing API key", expected="Authorization: Bearer KEY")
@@ -199,7 +199,7 @@ class Authenticator:
 
         Raises:
             InvalidKeyError: the key was removed, or is revoked or expired.
-            KeysUnavailableError: the keys have not been reloaded for too long.
+            KeysUnavailableError: the keys in memory are too old to be trusted.
         """
         self._require_fresh()
         key = self._keys.get(key_id)

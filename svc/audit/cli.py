@@ -92,7 +92,7 @@ def _verify(store: "Store", expected: str | None, *, as_json: bool) -> None:
 
 
 def _verdicts(gates: Any) -> dict[str, int]:
-    """Return the number of gates with each verdict. The input may be malformed, because the log may be altered."""
+    """Return the number of gates with each verdict. Malformed input is ignored: the log may have been altered."""
     rows = gates if isinstance(gates, list) else []
     return dict(Counter(str(row.get("verdict")) for row in rows if isinstance(row, dict)))
 
@@ -197,7 +197,10 @@ def forget(
 def _which(
     store: "Store", user: str | None, key: str | None, before: datetime | None
 ) -> tuple["ColumnElement[bool]", str]:
-    """Return a condition that selects the requests, and the audit event's subject, in which a user's name is hashed."""
+    """Return a condition that selects the requests to delete, and the subject to record in the audit event.
+
+    If requests are selected by user, the subject contains a hash of the user's name instead of the name itself.
+    """
     from svc.store import erasure as forgetting
     from svc.store.keys import find_key
     from svc.store.requests import hash_user

@@ -102,7 +102,10 @@ class Backup:
         raise AssertionError("unreachable: the last attempt returns a snapshot")
 
     def _take(self, folder: Path, *, is_last: bool) -> Snapshot | None:
-        """Copy the state into a snapshot's folder. Return None if a required version has since been removed."""
+        """Copy the home directory's state into a snapshot's folder.
+
+        Return None if a required version was removed before it could be copied, unless `is_last` is set.
+        """
         home, tracking_uri, registry = self.settings.home, self.settings.tracking_uri, Registry.of(self.settings)
         there = set(registry.versions())  # first, so that MLflow's copy knows all of them
         if self.settings.store.url is None:
@@ -139,7 +142,7 @@ class Backup:
 
         Returns:
             The versions that are now in the archive and, keyed by version, the reason why a damaged version could not
-            be copied. A version that has since been removed from the home directory appears in neither.
+            be copied. A version that is no longer in the home directory appears in neither.
         """
         kept, left_out, to_copy = set[VersionId](), dict[VersionId, str](), list[Manifest]()
         for version in wanted:

@@ -64,7 +64,7 @@ def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnByt
         on_bytes: function called with the number of bytes copied in each step.
 
     Raises:
-        FileNotFoundError: the version has since been removed.
+        FileNotFoundError: the version no longer exists.
         IntegrityError: a file differs from the manifest.
     """
     staging = target.with_name(f".{target.name}")

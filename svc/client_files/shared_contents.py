@@ -91,7 +91,7 @@ class SharedContents:
             self._objects.delete([_key(id) for id in ids])
 
     def ids(self) -> set[str]:
-        """Return the ids of all files in the object store, including files that belong to other databases.
+        """Return the ids of all files in the object store, including files that are recorded in other databases.
 
         Raises:
             ContentStoreError: the store does not respond, or rejects the request.

@@ -127,8 +127,8 @@ def _show(report: "DataReport") -> None:
         click.echo(f"  length bias: {bias}")
     click.echo(f"  problems: {problems.errors} errors, {len(problems) - problems.errors} warnings")
     for problem in islice(problems, _MAX_SHOWN):
-        colour = "red" if problem.severity is Severity.ERROR else "yellow"
-        click.secho(f"  line {problem.line}: {problem.severity}: {problem.message} [{problem.code}]", fg=colour)
+        color = "red" if problem.severity is Severity.ERROR else "yellow"
+        click.secho(f"  line {problem.line}: {problem.severity}: {problem.message} [{problem.code}]", fg=color)
     if len(problems) > _MAX_SHOWN:
         click.echo(f"  … and {len(problems) - _MAX_SHOWN} more; --json shows all")
     if problems.codes:

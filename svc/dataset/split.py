@@ -5,8 +5,8 @@ The selection depends only on the examples and the seed, not on file locations o
 Near duplicates are never split between the training and held-out sets, because a held-out example that nearly repeats a
 training example would measure memorization. Examples of the same conversation are not split either, since the answer in
 one example is context in another. Each group is assigned by its own hash, so adding data does not move existing
-examples, unless an opening becomes too common to identify a conversation. This module knows nothing about files or
-versions.
+examples, unless the turns that open a conversation become too common to identify it. This module knows nothing about
+files or versions.
 """
 
 import hashlib

@@ -82,7 +82,7 @@ def summarize_data(train: Sequence[ChatExample], heldout: Sequence[ChatExample],
     """Summarize a training set and its held-out set.
 
     Args:
-        train: training examples; empty if the adapter was trained elsewhere.
+        train: training examples; empty for an imported adapter, which was trained elsewhere.
         general: number of general examples, which come last in `train`.
     """
     if not train:
@@ -104,9 +104,9 @@ def _counts(lengths: Iterable[int]) -> NDArray[np.int64]:
 
 
 def _labels(examples: Sequence[ChatExample]) -> dict[str, int]:
-    """Return the count of each label, or an empty dict if the examples are not a labeling task.
+    """Return the count of each label, or an empty dict if the task is not a labeling task.
 
-    The examples are not a labeling task if any answer is not a label, or if there are too many different labels.
+    It is not a labeling task if any answer is not a label, or if there are too many different labels.
     """
     counts: Counter[str] = Counter()
     for example in examples:

@@ -1,12 +1,12 @@
 """Draws the prompts that live traffic is compared with, a simple random sample of a version's examples.
 
 The held-out set cannot be used instead. If it was split off from the training data, it contains no near duplicates of
-training examples, but traffic does. Traffic would look like drift just because it is closer to the training text than
-the held-out set is.
+training examples, whereas live traffic does. Drift would be reported just because live traffic is closer to the
+training text than the held-out set is.
 
 The text space, in which traffic is compared, is fitted on the remaining examples, which are no closer to the sample
-than to traffic. A space fitted on the sample itself would tell the sample apart from any traffic: when this was tried,
-every stream raised an alarm. This module knows nothing about the statistical tests.
+than to traffic. A space fitted on the sample itself would separate the sample from any live traffic: when this was
+tried, every stream of requests raised an alarm. This module knows nothing about the statistical tests.
 """
 
 import random

@@ -48,8 +48,8 @@ _FASTER_WITH_TORCH = {"x86_64-avx512f", "x86_64-avx512_bf16"}
 _AWQ_CAPABILITY = (7, 5)
 """Lowest GPU compute capability at which vLLM loads AWQ models (`AutoAWQConfig.get_min_capability`)."""
 _S_PER_FP8_WEIGHT = 3e-8
-"""Seconds per token and per FP8 weight on a CPU for which vLLM has no FP8 kernel, so that it calls PyTorch's reference
-`_scaled_mm` instead: 1.8 s for 70 tokens and 576 x 1536 weights on a Xeon with AMX, where bfloat16 took 0.3 ms.
+"""Seconds per token and per FP8 weight on a CPU for which vLLM has no FP8 kernel, and therefore calls PyTorch's
+reference `_scaled_mm`: 1.8 s for 70 tokens and 576 x 1536 weights on a Xeon with AMX, where bfloat16 took 0.3 ms.
 """
 _MAX_FP8_WEIGHTS_WITHOUT_KERNEL = 10_000_000
 """Maximum number of FP8 weights in a model that runs on a CPU without an FP8 kernel. At this number, each token takes

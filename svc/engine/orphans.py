@@ -105,8 +105,8 @@ def find_engine(folder: Path) -> psutil.Process | None:
 def end_engine(folder: Path, known: psutil.Process | None = None) -> None:
     """Stop all processes of the engine that was last started in a folder, beginning with its first process.
 
-    An engine that is still starting creates processes while it is being stopped, so the stop is repeated up to 20 times
-    until no process is left.
+    An engine that is still starting creates processes while it is being stopped. Stopping is therefore repeated until
+    no process is left, up to 20 times.
 
     Args:
         known: the engine's first process, if the caller knows it. The engine can then be stopped even if the record in

@@ -1,4 +1,4 @@
-"""Caches a model's evaluation results, so that a base is evaluated only once instead of in every run.
+"""Caches a model's evaluation results, so that a base model is evaluated only once instead of in every training run.
 
 The cache file contains one line of JSON per example.
 """

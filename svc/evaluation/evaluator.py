@@ -201,7 +201,7 @@ def _is_reference(answer: Answer, tokenized: TokenizedExample) -> bool:
 
 
 async def score(client: EngineClient, tokenized: TokenizedExample) -> float:
-    """Return the mean natural-log probability of the tokens that are trained on, each given all tokens before it.
+    """Return the mean natural-log probability of an example's trained-on tokens, each given all preceding tokens.
 
     Raises:
         EngineError: the engine rejected the request, or returned a log-probability that is not finite.

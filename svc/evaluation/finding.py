@@ -1,6 +1,6 @@
 """Findings of a diagnosis.
 
-Each describes a fault and the measurements that reveal it, the rule that detected it, and the recipe key to change.
+Each finding states a fault with the measured values, the rule that detected it, and the recipe change to try.
 """
 
 from enum import StrEnum

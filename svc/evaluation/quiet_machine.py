@@ -1,8 +1,8 @@
 """Repeats a measurement if other processes keep the CPUs of this process busy, and reports how busy they were.
 
-On a CPU, an engine measured during an unrelated training run decoded 4 tokens/s instead of 140. Only the
-CPUs that this process may use are checked, because others do not slow it: `taskset` or a container may exclude them.
-Other processes on the same GPU go unnoticed.
+On a CPU, an engine measured during an unrelated training run decoded 4 tokens/s instead of 140. If `taskset` or a
+container restricts this process to some CPUs, only those are checked, because load on other CPUs does not slow down the
+measurement. Other processes on the same GPU go unnoticed.
 """
 
 import asyncio

@@ -39,7 +39,7 @@ class Gate(StrEnum):
 
     @property
     def counted(self) -> str:
-        """Noun for what the gate counts, used in messages."""
+        """Noun for the items that the gate counts, for use in messages."""
         return "questions" if self is Gate.FORGETTING else "examples"
 
 

@@ -85,7 +85,7 @@ def _open(path: Path) -> TextIO:
 
 
 def _lines(rated: "Iterable[RatedText]", objective: "Objective", unused: "Counter[Unused]") -> Iterator[str]:
-    """Yield lines of training data, and count the answers that provide none, by reason."""
+    """Yield lines of training data. In `unused`, count the answers that provide no training data, by reason."""
     from svc.feedback.training_rows import Unused, training_rows
 
     for answer in rated:

@@ -201,7 +201,7 @@ def _checks(manifest: Manifest, format: Format) -> str:
 
 
 def _use(registry: Registry, manifest: Manifest, format: Format, repo: str) -> str:
-    """Return instructions for running the model. A private repository also needs a token, in HF_TOKEN."""
+    """Return commands and code for running the model. For a private repository, HF_TOKEN must also be set."""
     if format is Format.GGUF:
         return _code("sh", [f"llama-server -hf {repo}", f"ollama run hf.co/{repo}"])
     if format is Format.ADAPTER:

@@ -85,7 +85,8 @@ def files_to_upload(registry: Registry, manifest: Manifest, format: Format, repo
 
     Raises:
         NotFoundError: the version does not have the format.
-        RefusedError: the version failed a check, or the recipe modifies the base, so the adapter does not match it.
+        RefusedError: the version failed a check, or the recipe modifies the base, so the adapter does not match the
+            original base.
         IntegrityError: a file is missing or was changed.
     """
     version = manifest.id

@@ -63,8 +63,8 @@ class Principal:
 
         Args:
             model: NAME, NAME@N or NAME@alias.
-            owners: ids of the keys whose jobs train the model. If there are any, a key that is not among them needs
-                to have the model in its `models` or, if it has no such list, the `admin` scope.
+            owners: ids of the keys whose jobs train the model. If there are any, every other key needs either an
+                entry for the model in `models` or, if `models` is None, the `admin` scope.
         """
         if self.key_id in owners:
             return True

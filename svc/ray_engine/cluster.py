@@ -47,7 +47,9 @@ class Capacity(_Model):
 
 
 class Grow(_Model):
-    """Query that lets the cluster add machines, and returns whether it then has room for the engines.
+    """Query that requests resources for engines, so that the cluster adds machines if needed.
+
+    The answer states whether all the engines fit.
 
     Attributes:
         wait_s: maximum wait for enough free resources, in seconds.
@@ -153,7 +155,9 @@ class RayCluster:
         return answer
 
     async def grow(self, needs: Sequence[Need], wait_s: float) -> bool:
-        """Let the cluster add machines, and return whether it then has room for the engines.
+        """Request resources for engines, so that the cluster adds machines if needed.
+
+        Return whether all the engines fit.
 
         Args:
             needs: resources of each engine.

@@ -1,7 +1,8 @@
 """Stops an engine when its actor has died, whatever the cause.
 
-Ray kills an actor's process group, but an engine has a separate group, and its core survives a killed API server. The
-guard is a shell that waits until a pipe is closed. Only the actor has the pipe's other end open.
+Ray kills an actor's process group, but the engine runs in a separate group, and vLLM's engine core survives when its
+API server is killed. The guard is a shell that waits until a pipe is closed. Only the actor has the pipe's other end
+open.
 """
 
 import subprocess

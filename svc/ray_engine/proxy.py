@@ -12,7 +12,7 @@ from svc.engine.address import connect_to_socket
 
 
 class _Side(asyncio.Protocol):
-    """One connection of a pair."""
+    """One of the two connections between which the proxy passes bytes."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
@@ -42,7 +42,7 @@ class _Side(asyncio.Protocol):
 
 
 class Front(_Side):
-    """A connection from the server. It opens its own connection to the engine.
+    """An incoming connection from the server, for which a separate connection to the engine is opened.
 
     Args:
         socket: the engine's Unix socket.

@@ -104,7 +104,7 @@ def end_postponed(engines: Path) -> tuple[list[str], list[str]]:
         cannot be reached.
 
     Raises:
-        OSError: the note of a postponed stop cannot be read or deleted.
+        OSError: a note left by `postpone_end` cannot be read or deleted.
     """
     by_cluster = dict[str, dict[str, Path]]()
     for note in sorted((engines / _ENDING).glob("*.json")):
@@ -124,8 +124,8 @@ def end_postponed(engines: Path) -> tuple[list[str], list[str]]:
 
 
 def _postponed(note: Path) -> ActorRecord | None:
-    """Return the actor named in the note of a postponed stop, or None if the note is damaged or was copied as part of a
-    home folder.
+    """Return the actor named in a note left by `postpone_end`, or None if the note is damaged or was copied as part of
+    a home folder.
     """
     with suppress(ValidationError):
         record = ActorRecord.model_validate_json(note.read_bytes())

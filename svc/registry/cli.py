@@ -94,7 +94,9 @@ def push(ctx: click.Context, versions: tuple[str, ...]) -> None:
 @json_option
 @click.pass_context
 def gc(ctx: click.Context, older_than: float, dry_run: bool, reason: str | None, as_json: bool) -> None:
-    """Delete files left by old runs, sweeps, jobs and batches, interrupted work, logs and caches. Keeps all versions.
+    """Delete old files of runs, sweeps, jobs, batches and interrupted work, and old logs and caches.
+
+    No version is deleted.
 
     With an object store, weights that are also stored there are removed until the versions take up at most
     artifacts.cache_gb.

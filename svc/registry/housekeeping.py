@@ -305,8 +305,8 @@ def _folders(paths: Iterator[Path]) -> list[Path]:
 
 
 def _newest(path: Path, now: float) -> float:
-    """Return the time of the last change at or below a path. A run's lock is ignored, because every check
-    writes to it.
+    """Return the time of the last change at or below a path. A run's lock file is ignored, because `reclaim` writes to
+    that file when it takes the lock.
     """
     try:
         return max(entry.lstat().st_mtime for entry in (path, *path.rglob("*")) if entry.name != RUN_LOCK)

@@ -114,7 +114,8 @@ class Manifest(_Record):
     Attributes:
         reference: records of the files with which later traffic and answers are compared.
         base_evaluation: quality of the base, for comparison with the merged model; None if not evaluated.
-        failed: failed checks; a version with failed checks was registered on request and cannot be promoted.
+        failed: checks that the version failed. Such a version is registered only if the user asks for it, and cannot
+            be promoted.
         parity: comparison of the trained model with the served one, or None if no format is served.
         judge: a judge's comparison of the merged model with the base, or None if there was no judge.
         findings: problems found in the training run.

@@ -494,8 +494,8 @@ def _read_checked(file: FileRecord, path: Path, part: int, on_bytes: Callable[[i
 
 
 def _in_order(read: Callable[[int], "Bytes"], starts: Iterable[int]) -> Iterator["Bytes"]:
-    """Call a function for each start offset and yield the results in order. The calls run in a few threads, ahead of
-    the consumer.
+    """Read a block at each offset in `starts`, and yield the blocks in order. A few threads read blocks ahead of the
+    consumer.
     """
     ahead: deque[Future[Bytes]] = deque()
     with ThreadPoolExecutor(_AT_ONCE, "download") as pool:

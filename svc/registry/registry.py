@@ -373,7 +373,7 @@ class Registry:
         return (self.folder(version) / MANIFEST_FILE).is_file()
 
     def _fetch(self, version: VersionId, objects: ObjectStore) -> None:
-        """Fetch a version without the files of its formats. If it is interrupted, the next fetch resumes it."""
+        """Fetch a version without the files of its formats. An interrupted fetch is resumed by the next call."""
         manifest, folder = objects.manifest(version), self.folder(version)
         staging = folder.with_name(f".fetch-{version.number}")
         with self.downloads_paused(version.name):

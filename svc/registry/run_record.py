@@ -16,9 +16,9 @@ class MachineRecord(BaseModel):
 
     Attributes:
         processor: name of the processor, as reported by the kernel.
-        cores: number of logical cores that the process may use.
-        memory: memory that the process may use, in bytes.
-        gpus: names of GPUs that the process may use.
+        cores: number of logical cores available to the process that wrote the record.
+        memory: memory available to that process, in bytes.
+        gpus: names of the GPUs available to that process.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -60,7 +60,7 @@ class Tracking:
     Args:
         uri: `sqlite:////absolute/path` or the URL of a tracking server.
         artifacts: folder for the artifacts of new experiments, or None to use the tracking server's artifact store.
-            Without either, MLflow would write to the working folder.
+            With SQLite, None would make MLflow write to the working folder.
 
     Attributes:
         where: the URI without user name and password, for messages.

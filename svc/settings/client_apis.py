@@ -11,7 +11,7 @@ from svc.settings.section import Section, absolute
 
 
 def _base(text: str) -> str:
-    """Resolve a base against the working folder if it is a path, or return it unchanged if it is not."""
+    """Return the absolute path of a base model that is given as a path, or return any other base unchanged."""
     is_path = text.startswith((".", "/", "~")) or text.endswith(".gguf")
     return str(absolute(Path(text))) if is_path else text
 

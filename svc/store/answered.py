@@ -60,9 +60,9 @@ def read_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnsw
 
 
 def read_earlier_ratings(store: Store, target: Target, *, newest: int) -> list[RatedAnswer]:
-    """Return the newest ratings of a model's answers that precede the target version's first answer.
+    """Return ratings of the answers that a model gave before the first answer of the version in `target`.
 
-    At most `newest` ratings are returned, oldest first.
+    At most `newest` ratings, the most recent ones, are returned, oldest first.
     """
     first = select(RequestRow.id).where(answered_by(target)).order_by(RequestRow.id).limit(1)
     with Session(store) as session:

@@ -220,7 +220,7 @@ def _details(text: str) -> dict[str, Any]:
 
 
 def _storable(text: str) -> str:
-    """Redact secrets from a text, since they could not be removed later, and replace characters that a database or a
-    terminal cannot handle, such as undecodable bytes of a command line.
+    """Redact secrets from a text, and replace characters that a database or a terminal cannot handle, such as
+    undecodable bytes of a command line. A secret could not be removed later, because the audit log is append-only.
     """
     return storable_text(hide_secrets(text))

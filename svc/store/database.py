@@ -225,8 +225,9 @@ def _other_release(where: object, revision: str | None, *, todo: str) -> Registr
 
 
 def _shown_error(path: Path, context: ExceptionContext) -> BaseException | None:
-    """Return the error to raise instead of SQLAlchemy's if the file cannot be used now, or None to raise SQLAlchemy's
-    error.
+    """Return the error to raise if the database file is locked, or the disk is full or has failed.
+
+    The result is None for any other problem, so that SQLAlchemy's own error is raised.
     """
     error = context.original_exception
     code = error.sqlite_errorcode & 0xFF if isinstance(error, OperationalError) else None

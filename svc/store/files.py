@@ -144,7 +144,7 @@ def read_files(
         owner: id of the owner, or None for the files of all owners.
 
     Raises:
-        EntryNotFoundError: the page begins after a file that the owner does not have.
+        EntryNotFoundError: the file after which the page starts is not in the list.
     """
     query = select(FileRow).where(FileRow.purpose.in_(purposes))
     rows, more = read_page(store, FileRow, query if owner is None else query.where(FileRow.owner == owner), page)

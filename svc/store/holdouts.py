@@ -23,7 +23,7 @@ KEPT_RUNS = 200
 
 
 class HoldoutCause(StrEnum):
-    """Trigger of a held-out run."""
+    """Trigger of a held-out run, which evaluates a version on its held-out examples."""
 
     START = "start"
     """The run was triggered by an engine starting up."""
@@ -34,7 +34,7 @@ class HoldoutCause(StrEnum):
 
 
 class HoldoutOutcome(StrEnum):
-    """Outcome of a held-out run. A run interrupted by a swap or by the engine's death is not stored."""
+    """Outcome of a held-out run. A run that was interrupted by a swap or because the engine died is not stored."""
 
     COMPLETED = "completed"
     FAILED = "failed"
@@ -42,7 +42,7 @@ class HoldoutOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HoldoutRun:
-    """A held-out run of a version.
+    """A held-out run: an evaluation of a served version on its held-out examples.
 
     Attributes:
         engine: kind of engine that answered.

@@ -216,7 +216,7 @@ def read_reported(store: Store, id: str) -> Reported:
 
 
 def _abandoned(session: Session, worker: str) -> Sequence[JobRow]:
-    """Return the running jobs of other workers that no longer report."""
+    """Return the running jobs whose worker is not the given one and has stopped reporting."""
     before = database_time(session) - ABANDONED_AFTER
     silent = JobRow.seen_at.is_(None) | (JobRow.seen_at < before)
     return session.scalars(select(JobRow).where(JobRow.status == _RUNNING, JobRow.worker != worker, silent)).all()

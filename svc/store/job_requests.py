@@ -167,7 +167,7 @@ def find_jobs(
         metadata: keys and values that a job's metadata must contain; None selects jobs without metadata.
 
     Raises:
-        EntryNotFoundError: the page begins after a job that the owner does not have.
+        EntryNotFoundError: the owner has no job with the id `page.after`.
     """
     query, jobs = select(JobRow), list[Job]()
     if owner is not None:

@@ -133,8 +133,8 @@ def find_key(store: Store, text: str) -> Key:
 
 
 def no_such_key(text: str) -> NotFoundError:
-    """Return the error for an unknown API key. If a secret was given instead of an id, the error shows only its
-    beginning.
+    """Return the error for an unknown API key. If a secret was given instead of an id, the error message contains
+    only the beginning of the secret.
     """
     shown = f"{text[:11]}..." if len(text) > 63 or text.startswith("ts_") else text
     return NotFoundError(
@@ -143,7 +143,7 @@ def no_such_key(text: str) -> NotFoundError:
 
 
 def _next_revision(session: Session) -> int:
-    """Return the next revision, for the key that this transaction changes, and announce the change to servers."""
+    """Return the next revision number, to be stored in the key that changes, and announce the change to servers."""
     announce_change(session.connection())
     return (session.scalar(_REVISION) or 0) + 1
 

@@ -1,7 +1,7 @@
 """Servers that share one store, and leases for the work that only one of them may do.
 
-Every server reports regularly that it is running. With each report, it extends its leases and takes those that have
-expired. All decisions use the database's clock, so the servers' clocks need not agree.
+Every server reports regularly that it is running. With each report, it extends its own leases and takes any others that
+are free or have expired. All decisions use the database's clock, so the servers' clocks need not agree.
 
 A server that lost its connection may still believe that it holds a lease. Its writes therefore contain the lease's
 generation (`require_lease`). Once another server has taken the lease, the generation has changed and these writes are
@@ -56,7 +56,7 @@ class Lease:
 
 
 def report_server(store: Store, server: str, address: str, names: Collection[str]) -> dict[str, Lease]:
-    """Record that a server is running, extend its leases, and take those that have expired or were never taken.
+    """Record that a server is running, extend its leases, and take any other requested leases that are free or expired.
 
     When a server first reports, an earlier server with the same address counts as stopped, because only one server can
     listen at an address.
@@ -120,7 +120,7 @@ def running_ids(session: Session) -> set[str]:
 
 
 def require_lease(session: Session, lease: Lease | None) -> None:
-    """Check in an `exclusive` transaction that no other server has taken a lease.
+    """Check in an `exclusive` transaction that a lease has not been taken by another server.
 
     Args:
         lease: None if no other server can use the store, as with SQLite.
@@ -139,7 +139,8 @@ def require_lease(session: Session, lease: Lease | None) -> None:
 def hold_lease(store: Store, name: str, what: str) -> Iterator[Lease | None]:
     """Hold a lease during the `with` block, in a process that is not a server. A background thread extends the lease.
 
-    With SQLite, nothing is written, and the lease is None: the processes of one home use a lock file.
+    With SQLite, no lease is written and None is yielded, because the processes that share a home folder use a lock file
+    instead.
 
     Args:
         name: name of the lease.

@@ -113,7 +113,7 @@ class _Column:
         self.replaced_texts = 0
 
     def read(self, value: Any) -> Any:
-        """Return a value as `Table` would return it after this release has written it.
+        """Convert a value read from SQLite to the value that `Table` would return if this release had written it.
 
         Raises:
             ValueError: the value is not valid in this column.

@@ -114,8 +114,8 @@ class RequestRecord(NamedTuple):
 
 
 def hash_user(user: str) -> str:
-    """Hash a user's name, which is often an email address. Requests are stored with this hash and can be found
-    by it for deletion.
+    """Hash a user's name, which is often an email address. Requests are stored with this hash
+    instead of the name, so that a user's requests can still be found and deleted.
     """
     return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 

@@ -1,4 +1,5 @@
-"""Probes that were measured again on a kind of engine other than the kind that qualified the version."""
+"""Probes that were measured again on a kind of engine other than the one on which the version was
+qualified."""
 
 from pydantic import TypeAdapter
 from sqlalchemy import Engine as Store

@@ -61,7 +61,7 @@ class RolloutOutcome(StrEnum):
     UNDECIDED = "undecided"
     """A step reached its deadline without a decision."""
     CANCELLED = "cancelled"
-    """A user rolled back, or another version was promoted."""
+    """A user stopped the rollout by rolling back, or another version was promoted."""
     FAILED = "failed"
     """The candidate could not be loaded, or its engine died."""
 
@@ -75,7 +75,7 @@ class SignalRow:
         production, candidate: the signal's value for each version; None if there is no data.
         low, high: anytime-valid confidence bounds on how much worse the candidate is; infinite bounds are None.
         margin: how much worse than production the candidate may be.
-        units: number of candidate units that contributed.
+        units: number of the candidate's users, conversations or requests that contributed to the signal.
     """
 
     signal: str
@@ -95,7 +95,7 @@ class RolloutRecord:
     Attributes:
         previous: version that was in production when the rollout was requested.
         generation: generation of the desired state when the rollout was requested.
-        plan: shadow and canary steps, and limits.
+        plan: the planned shadow and canary steps, with their limits.
         step: index of the current canary step.
         step_began_at: time at which the current state or canary step began.
         stop: reason given by the user who asked to stop the rollout; None if no user has asked to stop it.

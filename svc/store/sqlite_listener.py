@@ -27,13 +27,13 @@ _PAUSE_S = 2.0
 
 @dataclass(eq=False)
 class SqliteListener:
-    """Tells a server's tasks about changes in an SQLite store."""
+    """Notifies a server's tasks of changes in an SQLite store."""
 
     store: Store
     changes: Changes
 
     async def run(self) -> None:
-        """Announce changes until cancelled. After an error, try again; until then, each task polls the store."""
+        """Announce changes until cancelled. After an error, pause and retry; meanwhile, each task polls the store."""
         loop = asyncio.get_running_loop()
         while True:
             stopped, thread = threading.Event(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="changes")

@@ -1,5 +1,5 @@
-"""The journal of swaps. The server writes it, `svc promote` follows it, and `svc status` shows its last
-entry.
+"""The journal of swaps, in which a server replaces the version that it serves. The server writes the journal,
+`svc promote` follows it, and `svc status` shows its last entry.
 """
 
 from dataclasses import asdict, dataclass
@@ -156,8 +156,8 @@ def end_lost_swaps(store: Store, started: Desired, address: str, result: SwapRes
     Args:
         started: desired state with which this server started.
         address: address of this server. An earlier server at this address counts as an earlier run of this server.
-        result: recorded for a swap to that state by an earlier run of this server. All other swaps are recorded as
-            failed.
+        result: result to record for a swap to that state by an earlier run of this server. All other swaps are
+            recorded as failed.
         reason: why the other swaps failed.
     """
     unfinished = select(SwapRow).where(SwapRow.name == started.name, SwapRow.outcome.is_(None))

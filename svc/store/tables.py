@@ -263,7 +263,7 @@ class ShadowPairRow(Table):
 
 
 class RetakenProbesRow(Table):
-    """A version's probes, measured on a kind of engine other than the kind that qualified the version."""
+    """A version's probes, measured on a kind of engine other than the one on which the version was qualified."""
 
     __tablename__ = "retaken_probes"
 
@@ -320,7 +320,7 @@ class FeedbackRow(Table):
 
 
 class HoldoutRunRow(Table):
-    """A held-out run of a version on the engine that serves it. `results` is JSON that contains no texts."""
+    """One run of a version's held-out examples on its serving engine. `results` is JSON that contains no texts."""
 
     __tablename__ = "holdout_runs"
 
@@ -374,7 +374,7 @@ class DriftAlarmRow(Table):
 class DriftItemRow(Table):
     """Drift features of one request, without its text. The row is deleted together with its request.
 
-    `features` is JSON. `topic` and `wanted` are float32 and `words` is int32, all little-endian.
+    `features` is JSON. `topic` and `wanted` are float32 arrays and `words` is an int32 array, all little-endian.
     """
 
     __tablename__ = "drift_items"

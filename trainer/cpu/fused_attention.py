@@ -1,5 +1,5 @@
-"""Computes bfloat16 attention as unblocked matrix products in a single autograd step, which is faster on a
-CPU for short rows.
+"""Computes bfloat16 attention as unblocked matrix products in a single autograd function, which is faster
+on a CPU for short rows.
 
 PyTorch's own CPU attention computes in small blocks, and needs a copy of each key and value for every query head that
 shares them. Here, attention takes two full products in the forward pass and four in the backward pass. On rows of a

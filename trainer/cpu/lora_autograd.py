@@ -1,10 +1,10 @@
-"""Computes each LoRA linear layer in one autograd step, whereas PEFT's forward needs ten.
+"""Computes each LoRA linear layer in one autograd function, whereas PEFT's forward needs ten operations.
 
 Under bf16 autocast, PEFT casts a layer's input to the adapter's float32 and back, scales, adds and casts
-once more, and stores a tensor for the backward pass at each of these steps. On a CPU these passes over memory take
+once more, and stores a tensor for the backward pass at each of these operations. On a CPU these passes over memory take
 as long as the matrix products. Here the adapter's small weights are cast instead of the layer's large
-inputs, the update is added inside its matrix product, and layers with the same input store it once. The
-formula is the same, but values are rounded to bf16 at different points.
+inputs, the update is added by the same matrix product that computes it, and layers with the same input store
+the input once. The formula is the same, but values are rounded to bf16 at different points.
 
 Supports only plain LoRA on `torch.nn.Linear`; every other layer uses PEFT's own forward. Imports torch
 and PEFT.
@@ -118,10 +118,9 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _fits_into_weight(number_type: torch.dtype, rows: int, width: int) -> bool:
-    """Return whether adding the update to the weight before a product with [rows, width] is both exact enough
-    and cheaper.
+    """Return whether it is both exact enough and cheaper to add the update to the weight than to the product.
 
-    The product is [rows, columns] and the weight, or its transpose, [width, columns]; the smaller of the two
-    is updated.
+    A matrix of shape [rows, width] is multiplied by the weight or its transpose, [width, columns], which gives a
+    product of shape [rows, columns]. The update is added to the smaller of the product and the weight.
     """
     return number_type is torch.float32 and rows > width

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.errors import DataError
 from svc.model_folder.chat_template import TemplateKwargs
@@ -43,7 +43,7 @@ class Comparison:
 
 def tokenize_judged(
     tokenizer: "PreTrainedTokenizerBase",
-    judged: Sequence[PreferencePair | LabelledAnswer],
+    judged: Sequence[PreferencePair | LabeledAnswer],
     stops: set[int],
     template_kwargs: TemplateKwargs,
     train: Train | None = None,
@@ -63,29 +63,29 @@ def tokenize_judged(
         rejected = tokenize_examples(tokenizer, [pair.rejected for pair in pairs], stops, template_kwargs)
         both = list(zip(chosen, rejected, strict=True))
         return [Comparison(first, second) for first, second in (fit_length(both, train) if train else both)]
-    answers = [answer for answer in judged if isinstance(answer, LabelledAnswer)]
+    answers = [answer for answer in judged if isinstance(answer, LabeledAnswer)]
     if not answers:
         return []
     tokenized = tokenize_examples(tokenizer, [answer.example for answer in answers], stops, template_kwargs)
-    labelled = list(zip(tokenized, [answer.desirable for answer in answers], strict=True))
+    labeled = list(zip(tokenized, [answer.desirable for answer in answers], strict=True))
     if train is None:
-        return _with_others(labelled)
+        return _with_others(labeled)
     fit_length([[row] for row in tokenized], train)
-    fitting = [(row, label) for row, label in labelled if len(row.input_ids) <= train.max_length]
+    fitting = [(row, label) for row, label in labeled if len(row.input_ids) <= train.max_length]
     return [replace(pair, second=truncate(pair.second, train.max_length)) for pair in _with_others(fitting)]
 
 
-def _with_others(labelled: Sequence[tuple[TokenizedExample, bool]]) -> list[Comparison]:
+def _with_others(labeled: Sequence[tuple[TokenizedExample, bool]]) -> list[Comparison]:
     """Pair each labeled answer with the nearest earlier answer to a different prompt, appended to the labeled
     answer's own prompt.
     """
     comparisons = []
-    for place, (row, desirable) in enumerate(labelled):
-        others = (labelled[place - distance][0] for distance in range(1, len(labelled)))
+    for place, (row, desirable) in enumerate(labeled):
+        others = (labeled[place - distance][0] for distance in range(1, len(labeled)))
         other = next((other for other in others if other.prompt != row.prompt), None)
         if other is None:
             raise DataError(
-                "all labelled answers have the same prompt",
+                "all labeled answers have the same prompt",
                 expected="answers to at least two prompts, because each answer is compared with answers to other "
                 "prompts",
             )

@@ -11,8 +11,8 @@ from trainer.diagnosis.training_run import TrainingRun
 from trainer.diagnosis.window import Window, start_of, taken, width, window_of, windows
 
 SURE = 3.0
-"""Number of standard errors above which a difference between windows is not attributed to chance. Because many
-pairs of windows are compared, a difference must also be large."""
+"""Number of standard errors above which a difference between the mean losses of two windows of steps is not attributed
+to chance. Because many pairs of windows are compared, a difference must also be large."""
 ABOVE_START = 0.1
 """Minimum rise of the loss, as a share of the loss before the first step. A smaller rise does not justify another
 run."""
@@ -25,7 +25,7 @@ reduction falls in the last third, it has come three quarters of the way to the 
 LATE_SURE = 2.0
 """Minimum fall of the loss late in training, in standard errors. It applies to the held-out loss, compared example by
 example, or to the training loss if the held-out loss was not measured often enough. Because only one comparison is
-made, fewer standard errors are enough than for pairs of windows."""
+made, fewer standard errors are enough than when many pairs of windows are compared."""
 USUAL_TIMES = 3.0
 """Factor by which a learning rate must differ from the usual rate to count as the cause of a finding. Adjacent rates in
 a sweep differ by this factor."""
@@ -128,8 +128,8 @@ def not_learnt(run: TrainingRun, what: str, rule: str) -> Finding:
 
 
 def late_windows(run: TrainingRun) -> tuple[Window, Window, Window] | None:
-    """Return the windows at the start, at two thirds and at the end of training, or None if the run is too
-    short.
+    """Return the windows of losses at the start, at two thirds and at the end of training, or None if the run is
+    too short.
 
     Progress is measured by the sum of the learning rates instead of the number of steps, because a learning rate that
     decays to 0 makes the loss of every run level off.

@@ -27,8 +27,8 @@ applies from MANY_EPOCHS epochs on: a model that has seen an example ten times h
 enough. Among 20 runs of 20 epochs on 60 examples, the first ratio detected 16 runs and the second 18
 (benchmarks.diagnosis, seeds 3000 to 3019)."""
 WIDEST = 0.2
-"""Maximum width of the 95% interval of exact match. With a wider interval, a drop of ten percentage points could go
-unnoticed."""
+"""Maximum width of the 95% confidence interval of exact match. With a wider interval, a drop of ten percentage
+points could go unnoticed."""
 
 CUT_OFF = 0.02
 """A finding is reported if more than this share of a format's answers are cut off at their token limit. A smaller

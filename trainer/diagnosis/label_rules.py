@@ -16,15 +16,16 @@ MAX_LABELS = 50
 """Maximum number of distinct answers for a task to count as labeling. `svc data check` uses the same
 limit."""
 MIN_ASKED = 60
-"""Minimum number of held-out results needed to judge the labels. A third of the results is then at least twenty."""
+"""Minimum number of held-out results needed to judge the labels. With this minimum, the most confident third, from
+which the labels are judged, contains at least twenty results."""
 WRONG = 0.06
-"""The labels are suspect if more than this share of the model's most confident third of answers are wrong. On the
-section task, 2 to 4% of these answers are wrong, compared with 25 to 35% of all answers."""
+"""The labels are suspect if more than this share of the most confident third of the model's answers is wrong. On the
+Debian section task, 2 to 4% of this third is wrong, compared with 25 to 35% of all answers."""
 LEARNT, SURE = 0.7, 0.88
 """Thresholds for the mean probability of the most confident third and the most confident sixth of answers. A model
 below the first threshold has not learned its task. With correct labels, some examples are easy, and the model's mean
-probability for them exceeds the second threshold: it is 0.96 on the section task. Randomly assigned wrong labels affect
-easy examples too, so a model that has learned how often they occur stays unsure even there."""
+probability for them exceeds the second threshold: it is 0.96 on the Debian section task. Randomly assigned wrong labels
+affect easy examples too, so a model that has learned how often wrong labels occur stays unsure even there."""
 STILL_LEARNING = 0.3
 """Fall of the training loss in the last third of training, as a share of its final level, above which a model is still
 learning. Such a model is also unsure of correct labels. In 300 healthy runs, label noise was reported 5 times without

@@ -1,9 +1,9 @@
-"""Proposes changes to a recipe that does not fit in memory: as few keys as possible, cheapest changes
-first.
+"""Proposes changes to a recipe that does not fit in memory. As few keys as possible are changed, cheapest
+changes first.
 
 Every proposal is estimated with all of its changes applied, so it is as accurate as the estimate itself. Changes that
 do not affect the result come first (smaller batches with more accumulation, weights sharded across devices,
-checkpointing), followed by rounding the optimizer's moments, then a different method, and finally changes that reduce
+checkpointing), followed by 8-bit optimizer moments, then a different method, and finally changes that reduce
 what is learned.
 """
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.objective import Objective
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.model_folder.weight_files import TOKENIZER_FILES
@@ -130,7 +130,7 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
 
 
 def read_preference_workload(
-    judged: Sequence[PreferencePair | LabelledAnswer], recipe: Recipe, folder: Path
+    judged: Sequence[PreferencePair | LabeledAnswer], recipe: Recipe, folder: Path
 ) -> Workload:
     """Return the batches that preference training would form (see `read_workload`).
 
@@ -162,7 +162,7 @@ def read_preference_workload(
 
 
 def shared_out(recipe: Recipe, workload: Workload, devices: int) -> tuple[Recipe, Workload]:
-    """Return the share of a run that each of several devices computes, as a recipe and its workload.
+    """Return the recipe and the workload of each device when a run is divided among several devices.
 
     Raises:
         RecipeError: a step cannot be divided among the devices.
@@ -247,7 +247,7 @@ def _tokenize(
 
 
 def _tokenize_judged(
-    judged: Sequence[PreferencePair | LabelledAnswer], folder: Path, recipe: Recipe, *, counted: bool
+    judged: Sequence[PreferencePair | LabeledAnswer], folder: Path, recipe: Recipe, *, counted: bool
 ) -> list[tuple[TokenizedExample, ...]]:
     """Return both tokenized answers of each pair, or each tokenized labeled answer. Pairs and answers that the recipe
     drops as too long are excluded.
@@ -261,7 +261,7 @@ def _tokenize_judged(
     if pairs := [pair for pair in judged if isinstance(pair, PreferencePair)]:
         answers = [tokenize([pair.chosen for pair in pairs]), tokenize([pair.rejected for pair in pairs])]
     else:
-        answers = [tokenize([answer.example for answer in judged if isinstance(answer, LabelledAnswer)])]
+        answers = [tokenize([answer.example for answer in judged if isinstance(answer, LabeledAnswer)])]
     units, longest = list(zip(*answers, strict=True)), recipe.train.max_length
     fitting = [unit for unit in units if max(map(_length, unit)) <= longest]
     return fitting if fitting and recipe.train.too_long is TooLong.DROP else units

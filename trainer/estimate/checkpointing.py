@@ -17,7 +17,7 @@ _KEY = "train.gradient_checkpointing"
 
 @dataclass(frozen=True, slots=True)
 class Checkpointing:
-    """Whether layers are computed twice to save memory, and the reason."""
+    """The decision whether to use gradient checkpointing, and the reason for it."""
 
     enabled: bool
     reason: str
@@ -54,8 +54,9 @@ def with_checkpointing(estimate: Estimate, enabled: bool, served_length: int) ->
 
 
 def _sharding(estimate: Estimate) -> dict[str, str]:
-    """Return a recipe change that forces the weights to be sharded, or not to be sharded, as the estimate assumes.
-    Weights that fit unsharded only with checkpointing therefore stay unsharded.
+    """Return a recipe change that shards the weights, or keeps them unsharded, as in the given estimate.
+
+    Otherwise, an estimate without checkpointing might shard weights that fit on one device only with checkpointing.
     """
     here = estimate.here
     if here.device.count == 1 or here.undivided:

@@ -85,7 +85,7 @@ def batch_operations(training: Training, batch: Batch) -> float:
 
 
 def _forward(training: Training, batch: Batch) -> tuple[float, float]:
-    """Return the number of operations in a forward pass: first for the layers' weights, then for attention."""
+    """Return the numbers of operations in a forward pass, as a pair: for the layers' weights, and for attention."""
     shape, rows = training.shape, batch.rows * batch.sequences
     pairs = _up_to(batch.shared) + rows * (_up_to(batch.length) - _up_to(batch.shared))
     return 2 * shape.used_weights * batch.computed, 4 * shape.layers * shape.queries * pairs

@@ -141,8 +141,8 @@ def estimate_device(
 
 
 def _training(recipe: Recipe, shape: ModelShape, device: ComputeDevice, largest: Batch) -> Training:
-    """Return how a recipe is trained on one or several devices. The weights are sharded across the devices if the
-    recipe says so or, by default, if all weights and the largest batch do not fit on one device.
+    """Return the training setup for a recipe on one or several devices. The weights are sharded across the devices if
+    the recipe says so or, by default, if all weights and the largest batch do not fit on one device.
 
     Args:
         recipe: recipe with the batch size per device.

@@ -51,8 +51,8 @@ def refuse_memory(estimate: Estimate, machine: Machine) -> None:
 def refuse_stages(estimate: Estimate, machine: Machine) -> None:
     """Raise InsufficientMemoryError if a stage after training does not fit into memory.
 
-    An engine may also use several GPUs and main memory, and parity runs on the CPU if the GPU is too small. The GPU
-    memory that these stages need is therefore compared with the total memory of the machine.
+    An engine may also use several GPUs and main memory, and the parity checks run on the CPU if the GPU is too small.
+    The GPU memory that these stages need is therefore compared with the total memory of the machine.
 
     Raises:
         InsufficientMemoryError: the message names the stage, how much memory is missing, and a format that

@@ -2,7 +2,7 @@
 
 The stages run in sequence, and each frees its memory before the next starts, so a run needs as much memory as its
 largest stage. Their outputs are kept, so disk space adds up. Values are peaks of resident memory, including mapped
-pages of files. Unless stated otherwise, the formulas are calculated from tensor sizes; their constants were measured
+pages of files. Unless stated otherwise, the formulas are derived from tensor sizes; their constants were measured
 with `benchmarks.stage_memory` on a CPU (docs/estimate.md). Nothing was measured on a GPU.
 """
 

@@ -47,7 +47,7 @@ def join_fused_layers(folder: Path, layers: list[str]) -> None:
         layers: names of the layers in the model architecture.
 
     Raises:
-        TrainingError: the parts of a layer group their inputs differently.
+        TrainingError: the parts of a layer were quantized with different input groups.
     """
     written = {tensor.name for tensor in read_headers(folder)}
     split = {layer: parts for layer in layers if (parts := _parts(layer)) and f"{parts[0]}.qweight" in written}

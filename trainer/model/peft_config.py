@@ -58,8 +58,8 @@ def _trained_rows(model: PreTrainedModel, recipe: Recipe, tokens: Sequence[int])
     """Return the trained rows of the embedding and of the output head, keyed by layer. These are either all rows or
     only the rows of new tokens.
 
-    If the head is tied to the embedding, PEFT updates both. With its `modules_to_save`, a tied head would become a
-    separate copy that is no longer tied.
+    If the head is tied to the embedding, PEFT updates both. With PEFT's `modules_to_save`, a tied head would
+    become a separate copy that is no longer tied.
     """
     config, saved = model.config.get_text_config(), set(recipe.adapter.modules_to_save)
     if saved and config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""Starts an adapter from a part of the base's weights, as PiSSA and OLoRA do, and saves the result as plain LoRA.
+"""Initializes an adapter from a part of the base's weights, as PiSSA and OLoRA do, and saves the result as plain LoRA.
 
 The base's weights are split into W = R + s B0 A0. Training updates B and A and freezes the residual R, so the adapter
 fits only R, which is not stored anywhere. Because R + s B A = W + s (B A - B0 A0), the trained change is also a plain
@@ -35,7 +35,8 @@ def first_matrices(model: PeftModel, start: str, seed: int) -> Matrices:
     """Return the adapter's initial matrices. The base is not changed.
 
     Args:
-        start: value of `adapter.init`. The rank is at most the smaller size of each layer.
+        start: value of `adapter.init`. The adapter's rank must not exceed either dimension of any
+            layer's weight.
         seed: random seed for an approximate decomposition. Nothing else uses random numbers.
     """
     matrices: Matrices = {}
@@ -83,7 +84,7 @@ def start_from(model: PeftModel, matrices: Matrices) -> None:
 def save_as_lora(adapter: Path, matrices: Matrices) -> None:
     """Convert a saved adapter, which fits the residual, into a plain LoRA of the original base.
 
-    B A - B0 A0 = (B - B0) A + B0 (A - A0), whose two products have the size of the trained change.
+    B A - B0 A0 = (B - B0) A + B0 (A - A0), so both products are about as small as the trained change.
 
     Args:
         adapter: folder with adapter_config.json and adapter_model.safetensors.

@@ -22,15 +22,15 @@ from trainer.recipe.adapter import AdapterType
 from trainer.recipe.recipe import Recipe
 
 _ROUNDED_SUM, _ROUNDED_BASE = 1.0, 0.5
-"""Allowed deviation of a weight, in bf16 steps. The sum is rounded up or down, so it may be off by one step. The base
-adds half a step, because it is rounded to nearest if it is published in a data type other than bf16, as Llama 2 is in
-float16."""
+"""Allowed deviations of a merged weight due to rounding, in bf16 steps. The sum of base and adapter may be rounded up
+or down, so it may be off by one step. The weights of a base published in another data type, such as Llama 2 in float16,
+are first rounded to the nearest bf16 number, which may add half a step."""
 _ONCE = 0.02
-"""Allowed deviation of an adapter's factor from 1, which means that the adapter was applied exactly once. Rounding
-changes the factor of a trained adapter by less than a hundredth."""
+"""Allowed deviation from 1 of the factor by which an adapter's update was multiplied when it was merged. A factor of 1
+means that the adapter was applied exactly once. Rounding changes the factor by less than 0.01 for a trained adapter."""
 _SIGMAS = 5.0
-"""Allowed deviation, in standard deviations, due to the random rounding of small changes. About one correct module in
-two million exceeds this limit."""
+"""Deviation that is allowed in addition to `_ONCE`, in standard deviations of the error that random rounding of small
+updates causes in the factor. About one correctly merged module in two million exceeds this limit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 AWQ multiplies the input columns of a layer by scales, and divides the weights that produce these inputs by the same
 scales: the weights of the preceding norm, or the rows of the preceding layer. Both scalings are undone here. The scales
-of a norm follow from the two models' norms, and the scales of rows from the ratio of the rows in the two models.
-Imports torch.
+are computed by comparing the two models: their norm weights if a norm was divided, or else the rows of the preceding
+layer. Imports torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ _SOURCES = {"o_proj": "v_proj", "down_proj": "up_proj"}
 """For a layer without a preceding norm, the layer whose rows produce its inputs. In between there is only a weighted
 sum (attention) or an elementwise product (gating)."""
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Position of each of eight outputs in a packed integer, counted in groups of 4 bits from the lowest bits."""
+"""Position of each of eight outputs in a packed integer, in units of 4 bits, counted from the lowest bits."""
 
 
 def read_unscaled(before: Tensors, after: Tensors, layer: str) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Creates the parity report of a version, which checks its files and the engine's answers against training.
+"""Creates a version's parity report, which compares the version's files and the engine's scores with the model that was
+trained.
 
 All comparisons use the same held-out examples, with the token ids used in training. The difference between two correct
 implementations with the same weights is also measured, so that the limits take this machine's rounding into account.
@@ -33,7 +34,8 @@ from trainer.recipe.recipe import Recipe
 BESIDE_TRAINED = "merged: compared with the trained model"
 """Name of the final parity check, which covers merging and serving together."""
 BESIDE_NF4 = "adapter on the base's own weights compared with NF4, on which it was trained"
-"""Name of a comparison made after QLoRA. It has no limit, because training itself uses the rounded weights."""
+"""Name of a comparison made after QLoRA: the adapter on the base's original weights, and on the NF4 weights used in
+training. No limit applies, because training with the rounded weights makes a difference unavoidable."""
 _NOT_THE_SUM = 1e-3
 """Maximum share of a module's weights that may differ from base plus adapter by more than a bf16 step. This
 happens for sums near 0, whose terms cancel."""
@@ -41,8 +43,9 @@ _MIN_LIMIT = 0.02
 """Minimum value of a limit on differences, in nats per token. A smaller difference between two nearly
 identical models does not change any answer."""
 _TIMES_FLOOR = 3.0
-"""Allowed multiple of the rounding difference. Two independent differences add up to 1.4 times a single difference; the
-rest is a safety margin, because the number of tokens may be small."""
+"""Maximum allowed difference, as a multiple of the difference that is due to rounding. Two independent rounding
+differences of equal size add up to 1.4 times that size; the rest is a safety margin, because the number of tokens may
+be small."""
 _MAX_FLOOR = 0.1
 """Maximum rounding difference allowed, in nats per token on average. A correct bf16 engine differs from transformers by
 0.01 to 0.03 nats, and a faulty engine by one nat or more."""

@@ -25,7 +25,7 @@ from trainer.model.product_caches import bound_product_caches
 
 _WITH_LAYERS = 1.2
 """Ratio of the required memory to the size of the weights. The excess covers the adapter, and float32 copies of one
-layer while its weights are compared. For an 8B model there are about twelve copies of 0.23 GB."""
+layer while its weights are compared: for an 8B model, about twelve copies of 0.23 GB each."""
 _WITH_LOGITS = 2 * 2**30
 """Bytes needed for a forward pass and the float32 logits of one answer."""
 

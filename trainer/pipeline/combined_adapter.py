@@ -50,7 +50,8 @@ class CombinedAdapter:
         return f"sha256:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"
 
     def describe(self, recipe: Recipe) -> Recipe:
-        """Return a recipe completed with the type, rank, alpha and layers of the result. Its scale is 1.
+        """Return a recipe completed with the type, rank, alpha and layers of the combined adapter. The adapter's
+        scale, alpha / rank, is 1.
 
         Raises:
             RecipeError: the recipe sets one of these keys to a different value.
@@ -148,7 +149,8 @@ def _find_version(name: str, registry: Registry) -> TrainedAdapter:
 def _refusal(part: TrainedAdapter) -> str | None:
     """Return the reason why PEFT cannot combine an adapter with others, or None if it can.
 
-    PEFT would ignore DoRA's magnitudes, and write matrices whose ranks differ from the ranks in the config.
+    For example, PEFT would ignore the magnitudes of a DoRA adapter. If an adapter's layers have different ranks, PEFT
+    would write matrices that do not match the ranks in the config.
     """
     reasons = {
         "use_dora": "it is DoRA",

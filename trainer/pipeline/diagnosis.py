@@ -31,7 +31,7 @@ def diagnose_training(
 
     Args:
         curve: loss curve of the training run.
-        qualified: results of the formats with a complete model. The merged format is the trained model.
+        qualified: results of the formats that are complete models. The merged format represents the trained model.
         general_change: score on general tasks after training minus the score before, or None if not
             measured.
         width: hidden width of the base.
@@ -44,7 +44,7 @@ def diagnose_training(
             usual_learning_rate=recipe.usual_learning_rate(width),
             curve=curve,
             train_examples=len(examples.train),
-            contradictions=0 if examples.judged else count_contradictions(examples.train),  # labelled answers differ
+            contradictions=0 if examples.judged else count_contradictions(examples.train),  # labeled answers differ
             learns_final_answers=not examples.judged
             and all(example.learnt == (len(example.messages) - 1,) for example in examples.train),
             evaluation=merged.evaluation if merged else None,

@@ -64,8 +64,8 @@ def evaluation_engine(
 
 
 class ReusedEngine:
-    """An engine that serves several models in turn. It is replaced only if the next model's fingerprint
-    differs; otherwise the model is loaded in place.
+    """An engine that serves several models in turn. The next model is loaded in place if the engine supports this and
+    the two models differ only in their weights. Otherwise, a new engine is started.
 
     Use it as a context manager to stop the engine at the end.
 

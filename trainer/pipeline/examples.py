@@ -14,12 +14,12 @@ from svc.dataset.checks.check import shared_prompts
 from svc.dataset.fingerprint import fingerprint
 from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes, hash_prompts
 from svc.dataset.readers.bad_lines import BadLines
-from svc.dataset.readers.preferences import read_labelled, read_pairs
+from svc.dataset.readers.preferences import read_labeled, read_pairs
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.readers.source import newest_modification
 from svc.dataset.schema.example import ChatExample, normal_prompt
 from svc.dataset.schema.objective import Objective
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.dataset.split import mix_general, near_leaks, put_sample_first, split_heldout
 from svc.dataset.stored_examples import as_tuple, collect, join, select
 from svc.errors import DataError
@@ -30,7 +30,7 @@ from trainer.recipe.data import Learn
 from trainer.recipe.evaluate import Evaluate
 from trainer.recipe.recipe import Recipe
 
-Judged = PreferencePair | LabelledAnswer
+Judged = PreferencePair | LabeledAnswer
 """Examples from which a preference is learned."""
 
 _MANY_HELD = 2.0
@@ -89,7 +89,7 @@ class Examples:
 
     @property
     def measured_judged(self) -> tuple[Judged, ...]:
-        """The judged answers of the examples in `measured`."""
+        """The preference pairs or labeled answers that belong to the examples in `measured`."""
         return self.validation_judged or self.heldout_judged
 
     @property
@@ -98,8 +98,8 @@ class Examples:
         form a pair.
         """
         pairs = [pair for pair in self.heldout_judged if isinstance(pair, PreferencePair)]
-        labelled = [answer for answer in self.heldout_judged if isinstance(answer, LabelledAnswer)]
-        rejected = {normal_prompt(answer.example): answer.example for answer in labelled if not answer.desirable}
+        labeled = [answer for answer in self.heldout_judged if isinstance(answer, LabeledAnswer)]
+        rejected = {normal_prompt(answer.example): answer.example for answer in labeled if not answer.desirable}
         better = [example for example in self.heldout if normal_prompt(example) in rejected]
         return (*pairs, *(PreferencePair(example, rejected[normal_prompt(example)]) for example in better))
 
@@ -120,8 +120,8 @@ def read_run_examples(
 
     Args:
         cache: folder for Hub datasets.
-        bad_lines: collects lines that cannot be trained on, including leaks. If None, the first such line
-            raises an error.
+        bad_lines: collects lines that cannot be trained on, including lines that repeat a held-out or validation
+            prompt. If None, the first such line raises an error.
         learnt: hashes of the prompts on which earlier versions with the recipe's name were trained.
 
     Raises:
@@ -143,7 +143,7 @@ def read_run_examples(
     all_heldout, heldout = heldout, read.references(heldout)
     if not heldout:
         raise DataError(
-            "no held-out answer is labelled desirable",
+            "no held-out answer is labeled desirable",
             expected="at least one desirable answer, because these are the reference answers of the evaluation",
             todo="set data.heldout to a file with desirable answers, or raise data.heldout_share",
         )
@@ -203,15 +203,16 @@ def _read_heldout(recipe: Recipe, cache: Path | None) -> Examples:
 
 
 class _Reader:
-    """Reads the files of a recipe as examples. For a preference objective, an example is a pair's better answer or a
-    labeled answer, and represents its pair or label wherever examples are selected.
+    """Reads the files of a recipe as examples. For a preference objective, each pair or labeled answer is represented
+    by one example, which contains the better or the labeled answer. Examples can therefore be selected in the same way
+    for all objectives.
     """
 
     def __init__(self, objective: Objective, cache: Path | None, bad_lines: BadLines | None) -> None:
         self._objective = objective
         self._read_chats = partial(read_examples, cache=cache, bad_lines=bad_lines)
         self._read_pairs = partial(read_pairs, cache=cache, bad_lines=bad_lines)
-        self._read_labelled = partial(read_labelled, cache=cache, bad_lines=bad_lines)
+        self._read_labeled = partial(read_labeled, cache=cache, bad_lines=bad_lines)
         self._judged: dict[int, tuple[ChatExample, Judged]] = {}
 
     def __call__(
@@ -225,7 +226,7 @@ class _Reader:
                 _check_documents(sources, examples, wanted=self._objective is Objective.TEXT)
                 return examples
             case Objective.KTO:
-                judged = self._read_labelled(sources, minimum=minimum, kept_back=kept_back)
+                judged = self._read_labeled(sources, minimum=minimum, kept_back=kept_back)
             case _:
                 judged = self._read_pairs(sources, minimum=minimum, kept_back=kept_back)
         better = []
@@ -242,9 +243,9 @@ class _Reader:
         return tuple(self._judged[id(example)][1] for example in examples) if self._judged else ()
 
     def is_reference(self, example: ChatExample) -> bool:
-        """Return whether an example's answer is a reference answer, and not labeled as undesirable."""
+        """Return whether an example's answer is a reference answer. Answers labeled as undesirable are not."""
         _, answer = self._judged.get(id(example), (example, None))
-        return not isinstance(answer, LabelledAnswer) or answer.desirable
+        return not isinstance(answer, LabeledAnswer) or answer.desirable
 
     def references(self, examples: Sequence[ChatExample]) -> Sequence[ChatExample]:
         """Return the examples whose answers are reference answers."""
@@ -288,7 +289,8 @@ def _questions(evaluate: Evaluate) -> GeneralSet | None:
 
 
 def _leave_out(train: Sequence[ChatExample], questions: GeneralSet | None) -> Sequence[ChatExample]:
-    """Exclude training examples that ask a general question, and print how many were excluded. Return the rest.
+    """Exclude training examples whose prompts are also general questions, and print how many were excluded. Return the
+    other examples.
 
     Raises:
         DataError: fewer than two examples remain.

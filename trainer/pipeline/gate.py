@@ -53,8 +53,8 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
 
 
 def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
-    """Print how far a drop in quality must be from each gate's limit for these examples to give a verdict. Only limits
-    on a share of answers are covered.
+    """Print, for each gate, how far a loss of quality must be from the gate's limit to be detected with the number of
+    examples available. Gates that do not limit a share of answers are omitted.
     """
     limits = recipe.evaluate
     formats = set(recipe.formats)

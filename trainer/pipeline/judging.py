@@ -34,7 +34,7 @@ def compare_answers(
 
     Args:
         judge: the recipe's judge, which must have a URL and a model.
-        heldout: all held-out examples. The models answered only the first of them.
+        heldout: all held-out examples, starting with the examples that the models answered.
 
     Raises:
         SvcError: the judge cannot be reached, or its replies are not valid verdicts.

@@ -6,8 +6,8 @@
                      through the object store: weights of the recipe's formats, under the same keys as a version's files
 
 All stages run on one node, which has the weights on its disk. If the node is lost, another node downloads the weights
-of finished stages from the object store. A merged model that is not among the recipe's formats is not stored there, but
-merged again.
+of finished stages from the object store. The merged model is in the object store only if the recipe lists the merged
+format; otherwise, the new node merges the adapter again.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -124,7 +124,7 @@ class Run:
         return None if stored is None else StoredWeights.model_validate(stored)
 
     def add_stored(self, stage: Stage, weights: StoredWeights | None) -> None:
-        """Record that the weights of a finished stage are in the object store or, with None, in the run's folder."""
+        """Record that a finished stage's weights are in the object store or, if None is given, in the run's folder."""
         stored = weights.model_dump(mode="json") if weights else None
         content = read_json_object(self._result(stage)) | {"stored": stored}
         write_whole(self._result(stage), json.dumps(content, indent=1).encode("utf-8"))

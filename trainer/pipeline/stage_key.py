@@ -35,8 +35,9 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
     """Return the keys of a run's stages, keyed by stage.
 
     Data paths, the checkpoint interval and the held-out loss curve are excluded, because they do not affect the result.
-    For preference objectives, however, the held-out curve is included, because the model must score its examples before
-    training. Devices are also excluded, because they affect only rounding. A run can therefore resume on other devices.
+    For preference objectives, however, the held-out curve is included, because the held-out examples must be scored
+    before training. Devices are also excluded, because they affect only rounding. A run can therefore resume on other
+    devices.
 
     Args:
         trained: hash of an adapter that is not trained in this run. Its path is excluded.
@@ -49,7 +50,7 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
         adapter.pop(key)
     if not adapter["modules_to_save"]:
         adapter.pop("modules_to_save")
-    if adapter["init"] is None:  # so that runs from before this key exists continue
+    if adapter["init"] is None:  # so that runs started before this key existed can resume
         adapter.pop("init")
     if not prefers:
         content["stopping"].pop("curve")

@@ -49,8 +49,8 @@ def sending_curve(tracking: Tracking, run_id: str) -> Iterator[Report]:
     """Yield a function that takes an optimizer step and its metrics, and queues them for a thread that sends them to
     MLflow.
 
-    Metrics that could not be sent are sent again with the next metrics, and at the end of the block. If MLflow still
-    does not respond then, the metrics are lost, and a warning is logged.
+    Metrics that could not be sent are sent again with the next metrics, and at the end of the `with` block. If MLflow
+    still does not respond then, the metrics are lost, and a warning is printed.
     """
     sender = _Sender(tracking, run_id)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow") as thread:

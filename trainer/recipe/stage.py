@@ -33,21 +33,21 @@ QUANTIZE_STAGES: Mapping[Format, Stage] = {
     Format.INT8: Stage.QUANTIZE_INT8,
     Format.FP8: Stage.QUANTIZE_FP8,
 }
-"""Stage that writes each quantized format. Every format has its own stages, so adding a format does not repeat
-the stages of other formats."""
+"""For each quantized format, the stage that writes it. Every format has its own stages, so that adding a format does
+not repeat the stages of other formats."""
 QUALIFY_STAGES: Mapping[Format, Stage] = {
     Format.GPTQ: Stage.QUALIFY,
     Format.AWQ: Stage.QUALIFY_AWQ,
     Format.INT8: Stage.QUALIFY_INT8,
     Format.FP8: Stage.QUALIFY_FP8,
 }
-"""Stage that evaluates each quantized format on the engine."""
+"""For each quantized format, the stage that evaluates it on the engine."""
 WRITE_STAGES: Mapping[Format, Stage] = {
     Format.MERGED: Stage.MERGE,
     **QUANTIZE_STAGES,
     Format.GGUF: Stage.EXPORT_GGUF,
 }
-"""Stage that writes each format, except for the adapter."""
+"""For each format except the adapter, the stage that writes it."""
 
 
 def choose_stages(recipe: Recipe) -> tuple[Stage, ...]:

@@ -96,7 +96,7 @@ def import_axolotl(draft: Draft, folder: Path) -> None:
         folder: folder of the new recipe.
 
     Raises:
-        RecipeError: the config trains something other than a text model on examples or preferences.
+        RecipeError: the config is not for training a text model on examples or preferences.
     """
     for key, task in _OTHER_TASKS.items():
         if draft.content.get(key):

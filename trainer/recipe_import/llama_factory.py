@@ -86,7 +86,7 @@ def import_llama_factory(draft: Draft, folder: Path, beginning: Path) -> None:
             directory, then to this folder and each of its parents.
 
     Raises:
-        RecipeError: the config trains something other than a text model on examples or preferences.
+        RecipeError: the config is not for training a text model on examples or preferences.
     """
     _import_objective(draft)
     draft.copy("model_name_or_path", "base")

@@ -290,13 +290,11 @@ class Finals:
     async def _ask(
         self, engine: ReusedEngine, name: str, revision: str, make: Callable[[], Path], *, task: bool
     ) -> list[tuple[ExampleResult, ...]]:
-        """Return a model's answers to the general questions. If `task` is set, its answers to the held-out examples
-        come first.
-
-        Stored answers are reused.
+        """Return a model's answers to the general questions. Stored answers are reused.
 
         Args:
             make: function that returns the model's folder. It is called only if answers are missing.
+            task: whether to return the model's answers to the held-out examples as well, as the first item.
         """
         runner, kwargs = self.runner, self.runner.template_kwargs
         cache = evaluation_cache(self.settings, self.capabilities, revision, runner.base.folder, template_kwargs=kwargs)

@@ -38,8 +38,8 @@ def draw_sweep(result: SweepResult, path: Path) -> Path:
         axis.set_xlabel(key)
         # Values are drawn as texts at equal distances: rates differ by factors, and targets have no size.
         for line in sorted(lines, key=lambda line: _order(line.values[key])):
-            colour = "tab:orange" if line.values == result.winner else "tab:blue"
-            _mark(axis, show(line.values[key]), line.loss, colour)
+            color = "tab:orange" if line.values == result.winner else "tab:blue"
+            _mark(axis, show(line.values[key]), line.loss, color)
         if result.recipe:
             axis.axhline(result.recipe.value, color="grey", linestyle="--", linewidth=1)
     return _save(figure, path)
@@ -65,10 +65,10 @@ def _order(value: object) -> tuple[float, str]:
     return (value, "") if isinstance(value, int | float) else (float("inf"), str(value))
 
 
-def _mark(axis: "Axes", place: float | str, loss: Interval | None, colour: str) -> None:
+def _mark(axis: "Axes", place: float | str, loss: Interval | None, color: str) -> None:
     if loss:
         interval = [[max(0.0, loss.value - loss.low)], [max(0.0, loss.high - loss.value)]]
-        axis.errorbar([place], [loss.value], interval, fmt="o", color=colour, capsize=3)
+        axis.errorbar([place], [loss.value], interval, fmt="o", color=color, capsize=3)
 
 
 def _save(figure: "Figure", path: Path) -> Path:

@@ -144,7 +144,7 @@ class RayTrials:
         """Call a function in a thread as soon as the number of running trials is below the limit.
 
         Args:
-            work: function that runs a trial, which calls `train`. If it raises an exception, all trials stop.
+            work: function that runs a trial by calling `train`. If the function raises an exception, all trials stop.
 
         Raises:
             InterruptedRunError: a signal was received.
@@ -199,8 +199,8 @@ class RayTrials:
         """Return the untrained model's loss on each example in `TrialData.judged`.
 
         Args:
-            folder: path of the same form as a trial folder's, from which a name in the object store is derived. Nothing
-                is written to this path.
+            folder: path from which a name in the object store is derived, as from a trial's folder
+                (`sweeps/NAME/trials/KEY`). Nothing is written to this path.
 
         Raises:
             InterruptedRunError: a signal was received.

@@ -91,7 +91,7 @@ class _Trial:
     Attributes:
         trial: the trial in Optuna's study.
         result: future of the trial's training.
-        outcome: the outcome with this trial's values, or None if it has not been reported to Optuna yet.
+        outcome: the trial's outcome, or None if it has not been reported to Optuna yet.
     """
 
     number: int
@@ -224,8 +224,8 @@ class Search:
         return choose()
 
     def _epochs(self, best: TrialOutcome) -> TrialOutcome:
-        """Try one epoch, then more epochs as long as each increase lowers held-out loss. From the largest
-        planned number of epochs on, the loss must fall significantly.
+        """Try one epoch, then more epochs as long as each increase lowers held-out loss. More epochs
+        than the largest planned number are tried only while the loss falls significantly.
         """
         own = None if self.recipe.train.steps else self.recipe.train.epochs
         lengths = sorted({*_EPOCHS, own or 1.0})
@@ -324,7 +324,7 @@ class Search:
     def _finish_oldest(self) -> None:
         """Wait for the running trial that was started first, and report its outcome to Optuna."""
         oldest = self._running[0]
-        # It may be the training of an earlier trial, with the values spelled differently.
+        # An earlier trial may have the same outcome, if both trials' values result in the same training.
         outcome = oldest.result.result().model_copy(update={"values": dict(oldest.values)})
         result = f"held-out loss {outcome.loss}" if outcome.loss else f"{outcome.status}: {outcome.why}"
         console.print(f"  trial {oldest.number}: {result}, {outcome.seconds:.0f} s", soft_wrap=True)

@@ -1,7 +1,7 @@
 """Runs a function in several processes on this machine, one per device.
 
-The caller's process receives signals and serves the calls of the first process. This module does not import torch, so
-that a new process can silence the libraries before importing them.
+The calling process receives signals, and runs functions for the first of these processes. This module does not import
+torch, so that a new process can silence the libraries before importing them.
 """
 
 import gc
@@ -45,7 +45,7 @@ because Python warns about each one left behind."""
 
 @dataclass(frozen=True, slots=True)
 class DeviceProcesses:
-    """Processes on this machine, one for each device (trainer.training.processes.TrainingProcesses)."""
+    """Processes on this machine, one for each device. Implements `trainer.training.processes.TrainingProcesses`."""
 
     devices: Sequence[TrainingDevice]
 
@@ -104,7 +104,7 @@ def run_on_devices(
 
 
 class _Processes:
-    """The processes as their supervisor sees them (trainer.training.processes.Started)."""
+    """The supervisor's interface to processes on this machine. Implements `trainer.training.processes.Started`."""
 
     def __init__(self, devices: Sequence[TrainingDevice], processes: Sequence[tuple[SpawnProcess, Connection]]) -> None:
         self.names = [device.name for device in devices]

@@ -15,8 +15,8 @@ from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Train
 
 _MAX_USED = 1.5 * 2**30
-"""A GPU counts as free if at most this many bytes are in use, for example by a desktop or by the estimate that precedes
-training."""
+"""A GPU counts as free if at most this many bytes of its memory are in use, for example by a desktop environment or by
+the memory estimate that precedes training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +196,8 @@ def _free(gpus: Sequence[Gpu], first: str) -> tuple[list[int], list[str]]:
 
 
 def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int]:
-    """Return the listed indices, after checking that these GPUs exist and are identical to the GPU that torch would
-    use.
+    """Return the GPU indices that the recipe lists, after checking that these GPUs exist and are identical to the GPU
+    that torch would use.
     """
     if missing := [number for number in numbers if number >= len(gpus)]:
         raise RecipeError(

@@ -143,7 +143,7 @@ class Failure:
 
     @property
     def died(self) -> bool:
-        """Whether the process ended without an exception."""
+        """Whether the process died without reporting an exception."""
         return self.error is None and not self.cause
 
 

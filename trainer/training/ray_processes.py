@@ -160,7 +160,7 @@ def reserved(
 def shortage(
     kind: WorkerKind, size: int, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float], wait_s: float
 ) -> BusyError | ClusterError:
-    """Return the error for resources that are not free.
+    """Return the error to raise if the workers' resources did not become free in time.
 
     Args:
         nodes: the cluster's nodes, as `ray.nodes()` returns them.
@@ -195,8 +195,9 @@ def _described(resources: Mapping[str, float]) -> str:
 
 
 class RayProcesses:
-    """Workers on a cluster to which this process is connected (trainer.training.processes.TrainingProcesses). They run
-    for the duration of the `with` block.
+    """Workers on a cluster to which this process is connected. They run for the duration of the `with` block.
+
+    Implements `trainer.training.processes.TrainingProcesses`.
 
     Args:
         size: number of workers.
@@ -406,7 +407,7 @@ def _start_actors(
 
 
 class _Workers:
-    """A supervisor's interface to workers (trainer.training.processes.Started)."""
+    """The supervisor's interface to workers on a cluster. Implements `trainer.training.processes.Started`."""
 
     def __init__(self, actors: Sequence["Worker"], run: SharedRun, asked: Preemption, output: "_Output") -> None:
         self._actors = actors

@@ -24,7 +24,8 @@ from svc.errors import TrainingError
 from trainer.training.mechanisms import checkpointed_layers
 
 _ORIGINAL_CLASS = 2
-"""Index of a module's own class among the base classes of the class that `fully_shard` gives it."""
+"""Index of a module's original class in the method resolution order of the class that `fully_shard` creates in
+its place."""
 
 
 def shard_model(model: nn.Module, devices: int, number_type: NumberType, *, full: bool) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from svc.dataset.schema.example import ChatExample
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.evaluation.training_curve import TrainingPoint
 
 
@@ -52,6 +52,6 @@ class TrainingData:
     train: Sequence[ChatExample]
     heldout: Sequence[ChatExample] = ()
     served_length: int | None = None
-    judged: Sequence[PreferencePair | LabelledAnswer] = ()
-    heldout_judged: Sequence[PreferencePair | LabelledAnswer] = ()
+    judged: Sequence[PreferencePair | LabeledAnswer] = ()
+    heldout_judged: Sequence[PreferencePair | LabeledAnswer] = ()
     fingerprint: str | None = None

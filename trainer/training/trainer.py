@@ -3,8 +3,8 @@
 A checkpoint contains everything that the next step depends on: trained weights, optimizer, schedule, random number
 state, position in the data, the losses so far, AdaLoRA's allocator, the reference log-probabilities of preference
 tuning, PiSSA's initial matrices and, in float16, the loss scale. It also records the data type used for computation.
-Trained weights are always in float32, so a machine that computes in another data type can resume from
-it. Imports torch and TRL.
+Trained weights are always in float32, so a machine that computes in another data type can resume from the checkpoint.
+Imports torch and TRL.
 """
 
 import hashlib

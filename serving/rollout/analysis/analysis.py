@@ -150,7 +150,7 @@ class Analysis:
         Args:
             units: planned number of candidate units with data for the signal; at least 1.
             share: the candidate's share of the units; above 0 and below 1.
-            production: production's measured shares, for the signals that are shares.
+            production: measured values of production for all signals that are shares (all except `first_token`).
         """
         error = self._budget.wrong_rollback
         margins = {
@@ -168,7 +168,7 @@ class Analysis:
     def verdicts(self) -> tuple[SignalVerdict, ...]:
         """Return the verdict on each signal, including measured values and their limits.
 
-        Takes about 10 ms after 3,000 candidate units, so long rollouts call it in a thread.
+        Takes about 10 ms after 3,000 candidate units, so it is called in a thread for long rollouts.
         """
         return tuple(
             SignalVerdict(

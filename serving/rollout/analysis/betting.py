@@ -1,7 +1,7 @@
 """Collects evidence about a loss by betting, so that it can be checked at any time.
 
-A bet stakes a fraction c of its money on a payoff of at least -1, which multiplies the money by 1 + c *
-payoff. If the payoffs are at most 0 on average, regardless of earlier payoffs, the probability that the money ever
+A bet stakes a fraction c of its wealth on a payoff of at least -1, which multiplies the wealth by 1 + c *
+payoff. If the payoffs are at most 0 on average, regardless of earlier payoffs, the probability that the wealth ever
 reaches 1 / a is at most a (Ville's inequality). Therefore, no fixed sample size is needed, and frequent checks do not
 cause more wrong decisions (Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting", J.
 R. Stat. Soc. B 86).
@@ -10,9 +10,9 @@ A difference between -1 and 1 gives two payoffs: `proof` is at most 0 on average
 at most a bound, `exclusion` if the mean difference is at least the bound. The bounds that are not refuted
 form a confidence sequence.
 
-The money is divided among a few fixed stakes. Adaptive stakes (aGRAPA, in the same paper) prove losses equally early,
-but rarely rule out a loss of one percentage point: they stop betting after an early loss that is due to chance, and
-need 1.5 to more than 3 times as many units.
+The initial wealth is divided among a few fixed stakes. Adaptive stakes (aGRAPA, in the same paper) prove losses equally
+early, but rarely rule out a loss of one percentage point: they stop betting after an early loss that is due to chance,
+and need 1.5 to more than 3 times as many units.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,9 +26,9 @@ from svc.evaluation.verdict import GateOutcome
 Floats = NDArray[np.float64]
 
 STAKES = (0.1, 0.2, 0.4, 0.8)
-"""Fractions of the money staked on each payoff. The largest stake proves a large loss within 50 candidate units. The
-smallest stake works best for frequent events whose loss is close to the margin."""
-_MAX_MONEY = 1e100  # far beyond any decision, and far from overflow
+"""Fractions of the wealth staked on each payoff. The largest stake proves a large loss within 50 candidate units. The
+smallest stake works best for frequent events if the loss is close to the margin."""
+_MAX_WEALTH = 1e100  # far beyond any decision, and far from overflow
 _BISECTIONS = 20
 
 
@@ -62,7 +62,7 @@ def exclusion(differences: Floats, bound: float) -> Floats:
 
 
 def wealth(payoffs: Floats, counts: Floats | float = 1.0) -> float:
-    """Return the money after betting on all payoffs, starting from 1.
+    """Return the wealth after betting on all payoffs, starting from 1.
 
     Args:
         counts: how often each payoff occurred.
@@ -98,8 +98,8 @@ class Evidence:
         return GateOutcome.UNDECIDED
 
 
-def _bet(money: list[float], payoff: float) -> list[float]:
-    return [min(each * (1 + stake * payoff), _MAX_MONEY) for each, stake in zip(money, STAKES, strict=True)]
+def _bet(before: list[float], payoff: float) -> list[float]:
+    return [min(each * (1 + stake * payoff), _MAX_WEALTH) for each, stake in zip(before, STAKES, strict=True)]
 
 
 def limits(
@@ -115,9 +115,9 @@ def limits(
     if a loss is proven, and the upper limit is at most the margin if a loss is ruled out.
 
     Args:
-        proof_at: function that returns the money against the claim that the loss is at most a bound. It
+        proof_at: function that returns the wealth of a bet against the claim that the loss is at most a bound. It
             decreases with the bound.
-        exclusion_at: function that returns the money against the claim that the loss is at least a bound. It
+        exclusion_at: function that returns the wealth of a bet against the claim that the loss is at least a bound. It
             increases with the bound.
         between: range of the loss. If no bound is refuted from one side, the end of the range on that side is returned.
     """

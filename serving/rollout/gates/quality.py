@@ -105,10 +105,13 @@ def evaluated_format(format: Format) -> Format:
 
 
 def _arms(registry: Registry, candidate: Target, production: Target) -> tuple[_Arm, _Arm]:
-    """Return the results to compare, limited to the same examples. The results of production or of the base come first.
+    """Return the two sets of results to compare, limited to the examples that both contain.
+
+    The results of the version in production, or of the base, come first.
 
     Raises:
-        _IncomparableError, NotFoundError: results are missing, or belong to other examples.
+        _IncomparableError, NotFoundError: results are missing, or cannot be compared, for example because the
+            held-out examples differ.
         IntegrityError: stored results were changed.
     """
     manifest = registry.manifest(candidate.version)
@@ -139,7 +142,8 @@ def _production(registry: Registry, production: Target, candidate: Manifest) -> 
     A damaged version counts as incomparable, so that it can still be replaced.
 
     Raises:
-        _IncomparableError, NotFoundError: its results are missing or damaged, or belong to other examples.
+        _IncomparableError, NotFoundError: the results are missing or damaged, or cannot be compared with the
+            candidate's, for example because the held-out examples differ.
     """
     try:
         manifest = registry.manifest(production.version)

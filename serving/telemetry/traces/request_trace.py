@@ -59,7 +59,7 @@ class RequestTrace:
         return f"{parent}tracestate: {self.state}\r\n" if self.state else parent
 
     def end(self, *, model: str | None, stream: bool | None, queue_s: float, overhead_s: float | None) -> None:
-        """Set the values that are known once the request has ended, and record the current time as its end."""
+        """Set the values that are known only after the request, and record the current time as its end time."""
         self.ended_ns = self.started_ns + time.perf_counter_ns() - self._began_ns
         self.model, self.stream, self.queue_s, self.overhead_s = model, stream, queue_s, overhead_s
 

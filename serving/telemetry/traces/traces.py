@@ -42,7 +42,8 @@ class Tracer:
     """Begins a span for each request, either as a child of the client's span or as the start of a new trace.
 
     Args:
-        sample_share: fraction of new traces that are sampled. For a client's trace, the client decides.
+        sample_share: fraction of new traces that are sampled. If the client started the trace, the client's sampling
+            decision applies.
     """
 
     def __init__(self, sample_share: float) -> None:

@@ -1,4 +1,4 @@
-"""A base model's tokenizer and chat template, which provide its special tokens and count an example's tokens.
+"""A base model's tokenizer and chat template, used to look up its special tokens and to count an example's tokens.
 
 The whole conversation is counted, including the template's text after the last answer (usually a newline),
 which is excluded from training.

@@ -26,7 +26,7 @@ from svc.dataset.problem.problem_log import ProblemLog
 from svc.dataset.readers.preferences import read_any_lines
 from svc.dataset.readers.reader import AnyExample, Kind, Line, chat_of
 from svc.dataset.schema.example import ChatExample, Message, Role, answered_prompts, normal_prompt
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 
 MAX_LENGTH = 4096
 """Default maximum length of an example, in tokens."""
@@ -50,7 +50,7 @@ class DataReport:
             there are too many different answers for them to be labels.
         answer_lengths: lengths of the chosen and rejected answers of all pairs.
         documents: number of examples that are documents.
-        desirable: number of answers labelled as desirable (True) and as undesirable (False).
+        desirable: number of answers labeled as desirable (True) and as undesirable (False).
     """
 
     file: str
@@ -147,16 +147,16 @@ def _look_at(example: AnyExample) -> Answer:
 
 def _is_no_reference(example: AnyExample) -> bool:
     """Return whether an example has no reference answer because its answer is undesirable or it is a document."""
-    return chat_of(example).is_document or (isinstance(example, LabelledAnswer) and not example.desirable)
+    return chat_of(example).is_document or (isinstance(example, LabeledAnswer) and not example.desirable)
 
 
 def _check_labels(reports: Sequence[DataReport]) -> None:
-    """Report a problem if all labelled answers have the same label. A pair counts as one answer with each label."""
-    labelled = [report for report in reports if report.desirable]
-    labels = {label for report in labelled for label in report.desirable}
+    """Report a problem if all labeled answers have the same label. A pair has one of each label."""
+    labeled = [report for report in reports if report.desirable]
+    labels = {label for report in labeled for label in report.desirable}
     if len(labels) == 1 and not any(report.kind is Kind.PAIRS for report in reports):
         kind = "desirable" if labels == {True} else "undesirable"
-        labelled[0].add(1, Code.ONE_LABEL, f"all {sum(report.examples for report in labelled)} answers are {kind}")
+        labeled[0].add(1, Code.ONE_LABEL, f"all {sum(report.examples for report in labeled)} answers are {kind}")
 
 
 def shared_prompts(examples: Sequence[ChatExample], others: Sequence[ChatExample]) -> list[int]:
@@ -195,7 +195,7 @@ class _LineChecks:
             sides.append(example.rejected)
             report.answer_lengths.add(*(min(len(side.answer), _MAX_CHARACTERS) for side in sides))
             self._check_message(report, number, example.rejected.messages[-1], fields[-1])
-        if isinstance(example, LabelledAnswer):
+        if isinstance(example, LabeledAnswer):
             report.desirable[example.desirable] += 1
         report.lengths.append(min(max(side.characters for side in sides), _MAX_CHARACTERS))
         if not _is_no_reference(example) and len(report.answers) <= FEW_ANSWERS:  # more are free text
@@ -300,7 +300,7 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
     near_leak = np.where(leak < 0, nearest(sketches, table.sketches[:held]), -1)
     same_pair = _earlier(train["pairs"] ^ train["systems"])  # with other tools it is another example
     same_prompt = _earlier(train["prompts"] ^ train["systems"])
-    # A prompt may have several pairs and labelled answers.
+    # A prompt may have several pairs and labeled answers.
     is_preference = train["opposites"] != 0
     again = is_preference & (same_prompt >= 0)
     same_prompt[(same_pair >= 0) | is_preference] = -1

@@ -1,9 +1,9 @@
 """Finds unusual answers among the answers to one instruction, such as unknown labels, or text instead of JSON.
 
-A label is an answer from a small set: a short text, or a JSON object that contains a single text or
-number. If the instruction lists the labels of nearly all examples, the listed labels are the set. Otherwise, a label
-that occurs only once is reported if all other labels occur often, unless it is a number and most labels are numbers. A
-rare spelling of a frequent label is always reported. This module knows nothing about files.
+A label is an answer from a small set: a short text, or a JSON object that contains a single text or number. If the
+instruction lists the labels of nearly all examples, the set consists of the listed labels. Otherwise, a label that
+occurs only once is reported if all other labels occur often, unless it is a number and most labels are numbers. A rare
+spelling of a frequent label is always reported. This module knows nothing about files.
 """
 
 import re
@@ -42,7 +42,7 @@ class AnswerKind(IntFlag):
     LABEL = 2
     LISTED = 4  # a word of the instruction
     NUMBER = 8  # a label that is a number
-    UNDESIRABLE = 16  # labelled as undesirable; such an answer need not be like the others
+    UNDESIRABLE = 16  # labeled as undesirable; such an answer need not be like the others
 
 
 class Answer(NamedTuple):

@@ -16,7 +16,7 @@ from svc.dataset.checks.row_file import RowFile
 from svc.dataset.prompt_hashes import hash_text
 from svc.dataset.readers.reader import AnyExample, chat_of
 from svc.dataset.schema.example import ChatExample, Role, answered_prompts
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.dataset.text.plain_text import normal
 
 _EDGE = 100
@@ -126,7 +126,7 @@ def _preference(example: AnyExample) -> tuple[str, str]:
         case PreferencePair():
             better, worse = _normal_answer(example.chosen), _normal_answer(example.rejected)
             return f"{better}\x1e{worse}", f"{worse}\x1e{better}"
-        case LabelledAnswer():
+        case LabeledAnswer():
             answer = _normal_answer(example.example)
             return f"{answer}\x1e{example.desirable}", f"{answer}\x1e{not example.desirable}"
         case _:

@@ -107,8 +107,8 @@ class _ListReader:
         self._at = 0
 
     def _give_up(self, line: int, error: RowError) -> Row:
-        """Return a final row with the error. No later element can be located, because the end of this one is
-        unknown.
+        """Return a final row with the error. No later element can be located, because the end of the
+        current element is unknown.
         """
         self._lost = True
         rest = self._text[self._at : self._at + MAX_ROW_BYTES]

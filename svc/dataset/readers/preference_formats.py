@@ -1,7 +1,7 @@
-"""Recognizes preference data formats and converts their rows to pairs and labelled answers.
+"""Recognizes preference data formats and converts their rows to pairs and labeled answers.
 
 A row with a pair contains two answers. The prompt is either a separate field, or the turns with which both answers
-begin. A row with a labelled answer is in one of the chat formats and also has a label. This module knows nothing about
+begin. A row with a labeled answer is in one of the chat formats and also has a label. This module knows nothing about
 files.
 """
 
@@ -14,7 +14,7 @@ from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.chat_formats import Format, add_alpaca_prompt, check_keys, parse_row, quoted, recognise
 from svc.dataset.readers.turns import ASSISTANTS, ROLES, Turns, is_absent
 from svc.dataset.schema.example import ChatExample
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.dataset.schema.tool_calls import decode_inner, expect, expect_turns, json_text
 
 
@@ -46,7 +46,7 @@ def recognise_pair(value: Any) -> PairFormat | None:
     return next((form for form, keys in PAIR_KEYS.items() if all(value.get(key) is not None for key in keys)), None)
 
 
-def is_labelled(value: Any) -> bool:
+def is_labeled(value: Any) -> bool:
     """Return whether a row is a chat example with a label that is true or false."""
     form = recognise(value)
     return form in _LABELLED_FORMATS and any(_as_label(value.get(key)) is not None for key in LABEL_KEYS)
@@ -76,8 +76,8 @@ def parse_pair(value: Any, form: PairFormat) -> tuple[PreferencePair, tuple[str,
     return PreferencePair(chosen, rejected), (*fields, other_fields[-1])
 
 
-def parse_labelled(value: Any, form: Format) -> tuple[LabelledAnswer, tuple[str, ...]]:
-    """Convert a row to a labelled answer. Also return, for each message, the name of the field that contains its text.
+def parse_labeled(value: Any, form: Format) -> tuple[LabeledAnswer, tuple[str, ...]]:
+    """Convert a row to a labeled answer. Also return, for each message, the name of the field that contains its text.
 
     Args:
         form: the format of the file.
@@ -95,7 +95,7 @@ def parse_labelled(value: Any, form: Format) -> tuple[LabelledAnswer, tuple[str,
         raise RowError(
             Code.WRONG_LABEL, f"is {json_text(value[given[0]]):.80}", field=given[0], expected="true or false"
         )
-    return LabelledAnswer(example, label), fields
+    return LabeledAnswer(example, label), fields
 
 
 def _as_label(value: Any) -> bool | None:
@@ -134,7 +134,8 @@ def _read_openai(value: dict[str, Any], key: str) -> tuple[ChatExample, tuple[st
 def _read_chosen_rejected(value: dict[str, Any], key: str) -> tuple[ChatExample, tuple[str, ...]]:
     """Read `chosen` or `rejected` with its prompt.
 
-    As in TRL, an answer that is a conversation contains its prompt, unless the prompt is also a list of turns.
+    The answer may include the prompt, either as a list of turns (TRL) or as a single text (Anthropic's HH). Otherwise,
+    the prompt is read from its own field.
     """
     chat, answer = Turns(), _turns_in(value[key])
     prompts = [name for name in PROMPT_KEYS if not is_absent(value.get(name))]

@@ -1,4 +1,4 @@
-"""Reads preference pairs and labelled answers from data files, for training with DPO, ORPO or KTO, and for checks."""
+"""Reads preference pairs and labeled answers from data files, for training with DPO, ORPO or KTO, and for checks."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from svc.dataset.readers.bad_lines import BadLines
 from svc.dataset.readers.chat_formats import parse_row
-from svc.dataset.readers.preference_formats import parse_labelled, parse_pair
+from svc.dataset.readers.preference_formats import parse_labeled, parse_pair
 from svc.dataset.readers.reader import (
     AnyExample,
     Kind,
@@ -19,7 +19,7 @@ from svc.dataset.readers.reader import (
     wrong_kind,
 )
 from svc.dataset.schema.example import ChatExample
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 
 
 def read_any_lines(path: Path, on_read: OnRead) -> tuple[Kind, Iterator[Line[AnyExample]]]:
@@ -38,7 +38,7 @@ def read_any_lines(path: Path, on_read: OnRead) -> tuple[Kind, Iterator[Line[Any
         case Kind.PAIRS:
             return file.kind, file.lines(parse_pair)
         case Kind.LABELLED:
-            return file.kind, file.lines(parse_labelled)
+            return file.kind, file.lines(parse_labeled)
 
 
 def read_pairs(
@@ -66,30 +66,30 @@ def read_pairs(
     return pairs
 
 
-def read_labelled(
+def read_labeled(
     sources: Source | Sequence[Source],
     *,
     minimum: int = 1,
     cache: Path | None = None,
     bad_lines: BadLines | None = None,
     kept_back: Sequence[ChatExample] = (),
-) -> list[LabelledAnswer]:
-    """Return all labelled answers from one or more sources, in order. A pair has a desirable and an undesirable answer.
+) -> list[LabeledAnswer]:
+    """Return all labeled answers from one or more sources, in order. A pair has a desirable and an undesirable answer.
 
     Args:
-        sources: files, folders, or hub datasets given as `hf:ORG/NAME`; each file has labelled answers or pairs.
+        sources: files, folders, or hub datasets given as `hf:ORG/NAME`; each file has labeled answers or pairs.
         minimum: minimum number of answers required.
         cache: folder for files fetched from the hub.
         bad_lines: collects bad lines, or None to raise an error for the first bad line.
         kept_back: held-out examples; a line that repeats one of their prompts is bad.
 
     Raises:
-        DataError: a line is bad (the error names it), a file contains neither labelled answers nor pairs, or there are
+        DataError: a line is bad (the error names it), a file contains neither labeled answers nor pairs, or there are
             too few answers.
     """
-    rows = read_good(_labelled_lines, sources, cache, bad_lines, kept_back)
-    answers = [answer for row in rows for answer in _labelled(row)]
-    require(minimum, answers, "labelled answer", sources)
+    rows = read_good(_labeled_lines, sources, cache, bad_lines, kept_back)
+    answers = [answer for row in rows for answer in _labeled(row)]
+    require(minimum, answers, "labeled answer", sources)
     return answers
 
 
@@ -112,18 +112,18 @@ def _pair_lines(path: Path) -> Iterator[Line[PreferencePair]]:
     return file.lines(parse_pair)
 
 
-def _labelled_lines(path: Path) -> Iterator[Line[LabelledAnswer | PreferencePair]]:
+def _labeled_lines(path: Path) -> Iterator[Line[LabeledAnswer | PreferencePair]]:
     file = open_file(path, Kind.LABELLED)
     match file.kind:
         case Kind.PAIRS:
             return file.lines(parse_pair)
         case Kind.LABELLED:
-            return file.lines(parse_labelled)
+            return file.lines(parse_labeled)
         case Kind.CHAT:
             raise wrong_kind(path, file.kind, Kind.LABELLED)
 
 
-def _labelled(row: LabelledAnswer | PreferencePair) -> tuple[LabelledAnswer, ...]:
-    if isinstance(row, LabelledAnswer):
+def _labeled(row: LabeledAnswer | PreferencePair) -> tuple[LabeledAnswer, ...]:
+    if isinstance(row, LabeledAnswer):
         return (row,)
-    return LabelledAnswer(row.chosen, desirable=True), LabelledAnswer(row.rejected, desirable=False)
+    return LabeledAnswer(row.chosen, desirable=True), LabeledAnswer(row.rejected, desirable=False)

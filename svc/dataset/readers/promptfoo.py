@@ -113,7 +113,7 @@ def _render(template: str, variables: dict[str, Any], field: str) -> str:
     """Fill in the variables of a template. Values of variables are inserted verbatim and not treated as templates.
 
     Raises:
-        RowError: the template contains an unknown name or code.
+        RowError: the template contains code, or a variable that is not defined.
     """
     if _CODE.search(_NAME.sub("", template)):
         raise _fault(field, f"has code in its template: {template!r:.120}", "only variable names, such as {{question}}")

@@ -17,11 +17,11 @@ from svc.dataset.problem.problem import Code, RowError, Severity, severity_of
 from svc.dataset.readers.bad_lines import BadLines
 from svc.dataset.readers.chat_formats import Format, parse_row, recognise
 from svc.dataset.readers.file_types import read_rows
-from svc.dataset.readers.preference_formats import PairFormat, is_labelled, recognise_pair
+from svc.dataset.readers.preference_formats import PairFormat, is_labeled, recognise_pair
 from svc.dataset.readers.row import Row
 from svc.dataset.readers.source import data_files
 from svc.dataset.schema.example import ChatExample, answered_prompts, normal_prompt
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.dataset.stored_examples import collect
 from svc.errors import DataError
 from svc.terminal import console
@@ -29,7 +29,7 @@ from svc.terminal import console
 _HEAD_ROWS = 100
 _HEAD_BYTES = 4 * 2**20
 Source = str | Path
-AnyExample = ChatExample | PreferencePair | LabelledAnswer
+AnyExample = ChatExample | PreferencePair | LabeledAnswer
 Example = TypeVar("Example", bound=AnyExample, covariant=True)
 OnRead = Callable[[int], None]
 
@@ -39,7 +39,7 @@ class Kind(StrEnum):
 
     CHAT = "chat examples"
     PAIRS = "preference pairs"
-    LABELLED = "labelled answers"
+    LABELLED = "labeled answers"
 
 
 _DEFAULTS: dict[Kind | None, tuple[Kind, Format | PairFormat]] = {
@@ -127,7 +127,7 @@ def _recognise(value: Any, expected: Kind | None) -> tuple[Kind, Format | PairFo
     if pair and not (chat and expected is Kind.CHAT):
         return Kind.PAIRS, pair
     if chat:
-        return Kind.LABELLED if is_labelled(value) else Kind.CHAT, chat
+        return Kind.LABELLED if is_labeled(value) else Kind.CHAT, chat
     return None
 
 
@@ -239,7 +239,7 @@ def chat_of(example: AnyExample) -> ChatExample:
     match example:
         case PreferencePair():
             return example.chosen
-        case LabelledAnswer():
+        case LabeledAnswer():
             return example.example
         case _:
             return example

@@ -1,4 +1,4 @@
-"""A record of a data file before its format has been determined, and the size limit for records."""
+"""A single record read from a data file, before its chat format is known, and the size limit for records."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ as a whole."""
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A record of a data file, with the value or the error that decoding it produced. A blank line has neither.
+    """A record read from a data file, with the value or the error that decoding it produced. A blank line has neither.
 
     Attributes:
         number: number of the record's first line, starting at 1; for a Parquet file, the row number.

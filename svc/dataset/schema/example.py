@@ -366,8 +366,8 @@ def _check_order(messages: tuple[Message, ...]) -> None:
 def _check_calls(example: ChatExample) -> None:
     """Check that every tool call is followed by its result and every result is preceded by its call.
 
-    Chat templates may require this. Calls without an id are only counted; a single tool turn may contain the
-    results of all of them, as in ShareGPT files.
+    Chat templates may require this. Calls without an id cannot be matched individually: they must be followed by at
+    least one tool turn, which may contain all of their results, as in ShareGPT files.
     """
     offered = dict.fromkeys(names_of(example.tools))
     caller, ids, unnamed, answered = "", dict[str, None](), 0, False

@@ -1,4 +1,4 @@
-"""Preferences between answers: pairs of a better and a worse answer, and answers labelled as desirable or not."""
+"""Preferences between answers: pairs of a better and a worse answer, and answers labeled as desirable or not."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class PreferencePair:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledAnswer:
+class LabeledAnswer:
     """An answer with a label that says whether the answer is desirable, for training with KTO."""
 
     example: ChatExample

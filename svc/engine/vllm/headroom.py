@@ -15,8 +15,8 @@ from svc.settings.engine import Device
 
 ENGINE_OVERHEAD = 2 * GIB
 """Memory of an engine in addition to weights and KV cache. On a CPU, vLLM 0.32 with a model of a few megabytes used 1.8
-GiB for Python and torch in three processes, which is how many it starts when it binds threads. With two processes, it
-used 0.7 GiB less. On a GPU, the overhead was not measured, but this value covers the CUDA context and a long prompt."""
+GiB for Python and torch in the three processes that it starts if it binds threads. With two processes, it used 0.7
+GiB less. On a GPU, the overhead was not measured, but this value covers the CUDA context and a long prompt."""
 
 
 def shortage(specs: Sequence[EngineSpec]) -> str | None:

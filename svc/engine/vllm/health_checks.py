@@ -13,7 +13,7 @@ from svc.engine.vllm.connection_pool import EngineConnections
 
 
 class HealthChecks:
-    """Health checks of one engine. It implements svc.engine.client.StatusChecks."""
+    """Sends health checks to one engine. Implements svc.engine.client.StatusChecks."""
 
     def __init__(self, address: EngineAddress) -> None:
         self._connections = EngineConnections(address, silence_s=HEALTH_TIMEOUT_S)

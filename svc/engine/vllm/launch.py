@@ -122,10 +122,10 @@ class EngineSpec:
         )
 
     def _unprobed(self) -> str | None:
-        """Return the reason why the engine cannot be probed, or None if it can be. This applies to vLLM 0.32.
+        """Return the reason why the engine cannot be probed, or None if it can be.
 
-        On a CPU, probing is impossible if adapters may change the output layer. Without `--lora-target-modules`,
-        they may change any layer.
+        On a CPU, vLLM 0.32 cannot be probed if adapters may change the output layer. Without `--lora-target-modules`,
+        adapters may change any layer.
         """
         args = self.settings.args
         if self.device is not Device.CPU or (self.lora is None and not given_flag(args, "enable-lora")):

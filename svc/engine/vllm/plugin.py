@@ -123,7 +123,8 @@ def _keep_scales_of_int8_weights() -> None:
     """Make vLLM keep the scales of INT8 weights for as long as a oneDNN kernel reads them, including after a reload.
 
     On a CPU without AMX, the kernel holds a pointer to its layer's scales. A reload in vLLM 0.32 creates a kernel from
-    new tensors, copies these into the layer's tensors and then frees them. SmolLM2-135M then produced NaN.
+    new tensors, copies their values into the layer's existing tensors and frees the new ones, although the kernel still
+    points to them. As a result, SmolLM2-135M produced NaN.
     """
     from vllm import _custom_ops
 

@@ -309,7 +309,7 @@ def _in_own_thread(work: Callable[[], Result]) -> "asyncio.Future[Result]":
 async def _uncancelled(work: Callable[[], Result]) -> Result:
     """Run `work` in a thread without letting a cancellation interrupt it.
 
-    Cancellation takes effect once the work is done, so that the caller can undo it.
+    Cancellation takes effect once the work is done, so that the caller can undo the work.
     """
     working = asyncio.ensure_future(asyncio.to_thread(work))
     try:

@@ -60,8 +60,8 @@ class Metric(ABC):
         name: identifier consisting of the letters a to z, digits and `_`.
         title: name for display.
         scored: whether each example has its own score.
-        watched_by: name of the metric that monitoring uses in place of this one if this one has no per-example
-            scores; empty if monitoring uses this metric.
+        watched_by: name of the metric that monitoring uses instead, for a metric without per-example scores; empty
+            if monitoring uses this metric itself.
         in_tokens: whether values depend on the model's tokenizer, so that models with different tokenizers
             cannot be compared.
     """
@@ -132,7 +132,7 @@ class SetMetric(Metric):
 
     @abstractmethod
     def statistic(self, answered: Answered) -> Statistic:
-        """Return the metric as a `Statistic`, a function of the number of times that each example was drawn."""
+        """Return the metric as a `Statistic`: a function of how many times a resample contains each example."""
 
     def score(self, answered: Answered) -> list[float]:
         return []

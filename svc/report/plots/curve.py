@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from svc.evaluation.training_curve import TrainingPoint
-from svc.report.plots.svg import Colour, draw_svg
+from svc.report.plots.svg import Color, draw_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
-        trained = Colour.MERGED.value
+        trained = Color.MERGED.value
         if len(steps) <= _FEW_POINTS:
             axes.plot(steps, losses, color=trained, marker="o", markersize=3, label="training")
         else:
@@ -45,7 +45,7 @@ def plot_loss(curve: Sequence[TrainingPoint]) -> str | None:
         if len(held):
             mark = "s" if len(held) <= _FEW_POINTS else ""
             label = f"held-out, {examples} examples" if examples else "held-out"
-            axes.plot(held_steps, held, color=Colour.GPTQ.value, marker=mark, markersize=5, label=label, clip_on=False)
+            axes.plot(held_steps, held, color=Color.GPTQ.value, marker=mark, markersize=5, label=label, clip_on=False)
         _finish(axes)
         if everything.max() > _STEEP * np.median(everything) > 0 and everything.min() > 0:
             axes.set_yscale("log")
@@ -68,9 +68,9 @@ def plot_learning_rate(curve: Sequence[TrainingPoint]) -> str | None:
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
-        axes.plot(steps, rates, color=Colour.MERGED.value)
+        axes.plot(steps, rates, color=Color.MERGED.value)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        axes.yaxis.get_offset_text().set_color(Colour.MUTED.value)
+        axes.yaxis.get_offset_text().set_color(Color.MUTED.value)
         _finish(axes)
 
     return draw_svg("learning-rate", f"learning rate, maximum {rates.max():.2g}", _HEIGHT, draw)

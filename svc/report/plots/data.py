@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from svc.dataset.summary import DataSummary
-from svc.report.plots.svg import Colour, draw_svg
+from svc.report.plots.svg import Color, draw_svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,16 +21,16 @@ def plot_lengths(data: DataSummary) -> str | None:
     """
     if data.prompts is None or data.answers is None:
         return None
-    parts = {"prompts": (data.prompts, Colour.MERGED), "answers": (data.answers, Colour.GPTQ)}
+    parts = {"prompts": (data.prompts, Color.MERGED), "answers": (data.answers, Color.GPTQ)}
 
     def draw(figure: "Figure") -> None:
         from matplotlib.ticker import LogLocator, NullLocator
 
         axes = figure.subplots()
-        for at, (name, (lengths, colour)) in enumerate(parts.items()):
-            axes.stairs(lengths.counts, lengths.edges, fill=True, color=colour.value, alpha=0.35)
+        for at, (name, (lengths, color)) in enumerate(parts.items()):
+            axes.stairs(lengths.counts, lengths.edges, fill=True, color=color.value, alpha=0.35)
             style = ("-", "--")[at]
-            axes.stairs(lengths.counts, lengths.edges, color=colour.value, linewidth=1.6, linestyle=style, label=name)
+            axes.stairs(lengths.counts, lengths.edges, color=color.value, linewidth=1.6, linestyle=style, label=name)
         axes.set_xscale("log")
         low, high = axes.get_xlim()
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high / low < _MANY_DECADES else (1,)))
@@ -59,19 +59,19 @@ def plot_labels(trained: Mapping[str, int], heldout: Mapping[str, int]) -> str |
         return None
     labels = list(trained)[:_MAX_LABELS]
     series = (
-        ("training", trained, Colour.MERGED, "s"),
-        ("held-out", heldout, Colour.GPTQ, "D"),
+        ("training", trained, Color.MERGED, "s"),
+        ("held-out", heldout, Color.GPTQ, "D"),
     )
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
-        for name, counts, colour, mark in series:
+        for name, counts, color, mark in series:
             total = max(1, sum(counts.values()))
             shares = [100 * counts.get(label, 0) / total for label in labels]
-            axes.plot(shares, range(len(labels)), mark, color=colour.value, markersize=6, label=name, clip_on=False)
+            axes.plot(shares, range(len(labels)), mark, color=color.value, markersize=6, label=name, clip_on=False)
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_yticks(range(len(labels)), labels)
-        axes.tick_params(axis="y", length=0, labelcolor=Colour.INK.value)
+        axes.tick_params(axis="y", length=0, labelcolor=Color.INK.value)
         axes.set_xlim(left=0)
         axes.set_xlabel("% of examples")
         figure.legend(loc="outside upper left", ncols=2, handletextpad=0.4)

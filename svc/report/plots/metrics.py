@@ -8,7 +8,7 @@ import numpy as np
 from svc.evaluation.metrics.metric import Better, Unit
 from svc.evaluation.metrics.tokens import Perplexity
 from svc.report.judged import BASE, MetricRow
-from svc.report.plots.svg import Colour, draw_svg
+from svc.report.plots.svg import Color, draw_svg
 from svc.version import Format
 
 if TYPE_CHECKING:
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LOOKS = {
-    BASE: (Colour.BASE, "o"),
-    Format.MERGED.value: (Colour.MERGED, "s"),
-    Format.GPTQ.value: (Colour.GPTQ, "D"),
-    Format.AWQ.value: (Colour.AWQ, "P"),
-    Format.INT8.value: (Colour.INT8, "^"),
-    Format.FP8.value: (Colour.FP8, "v"),
+    BASE: (Color.BASE, "o"),
+    Format.MERGED.value: (Color.MERGED, "s"),
+    Format.GPTQ.value: (Color.GPTQ, "D"),
+    Format.AWQ.value: (Color.AWQ, "P"),
+    Format.INT8.value: (Color.INT8, "^"),
+    Format.FP8.value: (Color.FP8, "v"),
 }
 """Color and marker of each model. Either of the two is enough to identify the model."""
 _ROW = 46
@@ -29,8 +29,9 @@ _MAX_TITLE_CHARS = 24
 
 
 def plot_shares(rows: Sequence[MetricRow]) -> str | None:
-    """Return a plot, on one common axis, of all metrics that are shares for which higher is better, or None if there
-    are no such metrics.
+    """Plot all metrics that are shares and for which higher is better, on one common axis.
+
+    The result is None if there are no such metrics.
     """
     shares = [row for row in rows if row.unit is Unit.SHARE and row.better is Better.HIGHER]
     if not shares:
@@ -47,10 +48,10 @@ def plot_shares(rows: Sequence[MetricRow]) -> str | None:
 
 
 def plot_numbers(rows: Sequence[MetricRow]) -> str | None:
-    """Return a plot of all metrics that rank models and are not shares, each on its own axis, or None if there are no
-    such metrics.
+    """Plot all metrics that rank models and are not shares, each on its own axis.
 
-    Perplexity is left out because it is a function of the log-likelihood.
+    The result is None if there are no such metrics. Perplexity is left out because it is a function of the
+    log-likelihood.
     """
     directed = [row for row in rows if row.better is not Better.NEITHER]
     numbers = [row for row in directed if row.unit is not Unit.SHARE and row.name != Perplexity.name]
@@ -69,17 +70,17 @@ def plot_numbers(rows: Sequence[MetricRow]) -> str | None:
 
 
 def _describe(rows: Sequence[MetricRow]) -> str:
-    """Return a text description of a plot, with all values in the rows."""
+    """Return a text description of a plot, listing each metric's value for each model."""
     return "; ".join(
         f"{row.title}: {', '.join(f'{model} {estimate}' for model, estimate in row.estimates.items())}" for row in rows
     )
 
 
 def _dots(axes: "Axes", rows: Sequence[MetricRow]) -> None:
-    """Draw the rows from top to bottom, and the models within each row from top to bottom."""
+    """Draw one row per metric, from top to bottom, and one dot with its interval per model within each row."""
     models = [model for model in _LOOKS if any(model in row.estimates for row in rows)]
     for at, model in enumerate(models):
-        colour, mark = _LOOKS[model]
+        color, mark = _LOOKS[model]
         offset = (at - (len(models) - 1) / 2) * 0.24
         dots = {place + offset: row.estimates[model] for place, row in enumerate(rows) if model in row.estimates}
         spans = np.array([(dot.value - dot.low, dot.high - dot.value) for dot in dots.values()])
@@ -89,14 +90,14 @@ def _dots(axes: "Axes", rows: Sequence[MetricRow]) -> None:
             xerr=spans.clip(0).T,
             fmt=mark,
             markersize=6,
-            color=colour.value,
+            color=color.value,
             elinewidth=2,
             label=model,
             clip_on=False,
         )
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [_title(row) for row in rows])
-    axes.tick_params(axis="y", length=0, labelcolor=Colour.INK.value)
+    axes.tick_params(axis="y", length=0, labelcolor=Color.INK.value)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
 

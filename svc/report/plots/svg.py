@@ -1,7 +1,8 @@
 """Draws matplotlib figures as SVG that inherits colors and typeface from the surrounding page.
 
-The same figure therefore works in light, dark and print styles. Matplotlib is given a placeholder color for each role,
-and the page's stylesheet defines the role's actual color. This module does not know what is drawn.
+The same figure therefore works in light, dark and print styles. For each color role, such as text or grid lines,
+matplotlib is given a placeholder color, and the page's stylesheet defines the actual color. This module does not know
+what is drawn.
 """
 
 import io
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 400
-"""Width of every figure, in units in which the font size is 12. Two figures fit side by side on a desktop,
-and one fills the screen of a phone."""
+"""Width of every figure, in SVG units; the font size is 12 of these units. On a desktop, two figures fit side by side;
+on a phone, one figure fills the width of the screen."""
 _FONT = 12
 
 
-class Colour(StrEnum):
+class Color(StrEnum):
     """A color role and its placeholder color in matplotlib. The page's CSS variable has the role's name."""
 
     INK = "#010101"
@@ -38,24 +39,24 @@ class Colour(StrEnum):
 
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
-    "axes.edgecolor": Colour.LINE.value,
+    "axes.edgecolor": Color.LINE.value,
     "axes.grid": True,
-    "axes.labelcolor": Colour.MUTED.value,
+    "axes.labelcolor": Color.MUTED.value,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "font.size": _FONT,
-    "grid.color": Colour.LINE.value,
+    "grid.color": Color.LINE.value,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.labelcolor": Colour.INK.value,
+    "legend.labelcolor": Color.INK.value,
     "path.simplify_threshold": 1.0,  # a curve of 50,000 steps takes 37 kB
     "svg.fonttype": "none",
-    "text.color": Colour.INK.value,
+    "text.color": Color.INK.value,
     "text.parse_math": False,  # labels may contain dollar signs
-    "xtick.color": Colour.LINE.value,
-    "xtick.labelcolor": Colour.MUTED.value,
-    "ytick.color": Colour.LINE.value,
-    "ytick.labelcolor": Colour.MUTED.value,
+    "xtick.color": Color.LINE.value,
+    "xtick.labelcolor": Color.MUTED.value,
+    "ytick.color": Color.LINE.value,
+    "ytick.labelcolor": Color.MUTED.value,
 }
 
 
@@ -90,7 +91,7 @@ def _for_page(svg: str, description: str, height: float) -> str:
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
     body = re.sub("<!--.*?-->", "", body, flags=re.DOTALL)
-    for colour in Colour:
-        body = body.replace(colour.value, f"var(--{colour.name.lower()})")
+    for color in Color:
+        body = body.replace(color.value, f"var(--{color.name.lower()})")
     head = f'<svg class="plot" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{escape(description)}">'
     return head + body

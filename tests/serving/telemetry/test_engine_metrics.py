@@ -1,4 +1,4 @@
-"""Tests vLLM's own metrics on our page: labelled, with unchanged names in every format, and never blocking."""
+"""Tests vLLM's own metrics on our page: labeled, with unchanged names in every format, and never blocking."""
 
 from collections.abc import Callable
 

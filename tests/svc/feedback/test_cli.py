@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.dataset.readers.preferences import read_labelled, read_pairs
+from svc.dataset.readers.preferences import read_labeled, read_pairs
 from svc.dataset.readers.reader import read_examples
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.errors import NotFoundError
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import RequestOutcome, add_requests
@@ -52,11 +52,11 @@ def test_ratings_become_labels_when_the_objective_is_kto(svc: Svc, store: Store,
     rate(store, CORRECTION, "req-1")
     rate(store, Feedback(Rating.GOOD), "req-2")
     rate(store, Feedback(Rating.BAD), "req-3")
-    assert read_labelled(written(svc, tmp_path, "tiny", "--objective", "kto")) == [
-        LabelledAnswer(GIVEN, desirable=False),
-        LabelledAnswer(CORRECTED, desirable=True),
-        LabelledAnswer(GIVEN, desirable=True),
-        LabelledAnswer(GIVEN, desirable=False),
+    assert read_labeled(written(svc, tmp_path, "tiny", "--objective", "kto")) == [
+        LabeledAnswer(GIVEN, desirable=False),
+        LabeledAnswer(CORRECTED, desirable=True),
+        LabeledAnswer(GIVEN, desirable=True),
+        LabeledAnswer(GIVEN, desirable=False),
     ]
 
 

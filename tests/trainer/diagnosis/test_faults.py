@@ -14,7 +14,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.errors import TrainingError
 from svc.evaluation.finding import Finding, FindingKind
 from tests.trainer.diagnosis.judged_run import train_and_judge
-from tests.trainer.diagnosis.letter_task import colours, mislabel, questions, train_base
+from tests.trainer.diagnosis.letter_task import colors, mislabel, questions, train_base
 from trainer.diagnosis.diagnose import diagnose
 
 pytestmark = pytest.mark.matrix
@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def task(
     seed: int, train: int = 800, heldout: int = 200, hard: float = HARD
 ) -> tuple[list[ChatExample], list[ChatExample]]:
-    drawn = questions(train + heldout, seed, colours(seed), hard=hard)
+    drawn = questions(train + heldout, seed, colors(seed), hard=hard)
     return drawn[:train], drawn[train:]
 
 
@@ -62,7 +62,7 @@ HEALTHY: list[tuple[str, int, dict[str, Any]]] = [
 
 
 def test_at_most_1_of_20_healthy_runs_has_a_finding(base: Path, tmp_path: Path) -> None:
-    """Each run has its own colours, examples and seed."""
+    """Each run has its own colors, examples and seed."""
     false = {}
     for method, seed, settings in HEALTHY:
         train, heldout = task(seed)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from svc.dataset.schema.example import ChatExample, parse_example
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from tests.trainer.conftest import make_example, make_recipe, make_tokenizer
 from trainer.estimate.batches import CHARACTERS_A_TOKEN, cut_into_pieces, read_preference_workload, read_workload
 
@@ -103,9 +103,9 @@ def test_estimate_includes_the_forward_only_passes_of_each_preference_objective(
     objective: str, scored: float, tiny_base: Path, examples: list[ChatExample]
 ) -> None:
     """KTO scores answers and mismatched answers before training, and mismatched ones again in both epochs."""
-    judged: list[PreferencePair | LabelledAnswer] = list(pairs_of(examples))
+    judged: list[PreferencePair | LabeledAnswer] = list(pairs_of(examples))
     if objective == "kto":
-        judged = [LabelledAnswer(example, desirable=True) for example in examples]
+        judged = [LabeledAnswer(example, desirable=True) for example in examples]
     recipe = make_recipe(objective=objective, train={"batch_size": 4, "epochs": 2})
     assert read_preference_workload(judged, recipe, tiny_base).scored == scored
 

@@ -499,7 +499,7 @@ def test_heldout_set_with_only_undesirable_answers_is_rejected(tmp_path: Path) -
     row = {"prompt": "another", "completion": "no", "label": False}
     (tmp_path / "h.jsonl").write_text(json.dumps(row), "utf-8")
     data = {"train": tmp_path / "t.jsonl", "heldout": tmp_path / "h.jsonl"}
-    with pytest.raises(DataError, match="no held-out answer is labelled desirable"):
+    with pytest.raises(DataError, match="no held-out answer is labeled desirable"):
         read_run_examples(make_recipe(objective="kto", data=data))
 
 

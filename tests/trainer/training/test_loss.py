@@ -96,15 +96,15 @@ def assert_same(model: PreTrainedModel | PeftModel) -> None:
 @pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(batches())
-def test_answer_loss_is_correct_for_labels_at_any_position(labelled: tuple[torch.Tensor, torch.Tensor]) -> None:
-    torch.testing.assert_close(answer_loss(LLAMA, *labelled), whole_loss(LLAMA, *labelled), rtol=1e-4, atol=1e-4)
+def test_answer_loss_is_correct_for_labels_at_any_position(labeled: tuple[torch.Tensor, torch.Tensor]) -> None:
+    torch.testing.assert_close(answer_loss(LLAMA, *labeled), whole_loss(LLAMA, *labeled), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(batches(), st.integers(1, 5))
 def test_answer_loss_is_unchanged_when_computed_in_chunks(
-    labelled: tuple[torch.Tensor, torch.Tensor], positions: int
+    labeled: tuple[torch.Tensor, torch.Tensor], positions: int
 ) -> None:
     hidden = torch.randn(12, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(0), requires_grad=True)
     targets = torch.arange(12)

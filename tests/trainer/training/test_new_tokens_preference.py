@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from svc.dataset.schema.objective import Objective
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.engine.device import NumberType
 from svc.errors import DataError
 from tests.trainer.conftest import losses_of, make_example, make_model
@@ -45,8 +45,8 @@ def data_for(objective: Objective) -> TrainingData:
         pairs.append(PreferencePair(chosen, make_example(prompt, worse if number % 2 else "none")))
     judged: list[Any] = [*pairs]
     if objective is KTO:
-        judged = [LabelledAnswer(pair.chosen, desirable=True) for pair in pairs]
-        judged += [LabelledAnswer(pair.rejected, desirable=False) for pair in pairs]
+        judged = [LabeledAnswer(pair.chosen, desirable=True) for pair in pairs]
+        judged += [LabeledAnswer(pair.rejected, desirable=False) for pair in pairs]
     return TrainingData((), judged=judged, heldout_judged=judged[:5])
 
 

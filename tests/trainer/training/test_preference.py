@@ -21,7 +21,7 @@ from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from svc.dataset.schema.objective import Objective
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.engine.device import NumberType
 from svc.errors import DataError, InterruptedRunError
 from tests.trainer.conftest import losses_of, make_example, make_recipe, make_tokenizer
@@ -51,7 +51,7 @@ PAIRS = [
     for number in range(12)
 ]
 LABELLED = [
-    LabelledAnswer(pair.chosen if place % 3 else pair.rejected, bool(place % 3)) for place, pair in enumerate(PAIRS)
+    LabeledAnswer(pair.chosen if place % 3 else pair.rejected, bool(place % 3)) for place, pair in enumerate(PAIRS)
 ]
 FLOAT32 = NumberType.FLOAT32
 
@@ -355,7 +355,7 @@ def test_preference_is_learned_with_every_method_and_objective(
     judged: list[Any] = []
     for number in range(12):
         red, blue = (make_example(f"number {'x' * number}", colour) for colour in ("red", "blue"))
-        one = LabelledAnswer(red, desirable=True) if number % 2 else LabelledAnswer(blue, desirable=False)
+        one = LabeledAnswer(red, desirable=True) if number % 2 else LabeledAnswer(blue, desirable=False)
         judged.append(one if objective is Objective.KTO else PreferencePair(red, blue))
     rate = {Method.FULL: 1e-3, Method.VERA: 0.1}.get(method, 2e-2)
     recipe = recipe_of(objective, method, train={"epochs": 8, "learning_rate": rate})
@@ -399,7 +399,7 @@ def test_kto_compares_each_labeled_answer_with_an_answer_to_a_different_prompt(t
 
 
 def test_labeled_answers_to_a_single_prompt_are_rejected(tiny_base: Path) -> None:
-    answers = [LabelledAnswer(PAIRS[0].chosen, True), LabelledAnswer(PAIRS[0].rejected, False)]
+    answers = [LabeledAnswer(PAIRS[0].chosen, True), LabeledAnswer(PAIRS[0].rejected, False)]
     with pytest.raises(DataError, match="the same prompt"):
         comparisons_of(tiny_base, answers, recipe_of(Objective.KTO))
 

@@ -32,9 +32,9 @@ class KQuant(StrEnum):
 
 
 MAX_CHANGE = {KQuant.Q4_K_M: 0.2, KQuant.Q5_K_M: 0.1, KQuant.Q6_K: 0.05}
-"""Maximum relative change of a matrix: the norm of the change divided by the norm of the matrix. Measured for SmolLM2's
-worst matrix, in the order of the keys: 0.052, 0.053 and 0.018. SmolLM2's width of 576 is not a multiple of 256, and
-llama.cpp stores such matrices in types with smaller blocks."""
+"""Maximum relative change of a matrix by quantization: the norm of the change divided by the norm of the matrix.
+Measured for SmolLM2's worst matrix, in the order of the keys: 0.052, 0.053 and 0.018. SmolLM2's width of 576 is not a
+multiple of 256, and llama.cpp stores such matrices in types with smaller blocks."""
 
 
 def find_tool() -> str:

@@ -1,8 +1,8 @@
 """Splits texts into tokens as llama.cpp does with SentencePiece tokenizers, such as Llama 2's.
 
 llama.cpp repeatedly merges the two adjacent pieces whose union has the highest score, until no union is in the
-vocabulary. The tokenizers library merges pairs in the order of a list. Both methods give the same tokens if the scores
-follow the order of the list. The caller checks this on real texts. This module does not write files.
+vocabulary. The tokenizers library applies merges in the order of a list. Both methods give the same tokens if the
+scores follow the order of the list. The caller checks this on real texts. This module does not write files.
 """
 
 import heapq

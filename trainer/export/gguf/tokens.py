@@ -85,8 +85,8 @@ def has_bytes(content: dict[str, Any]) -> bool:
 
 
 def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> PreTokenizer | SentencePiece:
-    """Return the first of llama.cpp's pre-tokenizers that gives every text, including the samples above, the same token
-    ids as the base's tokenizer.
+    """Return the first of llama.cpp's pre-tokenizers that gives the same token ids as the base's tokenizer for every
+    text, including `_SAMPLES`.
 
     Args:
         tokenizer: the base's tokenizer.
@@ -119,7 +119,7 @@ def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[s
 
 
 def encode(content: dict[str, Any], pre: PreTokenizer | SentencePiece, texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids that llama.cpp gives each text.
+    """Return the token ids that llama.cpp assigns to each text.
 
     Args:
         content: contents of the base's tokenizer.json.

@@ -1,5 +1,5 @@
-"""Adds tables for drift features and accepted traffic, and a column for an alarm's feature; deletes earlier states and
-alarms."""
+"""Adds tables for drift features and accepted traffic, and a column for an alarm's feature. Deletes the drift states
+and alarms of earlier releases."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -9,7 +9,7 @@ down_revision = "initial"
 
 
 def upgrade() -> None:
-    """Add the tables and the column for drift features, and delete the alarms and states of earlier releases."""
+    """Add the tables and the column for drift features, and delete earlier releases' alarms and drift states."""
     op.create_table(
         "drift_items",
         sa.Column("id", sa.Integer(), nullable=False),

@@ -1,4 +1,4 @@
-"""Adds tables for rollouts and webhooks, and the columns of requests that a rollout reads."""
+"""Adds tables for rollouts and webhooks, and the request log's columns that rollouts read."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "drift"
 
 
 def upgrade() -> None:
-    """Add the tables for rollouts and webhooks, and the columns of requests that a rollout reads."""
+    """Add the tables for rollouts and webhooks, and the request log's columns that rollouts read."""
     op.create_table(
         "rollouts",
         sa.Column("id", sa.Integer(), nullable=False),

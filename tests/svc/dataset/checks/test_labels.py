@@ -36,7 +36,7 @@ def odd(examples: Sequence[ChatExample]) -> dict[int, Code]:
     }
 
 
-def labelled(counts: dict[str, int], system: str = "", around: str = "{}") -> list[ChatExample]:
+def labeled(counts: dict[str, int], system: str = "", around: str = "{}") -> list[ChatExample]:
     """Return the given number of examples for each answer, shuffled."""
     answers = [answer for answer, count in counts.items() for _ in range(count)]
     random.Random(1).shuffle(answers)
@@ -45,7 +45,7 @@ def labelled(counts: dict[str, int], system: str = "", around: str = "{}") -> li
 
 def odd_labels(counts: dict[str, int], system: str = "", around: str = "{}") -> set[str]:
     """Return the answers that are reported as unusual."""
-    examples = labelled(counts, system, around)
+    examples = labeled(counts, system, around)
     places = odd(examples)
     assert all(code is Code.LABEL_NOT_IN_SET for code in places.values())
     doubted = {examples[place].answer for place in places}
@@ -88,7 +88,7 @@ def test_number_outside_the_listed_range_is_reported(rare: str) -> None:
 
 
 def test_nan_is_not_valid_json() -> None:
-    examples = labelled({'{"s":1}': 20, '{"s":2}': 20, '{"s":NaN}': 1}, "Answer with 1 or 2.")
+    examples = labeled({'{"s":1}': 20, '{"s":2}': 20, '{"s":NaN}': 1}, "Answer with 1 or 2.")
     assert {(examples[place].answer, code) for place, code in odd(examples).items()} == {
         ('{"s":NaN}', Code.ANSWER_NOT_JSON)
     }
@@ -133,6 +133,6 @@ def test_part_of_a_word_is_not_accepted_as_a_listed_label() -> None:
 
 @pytest.mark.parametrize("task", ["Is it positive or negative?\n\n{}", "{}\n\nIs it positive or negative?"])
 def test_free_form_examples_of_a_second_task_are_not_checked_against_the_label_set(task: str) -> None:
-    rows = labelled({"positive": 20, "negative": 20}, around=task)
+    rows = labeled({"positive": 20, "negative": 20}, around=task)
     assert odd([*rows, chat("What is 2+3?", "5"), chat("Name the capital of Peru.", "Lima")]) == {}
     assert odd([*rows, example("neg", around=task)]) == {40: Code.LABEL_NOT_IN_SET}

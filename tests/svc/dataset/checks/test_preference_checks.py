@@ -1,4 +1,4 @@
-"""Tests that `svc data check` finds problems of preference pairs and labelled answers."""
+"""Tests that `svc data check` finds problems of preference pairs and labeled answers."""
 
 import json
 from array import array
@@ -27,7 +27,7 @@ def pair(question: str, chosen: str = "one", rejected: str = "two", **more: Any)
     return {"prompt": question, "chosen": chosen, "rejected": rejected, **more}
 
 
-def labelled(question: str, answer: str = "one", *, label: bool = True) -> Row:
+def labeled(question: str, answer: str = "one", *, label: bool = True) -> Row:
     return {"prompt": question, "completion": answer, "label": label}
 
 
@@ -44,7 +44,7 @@ def problems(report: DataReport) -> list[tuple[int, Code, str]]:
     ("row", "kind"),
     [
         (pair("q"), Kind.PAIRS),
-        (labelled("q"), Kind.LABELLED),
+        (labeled("q"), Kind.LABELLED),
         ({"prompt": "q", "completion": "a", "label": "spam"}, Kind.CHAT),
         (pair("q") | {"messages": [turn("user", "q"), turn("assistant", "a")]}, Kind.PAIRS),
     ],
@@ -94,13 +94,13 @@ def test_pair_is_a_duplicate_when_prompt_and_both_answers_are_the_same(tmp_path:
 
 
 def test_labeled_answer_is_a_contradiction_when_an_earlier_line_has_the_opposite_label(tmp_path: Path) -> None:
-    rows = [labelled("q"), labelled("q", "two", label=False), labelled("q", label=False), labelled("r", label=False)]
+    rows = [labeled("q"), labeled("q", "two", label=False), labeled("q", label=False), labeled("r", label=False)]
     report = check(tmp_path, *rows)
     assert problems(report) == [(3, Code.CONTRADICTION, "same as line 1, but with the opposite preference")]
 
 
 def test_labeled_answer_is_a_duplicate_when_an_earlier_line_has_the_same_label(tmp_path: Path) -> None:
-    rows = [labelled("q", label=False), labelled("q", label=False), labelled("r")]
+    rows = [labeled("q", label=False), labeled("q", label=False), labeled("r")]
     assert problems(check(tmp_path, *rows)) == [(2, Code.DUPLICATE, "same as line 1")]
 
 
@@ -126,8 +126,8 @@ def test_suspicious_text_is_reported_once_when_it_is_in_any_field(tmp_path: Path
 
 
 def test_undesirable_answers_are_not_checked_against_the_label_set(tmp_path: Path) -> None:
-    rows = [labelled(f"Is {number} odd? Say yes or no.", ("no", "yes")[number % 2]) for number in range(40)]
-    odd = labelled("Is a fish odd? Say yes or no.", "Let me think about it for a while.", label=False)
+    rows = [labeled(f"Is {number} odd? Say yes or no.", ("no", "yes")[number % 2]) for number in range(40)]
+    odd = labeled("Is a fish odd? Say yes or no.", "Let me think about it for a while.", label=False)
     report = check(tmp_path, *rows, odd)
     assert not report.problems.codes
     assert report.labels == {"yes": 20, "no": 20}
@@ -159,7 +159,7 @@ def test_length_bias_ignores_pairs_of_equal_length(tmp_path: Path) -> None:
 
 def test_missing_label_is_reported_when_all_labeled_answers_have_the_opposite_label(tmp_path: Path) -> None:
     one, other = (
-        write_lines(tmp_path / f"{label}.jsonl", labelled(f"{label} q", label=label), labelled("r", label=label))
+        write_lines(tmp_path / f"{label}.jsonl", labeled(f"{label} q", label=label), labeled("r", label=label))
         for label in (True, False)
     )
     assert problems(check_files([one])[0]) == [(1, Code.ONE_LABEL, "all 2 answers are desirable")]
@@ -170,15 +170,15 @@ def test_missing_label_is_reported_when_all_labeled_answers_have_the_opposite_la
 
 def test_data_check_prints_file_kind_label_counts_and_length_bias(tmp_path: Path) -> None:
     pairs = write_lines(tmp_path / "pairs.jsonl", pair("q", LONG, "no"), pair("r", "no", LONG), pair("s", LONG, "no"))
-    answers = write_lines(tmp_path / "answers.jsonl", labelled("q"), labelled("r", "two"), labelled("s", label=False))
+    answers = write_lines(tmp_path / "answers.jsonl", labeled("q"), labeled("r", "two"), labeled("s", label=False))
     shown = CliRunner().invoke(group, ["data", "check", str(pairs), str(answers)]).output
     assert f"{pairs}: 3 preference pairs in 3 lines" in shown
     assert "length bias: the chosen answer is the longer one in 67% of 3 pairs (95% interval 21 to 94%)" in shown
-    assert f"{answers}: 3 labelled answers in 3 lines" in shown
+    assert f"{answers}: 3 labeled answers in 3 lines" in shown
     assert "labels: 2 desirable, 1 undesirable" in shown
     one, other = json.loads(CliRunner().invoke(group, ["data", "check", str(pairs), str(answers), "--json"]).output)
     assert (one["kind"], one["length_bias"]["longer"], one["desirable"]) == ("pairs", 2, None)
-    assert (other["kind"], other["desirable"], other["undesirable"], other["length_bias"]) == ("labelled", 2, 1, None)
+    assert (other["kind"], other["desirable"], other["undesirable"], other["length_bias"]) == ("labeled", 2, 1, None)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Tests that preference pairs and labelled answers are read in the formats of published data sets.
+"""Tests that preference pairs and labeled answers are read in the formats of published data sets.
 
 The rows have the keys, the order of keys and the quirks of these sets; their texts are ours.
 """
@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.bad_lines import BadLines
 from svc.dataset.readers.chat_formats import Format
-from svc.dataset.readers.preference_formats import PairFormat, parse_labelled, parse_pair
-from svc.dataset.readers.preferences import read_labelled, read_pairs, write_pairs
+from svc.dataset.readers.preference_formats import PairFormat, parse_labeled, parse_pair
+from svc.dataset.readers.preferences import read_labeled, read_pairs, write_pairs
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample, Message, Role
-from svc.dataset.schema.preference import LabelledAnswer, PreferencePair
+from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.dataset.text.plain_text import is_blank
 from svc.errors import DataError
 from tests.svc.chats import chat, turn, write_lines
@@ -113,8 +113,8 @@ def test_preference_pair_is_read_from_every_published_dataset_format(tmp_path: P
 
 
 def test_preference_pair_yields_a_desirable_and_an_undesirable_answer_for_kto(tmp_path: Path) -> None:
-    answers = read_labelled(write_lines(tmp_path / "x.jsonl", ULTRAFEEDBACK))
-    assert answers == [LabelledAnswer(PAIR.chosen, desirable=True), LabelledAnswer(PAIR.rejected, desirable=False)]
+    answers = read_labeled(write_lines(tmp_path / "x.jsonl", ULTRAFEEDBACK))
+    assert answers == [LabeledAnswer(PAIR.chosen, desirable=True), LabeledAnswer(PAIR.rejected, desirable=False)]
 
 
 SYSTEM = PreferencePair(
@@ -238,8 +238,8 @@ LABELLED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_labeled_answer_is_read_from_every_published_dataset_format(tmp_path: Path, name: str) -> None:
-    answers = read_labelled(write_lines(tmp_path / "x.jsonl", LABELLED[name]))
-    assert answers == [LabelledAnswer(chat(QUESTION, WORSE), desirable=False)]
+    answers = read_labeled(write_lines(tmp_path / "x.jsonl", LABELLED[name]))
+    assert answers == [LabeledAnswer(chat(QUESTION, WORSE), desirable=False)]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_labeled_answer_is_read_from_every_published_dataset_format(tmp_path: Pa
 )
 def test_answer_is_rejected_when_its_label_is_not_true_or_false(labels: dict[str, Any], wrong: str) -> None:
     with pytest.raises(RowError) as caught:
-        parse_labelled({"prompt": QUESTION, "completion": WORSE, **labels}, Format.PROMPT_COMPLETION)
+        parse_labeled({"prompt": QUESTION, "completion": WORSE, **labels}, Format.PROMPT_COMPLETION)
     assert caught.value.code is Code.WRONG_LABEL
     assert caught.value.wrong.startswith(wrong)
 
@@ -267,10 +267,10 @@ CHAT = {"messages": [ASKED, GOOD]}
     [
         (read_examples, HH, "contains preference pairs", "`objective: dpo`, `objective: orpo` or `objective: kto`"),
         (read_examples, OPENAI, "contains preference pairs", "`objective: dpo`"),
-        (read_examples, LABELLED["TRL, texts"], "contains labelled answers", "set `objective: kto`"),
+        (read_examples, LABELLED["TRL, texts"], "contains labeled answers", "set `objective: kto`"),
         (read_pairs, CHAT, "contains chat examples", "set `objective: sft`"),
-        (read_pairs, LABELLED["TRL, texts"], "contains labelled answers", "set `objective: kto`"),
-        (read_labelled, CHAT, "contains chat examples", "set `objective: sft`"),
+        (read_pairs, LABELLED["TRL, texts"], "contains labeled answers", "set `objective: kto`"),
+        (read_labeled, CHAT, "contains chat examples", "set `objective: sft`"),
     ],
 )
 def test_error_suggests_the_matching_objective_when_a_file_contains_the_wrong_kind_of_data(
@@ -316,7 +316,7 @@ def test_preference_pair_is_read_from_a_table_with_turns_encoded_as_json(tmp_pat
 
 def test_text_label_in_a_table_is_read_as_a_boolean(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(f"prompt,completion,label\n{QUESTION},{BETTER},True\n{QUESTION},{WORSE},False\n")
-    assert [answer.desirable for answer in read_labelled(tmp_path / "x.csv")] == [True, False]
+    assert [answer.desirable for answer in read_labeled(tmp_path / "x.csv")] == [True, False]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -339,11 +339,11 @@ def test_preference_pair_with_a_held_out_prompt_is_rejected_or_skipped_as_a_bad_
 def test_preference_pair_skipped_during_kto_reading_counts_as_one_bad_line(tmp_path: Path) -> None:
     bad = BadLines(tmp_path / "bad")
     path = write_lines(tmp_path / "x.jsonl", HH)
-    assert read_labelled(path, minimum=0, kept_back=[PAIR.chosen], bad_lines=bad) == []
+    assert read_labeled(path, minimum=0, kept_back=[PAIR.chosen], bad_lines=bad) == []
     assert bad.count == 1
 
 
-@pytest.mark.parametrize(("read", "noun"), [(read_pairs, "preference pairs"), (read_labelled, "labelled answers")])
+@pytest.mark.parametrize(("read", "noun"), [(read_pairs, "preference pairs"), (read_labeled, "labeled answers")])
 def test_empty_preference_file_raises_too_few_examples(tmp_path: Path, read: Any, noun: str) -> None:
     with pytest.raises(DataError, match=f"found only 0 {noun}"):
         read(write_lines(tmp_path / "x.jsonl"))
@@ -436,7 +436,7 @@ def test_any_row_is_parsed_as_a_preference_pair_with_a_single_prompt_or_rejected
 @given(rows | json_values, st.sampled_from(list(Format)))
 def test_any_row_is_parsed_as_a_labeled_answer_or_rejected(value: Any, form: Format) -> None:
     try:
-        answer, fields = parse_labelled(value, form)
+        answer, fields = parse_labeled(value, form)
     except RowError:
         return
     assert len(fields) == len(answer.example.messages)
@@ -448,6 +448,6 @@ def test_any_preference_file_is_read_or_rejected_without_a_crash(
     tmp_path_factory: pytest.TempPathFactory, values: list[dict[str, Any]]
 ) -> None:
     path = write_lines(tmp_path_factory.getbasetemp() / "any.jsonl", *values)
-    for read in (read_examples, read_pairs, read_labelled):
+    for read in (read_examples, read_pairs, read_labeled):
         with suppress(DataError):
             read(path, minimum=0)

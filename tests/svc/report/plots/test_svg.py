@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from svc.report.plots.svg import WIDTH, Colour, draw_svg
+from svc.report.plots.svg import WIDTH, Color, draw_svg
 
 pytestmark = pytest.mark.slow
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def drawn(label: str = "some", name: str = "test") -> str:
-    """Return a figure with one line in each colour."""
+    """Return a figure with one line in each color."""
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
-        for at, colour in enumerate(Colour):
-            axes.plot([0, 1], [at, at + 1], "o-", color=colour.value)
+        for at, color in enumerate(Color):
+            axes.plot([0, 1], [at, at + 1], "o-", color=color.value)
         axes.set_title(label)
 
     return draw_svg(name, f"{label} of all", 200, draw)
@@ -35,7 +35,7 @@ def test_svg_is_well_formed_and_has_the_requested_size() -> None:
 
 def test_all_svg_colors_are_css_variables_of_the_page() -> None:
     svg = drawn()
-    assert set(re.findall(r"var\(--(\w+)\)", svg)) == {colour.name.lower() for colour in Colour}
+    assert set(re.findall(r"var\(--(\w+)\)", svg)) == {color.name.lower() for color in Color}
     assert re.findall(r"#[0-9a-fA-F]{6}\b", svg) == []
 
 
