@@ -97,7 +97,7 @@ def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: floa
 
 
 @click.command()
-@click.option("--server", help="URL of the server to watch.  [default: this home's server]")
+@click.option("--server", help="URL of the server to watch.  [default: the home folder's server]")
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=int, help="Port to listen on.")
 @click.pass_context

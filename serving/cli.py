@@ -203,7 +203,10 @@ class _Percents(click.ParamType[tuple[float, ...]]):
 @click.argument("version")
 @_format_option
 @click.option(
-    "--shadow", type=int, metavar="N", help="First send VERSION copies of N requests; clients do not get its answers."
+    "--shadow",
+    type=int,
+    metavar="N",
+    help="First send copies of N requests to VERSION; clients do not get VERSION's answers.",
 )
 @click.option(
     "--canary", type=_Percents(), help="Then serve VERSION to these percentages of clients, such as 5,25,100."

@@ -122,7 +122,7 @@ class Deployments:
         try:
             servers = server_views(self.store)
         except SQLAlchemyError:
-            log_store_error(log, "could not read which servers use the store")
+            log_store_error(log, "could not read the list of servers that use the store")
             servers = []
         return {
             "models": models,

@@ -85,7 +85,7 @@ class LazyGroup(click.Group):
 @click.option(
     "--server",
     metavar="URL",
-    help="URL of a remote server; works with status, jobs, promote, rollout, rollback and keys.",
+    help="URL of a remote server; supported by status, jobs, promote, rollout, rollback and keys.",
 )
 @click.option("--key-file", type=click.Path(path_type=Path), help="File that contains the API key for --server.")
 @click.option("--ca", type=click.Path(path_type=Path), help="File with the CA certificates used to verify --server.")

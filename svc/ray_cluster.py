@@ -59,9 +59,8 @@ def connected(address: str) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise ServerNotRunningError(
             f"cannot join the Ray cluster at {address}: {_first_line(error)}",
-            expected="a node of the cluster, with the cluster's versions of Python and Ray and its token in "
-            "RAY_AUTH_TOKEN "
-            "or ~/.ray/auth_token",
+            expected="a node of the cluster, with the same versions of Python and Ray as the cluster, and the "
+            "cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token",
             todo=f"run `{_JOIN.format(address)}` on this machine, or set ray.address to ray://HEAD:10001",
         ) from error
     try:

@@ -22,7 +22,9 @@ _set_option = click.option(
 @click.argument("recipe", type=click.Path(path_type=Path))
 @_set_option
 @click.option(
-    "--quick", is_flag=True, help="Quickly test the recipe as NAME-quick, on a tenth of the data for one epoch."
+    "--quick",
+    is_flag=True,
+    help="Test the recipe quickly, on a tenth of the data for one epoch; the version is named NAME-quick.",
 )
 @click.option("--curve", is_flag=True, help="Train on 10 to 100% of the data to predict how much more data would help.")
 @click.option(
@@ -240,7 +242,7 @@ def _import(
     "names",
     multiple=True,
     metavar="NAME",
-    help="Device to estimate for: here, rtx-4090, ...  [default: all]",
+    help="Device to estimate for, such as rtx-4090; `here` means this machine.  [default: all]",
 )
 @json_option
 @click.pass_context

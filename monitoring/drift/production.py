@@ -55,6 +55,6 @@ class ProductionChecks:
                     try:
                         self._check.run(target, lease)
                     except Exception:  # a bug too: it would prevent the checks of all later models, every time
-                        log.exception("the drift check of %s failed", target)
+                        log.exception("could not check %s for drift", target)
         except BusyError:
             log.info("another process is already running the drift check; skipping this run")

@@ -238,7 +238,7 @@ class Admission:
             return True
         if may_wait:
             return False
-        raise OverloadedError(f"the server is full: {self._full}", todo="retry the request later")
+        raise OverloadedError(f"the server is at capacity: {self._full}", todo="retry the request later")
 
     def _no_engine(self) -> EngineUnavailableError:
         return EngineUnavailableError(

@@ -3,7 +3,7 @@
 from svc.errors import SvcError
 
 OVERLOADED_RETRY_S = 1
-"""Retry delay when the server is full, in seconds. It is short, because requests complete frequently."""
+"""Retry delay when the server is at capacity, in seconds. It is short, because requests complete frequently."""
 QUEUED_RETRY_S = 2
 """Retry delay while an engine is being replaced or reloaded, in seconds. An in-place swap takes one to two seconds once
 the running requests are done."""

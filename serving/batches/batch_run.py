@@ -334,7 +334,7 @@ async def _until_written(write: Callable[[], Awaitable[Result]]) -> Result:
         try:
             return await write()
         except (OSError, ContentStoreError) as error:
-            log.error("could not write a file of a batch; retrying: %s", error)
+            log.error("could not write a batch's files; retrying: %s", error)
             await asyncio.sleep(RETRY_S)
 
 

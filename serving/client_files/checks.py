@@ -139,7 +139,7 @@ class FileChecks:
         del self._running[task]
         self._changed.set()
         if not task.cancelled() and (error := task.exception()):
-            log.error("the check of a file failed", exc_info=error)
+            log.error("unexpected error while checking a file", exc_info=error)
 
 
 async def run_check(path: Path, purpose: Purpose, *, timeout_s: float = MAX_SECONDS) -> ContentCheck:
@@ -163,7 +163,7 @@ async def run_check(path: Path, purpose: Purpose, *, timeout_s: float = MAX_SECO
         await process.wait()
     if process.returncode:
         log.error(
-            "the check of %s exited with code %s: %s",
+            "the process that checks %s exited with code %s: %s",
             path,
             process.returncode,
             errors[-2000:].decode("utf-8", "replace"),

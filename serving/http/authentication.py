@@ -94,7 +94,7 @@ class Authentication:
             if self._failed.add(state.address):
                 sender = state.address or "a local client"
                 log.warning(
-                    "too many invalid API keys from %s (latest fault: %s); rejecting further invalid keys with status "
+                    "too many invalid API keys from %s (latest error: %s); rejecting further invalid keys with status "
                     "429",
                     sender,
                     error.fault,

@@ -344,7 +344,7 @@ async def decide_job(
     except ContentDamagedError as error:
         await asyncio.to_thread(fail_checked, store, job.id, JobError("server_error", error.wrong))
     except CheckFailedError:
-        log.exception("the check of job %s failed", job.id)
+        log.exception("could not check job %s", job.id)
         failure = JobError("server_error", "the job could not be checked; the server's log says why")
         await asyncio.to_thread(fail_checked, store, job.id, failure)
     else:

@@ -120,7 +120,7 @@ class EngineSlots:
             try:
                 ended, left = await asyncio.to_thread(end_postponed, all_states(self.settings.home))
             except OSError:
-                log.exception("could not read which actors must be stopped")
+                log.exception("could not read the list of actors to stop")
                 continue
             if ended:
                 log.info("stopped actors that had been left on an unreachable Ray cluster: %s", ", ".join(ended))

@@ -98,7 +98,9 @@ class EngineChange:
             change.plan = replace(change.plan, why=error.wrong)
             return await self._blue_green(change, engine)
         except OSError as error:
-            log.warning("could not clear an engine's record before loading %s", change.target, exc_info=True)
+            log.warning(
+                "could not clear the record of an engine's version before loading %s", change.target, exc_info=True
+            )
             return SwapOutcome.REFUSED, str(error)
 
     async def _by_adapter(self, change: SwapInProgress, engine: Replica) -> Result:

@@ -59,7 +59,9 @@ class RolloutOptions:
             SettingsError: a value is invalid, or the options contradict each other.
         """
         if self.direct and (self.shadow or self.canary):
-            raise SettingsError("a direct promotion has no shadow or canary steps", todo="omit one of the options")
+            raise SettingsError(
+                "a direct promotion has no shadow or canary steps", todo="omit 'direct', or omit 'shadow' and 'canary'"
+            )
         steps = {"shadow": self.shadow, "canary": self.canary}
         given = (
             {"shadow": 0, "canary": ()} if self.direct else {key: steps[key] for key in steps if steps[key] is not None}

@@ -279,7 +279,9 @@ class _Run:
         await self._production_ready()
         plan = await self._plan_candidate()
         if plan.shortage:
-            raise EngineError(f"not enough memory to run {self._record.target} next to production: {plan.shortage}")
+            raise EngineError(
+                f"not enough memory to run {self._record.target} alongside the production version: {plan.shortage}"
+            )
         return await self._load(plan, report)
 
     async def _lead(self) -> None:

@@ -128,7 +128,7 @@ class Shadow:
                     continue
                 await asyncio.to_thread(self.on_pair, pair)
             except Exception:  # the boundary of this task: a malformed request must not stop the shadow step
-                log.exception("could not compare a request's answers with the candidate's")
+                log.exception("could not compare the production version's and the candidate's answers to a request")
                 self.metrics.shadow_request(ShadowOutcome.DROPPED)
             else:
                 self.metrics.shadow_request(ShadowOutcome.FAILED if pair.candidate_failed else ShadowOutcome.COMPARED)
@@ -154,7 +154,7 @@ class Shadow:
         except SvcError as error:
             if self.is_shared and isinstance(error, EngineDiedError):
                 return None
-            log.info("the candidate failed on a copy of a request: %s", _kind(error))
+            log.info("the candidate failed to answer a copied request: %s", _kind(error))
         if answer.is_too_large:
             return None
         seconds = time.monotonic() - began
@@ -179,7 +179,7 @@ class Shadow:
                     return None
                 await answer.read(engine.http, engine.engine_model, copy)
         except SvcError as error:
-            log.info("production did not answer a copy of a request: %s", _kind(error))
+            log.info("the production version did not answer a copied request: %s", _kind(error))
             return None
         return await asyncio.to_thread(mean_logprob, answer.parts) if answer.complete else None
 

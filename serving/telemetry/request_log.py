@@ -167,7 +167,9 @@ class RequestLog:
         self._wake()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            log.error("could not write about %d rows of the request log before the server stopped", len(self._queue))
+            log.error(
+                "approximately %d rows of the request log were not written before the server stopped", len(self._queue)
+            )
             self.on_dropped(Dropped.STORE_FAILED, len(self._queue))
         if self.features:
             self.features.close()

@@ -68,7 +68,9 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
         )
     if snapshot.tracking:
         click.echo(
-            f"not included: MLflow at {snapshot.tracking}, which holds curves and aliases; {_ELSEWHERE}", err=True
+            f"not included: MLflow at {snapshot.tracking}, which holds training curves and version aliases; "
+            f"{_ELSEWHERE}",
+            err=True,
         )
     if snapshot.store:
         click.echo(
@@ -139,7 +141,7 @@ def restore(
     if unused:
         click.echo(
             f"the restored {settings.home / STORE_FILE}, with the snapshot's keys, desired versions and requests, is "
-            "not used, because store.url is set; remove store.url to use it, or else delete the file",
+            "not used, because store.url is set; remove store.url to use this file, or else delete the file",
             err=True,
         )
     if as_json:

@@ -62,7 +62,7 @@ class Restore:
         """
         if snapshot.store and self.revoke_keys:
             raise RefusedError(
-                f"snapshot {snapshot.name} has no keys: they are in the database {snapshot.store}",
+                f"snapshot {snapshot.name} contains no API keys: they are stored in the database {snapshot.store}",
                 todo="restore without --revoke-keys, restore the database, then revoke the keys: svc keys revoke",
             )
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -199,7 +199,7 @@ class DeviceCapabilities(BaseModel):
         raise EngineError(
             f"vLLM {self.vllm} has no {format} kernel for {self.hardware(settings)}",
             expected="a GPU with compute capability 7.5 or higher (Turing), or a CPU",
-            todo=f"remove {format} from `formats`, or train on a machine like the one that will serve it",
+            todo=f"remove {format} from `formats`, or train on the same type of hardware as the server",
         )
 
     def check_fp8_weights(self, count: int, settings: EngineSettings) -> None:

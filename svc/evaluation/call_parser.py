@@ -23,5 +23,5 @@ def check_call_parser(examples: Sequence[ChatExample], arguments: Sequence[str])
         raise SettingsError(
             f"{count} of {len(examples)} held-out answers call tools, but engine.args sets no tool-call parser",
             expected='args: ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"] under engine',
-            todo="look up the base's parser in vLLM's documentation on tool calling; svc serve needs it too",
+            todo="look up the base model's parser in vLLM's docs on tool calling; svc serve also needs these arguments",
         )

@@ -97,8 +97,10 @@ def _show(files: "list[UploadFile]", what: str, where: str, *, public: bool) -> 
     """Print the files to be uploaded, their destination, and who will be able to read them."""
     print_table(("file", "bytes"), ([file.path, f"{file.bytes:,}"] for file in files), to=console)
     size = sum(file.bytes for file in files) / 1e6
-    readers = "public: everyone can read it" if public else "private"
-    console.print(f"{what}, {len(files)} files, {size:,.1f} MB, to {where}; {readers}", markup=False, soft_wrap=True)
+    readers = "public (everyone can read it)" if public else "private"
+    console.print(
+        f"{what}: {len(files)} files, {size:,.1f} MB; destination: {where}, {readers}", markup=False, soft_wrap=True
+    )
 
 
 def _write_card(files: "list[UploadFile]", output: Path) -> Path:

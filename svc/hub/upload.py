@@ -179,7 +179,8 @@ def check_destination(api: "HfApi", repo: str, version: VersionId, *, public: bo
         raise RefusedError(
             f"{repo} exists and is {readers}",
             expected="a public repository" if public else "a private repository, because --public was not given",
-            todo=f"{'omit' if public else 'add'} --public, change {repo} in its settings, or choose another name",
+            todo=f"{'omit' if public else 'add'} --public, change the visibility of {repo} in its settings, "
+            "or choose another name",
         )
     files = tuple(sorted(file.rfilename for file in info.siblings or () if file.rfilename != _ATTRIBUTES))
     has_tag = any(ref.name == tag for ref in refs.tags)
@@ -257,7 +258,7 @@ def _rejection(repo: str, status: int, reason: str) -> SvcError:
         )
     if status == 403:
         return PermissionDeniedError(
-            f"the token may not write to {repo}: {reason}", todo="create a token with the permission to write to it"
+            f"the token may not write to {repo}: {reason}", todo=f"create a token with write access to {repo}"
         )
     if status == 412:
         return RefusedError(

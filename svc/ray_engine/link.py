@@ -128,6 +128,6 @@ class ActorLink:
 
 def _lost() -> EngineError:
     return EngineError(
-        "the engine's machine was lost: its actor exited or no longer reports",
+        "the engine's actor on the Ray cluster was lost: it exited, or its machine stopped responding",
         todo="check the machine: ray status",
     )

@@ -71,7 +71,7 @@ def verify_files(root: Path, records: Iterable[FileRecord]) -> None:
             raise IntegrityError(
                 f"{path} was changed after registration: sha256 {current.sha256[:12]}…, {current.bytes} bytes",
                 expected=f"sha256 {record.sha256[:12]}…, {record.bytes} bytes",
-                todo="restore the file from a backup, or train again; a version is never edited",
+                todo="restore the file from a backup, or train again; registered versions must not be edited",
             )
 
 

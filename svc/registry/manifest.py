@@ -243,7 +243,8 @@ def parse_manifest(content: bytes, version: VersionId, source: str) -> Manifest:
         where = ".".join(map(str, first["loc"]))
         raise IntegrityError(
             f"{source} is not a manifest that this release can read: {where}: {first['msg']}",
-            todo="upgrade this machine if a newer release wrote the manifest; otherwise restore it from a backup",
+            todo="if a newer release wrote the manifest, upgrade tuneserve on this machine; otherwise "
+            "restore the manifest from a backup",
         ) from error
     if manifest.id != version:
         raise IntegrityError(f"{source} is the manifest of {manifest.id}", expected=str(version))

@@ -489,7 +489,7 @@ def _read_checked(file: FileRecord, path: Path, part: int, on_bytes: Callable[[i
         raise IntegrityError(
             f"{path} was changed after registration: sha256 {digest.hexdigest()[:12]}…",
             expected=f"sha256 {file.sha256[:12]}…, {file.bytes} bytes",
-            todo="restore the file from a backup, or train again; a version is never edited",
+            todo="restore the file from a backup, or train again; registered versions must not be edited",
         )
 
 

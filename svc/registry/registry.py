@@ -213,7 +213,9 @@ class Registry:
             IntegrityError: the file is missing or was changed.
         """
         if format is Format.ADAPTER:
-            raise NotFoundError(f"{version} has registered answers for its merged format, but none for its adapter")
+            raise NotFoundError(
+                f"{version} has stored answers to its held-out examples for its merged format, but none for its adapter"
+            )
         return read_results(self.reference(version, results_file(format)))
 
     def base_results(self, version: VersionId) -> tuple[ExampleResult, ...]:

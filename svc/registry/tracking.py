@@ -209,7 +209,7 @@ class Tracking:
             self._client.log_text(run_id, page, _page_name(version))
             experiment = self._client.get_run(run_id).info.experiment_id
         except (MlflowException, OSError) as error:
-            raise RegistryError(f"MLflow at {self.where} rejected the model page for {version}: {error}") from error
+            raise RegistryError(f"MLflow at {self.where} rejected the HTML report of {version}: {error}") from error
         return f"#/experiments/{experiment}/runs/{run_id}/artifacts/{_page_name(version)}"
 
     def experiments(self) -> list[str]:

@@ -117,8 +117,8 @@ class EngineSettings(Section):
     cores: int | None = Field(
         None,
         ge=1,
-        description="CPU cores per engine; default: this process's cores, divided by the number of engines "
-        "running when the engine starts",
+        description="CPU cores per engine; default: the cores available to the process that starts the engine, "
+        "divided by the maximum number of engines that share the machine",
     )
     replicas: Annotated[int, Field(ge=1, le=64)] | ReplicaRange = Field(
         1,

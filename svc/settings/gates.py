@@ -40,7 +40,9 @@ class EntryPointGate(_RunGate):
 class ResultFileGate(_CustomGate):
     """A gate that reads results exported by Promptfoo or OpenAI Evals."""
 
-    result_file: AbsolutePath = Field(description="exported results; `{version}` in the path is replaced with NAME@N")
+    result_file: AbsolutePath = Field(
+        description="file exported by Promptfoo or OpenAI Evals; `{version}` in the path is replaced with NAME@N"
+    )
     min_pass_share: float = Field(ge=0, le=1, description="minimum share of passed tests")
 
 
@@ -89,7 +91,7 @@ class GateSettings(Section):
         None,
         ge=0,
         le=1,
-        description="margin for the drop that training causes in the share of correctly answered general questions",
+        description="margin for the drop in accuracy on general questions compared with the base model",
     )
     speed_margin: float | None = Field(
         0.2, ge=0, description="margin for tokens per second and time to first token: 0.2 means 20% slower"

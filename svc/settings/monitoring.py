@@ -34,7 +34,7 @@ class RequestLogSettings(Section):
     max_mib: int = Field(1024, ge=1, description="size of the log in MiB above which the oldest requests are deleted")
     content_share: float = Field(0.0, ge=0, le=1, description="share of requests whose prompt and answer are stored")
     features: bool = Field(
-        True, description="store drift features of at most 10,000 prompts per day and version, without their text"
+        True, description="whether to store drift features, but no text, of at most 10,000 prompts per day and version"
     )
     max_content_kib: int = Field(
         64,

@@ -233,14 +233,16 @@ def _shown_error(path: Path, context: ExceptionContext) -> BaseException | None:
     code = error.sqlite_errorcode & 0xFF if isinstance(error, OperationalError) else None
     if code == SQLITE_BUSY:
         wrong = f"another writer held the lock on the store {path} for {_BUSY_MS / 1000:g} s"
-        return StoreUnavailableError(RegistryError(wrong, todo="retry; if it happens again, check the disk's speed"))
+        return StoreUnavailableError(
+            RegistryError(wrong, todo="retry; if the error recurs, check whether the disk is slow")
+        )
     if code == SQLITE_FULL:
         return StoreUnavailableError(
             RegistryError(f"no disk space is left for the store {path}", todo="free space, then retry")
         )
     if code == SQLITE_IOERR:
         return StoreUnavailableError(
-            RegistryError(f"the disk of the store {path} failed: {error}", todo="check the disk")
+            RegistryError(f"cannot read or write the store {path}: {error}", todo="check the disk")
         )
     return None
 

@@ -276,7 +276,7 @@ def _require_storage(session: Session, owner: str, more: int, limits: StorageLim
     if size + more > limits.bytes:
         raise StorageLimitError(
             f"this key has {size} bytes of files, so {more} more bytes would exceed its limit",
-            expected=f"at most {limits.bytes} bytes in all files",
+            expected=f"at most {limits.bytes} bytes in total",
             todo="delete files, or let them expire",
         )
     return limits.bytes - int(size)

@@ -56,7 +56,7 @@ def read_page(store: Store, table: type[Row], query: Select[Row], page: Page) ->
             last = session.scalar(query.where(table.id == page.after)) if known else None
             if last is None:
                 wrong = f"there is no entry {str(page.after)[:100]!r} in this list"
-                raise EntryNotFoundError(wrong, expected="the id of an entry", param="after")
+                raise EntryNotFoundError(wrong, expected="the id of an entry in this list", param="after")
             moment = last.at if isinstance(last, JobEventRow) else last.created_at
             place, position = tuple_(at, table.id), tuple_(moment, last.id)
             query = query.where(place < position if page.newest_first else place > position)

@@ -167,7 +167,7 @@ def _read_password(path: Path) -> str:
             f"cannot read the store's password from {path}: {why}", todo="correct store.password_file"
         ) from None
     if not password:
-        raise SettingsError(f"the file {path} is empty", expected="the password of the store's user")
+        raise SettingsError(f"the file {path} is empty", expected="the password of the PostgreSQL user in store.url")
     return password
 
 

@@ -205,7 +205,7 @@ def begin_rollout(
         if running := _active(session, seen.name):
             raise BusyError(
                 f"a rollout of {target_of(running)} is in progress",
-                todo=f"wait for it, or stop it: svc rollback {seen.name}",
+                todo=f"wait until the rollout has ended, or stop it: svc rollback {seen.name}",
             )
         new = RolloutRow(
             **target_columns(target),

@@ -134,7 +134,9 @@ def add_part(store: Store, part: UploadPart) -> None:
             raise UploadSizeError(f"the upload has {count} parts", expected=f"at most {MAX_PARTS}")
         if size + part.bytes > upload.bytes:
             wrong = f"the parts have {size + part.bytes} bytes in total"
-            raise UploadSizeError(wrong, expected=f"at most {upload.bytes}, the size given when the upload was created")
+            raise UploadSizeError(
+                wrong, expected=f"at most {upload.bytes} bytes, the size given when the upload was created"
+            )
         session.add(UploadPartRow.of(part))
 
 
@@ -159,7 +161,7 @@ def read_parts(store: Store, upload: Upload, ids: Sequence[str]) -> list[UploadP
     if (size := sum(parts[id].bytes for id in ids)) != upload.bytes:
         raise UploadSizeError(
             f"the parts have {size} bytes in total",
-            expected=f"{upload.bytes}, the size given when the upload was created",
+            expected=f"{upload.bytes} bytes, the size given when the upload was created",
         )
     return [parts[id] for id in ids]
 

@@ -54,7 +54,7 @@ def test_compose_services_run_with_minimal_privileges() -> None:
         assert "privileged" not in service and "ports" not in service, name
 
 
-def test_third_party_images_are_pinned_and_listen_on_loopback() -> None:
+def test_third_party_services_use_pinned_images_and_listen_on_loopback() -> None:
     for name in ("prometheus", "grafana"):
         service = SERVICES[name]
         assert service["image"].rpartition(":")[2] not in ("", "latest"), name

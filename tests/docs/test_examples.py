@@ -32,7 +32,7 @@ def test_example_recipes_parse_and_have_a_readme(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("train", "heldout"), DATA)
-def test_example_data_has_no_validation_problems_or_train_held_out_leaks(
+def test_example_data_has_no_validation_problems_or_leaks_between_train_and_held_out_files(
     train: tuple[str, ...], heldout: tuple[str, ...]
 ) -> None:
     for report in check_files([*map(Path, train)], [*map(Path, heldout)]):

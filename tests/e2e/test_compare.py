@@ -21,7 +21,7 @@ def test_versions_are_compared_by_their_registered_answers(home: Path) -> None:
     assert compared["metrics"]["nll"]["first"] == shown["nll"]
 
 
-def test_compare_serves_the_base_and_its_fine_tuned_version_from_one_engine(home: Path, workplace: Path) -> None:
+def test_compare_command_serves_a_base_and_its_fine_tuned_version_from_one_engine(home: Path, workplace: Path) -> None:
     """Needs the real engine: the version is loaded in place into the engine that has answered for the base."""
     options = ("--format", "merged", "--limit", "6", "--fresh", "--json")
     asked = svc(home, "compare", str(workplace / "base"), "tiny@1", *options, capture_output=True)

@@ -239,7 +239,7 @@ def test_promoting_a_nonexistent_version_fails(server: Server) -> None:
     assert svc(server.home, "promote", "tiny@77", capture_output=True).returncode == 8
 
 
-def test_starting_a_second_server_on_the_same_home_or_port_fails(server: Server, tmp_path: Path) -> None:
+def test_starting_a_second_server_with_the_same_home_folder_or_port_fails(server: Server, tmp_path: Path) -> None:
     assert svc(server.home, "serve", "tiny", "--port", "0", capture_output=True).returncode == 7
     assert svc(tmp_path, "serve", "tiny", "--port", str(PORT), capture_output=True).returncode == 7
 

@@ -26,7 +26,9 @@ MODELS = sorted(path.name for path in Path(HUB_CONFIGS).iterdir() if path.is_dir
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_published_model_config_is_merged_or_refused_with_a_reason(tmp_path: Path, report: Report, model: str) -> None:
+def test_model_with_a_published_config_is_trained_and_merged_or_refused_with_a_reason(
+    tmp_path: Path, report: Report, model: str
+) -> None:
     published = Path(HUB_CONFIGS or "") / model
     started = time.monotonic()
     if not HUB_CONFIGS or not (published / "config.json").is_file():

@@ -156,7 +156,7 @@ def _model_faults(panel: dict[str, Any]) -> Iterator[str]:
                 yield f"a line without its model: {target['legendFormat']}"
 
 
-def test_queries_on_metrics_with_a_model_label_filter_and_group_by_model() -> None:
+def test_queries_on_metrics_with_a_model_label_are_filtered_and_grouped_by_model() -> None:
     faults = [f"{title}: {fault}" for title, panel in PANELS for fault in _model_faults(panel)]
     assert not faults, "\n".join(faults)
 

@@ -168,7 +168,7 @@ def test_quality_status_is_changed_if_answers_are_worse_despite_equal_exact_matc
     assert report.exact_match_p == 1.0
 
 
-def test_quality_status_is_as_registered_if_equally_many_answers_improve_and_degrade() -> None:
+def test_quality_status_is_as_registered_if_as_many_answers_improve_as_degrade() -> None:
     before = [0.5] * 200
     noise = np.random.default_rng(0).normal(0, 0.2, 60).tolist()
     assert by_rouge(before, [0.5 + one for one in noise] + before[60:]).quality is Quality.AS_REGISTERED

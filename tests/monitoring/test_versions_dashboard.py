@@ -91,7 +91,7 @@ def test_error_rate_uses_the_same_confidence_interval_method_as_evaluations(pass
 
 
 @pytest.mark.slow
-def test_p95_confidence_interval_matches_its_rank_bounds_for_values_in_one_bucket(passes: Passes) -> None:
+def test_p95_confidence_limits_match_the_normal_approximation_if_all_values_are_in_one_bucket(passes: Passes) -> None:
     """With one bucket from 0 to 1, a quantile is its own rank."""
     histograms = {"Response time": "svc_request_duration_seconds", "First token": "svc_time_to_first_token_seconds"}
     cases = []

@@ -351,7 +351,7 @@ async def test_promotion_to_a_larger_lora_rank_uses_a_blue_green_swap(served: Co
     assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.BLUEGREEN)
 
 
-async def test_promotion_above_the_configured_maximum_rank_is_refused_with_a_suggested_fix(make: Make) -> None:
+async def test_promotion_of_an_adapter_above_the_maximum_lora_rank_is_refused_with_a_suggested_fix(make: Make) -> None:
     control = make(format=Format.ADAPTER, adapters=AdapterSettings(max_rank=32))
     versions(control, 4, adapter={"r": 64})
     async with control.run():

@@ -103,7 +103,7 @@ async def test_model_trained_while_the_server_runs_is_usable_without_a_restart(s
         assert await ask(client, model.name) == (200, str(model.version), "1")
 
 
-async def test_key_of_another_owner_gets_the_same_error_as_for_an_unknown_model(served: Home) -> None:
+async def test_model_of_another_owner_gives_the_same_error_as_an_unknown_model(served: Home) -> None:
     alice, bob = key(served), key(served)
     model = train(served.store, served.registry, owner=alice.key.id)
     async with serving(served, alice, bob) as (of_alice, of_bob):

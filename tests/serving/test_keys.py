@@ -123,7 +123,7 @@ def get(address: ServerAddress, path: str, **headers: str) -> httpx.Response:
         return client.get(path, headers=headers)
 
 
-async def test_request_is_never_considered_local_because_of_a_header(client: httpx.AsyncClient) -> None:
+async def test_headers_cannot_make_a_request_count_as_local(client: httpx.AsyncClient) -> None:
     headers = {"through_socket": "true", "x-forwarded-for": "127.0.0.1", "x-forwarded-proto": "unix"}
     assert (await client.get("/svc/status", headers=headers)).status_code == 401
 

@@ -203,7 +203,7 @@ def test_systemd_is_notified_that_the_server_is_alive_and_stopping(service: Serv
     assert service.engine is None
 
 
-def test_no_request_fails_when_a_load_balancer_stops_sending_while_the_server_drains(
+def test_no_request_fails_when_a_load_balancer_stops_sending_requests_while_the_server_drains(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SVC_SERVE__DRAIN_S", "5")

@@ -158,7 +158,7 @@ def test_home_folder_created_by_an_older_release_gets_owner_only_permissions(tmp
         (["train", "--fast"], 2, "No such option"),
     ],
 )
-def test_error_exits_with_its_code_and_without_a_traceback(
+def test_failed_command_exits_with_the_code_of_its_error_and_prints_no_traceback(
     svc: Svc, arguments: list[str], code: int, text: str
 ) -> None:
     result = svc(*arguments)

@@ -36,7 +36,7 @@ def test_smallest_detectable_quality_loss_is_detected_in_80_percent_of_simulated
 @pytest.mark.parametrize(
     ("examples", "said"), [(7, "7"), (60, "60"), (232, "240"), (240, "240"), (1535, "1,600"), (995, "1,000")]
 )
-def test_required_number_of_examples_is_rounded_up_to_two_digits(examples: int, said: str) -> None:
+def test_required_number_of_examples_is_rounded_up_to_two_significant_digits(examples: int, said: str) -> None:
     assert about(examples) == said
 
 

@@ -104,7 +104,9 @@ def test_empty_environment_variable_counts_as_unset(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["SVC_HOEM", "SVC_SERVE__PROT", "SVC_PORT", "SVC_SERVE_PORT", "SVC_HOME__X", "SVC_"])
-def test_unknown_environment_variable_is_rejected_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_environment_variable_is_rejected_and_named_in_the_error(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, "1")
     text = refusal()
     assert f"environment variable {name} does not match any setting" in text
@@ -169,7 +171,7 @@ def test_settings_are_immutable() -> None:
         load_settings().serve.port = 1  # type: ignore[misc]
 
 
-def test_setting_keys_include_every_leaf() -> None:
+def test_setting_keys_are_the_dotted_paths_of_all_settings() -> None:
     dumped = Settings().model_dump()
     leaves = {
         f"{key}.{inner}" if inner else key

@@ -68,8 +68,8 @@ def _fetch(base: str, folder: Path, patterns: list[str]) -> Path:
         raise BaseModelError(
             f"{base} is not in the local cache, and the Hugging Face hub cannot be reached",
             expected="a network connection, or a local copy of the model",
-            todo="check the network, or copy the model here and set `base` to its folder (for `svc estimate` its "
-            f"config.json is enough), or use {', '.join(KNOWN)}",
+            todo="check the network, or copy the model to this machine and set `base` to its folder (for "
+            f"`svc estimate` its config.json is enough), or use {', '.join(KNOWN)}",
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise BaseModelError(

@@ -127,7 +127,7 @@ def check_ending(
             f"the chat template of {folder} ends an answer with {shown!r}, which the tokenizer treats as ordinary "
             "text: the engine would not stop there, and clients would see the text",
             expected=f"a template that ends an answer with a token at which the engine stops: {tokens}",
-            todo=f"replace it with {{{{ eos_token }}}}, or set chat_template in the recipe to one of "
+            todo=f"replace that text with {{{{ eos_token }}}}, or set chat_template in the recipe to one of "
             f"{', '.join(NamedTemplate)}",
         )
 

@@ -34,7 +34,7 @@ def check_tokenizer(
         raise BaseModelError(
             f"{folder} does not specify a token that ends an answer",
             expected="eos_token in tokenizer_config.json, or eos_token_id in generation_config.json",
-            todo="set it to the token that ends a turn in the chat template, or choose another base",
+            todo="set eos_token to the token that ends a turn in the chat template, or choose another base",
         )
     named = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad", "unk")}
     for role, token in (named | {f"end-of-answer {stop}": stop for stop in stops}).items():
@@ -43,8 +43,8 @@ def check_tokenizer(
                 f"the {role} token {tokenizer.convert_ids_to_tokens(token)!r} of {folder} has id {token}, but the "
                 f"model has {embedding_rows} embedding rows",
                 expected=f"an id below {embedding_rows}",
-                todo=f"set it to an existing token in {folder / 'tokenizer_config.json'} (the end token can also "
-                "be the pad token), or use the tokenizer that came with these weights",
+                todo=f"replace this token with an existing one in {folder / 'tokenizer_config.json'} (the end token "
+                "can also be the pad token), or use the tokenizer that came with these weights",
             )
     added = tokenizer.added_tokens_decoder
     ordinary = max((token for token in tokenizer.get_vocab().values() if token not in added), default=0)
@@ -102,6 +102,6 @@ def with_new_tokens(
     if unused:
         raise DataError(
             f"the new token {next(iter(unused.values()))!r} does not occur in the training examples",
-            expected="examples with each token in new_tokens",
-            todo="remove it from new_tokens, or check how the examples spell it",
+            expected="training examples that contain every token in new_tokens",
+            todo="remove the token from new_tokens, or check its spelling in the examples",
         )

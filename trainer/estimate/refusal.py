@@ -43,7 +43,7 @@ def refuse_memory(estimate: Estimate, machine: Machine) -> None:
         raise InsufficientMemoryError(
             f"weights, gradients and optimizer state need at least {here.least / 1e9:.1f} GB{each}, but "
             f"{here.device.label} has {whole / 1e9:.1f} GB{each}: {(here.least - whole) / 1e9:.1f} GB short",
-            expected=f"enough memory for all of these; a smaller batch does not reduce this requirement{copy}",
+            expected=f"enough memory for weights, gradients and optimizer state, whatever the batch size{copy}",
             todo=f"{todo}; {_ANYWAY}",
         )
 

@@ -60,7 +60,7 @@ def export(
         result = {"file": str(done.file), "bytes": done.bytes, "pre": done.pre, "compared": done.compared}
         console.print(
             f"  the token ids of {done.compared} held-out examples match the base's (pre-tokenizer {done.pre}); "
-            f"weights changed by at most {done.worst_change:.4f} of their norm",
+            f"no tensor changed by more than {done.worst_change:.4f} of its norm",
             soft_wrap=True,
         )
     if as_json:

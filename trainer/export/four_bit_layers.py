@@ -74,7 +74,7 @@ def _check_experts(model: Path, expert: str, *, on_cpu: bool) -> None:
         raise TrainingError(
             f"{expert!r} is part of a mixture of experts, and the experts of {family!r} models cannot be "
             "quantized for the engine",
-            expected=f"a mixture of experts of {' or '.join(_QUANTIZED_MIXTURES)}, or a model without experts",
+            expected=f"a model of type {' or '.join(_QUANTIZED_MIXTURES)}, or a model without experts",
             todo="set `formats: [merged]` to skip quantization, or choose another base",
         )
     if on_cpu and not torch.cpu._is_amx_tile_supported():
@@ -116,6 +116,6 @@ def _check_outputs(outputs: dict[str, int], multiple: int) -> None:
     if misfit is not None:
         raise TrainingError(
             f"layer {misfit!r} has {fused[misfit]} outputs",
-            expected=f"a multiple of {multiple}, which 4-bit formats require on this device",
+            expected=f"a number of outputs divisible by {multiple}, which 4-bit formats require on this device",
             todo="choose another base, or train and serve on a GPU",
         )

@@ -126,8 +126,8 @@ def find_combined(recipe: Recipe, combine: Combine, cache: Path, registry: Regis
         if reason := _refusal(part):
             raise RecipeError(
                 f"{part.origin} cannot be combined: {reason}",
-                expected="LoRA or rsLoRA with one rank for all layers",
-                todo="remove it from adapter.combine.adapters",
+                expected="a LoRA or rsLoRA adapter with the same rank and scale in all layers",
+                todo="remove this adapter from adapter.combine.adapters",
             )
         parts.append(part)
     return CombinedAdapter(combine, tuple(parts), bases, _rank(recipe, combine, parts), recipe.train.seed)
@@ -174,16 +174,16 @@ def _rank(recipe: Recipe, combine: Combine, parts: Sequence[TrainedAdapter]) -> 
         raise RecipeError(
             f"adapter.combine.method is {method}, but the adapters have different ranks: {names}",
             expected="equal ranks",
-            todo=f"set it to {with_svd}, or to {CombineMethod.CAT} for the exact weighted sum",
+            todo=f"set adapter.combine.method to {with_svd}, or to {CombineMethod.CAT} for the exact weighted sum",
         )
     rank: int = sum(ranks) if method is CombineMethod.CAT else max(ranks)
     if method.factorizes:
         rank = recipe.adapter.rank or rank
     if rank > MAX_RANK:
         raise RecipeError(
-            f"the adapter combined by {method} would have rank {rank}",
+            f"with adapter.combine.method: {method}, the combined adapter would have rank {rank}",
             expected=f"at most {MAX_RANK}",
-            todo=f"set adapter.combine.method to {CombineMethod.SVD}, and adapter.rank",
+            todo=f"set adapter.combine.method to {CombineMethod.SVD}, and adapter.rank to at most {MAX_RANK}",
         )
     return rank
 

@@ -68,7 +68,7 @@ def sending_curve(tracking: Tracking, run_id: str) -> Iterator[Report]:
             thread.submit(sender.send)
     if sender.unsent:
         console.print(
-            f"curve points missing from MLflow at {tracking.where}: {len(sender.unsent)}",
+            f"steps whose metrics are missing from MLflow at {tracking.where}: {len(sender.unsent)}",
             style="yellow",
             soft_wrap=True,
         )

@@ -37,7 +37,7 @@ def choose_training_devices(recipe: Recipe, capabilities: DeviceCapabilities) ->
         if first is None:
             names = f"{len(choice.devices)} processes on the CPU"
         console.print(
-            f"  training on {names}: each computes {share.accumulation} x {share.batch_size} of the "
+            f"  training on {names}: each handles {share.accumulation} x {share.batch_size} of the "
             f"{train.gradient_accumulation} x {train.batch_size} examples in a step",
             markup=False,
             soft_wrap=True,

@@ -252,12 +252,12 @@ class Recipe(Section):
                 raise ValueError("'data.train' is missing")
             return self
         if self.objective.is_preference:
-            raise ValueError(f"`objective: {self.objective}` has no effect on {self.adapter.given}")
+            raise ValueError(f"`objective: {self.objective}` has no effect if {self.adapter.given} is set")
         if self.adapter.init is not None:
-            raise ValueError(f"`adapter.init: {self.adapter.init}` has no effect on {self.adapter.given}")
+            raise ValueError(f"`adapter.init: {self.adapter.init}` has no effect if {self.adapter.given} is set")
         if self.new_tokens or self.adapter.modules_to_save:
             key = "new_tokens" if self.new_tokens else "adapter.modules_to_save"
-            raise ValueError(f"`{key}` has no effect on {self.adapter.given}")
+            raise ValueError(f"`{key}` has no effect if {self.adapter.given} is set")
         if not self.data.train and not self.data.heldout:
             raise ValueError("'data.heldout' is missing: a version is evaluated on held-out examples")
         calibrated = next((format for format in self.formats if format in (Format.GPTQ, Format.AWQ)), None)

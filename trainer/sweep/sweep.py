@@ -216,4 +216,4 @@ def _print_finals(finals: FinalsResult, winner: Values) -> None:
         )
     output.print(table)
     general = f" and {finals.questions} general questions (base: {finals.general})" if finals.general else ""
-    output.print(f"finals were evaluated on the engine with {finals.examples} held-out examples{general}")
+    output.print(f"the finalists were evaluated on the engine with {finals.examples} held-out examples{general}")

@@ -185,7 +185,7 @@ class TrialRunner:
 
         path = self.folder / "base.json"
         if not path.is_file():
-            console.print("  held-out loss of the base")
+            console.print("  measuring the held-out loss of the base")
             if self.cluster is not None:
                 each = self.cluster.untrained_losses(self.data, self.recipe, self.folder / "trials" / "base")
             else:

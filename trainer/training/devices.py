@@ -86,7 +86,7 @@ def share_of(train: Train, devices: int) -> Share:
     near = [count for count in possible if count < devices][-1:] + [count for count in possible if count > devices][:1]
     raise RecipeError(
         f"a step of {step} examples cannot be divided among {devices} devices",
-        expected="train.batch_size x train.gradient_accumulation is a multiple of the number of devices",
+        expected="a multiple of the number of devices for train.batch_size x train.gradient_accumulation",
         todo=f"set train.devices to {' or '.join(map(str, near))}, or change train.batch_size",
     )
 

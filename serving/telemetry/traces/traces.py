@@ -189,7 +189,7 @@ class Traces(SpanExporter):
         ending.join(timeout_s)
         if ending.is_alive():
             self.shutdown()
-            log.error("could not send about %d spans before the server stopped", self._queued)
+            log.error("approximately %d spans were not sent before the server stopped", self._queued)
 
 
 def _content_size(attributes: Mapping[str, AnyValue]) -> int:

@@ -128,7 +128,7 @@ def _snapshot(dataset: str, revision: str | None, cache: Path, fetch: Callable[.
         raise DataError(
             f"cannot fetch {dataset}: huggingface_hub is not installed",
             expected="the packages of the extra `train`",
-            todo="pip install 'tuneserve[train]', or copy the dataset to this machine and give its folder",
+            todo="pip install 'tuneserve[train]', or copy the dataset to this machine and specify its folder",
         ) from error
     patterns = [f"*{container}{end}" for container in CONTAINERS for end in ("", *COMPRESSIONS)]
     try:
@@ -140,7 +140,7 @@ def _snapshot(dataset: str, revision: str | None, cache: Path, fetch: Callable[.
         raise DataError(
             f"dataset {dataset} is not in the cache and the Hugging Face hub cannot be reached",
             expected="a network connection, or the dataset in a local folder",
-            todo="check the network, or copy the dataset to this machine and give its folder",
+            todo="check the network, or copy the dataset to this machine and specify its folder",
         ) from error
     except (HfHubHTTPError, HFValidationError) as error:
         raise DataError(

@@ -99,7 +99,9 @@ def parse_calls(where: str, role: str, calls: Any) -> tuple[ToolCall, ...]:
         return ()
     field = f"{where}.tool_calls"
     if role != "assistant":
-        raise RowError(Code.WRONG_TOOLS, f"are in a {role} turn", field=field, expected="calls only in assistant turns")
+        raise RowError(
+            Code.WRONG_TOOLS, f"are in a {role} turn", field=field, expected="tool calls only in assistant turns"
+        )
     expect(list, calls, field, "a list of calls", Code.WRONG_TOOLS)
     return tuple(_parse_call(f"{field}[{index}]", call) for index, call in enumerate(calls))
 

@@ -234,7 +234,9 @@ class EngineConnection(asyncio.Protocol):
             self._fail(MalformedAnswerError(f"the engine's response is not valid HTTP/1.1: {error!r}"))
             return
         if self._stray_bytes > _MAX_STRAY_BYTES:
-            self._fail(MalformedAnswerError(f"more than {_MAX_STRAY_BYTES} bytes of the response are outside its body"))
+            self._fail(
+                MalformedAnswerError(f"the engine sent more than {_MAX_STRAY_BYTES} bytes outside the response body")
+            )
             return
         if self._waiting_bytes > _MAX_BUFFERED_BYTES and self._paused_at is None:
             self._paused_at = perf_counter()

@@ -52,7 +52,7 @@ class ModelCheck:
             lines = log.strip().splitlines() if isinstance(error, ValueError) else []
             raise EngineError(
                 f"vLLM could not check the model in {self._folder}: {lines[-1] if lines else error}",
-                expected="a completed check by vLLM, which accepts or rejects the model",
+                expected="a report from vLLM on whether it can serve the model",
                 todo=f"run `{shlex.join(self._command)}` to see the full error",
             ) from error
         if reason is not None:

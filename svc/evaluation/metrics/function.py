@@ -119,5 +119,5 @@ class FunctionMetric(Metric):
         except ValueError as error:
             raise RecipeError(
                 f"the process that ran metric {self.spec} exited with code {process.returncode}",
-                todo="check its output above; the function must return its scores",
+                todo="check the output above; the function must return scores and must not exit the process",
             ) from error

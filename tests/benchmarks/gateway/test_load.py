@@ -105,12 +105,12 @@ def test_malformed_response_counts_as_failed() -> None:
     assert (load.done, load.failed) == (0, 1)
 
 
-def test_response_is_complete_when_server_closes_connection_after_it() -> None:
+def test_response_is_complete_even_if_the_server_then_closes_the_connection() -> None:
     load, _ = heard(WHOLE, [with_length(whole(2))], closes=True)
     assert (load.done, load.failed) == (1, 0)
 
 
-def test_time_to_first_event_excludes_response_headers() -> None:
+def test_response_headers_do_not_count_as_the_first_event() -> None:
     head = in_chunks(EVENTS).partition(b"data: ")[0]
     load, _ = heard(STREAM, [head])
     assert load.first == []

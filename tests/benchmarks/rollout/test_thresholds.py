@@ -31,7 +31,7 @@ def test_measured_signals_reflect_the_candidates_faults() -> None:
     assert (shares[5:] > 0.2).all()
 
 
-def test_candidate_is_rolled_back_when_the_number_of_failed_measurements_reaches_the_limit() -> None:
+def test_candidate_is_rolled_back_when_enough_measurements_exceed_their_limits() -> None:
     values = np.zeros((8, 4))
     values[[1, 4, 6], 0] = 0.5
     decision = thresholds.decide(measured(values), POLICY, np.array([0.4, NO_LIMIT, NO_LIMIT, NO_LIMIT]))

@@ -351,7 +351,7 @@ def test_prompts_are_compared_even_if_version_has_no_stored_answers(
     assert reports[Signal.OUTPUT].why == "there are no answers of an adapter"
 
 
-def test_small_held_out_set_raises_an_alarm_only_when_traffic_changes(
+def test_alarm_starts_only_when_traffic_changes_even_if_the_held_out_set_is_small(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     register(registry, 2, examples=12)
@@ -555,7 +555,7 @@ def test_traffic_drift_can_be_accepted_even_if_rating_drift_cannot(
     assert lasting == {"bad_ratings"}
 
 
-def test_two_homes_that_share_a_store_do_not_check_drift_at_the_same_time(
+def test_drift_checks_from_two_home_folders_with_a_shared_store_do_not_run_at_the_same_time(
     postgresql_store: Store, tmp_path: Path
 ) -> None:
     with only_check(tmp_path / "a", postgresql_store) as lease:

@@ -231,7 +231,7 @@ def test_tiny_reference_causes_no_alarm() -> None:
 
 
 @pytest.mark.slow
-def test_length_change_is_detected_even_if_text_views_have_no_dimensions() -> None:
+def test_prompt_length_change_is_detected_even_if_text_views_are_empty() -> None:
     def flat(requests: Requests) -> Requests:
         none = np.zeros((requests.size, 0))
         return replace(requests, prompts=replace(requests.prompts, views=(none, none)))

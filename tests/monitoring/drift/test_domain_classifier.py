@@ -51,7 +51,7 @@ def is_bet_on(hits: Hits) -> list[bool]:
 
 
 @pytest.mark.parametrize("dependence", [1.0, 5.0, 64.0])
-def test_bets_on_learned_sets_start_after_enough_earlier_items(dependence: float) -> None:
+def test_bets_on_learned_sets_are_placed_only_after_enough_earlier_items(dependence: float) -> None:
     later = round(dependence) - 1
     counts = [
         sum(is_bet_on(CLASSIFIER.learned_hits(SIMILAR, place + later, dependence)[0]))
@@ -117,7 +117,7 @@ def test_learned_set_bounds_are_above_0_and_at_most_95_percent(seed: int, back: 
 
 
 @pytest.mark.slow
-def test_unchanged_items_hit_learned_sets_less_often_than_their_bounds() -> None:
+def test_items_hit_learned_sets_less_often_than_bounds_without_drift() -> None:
     hits, bounds = learned(SIMILAR, range(ALL_LEARNED, SIZE))
     assert (hits.mean(axis=0) < bounds.mean(axis=0)).all()
 
@@ -128,7 +128,7 @@ def test_items_hit_learned_sets_more_often_than_bounds_after_topic_change() -> N
     assert (hits[:, :4].mean(axis=0) > bounds[:, :4].mean(axis=0)).all()
 
 
-def test_second_bound_of_a_learned_set_rises_with_its_share_in_recent_items() -> None:
+def test_second_bound_of_a_learned_set_rises_with_the_share_of_recent_items_in_the_set() -> None:
     """Long after a change, the share in the reference differs from the recent share."""
     half_moved = draw_requests(3, 250, moved=2.0).prompts.followed_by(draw_requests(4, 250).prompts)
     mixed = half_moved.at(np.random.default_rng(1).permutation(500))
@@ -182,7 +182,7 @@ def test_prompts_of_a_tiny_reference_are_in_no_far_set() -> None:
 
 
 @pytest.mark.parametrize("view", [np.zeros((200, 0)), np.zeros((200, 3)), np.full((200, 2), 0.1)])
-def test_prompt_with_uninformative_views_is_assigned_to_no_set(view: Floats) -> None:
+def test_prompts_are_in_no_far_or_learned_set_if_their_views_are_constant_or_empty(view: Floats) -> None:
     flat = Sample(200, views=(view, np.zeros((200, 0))))
     classifier = DomainClassifier(flat)
     similar = compare(flat, classifier)

@@ -63,7 +63,7 @@ def test_comparing_traffic_with_the_drift_sample_causes_no_alarm(requests: list[
     assert alarms(drawn.rest, drawn.sample, requests[GIVEN:][:LIVE]) == []
 
 
-def test_comparing_traffic_with_text_space_prompts_would_cause_an_alarm(
+def test_comparing_traffic_with_prompts_used_to_fit_the_text_space_would_cause_an_alarm(
     requests: list[ChatExample],
 ) -> None:
     """Shows why the reference sample is excluded from the text space."""

@@ -125,7 +125,9 @@ def first_alarms(
 @pytest.mark.parametrize(
     ("before", "bound", "after", "run"), [(0.02, 0.06, 0.6, 1), (0.02, 0.06, 0.6, 20), (0.25, 0.5, 0.95, 5)]
 )
-def test_alarm_estimates_when_the_change_started(before: float, bound: float, after: float, run: int) -> None:
+def test_alarm_includes_an_estimate_of_when_the_change_started(
+    before: float, bound: float, after: float, run: int
+) -> None:
     alarms, _ = first_alarms(before, after, bound, run=run)
     errors = [abs(alarm.since - CHANGE_AFTER - 1) for alarm in alarms]
     assert len(alarms) == 12

@@ -186,7 +186,7 @@ def test_checking_ratings_in_chunks_does_not_change_the_result(people: People, s
     assert (in_pieces, alarms) == (people.state, people.alarms.changed)
 
 
-def test_rating_alarm_reports_start_and_bad_answers_and_ends_after_good_ratings(people: People) -> None:
+def test_rating_alarm_reports_its_start_and_bad_answers_and_ends_after_good_ratings(people: People) -> None:
     people.give(*[False] * 80, *[True] * 20)
     people.check()
     alarm = people.alarms.lasting(Signal.PEOPLE)["bad_ratings"]

@@ -176,7 +176,7 @@ async def test_next_batch_request_runs_if_the_first_is_cancelled_between_getting
         assert second.began
 
 
-async def test_next_batch_request_runs_when_a_larger_one_before_it_stops_waiting() -> None:
+async def test_next_batch_request_runs_when_the_larger_request_ahead_of_it_is_cancelled() -> None:
     admission = open_admission(max_running=8, max_tokens=100)
     async with admitted(admission, 50), batched(admission, 1, tokens=60) as (large,), batched(admission, 1) as (small,):
         assert begun([large, small]) == [False, False]

@@ -189,7 +189,7 @@ class TestFull:
     async def test_request_without_a_key_is_rejected_if_all_slots_are_taken(self) -> None:
         admission = open_admission(max_running=1)
         async with admitted(admission, 1, A):
-            with pytest.raises(OverloadedError, match="the server is full: 1 requests"):
+            with pytest.raises(OverloadedError, match="the server is at capacity: 1 requests"):
                 async with admitted(admission, 1):
                     pass
 

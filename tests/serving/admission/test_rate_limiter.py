@@ -192,7 +192,7 @@ STEPS = st.lists(
 @pytest.mark.slow
 @settings(max_examples=4 * settings().max_examples, deadline=None)
 @given(steps=STEPS, limit=st.integers(1, 100))
-def test_token_usage_never_exceeds_the_limit_plus_its_refill(
+def test_token_usage_never_exceeds_the_limit_plus_the_tokens_refilled_since_the_start(
     steps: list[tuple[float, int, float, bool]], limit: int
 ) -> None:
     clock, key = Clock(), principal(tokens_out_per_minute=limit)

@@ -40,18 +40,18 @@ def test_peer_is_rejected_once_its_invalid_key_attempts_reach_the_per_minute_lim
     assert raised.value.retry_after_s == 40
 
 
-def test_invalid_key_limit_resets_after_one_minute(failed: FailedKeys, clock: Clock) -> None:
+def test_limit_on_invalid_keys_resets_after_one_minute(failed: FailedKeys, clock: Clock) -> None:
     spend(failed, "10.0.0.1")
     clock.at = 60.0
     assert spend(failed, "10.0.0.1")[-1]
 
 
-def test_invalid_key_limit_is_separate_for_each_peer(failed: FailedKeys) -> None:
+def test_limit_on_invalid_keys_is_separate_for_each_peer(failed: FailedKeys) -> None:
     spend(failed, "10.0.0.1")
     assert not failed.add("10.0.0.2")
 
 
-def test_addresses_of_one_peer_share_the_invalid_key_limit(failed: FailedKeys) -> None:
+def test_addresses_of_one_peer_share_the_limit_on_invalid_keys(failed: FailedKeys) -> None:
     spend(failed, "2001:db8::1")
     with pytest.raises(TooManyWrongKeysError):
         failed.add("2001:db8::ffff:2")

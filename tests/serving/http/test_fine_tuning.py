@@ -390,7 +390,7 @@ async def test_job_is_rejected_when_its_training_would_fail(
     assert (await client.fine_tuning.jobs.list()).data == []
 
 
-async def test_job_creation_returns_an_internal_error_if_its_check_crashes(
+async def test_job_creation_returns_an_internal_error_if_the_training_check_crashes(
     service: FineTuningService, client: AsyncOpenAI, check: FakeCheck
 ) -> None:
     check.result = CheckFailedError("Traceback ... /secret")
@@ -398,7 +398,7 @@ async def test_job_creation_returns_an_internal_error_if_its_check_crashes(
         await client.fine_tuning.jobs.create(model=BASE, training_file=service.add_file())
 
 
-async def test_job_waits_for_the_check_of_its_file(
+async def test_job_waits_until_its_file_has_been_checked(
     service: FineTuningService, client: AsyncOpenAI, check: FakeCheck, store: Store
 ) -> None:
     file = service.add_file(status=FileStatus.UPLOADED)

@@ -40,7 +40,7 @@ async def shake_hands(app: Any, path: str, host: str = "localhost") -> tuple[int
         ("/v1/models", "evil.example", 421, "host_not_allowed"),
     ],
 )
-async def test_websocket_handshake_is_rejected_like_any_get_if_a_key_is_required(
+async def test_websocket_handshake_is_rejected_like_any_get_request_if_a_key_is_required(
     socket_folder: Path, store: Store, path: str, host: str, status: int, code: str
 ) -> None:
     service = KeyedService(socket_folder, store=store)
@@ -53,7 +53,7 @@ async def test_websocket_handshake_is_rejected_like_any_get_if_a_key_is_required
 @pytest.mark.parametrize(
     ("path", "status", "code"), [("/none", 404, "not_found"), ("/v1/chat/completions", 405, "method_not_allowed")]
 )
-async def test_websocket_handshake_is_answered_like_any_get_if_no_key_is_required(
+async def test_websocket_handshake_is_answered_like_any_get_request_if_no_key_is_required(
     service: Service, path: str, status: int, code: str
 ) -> None:
     answered, content = await shake_hands(service.app, path)

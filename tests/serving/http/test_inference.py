@@ -93,7 +93,7 @@ class TestAnswers:
     async def test_response_names_the_version_that_generated_the_answer(self, client: httpx.AsyncClient) -> None:
         assert (await client.post(CHAT_PATH, json=CHAT)).headers["x-model-version"] == f"{NAME}@1"
 
-    async def test_queued_request_by_model_name_is_answered_by_the_new_version_after_a_swap(
+    async def test_queued_request_that_names_no_version_is_answered_by_the_new_version_after_a_swap(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         async with closed(service.admission):

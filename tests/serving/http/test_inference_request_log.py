@@ -95,7 +95,7 @@ async def test_prompt_and_answer_are_stored_if_content_is_enabled(service: Servi
     assert row.answer.startswith("1.0")
 
 
-async def test_stored_content_is_the_same_for_streamed_and_plain_answers(
+async def test_stored_content_is_the_same_for_streamed_and_non_streamed_answers(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     await client.post(CHAT_PATH, json=CHAT)

@@ -151,7 +151,7 @@ async def test_gateway_and_engine_do_not_sample_if_the_client_does_not(traced: T
     assert PARENT not in service.double.heads[0]["traceparent"]
 
 
-async def test_sample_share_applies_only_to_traces_started_by_the_gateway(
+async def test_trace_sample_share_applies_only_to_traces_started_by_the_gateway(
     socket_folder: Path, store: Store, receiver: OtlpReceiver
 ) -> None:
     traced = Traced(socket_folder, store, receiver, sample_share=0.0)

@@ -53,7 +53,7 @@ class Steps:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BODIES)
-async def test_no_step_of_a_large_request_blocks_the_event_loop_for_long(
+async def test_no_step_in_handling_a_large_request_blocks_the_event_loop_for_long(
     service: Service, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     path, fields = BODIES[name]

@@ -148,7 +148,7 @@ async def test_requests_for_an_expired_upload_are_rejected(client: AsyncOpenAI, 
             await request
 
 
-async def test_concurrent_completions_of_one_upload_create_one_file(
+async def test_concurrent_requests_to_complete_one_upload_create_one_file(
     service: FineTuningService, client: AsyncOpenAI
 ) -> None:
     upload = await created(client)

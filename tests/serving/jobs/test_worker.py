@@ -142,7 +142,7 @@ async def test_paused_job_frees_the_machine_and_resumes_from_its_checkpoint(home
     assert steps == list(range(1, 101))
 
 
-async def test_paused_training_is_killed_when_it_writes_no_checkpoint_in_time(home: WorkerHome) -> None:
+async def test_pausing_a_job_kills_its_training_if_no_checkpoint_is_written_in_time(home: WorkerHome) -> None:
     id = home.add(deaf=True, **LONG)
     async with home.working():
         await home.until(lambda: home.step(id) > 2)
@@ -213,7 +213,9 @@ async def test_job_fails_when_its_training_is_killed_three_times(home: WorkerHom
         ),
     ],
 )
-async def test_job_fails_with_its_training_error(home: WorkerHome, exit: int, text: str, error: dict[str, str]) -> None:
+async def test_failed_job_reports_its_training_error(
+    home: WorkerHome, exit: int, text: str, error: dict[str, str]
+) -> None:
     id = home.add(exit=exit, text=text)
     async with home.working():
         await home.ended(id)

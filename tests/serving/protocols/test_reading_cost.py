@@ -194,7 +194,7 @@ def count(value: object) -> tuple[int, int]:
 @pytest.mark.slow
 @given(value=JSON_VALUES, ensure_ascii=st.booleans(), size=st.integers(1, 40))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_separators_inside_strings_are_not_counted_whatever_the_slice_size(
+def test_json_separators_inside_strings_do_not_add_to_the_estimated_parsing_time(
     monkeypatch: pytest.MonkeyPatch, value: object, ensure_ascii: bool, size: int
 ) -> None:
     monkeypatch.setattr("serving.protocols.reading_cost._SLICE", size)

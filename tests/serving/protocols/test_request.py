@@ -132,7 +132,7 @@ def test_stream_options_are_not_added_if_the_route_always_returns_token_counts(r
     assert "stream_options" not in json.loads(request.payload("tuned"))
 
 
-def test_maximum_length_is_read_from_the_field_that_the_route_defines() -> None:
+def test_maximum_answer_length_is_read_from_the_field_that_the_route_defines() -> None:
     cases: list[tuple[Route, dict[str, Any], int | None]] = [
         (Route.RESPONSES, {"max_output_tokens": 5, "max_tokens": 9}, 5),
         (Route.MESSAGES, {"max_tokens": 5, "max_completion_tokens": 9}, 5),

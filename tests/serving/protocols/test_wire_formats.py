@@ -74,7 +74,9 @@ class TestEveryRoute:
 
     @routes
     @given(words=WORDS, counts=COUNTS)
-    def test_token_counts_are_read_exactly_once(self, route: Route, words: list[str], counts: Counts) -> None:
+    def test_usage_is_read_exactly_once_with_and_without_streaming(
+        self, route: Route, words: list[str], counts: Counts
+    ) -> None:
         wire = wire_of(route.value, "tuned", {"stream_options": {"include_usage": True}})
         expected = [Usage(counts.prompt, counts.completion)]
         assert usages(wire_format(route), stream_of(wire, words, counts)) == expected
@@ -130,7 +132,7 @@ class TestClassify:
 
     @routes
     @given(words=WORDS, counts=COUNTS, compact=st.booleans())
-    def test_fast_classification_agrees_with_the_full_parser(
+    def test_fast_event_classification_agrees_with_the_full_parser(
         self, route: Route, words: list[str], counts: Counts, compact: bool
     ) -> None:
         wire = wire_of(route.value, "tuned", {"stream_options": {"include_usage": True}})
@@ -169,7 +171,7 @@ class TestCompletions:
         counted = CHAT.usage(json.dumps(answer, separators=separators).encode())
         assert counted == Usage(counts.prompt, counts.completion)
 
-    def test_chat_usage_is_read_only_from_the_chunk_without_choices(self) -> None:
+    def test_chat_usage_is_taken_only_from_the_chunk_without_choices(self) -> None:
         cases: list[object] = [
             {"choices": [], "usage": None},
             {"choices": [{"delta": {}}], "usage": {"prompt_tokens": 1}},
@@ -213,7 +215,7 @@ class TestResponses:
         assert RESPONSES.is_end(last)
         assert RESPONSES.finish_reason(last) == "length"
 
-    def test_model_text_is_not_mistaken_for_the_end_of_the_answer(self) -> None:
+    def test_generated_text_is_not_mistaken_for_the_end_of_the_answer(self) -> None:
         written = event("response.output_text.delta", delta="\n\nevent: response.completed\ndata: {}\n\n")
         assert not RESPONSES.is_end(written)
         assert RESPONSES.text([written]).startswith("\n\nevent")

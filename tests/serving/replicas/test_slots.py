@@ -114,7 +114,7 @@ async def test_ray_actor_is_stopped_once_its_cluster_is_reachable_even_if_a_loca
     ending.cancel()
 
 
-def test_ray_actors_that_could_not_be_stopped_are_not_stopped_from_a_copy_of_the_home(
+def test_copy_of_a_home_does_not_stop_the_ray_actors_that_the_original_failed_to_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RayCluster, "end_now", lambda cluster, *names: pytest.fail("ended"))

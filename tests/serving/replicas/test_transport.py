@@ -18,7 +18,7 @@ TOO_LONG = [
 ]
 
 
-def test_context_length_error_is_recognized_by_the_vllm_message() -> None:
+def test_context_length_error_is_recognized_from_the_vllm_message() -> None:
     for message in TOO_LONG:
         assert isinstance(refusal(400, {"message": message}), ContextLengthError), message
 

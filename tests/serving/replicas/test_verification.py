@@ -115,7 +115,7 @@ async def test_no_probes_are_recorded_if_the_engine_was_not_started_with_the_ver
 
 
 @pytest.mark.parametrize(("number", "known"), [(1, True), (2, False)])
-async def test_probes_exist_only_if_an_engine_of_the_kind_has_run_the_version(
+async def test_probes_exist_only_if_an_engine_of_the_same_kind_has_run_the_version(
     elsewhere: Control, number: int, known: bool
 ) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))

@@ -115,7 +115,7 @@ async def _refuse_the_way_back(control: Control, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(EngineChange, "run", run)
 
 
-async def test_stopping_a_second_engine_that_failed_to_start_is_retried(
+async def test_failed_attempt_to_stop_a_second_engine_that_did_not_start_is_retried(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.replicas.retirement._RETRY_S", 0.05)

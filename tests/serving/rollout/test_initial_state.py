@@ -33,7 +33,7 @@ def test_error_is_raised_if_no_name_is_given_and_several_models_exist(home: Home
     assert choose(home, "other")[0] == "other@1"
 
 
-def test_server_may_start_without_a_model_if_no_name_is_given_and_none_is_required(home: Home) -> None:
+def test_server_may_start_without_a_model_if_no_name_is_given_and_no_model_is_required(home: Home) -> None:
     assert choose_deployments(home.registry, home.store, [], None, needed=False) == []
     choose(home, NAME)
     (desired,) = choose_deployments(home.registry, home.store, [], None, needed=False)

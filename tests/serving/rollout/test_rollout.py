@@ -225,7 +225,7 @@ async def test_rollback_during_the_canary_sends_all_clients_to_production_within
     assert control.desired().target == target(1)
 
 
-async def test_production_answers_and_the_rollout_fails_when_the_candidates_engine_dies(control: Control) -> None:
+async def test_production_answers_and_the_rollout_fails_when_the_candidate_engine_dies(control: Control) -> None:
     async with control.run(), control.client() as client, Users(client).asking() as users:
         start(control, 2, ALL.model_copy(update={"shadow": 0, "max_errors": 0.001}))
         await until(lambda: f"{NAME}@2" in set().union(*users.versions.values(), set()))
@@ -384,7 +384,7 @@ async def test_time_without_a_server_does_not_count_towards_the_deadline_of_a_st
         assert record(control).outcome is None
 
 
-async def test_rollout_is_held_at_its_deadline_until_an_operator_decides_if_configured(control: Control) -> None:
+async def test_rollout_configured_to_hold_at_its_deadline_waits_for_an_operator(control: Control) -> None:
     plan = ALL.model_copy(update={"shadow": 0, "max_step_s": 0.1, "at_deadline": AtDeadline.HOLD})
     async with control.run():
         start(control, 2, plan)
@@ -484,7 +484,7 @@ def test_promotion_options_override_the_configured_rollout_steps() -> None:
     assert (changed.shadow, changed.canary, changed.min_units) == (9, (10, 100), 7)
 
 
-async def test_status_and_view_show_the_state_and_the_signals_of_a_running_rollout(control: Control) -> None:
+async def test_state_of_a_running_rollout_is_in_the_status_and_in_the_rollout_view(control: Control) -> None:
     async with control.run(), control.client() as client, Users(client).asking():
         start(control, 2, ALL.model_copy(update={"shadow": 0, "max_errors": 0.001}))
         await until(lambda: record(control).signals)

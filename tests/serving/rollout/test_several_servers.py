@@ -256,7 +256,7 @@ async def test_rollout_is_completed_by_the_follower_when_the_leader_is_killed(
     assert set(users.statuses) == {200}
 
 
-async def test_follower_stores_the_outcome_when_the_leader_is_killed_during_its_swap(
+async def test_follower_stores_the_rollout_outcome_when_the_leader_is_killed_during_the_swap(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_to = Reconciler.change_to

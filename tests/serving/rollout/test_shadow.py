@@ -185,7 +185,7 @@ async def test_memory_of_a_shadow_request_is_released_when_it_is_dropped(monkeyp
 
     def lease(model: str) -> None:
         leases.append(model)
-        raise OverloadedError("the server is full", todo="retry the request later")
+        raise OverloadedError("the server is at capacity", todo="retry the request later")
 
     shadow = Shadow(
         balancer=cast("Balancer", SimpleNamespace(lease=lease)),

@@ -93,7 +93,7 @@ async def test_version_with_different_weight_shapes_is_refused_if_memory_is_insu
     assert not {RELOAD, RESET, PROBE} & set(control.double.calls[calls:])
 
 
-async def test_files_are_compared_if_a_version_has_no_recorded_fingerprint(control: Control) -> None:
+async def test_swap_to_a_version_without_a_recorded_fingerprint_succeeds(control: Control) -> None:
     make_version(control.registry, 4, fingerprint=False)
     swap = await control.reconciler.swap.run(target(1), target(4), lambda step: None)
     assert swap.outcome is SwapOutcome.SUCCEEDED
@@ -268,7 +268,7 @@ async def test_running_requests_continue_if_engine_health_checks_are_slow(
         assert len(control.park.engines) == 1
 
 
-async def test_swap_fails_if_the_only_engine_dies_while_files_are_compared(
+async def test_swap_fails_if_the_only_engine_dies_while_version_files_are_verified(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The only engine dies while the version's files are compared with its manifest."""

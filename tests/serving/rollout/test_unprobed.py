@@ -83,7 +83,7 @@ async def test_all_engines_restart_if_memory_is_insufficient_for_an_additional_e
         assert {member.target for member in control.pool.members} == {target(2)}
 
 
-async def test_unverified_engine_left_by_an_earlier_server_is_not_trusted(make: Make) -> None:
+async def test_unverified_engine_left_by_an_earlier_server_is_replaced(make: Make) -> None:
     """Only the engine's record would tell which version it holds."""
     control = unprobed(make())
     control.leaves = True

@@ -40,7 +40,7 @@ def test_request_waits_while_the_kv_cache_has_no_space_for_it() -> None:
     assert together[1].first > together[0].last
 
 
-def test_long_prompt_is_computed_in_several_steps() -> None:
+def test_long_prompt_is_processed_in_several_steps() -> None:
     request = Request(0.0, prompt=5000, answer=1)
     simulate([request], 1, make_times(), Limits(8))
     assert request.last == pytest.approx(3 * 0.01 + 5000 * 0.0001)

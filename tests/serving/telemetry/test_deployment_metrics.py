@@ -45,7 +45,7 @@ def test_only_the_loaded_version_is_shown_in_the_metrics(
     assert [sample.labels for sample in family.samples] == [{"model": "tuned", "version": "2", "format": "gptq"}]
 
 
-def test_swap_is_counted_and_timed_with_its_queued_requests(
+def test_swap_metrics_include_the_duration_and_the_number_of_queued_requests(
     registry: CollectorRegistry, metrics: DeploymentMetrics
 ) -> None:
     metrics.swap_ended(SwapResult(SwapOutcome.SUCCEEDED, None, queued_s=1.5, running=3, queued=12))

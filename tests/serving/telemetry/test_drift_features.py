@@ -153,7 +153,9 @@ class TestOneProcess:
         assert b"Featherstonehaugh" not in content
         assert b"Cholmondeley" not in content
 
-    def test_version_with_a_damaged_text_space_is_not_used_again(self, features: Features) -> None:
+    def test_features_are_no_longer_computed_for_a_version_with_a_damaged_text_space_file(
+        self, features: Features
+    ) -> None:
         for number in (2, 3):
             make_version(features.registry, number, compared=True)
         (space,) = (features.registry.folder(VersionId(NAME, 2)) / "reference").glob("text_space.npz")
@@ -207,7 +209,7 @@ def hang(connection: Connection, settings: Settings) -> None:
 
 
 @pytest.mark.slow
-def test_feature_batch_is_lost_and_counted_after_two_processes_die_or_hang(
+def test_feature_batch_is_counted_as_lost_when_two_feature_processes_die_or_hang(
     features: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -224,7 +226,7 @@ def test_feature_batch_is_lost_and_counted_after_two_processes_die_or_hang(
 
 
 @pytest.mark.slow
-def test_closing_stores_queued_records_and_stops_the_feature_process(features: Features) -> None:
+def test_close_stores_queued_feature_records_and_stops_the_feature_process(features: Features) -> None:
     features.add(5)
     features.process.close(PATIENCE_S)
     assert len(item_ids(features.store, ONE)) == 5
@@ -233,7 +235,9 @@ def test_closing_stores_queued_records_and_stops_the_feature_process(features: F
 
 
 @pytest.mark.slow
-def test_closing_gives_up_if_the_feature_process_hangs(features: Features, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_stops_a_hanging_feature_process_and_counts_its_records_as_lost(
+    features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(drift_features, "_work", hang)
     features.add(120)
     until(children)
@@ -242,7 +246,7 @@ def test_closing_gives_up_if_the_feature_process_hangs(features: Features, monke
     assert features.lost == 120
 
 
-def test_version_without_a_text_space_is_checked_once_without_starting_a_process(features: Features) -> None:
+def test_no_feature_process_is_started_for_a_version_without_a_text_space_file(features: Features) -> None:
     make_version(features.registry, 2)
     without = [target(2), Target(VersionId("gone", 1), Format.MERGED)]
     assert all(map(features.process.wants, without))

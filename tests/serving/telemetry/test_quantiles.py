@@ -35,7 +35,9 @@ def shown(versions: VersionQuantiles) -> dict[tuple[str, str], float]:
 
 
 @given(st.lists(st.tuples(SECONDS, st.integers(0, SLOTS - 1)), min_size=1, max_size=200))
-def test_quantiles_over_all_slots_are_within_one_percent_of_exact_quantiles(samples: list[tuple[float, int]]) -> None:
+def test_quantiles_over_the_whole_window_are_within_one_percent_of_exact_quantiles(
+    samples: list[tuple[float, int]],
+) -> None:
     clock = Clock()
     versions = example(clock)
     for value, slot in sorted(samples, key=lambda sample: sample[1]):

@@ -198,7 +198,7 @@ def test_rows_wait_while_the_database_is_unavailable_and_overflow_is_counted(
 
 
 @pytest.mark.slow
-def test_closing_does_not_wait_for_an_unavailable_database(
+def test_closing_the_request_log_does_not_wait_for_an_unavailable_database(
     postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_log, "_RETRY_S", 0.05)
@@ -225,7 +225,7 @@ def test_application_log_contains_no_user_text_if_storing_fails(pen: Pen, caplog
     assert "SECRET" not in caplog.text
 
 
-def test_closing_gives_up_and_counts_lost_rows_if_the_store_hangs(
+def test_closing_the_request_log_gives_up_and_counts_lost_rows_if_the_store_hangs(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()

@@ -83,7 +83,7 @@ def test_clock_is_trusted_immediately_if_there_are_no_rows_at_startup() -> None:
     assert clocks.after(HOUR) == clocks.wall - MONTH
 
 
-def test_clock_is_trusted_again_after_the_maximum_age_if_that_is_below_one_day() -> None:
+def test_clock_is_trusted_again_after_the_maximum_row_age_if_it_is_less_than_a_day() -> None:
     clocks = Clocks(newest=NOON - 9 * HOUR, max_age=2 * HOUR)
     assert clocks.after(HOUR) is None
     assert clocks.after(2 * HOUR) == clocks.wall - 2 * HOUR

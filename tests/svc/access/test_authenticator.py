@@ -47,7 +47,7 @@ def fault_of(authenticator: Authenticator, secret: str | None) -> KeyFault:
     return raised.value.fault
 
 
-def test_valid_secret_returns_its_principal(authenticator: Authenticator, issued: IssuedKey) -> None:
+def test_valid_secret_authenticates_the_principal_of_its_key(authenticator: Authenticator, issued: IssuedKey) -> None:
     assert authenticator.grant(issued.secret).principal == issued.key.principal
 
 
@@ -312,7 +312,7 @@ def test_requests_with_one_secret_share_a_grant_even_if_other_keys_change(
     assert authenticator.grant(issued.secret) is grant
 
 
-def test_secret_that_was_accepted_before_is_rejected_after_its_key_expires(
+def test_previously_accepted_secret_is_rejected_after_its_key_expires(
     authenticator: Authenticator, issued: IssuedKey, clock: Clock
 ) -> None:
     authenticator.grant(issued.secret)
@@ -321,7 +321,7 @@ def test_secret_that_was_accepted_before_is_rejected_after_its_key_expires(
     assert fault_of(authenticator, issued.secret) is KeyFault.EXPIRED
 
 
-def test_rotated_secret_that_was_accepted_before_is_rejected_after_its_grace_period(
+def test_previously_accepted_rotated_secret_is_rejected_after_its_grace_period(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, clock: Clock
 ) -> None:
     keyring.rotate("ci", grace=timedelta(seconds=30))
@@ -331,7 +331,7 @@ def test_rotated_secret_that_was_accepted_before_is_rejected_after_its_grace_per
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
 
 
-def test_secret_that_was_accepted_before_is_accepted_only_while_keys_can_be_checked(
+def test_previously_accepted_secret_is_rejected_after_a_minute_without_a_key_check(
     authenticator: Authenticator, issued: IssuedKey, clock: Clock
 ) -> None:
     authenticator.grant(issued.secret)
@@ -348,7 +348,7 @@ def test_secret_that_was_accepted_before_is_accepted_only_while_keys_can_be_chec
         ("DELETE FROM keys", KeyFault.UNKNOWN),
     ],
 )
-def test_secret_that_was_accepted_before_is_checked_against_the_newest_keys(
+def test_previously_accepted_secret_is_checked_against_the_newest_keys(
     authenticator: Authenticator, issued: IssuedKey, store: Store, change: str, fault: KeyFault
 ) -> None:
     authenticator.grant(issued.secret)

@@ -190,6 +190,8 @@ def test_forget_fails_for_an_unknown_key(svc: Svc) -> None:
     assert svc("forget", "--key", "nobody", "--yes").code == NotFoundError.exit_code
 
 
-def test_forget_before_a_future_day_selects_all_requests(svc: Svc, store: Store, requested: str) -> None:
+def test_forget_selects_all_requests_if_the_before_date_is_in_the_future(
+    svc: Svc, store: Store, requested: str
+) -> None:
     tomorrow = datetime.now(UTC) + timedelta(days=1)
     assert "deleted 2 requests" in svc("forget", "--before", tomorrow.isoformat(), "--yes").out

@@ -61,7 +61,7 @@ def test_backup_is_not_readable_by_other_users(
         assert stat.S_IMODE((archive.folder(made) / name).stat().st_mode) == 0o600
 
 
-def test_regenerable_files_are_excluded(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
+def test_regenerable_files_are_excluded_from_backups(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
     home = used.settings.home
     for path in (
         "logs/engine-0.log",

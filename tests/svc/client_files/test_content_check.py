@@ -20,7 +20,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "file-1"
 
 
-def test_valid_examples_are_usable_although_there_are_warnings(file: Path) -> None:
+def test_file_whose_examples_cause_only_warnings_is_usable(file: Path) -> None:
     file.write_text(EXAMPLE * 2 + "\n")
     assert check_content(file, Purpose.FINE_TUNE) == ContentCheck(True)
 

@@ -138,7 +138,7 @@ async def test_file_content_on_the_local_disk_is_not_fetched(first: ClientFiles,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damaged", [CONTENT[:-1], CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])], ids=["truncated", "bit"])
-async def test_damaged_object_is_rejected_with_its_key_and_leaves_no_file_behind(
+async def test_error_for_a_damaged_object_names_its_key_and_no_file_is_left_behind(
     first: ClientFiles, second: ClientFiles, objects: ObjectStore, tmp_path: Path, damaged: bytes
 ) -> None:
     id = add(first)
@@ -186,7 +186,7 @@ async def test_file_content_requested_by_concurrent_readers_is_fetched_once(
 
 
 @pytest.mark.slow
-async def test_two_processes_of_a_home_can_fetch_the_same_content_concurrently(
+async def test_processes_that_share_a_home_can_fetch_the_same_content_concurrently(
     first: ClientFiles, tmp_path: Path, store: Store, url: str
 ) -> None:
     id = add(first)

@@ -51,7 +51,7 @@ def test_data_check_prints_problems_even_if_the_file_name_is_not_utf8(tmp_path: 
     assert check(str(path), "--json").exit_code == 1
 
 
-def test_smallest_detectable_loss_is_printed_when_a_held_out_file_is_given(tmp_path: Path) -> None:
+def test_smallest_detectable_quality_loss_is_printed_when_a_held_out_file_is_given(tmp_path: Path) -> None:
     train, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
     for path, count in ((train, 3), (heldout, 40)):
         turns = ([QUESTION | {"content": f"{path.stem} {number}"}, ANSWER] for number in range(count))
@@ -74,7 +74,9 @@ def test_answers_are_printed_without_control_characters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=str)
-def test_invalid_line_with_control_characters_or_invalid_utf8_is_stored(tmp_path: Path, value: Any) -> None:
+def test_invalid_line_with_control_characters_or_invalid_utf8_is_recorded_in_the_problems_file(
+    tmp_path: Path, value: Any
+) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(value))
     bad = BadLines(tmp_path / "bad")

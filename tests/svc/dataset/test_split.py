@@ -96,14 +96,16 @@ def test_duplicate_group_with_a_previously_trained_prompt_is_not_held_out(
 @pytest.mark.slow
 @given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0.01, 0.99))
 @settings(max_examples=15, deadline=None)
-def test_split_is_unchanged_when_repeated_after_training_on_it(seed: int, split_seed: int, share: float) -> None:
+def test_repeated_split_is_unchanged_after_training_on_its_training_examples(
+    seed: int, split_seed: int, share: float
+) -> None:
     """Otherwise, the same recipe would be a different run after it has finished."""
     split = split_heldout(examples := with_copies(seed), share, split_seed)
     again = split_heldout(examples, share, split_seed, hash_prompts(split.train))
     assert (again.train, again.heldout) == (split.train, split.heldout)
 
 
-def test_examples_kept_out_of_the_held_out_set_by_previous_training_are_counted() -> None:
+def test_examples_not_held_out_because_of_previous_training_are_counted() -> None:
     examples = unrelated(0, 60)
     held = split_heldout(examples, 0.2, 0).heldout
     assert split_heldout(examples, 0.2, 0, hash_prompts(held[:3])).learnt_before == 3

@@ -152,7 +152,7 @@ def test_sample_of_no_drift_items_is_empty() -> None:
     same(empty.followed_by(REFERENCE.prompts), REFERENCE.prompts)
 
 
-def test_conversation_hash_is_shared_by_all_turns_of_one_conversation_only() -> None:
+def test_only_turns_of_the_same_conversation_share_a_conversation_hash() -> None:
     first, second = make(chat("Where is it?")), make(chat("Where is it?", "Here.", "Thanks!"))
     assert first.conversation == second.conversation
     others = [chat("Where is she?"), chat("Where is it?", system=""), chat("Thanks!")]

@@ -300,7 +300,7 @@ def test_awq_is_accepted_on_cpus_and_on_turing_or_newer_gpus() -> None:
         device.check_awq(AUTO)
 
 
-def test_awq_is_rejected_in_favor_of_gptq_on_a_gpu_older_than_turing() -> None:
+def test_awq_is_rejected_with_advice_to_use_gptq_on_a_gpu_older_than_turing() -> None:
     assert TURING.gpu is not None
     volta = TURING.model_copy(update={"gpu": TURING.gpu.model_copy(update={"compute_capability": (7, 0)})})
     with pytest.raises(EngineError, match="has no awq kernel") as caught:

@@ -198,7 +198,7 @@ async def test_endpoint_may_call_tools_when_references_do() -> None:
     assert (result.answer, result.hit) == ('{"name": "rain", "arguments": {}}', True)
 
 
-async def test_reference_thinking_is_neither_sent_to_the_endpoint_nor_compared() -> None:
+async def test_thinking_in_reference_answers_is_neither_sent_to_the_endpoint_nor_compared() -> None:
     def thinks(body: dict[str, Any]) -> httpx.Response:
         answer = yes(body).json()
         answer["choices"][0]["message"]["content"] = "<think>\nIs it?\n</think>\n\nyes"

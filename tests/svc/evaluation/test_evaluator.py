@@ -113,7 +113,7 @@ async def test_truncated_answer_matching_the_reference_is_still_scored() -> None
     assert double.calls.count("/v1/completions") == 1
 
 
-async def test_long_answer_identical_to_the_reference_is_a_hit_with_the_default_token_limit() -> None:
+async def test_long_answer_identical_to_the_reference_counts_as_correct_with_the_default_token_limit() -> None:
     double = EngineDouble(tokens=200, finish_reason="stop")
     example = chat("a", " ".join(f"1.{number}" for number in range(200)))
     seen = [tokenized(example)]

@@ -28,14 +28,16 @@ def outcome(lost: int, gained: int, examples: int, margin: float) -> GateOutcome
 
 
 @given(changed())
-def test_interval_of_a_loss_contains_the_measured_loss(counts: tuple[int, int, int]) -> None:
+def test_confidence_interval_of_a_quality_loss_contains_the_measured_loss(counts: tuple[int, int, int]) -> None:
     loss = loss_of(*counts)
     assert -1 <= loss.low <= loss.value <= loss.high <= 1
     assert loss.low < loss.high
 
 
 @given(changed())
-def test_interval_of_a_loss_is_mirrored_when_the_models_are_swapped(counts: tuple[int, int, int]) -> None:
+def test_confidence_interval_of_a_quality_loss_is_mirrored_when_the_models_are_swapped(
+    counts: tuple[int, int, int],
+) -> None:
     lost, gained, examples = counts
     loss, other = loss_of(*counts), loss_of(gained, lost, examples)
     assert (loss.low, loss.high) == pytest.approx((-other.high, -other.low))
@@ -43,13 +45,13 @@ def test_interval_of_a_loss_is_mirrored_when_the_models_are_swapped(counts: tupl
 
 @pytest.mark.parametrize(("lost", "leaves_out_0"), [(5, False), (6, True)])
 @pytest.mark.parametrize("examples", [60, 1000])
-def test_six_lost_answers_prove_a_loss_and_five_do_not(lost: int, leaves_out_0: bool, examples: int) -> None:
+def test_six_lost_answers_prove_a_quality_loss_but_five_do_not(lost: int, leaves_out_0: bool, examples: int) -> None:
     assert (loss_of(lost, 0, examples).low > 0) is leaves_out_0
 
 
 @pytest.mark.parametrize("true_loss", [0.02, 0.1, 0.3])
 @pytest.mark.parametrize("examples", [30, 60, 200])
-def test_version_worse_than_the_margin_passes_the_gate_in_at_most_10_percent_of_trials(
+def test_version_worse_by_more_than_the_margin_passes_the_gate_in_at_most_10_percent_of_trials(
     true_loss: float, examples: int
 ) -> None:
     """The margin equals the true loss, which is excluded by chance nominally once in forty times."""
@@ -81,7 +83,9 @@ def test_gate_decision_does_not_change_with_more_examples_in_the_same_proportion
 
 
 @given(st.integers(1, 10_000), st.integers(1, 100))
-def test_smallest_detectable_loss_decreases_with_more_examples_when_no_answer_changes(examples: int, more: int) -> None:
+def test_smallest_detectable_quality_loss_decreases_with_more_examples_when_no_answer_changes(
+    examples: int, more: int
+) -> None:
     few, many = (judge(loss_of(0, 0, count), 0.1, count) for count in (examples, examples + more))
     assert many.detectable < few.detectable
     assert many.loss.high < few.loss.high
@@ -116,11 +120,11 @@ def test_loss_of_12_of_60_answers_is_undecided_with_a_10_percent_margin() -> Non
     assert outcome(12, 0, 60, 0.1) is GateOutcome.UNDECIDED
 
 
-def test_13_percent_loss_on_30_examples_is_undecided_with_a_5_percent_margin() -> None:
+def test_loss_of_13_percent_of_30_answers_is_undecided_with_a_5_percent_margin() -> None:
     assert outcome(4, 0, 30, 0.05) is GateOutcome.UNDECIDED
 
 
-def test_3_percent_loss_on_200_examples_is_undecided_with_a_5_percent_margin() -> None:
+def test_net_loss_of_3_percent_of_200_answers_is_undecided_with_a_5_percent_margin() -> None:
     assert outcome(10, 4, 200, 0.05) is GateOutcome.UNDECIDED
 
 
@@ -145,7 +149,7 @@ def test_gate_is_undecided_with_fewer_examples_than_required(value: float) -> No
     assert judge(narrow, 0.5, 8, fewest=8).outcome is not GateOutcome.UNDECIDED
 
 
-def test_number_of_examples_to_decide_is_omitted_when_the_loss_equals_the_margin() -> None:
+def test_number_of_examples_needed_to_decide_is_omitted_when_the_loss_equals_the_margin() -> None:
     verdict = judge(Interval(value=0.1, low=0.0, high=0.2), 0.1, 60)
     assert (verdict.outcome, verdict.examples_to_decide) == (GateOutcome.UNDECIDED, None)
 
@@ -154,7 +158,7 @@ def report(loss: Interval, margin: float, gate: Gate = Gate.FORGETTING) -> str:
     return str(GateReport(gate=gate, measured="lost", limit=f"evaluate.{gate}", verdict=judge(loss, margin, 60)))
 
 
-def test_undecided_gate_message_names_possible_loss_and_examples_to_decide() -> None:
+def test_undecided_gate_message_names_the_possible_loss_and_the_number_of_examples_needed() -> None:
     assert report(Interval(value=0.01, low=-0.07, high=0.09), 0.05) == (
         "lost, loss 0.010 [-0.070, 0.090], at most 0.050 (evaluate.max_forgetting): undecided: "
         "a loss of up to 0.090 cannot be excluded with 60 questions; about 500 would decide"

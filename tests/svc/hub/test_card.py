@@ -14,7 +14,7 @@ from tests.svc.report.test_judged import LABELS
 pytestmark = pytest.mark.slow
 
 
-def test_hub_reads_the_license_the_base_model_and_the_task_from_the_card(
+def test_hub_reads_the_license_the_base_model_and_the_task_from_the_model_card(
     manifest: Manifest, versions: JudgedVersions
 ) -> None:
     data = ModelCard(make_card(versions.registry, manifest, Format.GPTQ, "org/tickets")).data
@@ -23,7 +23,7 @@ def test_hub_reads_the_license_the_base_model_and_the_task_from_the_card(
     assert (data.get("library_name"), data.get("pipeline_tag")) == ("transformers", "text-generation")
 
 
-def test_card_lists_metrics_with_intervals_and_changes_from_the_base_model(
+def test_model_card_lists_metrics_with_intervals_and_changes_from_the_base_model(
     manifest: Manifest, versions: JudgedVersions
 ) -> None:
     card = make_card(versions.registry, manifest, Format.MERGED, "org/tickets")
@@ -40,7 +40,7 @@ def test_card_lists_metrics_with_intervals_and_changes_from_the_base_model(
 
 
 @pytest.mark.parametrize("format", [Format.MERGED, Format.GPTQ])
-def test_card_contains_no_example_texts_no_labels_and_no_paths(
+def test_model_card_contains_no_example_texts_labels_or_paths(
     manifest: Manifest, versions: JudgedVersions, format: Format
 ) -> None:
     card = make_card(versions.registry, manifest, format, "org/tickets")
@@ -58,7 +58,7 @@ def test_card_contains_no_example_texts_no_labels_and_no_paths(
         ("secret@4", "A previously fine-tuned model"),
     ],
 )
-def test_card_does_not_name_a_base_model_that_is_not_on_the_hub(
+def test_model_card_does_not_name_a_base_model_that_is_not_on_the_hub(
     versions: JudgedVersions, manifest: Manifest, origin: str, shown: str
 ) -> None:
     local = manifest.model_copy(update={"base": BaseRecord(origin=origin, revision="abc", licence=None)})
@@ -69,7 +69,7 @@ def test_card_does_not_name_a_base_model_that_is_not_on_the_hub(
     assert "license:" not in card
 
 
-def test_card_of_a_combined_adapter_names_only_source_adapters_on_the_hub(
+def test_model_card_of_a_combined_adapter_names_only_source_adapters_on_the_hub(
     versions: JudgedVersions, manifest: Manifest
 ) -> None:
     parts = [{"adapter": name, "weight": 0.5} for name in ("secret@3", "/home/alice/secret", "org/lora")]

@@ -62,7 +62,7 @@ def test_push_sends_nothing_without_confirmation(
     assert svc("push", str(manifest.id), "org/tickets", "--json").code == 2
 
 
-def test_push_dry_run_writes_the_card_without_a_token_or_network_access(
+def test_push_dry_run_writes_the_model_card_without_a_token_or_network_access(
     svc: Svc, manifest: Manifest, hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")

@@ -30,7 +30,7 @@ def test_permitted_model_may_be_requested_in_any_version(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["reviews", "ticket", "tickets2", "", "@tickets", "TICKETS"])
-def test_model_outside_the_list_of_an_api_key_may_not_be_requested(model: str) -> None:
+def test_model_missing_from_the_model_list_of_an_api_key_cannot_be_requested(model: str) -> None:
     assert not CLIENT.may_ask(model)
 
 

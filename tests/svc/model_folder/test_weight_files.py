@@ -19,7 +19,7 @@ def write_folder(folder: Path, *names: str, index: object = None) -> Path:
     return folder
 
 
-def test_weight_index_determines_the_weight_files_if_a_folder_contains_the_weights_twice(tmp_path: Path) -> None:
+def test_weight_index_determines_the_weight_files_if_a_folder_has_two_copies_of_the_weights(tmp_path: Path) -> None:
     index = {"metadata": {}, "weight_map": {"a": SHARDS[1], "b": SHARDS[0], "c": SHARDS[1]}}
     write_folder(tmp_path, *SHARDS, "consolidated.safetensors", index=index)
     assert [path.name for path in weight_files(tmp_path)] == list(SHARDS)

@@ -57,7 +57,7 @@ def test_cluster_without_autoscaler_node_types_adds_no_machines(monkeypatch: pyt
     assert not adds_machines()
 
 
-def test_cluster_with_autoscaler_node_types_adds_machines_even_if_only_its_head_runs(
+def test_cluster_with_autoscaler_node_types_adds_machines_even_if_only_its_head_node_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     report(monkeypatch, "headgroup")

@@ -227,7 +227,7 @@ async def test_exited_engine_is_reported_with_its_exit_code_and_refuses_connecti
     await asyncio.wait_for(next(iter(cluster.running.values())), 5)  # the actor ends, too, and frees its resources
 
 
-async def test_losing_the_ray_actor_is_reported_as_engine_death_and_fails_later_commands(
+async def test_losing_the_ray_actor_is_reported_as_engine_death_and_makes_later_commands_fail(
     make: Make, cluster: ClusterDouble
 ) -> None:
     engine = make()

@@ -337,7 +337,7 @@ def test_weights_that_become_needed_during_eviction_are_not_evicted(
     assert weights(other, cached[1]).is_file()
 
 
-def test_gc_evicts_weights_above_the_limit(
+def test_gc_command_evicts_weights_when_their_cache_exceeds_its_size_limit(
     other: Registry, store: Store, cached: list[VersionId], objects: ObjectStore, tmp_path: Path, svc: Svc
 ) -> None:
     (tmp_path / "svc.yaml").write_text(

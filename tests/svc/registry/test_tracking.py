@@ -66,7 +66,7 @@ def test_report_pages_are_stored_below_the_home(tmp_path: Path, monkeypatch: pyt
 
 
 def test_report_page_rejected_by_mlflow_raises_error(tracking: Tracking, name: str) -> None:
-    with pytest.raises(RegistryError, match="rejected the model page for"):
+    with pytest.raises(RegistryError, match="rejected the HTML report of"):
         tracking.log_page(VersionId(name, 1), "no-such-run", "<p>page</p>")
 
 

@@ -36,7 +36,7 @@ def test_report_is_written_to_the_given_output_path(svc: Svc, version: str, tmp_
     assert (tmp_path / "other.html").is_file()
 
 
-def test_bare_name_selects_the_newest_version(svc: Svc, version: str) -> None:
+def test_report_is_written_for_a_model_name_without_a_version_number(svc: Svc, version: str) -> None:
     assert svc("report", version.partition("@")[0]).out.endswith("-1.html\n")
 
 

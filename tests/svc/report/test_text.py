@@ -15,17 +15,17 @@ def test_truncation_removes_exactly_the_reported_number_of_characters(text: str)
 
 
 @given(st.text(max_size=9_000))
-def test_visible_start_of_a_folded_text_is_short(text: str) -> None:
+def test_visible_beginning_of_a_collapsed_text_is_short(text: str) -> None:
     start = cut_text(text).start
     assert len(start) <= 350
     assert start.count("\n") <= 7
 
 
-def test_short_text_is_not_folded() -> None:
+def test_short_text_is_not_collapsed() -> None:
     assert cut_text("two\nlines") == ("two\nlines", "", 0)
 
 
-def test_text_with_many_lines_is_folded() -> None:
+def test_text_with_many_lines_is_collapsed() -> None:
     assert cut_text("\n".join("abcdefghij")).start == "a\nb\nc\nd\ne\nf\n"
 
 

@@ -46,7 +46,7 @@ def test_reason_for_a_forced_version_is_kept_until_the_next_change(store: Store)
     assert read_desired(store, "tiny") == Desired(target(2), target(1), 2)
 
 
-def test_desired_states_of_different_names_are_independent(store: Store) -> None:
+def test_desired_states_of_different_model_names_are_independent(store: Store) -> None:
     change_desired(store, None, target(1), None)
     change_desired(store, None, target(7, name="other"), None)
     change_desired(store, read_desired(store, "tiny"), target(2), None)

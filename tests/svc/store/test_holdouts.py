@@ -85,7 +85,7 @@ def test_held_out_runs_of_different_targets_are_excluded(store: Store, other: Ta
     assert newest_holdout_run(store, TARGET, completed=False) is None
 
 
-def test_oldest_held_out_runs_of_a_name_are_deleted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oldest_held_out_runs_of_a_model_are_deleted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holdouts, "KEPT_RUNS", 3)
     other = replace(COMPLETED, target=Target(VersionId("other", 1), Format.GPTQ))
     add_holdout_run(store, other)

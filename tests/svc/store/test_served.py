@@ -54,7 +54,7 @@ def test_served_interval_of_a_crashed_server_ends_when_the_server_restarts(store
     ]
 
 
-def test_served_intervals_of_different_names_are_independent(store: Store) -> None:
+def test_served_intervals_of_different_models_are_independent(store: Store) -> None:
     other = Desired(Target(VersionId("reviews", 1), Format.MERGED), None, 1)
     begin_serving(store, ONE, Began.START, at=minute(0))
     begin_serving(store, other, Began.START, at=minute(1))

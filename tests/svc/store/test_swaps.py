@@ -150,12 +150,12 @@ def test_swap_of_a_killed_server_succeeds_if_the_server_restarts_with_the_new_ve
     )
 
 
-def test_last_swap_of_a_server_excludes_swaps_of_other_running_servers(shared: Store) -> None:
+def test_last_swap_of_a_server_is_not_taken_from_another_running_server(shared: Store) -> None:
     begin_swap(shared, desired(2, 5), server="b")
     assert last_swap(shared, "tiny", server="a") is None
 
 
-def test_single_server_is_listed_for_a_generation_even_before_its_swap_begins(tmp_path: Path) -> None:
+def test_swap_progress_lists_the_only_server_even_before_its_swap_begins(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     (before,) = server_swaps(store, "tiny", 5)
     begin_swap(store, desired(2, 5))
@@ -167,7 +167,7 @@ def test_single_server_is_listed_for_a_generation_even_before_its_swap_begins(tm
     assert (overtaken.swap, overtaken.later) == (None, desired(3, 6).target)
 
 
-def test_servers_listed_for_a_generation_either_serve_the_model_or_are_swapping_to_it(shared: Store) -> None:
+def test_swap_progress_omits_servers_that_started_with_the_new_version(shared: Store) -> None:
     report_server(shared, "c", "c:8000", [])
     begin_serving(shared, desired(1, 4), Began.START, server="a")
     begin_serving(shared, desired(2, 5), Began.START, server="b")  # it started with the version

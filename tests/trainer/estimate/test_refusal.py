@@ -70,7 +70,7 @@ def test_run_is_not_refused_when_its_own_existing_files_occupy_the_disk(
     refuse_disk(estimated("qlora"), tmp_path)
 
 
-def test_refused_stage_error_states_the_stage_a_format_that_fits_and_how_much_memory_is_missing() -> None:
+def test_stage_memory_error_states_missing_memory_and_proposes_a_format_that_fits() -> None:
     """Llama 2 7B in bf16 takes 13.5 GB in the engine that evaluates it, and a third of that in 4 bits."""
     with pytest.raises(
         InsufficientMemoryError, match=r"stage evaluate needs at least 13\.5 GB, .* has 12\.0 GB: 1\.5 GB"

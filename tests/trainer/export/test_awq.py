@@ -168,7 +168,7 @@ def test_repeated_awq_quantization_gives_identical_files_that_the_engine_can_rel
 
 
 @pytest.mark.slow
-def test_dequantized_awq_weights_and_norms_reproduce_the_log_probabilities_of_the_source(
+def test_dequantized_awq_weights_and_norms_reproduce_the_log_probabilities_of_the_original_model(
     quantized: Path,
 ) -> None:
     """The weights need the norms and biases of the AWQ folder, into which the scales were divided."""

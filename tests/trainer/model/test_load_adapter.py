@@ -84,7 +84,7 @@ def new_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("loaded", [False, True], ids=["new", "loaded"])
-def test_first_model_with_an_adapter_in_a_process_is_freed_after_use(
+def test_first_adapter_model_of_a_new_process_is_freed_after_use(
     new_processes: Forks, base: Path, tmp_path: Path, loaded: bool
 ) -> None:
     adapter = trained_adapter(base, tmp_path / "adapter", Method.LORA) if loaded else ""

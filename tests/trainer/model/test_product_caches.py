@@ -40,7 +40,7 @@ def test_matrix_multiplication_caches_stay_bounded_when_sequence_lengths_vary() 
     assert float(result.stdout) < 120
 
 
-def test_child_processes_do_not_inherit_the_cache_bound() -> None:
+def test_child_processes_do_not_inherit_the_cache_limit() -> None:
     from trainer.model.product_caches import bound_product_caches
 
     before = dict(os.environ)

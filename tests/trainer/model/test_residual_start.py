@@ -52,7 +52,9 @@ def test_initialized_adapter_does_not_change_the_logits_of_the_model(tiny_base: 
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_initialized_adapter_contains_a_part_subtracted_from_the_base_weights(tiny_base: Path, start: str) -> None:
+def test_initializing_an_adapter_changes_the_logits_of_the_base_without_the_adapter(
+    tiny_base: Path, start: str
+) -> None:
     model, _ = started(tiny_base, start)
     with model.disable_adapter():
         assert not torch.allclose(logits(model), logits(read(tiny_base)), atol=1e-2)

@@ -198,9 +198,9 @@ def test_recipe_of_a_combined_adapter_has_the_rank_and_layers_of_the_result(fold
         (
             ("first", "rank 2"),
             {"method": "linear"},
-            r"first 4, .*rank2 2.*\n.*\n.* set it to svd, or to cat",
+            r"first 4, .*rank2 2.*\n.*\n.* set adapter.combine.method to svd, or to cat",
         ),
-        (("first", "rank 2"), {"method": "ties", "density": 0.5}, "set it to ties_svd"),
+        (("first", "rank 2"), {"method": "ties", "density": 0.5}, "set adapter.combine.method to ties_svd"),
         (("first", "dora"), {"method": "cat"}, "dora cannot be combined: it is DoRA"),
         (("ranks", "first"), {"method": "cat"}, "ranks cannot be combined: its layers have different ranks"),
     ],

@@ -179,13 +179,13 @@ def test_heldout_loss_of_the_training_curve_is_measured_on_validation_examples_i
         ({"patience": 2}, SelectedBy.VALIDATION),
     ],
 )
-def test_validation_set_is_recorded_as_selecting_the_version_if_it_decides_early_stopping(
+def test_validation_set_is_recorded_as_used_for_model_selection_if_it_decides_early_stopping(
     tmp_path: Path, stopping: dict[str, Any], selected_by: SelectedBy
 ) -> None:
     assert read_validation(tmp_path, VALIDATION, stopping=stopping).selected_by is selected_by
 
 
-def test_heldout_set_is_recorded_as_selecting_the_version_if_there_is_no_validation_set(tmp_path: Path) -> None:
+def test_heldout_set_is_recorded_as_used_for_model_selection_if_there_is_no_validation_set(tmp_path: Path) -> None:
     write_examples(tmp_path / "t.jsonl", TRAIN)
     recipe = make_recipe(data={"train": tmp_path / "t.jsonl"}, stopping={"keep_best": True})
     assert read_run_examples(recipe).selected_by is SelectedBy.HELDOUT
@@ -273,7 +273,7 @@ def test_data_split_is_unchanged_after_the_recipe_has_produced_a_version(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("copies", "warned"), [(6, True), (1, False)])
-def test_warning_is_printed_when_near_duplicates_make_the_heldout_set_larger(
+def test_warning_is_printed_when_keeping_near_duplicates_together_enlarges_the_heldout_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], copies: int, warned: bool
 ) -> None:
     """There are six examples in each group, so 1 - 0.9 ** 6 = 47% of the groups are held out."""
@@ -331,7 +331,7 @@ def test_heldout_examples_keep_file_order_without_an_evaluation_limit(tmp_path: 
     assert limited(tmp_path, None) == tuple(lines_of(40, "held"))
 
 
-def test_user_supplied_examples_include_all_task_files_despite_a_training_limit(tmp_path: Path) -> None:
+def test_user_supplied_examples_include_all_task_examples_despite_a_training_limit(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", lines_of(9, "general"))
     copies = [*TRAIN, *TRAIN[:2]]
     examples = read(tmp_path, copies, HELDOUT, limit=3, general=tmp_path / "g.jsonl", general_share=0.25)

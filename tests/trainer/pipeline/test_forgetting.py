@@ -60,7 +60,9 @@ def test_version_is_rejected_when_only_its_quantized_model_exceeds_the_forgettin
 
 
 @pytest.mark.slow
-def test_base_answers_general_questions_only_once_when_only_gptq_is_registered(make: Make, engines: Engines) -> None:
+def test_general_questions_are_sent_to_the_base_only_once_when_only_gptq_is_registered(
+    make: Make, engines: Engines
+) -> None:
     general = questions("base.0")
     pipeline = asking(make(formats=["gptq"]), general)
     manifest = pipeline.registry.manifest(pipeline.train_version())

@@ -51,7 +51,7 @@ def test_training_uses_and_prints_the_number_of_processes_in_the_recipe(
 ) -> None:
     make(train={"devices": 2, "batch_size": 4, "gradient_accumulation": 2}).train_version()
     output = " ".join(capsys.readouterr().err.split())
-    assert "training on 2 processes on the CPU: each computes 1 x 4 of the 2 x 4 examples in a step" in output
+    assert "training on 2 processes on the CPU: each handles 1 x 4 of the 2 x 4 examples in a step" in output
     assert stages.devices == [2]
 
 
@@ -64,7 +64,7 @@ def test_training_uses_the_gpus_that_nvidia_smi_reports_as_free(
     make(capabilities=HOPPER).train_version()
     output = " ".join(capsys.readouterr().err.split())
     assert "GPU 0 not used: another process uses 75.2 GB of it" in output
-    assert f"training on GPU 1 ({GPU}), GPU 2 ({GPU}): each computes 1 x 8 of the 1 x 16 examples in a step" in output
+    assert f"training on GPU 1 ({GPU}), GPU 2 ({GPU}): each handles 1 x 8 of the 1 x 16 examples in a step" in output
     assert stages.devices == [2]
 
 

@@ -35,7 +35,7 @@ def test_training_completes_normally_if_the_tracking_server_stays_down(capsys: p
     tracking = Tracking(UNREACHABLE)
     with tracking.attach("abc"), sending_curve(tracking, "abc") as send:
         send(1, {"loss": 3.0})
-    assert f"curve points missing from MLflow at {UNREACHABLE}: 1" in capsys.readouterr().err
+    assert f"steps whose metrics are missing from MLflow at {UNREACHABLE}: 1" in capsys.readouterr().err
 
 
 def test_training_run_is_not_delayed_when_the_tracking_server_fails_slowly(

@@ -75,7 +75,7 @@ def test_parity_report_and_its_html_page_are_stored_with_the_version(make: Make,
     assert "All 1 checks passed" in page
 
 
-def test_new_version_is_registered_once_a_previously_failed_check_passes(make: Make, stages: Stages) -> None:
+def test_new_version_is_registered_after_a_previously_failed_check_passes(make: Make, stages: Stages) -> None:
     """A later release may measure differently. The recipe must then not return the failed version."""
     stages.unequal = ["another template"]
     failed = replace(make(), register_failed=True).train_version()

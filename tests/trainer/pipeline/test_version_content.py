@@ -59,7 +59,7 @@ def test_manifest_records_base_data_recipe_and_libraries(pipeline: Pipeline) -> 
     assert "torch" in manifest.libraries
 
 
-def test_manifest_records_which_example_set_selected_the_version(make: Make) -> None:
+def test_manifest_records_which_example_set_was_used_for_model_selection(make: Make) -> None:
     pipeline = make()
     examples = replace(pipeline.examples, validation=pipeline.examples.heldout[:1]).selected
     pipeline = replace(pipeline, examples=examples)

@@ -295,7 +295,7 @@ def test_method_implies_adapter_type_and_quantization(
         ({"method": "dora", "adapter": {"init": "pissa"}}, "adapter.init is not used by dora"),
         ({"method": "qlora", "adapter": {"init": "pissa"}}, "`quantization: nf4` stores them in 4 bits"),
         ({"adapter": {"init": "olora", "rslora": True}}, "adapter.rslora cannot be used with `adapter.init: olora`"),
-        ({"adapter": {"init": "pissa", "trained": "./other"}}, "has no effect on adapter.trained"),
+        ({"adapter": {"init": "pissa", "trained": "./other"}}, "has no effect if adapter.trained is set"),
         ({"formats": []}, "'formats' is []"),
         ({"formats": ["gptq", "gptq"]}, "`formats` lists a format twice"),
         ({"formats": ["gguf"]}, "`formats` lists gguf without merged"),

@@ -61,7 +61,7 @@ def test_all_devices_load_their_shard_of_the_best_weights_when_only_the_first_ha
     assert first + second == WEIGHTS.tolist()
 
 
-def test_saving_process_loads_the_best_weights_when_other_processes_lack_the_file(tmp_path: Path) -> None:
+def test_first_process_loads_the_best_weights_when_other_processes_lack_the_file(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "0", 4)
     first, _ = run_on_devices(DEVICES, load_best, (tmp_path, False), {})
     assert first == WEIGHTS.tolist()

@@ -95,7 +95,7 @@ def test_gpu_that_another_process_uses_is_not_chosen() -> None:
     assert choice.reasons == ("GPU 0 not used: another process uses 75.2 GB of it",)
 
 
-def test_training_on_a_single_free_gpu_runs_in_its_own_process_unless_it_is_the_first_gpu() -> None:
+def test_training_on_a_single_free_gpu_runs_in_its_own_process_unless_that_gpu_is_the_first() -> None:
     assert numbers(choose_gpus(make(), [a100(0, used=70), a100(1)], A100)) == ["GPU-1"]
     assert choose_gpus(make(), [a100(0), a100(1, used=70)], A100).devices == ()
 
@@ -150,7 +150,7 @@ def test_listed_gpus_are_used_even_when_other_processes_occupy_them() -> None:
     ],
     ids=["missing", "different", "other than torch's"],
 )
-def test_listed_gpus_that_are_missing_or_unequal_are_rejected(gpus: list[Gpu], message: str) -> None:
+def test_listed_gpus_that_are_missing_or_of_the_wrong_model_are_rejected(gpus: list[Gpu], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         choose_gpus(make(devices=[0, 1]), gpus, A100)
 

@@ -325,7 +325,7 @@ def test_optimizer_check_fails_if_bitsandbytes_bits_or_paging_differ_from_the_re
 
 @pytest.mark.slow
 @needs_bitsandbytes
-def test_optimizer_is_rejected_before_the_first_step_if_it_would_quantize_or_page_no_moments(
+def test_optimizer_is_rejected_before_the_first_step_if_all_weights_are_too_small_to_quantize_or_page(
     train: Callable[..., TrainingSummary],
 ) -> None:
     """Every matrix of the tiny model's adapter has fewer than 4,096 weights, so its moments stay in float32."""

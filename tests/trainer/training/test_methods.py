@@ -94,7 +94,7 @@ def test_verification_fails_when_the_model_was_not_trained(tiny_base: Path) -> N
         verify_full(tiny_base, tiny_base)
 
 
-def test_full_fine_tuning_writes_bf16(trained: Trained) -> None:
+def test_full_fine_tuning_writes_bf16_weights(trained: Trained) -> None:
     weights = load_file(trained[Method.FULL][0] / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 

@@ -245,7 +245,7 @@ def test_each_answer_has_its_own_row_if_the_template_rewrites_earlier_answers() 
     assert learnt_rows(turns, template) == [[f"{answer}<|im_end|>"] for answer in "123"]
 
 
-def test_training_steps_count_every_row_if_the_template_rewrites_earlier_answers(tmp_path: Path) -> None:
+def test_every_row_counts_toward_the_training_steps_if_the_template_rewrites_earlier_answers(tmp_path: Path) -> None:
     template = CHAT_TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'] }}{{ loop.length }}")
     base = make_model(tmp_path / "base")
     make_tokenizer(template).save_pretrained(base)

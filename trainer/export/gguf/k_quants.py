@@ -94,6 +94,6 @@ def _run(tool: str, source: Path, target: Path, type: KQuant) -> None:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise TrainingError(
             f"{tool} exited with code {done.returncode}: {lines[-1] if lines else 'no output'}",
-            expected="a release of llama.cpp that supports the architecture and the type",
+            expected=f"a release of llama.cpp that supports the model's architecture and the type {type}",
             todo="use --type q8_0, which needs no tool",
         )

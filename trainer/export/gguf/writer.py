@@ -322,6 +322,6 @@ def compare_gguf(file: Path, model: Path, name: str, most: float) -> tuple[float
     largest, changed = max(changes)
     if largest > most:
         raise TrainingError(
-            f"tensor {changed} changed by {largest:.3f} of its norm in {name}", expected=f"at most {most}"
+            f"tensor {changed} changed by {largest:.3f} of its norm when written to {name}", expected=f"at most {most}"
         )
     return largest, changed

@@ -33,7 +33,7 @@ def test_observation_of_a_unit_has_the_mean_rates_and_the_median_latency_of_its_
     assert closed(units, Request(None, PRODUCTION, WINDOW_S))[0] == Unit(CANDIDATE, 0.25, 0.5, 2.0)
 
 
-def test_requests_after_the_end_of_their_units_window_are_ignored() -> None:
+def test_requests_are_ignored_after_the_window_of_their_unit_has_ended() -> None:
     units = Units()
     closed(units, Request("ada", CANDIDATE, 0.0))
     late = [Request("ada", CANDIDATE, WINDOW_S + second, failed=True) for second in range(100)]
@@ -57,7 +57,7 @@ def test_request_is_ignored_if_its_unit_belongs_to_the_opposite_arm() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(0, 50), st.booleans())))
-def test_each_unit_closes_exactly_once_in_order_of_its_first_request(traffic: list[tuple[str, float, bool]]) -> None:
+def test_units_close_exactly_once_in_the_order_of_their_first_requests(traffic: list[tuple[str, float, bool]]) -> None:
     units, now, requests = Units(), 0.0, []
     for name, wait, failed in traffic:
         now += wait

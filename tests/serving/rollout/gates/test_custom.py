@@ -30,7 +30,7 @@ def test_gate_command_passes_with_exit_code_0_and_fails_with_exit_code_1() -> No
     assert check(python("raise SystemExit(1)")).verdict is GateVerdict.FAILED
 
 
-def test_json_output_of_a_gate_command_sets_the_measured_text_and_verdict() -> None:
+def test_json_output_of_a_gate_command_sets_the_fields_of_the_gate_result() -> None:
     output = '{"measured": "12 ms", "limit": "10 ms", "verdict": "undecided", "reason": "noise", "more": 1}'
     assert check(python(f"print('{output}')")) == GateRow(
         gate="mine", measured="12 ms", limit="10 ms", verdict=GateVerdict.UNDECIDED, reason="noise"
@@ -42,7 +42,7 @@ def test_gate_command_with_exit_code_1_fails_even_if_its_json_says_passed() -> N
     assert (row.verdict, row.measured) == (GateVerdict.FAILED, "x")
 
 
-def test_last_line_of_non_json_output_becomes_the_measured_text() -> None:
+def test_last_line_of_plain_text_gate_output_becomes_the_measured_value() -> None:
     assert check(python("print('starting'); print('3 of 3 passed')")).measured == "3 of 3 passed"
 
 
@@ -83,7 +83,7 @@ def test_long_output_of_a_gate_command_is_truncated() -> None:
     assert len(check(python("""print('{"measured": "' + 'x' * 1000 + '"}')""")).measured) == 300
 
 
-def test_invalid_unicode_in_gate_output_fails_the_gate_or_is_replaced() -> None:
+def test_gate_output_with_a_lone_surrogate_fails_and_invalid_bytes_are_replaced() -> None:
     assert check(python(r"""print(r'{"measured": "\ud800"}')""")).verdict is GateVerdict.FAILED
     assert check(python("import sys; sys.stdout.buffer.write(bytes([255]))")).measured == "\ufffd"
 

@@ -43,7 +43,7 @@ def run(**changes: Any) -> dict[str, Any]:
     return {"object": "eval.run", "status": "completed", "created_at": 1763640415, "result_counts": counts} | changes
 
 
-def test_openai_evals_api_run_is_read_only_if_it_is_completed(tmp_path: Path) -> None:
+def test_openai_evals_api_run_is_accepted_only_if_it_is_completed(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps(run(), indent=2))
     assert read_results(path) == ExportedResults(

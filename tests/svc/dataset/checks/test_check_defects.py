@@ -202,7 +202,7 @@ def test_same_prompt_with_different_tools_is_a_leak_but_not_a_duplicate(tmp_path
 
 
 @pytest.mark.parametrize(("letter", "count", "long"), [("x", 15_000, False), ("日", 5_000, False), ("日", 6_000, True)])
-def test_token_length_is_estimated_in_any_script(tmp_path: Path, letter: str, count: int, long: bool) -> None:
+def test_token_length_is_estimated_in_any_writing_system(tmp_path: Path, letter: str, count: int, long: bool) -> None:
     rows = [row(Format.PROMPT_COMPLETION, "", letter * count, "yes")]
     assert found(tmp_path / "x.jsonl", map(encode, rows)) == ({1: {Code.TOO_LONG}} if long else {})
 

@@ -121,7 +121,7 @@ def test_valid_labels_are_not_reported(counts: dict[str, int], system: str) -> N
     ("first", "second", "wrong", "system"),
     [("正面", "负面", "中性的", "请回答正面或负面。"), ("はい", "いいえ", "たぶん", "はいかいいえで答えて。")],
 )
-def test_listed_labels_are_recognized_in_scripts_without_spaces(
+def test_listed_labels_are_recognized_in_languages_written_without_spaces(
     first: str, second: str, wrong: str, system: str
 ) -> None:
     assert odd_labels({first: 30, second: 30, wrong: 1}, system) == {wrong}

@@ -88,7 +88,7 @@ LONG = text(random.Random(5), 50, 60)
         ("これは何ですか", "それは何ですか", False),
     ],
 )
-def test_known_pairs_are_classified_correctly_as_near_duplicates(one: str, other: str, near: bool) -> None:
+def test_known_pairs_are_correctly_classified_as_near_duplicates_or_not(one: str, other: str, near: bool) -> None:
     groups, earlier = clusters(sketches(one, "something quite different", other))
     assert bool(groups[2] == 0) == near
     assert int(earlier[2]) == (0 if near else -1)
@@ -126,7 +126,7 @@ def test_text_shared_by_exact_copies_is_not_mistaken_for_common_task_instruction
 
 
 @pytest.mark.slow
-def test_very_many_copies_of_one_text_form_one_group() -> None:
+def test_thousands_of_near_copies_of_a_text_are_put_into_one_group() -> None:
     other = [text(random.Random(seed), 30, 40) for seed in range(2_000)]
     groups, _ = clusters(sketches(*other, *(f"{LONG} {number}" for number in range(5_000))))
     assert len(set(groups[2_000:])) == 1

@@ -52,7 +52,7 @@ def test_chat_row_may_also_have_a_text_field(tmp_path: Path) -> None:
     assert read_examples(write_lines(tmp_path / "x.jsonl", rows))[0].answer == "b"
 
 
-def test_folder_without_data_files_is_read_as_documents(tmp_path: Path) -> None:
+def test_text_files_in_a_folder_are_used_only_if_it_contains_no_data_files(tmp_path: Path) -> None:
     for name in ("b.md", "a.txt", "README.md", "c.png"):
         (tmp_path / name).write_text("text")
     assert [path.name for path in data_files(tmp_path)] == ["a.txt", "b.md"]

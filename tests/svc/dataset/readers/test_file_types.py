@@ -153,7 +153,7 @@ def test_csv_errors_are_reported_at_the_first_line_of_the_record(tmp_path: Path)
     assert [line.number for line in read_lines(tmp_path / "x.csv") if line.example] == [2, 9]
 
 
-def test_parquet_rows_may_lack_optional_columns(tmp_path: Path) -> None:
+def test_optional_fields_may_be_null_in_a_parquet_file(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "u", "name": "Ada"}, {"role": "assistant", "content": "a", "weight": 1}]
     path = parquet(tmp_path / "x.parquet", [{"messages": turns, "tools": None}, {"messages": VALUES[0]["messages"]}])
     first, second = read_examples(path)
@@ -193,7 +193,7 @@ def test_error_for_a_parquet_file_in_an_unknown_format_lists_its_columns(tmp_pat
     assert "['answer', 'question']" in line.error.wrong
 
 
-def test_duplicate_relevant_column_is_reported_and_not_read(tmp_path: Path) -> None:
+def test_duplicate_column_is_an_error_only_if_its_field_is_used(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("prompt,completion,completion,note,note\nq,a,b,1,2\n")
     columns = [pyarrow.array([text]) for text in ("q", "a", "b")]
     names = ["prompt", "completion", "completion"]

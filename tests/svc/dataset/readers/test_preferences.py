@@ -326,7 +326,7 @@ def test_preference_pair_is_read_from_parquet_with_additional_columns(tmp_path: 
     assert read_pairs(tmp_path) == [PAIR, PAIR]
 
 
-def test_preference_pair_with_a_held_out_prompt_is_rejected_or_skipped_as_a_bad_line(tmp_path: Path) -> None:
+def test_preference_pair_with_a_held_out_prompt_is_rejected_unless_bad_lines_are_skipped(tmp_path: Path) -> None:
     other = {"prompt": "Another fruit?", "chosen": BETTER, "rejected": WORSE}
     path, bad = write_lines(tmp_path / "x.jsonl", HH, other), BadLines(tmp_path / "bad")
     kept_back = [chat(QUESTION.upper(), "some answer")]
@@ -336,7 +336,7 @@ def test_preference_pair_with_a_held_out_prompt_is_rejected_or_skipped_as_a_bad_
     assert (bad.folder / "x.jsonl").read_bytes() == path.read_bytes().splitlines(keepends=True)[0]
 
 
-def test_preference_pair_skipped_during_kto_reading_counts_as_one_bad_line(tmp_path: Path) -> None:
+def test_preference_pair_skipped_when_read_for_kto_counts_as_one_bad_line(tmp_path: Path) -> None:
     bad = BadLines(tmp_path / "bad")
     path = write_lines(tmp_path / "x.jsonl", HH)
     assert read_labeled(path, minimum=0, kept_back=[PAIR.chosen], bad_lines=bad) == []

@@ -71,7 +71,7 @@ def test_single_example_is_too_few_for_training(tmp_path: Path) -> None:
         (GOOD + GOOD, "invalid JSON: Extra data"),
     ],
 )
-def test_invalid_line_error_has_line_number_and_check_command(tmp_path: Path, line: bytes, text: str) -> None:
+def test_invalid_line_error_names_the_line_and_suggests_svc_data_check(tmp_path: Path, line: bytes, text: str) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(GOOD + b"\n\n" + line + b"\n" + GOOD)
     error = failure(path)

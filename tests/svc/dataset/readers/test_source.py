@@ -100,7 +100,7 @@ GSM8K = [f"{config}/{split}-00000-of-00001.parquet" for config in ("main", "socr
         pytest.param(["latest.jsonl", "train_test_mix.jsonl"], ["latest.jsonl", "train_test_mix.jsonl"], id="words"),
     ],
 )
-def test_test_and_validation_splits_of_a_hub_dataset_are_excluded(
+def test_validation_and_test_splits_of_a_hub_dataset_are_excluded(
     tmp_path: Path, published: list[str], chosen: list[str]
 ) -> None:
     touch(tmp_path, *published)

@@ -71,7 +71,7 @@ def test_text_precedes_tool_calls_in_an_answer_that_contains_both() -> None:
     assert example.answer.splitlines() == ["I look.", *['{"name": "rain", "arguments": {}}'] * 2]
 
 
-def test_turn_with_calls_may_omit_content() -> None:
+def test_turn_with_tool_calls_may_omit_content() -> None:
     called = calling("1")
     del called["content"]
     assert parse(called, tools=[FUNCTION]).calls_tools
@@ -219,7 +219,7 @@ def test_optional_tool_fields_may_be_omitted(function: dict[str, Any]) -> None:
     assert len(parse(ANSWER, tools=[function, {"type": "function", "function": FUNCTION}]).tools) == 2
 
 
-def test_legacy_function_calling_is_rejected_instead_of_dropped() -> None:
+def test_legacy_function_call_fields_are_rejected_instead_of_ignored() -> None:
     called = {"role": "assistant", "content": "I look.", "function_call": {"name": "rain", "arguments": "{}"}}
     assert refusal(called, USER, ANSWER).code is Code.WRONG_TOOLS
     assert refusal(ANSWER, functions=[FUNCTION]).code is Code.WRONG_TOOLS

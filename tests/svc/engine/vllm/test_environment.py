@@ -34,6 +34,6 @@ def test_engine_inherits_neither_secrets_nor_unrelated_environment_variables(mon
     assert inherited_environment() == {}
 
 
-def test_engine_inherits_environment_variable_named_in_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_inherits_environment_variables_named_in_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_PLUGIN_KEY", "x")
     assert inherited_environment(["MY_PLUGIN_KEY"]) == {"MY_PLUGIN_KEY": "x"}

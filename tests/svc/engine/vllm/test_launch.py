@@ -55,7 +55,7 @@ def test_engine_loads_only_safetensors_and_no_remote_code(tmp_path: Path) -> Non
     assert "--trust-remote-code" not in arguments
 
 
-def test_engine_loads_the_hugging_face_files_of_a_folder_that_contains_the_model_twice(tmp_path: Path) -> None:
+def test_engine_is_started_with_the_hugging_face_config_and_tokenizer_formats(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert (option(arguments, "--config-format"), option(arguments, "--tokenizer-mode")) == ("hf", "hf")
 
