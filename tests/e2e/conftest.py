@@ -15,6 +15,7 @@ import openai
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 from examples.service import serving, svc_json
 from svc.dataset.readers.reader import read_examples, write_examples
@@ -94,6 +95,13 @@ class _ByServer(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.split("::", maxsplit=1)[0]
         return "server" if Path(module).stem in _SHARING_SERVER else module
+
+    def _reschedule(self, node: WorkerController) -> None:
+        """Give a worker its next module when one test is left, which it starts only then. xdist does so when two are
+        left: a worker got two more modules while it ran a long one, and the other worker was idle.
+        """
+        if not self.workqueue or self._pending_of(self.assigned_work[node]) < 2:
+            super()._reschedule(node)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
