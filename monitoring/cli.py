@@ -145,7 +145,8 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
     """Return a snapshot of a server's status, metrics and drift.
 
     Args:
-        of: a remote server's address, or the settings of a home. Drift results are available only for a home.
+        of: a remote server's address, or the settings of a local home folder. Drift results are available only
+            for a local home folder.
         models: names of the models to show; if empty, all models are shown.
 
     Raises:
@@ -175,7 +176,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
     except ValueError as error:
         raise ServerNotRunningError(
             f"{server.url}/metrics returned status {metrics.status_code}, but no valid metrics: {error}",
-            todo="check that the URL is the server's, and that no proxy is responding in its place",
+            todo="check that the URL points to the server, not to a proxy",
         ) from error
     if models:
         status = _only(status, models)

@@ -110,7 +110,7 @@ class QualityReport:
 
 
 def read_quality(registry: Registry, store: Store, target: Target) -> QualityReport:
-    """Compare a target's newest held-out run with the results at registration.
+    """Compare the newest held-out run of a version in one format with the results at registration.
 
     Raises:
         IntegrityError: the registered results differ from the manifest.

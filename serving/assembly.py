@@ -231,7 +231,7 @@ def make_job_worker(
 ) -> JobWorker | None:
     """Return the worker that runs fine-tuning jobs on this machine, or None if the settings disable it.
 
-    If `fine_tuning.bases` is emptied, existing jobs remain in the queue.
+    Without a worker, for example after `fine_tuning.bases` has been emptied, existing jobs remain in the queue.
     """
     tuning = settings.fine_tuning
     if not tuning.bases or not tuning.worker:

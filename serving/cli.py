@@ -64,9 +64,9 @@ def serve(
 
     Each model is given as NAME or NAME@N. By default, the server serves the models that were served last or, if there
     are none, the only registered model. If `fine_tuning.bases` is set, no model is required. NAME@N becomes the
-    production version, while NAME alone keeps the version that was served last. If a server is already running on this
-    home, MODELS are added to that server, as with `svc add`. While servers on other homes use the same store, MODELS
-    can only name models that those servers serve.
+    production version, while NAME alone keeps the version that was served last. If a server already uses this home
+    folder, MODELS are added to that server, as with `svc add`. While servers with other home folders use the same
+    store, MODELS can only name models that those servers serve.
     """
     if every and models:
         raise click.UsageError("MODELS and --all cannot be combined")

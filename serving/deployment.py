@@ -1,4 +1,4 @@
-"""A model on a server: its admission, engines and rollouts, and the server's own requests to it."""
+"""A model on a server, with its admission control, engines and rollouts, and the server's own requests to the model."""
 
 import asyncio
 import logging

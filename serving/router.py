@@ -61,8 +61,8 @@ class Destination(NamedTuple):
 
     Attributes:
         model: the model name to be passed to the lease.
-        assignment: decision of the model's rollout, or None if there is no rollout or the client requested a
-            version.
+        assignment: the version to which the model's rollout assigned the request, or None if there is no rollout or
+            the client requested a version.
         version: the version that answers, if the client requested a fine-tuned model, else None. Another model's engine
             may serve the fine-tuned model.
     """

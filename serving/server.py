@@ -1,4 +1,4 @@
-"""Implements `svc serve`: claims the port and the home directory, runs the server's components, and stops them.
+"""Implements `svc serve`: claims the port and the home folder, runs the server's components, and stops them.
 
 Both are claimed before the engine starts, so that a second server fails immediately rather than after forty
 seconds.
@@ -40,10 +40,10 @@ this machine can always connect."""
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A home directory and a port claimed by this process.
+    """A home folder and a port claimed by this process.
 
     Attributes:
-        local: the socket in the home directory. Requests through it do not need a key.
+        local: the socket in the home folder. Requests through it do not need a key.
     """
 
     listener: socket.socket
@@ -53,7 +53,7 @@ class Claim:
 
 @contextmanager
 def claim(settings: Settings, *, has_keys: bool = False, inherited: socket.socket | None = None) -> Iterator[Claim]:
-    """Claim the port and the home directory before anything is read or started.
+    """Claim the port and the home folder before anything is read or started.
 
     Args:
         settings: the settings. If there is an `inherited` socket, they must contain its address; see
@@ -62,7 +62,7 @@ def claim(settings: Settings, *, has_keys: bool = False, inherited: socket.socke
         inherited: socket on which the service manager is already listening, if any.
 
     Raises:
-        BusyError: another server is using this home directory or this port.
+        BusyError: another server is using this home folder or this port.
         SettingsError: the address does not belong to this machine, or is not safe to listen on.
         EngineError: other users can access the folder that contains the socket.
     """
@@ -72,7 +72,7 @@ def claim(settings: Settings, *, has_keys: bool = False, inherited: socket.socke
     with inherited or _bind(host, port) as listener:
         _prepare(listener)
         url = http_url(host, listener.getsockname()[1], tls=settings.serve.tls_certificate is not None)
-        lock = hold_lock(settings.home / LOCK_FILE, f"the home {settings.home}", url=url, socket=str(path))
+        lock = hold_lock(settings.home / LOCK_FILE, f"the home folder {settings.home}", url=url, socket=str(path))
         with lock, _bind_local(path) as local:
             yield Claim(listener, url, local)
 
@@ -128,7 +128,7 @@ def _prepare(listener: socket.socket) -> None:
 
 @contextmanager
 def _bind_local(path: Path) -> Iterator[socket.socket]:
-    """Bind the Unix socket in the home directory.
+    """Bind the Unix socket in the home folder.
 
     An earlier server's socket is removed first, which is safe because this process holds the home's lock.
     """

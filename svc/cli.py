@@ -1,4 +1,5 @@
-"""The `svc` command. It is a table of commands, each imported only when it is run, so that help appears immediately.
+"""The `svc` command. Its subcommands are listed in a table, and each is imported only when it is run, so that help
+appears immediately.
 
 This module is the error boundary: an `SvcError` or the error of a database that does not respond is printed as text and
 sets the exit code. Any other exception is a bug, so its traceback is shown.

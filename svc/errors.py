@@ -59,13 +59,13 @@ class BaseModelError(SvcError):
 
 
 class DiskSpaceError(SvcError):
-    """Raised before a step starts if there is not enough disk space for it."""
+    """Raised before an operation begins if there is not enough disk space for it."""
 
     exit_code = 6
 
 
 class BusyError(SvcError):
-    """Raised when another process is using a training run, home directory or port that this process needs."""
+    """Raised when another process is using a training run, home folder or port that this process needs."""
 
     exit_code = 7
 

@@ -69,7 +69,7 @@ def settings_of(ctx: click.Context, **flags: Any) -> Settings:
     if given.get("server"):
         raise click.UsageError(
             "--server works only with status, jobs, promote, rollout, rollback and keys; "
-            "this command needs a local home"
+            "this command needs a local home folder"
         )
     settings = load_settings(given.get("config"), home=given.get("home"), **flags)
     close_to_others(settings.home, _HOME_MARKS)  # if it was created or copied by other means

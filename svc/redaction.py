@@ -132,7 +132,10 @@ class _Budget:
 
 
 def _blank_card(match: re.Match[str]) -> str:
-    """Replace the longest prefix of a match that is a card number. More digits may follow it directly."""
+    """Replace the card number at the start of a match, if there is one, and keep any characters after it.
+
+    If several prefixes of the match are valid card numbers, the longest is replaced.
+    """
     text = match[0]
     for end in range(len(text), _MIN_CARD_DIGITS - 1, -1):
         if text[end - 1].isdigit() and _luhn(text[:end]):

@@ -124,7 +124,7 @@ def reading(text: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar with elapsed time over phases of different lengths, and yield a callback to start a
+    """Show a progress bar with the elapsed time for a task that has several phases, and yield a callback to start a
     phase.
 
     Args:

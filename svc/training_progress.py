@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 EPOCHS_FOLDER = "epochs"
-"""Name of the folder that contains the adapters saved after the last few epochs. It is next to the progress file."""
+"""Name of the folder that contains the adapters saved after the last few epochs. The folder is next to the progress
+file."""
 
 
 class _Record(BaseModel):

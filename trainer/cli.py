@@ -182,9 +182,10 @@ def import_command(
     trained = find_adapter(origin, settings.base_cache)
     if not (base := base or trained.base):
         raise RecipeError(
-            f"{adapter} names its base as {trained.config.get('base_model_name_or_path')!r}, which is not a Hub id",
+            f"the base named in the config of {adapter} is not a Hub id: "
+            f"{trained.config.get('base_model_name_or_path')!r}",
             expected="the base that the adapter was trained on",
-            todo="add --base with its folder or Hub id",
+            todo="specify that base with --base, as a folder or Hub id",
         )
     content = {"name": name, "base": base, "formats": list(formats), "adapter": {"trained": origin}}
     recipe = make_recipe(content | {"data": {"heldout": list(data)}}, overrides, here, "svc import")

@@ -1,7 +1,8 @@
-"""Qualifies a format by evaluating it and measuring its probes on the engine that will serve it.
+"""Qualifies a format: evaluates it on the engine that will serve it, and measures its probes there. Probes are short
+token sequences whose log-probabilities show which weights are loaded.
 
-The weights are loaded twice, once in place in a running engine and once by a new engine. Both must give
-the same log-probabilities, which verifies that a hot swap serves the evaluated weights.
+The weights are loaded twice, once in place in a running engine and once by a new engine. Both engines must give the
+same log-probabilities, which verifies that a hot swap serves the evaluated weights.
 """
 
 import time
@@ -117,7 +118,7 @@ class Qualifier:
         facts: returns the kind of engine that `launch` creates for a model folder.
         evaluate: the recipe's `evaluate` section, which sets the number of examples and the maximum answer
             length.
-        qualify: the recipe's `qualify` section, which says how to measure the probes.
+        qualify: the recipe's `qualify` section, which says how to measure the probes (svc.engine.probes).
         heldout: examples for the evaluation.
         tokenized: the same examples, tokenized as in training.
         compared: the examples whose answers the parity report compares token by token.
@@ -229,8 +230,10 @@ class Qualifier:
     async def _read(
         self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Interval | None, loading_share: float
     ) -> EngineReading:
-        """Measure a format on the engine. `loading_share` is the share of CPU time that other processes used while the
-        weights were being loaded.
+        """Measure a format on the engine.
+
+        Args:
+            loading_share: share of CPU time that other processes used while the weights were being loaded.
         """
         client = engine.client
         asked = [await client.prompt_tokens(example.prompt, example.tools) for example in self.judged]

@@ -1,4 +1,4 @@
-"""Serializes an accepted traffic baseline for the store. It contains request features and hashes, but no text."""
+"""Serializes traffic that was accepted as the new drift baseline. It contains features and hashes, but no text."""
 
 import io
 from typing import Any

@@ -1,4 +1,4 @@
-"""Defines the bets that are placed on a stream of requests.
+"""Defines the bets by which drift detection tests a stream of requests.
 
 Each bet is on a set of feature values, which is chosen before an item arrives. The share of items in the
 set counts as normal as long as it does not exceed the bet's bound: `SLACK` times the upper limit of the 90% Wilson

@@ -1,7 +1,7 @@
 """Runs one drift check for a version: passes new requests through the detector and stores the results.
 
-The results do not depend on how often checks run or on which process runs them. A lock in the home and, with
-PostgreSQL, a lease ensure that only one check runs at a time.
+The results do not depend on how often checks run or on which process runs them. A lock in tuneserve's home folder
+and, with PostgreSQL, a lease ensure that only one check runs at a time.
 """
 
 import logging
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE: Final = "drift.lock"
 LEASE: Final = "*drift"
-"""Name of the lease that is held while drift is checked. It is not a valid model name."""
+"""Name of the lease that is held while drift is checked. No model can have this name."""
 _WHAT = "the drift check"
 REPORT: Final = TypeAdapter(SignalReport)
 _TRAFFIC_STATE: Final = TypeAdapter(TrafficState)
@@ -62,7 +62,7 @@ State = TypeVar("State")
 
 @contextmanager
 def only_check(home: Path, store: Store) -> Iterator[Lease | None]:
-    """Prevent other processes that use this home or this store from checking for drift while the `with` body runs.
+    """While the `with` body runs, prevent other processes with the same home folder or store from checking drift.
 
     Raises:
         BusyError: another process is running a check.
@@ -88,10 +88,10 @@ class _Bets:
 
 
 class DriftCheck:
-    """Runs drift checks for the versions in a home, and caches one detector per model.
+    """Runs drift checks for the versions in a tuneserve home folder, and caches one detector per model.
 
     Args:
-        settings: settings of the home; they determine how texts are redacted before features are computed.
+        settings: request log settings; they determine how texts are redacted before features are computed.
         clock: returns the current time.
     """
 
@@ -111,7 +111,8 @@ class DriftCheck:
         self._bets: dict[str, _Bets] = {}
 
     def run(self, target: Target, lease: Lease | None = None) -> list[SignalReport]:
-        """Check a target's new requests and ratings, store the results, and return the reports.
+        """Check the new requests and ratings of a target (a version in one format), store the results, and return the
+        reports.
 
         Args:
             lease: the lease yielded by `only_check`.

@@ -28,8 +28,8 @@ from monitoring.drift.near_copies import RARITY_REQUESTS, NearCopies, Words
 from svc.drift_reference.sample import Floats, Sample
 
 MEMORY = max(ROWS + LAGS, HISTORY + max(LEARNED_FROM)) + MAX_LAG
-"""Number of earlier requests needed to process new requests. Near copies, and requests above a client's usual share,
-are not counted."""
+"""Number of earlier counted requests needed to process new requests. All requests are counted except near copies and
+requests above a client's usual share."""
 SEEN = RARITY_REQUESTS + COMPARED
 """Number of earlier requests, counted or not, used to compute word rarity and each client's share."""
 _LEARNED_SHARE = 0.7

@@ -8,8 +8,9 @@ bet on the next item, so learning causes no false alarms (as in prequential two-
 
 Two bets with different bounds are placed on each learned set. The first bound is `_LEARNED_SLACK` times the share of
 reference items in the set. The second is slightly above the larger of two shares: the share of reference items in the
-set, and the share of recent items in it, measured on hundreds of items just before those from which the set was
-learned. The bet with the second bound detects small sudden changes, but not slow ones such as daily cycles.
+set, and the share of recent items in the set. Recent items are the hundreds of items that immediately precede the items
+from which the set was learned. The bet with the second bound detects small sudden changes, but not slow ones
+such as daily cycles.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ HISTORY = 400
 from which the set is learned."""
 _MIN_HISTORY = 50
 _FAR = (0.0, 0.02, 0.1)
-"""Fractions of the reference prompts that count as far from the reference."""
+"""Fractions of the reference prompts that fall into the fixed sets, which contain prompts far from the reference."""
 _LEARNED = (0.3, 0.5)
 """Fractions of the reference prompts that fall into the learned sets."""
 _LEARNED_SLACK, _STEP_SLACK = 1.8, 1.1

@@ -31,7 +31,7 @@ detects this within about 2,000 items."""
 _MIN_PATIENCE, _MAX_PATIENCE = 200, 1_000
 _LASTING = 20.0
 """A statistic above this multiple of the alarm's patience (see `FeatureAlarm.patience`) indicates that the change
-continues. Without a change, fewer than one in 20 alarms reach this value within their patience."""
+continues. Without a change, the statistic exceeds this value within the patience in fewer than one of 20 alarms."""
 
 Hits = NDArray[np.int8]
 HIT, MISS, NOT_THERE = 1, 0, -1

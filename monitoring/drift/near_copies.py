@@ -51,7 +51,7 @@ class NearCopies:
     def is_near_copy(self, words: Words, time_s: float) -> bool:
         """Record the next request, and return whether it is a near copy of a counted request.
 
-        If it is not, it is counted.
+        A request that is not a near copy is counted.
         """
         distinct = self.see(words)
         if any(time_s - time < FORGOTTEN_S and self._overlap(distinct, other) for other, time in self._kept):

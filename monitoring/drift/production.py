@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 
 
 def production_targets(store: Store) -> list[Target]:
-    """Return the desired target of every model that the home's server serves, or served before it stopped."""
+    """Return the desired version and format of every served model, even if no server is running now."""
     deployments = [read_desired(store, name) for name in deployed_names(store)]
     return [desired.target for desired in deployments if desired is not None]
 
 
 def read_drift(registry: Registry, store: Store, target: Target) -> tuple[list[SignalReport], QualityReport]:
-    """Return the reports of a target's last drift check and the result of its last held-out run.
+    """Return the reports of the last drift check of a version in one format, and the result of its last held-out run.
 
     Raises:
         NotFoundError: the version does not exist.
@@ -37,7 +37,7 @@ def read_drift(registry: Registry, store: Store, target: Target) -> tuple[list[S
 
 
 class ProductionChecks:
-    """Runs the drift check of every production target on each call, and caches the references between calls."""
+    """Runs the drift check of every version in production on each call, and caches the references between calls."""
 
     def __init__(self, settings: Settings) -> None:
         self._home = settings.home
@@ -45,9 +45,9 @@ class ProductionChecks:
         self._check = DriftCheck(Registry.of(settings), self._store, settings.request_log)
 
     def __call__(self) -> None:
-        """Check every production target once, unless another process is already running a check.
+        """Check every version in production once, unless another process is already running a check.
 
-        If the check of one target fails, the others are still checked.
+        If the check of one version fails, the others are still checked.
         """
         try:
             with only_check(self._home, self._store) as lease:

@@ -1,4 +1,4 @@
-"""Compares ratings of a version's answers with those of earlier versions, and reports on the `people` signal.
+"""Watches the drift signal `people`: compares ratings of a version's answers with those of earlier versions' answers.
 
 Only a person's first rating of each day counts.
 """

@@ -1,4 +1,4 @@
-"""Metrics for the expiry times of the server's certificate and API keys, and for the time of the home's last backup.
+"""Metrics for the expiry times of the server's certificate and API keys, and for the time of the last backup.
 
 All of them are timestamps rather than ages, so that they stay correct while the exporter's page is
 cached.

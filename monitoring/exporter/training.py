@@ -2,7 +2,7 @@
 
 Active runs are detected by their locks. MLflow does not show which runs are active: it receives data only during
 training, not during merging, evaluation and quantization, and it never closes a killed run. The results come from
-MLflow. Runs of other homes that share the same MLflow are included, but they never count as active.
+MLflow. Runs of other tuneserve home directories that share the same MLflow are included, but never count as active.
 """
 
 import logging
@@ -54,8 +54,8 @@ class TrainingMetrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """Return the training metrics of all models.
 
-        If the home or MLflow cannot be read, the metrics that come from it are omitted. Raising an error here would
-        also lose the server's metrics.
+        If tuneserve's home folder or MLflow cannot be read, the metrics that come from it are omitted. If an
+        error were raised here, the server's metrics would be lost too.
         """
         families = {name: GaugeMetricFamily(name, text, labels=["model"]) for name, text in _GAUGES.items()}
         try:

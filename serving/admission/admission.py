@@ -1,8 +1,8 @@
 """Admission control between HTTP and the engines: counts running requests and queues those that have to wait.
 
 While an engine is being replaced or reloaded and no other engine accepts requests, new requests wait, and each is
-answered by a single version. When all slots are taken, requests with a key wait too, and free slots are shared
-according to the weights of their keys. A request without a key is then rejected, unless other requests are already
+answered by a single version. When all slots are taken, requests with an API key wait too, and free slots are shared
+according to the weights of their keys. A request without an API key is then rejected, unless other requests are already
 queued. In that case, the request is queued too and gets a share of the slots. The queue length and the waiting time are
 bounded, because clients could otherwise increase them without limit. The server's own requests have a separate slot and
 yield to every other request. Batch requests also have separate slots, and use only the capacity that client requests
@@ -123,7 +123,7 @@ class Admission:
             tokens: maximum number of tokens in the answers, which is the cost of the slot.
             party: the tenant that sent the request. If it has an `interruption`, the request is a batch request and
                 waits for spare capacity.
-            may_wait: whether the request may be queued even without a key, because it has already waited for an
+            may_wait: whether the request may be queued even without an API key, because it has already waited for an
                 adapter.
 
         Raises:

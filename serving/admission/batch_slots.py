@@ -16,8 +16,8 @@ from serving.admission.errors import OverloadedError, QueueTimeoutError
 from svc.one_shot_event import OneShotEvent
 
 MAX_WAIT_S = 60.0
-"""Maximum time that a request waits for a slot, in seconds. When the request is sent again, its key's permissions are
-checked again.
+"""Maximum time that a request waits for a slot, in seconds. The request is then sent again, so that its key's
+permissions are checked again.
 """
 
 
@@ -74,7 +74,7 @@ class BatchSlots:
 
         Args:
             tokens: maximum number of tokens in the answers.
-            interruption: event that is triggered to interrupt the request once it has its slot.
+            interruption: event that `interrupt` triggers if the request must give up its slot.
             fits: see `give`.
 
         Raises:

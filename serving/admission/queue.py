@@ -6,9 +6,9 @@ run in arrival order. A tenant that was idle starts at the virtual time of the o
 Waiting tenants therefore share slots in proportion to their weights, regardless of what their requests cost, and a
 tenant with few requests waits for at most one request from each other tenant.
 
-The head of the queue keeps its turn until it fits, because otherwise smaller requests could overtake it forever. When
-the queue is full, a request from a tenant with fewer waiting requests replaces the newest request from the tenant with
-the most. Both counts are relative to the tenants' weights.
+The first request in the queue keeps its turn until there is capacity for it, because otherwise smaller requests could
+overtake it forever. When the queue is full, a request from a tenant with fewer waiting requests replaces the newest
+request from the tenant with the most. Both counts are relative to the tenants' weights.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ class Place:
         tokens: maximum number of tokens in the request's answers.
         number: position in arrival order.
         joined_at: arrival time by the event loop's clock, in seconds.
-        given: future that is done when the request gets its slot or is rejected. If the request is cancelled, its entry
-            stays in the queue until its own task removes it, in the same iteration of the event loop.
+        given: future that is done when the request gets its slot or is rejected. If the request is cancelled, its task
+            removes the entry from the queue in the same iteration of the event loop.
     """
 
     party: Party

@@ -5,7 +5,7 @@ use. A request rejected because of a client error counts as a request, while a r
 costs nothing. The state is kept in memory only, with one entry per key in use. Keys come from the store, so clients
 cannot add entries. When the server starts, it adds the usage from earlier that day.
 
-If several servers share a store, each adds the usage of the others shortly afterwards
+If several servers share a store, each learns of the other servers' usage after a short delay, and adds it
 (`serving.telemetry.usage_writer`). Within t minutes, N servers then allow a key at most its limit x (t + N + d (N -
 1)), where d is the delay in minutes until a server learns of another server's usage. Proof: the last server to admit a
 request has counted all usage except what the N - 1 other servers have used within the last d minutes, so the counted

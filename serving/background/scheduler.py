@@ -31,9 +31,8 @@ PATIENCE_S = 30.0
 other requests. 200 held-out examples then take less than two of the six hours between two runs."""
 _POLL_S = 1.0
 _MAX_DEATHS = 3
-"""Number of engine deaths during background requests, for any reason, within `_DEATHS_WITHIN_S`, after which background
-requests stop. This protects clients, because a request that kills the engine would be sent to each new engine within
-minutes."""
+"""Background requests stop after the engine has died this many times during background requests, for any reason, within
+`_DEATHS_WITHIN_S`. Otherwise, a request that kills the engine would be sent to each new engine within minutes."""
 _DEATHS_WITHIN_S = 24 * 3600.0
 _WITH_ENGINE = {EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING}
 

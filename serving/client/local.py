@@ -1,8 +1,8 @@
-"""Administration of the server that uses a home on this machine.
+"""Administration of the server that uses a tuneserve home folder on this machine.
 
-Changes are sent to the server through the socket in the home, so that the server's own settings apply. Gates and
-rollout steps may be configured by environment variables that the user's shell does not have. The journal is read from
-the store, so that a change can be followed even after the server has died.
+Changes are sent to the server through the socket in the home folder, so that the server's own settings apply: gates
+and rollout steps may be configured by environment variables that the user's shell does not have. The journal of swaps
+is read from the store, so that a change can be followed even after the server has died.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from svc.store.swaps import ServerSwap, server_swaps
 
 @dataclass(frozen=True, slots=True)
 class LocalAdministration:
-    """Administration of a server by the home's owner, on the machine where the server runs."""
+    """Administration of a server by the owner of its home folder, on the machine where the server runs."""
 
     settings: Settings
     store: Store
@@ -28,10 +28,10 @@ class LocalAdministration:
 
     @classmethod
     def of(cls, settings: Settings) -> "LocalAdministration":
-        """Return the administration interface of the server that uses a home.
+        """Return the administration interface of the server that uses a tuneserve home folder.
 
         Raises:
-            ServerNotRunningError: no server uses the home.
+            ServerNotRunningError: no server uses the home folder.
         """
         return cls(settings, open_store(settings), server_address(settings))
 

@@ -19,7 +19,7 @@ _POLL_S = 0.2
 
 
 def add_model(settings: Settings, model: str, format: Format | None) -> Target:
-    """Add a model to the server that uses a home, and wait until the model is served.
+    """Add a model to the server that uses a tuneserve home folder, and wait until the model is served.
 
     Args:
         model: NAME, NAME@N or NAME@alias.
@@ -29,8 +29,8 @@ def add_model(settings: Settings, model: str, format: Format | None) -> Target:
     Raises:
         RefusedError: the model is already being served, or cannot be served.
         NotFoundError: there is no such model, version or format.
-        ServerNotRunningError: no server uses the home, or the server has stopped. If it has stopped, it will
-            serve the model the next time it starts.
+        ServerNotRunningError: no server uses the home folder, or the server has stopped. If it has stopped, it
+            will serve the model the next time it starts.
     """
     server, name = server_address(settings), model.partition("@")[0]
     registry, store = Registry.of(settings), open_store(settings)
@@ -52,12 +52,12 @@ def add_model(settings: Settings, model: str, format: Format | None) -> Target:
 
 
 def remove_model(settings: Settings, name: str) -> None:
-    """Remove a model from the server that uses a home, and wait until its engines have stopped.
+    """Remove a model from the server that uses a tuneserve home folder, and wait until its engines have stopped.
 
     Raises:
         NotFoundError: the model is not served.
-        ServerNotRunningError: no server uses the home, or the server has stopped. If it has stopped, it will
-            not serve the model the next time it starts.
+        ServerNotRunningError: no server uses the home folder, or the server has stopped. If it has stopped, it
+            will not serve the model the next time it starts.
     """
     server, store = server_address(settings), open_store(settings)
     if not remove_deployment(store, name):

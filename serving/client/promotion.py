@@ -1,7 +1,7 @@
 """The client side of a promotion: changes the desired version, then follows the swap on the server.
 
-On the server's machine, the client uses the store in the home; on other machines, it uses the server's API
-(serving.client.remote). Either way, the client changes the same desired state and reads the same journal.
+On the server's machine, the client uses the store in tuneserve's home folder; on other machines, it uses the
+server's API (serving.client.remote). Either way, the client changes the same desired state and reads the same journal.
 """
 
 import time
@@ -21,8 +21,8 @@ from svc.version import Format, Target, VersionId
 _POLL_S = 0.1
 _ROLLOUT_POLL_S = 0.5
 _SOON_S = 5.0
-"""Time in seconds for which a rollout is polled as often as a swap, because a rollback ends within that time. After
-that, the rollout is polled every `_ROLLOUT_POLL_S` seconds."""
+"""For this many seconds, a rollout is polled every `_POLL_S` seconds, so that the end of a quick rollback is noticed at
+once. After that, the rollout is polled every `_ROLLOUT_POLL_S` seconds."""
 _UNWRITTEN_S = 30.0
 """Maximum time to wait for the server to write a result to the journal, in seconds."""
 
@@ -104,7 +104,7 @@ def follow(administration: Administration, change: VersionChange, on_step: Calla
     of several servers stops, its result is no longer awaited.
 
     Args:
-        change: the change to follow, which must have a generation.
+        change: the change to follow; its `generation` must not be None.
         on_step: called with the text of each step, once per step.
 
     Raises:

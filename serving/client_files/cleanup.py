@@ -1,6 +1,6 @@
 """Removes clients' expired files and uploads, and file contents that a crash has left without a row in the store.
 
-With an object store, contents of deleted files are removed from it, and missing contents are uploaded to it.
+With an object store, contents of deleted files are removed from it, and contents that it lacks are uploaded to it.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ async def run_cleanup(files: ClientFiles, uploads: ClientUploads, *, interval_s:
         except OSError:
             log.exception("could not remove expired files")
         except ContentStoreError:
-            log.warning("could not remove files from the object store or add missing ones; retrying")
+            log.warning("could not remove files from the object store or upload files that it lacks; retrying")
         count += 1
         await asyncio.sleep(interval_s)
 

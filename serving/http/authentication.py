@@ -1,7 +1,7 @@
-"""Authenticates and authorizes each request before reading anything else in it, in particular its body.
+"""Authenticates and authorizes each request before anything else in the request is read, in particular its body.
 
-A key is required as soon as any key exists, and always for administration. Requests through the home's socket need no
-key, because only the home's owner can open the socket.
+A key is required as soon as any key exists, and always for administration. Requests through the socket in
+tuneserve's home folder need no key, because only the directory's owner can open the socket.
 """
 
 import logging

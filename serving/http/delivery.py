@@ -227,7 +227,7 @@ class Delivery:
             self._buffers.free(0, self._caller)  # wakes a `put_event` that waits for memory
 
     async def _send_waiting(self, *, end: bool = False) -> None:
-        """Send the buffered data in parts of up to `PART_BYTES`, so that small events share a write.
+        """Send the buffered data in parts of up to `PART_BYTES`, so that several small events are sent in one write.
 
         Args:
             end: whether the last part ends the answer.

@@ -4,9 +4,9 @@ read -> route -> reserve -> load the adapter -> admit -> resolve -> forward -> a
 with three exceptions: the model's name on the way in, an adapter's private name on the way out, and the chunk with
 token counts in a stream, which is dropped for clients that did not request it.
 
-The response headers are sent with the first complete event, so that a failure before that event can have its own
-status. Once the engine is done, the request releases its admission slot, even if the client has not read all
-bytes. The rest waits in a buffer (serving.http.delivery).
+The response headers are sent with the first complete event, so that a failure before that event can still be answered
+with an error status. Once the engine is done, the request releases its admission slot, even if the client has not read
+all bytes. The rest waits in a buffer (serving.http.delivery).
 """
 
 import asyncio

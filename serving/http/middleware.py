@@ -48,7 +48,7 @@ class RequestMiddleware:
         app: the wrapped application.
         authentication: admits requests before they are passed to the application.
         router: provides the production version if only one model is served. Responses that no version generated
-            are labeled with it.
+            are labeled with this version.
         hosts: the accepted host names.
         limiter: provides a key's remaining limits.
         clock: function that returns monotonic time, in seconds.

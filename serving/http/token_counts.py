@@ -31,8 +31,8 @@ from serving.replicas.transport import EngineCall
 
 MAX_CONCURRENT = 16
 _CHECKED_AS = {TokenRoute.COUNT_TOKENS: Route.MESSAGES, TokenRoute.TOKENIZE: Route.CHAT_COMPLETIONS}
-"""The completion route whose fields each token-counting path accepts. Fields that the route rejects are rejected
-here too."""
+"""For each token-counting path, the completion route that accepts the same fields. Fields that the route rejects are
+rejected here too."""
 
 
 def token_count_endpoints(gateway: Gateway) -> dict[str, ASGIApp]:

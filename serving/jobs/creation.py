@@ -2,7 +2,7 @@
 
     request ──▶ base, files ──▶ recipe ──▶ `svc estimate` ──▶ job: queued
                                                 │
-                a file is still being checked ──┴──▶ job: validating_files ──▶ decided ──▶ queued, failed
+                a file is still being checked ──┴──▶ job: validating_files ──▶ checked ──▶ job: queued or failed
 
 Identical requests, even concurrent ones, create only one job.
 """
@@ -290,8 +290,8 @@ class JobCreation:
         return str(version), suffix_of(version.name, client.owner)
 
     async def _checked(self, plan: _Plan) -> TrainingCheck | None:
-        """Return the result of checking a plan. Return None if the job must be decided later, because a file has not
-        been checked yet, its contents cannot be fetched now, or the check takes too long.
+        """Return the result of checking a plan. Return None if the job cannot be queued or rejected yet, because a
+        file has not been checked, its contents cannot be fetched now, or the check takes too long.
 
         Raises:
             ContentDamagedError: the contents of a file were truncated or altered.

@@ -237,8 +237,8 @@ class JobTraining:
         return True
 
     async def _data(self) -> dict[str, str] | None:
-        """Return the paths of the job's files on this machine, keyed as in the recipe, after fetching missing contents.
-        Return None if the job cannot run here now, or has ended.
+        """Return the paths of the job's files on this machine, keyed as in the recipe. Contents that are not on this
+        machine are fetched first. Return None if the job cannot run here now, or has ended.
         """
         ids = file_keys(self.job.training_file, self.job.validation_file)
         try:

@@ -233,7 +233,7 @@ def complete(
 def default_epochs(examples: int) -> int:
     """Return the number of epochs for `auto`: usually 3, but more for small datasets and fewer for large datasets.
 
-    This is the rule that OpenAI published for its own default, in the cookbook's notebook on preparing chat data.
+    This is the rule for OpenAI's own default, published in the OpenAI Cookbook's notebook on preparing chat data.
     """
     if 3 * examples < 100:
         return min(25, 100 // max(1, examples))
@@ -247,7 +247,7 @@ def file_keys(training_file: str, validation_file: str | None) -> dict[str, str]
 
 def recipe_with_data(recipe: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
     """Return a job's recipe with the paths of its files on this machine. The paths differ between machines if
-    tuneserve's home directory does.
+    tuneserve's home folder does.
 
     Args:
         paths: paths of the files, keyed by their recipe keys in the `data` section.

@@ -139,7 +139,7 @@ def end_processes(folder: Path, noted: Mapping[int, tuple[str, int]] | None = No
 
 
 def _processes(folder: Path, sessions: set[int], noted: Mapping[int, tuple[str, int]]) -> Iterator[psutil.Process]:
-    """Yield all running processes of a job, and add the sessions that they lead to `sessions`.
+    """Yield all running processes of a job, and add to `sessions` the id of each session whose leader is one of them.
 
     These are the processes whose environment variable `MARKER` contains the job's folder, the processes in `noted`, the
     processes in `sessions`, and the descendants of all of these.

@@ -160,7 +160,7 @@ class JobWorker:
                 await training.stop()
             raise
         except JobLostError as error:
-            log.warning("%s; stopping its training on this server", error)
+            log.warning("%s; stopping the job's training on this server", error)
             await training.kill()
         except SQLAlchemyError:
             self._interrupted = training

@@ -6,7 +6,7 @@ it on threads that compete with these requests for CPU. The limits are based on 
 
 - A pattern `[a-z]{0,N}` is parsed in 0.03 s for N = 500, 0.1 s for 1,000, 1.7 s for 4,000 and more than
   20 s for 10,000. When nested, `([a-z]{0,N},){0,N}` is compiled in 2 s for N = 30 and more than 8 s for
-  60; `[a-z]?` repeated N times in 0.5 s for N = 25, 3 s for 50 and more than 6 s for 100.
+  60; `[a-z]?` repeated N times is compiled in 0.5 s for N = 25, 3 s for 50 and more than 6 s for 100.
 - An object of N optional properties is compiled in 0.3 s for N = 300, 0.9 s for 500, 3.5 s for 1,000 and
   more than 20 s for 3,000. If `maxProperties` is half of N, it is compiled in 0.1 s for N = 40 and 2 s
   for 100, and parsing alone takes 1 s for 300.

@@ -1,7 +1,7 @@
 """Loads and verifies the adapters of one engine. `serving.replicas.adapter_cache` tracks which adapters are loaded.
 
-Before a request may use an adapter, the adapter's files are compared with the version's manifest. The
-adapter is then loaded under a new name and verified with the version's probes.
+Before a request may use an adapter, the adapter's files are compared with the version's manifest. The adapter is then
+loaded under a new name and verified with the version's probes (texts with recorded log-probabilities).
 """
 
 import asyncio

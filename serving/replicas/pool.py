@@ -161,14 +161,14 @@ class EnginePool:
         return engine
 
     def fill(self) -> None:
-        """Create the missing pool members without starting them."""
+        """Create members, without starting them, until the pool has `size` members."""
         while len(self.members) < self.size:
             self.members.append(self._made(self.slots.take()))
         if self.ready:
             self._show()
 
     def grow(self, size: int) -> None:
-        """Add members that have no engine yet. The reviver then starts their engines."""
+        """Add members that have no engine yet. A background task (`Reviver`) then starts their engines."""
         self.size = size
         self.fill()
         self._changed.set()
@@ -309,7 +309,7 @@ class EnginePool:
         try:
             why = await engine.watch.died()
         except Exception as error:  # an engine that cannot be watched counts as dead
-            log.exception("could not watch replica %d", engine.replica)
+            log.exception("could not monitor replica %d", engine.replica)
             why = repr(error)
         log.error("replica %d died: %s", engine.replica, why)
         engine.why = why

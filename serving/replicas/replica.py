@@ -111,7 +111,7 @@ class Replica:
 
     @property
     def http(self) -> EngineConnections:
-        """Client for passing on clients' requests to the engine.
+        """Connections over which clients' requests are forwarded to the engine.
 
         Raises:
             RuntimeError: no engine is running.
@@ -376,7 +376,7 @@ class Replica:
             await self._started.record(str(target))
         except OSError:  # the engine can serve nevertheless
             log.exception(
-                "replica %d: could not record the version it runs; a later server will not adopt this engine",
+                "could not record the version that replica %d runs; a later server will not adopt this engine",
                 self.replica,
             )
         log.info("replica %d now runs %s: %s", self.replica, target, checked.found)

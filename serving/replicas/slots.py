@@ -1,4 +1,4 @@
-"""Starts and looks up the engines of a home directory by number, and checks whether there is memory for more engines.
+"""Starts and looks up the engines of a home folder by number, and checks whether there is memory for more engines.
 
 Engine numbers are unique across models, and an engine's folder and log are named after its number. The
 rest of the server reaches processes, a Ray cluster, the machine's memory and its device only through this module.
@@ -32,14 +32,14 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _END_PAUSES_S = (5.0, 10.0, 20.0, 40.0, 60.0)
-"""Pauses between attempts to stop actors whose cluster was unreachable, in seconds. The last pause is repeated."""
+"""Pauses between attempts to stop Ray actors whose cluster was unreachable, in seconds. The last pause is repeated."""
 
 Served = Callable[[], Collection[str]]
 MakeSlots = Callable[[Settings, Registry, DeviceCapabilities, Served], "EngineSlots"]
 
 
 class EngineSlots:
-    """The engines in a home directory, keyed by number.
+    """The engines in a home folder, keyed by number.
 
     Args:
         served: function that returns all models that are served on this machine, or will be once their engines
@@ -111,7 +111,7 @@ class EngineSlots:
             postpone_end(folder)
 
     async def end_postponed(self) -> None:
-        """Keep trying, until cancelled, to stop actors that could not be stopped because their cluster was
+        """Keep trying, until cancelled, to stop Ray actors that could not be stopped because their cluster was
         unreachable.
         """
         failures = 0
@@ -146,8 +146,8 @@ class EngineSlots:
         """Check the memory for the engines that would run on this machine.
 
         Returns:
-            A message stating how much memory is needed and how much is free, or None if there is enough. Also the
-            settings of the engines that would run in a Ray cluster instead.
+            The shortage and the settings of the engines that would run in a Ray cluster instead. The shortage is a
+            message stating how much memory is needed and how much is free, or None if there is enough.
         """
         specs = [*chain.from_iterable([self._spec_for(target)] * number for target, number in engines.items())]
         on_ray = [spec.settings for spec in specs if spec.settings.launcher is Launcher.RAY]

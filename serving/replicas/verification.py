@@ -1,4 +1,7 @@
-"""Verifies that the engine runs a version's weights, by checking file hashes and, after loading, probes."""
+"""Verifies that the engine runs a version's weights: checks the hashes of the files and, after the load, the probes.
+
+A probe is a text with recorded log-probabilities, which the loaded engine must reproduce.
+"""
 
 import asyncio
 import logging
@@ -124,8 +127,8 @@ class Verification:
             return Checked(await self._retake(client, target, recorded, facts))
         if known is None:
             raise UnknownProbesError(
-                f"no probes are recorded for {target} on this kind of engine, and they cannot be recorded now, because "
-                "this engine was not started with that version",
+                f"no reference log-probabilities (probes) are recorded for {target} on this kind of engine, and they "
+                "cannot be recorded now, because this engine was not started with that version",
                 expected=f"probes from {facts.key}",
                 todo="start an engine with this version to record its probes",
             )
@@ -205,7 +208,8 @@ class Verification:
         """Record and store a version's probes on this kind of engine, and return a message for the journal.
 
         Args:
-            without: client for the same engine that requests the base model, if `client` requests an adapter.
+            without: client that sends requests to the base model in the same engine; needed if `client` sends requests
+                to an adapter.
         """
         sequences = [(probe.token_ids, probe.start) for probe in recorded]
         repeats = _ADAPTER_REPEATS if without else _RETAKE_REPEATS
@@ -218,7 +222,8 @@ class Verification:
         await asyncio.to_thread(keep_retaken_probes, self.store, target, facts, probes)
         if without is None:
             log.warning(
-                "%s was qualified on another kind of engine (%s); its probes were recorded again on this engine",
+                "%s was qualified on another kind of engine (%s); its reference log-probabilities (probes) were "
+                "recorded again on this engine",
                 target,
                 recorded[0].engine,
             )
@@ -263,7 +268,8 @@ def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence
     difference = _mean_difference([probe.logprobs for probe in recorded], measured)
     if not difference <= _OTHER_WEIGHTS_NATS:  # also true for NaN
         raise ProbeError(
-            f"the probes differ by {difference:.2f} nats on average: the loaded weights are not the version's weights",
+            f"the log-probabilities of the probes differ from the recorded ones by {difference:.2f} nats on average: "
+            "the loaded weights are not the version's weights",
             expected=f"a difference of at most {_OTHER_WEIGHTS_NATS} nats between two kinds of engine",
             todo="restore the version's folder from a backup, or train it on a machine with this kind of engine",
         )
@@ -282,8 +288,8 @@ def _refuse_base(
         raise ProbeError(
             "the adapter is not applied: the probes' log-probabilities equal those of the base, and differ from the "
             f"version's by {own:.4f} nats on average",
-            expected=f"a difference of at most {MIN_TOLERANCE} nats from the version, or of more than {MIN_TOLERANCE} "
-            "nats from the base",
+            expected=f"log-probabilities within {MIN_TOLERANCE} nats of the version's, or more than {MIN_TOLERANCE} "
+            "nats from the base's",
             todo=f"serve the version with --format {Format.MERGED}",
         )
 

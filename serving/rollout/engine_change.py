@@ -175,8 +175,8 @@ class EngineChange:
         queued.
 
         Afterwards, `change.current` is loaded and verified, or a new engine is started with it, before requests are
-        answered again. `change.target` never answers a client's request, and no later server adopts it. The caller must
-        hold the engine, and must have verified the files of `change.target`.
+        answered again. `change.target` never answers a client's request, and no later server adopts the engine while
+        `change.target` is loaded. The caller must hold the engine, and must have verified the files of `change.target`.
 
         Raises:
             SupersededError: cancellation was requested.
@@ -385,7 +385,7 @@ class EngineChange:
     async def _start_before(self, change: SwapInProgress, engine: Replica) -> bool:
         """Start the engine with the previous version, and return whether it started.
 
-        If it did not start, the reviver tries again later.
+        If it did not start, a background task (`Reviver`) tries again later.
         """
         try:
             await engine.start(change.current)

@@ -30,7 +30,7 @@ _VERDICTS_S = 10.0
 """Interval, in seconds, at which all verdicts are recomputed while the outcome is undecided. Recomputing them
 takes 10 ms for 3,000 units, whereas the outcome alone takes microseconds."""
 _CLOCKS_DIFFER = timedelta(minutes=1)
-"""Maximum difference between the clocks of servers that record ratings."""
+"""Assumed maximum difference between the clocks of servers that record ratings."""
 _MIN_REQUESTS_FOR_SHARE = 100
 _LARGE_SHARE = 0.5
 _LABELS = {
@@ -49,7 +49,7 @@ class Look:
         units: number of the candidate's users, conversations or requests that have been observed; in the shadow step,
             the number of compared requests.
         is_passed: whether a loss beyond the margin is ruled out for every signal with data. Bad ratings can end a
-            rollout, but are too rare to make it wait.
+            rollout, but a rollout does not wait for ratings, because they are rare.
         losses: text that names the proven losses; empty if none is proven.
         text: one line about all signals with data.
         warning: text saying what prevents the evidence from growing; empty if nothing does.

@@ -96,7 +96,7 @@ class Idling:
         return all(rests)
 
     async def end_asleep(self) -> bool:
-        """Stop sleeping engines, which still use some GPU memory. Return whether all have stopped.
+        """Stop the engines that are asleep, because they still use some GPU memory. Return whether all have stopped.
 
         Does nothing while an engine is waking up.
         """

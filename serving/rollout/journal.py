@@ -86,8 +86,8 @@ class Journal:
     def close(self, timeout_s: float | None = None) -> None:
         """Write the pending records, then stop.
 
-        Records that are not written in time are lost. The next time the server starts, it marks the swaps concerned as
-        ended.
+        Records that are not written in time are lost. Swaps whose results are lost are marked as ended when
+        the server starts again.
 
         Args:
             timeout_s: maximum time to spend on writing, in seconds. The default exceeds the longest wait for a busy

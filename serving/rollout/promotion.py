@@ -79,7 +79,7 @@ class PromotionRequest:
 
     Attributes:
         format: format to serve, or None to keep the format of the currently desired version.
-        force: whether to promote the version even if a gate refuses it, for the given `reason`.
+        force: whether to promote the version even if a gate refuses it; `reason` says why.
         steps: steps that override the configured steps.
         dry_run: whether to check the gates without changing anything.
     """

@@ -1,8 +1,8 @@
 """Reconciles the served version with the desired one.
 
 Engines are started, changed and stopped only by code called from here. There are two loops, which never change the same
-engine concurrently. The first loop starts missing engines, with backoff after failures (`Reviver.run`). The second loop
-changes the version (`Reconciler.follow`), and every change ends in the same steps:
+engine concurrently. The first loop starts an engine wherever one is missing, with backoff after failures
+(`Reviver.run`). The second loop changes the version (`Reconciler.follow`), and every change ends in the same steps:
 
     rollout requested ─▶ Rollouts.carry_out: shadow, canary ─▶ candidate desired ┐
     svc promote --direct, svc rollback ────────────────────▶ version desired ────┴▶ change_to ─▶ Swap ─▶ EngineChange
@@ -65,7 +65,7 @@ class Reconciler:
         swap: object that changes the version of the engines.
         rollouts: object that runs rollouts.
         journal: journal that records swaps. It is closed by the code that stops the server.
-        reviver: object that starts missing engines.
+        reviver: object that starts an engine for each pool member that has none.
         last_error: reason why the last swap, or the last attempt to start an engine, failed.
         promoting: whether a rollout or swap is in progress. Engines must not idle until it has ended.
     """
@@ -338,10 +338,10 @@ class Reconciler:
     async def _correct_previous(self, before: Desired) -> None:
         """Correct the previous version recorded in the desired state.
 
-        A promotion that is requested during another promotion can only guess the previous version. Nothing is corrected
-        if no other change was requested in between: either the recorded version is already right, or the change
-        returns to an earlier state after a failure. Only one server makes the correction, because servers may have
-        served different versions.
+        When a promotion is requested during another promotion, its previous version is not known yet, and the recorded
+        one may be wrong. If no other change was requested in between, nothing is corrected: either the recorded version
+        is already right, or the change returns to an earlier state after a failure. Only the leader makes the
+        correction, because different servers may have served different versions.
         """
         is_same = self.actual.target == before.target
         if not self.leadership.leads(before.name) or (not is_same and self.actual.generation == before.generation + 1):

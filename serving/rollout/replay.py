@@ -57,7 +57,7 @@ may have had to wait.
 _MAX_QUIET_S = 300.0
 _POLL_S = 0.25
 _ROWS_PER_COMPARISON = 4
-"""Number of stored requests to look up per comparison that is needed, because some cannot be replayed unchanged."""
+"""Number of stored requests to look up for each required comparison. Some of them cannot be replayed unchanged."""
 _ROUTE = Route.CHAT_COMPLETIONS
 
 
@@ -113,7 +113,10 @@ def _unit(store: Store, row: int, split: Split) -> str | None:
 
 
 def _count_units(units: Iterable[str | None]) -> int:
-    """Return the number of distinct units; counting stops at `MIN_UNITS`. An empty string counts, but None does not."""
+    """Return the number of distinct units (users, conversations or single requests), counting up to `MIN_UNITS`.
+
+    Each empty string is a single request. None is not counted.
+    """
     known, count = set[str](), 0
     for unit in units:
         count += unit is not None and unit not in known
@@ -176,8 +179,8 @@ def require_replay(
         )
     if kept.units < MIN_UNITS:
         raise RefusedError(
-            f"{wrong}; the replayable stored requests come from only {kept.units} users or conversations, and each of "
-            "them counts as one observation",
+            f"{wrong}; the replayable stored requests come from only {kept.units} users or conversations, and each "
+            "user or conversation counts as one observation",
             expected=f"requests from at least {MIN_UNITS} users or conversations",
             todo="send a distinct `user` value for each end user; if requests are independent, set "
             f"models.{record.name}.rollout.unit: request; or {others}",

@@ -43,7 +43,9 @@ class _Turn:
 
 @dataclass(eq=False)
 class Reviver:
-    """Starts missing engines one at a time. The pause before a member's next start grows with each failure.
+    """Starts engines for pool members that have none, one at a time.
+
+    The pause before a member's next start grows with each failure.
 
     Attributes:
         target: function that returns the version to start engines with. During a swap, this is the previous
@@ -64,7 +66,7 @@ class Reviver:
     _turns: dict[Replica, _Turn] = field(default_factory=dict, init=False)
 
     async def run(self) -> None:
-        """Start missing engines until cancelled."""
+        """Start engines for pool members that have none, until cancelled."""
         while True:
             engine = await self._due()
             async with self.pool.held(engine):

@@ -7,7 +7,7 @@ Each state is stored before it takes effect, so that a server that is killed and
 production version stays loaded until the end: a rollback only changes where requests are sent. If there is memory for
 only one engine, a replay of stored requests replaces the shadow and canary steps; see serving.rollout.replay.
 
-If several servers serve the model, the server that holds the model's lease leads. Only the leader compares both
+If several servers serve the model, the server that holds the model's lease is the leader. Only the leader compares both
 versions and changes the stored state. The other servers follow: they load the candidate and route the same clients to
 it, so that the requests of all servers count as evidence. If another server takes the lease, the new leader continues
 with the candidate that it has already loaded.
@@ -74,7 +74,8 @@ ChangeTo = Callable[[Desired], Awaitable[SwapResult]]
 
 _POLL_S = 0.25
 _LOOK_S = 1.0
-"""Seconds between two checks of the evidence. Decisions remain valid no matter how often the evidence is checked."""
+"""Seconds between two checks of whether the candidate is worse. The decision stays valid no matter how many checks
+are made."""
 _STORE_PAUSE_S = 2.0
 _RESULT_S = 2.0
 """Seconds that a server may take to record why its swap failed, after it has made the previous version the desired
@@ -471,7 +472,7 @@ class _Run:
     async def _canary(self, candidate: LoadedCandidate) -> None:
         """Route a growing share of clients to the candidate.
 
-        A step ends once a loss larger than the margins has been ruled out.
+        A step ends once it has been ruled out that the candidate is worse than production by more than the margins.
         """
         evidence = CanaryEvidence(self._store, self._record)
         first = self._record.step if self._record.state is RolloutState.CANARY else 0
@@ -654,7 +655,11 @@ async def retrying(call: Callable[[], Result]) -> Result:
 
 
 def _is_passed(units: int, look: Look) -> bool:
-    """Return whether the candidate has enough units and a loss beyond the margin is ruled out for every signal."""
+    """Return whether a step has passed.
+
+    A step passes once enough units (users, conversations or single requests) have been observed, and a loss larger
+    than the margin has been ruled out for every signal.
+    """
     return look.units >= units and look.is_passed
 
 
@@ -663,8 +668,9 @@ def _is_complete(look: Look) -> bool:
 
 
 def _expects_json(registry: Registry, version: VersionId) -> bool:
-    """Return whether a version's answers should be JSON, which is the case if it has held-out reference answers and
-    the first `_MAX_REFERENCES` of them are all JSON.
+    """Return whether a version's answers should be JSON.
+
+    This is the case if the version has held-out reference answers, and the first `_MAX_REFERENCES` of them are JSON.
     """
     references = [without_thinking(example.answer) for example in registry.heldout(version)[:_MAX_REFERENCES]]
     return bool(references) and all(map(is_json, references))

@@ -1,5 +1,5 @@
-"""Decides how many replicas a model needs from the number of its requests over time. This module does not start or stop
-replicas itself.
+"""Decides, based on the number of requests over time, how many replicas a model needs. This module does not start or
+stop replicas itself.
 
 Replicas are added when the mean load over half a minute exceeds the target load of the current replicas. They are
 removed when fewer replicas would have been enough, with a margin, for the busiest half minute of a longer period (by

@@ -48,8 +48,9 @@ class Split:
     """How a rollout splits the requests for a model's name between two versions.
 
     A user or conversation keeps its version throughout the rollout, except when it moves from production to the
-    candidate as the share grows. Its name and the rollout determine its position between 0 and 1. The candidate serves
-    every user or conversation whose position is below the share, which never shrinks.
+    candidate as the share grows. A hash of the user or conversation and the rollout's id is scaled to a position
+    between 0 and 1. The candidate serves all users and conversations whose position is below `share`, which never
+    shrinks during a rollout.
 
     Attributes:
         rollout: id of the rollout. In different rollouts, different users are assigned to the candidate first.

@@ -151,7 +151,7 @@ class Swap:
 async def _recovers(engine: Replica) -> bool:
     """Wait until an engine passes its health check or is no longer ready, and return whether it passed.
 
-    Each check without a response is reported to the engine's watch, which decides whether the engine is dead.
+    Each check without a response is reported to `engine.watch`, which determines whether the engine is dead.
     """
     while engine.state is EngineState.READY:
         if await engine.client.health() not in DOWN:

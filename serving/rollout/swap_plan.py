@@ -51,7 +51,7 @@ class SwapPlanner:
     """Chooses the kind of swap for a version change.
 
     Attributes:
-        choice: setting that decides whether to start a second engine even if an in-place reload is possible.
+        choice: setting that determines whether to start a second engine even if an in-place reload is possible.
         slots: engine slots, used to check whether there is memory for another engine and which capabilities it would
             have.
         patience_s: longest time to wait until stopping engines have freed their memory and starting engines
@@ -110,8 +110,8 @@ class SwapPlanner:
     async def _in_place(self, target: Target) -> Plan:
         """Plan an in-place reload, provided that an engine with the new version can perform and verify it.
 
-        Otherwise, plan to start an engine with that version: a second engine or, if memory is short, the running engine
-        after a restart.
+        Otherwise, plan to start a second engine with that version or, if there is not enough memory for it, to restart
+        the running engine with that version.
         """
         several = len(self.pool.alive) > 1
         kind = SwapKind.ROLLING if several else SwapKind.INPLACE

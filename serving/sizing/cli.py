@@ -77,7 +77,11 @@ _positive = click.IntRange(1, 1_000_000)
     help="Coefficient of variation of both lengths: standard deviation divided by mean.",
 )
 @click.option("--p95", type=_Seconds(), metavar="TIME", help="Time within which 95% of the answers must be complete.")
-@click.option("--bits", type=click.Choice(["4", "8", "16"]), help="Bits per weight.  [default: as in the files, or 16]")
+@click.option(
+    "--bits",
+    type=click.Choice(["4", "8", "16"]),
+    help="Bits per weight.  [default: as in FOLDER's weight files, or 16]",
+)
 @click.option(
     "--reload",
     "reload_s",

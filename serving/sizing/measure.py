@@ -104,11 +104,11 @@ class LoadClient:
 async def measure(
     client: LoadClient, *, prompt: int, answer: int, concurrency: int, label: str, on_step: Callable[[], None]
 ) -> MeasuredTimes:
-    """Measure the time to first token of new prompts, and the time of steps with 1, 2, 4, ... running answers.
+    """Measure the time to first token of new prompts, and the time of steps that generate 1, 2, 4, ... answers at once.
 
     Args:
         prompt, answer: lengths of each request's prompt and answer, in tokens.
-        concurrency: largest number of running answers.
+        concurrency: largest number of answers generated at once.
         on_step: function called after each of the `len(levels(concurrency)) + 2` measured points.
     """
     rng = random.Random(time.time_ns())  # noqa: S311 - no secret
@@ -166,7 +166,7 @@ async def engine_client(settings: Settings, target: Target) -> AsyncIterator[Loa
     """Start an engine for a version, and yield a client for it. The engine is stopped when the context ends.
 
     Raises:
-        BusyError: a server is running in this home directory, and its engines would share the machine with the measured
+        BusyError: a server is running in this home folder, and its engines would share the machine with the measured
             engine.
         EngineError: the engine could not be started.
     """

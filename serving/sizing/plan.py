@@ -1,4 +1,4 @@
-"""Calculates the number of replicas that a load needs, and the expected memory use, latency and effect of a rollout."""
+"""Calculates how many replicas a load needs, the expected latency and memory use, and the effect of a rollout."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -154,7 +154,7 @@ def make_plan(
 
 
 def predict(workload: Workload, replicas: int, times: StepTimes, sequences: int, count: int = _MIN_REQUESTS) -> Latency:
-    """Return the latency of a load on the given number of replicas."""
+    """Return the latency of the load's requests on the given number of replicas."""
     return Latency.of(simulate(workload.requests(count), replicas, times, Limits(sequences)))
 
 

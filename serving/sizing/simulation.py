@@ -1,5 +1,5 @@
-"""Simulates replicas that answer requests with continuous batching, as vLLM does. It uses a simulated clock and no
-threads.
+"""Simulates replicas that answer requests with continuous batching, as vLLM does. The simulation uses a simulated
+clock and no threads.
 
 Like the gateway, the simulation sends each request to the replica with the fewest requests. Like vLLM, a replica gives
 every running answer its next token in each step, and fills the rest of the step with prompt tokens of new requests.

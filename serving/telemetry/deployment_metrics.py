@@ -184,8 +184,11 @@ class DeploymentMetrics:
         self.on_loaded(served)
 
     def holdout_due(self, served: Target | None, every_s: float) -> None:
-        """Set the interval between scheduled evaluations of the served version on its held-out set. `served` is None if
-        the version has no held-out set.
+        """Set the interval between scheduled evaluations of the served version on its held-out set.
+
+        Args:
+            served: the served version, or None if there are no such evaluations because the version has no held-out
+                set.
         """
         self._forget(self.instruments.holdout_interval)
         if served:

@@ -61,7 +61,7 @@ _CLOSE_S = 2.0
 for example if the feature process is still starting."""
 _STOP_S = 0.1
 _PRUNED_AFTER = 1_000
-"""Number of items stored for a version before its old items are deleted."""
+"""A version's old items are deleted each time this number of new items has been stored."""
 _REFERENCES = 8
 """Maximum number of drift references held in memory. Each takes 20 MB."""
 

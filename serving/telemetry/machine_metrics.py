@@ -1,4 +1,4 @@
-"""Metrics of the server's process, the installed release, engine and device, and the disk with the home directory."""
+"""Metrics of the server's process, the installed release, engine and device, and the disk with the home folder."""
 
 import shutil
 from importlib.metadata import version
@@ -16,7 +16,7 @@ def add_machine_metrics(
     """Register the metrics of the machine. Disk space is measured on each scrape.
 
     Args:
-        home: the home directory, which must exist.
+        home: the home folder, which must exist.
         capabilities: capabilities of this machine's device and vLLM installation.
         settings: the engine's settings.
     """

@@ -31,7 +31,7 @@ sent."""
 UNKNOWN_MODEL = "unknown"
 IDLE_VERSION_TIMEOUT_S = 24 * 3600.0
 """Seconds without requests after which the series of a version that is not served are removed. With 300
-versions, the page had grown to 2 MB."""
+versions, the metrics page had grown to 2 MB."""
 _NOT_COMPLETIONS = {
     ErrorCode.PERMISSION_DENIED,
     ErrorCode.TOO_MANY_WRONG_KEYS,

@@ -1,6 +1,6 @@
 """Authenticate secrets against keys held in memory, which are reloaded when they change in the store.
 
-The grant of a valid secret is cached under the secret's hash, so that all requests with that secret share one grant and
+For each valid secret, a `Grant` is cached under the secret's hash. All requests with that secret share the grant, and
 no secret stays in memory. An invalid secret is detected without querying the store: by its checksum, by the key id that
 it contains (which is public), or by its hash (which is compared in constant time).
 

@@ -228,7 +228,7 @@ def usage(ctx: click.Context, since: datetime, as_csv: bool, as_json: bool) -> N
 
 
 def _rows(ctx: click.Context) -> list[dict[str, Any]]:
-    """Return all keys as JSON, read from the server given by `svc --server` or else from the home directory."""
+    """Return all keys as JSON, read from the server given by `svc --server` or else from the home folder."""
     if remote := remote_of(ctx):
         from svc.remote.remote_server import RemoteServer
 
@@ -253,12 +253,12 @@ def _find(ctx: click.Context, text: str) -> tuple[str, str]:
 def _change(
     ctx: click.Context, path: str, asked: dict[str, Any], change: Callable[["Keyring"], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Change a key on the server given by `svc --server`, or else in the home directory. Return the key as JSON.
+    """Change a key on the server given by `svc --server`, or else in the home folder. Return the key as JSON.
 
     Args:
         path: path of the request in the server's API.
         asked: body of the request.
-        change: function that makes the same change in the home directory.
+        change: function that makes the same change in the home folder.
     """
     if remote := remote_of(ctx):
         from pydantic_core import to_jsonable_python

@@ -36,7 +36,7 @@ class Keyring:
     """Reads and changes the keys in a store.
 
     Args:
-        actor: user or key recorded in the audit log as making the changes.
+        actor: user or key that the audit log names as the author of the changes.
         now: function that returns the current time.
     """
 

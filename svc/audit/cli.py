@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--verify", is_flag=True, help="Recompute all hashes and report the first altered row, if any.")
-@click.option("--expect", "expected", metavar="HASH", help="Hash from an earlier --verify that the log must contain.")
+@click.option(
+    "--expect", "expected", metavar="HASH", help="Hash printed by an earlier --verify; the log must contain it."
+)
 @click.option(
     "--last",
     "newest",
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_context
 def audit(ctx: click.Context, /, verify: bool, expected: str | None, as_json: bool, **chosen: Any) -> None:
-    """Show promotions, rollbacks, key changes and deletions, with who made them, when, from where and why."""
+    """Show promotions, rollbacks, key changes and deletions: who requested each one, when, from where and why."""
     if expected and not verify:
         raise click.UsageError("--expect requires --verify")
     from svc.store.audit import read_events

@@ -1,1 +1,1 @@
-"""Create backups of a home directory that is in use, and restore them."""
+"""Create backups of a home folder that is in use, and restore them."""

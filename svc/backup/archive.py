@@ -1,4 +1,4 @@
-"""A folder that contains the backups of one home directory.
+"""A folder that contains the backups of one home folder.
 
     DIR/models/NAME/N/           versions, each stored once for all snapshots
     DIR/contents/SHA256          contents of clients' files, each stored once for all snapshots
@@ -8,7 +8,7 @@
 A database on a server (`store.url`, `tracking_uri`) is not included.
 
 Versions and clients' files never change, so each is copied only once. Everything else is small and is copied into each
-snapshot, so that older snapshots can be restored too. Hard links to files in the home directory are not used, because
+snapshot, so that older snapshots can be restored too. Hard links to files in the home folder are not used, because
 damage to those files would also affect the backup.
 """
 
@@ -41,7 +41,7 @@ _NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z")
 
 
 class Snapshot(BaseModel):
-    """A copy of a home directory's state at one point in time.
+    """A copy of a home folder's state at one point in time.
 
     Attributes:
         name: time of the snapshot in UTC, which is also its folder's name.
@@ -67,7 +67,7 @@ class Snapshot(BaseModel):
 
 
 class Archive:
-    """A folder that contains the backups of one home directory.
+    """A folder that contains the backups of one home folder.
 
     Args:
         folder: path of the folder. If it does not exist, it is created with owner-only permissions.

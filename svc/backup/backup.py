@@ -1,9 +1,10 @@
-"""Create a snapshot of a home directory that may be in use by servers, training runs and commands.
+"""Create a snapshot of a home folder that may be in use by servers, training runs and commands.
 
 A snapshot must contain every version that its databases refer to. The databases are therefore copied before the
 weights, and the store before MLflow, because a version is in MLflow before the store can refer to it. A version is not
-removed from the home directory while it is required. If a version stops being required and is removed before it has
-been copied, the databases are copied again. Versions registered during a backup are included in the next backup.
+removed from the home folder while it is required, for example by an alias. If a version is no longer required and is
+removed before it has been copied, the databases are copied again. Versions registered during a backup are included in
+the next backup.
 """
 
 import shutil
@@ -55,7 +56,7 @@ class BackupReport:
 
 @dataclass
 class Backup:
-    """A backup of one home directory into an archive.
+    """A backup of one home folder into an archive.
 
     Attributes:
         verify: whether to also check existing copies against their hashes, and replace those that are damaged.
@@ -76,7 +77,7 @@ class Backup:
         Raises:
             BusyError: another backup is running.
             DiskSpaceError: there is not enough disk space.
-            IntegrityError: a database is damaged, or the archive belongs to another home directory.
+            IntegrityError: a database is damaged, or the archive belongs to another home folder.
         """
         self.archive.prepare()
         with hold_lock(self.archive.lock, f"the backup in {self.archive}"):
@@ -102,7 +103,7 @@ class Backup:
         raise AssertionError("unreachable: the last attempt returns a snapshot")
 
     def _take(self, folder: Path, *, is_last: bool) -> Snapshot | None:
-        """Copy the home directory's state into a snapshot's folder.
+        """Copy the home folder's state into a snapshot's folder.
 
         Return None if a required version was removed before it could be copied, unless `is_last` is set.
         """
@@ -142,7 +143,7 @@ class Backup:
 
         Returns:
             The versions that are now in the archive and, keyed by version, the reason why a damaged version could not
-            be copied. A version that is no longer in the home directory appears in neither.
+            be copied. A version that is no longer in the home folder appears in neither.
         """
         kept, left_out, to_copy = set[VersionId](), dict[VersionId, str](), list[Manifest]()
         for version in wanted:
@@ -230,7 +231,7 @@ def _is_complete(registry: Registry, manifest: Manifest) -> bool:
 
 
 def _other_files(home: Path) -> list[Path]:
-    """Return the files that a user has added to the home directory, such as settings and key files."""
+    """Return the files that a user has added to the home folder, such as settings and key files."""
     files = [path for path in home.iterdir() if path.is_file() and not path.is_symlink()]
     return sorted(path for path in files if not path.name.endswith(_NOT_COPIED) and not path.name.startswith("."))
 

@@ -1,4 +1,4 @@
-"""`svc backup` backs up a home directory, and `svc restore` creates one from a backup."""
+"""`svc backup` backs up a home folder, and `svc restore` creates one from a backup."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: b
     if not settings.home.is_dir():
         raise NotFoundError(
             f"the home folder {settings.home} does not exist",
-            todo="name an existing home: svc --home FOLDER backup DIR",
+            todo="specify an existing home folder: svc --home FOLDER backup DIR",
         )
     folder = folder.absolute()
     if folder.is_relative_to(settings.home):
@@ -102,8 +102,8 @@ def restore(
 ) -> None:
     """Create a home from a snapshot in DIR. The home must be empty; every file is checked against its hash.
 
-    The keys are those in the snapshot, except that a key revoked in a newer snapshot in DIR stays revoked.
-    Keys that will be valid are listed and must be confirmed.
+    API keys are restored too, but a key that is revoked in a newer snapshot in DIR stays revoked.
+    The keys that will be valid are listed and must be confirmed.
     """
     from svc.backup.archive import STORE_FILE, Archive
     from svc.backup.restore import Restore
@@ -222,6 +222,6 @@ def _confirm_keys(keys: "RestoredKeys", *, asks: bool) -> None:
         return
     names = ", ".join(f"{key.principal.name} ({key.id})" for key in keys.valid)
     raise RefusedError(
-        f"the restored home would accept keys that were not confirmed: {names}",
+        f"after the restore, keys that were not confirmed would be valid: {names}",
         todo="add --yes to accept all of these keys, or --revoke-keys to revoke them",
     )

@@ -43,7 +43,7 @@ def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool
     if read_manifest(target) != manifest:
         raise IntegrityError(
             f"{target} differs from version {manifest.id} in this home folder",
-            expected="a folder with backups of this home only",
+            expected="a folder that contains only backups of this home folder",
             todo="choose another backup folder",
         )
     files = manifest.files

@@ -1,4 +1,4 @@
-"""Create a home directory from a snapshot. Databases are restored last, so there is nothing to serve until then.
+"""Create a home folder from a snapshot. Databases are restored last, so there is nothing to serve until then.
 
 The store is first copied to a separate folder, where keys are revoked, so that the restored home never
 accepts a revoked key. The home's lock keeps servers out during the restore.
@@ -34,12 +34,12 @@ _NO_CONTENT = {LOCK_FILE, _MARK, _ASIDE, "lost+found"}
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """A restore of one home directory from an archive.
+    """A restore of one home folder from an archive.
 
     Attributes:
-        home: path of the home directory to create.
+        home: path of the home folder to create.
         revoke_keys: whether to revoke all of the snapshot's keys.
-        on_keys: function called with the keys before anything is copied into the home directory. An exception
+        on_keys: function called with the keys before anything is copied into the home folder. An exception
             aborts the restore.
     """
 
@@ -55,9 +55,9 @@ class Restore:
         A snapshot of a home whose store is in PostgreSQL has no keys to report or to revoke.
 
         Raises:
-            BusyError: a server is using the home directory, or a backup is running.
+            BusyError: a server is using the home folder, or a backup is running.
             RefusedError: `revoke_keys` is set, but the snapshot contains no keys.
-            SettingsError: the home directory is not empty.
+            SettingsError: the home folder is not empty.
             IntegrityError: the snapshot is damaged. None of its files are used.
         """
         if snapshot.store and self.revoke_keys:
@@ -67,7 +67,7 @@ class Restore:
             )
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (
-            hold_lock(self.home / LOCK_FILE, f"the home {self.home}"),
+            hold_lock(self.home / LOCK_FILE, f"the home folder {self.home}"),
             hold_lock(self.archive.lock, f"the backup in {self.archive}"),
         ):
             self._require_empty(snapshot)
@@ -114,13 +114,13 @@ class Restore:
         if begun not in (None, snapshot.name):
             raise SettingsError(
                 f"{self.home} contains an interrupted restore of snapshot {begun}",
-                todo=f"resume it with --snapshot {begun}, or restore into another home",
+                todo=f"resume it with --snapshot {begun}, or restore into another home folder",
             )
         if begun is None and (content := set(os.listdir(self.home)) - _NO_CONTENT):
             raise SettingsError(
                 f"the home folder {self.home} is not empty: it contains {', '.join(sorted(content)[:3])}",
                 expected="a new or empty folder",
-                todo="restore into another home (svc --home NEW restore DIR), or move this home elsewhere",
+                todo="restore into another home folder (svc --home NEW restore DIR), or move this one elsewhere",
             )
 
     def _copy_contents(self, snapshot: Snapshot) -> None:

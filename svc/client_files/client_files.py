@@ -1,4 +1,4 @@
-"""The contents of clients' files, in a folder of the home directory. Metadata is in the store (svc.store.files).
+"""The contents of clients' files, in a folder of the home folder. Metadata is in the store (svc.store.files).
 
 With an object store (svc.client_files.shared_contents), a file's contents are uploaded before its row is added to the
 store, and a server without the contents downloads them. Objects are deleted in the background.
@@ -45,7 +45,7 @@ from svc.store.files import (
 log = logging.getLogger(__name__)
 
 FILES_FOLDER = "files"
-"""Folder in the home directory that holds the contents of files."""
+"""Folder in the home folder that holds the contents of files."""
 _REMOVED = ".removed-"
 _MAX_THREADS = 4
 Result = TypeVar("Result")
@@ -69,7 +69,7 @@ class ClientFiles:
 
     @classmethod
     def of(cls, settings: Settings, store: Store) -> "ClientFiles":
-        """Return the clients' files in the home directory given in the settings.
+        """Return the clients' files in the home folder given in the settings.
 
         Raises:
             SettingsError: there is an object store, but its client is not installed.

@@ -2,7 +2,7 @@
 
     client-files/ID    the contents of one file, which never change
 
-A server that lacks a file's contents downloads them to a folder in its home directory. This copy is removed when the
+A server that lacks a file's contents downloads them to a folder in its home folder. This copy is removed when the
 file is deleted, or when it has not been used for a day and no job or batch needs it.
 """
 
@@ -29,7 +29,7 @@ from svc.store.files import FileContent, known_files, needed_files
 log = logging.getLogger(__name__)
 
 COPIES_FOLDER = "fetched-files"
-"""Folder in the home directory that contains file contents fetched from the object store."""
+"""Folder in the home folder that contains file contents fetched from the object store."""
 _PREFIX = "client-files"
 _RETRY_S = 10
 _UNUSED_S = 86_400.0

@@ -4,9 +4,9 @@ The selection depends only on the examples and the seed, not on file locations o
 
 Near duplicates are never split between the training and held-out sets, because a held-out example that nearly repeats a
 training example would measure memorization. Examples of the same conversation are not split either, since the answer in
-one example is context in another. Each group is assigned by its own hash, so adding data does not move existing
-examples, unless the turns that open a conversation become too common to identify it. This module knows nothing about
-files or versions.
+one example is context in another. Each group of such examples is assigned by its own hash, so adding data does not move
+existing examples, unless the turns that open a conversation become too common to identify it. This module knows nothing
+about files or versions.
 """
 
 import hashlib
@@ -48,11 +48,11 @@ def split_heldout(
 ) -> HeldoutSplit:
     """Split examples into a training set and a held-out set.
 
-    Examples belong to one conversation if they begin with the same turns up to the first user turn. A group
-    of conversations with near duplicates is held out if the smallest hash of its openings, as a fraction of
-    the hash range, is below `share`. A group with k different openings is therefore held out with
-    probability 1 - (1 - share) ** k. With a share of 0.1, an example without near duplicates is held out
-    with probability 0.1, a pair nearly twice as often, and a group of ten 6.5 times as often. In data with
+    Examples belong to one conversation if they have the same opening, which consists of the turns up to the first
+    user turn. Conversations that contain near duplicates of each other form a group. A group is held out if the
+    smallest hash of its openings, as a fraction of the hash range, is below `share`. A group with k different openings
+    is therefore held out with probability 1 - (1 - share) ** k. With a share of 0.1, an example without near duplicates
+    is held out with probability 0.1, a pair nearly twice as often, and a group of ten 6.5 times as often. In data with
     many near copies, more than `share` is expected to be held out, because groups are held out as a whole and large
     groups are more likely to be held out.
 
@@ -89,7 +89,7 @@ def split_heldout(
 
 
 def put_sample_first(examples: Sequence[ChatExample], size: int, seed: int) -> Sequence[ChatExample]:
-    """Return the examples with a random sample of `size` moved to the front.
+    """Move a random sample of `size` examples to the front, and return all examples.
 
     The original order is preserved both within the sample and within the rest.
     """

@@ -18,8 +18,8 @@ from svc.dataset.stored_examples import select
 
 DRIFT_SAMPLE_FILE = "drift_sample.jsonl"
 MAX_SAMPLED = 500
-"""Maximum number of examples in the sample, which is five times the largest compared window. With a larger sample, each
-test would take longer without detecting any shift sooner."""
+"""Maximum number of examples in the sample, which is five times the largest number of live requests that are
+compared with it. With a larger sample, each test would take longer without detecting any shift sooner."""
 _SHARE = 0.5
 """Fraction of the examples that is drawn for the sample. If there are few examples, a larger fraction would leave too
 few for the text space, and a smaller fraction would allow only small windows."""

@@ -1,6 +1,6 @@
 """Hashes words and conversations so that the hashes reveal nothing to someone who has only the database.
 
-The hashes are computed with a random key. Each home directory has its own key, in a file next to the database. Without
+The hashes are computed with a random key. Each home folder has its own key, in a file next to the database. Without
 this key, nobody can test whether a given word was in a prompt. Texts can still be compared, because equal texts have
 equal hashes.
 """
@@ -30,13 +30,13 @@ _WORD = re.compile(rf"{WORD}|\d+")
 
 @dataclass(frozen=True, slots=True)
 class KeyedHash:
-    """Computes hashes with a home directory's key."""
+    """Computes hashes with a home folder's key."""
 
     key: bytes = field(repr=False)
 
     @classmethod
     def of_home(cls, home: Path) -> "KeyedHash":
-        """Return the hash function for a home directory, creating the directory's key on first use.
+        """Return the hash function for a home folder, creating the directory's key on first use.
 
         Raises:
             IntegrityError: the key file has the wrong size.

@@ -1,9 +1,9 @@
 """A text embedding that maps prompts to vectors by topic, fitted on a version's examples.
 
-A prompt has two views: its position among the examples' prompts (latent semantic analysis of character
-n-grams, Deerwester et al. 1990), and the answer that it asks for (a ridge regression from the position
-to the answer). With the second view, detecting a topic change that matters to the task takes only about two thirds as
-many prompts. Lipton et al. 2018 and Rabanser et al. 2019 found a similar gain with a classifier's outputs.
+A prompt has two views: its position among the examples' prompts (latent semantic analysis of character n-grams,
+Deerwester et al. 1990), and the predicted position of its answer (a ridge regression on the position of the prompt).
+With the second view, detecting a topic change that matters to the task takes only about two thirds as many prompts.
+Lipton et al. 2018 and Rabanser et al. 2019 found a similar gain with a classifier's outputs.
 
 The map is not fitted on the examples with which live prompts are compared (drift_sample.py). It therefore fits those
 examples no better than it fits live prompts, as a permutation test requires. Texts cannot be recovered from the map,

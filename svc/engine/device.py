@@ -1,4 +1,4 @@
-"""Detects which capabilities of this machine torch and the installed vLLM can use.
+"""Detects the capabilities of this machine that are usable by torch and the installed vLLM.
 
 Detection requires importing torch and vLLM, which neither the server nor the command line ever does. It therefore runs
 in a separate process, once for each CPU, GPU and set of packages, and the results are cached under `$SVC_HOME/cache`.
@@ -249,7 +249,7 @@ def read_capabilities(home: Path) -> DeviceCapabilities:
     """Return the machine's capabilities. If they are not cached yet, reading them takes about five seconds.
 
     Args:
-        home: the service's home directory, where the result is cached.
+        home: the service's home folder, where the result is cached.
 
     Raises:
         EngineError: torch or vLLM is not installed or cannot be imported.

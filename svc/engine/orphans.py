@@ -65,7 +65,7 @@ def locked(folder: Path) -> Iterator[IO[str]]:
         except BlockingIOError:
             pids = ", ".join(str(process.pid) for process in _holders(folder))
             raise EngineError(
-                f"an engine is already running in {folder} (processes: {pids})",
+                f"a running engine already uses the folder {folder} (processes: {pids})",
                 todo="stop these processes and retry",
             ) from None
         yield file
@@ -184,9 +184,9 @@ def _group_of(number: int) -> list[psutil.Process]:
 def _left_by(record: EngineRecord) -> list[psutil.Process]:
     """Return the processes that an engine has left in its process group, even if its first process has exited.
 
-    The group's id may have been reused after the whole group exited. A process is therefore only considered
-    part of the engine if it started during the same boot, not before the engine, and runs the same
-    interpreter.
+    The group's id may have been reused after the whole group exited. A process is therefore considered
+    part of the engine only if it was started during the same boot as the engine, but not before the engine, and runs
+    the same interpreter.
     """
     with contextlib.suppress(psutil.NoSuchProcess):
         if start_of(record.pid) != (record.boot, record.ticks):

@@ -183,7 +183,7 @@ async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
     """
     if not probes:
         raise ProbeError(
-            "the version has no probes for this format",
+            "the version has no reference log-probabilities (probes) for this format",
             todo="run the version's recipe again: svc train registers a version with probes for each of its formats",
         )
     differences = await asyncio.gather(*(_difference_on(client, probe) for probe in probes))
@@ -194,8 +194,8 @@ async def check_probes(client: EngineClient, probes: Sequence[Probe]) -> float:
         differences[number - 1] = difference
         if difference > probe.tolerance:
             raise ProbeError(
-                f"probe {number} of {len(probes)} differs by {difference:.4f} nats: the loaded weights are not the "
-                "version's weights",
+                f"probe {number} of {len(probes)} differs by {difference:.4f} nats from its recorded log-probabilities"
+                ": the loaded weights are not the version's weights",
                 expected=f"a difference of at most {probe.tolerance:.4f} nats",
                 todo="do not serve these files; restore the version's folder from a backup, or train again",
             )

@@ -13,7 +13,7 @@ class EngineState(StrEnum):
     RETIRING = "retiring"
     """Replaced by another engine, but still finishing its last requests."""
     IDLE = "idle"
-    """Stopped, or asleep on its GPU, because no requests came in. The next request restores it."""
+    """Stopped or asleep, because no requests came in. The next request restores it."""
     STOPPED = "stopped"
     FAILED = "failed"
 

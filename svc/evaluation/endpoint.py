@@ -203,7 +203,7 @@ async def ask_endpoint(
     on_done: Callable[[], None] = lambda: None,
     transport: "httpx.AsyncBaseTransport | None" = None,
 ) -> tuple[ExampleResult, ...]:
-    """Return the model's greedy answers to examples, in order. Their `nll` is set to 0 and has no meaning.
+    """Return the model's greedy answers to examples, in order. The `nll` of each result is 0 and has no meaning.
 
     Args:
         limits: maximum number of tokens per answer.

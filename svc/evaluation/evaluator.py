@@ -159,7 +159,8 @@ async def ask_example(
     trained: bool = True,
     find_calls: bool = False,
 ) -> ExampleResult:
-    """Send one example to the model and score its answer. A document is only scored, and has no answer.
+    """Send one example to the model and score its answer. For a document, which has no question,
+    only the likelihood is measured.
 
     Args:
         tokenized: the same example as tokenized for training.

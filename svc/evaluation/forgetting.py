@@ -16,7 +16,7 @@ from svc.version import Format
 
 
 class Forgetting(BaseModel):
-    """Comparison of how a base model and one format of a version answer general questions.
+    """Comparison of a base model's and a version's answers to general questions, for one format of the version.
 
     Attributes:
         questions: name of the file with the questions.

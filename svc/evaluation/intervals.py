@@ -15,8 +15,8 @@ _BATCH = 1_000_000
 """Number of indices to draw at a time. Drawing all at once would take gigabytes for 100,000 examples."""
 
 Statistic = Callable[[Floats], Floats]
-"""Function that computes a statistic for each resample. Its argument has one row per resample, with the number of times
-that each example was drawn."""
+"""Function that computes a statistic for each resample. Its argument has one row per resample, which
+contains the number of times that each example was drawn."""
 
 
 class Interval(BaseModel):

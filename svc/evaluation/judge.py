@@ -85,7 +85,8 @@ async def judge_answers(
     endpoint.check()
     asked = sum(one.strip() != other.strip() for one, other in zip(first, second, strict=True))
     console.print(
-        f"  sending {asked} prompts with references and both answers to the judge {endpoint.model} at {endpoint.url}",
+        f"  sending {asked} prompts, each with its reference and both answers, to the judge {endpoint.model} at "
+        f"{endpoint.url}",
         markup=False,
         soft_wrap=True,
     )

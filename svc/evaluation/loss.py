@@ -11,14 +11,14 @@ MIN_DIFFERENCES = 8
 probability that all of them differ in the same direction by chance exceeds 1 in 128, and a bootstrap interval does not
 account for this."""
 MIN_NLL_MARGIN = 0.005
-"""Minimum margin for the loss in NLL, in nats per token. For a model that is nearly certain of the
-references, a margin relative to its NLL would be smaller than the engine's rounding errors."""
+"""Minimum margin for an increase in negative log-likelihood (NLL), in nats per token. For a model that is nearly
+certain of the references, a margin relative to the model's NLL would be smaller than the engine's rounding errors."""
 
 
 def metric_loss(metric: Metric, before: Answered, after: Answered) -> Interval:
-    """Return how much worse the second model is on a metric.
+    """Return how much worse the second model is on a metric, with a confidence interval.
 
-    If the metric is a share, the interval is at least as wide as it would be if no answer had changed.
+    If the metric is a share, the interval is at least as wide as for the same number of answers without any change.
     """
     sign = 1 if metric.better is Better.LOWER else -1
     if metric.unit is Unit.SHARE and metric.scored:

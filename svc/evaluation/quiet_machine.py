@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MAX_OTHERS_SHARE = 0.1
-"""Maximum share of the CPUs that other processes may use. An idle system with a progress bar stays below this share,
-and a smaller share does not affect an engine's speed."""
+"""Maximum share of CPU time that other processes may use during a measurement. An idle system with a progress bar stays
+below this share, and a smaller share does not affect an engine's speed."""
 _TRIES = 3
 _PAUSE_S = 10.0
 
@@ -51,7 +51,7 @@ async def measure_quietly(
         used_s: function that returns the CPU time of all processes, in seconds.
 
     Returns:
-        The least disturbed result, and the share of the CPUs that other processes used during that measurement.
+        The least disturbed result, and the share of CPU time that other processes used during that measurement.
     """
     best: tuple[Result, float] | None = None
     for attempt in range(_TRIES):

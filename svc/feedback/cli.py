@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     type=click.Choice(["sft", "dpo", "orpo", "kto"]),
     default="dpo",
     show_default=True,
-    help="Objective of the recipe: sft writes corrections; dpo and orpo write pairs; kto writes answers with ratings.",
+    help="Objective of the recipe, which determines what is written: corrections for sft, pairs for dpo and orpo, "
+    "answers with ratings for kto.",
 )
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="File to write.  [default: stdout]")
 @click.option(
@@ -69,7 +70,8 @@ def feedback(ctx: click.Context, model: str, objective: str, output: Path | None
         raise NotFoundError(
             f"no feedback on {model} can be used for the objective {objective}",
             expected="ratings or corrections of answers whose prompt and text are stored",
-            todo="store them with request_log.content_share, and send feedback to /v1/feedback (docs/api.md)",
+            todo="set request_log.content_share to store prompts and answers, and send feedback to /v1/feedback "
+            "(docs/api.md)",
         )
     console.print(f"wrote {written} lines for objective: {objective}", markup=False)
 

@@ -44,7 +44,7 @@ class Principal:
     Attributes:
         name: name for display.
         models: names of the models that the key may use (all versions), or None for all models.
-        weight: share of this key relative to other keys when capacity is short.
+        weight: share of capacity that this key gets, relative to other keys, when capacity is short.
     """
 
     key_id: str

@@ -15,7 +15,7 @@ from svc.files.disk import write_whole
 from svc.files.json_file import read_json_object
 
 TEMPLATE_KWARGS_FILE = "chat_template_kwargs.json"
-"""File in a served model's folder that stores the chat template arguments. It is absent if there are none."""
+"""File in a served model's folder that stores the chat template arguments. The file is absent if there are none."""
 
 _DATE = date(2024, 7, 26)
 """Date that Llama's chat templates fall back to when the current date is not available."""
@@ -52,10 +52,12 @@ def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[s
 
 
 def pin_date(template: str) -> str:
-    """Return the template with a fixed date in place of today's date, if no argument can set the date, as in SmolLM3's
-    template.
+    """Return the template with a fixed date in place of today's date.
 
-    Otherwise a version would be trained with one prompt and used with a different prompt every day.
+    A template whose date can be set by an argument is returned unchanged. SmolLM3's template, for example, has no such
+    argument.
+
+    Without a fixed date, a version would be trained with one prompt and used with a different prompt every day.
     """
     if "date_string" in template:
         return template

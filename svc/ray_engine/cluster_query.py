@@ -163,7 +163,7 @@ def _place(question: Place) -> Placed:
         ray.kill(actor)
         raise EngineError(
             f"no machine in the Ray cluster had {question.need.resources} free within {question.timeout_s:.0f} s",
-            todo="free resources, add a machine, or raise ray.wait_s: `ray status` shows what is in use",
+            todo="free up resources, add a machine, or raise ray.wait_s: `ray status` shows what is in use",
         ) from None
     except RayActorError as error:
         raise EngineError(f"actor {question.name} could not start: {error}") from error

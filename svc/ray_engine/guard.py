@@ -23,7 +23,7 @@ API server, and vLLM's core kept running.
 
 
 class Guard:
-    """The guard of the engine whose lock and record are in a given folder."""
+    """When this process dies, the guard stops the engine whose lock and record are in the given folder."""
 
     def __init__(self, state: Path) -> None:
         command = ["sh", "-c", _WAIT, "sh", sys.executable, "-m", "svc.ray_engine.guard", str(state)]

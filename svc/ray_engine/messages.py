@@ -48,8 +48,8 @@ class Start(_Message):
 
     Attributes:
         artifacts: URL of the artifact store.
-        capabilities: capabilities that the actor's machine must have, because the server derived probes and options
-            from them.
+        capabilities: capabilities that the actor's machine must have, because the server has derived the launch
+            options and the probes (checks of the loaded weights) from them.
         max_bytes: see `NodeModels`.
     """
 

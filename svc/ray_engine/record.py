@@ -29,7 +29,7 @@ class ActorRecord(BaseModel):
         launch: digest of the engine's launch options, or None before it runs.
         plan: the launch options, for display.
         holds: identity of the weights that were last verified to be loaded, or None if unknown.
-        folder: the engine's folder, which `write_actor` adds.
+        folder: the engine's folder; set by `write_actor`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,7 +58,7 @@ def write_actor(folder: Path, record: ActorRecord) -> None:
 def read_actor(folder: Path) -> ActorRecord | None:
     """Return the record in an engine's folder, or None if it is missing or damaged.
 
-    A record that was copied as part of a home folder is also ignored, because the actor belongs to the original home.
+    A record that was copied as part of a home folder is also ignored, because the actor belongs to the original folder.
     """
     try:
         record = ActorRecord.model_validate_json((folder / RECORD_FILE).read_bytes())

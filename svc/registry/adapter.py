@@ -37,8 +37,8 @@ _FEATURES = {
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """Values of `init_lora_weights` that leave the base's weights unchanged, unlike those for PiSSA and OLoRA."""
 _NOT_TARGETS = frozenset({"lm_head", "embed_tokens"})
-"""Layers that adapters must not change. vLLM would store one output layer per adapter, which crashes its
-CPU engine at the next probe."""
+"""Layers that adapters must not change. vLLM would store one output layer per adapter, and its CPU engine
+would then crash at the next request for prompt log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def read_adapter(registry: Registry, version: VersionId) -> AdapterFacts:
         )
     template = read_chat_template(base) or ""
     if pin_date(template) != template:
-        raise _refused(version, "its base's chat template inserts today's date, but training used a fixed date")
+        raise _refused(version, "the base's chat template inserts today's date, but training used a fixed date")
     kwargs = choose_template_kwargs(base, manifest.recipe.get("chat_template_kwargs"))
     return AdapterFacts(
         version=version,

@@ -4,8 +4,8 @@ A needed version is never removed. A version is needed if it has an alias, is or
 rollback. The base of a needed adapter version is needed too. A version that a server has loaded only as an additional
 adapter does not count as needed. The server unloads it after the removal.
 
-With an object store (`artifacts.url`), the home is a cache: weights that are also in the store can be evicted, and are
-downloaded again when they are needed.
+With an object store (`artifacts.url`), the home folder is a cache: weights that are also in the store can be evicted,
+and are downloaded again when they are needed.
 """
 
 import logging
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 _DAY_S = 86_400
 _UNUSED_S = 3600
-"""Weights used more recently than this are not evicted, because an engine may be loading them."""
+"""Weights are not evicted within this many seconds of their last use, because an engine may be loading them."""
 _REGISTERED = "register.json"
 """File whose presence in a run's folder shows that the run is finished (see trainer.pipeline.run_folder). The run's
 weights are in one subfolder per format."""
@@ -100,7 +100,7 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
     if registry.objects is not None and version in registry.objects.versions(version.name):
         raise BusyError(
             f"{version} is in the object store {registry.objects.url}, from which it would be fetched again",
-            expected="a version that only this home has",
+            expected="a version that exists only in this home folder",
             todo="set artifacts.cache_gb and run `svc gc` to free disk space here; to remove the version from all "
             f"machines, first delete {manifest_key(version)} from the object store",
         )
@@ -132,7 +132,7 @@ def _run_of(registry: Registry, version: VersionId) -> Path | None:
     try:
         folder = registry.models.parent / RUNS_FOLDER / registry.manifest(version).run
     except IntegrityError:
-        log.warning("could not read %s, so its run's files are kept", version, exc_info=True)
+        log.warning("could not read the manifest of %s; keeping the files of its training run", version, exc_info=True)
         return None
     return folder if folder.is_dir() else None
 
@@ -201,10 +201,10 @@ def _leftovers(models: Path, home: Path) -> Iterator[tuple[Path, str]]:
 
 
 def find_ended(store: Store, home: Path, older_than_days: float) -> Iterator[Reclaimable]:
-    """Yield folders of fine-tuning jobs and batches that have ended, or that are not in the store.
+    """Yield old folders of fine-tuning jobs and batches that have ended or are not recorded in the store.
 
-    The folders are kept for `older_than_days` days after their last change. Folders of unknown jobs and batches are
-    kept for at least a day, because this home's server may use another store, in which they are still running.
+    The folders are kept for `older_than_days` days after their last change. Folders of unrecorded jobs and batches are
+    kept for at least a day, because the server of this home folder may use another store that records them as running.
     """
     now = time.time()
     before = now - older_than_days * _DAY_S
@@ -245,8 +245,8 @@ def reclaim(item: Reclaimable) -> None:
 
 
 def find_evictable(registry: Registry, store: Store, max_bytes: float) -> Iterator[Reclaimable]:
-    """Yield the weights to evict from the home so that its versions take at most `max_bytes`, least recently used
-    first.
+    """Yield the weights to evict from the home folder so that its versions take at most `max_bytes`, least recently
+    used first.
 
     Only weights that are also in the object store are evicted. Weights are kept if their version is needed, if their
     model has a swap or rollout in progress, or if they were used in the last hour. While a training run is active, all
@@ -300,7 +300,7 @@ def _size(folder: Path) -> int:
 
 
 def _folders(paths: Iterator[Path]) -> list[Path]:
-    """Return the paths that are folders, sorted. Links are excluded because users created them."""
+    """Return the paths that are folders, sorted. Symbolic links are excluded because users created them."""
     return sorted(path for path in paths if path.is_dir() and not path.is_symlink())
 
 

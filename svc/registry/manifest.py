@@ -223,7 +223,8 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     manifest = read_record(path, Manifest)
     if (manifest.name, str(manifest.number)) != (folder.parent.name, folder.name):
-        raise IntegrityError(f"{path} is the manifest of {manifest.id}", expected=f"{folder.parent.name}@{folder.name}")
+        own = f"{folder.parent.name}@{folder.name}"
+        raise IntegrityError(f"{path} is the manifest of {manifest.id}, not of {own}", expected=own)
     return manifest
 
 
@@ -247,7 +248,7 @@ def parse_manifest(content: bytes, version: VersionId, source: str) -> Manifest:
             "restore the manifest from a backup",
         ) from error
     if manifest.id != version:
-        raise IntegrityError(f"{source} is the manifest of {manifest.id}", expected=str(version))
+        raise IntegrityError(f"{source} is the manifest of {manifest.id}, not of {version}", expected=str(version))
     for path in (PurePosixPath(file.path) for file in manifest.files):
         if path.is_absolute() or ".." in path.parts:
             raise IntegrityError(f"{source} names a file outside the version's folder: {path}")

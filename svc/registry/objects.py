@@ -314,7 +314,9 @@ class ObjectStore:
         import obstore
 
         if not path.is_file():
-            raise IntegrityError(f"{path} is missing", todo="upload the version from a home that has its weights")
+            raise IntegrityError(
+                f"{path} is missing", todo="upload the version from a home folder that contains its weights"
+            )
         part = max(_PART, -(-file.bytes // _MAX_PARTS))
         blocks = _read_checked(file, path, part, on_bytes)
         with self._asking(f"write {key} ({file.path}, {file.bytes} bytes)"):
@@ -357,7 +359,7 @@ class ObjectStore:
         return IntegrityError(
             f"{self.url}/{key} ({file.path}) {how}",
             expected=f"sha256 {file.sha256[:12]}…, {file.bytes} bytes",
-            todo="delete the object, and upload it again from a home that has the version: svc models push NAME@N",
+            todo="delete the object, and upload it again from a home folder that contains it: svc models push NAME@N",
         )
 
     def _publish(self, manifest: Manifest) -> None:
@@ -445,7 +447,7 @@ class ObjectStore:
                 f"the object store {self.url} could not {what}: {_reason(error)}",
                 expected="a store that can be reached, and credentials that may list, read, write and delete there",
                 todo="check the network and the credentials, then run the same command again; it continues with the "
-                "files that are missing",
+                "remaining files",
             ) from None
 
 

@@ -78,7 +78,7 @@ class Speed(_Record):
         first_token_seconds: time to first token for an uncached prompt, in seconds, with no other requests running.
         tokens_per_second: tokens decoded per second, keyed by the number of concurrent streams.
         memory_bytes: memory of the engine's processes, or None if unknown.
-        others_share: share of the machine's processors that other processes used during the measurement.
+        others_share: share of the machine's CPU time that other processes used during the measurement.
     """
 
     load_seconds: Interval | None

@@ -86,7 +86,7 @@ class Registry:
         return sorted({version.name for version in self.versions()})
 
     def versions(self, name: str | None = None) -> list[VersionId]:
-        """Return the versions of one model or of all models in the home, sorted by name and number."""
+        """Return the versions of one model or of all models in the home folder, sorted by name and number."""
         if name is not None and not re.fullmatch(NAME_PATTERN, name):
             return []
         folders = [path.parent for path in self.models.glob(f"{name or '*'}/*/{MANIFEST_FILE}")]
@@ -205,8 +205,8 @@ class Registry:
         return self.folder(version) / path
 
     def results(self, version: VersionId, format: Format) -> tuple[ExampleResult, ...]:
-        """Return the results on a version's held-out examples that were stored at registration, in file order. They may
-        cover only the first part of the file.
+        """Return the results that were stored for a version's held-out examples at registration, in file order. They
+        may cover only the first part of the file.
 
         Raises:
             NotFoundError: the version does not exist, or has no results in this format. Adapters never have results.
@@ -257,10 +257,10 @@ class Registry:
         return np.unique(np.concatenate(hashes))
 
     def refresh(self, name: str | None = None) -> None:
-        """Fetch the versions of one model or of all models from the object store, without the files of their formats.
+        """Fetch the versions of one model or of all models from the object store, without their model files.
 
         If the store does not respond, or a version is damaged, a warning is logged and only the versions in the home
-        can be used.
+        folder can be used.
         """
         if self.objects is None or (name is not None and not re.fullmatch(NAME_PATTERN, name)):
             return
@@ -276,7 +276,7 @@ class Registry:
                 log.warning("could not fetch %s: %s", version, error)
 
     def push(self, version: VersionId) -> None:
-        """Upload a version from the home to the object store, if it is not there yet.
+        """Upload a version from the home folder to the object store, unless the store already has it.
 
         Raises:
             NotFoundError: there is no such version.
@@ -375,7 +375,7 @@ class Registry:
         return (self.folder(version) / MANIFEST_FILE).is_file()
 
     def _fetch(self, version: VersionId, objects: ObjectStore) -> None:
-        """Fetch a version without the files of its formats. An interrupted fetch is resumed by the next call."""
+        """Fetch a version without its model files. An interrupted fetch is resumed by the next call."""
         manifest, folder = objects.manifest(version), self.folder(version)
         staging = folder.with_name(f".fetch-{version.number}")
         with self.downloads_paused(version.name):
@@ -391,7 +391,7 @@ class Registry:
             sync_folder(folder.parent)
 
     def _fetch_format(self, version: VersionId, format: Format) -> None:
-        """Download a format's files that are missing from the home, and mark the format as used."""
+        """Download a format's files that are missing from the home folder, and mark the format as used."""
         files, folder = self.format(version, format).files, self.folder(version)
         if self.objects is None:
             return

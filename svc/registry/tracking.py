@@ -35,8 +35,8 @@ _HTTP = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
 """MLflow's timeout and retries. With MLflow's defaults, every command would wait for 4 minutes while the tracking
-server is down, or for 16 minutes if the server's host does not respond. With these values, it waits for 3 s or half a
-minute."""
+server is down, or for 16 minutes if the server's host does not respond. With these values, a command waits for 3 s or
+half a minute, respectively."""
 _MAX_METRICS = 1000
 """Maximum number of metrics that MLflow accepts in one request."""
 

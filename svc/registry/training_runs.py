@@ -1,9 +1,10 @@
-"""Lists a home's training runs: which models they train, and which of them are active.
+"""Lists the training runs in a home folder: which models they train, and which of them are active.
 
     $SVC_HOME/runs/NAME-KEY/   lock  mlflow.json
 
-A run is active while its lock is held. Its process holds the lock from the first stage to the last, however long a step
-takes. The lock is released if the process dies. This module knows nothing about stages, or about runs in other homes.
+A run is active while its lock is held. The run's process holds the lock from the first stage to the last, however long
+a step takes. The lock is released if the process dies. This module knows nothing about stages, or about runs in other
+home folders.
 """
 
 import re
@@ -22,7 +23,7 @@ _TRACKING_FILE = "mlflow.json"
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """A training run in a home, as recorded in its folder.
+    """A training run in a home folder, as recorded in the run's own folder.
 
     Attributes:
         name: the model's name.
@@ -39,7 +40,7 @@ class TrainingRun:
 
 
 def find_training_runs(home: Path) -> Iterator[TrainingRun]:
-    """Yield every training run that has a folder in the home.
+    """Yield every training run that has a folder in the home folder.
 
     Raises:
         OSError: a lock cannot be checked.

@@ -85,7 +85,7 @@ def told_error(url: str, status: int, answer: object, *, is_local: bool = False)
 
     Args:
         answer: the decoded JSON, of any type.
-        is_local: whether the server uses a home on this machine, in which case the error does not name the
+        is_local: whether the server uses a home folder on this machine, in which case the error does not name the
             server's address.
     """
     content = answer.get("error") if isinstance(answer, dict) else None

@@ -1,6 +1,6 @@
-"""Finds the address of a home's server in the server's lock file, and reads the server's status.
+"""Reads the address of the server that uses a home folder from the server's lock file, and requests its status.
 
-On the same machine, requests go through the socket in the server's home, which needs no key.
+On the same machine, requests go through the socket in the server's home folder and need no key.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class ServerAddress:
 
     Attributes:
         url: root URL, which is also displayed.
-        socket: Unix socket in the server's home, or None to use the URL.
+        socket: Unix socket in the server's home folder, or None to use the URL.
         key: API key sent with each request, or None if none is needed.
         authority: file with the CA certificates for verifying the server, or None to use the system's CA certificates.
     """
@@ -92,7 +92,7 @@ class ServerAddress:
 
 
 def server_address(settings: Settings) -> ServerAddress:
-    """Return the address of the server that is using this home.
+    """Return the address of the server that is using this home folder.
 
     Raises:
         ServerNotRunningError: no server is running.
@@ -100,7 +100,7 @@ def server_address(settings: Settings) -> ServerAddress:
     holder = lock_holder(settings.home / LOCK_FILE)
     if holder is None or "url" not in holder:
         raise ServerNotRunningError(
-            f"no server is running for the home {settings.home}", todo="start it: svc serve NAME"
+            f"no server is running for the home folder {settings.home}", todo="start it: svc serve NAME"
         )
     socket = holder.get("socket")
     return ServerAddress(str(holder["url"]), Path(socket) if socket else None)

@@ -72,5 +72,5 @@ class RolloutSettings(Section):
 
     @property
     def is_gradual(self) -> bool:
-        """Whether the promotion has at least one step before the switch."""
+        """Whether the promotion has at least one shadow or canary step."""
         return bool(self.shadow or self.canary)

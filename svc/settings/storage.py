@@ -32,7 +32,7 @@ def _store_url(secret: SecretStr) -> SecretStr:
 class StoreSettings(Section):
     """Settings of the store, which contains desired versions, keys, the audit log, requests and feedback.
 
-    By default, it is an SQLite database in the home. See docs/scale.md for PostgreSQL.
+    By default, it is an SQLite database in the home folder. See docs/scale.md for PostgreSQL.
     """
 
     url: Annotated[SecretStr, AfterValidator(_store_url)] | None = Field(
@@ -74,7 +74,7 @@ class ArtifactSettings(Section):
     cache_gb: float | None = Field(
         None,
         gt=0,
-        description="size of the versions in `home`, in GB, above which weights that the object store also has are "
-        "removed, least recently used first; also applies to `ray.folder` on each machine of a Ray cluster; "
+        description="size of the versions in `home`, in GB, above which weights are removed, least recently used "
+        "first, if they are also in the object store; also applies to `ray.folder` on each machine of a Ray cluster; "
         "default: unlimited",
     )

@@ -1,4 +1,4 @@
-"""`svc store migrate` moves a home's store to PostgreSQL."""
+"""`svc store migrate` moves the store of a home folder to PostgreSQL."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from svc.invocation import json_option, print_json, settings_of
 
 @click.group()
 def store() -> None:
-    """Move the store: desired versions, keys, the audit log, requests, feedback and drift."""
+    """Move the store (desired versions, keys, audit log, requests, feedback and drift) to PostgreSQL."""
 
 
 @store.command("migrate")
@@ -39,13 +39,13 @@ def store() -> None:
 def migrate_store(ctx: click.Context, url: str, password_file: Path | None, as_json: bool) -> None:
     """Copy all rows of svc.db to a PostgreSQL database, and compare them.
 
-    The server and all other commands on the home must be stopped. If anything fails, nothing is copied. The file svc.db
-    is kept.
+    First stop the server and all other commands that use the home folder. If anything fails, nothing is copied. The
+    file svc.db is kept.
     """
     settings = settings_of(ctx)
     if settings.store.url is not None:
         raise RefusedError(
-            "store.url is set, so this home's store is not in SQLite",
+            "store.url is set, so the store of this home folder is not in SQLite",
             todo="if svc.db is the store to copy, remove store.url until the copy is complete",
         )
     given = {"url": url, "password_file": password_file}
@@ -68,7 +68,7 @@ def migrate_store(ctx: click.Context, url: str, password_file: Path | None, as_j
             err=True,
         )
     click.echo(
-        f"{path} is unchanged, and the home uses it until store.url is set. Next:\n"
+        f"{path} is unchanged, and remains the store of this home folder until store.url is set. Next:\n"
         f"  1. set store.url{' and store.password_file' if password_file else ''} in svc.yaml\n"
         "  2. start the server, and check that `svc keys list` shows your keys\n"
         f"  3. delete {path}, {path.name}-wal and {path.name}-shm: `svc forget` does not delete content in these files",

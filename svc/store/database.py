@@ -1,5 +1,5 @@
-"""Opens the SQL store, migrated to the latest schema: an SQLite database in WAL mode in the home, or a PostgreSQL
-database.
+"""Opens the SQL store, migrated to the latest schema: an SQLite database in WAL mode in the home folder, or a
+PostgreSQL database.
 
 Both databases serialize writers. Every transaction that reads before it writes, or that changes several rows, must hold
 the write lock (`exclusive` or `write_transaction`). PostgreSQL's default isolation level then suffices, row ids become
@@ -67,7 +67,7 @@ def open_store(settings: Settings) -> Store:
 
 
 def open_database(home: Path) -> Store:
-    """Open the SQLite store of a home, creating or migrating it first if needed.
+    """Open the SQLite store of a home folder, creating or migrating it first if needed.
 
     Raises:
         RegistryError: the store was written by an incompatible release.
@@ -110,7 +110,7 @@ def open_new_store(settings: StoreSettings) -> Store:
 
 @contextmanager
 def sole_access(home: Path) -> Iterator[Connection]:
-    """Yield a read-only connection to the existing SQLite store of a home, with all other connections excluded.
+    """Yield a read-only connection to the existing SQLite store of a home folder, with all other connections excluded.
 
     Bytes that are not UTF-8 are decoded to lone surrogates.
 
@@ -136,9 +136,12 @@ def sole_access(home: Path) -> Iterator[Connection]:
             raise
         if error.orig.sqlite_errorcode & 0xFF == SQLITE_BUSY:
             raise BusyError(
-                f"another process has {path} open", todo="stop `svc monitor` and all other commands on this home"
+                f"another process has {path} open",
+                todo="stop `svc monitor` and all other commands that use this home folder",
             ) from None
-        raise RegistryError(f"cannot read {path}: {error.orig}", todo="restore the home from a backup") from error
+        raise RegistryError(
+            f"cannot read {path}: {error.orig}", todo="restore the home folder from a backup"
+        ) from error
     finally:
         store.dispose()
 
@@ -166,7 +169,7 @@ def write_transaction(store: Store) -> Iterator[Connection]:
 def take_write_lock(connection: Connection) -> None:
     """Wait until no other transaction holds the write lock, and hold it until the transaction ends.
 
-    This must be the transaction's first statement, because an SQLite transaction begins with it.
+    This must be the transaction's first statement, because in SQLite it starts the transaction.
     """
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -81,7 +81,7 @@ def keep_drift(
     Args:
         alarms: alarms that began or ended; an alarm with an id replaces the row with that id.
         baseline: traffic newly accepted as the drift reference, or None to leave the reference unchanged.
-        lease: lease of the check; None if only one home uses the store.
+        lease: lease that the drift check holds; None if only one home folder uses the store.
 
     Raises:
         LeaseLostError: another process has taken the lease. Nothing is stored.

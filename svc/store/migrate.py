@@ -1,4 +1,4 @@
-"""Copies a home's SQLite store to a PostgreSQL database.
+"""Copies a home folder's SQLite store to a PostgreSQL database.
 
 All rows are copied in one transaction, which is committed only if the rows read back from PostgreSQL equal the rows in
 SQLite. Rows are streamed, so memory usage does not depend on their number.
@@ -61,13 +61,13 @@ class Migration:
 
 
 def migrate(home: Path, target: StoreSettings) -> Migration:
-    """Copy a home's SQLite store to a PostgreSQL database.
+    """Copy a home folder's SQLite store to a PostgreSQL database.
 
     The SQLite file is not changed. If anything fails, the database is left without rows.
 
     Raises:
-        BusyError: a server or another process is using the home.
-        NotFoundError: the home has no SQLite store.
+        BusyError: a server or another process is using the home folder.
+        NotFoundError: the home folder has no SQLite store.
         RefusedError: the database already contains rows.
         RegistryError: one of the stores was written by another release, the database is not suitable, or it cannot
             store a value.
@@ -79,9 +79,9 @@ def migrate(home: Path, target: StoreSettings) -> Migration:
     if not path.is_file():
         raise NotFoundError(
             f"the store {path} does not exist",
-            todo="specify the home that contains the store to copy: svc --home FOLDER",
+            todo="specify the home folder that contains the store to copy: svc --home FOLDER",
         )
-    with hold_lock(home / LOCK_FILE, f"the home {home}"), sole_access(home) as connection:
+    with hold_lock(home / LOCK_FILE, f"the home folder {home}"), sole_access(home) as connection:
         _require_unaltered_audit_log(connection, path)
         source, store = _Source(connection, path), open_new_store(target)
         try:
@@ -178,7 +178,7 @@ def _require_unaltered_audit_log(connection: sa.Connection, where: object) -> No
     if fault is not None:
         raise IntegrityError(
             f"the audit log in {where} has been altered at event {fault.id}: {fault.wrong}",
-            todo=f"restore the home from a backup made before the alteration; {_NOTHING_COPIED}",
+            todo=f"restore the home folder from a backup made before the alteration; {_NOTHING_COPIED}",
         )
 
 

@@ -32,7 +32,7 @@ class Ended(StrEnum):
     SWAP = "swap"
     """Serving ended because another version replaced it."""
     STOP = "stop"
-    """Serving ended because the server was stopped or the model was removed from it."""
+    """Serving ended because the server was stopped or the model was removed from the server."""
     LOST = "lost"
     """Serving ended because the server died. The recorded end is an upper bound: the next server's start, or the
     server's last report if several servers use the store."""

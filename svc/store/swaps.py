@@ -1,5 +1,6 @@
-"""The journal of swaps, in which a server replaces the version that it serves. The server writes the journal,
-`svc promote` follows it, and `svc status` shows its last entry.
+"""The journal of swaps. In a swap, a server replaces the version that it serves.
+
+The server writes the journal, `svc promote` follows it, and `svc status` shows its last entry.
 """
 
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ class SwapOutcome(StrEnum):
     REFUSED = "refused"
     """A check failed before the engine was changed, so the swap was rejected."""
     RESTORED = "restored"
-    """A check failed after the load, so the previous version was loaded again and verified by its probes."""
+    """A check failed after the load, so the previous version was loaded again and verified."""
     CANCELLED = "cancelled"
     """The swap was cancelled because the desired version changed. The previous version stays in service until
     the newly desired version is loaded."""
@@ -89,7 +90,7 @@ class SwapRecord:
 
 @dataclass(frozen=True, slots=True)
 class ServerSwap:
-    """One server's progress towards the version of a desired state.
+    """One server's progress in swapping to the version in a desired state.
 
     Attributes:
         server: id of the server; empty if no other server can use the store.
@@ -178,7 +179,7 @@ def find_swap(store: Store, name: str, generation: int | None = None, *, server:
     """Return a model's last swap on a server.
 
     Args:
-        generation: generation of the desired state that the swap must have had as its target; None allows any.
+        generation: generation of the desired state that the swap was to reach; None allows any.
         server: id of the server; empty if no other server can use the store.
     """
     with Session(store) as session:
@@ -210,7 +211,7 @@ def unfinished_swaps(store: Store, name: str) -> list[SwapRecord]:
 
 
 def server_swaps(store: Store, name: str, generation: int) -> list[ServerSwap]:
-    """Return each server's progress towards the version of a desired state, in the servers' start order.
+    """Return each server's progress in swapping to the version in a desired state, in the servers' start order.
 
     Servers that started with the version are left out, because they do not have to swap.
     """

@@ -263,7 +263,9 @@ class ShadowPairRow(Table):
 
 
 class RetakenProbesRow(Table):
-    """A version's probes, measured on a kind of engine other than the one on which the version was qualified."""
+    """A version's probes, measured again on a kind of engine other than the one on which the version was qualified; see
+    svc.engine.probes.
+    """
 
     __tablename__ = "retaken_probes"
 
@@ -320,7 +322,7 @@ class FeedbackRow(Table):
 
 
 class HoldoutRunRow(Table):
-    """One run of a version's held-out examples on its serving engine. `results` is JSON that contains no texts."""
+    """One evaluation of a served version on its held-out examples. `results` is JSON that contains no texts."""
 
     __tablename__ = "holdout_runs"
 

@@ -120,7 +120,7 @@ def test_loss_curves_of_different_lengths_are_rejected() -> None:
         summary(ROUNDS, CURVES | {Contestant.ALIKE: Run(100, 1.0, 1, (2.0,))})
 
 
-def test_share_of_matmul_speed_is_the_median_over_rounds_with_measured_flops() -> None:
+def test_fraction_of_matmul_throughput_is_the_median_over_rounds_with_measured_flops() -> None:
     shares = [Run(100, 2.0, 1, (1.0,), flops=flops, matrix_speed=10.0) for flops in (8.0, 10.0, 14.0)]
     rounds = [a_round(1.0, 3.0, 2.0) | {Contestant.OURS: run} for run in shares]
     assert summary(rounds, CURVES)["share"] == pytest.approx(10 / 2 / 10)
@@ -156,7 +156,7 @@ def test_plain_trl_uses_a_different_example_order(runs: dict[Contestant, Run]) -
     assert runs[Contestant.TRL].losses != pytest.approx(runs[Contestant.ALIKE].losses, rel=SAME / 5)
 
 
-def test_only_our_trainer_reports_its_share_of_matmul_speed(runs: dict[Contestant, Run]) -> None:
+def test_fraction_of_matmul_throughput_is_reported_only_for_our_trainer(runs: dict[Contestant, Run]) -> None:
     share = runs[Contestant.OURS].share
     assert share is not None
     assert 0 < share < 1
@@ -207,7 +207,7 @@ def test_installed_kernels_are_passed_to_trl(
 
 
 @pytest.mark.parametrize(("memory", "checkpointing"), [(1e12, False), (1e6, True)])
-def test_trainers_use_gradient_checkpointing_on_a_gpu_only_if_memory_is_scarce(
+def test_gpu_trainers_use_gradient_checkpointing_only_if_memory_is_scarce(
     memory: float, checkpointing: bool, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = replace(cpu_device(memory), cpu=False)

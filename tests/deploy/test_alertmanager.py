@@ -109,7 +109,7 @@ def test_model_error_alerts_are_inhibited_when_model_has_no_engine(
 
 
 @pytest.mark.slow
-def test_stale_data_alert_is_inhibited_when_its_monitor_is_down(inhibited: Send) -> None:
+def test_engine_alert_is_inhibited_when_the_monitor_that_supplies_its_data_is_down(inhibited: Send) -> None:
     stale, other = (_alert("SvcEngineDown", instance=instance, model="m") for instance in "ab")
     assert inhibited(_alert("SvcMonitorDown", instance="a"), stale, other) == [stale]
 

@@ -48,7 +48,7 @@ def test_kustomize_builds_every_overlay_with_a_tagged_image(folder: Path) -> Non
 
 @needs_kubectl
 @pytest.mark.parametrize(("overlay", "gpus"), [("cpu", None), ("gpu", "1"), ("gpus", "4")])
-def test_overlay_requests_its_gpus_and_keeps_server_probes_and_volumes(overlay: str, gpus: str | None) -> None:
+def test_overlay_sets_the_gpu_limit_without_removing_server_probes_or_volumes(overlay: str, gpus: str | None) -> None:
     (pod,) = [pod for pod in _pods(built(KUBERNETES / "overlays" / overlay)) if len(pod["containers"]) > 1]
     (server,) = [container for container in pod["containers"] if container["name"] == "server"]
     assert server["resources"]["limits"].get("nvidia.com/gpu") == gpus
@@ -73,7 +73,7 @@ def _server() -> dict[str, Any]:
     return spec
 
 
-def test_slow_start_or_dead_engine_does_not_restart_the_pod() -> None:
+def test_only_the_readiness_probe_depends_on_the_engine_state() -> None:
     (server,) = [container for container in _server()["containers"] if container["name"] == "server"]
     asked = {kind: server[kind]["httpGet"]["path"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")}
     assert asked == {"startupProbe": "/health/live", "livenessProbe": "/health/live", "readinessProbe": "/health"}

@@ -80,7 +80,7 @@ def test_every_label_value_selected_by_a_rule_is_documented() -> None:
     assert [pattern for pattern in patterns if not any(re.fullmatch(pattern, value) for value in values)] == []
 
 
-def test_429_and_5xx_count_as_server_faults_except_for_per_key_rate_limits() -> None:
+def test_server_faults_are_429_and_5xx_responses_except_for_per_key_rate_limits() -> None:
     faults = {reason.strip("`") for reason, status, _ in rows(PAGE, "reason | status") if re.match(r"429|5", status)}
     faults -= {"rate_limit_exceeded"}
     reasons = {reason.strip("`") for reason, *_ in rows(PAGE, "reason | status")}

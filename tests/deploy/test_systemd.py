@@ -53,7 +53,7 @@ def test_systemd_verifies_the_unit_files(tmp_path: Path) -> None:
 
 
 @needs_systemd
-def test_systemd_analyze_security_rates_unit_exposure_as_ok() -> None:
+def test_systemd_security_analysis_rates_the_exposure_of_every_unit_as_ok() -> None:
     command = ["systemd-analyze", "security", "--offline=true", f"--threshold={MAX_EXPOSURE}", *map(str, SERVICES)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
@@ -106,7 +106,7 @@ def test_every_unit_runs_an_existing_command_with_existing_settings(
     assert settings.base_cache.is_relative_to(f"/var/cache/{service['CacheDirectory']}")
 
 
-def test_server_and_exporter_units_use_the_same_user_folders_and_environment() -> None:
+def test_server_and_exporter_units_have_the_same_user_and_the_same_folders_and_environment() -> None:
     of = [unit(name)["Service"] for name in ("tuneserve.service", "tuneserve-monitor.service")]
     for key in ("User", "Environment", "RuntimeDirectory", "WorkingDirectory"):
         assert of[0][key] == of[1][key]

@@ -25,7 +25,7 @@ def test_examples_folder_contains_examples() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=page_id)
-def test_example_recipes_parse_and_have_a_readme(path: Path) -> None:
+def test_example_recipe_is_valid_and_has_a_readme(path: Path) -> None:
     assert load_recipe(path).name
     assert (path.parent / "README.md").is_file()
 

@@ -10,7 +10,7 @@ from tests.e2e.server import HELDOUT_EXAMPLES, Server
 pytestmark = [pytest.mark.slow]
 
 
-def test_versions_are_compared_by_their_registered_answers(home: Path) -> None:
+def test_compare_command_uses_the_evaluation_results_stored_at_registration(home: Path) -> None:
     compared = svc_json(home, "compare", "tiny@1", "tiny@2")
     assert (compared["a"]["name"], compared["b"]["name"]) == ("tiny@1 (gptq)", "tiny@2 (gptq)")
     assert [compared[side]["kept"] for side in "ab"] == [True, True]

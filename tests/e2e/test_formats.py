@@ -53,7 +53,7 @@ def client(versions: list[Any], formats_home: Path) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_quantized_format_passes_all_checks_with_an_nll_close_to_the_merged_weights(
+def test_quantized_format_passes_all_checks_and_its_nll_is_close_to_that_of_the_merged_weights(
     versions: list[Any], formats: tuple[Format, ...], report: Report
 ) -> None:
     made, base = versions[0]["formats"], versions[0]["base_evaluation"]["nll"]["value"]

@@ -44,7 +44,7 @@ pytestmark = [pytest.mark.slow]
 Found = TypeVar("Found")
 
 
-def test_trained_version_is_registered_with_evaluation_and_probes(home: Path) -> None:
+def test_merged_and_gptq_formats_are_registered_with_evaluation_results_and_verification_probes(home: Path) -> None:
     shown = svc_json(home, "show", "tiny@1")
     assert set(shown["formats"]) == {"adapter", "merged", "gptq"}
     for name in ("merged", "gptq"):
@@ -53,7 +53,7 @@ def test_trained_version_is_registered_with_evaluation_and_probes(home: Path) ->
     assert shown["formats"]["merged"]["evaluation"]["nll"]["value"] < shown["base_evaluation"]["nll"]["value"]
 
 
-def test_probes_record_the_dtype_and_kernel_used_for_measurement(home: Path) -> None:
+def test_verification_probes_record_the_engine_dtype_and_kernel(home: Path) -> None:
     able, manifest = read_capabilities(home), Registry.of(Settings(home=home)).manifest(VersionId("tiny", 1))
     engine = EngineSettings()
     for format in (Format.MERGED, Format.GPTQ):
@@ -158,7 +158,7 @@ def test_held_out_loss_in_training_matches_the_engines_negative_log_likelihood(s
     assert abs(loss - evaluation.nll.value) <= max(0.02, 3 * floor.mean)
 
 
-def test_every_check_in_the_parity_report_passes_and_its_html_page_is_written(server: Server) -> None:
+def test_all_parity_checks_pass_and_an_html_report_is_written(server: Server) -> None:
     for version in ("tiny@1", "tiny@2"):
         shown: Any = svc_json(server.home, "show", version, "--parity")
         assert [check for check in shown["checks"] if not check["passed"]] == []
@@ -219,7 +219,7 @@ def test_promotion_is_refused_if_a_file_hash_changed_after_registration(server: 
     assert server.answers() == before
 
 
-def test_promotion_is_refused_if_probes_show_that_the_weights_belong_to_a_different_model(server: Server) -> None:
+def test_promotion_is_refused_if_verification_probes_detect_the_weights_of_a_different_model(server: Server) -> None:
     before = server.answers()
     replace_weights(server.folder(2), server.folder(4), "gptq", weights_of=server.folder(1))
     with Load(server.url, "tiny", server.prompts) as load:

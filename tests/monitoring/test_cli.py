@@ -419,7 +419,7 @@ def test_proxy_environment_variables_are_ignored(status: Status, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_watch_refreshes_the_screen_with_rates(svc: Svc, tmp_path: Path) -> None:
+def test_watch_option_refreshes_the_screen_with_rates(svc: Svc, tmp_path: Path) -> None:
     """The display continues until Ctrl-C, and waits if the server disappears."""
     looks = iter([METRICS, METRICS.replace('200"} 41', '200"} 51'), None])
 
@@ -439,12 +439,12 @@ def test_watch_refreshes_the_screen_with_rates(svc: Svc, tmp_path: Path) -> None
     assert "does not respond" in ended.out
 
 
-def test_watch_cannot_be_combined_with_json(svc: Svc) -> None:
+def test_watch_option_cannot_be_combined_with_the_json_option(svc: Svc) -> None:
     assert svc("status", "--watch", "--json").code == 2
 
 
 @pytest.mark.slow
-def test_watch_keeps_waiting_if_the_model_is_not_served(svc: Svc, tmp_path: Path) -> None:
+def test_watch_option_keeps_waiting_if_the_model_is_not_served(svc: Svc, tmp_path: Path) -> None:
     looks = iter([[], [STATE]])
 
     class Pages(dict[str, tuple[int, str]]):

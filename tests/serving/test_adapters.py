@@ -209,7 +209,7 @@ async def test_response_has_a_retry_after_header_if_no_adapter_slot_becomes_free
         assert await first == (200, f"{NAME}@1", "1")
 
 
-async def test_adapter_that_fails_its_probes_is_unloaded_without_answering(served: Control) -> None:
+async def test_adapter_that_fails_verification_is_unloaded_before_it_answers_a_request(served: Control) -> None:
     versions(served, 4, probes_of="/elsewhere")
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[::2] == (503, "engine_adapter_failed")
@@ -315,7 +315,7 @@ async def test_no_request_waits_when_an_adapter_is_promoted(served: Control) -> 
     assert served.book.book["production"] == VersionId(NAME, 2)  # type: ignore[index]
 
 
-async def test_served_version_stays_in_production_if_the_promoted_adapter_fails_its_probes(served: Control) -> None:
+async def test_served_version_stays_in_production_if_the_promoted_adapter_fails_verification(served: Control) -> None:
     versions(served, 4, probes_of="/elsewhere")
     result = await served.promote(4)
     assert (result.outcome, served.desired().target) == (SwapOutcome.REFUSED, adapter(1))

@@ -74,7 +74,9 @@ def other(home: Home) -> str:
 
 
 @pytest.mark.parametrize("command", ["add", "serve"])
-async def test_add_serves_a_model_on_the_running_server(serving: Home, other: str, command: str) -> None:
+async def test_add_or_serve_command_serves_a_model_on_the_running_server(
+    serving: Home, other: str, command: str
+) -> None:
     result = await type_in(serving, command, other)
     assert result.exit_code == 0, result.output
     assert "other@7 (merged) is served" in result.output
@@ -121,7 +123,7 @@ async def test_adding_an_unknown_model_fails(serving: Home) -> None:
     assert isinstance(error_of(await type_in(serving, "add", "nothing")), NotFoundError)
 
 
-async def test_remove_stops_serving_a_model(serving: Home, other: str) -> None:
+async def test_remove_command_stops_serving_a_model(serving: Home, other: str) -> None:
     await type_in(serving, "add", other)
     result = await type_in(serving, "remove", NAME)
     assert result.exit_code == 0, result.output
@@ -134,7 +136,7 @@ async def test_removing_an_unserved_model_fails(serving: Home) -> None:
     assert NAME in error.expected
 
 
-async def test_promote_and_rollback_affect_only_one_model(serving: Home, other: str) -> None:
+async def test_promote_and_rollback_commands_affect_only_one_model(serving: Home, other: str) -> None:
     make_version(serving.registry, 8, name="other")
     await type_in(serving, "add", f"{other}@7")
     assert (await type_in(serving, "promote", f"{other}@8")).exit_code == 0
@@ -145,7 +147,7 @@ async def test_promote_and_rollback_affect_only_one_model(serving: Home, other: 
     assert versions == {NAME: f"{NAME}@1", "other": "other@7"}
 
 
-def test_serve_rejects_model_names_combined_with_the_all_option(home: Home) -> None:
+def test_serve_command_rejects_model_names_combined_with_the_all_option(home: Home) -> None:
     assert "MODELS and --all cannot be combined" in type_now(home, "serve", NAME, "--all").output
 
 
@@ -154,14 +156,14 @@ def models_of(home: Home) -> list[dict[str, Any]]:
     return list(read_status(server_address(home.settings))["models"])
 
 
-async def test_promote_shows_the_served_version_and_the_swap(serving: Home) -> None:
+async def test_promote_command_shows_the_served_version_and_the_swap(serving: Home) -> None:
     result = await type_in(serving, "promote", f"{NAME}@2")
     assert result.exit_code == 0, result.output
     assert "tuned@2 (merged) is served\n  inplace swap in " in result.output
     assert "files match the manifest" in result.output
 
 
-async def test_promote_prints_json_if_requested(serving: Home) -> None:
+async def test_promote_command_prints_json_if_requested(serving: Home) -> None:
     result = await type_in(serving, "promote", f"{NAME}@2", "--json")
     result_json = json.loads(result.stdout)
     assert (result_json["target"], result_json["outcome"], result_json["queued"]) == (str(target(2)), "succeeded", 0)
@@ -273,7 +275,7 @@ async def test_force_option_requires_a_reason(serving: Home) -> None:
         assert "--force requires --reason" in result.output, options
 
 
-async def test_force_is_not_recorded_if_the_version_passed_its_checks(serving: Home) -> None:
+async def test_force_option_is_not_recorded_if_the_version_passed_its_checks(serving: Home) -> None:
     await type_in(serving, "promote", f"{NAME}@2", "--force", "--reason", "why")
     desired = read_desired(serving.store, NAME)
     assert desired is not None
@@ -396,7 +398,7 @@ async def test_promoting_an_unknown_version_fails(serving: Home) -> None:
         assert read_desired(serving.store, NAME) == before, version
 
 
-async def test_promoting_a_missing_format_fails(serving: Home) -> None:
+async def test_promoting_a_format_that_does_not_exist_fails(serving: Home) -> None:
     error = error_of(await type_in(serving, "promote", f"{NAME}@2", "--format", "gptq"))
     assert "has no format gptq" in error.wrong
 
@@ -417,7 +419,7 @@ async def test_failed_promotion_does_not_claim_that_the_previous_version_is_serv
     assert "`svc status` shows whether tuned@1 (merged) is served again" in error.wrong
 
 
-def test_chat_fails_if_no_server_is_running(home: Home) -> None:
+def test_promote_rollback_and_chat_commands_fail_if_no_server_is_running(home: Home) -> None:
     cases: list[tuple[str, str]] = [("promote", f"{NAME}@2"), ("rollback", NAME), ("chat", NAME)]
     for command in cases:
         assert isinstance(error_of(type_now(home, *command)), ServerNotRunningError), command
@@ -433,7 +435,7 @@ async def test_chat_ends_at_end_of_input(serving: Home) -> None:
     assert (await type_in(serving, "chat", NAME, answers="")).exit_code == 0
 
 
-def test_serve_runs_until_it_is_stopped(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_command_runs_until_it_is_stopped(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "assemble", partial(assembly.assemble, make_slots=partial(ParkSlots, home.park)))
     answers = list[int]()
 
@@ -460,7 +462,7 @@ def test_serve_runs_until_it_is_stopped(home: Home, monkeypatch: pytest.MonkeyPa
         server_address(home.settings)
 
 
-async def test_serve_starts_no_engine_if_another_server_uses_the_home(serving: Home) -> None:
+async def test_serve_command_starts_no_engine_if_another_server_uses_the_home_folder(serving: Home) -> None:
     error = error_of(await type_in(serving, "serve", f"{NAME}@2", "--port", "0"))
     assert isinstance(error, BusyError)
     assert len(serving.park.engines) == 1
@@ -468,7 +470,7 @@ async def test_serve_starts_no_engine_if_another_server_uses_the_home(serving: H
     assert desired is not None and desired.target == target(1)
 
 
-def test_serve_starts_no_engine_if_the_model_does_not_exist(home: Home) -> None:
+def test_serve_command_starts_no_engine_if_the_model_does_not_exist(home: Home) -> None:
     assert isinstance(error_of(type_now(home, "serve", f"{NAME}@9", "--port", "0")), NotFoundError)
     assert home.park.engines == []
 

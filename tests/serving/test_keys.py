@@ -93,7 +93,7 @@ async def test_local_commands_need_no_key(home: Home, client: httpx.AsyncClient)
         assert said in result.output, command
 
 
-async def test_socket_has_owner_only_permissions_and_is_removed_with_the_server(home: Home) -> None:
+async def test_socket_has_owner_only_permissions_and_is_removed_when_the_server_stops(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         path = local(home).socket
         assert path is not None
@@ -128,7 +128,7 @@ async def test_headers_cannot_make_a_request_count_as_local(client: httpx.AsyncC
     assert (await client.get("/svc/status", headers=headers)).status_code == 401
 
 
-async def test_requests_through_the_socket_end_when_the_server_stops(home: Home) -> None:
+async def test_chat_command_that_uses_the_local_socket_ends_when_the_server_stops(home: Home) -> None:
     async with home.serving(f"{NAME}@1"):
         home.park.double.token_delay_s = 0.02
         result = asyncio.create_task(type_in(home, "chat", NAME, answers="hello\n\n"))

@@ -75,7 +75,9 @@ def remote(client: httpx.AsyncClient, admin: IssuedKey, tmp_path: Path) -> Remot
     return type_in
 
 
-async def test_remote_promote_and_rollback_print_the_same_as_local_commands(home: Home, remote: Remote) -> None:
+async def test_remote_promote_and_rollback_commands_print_the_same_output_as_local_commands(
+    home: Home, remote: Remote
+) -> None:
     result = await remote("promote", f"{NAME}@2")
     assert result.exit_code == 0, result.output
     assert "tuned@2 (merged) is served\n  inplace swap in " in result.output

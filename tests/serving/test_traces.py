@@ -99,6 +99,6 @@ print([name for name in sys.modules if name.startswith("opentelemetry")])
 
 
 @pytest.mark.slow
-def test_opentelemetry_is_not_imported_without_a_receiver() -> None:
+def test_opentelemetry_is_not_imported_if_no_trace_receiver_is_configured() -> None:
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout == "[]\n"

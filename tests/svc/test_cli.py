@@ -180,7 +180,7 @@ def test_home_option_overrides_the_environment_variable(
     svc: Svc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SVC_HOME", "below")
-    assert f"no server is running for the home {tmp_path / 'above'}" in svc("--home", "above", "status").err
+    assert f"no server is running for the home folder {tmp_path / 'above'}" in svc("--home", "above", "status").err
 
 
 @pytest.mark.slow

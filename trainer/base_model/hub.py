@@ -15,7 +15,7 @@ repositories."""
 
 
 def fetch_snapshot(base: str, cache: Path) -> Path:
-    """Download a model's missing files into the cache and return their folder, which is named after the commit.
+    """Download the files of a model that the cache lacks, and return the model's folder, named after the commit.
 
     Raises:
         BaseModelError: the Hub cannot be reached, or rejects the request.
@@ -40,7 +40,7 @@ def fetch_config(base: str, cache: Path) -> Path:
 
 
 def fetch_adapter(adapter: str, cache: Path) -> Path:
-    """Download an adapter's missing files into the cache and return their folder, which is named after the commit.
+    """Download the files of an adapter that the cache lacks, and return the adapter's folder, named after the commit.
 
     Raises:
         BaseModelError: the Hub cannot be reached, or rejects the request.

@@ -35,7 +35,9 @@ class EarlyStopping(TrainerCallback):
         self._measure = measure
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure held-out loss if a due measurement is missing. The weights and state have already been restored."""
+        """Measure held-out loss if a measurement is due but has not been taken. The weights and state have already
+        been restored.
+        """
         if misses_measurement(state, self._schedule):
             self._measure()
 
@@ -55,7 +57,7 @@ class EarlyStopping(TrainerCallback):
 
 
 def misses_measurement(state: TrainerState, schedule: HeldoutSchedule) -> bool:
-    """Return whether a due measurement of held-out loss is missing.
+    """Return whether a measurement of held-out loss is due but has not been taken.
 
     This is the case at the start of a run, or if the run was interrupted before the measurement.
     """

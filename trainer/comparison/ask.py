@@ -139,7 +139,7 @@ class Interview:
         return tokenized, answer_limits(tokenized, context=served, fixed=self.max_tokens)
 
     def _known(self, model: LocalModel, limits: Sequence[int]) -> tuple[ExampleResult, ...] | None:
-        """Return the answers that are stored for these token limits and this engine kind, or None if the answer to
+        """Return the answers that are stored for these token limits and this kind of engine, or None if the answer to
         any example is missing.
         """
         if self.fresh:

@@ -52,7 +52,7 @@ def print_compared(compared: Compared) -> None:
     if comparison.different:
         count = len(comparison.different)
         output.print(
-            f"\nThe {count} examples that differ most, by {by}, then by the number of edits between the answers:"
+            f"\nThe {count} examples whose answers differ most, by {by} and then by the number of edits between them:"
         )
     for example in comparison.different:
         _print_example(example, tally.metric)

@@ -46,9 +46,7 @@ def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: A
 
 
 def _is_plain(layer: Linear, x: Tensor) -> bool:
-    """Return whether a layer computes W x + b + s B A x with a frozen W, no dropout, and W's dtype
-    throughout.
-    """
+    """Return whether a layer computes W x + b + s B A x in W's dtype, with a frozen W and without dropout."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
     name = layer.active_adapters[0]

@@ -160,7 +160,7 @@ def iterate_turns(
     stops: set[int],
     template_kwargs: TemplateKwargs,
 ) -> Iterator[list[TokenizedExample]]:
-    """Yield the rows of one example after the other (see `tokenize_turns`)."""
+    """Yield each example's rows as one list, in the order of the examples (see `tokenize_turns`)."""
     for conversation in _conversations(tokenizer, examples, stops, template_kwargs):
         yield conversation.rows(conversation.example.learnt)
 
@@ -284,7 +284,7 @@ class _Conversation:
                     f"reasoning_content {message.reasoning[:_MAX_SHOWN]!r} followed by {CLOSING} and the "
                     "rest of the answer",
                     expected=f"a template that renders reasoning_content and {CLOSING} before the answer",
-                    todo="set chat_template_kwargs in the recipe, for example enable_thinking: true, choose another "
+                    todo="set chat_template_kwargs in the recipe (for example, enable_thinking: true), choose another "
                     "base, or remove reasoning_content",
                 )
         if message.tool_calls:  # templates render them in their own form

@@ -53,7 +53,7 @@ def fitting_examples(examples: Iterable[Sequence[TokenizedExample]], train: Trai
             f"the longest, example {at}, has {longest} tokens",
             expected=f"examples of at most {train.max_length} tokens",
             todo=f"set train.max_length to at least {longest}, shorten those examples, or set "
-            "train.too_long to drop or truncate",
+            "train.too_long to `drop` or `truncate`",
         )
     dropped = number - fitting
     console.print(
@@ -80,7 +80,9 @@ def cut_documents(documents: Iterable[Sequence[TokenizedExample]], length: int) 
 
 
 def truncate(row: TokenizedExample, length: int) -> TokenizedExample:
-    """Truncate a row to the given number of tokens. Answers that begin within this length stay, possibly cut off."""
+    """Truncate a row to the given number of tokens. Answers that begin within this length are kept, but may be cut
+    off.
+    """
     learnt = tuple((start, min(end, length)) for start, end in row.learnt if start < length)
     return replace(row, input_ids=row.input_ids[:length], learnt=learnt)
 

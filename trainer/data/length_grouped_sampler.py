@@ -2,8 +2,8 @@
 epoch.
 
 The order of batches is random because a task's losses depend on length: if batches went from long to
-short, the loss curve of a healthy run would rise or fall with them, and the last steps of an epoch would
-train only on short examples.
+short, the loss curve of a healthy run would rise or fall with the lengths, and the last steps of an epoch
+would train only on short examples.
 
 A sampler that uses the process's global random number generator cannot be resumed, because the batches would differ
 from those of an uninterrupted run. Imports torch.
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 _LISTED = 2**16
-"""Number of indices that are converted to Python objects at a time, which limits memory."""
+"""Number of indices that are converted to Python objects at a time, to limit memory usage."""
 _MAX_WINDOW = 50
-"""Number of batches whose examples are sorted by length as one group."""
+"""Maximum number of batches whose examples are sorted by length together."""
 
 
 class LengthGroupedSampler(Sampler[int]):

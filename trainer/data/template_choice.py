@@ -76,8 +76,8 @@ def template_text(chosen: NamedTemplate | Path, folder: Path) -> str:
 
     Args:
         chosen: a name, or the path of a file.
-        folder: folder of the base model. A named template begins with the begin token if the base's
-            tokenizer puts it before every text, because the base was trained with it.
+        folder: folder of the base model. If the base's tokenizer puts the begin token before every text, a named
+            template also starts with this token, because the base was trained with it.
 
     Raises:
         BaseModelError: the file cannot be read, or the base's tokenizer has no end token.

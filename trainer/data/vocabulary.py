@@ -59,8 +59,8 @@ def check_tokenizer(
 def checked_ids(
     examples: Iterable[Sequence[TokenizedExample]], embedding_rows: int, what: str
 ) -> Iterator[Sequence[TokenizedExample]]:
-    """Yield the examples after checking that all their token ids have embedding rows, since examples may contain
-    rare special tokens.
+    """Yield the examples after checking that all their token ids have embedding rows. The ids of rare special tokens
+    may have none.
 
     Args:
         examples: the rows of each example.

@@ -14,8 +14,8 @@ SURE = 3.0
 """Number of standard errors above which a difference between the mean losses of two windows of steps is not attributed
 to chance. Because many pairs of windows are compared, a difference must also be large."""
 ABOVE_START = 0.1
-"""Minimum rise of the loss, as a share of the loss before the first step. A smaller rise does not justify another
-run."""
+"""Minimum rise of the loss, as a share of the loss before the first step. A smaller rise is not worth another
+training run."""
 GIVEN_BACK = 0.25
 """Minimum rise of the loss, as a share of its fall so far. Hard batches alone cause smaller rises."""
 UNFINISHED_SHARE, HELDOUT_SHARE = 0.2, 0.12
@@ -178,12 +178,12 @@ def _late_heldout(run: TrainingRun, step: int) -> bool | None:
 
 
 def _pairs(parts: list[Window]) -> list[tuple[Window, Window]]:
-    """Pair each window with the window that has the lowest mean loss up to that point."""
+    """Pair each window with the one of lowest mean loss among the window itself and all earlier windows."""
     return [(min(parts[: index + 1], key=lambda part: part.mean), window) for index, window in enumerate(parts)]
 
 
 def _is_above(window: Window, other: Window, least: float) -> bool:
-    """Return whether a window's mean exceeds another's by more than `least` and by more than chance."""
+    """Return whether a window's mean exceeds another's by more than `least` and by more than chance explains."""
     difference, error = window.above(other)
     return difference > max(SURE * error, least)
 

@@ -19,8 +19,8 @@ from trainer.diagnosis.label_rules import find_label_noise
 from trainer.diagnosis.training_run import TrainingRun
 
 FORGOTTEN = 0.02
-"""Minimum drop in score that counts as forgetting, for scores between 0 and 1. A smaller drop does not justify another
-run."""
+"""Minimum drop in score that counts as forgetting, for scores between 0 and 1. A smaller drop is not worth another
+training run."""
 _RULES = (find_divergence, find_high_rate, find_low_rate, find_overfitting, find_too_little_data)
 
 

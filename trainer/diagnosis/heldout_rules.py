@@ -16,7 +16,8 @@ FALSE_ALARMS = 0.05
 """Acceptable share of healthy runs in which the paired test alone finds a rise in held-out loss. For each test, it is
 divided by the number of comparisons (Bonferroni correction)."""
 RISE = 0.1
-"""Minimum rise of the held-out loss, as a share of its lowest value. A smaller rise does not justify another run."""
+"""Minimum rise of the held-out loss, as a share of its lowest value. A smaller rise is not worth another training
+run."""
 FEW_EXAMPLES = 50
 """Number of examples below which a data set is small: OpenAI's fine-tuning guide reports clear
 improvements with 50 to 100 examples."""
@@ -151,8 +152,8 @@ def _critical(examples: int, comparisons: int) -> float:
 
 
 def _fell_between(run: TrainingRun, lowest: TrainingPoint, last: TrainingPoint) -> bool:
-    """Return whether the training loss fell after the point of lowest held-out loss, to a value below the base
-    model's.
+    """Return whether the training loss fell after the held-out loss was lowest, and ended below the loss before
+    training.
     """
     steps = taken(run.curve)
     size = width(len(steps))
@@ -179,8 +180,8 @@ def _gap(run: TrainingRun) -> tuple[float, float] | None:
     """Return the final training loss and a lower bound of the held-out loss, in nats per token.
 
     The result is None if the run ended within the first epoch, because the training loss on an example that is seen for
-    the first time is itself a held-out loss. It is also None if other answers than the final answers are trained on,
-    because the two losses are then not comparable, or if there are too few measurements.
+    the first time is itself a held-out loss. It is also None if the training loss covers answers other than the
+    final answers, because the two losses are then not comparable, or if there are too few measurements.
     """
     parts = windows(run.curve)
     if not parts or run.curve[-1].epoch <= 1.0 or not run.learns_final_answers:

@@ -25,7 +25,8 @@ LEARNT, SURE = 0.7, 0.88
 """Thresholds for the mean probability of the most confident third and the most confident sixth of answers. A model
 below the first threshold has not learned its task. With correct labels, some examples are easy, and the model's mean
 probability for them exceeds the second threshold: it is 0.96 on the Debian section task. Randomly assigned wrong labels
-affect easy examples too, so a model that has learned how often wrong labels occur stays unsure even there."""
+affect easy examples too, so a model that has learned how often wrong labels occur is unsure even of easy
+examples."""
 STILL_LEARNING = 0.3
 """Fall of the training loss in the last third of training, as a share of its final level, above which a model is still
 learning. Such a model is also unsure of correct labels. In 300 healthy runs, label noise was reported 5 times without
@@ -33,17 +34,18 @@ this limit and once with it. In 60 runs in which a fifth of the labels was wrong
 without the limit and 15 times with it (seeds from 3000)."""
 CONTRADICTED = 0.02
 GAINED = 0.05
-"""Minimum share of the label entropy that the prompts must explain. A model below this share has learned only how
-frequent each label is."""
+"""Minimum share of the label entropy that a model must explain from the prompts. A model that explains less has learned
+only how frequent each label is."""
 HARDLY_GAINED, STILL_FALLING, LATE_SURE = 0.15, 0.15, 1.5
-"""A model has hardly started to learn if it explains at most the first of these shares of the label entropy. More steps
-are expected to help if its training loss fell in the last third of training by more than the second share of the final
-loss, and by more than the third value in standard errors. If the prompts do not explain the labels, the loss falls by
-at most 7% (docs/diagnosis.md)."""
+"""A model has hardly started to learn if it explains at most the first value, as a share of the label entropy. More
+steps are expected to help if its training loss fell in the last third of training by more than the second value, as a
+share of the final loss, and by more than the third value, in standard errors. If the labels do not depend on the
+prompts, the loss falls by at most 7% (docs/diagnosis.md)."""
 PARTLY_GAINED, HELDOUT_FALLING, HELDOUT_SURE = 0.5, 0.05, 2.0
-"""After a short run, a model has learned only part of its task if it explains at most the first of these shares of the
-label entropy. More steps are expected to help if its held-out loss on the same examples fell in the second half of the
-run by more than the second share of the final loss, and by more than the third value in standard errors."""
+"""After a short run, a model has learned only part of its task if it explains at most the first value, as a share of
+the label entropy. More steps are expected to help if its held-out loss on the same examples fell in the second half of
+the run by more than the second value, as a share of the final loss, and by more than the third value, in standard
+errors."""
 
 
 def find_label_noise(run: TrainingRun) -> Finding | None:

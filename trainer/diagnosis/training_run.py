@@ -20,7 +20,7 @@ class TrainingRun:
         curve: one point per step.
         train_examples: number of training examples.
         contradictions: number of training examples whose prompt also occurs with a different answer.
-        answers: the reference answers of `results`, or of all held-out examples if none were evaluated.
+        answers: reference answers for the examples in `results`, or for all held-out examples if none were evaluated.
         learns_final_answers: whether the training loss covers final answers only, as held-out loss does.
         evaluation: evaluation of the trained model, or None if it was not served.
         cut_off: share of held-out answers that were cut off at their token limit, keyed by format.

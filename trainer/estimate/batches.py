@@ -135,8 +135,8 @@ def read_preference_workload(
     """Return the batches that preference training would form (see `read_workload`).
 
     If the objective needs a reference model, all answers are scored once before training. With `objective: kto`, each
-    labeled answer is also compared with an answer to a different prompt. These answers are scored too, and are assumed
-    to be as long as the labeled answers.
+    labeled answer is also compared with an answer to a different prompt. These mismatched answers are scored too, and
+    are assumed to be as long as the labeled answers.
     """
     train, counted = recipe.train, any((folder / name).is_file() for name in TOKENIZER_FILES)
     chosen = np.random.default_rng(recipe.data.seed).permutation(len(judged))[:_MAX_EXAMPLES]

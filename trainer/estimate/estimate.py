@@ -1,9 +1,10 @@
 """Estimates a recipe on each device: a breakdown of the memory it needs, whether it fits, the largest batch
 size, time and cost.
 
-Estimated memory was within a fifth of the measured memory. Estimated time was usually within a third of the measured
-time, less often with AMX (docs/estimate.md). A run is therefore rejected only if `least`, the memory that it needs at
-any batch size, exceeds the available memory. With several GPUs, memory is given per GPU.
+Estimated memory differed from the measured memory by at most a fifth. Estimated time usually differed from the
+measured time by at most a third; larger differences were more frequent with AMX (docs/estimate.md). A run is therefore
+rejected only if `least`, the memory that it needs at any batch size, exceeds the available memory. With several
+GPUs, memory is given per GPU.
 """
 
 import math

@@ -170,7 +170,7 @@ class Training:
     def memory(self, batch: Batch) -> dict[Part, float]:
         """Return the peak memory of a training step with the given batch, in bytes, keyed by what it is used for.
 
-        Each device has its own memory, but processes on a CPU share it.
+        Each GPU has its own memory, but processes on a CPU share the machine's memory.
         """
         recipe, shape = self.recipe, self.shape
         # AdaLoRA's allocator stores three averages of each weight's importance.

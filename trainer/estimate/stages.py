@@ -249,7 +249,7 @@ def _parity(training: Training, memory: float) -> tuple[Need, Need]:
 
 
 def _computed(training: Training, size: float, ram: float = 0.0, disk: float = 0.0) -> Need:
-    """Return a memory requirement for the compute device; with a GPU, `ram` is required on the host as well."""
+    """Return the requirement of `size` bytes on the compute device and, with a GPU, of `ram` bytes of main memory."""
     return Need(ram=size, disk=disk) if training.cpu else Need(device=size, ram=ram, disk=disk)
 
 

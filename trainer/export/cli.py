@@ -59,7 +59,8 @@ def export(
             done = export_gguf(merged, out, name, examples, type=GgufType(number_type), modelfile=modelfile)
         result = {"file": str(done.file), "bytes": done.bytes, "pre": done.pre, "compared": done.compared}
         console.print(
-            f"  the token ids of {done.compared} held-out examples match the base's (pre-tokenizer {done.pre}); "
+            f"  {done.compared} held-out examples have the same token ids in llama.cpp (pre-tokenizer {done.pre}) "
+            "as with the base's tokenizer; "
             f"no tensor changed by more than {done.worst_change:.4f} of its norm",
             soft_wrap=True,
         )

@@ -83,7 +83,7 @@ def _join(tensors: "dict[str, torch.Tensor]", layer: str, parts: list[str]) -> N
     groups = [tensors.pop(f"{part}.{_INPUT_GROUPS}") for part in parts]
     if any(not torch.equal(group, groups[0]) for group in groups):
         raise TrainingError(
-            f"{' and '.join(parts)} were quantized with different input groups",
+            f"the inputs of {' and '.join(parts)} were divided into different groups for quantization",
             expected=f"the same groups, because the engine fuses these layers into one, {layer!r}",
             todo="set `formats: [merged]` to skip quantization",
         )

@@ -19,8 +19,8 @@ def attention_implementation(config: "PreTrainedConfig") -> str | None:
 
 
 def takes_flash_attention(base: Path) -> bool:
-    """Return whether transformers supports FlashAttention 2 and 3 for the model. If not, loading the model with
-    them would fail, or load another kernel from the hub, as for GPT-OSS.
+    """Return whether transformers supports FlashAttention 2 and 3 for the model. For other models,
+    choosing FlashAttention would make loading fail or, as for GPT-OSS, download another kernel from the hub.
 
     Args:
         base: folder of the base model.

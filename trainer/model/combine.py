@@ -87,7 +87,7 @@ def combine_adapters(
 
 
 def _without_memory(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace the weights of a model on the meta device with zeros on the CPU that all share a single element."""
+    """Replace a model's weights on the meta device with zeros on the CPU, which are views of one zero in memory."""
     zero = torch.zeros(())
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):

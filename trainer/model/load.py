@@ -102,8 +102,8 @@ def _trained_type(base: Path, form: ModelForm) -> torch.dtype:
 def _keep_layout(model: PreTrainedModel) -> None:
     """Stop bitsandbytes from packing weights for its bfloat16 CPU kernel and from using that kernel.
 
-    bitsandbytes packs weights when held-out loss is first measured and never unpacks them, but the kernel
-    supports neither gradients nor float32.
+    bitsandbytes would pack the weights when held-out loss is first measured, and never unpack them. Training could then
+    not continue, because the kernel supports neither gradients nor float32.
     """
     from bitsandbytes.nn.modules import Linear4bit  # optional on a CPU, which trains with other methods without it
 

@@ -1,5 +1,5 @@
-"""Provides a base's weights as QLoRA trains on them: linear layers are rounded to NF4 and dequantized.
-Imports torch.
+"""Provides the weights on which QLoRA trains an adapter: the base's weights, with linear layers rounded to NF4 and
+dequantized. Imports torch.
 
 bitsandbytes dequantizes a layer for each product, so an adapter is trained on these weights and not on
 the base's own.

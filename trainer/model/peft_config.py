@@ -120,8 +120,8 @@ def _import_gptqmodel() -> None:
     is added.
 
     For a missing optional package, gptqmodel stores the exception that was raised. The exception keeps every
-    frame of its stack alive for as long as the process runs, and the frames of PEFT and its callers keep the
-    model. The import therefore runs in a thread, which has its own stack.
+    frame of its stack alive for as long as the process runs, and the frames of PEFT and its callers
+    would keep the model alive. The import therefore runs in a thread, which has its own stack.
     """
     with ThreadPoolExecutor(1) as pool:
         pool.submit(is_gptqmodel_quant_linear, torch.nn.Module()).result()

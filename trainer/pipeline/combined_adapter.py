@@ -72,7 +72,7 @@ class CombinedAdapter:
         return [warning for part in self.parts if (warning := part.check_base(base)) and part.origin not in self.bases]
 
     def check_revision(self, base: Base) -> None:
-        """Check that all parts that are registered versions were trained on exactly the given base.
+        """Check that every registered version among the parts was trained on exactly the given base.
 
         Raises:
             BaseModelError: a version was trained on another base.

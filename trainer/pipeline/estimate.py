@@ -41,7 +41,7 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
 
 
 def _several(device: ComputeDevice, recipe: Recipe, settings: Settings) -> ComputeDevice:
-    """Return a device with the number of GPUs or processes that the recipe would train on.
+    """Return a device whose `count` is the number of GPUs or processes that the recipe would train on.
 
     If `train.devices` is not set, the number is 1 for a GPU listed in gpus.yaml. For this machine, it is the number of
     devices that `find_devices` chooses.

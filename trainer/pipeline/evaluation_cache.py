@@ -20,7 +20,7 @@ def evaluation_cache(
     *,
     template_kwargs: TemplateKwargs,
 ) -> EvaluationCache:
-    """Return the cache of the answers that a model gave on an engine with the current settings.
+    """Return the cache of a model's answers on an engine with the current settings.
 
     Args:
         revision: digest of the model's content.

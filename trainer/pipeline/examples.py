@@ -105,7 +105,7 @@ class Examples:
 
     @property
     def selected(self) -> "Examples":
-        """A copy of these examples for a version that was selected based on the `measured` examples."""
+        """A copy that records that the version was selected based on the `measured` examples."""
         return replace(self, selected_by=SelectedBy.VALIDATION if self.validation else SelectedBy.HELDOUT)
 
 
@@ -335,7 +335,7 @@ def _split(
 
 def _warn_learnt(name: str, heldout: Sequence[ChatExample], learnt: PromptHashes) -> None:
     """Warn if earlier versions were trained on prompts in a held-out file. The file is used unchanged, because
-    its author may want these prompts.
+    its author may have included these prompts on purpose.
     """
     if count := int(np.isin(hash_prompts(heldout), learnt).sum()):
         console.print(

@@ -105,8 +105,8 @@ def find_config(
 
 
 def merged_revision(manifest: Manifest) -> str:
-    """Return the digest (`sha256:<hex>`) of a version's merged model, which identifies it when used as the base
-    of another version.
+    """Return the digest (`sha256:<hex>`) of a version's merged model. The digest identifies the merged model when it is
+    the base of another version.
     """
     return format_revision(manifest, Format.MERGED)
 

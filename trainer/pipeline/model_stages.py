@@ -46,7 +46,7 @@ class ModelStages:
 
     @property
     def steps(self) -> dict[Stage, Step]:
-        """The stages and their disk space requirements. A merged or quantized model is at most as large as the base."""
+        """The stages and their disk space requirements. A stage writes at most one model, no larger than the base."""
         run, size = self._run, sum(path.stat().st_size for path in weight_files(self._base))
         steps = {
             Stage.MERGE: Step(self._merge, size, (run.merged,)),

@@ -51,7 +51,7 @@ def check_base(
         IntegrityError: a weight file of the base is damaged.
         RecipeError, TrainingError: the base's layers cannot be quantized, at least not with these options,
             or the optimizer does not work on this machine.
-        EngineError: vLLM does not start, or is too slow in a format.
+        EngineError: vLLM does not start, or is too slow with one of the formats.
     """
     check_optimizer(recipe.train.optimizer, cuda=capabilities.training_device is Device.CUDA)
     served = not set(recipe.formats).isdisjoint(SERVED_FORMATS)

@@ -56,7 +56,7 @@ class StageTask:
         calibration: see `ModelStages`.
         artifacts: URL of the object store.
         adapter: the trained adapter, or None before training and for full fine-tuning.
-        trained: the model trained by full fine-tuning, with paths relative to its folder.
+        trained: files of the model trained by full fine-tuning, with paths relative to the model's folder.
         weights: weights of finished stages.
         results: results of finished stages, as `Run.results` returns them.
     """
@@ -72,13 +72,13 @@ class StageTask:
 
 
 class RayStages:
-    """Runs a run's stages on a cluster, to which this process is connected during the `with` block. Raises BusyError if
-    another process is already running them.
+    """Runs the stages of a run on a cluster. This process is connected to the cluster during the `with` block. Raises
+    BusyError if another process is already running the stages.
 
     Args:
         models: the run's stages, as this machine would run them.
         checkpoints: the run's checkpoints in the object store.
-        node: information recorded before training about the node for the stages. Nodes with other devices are
+        node: information about the node for the stages, recorded before training. Nodes with other devices are
             rejected, because their measurements are not comparable.
     """
 

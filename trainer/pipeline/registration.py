@@ -153,7 +153,7 @@ class Registration:
 
     @property
     def primary(self) -> Metric:
-        """The primary metric, which also decides the gates of quantized formats."""
+        """The primary metric. A gate limits how much worse it may be in quantized formats."""
         return self.evaluation.metrics[0]
 
     def figures(self) -> dict[str, float]:

@@ -104,7 +104,7 @@ class Run:
         return self.folder / format
 
     def done(self, stage: Stage, *outputs: Path) -> bool:
-        """Return whether a stage has finished with its current input.
+        """Return whether a stage has finished and its input has not changed since.
 
         Args:
             outputs: folders that the stage wrote and that are still needed.

@@ -24,8 +24,8 @@ _METRICS = ("metrics", "primary", "json_schema", "metric_seconds")
 """Keys of the `evaluate` section that define metrics. Like limits, they affect only the registration."""
 
 _GENERAL = ("general", "general_limit")
-"""Keys of the `evaluate` section that choose the general questions. They are not hashed, but the questions themselves
-are."""
+"""Keys of the `evaluate` section that specify the general questions. The questions themselves are hashed instead of
+these keys."""
 
 
 StageKeys = Mapping[Stage, str]

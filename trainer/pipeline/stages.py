@@ -228,7 +228,7 @@ class Pipeline:
         return RemoteResult(summary, StoredWeights(files=processes.trained) if self._full else None)
 
     def _import(self, adapter: TrainedAdapter | CombinedAdapter) -> TrainingSummary:
-        """Copy or combine existing adapters, after the checks that would otherwise precede training."""
+        """Copy or combine existing adapters, after the same checks as before training."""
         for part in adapter.parts:
             check_fits(self.base.folder, part)
         self._models.check()

@@ -27,8 +27,8 @@ from trainer.recipe.recipe import Recipe
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MERGED_ONLY: dict[str, Any] = {"use_dora": False, "target_parameters": None}
-"""PEFT options that vLLM cannot apply at run time, although adapters with these options can be merged. Each option is
-mapped to its value in plain LoRA."""
+"""PEFT options that vLLM cannot apply at run time. Adapters with these options can only be served merged. Each option
+is mapped to its value in plain LoRA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class TrainedAdapter:
 
     @property
     def parts(self) -> tuple["TrainedAdapter", ...]:
-        """The adapters to check against the base: this adapter only."""
+        """This adapter, as the only one to check against the base."""
         return (self,)
 
     @property

@@ -82,20 +82,20 @@ class Adapter(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """dropout probability for the adapter's inputs"""
     targets: TargetChoice = Targets.ALL_LINEAR
-    """layers that get an adapter: all-linear, attention, attention-min for query and value only, or a list of layer
+    """layers that get an adapter: all-linear, attention, attention-min (query and value only), or a list of layer
     names such as `[q_proj, v_proj]`"""
     rslora: bool = False
     """scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones; lora and dora only"""
     init: Annotated[str, Field(pattern=r"^(gaussian|olora|pissa|pissa_niter_[1-9]\d{0,2})$")] | None = None
-    """how the adapter's matrices are initialized: gaussian, olora, pissa, or pissa_niter_16 for a faster approximate
-    pissa with 16 iterations (1 to 999); lora only; default: one random and one zero matrix; see
+    """how the adapter's matrices are initialized: gaussian, olora, pissa, or pissa_niter_N for a faster approximate
+    pissa with N iterations (1 to 999); lora only; default: one random and one zero matrix; see
     [training](training.md#first-matrices)"""
     modules_to_save: tuple[TokenLayer, ...] = ()
     """embeddings to train in full in addition to the adapter: embed_tokens, lm_head or both; lora and dora only; see
     [training](training.md#new-tokens)"""
     trained: FolderOrHubId = None
-    """an adapter saved by PEFT, as a folder (`./name`) or Hugging Face id, to register as the version without
-    training; the keys of `train` then have no effect; see [adapters](adapters.md#adapters-trained-elsewhere)"""
+    """folder (`./name`) or Hugging Face id of an adapter saved by PEFT, to use as the version's adapter instead of
+    training one; the keys of `train` then have no effect; see [adapters](adapters.md#adapters-trained-elsewhere)"""
     combine: Combine | None = None
     """adapters to combine into the version's adapter, instead of training one: `{method: , density: , adapters:
     [{adapter: , weight: }, ...]}`; see [adapters](adapters.md#combining-adapters)"""

@@ -68,7 +68,7 @@ class Combine(Section):
     adapters: Annotated[tuple[WeightedAdapter, ...], Field(min_length=2)]
     """adapters to combine, all trained on the same base"""
     density: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """share of the values that ties and dare keep"""
+    """share of the values to keep; required by the methods whose names start with ties or dare"""
 
     @model_validator(mode="after")
     def _density_fits_method(self) -> "Combine":

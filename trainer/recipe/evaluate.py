@@ -51,14 +51,14 @@ class Evaluate(Section):
     """metrics for scoring the answers: names, `rouge` for all three ROUGE metrics, or functions
     (`./FILE.py:FUNCTION`); default: the metrics of the task, see [evaluation](evaluation.md)"""
     primary: Annotated[Name, AfterValidator(metric_beside_recipe)] | None = None
-    """metric that decides the gates of quantized formats and that monitoring measures repeatedly; default: the task's
+    """metric to which `evaluate.max_gptq_loss` applies and that monitoring measures repeatedly; default: the task's
     primary metric"""
     json_schema: Annotated[Path, AfterValidator(beside_recipe)] | None = None
     """file with the JSON Schema for the `schema_valid` metric; default: inferred from the held-out answers"""
     metric_seconds: float = Field(60.0, gt=0)
     """total time that a metric function may take to score all answers, in seconds"""
     max_gptq_loss: float = Field(0.05, ge=0, le=1)
-    """largest loss in the primary metric that quantization may cause, in GPTQ or another quantized format; relative to
+    """largest loss in the primary metric that quantization (to GPTQ or any other format) may cause; relative to
     the merged model's value if the metric is not a share (for example perplexity); a version is rejected if a larger
     loss is proven"""
     # 4 bits cost SmolLM2-135M 0.042 [0.033, 0.053] on free text (synopsis task), and nothing of its ROUGE.
@@ -72,8 +72,8 @@ class Evaluate(Section):
     general_limit: Annotated[int, Field(ge=1)] | None = 60
     """maximum number of general questions, taken from the start of the list; null: all"""
     max_forgetting: Annotated[float, Field(ge=0, le=1)] | None = None
-    """largest allowed loss of correct answers to general questions, from the base to the merged model and to
-    each quantized model, as a share of all questions; a version is rejected if a larger loss is proven; default:
+    """largest allowed drop in correct answers to general questions, as a share of all questions, for the merged model
+    and each quantized model compared with the base; a version is rejected if a larger drop is proven; default:
     no limit"""
     undecided: Undecided = Undecided.WARN
     """warn or fail: what to do with a version if the number of evaluated examples is too small to prove or rule
@@ -96,7 +96,8 @@ class Qualify(Section):
     """Probes that verify, each time the version is loaded, that the engine is running exactly the version's weights."""
 
     repeats: int = Field(10, ge=1)
-    """number of measurements of the engine's own noise, from which the minimum tolerance is derived"""
+    """number of measurements of each probe; the tolerance of later checks is based on how much the
+    measurements differ"""
     restart: bool = True
     """also measure on a second engine, to verify that weights loaded in place and weights loaded at start give
     the same results"""

@@ -91,8 +91,8 @@ class Recipe(Section):
     [training](training.md#new-tokens)"""
     formats: Annotated[tuple[Format, ...], Field(min_length=1)] = (Format.MERGED, Format.GPTQ)
     """formats to create, evaluate and register: adapter, merged, gptq, awq, int8, fp8, gguf, see
-    [formats](formats.md); an adapter is always stored. Without merged, the base is not evaluated and answers only the
-    general questions"""
+    [formats](formats.md); an adapter is always stored. If merged is not listed, the base is not evaluated and answers
+    only the general questions"""
     report_to: tuple[ReportTo, ...] = (ReportTo.MLFLOW,)
     """trackers for parameters, losses and metrics: mlflow, wandb, tensorboard; MLflow always receives them"""
     data: Data

@@ -40,7 +40,7 @@ class Sweep(Section):
     finalists: int = Field(3, ge=0)
     """number of trials with the lowest held-out loss to evaluate on the engine, in addition to the unchanged recipe;
     further trials are evaluated as long as all evaluated trials exceed `evaluate.max_forgetting`. The primary metric
-    decides among the trials within that limit; 0: held-out loss alone decides"""
+    decides among the trials within that limit; with 0, held-out loss alone decides"""
 
     @field_validator("space")
     @classmethod

@@ -95,8 +95,8 @@ class Train(Section):
     """number of steps; overrides `epochs`"""
     devices: Devices | None = None
     """GPUs on this machine to train on: a number of GPUs, or a list of GPU indices. The examples of each step are
-    divided among the GPUs; default: all free GPUs that are identical; on a CPU, a number of processes, useful only for
-    testing; see [training](training.md#several-gpus)"""
+    divided among the GPUs; default: all free GPUs that are identical. On a CPU, this is a number of processes, useful
+    only for testing; see [training](training.md#several-gpus)"""
     sharding: Sharding = Sharding.AUTO
     """auto, never or always: whether weights, gradients and moments are sharded across several devices (FSDP2) instead
     of replicated on each device; auto shards them if a copy does not fit on one device; see
@@ -112,7 +112,7 @@ class Train(Section):
     max_length: int = Field(1024, ge=16)
     """maximum length of an example, in tokens"""
     too_long: TooLong = TooLong.ERROR
-    """error, drop or truncate: what to do with longer examples; with `--skip-bad`, error also drops them"""
+    """error, drop or truncate: what to do with longer examples; with `--skip-bad`, error has the same effect as drop"""
     packing: bool = False
     """pack several examples into one row of max_length tokens; each example attends only to itself, and a row
     then counts as one example"""
@@ -172,5 +172,5 @@ class Checkpoints(Section):
     keep: int = Field(2, ge=1)
     """number of checkpoints to keep, newest first; the best checkpoint is always kept as well"""
     keep_epochs: int = Field(0, ge=0)
-    """number of final epochs after each of which the adapter is saved for clients of the fine-tuning API; only with
+    """number of last epochs whose adapters are saved for clients of the fine-tuning API; only with
     `svc train --progress FILE`, in the folder `epochs` next to the file"""

@@ -34,7 +34,7 @@ PER_GPU = "the imported value is per GPU, but here it is the total for all GPUs:
 
 
 def import_optimizer(draft: Draft, key: str, default: str) -> None:
-    """Import the optimizer. Other tools name optimizers as transformers does."""
+    """Import the optimizer. The other tools use the optimizer names of transformers."""
     name = draft.take(key, default)
     if optimizer := next((ours for ours, names in _OPTIMIZERS.items() if name in names), None):
         draft.values["train.optimizer"] = optimizer.value

@@ -1,6 +1,6 @@
 """The recipe that an import builds, and notes on keys that could not be imported unchanged.
 
-An importer takes the keys of the other tool's config one by one. Keys that remain at the end are reported, so that no
+An importer removes the keys of the other tool's config one by one. Keys that remain at the end are reported, so that no
 key is lost silently.
 """
 
@@ -77,12 +77,12 @@ class Draft:
         self.notes.append(Note(key, Effect.LEFT_OUT, text))
 
     def leave_out_if_set(self, key: str, text: str) -> None:
-        """Take a key that cannot be imported, and add a note if the key has an effect."""
+        """Remove a key that cannot be imported, and add a note if the key has an effect."""
         if self.take(key) not in _OFF:
             self.leave_out(key, text)
 
     def finish(self, not_needed: Iterable[str]) -> None:
-        """Add notes on the keys that were not taken.
+        """Add notes on the keys that remain in the other tool's config.
 
         Args:
             not_needed: keys that the trainer does not need, given by name or as a prefix followed by an asterisk.

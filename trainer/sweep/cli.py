@@ -160,8 +160,8 @@ def _open_trial_runner(
 
 
 def _open_finals(settings: "Settings", runner: "TrialRunner") -> "Finals | None":
-    """Return the finals of a sweep, or None if the recipe has none. Everything that can be checked before the
-    first trial is checked.
+    """Return the finals of a sweep (trainer.sweep.finals), or None if the recipe has none. The base, the examples and
+    the metric are checked now, before the first trial.
     """
     from svc.engine.device import read_capabilities
     from trainer.pipeline.preflight import check_base

@@ -152,8 +152,8 @@ class Finals:
         try_on_references([self.metric], self.examples)
 
     def rank(self, trials: Sequence[TrialOutcome]) -> list[TrialOutcome]:
-        """Return the completed trials that have an adapter, without duplicates. The first two trials, the
-        unchanged recipe and the preferred trial, stay first; the others are sorted by held-out loss.
+        """Return the completed trials that have an adapter, without duplicates. The first two trials
+        (the unchanged recipe and the preferred trial) stay first; the others are sorted by held-out loss.
         """
         order = [*trials[:2], *sorted(trials[2:], key=lambda trial: trial.mean)]
         unique: dict[str, TrialOutcome] = {}
@@ -271,7 +271,7 @@ class Finals:
     def _finalist(
         self, trial: TrialOutcome, results: tuple[ExampleResult, ...], forgetting: Forgetting | None
     ) -> Finalist:
-        """Score a trial's answers, print the resulting metrics, and add them to the trial's MLflow run."""
+        """Score a trial's answers and return the finalist. Print its metrics and add them to the trial's MLflow run."""
         evaluation = judge(self.examples, results, 0.0, [self.metric])
         primary, options = evaluation.report.figures[self.metric.name].estimate, self.runner.recipe.evaluate
         allowed = True

@@ -199,8 +199,8 @@ class RayTrials:
         """Return the untrained model's loss on each example in `TrialData.judged`.
 
         Args:
-            folder: path from which a name in the object store is derived, as from a trial's folder
-                (`sweeps/NAME/trials/KEY`). Nothing is written to this path.
+            folder: path from which a name in the object store is derived. It has the form of a trial's folder,
+                `sweeps/NAME/trials/KEY`. Nothing is written to this path.
 
         Raises:
             InterruptedRunError: a signal was received.

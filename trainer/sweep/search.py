@@ -301,7 +301,7 @@ class Search:
         return [self._outcome(trial) for trial in trials]
 
     def _make_room(self) -> None:
-        """Wait until another trial may start training. Two trials that require the same training count as one."""
+        """Wait until another trial may start training. Trials that share a training run are counted as one."""
         while len({id(trial.result) for trial in self._running}) >= self.parallel:
             self._finish_oldest()
 

@@ -198,8 +198,10 @@ def print_sweep(result: SweepResult, folder: Path, picture: Path) -> None:
     for note in result.notes:
         output.print(f"[dim]{escape(note)}[/dim]")
     if flags := "".join(f" --set {shlex.quote(flag)}" for flag in settings_of_winner(result)):
-        output.print(f"as flags of svc train:{flags}", markup=False, soft_wrap=True)
-    output.print(f"as a recipe: {folder / WINNER_FILE}\nplot: {picture}", markup=False, soft_wrap=True)
+        output.print(f"the same settings as options of `svc train`:{flags}", markup=False, soft_wrap=True)
+    output.print(
+        f"the recipe with these settings: {folder / WINNER_FILE}\nplot: {picture}", markup=False, soft_wrap=True
+    )
 
 
 def _print_finals(finals: FinalsResult, winner: Values) -> None:
@@ -216,4 +218,4 @@ def _print_finals(finals: FinalsResult, winner: Values) -> None:
         )
     output.print(table)
     general = f" and {finals.questions} general questions (base: {finals.general})" if finals.general else ""
-    output.print(f"the finalists were evaluated on the engine with {finals.examples} held-out examples{general}")
+    output.print(f"the finalists were evaluated in vLLM on {finals.examples} held-out examples{general}")

@@ -136,7 +136,8 @@ class TrialRunner:
                 first = int(read_json_object(path)["parallel"])
                 if first != parallel:
                     console.print(
-                        f"  values are chosen for {first} parallel trials, because this sweep was started with {first}",
+                        f"  choosing values as for {first} parallel trials, the number with which this sweep "
+                        "was started",
                         soft_wrap=True,
                     )
                 parallel = first
@@ -267,8 +268,8 @@ class TrialRunner:
 
     @property
     def has_finals(self) -> bool:
-        """Whether the best trials are evaluated on the engine. This requires finalists in the recipe, an adapter,
-        and the merged format in `formats`.
+        """Whether the best trials are evaluated on the engine. This requires that the recipe trains an
+        adapter, that `sweep.finalists` is not 0, and that `formats` contains merged.
         """
         recipe = self.recipe
         return bool(recipe.sweep.finalists and recipe.adapter_type) and Format.MERGED in recipe.formats

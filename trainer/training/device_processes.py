@@ -39,8 +39,8 @@ from trainer.training.processes import (
 
 _GRACE_S = 1.0
 _CLEAN_UP_S = 10.0
-"""Seconds that a process may take to exit after its work is done. It must release named semaphores, for example,
-because Python warns about each one left behind."""
+"""Seconds that a process may take to exit after its work is done. For example, it must release named semaphores,
+because Python warns about each semaphore that was not released."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ def share_of(train: Train, devices: int) -> Share:
     near = [count for count in possible if count < devices][-1:] + [count for count in possible if count > devices][:1]
     raise RecipeError(
         f"a step of {step} examples cannot be divided among {devices} devices",
-        expected="a multiple of the number of devices for train.batch_size x train.gradient_accumulation",
+        expected="train.batch_size x train.gradient_accumulation divisible by the number of devices",
         todo=f"set train.devices to {' or '.join(map(str, near))}, or change train.batch_size",
     )
 
@@ -210,7 +210,8 @@ def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int
     if different:
         listed = ", ".join(f"GPU {number}: {_described(gpus[number])}" for number in numbers)
         raise RecipeError(
-            f"train.devices lists GPUs that differ from each other or from {first}, which torch would use: {listed}",
+            f"train.devices lists GPUs that differ from each other or from {first}, the GPU that torch would use by "
+            f"default: {listed}",
             expected="identical GPUs, because every GPU waits for the slowest",
             todo="list identical GPUs; to use a different type of GPU, hide all others with CUDA_VISIBLE_DEVICES",
         )

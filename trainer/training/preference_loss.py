@@ -55,7 +55,7 @@ def kto_losses(answers: Tensor, shift: Tensor, desirable: Tensor, preference: Pr
             shape [answers].
         shift: mean log ratio of mismatched answers (answers to other prompts), without gradient. If positive, it
             measures how far the model as a whole has shifted, and is subtracted from each log ratio.
-        desirable: label of each answer.
+        desirable: boolean label of each answer, true if the answer is desirable.
     """
     distance = preference.beta * (answers - shift.clamp(min=0))
     wanted = preference.desirable_weight * (1 - torch.sigmoid(distance))

@@ -61,7 +61,8 @@ class SideBySide:
     Attributes:
         title: prefix of each line of the run's output.
         asked: receives the signals of this process.
-        others_train: returns whether other runs have workers, whose resources will become free.
+        others_train: returns whether other runs of this process have workers, whose resources become free when
+            the runs end.
     """
 
     title: str
@@ -543,7 +544,7 @@ def check_equal(facts: Sequence[NodeFacts]) -> None:
             raise ClusterError(
                 f"the workers have different devices: {first} on node {facts[0].address}, {other} on {each.address}",
                 expected="identical devices, because every worker waits for the slowest",
-                todo="set ray.gpu_type to one GPU type, as Ray names it",
+                todo="set ray.gpu_type to one GPU type, using Ray's name for it",
             )
 
 

@@ -36,8 +36,8 @@ from trainer.training.shared_checkpoints import SharedCheckpoints
 
 _RECEIVE_S = 2.0
 _PREPARING = "preparing.lock"
-"""Name of a file in the node's folder. While a run holds its lock, no other run deletes folders or downloads a base
-model."""
+"""Name of a lock file in the node's folder. While a run holds this lock, no other run deletes folders or downloads a
+base model."""
 _CHECKPOINT, TRAINED = "on_checkpoint", "on_trained"
 """Names of the caller's callbacks, which report that a checkpoint or the trained model is in the object store."""
 

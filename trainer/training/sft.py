@@ -283,9 +283,7 @@ def run_trainer(trainer: ResumableTrainer, stopping: Stopping, asked: Preemption
     if asked.by is not None:  # also if the signal arrived after the steps
         step, last = trainer.state.global_step, trainer.state.max_steps
         where = f"after step {step} of {last}" if step else "before the first step"
-        raise InterruptedRunError(
-            f"stopped by {asked.by.name} {where}", todo="run the same command again to resume from there"
-        )
+        raise InterruptedRunError(f"stopped by {asked.by.name} {where}", todo="run the same command again to resume")
     return seconds
 
 
@@ -370,7 +368,7 @@ def add_progress(
     epochs: Path | None,
     recipe: Recipe,
 ) -> None:
-    """Report a run's progress to a function and, if the recipe says so, save the adapters of its last epochs."""
+    """Report a run's progress to a function, and save the adapters of the last epochs if the recipe says so."""
 
     def on_saved(step: int, folder: Path) -> None:
         write(EpochSaved(step=step, folder=str(folder.absolute())))

@@ -102,8 +102,8 @@ def _described(weight: Tensor) -> str:
 
 
 def release_gathered(model: nn.Module) -> None:
-    """Release the gathered embeddings and output head after a forward pass that no backward pass follows, so that later
-    changes to the shards take effect.
+    """Release the gathered embeddings and output head after a forward pass that is not followed by a backward pass, so
+    that later changes to the shards take effect.
     """
     if isinstance(model, FSDPModule):
         model.reshard()

@@ -91,7 +91,9 @@ class SharedCheckpoints:
                     self._send(self._folder / step)
             self._delete([step for step in shared if step not in here])
         except RegistryError as error:
-            log.warning("checkpoint %s is only on this machine: %s", checkpoint.name, error.wrong)
+            log.warning(
+                "checkpoint %s could not be uploaded and exists only on this machine: %s", checkpoint.name, error.wrong
+            )
 
     def send_trained(self, folder: Path) -> tuple[FileRecord, ...]:
         """Upload the trained model, and return the records of its files.
@@ -117,7 +119,10 @@ class SharedCheckpoints:
         _receive(self._objects, f"{self._prefix}/{_TRAINED}", records, folder)
 
     def has_trained(self, records: Sequence[FileRecord]) -> bool:
-        """Return whether the store contains all files of the trained model with these records.
+        """Return whether the store contains all of the trained model's files in their recorded sizes.
+
+        Args:
+            records: records of the trained model's files, as returned by `send_trained`.
 
         Raises:
             RegistryError: the store does not respond, or rejects the request.

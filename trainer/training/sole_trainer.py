@@ -33,7 +33,7 @@ def sole_trainer(run: str) -> Iterator[None]:
     to a cluster.
 
     Within a namespace, Ray allows only one actor with a given name. Ray stops the actor when the process that started
-    it ends, even if this process is killed.
+    the actor exits or is killed.
 
     Args:
         run: name of the run in the object store.

@@ -19,9 +19,9 @@ class TrainingSummary:
         seconds: time spent on training steps in the process that finished the run, without loading.
         best_step: the step whose weights were kept as the best, or None if the final weights were kept.
         points: points of the training curve, one per step, with held-out loss if it was measured.
-        peak_memory: peak memory use in bytes until the end of training, of the GPU or, when training on a CPU, of the
-            process. With several GPUs, it is the largest peak of any GPU; with several processes on a CPU, it is the
-            sum of all peaks. None if it was not measured.
+        peak_memory: peak use of GPU memory until the end of training, in bytes. When training on a CPU, it is the peak
+            memory of the process. With several GPUs, it is the largest peak of any GPU; with several processes on a
+            CPU, it is the sum of all peaks. None if it was not measured.
         devices: number of devices.
         estimated_memory, estimated_seconds: the estimates made before the run.
     """

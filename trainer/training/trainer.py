@@ -217,12 +217,13 @@ class ResumableTrainer(AnswerTrainer):
         super().log(logs, start_time)
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """Run the forward and backward pass of a batch. The random number state is the only part of a checkpoint's
-        state that this changes.
+        """Run the forward and backward pass of a batch. Of the state that is saved in checkpoints, this changes
+        only the random number state.
 
         Raises:
             StepAbandoned: a signal was received.
-            NoStepLeftError: a missed measurement of held-out loss was taken before this step, and ended the run.
+            NoStepLeftError: before this step, held-out loss was measured because a measurement had been missed, and the
+                result ended the run.
         """
         if self.control.should_training_stop:
             raise NoStepLeftError

@@ -225,7 +225,7 @@ def _finish(
         trainer.save_step_start()
         raise InterruptedRunError(
             f"stopped by {error} after the last step of a trial",
-            todo="run the same command again to resume from there",
+            todo="run the same command again to resume",
         ) from error
     summary = summarize(trainer, seconds, kept_best=False)
     return TrialRun(summary.steps, each, summary.points)

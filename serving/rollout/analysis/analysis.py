@@ -46,7 +46,7 @@ class Margins:
         if not (
             all(0 <= margin < 1 for margin in (self.errors, self.invalid, self.feedback)) and self.first_token >= 1
         ):
-            raise ValueError(f"margins must be in [0, 1) for shares and at least 1 for ratios, got {self}")
+            raise ValueError(f"margins must be in [0, 1), except first_token, which must be at least 1, got {self}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,8 @@ class SignalVerdict:
 class Analysis:
     """The evidence that a rollout has collected over all its steps.
 
-    Units stay with the candidate once they are assigned to it, and the evidence is never reset. The error
-    budget therefore applies to the rollout as a whole.
+    Users and conversations stay with the candidate once they are assigned to it, and the evidence is never reset. The
+    error budget therefore applies to the rollout as a whole.
     """
 
     def __init__(self, margins: Margins | None = None, budget: Budget | None = None) -> None:
@@ -115,7 +115,7 @@ class Analysis:
 
     @property
     def units(self) -> int:
-        """Number of candidate units whose observation is complete."""
+        """Number of the candidate's users, conversations or single requests whose observation is complete."""
         return self._errors.units(Arm.CANDIDATE)
 
     @property

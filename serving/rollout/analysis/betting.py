@@ -62,7 +62,7 @@ def exclusion(differences: Floats, bound: float) -> Floats:
 
 
 def wealth(payoffs: Floats, counts: Floats | float = 1.0) -> float:
-    """Return the wealth after betting on all payoffs, starting from 1.
+    """Return the wealth after all bets with these payoffs. The initial wealth is 1.
 
     Args:
         counts: how often each payoff occurred.

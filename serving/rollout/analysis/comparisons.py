@@ -54,8 +54,8 @@ class Loss:
 
     Attributes:
         value: difference of shares, or ratio of 95th percentiles, averaged over blocks.
-        low: lower limit of the loss. Smaller losses are ruled out, with the error probability allowed for a rollback.
-        high: upper limit of the loss. Larger losses are ruled out, with the error probability allowed for an advance.
+        low: lower limit of the loss. Smaller losses are ruled out, with the allowed probability of a wrong rollback.
+        high: upper limit of the loss. Larger losses are ruled out, with the allowed probability of wrongly advancing.
     """
 
     value: float
@@ -127,7 +127,7 @@ class LatencyComparison:
     It compares two shares: candidate units above `margin` times a threshold, and production units above the threshold.
     The threshold is production's 95th percentile as estimated before the block. If every quantile of the candidate is
     at most `margin` times production's, the first share is at most the second at any threshold. An inaccurate threshold
-    therefore costs power, but does not increase the probability of wrong proofs. The limits of the ratio
+    therefore reduces statistical power, but does not make wrong proofs more probable. The limits of the ratio
     are found by replacing `margin` with other ratios.
 
     Confidence sequences of both percentiles (Howard and Ramdas 2022) need about five times as many units for the

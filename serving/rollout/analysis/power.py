@@ -1,9 +1,10 @@
 """Calculates in advance the smallest loss that a rollout can prove with a given number of candidate units.
 
-The result is approximate. It assumes that each unit is a single request (sessions can prove smaller losses), and that a
-block has one candidate unit and the usual number of production units. The logarithm of a bet's wealth is assumed to be
-normally distributed, with the mean and variance calculated exactly for one block. A loss is considered proven if one of
-the stakes, with its share of the initial wealth, proves it with 80% power. Latencies are assumed to be lognormal.
+The result is approximate. It assumes that each unit is a single request (with several requests per unit, smaller losses
+can be proven), and that a block has one candidate unit and the usual number of production units. The logarithm of a
+bet's wealth is assumed to be normally distributed, with the mean and variance calculated exactly for one block. A loss
+is considered proven if one of the stakes, with its share of the initial wealth, proves it with 80% power. Latencies are
+assumed to be lognormal.
 """
 
 import math

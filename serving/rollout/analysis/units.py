@@ -25,8 +25,8 @@ class Request:
     """A finished request, reduced to the fields that the analysis needs.
 
     Attributes:
-        unit: key of the user (or, if the user is unknown, of the conversation) that was assigned to the arm. If None,
-            the request has neither and is a unit by itself.
+        unit: identifier of the user (or, if the user is unknown, of the conversation) that was assigned to the arm. If
+            None, the request has neither and is a unit by itself.
         ended_at: when the request ended, in seconds since any fixed time.
         failed: whether the request failed because of the server. Requests that failed because of the client
             (4xx) are not added.
@@ -106,7 +106,10 @@ class OncePerStep:
         self._observed = dict[str, Arm]()
 
     def admit(self, unit: str | None, arm: Arm) -> bool:
-        """Return whether a unit has not been observed yet, and mark it as observed. None is always a new unit."""
+        """Return whether a unit has not been observed yet, and mark it as observed.
+
+        None always counts as a new unit.
+        """
         if unit is None:
             return True
         if unit in self._observed:

@@ -20,7 +20,7 @@ class Promotion:
     """A promotion whose gates are to be checked.
 
     Attributes:
-        production: the version that the promotion would replace as the desired version.
+        production: the desired version, which the promotion would replace.
     """
 
     registry: Registry
@@ -29,7 +29,9 @@ class Promotion:
 
 
 def check_gates(promotion: Promotion, settings: GateSettings, now: datetime) -> tuple[GateRow, ...]:
-    """Check all gates of a promotion, after downloading the candidate's missing files, and return their results.
+    """Check all gates of a promotion, and return their results.
+
+    Files of the candidate that are not on this machine are downloaded first.
 
     A gate that cannot be checked does not raise an error; its result is undecided or failed.
 

@@ -118,7 +118,9 @@ def _arms(registry: Registry, candidate: Target, production: Target) -> tuple[_A
     after = _arm(registry, candidate, manifest)
     if candidate == production:
         if manifest.base_evaluation is None:
-            raise _IncomparableError(f"{manifest.id} is in production, and its base was not evaluated")
+            raise _IncomparableError(
+                f"{manifest.id} is in production, so it can be compared only with its base, which was not evaluated"
+            )
         before = _Arm("base", manifest.base_evaluation, registry.base_results(candidate.version))
     else:
         before = _production(registry, production, manifest)

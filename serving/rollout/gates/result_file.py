@@ -30,7 +30,7 @@ class ExportedResults:
     """Results of running a set of tests.
 
     Attributes:
-        total: number of tests. Tests that ended with an error count as not passed.
+        total: number of tests, including tests that ended with an error, which are counted as failed.
         at: when the tests were run, or None if the file does not say.
     """
 
@@ -92,10 +92,12 @@ class _Log(_External):
 
 
 def check_result_file(name: str, path: Path, min_pass_share: float, registered_at: datetime) -> GateRow:
-    """Return the result of the gate on the share of passed tests in a file. If the file cannot be read, the gate fails.
+    """Return the result of the gate that requires a minimum share of passed tests in a result file.
+
+    If the file cannot be read, the gate fails.
 
     Args:
-        registered_at: when the version was registered. Results from before then belong to another version.
+        registered_at: when the version was registered. Older results belong to another version.
     """
     limit = f"at least {min_pass_share:g} passed"
     try:
@@ -158,5 +160,5 @@ def _oaieval(lines: list[bytes]) -> ExportedResults:
 
 
 def _utc(at: datetime | None) -> datetime | None:
-    """Return a timezone-aware time. openai/evals writes UTC times without an offset."""
+    """Return a timezone-aware time, assuming UTC if the given time has no offset, as in files of openai/evals."""
     return at.replace(tzinfo=UTC) if at is not None and at.tzinfo is None else at

@@ -58,8 +58,8 @@ def _is_same_model(candidate: str | None, production: str | None) -> bool:
     """Return whether two formats differ only in their weights' values, according to their fingerprints.
 
     An engine then does the same work for both, so a difference in speed is measurement noise. For example, two versions
-    of one recipe, registered an hour apart on a shared machine, had times to first token of 0.181 [0.16, 0.20] s and
-    0.311 s.
+    of one recipe, registered an hour apart on a shared machine, had times to first token of 0.181 s (confidence
+    interval 0.16 to 0.20 s) and 0.311 s.
     """
     return candidate is not None and candidate == production
 
@@ -69,8 +69,8 @@ def _speed(manifest: Manifest, format: Format) -> Speed | None:
 
 
 def _facts(manifest: Manifest, format: Format) -> frozenset[str]:
-    """Return the properties of the engines on which a format's probes were recorded, without those in `_OF_FORMAT`.
-    Each engine's properties are one string, so that they can be compared for equality.
+    """Return the properties of the engines on which a format's probes were recorded, except for the properties in
+    `_OF_FORMAT`. All properties of an engine form one string, so that engines can be compared for equality.
     """
     probes = manifest.formats[format].probes
     return frozenset(probe.engine.model_dump_json(exclude=set(_OF_FORMAT)) for probe in probes)

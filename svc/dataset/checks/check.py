@@ -146,7 +146,7 @@ def _look_at(example: AnyExample) -> Answer:
 
 
 def _is_no_reference(example: AnyExample) -> bool:
-    """Return whether an example has no reference answer because its answer is undesirable or it is a document."""
+    """Return whether an example has no reference answer: it is a document, or its answer is labeled as undesirable."""
     return chat_of(example).is_document or (isinstance(example, LabeledAnswer) and not example.desirable)
 
 
@@ -259,7 +259,7 @@ def _compare(reports: list[DataReport], table: LineTable, held: int) -> None:
     """Report problems that can only be found after all lines have been read: duplicates, leaks and unusual answers.
 
     Args:
-        held: number of held-out examples, which come first in the table.
+        held: number of held-out examples, which are the first rows of `table`.
     """
     train = table.rows[held:]
     odd: dict[int, tuple[Code, str]] = {}
@@ -289,7 +289,8 @@ def _copies(table: LineTable, held: int) -> list[tuple[Code, str, Rows, NDArray[
 
     Returns:
         For each kind of duplicate: its code; its message, with a placeholder for the other example's line; the rows
-        that contain the other example; and, for each training example, the index of its duplicate in those rows, or -1.
+        that were searched (held-out or training examples); and, for each training example, the index of its duplicate
+        in these rows, or -1.
     """
     heldout, train = table.rows[:held], table.rows[held:]
     sketches = table.sketches[held:]

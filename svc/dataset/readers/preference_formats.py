@@ -40,7 +40,7 @@ _HH_TURN = re.compile(f"({_HUMAN}|{_ASSISTANT})")
 
 
 def recognise_pair(value: Any) -> PairFormat | None:
-    """Return the format whose keys a row has, or None if it does not have two answers."""
+    """Return the format whose required keys are all in the row, or None if the row does not contain two answers."""
     if not isinstance(value, dict):
         return None
     return next((form for form, keys in PAIR_KEYS.items() if all(value.get(key) is not None for key in keys)), None)

@@ -7,7 +7,7 @@ from enum import StrEnum
 from svc.engine.vllm.engine_args import given
 
 AUTO = "auto"
-"""Value of an option that vLLM decides itself."""
+"""Option value that leaves the choice to vLLM."""
 
 
 class Origin(StrEnum):
@@ -32,8 +32,8 @@ class Choice:
     Attributes:
         name: vLLM's name for the option, or our own name if vLLM has none.
         reason: short reason for the value; empty if the origin explains it.
-        arguments: arguments to add to vLLM's command line; empty if the user has already passed them, or if vLLM
-            decides.
+        arguments: arguments to add to vLLM's command line; empty if the user has already passed them, or if the
+            choice is left to vLLM.
         variables: variables to add to vLLM's environment.
     """
 

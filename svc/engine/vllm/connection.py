@@ -1,4 +1,4 @@
-"""A connection to an engine's Unix socket, which carries one request at a time and streams the response.
+"""A connection to an engine's Unix socket. It carries one request at a time and streams the response.
 
 Response bytes are buffered until they are read. While the buffer is full, nothing more is read from the
 engine. This module knows nothing about versions, or about the content of requests and responses.

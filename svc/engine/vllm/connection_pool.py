@@ -77,7 +77,7 @@ class EngineConnections:
     def take(self) -> EngineConnection | None:
         """Return the most recently used idle connection, or None if none is idle.
 
-        This way, older connections expire.
+        The connections that have been idle for longer can then expire.
         """
         while self._idle:
             connection = self._idle.pop()

@@ -1,6 +1,6 @@
 """Reads vLLM server arguments the way vLLM does.
 
-This prevents the user's `engine.args` from being passed twice or overridden. A file given by `--config`
+This way, options in the user's `engine.args` are neither passed twice nor overridden. A file given by `--config`
 is not read.
 """
 

@@ -19,12 +19,12 @@ _STATES = "engines"
 def runtime_folder(home: Path, purpose: str) -> Path:
     """Return the folder for an engine's socket, creating it if it does not exist.
 
-    The path of a Unix socket is limited to 107 characters, but the home directory may have a long path. The folder
+    The path of a Unix socket is limited to 107 characters, but the home folder may have a long path. The folder
     is therefore created in the directory for temporary files, under a short name. `$XDG_RUNTIME_DIR` is not used,
     because it is deleted when the user logs out, while the server may keep running.
 
     Args:
-        purpose: distinguishes the folders of a home directory's engines. Each folder is used by one engine at a time.
+        purpose: distinguishes the folders of a home folder's engines. Each folder is used by one engine at a time.
 
     Raises:
         EngineError: the folder belongs to another user, or other users can access it.
@@ -73,6 +73,6 @@ def all_states(home: Path) -> Path:
 
 
 def state_folders(home: Path) -> dict[int, Path]:
-    """Return the state folders that exist in a home directory, keyed by replica."""
+    """Return the state folders that exist in a home folder, keyed by replica."""
     folders = all_states(home).iterdir() if all_states(home).is_dir() else iter(())
     return dict(sorted((int(folder.name), folder) for folder in folders if folder.name.isdecimal()))

@@ -1,4 +1,4 @@
-"""Builds the arguments and environment for launching a vLLM server. The options are decided in plan.py.
+"""Builds the arguments and environment for launching a vLLM server. The options are chosen in plan.py.
 
 Other launchers can also use this module: running `command(spec)` with `environment(spec)` starts a usable engine
 anywhere, provided that its HTTP API can be reached.
@@ -88,7 +88,7 @@ class EngineSpec:
 
     @cached_property
     def plan(self) -> plan.EnginePlan:
-        """Launch options, decided on first access from the state of the machine at that time.
+        """Launch options, chosen on first access based on the state of the machine at that time.
 
         On a machine with a GPU, this may take seconds.
         """
@@ -171,8 +171,8 @@ def command(spec: EngineSpec) -> list[str]:
 def environment(spec: EngineSpec) -> dict[str, str]:
     """Return the environment variables for launching the server.
 
-    They enable vLLM's development mode, which provides the endpoints for reloading weights. These can be
-    reached only through the private socket.
+    They enable vLLM's development mode, which provides the endpoints for reloading weights. The endpoints
+    can be reached only through the private socket.
     """
     variables = {
         "VLLM_SERVER_DEV_MODE": "1",

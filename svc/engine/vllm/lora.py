@@ -1,4 +1,4 @@
-"""Decides the launch options for an engine that applies LoRA adapters to its base (vLLM's runtime LoRA)."""
+"""Chooses the launch options for an engine that applies LoRA adapters to its base (vLLM's runtime LoRA)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

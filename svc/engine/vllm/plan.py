@@ -1,4 +1,4 @@
-"""Decides the options for launching an engine on this machine, and records where each value comes from.
+"""Chooses the options for launching an engine on this machine, and records where each value comes from.
 
 The user's choices come first: `engine.args`, then settings. The other options are derived from the
 machine and the model, or left to vLLM where its defaults are good. This module starts no processes and
@@ -36,7 +36,7 @@ _MIN_GPU_SHARE = 0.01
 _SHARE_OPTIONS = ("--gpu-memory-utilization", "--device-memory-utilization")
 _ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """vLLM's executor class that runs the model in the scheduler's process. With the short name `uni`, vLLM would use `mp`
-on a CPU: a separate process, in which vLLM decides how OpenMP binds its threads."""
+on a CPU: a separate process, in which vLLM determines how OpenMP binds its threads."""
 _OTHER_PARALLELISM = (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
 
 
@@ -69,7 +69,7 @@ class EnginePlan:
 
 @dataclass(frozen=True)
 class EnginePlanner:
-    """Decides all options for launching an engine.
+    """Chooses all options for launching an engine.
 
     Args:
         capabilities: capabilities of the machine that the engine will run on.
@@ -98,7 +98,7 @@ class EnginePlanner:
         return self._device is Device.CPU
 
     def plan(self) -> EnginePlan:
-        """Decide all options for the launch.
+        """Choose all options for the launch.
 
         Raises:
             EngineError: the model's format cannot be served on this device, or `engine.cores` exceeds the number

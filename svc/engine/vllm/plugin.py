@@ -20,7 +20,7 @@ QUIET_VARIABLE = "TUNESERVE_QUIET_ERRORS"
 EMPTY_TOKENS_VARIABLE = "TUNESERVE_EMPTY_TOKENS"
 """Environment variable that is set to 1 for engines whose clients can request log-probabilities."""
 SCALES_VARIABLE = "TUNESERVE_KEEP_SCALES"
-"""Environment variable that is set to 1 for engines that must compute INT8 correctly after a reload in place."""
+"""Environment variable that is set to 1 for engines whose INT8 results must stay correct after an in-place reload."""
 _REQUEST_LOGGERS = ("vllm.entrypoints.", "uvicorn.")
 """Loggers of request-handling code. Loggers of the engine core are excluded, because their errors explain why the core
 exits."""
@@ -101,7 +101,7 @@ def _apply_no_adapter_to_the_base() -> None:
 
 @cache
 def _show_ids_without_a_token_as_empty() -> None:
-    """Make vLLM represent a token id that its tokenizer does not know as an empty token.
+    """Make vLLM return an empty token for a token id that its tokenizer does not know.
 
     A model may have more embedding rows than its tokenizer has tokens: Phi-3 has 32,064 rows for 32,011 tokens. With a
     SentencePiece vocabulary, requesting log-probabilities for such an id crashes vLLM 0.32's output handler, and thus

@@ -40,7 +40,7 @@ waits 8 ms (docs/reliability.md)."""
 
 
 class EngineProcess:
-    """A vLLM server that runs as a separate process and outlives this one.
+    """A vLLM server that runs as a separate process and outlives the process that started it.
 
     Args:
         spec: specification of the engine. Its runtime folder must have owner-only permissions.
@@ -162,11 +162,15 @@ class EngineProcess:
         record = await asyncio.to_thread(read_record, self.spec.state)
         self.plan = record.plan if record else None
         if self._process is None or not await self.client.healthy():
-            raise EngineError(f"the engine in {self.spec.state} is not responding", todo="start a new engine")
+            raise EngineError(
+                f"the engine whose state folder is {self.spec.state} is not responding", todo="start a new engine"
+            )
         try:
             self._watch(self._process.pid)
         except ProcessLookupError:
-            raise EngineError(f"the engine in {self.spec.state} has just exited", todo="start a new engine") from None
+            raise EngineError(
+                f"the engine whose state folder is {self.spec.state} has just exited", todo="start a new engine"
+            ) from None
 
     async def fetch(self, folder: Path) -> None:
         """Do nothing, because the engine reads this machine's files."""

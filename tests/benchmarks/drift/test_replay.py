@@ -43,7 +43,7 @@ def event(position: int, *, feature: str = "characters", begins: bool) -> Event:
     return Event(position, feature, FeatureAlarm(position - 3, position) if begins else None)
 
 
-def test_alarm_position_in_the_stream_includes_near_copies() -> None:
+def test_alarm_position_refers_to_the_stream_including_near_copies() -> None:
     result = Replay(kept=[0, 3, 4, 9], events=[event(3, begins=True)])
     assert result.place(result.alarms[0]) == 4
 

@@ -30,7 +30,7 @@ def test_reported_quantile_is_one_of_the_measured_values(share: float, value: fl
     assert quantile([float(number) for number in range(100, 0, -1)], share) == value
 
 
-def test_added_time_to_first_token_excludes_upstream_time_in_the_same_round() -> None:
+def test_latency_added_to_first_token_is_relative_to_direct_requests_in_the_same_round() -> None:
     rounds = [
         {"direct": figures(first_ms_p50=own), "nginx": figures(first_ms_p50=through)}
         for own, through in [(1.0, 1.5), (5.0, 5.25), (2.0, 4.0)]
@@ -53,7 +53,7 @@ def test_single_round_has_no_confidence_interval() -> None:
     assert rate == {"median": 1.0, "low": None, "high": None}
 
 
-def test_gateway_missing_from_any_round_is_skipped() -> None:
+def test_gateway_not_measured_in_every_round_is_skipped() -> None:
     rounds = complete([{"direct": ONES, "nginx": ONES, "LiteLLM": ONES}, {"nginx": ONES, "direct": ONES}])
     assert [list(each) for each in rounds] == [["direct", "nginx"]] * 2
 

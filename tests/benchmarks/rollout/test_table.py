@@ -25,7 +25,7 @@ def test_tables_show_false_rollbacks_and_exposed_requests_per_policy() -> None:
     assert bad.count("150 / 150 (5%)") == (len(BAD) + 1) * len(POLICIES)
 
 
-def test_exposure_cell_contains_the_word_never_when_too_few_rollouts_are_rolled_back() -> None:
+def test_exposure_percentile_is_shown_as_never_when_too_few_rollouts_are_rolled_back() -> None:
     full, back = Decision(End.FULL, 4000, 7200.0), Decision(End.ROLLED_BACK, 150, 300.0)
     decisions: dict[Kind, Decisions] = {kind: dict.fromkeys(POLICIES, [back] * 12 + [full] * 8) for kind in EQUAL}
     decisions |= dict.fromkeys((*AT_MARGIN, *BAD), decisions[EQUAL[0]])

@@ -60,7 +60,7 @@ def test_baseline_with_zero_or_one_prompt_survives_storage_round_trip(size: int)
     assert_survives(baseline_of(draw_requests(1, size)))
 
 
-def test_baseline_with_wordless_prompts_and_empty_views_survives_storage_round_trip() -> None:
+def test_baseline_whose_prompts_have_no_words_or_text_vectors_survives_storage_round_trip() -> None:
     none = np.zeros((60, 0))
     prompts = replace(BASELINE.prompts, views=(none, none))
     assert_survives(Baseline(prompts, [np.zeros(0, np.int32)] * 60, BASELINE.answers))
@@ -78,7 +78,7 @@ def test_baseline_file_with_pickled_objects_is_rejected() -> None:
         read_baseline(file.getvalue())
 
 
-def test_detector_places_the_same_bets_with_a_stored_baseline() -> None:
+def test_stored_baseline_yields_the_same_drift_bets_as_the_original_baseline() -> None:
     stored, new = Detector(read_baseline(baseline_bytes(BASELINE))), Detector(BASELINE)
     assert stored.signals == new.signals
     assert stored.classifier.far_bounds.tolist() == new.classifier.far_bounds.tolist()

@@ -56,7 +56,7 @@ def test_bet_bounds_grow_as_the_reference_shrinks(share: float) -> None:
     assert bounds[0] < bounds[-1]
 
 
-def test_tail_bets_cover_both_tails_and_hit_rates_stay_below_bounds_without_drift() -> None:
+def test_tail_bets_cover_both_tails_and_their_hit_rates_stay_below_the_bounds_if_there_is_no_drift() -> None:
     generator = np.random.default_rng(1)
     bets = feature_bets(of_numbers(generator.normal(size=1000)))
     assert len(bets) == 6
@@ -91,7 +91,7 @@ def test_bets_on_rare_and_new_categories_have_high_payouts() -> None:
     assert largest_win(reference, of_names(["error"])) > 30
 
 
-def test_hit_rates_of_rare_and_new_categories_stay_below_bounds_without_drift() -> None:
+def test_hit_rates_of_rare_and_new_categories_stay_below_the_bounds_if_there_is_no_drift() -> None:
     generator = np.random.default_rng(1)
     kinds, shares = np.array([f"kind {number}" for number in range(60)]), np.full(60, 1 / 60)
     reference, live = (of_names(generator.choice(kinds, size, p=shares)) for size in (500, 20_000))

@@ -103,7 +103,9 @@ def test_repeated_prompt_counts_once(check: Check, traffic: Traffic, store: Stor
     assert alarms(store, Signal.INPUT) == []
 
 
-def test_signal_is_unwatched_with_a_reason_if_all_recent_requests_are_repeats(check: Check, traffic: Traffic) -> None:
+def test_signal_status_is_unwatched_and_explained_if_all_recent_requests_are_repeats(
+    check: Check, traffic: Traffic
+) -> None:
     traffic.ask(ALIKE[:12] * 81)
     reports = check()
     for signal in (Signal.INPUT, Signal.OUTPUT):
@@ -361,7 +363,7 @@ def test_alarm_starts_only_when_traffic_changes_even_if_the_held_out_set_is_smal
     assert check(2)[Signal.INPUT].status is Status.ALARM
 
 
-def test_prompts_are_compared_with_drift_sample_and_answers_with_held_out_answers(
+def test_prompt_reference_is_the_drift_sample_and_answer_reference_is_the_held_out_set(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     """The held-out prompts of this version differ from its traffic, but its answers to them do not."""
@@ -474,7 +476,7 @@ def test_checking_two_thousand_requests_takes_less_than_ten_cpu_seconds(check: C
     assert time.process_time() - started < 10
 
 
-def test_signal_is_unwatched_if_requests_continue_without_stored_features(check: Check, traffic: Traffic) -> None:
+def test_signal_status_is_unwatched_if_new_requests_have_no_stored_features(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:100])
     assert check()[Signal.INPUT].status is Status.STEADY
     traffic.ask(ALIKE[100:200], features=False)

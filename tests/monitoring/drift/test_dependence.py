@@ -78,7 +78,7 @@ def test_dependence_estimate_ignores_changes_in_the_newest_64_requests(changed: 
     assert dependence(similarities(vectors), SIZE, conversations, USUAL) == before
 
 
-def test_dependence_estimate_ignores_items_beyond_the_given_count() -> None:
+def test_dependence_estimate_uses_only_the_first_n_items() -> None:
     vectors = runs(5)
     before = dependence(similarities(vectors[:600]), 600, one_each(600), USUAL)
     vectors[600:] = 9.0
@@ -91,7 +91,7 @@ def test_dependence_estimate_ignores_items_older_than_the_window() -> None:
     assert dependence(among, 1_000, one_each(1_000), USUAL) == dependence(among[200:, 200:], 800, one_each(), USUAL)
 
 
-def test_dependence_distance_of_64_is_assumed_for_too_few_items() -> None:
+def test_dependence_distance_of_64_is_assumed_if_there_are_too_few_items() -> None:
     sizes = (0, 1, 20, 40)
     streams = [similarities(runs(1, size=max(1, size))) for size in sizes]
     assert {dependence(among, size, one_each(size), USUAL) for among, size in zip(streams, sizes, strict=True)} == {
@@ -117,7 +117,7 @@ def test_dependence_distance_is_1_if_all_items_are_identical() -> None:
     assert dependence(np.ones((SIZE, SIZE), np.float32), SIZE, one_each(), USUAL) == 1
 
 
-def test_dependence_distance_of_64_is_assumed_if_first_items_share_a_feature_more_often_than_reference() -> None:
+def test_dependence_distance_is_64_if_items_share_a_feature_value_more_often_than_in_the_reference() -> None:
     among, usual = similarities(runs(1, size=100)), 0.9
     label = np.zeros(100, dtype=np.intp)
     assert dependence(among, 100, one_each(100), usual, [label], [1.0]) == 1

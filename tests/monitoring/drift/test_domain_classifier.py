@@ -51,7 +51,7 @@ def is_bet_on(hits: Hits) -> list[bool]:
 
 
 @pytest.mark.parametrize("dependence", [1.0, 5.0, 64.0])
-def test_bets_on_learned_sets_are_placed_only_after_enough_earlier_items(dependence: float) -> None:
+def test_classifier_places_bets_only_after_enough_earlier_items(dependence: float) -> None:
     later = round(dependence) - 1
     counts = [
         sum(is_bet_on(CLASSIFIER.learned_hits(SIMILAR, place + later, dependence)[0]))
@@ -64,7 +64,7 @@ def test_bets_on_learned_sets_are_placed_only_after_enough_earlier_items(depende
 @pytest.mark.slow
 @settings(max_examples=25)
 @given(st.integers(ALL_LEARNED + 65, SIZE - 1), st.integers(1, 65), st.data())
-def test_learned_sets_and_bounds_ignore_items_within_the_dependence_distance(
+def test_classifier_hits_and_bounds_do_not_depend_on_items_within_the_dependence_distance(
     place: int, dependence: int, data: st.DataObject
 ) -> None:
     hits, bounds = CLASSIFIER.learned_hits(SIMILAR, place, float(dependence))
@@ -77,7 +77,7 @@ def test_learned_sets_and_bounds_ignore_items_within_the_dependence_distance(
 
 
 @pytest.mark.parametrize("dependence", [1.0, 5.0])
-def test_score_limits_and_bounds_of_learned_sets_do_not_depend_on_the_checked_item(dependence: float) -> None:
+def test_score_thresholds_and_hit_rate_bounds_do_not_depend_on_the_checked_item(dependence: float) -> None:
     place, expected = 500, CLASSIFIER.learned_hits(SIMILAR, 500, dependence)[1]
     results = []
     for score in np.linspace(-1, 1, 41):
@@ -92,7 +92,7 @@ def test_score_limits_and_bounds_of_learned_sets_do_not_depend_on_the_checked_it
 
 
 @pytest.mark.parametrize("dependence", [1, 5])
-def test_learned_sets_depend_on_the_nearest_item_beyond_the_dependence_distance(dependence: int) -> None:
+def test_classifier_hits_or_bounds_depend_on_the_nearest_item_beyond_the_dependence_distance(dependence: int) -> None:
     """Control: shows that the classifier does react to older items."""
     changes = 0
     for place in range(500, 540):
@@ -117,18 +117,18 @@ def test_learned_set_bounds_are_above_0_and_at_most_95_percent(seed: int, back: 
 
 
 @pytest.mark.slow
-def test_items_hit_learned_sets_less_often_than_bounds_without_drift() -> None:
+def test_classifier_hit_rates_stay_below_their_bounds_if_there_is_no_drift() -> None:
     hits, bounds = learned(SIMILAR, range(ALL_LEARNED, SIZE))
     assert (hits.mean(axis=0) < bounds.mean(axis=0)).all()
 
 
-def test_items_hit_learned_sets_more_often_than_bounds_after_topic_change() -> None:
+def test_first_four_classifier_hit_rates_exceed_their_bounds_after_a_topic_change() -> None:
     moved = ALIKE.part(0, 300).followed_by(draw_requests(3, 60, moved=1.0).prompts)
     hits, bounds = learned(compare(moved), range(320, 330))
     assert (hits[:, :4].mean(axis=0) > bounds[:, :4].mean(axis=0)).all()
 
 
-def test_second_bound_of_a_learned_set_rises_with_the_share_of_recent_items_in_the_set() -> None:
+def test_second_classifier_bound_rises_if_half_of_the_recent_items_differ_from_the_reference() -> None:
     """Long after a change, the share in the reference differs from the recent share."""
     half_moved = draw_requests(3, 250, moved=2.0).prompts.followed_by(draw_requests(4, 250).prompts)
     mixed = half_moved.at(np.random.default_rng(1).permutation(500))
@@ -146,32 +146,32 @@ def test_domain_classifier_ignores_items_older_than_its_history() -> None:
     assert (before[0].tolist(), before[1].tolist()) == (after[0].tolist(), after[1].tolist())
 
 
-def test_prompts_far_from_the_reference_are_in_all_far_sets() -> None:
+def test_prompts_far_from_the_reference_are_below_all_similarity_limits() -> None:
     far = draw_requests(2, 20, moved=30.0).prompts
     hits = CLASSIFIER.far_hits(CLASSIFIER.similar(far))
     assert hits.shape == (20, len(CLASSIFIER.far_bounds))
     assert (hits == HIT).all()
 
 
-def test_prompts_like_the_reference_hit_far_sets_less_often_than_bounds() -> None:
+def test_prompts_resembling_the_reference_are_below_similarity_limits_less_often_than_the_bounds() -> None:
     classifiers = [DomainClassifier(draw_requests(seed, 100).prompts) for seed in range(10, 30)]
     hits = [classifier.far_hits(classifier.similar(ALIKE)) == HIT for classifier in classifiers]
     assert (np.mean(hits, axis=(0, 1)) < np.mean([one.far_bounds for one in classifiers], axis=0)).all()
 
 
-def test_far_set_bounds_are_twice_the_upper_limit_of_reference_shares() -> None:
+def test_similarity_limit_bounds_are_twice_the_upper_confidence_limits_of_reference_shares() -> None:
     expected = [SLACK * upper_limit(count, 200, SURE) for count in (0, 0, 4, 4, 20, 20)]
     assert CLASSIFIER.far_bounds == pytest.approx(expected)
 
 
 @pytest.mark.slow
-def test_changed_prompts_are_separable_from_the_reference_and_most_typical_of_live_traffic() -> None:
+def test_changed_prompts_are_distinguished_from_the_reference_and_rank_as_most_typical_of_live_traffic() -> None:
     live = ALIKE.part(0, 40).followed_by(draw_requests(3, 60, moved=3.0).prompts)
     assert CLASSIFIER.separation(ALIKE.part(0, 100)) < 0.65 < CLASSIFIER.separation(live)
     assert all(place >= 40 for place in CLASSIFIER.most_typical(live, 5))
 
 
-def test_prompts_of_a_tiny_reference_are_in_no_far_set() -> None:
+def test_prompts_of_a_tiny_reference_are_below_no_similarity_limit() -> None:
     for size in (1, 2, 3, 4):
         reference = REFERENCE.part(0, size)
         classifier = DomainClassifier(reference)
@@ -182,7 +182,7 @@ def test_prompts_of_a_tiny_reference_are_in_no_far_set() -> None:
 
 
 @pytest.mark.parametrize("view", [np.zeros((200, 0)), np.zeros((200, 3)), np.full((200, 2), 0.1)])
-def test_prompts_are_in_no_far_or_learned_set_if_their_views_are_constant_or_empty(view: Floats) -> None:
+def test_no_prompt_is_a_hit_if_all_text_vectors_are_constant_or_empty(view: Floats) -> None:
     flat = Sample(200, views=(view, np.zeros((200, 0))))
     classifier = DomainClassifier(flat)
     similar = compare(flat, classifier)
@@ -190,6 +190,6 @@ def test_prompts_are_in_no_far_or_learned_set_if_their_views_are_constant_or_emp
     assert (classifier.learned_hits(similar, 199, 1.0)[0] == MISS).all()
 
 
-def test_hit_table_has_no_rows_without_items() -> None:
+def test_hit_table_without_items_has_no_rows() -> None:
     nothing = REFERENCE.part(0, 0)
     assert CLASSIFIER.far_hits(CLASSIFIER.similar(nothing)).shape == (0, len(CLASSIFIER.far_bounds))

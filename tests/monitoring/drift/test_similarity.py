@@ -97,5 +97,5 @@ def test_new_kinds_of_prompts_rank_as_most_typical_of_live_traffic() -> None:
     assert set(typical(similarities(draw(1, 40, 3), live), 12, 3)) == {3, 7, 8}
 
 
-def test_all_live_prompts_are_returned_if_fewer_than_requested() -> None:
+def test_all_live_prompts_are_returned_if_more_are_requested_than_exist() -> None:
     assert sorted(typical(moved(live=4), 4, 9)) == [0, 1, 2, 3]

@@ -133,7 +133,7 @@ def test_newer_of_two_active_runs_is_exported(read: Read, work: Work, mlflow: Tr
     assert read("svc_training_loss") == 0.5
 
 
-def test_run_missing_from_mlflow_is_skipped(read: Read, work: Work) -> None:
+def test_training_run_unknown_to_mlflow_is_skipped(read: Read, work: Work) -> None:
     work(run_id="lost")
     assert read("svc_training_loss") == 0.25
 

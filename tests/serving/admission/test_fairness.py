@@ -169,7 +169,7 @@ class TestAfterASwap:
         order = await served_in_order(open_admission(max_running=1), [(A, 10)] * 2 + [(heavy, 10)] * 4)
         assert order == ["a", "b", "b", "a", "b", "b"]
 
-    async def test_requests_without_a_key_form_one_tenant(self) -> None:
+    async def test_all_requests_without_a_key_belong_to_one_tenant(self) -> None:
         order = await served_in_order(open_admission(max_running=1), [(NO_KEY, 10)] * 3 + [(A, 10)])
         assert order == ["", "a", "", ""]
 

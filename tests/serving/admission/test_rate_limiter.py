@@ -55,7 +55,7 @@ class TestRequests:
         clock.now = 2
         assert clock.limiter.allowances(key)[Limit.REQUESTS_PER_MINUTE] == Allowance(60, 2, 58.0)
 
-    def test_request_released_without_running_does_not_count_towards_the_limit(self) -> None:
+    def test_reservation_released_before_its_request_runs_does_not_count_towards_the_limit(self) -> None:
         clock, key = Clock(), principal(requests_per_minute=1, tokens_per_day=10)
         clock.limiter.reserve(key, asks(5)).release()
         clock.limiter.reserve(key, asks(5))
@@ -279,7 +279,7 @@ class Exchange:
         max_size=30,
     ),
 )
-def test_tokens_used_beyond_the_refill_are_little_more_than_one_full_allowance_per_server(
+def test_servers_together_use_little_more_than_the_refill_and_one_full_allowance_each(
     limit: int, phases: list[float], steps: list[tuple[float, float, bool]]
 ) -> None:
     servers, used = Exchange(limit, phases), list[tuple[float, int]]()

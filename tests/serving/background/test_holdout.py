@@ -106,7 +106,7 @@ async def run_of(control: Control, of: Target, runs: int = 1, *, completed: bool
     return run
 
 
-async def test_all_held_out_examples_are_run_after_startup(make: Make) -> None:
+async def test_all_held_out_examples_are_evaluated_after_startup(make: Make) -> None:
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
         assert (run.cause, run.outcome, run.reason, run.engine) == (
@@ -181,12 +181,12 @@ async def test_each_held_out_example_uses_its_registered_token_limit(
     assert [body["max_tokens"] for body in chats] == [5, 9, 3]
 
 
-async def test_only_examples_with_registered_answers_are_run(make: Make) -> None:
+async def test_only_examples_with_registered_answers_are_evaluated(make: Make) -> None:
     async with asked(make, answered=2) as (control, _):
         assert (await run_of(control, target(1))).hits == (True, False)
 
 
-async def test_only_a_sample_of_a_large_held_out_set_is_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_a_sample_of_a_large_held_out_set_is_evaluated(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holdout, "MAX_EXAMPLES", 2)
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
@@ -231,7 +231,7 @@ async def test_held_out_run_does_not_appear_in_request_metrics(make: Make) -> No
         ] == []
 
 
-async def test_held_out_set_is_run_on_the_new_version_after_a_swap(make: Make) -> None:
+async def test_new_version_is_evaluated_on_the_held_out_set_after_a_swap(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         await control.promote(2)
@@ -239,7 +239,7 @@ async def test_held_out_set_is_run_on_the_new_version_after_a_swap(make: Make) -
         assert (run.cause, run.hits) == (HoldoutCause.SWAP, (False, True, False))
 
 
-async def test_held_out_set_is_rerun_on_the_restored_version_after_a_failed_swap(make: Make) -> None:
+async def test_restored_version_is_evaluated_again_on_the_held_out_set_after_a_failed_swap(make: Make) -> None:
     async with asked(make) as (control, _):
         make_version(control.registry, 4, probes_of="/elsewhere", answered=3)
         await run_of(control, target(1))
@@ -248,20 +248,20 @@ async def test_held_out_set_is_rerun_on_the_restored_version_after_a_failed_swap
         assert {row.number for row in rows(control)} == {1}
 
 
-async def test_held_out_set_is_run_on_the_replacement_engine_after_an_engine_dies(make: Make) -> None:
+async def test_replacement_engine_is_evaluated_on_the_held_out_set_after_an_engine_dies(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         control.park.engines[0].kill()
         assert (await run_of(control, target(1), 2)).cause is HoldoutCause.START
 
 
-async def test_held_out_set_is_rerun_on_schedule(make: Make) -> None:
+async def test_held_out_run_is_repeated_on_schedule(make: Make) -> None:
     async with asked(make, every_hours=0.05 / 3600) as (control, _):
         assert (await run_of(control, target(1), 3)).cause is HoldoutCause.SCHEDULE
         assert [row.cause for row in rows(control)][:3] == ["start", "schedule", "schedule"]
 
 
-async def test_held_out_set_is_not_rerun_before_its_scheduled_time(make: Make) -> None:
+async def test_held_out_run_is_not_repeated_before_its_scheduled_time(make: Make) -> None:
     async with asked(make) as (control, runs):
         await run_of(control, target(1))
         await asyncio.sleep(0.1)
@@ -372,7 +372,7 @@ async def test_held_out_run_is_stored_even_if_the_store_failed_temporarily(
     assert "database is locked" in caplog.text
 
 
-async def test_held_out_set_is_rerun_after_a_run_fails_with_an_unexpected_exception(
+async def test_held_out_run_that_fails_with_an_unexpected_exception_is_repeated(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = 1
@@ -487,7 +487,7 @@ async def test_held_out_runs_are_disabled_after_three_engine_deaths(make: Make) 
         assert control.state is EngineState.READY
 
 
-async def test_server_runs_the_held_out_set_and_reports_it_in_its_status(
+async def test_server_evaluates_the_held_out_set_and_reports_the_result_in_its_status(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_version(home.registry, 4, answered=3)

@@ -42,7 +42,7 @@ async def change(home: Home, number: int, steps: list[str] | None = None) -> Swa
     return await asyncio.to_thread(lambda: follow_in(home, wish(home, number), steps))
 
 
-async def test_promotion_returns_once_the_version_serves(serving: Home) -> None:
+async def test_promotion_returns_once_the_version_is_served(serving: Home) -> None:
     swap = await change(serving, 2)
     assert swap.outcome is SwapOutcome.SUCCEEDED
     served = await asyncio.to_thread(read_served, server_address(serving.settings))
@@ -63,7 +63,7 @@ async def test_promotion_without_a_running_server_changes_nothing(home: Home) ->
         LocalAdministration.of(home.settings)
 
 
-async def test_promotion_of_an_unserved_name_is_rejected(serving: Home) -> None:
+async def test_rollback_of_an_unserved_model_is_rejected(serving: Home) -> None:
     """Rejected even if the name was served before, because no server would carry out the promotion."""
     make_version(serving.registry, 1, name="other")
     change_desired(serving.store, None, Target(VersionId("other", 1), Format.MERGED), None)

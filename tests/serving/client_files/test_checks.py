@@ -134,7 +134,7 @@ async def test_file_that_is_deleted_during_its_check_stays_deleted(
         await until(lambda: next_id in check.running)
 
 
-async def test_file_with_missing_content_is_marked_unusable_only_if_no_other_server_can_have_it(
+async def test_file_without_content_is_marked_unusable_unless_another_server_may_store_its_content(
     store: Store, files: ClientFiles, check: HeldCheck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = add(files, owner="alice")

@@ -91,7 +91,7 @@ async def test_non_streamed_answer_arrives_completely(buffers: AnswerBuffers, si
 
 
 @pytest.mark.parametrize("writable", [True, False])
-async def test_no_data_stays_pending_if_an_answer_is_shorter_than_its_reservation(
+async def test_all_data_is_sent_if_an_answer_is_shorter_than_its_buffer_reservation(
     buffers: AnswerBuffers, writable: bool
 ) -> None:
     connection = Client([writable] * 9)
@@ -150,7 +150,7 @@ class SlowClient:
         self.taken += message.get("body", b"")
 
 
-async def test_stream_pauses_until_its_client_reads_if_its_caller_uses_half_of_the_buffer_memory() -> None:
+async def test_streams_of_one_caller_pause_once_their_unread_data_fills_half_of_the_buffer_memory() -> None:
     buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=2 * PART_BYTES)
     client, events = SlowClient(), [bytes([number]) * PART_BYTES for number in range(4)]
     read: list[bytes] = []

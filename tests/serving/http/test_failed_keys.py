@@ -51,7 +51,7 @@ def test_limit_on_invalid_keys_is_separate_for_each_peer(failed: FailedKeys) -> 
     assert not failed.add("10.0.0.2")
 
 
-def test_addresses_of_one_peer_share_the_limit_on_invalid_keys(failed: FailedKeys) -> None:
+def test_ipv6_addresses_with_one_64_bit_prefix_share_the_limit_on_invalid_keys(failed: FailedKeys) -> None:
     spend(failed, "2001:db8::1")
     with pytest.raises(TooManyWrongKeysError):
         failed.add("2001:db8::ffff:2")

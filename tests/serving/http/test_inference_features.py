@@ -119,7 +119,7 @@ async def test_only_complete_answers_have_features(service: Service, handed: lis
     assert handed == []
 
 
-async def test_features_of_a_tokenized_prompt_are_counted_as_dropped_without_a_log_message(
+async def test_features_of_a_tokenized_prompt_are_counted_as_dropped_but_not_logged(
     service: Service, handed: list[RequestRecord], caplog: pytest.LogCaptureFixture
 ) -> None:
     async with service.client() as client:

@@ -271,7 +271,7 @@ async def _read_some(client: httpx.AsyncClient, body: Any) -> None:
             pass
 
 
-async def test_span_includes_the_key_id_and_rejected_keys_create_no_span(
+async def test_span_includes_the_key_id_and_an_unauthorized_request_creates_no_span(
     socket_folder: Path, store: Store, receiver: OtlpReceiver
 ) -> None:
     traced = Traced(socket_folder, store, receiver)
@@ -369,6 +369,8 @@ async def test_rejected_spans_are_counted(traced: Traced, status: int) -> None:
     assert service.count("svc_spans_total") == 0
 
 
-async def test_engine_gets_no_trace_headers_without_a_receiver(service: Service, client: httpx.AsyncClient) -> None:
+async def test_engine_gets_no_trace_headers_if_no_trace_receiver_is_configured(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     await client.post(CHAT_PATH, json=CHAT, headers=CLIENTS)
     assert "traceparent" not in service.double.heads[0]

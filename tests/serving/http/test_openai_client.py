@@ -122,7 +122,7 @@ async def test_openai_client_gets_a_streamed_response(official: AsyncOpenAI) -> 
     assert events[-1].response.usage is not None
 
 
-async def test_stored_responses_are_rejected(official: AsyncOpenAI) -> None:
+async def test_storing_a_response_is_rejected_and_stored_responses_are_not_found(official: AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         await official.responses.create(model=NAME, input="one", store=True)
     assert caught.value.param == "store"
@@ -168,7 +168,7 @@ async def test_answer_follows_the_requested_json_schema(service: Service, offici
     assert service.double.requests[0]["response_format"]["json_schema"]["schema"]["required"] == ["urgent"]
 
 
-async def test_multiple_choices_are_returned(official: AsyncOpenAI) -> None:
+async def test_all_n_requested_choices_are_returned(official: AsyncOpenAI) -> None:
     answer = await official.chat.completions.create(model=NAME, messages=MESSAGES, n=3)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
 

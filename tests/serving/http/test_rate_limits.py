@@ -100,7 +100,7 @@ async def test_no_rate_limits_are_shown_without_a_key(client: httpx.AsyncClient)
 
 
 @pytest.mark.parametrize("body", [SHORT, {**SHORT, "stream": True}], ids=["whole", "streamed"])
-async def test_answer_is_charged_by_the_engines_token_counts(
+async def test_answer_is_charged_according_to_the_engines_token_counts(
     service: Service, client: httpx.AsyncClient, body: Any
 ) -> None:
     limit(service, tokens_in_per_minute=100, tokens_out_per_minute=100, tokens_per_day=1000, concurrent=1)
@@ -139,7 +139,7 @@ async def test_no_tokens_are_charged_if_the_engine_rejects_a_request(
     ],
     ids=["no JSON", "no model", "too many messages"],
 )
-async def test_rejected_bodies_count_as_requests_towards_the_limit(
+async def test_request_with_a_rejected_body_counts_towards_the_request_limit(
     service: Service, client: httpx.AsyncClient, path: str, body: bytes
 ) -> None:
     limit(service, requests_per_minute=2)
@@ -327,7 +327,9 @@ def used(service: Service, key_id: str) -> tuple[float, ...]:
 
 
 class TestUsage:
-    async def test_usage_is_counted_by_key_id(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_usage_is_counted_separately_for_each_key_id(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
         limit(service, requests_per_minute=2)
         for body in (SHORT, {**SHORT, "stream": True}, SHORT):
             await client.post(CHAT_PATH, json=body, headers=LIMITED)
@@ -337,7 +339,7 @@ class TestUsage:
         refused = {"model": UNKNOWN_MODEL, "key_id": "limited", "limit": "requests_per_minute"}
         assert service.count("svc_key_refused_total", **refused) == 1
 
-    async def test_usage_is_stored_by_key_and_model(self, socket_folder: Path, store: Store) -> None:
+    async def test_usage_is_stored_separately_for_each_key_and_model(self, socket_folder: Path, store: Store) -> None:
         async with Service(socket_folder, store=store).run() as service, service.client() as client:
             limit(service)
             await client.post(CHAT_PATH, json=SHORT, headers=LIMITED)

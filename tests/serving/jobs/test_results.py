@@ -194,7 +194,7 @@ def test_adapter_that_engines_cannot_apply_does_not_become_a_checkpoint(
     assert checkpoints(store) == []
 
 
-def test_job_succeeds_without_checkpoints_when_its_run_was_removed(
+def test_job_succeeds_without_checkpoints_if_the_folder_of_its_saved_epoch_was_deleted(
     store: Store, registry: Registry, progress: ProgressFile, results: JobResults
 ) -> None:
     shutil.rmtree(save_epoch(registry, progress, 2))

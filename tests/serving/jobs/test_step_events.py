@@ -30,7 +30,7 @@ def test_held_out_loss_creates_an_event_even_if_its_step_was_already_reported() 
     assert event.message == "Step 5/10: training loss=2.00"
 
 
-def test_training_and_held_out_loss_of_one_step_share_an_event() -> None:
+def test_training_and_held_out_loss_of_a_step_are_reported_in_one_event() -> None:
     events = StepEvents(Reported(0, 0))
     events.add([step(4), HeldoutLoss(step=4, loss=1.5)])
     assert (event := events.next()) is not None

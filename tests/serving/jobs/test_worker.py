@@ -326,7 +326,7 @@ async def test_job_fails_but_the_worker_keeps_running_when_result_creation_raise
     assert "defect" not in (home.job(ids[0]).error or "")
 
 
-def test_worker_id_is_the_same_after_a_restart_and_differs_between_homes(tmp_path: Path) -> None:
+def test_worker_id_is_the_same_after_a_restart_but_different_for_each_home_folder(tmp_path: Path) -> None:
     assert read_worker_id(tmp_path / "a") == read_worker_id(tmp_path / "a") != read_worker_id(tmp_path / "b")
 
 

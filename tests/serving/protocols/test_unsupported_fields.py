@@ -46,7 +46,7 @@ def test_kv_transfer_parameters_are_rejected(route: Route, name: str) -> None:
         assert refused({"vllm_xargs": {name: value}}, route) == f"vllm_xargs.{name}"
 
 
-def test_stored_and_background_responses_are_rejected() -> None:
+def test_fields_for_stored_or_background_responses_are_rejected() -> None:
     cases: list[tuple[str, list[object]]] = [
         ("background", [True, 1, "true"]),
         ("store", [True, 1, "true"]),

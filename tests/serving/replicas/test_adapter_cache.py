@@ -211,7 +211,7 @@ async def test_non_production_version_gets_a_slot_even_if_production_is_always_i
     await asyncio.gather(*popular)
 
 
-async def test_take_returns_none_for_an_adapter_that_is_not_loaded() -> None:
+async def test_taking_an_adapter_from_the_cache_returns_none_if_it_is_not_loaded() -> None:
     shelf = Shelf(1)
     shelf.gate = asyncio.Event()
     cache = cache_of(shelf)

@@ -86,7 +86,7 @@ def test_cost_of_choosing_an_engine_does_not_grow_with_the_number_of_replicas(wh
 
 
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=20), st.text(min_size=1))
-def test_conversation_affinity_never_loads_an_engine_above_125_percent_of_the_mean(
+def test_conversation_affinity_never_raises_engine_load_above_125_percent_of_the_mean_load(
     running: list[int], who: str
 ) -> None:
     number = chosen([engine(each, load) for each, load in enumerate(running)], who)

@@ -235,7 +235,7 @@ async def test_engine_state_is_in_the_metrics(make: Make) -> None:
 
 
 @pytest.mark.slow
-async def test_each_weight_load_is_recorded_with_a_distinct_identity(control: Control) -> None:
+async def test_new_identity_is_recorded_whenever_an_engine_loads_weights(control: Control) -> None:
     loads = [control.replica.weights]
     await control.promote(2)
     loads.append(control.replica.weights)

@@ -114,7 +114,7 @@ async def test_ray_actor_is_stopped_once_its_cluster_is_reachable_even_if_a_loca
     ending.cancel()
 
 
-def test_copy_of_a_home_does_not_stop_the_ray_actors_that_the_original_failed_to_stop(
+def test_server_in_a_copied_home_folder_does_not_stop_ray_actors_of_the_original(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RayCluster, "end_now", lambda cluster, *names: pytest.fail("ended"))

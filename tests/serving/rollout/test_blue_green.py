@@ -116,7 +116,7 @@ async def test_answer_longer_than_the_drain_timeout_completes_without_delaying_t
     assert any("still running" in step for step in control.steps)
 
 
-async def test_weights_that_fail_their_probes_never_serve_a_request(control: Control) -> None:
+async def test_weights_that_fail_verification_never_serve_a_request(control: Control) -> None:
     make_version(control.registry, 5, width=8, probes_of="/elsewhere")
     async with control.run(), control.client() as client:
         load = Load(client)

@@ -132,9 +132,7 @@ def test_ratings_are_counted_even_if_the_clock_of_the_server_that_stored_them_is
     assert "bad ratings 100.0%" in evidence.look().losses
 
 
-def test_only_units_observed_since_the_start_of_a_step_count_towards_its_minimum(
-    store: Store, record: RolloutRecord
-) -> None:
+def test_rollout_step_counts_only_observations_made_since_it_started(store: Store, record: RolloutRecord) -> None:
     add(store, record, 60)
     evidence = CanaryEvidence(store, record)
     evidence.start_step(record.requested_at + timedelta(seconds=1.4))
@@ -157,27 +155,27 @@ def add_of_units(store: Store, record: RolloutRecord, units: list[str], start: i
         ([""] * 200, False),
     ],
 )
-def test_warning_about_a_unit_that_sends_most_requests_requires_at_least_100_requests(
+def test_warning_about_a_dominant_user_requires_100_requests_with_more_than_half_from_that_user(
     store: Store, record: RolloutRecord, units: list[str], warns: bool
 ) -> None:
     add_of_units(store, record, units)
     assert bool(CanaryEvidence(store, record).look().warning) is warns
 
 
-def test_share_of_requests_sent_by_a_unit_covers_both_versions(store: Store, record: RolloutRecord) -> None:
+def test_share_of_requests_from_one_user_is_computed_over_both_versions(store: Store, record: RolloutRecord) -> None:
     add_of_units(store, record, ["ann"] * 100)
     add_requests(store, [answered(record, number, candidate=True) for number in range(100)])
     assert CanaryEvidence(store, record).look().warning == ""
 
 
-def test_warning_about_a_unit_that_sends_most_requests_suggests_a_fix(store: Store, record: RolloutRecord) -> None:
+def test_warning_about_a_dominant_user_suggests_a_fix(store: Store, record: RolloutRecord) -> None:
     add_of_units(store, record, ["ann"] * 100)
     warning = CanaryEvidence(store, record).look().warning
     assert "counts as one observation" in warning
     assert "send `user`" in warning and f"models.{NAME}.rollout.unit: request" in warning
 
 
-def test_share_of_requests_sent_by_a_unit_is_computed_separately_for_each_step(
+def test_share_of_requests_from_one_user_is_computed_separately_for_each_step(
     store: Store, record: RolloutRecord
 ) -> None:
     evidence = CanaryEvidence(store, record)

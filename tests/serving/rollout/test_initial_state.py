@@ -128,7 +128,7 @@ def test_unknown_version_does_not_become_desired(home: Home) -> None:
         assert read_desired(home.store, NAME) is None, model
 
 
-def test_missing_format_does_not_become_desired(home: Home) -> None:
+def test_format_that_does_not_exist_does_not_become_desired(home: Home) -> None:
     with pytest.raises(NotFoundError, match="has no format gptq"):
         choose(home, NAME, Format.GPTQ)
     assert read_desired(home.store, NAME) is None

@@ -298,7 +298,7 @@ async def test_rollout_fails_when_production_cannot_be_restored_for_a_client_req
     assert (seen.outcome, len(control.park.engines)) == (RolloutOutcome.FAILED, 2)
 
 
-async def test_rollout_fails_when_the_candidate_does_not_pass_its_probes(control: Control) -> None:
+async def test_rollout_fails_when_the_candidate_does_not_pass_verification(control: Control) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere")
     keep(control)
     async with control.run(), control.client() as client:
@@ -446,7 +446,7 @@ async def test_rollout_fails_before_loading_the_candidate_when_stored_requests_a
     assert seen.why is not None and "come from only 1 users or conversations" in seen.why
 
 
-async def test_rollout_fails_before_loading_the_candidate_when_clients_cannot_wait_for_two_loads(
+async def test_rollout_fails_before_loading_the_candidate_when_client_requests_would_time_out_during_two_model_loads(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.rollout.rollout.last_queued_s", lambda store, target: 1.25)
@@ -480,7 +480,9 @@ async def test_client_does_not_wait_for_a_slow_store(control: Control, monkeypat
     assert len({pair.replayed for pair in pairs(control)}) == len(pairs(control)) == ALL.shadow
 
 
-async def test_each_request_of_a_user_counts_separately_when_the_unit_is_the_request(control: Control) -> None:
+async def test_requests_of_one_user_count_as_separate_observations_when_the_rollout_unit_is_request(
+    control: Control,
+) -> None:
     keep(control, 30, user_hash="one user")
     async with control.run():
         start(control, 2, ALL.model_copy(update={"unit": UnitKind.REQUEST}))

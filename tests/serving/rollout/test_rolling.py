@@ -118,7 +118,7 @@ async def test_both_versions_can_be_requested_by_number_during_a_swap(make: Make
 
 
 @pytest.mark.parametrize("bad", [0, 1], ids=["first", "second"])
-async def test_all_engines_are_restored_if_a_probe_fails_on_one_engine(control: Control, bad: int) -> None:
+async def test_all_engines_are_restored_if_verification_fails_on_one_engine(control: Control, bad: int) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         double = control.park.engines[bad].double
@@ -331,7 +331,7 @@ async def test_remaining_engines_start_even_if_one_engine_fails_to_start(control
         await until(lambda: control.pool.ready == [control.pool.members[1]])
 
 
-async def test_wait_for_changes_returns_immediately_if_an_engine_has_already_died(control: Control) -> None:
+async def test_waiting_for_changes_returns_immediately_if_an_engine_has_already_died(control: Control) -> None:
     """The engine dies while the remains of another engine are being stopped, which takes seconds."""
     control.pool.fill()
     control.pool.members[1].enter(EngineState.FAILED)

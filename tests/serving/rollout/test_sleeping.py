@@ -164,7 +164,7 @@ async def test_new_engine_starts_for_the_next_request_if_the_sleeping_engine_die
         assert [engine.alive for engine in sleeping.park.engines] == [False, True]
 
 
-async def test_all_sleeping_engines_of_a_model_wake(sleeping: Home) -> None:
+async def test_all_sleeping_engines_of_a_model_wake_up(sleeping: Home) -> None:
     configure(
         sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
     )  # the second engine starts after a second

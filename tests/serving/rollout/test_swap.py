@@ -106,7 +106,7 @@ async def test_model_name_refers_to_the_new_version_once_admission_opens(control
     assert (answer.version, answer.words) == (f"{NAME}@2", {"2"})
 
 
-async def test_swap_to_a_missing_format_is_refused(control: Control) -> None:
+async def test_swap_to_a_format_that_does_not_exist_is_refused(control: Control) -> None:
     swap = await control.reconciler.swap.run(target(1), target(2, Format.GPTQ), lambda step: None)
     assert swap.outcome is SwapOutcome.REFUSED
     assert swap.reason is not None and "has no format gptq" in swap.reason
@@ -122,7 +122,7 @@ async def test_swap_is_refused_if_a_file_is_unreadable(control: Control, monkeyp
     assert swap.reason is not None and "Permission denied" in swap.reason
 
 
-async def test_weights_that_fail_their_probes_never_serve_a_request(make: Make) -> None:
+async def test_weights_that_fail_verification_never_serve_a_request(make: Make) -> None:
     control = make()
     make_version(control.registry, 4, probes_of="/elsewhere")
     control.park.prepare = slow

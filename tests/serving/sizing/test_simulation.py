@@ -28,7 +28,7 @@ def test_mean_wait_matches_queueing_theory_when_requests_run_one_at_a_time(utili
     assert expected * 0.85 <= wait_s <= expected * 1.15 + 0.01
 
 
-def test_concurrent_requests_share_decode_steps() -> None:
+def test_concurrent_requests_are_decoded_in_the_same_steps() -> None:
     together = [Request(0.0, prompt=1, answer=21) for _ in range(8)]
     simulate(together, 1, make_times(token_s=0.0), Limits(8))
     assert max(each.last for each in together) == pytest.approx(21 * 0.01)

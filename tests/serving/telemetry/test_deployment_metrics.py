@@ -63,7 +63,7 @@ def test_swap_refused_while_admission_was_open_is_not_timed(
     assert registry.get_sample_value("svc_swap_queued_requests_count", {"model": NAME}) is None
 
 
-def test_held_out_evaluation_interval_metric_exists_for_at_most_one_version(
+def test_at_most_one_version_has_a_held_out_evaluation_interval_in_the_metrics(
     registry: CollectorRegistry, metrics: DeploymentMetrics
 ) -> None:
     def due(version: str) -> float | None:

@@ -226,7 +226,7 @@ def test_feature_batch_is_counted_as_lost_when_two_feature_processes_die_or_hang
 
 
 @pytest.mark.slow
-def test_close_stores_queued_feature_records_and_stops_the_feature_process(features: Features) -> None:
+def test_closing_the_feature_process_stores_the_features_of_queued_requests(features: Features) -> None:
     features.add(5)
     features.process.close(PATIENCE_S)
     assert len(item_ids(features.store, ONE)) == 5
@@ -235,7 +235,7 @@ def test_close_stores_queued_feature_records_and_stops_the_feature_process(featu
 
 
 @pytest.mark.slow
-def test_close_stops_a_hanging_feature_process_and_counts_its_records_as_lost(
+def test_closing_a_hanging_feature_process_stops_it_and_counts_its_records_as_lost(
     features: Features, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drift_features, "_work", hang)

@@ -199,7 +199,7 @@ def test_counters_restart_at_zero_if_a_version_is_requested_after_its_series_wer
     assert requests_of(registry, ONE) == 1
 
 
-def test_rest_of_a_stream_is_counted_even_after_a_day_without_requests(
+def test_tokens_of_a_running_stream_are_counted_even_after_a_day_without_requests(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     stream(metrics, ONE)

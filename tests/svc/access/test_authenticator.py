@@ -183,7 +183,7 @@ def test_known_keys_stay_valid_for_one_minute_without_a_check(
     assert authenticator.grant(issued.secret).principal
 
 
-def test_key_missing_from_a_restored_backup_is_unknown(
+def test_key_removed_by_restoring_a_backup_is_rejected_as_unknown(
     authenticator: Authenticator, issued: IssuedKey, store: Store
 ) -> None:
     with store.begin() as connection:
@@ -302,7 +302,7 @@ def test_grant_ends_when_its_secret_is_rotated_out(
     assert isinstance(grant.ended.error, InvalidKeyError)
 
 
-def test_requests_with_one_secret_share_a_grant_even_if_other_keys_change(
+def test_authenticating_twice_with_one_secret_returns_the_same_grant_even_if_other_keys_change(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     grant = authenticator.grant(issued.secret)

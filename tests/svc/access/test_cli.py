@@ -46,7 +46,7 @@ def test_first_admin_key_is_created_locally_in_an_owner_only_home(svc: Svc, tmp_
     assert (tmp_path / ".svc" / "svc.db").stat().st_mode & 0o077 == 0
 
 
-def test_create_prints_only_the_secret_to_a_pipe(svc: Svc) -> None:
+def test_create_command_prints_only_the_secret_to_piped_standard_output(svc: Svc) -> None:
     result = svc("keys", "create")
     assert key_id_of(result.out.removesuffix("\n")) is not None
     assert "shown only once" in result.err
@@ -188,7 +188,7 @@ def used(svc: Svc) -> str:
     return key_id
 
 
-def test_usage_is_shown_by_key_and_model(svc: Svc, used: str) -> None:
+def test_usage_is_shown_separately_for_each_key_and_model(svc: Svc, used: str) -> None:
     rows = json.loads(svc("usage", "--json").out)
     assert rows[0] == {
         "key_id": used, "name": "ci", "model": "tickets", "requests": 3, "tokens_in": 3000, "tokens_out": 500

@@ -84,7 +84,7 @@ def test_altered_audit_log_is_reported_with_the_first_wrong_row(svc: Svc, three:
     assert json.loads(told.out)["fault"]["id"] == 2
 
 
-def test_verify_fails_if_the_expected_hash_is_not_in_the_log(svc: Svc, three: Store) -> None:
+def test_audit_verification_fails_if_the_expected_hash_is_not_in_the_log(svc: Svc, three: Store) -> None:
     assert svc("audit", "--verify", "--expect", verify_chain(three).head).code == 0
     assert svc("audit", "--verify", "--expect", "0" * 64).code == IntegrityError.exit_code
     assert svc("audit", "--expect", "x").code == 2
@@ -146,7 +146,7 @@ def requested(svc: Svc, store: Store) -> str:
     "options",
     [["--user", "a@b.de"], ["--key", "ci"], ["--before", "1h"], ["--before", f"{datetime.now(UTC):%Y-%m-%d}"]],
 )
-def test_forgotten_requests_are_deleted_counted_and_recorded_in_the_audit_log(
+def test_forget_command_deletes_matching_requests_and_records_their_number_in_the_audit_log(
     svc: Svc, store: Store, requested: str, options: list[str]
 ) -> None:
     result = svc("forget", *options, "--yes", "--reason", "article 17")
@@ -163,7 +163,7 @@ def test_audit_log_does_not_name_a_forgotten_user(svc: Svc, store: Store, reques
     assert "a@b.de" not in svc("audit", "--json").out
 
 
-def test_forget_deletes_nothing_before_confirmation(
+def test_forget_command_deletes_nothing_without_confirmation(
     svc: Svc, store: Store, requested: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
@@ -174,23 +174,25 @@ def test_forget_deletes_nothing_before_confirmation(
     assert read_events(store, newest=1)[0].action == "key.create"
 
 
-def test_forget_with_the_json_option_requires_the_yes_option_and_prints_the_counts(svc: Svc, requested: str) -> None:
+def test_forget_command_with_the_json_option_requires_the_yes_option_and_prints_the_counts(
+    svc: Svc, requested: str
+) -> None:
     assert svc("forget", "--key", requested, "--json").code == 2
     output = json.loads(svc("forget", "--key", requested, "--yes", "--json").out)
     assert output == {"requests": 1, "contents": 1, "feedback": 0}
 
 
 @pytest.mark.parametrize("options", [[], ["--user", "a", "--key", "b"], ["--before", "1d", "--user", ""]])
-def test_forget_accepts_only_one_selection_at_a_time(svc: Svc, options: list[str]) -> None:
+def test_forget_command_requires_exactly_one_selection_option(svc: Svc, options: list[str]) -> None:
     result = svc("forget", *options, "--yes")
     assert (result.code, "give exactly one of" in result.err) == (2, True)
 
 
-def test_forget_fails_for_an_unknown_key(svc: Svc) -> None:
+def test_forget_command_fails_for_an_unknown_key(svc: Svc) -> None:
     assert svc("forget", "--key", "nobody", "--yes").code == NotFoundError.exit_code
 
 
-def test_forget_selects_all_requests_if_the_before_date_is_in_the_future(
+def test_forget_command_deletes_all_requests_if_the_before_date_is_in_the_future(
     svc: Svc, store: Store, requested: str
 ) -> None:
     tomorrow = datetime.now(UTC) + timedelta(days=1)

@@ -65,7 +65,7 @@ def test_history_does_not_attribute_a_server_startup_to_an_unrelated_version_rem
 LOSS = SignalRow("invalid", "failed", production=0.0, candidate=0.3, low=0.1, high=0.5, margin=0.01, units=90)
 
 
-def test_history_lists_a_rollout_with_its_outcome_and_verdicts_between_the_periods_of_service(store: Store) -> None:
+def test_history_shows_a_rollout_and_its_verdicts_between_the_versions_served_before_and_after(store: Store) -> None:
     first = change_desired(store, None, target(1), None)
     begin_serving(store, first, Began.START, at=minute(0))
     entry = AuditEntry(Action.PROMOTE, "tickets@2", ALICE, "it is better")

@@ -133,7 +133,7 @@ def test_truncated_backup_copy_is_copied_again(used: UsedHome, archive: Archive,
     assert back_up().copied == (str(version),)
 
 
-def test_verify_finds_an_altered_backup_copy(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
+def test_backup_with_verification_replaces_an_altered_copy(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
     version = used.publish()
     back_up()
     _overwrite(archive.version(version) / "merged" / "config.json")
@@ -175,7 +175,9 @@ def test_interrupted_snapshot_is_ignored_and_cleaned_up(used: UsedHome, archive:
     assert len(list((archive.models.parent / "snapshots").iterdir())) == 1
 
 
-def test_pruning_removes_old_snapshots_and_versions_only_they_contain(used: UsedHome, archive: Archive) -> None:
+def test_pruning_removes_old_snapshots_and_the_versions_that_only_they_contain(
+    used: UsedHome, archive: Archive
+) -> None:
     first = used.publish()
     for _ in range(2):
         Backup(used.settings, archive).run(keep=2)

@@ -36,7 +36,9 @@ def test_backup_and_restore_report_their_results_as_text(svc: Svc, used: UsedHom
 
 
 @pytest.mark.slow
-def test_error_names_a_required_version_missing_from_the_home(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+def test_error_names_a_required_version_that_the_home_folder_does_not_contain(
+    svc: Svc, used: UsedHome, tmp_path: Path
+) -> None:
     version = used.publish()
     used.promote(version)
     used.registry.folder(version).rename(tmp_path / "elsewhere")

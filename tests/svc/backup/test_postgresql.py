@@ -65,7 +65,7 @@ def test_revoke_keys_option_is_refused_if_the_keys_are_in_postgresql(
     assert "svc keys revoke" in result.err
 
 
-def test_restore_warns_when_store_url_leaves_the_snapshot_store_unused(
+def test_restore_warns_if_the_restored_database_is_unused_because_store_url_is_set(
     svc: Svc, used: UsedHome, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -75,7 +75,7 @@ def test_restore_warns_when_store_url_leaves_the_snapshot_store_unused(
     assert (result.code, "is not used, because store.url is set" in result.err) == (0, True)
 
 
-def test_revoke_keys_option_is_refused_if_store_url_leaves_the_snapshot_store_unused(
+def test_revoke_keys_option_is_refused_if_the_restored_database_is_unused_because_store_url_is_set(
     svc: Svc, used: UsedHome, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

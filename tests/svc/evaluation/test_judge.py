@@ -91,7 +91,7 @@ async def test_judge_url_is_printed_before_any_data_is_sent_to_the_judge(
     with judge_server(prefer_good, failures=[(401, {}, "wrong key")] * 9) as server, pytest.raises(JudgeError):
         await judge(PAIRS, endpoint(server))
     assert (
-        f"sending 6 prompts with references and both answers to the judge wise at {server.url}"
+        f"sending 6 prompts, each with its reference and both answers, to the judge wise at {server.url}"
         in capsys.readouterr().err
     )
 

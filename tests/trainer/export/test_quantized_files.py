@@ -89,7 +89,7 @@ def test_fusing_layers_with_different_quantization_groups_raises_error(tmp_path:
     other = packed(PARTS[1], 2)
     other[f"{PARTS[1]}.g_idx"] = other[f"{PARTS[1]}.g_idx"].flip(0)
     write(tmp_path, packed(PARTS[0], 1) | other)
-    with pytest.raises(TrainingError, match="different input groups"):
+    with pytest.raises(TrainingError, match="divided into different groups"):
         join_fused_layers(tmp_path, [LAYER])
 
 

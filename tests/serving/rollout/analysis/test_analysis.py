@@ -72,7 +72,7 @@ def test_candidates_equal_to_production_are_rarely_rolled_back_even_with_a_check
 
 
 @pytest.mark.slow
-def test_increase_from_2_to_10_percent_invalid_outputs_is_proven_within_800_candidate_units() -> None:
+def test_increase_from_2_to_10_percent_invalid_outputs_is_proven_within_800_candidate_observations() -> None:
     draw, units = np.random.default_rng(1), []
     for _ in range(10):
         analysis = Analysis()
@@ -83,7 +83,7 @@ def test_increase_from_2_to_10_percent_invalid_outputs_is_proven_within_800_cand
     assert max(units) < 800
 
 
-def test_candidate_with_30_percent_invalid_outputs_fails_within_100_candidate_units() -> None:
+def test_candidate_with_30_percent_invalid_outputs_fails_within_100_observations() -> None:
     analysis = Analysis()
     decided_after(analysis, requests(np.random.default_rng(2), Rates(), Rates(invalid=0.3)), 2_000)
     assert analysis.outcome is GateOutcome.FAILED
@@ -181,7 +181,7 @@ def test_detectable_loss_is_proven_in_about_80_percent_of_rollouts(share: float)
     assert 0.65 <= proven / 25 < 1.0
 
 
-def test_detectable_losses_shrink_with_more_units_but_exceed_the_margins() -> None:
+def test_smallest_detectable_loss_shrinks_with_more_observations_but_exceeds_the_margin() -> None:
     margins, analysis = Margins(), Analysis()
     few, many = analysis.detectable(200, 0.05), analysis.detectable(20_000, 0.05)
     for signal in Signal:

@@ -9,7 +9,9 @@ from serving.rollout.analysis.units import Arm
 
 
 @given(st.lists(st.tuples(st.sampled_from(Arm), st.floats(0, 1))))
-def test_blocks_are_minimal_and_contain_all_units_of_both_arms(observations: list[tuple[Arm, float]]) -> None:
+def test_blocks_are_minimal_and_keep_the_observations_of_both_versions_in_order(
+    observations: list[tuple[Arm, float]],
+) -> None:
     blocks, complete = Blocks(), list[Block]()
     for arm, value in observations:
         if block := blocks.add(arm, value):

@@ -14,14 +14,14 @@ def closed(units: Units, *requests: Request) -> list[Unit]:
     return [unit for request in requests for unit in units.add(request)]
 
 
-def test_request_without_user_or_conversation_forms_its_own_unit() -> None:
+def test_request_without_a_user_or_conversation_is_a_separate_observation() -> None:
     units = Units()
     failed = Request(None, CANDIDATE, 1.0, failed=True, valid=False)
     good = Request(None, PRODUCTION, 1.0, valid=True, first_token_s=0.2)
     assert closed(units, failed, good) == [Unit(CANDIDATE, 1.0, 1.0, None), Unit(PRODUCTION, 0.0, 0.0, 0.2)]
 
 
-def test_observation_of_a_unit_has_the_mean_rates_and_the_median_latency_of_its_requests() -> None:
+def test_observation_of_a_user_has_the_mean_rates_and_the_median_latency_of_the_users_requests() -> None:
     units = Units()
     requests = [
         Request("ada", CANDIDATE, 0.0, failed=True),
@@ -33,14 +33,14 @@ def test_observation_of_a_unit_has_the_mean_rates_and_the_median_latency_of_its_
     assert closed(units, Request(None, PRODUCTION, WINDOW_S))[0] == Unit(CANDIDATE, 0.25, 0.5, 2.0)
 
 
-def test_requests_are_ignored_after_the_window_of_their_unit_has_ended() -> None:
+def test_requests_are_ignored_after_the_observation_window_of_their_user_has_ended() -> None:
     units = Units()
     closed(units, Request("ada", CANDIDATE, 0.0))
     late = [Request("ada", CANDIDATE, WINDOW_S + second, failed=True) for second in range(100)]
     assert closed(units, *late, Request("ada", CANDIDATE, 1e6)) == [Unit(CANDIDATE, 0.0, None, None)]
 
 
-def test_units_already_observed_on_the_candidate_are_ignored_in_the_next_step() -> None:
+def test_user_already_observed_on_the_candidate_is_ignored_in_the_next_step() -> None:
     units = Units()
     closed(units, Request("moved", PRODUCTION, 0.0), Request("stays", CANDIDATE, 0.0))
     assert [unit.arm for unit in units.start_step()] == [PRODUCTION, CANDIDATE]
@@ -50,14 +50,16 @@ def test_units_already_observed_on_the_candidate_are_ignored_in_the_next_step() 
     assert units.start_step() == []
 
 
-def test_request_is_ignored_if_its_unit_belongs_to_the_opposite_arm() -> None:
+def test_request_is_ignored_if_its_user_was_first_observed_on_the_other_version() -> None:
     units = Units()
     closed(units, Request("ada", PRODUCTION, 0.0), Request("ada", CANDIDATE, 1.0, failed=True))
     assert units.start_step() == [Unit(PRODUCTION, 0.0, None, None)]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(0, 50), st.booleans())))
-def test_units_close_exactly_once_in_the_order_of_their_first_requests(traffic: list[tuple[str, float, bool]]) -> None:
+def test_users_are_observed_exactly_once_in_the_order_of_their_first_requests(
+    traffic: list[tuple[str, float, bool]],
+) -> None:
     units, now, requests = Units(), 0.0, []
     for name, wait, failed in traffic:
         now += wait

@@ -65,7 +65,7 @@ def test_version_with_failed_registration_checks_is_refused_and_the_checks_are_l
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter"])
-def test_files_gate_detects_a_missing_or_truncated_file_without_hashing(registry: Registry, damage: str) -> None:
+def test_files_gate_detects_a_missing_or_truncated_file(registry: Registry, damage: str) -> None:
     register(registry, 1), register(registry, 2)
     weights = registry.folder(VersionId(NAME, 2)) / "merged" / "model.safetensors"
     if damage == "missing":
@@ -83,13 +83,13 @@ def test_parity_gate_fails_if_a_check_in_the_parity_report_failed(registry: Regi
     assert "template" in parity.reason
 
 
-def test_parity_and_licence_gates_are_undecided_if_report_and_licence_are_missing(registry: Registry) -> None:
+def test_parity_gate_is_undecided_without_a_report_and_license_gate_without_a_license(registry: Registry) -> None:
     register(registry, 1)
     register(registry, 2, parity=None, base=BaseRecord(origin="base", revision="1", licence=None))
     assert check(registry, "parity").verdict is check(registry, "licence").verdict is UNDECIDED
 
 
-def test_probes_gate_is_undecided_without_probes_but_accepts_merged_model_probes_for_an_adapter(
+def test_probes_gate_accepts_merged_model_probes_for_an_adapter_but_is_undecided_without_any_probes(
     registry: Registry,
 ) -> None:
     formats = (Format.MERGED, Format.ADAPTER)
@@ -156,7 +156,7 @@ def test_versions_are_compared_only_on_examples_in_both_evaluations(registry: Re
     assert check(registry, "quality").measured.startswith("exact match: 1.000 tuned@1, 1.000 tuned@2")
 
 
-def test_quality_gate_names_the_compare_command_if_heldout_examples_differ(registry: Registry) -> None:
+def test_quality_gate_names_the_compare_command_if_held_out_examples_differ(registry: Registry) -> None:
     data = DataRecord(train_fingerprint="a", train_examples=1, heldout_fingerprint="c", heldout_examples=1)
     register(registry, 1), register(registry, 2, data=data)
     quality, nll = check(registry, "quality"), check(registry, "nll")
@@ -235,7 +235,7 @@ def test_quality_gate_uses_the_results_of_the_merged_model_for_an_adapter(regist
     assert (speed.verdict, speed.reason) == (SKIPPED, "not measured for adapters")
 
 
-def test_recipe_limits_left_undecided_at_registration_appear_as_gates(registry: Registry) -> None:
+def test_limit_in_the_recipe_that_was_undecided_at_registration_becomes_a_promotion_gate(registry: Registry) -> None:
     register(registry, 1), register(registry, 2, gates=(gate_report(0.09),))
     gptq = check(registry, "gptq_quality")
     assert gptq.verdict is UNDECIDED

@@ -95,7 +95,7 @@ def test_known_pairs_are_correctly_classified_as_near_duplicates_or_not(one: str
     assert (int(nearest(sketches(one), sketches(other))[0]) == 0) == near
 
 
-def test_chains_of_near_duplicates_form_one_group() -> None:
+def test_chain_of_near_duplicates_becomes_one_group() -> None:
     chance = random.Random(2)
     words = [f"w{chance.randrange(10**6)}" for _ in range(80)]
     chain = []

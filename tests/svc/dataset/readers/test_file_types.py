@@ -174,7 +174,7 @@ def arrow_file(path: Path, columns: dict[str, Any]) -> Path:
     ],
     ids=["beyond the year 9999", "unknown time zone", "not UTF-8"],
 )
-def test_unused_parquet_column_may_have_any_content(tmp_path: Path, unused: Any) -> None:
+def test_content_of_an_unused_parquet_column_is_ignored(tmp_path: Path, unused: Any) -> None:
     path = arrow_file(tmp_path / "x.parquet", {"prompt": ["q", "r"], "completion": ["a", "b"], "unused": unused})
     assert [example.question for example in read_examples(path)] == ["q", "r"]
 
