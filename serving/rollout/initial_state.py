@@ -68,8 +68,7 @@ def _require_same_models(names: Sequence[str], served: Sequence[str], others: Se
         f"this server would serve {', '.join(names)}, but the running servers that use this store "
         f"({', '.join(others)}) "
         f"serve {', '.join(served) or 'no model'}",
-        expected="the same models on all servers; a server that was killed counts as running for "
-        f"{LEASE_S:.0f} seconds",
+        expected=f"the same models on all servers; a killed server still counts as running for {LEASE_S:.0f} seconds",
         todo="start the server without model names: svc serve; then change the models of all servers with svc add "
         "and svc remove",
     )

@@ -91,7 +91,9 @@ class MeasuredTimes(BaseModel):
 
     @property
     def overhead_s(self) -> float:
-        """Seconds that a request spends outside the engine's steps, derived from the longest prompt."""
+        """Seconds that a request spends outside the engine's steps, calculated from the measurement with the longest
+        prompt.
+        """
         longest = self.prefill[-1]
         return max(0.0, longest.seconds - self.step_s(0, longest.count, 0))
 

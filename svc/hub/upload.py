@@ -124,7 +124,7 @@ def files_to_upload(registry: Registry, manifest: Manifest, format: Format, repo
 
 
 def _base_changes(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the recipe keys that modify the base itself, so that an adapter does not match the original base."""
+    """Return the recipe keys that modify the base itself. With them, the adapter does not match the original base."""
     values = {key: recipe.get(key) for key in ("chat_template", "new_tokens")}
     values["rope_scaling"] = (recipe.get("rope_scaling") or {}).get("type")
     return [key for key, value in values.items() if value]

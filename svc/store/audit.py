@@ -78,7 +78,7 @@ class AuditEvent:
     """A recorded audit event.
 
     Attributes:
-        id: consecutive number, starting at 1.
+        id: sequence number, starting at 1.
         at: time in ISO 8601, UTC.
         action: a value of `Action`, or one written by another release.
         actor: user or key, see `Actor.name`.

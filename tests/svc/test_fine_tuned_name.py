@@ -11,7 +11,7 @@ def make(model: str, suffix: str = "tickets") -> str:
     return str(make_fine_tuned_name(model=model, organization="org", suffix=suffix, job=JOB))
 
 
-def test_fine_tuned_name_has_base_organization_suffix_and_short_job_id() -> None:
+def test_fine_tuned_name_consists_of_the_base_the_organization_the_suffix_and_a_short_job_id() -> None:
     assert make("small") == "ft:small:org:tickets:0123456789ab"
 
 
@@ -20,7 +20,7 @@ def test_fine_tuned_name_has_an_empty_suffix_when_the_client_chose_none() -> Non
 
 
 @pytest.mark.parametrize("model", ["ft:small:org:first:ab12", "ft:small:org::ab12", "ft:small:org::ab12:ckpt-step-10"])
-def test_name_of_a_repeatedly_fine_tuned_model_contains_only_the_original_base(model: str) -> None:
+def test_model_fine_tuned_again_is_named_after_its_original_base(model: str) -> None:
     assert make(model) == "ft:small:org:tickets:0123456789ab"
 
 

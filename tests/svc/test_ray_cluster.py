@@ -15,7 +15,7 @@ def test_ray_address_setting_overrides_the_environment_variable(monkeypatch: pyt
     assert find_address(None) == "other:6379"
 
 
-def test_missing_ray_address_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unset_ray_address_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(SettingsError, match="is not set"):
         find_address(None)

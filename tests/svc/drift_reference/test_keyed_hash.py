@@ -12,7 +12,7 @@ from svc.errors import IntegrityError
 ONE, OTHER = KeyedHash(bytes(16)), KeyedHash(b"1" * 16)
 
 
-def test_hash_key_of_a_home_persists_with_owner_only_permissions(tmp_path: Path) -> None:
+def test_hash_key_of_a_tuneserve_home_is_stored_with_owner_only_permissions(tmp_path: Path) -> None:
     made = KeyedHash.of_home(tmp_path)
     assert KeyedHash.of_home(tmp_path) == made
     assert len(made.key) == 16
@@ -20,7 +20,7 @@ def test_hash_key_of_a_home_persists_with_owner_only_permissions(tmp_path: Path)
     assert (tmp_path / KEY_FILE).stat().st_mode & 0o777 == 0o600
 
 
-def test_different_homes_have_different_hash_keys(tmp_path: Path) -> None:
+def test_different_tuneserve_homes_have_different_hash_keys(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
     assert KeyedHash.of_home(tmp_path / "one") != KeyedHash.of_home(tmp_path / "other")

@@ -148,7 +148,7 @@ def test_prompt_features_do_not_depend_on_the_other_prompts_in_a_sample(
 
 @settings(max_examples=25)
 @given(prompts)
-def test_prompt_features_are_finite_and_shares_are_between_0_and_1(prompt: Prompt) -> None:
+def test_prompt_features_are_finite_and_proportions_are_between_0_and_1(prompt: Prompt) -> None:
     sample = sampler.sample([prompt])
     assert all(np.isfinite(values).all() for values in [*sample.numbers.values(), *sample.views])
     assert all(0 <= sample.numbers[feature][0] <= 1 for feature in SHARES)

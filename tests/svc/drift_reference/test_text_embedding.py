@@ -94,7 +94,7 @@ def test_loaded_text_space_keeps_array_types_and_shapes(tmp_path: Path) -> None:
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
 
 
-def test_words_absent_from_the_training_examples_count_as_unknown() -> None:
+def test_words_absent_from_the_training_examples_are_treated_as_unknown() -> None:
     assert space().unknown_words(["Roses and trains", "roses elephant", "elephant"]).tolist() == [0, 0.5, 1]
 
 

@@ -138,7 +138,7 @@ async def test_engine_client_error_does_not_quote_request_text() -> None:
     assert "SECRET" not in str(raised.value)
 
 
-async def test_reload_loads_weights_from_the_folder() -> None:
+async def test_reload_loads_weights_from_the_given_folder() -> None:
     double = EngineDouble()
     async with client_of(double) as client:
         await client.reload_weights(Path("/models/tuned/2"))
@@ -233,7 +233,7 @@ async def test_request_to_an_engine_that_does_not_exist_raises_engine_error(tmp_
             await client.chat(PROMPT, max_tokens=1)
 
 
-async def test_rejected_request_error_has_status_and_reason() -> None:
+async def test_error_for_a_rejected_request_contains_the_status_and_the_reason() -> None:
     double = EngineDouble(max_model_len=2)
     async with client_of(double) as client:
         with pytest.raises(EngineError, match=r"with status 400: .*maximum context length is 2"):

@@ -97,7 +97,7 @@ def test_pytorch_gptq_kernel_can_be_selected_on_any_cpu() -> None:
         (HOPPER.model_copy(update={"vllm_gptq": False}), GptqKernel.AUTO, "no GPTQ kernel", "--format merged"),
     ],
 )
-def test_missing_kernel_is_rejected_before_engine_start(
+def test_gptq_kernel_unavailable_on_the_device_is_rejected_with_advice(
     device: DeviceCapabilities, asked_for: GptqKernel, told: str, todo: str
 ) -> None:
     with pytest.raises(EngineError, match=told) as caught:
@@ -227,7 +227,7 @@ def test_detected_instruction_set_is_the_widest_used_by_torch(
         ("aarch64", "asimd bf16", None, False),
     ],
 )
-def test_bfloat16_counts_as_emulated_without_usable_cpu_instructions(
+def test_bfloat16_counts_as_emulated_if_the_cpu_has_no_usable_bfloat16_instructions(
     monkeypatch: pytest.MonkeyPatch, machine: str, flags: str, limit: str | None, emulates: bool
 ) -> None:
     for name in module.CPU_LIMITS:
@@ -300,7 +300,7 @@ def test_awq_is_accepted_on_cpus_and_on_turing_or_newer_gpus() -> None:
         device.check_awq(AUTO)
 
 
-def test_awq_is_rejected_with_advice_to_use_gptq_on_a_gpu_older_than_turing() -> None:
+def test_awq_on_a_gpu_older_than_turing_is_rejected_with_advice_to_use_gptq() -> None:
     assert TURING.gpu is not None
     volta = TURING.model_copy(update={"gpu": TURING.gpu.model_copy(update={"compute_capability": (7, 0)})})
     with pytest.raises(EngineError, match="has no awq kernel") as caught:

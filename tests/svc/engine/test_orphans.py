@@ -91,7 +91,7 @@ def child(folder: Path) -> psutil.Process:
     return psutil.Process(int(found[1]))
 
 
-async def test_orphaned_engine_keeps_running_and_reports_its_target(folder: Path) -> None:
+async def test_orphaned_engine_keeps_running_and_reports_which_weights_it_has_loaded(folder: Path) -> None:
     async with orphan(folder) as engine:
         assert find_engine(folder) == engine
         assert await engine_in(folder).orphan_holds() == "one"
@@ -122,7 +122,7 @@ async def test_engine_started_with_different_arguments_is_not_adopted(folder: Pa
         assert await engine_in(folder, start_timeout_s=7).orphan_holds() == "one"
 
 
-async def test_dead_engine_has_no_target_and_cannot_be_adopted(folder: Path) -> None:
+async def test_dead_engine_reports_no_weights_and_cannot_be_adopted(folder: Path) -> None:
     async with orphan(folder) as engine:
         engine.kill()
         await asyncio.sleep(0.1)
@@ -164,7 +164,7 @@ def test_engine_lock_is_acquired_after_a_short_lived_shared_lock_is_released(fol
             pass
 
 
-def test_error_for_a_lock_held_by_another_engine_has_the_pid_of_that_engine(folder: Path) -> None:
+def test_error_for_a_lock_held_by_another_engine_contains_the_pid_of_that_engine(folder: Path) -> None:
     sleeper = "import fcntl, sys, time; fcntl.flock(3, 2); print(flush=True); time.sleep(60)"
     arguments = ["bash", "-c", f"exec 3>>{folder / LOCK_FILE}; exec {sys.executable} -c '{sleeper}'"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE) as other:
@@ -194,7 +194,7 @@ async def test_process_reusing_a_dead_engines_pid_is_left_alone(folder: Path) ->
         await stranger.wait()
 
 
-async def test_engine_of_a_home_is_not_stopped_from_a_copy_of_that_home(folder: Path) -> None:
+async def test_engine_is_not_stopped_through_a_copy_of_its_state_folder(folder: Path) -> None:
     async with orphan(folder) as engine:
         copy = folder / "copy"
         copy.mkdir()

@@ -87,7 +87,7 @@ async def test_non_finite_log_probability_fails_the_probe(value: float) -> None:
         await check(EngineDouble(probe_noise=value), probes)
 
 
-async def test_probe_recorded_with_nan_fails() -> None:
+async def test_probe_that_recorded_nan_fails() -> None:
     damaged = [probe.model_copy(update={"logprobs": (math.nan, -1.0)}) for probe in await probes_of(EngineDouble())]
     with pytest.raises(ProbeError):
         await check(EngineDouble(), damaged)
@@ -112,7 +112,7 @@ async def test_probe_of_different_weights_fails_after_few_measurements() -> None
     assert len(double.requests) == len(probes) + 5
 
 
-async def test_probe_check_fails_without_probes() -> None:
+async def test_probe_check_fails_if_there_are_no_probes() -> None:
     with pytest.raises(ProbeError, match="has no probes"):
         await check(EngineDouble(), [])
 
@@ -169,7 +169,7 @@ tokens = st.lists(st.integers(0, 50_000), min_size=1, max_size=150)
 
 
 @given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=40), st.integers(1, MAX_PROBES))
-def test_chosen_probe_sequences_are_few_short_excerpts_of_prompt_and_answer(
+def test_chosen_probe_sequences_are_a_few_short_excerpts_of_prompts_and_their_answers(
     pairs: list[tuple[list[int], list[int]]], count: int
 ) -> None:
     chosen = choose_sequences(pairs, count)

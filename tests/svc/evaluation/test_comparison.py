@@ -98,7 +98,7 @@ def test_model_compared_with_itself_has_no_differences(given: list[tuple[str, st
         (["net", "mail"] * 10, ["mail", "net"] * 10, Direction.UNDECIDED),
     ],
 )
-def test_comparison_direction_follows_the_primary_metric(
+def test_outcome_of_a_comparison_is_determined_by_the_primary_metric(
     first: list[str], second: list[str], direction: Direction
 ) -> None:
     assert against(first, second).direction is direction

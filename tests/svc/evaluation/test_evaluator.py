@@ -125,7 +125,7 @@ async def test_long_answer_identical_to_the_reference_counts_as_correct_with_the
     assert (short.hits, short.cut_off.value) == ((False,), 1)
 
 
-async def test_answers_reaching_their_own_token_limit_count_as_truncated() -> None:
+async def test_answers_reaching_their_own_token_limit_are_counted_as_truncated() -> None:
     examples = [chat("a", ONE), chat("b", ONE), chat("c", ONE), chat("d", ONE)]
     async with client_of(EngineDouble(finish_reason="stop")) as client:
         seen = [tokenized(example) for example in examples]

@@ -48,7 +48,7 @@ async def test_position_biased_judge_has_a_50_percent_win_rate_and_no_agreement(
     assert (report.win_rate.value, report.agreement.value) == (0.5, 0.0)
 
 
-async def test_ties_count_half_in_the_win_rate() -> None:
+async def test_win_rate_counts_a_tie_as_half_a_win() -> None:
     with judge_server(lambda first, second: "TIE") as server:
         report = await judge(PAIRS, endpoint(server))
     assert (report.win_rate.value, report.agreement.value) == (0.5, 1.0)

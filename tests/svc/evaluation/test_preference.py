@@ -25,7 +25,7 @@ def test_reward_accuracy_is_the_share_of_pairs_whose_chosen_answer_has_the_highe
     assert report.reward_margin and report.reward_margin.value == pytest.approx((7 + 6 + 3 - 0.5) / 4)
 
 
-def test_equal_likelihoods_count_as_no_preference() -> None:
+def test_equal_likelihoods_are_not_counted_as_a_preference_for_the_chosen_answer() -> None:
     same = PairScores(chosen=(-1.0,), rejected=(-1.0,))
     assert PreferenceReport.of(same).accuracy.value == 0
 

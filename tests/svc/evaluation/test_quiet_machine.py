@@ -62,7 +62,7 @@ async def test_quietest_of_three_measurements_is_used_on_a_busy_machine() -> Non
 
 
 @pytest.mark.slow
-async def test_own_cpu_time_is_not_attributed_to_other_processes() -> None:
+async def test_cpu_time_of_the_measurement_itself_is_not_attributed_to_other_processes() -> None:
     async def measure() -> None:
         end = time.thread_time() + 0.2
         while time.thread_time() < end:

@@ -60,7 +60,7 @@ def test_results_file_has_one_line_per_example(tmp_path: Path) -> None:
         RESULT.model_dump_json().encode().replace(b"{", b'{"note": 1, '),
     ],
 )
-def test_invalid_line_error_has_its_line_number(tmp_path: Path, line: bytes) -> None:
+def test_error_for_an_invalid_line_contains_the_line_number(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "merged.jsonl"
     path.write_bytes(RESULT.model_dump_json().encode() + b"\n" + line + b"\n")
     with pytest.raises(IntegrityError, match=r"merged\.jsonl:2 is not a valid result"):

@@ -165,7 +165,7 @@ def test_undecided_gate_message_names_the_possible_loss_and_the_number_of_exampl
     )
 
 
-def test_decided_gate_message_names_the_excluded_or_proven_loss() -> None:
+def test_message_of_a_decided_gate_states_which_loss_is_excluded_or_proven() -> None:
     assert "at most 0.100 (evaluate.max_gptq_loss): passed: a larger loss is excluded with 60 examples" in report(
         Interval(value=0.0, low=-0.05, high=0.05), 0.1, Gate.GPTQ_LOSS
     )

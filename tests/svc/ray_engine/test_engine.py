@@ -159,7 +159,7 @@ async def answers(port: int, context: ssl.SSLContext) -> bool:
         writer.transport.abort()
 
 
-async def test_connection_with_an_unknown_client_certificate_is_rejected_at_both_ports(
+async def test_unknown_client_certificate_is_rejected_at_the_ports_of_the_engine_and_of_the_actor(
     make: Make, folder: Path
 ) -> None:
     engine = make()
@@ -178,7 +178,7 @@ async def test_actor_record_with_the_private_key_is_readable_only_by_its_owner(m
     assert stat.S_IMODE((folder / "state" / RECORD_FILE).stat().st_mode) == 0o600
 
 
-async def test_copied_home_neither_adopts_nor_stops_the_engine_of_the_original_home(make: Make, folder: Path) -> None:
+async def test_actor_record_in_a_copied_state_folder_is_ignored(make: Make, folder: Path) -> None:
     await make().start()
     shutil.copytree(folder / "state", folder / "copy")
     assert read_actor(folder / "copy") is None
@@ -317,7 +317,7 @@ async def test_long_response_is_delivered_in_full_to_a_slow_client(make: Make, c
     assert isinstance(engine.address, TlsAddress)
 
 
-def test_ray_actor_on_an_unreachable_cluster_stays_recorded_and_raises_no_error(
+def test_stopping_a_ray_actor_on_an_unreachable_cluster_raises_no_error_and_keeps_its_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("svc.ray_engine.cluster.sys.executable", "/bin/false")

@@ -75,13 +75,13 @@ def test_ray_settings_of_an_individual_model_are_also_checked(tmp_path: Path, as
     assert len(asked) == 1
 
 
-def test_missing_artifact_store_setting_is_rejected_for_ray_engines(tmp_path: Path) -> None:
+def test_ray_engines_without_an_artifact_store_setting_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"artifacts\.url is not set") as error:
         machines(tmp_path, artifacts={}).check()
     assert "svc models push" in error.value.todo
 
 
-def test_missing_ray_cluster_address_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_engines_without_a_cluster_address_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(SettingsError, match="address of the Ray cluster is not set"):
         machines(tmp_path).check()
@@ -209,6 +209,6 @@ def test_number_of_engines_that_fit_is_computed_from_the_free_resources_of_each_
 
 
 @pytest.mark.slow  # imports Ray
-def test_address_without_a_ray_cluster_is_rejected_without_minutes_of_retries(tmp_path: Path) -> None:
+def test_error_for_an_address_without_a_ray_cluster_includes_the_connection_error(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"no Ray cluster answers at 127\.0\.0\.1:1: .*refused"):
         machines(tmp_path, ray={"address": "127.0.0.1:1"}).check()

@@ -231,7 +231,7 @@ def test_freed_space_excludes_files_with_additional_hard_links(tmp_path: Path) -
     assert size_on_disk(folder) == 10
 
 
-def test_removing_a_missing_version_raises_error_naming_it(registry: Registry, store: Store) -> None:
+def test_removing_a_nonexistent_version_raises_an_error_that_names_it(registry: Registry, store: Store) -> None:
     with pytest.raises(NotFoundError, match="no version nobody@7"):
         remove_version(registry, store, VersionId("nobody", 7))
 
@@ -405,7 +405,7 @@ def test_only_versions_actually_removed_are_audited(
     assert (event.action, event.subject, event.reason) == ("version.remove", str(gone), "too old")
 
 
-def test_rm_command_names_the_missing_version(svc: Svc) -> None:
+def test_rm_command_error_names_the_nonexistent_version(svc: Svc) -> None:
     result = svc("models", "rm", "nobody@1")
     assert result.code == NotFoundError.exit_code
     assert "nobody@1" in result.err

@@ -177,7 +177,7 @@ def test_repeated_upload_of_a_version_succeeds(objects: ObjectStore, manifest: M
 
 
 @slow
-def test_repeated_upload_sends_only_missing_files(
+def test_repeated_upload_sends_only_files_absent_from_the_object_store(
     s3: ObjectStore, bucket: Bucket, manifest: Manifest, folder: Path
 ) -> None:
     s3.upload(manifest, folder)
@@ -223,7 +223,7 @@ def test_truncated_object_is_uploaded_again(objects: ObjectStore, manifest: Mani
 
 
 @pytest.mark.slow
-def test_interrupted_download_continues_with_missing_files(
+def test_interrupted_download_resumes_with_the_files_not_yet_downloaded(
     objects: ObjectStore, manifest: Manifest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objects.upload(manifest, folder)

@@ -105,7 +105,7 @@ def test_failed_publication_is_not_shown_in_mlflow(
     assert MlflowClient(tracking.uri, tracking.uri).search_model_versions(f"name='{name}'") == []
 
 
-def test_missing_source_file_leaves_no_version(
+def test_publication_with_a_missing_source_file_leaves_no_version(
     registry: Registry, name: str, content: dict[str, Path], run: str, tmp_path: Path
 ) -> None:
     content["gptq"] = tmp_path / "nowhere"
@@ -148,7 +148,7 @@ def test_folder_that_is_not_a_version_is_not_listed(
     assert registry.resolve(name) == manifest.id
 
 
-def test_home_without_versions_returns_an_empty_list(registry: Registry) -> None:
+def test_registry_without_versions_returns_empty_lists(registry: Registry) -> None:
     assert registry.versions() == []
     assert registry.names() == []
 
@@ -286,7 +286,7 @@ def test_version_10_is_newer_than_version_9(registry: Registry, publish: Publish
     assert registry.resolve(name) == ten.id == VersionId(name, 10)
 
 
-def test_version_number_selects_that_version(registry: Registry, publish: Publish, name: str) -> None:
+def test_name_with_a_version_number_resolves_to_that_version(registry: Registry, publish: Publish, name: str) -> None:
     publish()
     publish()
     assert registry.resolve(f"{name}@1") == VersionId(name, 1)
@@ -312,7 +312,7 @@ def test_alias_selects_its_version(
         ("@1@1", "'{name}@1@1' is not a valid version"),
     ],
 )
-def test_missing_version_error_lists_existing_versions(
+def test_error_for_a_nonexistent_version_lists_existing_versions(
     registry: Registry, publish: Publish, name: str, suffix: str, text: str
 ) -> None:
     publish()

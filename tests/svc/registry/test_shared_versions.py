@@ -242,7 +242,7 @@ def test_version_absent_from_the_object_store_raises_not_found(other: Registry) 
         other.manifest(VersionId("nobody", 1))
 
 
-def test_version_in_the_object_store_is_not_removed_from_the_home(
+def test_version_that_is_in_the_object_store_cannot_be_removed_locally(
     registry: Registry, objects: ObjectStore, publish: Publish, store: Store
 ) -> None:
     version = publish().id

@@ -55,7 +55,7 @@ def test_discarding_a_version_deletes_its_report_page(tracking: Tracking, name: 
 
 
 @pytest.mark.slow
-def test_report_pages_are_stored_below_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_pages_are_stored_only_in_the_tuneserve_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     registry = Registry.of(Settings(home=tmp_path / "home"))
     run = registry.tracking.start_run("tiny", {})
@@ -103,7 +103,7 @@ def test_metrics_are_stored_with_the_mlflow_run(tracking: Tracking, mlflow: Mlfl
     assert mlflow.get_run(run).data.metrics == {"exact_match": 0.75}
 
 
-def test_run_has_its_start_time_and_latest_metrics(tracking: Tracking, mlflow: MlflowClient) -> None:
+def test_looking_up_a_run_returns_its_start_time_and_latest_metrics(tracking: Tracking, mlflow: MlflowClient) -> None:
     run = tracking.start_run("tests", {})
     for step, loss in enumerate((0.75, 0.5)):
         tracking.log_metrics(run, {"loss": loss}, step)

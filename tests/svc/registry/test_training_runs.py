@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_empty_home_has_no_training_runs(tmp_path: Path) -> None:
+def test_empty_tuneserve_home_has_no_training_runs(tmp_path: Path) -> None:
     assert list(find_training_runs(tmp_path)) == []
 
 

@@ -56,7 +56,7 @@ def test_missing_output_folder_raises_error_without_a_traceback(svc: Svc, versio
     assert "nowhere" in result.err
 
 
-def test_report_for_a_missing_version_exits_with_not_found(svc: Svc, version: str, tmp_path: Path) -> None:
+def test_report_for_a_nonexistent_version_exits_with_not_found(svc: Svc, version: str, tmp_path: Path) -> None:
     result = svc("report", version.replace("@1", "@7"))
     assert result.code == NotFoundError.exit_code
     assert list(tmp_path.glob("*.html")) == []

@@ -70,7 +70,9 @@ def test_report_shows_the_paired_change_of_every_metric() -> None:
 
 
 @pytest.mark.parametrize(("base", "outcome"), [(0, Direction.BETTER), (20, Direction.UNDECIDED)])
-def test_report_verdict_without_paired_changes_requires_disjoint_intervals(base: int, outcome: Direction) -> None:
+def test_report_verdict_requires_disjoint_intervals_if_there_are_no_paired_changes(
+    base: int, outcome: Direction
+) -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, 24)}, kept=["merged"])
     [verdict] = comparison.verdicts
     assert (verdict.outcome, verdict.change) == (outcome, None)

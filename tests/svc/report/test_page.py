@@ -230,7 +230,7 @@ def tried(store: Store, version: VersionId, reason: str = "better") -> None:
         end_rollout(store, begun.id, RolloutOutcome.ROLLED_BACK, why)
 
 
-def test_report_shows_the_rollouts_of_the_version_with_figures_and_outcome(
+def test_report_shows_the_measurements_and_outcome_of_each_rollout_of_the_version(
     versions: JudgedVersions, tmp_path: Path
 ) -> None:
     made = versions.publish(LABELS, ANSWERS)

@@ -42,7 +42,7 @@ def test_version_with_only_an_adapter_has_no_evaluation_in_the_report(versions: 
     assert (report.judged.tuned, report.judged.rows, report.judged.verdicts, report.confusion) == (None, (), (), None)
 
 
-def test_report_of_a_missing_version_raises_not_found(versions: JudgedVersions) -> None:
+def test_report_of_a_nonexistent_version_raises_not_found(versions: JudgedVersions) -> None:
     with pytest.raises(NotFoundError, match="there is no version"):
         gather_report(versions.registry, VersionId(versions.name, 7))
 

@@ -33,13 +33,13 @@ def test_correct_answers_are_never_among_the_worst() -> None:
     assert judged(LABELS, {"merged": right(LABELS, 60)}).worst == ()
 
 
-def test_answers_count_as_lost_if_only_the_base_model_was_correct() -> None:
+def test_answer_is_reported_as_lost_if_only_the_base_model_was_correct() -> None:
     base, tuned = right(LABELS, 10), right(LABELS, 60)
     tuned[3] = tuned[6] = tuned[50] = "none of them"
     assert judged(LABELS, {BASE: base, "merged": tuned}).lost == (4, 7)
 
 
-def test_no_answers_count_as_lost_if_base_answers_are_missing() -> None:
+def test_no_answer_is_reported_as_lost_if_base_answers_are_unavailable() -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, 60), "merged": right(LABELS, 0)}, kept=["merged"])
     assert comparison.lost == ()
 

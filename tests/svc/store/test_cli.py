@@ -89,7 +89,7 @@ def test_password_of_the_target_database_is_never_printed(
     assert not [result for result in results if SECRET in result.out + result.err]
 
 
-def test_store_migration_is_refused_if_the_home_does_not_use_sqlite(
+def test_store_migration_is_refused_if_the_tuneserve_home_does_not_use_sqlite(
     svc: Svc, home: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SVC_STORE__URL", url)

@@ -127,7 +127,7 @@ def test_store_has_owner_only_permissions(tmp_path: Path) -> None:
     assert set(modes.values()) == {0o600}
 
 
-def test_swap_step_referencing_a_missing_swap_is_rejected(store: Store) -> None:
+def test_swap_step_referencing_a_nonexistent_swap_is_rejected(store: Store) -> None:
     with pytest.raises(IntegrityError, match=r"(?i)foreign key"), store.begin() as connection:
         connection.execute(sa.text("INSERT INTO swap_steps (swap_id, at, text) VALUES (99, '2026-01-01', 'x')"))
 

@@ -23,7 +23,7 @@ def test_request_that_no_version_answered_can_be_rated(store: Store) -> None:
     assert keep_feedback(store, "req-1", Feedback(Rating.BAD)) == KeptFeedback(None, None)
 
 
-def test_feedback_on_a_missing_request_is_not_stored(store: Store) -> None:
+def test_feedback_on_a_nonexistent_request_is_not_stored(store: Store) -> None:
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD)) is None
 
 

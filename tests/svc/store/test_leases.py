@@ -101,7 +101,7 @@ def test_write_with_an_expired_lease_is_accepted_if_no_other_server_acquired_it(
         require_lease(session, lease)
 
 
-def test_only_servers_that_reported_recently_count_as_running(any_store: Store) -> None:
+def test_only_servers_that_reported_recently_are_listed_as_running(any_store: Store) -> None:
     report(any_store, "a")
     let_pass(any_store, LEASE_S + 1)
     report(any_store, "b")

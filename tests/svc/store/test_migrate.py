@@ -95,7 +95,7 @@ def test_store_migration_creates_missing_tables_in_the_target_database(home: Pat
     store.dispose()
 
 
-def test_store_migration_succeeds_without_rows(tmp_path: Path, target: StoreSettings) -> None:
+def test_empty_store_can_be_migrated(tmp_path: Path, target: StoreSettings) -> None:
     new_store(tmp_path / "home").dispose()
     assert sum(migrate(tmp_path / "home", target).rows.values()) == 0
 
@@ -125,7 +125,9 @@ def test_ids_of_deleted_drift_items_are_not_reused_after_store_migration(
         assert connection.exec_driver_sql("SELECT nextval('drift_items_id_seq')").scalar_one() == LAST_ID + 1
 
 
-def test_audit_log_continues_after_store_migration(home: Path, target: StoreSettings, copy: Store) -> None:
+def test_new_events_can_be_added_to_the_audit_log_after_store_migration(
+    home: Path, target: StoreSettings, copy: Store
+) -> None:
     migrate(home, target)
     record_event(copy, AuditEntry(Action.COLLECT, "x", ALICE))
     report = verify_chain(copy)
@@ -144,7 +146,7 @@ def test_store_migration_succeeds_if_the_target_database_uses_a_different_collat
     assert len(deployed_names(copy)) == ROWS
 
 
-def test_store_migration_is_refused_while_a_server_uses_the_home(home: Path, target: StoreSettings) -> None:
+def test_store_migration_is_refused_while_a_server_uses_the_tuneserve_home(home: Path, target: StoreSettings) -> None:
     with hold_lock(home / LOCK_FILE, "the home"), pytest.raises(BusyError, match="is in use by process"):
         migrate(home, target)
     assert not has_tables(target)
@@ -226,7 +228,7 @@ def test_store_migration_is_refused_if_the_target_database_is_not_utf8(home: Pat
         migrate(home, postgresql.settings("latin"))
 
 
-def test_store_migration_of_a_missing_store_raises_error_without_creating_a_home(
+def test_store_migration_of_a_nonexistent_store_raises_error_without_creating_a_tuneserve_home(
     tmp_path: Path, target: StoreSettings
 ) -> None:
     with pytest.raises(NotFoundError, match=r"the store .*nowhere/svc\.db does not exist"):

@@ -166,13 +166,13 @@ def test_no_request_is_deleted_when_the_size_was_overestimated(store: Store) -> 
     assert prune_requests(store, before=LONG_AGO, max_bytes=size, known_bytes=size + 1) == Pruned(0, size)
 
 
-def test_prompts_and_answers_count_toward_the_size_limit(store: Store) -> None:
+def test_size_limit_includes_prompts_and_answers(store: Store) -> None:
     fill(store, 4, prompt="é" * 5000, answer="b" * 5000)
     prune_requests(store, before=LONG_AGO, max_bytes=40_000)
     assert kept(store) == ["req-2", "req-3"]
 
 
-def test_feedback_corrections_count_toward_the_size_limit(store: Store) -> None:
+def test_request_size_includes_feedback_corrections(store: Store) -> None:
     fill(store, 2)
     keep_feedback(store, "req-1", Feedback(Rating.BAD, correction="c" * 10_000))
     keep_feedback(store, "req-1", Feedback(Rating.BAD, correction="c" * 20_000))

@@ -56,7 +56,7 @@ def test_usage_before_the_start_of_the_range_is_excluded(store: Store) -> None:
     assert usage_since(store, NOON + timedelta(minutes=59)) == [UsageTotal("abcd0123", "tickets", Usage(1, 10, 5))]
 
 
-def test_daily_usage_has_the_totals_of_the_given_day_and_the_previous_day(store: Store) -> None:
+def test_daily_usage_covers_the_given_day_and_the_previous_day(store: Store) -> None:
     midnight = midnight_of(NOON)
     hours = [midnight - timedelta(hours=25), midnight - timedelta(hours=1), midnight, NOON]
     add_usage(store, {OF._replace(hour=hour): Usage(1, 10**number, 1) for number, hour in enumerate(hours)})

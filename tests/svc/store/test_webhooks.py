@@ -33,7 +33,7 @@ def types(store: Store, url: str = URLS[0]) -> list[str]:
     return [json.loads(each.body)["type"] for each in due_deliveries(store, url, 99)]
 
 
-def test_each_transition_is_reported_once_to_each_webhook(store: Store, rollout: int) -> None:
+def test_each_rollout_event_is_reported_once_to_each_webhook(store: Store, rollout: int) -> None:
     for state, step in (
         (RolloutState.LOADING, 0),
         (RolloutState.SHADOW, 0),
@@ -54,7 +54,9 @@ def test_each_transition_is_reported_once_to_each_webhook(store: Store, rollout:
 
 
 @pytest.mark.parametrize("outcome", RolloutOutcome)
-def test_every_outcome_is_reported_with_its_reason(store: Store, rollout: int, outcome: RolloutOutcome) -> None:
+def test_every_rollout_outcome_is_reported_to_webhooks_with_its_reason(
+    store: Store, rollout: int, outcome: RolloutOutcome
+) -> None:
     end_rollout(store, rollout, outcome, "a reason", webhooks=URLS)
     assert types(store) == ["rollout.requested", f"rollout.{outcome}"]
     data = json.loads(due_deliveries(store, URLS[0], 99)[1].body)["data"]

@@ -87,7 +87,7 @@ def test_extracted_folder_contains_only_language_model_files(published: Path, tm
     assert resolve_base(str(published), tmp_path) == base
 
 
-def test_memory_estimate_needs_only_the_extracted_config_without_weights(published: Path, tmp_path: Path) -> None:
+def test_base_config_for_an_estimate_is_extracted_without_the_weights(published: Path, tmp_path: Path) -> None:
     """This is for `svc estimate`, which reads no weights."""
     folder = resolve_config(str(published), tmp_path)
     assert json.loads((folder / "config.json").read_text("utf-8"))["model_type"] != "gemma3"
@@ -124,7 +124,7 @@ def test_disk_space_error_says_how_much_space_is_missing(
         ("gemma3n", "gemma3n_text", "extracting the language model from model_type 'gemma3n' with"),
     ],
 )
-def test_multimodal_model_family_without_tested_extraction_is_rejected_with_the_reason(
+def test_multimodal_model_family_whose_extraction_is_untested_is_rejected_with_the_reason(
     tiny_base: Path, tmp_path: Path, model_type: str, text: str, reason: str
 ) -> None:
     folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))

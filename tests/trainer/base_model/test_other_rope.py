@@ -70,7 +70,7 @@ def test_rope_scaling_gives_the_same_logits_as_a_model_config_with_that_scaling(
     assert not torch.allclose(logits(changed, ids), logits(base, ids), atol=1e-3)
 
 
-def test_linear_rope_scaling_by_4_maps_every_fourth_position_to_a_base_position(
+def test_linear_rope_scaling_by_4_gives_the_base_logits_at_positions_multiplied_by_4(
     tiny_base: Path, tmp_path: Path
 ) -> None:
     changed = folder_with_rope(tiny_base, scaling("linear"), tmp_path)

@@ -51,7 +51,7 @@ def test_base_revision_changes_when_weights_change_but_file_size_does_not(tiny_b
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_missing_file_in_the_folder_is_named_in_the_error(tiny_base: Path, tmp_path: Path, name: str) -> None:
+def test_file_missing_from_the_base_folder_is_named_in_the_error(tiny_base: Path, tmp_path: Path, name: str) -> None:
     folder = copy(tiny_base, tmp_path / "base")
     (folder / name).unlink()
     with pytest.raises(BaseModelError) as caught:

@@ -76,7 +76,7 @@ def test_api_key_is_read_from_a_private_file_or_an_environment_variable(
     assert "sk-" not in repr(asked)
 
 
-def test_missing_endpoint_key_error_names_the_variable(svc: Svc, asked: list[Wanted]) -> None:
+def test_error_for_an_unset_endpoint_key_names_the_environment_variable(svc: Svc, asked: list[Wanted]) -> None:
     ended = svc("compare", "a", "b", "--endpoint-key-variable", "NO_SUCH_KEY")
     assert ended.code == 2
     assert "NO_SUCH_KEY is not set" in ended.err

@@ -144,7 +144,7 @@ def test_answers_stored_at_registration_are_reused(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("options", [{"max_tokens": 2}, {"fresh": True}, {"data": ["other.jsonl"]}], ids=str)
-def test_registration_answers_are_not_reused_for_different_questions(
+def test_answers_stored_at_registration_are_not_reused_with_other_data_another_limit_or_the_fresh_option(
     bench: Bench, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -153,7 +153,7 @@ def test_registration_answers_are_not_reused_for_different_questions(
     assert not bench.compare("tuned@3", "tuned@1", **options).answers[0].kept
 
 
-def test_registration_answers_are_not_reused_for_a_different_engine_kind(bench: Bench) -> None:
+def test_answers_stored_at_registration_are_not_reused_for_a_different_engine_kind(bench: Bench) -> None:
     make_version(bench.registry, 3, answered=3)
     assert not bench.compare("tuned@3", "tuned@1").answers[0].kept
 
@@ -178,7 +178,7 @@ def test_answer_limits_are_reduced_to_fit_a_short_context(bench: Bench) -> None:
     assert [result.limit for result in results] == [16 - prompt for prompt in prompts]
 
 
-def test_registration_answers_are_not_reused_when_the_token_limit_differs(bench: Bench) -> None:
+def test_answers_stored_at_registration_are_not_reused_when_the_token_limit_differs(bench: Bench) -> None:
     registered(bench)
     bench.change(3, recipe={})
     compared = bench.compare("tuned@3", "tuned@1")
@@ -322,7 +322,9 @@ def test_unknown_name_error_lists_known_models(bench: Bench) -> None:
     assert "smollm2-135m-instruct" in raised.value.expected
 
 
-def test_printed_comparison_has_metrics_verdict_and_answers(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_comparison_includes_the_metrics_the_verdict_and_the_answers(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
     compared = bench.compare("tuned@1", "tuned@2", metrics=["exact_match"])
     capsys.readouterr()
     print_compared(compared)

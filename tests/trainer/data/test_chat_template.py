@@ -90,7 +90,7 @@ def test_unusable_template_is_rejected_with_the_reason(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", [*PLAIN, *THINKING])
-def test_each_trained_answer_follows_the_same_prompt_as_in_the_engine(family: str) -> None:
+def test_tokens_before_each_trained_answer_equal_the_prompt_rendered_for_the_engine(family: str) -> None:
     tokenizer, kwargs = tokenizer_of(family), NO_THINKING if family in THINKING else {}
     turns = [{"role": role, "content": text} for role, text in ANSWERS]
     example = parse_example({"messages": turns}).learning_all
@@ -126,7 +126,7 @@ THOUGHT = [
 
 
 @pytest.mark.parametrize("family", ["glm4moe", "nemotron_3_nano", "qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8"])
-def test_thinking_is_trained_on_in_every_turn_if_the_template_renders_it(family: str) -> None:
+def test_thinking_of_every_turn_is_trained_on_if_the_template_renders_it(family: str) -> None:
     tokenizer, kwargs = tokenizer_of(family), {"enable_thinking": True}
     example = parse_example({"messages": THOUGHT}).learning_all
     assert isinstance(tokenizer.eos_token_id, int)
@@ -172,7 +172,7 @@ SYSTEM_IN_LAST_QUESTION = """{% if messages[0].role == 'system' %}{% set system 
     ],
     ids=["a closed block of thoughts", "the system turn in the question", "the same, several turns"],
 )
-def test_answer_follows_the_served_prompt_when_the_template_renders_history_differently(
+def test_tokens_before_the_answer_equal_the_served_prompt_if_the_template_renders_earlier_turns_differently(
     template: str, turns: list[tuple[str, str]], prompt: str
 ) -> None:
     """Examples are Gemma 4's and Mistral Nemo's templates. The answer is a word that its end token contains."""
@@ -185,7 +185,7 @@ def test_answer_follows_the_served_prompt_when_the_template_renders_history_diff
     assert tokenizer.decode(row.input_ids[start:end]) == "end<|im_end|>"
 
 
-def test_tool_call_follows_the_served_prompt_when_the_template_renders_history_differently() -> None:
+def test_tokens_before_a_tool_call_equal_the_served_prompt_if_the_template_renders_earlier_turns_differently() -> None:
     call = "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
     tokenizer = make_tokenizer(CLOSED_THOUGHTS.replace("{{ m.content }}", "{{ m.content }}" + call))
     calls = [{"type": "function", "function": {"name": "rain", "arguments": "{}"}}]

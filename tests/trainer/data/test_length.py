@@ -33,7 +33,7 @@ def test_too_long_examples_error_names_the_longest_example() -> None:
         fit_length([[SHORT], [row(10, 7)], [SHORT, row(20, 10), SHORT]], train(TooLong.ERROR))
 
 
-def test_too_long_examples_are_dropped_with_the_drop_policy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_that_are_too_long_are_dropped_when_the_policy_is_drop(capsys: pytest.CaptureFixture[str]) -> None:
     assert fit_length([[SHORT], [SHORT, row(10, 7)], [SHORT]], train(TooLong.DROP)) == [[SHORT], [SHORT]]
     assert "1 of 3 examples are longer than 16 tokens (first: example 2): 1 dropped, 0 truncated" in " ".join(
         capsys.readouterr().err.split()
@@ -67,12 +67,12 @@ def test_examples_that_fit_the_engine_context_are_accepted() -> None:
     check_served_length([], 16, "training")
 
 
-def test_example_that_leaves_no_context_for_the_scoring_token_is_rejected() -> None:
+def test_example_that_leaves_no_room_for_one_more_token_in_the_engine_context_is_rejected() -> None:
     with pytest.raises(DataError, match="example 2, needs 17 including its answer"):
         check_served_length([SHORT, row(10, 6)], 16, "held-out")
 
 
-def test_context_overflow_error_names_the_setting() -> None:
+def test_context_overflow_error_names_the_setting_to_change() -> None:
     with pytest.raises(
         DataError, match="1 of 2 held-out examples need more than 16 tokens; the longest, example 2"
     ) as caught:

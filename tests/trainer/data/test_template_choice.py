@@ -113,7 +113,7 @@ def test_named_template_renders_the_same_text_as_the_published_template(
 
 
 @pytest.mark.parametrize("name", NamedTemplate)
-def test_named_templates_reject_tools(tmp_path: Path, name: NamedTemplate) -> None:
+def test_chat_templates_selected_by_name_reject_tools(tmp_path: Path, name: NamedTemplate) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     tokenizer = make_tokenizer(template_text(name, tmp_path))
     assert isinstance(tokenizer.eos_token_id, int)

@@ -52,7 +52,7 @@ def test_base_without_an_end_of_answer_token_is_rejected(tokenizer: PreTrainedTo
         check_tokenizer(FOLDER, tokenizer, set(), 258)
 
 
-def test_token_without_an_embedding_row_error_names_the_example() -> None:
+def test_error_for_a_token_without_an_embedding_row_names_the_example() -> None:
     rows = [[TokenizedExample((1, 2), ((1, 2),))], [TokenizedExample((1, token), ((1, 2),)) for token in (2, 258)]]
     assert list(checked_ids(rows, 259, "training")) == rows
     with pytest.raises(DataError, match="training example 2 contains the token id 258"):

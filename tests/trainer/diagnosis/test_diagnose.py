@@ -115,7 +115,7 @@ def only(run: Any) -> Finding:
 WELL = falling(3, 0.2, 12)
 
 
-def test_diagnosis_advice_names_the_key_with_its_current_and_proposed_values() -> None:
+def test_diagnosis_advice_names_the_recipe_key_with_its_current_and_proposed_values() -> None:
     finding = only(simulate(lambda share: 2.0 + 0.8 * share, 0))
     assert str(finding.advice) == "train.learning_rate from 0.0005 to 0.0002"
     assert "the training loss rose from " in finding.what

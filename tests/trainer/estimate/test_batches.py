@@ -17,7 +17,7 @@ def test_tokens_are_counted_with_the_base_model_tokenizer(tiny_base: Path, examp
     assert workload.largest.length == max(batch.length for batch in workload.batches)
 
 
-def test_tokens_are_estimated_from_characters_without_a_tokenizer(tmp_path: Path) -> None:
+def test_tokens_are_estimated_from_characters_when_there_is_no_tokenizer(tmp_path: Path) -> None:
     examples = [make_example("x" * 420, "y" * 42, system="") for _ in range(4)]
     workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tmp_path)
     assert not workload.counted
@@ -31,7 +31,7 @@ def test_common_prompt_prefix_is_detected_without_a_tokenizer(tmp_path: Path) ->
     assert workload.largest.shared >= 50
 
 
-def test_only_answer_tokens_count_as_trained_on_when_tokens_are_estimated() -> None:
+def test_estimated_number_of_trained_tokens_includes_only_answer_tokens() -> None:
     row = cut_into_pieces(make_example("question", "a" * 21))
     assert row.scored == 5
 

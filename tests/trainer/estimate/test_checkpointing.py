@@ -64,7 +64,7 @@ def test_weights_are_not_sharded_when_a_full_copy_fits_with_checkpointing() -> N
     assert not with_checkpointing(estimate, True, 4096).here.sharded
 
 
-def test_checkpointing_is_enabled_for_models_that_store_all_attention_scores_even_with_ample_memory() -> None:
+def test_checkpointing_is_enabled_for_models_that_store_all_attention_scores_even_if_memory_is_ample() -> None:
     estimate = on_gpu(1e12)
     capped = replace(estimate, shape=replace(estimate.shape, stores_scores=True))
     assert choose_checkpointing(capped).enabled

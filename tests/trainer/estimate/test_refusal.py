@@ -34,7 +34,7 @@ def set_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
 
 
-def test_insufficient_memory_error_states_missing_memory_and_proposed_changes(tmp_path: Path) -> None:
+def test_insufficient_memory_error_states_the_shortfall_and_mentions_the_anyway_option(tmp_path: Path) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"has 32\.0 GB: 75\.8 GB short") as caught:
         refuse_memory(estimated("full"), machine(32e9))
     assert "--anyway" in caught.value.todo
@@ -70,7 +70,7 @@ def test_run_is_not_refused_when_its_own_existing_files_occupy_the_disk(
     refuse_disk(estimated("qlora"), tmp_path)
 
 
-def test_stage_memory_error_states_missing_memory_and_proposes_a_format_that_fits() -> None:
+def test_insufficient_memory_error_for_a_stage_states_the_shortfall_and_proposes_a_format_that_fits() -> None:
     """Llama 2 7B in bf16 takes 13.5 GB in the engine that evaluates it, and a third of that in 4 bits."""
     with pytest.raises(
         InsufficientMemoryError, match=r"stage evaluate needs at least 13\.5 GB, .* has 12\.0 GB: 1\.5 GB"

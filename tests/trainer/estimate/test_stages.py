@@ -105,7 +105,7 @@ def test_parity_scores_are_computed_on_the_cpu_when_the_gpu_cannot_hold_the_mode
     assert on_large.peak.device > 2 * published("llama-2-13b").parameters
 
 
-def test_parity_needs_memory_for_weights_only_when_converting_them_to_another_dtype() -> None:
+def test_weights_need_extra_memory_in_the_parity_stage_only_if_they_are_converted_to_another_dtype() -> None:
     in_bfloat16, in_float32 = (
         of_stages("llama-3.1-8b", make_recipe(), cpu_device(number_type=number_type))[Stage.PARITY].least.ram
         for number_type in (NumberType.BFLOAT16, NumberType.FLOAT32)

@@ -30,7 +30,7 @@ def test_awq_accepts_llama_when_bfloat16_is_fast(tiny_base: Path) -> None:
     check_awq(tiny_base, NumberType.BFLOAT16)
 
 
-def test_awq_is_rejected_when_bfloat16_is_slow_because_gptqmodel_supports_no_other_dtype(tiny_base: Path) -> None:
+def test_awq_is_rejected_for_computation_in_float32_because_gptqmodel_supports_only_bfloat16(tiny_base: Path) -> None:
     with pytest.raises(TrainingError, match="supports AWQ in bfloat16 only") as caught:
         check_awq(tiny_base, NumberType.FLOAT32)
     assert "replace awq with gptq" in caught.value.todo

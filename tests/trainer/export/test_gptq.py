@@ -32,7 +32,7 @@ from trainer.export.gptq import (
 from trainer.export.quantized_files import finish_folder, write_bfloat16
 
 
-def test_all_layers_are_quantizable_when_the_group_size_fits(tiny_base: Path) -> None:
+def test_all_layers_can_be_quantized_if_their_sizes_are_multiples_of_the_group_size(tiny_base: Path) -> None:
     layers = check_layers(tiny_base, 64)
     assert len(layers) == 2 * 7
     assert "model.layers.0.self_attn.q_proj" in layers

@@ -69,7 +69,7 @@ def adapted(model: PreTrainedModel, **sections: Any) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_linear_targets_every_linear_layer_and_expert(family: str) -> None:
+def test_all_linear_preset_targets_every_linear_layer_and_expert(family: str) -> None:
     model = make_mixture(family)
     experts = {name for name, weight in model.named_parameters() if weight.ndim == 3}
     layers = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
@@ -79,7 +79,7 @@ def test_all_linear_targets_every_linear_layer_and_expert(family: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_linear_gives_layers_and_experts_the_same_rank(family: str) -> None:
+def test_all_linear_preset_gives_layers_and_experts_the_same_rank(family: str) -> None:
     model = add_adapter(make_mixture(family), make_recipe(adapter={"rank": 2}), steps=10)
     ranks = {
         rank for module in model.modules() if isinstance(getattr(module, "r", None), dict) for rank in module.r.values()

@@ -340,7 +340,7 @@ def test_parity_fails_when_the_engine_computes_different_token_scores(version: V
     ]
 
 
-def test_parity_fails_when_engine_tokens_differ_from_training(version: Version) -> None:
+def test_parity_fails_when_the_engine_tokenizes_prompts_differently_from_training(version: Version) -> None:
     reading = EngineReading(prompts_differ=(1, 2), scores=(), speed=SPEED)
     made = replace(version.made, formats={Format.MERGED: (version.merged, reading)})
     report = make_report(made, version.recipe, version.examples, 3, number_type=TYPE)

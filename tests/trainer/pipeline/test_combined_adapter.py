@@ -127,7 +127,7 @@ def test_combining_with_weights_one_and_zero_gives_the_first_adapter(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [("first", "rank 2"), ("rslora", "second"), ("first", "other layers")])
-def test_cat_combination_gives_the_exact_weighted_sum_of_the_adapter_updates(
+def test_combining_with_the_cat_method_gives_the_exact_weighted_sum_of_the_adapter_updates(
     tiny_base: Path, folders: Mapping[str, Path], tmp_path: Path, names: tuple[str, str]
 ) -> None:
     parts = [updates(tiny_base, folders[name]) for name in names]

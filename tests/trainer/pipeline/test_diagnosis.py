@@ -77,7 +77,7 @@ def test_diagnosis_advice_always_names_a_recipe_key() -> None:
             assert finding.advice.key in keys
 
 
-def test_equal_prompts_with_different_answers_count_as_contradictions() -> None:
+def test_equal_prompts_with_different_answers_are_counted_as_contradictions() -> None:
     asked = [make_example("one", "a"), make_example("ONE ", "b"), make_example("two", "a"), make_example("two", "a ")]
     assert count_contradictions(asked) == 2
 

@@ -90,7 +90,7 @@ def test_modification_time_of_the_training_file_is_recorded_with_the_examples(tm
     assert examples.modified_at == datetime(1970, 1, 2, tzinfo=UTC)
 
 
-def test_skip_and_limit_select_a_subset_of_training_examples(tmp_path: Path) -> None:
+def test_skip_and_limit_keys_select_a_subset_of_training_examples(tmp_path: Path) -> None:
     assert read(tmp_path, TRAIN, HELDOUT, skip=1, limit=3).train == tuple(TRAIN[1:4])
 
 
@@ -350,7 +350,7 @@ def test_data_sources_are_concatenated_in_recipe_order(tmp_path: Path) -> None:
     assert read_run_examples(make_recipe(data=paths)).train == (*TRAIN[3:], *TRAIN[:3])
 
 
-def test_general_share_sets_the_proportion_of_general_training_examples(tmp_path: Path) -> None:
+def test_general_share_key_sets_the_proportion_of_general_training_examples(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", lines_of(20, "general"))
     examples = read(tmp_path, lines_of(15), HELDOUT, general=tmp_path / "g.jsonl", general_share=0.25)
     assert (len(examples.train), examples.general) == (20, 5)
@@ -432,7 +432,7 @@ def test_data_consisting_almost_entirely_of_general_questions_is_rejected(tmp_pa
 
 
 @pytest.mark.parametrize(("limit", "asked"), [(1, 1), (None, 2)])
-def test_general_limit_sets_the_number_of_general_questions(tmp_path: Path, limit: int | None, asked: int) -> None:
+def test_general_limit_key_sets_the_number_of_general_questions(tmp_path: Path, limit: int | None, asked: int) -> None:
     questions = with_questions(tmp_path, TRAIN, general_limit=limit).questions
     assert questions is not None
     assert questions.examples == tuple(QUESTIONS[:asked])

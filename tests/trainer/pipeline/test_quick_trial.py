@@ -27,7 +27,7 @@ def test_quick_trial_uses_10_percent_of_the_examples_for_one_epoch() -> None:
     assert cut.train_fingerprint == fingerprint(cut.train)
 
 
-def test_quick_trial_samples_the_whole_file_even_if_sorted() -> None:
+def test_quick_trial_draws_examples_from_the_whole_file_even_if_it_is_sorted() -> None:
     _, cut = quick_trial(make_recipe(), examples(200, 200))
     numbers = [int(example.prompt[-1].content.split()[-1]) for example in (*cut.train, *cut.heldout)]
     assert len([number for number in numbers if number >= 100]) > 10
@@ -83,17 +83,17 @@ def test_quick_trial_uses_at_least_two_examples() -> None:
 
 
 @pytest.mark.parametrize(("train", "seconds"), [({"epochs": 3}, 600.0), ({"steps": 50}, 100.0)])
-def test_full_run_time_is_predicted_from_the_quick_trial(train: dict[str, int], seconds: float) -> None:
+def test_duration_of_the_full_run_is_predicted_from_the_quick_trial(train: dict[str, int], seconds: float) -> None:
     trial = TrainingSummary(10, 100, 5.0, 20.0)
     assert whole_run_seconds(make_recipe(train=train).train, trial) == seconds
 
 
-def test_full_run_time_is_predicted_from_training_speed_after_a_resumed_trial() -> None:
+def test_duration_of_the_full_run_is_predicted_from_training_speed_after_a_resumed_trial() -> None:
     """The trial's duration covers only its last process."""
     trial = TrainingSummary(10, 100, 5.0, 2.0)
     assert whole_run_seconds(make_recipe(train={"epochs": 3}).train, trial) == 600.0
 
 
-def test_no_full_run_time_is_predicted_if_the_resumed_trial_ran_no_steps() -> None:
+def test_duration_of_the_full_run_is_not_predicted_if_the_resumed_trial_ran_no_steps() -> None:
     trial = TrainingSummary(10, 100, 0.0, 0.1)
     assert whole_run_seconds(make_recipe().train, trial) is None

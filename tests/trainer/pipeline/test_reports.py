@@ -72,7 +72,7 @@ def test_tensorboard_discards_repeated_steps_when_training_resumes(tmp_path: Pat
     assert "parameters/text_summary" in events.Tags()["tensors"]
 
 
-def test_only_mlflow_is_imported_and_written_when_it_is_the_only_configured_tracker(
+def test_no_other_tracker_is_imported_or_written_to_when_only_mlflow_is_configured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail

@@ -242,7 +242,7 @@ def test_space_check_passes_with_enough_free_space(run: Run, monkeypatch: pytest
     run.require_space(Stage.MERGE, 500_000_000)
 
 
-def test_insufficient_space_error_states_the_missing_space_and_the_folder(
+def test_insufficient_disk_space_error_states_how_much_to_free_and_names_the_folder(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free_bytes(monkeypatch, 200_000_000)

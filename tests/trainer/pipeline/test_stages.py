@@ -39,7 +39,7 @@ DEFAULT_FORMATS = [Format.ADAPTER, Format.MERGED, Format.GPTQ]
 
 
 @pytest.mark.parametrize(("capabilities", "number_type"), [(AVX512, NumberType.BFLOAT16), (AVX2, NumberType.FLOAT32)])
-def test_training_and_quantization_use_the_fast_dtype_of_the_device(
+def test_training_and_quantization_use_the_dtype_that_is_fast_on_the_device(
     make: Make, stages: Stages, capabilities: DeviceCapabilities, number_type: NumberType
 ) -> None:
     make(capabilities=capabilities).train_version()
@@ -107,7 +107,7 @@ def test_dtypes_and_the_reasons_for_them_are_printed_before_training(
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_gradient_checkpointing_chosen_by_the_estimate_is_used_but_does_not_start_a_new_run(
+def test_gradient_checkpointing_chosen_by_the_estimate_is_used_without_causing_a_new_run(
     make: Make, stages: Stages, checkpointing: bool
 ) -> None:
     plain = make()
@@ -321,7 +321,9 @@ def test_second_process_is_rejected_and_changes_no_files_while_the_run_is_locked
     assert [path.name for path in pipeline.run.folder.iterdir()] == ["lock"]
 
 
-def test_run_fails_before_training_if_the_group_size_does_not_fit(make: Make, stages: Stages) -> None:
+def test_run_fails_before_training_if_layer_sizes_are_not_multiples_of_the_group_size(
+    make: Make, stages: Stages
+) -> None:
     with pytest.raises(RecipeError, match=r"quantize\.group_size is 128"):
         make(quantize={"group_size": 128}).train_version()
     assert stages.ran == []

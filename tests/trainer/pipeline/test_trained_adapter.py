@@ -169,7 +169,7 @@ def test_recipe_for_an_imported_adapter_has_the_type_rank_alpha_and_layers_of_th
     ("named", "base"),
     [("org/name", "org/name"), ("/home/someone/model", None), (None, None), ("../../etc/model", None)],
 )
-def test_base_is_taken_from_the_adapter_only_if_it_is_a_hub_id(
+def test_base_named_in_an_adapter_config_is_used_only_if_it_is_a_hub_id(
     plain: Path, tmp_path: Path, named: str | None, base: str | None
 ) -> None:
     adapter = find_adapter(str(plain), tmp_path)

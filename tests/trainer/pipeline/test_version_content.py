@@ -49,7 +49,7 @@ def test_no_template_arguments_file_is_written_when_there_are_no_arguments(pipel
     assert not (folder / "chat_template_kwargs.json").exists()
 
 
-def test_manifest_records_base_data_recipe_and_libraries(pipeline: Pipeline) -> None:
+def test_manifest_records_the_base_the_data_the_recipe_and_the_libraries(pipeline: Pipeline) -> None:
     manifest = pipeline.registry.manifest(pipeline.train_version())
     assert (manifest.base.origin, manifest.base.revision, manifest.base.licence) == ("./base", "sha256:0", "Apache-2.0")
     assert manifest.data.train_fingerprint == pipeline.examples.train_fingerprint

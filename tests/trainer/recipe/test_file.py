@@ -38,7 +38,7 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_recipe_with_only_name_base_and_training_data_gets_default_values(write: Write) -> None:
+def test_recipe_with_only_a_name_a_base_and_training_data_gets_default_values(write: Write) -> None:
     recipe = load_recipe(write())
     assert (recipe.name, recipe.base) == ("tiny", "org/model")
     assert recipe.train == Recipe.model_fields["train"].default
@@ -189,7 +189,7 @@ def test_path_given_with_the_set_option_is_relative_to_the_recipe(write: Write, 
         ("train=5", "'train' is 5"),
     ],
 )
-def test_invalid_set_option_is_named_in_the_error(write: Write, override: str, text: str) -> None:
+def test_invalid_value_of_the_set_option_is_named_in_the_error(write: Write, override: str, text: str) -> None:
     assert text in refusal(write(), override)
 
 
@@ -233,7 +233,7 @@ def test_rejected_value_error_names_the_recipe_key(
 
 @pytest.mark.slow
 @given(st.text(max_size=30) | st.from_regex(r"[a-z.]{1,12}=.{0,12}"))
-def test_any_set_option_is_applied_or_raises_a_recipe_error(
+def test_any_value_of_the_set_option_is_applied_or_raises_a_recipe_error(
     tmp_path_factory: pytest.TempPathFactory, override: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "set.yaml"

@@ -47,7 +47,7 @@ def test_recipe_imported_from_a_published_example_is_accepted_by_the_trainer(exa
     load_recipe(tmp_path / "recipe.yaml")
 
 
-def test_axolotl_lora_example_keeps_its_hyperparameters(tmp_path: Path) -> None:
+def test_imported_axolotl_lora_example_keeps_its_hyperparameters(tmp_path: Path) -> None:
     content = import_recipe(EXAMPLES / "axolotl" / "lora-1b.yml", tmp_path).content
     assert content["base"] == "NousResearch/Llama-3.2-1B"
     assert content["method"] == "lora"
@@ -59,7 +59,7 @@ def test_axolotl_lora_example_keeps_its_hyperparameters(tmp_path: Path) -> None:
     assert (train["max_length"], train["too_long"], train["packing"]) == (2048, "drop", True)
 
 
-def test_axolotl_completion_datasets_become_raw_text(tmp_path: Path) -> None:
+def test_axolotl_completion_datasets_are_imported_as_raw_text(tmp_path: Path) -> None:
     datasets = [
         {"path": "org/books", "type": "completion", "field": "text"},
         {"path": "org/more", "type": "completion"},
@@ -73,14 +73,14 @@ def test_axolotl_completion_datasets_become_raw_text(tmp_path: Path) -> None:
     assert "datasets[0].type" in left_out(imported(tmp_path, datasets=mixed))
 
 
-def test_llama_factory_pretraining_becomes_raw_text(tmp_path: Path) -> None:
+def test_llama_factory_pretraining_is_imported_as_raw_text_training(tmp_path: Path) -> None:
     content = imported_from_llama_factory(tmp_path, stage="pt", cutoff_len=512)
     assert content["objective"] == "text"
     assert (content["train"]["packing"], content["train"]["max_length"]) == (True, 512)
     assert "too_long" not in content["train"]
 
 
-def test_llama_factory_dpo_example_keeps_its_hyperparameters_and_finds_its_data(tmp_path: Path) -> None:
+def test_imported_llama_factory_dpo_example_keeps_its_hyperparameters_and_data_path(tmp_path: Path) -> None:
     example = EXAMPLES / "llama_factory" / "examples" / "train_lora-qwen3_lora_dpo.yaml"
     content = import_recipe(example, tmp_path).content
     assert (content["objective"], content["preference"]) == ("dpo", {"loss": "sigmoid", "beta": 0.1})
@@ -109,7 +109,7 @@ def test_llama_factory_warmup_ratio_is_used_if_warmup_steps_is_zero(tmp_path: Pa
     assert content["train"]["warmup_ratio"] == 0.1
 
 
-def test_llama_factory_neat_packing_becomes_packing(tmp_path: Path) -> None:
+def test_llama_factory_neat_packing_is_imported_as_packing(tmp_path: Path) -> None:
     assert imported_from_llama_factory(tmp_path, neat_packing=True)["train"]["packing"] is True
 
 

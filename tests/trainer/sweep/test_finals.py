@@ -112,7 +112,9 @@ def test_trial_with_the_lowest_loss_wins_when_finalists_do_not_differ_in_their_a
     assert [finalist.trial.key for finalist in finalists] == ["unchanged", "fast", "middle", "slow"]
 
 
-def test_primary_metric_decides_when_finalists_differ_significantly(contest: Contest) -> None:
+def test_finalist_that_is_significantly_better_on_the_primary_metric_wins_despite_a_higher_loss(
+    contest: Contest,
+) -> None:
     key, reasons, _ = won(contest.open(right=answer("slow")))
     assert key == "slow"
     assert reasons == ["learning_rate 0.002 would win by held-out loss, but its exact match is worse"]

@@ -165,7 +165,7 @@ def test_no_further_epochs_are_tried_when_the_last_epoch_brought_no_gain(make: M
     assert [trial.values[EPOCHS] for trial in sweep.of(Phase.EPOCHS)] == [1, 2]
 
 
-def test_unchanged_recipe_is_run_as_a_trial_when_it_sets_steps(make: Make) -> None:
+def test_unchanged_recipe_is_run_as_a_trial_when_it_sets_the_number_of_steps(make: Make) -> None:
     sweep = make(lambda recipe: -1.0 if recipe.train.steps else 0.0, train={"steps": 7})
     assert sweep.run().values == {}
 
@@ -197,7 +197,7 @@ def test_dropout_is_not_tried_when_no_trial_overfits(make: Make) -> None:
     assert sweep.of(Phase.DROPOUT) == []
 
 
-def test_worse_trials_are_pruned_except_the_first_two(make: Make) -> None:
+def test_worse_trials_are_pruned_but_never_the_first_two(make: Make) -> None:
     sweep = make(bowl(5e-4))
     sweep.run()
     statuses = {trial.values[RATE]: trial.status for trial in sweep.of(Phase.LEARNING_RATE)}

@@ -27,7 +27,7 @@ def result_of(winner: TrialOutcome, *others: TrialOutcome) -> SweepResult:
     )
 
 
-def test_no_warning_is_printed_when_the_winner_is_significantly_better() -> None:
+def test_no_warning_is_printed_when_the_winner_is_significantly_better_than_the_runner_up() -> None:
     result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0.5, "b", {RATE: 5e-4}))
     assert result.warning is None
     assert result.runner_up == {RATE: 5e-4}
@@ -35,7 +35,7 @@ def test_no_warning_is_printed_when_the_winner_is_significantly_better() -> None
     assert result.difference.value == pytest.approx(0.5)
 
 
-def test_warning_is_printed_when_the_winner_may_not_be_better() -> None:
+def test_warning_is_printed_when_the_winner_may_not_be_better_than_the_runner_up() -> None:
     each = [level + (0.3 if number % 2 else -0.3) for number, level in enumerate(LEVELS)]
     result = result_of(outcome(0, "a", {RATE: 1e-4}), outcome(0, "b", {RATE: 5e-4}, each=each))
     assert result.warning is not None

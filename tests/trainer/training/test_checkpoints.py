@@ -53,7 +53,9 @@ def test_corrupt_checkpoint_is_skipped(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_later_corrupt_checkpoints_are_deleted_when_a_new_checkpoint_is_written(tmp_path: Path, keep: int) -> None:
+def test_corrupt_checkpoints_of_later_steps_are_deleted_when_a_new_checkpoint_is_written(
+    tmp_path: Path, keep: int
+) -> None:
     folder = CheckpointFolder(tmp_path, keep)
     for step in (10, 20, 30):
         write(folder, step, best=10)

@@ -89,7 +89,7 @@ def lora_plus(ratio: float | None = 8, **sections: Any) -> Recipe:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
-def test_lora_plus_learns_faster_than_a_single_learning_rate_and_resumes_with_the_same_weights(
+def test_lora_plus_lowers_the_loss_more_than_a_single_learning_rate_and_resumes_with_the_same_weights(
     method: str, tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, weights, recipe = TrainingData(examples), [], lora_plus(method=method)

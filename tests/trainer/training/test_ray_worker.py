@@ -132,7 +132,7 @@ def test_no_folder_of_the_run_remains_when_the_worker_has_cleaned_up(worker: Ray
     assert (run.folder / "bases" / run.base).is_dir()
 
 
-def test_ray_worker_deletes_no_run_folders_when_its_folder_is_the_service_home(
+def test_ray_worker_deletes_no_run_folders_when_its_folder_is_the_tuneserve_home(
     worker: RayWorker, run: SharedRun
 ) -> None:
     own = run.folder / "runs" / "tiny-0123456789ab"

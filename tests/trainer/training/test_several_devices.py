@@ -133,7 +133,7 @@ def at_checkpoint(folder: Path, step: int, act: Callable[[], None]) -> threading
     ],
     ids=str,
 )
-def test_training_on_two_devices_matches_the_losses_and_weights_of_one_device(
+def test_training_on_two_devices_gives_the_same_losses_and_weights_as_on_one_device(
     method: Method, settings: dict[str, Any], tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     changed = recipe(method, train=settings, stopping={"every_steps": 3})

@@ -230,7 +230,7 @@ CONVERSATION: list[dict[str, Any]] = [
         ({5: 0}, ["1", "2"]),
     ],
 )
-def test_message_weights_select_the_answers_trained_on(weights: dict[int, int], learnt: list[str]) -> None:
+def test_message_weights_determine_which_answers_are_trained_on(weights: dict[int, int], learnt: list[str]) -> None:
     turns = [turn | ({"weight": weights[place]} if place in weights else {}) for place, turn in enumerate(CONVERSATION)]
     assert learnt_rows(turns) == [[f"{answer}<|im_end|>" for answer in learnt]]
 

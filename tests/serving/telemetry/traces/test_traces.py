@@ -146,7 +146,7 @@ def test_memory_of_sent_content_is_released() -> None:
     assert sent.counts == {"sent": 3}
 
 
-def test_memory_of_content_truncated_by_the_sdk_is_released_completely(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_memory_is_released_after_the_opentelemetry_sdk_truncates_content(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT", "20")
     sent = Sent(max_content=500)
     sent.exporter.gate.set()

@@ -211,7 +211,9 @@ LATER = [ASKED, GOOD, turn("user", "Another?")]
         ({"chosen": BETTER}, Code.WRONG_FORMAT, ""),
     ],
 )
-def test_invalid_preference_pair_error_names_the_field_as_in_the_file(value: Any, code: Code, field: str) -> None:
+def test_error_for_an_invalid_preference_pair_uses_the_field_name_from_the_file(
+    value: Any, code: Code, field: str
+) -> None:
     form = PairFormat.OPENAI_PREFERENCE if "input" in value else PairFormat.CHOSEN_REJECTED
     with pytest.raises(RowError) as caught:
         parse_pair(value, form)
@@ -336,7 +338,7 @@ def test_preference_pair_with_a_held_out_prompt_is_rejected_unless_bad_lines_are
     assert (bad.folder / "x.jsonl").read_bytes() == path.read_bytes().splitlines(keepends=True)[0]
 
 
-def test_preference_pair_skipped_when_read_for_kto_counts_as_one_bad_line(tmp_path: Path) -> None:
+def test_preference_pair_skipped_for_its_held_out_prompt_counts_as_one_bad_line_for_kto(tmp_path: Path) -> None:
     bad = BadLines(tmp_path / "bad")
     path = write_lines(tmp_path / "x.jsonl", HH)
     assert read_labeled(path, minimum=0, kept_back=[PAIR.chosen], bad_lines=bad) == []

@@ -56,7 +56,9 @@ def test_each_combination_of_test_and_prompt_becomes_an_example(tmp_path: Path) 
         ("{{ x }}", "oops", "is 'oops'"),
     ],
 )
-def test_unconvertible_promptfoo_test_is_reported_by_line(prompt: str, test: str, wrong: str, tmp_path: Path) -> None:
+def test_unconvertible_promptfoo_test_is_reported_with_its_line_number(
+    prompt: str, test: str, wrong: str, tmp_path: Path
+) -> None:
     (tmp_path.parent / "secret.txt").write_text("secret", "utf-8")
     (line,) = lines(tmp_path, f'prompts: ["{prompt}"]\ntests:\n  - {test}\n')
     assert line.example is None

@@ -156,7 +156,7 @@ class TestSilence:
 
 class TestArrival:
     @pytest.mark.slow
-    async def test_response_chunks_read_late_keep_their_own_arrival_times(self, socket: Path) -> None:
+    async def test_arrival_time_of_a_response_chunk_does_not_depend_on_when_it_is_read(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(STREAM + chunk(b"a"))
             await asyncio.sleep(0.1)

@@ -25,16 +25,16 @@ def test_runtime_folder_has_owner_only_permissions(parent: Path, tmp_path: Path)
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_equivalent_paths_of_a_home_yield_the_same_runtime_folder(parent: Path, tmp_path: Path) -> None:
+def test_equivalent_paths_of_a_tuneserve_home_yield_the_same_runtime_folder(parent: Path, tmp_path: Path) -> None:
     assert runtime_folder(tmp_path, "serve") == runtime_folder(tmp_path / "x" / "..", "serve")
 
 
-def test_different_homes_or_purposes_have_separate_runtime_folders(parent: Path, tmp_path: Path) -> None:
+def test_different_tuneserve_homes_or_purposes_have_separate_runtime_folders(parent: Path, tmp_path: Path) -> None:
     folders = {runtime_folder(home, purpose) for home in (tmp_path, tmp_path / "b") for purpose in ("serve", "run-1")}
     assert len(folders) == 4
 
 
-def test_socket_path_is_short_even_if_the_home_path_is_long() -> None:
+def test_socket_path_is_short_even_if_the_path_of_the_tuneserve_home_is_long() -> None:
     folder = runtime_folder(Path("/" + "deep/" * 60), "a-run-with-a-long-name" * 5)
     folder.rmdir()
     assert len(str(folder / SOCKET_FILE)) < 108

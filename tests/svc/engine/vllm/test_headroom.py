@@ -67,7 +67,9 @@ def test_longer_context_requires_more_memory(monkeypatch: pytest.MonkeyPatch, mo
     assert shortage(monkeypatch, model, host(free), max_model_len=513) is not None
 
 
-def test_memory_shortage_message_names_needed_and_free_memory(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_memory_shortage_message_states_the_needed_and_the_free_memory(
+    monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
     assert shortage(monkeypatch, model, host(4 * GIB)) == "it needs about 5.0 GiB, but only 4.0 GiB are free"
 
 

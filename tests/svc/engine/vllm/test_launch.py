@@ -144,7 +144,7 @@ def test_launch_digest_depends_on_sleep_mode(tmp_path: Path) -> None:
     assert not differs(Device.CPU)
 
 
-def test_engine_serves_its_folder_under_one_model_name(tmp_path: Path) -> None:
+def test_engine_serves_the_model_in_its_folder_under_a_single_name(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert option(arguments, "--served-model-name") == "tuned"
     assert option(arguments, "--model") == str(tmp_path / "model")
@@ -257,7 +257,7 @@ def test_engine_entry_point_exists_in_installed_vllm(tmp_path: Path) -> None:
     assert command(spec(tmp_path, device=Device.CPU))[1:4] == ["-m", "svc.engine.vllm.start", entry]
 
 
-def test_user_values_of_vllm_disabled_kernels_and_vllm_plugins_are_preserved(
+def test_user_selected_vllm_plugins_and_disabled_kernels_are_preserved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_config(tmp_path, GPTQ)
@@ -326,7 +326,7 @@ def test_engine_does_not_inherit_the_variable_that_enables_the_int4_kernel(
     assert INT4_LINEAR_VARIABLE not in environment(spec(tmp_path))
 
 
-def test_chat_template_gets_arguments_from_the_model_folder(tmp_path: Path) -> None:
+def test_template_arguments_stored_in_the_model_folder_are_passed_to_the_chat_template(tmp_path: Path) -> None:
     write_config(tmp_path, "{}")
     plain = launch_digest(spec(tmp_path))
     assert "--default-chat-template-kwargs" not in command(spec(tmp_path))

@@ -130,7 +130,7 @@ def test_vllm_thread_binding_variable_set_by_the_user_is_kept() -> None:
     assert chosen.variables["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
 
 
-def test_thread_binding_is_left_to_vllm_with_several_cpu_ranks() -> None:
+def test_thread_binding_is_left_to_vllm_when_the_engine_uses_several_cpu_ranks() -> None:
     chosen = plan(tensor_parallel=2)
     assert chosen["threads"].origin is Origin.VLLM
     assert "VLLM_CPU_OMP_THREADS_BIND" not in chosen.variables
@@ -209,7 +209,7 @@ def test_model_with_unknown_head_count_is_not_split_across_gpus() -> None:
 
 
 @pytest.mark.parametrize("args", [("-pp", "3"), ("--data-parallel-size=3",)])
-def test_tensor_parallel_size_excludes_gpus_used_by_other_parallelism_arguments(args: tuple[str, ...]) -> None:
+def test_tensor_parallel_size_leaves_enough_gpus_for_pipeline_or_data_parallelism(args: tuple[str, ...]) -> None:
     assert plan(GPU, gpus(8), args=args)["tensor_parallel_size"].value == 1
     assert plan(GPU, gpus(9), args=args)["tensor_parallel_size"].value == 3
 
@@ -249,7 +249,7 @@ def test_gpu_memory_share_is_left_to_vllm_when_no_gpu_is_visible() -> None:
 
 
 @pytest.mark.parametrize("name", ["enable_prefix_caching", "enable_chunked_prefill"])
-def test_options_left_to_vllm_defaults_are_shown_but_not_passed(name: str) -> None:
+def test_options_that_keep_their_vllm_default_are_shown_but_not_passed_to_vllm(name: str) -> None:
     chosen = plan(GPU, gpus(1))
     assert chosen[name].origin is Origin.VLLM
     assert chosen[name].arguments == ()
@@ -271,7 +271,7 @@ def test_arguments_override_the_compilation_default(args: tuple[str, ...], value
     assert "--enforce-eager" not in chosen.arguments
 
 
-def test_compiled_kernels_are_stored_in_the_home() -> None:
+def test_compiled_kernels_are_stored_in_the_tuneserve_home() -> None:
     assert plan().variables["VLLM_CACHE_ROOT"] == str(CACHE)
 
 
@@ -348,7 +348,9 @@ def test_threads_never_exceed_cores_or_cpu_quota(machine: Machine, model: ModelF
 
 
 @given(machines(), facts)
-def test_tensor_parallel_size_divides_the_model_and_fits_the_gpus(machine: Machine, model: ModelFacts) -> None:
+def test_tensor_parallel_size_splits_the_model_evenly_and_never_exceeds_the_number_of_gpus(
+    machine: Machine, model: ModelFacts
+) -> None:
     ranks = plan(GPU, machine, model)["tensor_parallel_size"].value
     assert isinstance(ranks, int)
     assert ranks == 1 or (ranks <= len(machine.gpus) and model.divides(ranks))

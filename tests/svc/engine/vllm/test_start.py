@@ -48,7 +48,7 @@ def seen(tmp_path: Path) -> dict[str, Any]:
     return result
 
 
-def test_forked_engine_process_has_the_preloaded_modules_imported(seen: dict[str, Any]) -> None:
+def test_preloaded_modules_are_already_imported_in_the_forked_engine_process(seen: dict[str, Any]) -> None:
     assert seen["heavy"]
     assert not seen["heavy_here"]
     assert seen["parent"] != seen["main"]

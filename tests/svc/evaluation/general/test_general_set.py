@@ -29,7 +29,7 @@ def line(question: str, answer: str, **more: object) -> dict[str, object]:
     return {"messages": turns, **more}
 
 
-def test_reference_answers_of_all_shipped_general_questions_count_as_correct() -> None:
+def test_reference_answers_of_all_shipped_general_questions_are_scored_as_correct() -> None:
     assert right(SHIPPED, [example.answer for example in SHIPPED.examples]) == [1.0] * 120
 
 
@@ -39,7 +39,7 @@ def test_each_accepted_string_counts_as_a_correct_answer() -> None:
             assert right(GeneralSet("", (example,), (texts,)), [text]) == [1.0], text
 
 
-def test_repeating_a_general_question_is_wrong_unless_the_task_asks_for_repetition() -> None:
+def test_answer_that_repeats_a_general_question_is_wrong_unless_the_task_asks_for_repetition() -> None:
     repeated = right(SHIPPED, [example.question for example in SHIPPED.examples])
     found = [example.question for example, score in zip(SHIPPED.examples, repeated, strict=True) if score]
     assert all("banana" in question or "OK" in question for question in found), found

@@ -57,7 +57,7 @@ def test_no_plot_is_created_without_data() -> None:
 
 
 @pytest.mark.slow
-def test_training_curve_description_has_its_first_and_last_values() -> None:
+def test_description_of_a_training_curve_states_the_first_and_last_losses() -> None:
     description = label_of(plot_loss(curve()))
     assert re.fullmatch(
         r"training loss from 2\.\d+ to 0\.\d+ in 80 steps; held-out loss from 2\.900 to 0\.503, lowest 0\.503",

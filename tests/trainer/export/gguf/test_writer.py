@@ -99,7 +99,7 @@ def test_model_with_nan_weights_is_rejected(tmp_path: Path, examples: list[ChatE
     assert not list((tmp_path / "out").glob("*.gguf"))
 
 
-def test_matrix_is_written_in_16_bits_if_its_rows_do_not_divide_into_8_bit_blocks(
+def test_matrix_is_written_in_16_bits_if_its_row_length_is_not_a_multiple_of_the_8_bit_block_size(
     tmp_path: Path, examples: list[ChatExample]
 ) -> None:
     base = make_model(tmp_path / "base", intermediate_size=72)
