@@ -260,7 +260,7 @@ async def test_version_with_an_undecided_verdict_is_promoted_with_a_warning(serv
     assert "a loss of up to 0.090 cannot be excluded with 60 examples; about 500 would decide" in result.stderr
 
 
-async def test_version_that_failed_a_check_is_promoted_with_force_and_the_output_states_the_reason(serving: Home) -> None:
+async def test_version_that_failed_a_check_is_promoted_with_force_and_the_reason_is_printed(serving: Home) -> None:
     make_version(serving.registry, 4, failed=("GPTQ lost 0.3",))
     result = await type_in(serving, "promote", f"{NAME}@4", "--force", "--reason", "the demo of Monday")
     assert "tuned@4 (merged) is served" in result.output
