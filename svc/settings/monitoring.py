@@ -105,7 +105,7 @@ class MonitorSettings(Section):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(9464, ge=0, le=65535, description="port to listen on")
-    server: str = Field("", description="URL of the server to monitor; default: the server of this home folder")
+    server: str = Field("", description="URL of the server to monitor; default: the server that uses this home folder")
     key_file: AbsolutePath | None = Field(
         None, description="file with an API key of scope `metrics` for `monitor.server`; not needed on the same machine"
     )

@@ -213,7 +213,8 @@ def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int
             f"train.devices lists GPUs that differ from each other or from {first}, the GPU that torch would use by "
             f"default: {listed}",
             expected="identical GPUs, because every GPU waits for the slowest",
-            todo="list identical GPUs; to use a different type of GPU, hide all others with CUDA_VISIBLE_DEVICES",
+            todo="put GPUs of one type in train.devices; if it is not the default type, hide all other GPUs with "
+            "CUDA_VISIBLE_DEVICES",
         )
     return list(numbers)
 
