@@ -75,7 +75,7 @@ class Quality(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class QualityReport:
-    """Comparison of the newest held-out run with the results at registration.
+    """Comparison of a version's newest evaluation on held-out examples with the results at registration.
 
     Attributes:
         why: the reason if the quality is unknown.
@@ -110,7 +110,7 @@ class QualityReport:
 
 
 def read_quality(registry: Registry, store: Store, target: Target) -> QualityReport:
-    """Compare the newest held-out run of a version in one format with the results at registration.
+    """Compare the newest held-out evaluation of a version in one format with its results at registration.
 
     Raises:
         IntegrityError: the registered results differ from the manifest.
@@ -159,12 +159,12 @@ def _by_exact_match(run: HoldoutRun) -> HoldoutRun:
 
 
 def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
-    """Compare a completed held-out run with earlier results, example by example.
+    """Compare a completed evaluation on held-out examples with earlier results, example by example.
 
     Args:
-        before: results at registration or in an earlier run, keyed by index in the held-out file. Examples
+        before: results at registration or in an earlier evaluation, keyed by index in the held-out file. Examples
             without an earlier result are skipped.
-        run: the completed run, with scores by the same metric.
+        run: the completed evaluation, with scores by the same metric.
     """
     from scipy.stats import norm
 

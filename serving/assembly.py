@@ -256,7 +256,7 @@ def assemble_gateway(
     server: str = "",
     loader: Loader | None = None,
 ) -> GatewayParts:
-    """Create the application that forwards clients' requests to the router's backends, along with its components.
+    """Create an application and its components. The application forwards clients' requests to the router's backends.
 
     Args:
         changes: object that writes the desired versions.

@@ -167,7 +167,7 @@ class Deployments:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def load(self, version: VersionId, targets: Sequence[Target]) -> None:
-        """Serve an unpromoted version until it becomes idle. Return once the version is served.
+        """Start serving an unpromoted version, and return once it is served. Serving ends when it becomes idle.
 
         The version's model is not added to the store's set of models. Each server loads only the models that its own
         clients request, and loads none of them after a restart.
@@ -213,9 +213,9 @@ class Deployments:
                 self.on_failure(deployment.reconciler.actual.target, error)
 
     async def _leave_out_of_collections(self) -> None:
-        """Exclude imported objects from garbage collection, once the last import has finished.
+        """Exclude imported objects from garbage collection once the last import has finished, or after `_IMPORTED_S`.
 
-        The wait lasts at most `_IMPORTED_S`. Scanning these objects repeatedly would delay every stream by 100 ms.
+        Scanning these objects repeatedly would delay every stream by 100 ms.
         """
         await asyncio.gather(*(each.alias.settled(_IMPORTED_S) for each in self.all))  # MLflow is imported last
         gc.freeze()

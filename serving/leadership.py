@@ -83,7 +83,7 @@ class Leadership:
         return self._leases[name]
 
     async def run(self) -> None:
-        """Extend the leases until cancelled. Never returns."""
+        """Keep extending the leases until cancelled. Never returns."""
         if not self.server:
             await asyncio.Event().wait()
         while True:

@@ -30,7 +30,9 @@ class Backend(Protocol):
 
     @property
     def context(self) -> int:
-        """Maximum combined length of a prompt and its answer, in tokens. It applies to requests that set no limit."""
+        """Maximum combined length of a prompt and its answer, in tokens. An answer for which the request sets no limit
+        counts as this long.
+        """
 
     async def check(self, model: str) -> None:
         """Check that a model name can be served. The registry is read only if necessary.
@@ -90,7 +92,7 @@ class Router:
         self.registered: Collection[str] = ()
 
     def serve(self, name: str, backend: Backend) -> None:
-        """Route a model's requests to a backend."""
+        """From now on, route a model's requests to a backend."""
         self._backends[name] = backend
 
     def split(self, name: str, split: Split | None) -> None:

@@ -62,7 +62,7 @@ class LazyGroup(click.Group):
     """A click group that imports a command's module on first use, and takes the commands' help from a table."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return all command names in the order of the table."""
+        """Return the names of all commands, in the order of `COMMANDS`."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

@@ -124,8 +124,8 @@ def reading(text: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def advancing(text: str, phases: Sequence[str]) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar with the elapsed time for a task that has several phases, and yield a callback to start a
-    phase.
+    """Show a progress bar with the elapsed time for a task that has several phases, and yield a callback to call at
+    the start of each phase.
 
     Args:
         phases: names of the phases, in order; the bar shows how many are complete.

@@ -20,14 +20,14 @@ class _Record(BaseModel):
 
 
 class StageBegun(_Record):
-    """A stage of `svc train` has begun, for example the merge."""
+    """Progress record: a stage of `svc train` has begun, for example the merge."""
 
     kind: Literal["stage"] = "stage"
     name: str
 
 
 class StepDone(_Record):
-    """An optimizer step is complete.
+    """Progress record: an optimizer step is complete.
 
     Attributes:
         steps: total number of steps in the training run.
@@ -49,7 +49,9 @@ class StepDone(_Record):
 
 
 class HeldoutLoss(_Record):
-    """The held-out examples have been evaluated after a step. `loss` and `accuracy` are as in `StepDone`."""
+    """Progress record: the held-out examples have been evaluated after a step. `loss` and `accuracy` are as in
+    `StepDone`.
+    """
 
     kind: Literal["heldout"] = "heldout"
     step: int
@@ -58,7 +60,7 @@ class HeldoutLoss(_Record):
 
 
 class EpochSaved(_Record):
-    """The state at the end of an epoch has been saved for clients.
+    """Progress record: the state at the end of an epoch has been saved for clients.
 
     Attributes:
         folder: folder on this machine that contains the state.
@@ -70,7 +72,7 @@ class EpochSaved(_Record):
 
 
 class Registered(_Record):
-    """The version has been registered. This is the last record.
+    """Progress record: the version has been registered. This is the last record.
 
     Attributes:
         version: `NAME@N`.

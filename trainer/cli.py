@@ -64,7 +64,7 @@ def train(
     progress_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Train a model from RECIPE and register it as a version, resuming an interrupted run."""
+    """Train a model from RECIPE and register it as a version. If the run was interrupted before, resume it."""
     from svc.dataset.readers.bad_lines import BadLines
     from svc.registry.registry import Registry
     from svc.registry.render import print_version

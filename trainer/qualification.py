@@ -47,7 +47,7 @@ _LOADS = 3
 
 
 class EngineReading(BaseModel):
-    """Measurements of a format on the engine, which the parity report compares with the trainer's measurements.
+    """Measurements of a format on the engine. The parity report compares them with the trainer's measurements.
 
     Attributes:
         prompts_differ: indices of the evaluated examples whose prompt tokens differ between the engine and
@@ -63,7 +63,7 @@ class EngineReading(BaseModel):
 
 
 class Qualified(BaseModel):
-    """Results of a format that was verified on the engine.
+    """Results of verifying one format of a version on the engine.
 
     Attributes:
         results: the format's answer to each evaluated example.
@@ -214,13 +214,13 @@ class Qualifier:
         )
 
     async def _loads(self, engine: Engine, folder: Path) -> list[float]:
-        """Load the format in place several times and return how long each load took, in seconds. The result is empty if
-        the engine cannot reload weights.
+        """Reload the weights in the running engine several times, and return how long each reload took, in seconds. The
+        result is empty if the engine cannot reload weights.
         """
         return [await self._load(engine.client, folder) for _ in range(_LOADS if engine.capabilities.reloads else 0)]
 
     async def _load(self, client: EngineClient, folder: Path) -> float:
-        """Load the format in place and return how long it took, in seconds."""
+        """Reload the weights in the running engine, and return how long this took, in seconds."""
         started = time.monotonic()
         await client.reload_weights(folder)
         seconds = time.monotonic() - started

@@ -1,4 +1,7 @@
-"""Serializes traffic that was accepted as the new drift baseline. It contains features and hashes, but no text."""
+"""Serializes traffic that was accepted as the new drift baseline.
+
+The result contains features and hashes, but no text.
+"""
 
 import io
 from typing import Any

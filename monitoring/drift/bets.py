@@ -24,7 +24,8 @@ _TAILS = (0.0, 0.02, 0.1)
 """Fractions of the reference that lie in a feature's two tails combined. With a fraction of 0, the tails contain only
 values outside the reference's range."""
 _MIN_SHARE = 0.02
-"""Minimum fraction of the reference for a category to get its own set. Rarer and new categories share a single set."""
+"""A category gets a bet of its own if at least this fraction of the reference is in it. Rarer and new categories share
+a single bet."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def upper_limit(count: int, size: int, z: float) -> float:
 def feature_bets(reference: Sample) -> list[Bet]:
     """Return the bets on the features of a reference sample.
 
-    For a numeric feature, the sets are its tails. For a categorical feature, they are its frequent, rare and new
-    categories.
+    Each bet is on a set of values. For a numeric feature, the set is one of its tails. For a categorical feature, it is
+    a frequent category, the rare categories, or the new categories.
     """
     bets = [bet for name, values in reference.numbers.items() for bet in _tail_bets(name, values)]
     bets += [bet for name, values in reference.categories.items() for bet in _category_bets(name, values)]

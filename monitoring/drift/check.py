@@ -76,7 +76,7 @@ class _Bets:
     """A drift detector for one version's traffic, together with the reference it was built from.
 
     Attributes:
-        accepted: the accepted traffic that serves as the reference, or None if the reference is the version's examples.
+        accepted: traffic that was accepted as the new reference, or None if the version's examples are the reference.
         detector: the detector, or None if nothing can be compared.
         missing: the reason why answers cannot be compared or, if `detector` is None, why nothing can be compared.
     """

@@ -3,10 +3,10 @@
 from collections import Counter, deque
 
 COMPARED = 100
-"""Number of requests to which the limit on each client's share applies: the most recent ones that the drift check has
-counted."""
+"""Number of most recent counted requests to which the limit on each client's share applies."""
 _MIN_COUNT = 5
-"""Any client may send this many of the last `COMPARED` counted requests, however small its usual share is."""
+"""Lowest limit for any client, however small its usual share: a number of requests among the last `COMPARED` counted
+ones."""
 _SLACK = 1.2
 """Factor by which a client may exceed its usual share."""
 
@@ -49,7 +49,7 @@ class ClientShares:
         return not client or self._kept_counts[client] < max(_MIN_COUNT, _SLACK * share * COMPARED)
 
     def keep(self, client: str) -> None:
-        """Record the client of a request that was counted."""
+        """Record the client of a request that the drift check has counted."""
         if len(self._kept) == COMPARED:
             self._kept_counts[self._kept[0]] -= 1
         self._kept.append(client)

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from svc.drift_reference.sample import NOT_THERE, Floats, Names, Sample
 
 MAX_LAG = 64
-"""Largest dependence distance considered, in items. If items depend on each other over a longer distance, the stream is
-treated as changed."""
+"""Largest distance, in items, at which dependence between items is considered. If items that are farther apart
+depend on each other, the stream is treated as changed."""
 LAGS = MAX_LAG + 38
 """Number of lags examined. Beyond `MAX_LAG`, items are assumed to be no more similar than randomly chosen ones."""
 ROWS = 600

@@ -33,8 +33,8 @@ requests above a client's usual share."""
 SEEN = RARITY_REQUESTS + COMPARED
 """Number of earlier requests, counted or not, used to compute word rarity and each client's share."""
 _LEARNED_SHARE = 0.7
-"""Share of the input signal's false alarm budget that goes to bets on the domain classifier's learned sets, which
-detect changes that no single feature shows. All other bets share the rest equally."""
+"""Share of the false alarm budget for prompts that goes to bets on learned sets. The domain classifier learns these
+sets to detect changes that no single feature shows. All other bets on prompts share the rest equally."""
 _JUDGE_EVERY = 20
 """Number of items after which the dependence distance (see `monitoring.drift.dependence`) is re-estimated."""
 
@@ -87,7 +87,7 @@ class Requests:
 
 
 class Seen(NamedTuple):
-    """A request that arrived before the current check, whether or not it was counted."""
+    """A request that arrived before the current check, whether it was compared (counted) or ignored."""
 
     words: Words
     client: str
@@ -130,6 +130,8 @@ class Watch:
 @dataclass(frozen=True)
 class Advance:
     """Result of processing new requests.
+
+    A request is counted if it is not a near copy and is within its client's share.
 
     Attributes:
         watch: the state after the new requests.
@@ -221,9 +223,9 @@ class Detector:
         return Advance(watch, kept, events, evidence.strengths())
 
     def _keep(self, before: Requests, seen_before: Sequence[Seen], new: Requests) -> NDArray[np.intp]:
-        """Return the indexes of the new requests that count.
+        """Return the indexes of the new requests that are used as evidence.
 
-        A request counts if it is not a near copy and is within its client's share.
+        Near copies of other requests are not used, nor are requests beyond their client's usual share of the traffic.
         """
         copies = NearCopies(self._words)
         clients = ClientShares([seen.client for seen in seen_before], list(before.clients), RARITY_REQUESTS)
@@ -241,6 +243,6 @@ class Detector:
         return np.array(kept, dtype=np.intp)
 
     def _fixed_hits(self, to_reference: Singles, new: Requests) -> Hits:
-        """Return a table (items x bets) that shows which new requests are in which fixed sets."""
+        """Return a table (new requests x bets) that shows which requests are in the fixed set of each bet."""
         parts = [self.classifier.far_hits(to_reference), hit_table(self._prompt_bets, new.prompts)]
         return np.concatenate([*parts, hit_table(self._answer_bets, new.answers)], axis=1)

@@ -28,15 +28,15 @@ WIDTHS = (1.0, 0.55)
 """Kernel widths for the two embeddings of a prompt (by its topic and by its expected answer), tuned on training and
 held-out prompts."""
 LEARNED_FROM = (16, 40)
-"""Sizes of the windows of newest items from which sets are learned."""
+"""How many of the newest items a set of prompts is learned from. Some sets use the first number, others the second."""
 HISTORY = 400
-"""Maximum number of earlier items used to determine a learned set's usual share. They immediately precede the items
-from which the set is learned."""
+"""Maximum number of items used to determine what share of the items usually falls into a learned set. They immediately
+precede the items from which the set is learned."""
 _MIN_HISTORY = 50
 _FAR = (0.0, 0.02, 0.1)
-"""Fractions of the reference prompts that fall into the fixed sets, which contain prompts far from the reference."""
+"""Fractions of the reference prompts in the fixed sets: those least similar to the other reference prompts."""
 _LEARNED = (0.3, 0.5)
-"""Fractions of the reference prompts that fall into the learned sets."""
+"""Sizes of the learned sets (see the module docstring), as fractions of the reference prompts that fall into them."""
 _LEARNED_SLACK, _STEP_SLACK = 1.8, 1.1
 _MAX_LEARNED_BOUND = 0.95
 _NEAREST = 3
@@ -109,13 +109,16 @@ class DomainClassifier:
         return self._similarity(both.views, both.views)
 
     def far_hits(self, to_reference: Singles) -> Hits:
-        """Return a table (items x bets) that shows which items are in each fixed set, in `far_bounds` order."""
+        """Return a table (items x bets) that shows, for each bet on a fixed set of prompts, which items are in the set.
+
+        The bets are in the order of `far_bounds`.
+        """
         means, nearest = to_reference.mean(axis=1), _nearest(to_reference)
         hits = [row for mean, near in self._limits for row in (means < mean, nearest < near)]
         return np.where(np.stack(hits, axis=1), HIT, MISS).astype(np.int8)
 
     def learned_hits(self, similar: Similarities, place: int, dependence: float) -> tuple[Hits, Floats]:
-        """Return which learned sets contain an item, and the bounds of all learned sets.
+        """For each bet on a learned set of prompts, return whether the set contains an item, and the bet's bound.
 
         Args:
             place: index of the item.

@@ -26,12 +26,13 @@ from svc.drift_reference.sample import Floats
 
 STAKES = np.array([0.1, 0.35, 0.7])
 """Fractions of a bet's wealth staked on each item. Each bet is placed once with each stake. The largest stake detects
-a gross change within four items. If the share of items in a set rises to 1.5 times the bound, the smallest stake
-detects this within about 2,000 items."""
+a gross change within four items. If the share of items in a bet's set rises to 1.5 times the bet's bound, the smallest
+stake detects this within about 2,000 items."""
 _MIN_PATIENCE, _MAX_PATIENCE = 200, 1_000
 _LASTING = 20.0
-"""A statistic above this multiple of the alarm's patience (see `FeatureAlarm.patience`) indicates that the change
-continues. Without a change, the statistic exceeds this value within the patience in fewer than one of 20 alarms."""
+"""If the statistic reaches this multiple of an alarm's patience, a number of items (see `FeatureAlarm.patience`), the
+change counts as continuing. Without a change, this happens within that number of items in fewer than one of 20
+alarms."""
 
 Hits = NDArray[np.int8]
 HIT, MISS, NOT_THERE = 1, 0, -1
@@ -53,9 +54,9 @@ class FeatureAlarm:
     quiet: int = 0
 
     def patience(self, dependence: float) -> float:
-        """Return the number of items without a sign of the change after which the alarm ends.
+        """Return how many items in a row must show no sign of the change before the alarm ends.
 
-        It is four times the number of items between the change and the alarm, within limits.
+        This is four times the number of items between the change and the alarm, within limits.
 
         Dependent items carry less information, so the lower limit grows with the dependence.
         """
@@ -67,8 +68,8 @@ class FeatureState:
     """State of the bets on one feature. Each bet is placed once with each stake in `STAKES`.
 
     Attributes:
-        money: the bets' statistics, one per bet and stake. During an alarm, they restart at each sign that the change
-            continues.
+        money: total wealth of each bet with each stake, which serves as the bet's statistic. During an alarm, the
+            statistics restart at each sign that the change in the feature continues.
         began: for each statistic, the newest position at which its value was still normal, that is, no higher than
             expected without a change.
     """
@@ -163,7 +164,7 @@ class Evidence:
         }
 
     def strengths(self) -> dict[str, float]:
-        """Return each feature's evidence for a change on a log scale, where 0 means no evidence and 1 an alarm."""
+        """Return how strong the evidence for a change of each feature is, on a log scale from 0 (none) to 1 (alarm)."""
         strengths = np.minimum(np.log1p(self._sums()) / np.log1p(self._threshold), 1.0)
         return {
             name: 1.0 if number in self._alarms else float(strengths[number]) for number, name in enumerate(self.names)
@@ -182,7 +183,7 @@ class Evidence:
         return Event(position, self.names[number], alarm)
 
     def _judge_alarm(self, number: int, position: int, sums: Floats, dependence: float) -> Event | None:
-        """Update a feature's alarm after an item, and return an event if the item ends the alarm."""
+        """Update a feature's alarm with one more item, and return an event if the item ends the alarm."""
         bets, alarm = self._feature == number, self._alarms[number]
         patience = alarm.patience(dependence)
         if sums[number] / self._weights[bets].sum() >= _LASTING * patience:
@@ -196,7 +197,7 @@ class Evidence:
         return Event(position, self.names[number], None)
 
     def _set(self, number: int, alarm: FeatureAlarm | None) -> None:
-        """Set or clear a feature's alarm, and restart the feature's bets."""
+        """Set or clear a feature's alarm, and start all bets on the feature from scratch."""
         self._money[self._feature == number] = 0.0
         if alarm:
             self._alarms[number] = alarm

@@ -41,7 +41,7 @@ class NearCopies:
             self._count(frozenset(words.tolist()), 1)
 
     def keep(self, words: Words, time_s: float) -> None:
-        """Record a request that was counted by an earlier check.
+        """Record a request that an earlier check counted, so that near copies of it are detected.
 
         Args:
             time_s: start time of the request, in seconds.
@@ -60,7 +60,7 @@ class NearCopies:
         return False
 
     def see(self, words: Words) -> frozenset[int]:
-        """Record a request only for computing word rarity, and return its distinct words."""
+        """Add a request to the statistics from which word rarity is computed, and return its distinct words."""
         distinct = frozenset(words.tolist())
         self._newest.append(distinct)
         self._count(distinct, 1)

@@ -26,7 +26,7 @@ def production_targets(store: Store) -> list[Target]:
 
 
 def read_drift(registry: Registry, store: Store, target: Target) -> tuple[list[SignalReport], QualityReport]:
-    """Return the reports of the last drift check of a version in one format, and the result of its last held-out run.
+    """Return a version's latest drift reports and the result of its latest held-out evaluation, for one format.
 
     Raises:
         NotFoundError: the version does not exist.

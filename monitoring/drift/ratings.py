@@ -174,10 +174,10 @@ class _Ratings:
 
 
 def accept_ratings(store: Store, target: Target, state: RatingState, since: datetime) -> RatingState:
-    """Return a state in which later ratings are compared with the ratings given since `since`.
+    """Return a state in which later ratings are compared with those given at or after `since`.
 
     Raises:
-        RefusedError: too few ratings have been given since `since`.
+        RefusedError: too few ratings have been given at or after `since`.
     """
     ratings = [r for r in one_a_day(read_ratings(store, target, newest=_MAX_RATINGS)) if r.given_at >= since]
     if len(ratings) < _MIN_ACCEPTED:

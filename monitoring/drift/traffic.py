@@ -19,7 +19,7 @@ from svc.store.drift_items import StoredItem
 
 SIGNALS = (Signal.INPUT, Signal.OUTPUT)
 _SHOWN = 100
-"""Number of most recent requests used for a report's lines and an alarm's examples."""
+"""Maximum number of recent requests from which a report's lines about features and an alarm's examples are taken."""
 _MIN_SHOWN = 10
 _TOGETHER = 500
 """Number of new requests processed at a time. Run time and memory use grow with the square of this number."""
@@ -38,7 +38,7 @@ class TrafficState:
 
     Attributes:
         cursor: id of the newest item seen so far.
-        kept: ids of the newest counted items.
+        kept: ids of the newest items that count as evidence. Near copies and a client's excess requests do not count.
     """
 
     cursor: int = 0

@@ -192,12 +192,12 @@ class Admission:
         self._settle()
 
     def wake(self) -> None:
-        """Undo `sleep`. While no engine accepts requests, new and already queued requests are rejected again."""
+        """Undo `sleep`: while no engine accepts requests, new and queued requests are rejected instead of waiting."""
         self._asleep = False
         self._settle()
 
     def unavailable(self, reason: str | None) -> None:
-        """Record that no engine accepts requests, and cancel the server's own request.
+        """Record that no engine accepts requests, and cancel the server's own request to the engine, if one is running.
 
         Queued and new requests are rejected, unless admission is closed, in which case they wait.
 

@@ -1,7 +1,8 @@
 """A low-priority slot for the server's own requests, separate from the slots for clients.
 
 A request in this slot does not count as running, and no client waits for it. The slot is available while admission is
-open and there is an engine. Otherwise, the request is cancelled, because its answer could delay a swap for too long.
+open and there is an engine. When the engine is about to be replaced, reloaded or stopped, the request in the slot is
+cancelled, because waiting for its answer could delay a swap for too long.
 """
 
 import asyncio
@@ -60,7 +61,7 @@ class BackgroundSlot:
             self.taken = None
 
     def end(self) -> None:
-        """Cancel the request in the slot, if any, because its engine is about to be replaced, reloaded or stopped."""
+        """Cancel the request in the slot, if any, before its engine is replaced, reloaded or stopped."""
         if self.taken is not None and not self.taken.expired():
             self.taken.reschedule(asyncio.get_running_loop().time())
 

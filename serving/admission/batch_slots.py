@@ -1,8 +1,8 @@
 """Slots for batch requests, which use the capacity that client requests leave free.
 
-These requests do not count as running, so no client waits for them. They wait in arrival order while there is no spare
-capacity. When clients need the capacity, or the engine is being replaced, running batch requests are interrupted,
-newest first. An interrupted request may be sent again.
+Batch requests do not count toward the limit on running client requests, so no client waits for them. They wait in
+arrival order while there is no spare capacity. When clients need the capacity, or the engine is being replaced, running
+batch requests are interrupted, newest first. An interrupted request may be sent again.
 
 `serving.admission.admission` decides when there is spare capacity.
 """

@@ -256,7 +256,7 @@ class _Quota:
 
     Attributes:
         most: the maximum amount that may be used and reserved.
-        used: past use that had not expired as of the last call to `forget`.
+        used: past usage that had not expired at the last call to `forget`.
         reserved: amount reserved by requests that are not settled yet.
     """
 
@@ -271,11 +271,13 @@ class _Quota:
         return 1
 
     def spent(self, used: Usage) -> int:
-        """Return the amount of this limit that a request has used. It may exceed a reservation that was estimated."""
+        """Return the amount of this limit that a request has used. It may exceed the reservation if that was an
+        estimate.
+        """
         return 0
 
     def forget(self) -> None:
-        """Discard past use that has expired."""
+        """Update `used`, so that it no longer includes usage that has expired."""
 
     def reset_s(self) -> float:
         """Return the number of seconds until all past use expires.
@@ -353,7 +355,7 @@ class _TokensOut(_OfMinute):
 
 
 class _TokensOfDay(_Quota):
-    """A limit per UTC day. Its clock must return seconds since 1970."""
+    """A limit on the tokens per UTC day. Its clock must return seconds since 1970."""
 
     def demanded(self, demand: Demand) -> int:
         tokens = demand.tokens_in + demand.tokens_out

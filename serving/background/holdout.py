@@ -52,7 +52,7 @@ less than two hours."""
 
 
 class HoldoutState(StrEnum):
-    """Whether held-out runs are off, waiting or in progress."""
+    """State of the periodic evaluations on held-out examples: off, waiting or in progress."""
 
     OFF = "off"
     WAITING = "waiting"
@@ -61,7 +61,8 @@ class HoldoutState(StrEnum):
 
 @dataclass(eq=False)
 class HoldoutRuns:
-    """Reruns the held-out set periodically while the server runs.
+    """Evaluates the served version on its held-out set after each start or swap, and periodically. Each evaluation is
+    called a run.
 
     Attributes:
         facts: function that returns the kind of engine that serves a version in a given format.
@@ -91,7 +92,7 @@ class HoldoutRuns:
         return self._progress is not None or self._due() is not None
 
     async def run(self) -> None:
-        """Perform held-out runs whenever they are due, until cancelled."""
+        """Until cancelled, evaluate the served version on its held-out examples whenever this is due."""
         if not self.every_hours:
             log.warning("not scheduling further held-out runs: %s", _NEVER)
         while True:
@@ -107,7 +108,7 @@ class HoldoutRuns:
             await asyncio.sleep(_POLL_S)
 
     def status(self, target: Target) -> dict[str, Any]:
-        """Return the section of /svc/status about the served version's held-out runs. This reads the store."""
+        """Return the section of /svc/status about the served version's held-out evaluation. This reads the store."""
         last = newest_holdout_run(self.store, target, completed=False)
         asked, total = self._progress or (0, 0)
         off = self._nothing_to_ask or self.scheduler.off if self.every_hours else _NEVER
@@ -128,7 +129,7 @@ class HoldoutRuns:
         }
 
     def _due(self) -> HoldoutCause | None:
-        """Return the reason why a held-out run is due now, or None if none is due."""
+        """Return the reason why an evaluation on the held-out examples is due now, or None if none is due."""
         weights = self.pool.weights
         if not self.every_hours or not self.leads():
             return None
@@ -139,10 +140,10 @@ class HoldoutRuns:
         return HoldoutCause.SCHEDULE if time.monotonic() >= self._next_at else None
 
     async def _ask_all(self, cause: HoldoutCause) -> None:
-        """Perform one held-out run and store its outcome.
+        """Evaluate the served version on its held-out examples once, and store the outcome.
 
         Raises:
-            SupersededError: the run was cancelled and must be restarted.
+            SupersededError: the evaluation was cancelled and must be restarted.
         """
         primary = self.pool.primary
         if primary is None or primary.target is None:
@@ -172,7 +173,7 @@ class HoldoutRuns:
         await self._keep(await asyncio.to_thread(self._scored, run, results))
 
     def _scored(self, run: HoldoutRun, results: dict[int, ExampleResult]) -> HoldoutRun:
-        """Return the run with its answers scored by the primary metric, or by exact match if that metric fails."""
+        """Score the answers of a run by the metric that monitoring watches, or by exact match if that metric fails."""
         if not results:
             return run
         try:

@@ -28,11 +28,12 @@ Result = TypeVar("Result")
 ID_PREFIX = "holdout-"
 PATIENCE_S = 30.0
 """Maximum time that a background request waits for an idle engine, in seconds. After that, it runs concurrently with
-other requests. 200 held-out examples then take less than two of the six hours between two runs."""
+other requests. 200 held-out examples then take less than two hours; by default, a run starts every six hours."""
 _POLL_S = 1.0
 _MAX_DEATHS = 3
-"""Background requests stop after the engine has died this many times during background requests, for any reason, within
-`_DEATHS_WITHIN_S`. Otherwise, a request that kills the engine would be sent to each new engine within minutes."""
+"""Maximum number of times that the engine may die, for any reason, during background requests within
+`_DEATHS_WITHIN_S`. Background requests then stop. Otherwise, a request that kills the engine would be sent to each new
+engine within minutes."""
 _DEATHS_WITHIN_S = 24 * 3600.0
 _WITH_ENGINE = {EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING}
 
@@ -55,7 +56,7 @@ class BackgroundScheduler:
 
     @property
     def unfit(self) -> str | None:
-        """Reason the current engine cannot answer background requests, or None if it can or no engine is running."""
+        """Reason why the current engine cannot answer background requests. None if it can, or if there is no engine."""
         primary = self._pool.primary
         able = primary.capabilities if primary else None
         return able.unprobed if able else None

@@ -46,7 +46,7 @@ class Answer:
 
     @property
     def temporary(self) -> bool:
-        """Whether the request has not reached an engine, see `is_temporary`."""
+        """Whether the request has not reached an engine and may be sent again; see `is_temporary`."""
         return is_temporary(self.code, self.retry_after_s)
 
     @property

@@ -43,7 +43,7 @@ class _Lines(NamedTuple):
 
 
 class _File:
-    """A file to which lines are appended. An incomplete last line is removed."""
+    """A file to which lines are appended. If a write fails, the incomplete line is removed."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -134,7 +134,7 @@ class Progress:
         self.expired += len(custom_ids)
 
     async def run(self) -> None:
-        """Write lines until cancelled. All waiting lines are written together."""
+        """Write new lines to the files as they arrive, until cancelled. All waiting lines are written together."""
         while True:
             await self._wanted.wait()
             self._wanted.clear()

@@ -63,7 +63,7 @@ class FileChecks:
         self._changed.set()
 
     async def run(self) -> None:
-        """Check files until cancelled."""
+        """Check uploaded files as they arrive, until cancelled."""
         try:
             while True:
                 self._changed.clear()
@@ -93,8 +93,8 @@ class FileChecks:
                 task.add_done_callback(self._ended)
 
     def _read_unchecked(self) -> list[ClientFile]:
-        """Return the files to check: first files whose contents are on this machine, then files whose contents can be
-        fetched.
+        """Return the files to check, starting with those whose contents are on this machine. The contents of the others
+        can be fetched.
         """
         here, elsewhere, long_ago = list[ClientFile](), list[ClientFile](), datetime.now(UTC) - _TAKE_OVER_AFTER
         now = time.monotonic()

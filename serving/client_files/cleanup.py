@@ -20,7 +20,7 @@ _UNKNOWN_EVERY = 60  # times the interval
 
 
 async def run_cleanup(files: ClientFiles, uploads: ClientUploads, *, interval_s: float = _INTERVAL_S) -> None:
-    """Clean up at intervals until cancelled. Several servers may run this concurrently."""
+    """Clean up clients' files and uploads at intervals until cancelled. Several servers may run this concurrently."""
     count = 0
     while True:
         try:

@@ -7,7 +7,7 @@ from svc.identity.actor import Actor
 
 
 def actor_of(request: Request) -> Actor:
-    """Return the author of a request's change: the request's key or, without a key, the user who runs this server."""
+    """Return the author of a change that a request makes: its key or, without a key, the user who runs the server."""
     principal = request_state(request.scope).principal
     if principal is None:
         return Actor.local()

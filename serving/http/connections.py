@@ -154,7 +154,7 @@ class ClientProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def shutdown(self) -> None:
-        """Close the connection after the current request, or after one that arrives within LAST_REQUEST_S."""
+        """Close the connection after the current request. If there is none, accept one more within LAST_REQUEST_S."""
         self._ending = True
         if self._waiting_since is None:
             super().shutdown()

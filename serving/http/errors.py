@@ -90,7 +90,8 @@ _FINAL = frozenset(
         ErrorCode.DISK_FULL,
     }
 )
-"""Errors that a retry cannot resolve. A header tells clients not to retry them, whatever their HTTP status."""
+"""Errors that a retry cannot resolve. A header tells clients not to retry the request, whatever the HTTP
+status."""
 _MAX_RETRY_S = 120
 """Maximum Retry-After value, in seconds. OpenAI's client ignores longer values, while Anthropic's client
 waits for as long as the header tells it to."""

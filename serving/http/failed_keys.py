@@ -14,7 +14,8 @@ from svc.errors import SvcError
 MAX_INVALID_PER_MINUTE = 20
 _MINUTE_S = 60.0
 _MAX_PEERS = 4096
-"""Maximum number of peers tracked. When this number is exceeded, the peer whose minute began earliest is dropped."""
+"""Maximum number of peers whose invalid keys are counted. When this number is exceeded, the peer whose one-minute
+counting period began earliest is dropped."""
 
 
 class TooManyWrongKeysError(SvcError):

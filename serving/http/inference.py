@@ -225,7 +225,7 @@ class Exchange:
             raise refused from None
 
     async def _forward(self, engine: Lease, request: CompletionRequest) -> None:
-        """Send the request to the engine, and pass the engine's answer to the delivery to the client."""
+        """Send the request to the engine, and forward the engine's answer to the client."""
         payload = request.payload(engine.engine_model)
         account = self.account
         account.served_by(engine.served, engine.pace)

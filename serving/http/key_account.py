@@ -92,7 +92,7 @@ class KeyAccount:
         return self.reserve(request, work, model)
 
     def reserve(self, request: CompletionRequest, work: int, model: str) -> Reservation | None:
-        """Reserve the maximum amount that a request may use of each of its key's limits except requests per minute.
+        """For each limit of the request's key except requests per minute, reserve the maximum that the request may use.
         Without a key, do nothing.
 
         Args:

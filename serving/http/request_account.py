@@ -132,7 +132,7 @@ class RequestAccount:
         return self._own_s
 
     def keep(self, part: bytes) -> None:
-        """Keep part of the answer (a body or an event) if content or features are stored, or a rollout needs it."""
+        """Store a piece of the answer (a body or an event) if content or features are stored, or a rollout needs it."""
         if self._content:
             self._content.add(part)
 
@@ -185,7 +185,7 @@ class RequestAccount:
         return self._served
 
     def end(self) -> None:
-        """Count the request, settle its key's limits and store its row. Call this once the outcome is known."""
+        """Count the request, charge it to its key's limits and store its row. Call this once the outcome is known."""
         if self.withdrawn:
             self.key.settle(None, self._reason, None)
             return

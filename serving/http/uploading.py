@@ -73,7 +73,7 @@ class Uploading:
             return results[0]
 
     async def in_thread(self, request: Request, work: Callable[[], Result]) -> Result:
-        """Call a function in a thread to write a file for a request, and return its result.
+        """Call, in a thread, a function that writes a file for a request, and return the function's result.
 
         Raises:
             OverloadedError: too many uploads are running.

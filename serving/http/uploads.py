@@ -218,7 +218,7 @@ def upload_object(upload: Upload, file: ClientFile | None) -> dict[str, Any]:
 
 
 def part_object(part: UploadPart) -> dict[str, Any]:
-    """Return a part of an upload in the format of OpenAI's API."""
+    """Return an upload part as an object in OpenAI's format."""
     return {
         "object": "upload.part",
         "id": part.id,

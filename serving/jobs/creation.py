@@ -177,7 +177,7 @@ class JobCreation:
             task.exception()  # all clients may have disconnected; asyncio would warn about the unread error
 
     async def run(self) -> None:
-        """Queue or fail jobs once their files have been checked, until cancelled. Several servers may run this
+        """Until cancelled, queue or fail each job once its files have been checked. Several servers may run this
         concurrently.
         """
         deciding: dict[str, asyncio.Task[None]] = {}
@@ -353,8 +353,8 @@ async def decide_job(
 
 
 def _is_own_turn(store: Store, files: ClientFiles, job: Job, ids: Iterable[str]) -> bool:
-    """Return whether this server should queue or fail a job, because it has the files' contents, or because no other
-    server has done so in time.
+    """Return whether this server should queue or fail a job. It should if it has the files' contents, or if no other
+    server has queued or failed the job in time.
 
     Raises:
         InvalidRequestError: the contents of a file have been lost.
@@ -371,7 +371,7 @@ def _is_own_turn(store: Store, files: ClientFiles, job: Job, ids: Iterable[str])
 
 
 async def _contents(files: ClientFiles, ids: Mapping[str, str]) -> dict[str, str]:
-    """Return the paths of the contents of a job's files, keyed as in the recipe."""
+    """Return the path to the contents of each of a job's files, keyed by recipe key."""
     return {key: str(await files.content(id)) for key, id in ids.items()}
 
 

@@ -206,7 +206,7 @@ class JobTraining:
             log_store_error(log, "could not return job %s to the queue; this server will resume it", self.job.id)
 
     async def _begin(self) -> bool:
-        """Start the training unless it is already running, and return whether to follow it."""
+        """Start the training unless it is already running, and return whether it is running now."""
         adopted = self._process is not None
         self._note(await asyncio.to_thread(self._reader.read), replayed=True, adopted=adopted)
         if adopted:

@@ -38,9 +38,9 @@ log = logging.getLogger(__name__)
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 """Columns of OpenAI's result files. A cell is empty if the value was not measured at the step."""
 FILENAME = "step_metrics.csv"
-"""Name of OpenAI's result files."""
+"""Name that OpenAI gives to result files."""
 PROGRESS_FILE = "progress"
-"""Name of the file in a job's folder to which its training writes its progress."""
+"""Name of the file in a job's folder in which the training process records its progress."""
 
 
 class JobResults:

@@ -27,7 +27,7 @@ class StepEvents:
         self._total = 0
 
     def add(self, records: Iterable[ProgressRecord]) -> None:
-        """Add the records that the training has written since the last call."""
+        """Process the progress records that the training has written since the last call."""
         for record in records:
             if isinstance(record, StepDone):
                 self._steps[record.step], self._total = record, record.steps

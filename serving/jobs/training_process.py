@@ -26,8 +26,8 @@ MARKER = "TUNESERVE_JOB_FOLDER"
 """Environment variable that is set to the job's folder in the process and all its descendants."""
 _EARLIER_LOG = "log.1"
 _NICENESS = 10
-"""Niceness of the training relative to the server, because training keeps every core busy. CPU engines have a niceness
-of 5."""
+"""Amount by which the training's niceness exceeds the server's. The training keeps every core busy, so it gets a lower
+priority than the server and CPU engines, which have a niceness of 5."""
 _KILL_S = 30.0
 _PAUSE_S = 0.02
 

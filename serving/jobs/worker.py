@@ -123,7 +123,7 @@ class JobWorker:
         self._leaves = False
 
     def leave(self) -> None:
-        """Leave the training running for the next server when `run` is cancelled."""
+        """Make sure that cancelling `run` leaves the training running, so that the next server can continue it."""
         self._leaves = True
 
     async def run(self) -> None:

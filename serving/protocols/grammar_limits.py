@@ -46,7 +46,7 @@ _MAX_STEPS = 8 * MAX_ATOMS
 """Maximum number of symbols in a pattern, which guards against thousands of `|` and `?`. These are not atoms, and
 a pattern could contain 60,000 of them."""
 _OPTIONAL = 20
-"""Number of atoms that one optional atom counts as."""
+"""Number of atoms that an optional atom (character or class) in a pattern counts as."""
 _MAX_NUMBER_DIGITS = 6  # a longer number exceeds the limits anyway
 
 
@@ -65,7 +65,7 @@ def find_excessive_grammar(fields: Mapping[str, Any]) -> Refusal | None:
 
 
 def _grammars_of(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield every request field that vLLM compiles into a grammar on any route, with its name."""
+    """Yield the name and value of every request field that vLLM, on any of the routes, compiles into a grammar."""
     for name in ("response_format", "structured_outputs"):
         yield name, fields.get(name)
     for name in ("text", "output_config"):  # of responses, of messages

@@ -26,14 +26,15 @@ _MAX_TOKENS_FIELDS = {
     Route.RESPONSES: ("max_output_tokens",),
     Route.MESSAGES: ("max_tokens",),
 }
-"""The fields of each route that set the maximum answer length. As in the engine, the first one that is set applies."""
+"""Request fields that set the maximum answer length, keyed by route. As in the engine, the first one that is set
+applies."""
 _CONVERSATION_FIELD = {
     Route.CHAT_COMPLETIONS: "messages",
     Route.COMPLETIONS: "prompt",
     Route.RESPONSES: "input",
     Route.MESSAGES: "messages",
 }
-"""The field of each route that contains the conversation or prompt."""
+"""Request field that contains the conversation or prompt, keyed by route."""
 _WHO_CHARS = 256
 _NAMES_USER = frozenset({"user", "safety_identifier", "metadata"})
 _EMPTY = b"{}"
@@ -96,8 +97,8 @@ class CompletionRequest(NamedTuple):
         """Return the maximum number of tokens that the engine may generate for the request.
 
         Args:
-            context: maximum combined length of prompt and answer, in tokens. It applies to answers for which the
-                request sets no limit.
+            context: maximum combined length of prompt and answer, in tokens. If the request sets no limit, each
+                answer counts as this long.
         """
         longest = context if self.max_tokens is None else min(max(1, self.max_tokens), context)
         return self.answers * longest

@@ -14,7 +14,7 @@ _Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class _Form(msgspec.Struct, forbid_unknown_fields=True):
-    """Base class for the usual forms. It rejects any field that is not listed."""
+    """Base class for the usual forms of messages, input items and tools. It rejects any field that is not listed."""
 
 
 class _ChatMessage(_Form, tag_field="role"):

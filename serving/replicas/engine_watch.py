@@ -49,7 +49,7 @@ class EngineWatch:
         self._suspected.set()
 
     def clear(self) -> None:
-        """Clear the suspicion that the engine is dead, because it arose before the engine became ready."""
+        """Reset `suspected`. A suspicion that arose before the engine was ready says nothing about the engine now."""
         self._suspected.clear()
 
     async def died(self) -> str:

@@ -97,7 +97,7 @@ class EnginePool:
 
     @property
     def alive(self) -> list[Replica]:
-        """Members that have an engine that is not known to be dead."""
+        """Members with an engine, except those whose engine is known to be dead."""
         return [member for member in self.members if member.has_engine and member.state not in _DOWN]
 
     @property

@@ -30,7 +30,7 @@ class RemovedAdapters:
         self._registered = registered
 
     async def run(self) -> None:
-        """Check for removed versions until cancelled."""
+        """Evict the adapters of removed versions at intervals, until cancelled."""
         while True:
             try:
                 await self._check()

@@ -42,7 +42,7 @@ class LoadedWeights:
 
 
 NO_WEIGHTS = LoadedWeights(fresh=True)
-"""Weights identity of a replica that has not loaded anything yet."""
+"""Stands for the weights of a replica that has not loaded any yet."""
 
 
 @dataclass(eq=False)
@@ -153,8 +153,8 @@ class Replica:
         return versions
 
     def serves(self, wanted: VersionId | None) -> Target | None:
-        """Return the target (version and format) with which this engine serves a version, or None if it cannot serve
-        that version.
+        """Return the target (version and format) that this engine would use to serve a version, or None if it cannot
+        serve that version.
 
         Args:
             wanted: the version, or None for the version that the engine runs.

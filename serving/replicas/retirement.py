@@ -50,7 +50,7 @@ class Retirement:
         self._later(self._end_started(starting, engine))
 
     async def cut_off(self) -> None:
-        """Cancel the background tasks, because the caller is about to stop all engines.
+        """Cancel the background tasks. Call this before stopping all engines.
 
         Waits for the cancelled engine startups to finish.
         """

@@ -1,4 +1,4 @@
-"""Starts and looks up the engines of a home folder by number, and checks whether there is memory for more engines.
+"""Starts a home folder's engines, looks them up by number, and checks whether there is memory for more engines.
 
 Engine numbers are unique across models, and an engine's folder and log are named after its number. The
 rest of the server reaches processes, a Ray cluster, the machine's memory and its device only through this module.
@@ -39,7 +39,7 @@ MakeSlots = Callable[[Settings, Registry, DeviceCapabilities, Served], "EngineSl
 
 
 class EngineSlots:
-    """The engines in a home folder, keyed by number.
+    """Numbered slots for the engines of one home folder.
 
     Args:
         served: function that returns all models that are served on this machine, or will be once their engines
@@ -84,11 +84,11 @@ class EngineSlots:
         return number
 
     def give_back(self, number: int) -> None:
-        """Release the number of an engine that has stopped."""
+        """Release an engine's replica number after the engine has stopped."""
         self._taken.discard(number)
 
     async def orphans(self) -> list[int]:
-        """Return the number of each engine that an earlier server left running and this server has not taken over."""
+        """Return the numbers (ids) of engines that an earlier server left running and this one has not taken over."""
         return [number for number in await asyncio.to_thread(self.numbers) if number not in self._taken]
 
     async def end_orphans(self) -> None:
@@ -97,7 +97,7 @@ class EngineSlots:
             await asyncio.to_thread(self.end, number)
 
     def numbers(self) -> list[int]:
-        """Return the number of each engine that an earlier server may have left running. This reads from disk."""
+        """Return the numbers (ids) of engines that an earlier server may have left running. This reads from disk."""
         return list(state_folders(self.settings.home))
 
     def end(self, number: int) -> None:

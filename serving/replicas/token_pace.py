@@ -25,7 +25,7 @@ class TokenPace:
         self._tokens = self._seconds = 0.0  # weighted sums
 
     def observe(self, tokens: float, seconds: float) -> None:
-        """Update the mean with a completed answer.
+        """Update the mean speed with the speed of a completed answer.
 
         Args:
             tokens: number of tokens in each of the answer's choices, which are generated concurrently.

@@ -59,7 +59,7 @@ class Verification:
         self._hashing = ThreadPoolExecutor(max_workers=_HASHING_THREADS, thread_name_prefix="hashing")
 
     async def model(self, target: Target) -> ServedModel:
-        """Return the model that an engine is started with to serve a target, without verifying the model.
+        """Return the model that an engine loads when it is started to serve a target, without verifying the model.
 
         Raises:
             NotFoundError, RefusedError, IntegrityError: see serving.replicas.served_model.
@@ -135,10 +135,10 @@ class Verification:
         return await _compared(client, known)
 
     async def adapter_probes(self, engine: Engine, name: str, target: Target) -> Checked:
-        """Check a loaded adapter with its probes, as `probes` does. This also works while requests are running.
+        """Check a loaded adapter with probes, as `probes` does. This also works while requests are running.
 
-        No probes are recorded for adapters at registration. When an adapter is first loaded on a kind of engine, it
-        is therefore compared with the probes of the version's merged weights, and it must differ from the base.
+        Registration records no probes for adapters. When an adapter is first loaded on a kind of engine, its results
+        are therefore compared with the probes of the version's complete model and with the base's results.
 
         Args:
             name: the adapter's name in the engine.
@@ -188,7 +188,7 @@ class Verification:
         return await asyncio.to_thread(find_retaken_probes, self.store, target, facts)
 
     async def facts(self, target: Target) -> EngineFacts:
-        """Return the kind of engine that serves a target on this machine.
+        """Return the kind of engine that serves a version in a given format on this machine.
 
         Raises:
             EngineError: the format cannot be served on this machine.
@@ -205,7 +205,7 @@ class Verification:
         *,
         without: EngineClient | None = None,
     ) -> str:
-        """Record and store a version's probes on this kind of engine, and return a message for the journal.
+        """Measure a version's probes on this kind of engine, store them, and return a message for the journal.
 
         Args:
             without: client that sends requests to the base model in the same engine; needed if `client` sends requests
@@ -238,7 +238,7 @@ def _unverified(target: Target, why: str) -> Checked:
 
 
 def _unprobed(target: Target, why: str, *, fresh: bool) -> Checked:
-    """Return the result for an engine that cannot be probed but was started from files whose hashes were verified.
+    """Return the check's result for an engine that cannot be probed, but was started from files with verified hashes.
 
     Raises:
         UnknownProbesError: the engine was already running, and may run different weights.
@@ -258,9 +258,9 @@ async def _compared(client: EngineClient, known: Sequence[Probe]) -> Checked:
 
 
 def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence[float]]) -> None:
-    """Check that measured probes match the version before they become its reference.
+    """Check that newly measured log-probabilities match the version's probes, before they become its reference.
 
-    The check is needed because the load may have had no effect.
+    If the load had no effect, the engine still has other weights, which must not determine the reference.
 
     Raises:
         ProbeError: the difference is larger than the same weights can produce on two kinds of engine.

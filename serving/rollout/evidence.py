@@ -28,7 +28,7 @@ from svc.store.swaps import last_queued_s
 _FAILED = {RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR}
 _VERDICTS_S = 10.0
 """Interval, in seconds, at which all verdicts are recomputed while the outcome is undecided. Recomputing them
-takes 10 ms for 3,000 units, whereas the outcome alone takes microseconds."""
+takes 10 ms for 3,000 units (users or conversations), whereas the outcome alone takes microseconds."""
 _CLOCKS_DIFFER = timedelta(minutes=1)
 """Assumed maximum difference between the clocks of servers that record ratings."""
 _MIN_REQUESTS_FOR_SHARE = 100
@@ -85,7 +85,8 @@ class CanaryEvidence:
         """Start the next step with the first request received at or after `began_at`.
 
         Args:
-            began_at: when the candidate's share grew. After a restart of the server, this may be long ago.
+            began_at: when the candidate's share of the traffic grew. After a restart of the server, this may be long
+                ago.
         """
         self._next_step_at = began_at
 
@@ -122,7 +123,7 @@ class _Clients:
         self._all = self._most = 0
 
     def add(self, unit: str | None) -> None:
-        """Count a request. A unit of None counts as a separate client."""
+        """Count a request. A request without a user or conversation (None) counts as a separate client."""
         self._all += 1
         if unit is not None:
             self._requests[unit] += 1
@@ -195,7 +196,7 @@ def exclusions(look: Look) -> str:
 
 
 def doubts(look: Look, min_units: int) -> str:
-    """Return why a candidate must not be promoted after a replay even though no loss is proven.
+    """Return why a candidate must not be promoted after a replay in which no loss was proven.
 
     The text is empty if the candidate may be promoted.
     """
@@ -229,7 +230,8 @@ def _replay_expectations(store: Store, record: RolloutRecord, kept: int) -> list
 
 
 def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -> list[str]:
-    """Return texts, displayed before a rollout starts, that say how long it will take and which losses it can prove.
+    """Return texts to display before a rollout starts. They say how long it will take and which regressions it can
+    detect.
 
     Args:
         kept: number of stored requests, if they are replayed because there is memory for only one engine. None if
@@ -267,14 +269,15 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
 
 
 def _takes(requests: float, per_day: int) -> str:
-    """Return text that says how long it takes until this many requests have arrived, at the rate of the last day."""
+    """Return text saying how long it takes for the given number of requests to arrive at the rate of the last day."""
     if not per_day:
         return "an unknown time"
     return f"about {timedelta(seconds=round(86_400 * requests / per_day))}"
 
 
 def _units_to_pass(plan: RolloutSettings) -> int:
-    """Return roughly how many candidate units a step needs to rule out a loss if neither version ever fails.
+    """Return roughly how many users or conversations the candidate must serve in a canary step to rule out a loss, if
+    neither version ever fails.
 
     A block without failures multiplies the wealth of the bet with the largest stake by
     1 + stake * margin / (1 - margin); see serving.rollout.analysis.betting.
@@ -368,7 +371,7 @@ def _row(verdict: SignalVerdict) -> SignalRow:
 
 
 def _pairs_text(pairs: list[ShadowPair]) -> str:
-    """Return text with the metrics of the comparison that are displayed but do not affect the outcome."""
+    """Return text with comparison metrics that are displayed but do not affect the outcome."""
     compared = [pair for pair in pairs if pair.agrees is not None]
     if not compared:
         return f"{len(pairs)} requests compared"

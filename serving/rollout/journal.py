@@ -56,23 +56,25 @@ class Journal:
         return begin_swap(self._store, desired, server=self._server)
 
     def step(self, swap_id: int, text: str) -> None:
-        """Record a step of a swap in the background. The step is lost if all attempts to write it fail."""
+        """Record a step of a swap. It is written in the background, and lost if all attempts to write it fail."""
         log.info("swap %d: %s", swap_id, text)
         self._writer.submit(self._write, lambda: add_step(self._store, swap_id, text), _ATTEMPTS)
 
     def rollout_step(self, rollout_id: int, text: str) -> None:
-        """Record a step of a rollout in the background. The step is lost if all attempts to write it fail."""
+        """Record a step of a rollout. It is written in the background, and lost if all attempts to write it fail."""
         log.info("rollout %d: %s", rollout_id, text)
         self._writer.submit(self._write, lambda: add_rollout_step(self._store, rollout_id, text), _ATTEMPTS)
 
     def end(self, swap_id: int, result: SwapResult) -> None:
-        """Record a swap's result in the background, after its steps. The write is retried until it succeeds."""
+        """Record a swap's result after its steps. The write is made in the background and retried until it succeeds."""
         log.info("swap %d: %s", swap_id, result.outcome)
         self._unwritten[swap_id] = result
         self._writer.submit(self._write_end, swap_id, result)
 
     def serves(self, desired: Desired, began_by: Began) -> None:
-        """Record in the background that a version is now serving. The write is retried until it succeeds."""
+        """Record in the background that this server has started serving a version. The write is retried until it
+        succeeds.
+        """
         now = datetime.now(UTC)
         self._writer.submit(
             self._write, lambda: begin_serving(self._store, desired, began_by, now, server=self._server)

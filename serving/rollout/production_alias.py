@@ -58,7 +58,7 @@ class ProductionAlias:
         return self._settled.is_set()
 
     async def run(self) -> None:
-        """Write the alias until cancelled.
+        """Keep the alias up to date until cancelled.
 
         Only one write is made at a time, so that no older version overwrites a newer one.
         """

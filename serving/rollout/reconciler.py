@@ -195,7 +195,9 @@ class Reconciler:
         return None
 
     async def _cancel_superseded(self, desired: Desired, cancellation: Cancellation) -> None:
-        """Cancel the swap once another version is desired. Promoting the same version again has no effect."""
+        """Wait until another version is desired, then cancel the swap. Promoting the same version again has no
+        effect.
+        """
         while True:
             count = self.changes.count
             try:
@@ -212,7 +214,7 @@ class Reconciler:
     async def change_to(self, desired: Desired) -> SwapResult:
         """Put a desired version into production, or restore the desired state if that fails.
 
-        Every promotion and rollback ends here. The result is also recorded in the journal.
+        Every promotion and rollback ends with a call of this method. The result is also recorded in the journal.
         """
         before = self.actual
         swap_id = await retrying(lambda: self.journal.begin(desired))
@@ -320,7 +322,7 @@ class Reconciler:
             self.journal.serves(self.actual, began_by)
 
     def _revived(self) -> None:
-        """Publish the served version if the first start had failed and the reviver has now started an engine."""
+        """Publish the served version if the first attempt to start an engine failed but a later one has succeeded."""
         if self.names.served is None:
             self._serves(Began.START)
 

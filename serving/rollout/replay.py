@@ -1,5 +1,5 @@
-"""A rollout's shadow step when there is memory for only one engine: stored requests are replayed, instead of copies of
-live requests.
+"""A rollout's shadow step when there is memory for only one engine. Live requests cannot be copied to a second engine,
+so stored requests are replayed.
 
 While no client sends requests, the candidate is loaded into the only engine and answers stored requests one at a time.
 If a client's request arrives during that time, the request is queued, and the production version is loaded again
@@ -51,8 +51,8 @@ MIN_UNITS = 20
 """Smallest number of users, conversations or single requests to compare; 16 are enough to prove a loss if the candidate
 always fails."""
 QUIET_S = 5.0
-"""Seconds without requests before the candidate is loaded. The value is doubled after each load, because a request
-may have had to wait.
+"""Seconds without requests before the candidate is loaded. Since clients' requests may have to wait while production
+is not loaded, the value is doubled after each load.
 """
 _MAX_QUIET_S = 300.0
 _POLL_S = 0.25
@@ -136,7 +136,7 @@ def require_replay(
     load_s: float | None,
     queue_timeout_s: float,
 ) -> None:
-    """Check that stored requests can be replayed if there is no memory for a second engine.
+    """Check that stored requests can be replayed. A rollout needs this if there is no memory for a second engine.
 
     Args:
         engines: number of engines that run the production version.
@@ -214,7 +214,7 @@ class Replay:
 
     @property
     def wanted(self) -> int:
-        """Number of comparisons after which the step ends; it shrinks if stored requests cannot be replayed."""
+        """Number of comparisons after which the shadow step ends. It falls if stored requests cannot be replayed."""
         return min(self.record.plan.shadow, self.kept.total)
 
     async def run(self, stop: Cancellation) -> None:

@@ -55,7 +55,7 @@ class ReplicaScaling:
     _ask_at: float = field(default=0.0, init=False)
 
     async def run(self) -> None:
-        """Compare the number of replicas with the load every few seconds, until cancelled."""
+        """Adjust the number of replicas to the load every few seconds, until cancelled."""
         self._set_capacity()
         while True:
             await self.step()

@@ -422,8 +422,8 @@ class _Run:
         self._report(f"shadow: {look.text}")
 
     async def _replay(self, kept: Kept) -> None:
-        """Compare the candidate's answers with stored answers of production, because there is memory for only one
-        engine.
+        """Compare the candidate's answers with stored answers of production. This is done when there is memory for only
+        one engine.
         """
         if self._record.state is not RolloutState.SHADOW:
             await self._enter(RolloutState.SHADOW)
@@ -607,7 +607,7 @@ class _Run:
             await self._cancellation.interrupting(asyncio.sleep(_POLL_S))
 
     async def _enter(self, state: RolloutState, step: int = 0) -> None:
-        """Store that the rollout has reached a state.
+        """Record in the store that the rollout has entered a state.
 
         Raises:
             LeaseLostError: another server leads the rollout now.

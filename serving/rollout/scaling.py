@@ -27,7 +27,7 @@ class ScalingPolicy:
     Attributes:
         least, most: limits on the number of replicas.
         sequences: number of requests that one replica answers concurrently.
-        hold_s: time for which fewer replicas must have been enough before one is removed, in seconds.
+        hold_s: a replica is removed once fewer replicas would have been enough for this long, in seconds.
     """
 
     least: int

@@ -40,9 +40,9 @@ MAX_QUEUED = 16
 MAX_QUEUED_BYTES = 32 * 2**20
 MAX_ANSWER_BYTES = 16 * 2**20
 WORKERS = 2
-"""Maximum number of copies that run concurrently."""
+"""Maximum number of copied requests that are processed concurrently."""
 PRODUCTION_INTERVAL = 4
-"""One in this many copies is also sent to production."""
+"""One in this many copied requests is also sent to production."""
 
 
 class Copy(NamedTuple):
@@ -90,8 +90,8 @@ class Shadow:
         self._turns = itertools.cycle([True] + [False] * (PRODUCTION_INTERVAL - 1))
 
     def wants(self) -> bool:
-        """Return whether to copy the next request. If requests are waiting or the queue is full, count the copy as
-        dropped.
+        """Return whether to copy the next request. If clients' requests are waiting or the queue of copies is full,
+        count the copy as dropped.
         """
         if self._queue.full() or self.admission.queued:
             self.metrics.shadow_request(ShadowOutcome.DROPPED)
@@ -113,7 +113,7 @@ class Shadow:
         self._queue.put_nowait(copy)
 
     async def run(self) -> None:
-        """Send copies until cancelled."""
+        """Process queued copies of requests until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for _ in range(WORKERS):
                 tasks.create_task(self._work())
@@ -139,8 +139,8 @@ class Shadow:
         """Send a copy to the candidate, and return the results of both versions.
 
         Returns:
-            The results, or None if the copy did not reach the candidate or if its answer is too large. Also None if an
-            engine died that the candidate shares with production.
+            The results, or None if the copy did not reach the candidate or if its answer is too large. Also None if the
+            candidate shares an engine with production and this engine died.
         """
         copy = copy._replace(payload=await asyncio.to_thread(with_logprobs, copy.route, copy.payload))
         began, answer = time.monotonic(), CopyAnswer()
@@ -219,7 +219,7 @@ def _kind(error: SvcError) -> str:
 
 
 def unit_of(record: RequestRecord) -> str:
-    """Return the hash of a request's user or conversation; empty if the request is a unit by itself."""
+    """Return the hash of a request's user or conversation; empty if the request has neither."""
     return (record.unit or "").rpartition(":")[2]
 
 
@@ -241,7 +241,7 @@ class _Texts(NamedTuple):
 
 @dataclass(slots=True)
 class CopyAnswer:
-    """A version's answer to a copy.
+    """A version's answer to a copy of a request.
 
     Attributes:
         parts: the body, or the events of a stream.

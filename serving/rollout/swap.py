@@ -120,7 +120,9 @@ class Swap:
         return next((member for member in self.pool.members if not self._is_changed(change, member)), None)
 
     def _is_changed(self, change: SwapInProgress, engine: Replica) -> bool:
-        """Return whether the engine needs no change, because it already runs the new version or is dead."""
+        """Return whether the swap can skip an engine, because it already runs the new version or is dead. A dead engine
+        is restarted independently of the swap.
+        """
         return engine.target == change.target or engine in self.pool.down
 
     async def _back(self, change: SwapInProgress) -> SwapOutcome:

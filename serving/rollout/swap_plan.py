@@ -54,8 +54,8 @@ class SwapPlanner:
         choice: setting that determines whether to start a second engine even if an in-place reload is possible.
         slots: engine slots, used to check whether there is memory for another engine and which capabilities it would
             have.
-        patience_s: longest time to wait until stopping engines have freed their memory and starting engines
-            have allocated theirs, in seconds.
+        patience_s: longest time to wait for engines that are being stopped to free their memory, and for engines that
+            are being started to allocate theirs, in seconds.
     """
 
     registry: Registry
@@ -108,7 +108,7 @@ class SwapPlanner:
         return Plan(SwapKind.ADAPTER, "an adapter of the same base")
 
     async def _in_place(self, target: Target) -> Plan:
-        """Plan an in-place reload, provided that an engine with the new version can perform and verify it.
+        """Plan an in-place reload if an engine for the new version supports it and can verify the loaded weights.
 
         Otherwise, plan to start a second engine with that version or, if there is not enough memory for it, to restart
         the running engine with that version.
@@ -130,7 +130,7 @@ class SwapPlanner:
         return Plan(kind, f"{why}; not enough memory for a second engine: {shortage}", restart=True, reloads=reloads)
 
     def _fits(self, current: Target, target: Target) -> bool:
-        """Return whether two versions have equal fingerprints, so that weights can be reloaded in place.
+        """Return whether two versions have equal fingerprints, in which case weights can be reloaded in place.
 
         Stored fingerprints are compared first. Computing them parses both tokenizers, which blocks the interpreter,
         and with it every stream, for 100 ms or more. It is therefore done only if the stored fingerprints are

@@ -104,7 +104,7 @@ class LoadClient:
 async def measure(
     client: LoadClient, *, prompt: int, answer: int, concurrency: int, label: str, on_step: Callable[[], None]
 ) -> MeasuredTimes:
-    """Measure the time to first token of new prompts, and the time of steps that generate 1, 2, 4, ... answers at once.
+    """Measure the time to first token of new prompts, and the time of engine steps with 1, 2, 4, ... answers at once.
 
     Args:
         prompt, answer: lengths of each request's prompt and answer, in tokens.
@@ -137,7 +137,7 @@ async def measure(
 
 
 async def _step_s(client: LoadClient, prompt: list[int], answer: int, running: int) -> float:
-    """Return the time of a step in which several answers to the same cached prompt are generated."""
+    """Return the time of an engine step in which several answers to the same cached prompt are generated."""
     await client.ask(prompt, 1)
     times = []
     for _ in range(_REPEATS if running <= 8 else 1):

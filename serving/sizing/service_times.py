@@ -56,9 +56,9 @@ class MeasuredTimes(BaseModel):
         model: name of the model, and where it was served.
         prompt, answer: lengths of each measured request's prompt and answer, in tokens. Step times may
             differ for requests of other lengths.
-        decoding: time of a step without prompts, by number of running answers.
+        decoding: time of an engine step that processes no prompts, by number of answers being generated.
         prefill: time to first token of an uncached prompt on an idle engine, by number of prompt tokens.
-        step_tokens: maximum number of tokens in one step.
+        step_tokens: maximum number of tokens in one engine step.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

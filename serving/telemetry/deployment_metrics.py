@@ -129,19 +129,19 @@ class DeploymentMetrics:
         self.instruments.queued.labels(self.model).set_function(queued)
 
     def engine_states(self, states: Sequence[EngineState]) -> None:
-        """Set the number of engines in each state."""
+        """Set the gauges for the number of engines in each state."""
         for state in EngineState:
             self.instruments.engine_state.labels(self.model, state.value).set(states.count(state))
 
     def replicas_wanted(self, count: int) -> None:
-        """Set the number of engines that the load requires, within the configured limits."""
+        """Set the gauge for the number of engines that the load requires, within the configured limits."""
         self.instruments.replicas_wanted.labels(self.model).set(count)
 
     def engine_restarted(self) -> None:
         self.instruments.restarts.labels(self.model).inc()
 
     def adapters_loaded(self, count: int) -> None:
-        """Set the number of adapters that the engines have loaded."""
+        """Set the gauge for the number of adapters that the engines have loaded."""
         self.instruments.adapters_loaded.labels(self.model).set(count)
 
     def adapter_loaded(self, seconds: float) -> None:
@@ -150,7 +150,7 @@ class DeploymentMetrics:
         self.instruments.adapter_load.labels(self.model).observe(seconds)
 
     def unverified(self, versions: Collection[VersionId]) -> None:
-        """Set the number of served versions that are unverified."""
+        """Set the gauge for the number of served versions that are unverified."""
         self.instruments.unverified.labels(self.model).set(len(versions))
 
     def swap_ended(self, result: SwapResult) -> None:
@@ -162,7 +162,7 @@ class DeploymentMetrics:
             self.instruments.swap_queued.labels(self.model).observe(result.queued)
 
     def rollout_share(self, share: float) -> None:
-        """Set the share of clients that a rollout's candidate answers."""
+        """Set the gauge for the share of clients that a rollout's candidate answers."""
         self.instruments.rollout_share.labels(self.model).set(share)
 
     def rollout_ended(self, outcome: RolloutOutcome) -> None:
@@ -184,7 +184,7 @@ class DeploymentMetrics:
         self.on_loaded(served)
 
     def holdout_due(self, served: Target | None, every_s: float) -> None:
-        """Set the interval between scheduled evaluations of the served version on its held-out set.
+        """Set the gauge for the interval between scheduled evaluations of the served version on its held-out set.
 
         Args:
             served: the served version, or None if there are no such evaluations because the version has no held-out

@@ -243,7 +243,7 @@ def _work(connection: Connection, settings: Settings) -> None:
 
 
 class _FeatureMaker:
-    """Computes and stores drift features. It runs in the separate process."""
+    """Computes and stores drift features, in a separate process."""
 
     def __init__(self, settings: Settings) -> None:
         from svc.store.database import open_store
@@ -258,8 +258,8 @@ class _FeatureMaker:
         """Compute and store the features of a batch.
 
         Returns:
-            The number of requests whose features were lost due to an unexpected error, and the targets for which there
-            is no usable drift reference.
+            The number of requests whose features were lost due to an unexpected error, and the targets (versions in a
+            given format) for which there is no usable drift reference.
         """
         lost, off = 0, set[Target]()
         records: dict[Target, list[RequestRecord]] = {}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 _EVERY_S = 0.1
 """Seconds between measurements. This gives 3,000 samples in five minutes, which is enough for a 99th
-percentile. Five times as many would use 1% of a core."""
+percentile. Five times as many measurements would use 1% of a core."""
 
 
 async def watch_loop_lag(observe: Callable[[float], None], every_s: float = _EVERY_S) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of the server's process, the installed release, engine and device, and the disk with the home folder."""
+"""Metrics of the server's process, the installed release, engine and device, and the disk of the home folder."""
 
 import shutil
 from importlib.metadata import version

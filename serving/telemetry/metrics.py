@@ -272,7 +272,7 @@ class GatewayMetrics:
         self._tokens.counts[model, version, "out"] += usage.completion
 
     def request_failed(self, served: Target | None, code: ErrorCode, model: str = UNKNOWN_MODEL) -> None:
-        """Count a failed request by its reason, including failures within a stream that has status 200.
+        """Count a failed request under its reason for failing. Failures within a stream with status 200 are included.
 
         Args:
             served, model: see `request_ended`.

@@ -79,7 +79,7 @@ class VersionQuantiles(Collector):
 
 
 def _quantiles(counts: Counter[int]) -> list[float]:
-    """Return, for each quantile q, the middle of the bucket that contains the sample of rank q(n-1), rounded down."""
+    """Return, for each quantile q, the middle of the bucket that contains the sample of rank floor(q(n-1))."""
     buckets = sorted(counts)
     reached = list(accumulate(counts[bucket] for bucket in buckets))
     ranks = [int(quantile * (reached[-1] - 1)) for quantile in QUANTILES]

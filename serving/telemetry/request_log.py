@@ -54,8 +54,8 @@ _GATHER_S = 0.2
 few times per second."""
 _PRUNE_EVERY_S = 60.0
 _SUMMED_EVERY = 10
-"""Number of pruning passes after which the total size of all rows is recalculated if other servers may also add
-rows."""
+"""If other servers may also add rows, the total size of all rows is recalculated whenever old rows have been deleted
+this many times."""
 _RETRY_S = 1.0
 _ESCAPED = 6  # growth of a character, at most, in ASCII-only JSON: \u00e9
 _GOOD_STATUS = 200
@@ -262,7 +262,7 @@ class RequestLog:
                 item.set()
 
     def _add_requests(self, records: Sequence[RequestRecord]) -> None:
-        """Write rows. While the database is unavailable, wait; the queue holds later rows up to its limit."""
+        """Write rows, waiting while the database is unavailable. Later rows are queued, up to the queue's limit."""
         is_waiting = False
         while True:
             try:
@@ -290,9 +290,9 @@ class RequestLog:
                 time.sleep(_YIELD_S)
 
     def _add_features(self, entries: Sequence[_Entry], texts: Sequence[_Texts | None]) -> None:
-        """Queue records for drift features once their rows have been stored.
+        """Queue records for the computation of drift features.
 
-        The order matters because features are deleted along with their rows.
+        Call this only after the records' rows have been stored, because features are deleted along with the rows.
         """
         if self.features is None:
             return
@@ -305,7 +305,9 @@ class RequestLog:
             self.features.add(records)
 
     def _read_texts(self, record: RequestRecord, content: Content) -> _Texts | None:
-        """Return a request's redacted prompt and answer. If they cannot be read, count them as lost and return None."""
+        """Return a request's redacted prompt and answer. If they cannot be read or redacted, or are too long, count
+        them as lost and return None.
+        """
         with self._lock:
             self._content_bytes -= content.size
         if not (content.stored or content.features):

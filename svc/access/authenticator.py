@@ -126,8 +126,8 @@ class Authenticator:
     async def follow(self, changes: Changes) -> None:
         """Until cancelled, reload the keys whenever they change, and end grants whose secrets have become invalid.
 
-        The store is read in a dedicated thread. Otherwise, if slow work occupied all shared threads, the keys
-        in memory would become too old, and all keys would be rejected after a minute.
+        The store is read in a dedicated thread, because slow work may occupy all shared threads. The keys in memory
+        would then become too old, and all keys would be rejected after a minute.
         """
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="keys")
         try:
@@ -160,7 +160,7 @@ class Authenticator:
     def _valid_s(self) -> float:
         """Return the time until the next secret expires, in seconds.
 
-        This includes secrets that have no grant yet, because a grant for them may be created during the wait.
+        Secrets that have no grant yet are included, because a grant for them may be created during the wait.
         """
         now, keys = self._now(), self._keys.values()
         ends = [end for key in keys for end in (key.expires_at, key.previous_until) if end is not None and end > now]

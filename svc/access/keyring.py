@@ -1,4 +1,4 @@
-"""Create, rotate and revoke keys, recording each change in the audit log. Secrets are never stored."""
+"""Creates, rotates and revokes keys, and records each change in the audit log. Secrets are never stored."""
 
 import re
 from collections.abc import Callable, Mapping

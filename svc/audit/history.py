@@ -70,7 +70,7 @@ def _merged(spans: list[ServedSpan]) -> list[ServedSpan]:
 
 
 def _goes_on(earlier: ServedSpan, later: ServedSpan) -> bool:
-    """Return whether two spans overlap and come from different servers."""
+    """Return whether two serving periods overlap and belong to different servers."""
     if earlier.server == later.server:
         return False
     return earlier.ended_by is None or (earlier.ended_at is not None and earlier.ended_at > later.began_at)

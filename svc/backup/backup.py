@@ -177,8 +177,8 @@ class Backup:
         return kept, left_out
 
     def _copy_contents(self, folder: Path, contents: Iterable[FileContent]) -> dict[str, str]:
-        """Copy the contents of clients' files that are not in the archive yet, and list all files in the snapshot's
-        folder.
+        """Copy the contents of clients' files to the archive, unless they are already there, and write a list of the
+        archived files to the snapshot's folder.
 
         Returns:
             The reasons why the contents of damaged or missing files are not in the archive, keyed by file id. Files

@@ -37,7 +37,7 @@ _folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path
 @json_option
 @click.pass_context
 def backup(ctx: click.Context, folder: Path, keep: int, verify: bool, as_json: bool) -> None:
-    """Copy the home to DIR as a snapshot, even while it is in use. Weights already in DIR are not copied again."""
+    """Copy the home folder to DIR as a snapshot, even if it is in use. Weights already in DIR are not copied again."""
     from svc.backup.archive import Archive
     from svc.backup.backup import Backup
     from svc.store.audit import Action, AuditEntry, record_event

@@ -206,7 +206,7 @@ class ClientFiles:
         status: FileStatus = FileStatus.UPLOADED,
         expires_after_s: int | None = None,
     ) -> ClientFile:
-        """Complete the contents that a writer has written, and return the file, which has no row in the store yet.
+        """Finish writing a file, and return it. The file has no row in the store yet.
 
         Raises:
             ContentStoreError: the object store does not respond, or rejects the request.

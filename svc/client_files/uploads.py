@@ -65,7 +65,7 @@ class ClientUploads:
 
         Raises:
             EntryNotFoundError, UploadEndedError: the upload does not exist, or has ended.
-            UploadSizeError: the parts are larger than the file in total, or there are too many parts.
+            UploadSizeError: the parts together exceed the upload's declared size, or there are too many parts.
         """
         writer.close()
         part = UploadPart(id, upload.id, writer.bytes, datetime.now(UTC))

@@ -26,7 +26,7 @@ from svc.dataset.stored_examples import select
 from svc.errors import DataError
 
 _FEW_TOGETHER = 4
-"""Number of examples that may belong to one conversation even if the data set is tiny."""
+"""Up to this many examples with the same opening are treated as one conversation, however small the data set is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +150,8 @@ def _groups(table: LineTable) -> NDArray[np.int64]:
 def _answered_elsewhere(table: LineTable, groups: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the groups that cannot be held out because another group contains answers to their prompts.
 
-    Conversations with a very common opening are spread over several groups, and one of these conversations
-    may consist of nothing but the opening.
+    This happens if conversations with a very common opening are spread over several groups, and one of these
+    conversations consists of nothing but the opening.
     """
     places = places_in(table.earlier["prompts"], table.rows["prompts"])
     elsewhere = (places >= 0) & (groups[places] != groups[table.earlier["rows"]])

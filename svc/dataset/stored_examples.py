@@ -88,7 +88,10 @@ class StoredExamples(Sequence[ChatExample]):
         return StoredExamples(self._store, self._places[np.asarray(indices, np.int64)])
 
     def joined(self, parts: Iterable[Sequence[ChatExample]]) -> "StoredExamples":
-        """Return the examples of all parts, in order, stored in the same file as these examples."""
+        """Return the examples of all parts as one sequence, in order.
+
+        Examples that are not yet in the file of this object are added to it.
+        """
         shared = (
             part._places if isinstance(part, StoredExamples) and part._store is self._store else self._store.add(part)
             for part in parts

@@ -30,8 +30,8 @@ from svc.registry.registry import Registry
 from svc.version import Target
 
 _MAX_ANSWERS = 1_000
-"""Maximum number of held-out answers in the reference, which are chosen at even intervals. Redacting more answers would
-take seconds, and the additional precision is not needed."""
+"""Maximum number of held-out answers in the reference. The answers are chosen at even intervals. Redacting more answers
+would take seconds, and the additional precision is not needed."""
 
 
 @dataclass(frozen=True)

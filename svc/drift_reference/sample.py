@@ -1,4 +1,4 @@
-"""Samples of prompts or answers, with the features and text space coordinates of each item."""
+"""Samples of prompts or answers. Each item is represented by its features and its text embeddings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -42,16 +42,16 @@ _MARKS = (
 )
 """Combining vowel signs and tone marks, which are treated as part of the preceding letter."""
 WORD = rf"[{_UNSPACED}][{_MARKS}]*|[^\W\d_{_UNSPACED}]+"
-"""Matches a run of letters or, in a script without spaces, a single letter with its marks."""
+"""Matches a run of letters or, in a script without spaces, a single letter with any combining marks that follow it."""
 _BUCKETS = 2**14
 _WORD_BUCKETS = 2**20
 _AXES = 256
 _TOPIC_AXES = 64
-"""Number of axes on which prompts are compared directly. The answer is predicted from all axes."""
+"""Number of axes of a prompt's topic vector. The position of the prompt's answer is predicted from all `_AXES` axes."""
 _ANSWER_AXES = 32
 _RIDGE = 0.3
 _MAX_EXAMPLES = 5_000
-"""Maximum number of examples to fit the map on. More would use memory without improving the axes."""
+"""Maximum number of examples on which the text embedding is fitted. More would use memory without improving it."""
 _END_CHARS = 1_000
 """Number of characters read at each end of a long text. Computing the n-grams of the whole text would take
 30 ms."""
@@ -174,7 +174,7 @@ def load_text_space(path: Path) -> TextSpace:
 
 
 def _answer_map(placed: Floats, targets: Floats) -> Floats:
-    """Return the regression coefficients, an array of shape (prompt axes, answer axes).
+    """Return the coefficients of a regression of answers on prompts, an array of shape (prompt axes, answer axes).
 
     The intercept is omitted because it would shift all prompts by the same amount.
     """

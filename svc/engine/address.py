@@ -23,7 +23,7 @@ class TlsAddress:
 
 
 EngineAddress = Path | TlsAddress
-"""A Unix socket, or a port over TLS."""
+"""A Unix socket, or a host and a port that require TLS."""
 
 
 async def connect_to_socket(path: str) -> sockets.socket:

@@ -267,7 +267,9 @@ class EngineClient:
     async def _prompt_logprobs(
         self, token_ids: Sequence[int], start: int, *, likeliest: int
     ) -> tuple[tuple[float, int], ...]:
-        """Return each token's log-probability and the id of the most likely token that vLLM reports at its position."""
+        """Return each token's log-probability, and the id of the most likely of the tokens that vLLM reports for its
+        position.
+        """
         body = {"model": self.model, "prompt": list(token_ids), "max_tokens": 1, "temperature": 0}
 
         def read(answer: Any) -> tuple[tuple[float, int], ...]:
@@ -297,7 +299,8 @@ class EngineClient:
         await self._request("POST", "/collective_rpc", body, timeout_s=timeout_s)
 
     async def reset_prefix_cache(self, *, within_s: float = 10.0) -> None:
-        """Discard all cached prefixes, because they were computed with the previous weights.
+        """Discard all cached prefixes. After a reload this is necessary, because they were computed with the previous
+        weights.
 
         The engine rejects this while a request is using the cache. A canceled request may still use it for a moment.
 

@@ -41,15 +41,16 @@ _QUESTION = 3
 _VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
 """CPU flags that determine which kernels run, widest instructions first."""
 _WIDEST = {"AVX512": "amx_bf16", "AVX2": "avx2"}
-"""The widest CPU flag whose instructions torch uses, keyed by torch's name for the CPU capability."""
+"""CPU flag of the widest instructions that torch uses, keyed by torch's name for the CPU capability."""
 _ASK_S = 300.0
 _FASTER_WITH_TORCH = {"x86_64-avx512f", "x86_64-avx512_bf16"}
 """Instruction sets on which PyTorch's 4-bit kernel decodes faster than vLLM's (docs/devices.md)."""
 _AWQ_CAPABILITY = (7, 5)
 """Lowest GPU compute capability at which vLLM loads AWQ models (`AutoAWQConfig.get_min_capability`)."""
 _S_PER_FP8_WEIGHT = 3e-8
-"""Seconds per token and per FP8 weight on a CPU for which vLLM has no FP8 kernel, and therefore calls PyTorch's
-reference `_scaled_mm`: 1.8 s for 70 tokens and 576 x 1536 weights on a Xeon with AMX, where bfloat16 took 0.3 ms.
+"""Seconds per token and per FP8 weight on a CPU for which vLLM has no FP8 kernel. On such a CPU, vLLM calls PyTorch's
+reference `_scaled_mm`, which took 1.8 s for 70 tokens and 576 x 1536 weights on a Xeon with AMX, where bfloat16 took
+0.3 ms.
 """
 _MAX_FP8_WEIGHTS_WITHOUT_KERNEL = 10_000_000
 """Maximum number of FP8 weights in a model that runs on a CPU without an FP8 kernel. At this number, each token takes

@@ -83,7 +83,7 @@ class EvaluationReport(BaseModel):
 
     @property
     def figures(self) -> dict[str, MetricReport]:
-        """Reports on all metrics, keyed by name, primary metric first."""
+        """The reports on all metrics, keyed by name, primary metric first."""
         return {self.primary: self.metrics[self.primary]} | self.metrics
 
     @property

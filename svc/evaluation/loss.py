@@ -1,4 +1,6 @@
-"""Computes how much worse one model is than another on the same examples, with intervals suitable for verdicts."""
+"""Computes how much worse one model is than another on the same examples, with confidence intervals
+that verdicts can be based on.
+"""
 
 from collections.abc import Sequence
 
@@ -18,7 +20,7 @@ certain of the references, a margin relative to the model's NLL would be smaller
 def metric_loss(metric: Metric, before: Answered, after: Answered) -> Interval:
     """Return how much worse the second model is on a metric, with a confidence interval.
 
-    If the metric is a share, the interval is at least as wide as for the same number of answers without any change.
+    If the metric is a share, the interval is never narrower than it would be for equally many answers, all unchanged.
     """
     sign = 1 if metric.better is Better.LOWER else -1
     if metric.unit is Unit.SHARE and metric.scored:

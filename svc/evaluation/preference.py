@@ -1,7 +1,8 @@
 """Preference accuracy: the share of held-out pairs whose chosen answer is more likely than the rejected one.
 
 Likelihoods are measured on the engine. Likelihood alone favors short answers. The implicit reward is therefore measured
-too: how much more likely an answer has become than under the base (Rafailov et al. 2023, eq. 5, divided by beta).
+too: how much more likely an answer is under the trained model than under its base (Rafailov et al. 2023, eq. 5, divided
+by beta).
 """
 
 import asyncio

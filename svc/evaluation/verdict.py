@@ -29,8 +29,8 @@ class GateOutcome(StrEnum):
 
 
 class Gate(StrEnum):
-    """The kinds of loss that a recipe can limit. Each value is the key of the limit in the recipe's `evaluate` section.
-    Limits with `gptq` in their names apply to every quantized format.
+    """The kinds of quality loss that a recipe can limit. Each value is the key of the limit in the recipe's `evaluate`
+    section. Limits with `gptq` in their names apply to every quantized format.
     """
 
     GPTQ_LOSS = "max_gptq_loss"

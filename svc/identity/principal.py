@@ -14,9 +14,9 @@ class Scope(StrEnum):
     FEEDBACK = "feedback"
     METRICS = "metrics"
     FILES = "files"
-    """Upload files, read and delete the key's own files, and create batches of requests."""
+    """Permits uploading files, reading and deleting the key's own files, and creating batches of requests."""
     JOBS = "jobs"
-    """Train models from the key's files."""
+    """Permits training models on the key's files."""
     ADMIN = "admin"
     """Includes all other scopes and permits any change to the service."""
 

@@ -41,7 +41,7 @@ class Describe(_Model):
 
 
 class Capacity(_Model):
-    """Query for the free resources of each machine, and for whether the cluster adds machines on demand."""
+    """Query that asks for each machine's free resources, and asks whether the cluster adds machines on demand."""
 
     do: Literal["capacity"] = "capacity"
 
@@ -61,7 +61,7 @@ class Grow(_Model):
 
 
 class Place(_Model):
-    """Query that creates an actor."""
+    """Request to create an actor."""
 
     do: Literal["place"] = "place"
     name: str
@@ -72,7 +72,7 @@ class Place(_Model):
 
 
 class End(_Model):
-    """Query that stops actors, if they exist."""
+    """Request to stop actors, if they exist."""
 
     do: Literal["end"] = "end"
     names: tuple[str, ...]

@@ -23,7 +23,11 @@ API server, and vLLM's core kept running.
 
 
 class Guard:
-    """When this process dies, the guard stops the engine whose lock and record are in the given folder."""
+    """Background shell that stops an engine if the process that created the guard dies.
+
+    Args:
+        state: folder with the engine's lock and record.
+    """
 
     def __init__(self, state: Path) -> None:
         command = ["sh", "-c", _WAIT, "sh", sys.executable, "-m", "svc.ray_engine.guard", str(state)]
@@ -32,7 +36,7 @@ class Guard:
         self._shell.wait()
 
     def dismiss(self) -> None:
-        """Stop the guard, because the engine has been stopped."""
+        """Stop the guard process. Call this after the engine has been stopped."""
         assert self._shell.stdin is not None  # noqa: S101 - a pipe
         with suppress(BrokenPipeError):  # the guard was killed
             self._shell.stdin.write(b"\n")

@@ -53,12 +53,12 @@ def make_identity() -> Identity:
 
 
 def server_context(own: Identity, peer: str) -> ssl.SSLContext:
-    """Return a TLS context for listening that accepts only one peer, given the peer's certificate as PEM text."""
+    """Return a server's TLS context. It accepts only one peer, whose certificate is given as PEM text."""
     return _context(ssl.PROTOCOL_TLS_SERVER, own, peer)
 
 
 def client_context(own: Identity, peer: str) -> ssl.SSLContext:
-    """Return a TLS context for connecting that accepts only one peer, given the peer's certificate as PEM text."""
+    """Return a client's TLS context. It accepts only one peer, whose certificate is given as PEM text."""
     return _context(ssl.PROTOCOL_TLS_CLIENT, own, peer)
 
 

@@ -70,8 +70,8 @@ class RayMachines:
             self._describe(each)
 
     def placement(self, settings: EngineSettings) -> Placement:
-        """Return the placement of an engine with these settings. The errors and the duration are the same as for
-        `check`.
+        """Return the placement of an engine with these settings. This raises the same errors as `check`, and
+        can take as long.
         """
         ray, artifacts = self._settings.ray, self._settings.artifacts
         return Placement(
@@ -85,8 +85,8 @@ class RayMachines:
         )
 
     def capabilities(self, settings: EngineSettings) -> DeviceCapabilities:
-        """Return the capabilities of machines for engines with these settings. Errors and duration are the same as for
-        `check`.
+        """Return the capabilities of machines for engines with these settings. This raises the same
+        errors as `check`, and can take as long.
         """
         return self._describe(settings).capabilities
 

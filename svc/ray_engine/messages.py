@@ -30,7 +30,7 @@ class _Message(BaseModel):
 
 
 class ModelFiles(_Message):
-    """A model folder.
+    """Message part that identifies a model folder.
 
     Attributes:
         version: name and number of a version in the artifact store, with its format; None for any other folder,
@@ -148,7 +148,7 @@ class Beat(_Message):
 
 
 class Ended(_Message):
-    """The engine has exited."""
+    """Message that the engine has exited."""
 
     kind: Literal["ended"] = "ended"
     code: int | None

@@ -76,7 +76,7 @@ def verify_files(root: Path, records: Iterable[FileRecord]) -> None:
 
 
 def read_headers(folder: Path) -> tuple[Tensor, ...]:
-    """Return all tensors in a model folder, sorted by name.
+    """Return the name, data type and shape of each tensor in a model folder, sorted by name.
 
     Raises:
         IntegrityError: there is no weight file, or a weight file is incomplete or damaged.

@@ -73,8 +73,8 @@ def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, st
 
 
 def _bases(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
-    """Return those versions of a model that are the base of a served adapter or of a rollback's target, with the reason
-    for each.
+    """Return the versions of a model that must not be removed because an adapter needs them as its base: an adapter
+    that is served, or is the target of a rollback. Each version is mapped to the reason as text.
     """
     reasons: dict[VersionId, str] = {}
     states = [state for desired in desired_names(store) if (state := read_desired(store, desired))]
@@ -138,7 +138,9 @@ def _run_of(registry: Registry, version: VersionId) -> Path | None:
 
 
 def _drop_weights(run: Path, formats: Iterable[Format] = Format) -> None:
-    """Remove a run's links to a version's removed weights so that the disk space is freed, unless the run is active."""
+    """Delete a run's links to weights that were removed from its version, to free the disk space. If the run is active,
+    keep the links.
+    """
     try:
         with hold_lock(run / RUN_LOCK, f"the run {run.name}"):
             for format in formats:
@@ -204,7 +206,8 @@ def find_ended(store: Store, home: Path, older_than_days: float) -> Iterator[Rec
     """Yield old folders of fine-tuning jobs and batches that have ended or are not recorded in the store.
 
     The folders are kept for `older_than_days` days after their last change. Folders of unrecorded jobs and batches are
-    kept for at least a day, because the server of this home folder may use another store that records them as running.
+    kept for at least a day, because the server that uses this home folder may have another store, in which they are
+    running.
     """
     now = time.time()
     before = now - older_than_days * _DAY_S
@@ -293,8 +296,8 @@ def evict(registry: Registry, store: Store, item: Reclaimable) -> None:
 
 
 def _size(folder: Path) -> int:
-    """Return the number of bytes in a folder, including files with hard links in a run's folder, because an eviction
-    removes those links too.
+    """Return the number of bytes in a folder. Files that a run's folder also links to (hard links) are included,
+    because an eviction removes those links too.
     """
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 

@@ -531,7 +531,7 @@ def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the text of the client's error on one line, without URL signatures and details of the store's response."""
+    """Return an error message on one line, without URL signatures or details of the store's response."""
     text = str(error).split("\n\nDebug source", 1)[0]
     for pattern in _HIDDEN:
         text = pattern.sub("", text)

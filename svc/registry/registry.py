@@ -53,7 +53,7 @@ BASE_RESULTS_FILE = "base.jsonl"
 
 
 def results_file(format: Format) -> str:
-    """Return the name of the file in `REFERENCE_FOLDER` with a format's results on the held-out examples."""
+    """Return the name of the file in `REFERENCE_FOLDER` that holds a format's results on the held-out examples."""
     return f"{format}.jsonl"
 
 
@@ -295,7 +295,7 @@ class Registry:
         """Publish finished files as a new version, atomically, and return the version's manifest.
 
         With an object store, the version is published there first. If that fails, the version is not published in the
-        home either, and a repeated call continues with the files that were not uploaded yet.
+        home folder either, and a repeated call continues with the files that were not uploaded yet.
 
         Args:
             name: the model's name.

@@ -110,7 +110,10 @@ class Tracking:
 
     @contextmanager
     def if_available(self) -> Iterator[None]:
-        """Log a RegistryError in the `with` block instead of raising it, for data used only on MLflow's pages."""
+        """Log a RegistryError raised in the `with` block, and continue after the block.
+
+        Use this for data that is shown only on MLflow's pages.
+        """
         try:
             yield
         except RegistryError as error:

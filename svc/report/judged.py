@@ -148,7 +148,9 @@ class Judged:
 
     @cached_property
     def side_by_side(self) -> tuple[int, ...]:
-        """Return up to 20 line numbers, evenly spaced over the held-out file, regardless of the answers."""
+        """Return the lines to show side by side: up to 20 line numbers, evenly spaced over the held-out examples that
+        the model answered.
+        """
         count = len(self.results.get(self.tuned or "", ()))
         chosen = min(count, SIDE_BY_SIDE)
         return tuple(place * count // chosen + 1 for place in range(chosen))

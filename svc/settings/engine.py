@@ -38,7 +38,7 @@ class ReplicaRange(Section):
     min: int = Field(1, ge=1, le=64)
     max: int = Field(ge=1, le=64)
     remove_after_s: float = Field(900.0, ge=30)
-    """A replica is removed after fewer replicas have been sufficient for this many seconds."""
+    """Number of seconds for which fewer replicas must have been sufficient before a replica is removed."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:

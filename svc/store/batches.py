@@ -176,8 +176,8 @@ def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int
 
 
 def _equal_to(batch: Batch) -> Select[BatchRow]:
-    """Return a query for unfinished batches that were recently created by the same request as the given batch. Batches
-    that are being cancelled are excluded.
+    """Return a query for unfinished batches that were recently created by a request identical to that of the given
+    batch. Batches that are being cancelled are excluded.
     """
     return select(BatchRow).where(
         BatchRow.owner == batch.owner,

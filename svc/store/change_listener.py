@@ -26,11 +26,12 @@ _ECHO_INTERVAL_S = 60.0
 _ECHO_TIMEOUT_S = 5.0
 _PAUSE_S = 2.0
 _UNHEARD_PAUSE_S = 600.0
-"""Seconds to wait before listening again if no echo arrived. Each attempt makes PgBouncer log a warning."""
+"""Seconds to wait before listening again if this process did not receive its own test notification (the echo). The wait
+is long because each attempt makes PgBouncer log a warning."""
 
 
 class _UnheardError(Exception):
-    """Raised when an echo did not arrive."""
+    """Raised when the listener's own test notification, the echo, did not arrive."""
 
 
 @dataclass(eq=False)
@@ -62,7 +63,7 @@ class ChangeListener:
             await asyncio.sleep(pause_s)
 
     async def _listen(self) -> None:
-        """Announce changes as long as echoes arrive.
+        """Announce changes as long as the listener's own test notifications, the echoes, arrive.
 
         Raises:
             _UnheardError: an echo did not arrive.

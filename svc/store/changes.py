@@ -9,8 +9,8 @@ import time
 from contextlib import suppress
 
 FALLBACK_POLL_S = 5.0
-"""Seconds between two reads of the store while notifications arrive. If a notification is lost, its change is noticed
-after at most this time."""
+"""Seconds between two reads of the store while notifications of changes are known to work. If a notification is lost,
+the change is noticed after at most this time."""
 
 
 class Changes:
@@ -55,8 +55,8 @@ class Changes:
         changed.set()
 
     def trust(self, seconds: float) -> None:
-        """Assume for the given time that notifications arrive. End all waits, because earlier notifications may have
-        been lost.
+        """Assume for the given time that notifications work. If this was not assumed before, end all waits, because
+        earlier notifications may have been lost.
         """
         if not self.heard:
             self.announce()

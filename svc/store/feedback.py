@@ -45,7 +45,7 @@ class KeptFeedback:
     Attributes:
         version: version that gave the answer, or None if the request was not answered.
         replaced: the answer's earlier rating, now deleted, or None if there was none.
-        grown_bytes: growth of the request's row in bytes; negative for a shorter correction.
+        grown_bytes: growth of the request's row in bytes; negative if the row became smaller.
     """
 
     version: VersionId | None

@@ -26,15 +26,17 @@ class HoldoutCause(StrEnum):
     """Trigger of a held-out run, which evaluates a version on its held-out examples."""
 
     START = "start"
-    """The run was triggered by an engine starting up."""
+    """An engine has started."""
     SWAP = "swap"
-    """The run was triggered by loading new weights into a running engine."""
+    """New weights have been loaded into a running engine."""
     SCHEDULE = "schedule"
-    """The run was triggered because the configured interval since the last run had passed."""
+    """The configured interval since the last run has passed."""
 
 
 class HoldoutOutcome(StrEnum):
-    """Outcome of a held-out run. A run that was interrupted by a swap or because the engine died is not stored."""
+    """Outcome of a held-out run, which evaluates a version on its held-out examples. A run that was interrupted by a
+    swap or by the engine's death is not stored.
+    """
 
     COMPLETED = "completed"
     FAILED = "failed"
@@ -72,7 +74,7 @@ class HoldoutRun:
 
 
 def add_holdout_run(store: Store, run: HoldoutRun) -> None:
-    """Store a held-out run, and delete the model's oldest runs if there are more than `KEPT_RUNS`."""
+    """Store a held-out evaluation, and delete the model's oldest ones if there are more than `KEPT_RUNS`."""
     results = json.dumps({name: getattr(run, name) for name in _RESULTS} | {"hits": [int(hit) for hit in run.hits]})
     of_name = HoldoutRunRow.name == run.target.version.name
     newest = select(HoldoutRunRow.id).where(of_name).order_by(HoldoutRunRow.id.desc()).limit(KEPT_RUNS)

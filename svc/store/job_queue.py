@@ -28,7 +28,7 @@ from svc.store.tables import JobEventRow, JobRow
 from svc.version import VersionId
 
 ABANDONED_AFTER = timedelta(minutes=1)
-"""A running job returns to the queue when its worker has not reported for this time."""
+"""A running job returns to the queue if its worker has not reported for this long."""
 MAX_ATTEMPTS = 3
 """A job fails when its training process has died this many times. Interruptions for other reasons are not counted."""
 _RUNNING, _QUEUED = JobStatus.RUNNING.value, JobStatus.QUEUED.value

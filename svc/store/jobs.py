@@ -38,7 +38,7 @@ class JobStatus(StrEnum):
 
 
 STAGE_BEGUN = "Stage begun: "
-"""Prefix of the messages of events that name a training stage."""
+"""Beginning of a job event's message about the start of a training stage. The stage's name follows."""
 
 
 class Wanted(StrEnum):

@@ -175,7 +175,7 @@ _UNIQUE = "#"
 
 
 def _extend(store: Store, lease: Lease, released: threading.Event) -> None:
-    """Extend a lease until it is released or lost."""
+    """Keep extending a lease until it is released or lost."""
     while not released.wait(LEASE_S / 3):
         try:
             with exclusive(store) as session:

@@ -270,7 +270,7 @@ def _difference(table: sa.Table, original: Row | None, copied: Row | None) -> In
 
 
 def _restart_sequences(source: sa.Connection, copy: sa.Connection) -> None:
-    """Make PostgreSQL give the next row of each table the id that SQLite would have given it, or a higher id.
+    """Set PostgreSQL's sequences to continue after the last id that each table has used in SQLite.
 
     This does not use `setval`, which would remain in effect after a rollback.
     """

@@ -90,7 +90,9 @@ def begin_serving(
 
 
 def resume_serving(store: Store, server: str) -> None:
-    """Reopen a running server's last serving periods, which another server ended for lack of a recent report."""
+    """Reopen the last serving period of each model on a running server, if another server ended the period because the
+    running server had not reported recently.
+    """
     last = select(func.max(ServedRow.id)).where(ServedRow.server == server).group_by(ServedRow.name)
     is_lost = (ServedRow.ended_by == Ended.LOST) & ServedRow.id.in_(last)
     with exclusive(store) as session:

@@ -109,8 +109,8 @@ class ServerSwap:
 
 
 def begin_swap(store: Store, desired: Desired, *, server: str = "") -> int:
-    """Record the start of a swap and return its id. An unfinished swap of the server for the same desired state is
-    resumed.
+    """Record the start of a swap and return its id. If the server has an unfinished swap to the same desired state,
+    return the id of that swap instead.
 
     Args:
         server: id of the server; empty if no other server can use the store.

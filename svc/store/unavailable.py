@@ -10,7 +10,7 @@ class StoreUnavailableError(SQLAlchemyError):
     is full.
 
     It is an SQLAlchemyError, so that code that retries after store errors also retries after this error. The command
-    line prints the error in `shown`.
+    line prints the attribute `shown` instead.
     """
 
     def __init__(self, shown: RegistryError) -> None:

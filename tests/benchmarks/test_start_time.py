@@ -21,7 +21,7 @@ def test_start_time_summary_reports_medians() -> None:
     assert (result["before"], result["after"]) == (1.0, 0.4)
 
 
-def test_start_time_differences_are_computed_per_measurement_pair() -> None:
+def test_startup_time_differences_are_computed_per_measurement_pair() -> None:
     result = summary(PAIRS)
     assert result["difference"] == pytest.approx(1.5)
     assert result["engine_over_bare"] == 0.0

@@ -130,7 +130,7 @@ def test_down_server_inhibits_only_its_own_alerts(inhibited: Send) -> None:
 
 
 @pytest.mark.slow
-def test_ticket_severity_alerts_never_inhibit_a_page(inhibited: Send) -> None:
+def test_ticket_severity_alerts_never_inhibit_page_severity_alerts(inhibited: Send) -> None:
     """Each page fires together with all tickets and with its own labels, so that no page causes another."""
     pages = [name for name, rule in ALERTS.items() if rule["labels"]["severity"] == "page"]
     tickets = ALERTS.keys() - pages

@@ -97,7 +97,7 @@ def test_streamed_text_matches_the_complete_answer(server: Server) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == server.answer(1)
 
 
-def test_held_out_run_reproduces_the_results_recorded_at_registration(server: Server, report: Report) -> None:
+def test_held_out_evaluation_reproduces_the_results_recorded_at_registration(server: Server, report: Report) -> None:
     target = Target(VersionId("tiny", 1), Format.GPTQ)
     store, registry = open_database(server.home), Registry.of(Settings(home=server.home))
     run = _wait_for(lambda: newest_holdout_run(store, target))

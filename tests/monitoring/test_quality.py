@@ -69,7 +69,7 @@ def test_rounding_errors_are_not_a_quality_change() -> None:
 
 
 @pytest.mark.parametrize("change", [0.5, -0.5])
-def test_quality_status_is_changed_if_likelihoods_differ_in_either_direction(change: float) -> None:
+def test_quality_is_reported_as_changed_if_likelihoods_differ_in_either_direction(change: float) -> None:
     assert quality([change] * 200, HITS, HITS) is Quality.CHANGED
 
 
@@ -77,7 +77,7 @@ def test_quality_status_is_changed_even_if_only_a_few_examples_differ() -> None:
     assert quality([3.0] * 10 + [0.0] * 190, HITS, HITS) is Quality.CHANGED
 
 
-def test_quality_status_is_changed_if_results_of_a_small_held_out_set_differ() -> None:
+def test_quality_is_reported_as_changed_if_results_of_a_small_held_out_set_differ() -> None:
     assert quality([1.0] * 8, HITS[:8], HITS[:8]) is Quality.CHANGED
 
 
@@ -85,7 +85,7 @@ def test_quality_status_is_as_registered_if_a_statistically_significant_change_i
     assert quality([0.015] * 200, HITS, HITS) is Quality.AS_REGISTERED
 
 
-def test_quality_status_is_changed_if_correct_answers_become_wrong() -> None:
+def test_quality_is_reported_as_changed_if_correct_answers_become_wrong() -> None:
     lost = [hit and place > 40 for place, hit in enumerate(HITS)]
     assert quality([0.0] * 200, HITS, lost) is Quality.CHANGED
 
@@ -131,7 +131,7 @@ def test_quality_status_is_unknown_if_the_version_has_no_registered_answers(regi
     assert "triage@2 has no" in report.why
 
 
-def test_only_examples_in_the_held_out_run_are_compared() -> None:
+def test_only_examples_in_the_held_out_evaluation_are_compared() -> None:
     picked = replace(run([1.0, 1.0], [True, True]), places=(0, 2))
     report = judge(figures([1.0, 9.0, 1.0], [True, False, True]), picked)
     assert (report.quality, report.examples, report.registered_nll) == (Quality.AS_REGISTERED, 2, 1.0)

@@ -173,7 +173,9 @@ async def test_request_for_an_unknown_fine_tuned_model_returns_not_found(served:
         assert (await ask(client, name))[0] == 404
 
 
-async def test_requests_for_one_model_read_the_store_once(served: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_repeated_requests_for_a_fine_tuned_model_look_it_up_in_the_store_only_once(
+    served: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads = list[str]()
 
     def counting(store: Any, name: str) -> FineTunedModel | None:

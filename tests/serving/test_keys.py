@@ -112,7 +112,7 @@ async def test_socket_of_a_killed_server_is_replaced(home: Home) -> None:
         assert (await asyncio.to_thread(get, local(home), "/svc/status")).status_code == 200
 
 
-async def test_any_host_header_is_accepted_through_the_socket(home: Home, client: httpx.AsyncClient) -> None:
+async def test_any_host_header_is_accepted_through_the_unix_socket(home: Home, client: httpx.AsyncClient) -> None:
     answer = await asyncio.to_thread(get, local(home), "/v1/models", host="evil.example")
     assert answer.status_code == 200
     assert (await client.get("/v1/models", headers={"host": "evil.example"})).status_code == 421

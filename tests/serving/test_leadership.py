@@ -32,7 +32,7 @@ async def test_server_with_a_sqlite_store_does_not_report_liveness(store: Store)
         assert session.scalars(select(ServerRow)).all() == []
 
 
-async def test_exactly_one_of_two_servers_is_the_leader_until_it_is_closed(postgresql_store: Store) -> None:
+async def test_only_the_first_of_two_servers_leads_until_it_shuts_down(postgresql_store: Store) -> None:
     first, second = leadership(postgresql_store), leadership(postgresql_store, address="gpu-2:8000")
     await first.report()
     await second.report()
@@ -62,7 +62,7 @@ async def test_server_that_cannot_reach_the_store_stops_leading_when_its_lease_e
     assert not cut_off.leads("teams")
 
 
-async def test_tasks_waiting_for_changes_continue_when_a_server_starts_leading(postgresql_store: Store) -> None:
+async def test_tasks_waiting_for_changes_continue_when_a_server_becomes_the_leader(postgresql_store: Store) -> None:
     changes = Changes()
     server = Leadership(postgresql_store, changes, "gpu-1:8000", lambda: ["teams"])
     waiting = asyncio.create_task(changes.wait(changes.count, 60))

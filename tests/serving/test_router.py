@@ -83,7 +83,7 @@ def test_removed_model_is_unknown_to_the_router() -> None:
         two_models.find("b")
 
 
-def test_starting_model_is_unavailable_instead_of_unknown() -> None:
+def test_model_that_is_starting_is_unavailable_instead_of_unknown() -> None:
     with pytest.raises(EngineUnavailableError):
         router(backend("a", 1), backend("b")).find("b")
 
@@ -147,7 +147,7 @@ def test_request_for_a_named_version_is_not_part_of_a_rollout() -> None:
     assert (split.find("a@1", "ann").model, split.find("a@1", "ann").assignment) == ("a@1", None)
 
 
-def test_clients_cannot_request_a_model_by_the_internal_name_for_assigned_requests() -> None:
+def test_requesting_a_model_by_its_internal_name_raises_not_found() -> None:
     one = backend("a", 1)
     with pytest.raises(ModelNotFoundError):
         router(one).find(one.names.assigned)

@@ -106,7 +106,7 @@ async def test_request_on_one_server_counts_towards_every_limit_on_the_other(two
     assert [second.remaining(limit) for limit in Limit if limit is not Limit.CONCURRENT] == [55, 550, 1100, 999_850]
 
 
-async def test_requests_on_this_server_count_once_however_often_the_store_is_read(two: Two) -> None:
+async def test_requests_on_this_server_are_counted_once_however_often_the_store_is_read(two: Two) -> None:
     _, first, second = two
     first.ask()
     second.ask()

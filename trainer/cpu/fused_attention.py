@@ -79,8 +79,8 @@ def _is_plain(
     dropout: float,
     others: dict[str, Any],
 ) -> bool:
-    """Return whether the call is plain softmax(s Q K^T) V under a mask shared by all heads, and of a size for
-    which this module is faster.
+    """Return whether the call computes plain softmax(s Q K^T) V with a mask shared by all heads, and has few enough
+    keys for this module to be faster.
     """
     query, key, value = inputs
     if key.shape != value.shape or any(tensor.dtype is not torch.bfloat16 for tensor in inputs):

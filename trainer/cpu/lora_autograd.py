@@ -116,7 +116,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _fits_into_weight(number_type: torch.dtype, rows: int, width: int) -> bool:
-    """Return whether it is both exact enough and cheaper to add the update to the weight than to the product.
+    """Return whether to add the update to the weight instead of to the product: this must be cheaper and exact enough.
 
     A matrix of shape [rows, width] is multiplied by the weight or its transpose, [width, columns], which gives a
     product of shape [rows, columns]. The update is added to the smaller of the product and the weight.

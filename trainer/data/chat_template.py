@@ -182,7 +182,7 @@ def tokenize_examples(
 def tokenize_turns_of(
     folder: Path, examples: Sequence[ChatExample], template_kwargs: TemplateKwargs
 ) -> list[list[TokenizedExample]]:
-    """Tokenize examples for training with the tokenizer of a model folder (see `load_tokenizer` and
+    """Tokenize training examples with the tokenizer of a model folder (see `load_tokenizer` and
     `tokenize_turns`).
     """
     tokenizer = load_tokenizer(folder)

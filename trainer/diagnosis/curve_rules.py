@@ -14,10 +14,11 @@ SURE = 3.0
 """Number of standard errors above which a difference between the mean losses of two windows of steps is not attributed
 to chance. Because many pairs of windows are compared, a difference must also be large."""
 ABOVE_START = 0.1
-"""Minimum rise of the loss, as a share of the loss before the first step. A smaller rise is not worth another
-training run."""
+"""Minimum rise of the loss that is reported, as a share of the loss at the start. A smaller rise does not justify
+another training run."""
 GIVEN_BACK = 0.25
-"""Minimum rise of the loss, as a share of its fall so far. Hard batches alone cause smaller rises."""
+"""The loss must rise by more than this share of its fall so far to cause a finding. Hard batches alone cause smaller
+rises."""
 UNFINISHED_SHARE, HELDOUT_SHARE = 0.2, 0.12
 """Training counts as unfinished if the last third of training contributed more than these shares to the total reduction
 of the training loss and of the held-out loss. If a loss approaches its limit exponentially and a fifth of its total
@@ -178,7 +179,7 @@ def _late_heldout(run: TrainingRun, step: int) -> bool | None:
 
 
 def _pairs(parts: list[Window]) -> list[tuple[Window, Window]]:
-    """Pair each window with the one of lowest mean loss among the window itself and all earlier windows."""
+    """Pair each window with the window that has the lowest mean loss so far, which may be the window itself."""
     return [(min(parts[: index + 1], key=lambda part: part.mean), window) for index, window in enumerate(parts)]
 
 

@@ -62,7 +62,7 @@ def find_overfitting(run: TrainingRun) -> Finding | None:
 
 
 def find_too_little_data(run: TrainingRun) -> Finding | None:
-    """Return a finding if there are very few training examples, or few examples that the model has memorized."""
+    """Return a finding if there are very few training examples, or if they are few and the model has memorized them."""
     limit, count = run.recipe.data.limit, run.train_examples
     if count < FEW_EXAMPLES:
         what = f"there are only {count} training examples"

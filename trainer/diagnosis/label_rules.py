@@ -37,14 +37,14 @@ GAINED = 0.05
 """Minimum share of the label entropy that a model must explain from the prompts. A model that explains less has learned
 only how frequent each label is."""
 HARDLY_GAINED, STILL_FALLING, LATE_SURE = 0.15, 0.15, 1.5
-"""A model has hardly started to learn if it explains at most the first value, as a share of the label entropy. More
-steps are expected to help if its training loss fell in the last third of training by more than the second value, as a
-share of the final loss, and by more than the third value, in standard errors. If the labels do not depend on the
+"""A model has hardly started to learn if the share of the label entropy that it explains is at most the first value.
+More steps are expected to help if its training loss fell in the last third of training by more than the second value,
+as a share of the final loss, and by more than the third value, in standard errors. If the labels do not depend on the
 prompts, the loss falls by at most 7% (docs/diagnosis.md)."""
 PARTLY_GAINED, HELDOUT_FALLING, HELDOUT_SURE = 0.5, 0.05, 2.0
-"""After a short run, a model has learned only part of its task if it explains at most the first value, as a share of
-the label entropy. More steps are expected to help if its held-out loss on the same examples fell in the second half of
-the run by more than the second value, as a share of the final loss, and by more than the third value, in standard
+"""After a short run, a model has learned only part of its task if the share of the label entropy that it explains is at
+most the first value. More steps are expected to help if its held-out loss on the same examples fell in the second half
+of the run by more than the second value, as a share of the final loss, and by more than the third value, in standard
 errors."""
 
 

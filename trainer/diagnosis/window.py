@@ -12,8 +12,8 @@ from svc.evaluation.training_curve import TrainingPoint
 MIN_STEPS = 20
 """Minimum number of steps needed to interpret a loss curve."""
 FEW_STEPS = 50
-"""Number of steps below which a run counts as short. Too few steps may explain why the labels were not learned.
-The held-out loss of a short run is measured on more examples."""
+"""Number of steps below which a run counts as short. If a model has not learned the labels of its task,
+a short run may be the reason. The held-out loss of a short run is measured on more examples."""
 MIN_MEASURED = 8
 """Minimum number of held-out examples in a loss measurement. Fewer examples are not representative."""
 _MIN_WIDTH, _SHARE = 5, 10  # steps, and the divisor of the run's steps

@@ -249,8 +249,8 @@ def _tokenize(
 def _tokenize_judged(
     judged: Sequence[PreferencePair | LabeledAnswer], folder: Path, recipe: Recipe, *, counted: bool
 ) -> list[tuple[TokenizedExample, ...]]:
-    """Return both tokenized answers of each pair, or each tokenized labeled answer. Pairs and answers that the recipe
-    drops as too long are excluded.
+    """Return one tokenized example per answer: two for each pair, one for each labeled answer. Pairs and answers that
+    the recipe drops as too long are excluded.
     """
 
     def tokenize(examples: Sequence[ChatExample]) -> list[TokenizedExample]:

@@ -55,9 +55,9 @@ def with_checkpointing(estimate: Estimate, enabled: bool, served_length: int) ->
 
 
 def _sharding(estimate: Estimate) -> dict[str, str]:
-    """Return a recipe change that shards the weights, or keeps them unsharded, as in the given estimate.
+    """Return a recipe change that keeps the given estimate's choice of whether to shard the weights.
 
-    Otherwise, if training fits on one device only with checkpointing, the estimate without it might shard the weights.
+    Otherwise, turning checkpointing off could also turn sharding on, because training needs more memory then.
     """
     here = estimate.here
     if here.device.count == 1 or here.undivided:

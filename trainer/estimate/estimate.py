@@ -96,7 +96,7 @@ class Estimate:
 
     @property
     def here(self) -> DeviceEstimate:
-        """Estimate for this machine, which must be among the devices."""
+        """The estimate for this machine, which must be among the devices."""
         return next(estimate for estimate in self.devices if estimate.device.name == HERE)
 
 

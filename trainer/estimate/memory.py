@@ -1,10 +1,11 @@
 """Peak memory of training, broken down by what it is used for.
 
 Weights, gradients and the optimizer's state are counted as in Rajbhandari et al. 2020 (ZeRO, section 3.1), the
-quantized base as in Dettmers et al. 2023 (QLoRA, section 3: 4 bits, plus 0.127 for the scales of scales), and
-checkpointed activations as in Korthikanti et al. 2022 (section 5). The tensors that a layer saves for its backward pass
-were counted in this trainer with `torch.autograd.graph.saved_tensors_hooks`, because they differ from the tensors in
-the papers' models: this trainer has an answers-only head, its own LoRA and attention on CPUs, and PEFT's layers.
+quantized base as in Dettmers et al. 2023 (QLoRA, section 3: 4 bits per weight, plus 0.127 bits for the scales,
+which are quantized too), and checkpointed activations as in Korthikanti et al. 2022 (section 5). The tensors that a
+layer saves for its backward pass were counted in this trainer with `torch.autograd.graph.saved_tensors_hooks`,
+because they differ from the tensors in the papers' models: this trainer has an answers-only head, its own LoRA and
+attention on CPUs, and PEFT's layers.
 """
 
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Part(StrEnum):
 
 
 _DIVIDED = (Part.WEIGHTS, Part.ADAPTER, Part.GRADIENTS, Part.OPTIMIZER)
-"""Parts of which each device stores an equal share when the weights are sharded."""
+"""Purposes whose memory is divided equally among the devices when the weights are sharded."""
 
 
 @dataclass(frozen=True)

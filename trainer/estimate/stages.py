@@ -220,8 +220,8 @@ def _quantize(training: Training, example_tokens: float, *, awq: bool) -> tuple[
 
 
 def _round(training: Training) -> tuple[Need, Need]:
-    """Return the requirements of rounding to 8 bits, which needs one bf16 copy and two float32 copies of the largest
-    matrix.
+    """Return the requirements of rounding to 8 bits. The rounding needs memory for one bf16 copy and two float32 copies
+    of the largest matrix.
     """
     written = eight_bit_bytes(training.shape)
     working = (BFLOAT16 + 2 * FLOAT32) * training.shape.largest_layer

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gptqmodel import QuantizeConfig
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-"""Architectures whose AWQ scales trainer.parity.awq can undo to compare the weights with the merged model. In
+"""Architectures for which trainer.parity.awq can undo the AWQ scales and compare the weights with the merged model. In
 gptqmodel's definitions of other architectures, the scales are applied to other layers."""
 _BLOCK = 512
 """Number of tokens in a calibration text. If texts have different lengths, gptqmodel calibrates AWQ with only the last
@@ -78,7 +78,7 @@ def awq_options(group_size: int, offload: str) -> "QuantizeConfig":
 
 
 def check_calibration(log: Sequence[Mapping[str, Any]]) -> None:
-    """Check in gptqmodel's records that each layer was calibrated with all tokens.
+    """Verify, using gptqmodel's records, that each layer was calibrated with all tokens.
 
     Raises:
         TrainingError: a layer was calibrated with only some of the tokens.
@@ -120,8 +120,8 @@ def best_clip(
     group_size: int,
     round_into: "Callable[[torch.Tensor, torch.Tensor], None]",
 ) -> "torch.Tensor":
-    """Return, for each group of weights, the clipping limit at which rounding changes the group's contribution to the
-    outputs least.
+    """Return, for each group of weights, the clipping limit that minimizes the change that rounding causes in the
+    group's contribution to the outputs.
 
     If rounding changes a group's weights by d, the output changes by x·d for a token with the inputs x. The mean square
     of this change over all tokens is d·G·d, where G is the mean outer product of x with itself. The number of values in

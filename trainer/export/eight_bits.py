@@ -91,8 +91,8 @@ def check_layers(model: Path) -> dict[str, tuple[int, int]]:
     """Return the input and output sizes of the linear layers to quantize, keyed by name, without loading weights.
 
     Raises:
-        TrainingError: the model is a mixture of experts, has no linear layers, or stores its linear layers under other
-            names.
+        TrainingError: the model is a mixture of experts, has no linear layers, or does not store the weight of a
+            linear layer as LAYER.weight.
     """
     empty = empty_model(model)
     if experts := fused_experts(empty):

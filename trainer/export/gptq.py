@@ -51,9 +51,10 @@ _SCALE_STEPS, _MIN_SCALE = 20, 0.5
 that reaches the largest weight. gptqmodel's default of 80 steps, down to 0.2, takes eight times as long
 and made no difference on 400 held-out examples of the example task."""
 _CPU_BLOCK = 32
-"""Number of columns that are rounded one after another before the remaining columns of the layer are corrected for
-all of them at once. With gptqmodel's default of 128, each rounded column corrects up to four times as many columns
-within its block. The result is the same, except that here the scales take more of the corrections into account."""
+"""Number of columns in a block. The columns of a block are rounded one after another; then the remaining columns of the
+layer are corrected for the whole block at once. With gptqmodel's default of 128, each rounded column corrects up to
+four times as many columns within its block. The result is the same, except that here the scales take more of the
+corrections into account."""
 
 
 @dataclass(frozen=True, slots=True)

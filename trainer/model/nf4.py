@@ -15,7 +15,7 @@ from trainer.model.stored_weights import StoredWeights
 
 
 class DequantizedWeights(StoredWeights):
-    """Weights of a model folder in which the linear layers are rounded to NF4 and dequantized.
+    """Weights from a model folder. Those of linear layers are rounded to NF4 and dequantized when they are read.
 
     Args:
         folder: folder with a model in safetensors.

@@ -8,7 +8,7 @@ def release_memory() -> None:
     """Release unused memory, including the GPU memory that PyTorch caches.
 
     Trainers and models form reference cycles, which only the garbage collector frees. PyTorch caches freed
-    GPU memory, so an engine would find the device full.
+    GPU memory, so an engine would otherwise find the device full.
     """
     gc.collect()
     torch = sys.modules.get("torch")

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import torch
 
 _STEP = 1 << 16
-"""Difference between neighboring bf16 numbers that are converted to float32 and whose bits are then read as integers.
-The upper 16 bits of such a float32 are the bf16 number."""
+"""Difference between the float32 representations of two neighboring bf16 numbers, with their bits read as integers. The
+upper 16 bits of such a float32 are the bf16 number."""
 
 
 class StochasticRounding:

@@ -121,8 +121,8 @@ def _change_of_experts(layer: ParamWrapper, adapter: str) -> tuple[torch.Tensor,
 
 
 def scale_of(adapter: Path, recipe: Recipe) -> tuple[float, float] | None:
-    """Return the scale of an adapter's update, first according to the adapter's config, then according to the recipe.
-    Return None for VeRA.
+    """Return the scale of an adapter's update as given by the adapter's config, and as given by the recipe. Return None
+    for VeRA.
     """
     if recipe.adapter_type is AdapterType.VERA:
         return None

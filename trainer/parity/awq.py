@@ -17,8 +17,8 @@ _NORMS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm") | dict
 )
 """The norm that precedes each layer, for the architectures in trainer.export.awq."""
 _SOURCES = {"o_proj": "v_proj", "down_proj": "up_proj"}
-"""For a layer without a preceding norm, the layer whose rows produce its inputs. In between there is only a weighted
-sum (attention) or an elementwise product (gating)."""
+"""Maps each layer without a preceding norm to the layer whose rows produce its inputs. Between the two layers, there is
+only a weighted sum (attention) or an elementwise product (gating)."""
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Position of each of eight outputs in a packed integer, in units of 4 bits, counted from the lowest bits."""
 

@@ -34,8 +34,8 @@ from trainer.recipe.recipe import Recipe
 BESIDE_TRAINED = "merged: compared with the trained model"
 """Name of the final parity check, which covers merging and serving together."""
 BESIDE_NF4 = "adapter on the base's own weights compared with NF4, on which it was trained"
-"""Name of a comparison made after QLoRA: the adapter on the base's original weights, and on the NF4 weights used in
-training. No limit applies, because training with the rounded weights makes a difference unavoidable."""
+"""Name of a comparison made after QLoRA, between the adapter on the base's original weights and the adapter on the NF4
+weights used in training. No limit applies, because the two inevitably differ: NF4 weights are rounded."""
 _NOT_THE_SUM = 1e-3
 """Maximum share of a module's weights that may differ from base plus adapter by more than a bf16 step. This
 happens for sums near 0, whose terms cancel."""

@@ -87,7 +87,7 @@ class CombinedAdapter:
                 )
 
     def copy_to(self, out: Path, base: Path) -> None:
-        """Write the combined adapter to a new folder. The same parts and options give the same files.
+        """Write the combined adapter to a new folder. The same adapters and options give the same files.
 
         Raises:
             RecipeError: PEFT cannot combine the adapters.

@@ -144,7 +144,9 @@ class RunEvaluation:
 
     @cached_property
     def forgetting(self) -> ForgettingTest | None:
-        """The test for forgetting, or None if there are no general questions or only an adapter is registered."""
+        """The test that measures how much the model forgot, or None if there are no general questions or only an
+        adapter is registered.
+        """
         if self.questions is None or set(self.formats).isdisjoint(SERVED_FORMATS):
             return None
         tokenized = tokenize_as_trained(self.base.folder, self.questions.examples, self.template_kwargs)
@@ -266,7 +268,7 @@ class RunEvaluation:
         self._keep(revision, folder, merged.results, merged.general)
 
     def judge_format(self, measured: Qualified) -> Qualified:
-        """Score a format's stored answers again with the current metrics, and return the updated evaluation."""
+        """Rescore a model's stored answers in one format with the current metrics. Return the updated evaluation."""
         results = measured.results
         evaluation = judge(self.heldout[: len(results)], results, measured.evaluation.seconds, self.metrics)
         return measured.model_copy(update={"evaluation": evaluation.report, "results": evaluation.results})

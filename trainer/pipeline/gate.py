@@ -53,8 +53,8 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
 
 
 def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
-    """Print, for each gate, the smallest difference between a loss of quality and the gate's limit that can be detected
-    with the available number of examples. Gates that do not limit a share of answers are omitted.
+    """Print, for each gate that limits a share of answers, how far a quality loss must be from the gate's limit to be
+    detected with the available number of examples.
     """
     limits = recipe.evaluate
     formats = set(recipe.formats)

@@ -14,7 +14,7 @@ _METHODS = {Format.GPTQ: GPTQ, Format.AWQ: AWQ, Format.INT8: COMPRESSED_TENSORS,
 
 
 def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: Sequence[Format]) -> None:
-    """Print the data types chosen for training and, on this machine, for serving each format, and why.
+    """Print the data type chosen for training, and the one for serving each format on this machine, with reasons.
 
     Args:
         able: capabilities of this machine.

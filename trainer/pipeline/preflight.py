@@ -144,8 +144,8 @@ def _check_long_rope(base: Path, config: "PreTrainedConfig", max_model_len: int)
 
 
 def _check_copy(base: Path) -> None:
-    """Check that an unchanged copy of the base compares as equal to the base, using the comparison that the
-    parity report applies to the version.
+    """Check that the comparison used in the parity report finds no difference between the base and an unchanged copy
+    of it.
     """
     with tempfile.TemporaryDirectory(prefix="base-copy-") as folder:
         copy = Path(folder)

@@ -121,7 +121,7 @@ class RayStages:
         self.close()  # the training may need its GPU
 
     def training(self, *, fetches: bool) -> RayProcesses:
-        """Return workers that carry out the run's training within their `with` block.
+        """Return the run's training workers. They run for the duration of the returned object's `with` block.
 
         Args:
             fetches: whether the trained model is downloaded to this machine.
@@ -241,7 +241,7 @@ def store_weights(objects: ObjectStore, name: str, run: Run, format: Format) -> 
 
 
 def check_on_node(place: Place, folders: TrainingFolders, task: StageTask) -> None:
-    """Check on a node that the stages can run there."""
+    """Check that the stages can run on a node. This function must be called on that node."""
     _NodeStages(folders, task).models.check()
 
 

@@ -21,7 +21,7 @@ from trainer.recipe.train import DEVICE_KEYS
 
 _LIMITS = ("max_gptq_loss", "max_gptq_nll", "max_forgetting", "undecided")
 _METRICS = ("metrics", "primary", "json_schema", "metric_seconds")
-"""Keys of the `evaluate` section that define metrics. Like limits, they affect only the registration."""
+"""Keys of the `evaluate` section that define metrics. Like the keys in `_LIMITS`, they affect only the registration."""
 
 _GENERAL = ("general", "general_limit")
 """Keys of the `evaluate` section that specify the general questions. The questions themselves are hashed instead of
@@ -94,9 +94,10 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
 
 
 def _content(path: Path) -> str | None:
-    """Return the hash of a file used by metrics, so that the version is registered again after a metric's code changes.
+    """Return the hash of a file used by metrics.
 
-    The result is None if the file cannot be read, which is reported later.
+    The key of registration contains it, so the version is registered again after a metric's code changes. The result is
+    None if the file cannot be read, which is reported later.
     """
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -154,8 +154,8 @@ class Pipeline:
         return {stage: steps[stage] for stage in choose_stages(self.recipe)}
 
     def _steps_on(self, cluster: RayStages) -> dict[Stage, Step]:
-        """Return the stages that the recipe's formats need. All stages except judging and registration run on the
-        cluster, whose nodes check their own disk space.
+        """Return the stages that the recipe's formats need, for a run on a cluster. The cluster runs all of them except
+        judging and registration, and its nodes check their own disk space.
         """
         outputs = () if self._full else (self._trained,)  # a complete model stays in the object store
         steps = {stage: Step(partial(cluster.run, stage)) for stage in self._models.steps}
@@ -314,8 +314,8 @@ class Pipeline:
 
     @contextmanager
     def _report_to(self) -> Iterator[Report]:
-        """Yield a callback that sends metrics to all of the recipe's trackers. When a run is resumed, each tracker
-        continues its previous run.
+        """Yield a callback that sends metrics to all of the recipe's trackers. If training is resumed, the metrics are
+        added to the runs that the trackers already have.
         """
         recipe, run, run_id = self.recipe, self.run, self._tracking_run()
         with (

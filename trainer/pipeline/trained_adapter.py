@@ -67,7 +67,7 @@ class TrainedAdapter:
 
     @property
     def parts(self) -> tuple["TrainedAdapter", ...]:
-        """This adapter, as the only one to check against the base."""
+        """The adapters that must be checked against the base: only this one."""
         return (self,)
 
     @property

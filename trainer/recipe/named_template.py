@@ -8,15 +8,15 @@ class NamedTemplate(StrEnum):
     """Built-in chat template for a base that has no template of its own."""
 
     CHATML = "chatml"
-    """Turns between `<|im_start|>ROLE` and the end token, as in Qwen's models."""
+    """Puts each turn between `<|im_start|>ROLE` and the end token, as in Qwen's models."""
     ALPACA = "alpaca"
-    """Turns under the headings `### Instruction:` and `### Response:` (Taori et al. 2023)."""
+    """Puts each turn under the heading `### Instruction:` or `### Response:` (Taori et al. 2023)."""
     LLAMA_2 = "llama-2"
-    """Questions between `[INST]` and `[/INST]`, as in Llama 2 Chat."""
+    """Puts each user turn between `[INST]` and `[/INST]`, as in Llama 2 Chat."""
     ZEPHYR = "zephyr"
-    """Turns after `<|ROLE|>`, as in Zephyr and TinyLlama Chat."""
+    """Puts each turn after `<|ROLE|>`, as in Zephyr and TinyLlama Chat."""
     TEXT = "text"
-    """The text of all turns, concatenated without separators; used by `objective: text`."""
+    """Concatenates the text of all turns without separators; used by `objective: text`."""
 
 
 TEMPLATE_CHOICES = f"one of {', '.join(NamedTemplate)}; or a file that ends in .jinja"

@@ -55,7 +55,7 @@ HUB_ID_PATTERN = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
 
 
 def folder_beside_recipe(name: str | None, info: ValidationInfo) -> str | None:
-    """Resolve the name of a model relative to the recipe's folder if it is a path."""
+    """If the name of a model is the path of a folder, resolve it relative to the recipe's folder."""
     return str(beside_recipe(Path(name), info)) if name and is_folder(name) else name
 
 
@@ -76,8 +76,8 @@ Sources = Annotated[
 
 
 def metric_beside_recipe(name: str | None, info: ValidationInfo) -> str | None:
-    """Resolve the path in the name of a metric function, relative to the recipe's folder. Names of other
-    metrics are returned unchanged.
+    """If a metric is a function in a file (`FILE:FUNCTION`), resolve the file's path relative to the recipe's folder.
+    Names of other metrics are returned unchanged.
     """
     spec = name and FunctionSpec.parse(name)
     return f"{beside_recipe(spec.path, info)}:{spec.function}" if spec else name

@@ -36,7 +36,9 @@ class Sharding(StrEnum):
 
 
 class Optimizer(StrEnum):
-    """Optimizer for training, which determines the size of its two moments per weight and where they are stored."""
+    """Optimizer for training. The optimizers differ in the size of their two moments per weight, and in where they
+    store them.
+    """
 
     ADAMW = "adamw"
     """AdamW with moments in float32 (Loshchilov and Hutter 2019)."""

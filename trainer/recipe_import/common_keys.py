@@ -1,4 +1,4 @@
-"""Values that Axolotl and LLaMA-Factory have in common, because both pass them to transformers and PEFT."""
+"""Imports the config values that Axolotl and LLaMA-Factory share, because both pass them to transformers and PEFT."""
 
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def import_method(draft: Draft, *, adapter: bool, dora: bool, four_bit: bool) ->
 
 
 def import_targets(draft: Draft, key: str, names: Any) -> None:
-    """Import the layers that get an adapter, given as a list of names."""
+    """Import `adapter.targets` from a list of the names of the layers that get an adapter."""
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         preset = _PRESETS.get(frozenset(names))
         draft.values["adapter.targets"] = preset.value if preset else sorted(set(names))
@@ -90,7 +90,7 @@ def import_targets(draft: Draft, key: str, names: Any) -> None:
 
 
 def import_start(draft: Draft, key: str, start: str) -> None:
-    """Import an adapter's initialization, given by its name in PEFT. Call this after the method has been imported."""
+    """Import an adapter's initialization, given by its name in PEFT. Call this after setting `method`."""
     plain, rooted = draft.values["method"] == Method.LORA, draft.values.get("adapter.rslora")
     try:
         adapter = Adapter(init=start)
@@ -114,9 +114,7 @@ def import_rope(draft: Draft, key: str, kind: str, factor: float | None) -> None
 
 
 def import_new_tokens(draft: Draft, key: str, *, special: bool = False) -> None:
-    """Import tokens to add to the tokenizer: a list, or names separated by commas. Call this after the method has been
-    imported.
-    """
+    """Import tokens to add to the tokenizer: a list, or names separated by commas. Call this after setting `method`."""
     given = draft.take(key) or ()
     tokens = [str(token).strip() for token in (given.split(",") if isinstance(given, str) else given)]
     if tokens:
@@ -126,7 +124,9 @@ def import_new_tokens(draft: Draft, key: str, *, special: bool = False) -> None:
 
 
 def import_modules_to_save(draft: Draft, key: str) -> None:
-    """Import embeddings that are trained in full. Call this after the method has been imported."""
+    """Import `adapter.modules_to_save`, which names embeddings to train in full. Call this after the method has been
+    imported.
+    """
     names = draft.take(key) or ()
     listed = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
     if not listed or draft.values["method"] == Method.FULL:
@@ -138,8 +138,8 @@ def import_modules_to_save(draft: Draft, key: str) -> None:
 
 
 def import_dropout(draft: Draft) -> None:
-    """Import the adapter's dropout, which preference objectives do not support. Call this after the method has been
-    imported.
+    """Import the adapter's dropout, or leave it out if the objective learns from preferences, because such objectives
+    do not support dropout. Call this after the method has been imported.
     """
     dropout = draft.take("lora_dropout")
     if not dropout or draft.values["method"] == Method.FULL:

@@ -103,7 +103,7 @@ def _name(stem: str) -> str:
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values keyed by dotted key as nested sections, in the order of the recipe's keys."""
+    """Convert values keyed by dotted key to nested sections, in the order of the recipe's keys."""
     content: dict[str, Any] = {}
     for key, value in values.items():
         section, _, last = key.rpartition(".")

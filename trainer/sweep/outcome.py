@@ -86,7 +86,7 @@ class TrialComparison:
     tokens: tuple[int, ...]
 
     def difference(self, first: TrialOutcome, second: TrialOutcome) -> Interval:
-        """Return the second trial's held-out loss minus the first's, compared example by example."""
+        """Return the second trial's held-out loss minus the first's, paired by example."""
         return paired_difference(first.heldout_each, second.heldout_each, self.tokens)
 
     def distinct(self, first: TrialOutcome, second: TrialOutcome) -> bool:

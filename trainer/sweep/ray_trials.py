@@ -215,7 +215,7 @@ class RayTrials:
             return untrained_losses_in(processes, data, recipe, folders, number_type=number_type, sharded=sharded)
 
     def remove_checkpoints(self, folder: Path) -> None:
-        """Delete the checkpoints of a trial in the object store, because it has finished."""
+        """Delete a finished trial's checkpoints from the object store."""
         self._checkpoints(folder).remove()
 
     @contextmanager

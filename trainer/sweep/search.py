@@ -71,7 +71,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Study:
-    """Optuna's study of a phase.
+    """One phase of a sweep, with its Optuna study.
 
     Attributes:
         fixed: values shared by all trials.
@@ -157,8 +157,8 @@ class Search:
 
     def _learning_rate(self) -> TrialOutcome | None:
         """Try learning rates outwards from the recipe's own rate. Among indistinguishable results, the recipe's rate is
-        preferred, followed by the rate with the lowest loss, since all rates cost the same. Return None if there was no
-        time for any trial.
+        preferred, followed by the rate with the lowest loss (no rate is cheaper than another). Return None if there was
+        no time for any trial.
         """
         own = self.recipe.train.learning_rate or self.usual_rate
         rates = sorted({float(f"{rate * self.usual_rate:.3g}") for rate in _RATES} | {own})
@@ -362,7 +362,9 @@ def possible_ranks(recipe: Recipe) -> list[int]:
 
 
 def samples_values(sweep: Sweep) -> bool:
-    """Return whether a sampler chooses the values of trials, because the recipe's space has too many combinations."""
+    """Return whether a sampler chooses the values of trials, which it does if the recipe's search space has too many
+    combinations to try them all.
+    """
     return sweep.space is not None and None in _combinations(sweep.space, sweep.trials)
 
 

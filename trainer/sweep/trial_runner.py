@@ -70,7 +70,7 @@ class TrialRunner:
         sweeps: folder that contains all sweeps and learning curves.
         kind: `sweep` or `curve`.
         number_type: data type of matrix products in training on this machine.
-        cluster: trains the trials, or None to train them on this machine.
+        cluster: object that trains the trials on a cluster, or None to train them on this machine.
     """
 
     sweeps: Path
@@ -198,7 +198,7 @@ class TrialRunner:
 
     def start_trial(self, number: int, values: Values, watch: Watch) -> "Future[TrialOutcome]":
         """Start `run_trial` for a trial, and return its future. Trials that require the same training share a future.
-        On this machine, the trial has finished when this method returns.
+        Without a cluster, the trial has already finished when this method returns.
 
         Args:
             number: number of the trial, shown in messages.
@@ -279,7 +279,7 @@ class TrialRunner:
         return self.folder / "trials" / trial.key / ADAPTER
 
     def log_final(self, trial: TrialOutcome, figures: dict[str, float]) -> None:
-        """Add the metrics of a trial's answers in the finals to the trial's MLflow run."""
+        """Log a trial's metrics from the finals to the trial's MLflow run."""
         path = self.folder / "trials" / trial.key / "mlflow.json"
         with self.tracking.if_available():
             self.tracking.log_metrics(read_record(path, TrackedRun).run_id, figures, trial.steps)

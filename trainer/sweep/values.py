@@ -40,7 +40,7 @@ def training_key(recipe: Recipe) -> str:
 
 
 def describe(values: Values) -> str:
-    """Format changed values for display, as in `learning_rate 0.0002, rank 8`."""
+    """Return the changed values as text for display, as in `learning_rate 0.0002, rank 8`."""
     parts = [f"{key.rpartition('.')[2]} {show(value)}" for key, value in values.items() if value is not None]
     return ", ".join(parts) or "unchanged recipe"
 

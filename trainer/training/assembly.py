@@ -94,8 +94,8 @@ def assemble_trainer(
     bits.
 
     Args:
-        curve: other rows whose loss is measured during training, and the steps at which to measure it, or None to
-            use `rows.heldout`.
+        curve: rows whose loss is measured during training, and the steps at which to measure it, or None to measure
+            the loss of `rows.heldout`.
         load: function that loads the base's weights.
         make: class of the trainer.
 

@@ -39,7 +39,8 @@ Row = TypeVar("Row")
 
 
 class DeviceGroup:
-    """One process's view of the group. A group of one process needs no communication.
+    """The group of processes that train a model together, as seen by one of them. A group of one process needs no
+    communication.
 
     Attributes:
         rank: index of this process and its device, starting at 0.

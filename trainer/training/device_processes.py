@@ -39,8 +39,8 @@ from trainer.training.processes import (
 
 _GRACE_S = 1.0
 _CLEAN_UP_S = 10.0
-"""Seconds that a process may take to exit after its work is done. For example, it must release named semaphores,
-because Python warns about each semaphore that was not released."""
+"""Seconds that a process may take to clean up and exit after its work is done. The clean-up includes releasing named
+semaphores, because Python prints a warning for each one that was not released."""
 
 
 @dataclass(frozen=True, slots=True)

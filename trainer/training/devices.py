@@ -60,10 +60,10 @@ class Share:
 
 
 def divide_step(train: Train, devices: int) -> Share | None:
-    """Return each device's share of a step, or None if the step's examples cannot be divided equally. The total number
-    of examples in a step is the same as on one device.
+    """Return the batch size and gradient accumulation per device, or None if the examples of a step cannot be divided
+    equally. The total number of examples in a step is the same as on one device.
 
-    Accumulation is reduced first, because smaller batches use a device less efficiently.
+    Gradient accumulation is reduced first, because smaller batches use a device less efficiently.
     """
     common = math.gcd(train.gradient_accumulation, devices)
     rest = devices // common

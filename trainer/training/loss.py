@@ -342,7 +342,8 @@ def _summed_cross_entropy(
         hidden: hidden states of shape [positions, width], from `_hidden_states`.
         targets: token ids of shape [positions].
         logits_at_once: maximum number of logits in memory (positions times vocabulary).
-        correct: as in `answer_loss`. If logits are recomputed for the gradient, the counts are appended a second time.
+        correct: as in `answer_loss`. When logits are recomputed for the gradient, the counts of correct
+            predictions are appended a second time.
     """
     size = max(1, logits_at_once // model.config.get_text_config().vocab_size)
     if len(hidden) <= size:

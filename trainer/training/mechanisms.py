@@ -54,7 +54,7 @@ class MechanismCheck(TrainerCallback):
         """Check the model, the batches and the optimizer.
 
         Raises:
-            TrainingError: an option is not active.
+            TrainingError: an option chosen for the run has no effect.
         """
         trainer, chosen, recipe = self._trainer, self._acceleration, self._recipe
         model = trainer.model
@@ -76,7 +76,7 @@ class MechanismCheck(TrainerCallback):
         next step is checked.
 
         Raises:
-            TrainingError: an option is not active.
+            TrainingError: an option chosen for the run has no effect.
         """
         if self._first_step is not None:
             self._first_step.check(checkpointing=args.gradient_checkpointing)
@@ -159,7 +159,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def check_liger(model: nn.Module, *, chosen: bool) -> None:
-    """Check that Liger has replaced a part of every layer if it was chosen, and no part otherwise.
+    """Check that Liger, if it was chosen, has replaced a part of every layer, and otherwise no part of any layer.
 
     Raises:
         TrainingError: Liger was chosen but is not active, or is active although it was not chosen.
@@ -361,7 +361,7 @@ def check_lora_plus(
 
 
 def check_moments(optimizer: torch.optim.Optimizer, model: nn.Module, chosen: Optimizer) -> None:
-    """Check that moments are in 8 bits and paged where bitsandbytes does so for the chosen optimizer.
+    """Check that the moments of large weights are stored as the chosen optimizer says: in 8 bits, paged, or both.
 
     transformers keeps the moments of embeddings in 32 bits.
 

@@ -69,7 +69,7 @@ class PreferenceTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the batch's share of the mean loss of the step's comparisons.
+        """Return the batch's contribution to the loss, which is the mean over all comparisons in the step.
 
         Raises:
             TrainingError: the loss is not finite.
@@ -149,8 +149,8 @@ class PreferenceTrainer(ResumableTrainer):
         return both[: len(rows)]
 
     def _own_loss_sums(self, rows: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the loss of each of this process's rows. With KTO, a process without rows computes a filler, because
-        all processes take part in computing the batch mean.
+        """Return the loss of each of this process's rows. With KTO, a process without rows computes and discards the
+        loss of a filler row, because all processes take part in computing the batch mean.
         """
         if self.group.size > 1 and not rows and self._objective is Objective.KTO:
             self.loss_sums([without_answers(self._heldout[0])])
@@ -158,7 +158,8 @@ class PreferenceTrainer(ResumableTrainer):
         return super()._own_loss_sums(rows)
 
     def _losses(self, batch: dict[str, Any], balance: Balance | None = None) -> Tensor:
-        """Return the loss of each comparison in a batch. The loss of a filler is 0.
+        """Return the loss of each comparison in a batch. A filler, which a device computes if it has no comparison
+        left, has a loss of 0.
 
         Args:
             balance: receives the load-balancing loss; with KTO, only for the answers that have a gradient.

@@ -51,8 +51,8 @@ def kto_losses(answers: Tensor, shift: Tensor, desirable: Tensor, preference: Pr
     """Return KTO's loss for each answer (Ethayarajh et al. 2024, eq. 8).
 
     Args:
-        answers: log of the ratio of each answer's probability to its probability under the model before training, of
-            shape [answers].
+        answers: tensor of shape [answers], with log(p / p0) for each answer. p is the answer's probability under the
+            model, and p0 its probability under the model before training.
         shift: mean log ratio of mismatched answers (answers to other prompts), without gradient. If positive, it
             measures how far the model as a whole has shifted, and is subtracted from each log ratio.
         desirable: boolean label of each answer, true if the answer is desirable.

@@ -97,7 +97,7 @@ class TrainingProcesses(Protocol):
 
         Raises:
             InterruptedRunError: a signal was received.
-            SvcError: a process failed. Unless all others failed in the same way, the message names its rank.
+            SvcError: a process failed. The message names its rank, unless all processes failed in the same way.
             TrainingError: a process died.
             RuntimeError: a process failed with any other exception, whose traceback is in a note.
         """
@@ -113,8 +113,8 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Listens:
-    """Message that says that the processes are now ready to handle signals. The caller then sends the first signal that
-    it receives. Until then, a signal stops the processes.
+    """Message that says that the processes are now ready to handle signals. The caller then passes on the first signal
+    that it receives. Before this message, a signal stops the processes.
     """
 
 
@@ -192,7 +192,9 @@ class Started(Protocol):
 
 
 class Supervisor:
-    """The caller's side: receives results, failures and calls, and passes signals on."""
+    """The caller's side of a group of training processes. Receives their results, failures and calls, and passes
+    signals on to them.
+    """
 
     def __init__(self, started: Started, functions: Mapping[str, Callable[..., object]], asked: Preemption) -> None:
         self._started = started

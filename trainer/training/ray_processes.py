@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 _OWN_GRACE_S = 2.0
 _GRACE_S = 60.0
-"""Seconds to wait, after a worker's connection breaks, for Ray to notice the death of another worker. Ray declares a
-node dead after 14 s."""
+"""Seconds to wait, after a worker's connection breaks, for Ray to notice that another worker has died, which is the
+likely cause. Ray declares a node dead after 14 s."""
 _REPLACEMENT_S = 600.0
 _CLEAN_S = 5.0
 _ATTEMPTS = 3
@@ -56,7 +56,7 @@ class WorkerLostError(ClusterError):
 
 @dataclass(frozen=True, slots=True)
 class SideBySide:
-    """Options for a training run in a thread, at the same time as other runs of this process.
+    """Options for a training run that runs in its own thread, alongside other runs of this process.
 
     Attributes:
         title: prefix of each line of the run's output.
@@ -86,7 +86,7 @@ class WorkerKind:
 
     @property
     def bundle(self) -> dict[str, float]:
-        """Resources as Ray names them."""
+        """The resources, keyed by Ray's names for them."""
         bundle = {"CPU": float(self.cpus)}
         if self.gpus:
             bundle["GPU"] = float(self.gpus)
@@ -331,10 +331,10 @@ class RayProcesses:
         functions: Mapping[str, Callable[..., object]],
         again: str,
     ) -> list[Any]:
-        """Call `work` in each worker until no worker is lost, and return the results.
+        """Call `work` in each worker, and return the results. If a worker is lost, start new workers and try again.
 
         Args:
-            again: text that ends the message about a lost worker.
+            again: text that is appended to the message about a lost worker.
         """
         task, lost, self._progressed = pickle.dumps((work, arguments)), 0, False
         with self._preemption() as asked:
@@ -577,7 +577,10 @@ class _Output:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the output may contain progress bars. The bars of several runs would overwrite each other."""
+        """Whether the output may contain progress bars: only on a terminal, and only without a title.
+
+        Runs with titles may share the terminal, and their bars would overwrite each other.
+        """
         return console.is_terminal and not self._title
 
     def write(self, text: str) -> None:

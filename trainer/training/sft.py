@@ -218,7 +218,7 @@ def trainer_in_group(
 
 
 def save_in_group(trainer: ResumableTrainer, out: Path, *, full: bool) -> None:
-    """Write the trained adapter, or with `full` the complete model, in the first of several processes."""
+    """In the first of several processes, write the trained adapter or, with `full`, the complete model."""
     group = trainer.group
     if group.sharded:
         rounded = StochasticRounding().to_bfloat16 if full else None
@@ -368,7 +368,7 @@ def add_progress(
     epochs: Path | None,
     recipe: Recipe,
 ) -> None:
-    """Report a run's progress to a function, and save the adapters of the last epochs if the recipe says so."""
+    """Add callbacks that report a run's progress and, if the recipe says so, save the adapters of the last epochs."""
 
     def on_saved(step: int, folder: Path) -> None:
         write(EpochSaved(step=step, folder=str(folder.absolute())))

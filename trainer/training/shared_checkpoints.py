@@ -131,7 +131,9 @@ class SharedCheckpoints:
         return all(self._objects.size(f"{prefix}/{file.path}") == file.bytes for file in records)
 
     def remove(self) -> None:
-        """Delete the run from the store, because its version is registered. If the store fails, the objects remain."""
+        """Delete the run's objects from the store. Call this once the run's version is registered. If the store fails,
+        the objects remain.
+        """
         try:
             self._delete(self._shared())
             self._objects.delete(self._objects.keys(self._prefix))

@@ -13,7 +13,7 @@ _ENDS_S = 15.0
 
 
 class RunHolder:
-    """A named actor that exists while a command trains a run.
+    """A named Ray actor that exists while a command trains a run, and thus keeps other commands from training it.
 
     Args:
         command: host name and process id of the command that trains the run.

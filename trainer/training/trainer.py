@@ -158,8 +158,8 @@ class ResumableTrainer(AnswerTrainer):
         return figures
 
     def heldout_sums(self, rows: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the loss of each held-out row, not divided by its weight. The processes of the group divide the rows
-        among them. No random numbers are drawn.
+        """Return the loss of each held-out row, before division by the row's weight (see `weight`). The processes of
+        the group divide the rows among them. No random numbers are drawn.
 
         Raises:
             StepAbandoned: a signal was received.
@@ -183,7 +183,7 @@ class ResumableTrainer(AnswerTrainer):
         return self.loss_sums(rows)
 
     def loss_sums(self, examples: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the loss of each row, not divided by its weight. No random numbers are drawn.
+        """Return the loss of each row, before division by the row's weight (see `weight`). No random numbers are drawn.
 
         Args:
             examples: rows in the same form as the training rows, sorted so that neighboring rows have similar lengths.
@@ -231,8 +231,8 @@ class ResumableTrainer(AnswerTrainer):
             return super().training_step(*args, **options)
 
     def save_step_start(self) -> None:
-        """Save a checkpoint of the state before the abandoned step, unless that checkpoint already exists or this
-        process has not completed any steps.
+        """After a step was abandoned, save a checkpoint of the state before that step, unless this checkpoint already
+        exists or this process has not completed any steps.
         """
         if self._saved_step != self.state.global_step and self._step_start.restore(self.state):
             self._save_checkpoint(self.model, None)
@@ -258,9 +258,9 @@ class ResumableTrainer(AnswerTrainer):
             self._allocation.restore(checkpoint)
 
     def load_best(self, step: int) -> None:
-        """Load the trained weights of the step with the lowest held-out loss into the model that will be saved: with
-        sharded weights, into the shards of all processes; otherwise, into the first process's copy.
+        """Load the trained weights of the step with the lowest held-out loss into the model that will be saved.
 
+        Sharded weights are loaded into the shards of all processes, other weights only into the first process's copy.
         Only the first process reads the checkpoint. The other processes may be on machines that do not have the
         checkpoint.
 
@@ -419,8 +419,8 @@ class NoStepLeftError(Exception):
 
 
 class _StepStart(TrainerCallback):
-    """Stores the random state and token count at the start of each step, from which a checkpoint of that state
-    can be saved. Also measures the speed of steps.
+    """Stores the random state and token count at the start of each step. If a step is abandoned, they are used to save
+    a checkpoint of the state before the step. Also measures the speed of steps.
     """
 
     def __init__(self) -> None:
@@ -473,7 +473,7 @@ def hear_signals_between_layers(model: torch.nn.Module) -> None:
 
 
 def number_type_of(checkpoint: Path) -> NumberType:
-    """Return the data type that training used for computation when it saved a checkpoint."""
+    """Return the computation data type of the training that saved a checkpoint."""
     with safe_open(checkpoint / _WEIGHTS, framework="pt") as file:
         # Checkpoints without this entry were computed in bfloat16.
         return NumberType((file.metadata() or {}).get(_NUMBER_TYPE, NumberType.BFLOAT16))

@@ -69,7 +69,7 @@ class SignalVerdict:
 
     @property
     def has_data(self) -> bool:
-        """Whether both arms have data. A signal without data is undecided and does not hold up the rollout."""
+        """Whether both arms have data. A signal without data is undecided and does not delay the rollout."""
         return bool(self.production.units and self.candidate.units)
 
 
@@ -103,7 +103,9 @@ class Analysis:
             self._add_unit(unit)
 
     def rate(self, rating: Rating) -> None:
-        """Add a rating. Only a unit's first rating in each step counts."""
+        """Add a rating. From each user or conversation, only the first rating of the candidate counts, and the first
+        rating of production in each step.
+        """
         if self._raters.admit(rating.unit, rating.arm):
             self._feedback.add(rating.arm, float(rating.negative))
 

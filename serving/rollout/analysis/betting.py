@@ -26,8 +26,9 @@ from svc.evaluation.verdict import GateOutcome
 Floats = NDArray[np.float64]
 
 STAKES = (0.1, 0.2, 0.4, 0.8)
-"""Fractions of the wealth staked on each payoff. The largest stake proves a large loss within 50 candidate units. The
-smallest stake works best for frequent events if the loss is close to the margin."""
+"""The fraction of its wealth that each of four parallel bets stakes on every payoff. The largest fraction proves a
+large loss within 50 candidate units (such as users). The smallest works best for frequent events if the loss is close
+to the margin."""
 _MAX_WEALTH = 1e100  # far beyond any decision, and far from overflow
 _BISECTIONS = 20
 
@@ -52,12 +53,20 @@ class Budget:
 
 
 def proof(differences: Floats, bound: float) -> Floats:
-    """Return payoffs whose mean is at most 0 whenever the mean difference is at most `bound` (must exceed -1)."""
+    """Return a bet's payoff for each difference. Their mean is at most 0 if the mean difference is at most `bound`.
+
+    Args:
+        bound: must be above -1.
+    """
     return (differences - bound) / (1 + bound)
 
 
 def exclusion(differences: Floats, bound: float) -> Floats:
-    """Return payoffs whose mean is at most 0 whenever the mean difference is at least `bound` (must be below 1)."""
+    """Return a bet's payoff for each difference. Their mean is at most 0 if the mean difference is at least `bound`.
+
+    Args:
+        bound: must be below 1.
+    """
     return (bound - differences) / (1 - bound)
 
 
@@ -72,7 +81,7 @@ def wealth(payoffs: Floats, counts: Floats | float = 1.0) -> float:
 
 
 class Evidence:
-    """Evidence for and against a mean difference that exceeds a margin.
+    """Evidence for and against the claim that a mean difference exceeds a margin.
 
     Args:
         margin: at least 0 and below 1.
@@ -110,16 +119,18 @@ def limits(
 ) -> tuple[float, float]:
     """Return anytime-valid confidence limits of a loss.
 
-    The lower limit is the largest bound refuted from below, the upper limit the smallest refuted from above.
-    Each limit has the error probability of the corresponding decision: the lower limit is above the margin if and only
-    if a loss is proven, and the upper limit is at most the margin if a loss is ruled out.
+    The lower limit is the largest bound for which the claim that the loss is at most this bound is refuted. The upper
+    limit is the smallest bound for which the claim that the loss is at least this bound is refuted. Each limit
+    has the error probability of the corresponding decision: the lower limit is above the margin if and only if a loss
+    is proven, and the upper limit is at most the margin if a loss is ruled out.
 
     Args:
         proof_at: function that returns the wealth of a bet against the claim that the loss is at most a bound. It
             decreases with the bound.
         exclusion_at: function that returns the wealth of a bet against the claim that the loss is at least a bound. It
             increases with the bound.
-        between: range of the loss. If no bound is refuted from one side, the end of the range on that side is returned.
+        between: range of the loss. If a claim is refuted for no bound, that limit is the corresponding end of the
+            range.
     """
     lowest, highest = between
     low = last_refuted(lambda bound: proof_at(bound) >= 1 / budget.wrong_rollback, lowest, highest)

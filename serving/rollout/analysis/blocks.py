@@ -25,7 +25,8 @@ class Block:
 
 
 class Blocks:
-    """Divides a sequence of observations into blocks. A block ends as soon as it has a unit of each arm.
+    """Divides a sequence of observations into blocks. A block ends as soon as it contains an observation of
+    each version.
 
     Attributes:
         open: the block that is not complete yet.
@@ -35,7 +36,7 @@ class Blocks:
         self.open = Block()
 
     def add(self, arm: Arm, value: float) -> Block | None:
-        """Add a unit's observation. Return the block that it completes, or None."""
+        """Add the observation of one unit (such as a user). Return the block that it completes, or None."""
         block = self.open
         if arm is Arm.CANDIDATE:
             block.candidate.append(value)

@@ -1,4 +1,6 @@
-"""Compares candidate and production on one signal, either a share of units or the 95th percentile of a latency."""
+"""Compares candidate and production on one signal: a share, such as that of failed requests, or the 95th percentile of
+a latency.
+"""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ _MIN_PRODUCTION = 50
 """Number of production units needed before production's 95th percentile is first estimated. Latencies are not compared
 until then."""
 _GROWTH = 1.01
-"""Factor by which the number of production units must grow before the percentile is estimated again."""
+"""Factor by which the number of observations of production must grow before its percentile is estimated again."""
 _RATIOS = (0.01, 100.0)
 _FIGURE_ERROR = 0.05
 """Probability that a percentile ever lies outside the limits displayed for it."""
@@ -37,7 +39,7 @@ class Figure:
     """Measured value of a signal in one arm, production or candidate.
 
     Attributes:
-        units: number of units with data.
+        units: number of units (users, conversations or single requests) with data.
         value: mean share over the units, or 95th percentile in seconds. None if there are no units.
         low, high: anytime-valid limits of the 95th percentile, or None for shares or if unknown.
     """
@@ -54,8 +56,10 @@ class Loss:
 
     Attributes:
         value: difference of shares, or ratio of 95th percentiles, averaged over blocks.
-        low: lower limit of the loss. Smaller losses are ruled out, with the allowed probability of a wrong rollback.
-        high: upper limit of the loss. Larger losses are ruled out, with the allowed probability of wrongly advancing.
+        low: lower limit of the loss. The probability that the limit is ever too high is at most the allowed probability
+            of a wrong rollback.
+        high: upper limit of the loss. The probability that the limit is ever too low is at most the allowed probability
+            of wrongly advancing.
     """
 
     value: float
@@ -91,7 +95,7 @@ class ShareComparison:
         self._totals = {arm: _Total() for arm in Arm}
 
     def add(self, arm: Arm, share: float) -> None:
-        """Add the observation of a unit."""
+        """Add the share observed for one unit (a user, conversation or single request)."""
         if block := self._blocks.add(arm, share):
             self._totals[Arm.PRODUCTION].add(block.production)
             self._totals[Arm.CANDIDATE].add(block.candidate)
@@ -103,7 +107,7 @@ class ShareComparison:
         return self._evidence.outcome(self._budget)
 
     def units(self, arm: Arm) -> int:
-        """Return the number of an arm's units that have data."""
+        """Return how many units (users, conversations or single requests) of an arm have data."""
         return self._totals[arm].units + len(self._open(arm))
 
     def figure(self, arm: Arm) -> Figure:
@@ -111,7 +115,7 @@ class ShareComparison:
         return Figure(units, (self._totals[arm].sum + sum(self._open(arm))) / units if units else None)
 
     def loss(self) -> Loss | None:
-        """Return the difference in shares, or None before the first block is complete."""
+        """Return the difference between the arms' shares, or None before the first block of units is complete."""
         if not self._differences:
             return None
         mean = sum(value * count for value, count in self._differences.items()) / self._differences.total()
@@ -150,7 +154,7 @@ class LatencyComparison:
         self._slow = list[float]()  # share of each block's production units above the threshold
 
     def add(self, arm: Arm, seconds: float) -> None:
-        """Add the observation of a unit."""
+        """Add the latency observed for one unit (a user, conversation or single request)."""
         production = self._times[Arm.PRODUCTION]
         self._times[arm].add(seconds)
         if self._threshold is None:
@@ -168,7 +172,7 @@ class LatencyComparison:
         self._estimate(production)
 
     def _estimate(self, production: Times) -> None:
-        """Estimate the threshold for the next block from production's latencies."""
+        """Set the next block's latency threshold to production's 95th percentile, unless few latencies are new."""
         if production.count >= self._next_estimate:
             self._threshold = production.quantile(PERCENTILE)
             self._next_estimate = _GROWTH * production.count
@@ -177,7 +181,7 @@ class LatencyComparison:
         return self._evidence.outcome(self._budget)
 
     def units(self, arm: Arm) -> int:
-        """Return the number of an arm's units that have data."""
+        """Return how many units (users, conversations or single requests) of an arm have data."""
         return self._times[arm].count
 
     def figure(self, arm: Arm) -> Figure:
@@ -187,7 +191,10 @@ class LatencyComparison:
         return Figure(times.count, times.quantile(PERCENTILE), *times.limits(PERCENTILE, _FIGURE_ERROR))
 
     def loss(self) -> Loss | None:
-        """Return the ratio of the 95th percentiles, from 0.01 to 100, or None before the first block is complete."""
+        """Return the ratio of the candidate's 95th percentile to production's, from 0.01 to 100.
+
+        The result is None before the first block is complete.
+        """
         if not self._slow:
             return None
         ratios, slow = np.array(self._ratios, dtype=np.float64), np.array(self._slow, dtype=np.float64)

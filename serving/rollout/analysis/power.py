@@ -1,10 +1,11 @@
-"""Calculates in advance the smallest loss that a rollout can prove with a given number of candidate units.
+"""Calculates in advance the smallest loss that a rollout can prove with a given number of candidate units (users,
+conversations or requests).
 
 The result is approximate. It assumes that each unit is a single request (with several requests per unit, smaller losses
-can be proven), and that a block has one candidate unit and the usual number of production units. The logarithm of a
-bet's wealth is assumed to be normally distributed, with the mean and variance calculated exactly for one block. A loss
-is considered proven if one of the stakes, with its share of the initial wealth, proves it with 80% power. Latencies are
-assumed to be lognormal.
+can be proven), and that a block, the short period in which both versions are compared, has one candidate unit and the
+usual number of production units. The logarithm of a bet's wealth is assumed to be normally distributed, with the mean
+and variance calculated exactly for one block. A loss is considered proven if the bet with one of the stakes, which
+starts with its share of the initial wealth, proves the loss with 80% power. Latencies are assumed to be lognormal.
 """
 
 import math
@@ -26,10 +27,10 @@ def detectable_difference(units: int, share: float, production: float, margin: f
     """Return the smallest difference in shares that can be detected as exceeding the margin with 80% power.
 
     Args:
-        units: number of candidate units; at least 1.
+        units: number of units (users, conversations or single requests) assigned to the candidate; at least 1.
         share: the candidate's share of the units; above 0 and below 1.
         production: the share in production, such as its share of failed requests.
-        error: allowed probability of a wrong proof.
+        error: allowed probability of wrongly concluding that the margin is exceeded.
 
     Returns:
         The difference, or 1 if not even the largest difference can be detected.

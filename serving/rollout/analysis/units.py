@@ -10,11 +10,11 @@ from enum import StrEnum
 from typing import NamedTuple
 
 WINDOW_S = 60.0
-"""How long a unit is observed, in seconds, starting when its first request ends."""
+"""Seconds for which a unit (a user, conversation or request) is observed, from the end of its first request."""
 
 
 class Arm(StrEnum):
-    """The version that a unit is assigned to."""
+    """The version that a unit (a user, a conversation or a single request) is assigned to."""
 
     PRODUCTION = "production"
     CANDIDATE = "candidate"
@@ -59,7 +59,7 @@ class Rating:
 
 
 class Unit(NamedTuple):
-    """Combined observation of a unit's requests.
+    """One observation, which combines the requests of a unit (a user, a conversation or a single request).
 
     Attributes:
         errors: share of failed requests.
@@ -76,7 +76,7 @@ class Unit(NamedTuple):
 
 @dataclass(slots=True)
 class _OpenUnit:
-    """A unit that is still being observed, with its requests so far."""
+    """A unit (a user, a conversation or a single request) that is still being observed, with its requests so far."""
 
     name: str
     arm: Arm
@@ -95,7 +95,7 @@ class _OpenUnit:
 
 
 class OncePerStep:
-    """Tracks whether a unit may still be observed in the current step of the rollout.
+    """Tracks whether a unit (a user or a conversation) may still be observed in the current step of the rollout.
 
     When the candidate's share grows, some production units, drawn at random, are assigned to the candidate.
     Production units may therefore be observed once more. Candidate units stay with the candidate, so observing them
@@ -106,9 +106,9 @@ class OncePerStep:
         self._observed = dict[str, Arm]()
 
     def admit(self, unit: str | None, arm: Arm) -> bool:
-        """Return whether a unit has not been observed yet, and mark it as observed.
+        """Return whether a unit (a user or a conversation) may still be observed, and mark it as observed.
 
-        None always counts as a new unit.
+        If `unit` is None, the request is a unit by itself, which may always be observed.
         """
         if unit is None:
             return True
@@ -118,15 +118,16 @@ class OncePerStep:
         return True
 
     def start_step(self) -> None:
-        """Allow production units to be observed again."""
+        """Allow users and conversations that are assigned to production to be observed again."""
         self._observed = {unit: arm for unit, arm in self._observed.items() if arm is Arm.CANDIDATE}
 
 
 class Units:
-    """Groups requests into units, and returns the units in the order in which their observations end.
+    """Groups requests into units (users, conversations or single requests), and returns the units in the order in which
+    their observations end.
 
-    Each unit is observed once per step, for `WINDOW_S`. A client with a third of the traffic therefore counts as much
-    as any other client.
+    A user or conversation is observed for `WINDOW_S`: once per step in production, and only once as a candidate unit. A
+    client with a third of the traffic therefore counts as much as any other client.
     """
 
     def __init__(self) -> None:
@@ -135,7 +136,7 @@ class Units:
         self._once = OncePerStep()
 
     def add(self, request: Request) -> list[Unit]:
-        """Add a request, and return the units that are complete as a result.
+        """Add a request, and return the units (users, conversations or single requests) that are complete as a result.
 
         A request without a unit is a unit by itself, and is returned last.
         """
@@ -156,7 +157,9 @@ class Units:
         return closed
 
     def start_step(self) -> list[Unit]:
-        """Close all open units and return them. Production units may then be observed again, in either arm."""
+        """Close and return all units (users or conversations) that are still being observed. Those assigned to
+        production may then be observed again, in either arm.
+        """
         closed = [self._close_oldest() for _ in range(len(self._order))]
         self._once.start_step()
         return closed

@@ -1,7 +1,7 @@
-"""Program run for an entry-point gate. It calls `MODULE:FUNCTION(version, folder)` and prints the result as JSON.
+"""The program that runs an entry-point gate.
 
-The function returns whether the gate passed, or a dictionary with `verdict`, `measured`, `limit` and
-`reason`. Anything that the function prints is sent to stderr.
+It calls `MODULE:FUNCTION(version, folder)` and prints the result as JSON. The function returns whether the gate passed,
+or a dictionary with `verdict`, `measured`, `limit` and `reason`. Anything that the function prints is sent to stderr.
 """
 
 import contextlib

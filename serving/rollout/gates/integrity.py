@@ -22,8 +22,8 @@ def check_integrity(folder: Path, manifest: Manifest, format: Format) -> tuple[G
 
 
 def check_freshness(manifest: Manifest, max_age_days: float | None, now: datetime) -> GateRow:
-    """Return the result of the gate on the age of a version's training data and evaluation. The version's
-    creation time counts as the time of its evaluation.
+    """Return the result of the gate that limits the age of a version's training data and of its evaluation. The
+    version's creation time counts as the time of its evaluation.
     """
     data_at = manifest.data.modified_at
     data = None if data_at is None else _days(now, data_at)

@@ -21,7 +21,7 @@ _LOGGER = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
 _LOG_EVERY_S = 60.0
 _PATH = "/v1/traces"
 _HEADER = re.compile(r"[ \t]*[!#$%&'*+.^_`|~0-9A-Za-z-]+[ \t]*=([\x20!#-+\x2d-:<-\[\]-~]*)")
-"""Pattern of a `name=value` header as parsed by the SDK. The value is percent-encoded, or at least contains no
+"""Pattern of a `name=value` header as the SDK parses it. The value should be percent-encoded; it must not contain
 `"`, `,`, `;` or `\\`."""
 _VALUE = re.compile(r"[\t -~]*")
 

@@ -159,14 +159,14 @@ def _odd_labels(kinds: NDArray[np.uint8], answers: NDArray[np.uint64], labels: N
 def _usual_numbers(kinds: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Return a mask that marks the labels that are numbers, or an all-False mask if most labels are not numbers.
 
-    If most labels are numbers, a rare number is not unusual.
+    If most labels are numbers, every number counts as a usual label, however rare it is.
     """
     numbers = kinds & AnswerKind.NUMBER > 0
     return numbers if numbers.mean() > 0.5 else np.zeros_like(numbers)
 
 
 def _exceptions(usual: NDArray[np.bool_]) -> int:
-    """Return the number of unusual values, or 0 if there are too many of them to be exceptions."""
+    """Return how many values of the mask are False (unusual), or 0 if there are too many of them to be exceptions."""
     count = int((~usual).sum())
     few = len(usual) >= _MIN_EXAMPLES and count <= max(_FEW, _EXCEPTIONS * len(usual))
     return count if few and count < len(usual) / 2 else 0

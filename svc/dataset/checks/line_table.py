@@ -118,7 +118,8 @@ def first_with_same(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def _preference(example: AnyExample) -> tuple[str, str]:
-    """Return an example's normalized answer with its preference, and the same answer with the opposite preference.
+    """Return two texts: an example's normalized answer with its preference, and the same answer with the opposite
+    preference.
 
     The second text is empty for chat examples, which have no preference.
     """

@@ -57,7 +57,8 @@ def read_rows(path: Path, on_read: Callable[[int], None] = lambda position: None
     """Yield the records of a file. Files of unknown type are read as JSONL.
 
     Args:
-        on_read: called at intervals with the number of bytes of the file on disk read so far.
+        on_read: called at intervals with the number of bytes read so far. If the file is compressed, these are
+            compressed bytes.
 
     Raises:
         DataError: the file does not exist or cannot be opened.

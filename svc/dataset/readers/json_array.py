@@ -1,8 +1,8 @@
 """Reads records from a JSON file that is a single long list, without loading the whole list into memory.
 
 ijson is three times as fast, but it reports neither the line number nor the bytes of an element, which
-are needed to report bad lines. It also keeps only the last of several equal keys, turns half a surrogate pair into `?`,
-and stops at the first invalid UTF-8 byte and at the first NaN, even though valid elements may follow.
+are needed to report bad lines. It also keeps only the last value of a repeated key, turns half a surrogate pair into
+`?`, and stops at the first invalid UTF-8 byte and at the first NaN, even though valid elements may follow.
 """
 
 import codecs

@@ -143,8 +143,8 @@ class EngineConnection(asyncio.Protocol):
         self._fail(BrokenConnectionError("the connection was closed by this process"))
 
     def _next(self) -> bytes:
-        """Remove the next chunks that arrived together from the buffer, up to about `_MAX_JOINED_BYTES`, and return
-        them.
+        """Take the next chunk from the buffer, join any further chunks that arrived at the same time, up to about
+        `_MAX_JOINED_BYTES`, and return the result.
         """
         self.arrived, first = self._parts.popleft()
         if not self._parts:  # nearly always true in a stream

@@ -2,7 +2,7 @@
 
 The server's own requests use separate connections (svc.engine.client), so that a reload never waits behind streams. No
 HTTP library is used, because even the fastest takes three times as long per request (docs/engine.md) and does not
-report whether the engine may have received a failed request.
+report whether the engine may have received a request that failed.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""Reads vLLM server arguments the way vLLM does.
+"""Reads vLLM server arguments by the same rules as vLLM.
 
-This way, options in the user's `engine.args` are neither passed twice nor overridden. A file given by `--config`
-is not read.
+Options in the user's `engine.args` are therefore neither passed twice nor overridden. A file given by `--config` is not
+read.
 """
 
 from collections.abc import Sequence

@@ -44,7 +44,7 @@ def backup_shortage(spec: EngineSpec) -> str | None:
     """Return a message if there is not enough main memory for the weights of a sleeping engine, or None if there is.
 
     vLLM copies the weights and the adapters to pinned memory block by block. Because torch rounds each block
-    up to a power of two, up to twice their size is needed.
+    up to a power of two, the copy takes up to twice the size of the weights and adapters.
     """
     wide = is_wide(choose_dtype(spec.settings, spec.capabilities, spec.facts))
     needed = 2 * (weight_bytes(spec.facts, wide=wide) + (spec.lora.memory if spec.lora else 0))

@@ -19,7 +19,7 @@ _WIDTH = 32
 class Int4LinearKernel(MPLinearKernel):
     """Computes y = W x + b with 4-bit weights W.
 
-    Weights have one bfloat16 scale per group of inputs, and a zero point: 8 in GPTQ, one per group in AWQ.
+    Each group of inputs has its own bfloat16 scale. The zero point is always 8 in GPTQ; in AWQ, each group has its own.
     """
 
     @classmethod

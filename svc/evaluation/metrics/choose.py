@@ -1,5 +1,5 @@
-"""Selects the metrics for a task and its primary metric, based on the references unless the recipe names the
-metrics."""
+"""Selects a task's metrics, including the primary metric. Unless the recipe names them, the choice depends on the
+references."""
 
 import re
 from collections.abc import Sequence

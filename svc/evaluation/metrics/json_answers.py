@@ -85,7 +85,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 class SchemaValid(AnswerMetric):
-    """Share of answers that conform to a JSON schema, so that a program can rely on their keys and types.
+    """Share of answers that conform to a JSON schema. A program can rely on the keys and types of such answers.
 
     Args:
         schema: the JSON schema. Draft 2020-12 is assumed unless the schema specifies another draft.

@@ -71,7 +71,7 @@ def test_change_is_never_detected_before_it_begins(pool: Pool) -> None:
     assert 0 <= result.place(result.alarms[0]) - CHANGE_AFTER < 10
 
 
-def test_stream_has_requested_length_and_excludes_reference_prompts(pool: Pool) -> None:
+def test_request_stream_has_the_requested_length_and_excludes_prompts_of_the_reference(pool: Pool) -> None:
     for name, make in WITHOUT_CHANGE.items():
         reference, live, generator = draw_reference(pool, 2)
         stream = make(pool, live, generator, 500)

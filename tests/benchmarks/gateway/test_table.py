@@ -53,7 +53,7 @@ def test_single_round_has_no_confidence_interval() -> None:
     assert rate == {"median": 1.0, "low": None, "high": None}
 
 
-def test_gateway_not_measured_in_every_round_is_skipped() -> None:
+def test_gateway_that_is_missing_from_some_rounds_is_skipped() -> None:
     rounds = complete([{"direct": ONES, "nginx": ONES, "LiteLLM": ONES}, {"nginx": ONES, "direct": ONES}])
     assert [list(each) for each in rounds] == [["direct", "nginx"]] * 2
 

@@ -103,7 +103,7 @@ def test_repeated_prompt_counts_once(check: Check, traffic: Traffic, store: Stor
     assert alarms(store, Signal.INPUT) == []
 
 
-def test_signal_status_is_unwatched_and_explained_if_all_recent_requests_are_repeats(
+def test_drift_signal_status_is_unwatched_and_explained_if_all_recent_requests_are_repeats(
     check: Check, traffic: Traffic
 ) -> None:
     traffic.ask(ALIKE[:12] * 81)
@@ -198,7 +198,7 @@ def test_traffic_is_compared_even_if_request_content_is_not_stored(
     assert "finish_reason" in alarmed(store, Signal.OUTPUT)
 
 
-def test_traffic_signals_are_off_and_the_reason_names_the_setting_if_features_are_not_stored(
+def test_input_and_output_drift_signals_are_off_and_the_reason_names_the_setting_if_features_are_not_stored(
     check: Check, traffic: Traffic
 ) -> None:
     traffic.ask(ALIKE[:60], features=False)
@@ -436,7 +436,7 @@ def test_alarm_starts_within_100_ratings_when_the_share_of_bad_ratings_rises_to_
     assert check()[Signal.PEOPLE].status is Status.ALARM
 
 
-def test_ratings_count_even_if_an_earlier_rating_has_a_future_timestamp(
+def test_ratings_are_counted_even_if_an_earlier_rating_has_a_future_timestamp(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)
@@ -476,7 +476,9 @@ def test_checking_two_thousand_requests_takes_less_than_ten_cpu_seconds(check: C
     assert time.process_time() - started < 10
 
 
-def test_signal_status_is_unwatched_if_new_requests_have_no_stored_features(check: Check, traffic: Traffic) -> None:
+def test_drift_signal_status_is_unwatched_if_new_requests_have_no_stored_features(
+    check: Check, traffic: Traffic
+) -> None:
     traffic.ask(ALIKE[:100])
     assert check()[Signal.INPUT].status is Status.STEADY
     traffic.ask(ALIKE[100:200], features=False)

@@ -20,7 +20,7 @@ def mixed(count: int, shares: dict[str, float], seed: int = 0) -> list[str]:
     return random.Random(seed).choices(list(shares), list(shares.values()), k=count)
 
 
-def test_sudden_burst_from_a_new_client_adds_only_a_few_counted_requests() -> None:
+def test_drift_check_uses_only_a_few_requests_of_a_sudden_burst_from_a_new_client() -> None:
     shares = ClientShares([], [], 1_000)
     counted(shares, mixed(600, {f"client {number}": 1 for number in range(100)}))
     assert sum(counted(shares, ["batch"] * 100)) == 5
@@ -33,7 +33,7 @@ def test_burst_from_one_client_hardly_increases_its_weight() -> None:
 
 
 @pytest.mark.parametrize("client", ["", "only"])
-def test_all_requests_count_if_there_is_one_client_or_clients_are_unknown(client: str) -> None:
+def test_drift_check_uses_all_requests_if_there_is_only_one_client_or_clients_are_unknown(client: str) -> None:
     assert all(counted(ClientShares([], [], 1_000), [client] * 1_500))
 
 
@@ -47,11 +47,11 @@ def test_nearly_all_requests_count_if_two_clients_are_equally_active() -> None:
     assert sum(results) > 0.9 * len(results)
 
 
-def test_all_clients_count_while_their_usual_shares_are_unknown() -> None:
+def test_drift_check_uses_all_requests_while_the_usual_shares_of_clients_are_unknown() -> None:
     assert all(counted(ClientShares([], [], 1_000), ["one"] * 2 * COMPARED))
 
 
-def test_new_client_counts_more_as_it_keeps_sending_requests() -> None:
+def test_drift_check_uses_a_growing_share_of_the_requests_of_a_new_client() -> None:
     shares = ClientShares([], [], 1_000)
     counted(shares, mixed(1_200, {f"client {number}": 1 for number in range(50)}))
     after = mixed(2_000, {"new": 0.2, **{f"client {number}": 0.016 for number in range(50)}}, seed=1)

@@ -46,7 +46,9 @@ def test_dependence_distance_is_1_for_independent_items() -> None:
 
 
 @pytest.mark.parametrize(("length", "least", "most"), [(5, 4, 6), (20, 14, 22)])
-def test_dependence_distance_is_close_to_the_run_length(length: int, least: int, most: int) -> None:
+def test_dependence_distance_is_close_to_the_number_of_consecutive_items_with_one_topic(
+    length: int, least: int, most: int
+) -> None:
     estimate = dependence(similarities(runs(length)), SIZE, one_each(), USUAL)
     assert least <= estimate <= most
 

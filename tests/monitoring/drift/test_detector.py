@@ -216,7 +216,7 @@ def test_answers_without_values_cause_no_output_alarm() -> None:
     assert stream.events == []
 
 
-def test_bet_weights_sum_to_the_budget_shares_of_their_signals() -> None:
+def test_weights_of_drift_bets_sum_to_the_budget_shares_of_their_signals() -> None:
     with_answers, without = DETECTOR, Detector(baseline_of(no_answers(REFERENCE)))
     assert with_answers._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT] + SIGNAL_SHARES[Signal.OUTPUT])
     assert without._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT])
@@ -231,7 +231,7 @@ def test_tiny_reference_causes_no_alarm() -> None:
 
 
 @pytest.mark.slow
-def test_prompt_length_change_is_detected_even_if_text_views_are_empty() -> None:
+def test_prompt_length_change_is_detected_even_if_prompt_embeddings_are_empty() -> None:
     def flat(requests: Requests) -> Requests:
         none = np.zeros((requests.size, 0))
         return replace(requests, prompts=replace(requests.prompts, views=(none, none)))

@@ -159,7 +159,7 @@ def test_prompts_resembling_the_reference_are_below_similarity_limits_less_often
     assert (np.mean(hits, axis=(0, 1)) < np.mean([one.far_bounds for one in classifiers], axis=0)).all()
 
 
-def test_similarity_limit_bounds_are_twice_the_upper_confidence_limits_of_reference_shares() -> None:
+def test_bounds_on_shares_of_dissimilar_prompts_are_twice_the_upper_confidence_limits_in_the_reference() -> None:
     expected = [SLACK * upper_limit(count, 200, SURE) for count in (0, 0, 4, 4, 20, 20)]
     assert CLASSIFIER.far_bounds == pytest.approx(expected)
 

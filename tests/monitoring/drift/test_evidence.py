@@ -175,7 +175,7 @@ def test_false_alarm_rate_stays_within_its_limit_for_runs_as_long_as_the_depende
     assert false_alarm_rate([0.1, 0.5], [0.1, 0.5], run=5, dependence=5.0) <= 1 / THRESHOLD
 
 
-def test_treating_runs_as_independent_items_causes_too_many_false_alarms() -> None:
+def test_treating_consecutive_identical_items_as_independent_causes_too_many_false_alarms() -> None:
     """Control without which the test above could not fail."""
     assert false_alarm_rate([0.1, 0.5], [0.1, 0.5], run=5) > 1 / THRESHOLD
 

@@ -83,12 +83,14 @@ def test_request_repeated_all_day_counts_once_per_day() -> None:
 
 
 @pytest.mark.parametrize(("between", "expected"), [(COMPARED - 1, True), (COMPARED, False)])
-def test_request_is_compared_only_with_the_newest_100_counted_requests(between: int, expected: bool) -> None:
+def test_request_is_compared_only_with_the_newest_100_requests_that_are_not_near_copies(
+    between: int, expected: bool
+) -> None:
     others = [distinct(number) for number in range(2, 2 + between)]
     assert decide(NearCopies([]), [distinct(1), *others, distinct(1)])[-1] is expected
 
 
-def test_near_copies_do_not_displace_the_newest_100_counted_requests() -> None:
+def test_near_copies_do_not_displace_the_100_requests_used_for_comparison() -> None:
     assert decide(NearCopies([]), [distinct(1), *[distinct(2)] * 500, distinct(1)])[-1]
 
 

@@ -99,14 +99,14 @@ def people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> People:
     return people
 
 
-def test_only_the_first_rating_per_user_and_day_counts() -> None:
+def test_only_the_first_rating_per_user_and_day_is_counted() -> None:
     first, second, other = rated([True, False, False], person="ada")
     next_day = RatedAnswer(9, "req-9", "ada", NOON + DAY, bad=False, corrected=False)
     somebody = RatedAnswer(10, "req-10", "bob", NOON, bad=False, corrected=False)
     assert one_a_day([first, second, somebody, other, next_day]) == [first, somebody, next_day]
 
 
-def test_all_ratings_count_if_requests_name_no_user() -> None:
+def test_all_ratings_are_counted_if_requests_name_no_user() -> None:
     assert one_a_day(rated([True] * 5)) == rated([True] * 5)
 
 
@@ -251,7 +251,7 @@ def test_rating_check_succeeds_after_all_ratings_were_deleted(people: People) ->
     assert (report.status, report.items, report.window) == (Status.STEADY, 20, 0)
 
 
-def test_ratings_count_even_if_an_earlier_rating_has_a_future_timestamp(people: People) -> None:
+def test_ratings_are_counted_even_if_an_earlier_rating_has_a_future_timestamp(people: People) -> None:
     people.give(*[False] * 10)
     ahead = RatedAnswer(999, "req-999", "", NOON + 30 * DAY, bad=False, corrected=False)
     now = people.given[-1].given_at
@@ -262,7 +262,7 @@ def test_ratings_count_even_if_an_earlier_rating_has_a_future_timestamp(people: 
     assert people.state.position == 31
 
 
-def test_accepted_ratings_become_the_reference_for_later_ratings(people: People) -> None:
+def test_ratings_accepted_as_normal_become_the_reference_for_later_ratings(people: People) -> None:
     people.give(*[False] * 20, *exactly(30, 60))
     people.check()
     since = people.alarms.lasting(Signal.PEOPLE)["bad_ratings"].since
@@ -272,7 +272,7 @@ def test_accepted_ratings_become_the_reference_for_later_ratings(people: People)
     assert people.check().status is Status.STEADY
 
 
-def test_change_cannot_be_accepted_with_fewer_than_50_ratings(people: People) -> None:
+def test_rating_drift_cannot_be_accepted_with_fewer_than_50_ratings(people: People) -> None:
     people.give(*[True] * 49)
     with pytest.raises(RefusedError, match="only 49 ratings"):
         accept_ratings(people.store, TARGET, people.state, NOON)

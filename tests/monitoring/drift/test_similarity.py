@@ -77,7 +77,7 @@ def test_distant_groups_are_fully_separated() -> None:
     assert separation(moved(), 10) == pytest.approx(1)
 
 
-def test_groups_with_the_same_distribution_are_hardly_separated() -> None:
+def test_separation_of_groups_with_the_same_distribution_is_low() -> None:
     assert separation(similarities(draw(1, 200, 3), draw(2, 100, 3)), 100) < 0.6
 
 

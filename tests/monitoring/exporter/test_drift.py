@@ -64,7 +64,7 @@ def other(registry: Registry, store: Store) -> Target:
     return second
 
 
-def test_every_served_model_is_checked_and_exported(
+def test_every_served_model_is_checked_for_drift_and_exported_in_the_metrics(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry, other: Target
 ) -> None:
     Traffic(store, registry).ask([*prompts("none")[:100], *prompts("strong")[:30]], name="other")
@@ -82,7 +82,7 @@ def test_every_served_model_is_checked_and_exported(
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None
 
 
-def test_removed_model_is_neither_checked_nor_exported(
+def test_removed_model_is_neither_checked_for_drift_nor_exported_in_the_metrics(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, other: Target
 ) -> None:
     remove_deployment(store, other.version.name)
@@ -113,7 +113,7 @@ def test_check_time_is_zero_for_a_version_that_was_never_checked(metrics: Collec
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None
 
 
-def test_no_check_time_is_exported_if_checks_are_off(registry: Registry, store: Store) -> None:
+def test_time_of_the_last_drift_check_is_not_exported_if_drift_checks_are_off(registry: Registry, store: Store) -> None:
     metrics = CollectorRegistry()
     metrics.register(DriftMetrics(registry, store, checking=False))
     assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION) is None
@@ -136,7 +136,7 @@ def test_drift_alarm_is_exported_with_its_feature(
     assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION)
 
 
-def test_signal_waiting_for_data_is_exported_as_unwatched(
+def test_drift_signal_waiting_for_data_is_exported_as_unwatched(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry
 ) -> None:
     Traffic(store, registry).ask(prompts("none")[:3])
@@ -145,7 +145,7 @@ def test_signal_waiting_for_data_is_exported_as_unwatched(
     assert metrics.get_sample_value("svc_drift_watched", {**VERSION, "signal": "people"}) == 0
 
 
-def test_held_out_run_is_exported(metrics: CollectorRegistry, registry: Registry, store: Store) -> None:
+def test_held_out_evaluation_is_exported(metrics: CollectorRegistry, registry: Registry, store: Store) -> None:
     registered = registry.results(target().version, target().format)
     good = run([one.nll for one in registered], [one.hit for one in registered])
     ended = {**VERSION, "outcome": "completed"}

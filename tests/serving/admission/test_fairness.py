@@ -156,7 +156,7 @@ async def served_in_order(admission: Admission, asked: Sequence[tuple[Party, int
 class TestAfterASwap:
     """Tests requests that waited for an engine."""
 
-    async def test_keys_take_turns_after_a_swap(self) -> None:
+    async def test_queued_requests_of_two_keys_are_served_alternately_after_a_swap(self) -> None:
         order = await served_in_order(open_admission(max_running=1), [(A, 10)] * 4 + [(B, 10)] * 2)
         assert order == ["a", "b", "a", "b", "a", "a"]
 

@@ -90,7 +90,7 @@ class TestTokens:
         clock.limiter.reserve(key, asks(tokens_in=10)).settle(100, 1)
         assert refused(clock.limiter, key, asks(tokens_in=20)).retry_after_s == 60
 
-    def test_request_waits_for_the_full_allowance_if_its_prompt_estimate_exceeds_the_limit(self) -> None:
+    def test_request_whose_estimated_prompt_exceeds_the_limit_waits_for_the_full_allowance(self) -> None:
         clock, key = Clock(), principal(tokens_in_per_minute=60)
         clock.limiter.reserve(key, asks(tokens_in=10)).settle(6, 1)
         assert refused(clock.limiter, key, asks(tokens_in=10_000)).retry_after_s == 6

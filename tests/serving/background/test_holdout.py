@@ -136,7 +136,7 @@ async def test_each_answer_is_scored_by_exact_match_if_that_is_the_primary_metri
     assert (run.metric, run.scores) == ("exact_match", (1.0, 0.0, 0.0))
 
 
-async def test_held_out_run_is_stored_even_if_the_versions_own_metric_is_unavailable(
+async def test_held_out_evaluation_is_stored_even_if_the_versions_own_metric_is_unavailable(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(registry: Registry, target: Target, *, run_functions: bool) -> Metric:
@@ -281,7 +281,7 @@ async def test_held_out_run_restarts_after_a_swap_interrupts_it(make: Make) -> N
         assert [row.number for row in rows(control)] == [2]
 
 
-async def test_held_out_run_restarts_after_engine_death_interrupts_it(make: Make) -> None:
+async def test_held_out_evaluation_restarts_after_engine_death_interrupts_it(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
     async with control.run(), running(runs_of(control)) as runs:
@@ -328,7 +328,7 @@ async def test_rejected_example_fails_the_held_out_run_but_does_not_stop_later_s
     assert "the held-out run of tuned@1 (merged) failed" in caplog.text
 
 
-async def test_held_out_run_fails_if_registered_answers_were_altered(
+async def test_held_out_evaluation_fails_if_registered_answers_were_altered(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     control = make(answered=3)
@@ -372,7 +372,7 @@ async def test_held_out_run_is_stored_even_if_the_store_failed_temporarily(
     assert "database is locked" in caplog.text
 
 
-async def test_held_out_run_that_fails_with_an_unexpected_exception_is_repeated(
+async def test_held_out_evaluation_that_fails_with_an_unexpected_exception_is_repeated(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = 1
@@ -439,7 +439,7 @@ async def test_held_out_run_interval_is_exported_before_the_first_run_ends(make:
         assert (due(control, 1), due(control, 2)) == (None, 2 * 3600)
 
 
-async def test_status_shows_held_out_run_progress(make: Make) -> None:
+async def test_status_shows_held_out_evaluation_progress(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.02)
     async with control.run(), running(runs_of(control)) as runs:
@@ -501,7 +501,7 @@ async def test_server_evaluates_the_held_out_set_and_reports_the_result_in_its_s
         assert session.scalars(select(HoldoutRunRow.number)).all() == [4]
 
 
-async def test_server_stops_immediately_during_a_held_out_run(home: Home) -> None:
+async def test_server_stops_immediately_during_a_held_out_evaluation(home: Home) -> None:
     make_version(home.registry, 4, answered=3)
     async with home.serving(f"{NAME}@4"):
         home.park.double.token_delay_s = 30
@@ -510,7 +510,7 @@ async def test_server_stops_immediately_during_a_held_out_run(home: Home) -> Non
     assert asyncio.get_running_loop().time() - stopping < 2
 
 
-async def test_held_out_run_is_attributed_to_the_version_that_answered(make: Make) -> None:
+async def test_held_out_evaluation_is_attributed_to_the_version_that_answered(make: Make) -> None:
     """In a swap of two engines, the first one loads the new version long before that version is in production."""
     control = make(answered=3, replicas=2, swap=SwapChoice.BLUEGREEN)
     async with control.run(), running(runs_of(control)):

@@ -157,7 +157,7 @@ async def test_answer_rejected_by_the_engine_is_skipped_permanently(control: Con
     assert logprobs(control)[0] is None
 
 
-async def test_nothing_is_scored_during_a_held_out_run(control: Control) -> None:
+async def test_nothing_is_scored_during_a_held_out_evaluation(control: Control) -> None:
     busy = True
     add_requests(control.store, [kept()])
     async with scoring_of(control, busy=lambda: busy):

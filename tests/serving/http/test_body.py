@@ -88,7 +88,9 @@ class Slot:
 
 
 @pytest.mark.parametrize(("parts", "entered"), [([b"{}"], 0), ([b"{", b"}"], 1)], ids=["whole", "in parts"])
-async def test_body_takes_a_slot_only_if_it_arrives_in_several_chunks(parts: Sequence[bytes], entered: int) -> None:
+async def test_request_body_occupies_a_read_slot_only_if_it_arrives_in_several_chunks(
+    parts: Sequence[bytes], entered: int
+) -> None:
     slot = Slot()
     assert await read_body(headers(), receiving(*parts), max_bytes=3, slot=lambda: slot) == b"{}"
     assert slot.entered == entered

@@ -142,7 +142,7 @@ async def test_malformed_trace_parent_is_ignored(traced: Traced) -> None:
     assert span.trace != TRACE
 
 
-async def test_gateway_and_engine_do_not_sample_if_the_client_does_not(traced: Traced) -> None:
+async def test_trace_not_sampled_by_the_client_is_sampled_by_neither_the_gateway_nor_the_engine(traced: Traced) -> None:
     async with traced.run() as (service, client):
         await client.post(CHAT_PATH, json=CHAT, headers={"traceparent": f"00-{TRACE}-{PARENT}-00"})
     assert traced.receiver.spans == []

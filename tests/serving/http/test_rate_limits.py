@@ -309,7 +309,9 @@ class TestFull:
         assert codes == ["overloaded"] * 6
 
     @pytest.mark.slow
-    async def test_only_the_flooding_key_is_rejected(self, service: Service, client: httpx.AsyncClient) -> None:
+    async def test_only_the_key_that_sends_too_many_requests_is_rate_limited(
+        self, service: Service, client: httpx.AsyncClient
+    ) -> None:
         async def ask(key: str) -> tuple[str, int]:
             answer = await client.post(CHAT_PATH, json=SHORT, headers={"x-api-key": key})
             return key, answer.status_code

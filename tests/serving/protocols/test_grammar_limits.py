@@ -108,7 +108,7 @@ def test_pattern_length_is_non_negative_for_any_input(text: str) -> None:
     assert written_out(text) >= 0
 
 
-def test_no_pattern_takes_long_to_scan() -> None:
+def test_scanning_any_schema_pattern_takes_less_than_a_second() -> None:
     for unit in ("[", "{1", "(", "\\", "((a){9}", "{", "1", "[\\"):
         started = time.perf_counter()
         written_out((unit * 65_536)[:65_536])

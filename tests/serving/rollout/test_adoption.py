@@ -190,7 +190,7 @@ async def test_no_engine_keeps_running_if_the_server_stops_during_adoption(
 
 
 @pytest.mark.slow
-async def test_first_adopted_engine_answers_while_the_second_engine_is_being_adopted(
+async def test_first_adopted_engine_answers_requests_while_the_second_engine_is_being_adopted(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control = make(replicas=2)

@@ -26,7 +26,7 @@ async def test_swap_does_not_block_the_event_loop(make: Make, kind: SwapKind, nu
 
 
 @pytest.mark.slow
-async def test_first_load_does_not_block_the_event_loop(make: Make) -> None:
+async def test_loading_a_version_for_the_first_time_does_not_block_the_event_loop(make: Make) -> None:
     control = make(facts=OTHER_FACTS)
     async with control.run():
         control.park.room = "full"

@@ -64,7 +64,7 @@ def add(store: Store, record: RolloutRecord, count: int, **of_candidate: object)
         add_requests(store, [answered(record, number, candidate=False, valid=True), candidate])
 
 
-def test_canary_proves_a_loss_if_the_candidate_answers_invalid_json(store: Store, record: RolloutRecord) -> None:
+def test_canary_proves_a_loss_if_the_candidate_answers_with_invalid_json(store: Store, record: RolloutRecord) -> None:
     add(store, record, 30, valid=False)
     look = CanaryEvidence(store, record).look()
     assert look.losses.startswith("invalid JSON 100.0% instead of 0.0%, allowed increase 5 percentage points: failed")
@@ -175,7 +175,7 @@ def test_warning_about_a_dominant_user_suggests_a_fix(store: Store, record: Roll
     assert "send `user`" in warning and f"models.{NAME}.rollout.unit: request" in warning
 
 
-def test_share_of_requests_from_one_user_is_computed_separately_for_each_step(
+def test_share_of_requests_from_one_user_is_computed_separately_for_each_rollout_step(
     store: Store, record: RolloutRecord
 ) -> None:
     evidence = CanaryEvidence(store, record)
@@ -284,14 +284,14 @@ def test_replay_is_inconclusive_when_a_measured_loss_is_neither_proven_nor_exclu
     assert text.startswith("losses beyond the margins were measured, but not proven: failed requests: 20 requests")
 
 
-def test_replay_is_conclusive_when_the_candidate_answers_as_well_as_production(
-    store: Store, record: RolloutRecord
-) -> None:
+def test_replay_is_conclusive_when_the_candidate_is_as_good_as_production(store: Store, record: RolloutRecord) -> None:
     assert doubts_about(store, record, [GOOD] * 20) == ""
 
 
 @pytest.mark.slow
-def test_replay_report_says_which_losses_are_excluded(store: Store, record: RolloutRecord) -> None:
+def test_replay_report_lists_the_metrics_whose_loss_provably_stays_within_the_margin(
+    store: Store, record: RolloutRecord
+) -> None:
     good = ShadowPair("", False, False, True, True, True, "stop", "stop", 3, 3, 0.1, 0.2)
     evidence = ShadowEvidence(store, record, lambda: 50)
     for _ in range(300):

@@ -76,7 +76,9 @@ async def test_probes_are_stored_so_that_the_next_swap_to_the_version_is_a_reloa
         assert reloads(control) == 2
 
 
-async def test_first_load_starts_one_engine_and_reloads_the_remaining_engines(elsewhere: Elsewhere) -> None:
+async def test_loading_a_version_for_the_first_time_starts_one_engine_and_reloads_the_others(
+    elsewhere: Elsewhere,
+) -> None:
     async with elsewhere(replicas=2).run() as control:
         await until(lambda: len(control.pool.ready) == 2)
         control.park.room = FULL

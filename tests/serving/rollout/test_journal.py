@@ -39,7 +39,7 @@ async def test_swap_steps_and_result_are_written_in_order(store: Store) -> None:
     assert swap.result == result
 
 
-async def test_recording_a_step_returns_immediately(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_recording_a_swap_step_does_not_wait_for_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(store)
     swap_id = journal.begin(DESIRED)
     returned, in_time = threading.Event(), list[bool]()

@@ -55,7 +55,7 @@ async def test_production_alias_is_none_if_mlflow_is_down(alias: ProductionAlias
     assert await alias.read(NAME) is None
 
 
-async def test_older_alias_move_never_overwrites_a_newer_one(
+async def test_older_production_alias_is_never_written_over_a_newer_one(
     alias: ProductionAlias, book: AliasBook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on, writes = threading.Semaphore(0), list[VersionId]()

@@ -480,7 +480,7 @@ async def test_client_does_not_wait_for_a_slow_store(control: Control, monkeypat
     assert len({pair.replayed for pair in pairs(control)}) == len(pairs(control)) == ALL.shadow
 
 
-async def test_requests_of_one_user_count_as_separate_observations_when_the_rollout_unit_is_request(
+async def test_requests_of_one_user_are_separate_observations_when_the_rollout_counts_requests_instead_of_users(
     control: Control,
 ) -> None:
     keep(control, 30, user_hash="one user")

@@ -225,7 +225,9 @@ async def test_rollback_during_the_canary_sends_all_clients_to_production_within
     assert control.desired().target == target(1)
 
 
-async def test_production_answers_and_the_rollout_fails_when_the_candidate_engine_dies(control: Control) -> None:
+async def test_production_keeps_answering_and_the_rollout_fails_when_the_candidate_engine_dies(
+    control: Control,
+) -> None:
     async with control.run(), control.client() as client, Users(client).asking() as users:
         start(control, 2, ALL.model_copy(update={"shadow": 0, "max_errors": 0.001}))
         await until(lambda: f"{NAME}@2" in set().union(*users.versions.values(), set()))

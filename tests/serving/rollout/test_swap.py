@@ -99,7 +99,7 @@ async def test_swap_to_a_version_without_a_recorded_fingerprint_succeeds(control
     assert swap.outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_model_name_refers_to_the_new_version_once_admission_opens(control: Control) -> None:
+async def test_requests_by_model_name_are_answered_by_the_new_version_after_a_swap(control: Control) -> None:
     assert (await control.reconciler.swap.run(target(1), target(2), lambda step: None)).outcome is SwapOutcome.SUCCEEDED
     async with control.client() as client:
         answer = await ask(client, stream=True)
@@ -182,7 +182,7 @@ async def test_new_engine_starts_with_the_previous_version_if_a_reload_fails(mak
 
 
 @pytest.mark.parametrize(("path", "nth"), [(RESET, 1), (RELOAD, 1), (RESET, 2), (PROBE, 2)])
-async def test_no_queued_request_fails_if_the_engine_dies_in_a_swap(make: Make, path: str, nth: int) -> None:
+async def test_no_queued_request_fails_if_the_engine_dies_during_a_swap(make: Make, path: str, nth: int) -> None:
     """The engine dies before, during or after the reload, or in the probes. The first probe is at the start."""
     control = make()
     control.park.prepare = first_only(dies_at(path, nth))

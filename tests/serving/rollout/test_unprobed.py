@@ -34,7 +34,7 @@ async def serving(make: Make) -> AsyncIterator[Control]:
 
 
 @pytest.mark.slow
-async def test_unverified_engine_serves_and_is_never_probed(serving: Control) -> None:
+async def test_unverified_engine_serves_requests_and_is_never_probed(serving: Control) -> None:
     async with serving.client() as client, Load(client).run() as load:
         await asyncio.sleep(0.05)
     load.check()

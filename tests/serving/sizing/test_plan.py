@@ -109,7 +109,7 @@ def test_invalid_measurement_is_refused(tmp_path: Path, content: str) -> None:
         (*EXAMPLE, "--p95", "2s", "--price", "inf"),
     ],
 )
-def test_incomplete_or_invalid_workload_options_are_a_usage_error(home: Path, arguments: tuple[str, ...]) -> None:
+def test_incomplete_or_invalid_workload_options_cause_a_usage_error(home: Path, arguments: tuple[str, ...]) -> None:
     assert svc_plan(home, *arguments).exit_code == 2
 
 

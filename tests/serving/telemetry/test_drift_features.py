@@ -153,7 +153,7 @@ class TestOneProcess:
         assert b"Featherstonehaugh" not in content
         assert b"Cholmondeley" not in content
 
-    def test_features_are_no_longer_computed_for_a_version_with_a_damaged_text_space_file(
+    def test_features_are_no_longer_computed_for_a_version_with_a_damaged_text_embedding_file(
         self, features: Features
     ) -> None:
         for number in (2, 3):
@@ -246,7 +246,7 @@ def test_closing_a_hanging_feature_process_stops_it_and_counts_its_records_as_lo
     assert features.lost == 120
 
 
-def test_no_feature_process_is_started_for_a_version_without_a_text_space_file(features: Features) -> None:
+def test_no_feature_process_is_started_for_a_version_without_a_text_embedding_file(features: Features) -> None:
     make_version(features.registry, 2)
     without = [target(2), Target(VersionId("gone", 1), Format.MERGED)]
     assert all(map(features.process.wants, without))

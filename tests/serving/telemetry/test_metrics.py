@@ -135,7 +135,7 @@ def test_error_without_a_model_is_counted_under_unknown(registry: CollectorRegis
 
 
 @pytest.mark.slow
-def test_series_of_300_versions_are_removed_after_a_day_without_requests(
+def test_metric_series_of_300_versions_are_removed_after_a_day_without_requests(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     empty = len(generate_latest(registry))

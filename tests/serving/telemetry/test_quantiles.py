@@ -85,7 +85,7 @@ def test_quantile_memory_is_bounded_by_the_number_of_window_slots() -> None:
     assert len(versions._slots) <= SLOTS
 
 
-def test_version_without_samples_in_the_window_has_no_series() -> None:
+def test_version_without_recent_samples_has_no_metric_series() -> None:
     clock = Clock()
     versions = example(clock)
     versions.observe(("tuned", "1"), 1.0)

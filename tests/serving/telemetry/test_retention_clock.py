@@ -44,7 +44,7 @@ def test_no_row_expires_if_the_clock_is_a_year_ahead_for_a_minute(caplog: pytest
 
 
 @pytest.mark.parametrize("jump", [timedelta(days=365), timedelta(days=-365), 2 * HOUR])
-def test_clock_is_trusted_again_after_a_steady_day_following_a_jump(jump: timedelta) -> None:
+def test_clock_is_trusted_again_after_a_day_without_another_jump(jump: timedelta) -> None:
     clocks = Clocks()
     clocks.after(HOUR)
     assert clocks.after(HOUR, jump=jump) is None

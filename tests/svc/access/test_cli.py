@@ -164,7 +164,7 @@ def test_rotation_creates_a_new_secret_and_invalidates_the_old_one(svc: Svc) -> 
         authenticator().grant(made["secret"])
 
 
-def test_rotation_with_a_grace_period_keeps_both_secrets_valid_without_confirmation(svc: Svc) -> None:
+def test_rotation_with_a_grace_period_needs_no_confirmation_and_keeps_both_secrets_valid(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     result = svc("keys", "rotate", "ci", "--grace", "1h")
     assert "the old secret stays valid until" in result.err

@@ -37,7 +37,7 @@ def test_usage_of_requests_without_a_key_is_counted(meter: UsageMeter, store: St
     assert usage_since(store, clock.at)[0].key_id == ""
 
 
-def test_request_counts_towards_the_hour_in_which_it_ended(meter: UsageMeter, store: Store, clock: Clock) -> None:
+def test_request_is_counted_in_the_hour_in_which_it_ended(meter: UsageMeter, store: Store, clock: Clock) -> None:
     meter.add("a", "tickets", tokens_in=1, tokens_out=1)
     clock.forward(hours=1)
     meter.add("a", "tickets", tokens_in=2, tokens_out=2)

@@ -65,7 +65,7 @@ def test_numeric_features_match_manual_counts(feature: PromptFeature, text: str,
     assert number(text, feature) == pytest.approx(value)
 
 
-def test_turn_count_comes_from_the_conversation() -> None:
+def test_turn_count_feature_equals_the_number_of_conversation_turns() -> None:
     assert sampler.sample([Prompt("a", turns=3)]).numbers[PromptFeature.TURNS].tolist() == [3]
 
 

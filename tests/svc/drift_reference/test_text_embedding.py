@@ -158,7 +158,7 @@ def test_embedding_has_one_row_per_prompt(prompts: list[str]) -> None:
 @pytest.mark.slow
 @settings(max_examples=15)
 @given(st.lists(st.sampled_from([*PROMPTS, *ODD]) | st.text(max_size=15), min_size=3, max_size=6, unique=True))
-def test_text_space_can_be_fitted_on_few_arbitrary_examples(prompts: list[str]) -> None:
+def test_text_embedding_can_be_fitted_on_few_arbitrary_examples(prompts: list[str]) -> None:
     prompts = [*prompts, "which train goes", "roses need water"]
     works(fit_text_space(prompts, [str(place) for place in range(len(prompts))]))
 
@@ -192,7 +192,7 @@ def test_answer_embedding_has_no_dimensions_when_all_answers_are_equal() -> None
     assert fit_text_space(PROMPTS, ["same"] * 8).embed(PROMPTS).answer.shape == (8, 0)
 
 
-def test_text_space_is_fitted_on_evenly_spaced_examples_when_there_are_too_many(
+def test_text_embedding_is_fitted_on_evenly_spaced_examples_when_there_are_too_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(text_embedding, "_MAX_EXAMPLES", 4)

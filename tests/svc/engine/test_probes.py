@@ -74,7 +74,7 @@ async def test_probe_difference_beyond_the_tolerance_fails() -> None:
     assert caught.value.expected == "a difference of at most 0.0010 nats"
 
 
-async def test_probe_of_different_weights_fails() -> None:
+async def test_verification_probe_fails_if_the_engine_has_different_weights() -> None:
     probes = await probes_of(EngineDouble())
     with pytest.raises(ProbeError, match="not the version's weights"):
         await check(EngineDouble(weights="/models/tuned/2"), probes)
@@ -93,7 +93,7 @@ async def test_probe_that_recorded_nan_fails() -> None:
         await check(EngineDouble(), damaged)
 
 
-async def test_probe_of_identical_weights_passes_despite_rounding_differences_in_batches() -> None:
+async def test_verification_probe_passes_for_identical_weights_despite_rounding_differences_in_batches() -> None:
     probes, double = await probes_of(EngineDouble()), EngineDouble()
     add_noise(double, [0.1] * len(probes))
     assert await check(double, probes) == 0.0
@@ -112,7 +112,7 @@ async def test_probe_of_different_weights_fails_after_few_measurements() -> None
     assert len(double.requests) == len(probes) + 5
 
 
-async def test_probe_check_fails_if_there_are_no_probes() -> None:
+async def test_verification_fails_if_there_are_no_probes() -> None:
     with pytest.raises(ProbeError, match="has no probes"):
         await check(EngineDouble(), [])
 

@@ -60,7 +60,7 @@ def test_cached_result_is_not_reused_when_tool_call_parsing_differs(cache: Evalu
     assert find(cache, [text, calling]) is None
 
 
-def test_changed_answer_limit_is_a_cache_miss(cache: EvaluationCache) -> None:
+def test_changing_the_answer_limit_causes_a_cache_miss(cache: EvaluationCache) -> None:
     assert find(cache, EXAMPLES, limit=8) is None
     shorter = [result.model_copy(update={"limit": 8}) for result in RESULTS]
     cache.add(EXAMPLES, shorter)

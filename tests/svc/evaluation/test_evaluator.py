@@ -167,7 +167,7 @@ async def test_reported_nll_is_averaged_per_token() -> None:
     assert evaluation.report.nll.value == pytest.approx((2 * short.nll + 5 * long.nll) / 7)
 
 
-async def test_only_trained_answers_of_a_conversation_are_scored() -> None:
+async def test_conversation_answers_that_are_not_trained_on_are_not_scored() -> None:
     double, example = EngineDouble(), chat("a b", "c d e")
     of_two = replace(tokenized(example), learnt=((1, 2), (4, 6)))
     async with client_of(double) as client:

@@ -45,7 +45,7 @@ def test_confidence_intervals_match_published_values(hits: int, total: int, low:
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 0), (-1, 5), (6, 5), (1, -1)])
-def test_proportion_rejects_invalid_counts(hits: int, total: int) -> None:
+def test_proportion_with_invalid_counts_raises_value_error(hits: int, total: int) -> None:
     with pytest.raises(ValueError, match="hits of"):
         proportion(hits, total)
 

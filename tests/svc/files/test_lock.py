@@ -46,7 +46,7 @@ def test_second_lock_attempt_fails_and_names_the_holder(tmp_path: Path, holder: 
     assert f"kill {holder.pid}" in caught.value.todo
 
 
-def test_other_processes_can_read_the_lock_holder(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
+def test_other_processes_can_read_which_process_holds_the_lock(tmp_path: Path, holder: "subprocess.Popen[str]") -> None:
     assert lock_holder(tmp_path / "lock") == {"pid": holder.pid, "url": "http://x"}
 
 

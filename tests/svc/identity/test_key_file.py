@@ -34,7 +34,7 @@ def test_key_file_accessible_to_other_users_is_rejected(tmp_path: Path, mode: in
 @pytest.mark.parametrize(
     "content", ["", "none", SECRET[:-1], f"Bearer {SECRET}"], ids=["empty", "other", "cut", "more"]
 )
-def test_file_without_a_key_is_rejected_without_quoting_it(tmp_path: Path, content: str) -> None:
+def test_key_file_that_contains_no_key_is_rejected_without_quoting_its_content(tmp_path: Path, content: str) -> None:
     with pytest.raises(SettingsError, match=r"contains no API key|is empty") as raised:
         read_key(key_file(tmp_path, content))
     assert not content or content not in str(raised.value)

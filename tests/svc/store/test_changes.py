@@ -64,7 +64,7 @@ async def test_poll_interval_applies_again_when_trust_in_notifications_has_expir
         await changes.wait(changes.count, SHORT_S)
 
 
-async def test_change_wakes_all_waiting_tasks() -> None:
+async def test_announced_store_change_wakes_all_waiting_tasks() -> None:
     changes = Changes()
     waits = [asyncio.create_task(changes.wait(changes.count, LONG_S)) for _ in range(3)]
     await asyncio.sleep(SHORT_S)

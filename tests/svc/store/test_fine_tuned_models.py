@@ -51,7 +51,7 @@ def test_fine_tuned_models_of_an_owner_are_listed_newest_first(store: Store) -> 
     assert [model.name for model in read_models(store, None)] == [*names, other.fine_tuned_model]
 
 
-def test_checkpoint_model_and_its_owner_are_found_until_the_checkpoint_is_deleted(store: Store) -> None:
+def test_checkpoint_is_found_as_a_model_of_the_job_owner_until_it_is_deleted(store: Store) -> None:
     job = add_job(store, owner="alice")
     name = f"{job.fine_tuned_model}:ckpt-step-5"
     add_checkpoint(store, JobCheckpoint("ftckpt_1", job.id, datetime.now(UTC), 5, name, "{}"))

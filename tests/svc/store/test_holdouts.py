@@ -44,13 +44,13 @@ COMPLETED = HoldoutRun(
 FAILED = replace(COMPLETED, outcome=HoldoutOutcome.FAILED, reason="too long", places=(), hits=(), nll=())
 
 
-def test_new_store_has_no_held_out_run(store: Store) -> None:
+def test_new_store_has_no_held_out_evaluation(store: Store) -> None:
     assert newest_holdout_run(store, TARGET) is None
     assert newest_holdout_run(store, TARGET, completed=False) is None
 
 
 @pytest.mark.parametrize("cause", HoldoutCause)
-def test_stored_held_out_run_round_trips_exactly(store: Store, cause: HoldoutCause) -> None:
+def test_stored_held_out_evaluation_round_trips_exactly(store: Store, cause: HoldoutCause) -> None:
     run = replace(COMPLETED, cause=cause)
     add_holdout_run(store, run)
     found = newest_holdout_run(store, TARGET)
@@ -59,7 +59,7 @@ def test_stored_held_out_run_round_trips_exactly(store: Store, cause: HoldoutCau
     assert replace(found, id=None) == run
 
 
-def test_failed_held_out_runs_are_skipped_if_only_completed_runs_are_requested(store: Store) -> None:
+def test_failed_held_out_evaluations_are_skipped_if_only_completed_runs_are_requested(store: Store) -> None:
     add_holdout_run(store, COMPLETED)
     add_holdout_run(store, FAILED)
     completed, last = newest_holdout_run(store, TARGET), newest_holdout_run(store, TARGET, completed=False)
@@ -85,7 +85,7 @@ def test_held_out_runs_of_different_targets_are_excluded(store: Store, other: Ta
     assert newest_holdout_run(store, TARGET, completed=False) is None
 
 
-def test_oldest_held_out_runs_of_a_model_are_deleted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oldest_held_out_evaluations_of_a_model_are_deleted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holdouts, "KEPT_RUNS", 3)
     other = replace(COMPLETED, target=Target(VersionId("other", 1), Format.GPTQ))
     add_holdout_run(store, other)

@@ -57,7 +57,7 @@ def test_restarted_server_immediately_takes_over_the_leases_of_its_killed_proces
     assert running_servers(any_store) == {"again": "a:8000"}
 
 
-def test_two_running_servers_with_the_same_address_are_both_kept(any_store: Store) -> None:
+def test_two_running_servers_with_the_same_address_are_both_listed(any_store: Store) -> None:
     report_server(any_store, "a", "tuneserve:8000", ["teams"])
     report_server(any_store, "b", "tuneserve:8000", ["teams"])
     assert report_server(any_store, "a", "tuneserve:8000", ["teams"]) == {}

@@ -133,13 +133,13 @@ def test_oldest_requests_are_deleted_when_the_request_table_exceeds_its_size_lim
     assert kept(store) == ["req-6", "req-7", "req-8", "req-9"]  # nine tenths of five
 
 
-def test_no_requests_are_deleted_within_the_limits(store: Store) -> None:
+def test_no_stored_requests_are_deleted_while_their_age_and_size_are_within_the_limits(store: Store) -> None:
     fill(store, 3)
     assert prune_requests(store, before=LONG_AGO, max_bytes=3 * RECORD.bytes).rows == 0
     assert len(kept(store)) == 3
 
 
-def test_pruning_requests_returns_the_remaining_size(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleting_old_requests_returns_the_remaining_size(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "_DELETED_TOGETHER", 2)
     fill(store, 10)
     size = RECORD.bytes

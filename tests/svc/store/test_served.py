@@ -38,7 +38,7 @@ def test_swap_ends_one_served_interval_and_begins_another(store: Store) -> None:
     ]
 
 
-def test_swap_to_the_version_already_served_leaves_its_interval_unchanged(store: Store) -> None:
+def test_swap_to_the_version_already_served_does_not_start_a_new_serving_period(store: Store) -> None:
     begin_serving(store, ONE, Began.START, at=minute(0))
     begin_serving(store, ONE, Began.SWAP, at=minute(1))
     assert served_spans(store, "tickets") == [ServedSpan(ONE.target, 1, minute(0), Began.START, None, None)]
@@ -62,7 +62,7 @@ def test_served_intervals_of_different_models_are_independent(store: Store) -> N
     assert [span.ended_at for span in served_spans(store, "reviews")] == [None]
 
 
-def test_served_intervals_of_running_servers_are_independent(postgresql_store: Store) -> None:
+def test_served_versions_are_recorded_separately_for_each_running_server(postgresql_store: Store) -> None:
     for server in ("a", "b"):
         report_server(postgresql_store, server, f"{server}:8000", [])
         begin_serving(postgresql_store, ONE, Began.START, at=minute(0), server=server)

@@ -103,7 +103,7 @@ def test_interrupted_step_is_repeated_on_resume(
     assert weights(tmp_path / "b") == weights(whole.folder)
 
 
-def test_interrupted_step_is_repeated_on_resume_in_float32(
+def test_interrupted_step_of_a_float32_run_is_repeated_on_resume(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(tiny_base, data, make(), tmp_path / "a", NumberType.FLOAT32)

@@ -231,7 +231,7 @@ def test_thinking_in_examples_is_trained_on_when_the_recipe_enables_it() -> None
     assert text.startswith("<think>\nI look.\n</think>\n\nnet")
 
 
-def test_no_token_spans_the_end_of_the_prompt() -> None:
+def test_no_token_contains_text_of_both_the_prompt_and_the_answer() -> None:
     """The engine's prompt ends there, so it never contains a token that spans both sides."""
     tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
     tokenizer.add_tokens(["ab"])

@@ -88,7 +88,7 @@ def test_all_linear_preset_gives_layers_and_experts_the_same_rank(family: str) -
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "adalora"])
-def test_attention_targets_exclude_experts(method: str) -> None:
+def test_attention_preset_for_adapter_targets_excludes_experts(method: str) -> None:
     adapter = {"targets": "attention-min"}  # VeRA requires all layers to have the same shape
     model = make_mixture("qwen3_moe")
     assert not adapted(model, method=method, adapter=adapter) & set(fused_experts(make_mixture("qwen3_moe")))

@@ -75,7 +75,7 @@ def test_config_of_a_bfloat16_base_is_copied_byte_for_byte(tmp_path: Path, end: 
 
 
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
-def test_only_the_dtype_changes_in_the_config_of_a_base_not_in_bfloat16(tmp_path: Path, key: str) -> None:
+def test_merged_model_config_differs_from_the_config_of_a_float16_base_only_in_dtype(tmp_path: Path, key: str) -> None:
     own = {name: value for name, value in LLAMA.items() if name != "torch_dtype"} | {key: "float16"}
     base, merged = write_folder(tmp_path / "base", own), tmp_path / "merged"
     merged.mkdir()

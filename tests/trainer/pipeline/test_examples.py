@@ -120,7 +120,7 @@ def test_training_fingerprint_differs_when_only_a_subset_of_examples_is_used(tmp
     assert whole.train_fingerprint != part.train_fingerprint
 
 
-def test_skip_setting_that_leaves_only_one_training_example_is_rejected(tmp_path: Path) -> None:
+def test_skipping_all_but_one_training_example_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="leaves only 1 of 6 examples"):
         read(tmp_path, TRAIN, HELDOUT, skip=5)
 

@@ -84,14 +84,16 @@ def likely(mean: float, *, spread: float = 0.02, seed: int = 0, total: int = 40)
         (10, 9, 10, 0.05),
     ],
 )
-def test_quantized_model_is_accepted_if_a_loss_above_the_limit_is_not_proven(
+def test_quantized_model_is_accepted_if_a_quality_loss_above_the_limit_is_not_proven(
     merged: int, gptq: int, total: int, most: float
 ) -> None:
     check(won(merged, total), won(gptq, total), max_gptq_loss=most)
 
 
 @pytest.mark.parametrize(("merged", "gptq", "most"), [(160, 100, 0.05), (156, 130, 0.05), (20, 0, 0.0)])
-def test_quantized_model_is_rejected_if_a_loss_above_the_limit_is_proven(merged: int, gptq: int, most: float) -> None:
+def test_quantized_model_is_rejected_if_a_quality_loss_above_the_limit_is_proven(
+    merged: int, gptq: int, most: float
+) -> None:
     with pytest.raises(TrainingError, match="lowered exact match by"):
         check(won(merged, 200), won(gptq, 200), max_gptq_loss=most)
 

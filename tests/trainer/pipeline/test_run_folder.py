@@ -184,7 +184,7 @@ def test_stage_is_marked_done_once_its_result_is_saved(run: Run) -> None:
     assert run.load(Stage.TRAIN, Figures) == Figures(0.1, (1, 2))
 
 
-def test_stage_is_no_longer_done_after_its_input_has_changed(run: Run) -> None:
+def test_stage_counts_as_unfinished_after_its_input_has_changed(run: Run) -> None:
     run.save(Stage.TRAIN, Figures(0.1, ()))
     assert not Run(run.folder, {Stage.TRAIN: "other"}).done(Stage.TRAIN)
 
@@ -208,7 +208,7 @@ def test_stage_is_not_done_if_its_result_file_is_invalid(run: Run, content: str)
     assert not run.done(Stage.TRAIN)
 
 
-def test_stage_is_not_done_if_saving_its_result_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_counts_as_unfinished_if_saving_its_result_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut_off(descriptor: int) -> None:
         raise OSError("no space left on device")
 
@@ -237,7 +237,7 @@ def free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, free))
 
 
-def test_space_check_passes_with_enough_free_space(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_space_check_passes_with_enough_free_space(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     free_bytes(monkeypatch, 500_000_000)
     run.require_space(Stage.MERGE, 500_000_000)
 

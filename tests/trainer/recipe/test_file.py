@@ -233,7 +233,7 @@ def test_rejected_value_error_names_the_recipe_key(
 
 @pytest.mark.slow
 @given(st.text(max_size=30) | st.from_regex(r"[a-z.]{1,12}=.{0,12}"))
-def test_any_value_of_the_set_option_is_applied_or_raises_a_recipe_error(
+def test_any_value_passed_with_the_set_option_is_applied_or_raises_a_recipe_error(
     tmp_path_factory: pytest.TempPathFactory, override: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "set.yaml"

@@ -28,7 +28,7 @@ def test_default_learning_rate_is_within_the_usual_range_for_published_models(
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", 5e-4), ("full", 5e-5), ("adalora", 1e-2), ("vera", 6e-2)])
 @pytest.mark.parametrize("width", [64, 576])
-def test_default_learning_rate_is_constant_up_to_the_base_width_at_which_it_was_measured(
+def test_default_learning_rate_is_constant_up_to_the_base_model_width_at_which_it_was_measured(
     method: str, rate: float, width: int
 ) -> None:
     assert make_recipe(method=method).learning_rate(width) == rate

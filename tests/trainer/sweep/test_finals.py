@@ -176,7 +176,7 @@ def test_finalists_are_evaluated_only_once_and_in_one_engine(contest: Contest) -
     assert len(contest.engines.launched) == 1
 
 
-def test_no_merged_weights_are_left_after_the_finals(contest: Contest) -> None:
+def test_no_merged_weights_are_left_after_the_finals_of_a_sweep(contest: Contest) -> None:
     finals = contest.open()
     won(finals)
     assert not list(finals.runner.folder.glob("finals/*"))
@@ -198,5 +198,7 @@ def test_trials_whose_adapter_is_missing_are_excluded_from_the_finals(contest: C
         ({"sweep": {"finalists": 0}}, False),
     ],
 )
-def test_finals_require_adapters_and_a_merged_format(contest: Contest, sections: dict[str, Any], has: bool) -> None:
+def test_sweep_has_finals_only_with_adapters_and_a_merged_format(
+    contest: Contest, sections: dict[str, Any], has: bool
+) -> None:
     assert contest.open(**sections).runner.has_finals is has

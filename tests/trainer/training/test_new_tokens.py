@@ -89,7 +89,7 @@ def test_embedding_size_is_unchanged_when_spare_rows_suffice_for_new_tokens(tmp_
     assert json.loads((changed / "config.json").read_text("utf-8"))["vocab_size"] == 320
 
 
-def test_new_tokens_can_be_added_to_a_base_without_weights_for_an_estimate(tiny_base: Path, tmp_path: Path) -> None:
+def test_new_tokens_can_be_added_to_a_base_folder_that_contains_no_weights(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     for path in tiny_base.iterdir():
         if path.suffix != ".safetensors":

@@ -111,7 +111,7 @@ def test_console_output_of_a_ray_worker_is_sent_to_the_caller(worker: RayWorker,
     assert text == "on the console\na warning\n"
 
 
-def test_last_message_of_a_failed_ray_worker_is_its_failure(worker: RayWorker, run: SharedRun) -> None:
+def test_last_message_of_a_failed_ray_worker_contains_its_error(worker: RayWorker, run: SharedRun) -> None:
     last = train(worker, run, fail)[-1]
     assert isinstance(last, Failure)
     assert str(last.error) == "the loss exploded"

@@ -332,7 +332,7 @@ def gradient(loss: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
 
 @settings(max_examples=15, deadline=None)
 @given(batches())
-def test_answer_only_loss_equals_the_full_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_loss_from_answer_logits_only_equals_the_loss_from_all_logits(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     torch.testing.assert_close(answer_loss(LLAMA, *batch), whole_loss(LLAMA, *batch), rtol=1e-4, atol=1e-4)
 
 
@@ -345,7 +345,7 @@ def test_answer_only_loss_has_the_gradient_of_the_full_loss(batch: tuple[torch.T
 
 @settings(max_examples=5, deadline=None)
 @given(batches())
-def test_answer_only_loss_equals_the_full_loss_with_sliding_window_and_logit_cap(
+def test_loss_from_answer_logits_only_equals_the_loss_from_all_logits_with_sliding_window_and_logit_cap(
     batch: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     set_seed(0)

@@ -254,7 +254,7 @@ class _Tensor:
 
 
 def _tensors(model: Path, architecture: Architecture, stack: ExitStack) -> Iterator[_Tensor]:
-    """Yield the tensors of a model under their names in GGUF.
+    """Yield the tensors of a model, each with its GGUF name.
 
     Raises:
         TrainingError: GGUF has no name for a tensor.

@@ -114,7 +114,7 @@ def test_gate_entry_point_is_called_with_version_and_folder() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("module")
-def test_gate_entry_point_fails_if_it_returns_false_or_raises() -> None:
+def test_gate_fails_if_its_entry_point_returns_false_or_raises() -> None:
     assert check(EntryPointGate(name="mine", entry_point="own_gates:fails")).verdict is GateVerdict.FAILED
     row = check(EntryPointGate(name="mine", entry_point="own_gates:breaks"))
     assert (row.verdict, row.reason) == (

@@ -173,7 +173,7 @@ def test_quality_gate_is_undecided_if_the_primary_metrics_differ(registry: Regis
     assert "exact_match and accuracy" in quality.reason
 
 
-def test_corpus_metric_is_recomputed_from_the_answers_by_the_quality_gate(registry: Registry) -> None:
+def test_quality_gate_recomputes_a_corpus_metric_from_the_answers(registry: Registry) -> None:
     metric = MacroF1()
     scored = report().model_copy(
         update={"primary": metric.name, "metrics": {metric.name: report().metrics["exact_match"]}}
@@ -235,7 +235,7 @@ def test_quality_gate_uses_the_results_of_the_merged_model_for_an_adapter(regist
     assert (speed.verdict, speed.reason) == (SKIPPED, "not measured for adapters")
 
 
-def test_limit_in_the_recipe_that_was_undecided_at_registration_becomes_a_promotion_gate(registry: Registry) -> None:
+def test_recipe_limit_left_undecided_at_registration_becomes_a_promotion_gate(registry: Registry) -> None:
     register(registry, 1), register(registry, 2, gates=(gate_report(0.09),))
     gptq = check(registry, "gptq_quality")
     assert gptq.verdict is UNDECIDED

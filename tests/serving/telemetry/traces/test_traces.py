@@ -296,7 +296,7 @@ def test_configured_share_of_traces_started_by_the_gateway_is_sampled() -> None:
         assert least <= sum(tracer.begin(headers()).sampled for _ in range(2000)) <= most, share
 
 
-def test_client_sampling_flag_overrides_the_configured_share() -> None:
+def test_sampled_flag_in_the_trace_header_of_a_client_overrides_the_configured_sample_share() -> None:
     assert not Tracer(1.0).begin(headers(f"00-{TRACE}-{PARENT}-00")).sampled
     assert Tracer(0.0).begin(headers(f"00-{TRACE}-{PARENT}-01")).sampled
 

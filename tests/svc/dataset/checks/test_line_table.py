@@ -4,7 +4,7 @@ from svc.dataset.checks.line_table import LineTableBuilder
 from tests.svc.chats import chat
 
 
-def test_line_table_supports_any_number_of_files() -> None:
+def test_line_table_supports_more_than_65535_files() -> None:
     builder = LineTableBuilder()
     builder.add(70_000, 5, chat())
     [row] = builder.finish().rows

@@ -43,7 +43,7 @@ PAIRS = pairs(400)
 FOUND = sketches(*(" ".join(words) for pair in PAIRS for words in pair))
 
 
-def test_only_pairs_well_above_the_similarity_threshold_are_found() -> None:
+def test_very_similar_pairs_of_texts_are_found_and_dissimilar_pairs_are_not() -> None:
     groups, _ = clusters(FOUND)
     near = groups[0::2] == groups[1::2]
     exact = np.array([similarity(pair) for pair in PAIRS])

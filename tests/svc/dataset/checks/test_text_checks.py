@@ -142,5 +142,5 @@ def test_text_check_time_is_proportional_to_text_length() -> None:
 
 
 @given(st.text())
-def test_any_text_can_be_checked(text: str) -> None:
+def test_text_checks_can_be_run_on_any_text(text: str) -> None:
     assert codes(text) <= {Code.SPECIAL_TOKEN, Code.TEMPLATE_CODE, Code.CONTROL_CHARACTER, Code.MOJIBAKE}

@@ -338,7 +338,9 @@ def test_preference_pair_with_a_held_out_prompt_is_rejected_unless_bad_lines_are
     assert (bad.folder / "x.jsonl").read_bytes() == path.read_bytes().splitlines(keepends=True)[0]
 
 
-def test_preference_pair_skipped_for_its_held_out_prompt_counts_as_one_bad_line_for_kto(tmp_path: Path) -> None:
+def test_preference_pair_excluded_from_kto_data_because_its_prompt_is_held_out_counts_as_one_bad_line(
+    tmp_path: Path,
+) -> None:
     bad = BadLines(tmp_path / "bad")
     path = write_lines(tmp_path / "x.jsonl", HH)
     assert read_labeled(path, minimum=0, kept_back=[PAIR.chosen], bad_lines=bad) == []
