@@ -15,7 +15,7 @@ def test_start_time_is_the_sum_of_its_phases() -> None:
     assert PAIRS[0].served.total == 21.5
 
 
-def test_start_time_summary_reports_medians() -> None:
+def test_summary_of_startup_times_reports_medians() -> None:
     result = summary(PAIRS)
     assert (result["bare"], result["served"]) == (25.0, 28.2)
     assert (result["before"], result["after"]) == (1.0, 0.4)

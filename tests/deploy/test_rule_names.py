@@ -63,7 +63,7 @@ def test_alerts_on_per_model_metrics_have_the_model_label() -> None:
     assert wrong == []
 
 
-def test_aggregations_in_rules_keep_job_and_namespace() -> None:
+def test_aggregations_in_rules_keep_the_job_and_namespace_labels() -> None:
     kept = [(rule["expr"], labels) for rule in RULES for labels in re.findall(r"\bby \(([^)]*)\)", rule["expr"])]
     assert [one for one in kept if not {"job", "namespace"} <= set(re.split(r", ?", one[1]))] == []
 

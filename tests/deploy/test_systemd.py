@@ -91,7 +91,7 @@ def test_socket_unit_listens_on_the_servers_default_address() -> None:
 
 
 @pytest.mark.parametrize("path", SERVICES, ids=lambda path: path.name)
-def test_every_unit_runs_an_existing_command_with_existing_settings(
+def test_every_systemd_unit_runs_an_existing_command_with_existing_settings(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = unit(path.name)["Service"]

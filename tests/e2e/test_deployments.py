@@ -58,7 +58,7 @@ def test_openai_client_gets_answers_from_both_models(instance: Instance) -> None
             client.chat.completions.create(model=f"{OTHER}@1", messages=messages)
 
 
-def test_engine_of_each_of_two_models_gets_half_of_the_cpu_cores(instance: Instance) -> None:
+def test_two_models_get_half_of_the_cpu_cores_each(instance: Instance) -> None:
     shown = [{choice["name"]: choice for choice in model["engine"]["plan"]} for model in instance.models().values()]
     cores = len(os.sched_getaffinity(0))
     assert [choices["threads"]["value"] for choices in shown] == [max(1, cores // 2)] * 2

@@ -148,7 +148,7 @@ def test_engine_stays_alive_when_a_streamed_response_fails(server: Server) -> No
     assert server.answer(0)
 
 
-def test_json_schemas_multiple_choices_and_logprobs_are_supported(server: Server) -> None:
+def test_json_schemas_several_choices_per_request_and_logprobs_are_supported(server: Server) -> None:
     messages: Any = server.prompts[0]
     schema: Any = {"type": "json_schema", "json_schema": {"name": "choice", "schema": CHOICE}}
     chat = server.client.chat.completions.create(

@@ -161,7 +161,7 @@ def test_queries_on_metrics_with_a_model_label_are_filtered_and_grouped_by_model
     assert not faults, "\n".join(faults)
 
 
-def test_every_query_selects_the_chosen_job_and_namespace() -> None:
+def test_every_dashboard_query_selects_the_chosen_job_and_namespace() -> None:
     selector = re.compile(r"(?<![\w:\"])((?:svc|vllm|process)[_:]\w+|job_namespace[\w:]+)(\{[^}]*\})?(?![\w(])")
     chosen = 'job=~"$job", namespace=~"$namespace"'
     faults = [

@@ -73,7 +73,7 @@ def test_quality_is_reported_as_changed_if_likelihoods_differ_in_either_directio
     assert quality([change] * 200, HITS, HITS) is Quality.CHANGED
 
 
-def test_quality_status_is_changed_even_if_only_a_few_examples_differ() -> None:
+def test_quality_is_reported_as_changed_even_if_only_a_few_examples_differ() -> None:
     assert quality([3.0] * 10 + [0.0] * 190, HITS, HITS) is Quality.CHANGED
 
 
@@ -102,7 +102,7 @@ def registry(tmp_path: Path) -> Registry:
     return registry
 
 
-def test_newest_completed_held_out_run_is_compared(registry: Registry, tmp_path: Path) -> None:
+def test_newest_completed_held_out_evaluation_is_compared(registry: Registry, tmp_path: Path) -> None:
     store = new_store(tmp_path)
     registered = registry.results(target().version, target().format)
     good = run([one.nll for one in registered], [one.hit for one in registered])
@@ -118,7 +118,7 @@ def test_newest_completed_held_out_run_is_compared(registry: Registry, tmp_path:
     assert report.asked_at == NOW
 
 
-def test_quality_status_is_unknown_without_a_held_out_run(registry: Registry, tmp_path: Path) -> None:
+def test_quality_is_reported_as_unknown_without_a_held_out_evaluation(registry: Registry, tmp_path: Path) -> None:
     report = read_quality(registry, new_store(tmp_path), target())
     assert report.quality is Quality.UNKNOWN
     assert "no held-out run" in report.why
@@ -137,7 +137,9 @@ def test_only_examples_in_the_held_out_evaluation_are_compared() -> None:
     assert (report.quality, report.examples, report.registered_nll) == (Quality.AS_REGISTERED, 2, 1.0)
 
 
-def test_later_runs_are_compared_with_the_first_run_if_engine_kind_differs(registry: Registry, tmp_path: Path) -> None:
+def test_later_held_out_evaluations_are_compared_with_the_first_if_the_engine_kind_differs_from_registration(
+    registry: Registry, tmp_path: Path
+) -> None:
     store = new_store(tmp_path)
     registered = registry.results(target().version, target().format)
     first = run([one.nll + 0.3 for one in registered], [one.hit for one in registered], OTHER_FACTS)
@@ -160,7 +162,7 @@ def by_rouge(before: Sequence[float], now: Sequence[float]) -> QualityReport:
     return judge(registered, replace(ran, metric="rouge_l", scores=tuple(now)))
 
 
-def test_quality_status_is_changed_if_answers_are_worse_despite_equal_exact_match() -> None:
+def test_quality_is_reported_as_changed_if_answers_are_worse_despite_equal_exact_match() -> None:
     before = [0.3 + place / 1000 for place in range(200)]
     report = by_rouge(before, [score - 0.2 if place % 4 == 0 else score for place, score in enumerate(before)])
     assert (report.quality, report.metric) == (Quality.CHANGED, "rouge_l")
@@ -168,7 +170,7 @@ def test_quality_status_is_changed_if_answers_are_worse_despite_equal_exact_matc
     assert report.exact_match_p == 1.0
 
 
-def test_quality_status_is_as_registered_if_as_many_answers_improve_as_degrade() -> None:
+def test_quality_is_reported_as_unchanged_if_improved_and_degraded_answers_balance() -> None:
     before = [0.5] * 200
     noise = np.random.default_rng(0).normal(0, 0.2, 60).tolist()
     assert by_rouge(before, [0.5 + one for one in noise] + before[60:]).quality is Quality.AS_REGISTERED

@@ -61,7 +61,9 @@ def numbers(double: EngineDouble) -> list[int]:
     return sorted(int(folder.split("/")[-2]) for folder in double.adapters.values())
 
 
-async def test_engine_loads_the_base_model_and_the_model_name_selects_the_production_adapter(served: Control) -> None:
+async def test_engine_loads_the_base_model_and_serves_the_production_adapter_under_the_model_name(
+    served: Control,
+) -> None:
     assert served.double.weights == str(base_folder(served.registry))
     async with served.client() as client:
         assert await ask(client, NAME) == (200, f"{NAME}@1", "1")
@@ -251,7 +253,7 @@ async def test_adapter_probes_are_stored_for_the_next_load(served: Control) -> N
         assert (await ask(client, f"{NAME}@2"))[::2] == (503, "engine_adapter_failed")
 
 
-async def test_adapter_without_any_probes_is_served_as_unverified(served: Control) -> None:
+async def test_adapter_without_verification_probes_is_served_as_unverified(served: Control) -> None:
     make_version(served.registry, 4, formats=(Format.ADAPTER,))
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[:2] == (200, f"{NAME}@4")
@@ -425,7 +427,7 @@ async def test_missing_base_model_is_reported(make: Make) -> None:
         await control.start()
 
 
-async def test_adapter_probes_are_recorded_again_for_a_new_engine_kind(make: Make) -> None:
+async def test_verification_probes_of_an_adapter_are_recorded_again_for_a_new_engine_kind(make: Make) -> None:
     other: EngineFacts = FACTS.model_copy(update={"vllm": "0.33.0"})
     control = make(format=Format.ADAPTER, facts=other)
     control.park.prepare = lambda double: setattr(double, "probe_noise", 0.01)

@@ -302,7 +302,7 @@ async def test_error_for_a_model_that_cannot_be_loaded_names_a_command_and_loadi
         assert (await ask(client, model.name))[0] == 200
 
 
-async def test_request_gets_503_if_its_model_loads_too_slowly_and_a_later_request_succeeds(merged: Home) -> None:
+async def test_request_gets_503_if_its_model_loads_too_slowly_but_a_later_request_succeeds(merged: Home) -> None:
     merged.settings = merged.settings.model_copy(
         update={"serve": merged.settings.serve.model_copy(update={"queue_timeout_s": 0.1})}
     )

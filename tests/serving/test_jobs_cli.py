@@ -64,7 +64,9 @@ def test_jobs_are_listed_newest_first(home: WorkerHome, svc: Svc) -> None:
     assert [row["id"] for row in json.loads(svc("list", "--json", "--limit", "1").output)] == [second]
 
 
-def test_job_shows_its_stage_instead_of_the_remaining_time_after_the_last_step(home: WorkerHome, svc: Svc) -> None:
+def test_job_with_no_training_time_left_shows_its_stage_instead_of_the_remaining_time(
+    home: WorkerHome, svc: Svc
+) -> None:
     id = home.add()
     take(home)
     report_job(home.store, id, "w1", left_s=90.0, news=[JobNews("Stage begun: train"), STEP])

@@ -160,7 +160,7 @@ async def test_usage_before_and_after_a_full_hour_is_counted_once(two: Two) -> N
     assert second.remaining(Limit.TOKENS_PER_DAY) == 10**6 - 60
 
 
-async def test_usage_before_a_restart_counts_once_towards_the_daily_limit_only(two: Two) -> None:
+async def test_usage_before_a_restart_counts_once_and_only_towards_the_daily_limit(two: Two) -> None:
     clock, first, second = two
     first.ask(10, 20)
     await exchange(first, second)
@@ -202,7 +202,9 @@ async def test_usage_during_an_outage_is_added_afterwards_without_a_long_lockout
     assert first.ask() and second.ask()
 
 
-async def test_limits_are_unchanged_while_the_store_cannot_be_read(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_remaining_rate_limit_is_unchanged_while_the_usage_on_other_servers_cannot_be_read(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, first, second = two
     first.ask()
     await exchange(first)

@@ -29,7 +29,7 @@ def test_exit_codes_distinguish_error_types() -> None:
     assert SvcError.exit_code not in codes.values()
 
 
-def test_probe_error_is_an_engine_error() -> None:
+def test_failed_verification_probe_is_an_engine_error() -> None:
     assert ProbeError.exit_code == errors.EngineError.exit_code
 
 

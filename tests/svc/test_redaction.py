@@ -188,7 +188,7 @@ def blank_endless() -> None:
 
 
 @pytest.mark.slow
-def test_custom_pattern_exceeding_the_time_limit_is_stopped() -> None:
+def test_custom_redaction_pattern_exceeding_the_time_limit_is_stopped() -> None:
     began = time.monotonic()
     blank_endless()
     assert time.monotonic() - began < 8 * LIMIT_S

@@ -171,7 +171,7 @@ def test_settings_are_immutable() -> None:
         load_settings().serve.port = 1  # type: ignore[misc]
 
 
-def test_setting_keys_are_the_dotted_paths_of_all_settings() -> None:
+def test_dotted_paths_of_all_settings_are_listed_as_keys() -> None:
     dumped = Settings().model_dump()
     leaves = {
         f"{key}.{inner}" if inner else key
@@ -313,7 +313,7 @@ def test_two_webhooks_with_the_same_url_are_rejected() -> None:
 @pytest.mark.parametrize(
     "url", ["postgresql://svc@db/store", "postgresql+psycopg://svc:p%40ss@db:5433/store?sslmode=require"]
 )
-def test_store_url_names_a_postgresql_database(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_url_of_a_postgresql_database_is_accepted(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVC_STORE__URL", url)
     found = load_settings().store.url
     assert found is not None

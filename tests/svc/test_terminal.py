@@ -59,7 +59,7 @@ def test_piped_output_of_a_long_task_includes_its_phases(shown: Show, monkeypatc
     assert "  tea: brew tea, 1/3 after 0 s" in file.getvalue().splitlines()
 
 
-def test_piped_output_includes_the_final_count(shown: Show) -> None:
+def test_piped_output_includes_the_final_progress_count(shown: Show) -> None:
     file = shown(False)
     with counting("cups", 3) as advance:
         advance()

@@ -48,7 +48,7 @@ def test_gateway_ratios_are_computed_per_round() -> None:
     assert ratio["low"] < 3.0 < ratio["high"]
 
 
-def test_single_round_has_no_confidence_interval() -> None:
+def test_benchmark_with_a_single_round_has_no_confidence_interval() -> None:
     rate = summary([{"nginx": ONES}])["gateways"]["nginx"]["rate"]
     assert rate == {"median": 1.0, "low": None, "high": None}
 

@@ -50,7 +50,7 @@ def test_upper_limit_is_positive_when_no_item_has_the_value(size: int) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1])
-def test_bet_bounds_grow_as_the_reference_shrinks(share: float) -> None:
+def test_upper_confidence_limit_of_a_share_rises_as_the_reference_shrinks(share: float) -> None:
     bounds = [upper_limit(round(share * size), size, 1.64) for size in (2_000, 500, 100, 50)]
     assert bounds == sorted(bounds)
     assert bounds[0] < bounds[-1]
@@ -66,26 +66,26 @@ def test_tail_bets_cover_both_tails_and_their_hit_rates_stay_below_the_bounds_if
 
 
 @pytest.mark.parametrize("moved", [-10.0, 10.0])
-def test_value_outside_the_reference_range_hits_every_bet_on_its_tail(moved: float) -> None:
+def test_value_outside_the_reference_range_lies_in_all_tails_on_its_side(moved: float) -> None:
     bets = feature_bets(of_numbers(np.random.default_rng(1).normal(size=200)))
     assert sorted(hit_table(bets, of_numbers([moved]))[0].tolist()) == [MISS] * 3 + [HIT] * 3
 
 
-def test_value_hits_a_tail_bet_only_if_it_differs_from_a_constant_reference() -> None:
+def test_only_values_that_differ_from_a_constant_reference_are_in_its_tails() -> None:
     bets = feature_bets(of_numbers([3.0] * 200))
     assert all(bet.bound == pytest.approx(SLACK * upper_limit(0, 200, SURE)) for bet in bets)
     below, same, above = (hit_table(bets, of_numbers([value]))[0] for value in (2.0, 3.0, 4.0))
     assert HIT in below and HIT in above and HIT not in same
 
 
-def test_bets_are_placed_on_new_and_minority_categories_but_not_on_majority_categories() -> None:
+def test_new_and_minority_categories_can_be_evidence_of_drift_but_the_majority_category_cannot() -> None:
     reference = of_names(["stop"] * 90 + ["length"] * 10)
     assert largest_win(reference, of_names(["error"])) == pytest.approx(1 / (SLACK * upper_limit(0, 100, SURE)))
     assert largest_win(reference, of_names(["length"])) == pytest.approx(1 / (SLACK * upper_limit(10, 100, SURE)))
     assert largest_win(reference, of_names(["stop"])) == 0  # twice 90% is more than all
 
 
-def test_bets_on_rare_and_new_categories_have_high_payouts() -> None:
+def test_rare_and_new_categories_are_strong_evidence_of_drift() -> None:
     reference = of_names(["stop"] * 198 + ["length"] * 2)
     assert largest_win(reference, of_names(["length"])) > 10
     assert largest_win(reference, of_names(["error"])) > 30
@@ -111,7 +111,7 @@ def test_items_without_a_value_count_as_neither_hit_nor_miss() -> None:
     assert set(hit_table(bets, nothing)[0].tolist()) == {NO_HIT}
 
 
-def test_feature_without_reference_values_gets_no_bets() -> None:
+def test_feature_without_reference_values_is_not_tested_for_drift() -> None:
     references = [of_numbers([]), of_numbers([NAN] * 9), of_names([]), of_names([NOT_THERE] * 9)]
     assert [feature_bets(reference) for reference in references] == [[]] * 4
 
@@ -126,13 +126,15 @@ def test_hit_table_without_bets_has_no_columns() -> None:
 
 
 @pytest.mark.parametrize("sample", [of_numbers([float(value) for value in range(50)]), of_names(["a", "b"] * 25)])
-def test_hit_table_without_items_has_no_rows(sample: Sample) -> None:
+def test_table_of_items_and_drift_bets_has_no_rows_without_items(sample: Sample) -> None:
     bets = feature_bets(sample)
     assert hit_table(bets, sample.part(0, 0)).shape == (0, len(bets))
 
 
 @given(numbers, names)
-def test_reference_hit_rate_of_each_bet_is_at_most_half_its_bound(values: list[float], categories: list[str]) -> None:
+def test_share_of_reference_values_in_each_tested_set_is_at_most_half_of_its_bound(
+    values: list[float], categories: list[str]
+) -> None:
     for reference in (of_numbers(values), of_names(categories)):
         bets, table = feature_bets(reference), hit_table(feature_bets(reference), reference)
         there = (table != NO_HIT).sum(axis=0)
@@ -141,7 +143,7 @@ def test_reference_hit_rate_of_each_bet_is_at_most_half_its_bound(values: list[f
             assert (table[:, number] == HIT).sum() / there[number] <= bet.bound / SLACK
 
 
-def test_new_category_hits_no_bet_if_all_reference_items_are_distinct() -> None:
+def test_new_category_is_no_evidence_of_drift_if_all_reference_items_are_distinct() -> None:
     """An example is system prompts that contain a date."""
     dated = Sample(50, {}, {"system_prompt": np.array([f"day {day}" for day in range(50)])})
     live = Sample(20, {}, {"system_prompt": np.array([f"day {day}" for day in range(50, 70)])})

@@ -518,7 +518,9 @@ def test_model_is_checked_even_if_its_stored_report_is_from_a_different_release(
     assert check()[Signal.INPUT].items > 0
 
 
-def test_signal_is_waiting_while_features_of_its_first_requests_are_computed(check: Check, traffic: Traffic) -> None:
+def test_drift_signal_is_waiting_while_features_of_its_first_requests_are_computed(
+    check: Check, traffic: Traffic
+) -> None:
     traffic.ask(ALIKE[:5], features=False)
     assert check()[Signal.INPUT].status is Status.WAITING
     traffic.ask(ALIKE[5:20], features=False)

@@ -26,7 +26,7 @@ def test_drift_check_uses_only_a_few_requests_of_a_sudden_burst_from_a_new_clien
     assert sum(counted(shares, ["batch"] * 100)) == 5
 
 
-def test_burst_from_one_client_hardly_increases_its_weight() -> None:
+def test_drift_check_counts_less_than_a_third_of_a_burst_from_one_client() -> None:
     shares = ClientShares([], [], 1_000)
     counted(shares, mixed(900, {"large": 0.3, **{f"client {number}": 0.007 for number in range(100)}}))
     assert sum(counted(shares, ["large"] * 100)) < 30
@@ -37,12 +37,12 @@ def test_drift_check_uses_all_requests_if_there_is_only_one_client_or_clients_ar
     assert all(counted(ClientShares([], [], 1_000), [client] * 1_500))
 
 
-def test_all_requests_from_unknown_clients_count_even_if_earlier_clients_were_known() -> None:
+def test_drift_check_counts_all_requests_from_unknown_clients_even_if_earlier_clients_were_known() -> None:
     shares = ClientShares(["one"] * 300, ["one"] * COMPARED, 1_000)
     assert all(counted(shares, [""] * COMPARED))
 
 
-def test_nearly_all_requests_count_if_two_clients_are_equally_active() -> None:
+def test_drift_check_counts_nearly_all_requests_if_two_clients_are_equally_active() -> None:
     results = counted(ClientShares([], [], 1_000), mixed(2_000, {"one": 0.5, "other": 0.5}))
     assert sum(results) > 0.9 * len(results)
 
@@ -59,7 +59,7 @@ def test_drift_check_uses_a_growing_share_of_the_requests_of_a_new_client() -> N
     assert sum(results[-100:]) > 2 * sum(results[:100])
 
 
-def test_client_shares_are_the_same_after_a_restart() -> None:
+def test_drift_check_counts_the_same_requests_after_a_restart() -> None:
     clients = mixed(1_500, {"large": 0.4, **{f"client {number}": 0.006 for number in range(100)}}, seed=2)
     whole = counted(ClientShares([], [], 1_000), clients)
     seen, kept = clients[:1_200], [one for one, counts in zip(clients[:1_200], whole, strict=False) if counts]

@@ -100,7 +100,7 @@ def test_detector_state_is_unchanged_if_there_are_no_new_requests() -> None:
     assert stream.watch == watch
 
 
-def test_near_copies_are_recorded_but_not_counted() -> None:
+def test_drift_detector_counts_each_repeated_request_only_once() -> None:
     stream = draw_requests(2, 40)
     twice = stream.at(np.repeat(np.arange(40), 2))
     advance = Stream().add(twice)
@@ -108,7 +108,7 @@ def test_near_copies_are_recorded_but_not_counted() -> None:
     assert (advance.watch.kept, advance.watch.newest_kept) == (40, "10" * 40)
 
 
-def test_detector_state_records_which_recent_requests_were_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drift_detector_state_records_which_recent_requests_were_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("monitoring.drift.detector.RARITY_REQUESTS", 50)
     requests = draw_requests(2, 45)
     stream = Stream()
@@ -224,7 +224,7 @@ def test_weights_of_drift_bets_sum_to_the_budget_shares_of_their_signals() -> No
 
 
 @pytest.mark.slow
-def test_tiny_reference_causes_no_alarm() -> None:
+def test_tiny_drift_reference_causes_no_alarm() -> None:
     for size in (1, 2, 3):
         detector = Detector(baseline_of(REFERENCE.at(np.arange(size))))
         assert Stream(detector).add(draw_requests(2, 300)).events == [], size

@@ -106,7 +106,9 @@ def test_classifier_hits_or_bounds_depend_on_the_nearest_item_beyond_the_depende
 
 @settings(max_examples=25)
 @given(st.integers(0, 1_000), st.integers(0, 120), st.sampled_from([1.0, 7.4, 65.0]))
-def test_learned_set_bounds_are_above_0_and_at_most_95_percent(seed: int, back: int, dependence: float) -> None:
+def test_bounds_of_learned_prompt_sets_are_above_0_and_at_most_95_percent(
+    seed: int, back: int, dependence: float
+) -> None:
     chance = np.random.default_rng(seed)
     similar = Similarities(
         chance.random((300, 300)).astype(np.float32), (chance.random((300, 200)) ** 3).astype(np.float32)
@@ -122,13 +124,13 @@ def test_classifier_hit_rates_stay_below_their_bounds_if_there_is_no_drift() -> 
     assert (hits.mean(axis=0) < bounds.mean(axis=0)).all()
 
 
-def test_first_four_classifier_hit_rates_exceed_their_bounds_after_a_topic_change() -> None:
+def test_shares_of_prompts_in_the_first_learned_sets_exceed_their_bounds_after_a_topic_change() -> None:
     moved = ALIKE.part(0, 300).followed_by(draw_requests(3, 60, moved=1.0).prompts)
     hits, bounds = learned(compare(moved), range(320, 330))
     assert (hits[:, :4].mean(axis=0) > bounds[:, :4].mean(axis=0)).all()
 
 
-def test_second_classifier_bound_rises_if_half_of_the_recent_items_differ_from_the_reference() -> None:
+def test_second_bound_of_learned_sets_rises_if_half_of_the_recent_prompts_differ_from_the_reference() -> None:
     """Long after a change, the share in the reference differs from the recent share."""
     half_moved = draw_requests(3, 250, moved=2.0).prompts.followed_by(draw_requests(4, 250).prompts)
     mixed = half_moved.at(np.random.default_rng(1).permutation(500))
@@ -153,7 +155,7 @@ def test_prompts_far_from_the_reference_are_below_all_similarity_limits() -> Non
     assert (hits == HIT).all()
 
 
-def test_prompts_resembling_the_reference_are_below_similarity_limits_less_often_than_the_bounds() -> None:
+def test_prompts_resembling_the_reference_are_below_similarity_limits_less_often_than_the_bounds_allow() -> None:
     classifiers = [DomainClassifier(draw_requests(seed, 100).prompts) for seed in range(10, 30)]
     hits = [classifier.far_hits(classifier.similar(ALIKE)) == HIT for classifier in classifiers]
     assert (np.mean(hits, axis=(0, 1)) < np.mean([one.far_bounds for one in classifiers], axis=0)).all()
@@ -190,6 +192,6 @@ def test_no_prompt_is_a_hit_if_all_text_vectors_are_constant_or_empty(view: Floa
     assert (classifier.learned_hits(similar, 199, 1.0)[0] == MISS).all()
 
 
-def test_hit_table_without_items_has_no_rows() -> None:
+def test_table_of_prompts_far_from_the_reference_has_no_rows_without_prompts() -> None:
     nothing = REFERENCE.part(0, 0)
     assert CLASSIFIER.far_hits(CLASSIFIER.similar(nothing)).shape == (0, len(CLASSIFIER.far_bounds))

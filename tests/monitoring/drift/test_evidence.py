@@ -181,7 +181,7 @@ def test_treating_consecutive_identical_items_as_independent_causes_too_many_fal
 
 
 @given(streams, st.integers(0, 150), st.integers(1, 40))
-def test_items_without_a_value_leave_the_evidence_unchanged(
+def test_items_without_a_value_leave_the_drift_evidence_unchanged(
     items: list[tuple[int, ...]], place: int, count: int
 ) -> None:
     nothing = [(NOT_THERE,) * 3] * count
@@ -251,7 +251,7 @@ def test_restoring_state_from_json_between_chunks_does_not_change_the_result(
     assert states == whole.evidence.states()
 
 
-def test_evidence_for_a_feature_is_reset_if_its_bets_have_changed() -> None:
+def test_drift_evidence_for_a_feature_is_reset_if_the_bets_on_it_have_changed() -> None:
     states = Watched().add(*[(HIT, HIT, HIT)] * 30).evidence.states()
     changed = Watched(["one", "other"], [BOUND, BOUND], states=states)
     assert changed.evidence.strengths() == {"one": 0.0, "other": 1.0}
@@ -282,7 +282,7 @@ def test_estimated_start_of_a_change_is_never_after_its_alarm() -> None:
     assert all(1 <= alarm.since <= alarm.called for alarm in alarms)
 
 
-def test_no_events_are_produced_without_bets() -> None:
+def test_drift_evidence_without_any_bets_produces_no_events() -> None:
     nothing = Evidence([], np.zeros(0), THRESHOLD, {})
     assert nothing.add(1, np.zeros(0, np.int8), np.zeros(0), 1.0) == []
     assert (nothing.states(), nothing.strengths()) == ({}, {})

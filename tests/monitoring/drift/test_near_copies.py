@@ -133,7 +133,7 @@ def test_same_near_copies_are_detected_after_a_restart(reference: list[Words], s
 
 
 @given(prompts, st.integers(0, 40))
-def test_near_copy_decisions_are_the_same_if_earlier_requests_are_restored_instead_of_checked(
+def test_same_near_copies_are_found_when_earlier_requests_are_restored_from_a_previous_check(
     stream: list[Words], cut: int
 ) -> None:
     expected = decide(NearCopies([]), stream)

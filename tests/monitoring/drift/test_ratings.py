@@ -284,7 +284,7 @@ def test_bad_and_corrected_ratings_are_separate_drift_features() -> None:
     assert (table == HIT).tolist() == [[True, True], [True, False], [False, False]]
 
 
-def test_rating_bounds_are_upper_confidence_limits_of_the_reference_shares() -> None:
+def test_bounds_on_bad_ratings_and_corrections_are_upper_confidence_limits_of_their_reference_shares() -> None:
     bets = rating_bets(rating_sample([(place < 6, place < 2) for place in range(100)]))
     assert [(bet.feature, bet.bound) for bet in bets] == [
         ("bad_ratings", upper_limit(6, 100, 2.0)),
@@ -292,7 +292,7 @@ def test_rating_bounds_are_upper_confidence_limits_of_the_reference_shares() -> 
     ]
 
 
-def test_rating_bound_is_1_if_all_reference_ratings_are_bad() -> None:
+def test_bound_on_the_share_of_bad_ratings_is_1_if_all_reference_ratings_are_bad() -> None:
     assert rating_bets(rating_sample([(True, True)] * 100))[0].bound == pytest.approx(1)
 
 

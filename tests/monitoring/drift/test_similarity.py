@@ -56,13 +56,13 @@ def test_similarities_are_unchanged_if_kernel_width_and_distances_are_halved() -
 
 
 @pytest.mark.parametrize("flat", [np.zeros((20, 3)), np.full((20, 3), 0.1), np.zeros((20, 0))])
-def test_view_with_zero_variance_is_ignored(flat: Floats) -> None:
+def test_embedding_that_does_not_vary_in_the_reference_is_ignored(flat: Floats) -> None:
     view = draw(1, 20, 5)
     alone, both = Similarity([view], [1.0]), Similarity([view, flat], WIDTHS)
     assert both([view, flat], [view, flat]) == pytest.approx(alone([view], [view]))
 
 
-def test_all_similarities_are_1_if_every_view_has_zero_variance() -> None:
+def test_all_similarities_are_1_if_no_embedding_varies_in_the_reference() -> None:
     reference, live = [np.zeros((20, 3)), np.zeros((20, 0))], [draw(1, 4, 3), np.zeros((4, 0))]
     assert (Similarity(reference, WIDTHS)(live, reference) == np.ones((4, 20))).all()
 
@@ -86,7 +86,7 @@ def test_groups_are_not_separated_if_all_prompts_are_identical() -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 8), st.integers(1, 8))
-def test_separation_is_between_one_half_and_1(seed: int, reference: int, live: int) -> None:
+def test_area_under_the_classifiers_roc_curve_is_between_one_half_and_1(seed: int, reference: int, live: int) -> None:
     matrix = draw(seed, reference + live, reference + live)
     assert 0.5 <= separation(matrix + matrix.T, live) <= 1
 

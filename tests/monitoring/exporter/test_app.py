@@ -156,7 +156,7 @@ def test_exporter_listens_on_ipv6(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["of its home", "elsewhere"])
-def test_export_command_exports_a_server_and_stops_on_a_signal(tmp_path: Path, elsewhere: bool) -> None:
+def test_monitor_command_exports_server_metrics_and_stops_on_a_signal(tmp_path: Path, elsewhere: bool) -> None:
     command = [sys.executable, "-m", "svc.cli", "--home", str(tmp_path / "home"), "monitor", "--port", "0"]
     lock = tmp_path / ("other" if elsewhere else "home") / LOCK_FILE
     with (

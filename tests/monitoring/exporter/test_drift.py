@@ -108,7 +108,7 @@ def test_failed_check_of_one_model_does_not_stop_checks_of_other_models(
     assert read_drift_states(store, other) != {}
 
 
-def test_check_time_is_zero_for_a_version_that_was_never_checked(metrics: CollectorRegistry) -> None:
+def test_time_of_the_last_drift_check_is_zero_for_a_version_that_was_never_checked(metrics: CollectorRegistry) -> None:
     assert metrics.get_sample_value("svc_drift_checked_timestamp_seconds", VERSION) == 0
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None
 
@@ -163,7 +163,9 @@ def test_held_out_evaluation_is_exported(metrics: CollectorRegistry, registry: R
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) == 1
 
 
-def test_failed_and_last_completed_held_out_runs_are_both_exported(metrics: CollectorRegistry, store: Store) -> None:
+def test_failed_and_last_completed_held_out_evaluations_are_both_exported(
+    metrics: CollectorRegistry, store: Store
+) -> None:
     failed = replace(run([], []), outcome=HoldoutOutcome.FAILED, reason="away")
     add_holdout_run(store, failed)
     shown = metrics.get_sample_value("svc_holdout_run_timestamp_seconds", {**VERSION, "outcome": "failed"})

@@ -145,7 +145,7 @@ def test_rates_are_differences_between_readings_divided_by_elapsed_time() -> Non
     assert rates_between(counted(a=6), counted(a=10), 2.0) == {"a": Rate(2.0, 20.0)}
 
 
-def test_rate_of_a_new_version_starts_from_zero() -> None:
+def test_rates_of_a_new_version_are_computed_as_if_its_counters_had_been_zero() -> None:
     assert rates_between(counted(a=5), counted(a=5, b=4), 2.0) == {"a": Rate(0.0, 0.0), "b": Rate(2.0, 20.0)}
 
 

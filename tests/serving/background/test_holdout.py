@@ -149,7 +149,7 @@ async def test_held_out_evaluation_is_stored_even_if_the_versions_own_metric_is_
     assert "there is no metric 'own'" in caplog.text
 
 
-async def test_held_out_run_computes_log_probabilities_of_the_registered_tokens(make: Make) -> None:
+async def test_held_out_evaluation_computes_log_probabilities_of_the_registered_tokens(make: Make) -> None:
     async with asked(make) as (control, _):
         run = await run_of(control, target(1))
         for example, nll in zip(HELDOUT, run.nll, strict=True):
@@ -159,7 +159,9 @@ async def test_held_out_run_computes_log_probabilities_of_the_registered_tokens(
             assert nll == pytest.approx(-sum(logprobs) / len(logprobs))
 
 
-async def test_held_out_requests_have_the_same_messages_and_parameters_as_at_registration(make: Make) -> None:
+async def test_requests_for_held_out_examples_have_the_same_messages_and_parameters_as_at_registration(
+    make: Make,
+) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         chats = [body for body in control.double.requests if "messages" in body]
@@ -203,7 +205,7 @@ async def test_held_out_example_with_too_many_tokens_is_skipped(make: Make, monk
         assert (await run_of(control, target(1))).places == (0, 2)
 
 
-async def test_held_out_run_is_skipped_with_a_reason_if_all_examples_are_too_long(
+async def test_held_out_evaluation_is_skipped_with_a_reason_if_all_examples_are_too_long(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(holdout, "MOST_TOKENS", 1)
@@ -222,7 +224,7 @@ def test_sample_is_spread_evenly_over_the_held_out_set() -> None:
         assert min(gaps) >= 1 and max(gaps) <= -(-total // most), total
 
 
-async def test_held_out_run_does_not_appear_in_request_metrics(make: Make) -> None:
+async def test_held_out_evaluation_does_not_appear_in_request_metrics(make: Make) -> None:
     async with asked(make) as (control, _):
         await run_of(control, target(1))
         assert control.sample("svc_tokens_total", model=NAME, version="1", direction="out") == 0
@@ -255,13 +257,13 @@ async def test_replacement_engine_is_evaluated_on_the_held_out_set_after_an_engi
         assert (await run_of(control, target(1), 2)).cause is HoldoutCause.START
 
 
-async def test_held_out_run_is_repeated_on_schedule(make: Make) -> None:
+async def test_held_out_evaluation_is_repeated_on_schedule(make: Make) -> None:
     async with asked(make, every_hours=0.05 / 3600) as (control, _):
         assert (await run_of(control, target(1), 3)).cause is HoldoutCause.SCHEDULE
         assert [row.cause for row in rows(control)][:3] == ["start", "schedule", "schedule"]
 
 
-async def test_held_out_run_is_not_repeated_before_its_scheduled_time(make: Make) -> None:
+async def test_held_out_evaluation_is_not_repeated_before_its_scheduled_time(make: Make) -> None:
     async with asked(make) as (control, runs):
         await run_of(control, target(1))
         await asyncio.sleep(0.1)
@@ -269,7 +271,7 @@ async def test_held_out_run_is_not_repeated_before_its_scheduled_time(make: Make
         assert not runs.under_way
 
 
-async def test_held_out_run_restarts_after_a_swap_interrupts_it(make: Make) -> None:
+async def test_held_out_evaluation_restarts_after_a_swap_interrupts_it(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
     async with control.run(), running(runs_of(control)) as runs:
@@ -294,7 +296,7 @@ async def test_held_out_evaluation_restarts_after_engine_death_interrupts_it(mak
 
 
 @pytest.mark.slow
-async def test_held_out_run_completes_under_load_without_a_failed_request(
+async def test_held_out_evaluation_completes_under_load_without_a_failed_request(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.background.scheduler.PATIENCE_S", 0.02)
@@ -313,7 +315,7 @@ async def test_held_out_run_completes_under_load_without_a_failed_request(
     load.check()
 
 
-async def test_rejected_example_fails_the_held_out_run_but_does_not_stop_later_scheduled_runs(
+async def test_rejected_example_fails_the_held_out_evaluation_but_does_not_stop_later_scheduled_runs(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     control = make(answered=3)
@@ -340,7 +342,7 @@ async def test_held_out_evaluation_fails_if_registered_answers_were_altered(
     assert run.reason is not None and "was changed after registration" in run.reason
 
 
-async def test_failed_held_out_run_reports_the_exception_as_its_reason(
+async def test_failed_held_out_evaluation_reports_the_exception_as_its_reason(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(*_: object, **__: object) -> None:
@@ -352,7 +354,7 @@ async def test_failed_held_out_run_reports_the_exception_as_its_reason(
     assert run.reason == "ZeroDivisionError('no')"
 
 
-async def test_held_out_run_is_stored_even_if_the_store_failed_temporarily(
+async def test_held_out_evaluation_is_stored_even_if_the_store_failed_temporarily(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = 2
@@ -411,7 +413,7 @@ async def test_version_without_registered_answers_is_skipped_and_logged_once(
     ("unprobed", "settings", "reason"),
     [("the engine dies of it", {}, "the engine dies of it"), (None, {"every_hours": 0}, "`holdout.every_hours` is 0")],
 )
-async def test_held_out_run_is_skipped_with_a_reason_if_held_out_runs_are_disabled(
+async def test_held_out_evaluation_is_skipped_with_a_reason_if_held_out_evaluations_are_disabled(
     make: Make, caplog: pytest.LogCaptureFixture, unprobed: str | None, settings: dict[str, Any], reason: str
 ) -> None:
     control = make(answered=3)
@@ -428,7 +430,7 @@ async def test_held_out_run_is_skipped_with_a_reason_if_held_out_runs_are_disabl
     assert [record for record in caplog.records if record.levelno == logging.WARNING and reason in record.message]
 
 
-async def test_held_out_run_interval_is_exported_before_the_first_run_ends(make: Make) -> None:
+async def test_interval_between_held_out_evaluations_is_exported_before_the_first_evaluation_ends(make: Make) -> None:
     control = make(answered=3)
     control.park.prepare = lambda double: setattr(double, "token_delay_s", 0.05)
     async with control.run(), running(runs_of(control, every_hours=2)) as runs:
@@ -464,7 +466,7 @@ async def test_status_shows_held_out_evaluation_progress(make: Make) -> None:
     }
 
 
-async def test_held_out_runs_are_disabled_after_three_engine_deaths(make: Make) -> None:
+async def test_held_out_evaluations_are_disabled_after_three_engine_deaths(make: Make) -> None:
     """Otherwise, each new engine would be killed by the held-out run that its start triggers."""
     control = make(answered=3)
 

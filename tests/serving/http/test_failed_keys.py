@@ -57,12 +57,12 @@ def test_ipv6_addresses_with_one_64_bit_prefix_share_the_limit_on_invalid_keys(f
         failed.add("2001:db8::ffff:2")
 
 
-def test_invalid_key_table_stays_bounded_if_many_peers_send_invalid_keys(failed: FailedKeys) -> None:
+def test_number_of_remembered_peers_with_invalid_keys_is_limited(failed: FailedKeys) -> None:
     for number in range(_MAX_PEERS + 1000):
         failed.add(str(ipaddress.ip_address(number + 2**24)))
     assert len(failed._peers) == _MAX_PEERS
 
 
-def test_invalid_address_is_truncated_in_the_invalid_key_table(failed: FailedKeys) -> None:
+def test_overlong_address_of_a_peer_with_an_invalid_key_is_truncated(failed: FailedKeys) -> None:
     failed.add("x" * 10_000)
     assert max(map(len, failed._peers)) <= 64

@@ -112,7 +112,9 @@ async def test_request_with_stored_content_is_queued_for_feature_extraction_once
 
 
 @pytest.mark.parametrize("fault", [Fault.ERROR_IN_STREAM, Fault.DIE_BEFORE_ANSWER])
-async def test_only_complete_answers_have_features(service: Service, handed: list[RequestRecord], fault: Fault) -> None:
+async def test_no_drift_features_are_computed_for_an_incomplete_answer(
+    service: Service, handed: list[RequestRecord], fault: Fault
+) -> None:
     service.double.fault = fault
     await ask(service, {**ASKED, "stream": True})
     assert len(rows(service)) == 1

@@ -224,7 +224,7 @@ async def test_span_of_a_request_rejected_for_lack_of_a_slot_includes_the_reason
     assert "gen_ai.response.model" not in refused.attributes
 
 
-async def test_span_is_an_error_if_the_engine_is_down(traced: Traced) -> None:
+async def test_span_has_an_error_status_if_the_engine_is_down(traced: Traced) -> None:
     async with traced.run() as (service, client):
         service.admission.unavailable("it is being restarted")
         assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 503

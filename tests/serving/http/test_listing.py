@@ -27,7 +27,7 @@ def page(query: str) -> Page:
         ("limit=100&order=desc", Page(100)),
     ],
 )
-def test_page_is_parsed_from_valid_query_parameters(query: str, expected: Page) -> None:
+def test_valid_pagination_parameters_are_parsed(query: str, expected: Page) -> None:
     assert page(query) == expected
 
 
@@ -49,7 +49,7 @@ def test_error_names_the_parameter_when_its_value_is_invalid(query: str, param: 
     assert caught.value.param == param
 
 
-def test_list_object_is_valid_for_the_official_client() -> None:
+def test_list_response_is_valid_for_the_official_client() -> None:
     file = {
         "id": "file-1",
         "object": "file",
@@ -64,7 +64,7 @@ def test_list_object_is_valid_for_the_official_client() -> None:
     assert parsed.has_more is True
 
 
-def test_empty_list_object_has_no_first_or_last_id() -> None:
+def test_empty_list_response_has_no_first_or_last_id() -> None:
     assert list_object([], has_more=False) == {
         "object": "list",
         "data": [],

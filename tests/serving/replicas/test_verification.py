@@ -73,7 +73,7 @@ async def test_probe_difference_within_the_tolerance_passes(control: Control) ->
     assert checked.verified and checked.found.startswith("1 probes passed")
 
 
-async def test_probe_difference_beyond_the_tolerance_raises(control: Control) -> None:
+async def test_verification_probe_difference_beyond_the_tolerance_raises(control: Control) -> None:
     control.double.probe_noise = 0.0011
     with pytest.raises(ProbeError):
         await Verification(control.registry, control.store, kind_of(FACTS)).probes(
@@ -95,7 +95,7 @@ async def test_probes_are_recorded_again_and_stored_for_a_new_engine_kind(elsewh
     assert find_retaken_probes(elsewhere.store, target(1), FACTS) is None
 
 
-async def test_stored_probes_are_checked_on_the_next_load(elsewhere: Control) -> None:
+async def test_stored_verification_probes_are_checked_on_the_next_load(elsewhere: Control) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     checked = await verification.probes(elsewhere.park.engines[-1], target(1), fresh=False)
     assert "probes passed" in checked.found
@@ -122,14 +122,14 @@ async def test_probes_exist_only_if_an_engine_of_the_same_kind_has_run_the_versi
     assert await verification.has_probes(target(number)) is known
 
 
-async def test_probes_measured_on_unexpected_weights_are_not_stored(elsewhere: Control) -> None:
+async def test_verification_probes_measured_on_unexpected_weights_are_not_stored(elsewhere: Control) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     with pytest.raises(ProbeError, match="not the version's weights"):
         await verification.probes(elsewhere.park.engines[-1], target(2), fresh=True)
     assert find_retaken_probes(elsewhere.store, target(2), OTHER_FACTS) is None
 
 
-async def test_probes_with_nan_are_rejected(elsewhere: Control) -> None:
+async def test_verification_probes_with_nan_are_rejected(elsewhere: Control) -> None:
     elsewhere.double.probe_noise = float("nan")
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))
     with pytest.raises(ProbeError):

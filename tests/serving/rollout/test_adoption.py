@@ -46,7 +46,7 @@ async def test_restarted_server_adopts_the_running_engine(left: Control) -> None
         assert control.park.alive == 1
 
 
-async def test_history_shows_that_the_server_was_lost_and_the_engine_adopted(left: Control) -> None:
+async def test_history_shows_that_the_server_was_lost_and_the_engine_was_adopted(left: Control) -> None:
     async with again(left) as control:
         await until(lambda: len(served_spans(control.store, NAME)) == 2)
         spans = served_spans(control.store, NAME)

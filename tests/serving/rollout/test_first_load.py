@@ -119,7 +119,7 @@ async def test_engines_are_unchanged_if_the_store_is_unreadable(
         assert (control.state, len(control.park.engines), reloads(control)) == (EngineState.READY, 1, 0)
 
 
-async def test_reload_is_undone_if_the_version_has_no_probes(
+async def test_reload_is_undone_if_the_version_has_no_verification_probes(
     elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def has_probes(verification: Verification, wanted: object) -> bool:

@@ -114,7 +114,7 @@ def test_gguf_is_not_served(home: Home) -> None:
     assert choose(home, f"{NAME}@4") == (f"{NAME}@4", Format.MERGED)
 
 
-def test_last_served_format_is_kept(home: Home) -> None:
+def test_last_served_format_is_chosen_again_unless_a_different_format_is_requested(home: Home) -> None:
     make_version(home.registry, 4, formats=(Format.MERGED, Format.GPTQ))
     change_desired(home.store, None, target(4), None)
     assert choose(home, f"{NAME}@4") == (f"{NAME}@4", Format.MERGED)

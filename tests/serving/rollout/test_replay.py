@@ -119,7 +119,7 @@ async def test_all_stored_requests_are_replayed_when_fewer_than_configured_are_s
     assert len(pairs(control)) == 25
 
 
-async def test_candidate_with_invalid_json_is_rolled_back_after_a_replay(control: Control) -> None:
+async def test_candidate_that_returns_invalid_json_is_rolled_back_after_a_replay(control: Control) -> None:
     for number in (11, 12):
         make_version(control.registry, number, heldout=JSON)
     keep(control, 60, number=11, answer='{"team": "billing"}')

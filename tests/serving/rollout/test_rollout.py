@@ -178,7 +178,7 @@ async def test_clients_never_see_the_candidate_during_the_shadow_step(control: C
     assert control.sample("svc_shadow_requests_total", model=NAME, outcome="compared") >= 30
 
 
-async def test_candidate_that_answers_invalid_json_is_rolled_back(control: Control) -> None:
+async def test_candidate_that_returns_invalid_json_is_rolled_back(control: Control) -> None:
     def prepare(double: EngineDouble) -> None:
         double.message = {"content": '{"team": "billing"}'}
 
@@ -362,7 +362,7 @@ async def test_rollout_ends_undecided_when_a_step_reaches_its_deadline_without_a
     assert seen.why is not None and seen.why.startswith("no decision after 0.2 s")
 
 
-async def test_time_without_a_server_does_not_count_towards_the_deadline_of_a_step(
+async def test_time_without_a_server_does_not_count_towards_the_deadline_of_a_rollout_step(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.rollout.rollout._LOOK_S", 0.01)

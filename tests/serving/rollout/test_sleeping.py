@@ -340,7 +340,7 @@ async def test_waking_model_does_not_stop_itself_to_free_memory(sleeping: Home) 
         assert len(sleeping.park.engines) == 1
 
 
-async def test_engine_that_neither_wakes_nor_stops_is_stopped_before_a_new_engine_starts(
+async def test_engine_that_does_not_wake_and_cannot_be_stopped_at_first_is_stopped_before_a_new_engine_starts(
     sleeping: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_to_end_once(monkeypatch)

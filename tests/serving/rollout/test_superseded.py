@@ -208,7 +208,7 @@ async def test_superseded_reload_is_completed_and_undone_in_the_same_engine(cont
     assert any("weights of tuned@1" in step for step in steps(control, promotion))
 
 
-async def test_swap_superseded_during_the_probe_check_is_undone(
+async def test_swap_superseded_while_the_loaded_weights_are_verified_is_undone(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is checked right after the reload, so the version passes its probes and is undone nevertheless."""
@@ -300,7 +300,7 @@ async def test_single_engine_restarts_with_the_previous_version_if_its_restart_i
     assert_cancelled(swap)
 
 
-async def test_remaining_engines_serve_while_the_restart_of_one_engine_is_superseded(make: Make) -> None:
+async def test_both_engines_serve_the_previous_version_after_the_restart_of_one_is_superseded(make: Make) -> None:
     control = make(facts=OTHER_FACTS, replicas=2)
     control.park.room = "full"
     async with loaded(control):

@@ -47,7 +47,7 @@ async def test_unverified_version_appears_in_the_metrics(serving: Control) -> No
     assert serving.sample("svc_versions_unverified", model=NAME) == 1
 
 
-async def test_unverified_metric_is_zero_if_engines_are_verified(control: Control) -> None:
+async def test_number_of_unverified_versions_is_zero_if_engines_are_verified(control: Control) -> None:
     assert probed(control)
     assert control.collector.get_sample_value("svc_versions_unverified", {"model": NAME}) == 0
 

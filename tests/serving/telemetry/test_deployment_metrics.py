@@ -55,7 +55,7 @@ def test_swap_metrics_include_the_duration_and_the_number_of_queued_requests(
     assert registry.get_sample_value("svc_swap_queued_requests_sum", {"model": NAME}) == 12
 
 
-def test_swap_refused_while_admission_was_open_is_not_timed(
+def test_swap_refused_while_admission_was_open_is_not_in_the_queued_requests_metric(
     registry: CollectorRegistry, metrics: DeploymentMetrics
 ) -> None:
     metrics.swap_ended(SwapResult(SwapOutcome.REFUSED, "other shapes"))

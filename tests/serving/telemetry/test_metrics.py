@@ -88,7 +88,7 @@ def test_failed_requests_are_excluded_from_the_measured_durations(
     assert registry.get_sample_value("svc_request_duration_quantile_seconds", quantile) == pytest.approx(1.0, rel=0.011)
 
 
-def test_tokens_are_counted_by_direction(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
+def test_prompt_and_answer_tokens_are_counted_separately(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
     metrics.tokens(ONE, Usage(prompt=5, completion=7))
     for direction, count in (("in", 5), ("out", 7)):
         labels = {"model": "tuned", "version": "1", "direction": direction}
@@ -128,7 +128,9 @@ def test_error_without_a_version_is_counted_for_its_model(registry: CollectorReg
     assert registry.get_sample_value("svc_request_errors_total", labels) == 1
 
 
-def test_error_without_a_model_is_counted_under_unknown(registry: CollectorRegistry, metrics: GatewayMetrics) -> None:
+def test_request_error_without_a_model_has_the_model_label_unknown(
+    registry: CollectorRegistry, metrics: GatewayMetrics
+) -> None:
     metrics.request_failed(None, ErrorCode.BODY_TIMEOUT)
     labels = {"model": "unknown", "version": "", "reason": "body_timeout"}
     assert registry.get_sample_value("svc_request_errors_total", labels) == 1

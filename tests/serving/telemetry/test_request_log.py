@@ -159,7 +159,7 @@ def test_flush_gives_up_if_the_writer_is_stuck(store: Store) -> None:
     assert not Pen(store).writer.flush(0.05)
 
 
-def test_next_batch_is_written_even_if_writing_the_previous_batch_failed(
+def test_next_batch_of_requests_is_logged_even_if_logging_the_previous_batch_failed(
     pen: Pen, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(store: Store, batch: list[object]) -> None:

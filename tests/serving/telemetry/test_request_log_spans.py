@@ -98,7 +98,7 @@ def test_span_is_sent_even_if_the_store_rejects_the_rows(pen: Pen, monkeypatch: 
     assert (pen.dropped[Dropped.STORE_FAILED], len(pen.sink.given)) == (1, 1)
 
 
-def test_row_is_written_even_if_its_span_fails(pen: Pen) -> None:
+def test_request_row_is_written_even_if_its_trace_span_fails(pen: Pen) -> None:
     pen.sink.broken = True
     pen.log.add(RECORD, trace=TRACE)
     pen.log.add(RECORD._replace(request_id="req-2"), trace=TRACE)

@@ -58,7 +58,7 @@ def test_held_out_share_matches_the_requested_share_on_real_examples(share: floa
 
 
 @pytest.mark.slow
-def test_duplicate_group_is_held_out_when_its_smallest_hash_is_below_the_held_out_share() -> None:
+def test_duplicate_group_is_held_out_when_its_smallest_normalized_hash_is_below_the_held_out_fraction() -> None:
     """One copy differs only in case and has no hash of its own: three hashes, and 1 - 0.9 ** 3 is 0.271."""
     examples = with_copies(1)
     copied = {example.answer for example in examples if sum(one.answer == example.answer for one in examples) > 1}

@@ -113,7 +113,7 @@ def test_end_of_a_long_prompt_affects_its_features() -> None:
         pytest.param("Wo ist 我的 Paket 7?", "Wo ist 我 的 Paket", id="two scripts"),
     ],
 )
-def test_each_letter_is_a_word_in_scripts_without_spaces(text: str, words: str) -> None:
+def test_each_letter_is_a_word_in_writing_systems_without_spaces(text: str, words: str) -> None:
     assert re.findall(WORD, text) == words.split()
 
 
@@ -128,7 +128,7 @@ def test_each_letter_is_a_word_in_scripts_without_spaces(text: str, words: str) 
         "Πού είναι;",
     ],
 )
-def test_word_is_a_run_of_letters_in_scripts_with_spaces(text: str) -> None:
+def test_word_is_a_run_of_letters_in_writing_systems_with_spaces(text: str) -> None:
     assert re.findall(WORD, text) == re.findall(r"[^\W\d_]+", text) == text.rstrip("?؟;").split()
 
 

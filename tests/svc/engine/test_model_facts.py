@@ -80,7 +80,7 @@ def test_tensor_parallel_ranks_must_not_split_quantization_groups(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "no json", "null"])
-def test_corrupt_model_config_yields_empty_model_facts(tmp_path: Path, content: str) -> None:
+def test_corrupt_model_config_yields_no_information_about_the_model(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     assert read_model_facts(tmp_path) == ModelFacts()
 

@@ -194,7 +194,7 @@ async def test_process_reusing_a_dead_engines_pid_is_left_alone(folder: Path) ->
         await stranger.wait()
 
 
-async def test_engine_is_not_stopped_through_a_copy_of_its_state_folder(folder: Path) -> None:
+async def test_copied_state_folder_cannot_be_used_to_stop_the_engine(folder: Path) -> None:
     async with orphan(folder) as engine:
         copy = folder / "copy"
         copy.mkdir()

@@ -58,16 +58,16 @@ async def check(double: EngineDouble, probes: Sequence[Probe]) -> float:
         return await check_probes(client, probes)
 
 
-async def test_probe_of_identical_weights_passes_with_no_difference() -> None:
+async def test_verification_probe_of_identical_weights_passes_with_no_difference() -> None:
     assert await check(EngineDouble(), await probes_of(EngineDouble())) == 0.0
 
 
-async def test_probe_difference_within_the_tolerance_passes_and_is_reported() -> None:
+async def test_verification_probe_difference_within_the_tolerance_passes_and_is_reported() -> None:
     probes = await probes_of(EngineDouble())
     assert await check(EngineDouble(probe_noise=MIN_TOLERANCE / 2), probes) == pytest.approx(MIN_TOLERANCE / 2)
 
 
-async def test_probe_difference_beyond_the_tolerance_fails() -> None:
+async def test_verification_probe_difference_beyond_the_tolerance_fails() -> None:
     probes = await probes_of(EngineDouble())
     with pytest.raises(ProbeError, match=r"probe 1 of 2 differs by 0\.0020 nats") as caught:
         await check(EngineDouble(probe_noise=2 * MIN_TOLERANCE), probes)
@@ -87,7 +87,7 @@ async def test_non_finite_log_probability_fails_the_probe(value: float) -> None:
         await check(EngineDouble(probe_noise=value), probes)
 
 
-async def test_probe_that_recorded_nan_fails() -> None:
+async def test_verification_probe_that_recorded_nan_fails() -> None:
     damaged = [probe.model_copy(update={"logprobs": (math.nan, -1.0)}) for probe in await probes_of(EngineDouble())]
     with pytest.raises(ProbeError):
         await check(EngineDouble(), damaged)
@@ -99,13 +99,13 @@ async def test_verification_probe_passes_for_identical_weights_despite_rounding_
     assert await check(double, probes) == 0.0
 
 
-async def test_probe_of_identical_weights_passes_when_some_batches_include_other_requests() -> None:
+async def test_verification_probe_of_identical_weights_passes_when_some_batches_include_other_requests() -> None:
     probes, double = await probes_of(EngineDouble()), EngineDouble()
     add_noise(double, [0.1] * len(probes) + [0.2, 0.1])
     assert await check(double, probes) == 0.0
 
 
-async def test_probe_of_different_weights_fails_after_few_measurements() -> None:
+async def test_verification_probe_of_different_weights_fails_after_few_measurements() -> None:
     probes, double = await probes_of(EngineDouble()), EngineDouble(probe_noise=0.1)
     with pytest.raises(ProbeError, match=r"probe 1 of 2 differs by 0\.1000 nats"):
         await check(double, probes)
@@ -117,7 +117,7 @@ async def test_verification_fails_if_there_are_no_probes() -> None:
         await check(EngineDouble(), [])
 
 
-async def test_one_failing_probe_among_many_fails_the_check() -> None:
+async def test_one_failing_verification_probe_fails_the_check() -> None:
     good, other = await probes_of(EngineDouble())
     bad = other.model_copy(update={"logprobs": tuple(value - 1 for value in other.logprobs)})
     with pytest.raises(ProbeError, match="probe 2 of 2"):
@@ -169,7 +169,7 @@ tokens = st.lists(st.integers(0, 50_000), min_size=1, max_size=150)
 
 
 @given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=40), st.integers(1, MAX_PROBES))
-def test_chosen_probe_sequences_are_a_few_short_excerpts_of_prompts_and_their_answers(
+def test_verification_probes_are_a_few_short_excerpts_of_prompts_and_their_answers(
     pairs: list[tuple[list[int], list[int]]], count: int
 ) -> None:
     chosen = choose_sequences(pairs, count)
@@ -200,7 +200,7 @@ def test_probe_sequences_are_spread_across_the_held_out_set() -> None:
         {"note": "x"},
     ],
 )
-def test_probe_with_invalid_fields_is_rejected(change: dict[str, object]) -> None:
+def test_verification_probe_with_invalid_fields_is_rejected(change: dict[str, object]) -> None:
     good = {"token_ids": (1, 2, 3, 4), "start": 2, "logprobs": (-1.0, -2.0), "tolerance": 1e-3, "engine": FACTS}
     Probe.model_validate(good)
     with pytest.raises(ValidationError):
@@ -231,7 +231,7 @@ def test_engine_facts_include_dtype_and_kernel(tmp_path: Path) -> None:
     assert facts_of(tmp_path) != facts_of(tmp_path, args=("--dtype", "float32"))
 
 
-def test_engine_facts_with_different_dtypes_have_different_keys() -> None:
+def test_engines_that_compute_in_different_dtypes_have_different_keys() -> None:
     wide = FACTS.model_copy(update={"dtype": "float32"})
     assert wide.key != FACTS.key
     assert EngineFacts.model_validate_json(wide.key) == wide

@@ -60,7 +60,7 @@ def test_weighted_mean_equals_mean_of_repeated_values(numbers: list[float], data
 
 @settings(max_examples=20)
 @given(values)
-def test_equal_weights_do_not_change_the_mean_or_interval(numbers: list[float]) -> None:
+def test_weighting_all_values_equally_does_not_change_the_mean_or_its_confidence_interval(numbers: list[float]) -> None:
     weighted, plain = mean(numbers, [3.0] * len(numbers)), mean(numbers)
     for one, other in ((weighted.value, plain.value), (weighted.low, plain.low), (weighted.high, plain.high)):
         assert math.isclose(one, other, rel_tol=1e-12, abs_tol=1e-6)
@@ -75,7 +75,7 @@ def test_mean_and_its_interval_lie_between_the_smallest_and_largest_value(number
     assert min(numbers) - slack <= estimate.value <= max(numbers) + slack
 
 
-def test_mean_interval_is_close_to_the_normal_approximation() -> None:
+def test_confidence_interval_of_the_mean_is_close_to_the_normal_approximation() -> None:
     generator = random.Random(1)
     numbers = [generator.gauss(10, 2) for _ in range(400)]
     estimate = mean(numbers)
@@ -103,7 +103,7 @@ def test_paired_difference_of_unequal_lengths_is_rejected() -> None:
         paired_difference([1.0], [1.0, 2.0])
 
 
-def test_estimate_is_printed_with_its_interval() -> None:
+def test_estimate_is_printed_with_its_confidence_interval() -> None:
     assert str(Interval(value=0.5, low=0.25, high=0.75)) == "0.500 [0.250, 0.750]"
 
 
@@ -112,7 +112,7 @@ def test_bootstrap_of_the_mean_gives_the_same_interval_as_the_mean_function() ->
     assert bootstrap(4, lambda drawn: drawn @ np.array(numbers) / drawn.sum(axis=1)) == mean(numbers)
 
 
-def test_interval_of_1000_values_is_computed_quickly() -> None:
+def test_confidence_interval_of_the_mean_of_1000_values_is_computed_quickly() -> None:
     mean([0.0] * 10)  # numpy is imported
     numbers = [random.Random(1).random() for _ in range(1000)]
     started = time.process_time()

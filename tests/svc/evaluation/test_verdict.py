@@ -120,11 +120,11 @@ def test_loss_of_12_of_60_answers_is_undecided_with_a_10_percent_margin() -> Non
     assert outcome(12, 0, 60, 0.1) is GateOutcome.UNDECIDED
 
 
-def test_loss_of_13_percent_of_30_answers_is_undecided_with_a_5_percent_margin() -> None:
+def test_gate_with_a_5_percent_margin_is_undecided_when_4_of_30_answers_are_lost() -> None:
     assert outcome(4, 0, 30, 0.05) is GateOutcome.UNDECIDED
 
 
-def test_net_loss_of_3_percent_of_200_answers_is_undecided_with_a_5_percent_margin() -> None:
+def test_gate_with_a_5_percent_margin_is_undecided_when_10_of_200_answers_are_lost_and_4_gained() -> None:
     assert outcome(10, 4, 200, 0.05) is GateOutcome.UNDECIDED
 
 

@@ -44,7 +44,7 @@ def register(
     return register
 
 
-def test_parity_checks_are_shown_with_the_path_of_the_page(svc: Svc, register: Register) -> None:
+def test_parity_checks_are_shown_with_the_path_of_the_parity_page(svc: Svc, register: Register) -> None:
     made = register(make_parity("template"))
     result = svc("show", str(made.id), "--parity")
     told = " ".join(result.out.split())

@@ -124,7 +124,7 @@ def test_newest_run_is_the_most_recently_started_run(tracking: Tracking, name: s
     assert tracking.newest_run(name) == tracking.run(last)
 
 
-def test_untrained_model_name_has_no_newest_run(tracking: Tracking, name: str) -> None:
+def test_model_name_without_training_runs_has_no_newest_run(tracking: Tracking, name: str) -> None:
     assert tracking.newest_run(name) is None
 
 

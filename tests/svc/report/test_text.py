@@ -34,6 +34,6 @@ def test_invisible_characters_are_made_visible(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
-def test_right_to_left_and_combining_scripts_are_unchanged() -> None:
+def test_text_in_right_to_left_and_combining_scripts_is_unchanged() -> None:
     text = "مرحبا 👩‍👩‍👧 हिन्दी\tend\n"
     assert visible(text) == text

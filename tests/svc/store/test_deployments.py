@@ -22,7 +22,7 @@ def test_removing_a_model_twice_has_no_further_effect(store: Store) -> None:
     assert deployed_names(store) == []
 
 
-def test_setting_deployments_replaces_all_previous_deployments(store: Store) -> None:
+def test_storing_a_list_of_deployments_replaces_all_previous_deployments(store: Store) -> None:
     add_deployment(store, "a")
     add_deployment(store, "b")
     set_deployments(store, ["c", "b"])

@@ -39,7 +39,7 @@ def test_desired_state_change_can_clear_the_previous_target(store: Store) -> Non
     assert read_desired(store, "tiny") == Desired(target(2), None, 2)
 
 
-def test_reason_for_a_forced_version_is_kept_until_the_next_change(store: Store) -> None:
+def test_reason_for_a_forced_promotion_is_kept_until_the_desired_state_changes(store: Store) -> None:
     first = change_desired(store, None, target(1), None, forced="a test")
     assert read_desired(store, "tiny") == first == Desired(target(1), None, 1, "a test")
     change_desired(store, first, target(2), first.target)

@@ -81,7 +81,7 @@ def test_drift_items_are_read_in_id_order_and_missing_ids_are_skipped(store: Sto
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_drift_items_of_different_targets_are_neither_read_nor_pruned(store: Store, other: Target) -> None:
+def test_drift_items_of_a_different_version_or_format_are_neither_read_nor_pruned(store: Store, other: Target) -> None:
     fill(store, 2)
     ids = add(store, 2)
     assert read_items(store, other, after=0, newest=9) == read_items_with(store, other, ids) == []

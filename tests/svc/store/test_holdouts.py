@@ -80,7 +80,7 @@ def test_failed_held_out_evaluations_are_skipped_if_only_completed_runs_are_requ
         Target(VersionId("tiny", 2), Format.MERGED),
     ],
 )
-def test_held_out_runs_of_different_targets_are_excluded(store: Store, other: Target) -> None:
+def test_held_out_evaluations_of_a_different_version_or_format_are_excluded(store: Store, other: Target) -> None:
     add_holdout_run(store, replace(COMPLETED, target=other))
     assert newest_holdout_run(store, TARGET, completed=False) is None
 

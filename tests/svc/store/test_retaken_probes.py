@@ -48,7 +48,7 @@ def test_remeasured_probes_apply_only_to_the_engine_kind_and_target_they_were_me
     assert find_retaken_probes(store, target, facts) is None
 
 
-def test_newly_remeasured_probes_replace_previously_stored_probes(store: Store) -> None:
+def test_remeasured_verification_probes_replace_those_measured_before(store: Store) -> None:
     keep_retaken_probes(store, TARGET, FACTS, (probe(-1.0),))
     keep_retaken_probes(store, TARGET, FACTS, (probe(-2.0),))
     assert find_retaken_probes(store, TARGET, FACTS) == (probe(-2.0),)

@@ -78,7 +78,7 @@ NOT_COMPARABLE: list[dict[str, Any]] = [
 ]
 
 
-def test_answers_that_fail_any_scoring_criterion_are_not_scored(store: Store) -> None:
+def test_answers_that_violate_any_condition_for_scoring_are_not_selected(store: Store) -> None:
     scored = []
     for fields in NOT_COMPARABLE:
         add_requests(store, [KEPT._replace(**fields)])
@@ -98,7 +98,7 @@ def test_answers_that_fail_any_scoring_criterion_are_not_scored(store: Store) ->
         {"tokens_in": MOST_TOKENS - 1, "tokens_out": 1},
     ],
 )
-def test_answers_that_meet_all_scoring_criteria_are_scored(store: Store, fields: dict[str, Any]) -> None:
+def test_answers_that_meet_all_conditions_for_scoring_are_selected(store: Store, fields: dict[str, Any]) -> None:
     add_requests(store, [KEPT._replace(**fields)])
     assert newest(store) is not None
 

@@ -18,18 +18,18 @@ def minute(number: int) -> datetime:
     return NOON + timedelta(minutes=number)
 
 
-def test_new_store_has_no_served_intervals(store: Store) -> None:
+def test_new_store_has_no_serving_intervals(store: Store) -> None:
     end_serving(store, "tickets")
     assert served_spans(store, "tickets") == []
 
 
-def test_served_interval_lasts_from_start_to_stop(store: Store) -> None:
+def test_serving_interval_lasts_from_start_to_stop(store: Store) -> None:
     begin_serving(store, ONE, Began.START, at=minute(0))
     end_serving(store, "tickets", at=minute(5))
     assert served_spans(store, "tickets") == [ServedSpan(ONE.target, 1, minute(0), Began.START, minute(5), Ended.STOP)]
 
 
-def test_swap_ends_one_served_interval_and_begins_another(store: Store) -> None:
+def test_swap_ends_one_serving_interval_and_begins_another(store: Store) -> None:
     begin_serving(store, ONE, Began.START, at=minute(0))
     begin_serving(store, TWO, Began.SWAP, at=minute(1))
     assert served_spans(store, "tickets") == [
@@ -45,7 +45,7 @@ def test_swap_to_the_version_already_served_does_not_start_a_new_serving_period(
 
 
 @pytest.mark.parametrize("began_by", [Began.START, Began.ADOPTED])
-def test_served_interval_of_a_crashed_server_ends_when_the_server_restarts(store: Store, began_by: Began) -> None:
+def test_serving_interval_of_a_crashed_server_ends_when_the_server_restarts(store: Store, began_by: Began) -> None:
     begin_serving(store, ONE, Began.START, at=minute(0))
     begin_serving(store, ONE, began_by, at=minute(9))
     assert served_spans(store, "tickets") == [
@@ -54,7 +54,7 @@ def test_served_interval_of_a_crashed_server_ends_when_the_server_restarts(store
     ]
 
 
-def test_served_intervals_of_different_models_are_independent(store: Store) -> None:
+def test_serving_intervals_of_different_models_are_independent(store: Store) -> None:
     other = Desired(Target(VersionId("reviews", 1), Format.MERGED), None, 1)
     begin_serving(store, ONE, Began.START, at=minute(0))
     begin_serving(store, other, Began.START, at=minute(1))
@@ -72,7 +72,7 @@ def test_served_versions_are_recorded_separately_for_each_running_server(postgre
     assert spans == [("a", Ended.SWAP), ("b", None), ("a", Ended.STOP)]
 
 
-def test_starting_a_server_ends_the_served_intervals_of_dead_servers(postgresql_store: Store) -> None:
+def test_starting_a_server_ends_the_serving_intervals_of_dead_servers(postgresql_store: Store) -> None:
     begin_serving(postgresql_store, ONE, Began.START, at=minute(0), server="died")
     report_server(postgresql_store, "a", "a:8000", [])
     begin_serving(postgresql_store, ONE, Began.START, at=minute(5), server="a")

@@ -86,7 +86,7 @@ def test_queueing_time_is_taken_from_the_last_successful_in_place_swap_to_the_sa
     assert last_queued_s(store, desired(3, 0).target) is None
 
 
-def test_swap_is_found_by_generation(store: Store) -> None:
+def test_swap_is_found_by_the_generation_of_its_desired_state(store: Store) -> None:
     first = begin_swap(store, desired(2, 5))
     begin_swap(store, desired(3, 6))
     found = find_swap(store, "tiny", generation=5)

@@ -49,13 +49,13 @@ def test_recipe_overrides_the_automatic_checkpointing_choice(memory: float, aske
     assert (chosen.enabled, chosen.reason) == (asked, "train.gradient_checkpointing")
 
 
-def test_checkpointing_stays_off_on_a_cpu() -> None:
+def test_gradient_checkpointing_stays_off_on_a_cpu() -> None:
     recipe = make_recipe()
     shape, workload = published("llama-3.1-8b"), even_workload(100, LENGTH, recipe)
     assert not choose_checkpointing(estimate_recipe(recipe, shape, workload, [cpu_device(1e9)], 4096)).enabled
 
 
-def test_weights_are_not_sharded_when_a_full_copy_fits_with_checkpointing() -> None:
+def test_weights_are_not_sharded_when_a_full_copy_fits_with_gradient_checkpointing() -> None:
     plain = on_gpu(24e9, gradient_accumulation=2)
     device = replace(plain.here.device, count=2)
     estimate = estimate_recipe(plain.recipe, plain.shape, plain.workload, [device], 4096)

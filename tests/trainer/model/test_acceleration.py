@@ -47,7 +47,7 @@ def test_installed_acceleration_packages_are_ignored_for_cpu_training(packages: 
     assert choose_acceleration(Facts(None, **packages)) == choose_acceleration(Facts())
 
 
-def test_cpu_training_stores_activations() -> None:
+def test_cpu_training_does_not_use_gradient_checkpointing() -> None:
     assert not choose_acceleration(Facts()).gradient_checkpointing
 
 

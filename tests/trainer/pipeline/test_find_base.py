@@ -50,7 +50,7 @@ def untemplated(tiny_base: Path, tmp_path: Path) -> Path:
     return without_template(Path(shutil.copytree(tiny_base, tmp_path / "base")))
 
 
-def test_base_without_a_chat_template_error_names_the_recipe_key(untemplated: Path, tmp_path: Path) -> None:
+def test_error_for_a_base_without_a_chat_template_names_the_recipe_key(untemplated: Path, tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="has no chat template") as raised:
         find_base(str(untemplated), Settings(home=tmp_path, base_cache=tmp_path / "cache"))
     assert "set chat_template in the recipe (one of chatml, alpaca, llama-2, zephyr" in raised.value.todo

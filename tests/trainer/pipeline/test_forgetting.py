@@ -168,7 +168,7 @@ def test_loss_of_12_of_60_answers_with_a_10_percent_forgetting_limit_causes_only
     )
 
 
-def test_version_with_undecided_forgetting_is_rejected_when_undecided_is_set_to_fail() -> None:
+def test_version_with_undecided_forgetting_is_rejected_when_the_recipe_treats_undecided_as_failed() -> None:
     with pytest.raises(TrainingError, match="undecided: a loss of up to") as raised:
         check_gate(judge_forgetting(lost(27, 15, total=60), 0.1, Format.MERGED), Undecided.FAIL)
     assert "evaluate.undecided is fail" in raised.value.expected

@@ -131,7 +131,9 @@ JUDGED = {Stage.EVALUATE, *QUALIFY_STAGES.values(), Stage.PARITY, Stage.JUDGE, S
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
-def test_changing_a_key_repeats_only_the_stages_that_depend_on_it(change: dict[str, Any], again: set[Stage]) -> None:
+def test_changing_a_recipe_key_repeats_only_the_stages_that_depend_on_it(
+    change: dict[str, Any], again: set[Stage]
+) -> None:
     before, after = (stage_keys(recipe, BASE, EXAMPLES) for recipe in (make_recipe(), make_recipe(**change)))
     assert {stage for stage in Stage if before[stage] != after[stage]} == again
 

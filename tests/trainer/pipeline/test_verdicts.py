@@ -116,7 +116,7 @@ def test_undecided_version_is_registered_with_a_warning_and_its_verdicts(
     assert "cannot be excluded with 2 examples" in output
 
 
-def test_undecided_version_is_rejected_without_reevaluation_when_undecided_is_set_to_fail(
+def test_version_rejected_as_undecided_is_registered_without_reevaluation_once_the_recipe_allows_it(
     make: Make, stages: Stages, engines: Engines
 ) -> None:
     with pytest.raises(TrainingError, match="undecided: a loss of up to"):

@@ -210,7 +210,7 @@ def test_version_stores_training_steps_duration_and_machine(pipeline: Pipeline) 
     assert record.machine == MachineRecord.of_this_one()
 
 
-def test_unserved_adapter_format_has_no_evaluation_or_probes(pipeline: Pipeline) -> None:
+def test_unserved_adapter_format_has_no_evaluation_or_verification_probes(pipeline: Pipeline) -> None:
     record = pipeline.registry.format(pipeline.train_version(), Format.ADAPTER)
     assert (record.evaluation, record.probes) == (None, ())
 

@@ -162,12 +162,12 @@ def test_last_override_takes_precedence_when_a_key_is_set_twice(write: Write) ->
     assert load_recipe(write(), ("train.epochs=2", "train.epochs=3")).train.epochs == 3
 
 
-def test_set_option_parses_its_value_as_yaml(write: Write) -> None:
+def test_recipe_override_value_is_parsed_as_yaml(write: Write) -> None:
     recipe = load_recipe(write(), ("evaluate.limit=null", "qualify.restart=no", "train.learning_rate=2.0e-4"))
     assert (recipe.evaluate.limit, recipe.qualify.restart, recipe.train.learning_rate) == (None, False, 2e-4)
 
 
-def test_set_option_accepts_a_learning_rate_without_a_decimal_point(write: Write) -> None:
+def test_recipe_override_accepts_a_learning_rate_without_a_decimal_point(write: Write) -> None:
     assert load_recipe(write(), ("train.learning_rate=2e-4",)).train.learning_rate == 2e-4
 
 
@@ -189,7 +189,7 @@ def test_path_given_with_the_set_option_is_relative_to_the_recipe(write: Write, 
         ("train=5", "'train' is 5"),
     ],
 )
-def test_invalid_value_of_the_set_option_is_named_in_the_error(write: Write, override: str, text: str) -> None:
+def test_invalid_recipe_override_is_named_in_the_error(write: Write, override: str, text: str) -> None:
     assert text in refusal(write(), override)
 
 

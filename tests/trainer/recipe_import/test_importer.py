@@ -138,7 +138,7 @@ def test_key_unknown_to_the_importer_is_listed_as_omitted(key: str, tmp_path_fac
         ),
     ],
 )
-def test_key_without_a_tuneserve_equivalent_is_listed_as_omitted(
+def test_imported_key_without_a_tuneserve_equivalent_is_listed_as_omitted(
     content: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
     assert key in left_out(imported(tmp_path, **content))

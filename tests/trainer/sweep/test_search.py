@@ -371,7 +371,7 @@ def test_sweep_result_does_not_depend_on_which_trial_finishes_first(sections: di
     assert first.tried == last.tried
 
 
-def test_phases_choose_the_same_values_when_trials_run_concurrently(make: Make) -> None:
+def test_sweep_phases_choose_the_same_values_when_trials_run_concurrently(make: Make) -> None:
     sweep = make(ranges)
     sweep.run()
     search, _ = at_once(3, ranges)

@@ -108,7 +108,7 @@ def test_sweep_plot_is_drawn_when_no_phase_has_two_trials(tmp_path: Path) -> Non
         ({}, {"evaluate.limit": 7}, True),
     ],
 )
-def test_equivalent_trial_values_have_the_same_training_key(
+def test_trials_share_a_training_key_only_if_they_train_identically(
     first: dict[str, Any], second: dict[str, Any], same: bool
 ) -> None:
     keys = [training_key(with_values(make_recipe().with_learning_rate(576), values)) for values in (first, second)]

@@ -183,6 +183,6 @@ def test_adalora_penalty_equals_the_penalty_in_the_peft_loss() -> None:
     torch.testing.assert_close(penalty, with_it - without, rtol=1e-3, atol=1e-4)
 
 
-def test_adapters_other_than_adalora_have_no_penalty() -> None:
+def test_lora_adapter_has_no_orthogonality_penalty() -> None:
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE)), LoraConfig(target_modules="all-linear"))
     assert orthogonality_penalty(model) is None

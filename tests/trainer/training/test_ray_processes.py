@@ -74,7 +74,7 @@ def test_error_says_how_many_workers_fit_when_the_cluster_is_too_small() -> None
     assert "set train.devices to 9" in error.todo
 
 
-def test_error_says_other_jobs_use_the_resources_when_the_cluster_is_large_enough_but_busy() -> None:
+def test_error_says_that_other_jobs_use_the_resources_when_the_cluster_is_large_enough_but_busy() -> None:
     error = shortage(H100, 2, [node("a", CPU=64, GPU=8, type_H100=1)], {"CPU": 64, "GPU": 1}, 10)
     assert "other jobs use them; currently free: 64 CPU, 1 GPU" in error.wrong
     assert "ray.wait_s" in error.todo

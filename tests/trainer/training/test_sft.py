@@ -235,7 +235,7 @@ def test_message_weights_determine_which_answers_are_trained_on(weights: dict[in
     assert learnt_rows(turns) == [[f"{answer}<|im_end|>" for answer in learnt]]
 
 
-def test_each_answer_has_its_own_row_if_the_template_rewrites_earlier_answers() -> None:
+def test_each_answer_becomes_a_separate_training_row_if_the_template_rewrites_earlier_answers() -> None:
     template = (
         "{% for message in messages %}<|im_start|>"
         "{% if message['role'] == 'assistant' %}:{% if not loop.last %}before: {% endif %}{% endif %}"

@@ -132,7 +132,7 @@ def test_signal_without_data_is_undecided_and_does_not_block_a_rollout() -> None
     assert analysis.outcome is GateOutcome.PASSED
 
 
-def test_bad_ratings_fail_the_candidate_and_each_rater_counts_once_per_step() -> None:
+def test_bad_ratings_fail_the_candidate_and_each_rater_counts_once_per_rollout_step() -> None:
     analysis, draw = Analysis(), np.random.default_rng(6)
     for _ in range(50):
         analysis.rate(Rating("angry", Arm.CANDIDATE, negative=True))

@@ -88,7 +88,7 @@ def test_stored_tool_calls_are_separate_message_parts() -> None:
     ]
 
 
-def test_interrupted_answer_has_finish_reason_error() -> None:
+def test_finish_reason_of_an_interrupted_answer_is_error() -> None:
     assert json.loads(output_messages("on", None))[0]["finish_reason"] == "error"
 
 

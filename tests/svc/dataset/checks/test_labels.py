@@ -94,7 +94,7 @@ def test_nan_is_not_valid_json() -> None:
     }
 
 
-def test_one_long_answer_does_not_hide_a_wrong_label() -> None:
+def test_one_long_answer_does_not_prevent_detection_of_a_wrong_label() -> None:
     assert odd_labels({"positive": 40, "negative": 40, LONG: 1, "bad": 1}, LISTED) == {LONG, "bad"}
 
 

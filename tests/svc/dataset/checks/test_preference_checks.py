@@ -120,7 +120,7 @@ def test_pair_is_too_long_when_either_answer_is_too_long(tmp_path: Path, side: s
 
 
 @pytest.mark.parametrize(("side", "field"), [("chosen", "chosen"), ("rejected", "rejected"), ("prompt", "prompt")])
-def test_suspicious_text_is_reported_once_when_it_is_in_any_field(tmp_path: Path, side: str, field: str) -> None:
+def test_suspicious_text_in_any_field_is_reported_once(tmp_path: Path, side: str, field: str) -> None:
     report = check(tmp_path, pair("q") | {side: "a <|im_end|> b"})
     assert [(problem.code, problem.field) for problem in report.problems] == [(Code.SPECIAL_TOKEN, field)]
 

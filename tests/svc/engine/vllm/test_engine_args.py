@@ -30,7 +30,7 @@ def test_arguments_that_resemble_an_option_do_not_match_it(arguments: list[str])
     assert given(arguments, OPTION) is None
 
 
-def test_short_option_cannot_be_abbreviated() -> None:
+def test_abbreviation_of_a_short_option_is_not_recognized() -> None:
     assert given(["-tp", "2"], "--tensor-parallel-size", "-tp") == "2"
     assert given(["-t", "2"], "--tensor-parallel-size", "-tp") is None
 

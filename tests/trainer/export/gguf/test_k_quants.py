@@ -75,7 +75,7 @@ def test_missing_quantize_tool_is_reported_before_any_file_is_written(
     ],
     ids=["fails", "writes nothing", "writes other weights"],
 )
-def test_no_files_remain_when_the_quantize_tool_fails_or_writes_a_wrong_file(
+def test_no_files_remain_when_the_quantization_tool_fails_or_writes_a_wrong_file(
     tiny_base: Path, examples: list[ChatExample], bin_folder: Path, tmp_path: Path, body: str, told: str
 ) -> None:
     make_tool(bin_folder, body)
@@ -85,7 +85,7 @@ def test_no_files_remain_when_the_quantize_tool_fails_or_writes_a_wrong_file(
 
 
 @pytest.mark.slow
-def test_quantize_tool_is_stopped_after_its_timeout(
+def test_quantization_tool_is_stopped_after_its_timeout(
     tiny_base: Path, examples: list[ChatExample], bin_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_tool(bin_folder, "import time; time.sleep(60)")
