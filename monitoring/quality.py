@@ -90,7 +90,7 @@ class QualityReport:
         score, registered_score: means of the watched metric.
         score_p: p-value of the exact test of the watched metric's scores.
         examples: number of examples compared.
-        asked_at: time at which the held-out run ended.
+        asked_at: time at which the held-out evaluation ended.
     """
 
     quality: Quality
@@ -121,7 +121,7 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
         return QualityReport(Quality.UNKNOWN, error.wrong)
     run = newest_holdout_run(store, target)
     if run is None:
-        return QualityReport(Quality.UNKNOWN, "no held-out run has been recorded since registration")
+        return QualityReport(Quality.UNKNOWN, "no held-out evaluation has been recorded since registration")
     if not all(run.metric in result.scores for result in results):
         run = _by_exact_match(run)
     registered = _registered(results, run.metric)
@@ -132,7 +132,7 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
     if first is None or first.id == run.id:
         return QualityReport(
             Quality.UNKNOWN,
-            "the newest held-out run is the first on this kind of engine; later runs are compared with it",
+            "the newest held-out evaluation is the first on this kind of engine; later runs are compared with it",
         )
     if first.metric != run.metric:  # the metric was temporarily unavailable here
         first, run = _by_exact_match(first), _by_exact_match(run)

@@ -106,7 +106,7 @@ class Deployment:
             "idling": self.idling.run,
             "removed adapters": self.removed.run,
             "production alias": self.alias.run,
-            "held-out runs": self.holdout.run,
+            "held-out evaluations": self.holdout.run,
             "live scores": self.scores.run,
         }
         if self.scaling is not None:

@@ -108,7 +108,7 @@ class Ours(Peer):
         variables = {
             "TMPDIR": str(folder),  # for the folders of sockets
             "SVC_SERVE__MAX_RUNNING": str(MAX_STREAMS),
-            "SVC_HOLDOUT__EVERY_HOURS": "0",  # held-out runs are not requests of clients
+            "SVC_HOLDOUT__EVERY_HOURS": "0",  # held-out evaluations are not requests of clients
             "SVC_ENGINE__REPLICAS": str(self.replicas),
         }
         if self.traced:

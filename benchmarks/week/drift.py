@@ -64,7 +64,7 @@ class DriftMonitor:
         Args:
             records: request log rows written since the last call.
             targets: served target of each model.
-            holdouts: held-out runs that finished since the last call.
+            holdouts: held-out evaluations that finished since the last call.
         """
         self._now = EPOCH + timedelta(minutes=minute)
         promoted = self._promote(targets)
@@ -110,7 +110,7 @@ class DriftMonitor:
         return promoted
 
     def _add_run(self, run: Change, target: Target) -> None:
-        """Store a held-out run that reproduces the registered answers."""
+        """Store a held-out evaluation that reproduces the registered answers."""
         assert run.holdout is not None
         registered = self._registry.results(target.version, target.format)
         ended: datetime = EPOCH + timedelta(seconds=run.at)

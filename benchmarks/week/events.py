@@ -30,7 +30,7 @@ CRASH_S = 30.0
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 """Delays before an engine is restarted, in seconds, as in the server (serving.rollout.reviver)."""
 HOLDOUT_S = 300.0
-"""Duration of a held-out run, in seconds."""
+"""Duration of a held-out evaluation, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Change:
         swap: result of the swap that ends, or None if no swap ends.
         woke_s: seconds since the request that woke the idle model, which is now awake; None if no model
             wakes.
-        holdout: cause of the held-out run that ends, or None if no run ends.
+        holdout: cause of the held-out evaluation that ends, or None if no run ends.
     """
 
     at: float

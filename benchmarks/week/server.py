@@ -55,7 +55,7 @@ class Server:
 
     Attributes:
         targets: served target of each model.
-        holdouts: held-out runs that ended since the caller last took them.
+        holdouts: held-out evaluations that ended since the caller last took them.
         records: request log rows written since the caller last took them.
     """
 

@@ -42,8 +42,11 @@ _GAUGES = {
     "svc_holdout_exact_match": ("Share of held-out answers that match exactly", ["when"]),
     "svc_holdout_score": ("Primary metric of the held-out answers", ["metric", "when"]),
     "svc_holdout_pvalue": ("p-value of the change since registration", ["metric"]),
-    "svc_holdout_examples": ("Held-out examples in the newest run", []),
-    "svc_holdout_run_timestamp_seconds": ("Unix time at which the newest held-out run ended, by outcome", ["outcome"]),
+    "svc_holdout_examples": ("Examples in the newest held-out evaluation", []),
+    "svc_holdout_run_timestamp_seconds": (
+        "Unix time when the newest held-out evaluation ended, by outcome",
+        ["outcome"],
+    ),
 }
 """Each gauge's help text, and its labels besides `model` and `version`."""
 _Sample = tuple[str, list[str], float]
@@ -51,7 +54,7 @@ _Sample = tuple[str, list[str], float]
 
 
 class DriftMetrics(Collector):
-    """Collector that reads the results of drift checks and held-out runs from the store.
+    """Collector that reads the results of drift checks and held-out evaluations from the store.
 
     Args:
         checking: whether drift checks run. For a version that was never checked, the time of the last check is

@@ -61,7 +61,7 @@ def _model(state: Mapping[str, Any], drift: Mapping[str, str], *, verbose: bool)
     if engine["last_error"]:
         lines.append(Text(f"  last error: {engine['last_error']}", "yellow"))
     if state.get("store") == "unavailable":
-        lines.append(Text("  store: unavailable; last swap, rollout and held-out runs are not shown", "red"))
+        lines.append(Text("  store: unavailable; last swap, rollout and held-out evaluations are not shown", "red"))
     if state["last_swap"]:
         lines.append(Text(_swap(state["last_swap"])))
     if state.get("rollout"):

@@ -94,16 +94,16 @@ class HoldoutRuns:
     async def run(self) -> None:
         """Until cancelled, evaluate the served version on its held-out examples whenever this is due."""
         if not self.every_hours:
-            log.warning("not scheduling further held-out runs: %s", _NEVER)
+            log.warning("not scheduling further held-out evaluations: %s", _NEVER)
         while True:
             try:
                 cause = self._due()
                 if cause:
                     await self._ask_all(cause)
             except SupersededError:
-                log.info("discarded a held-out run, because the engine's weights changed during the run")
+                log.info("discarded a held-out evaluation, because the engine's weights changed during the run")
             except Exception:  # the boundary: serving and later runs continue
-                log.exception("the held-out run failed unexpectedly")
+                log.exception("the held-out evaluation failed unexpectedly")
                 await asyncio.sleep(_PAUSE_S)
             await asyncio.sleep(_POLL_S)
 
@@ -198,7 +198,7 @@ class HoldoutRuns:
             try:
                 return await asyncio.to_thread(add_holdout_run, self.store, run)
             except SQLAlchemyError:
-                log.exception("could not store the held-out run of %s; retrying", run.target)
+                log.exception("could not store the held-out evaluation of %s; retrying", run.target)
                 await asyncio.sleep(_PAUSE_S)
 
     async def _attempt(
@@ -210,16 +210,16 @@ class HoldoutRuns:
             questions = await asyncio.to_thread(self._find_set, target)
             if self.scheduler.off:
                 raise EngineError(self.scheduler.off)
-            log.info("held-out run (%s): sending %d held-out examples of %s", cause, len(questions), target)
+            log.info("held-out evaluation (%s): sending %d held-out examples of %s", cause, len(questions), target)
             return await self._ask_each(weights, questions), None
         except SupersededError:
             raise
         except NotFoundError as error:
             self._nothing_to_ask = error.wrong
-            log.warning("skipping the held-out run of %s: %s", target, error.wrong)
+            log.warning("skipping the held-out evaluation of %s: %s", target, error.wrong)
             return {}, error.wrong
         except Exception as error:  # any error is the outcome of this run
-            log.exception("the held-out run of %s failed", target)
+            log.exception("the held-out evaluation of %s failed", target)
             return {}, error.wrong if isinstance(error, SvcError) else repr(error)
 
     def _find_set(self, target: Target) -> Mapping[int, _Ask]:

@@ -208,7 +208,7 @@ class EngineChange:
         if isinstance(error, EngineError) and not isinstance(error, ProbeError):
             await self._replace_engine(change, engine)
         elif await self._load_again(change, engine) is SwapOutcome.RESTORED:
-            engine.weights = weights  # the same as before, by their probes: no new held-out run is due
+            engine.weights = weights  # the same as before, by their probes: no new held-out evaluation is due
         elif isinstance(error, SupersededError):
             raise EngineError(f"the engine could not load {change.current} again", todo="check the engine's log")
 

@@ -83,7 +83,7 @@ class DeploymentInstruments:
         )
         self.holdout_interval = gauge(
             "svc_holdout_interval_seconds",
-            "Interval in seconds between held-out runs, if they are scheduled",
+            "Interval in seconds between held-out evaluations, if they are scheduled",
             version,
         )
         self.adapters_loaded = gauge("svc_adapters_loaded", "Number of adapters in the engines' memory", model)

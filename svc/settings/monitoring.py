@@ -86,7 +86,7 @@ class HoldoutSettings(Section):
     scored by their likelihood under the version, if their content is stored.
     """
 
-    every_hours: float = Field(6.0, ge=0, description="interval between held-out runs, in hours; 0 disables these runs")
+    every_hours: float = Field(6.0, ge=0, description="hours between held-out evaluations; 0 disables them")
     requests_per_minute: float = Field(
         60.0, gt=0, description="maximum total of held-out examples and scored answers per minute"
     )

@@ -1,4 +1,4 @@
-"""Held-out runs on the serving engine: a version's current results on its held-out examples.
+"""Held-out evaluations on the serving engine: a version's current results on its held-out examples.
 
 Only per-example metrics are stored here. The texts are in the registry.
 """
@@ -23,7 +23,7 @@ KEPT_RUNS = 200
 
 
 class HoldoutCause(StrEnum):
-    """Trigger of a held-out run, which evaluates a version on its held-out examples."""
+    """Trigger of a held-out evaluation, which evaluates a version on its held-out examples."""
 
     START = "start"
     """An engine has started."""
@@ -34,8 +34,8 @@ class HoldoutCause(StrEnum):
 
 
 class HoldoutOutcome(StrEnum):
-    """Outcome of a held-out run, which evaluates a version on its held-out examples. A run that was interrupted by a
-    swap or by the engine's death is not stored.
+    """Outcome of a held-out evaluation, which evaluates a version on its held-out examples. If a swap or the engine's
+    death interrupts an evaluation, nothing is stored.
     """
 
     COMPLETED = "completed"
@@ -44,7 +44,7 @@ class HoldoutOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HoldoutRun:
-    """A held-out run: an evaluation of a served version on its held-out examples.
+    """A held-out evaluation: an evaluation of a served version on its held-out examples.
 
     Attributes:
         engine: kind of engine that answered.
@@ -85,7 +85,7 @@ def add_holdout_run(store: Store, run: HoldoutRun) -> None:
 
 
 def newest_holdout_run(store: Store, target: Target, *, completed: bool = True) -> HoldoutRun | None:
-    """Return the newest held-out run of a version in a given format, or None if there is none.
+    """Return the newest held-out evaluation of a version in a given format, or None if there is none.
 
     Args:
         completed: whether to skip failed runs.
@@ -95,7 +95,7 @@ def newest_holdout_run(store: Store, target: Target, *, completed: bool = True) 
 
 
 def first_holdout_run(store: Store, target: Target, engine: EngineFacts) -> HoldoutRun | None:
-    """Return the oldest completed held-out run of a version in a given format on one kind of engine.
+    """Return the oldest completed held-out evaluation of a version in a given format on one kind of engine.
 
     The result is None if there is no such run.
     """

@@ -121,7 +121,7 @@ def test_newest_completed_held_out_evaluation_is_compared(registry: Registry, tm
 def test_quality_is_reported_as_unknown_without_a_held_out_evaluation(registry: Registry, tmp_path: Path) -> None:
     report = read_quality(registry, new_store(tmp_path), target())
     assert report.quality is Quality.UNKNOWN
-    assert "no held-out run" in report.why
+    assert "no held-out evaluation" in report.why
 
 
 def test_quality_status_is_unknown_if_the_version_has_no_registered_answers(registry: Registry, tmp_path: Path) -> None:

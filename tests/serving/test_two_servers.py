@@ -245,7 +245,7 @@ async def test_held_out_evaluation_runs_on_one_server_and_moves_to_the_second_wh
 
 @asynccontextmanager
 async def second_after(first: Control, second: Control, stack: AsyncExitStack) -> AsyncIterator[None]:
-    """Run both servers with their held-out runs. The first one stops when the stack is closed."""
+    """Run both servers with their held-out evaluations. The first one stops when the stack is closed."""
     await stack.enter_async_context(first.run())
     async with second.run():
         tasks = [asyncio.create_task(server.deployment.holdout.run()) for server in (first, second)]

@@ -34,7 +34,7 @@ PROMPT_KEYS = ("prompt", "question", "instruction", "input", "conversations", "m
 """Keys that may contain the prompt of a row with `chosen` and `rejected`."""
 LABEL_KEYS = ("label", "kto_tag")
 """Keys that may contain the label of an answer, as named by TRL and LLaMA-Factory."""
-_LABELLED_FORMATS = {Format.CHAT, Format.SHAREGPT, Format.ALPACA, Format.PROMPT_COMPLETION}
+_LABELED_FORMATS = {Format.CHAT, Format.SHAREGPT, Format.ALPACA, Format.PROMPT_COMPLETION}
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _HH_TURN = re.compile(f"({_HUMAN}|{_ASSISTANT})")
 
@@ -49,7 +49,7 @@ def recognise_pair(value: Any) -> PairFormat | None:
 def is_labeled(value: Any) -> bool:
     """Return whether a row is a chat example with a label that is true or false."""
     form = recognise(value)
-    return form in _LABELLED_FORMATS and any(_as_label(value.get(key)) is not None for key in LABEL_KEYS)
+    return form in _LABELED_FORMATS and any(_as_label(value.get(key)) is not None for key in LABEL_KEYS)
 
 
 def parse_pair(value: Any, form: PairFormat) -> tuple[PreferencePair, tuple[str, ...]]:

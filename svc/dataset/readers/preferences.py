@@ -37,7 +37,7 @@ def read_any_lines(path: Path, on_read: OnRead) -> tuple[Kind, Iterator[Line[Any
             return file.kind, file.lines(parse_row)
         case Kind.PAIRS:
             return file.kind, file.lines(parse_pair)
-        case Kind.LABELLED:
+        case Kind.LABELED:
             return file.kind, file.lines(parse_labeled)
 
 
@@ -113,14 +113,14 @@ def _pair_lines(path: Path) -> Iterator[Line[PreferencePair]]:
 
 
 def _labeled_lines(path: Path) -> Iterator[Line[LabeledAnswer | PreferencePair]]:
-    file = open_file(path, Kind.LABELLED)
+    file = open_file(path, Kind.LABELED)
     match file.kind:
         case Kind.PAIRS:
             return file.lines(parse_pair)
-        case Kind.LABELLED:
+        case Kind.LABELED:
             return file.lines(parse_labeled)
         case Kind.CHAT:
-            raise wrong_kind(path, file.kind, Kind.LABELLED)
+            raise wrong_kind(path, file.kind, Kind.LABELED)
 
 
 def _labeled(row: LabeledAnswer | PreferencePair) -> tuple[LabeledAnswer, ...]:

@@ -39,20 +39,20 @@ class Kind(StrEnum):
 
     CHAT = "chat examples"
     PAIRS = "preference pairs"
-    LABELLED = "labeled answers"
+    LABELED = "labeled answers"
 
 
 _DEFAULTS: dict[Kind | None, tuple[Kind, Format | PairFormat]] = {
     None: (Kind.CHAT, Format.CHAT),
     Kind.CHAT: (Kind.CHAT, Format.CHAT),
     Kind.PAIRS: (Kind.PAIRS, PairFormat.CHOSEN_REJECTED),
-    Kind.LABELLED: (Kind.LABELLED, Format.PROMPT_COMPLETION),
+    Kind.LABELED: (Kind.LABELED, Format.PROMPT_COMPLETION),
 }
 """For each expected kind, the kind and format to assume for a file whose first rows are not in any known format."""
 _OBJECTIVES = {
     Kind.CHAT: "remove `objective` from the recipe, or set `objective: sft`",
     Kind.PAIRS: "set `objective: dpo`, `objective: orpo` or `objective: kto` in the recipe",
-    Kind.LABELLED: "set `objective: kto` in the recipe",
+    Kind.LABELED: "set `objective: kto` in the recipe",
 }
 
 
@@ -127,7 +127,7 @@ def _recognise(value: Any, expected: Kind | None) -> tuple[Kind, Format | PairFo
     if pair and not (chat and expected is Kind.CHAT):
         return Kind.PAIRS, pair
     if chat:
-        return Kind.LABELLED if is_labeled(value) else Kind.CHAT, chat
+        return Kind.LABELED if is_labeled(value) else Kind.CHAT, chat
     return None
 
 

@@ -1,4 +1,4 @@
-"""Tests that the exporter shows the newest check and the newest held-out run of the versions in production."""
+"""Tests that the exporter shows the newest check and the newest held-out evaluation of the versions in production."""
 
 from dataclasses import replace
 from pathlib import Path

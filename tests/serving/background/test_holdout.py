@@ -1,4 +1,4 @@
-"""Tests held-out runs: after every load and on schedule, with stored results and unaffected requests."""
+"""Tests held-out evaluations: after every load and on schedule, with stored results and unaffected requests."""
 
 import asyncio
 import logging
@@ -77,7 +77,7 @@ async def running(runs: HoldoutRuns) -> AsyncIterator[HoldoutRuns]:
 
 @asynccontextmanager
 async def asked(make: Make, answered: int = 3, **settings: Any) -> AsyncIterator[tuple[Control, HoldoutRuns]]:
-    """Yield a control plane whose versions have registered answers to the held-out set, and its held-out runs."""
+    """Yield a control plane whose versions have registered answers to the held-out set, and its evaluations."""
     async with make(answered=answered).run() as control, running(runs_of(control, **settings)) as runs:
         yield control, runs
 
@@ -327,7 +327,7 @@ async def test_rejected_example_fails_the_held_out_evaluation_but_does_not_stop_
             assert run.reason is not None and "maximum context length" in run.reason
             control.double.max_model_len = 1000
             assert (await run_of(control, target(1))).cause is HoldoutCause.SCHEDULE
-    assert "the held-out run of tuned@1 (merged) failed" in caplog.text
+    assert "the held-out evaluation of tuned@1 (merged) failed" in caplog.text
 
 
 async def test_held_out_evaluation_fails_if_registered_answers_were_altered(
@@ -370,7 +370,7 @@ async def test_held_out_evaluation_is_stored_even_if_the_store_failed_temporaril
     async with asked(make) as (control, _):
         assert (await run_of(control, target(1))).hits == (True, False, False)
         assert len([body for body in control.double.requests if "messages" in body]) == len(HELDOUT)
-    assert caplog.text.count("could not store the held-out run") == 2
+    assert caplog.text.count("could not store the held-out evaluation") == 2
     assert "database is locked" in caplog.text
 
 
@@ -389,7 +389,7 @@ async def test_held_out_evaluation_that_fails_with_an_unexpected_exception_is_re
     monkeypatch.setattr(holdout, "add_holdout_run", fail_once)
     async with asked(make, every_hours=0.05 / 3600) as (control, _):
         await run_of(control, target(1))
-    assert "the held-out run failed unexpectedly" in caplog.text
+    assert "the held-out evaluation failed unexpectedly" in caplog.text
 
 
 async def test_version_without_registered_answers_is_skipped_and_logged_once(
@@ -406,7 +406,7 @@ async def test_version_without_registered_answers_is_skipped_and_logged_once(
         await control.promote(4)
         await run_of(control, target(4))
         assert runs.status(target(4))["state"] == "waiting"
-    assert caplog.text.count("skipping the held-out run of") == 1
+    assert caplog.text.count("skipping the held-out evaluation of") == 1
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ async def test_status_shows_held_out_evaluation_progress(make: Make) -> None:
 
 
 async def test_held_out_evaluations_are_disabled_after_three_engine_deaths(make: Make) -> None:
-    """Otherwise, each new engine would be killed by the held-out run that its start triggers."""
+    """Otherwise, each new engine would be killed by the held-out evaluation that its start triggers."""
     control = make(answered=3)
 
     def kill_chats(path: str) -> None:

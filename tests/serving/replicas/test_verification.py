@@ -138,7 +138,7 @@ async def test_verification_probes_with_nan_are_rejected(elsewhere: Control) -> 
 
 async def test_version_without_probes_fails_verification(control: Control) -> None:
     make_version(control.registry, 4, probes=False)
-    with pytest.raises(ProbeError, match="no probes"):
+    with pytest.raises(ProbeError, match="has no reference log-probabilities"):
         await Verification(control.registry, control.store, kind_of(FACTS)).probes(
             control.park.engines[-1], target(4), fresh=True
         )

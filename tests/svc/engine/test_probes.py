@@ -113,7 +113,7 @@ async def test_verification_probe_of_different_weights_fails_after_few_measureme
 
 
 async def test_verification_fails_if_there_are_no_probes() -> None:
-    with pytest.raises(ProbeError, match="has no probes"):
+    with pytest.raises(ProbeError, match="has no reference log-probabilities"):
         await check(EngineDouble(), [])
 
 

@@ -1,4 +1,4 @@
-"""Tests that held-out runs are found by their inputs, and that the oldest runs are deleted."""
+"""Tests that held-out evaluations are found by their inputs, and that the oldest runs are deleted."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta

@@ -208,7 +208,7 @@ def test_import_command_registers_an_adapter_with_its_report(
     home, data = tmp_path / "home", tmp_path / "heldout.jsonl"
     without_base = svc("--home", home, "import", plain, "--name", "tiny", "--data", data)
     assert without_base.code == RecipeError.exit_code
-    assert "add --base" in without_base.err
+    assert "specify that base with --base" in without_base.err
     given = ("import", plain, "--name", "tiny", "--data", data, "--base", tiny_base, "--format", "adapter", "--json")
     ended = svc("--home", home, *given)
     assert ended.code == 0, ended.err

@@ -50,7 +50,7 @@ PAIRS = [
     )
     for number in range(12)
 ]
-LABELLED = [
+LABELED = [
     LabeledAnswer(pair.chosen if place % 3 else pair.rejected, bool(place % 3)) for place, pair in enumerate(PAIRS)
 ]
 FLOAT32 = NumberType.FLOAT32
@@ -64,7 +64,7 @@ def recipe_of(objective: Objective, method: Method = Method.LORA, **sections: An
 
 
 def judged_for(objective: Objective) -> list[Any]:
-    return list(LABELLED if objective is Objective.KTO else PAIRS)
+    return list(LABELED if objective is Objective.KTO else PAIRS)
 
 
 def data_for(objective: Objective) -> TrainingData:
@@ -198,10 +198,10 @@ def test_dpo_loss_of_a_mixture_of_experts_includes_the_same_balancing_loss_as_tr
 
 def test_kto_loss_equals_the_loss_of_the_trl_trainer(tiny_base: Path, tmp_path: Path) -> None:
     weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
-    loss = changed_loss(trainer_of(tiny_base, LABELLED, recipe_of(Objective.KTO, preference=weights), tmp_path))
-    config = KTOConfig(precompute_ref_log_probs=True, **trl_options(tmp_path, len(LABELLED)), **weights)
+    loss = changed_loss(trainer_of(tiny_base, LABELED, recipe_of(Objective.KTO, preference=weights), tmp_path))
+    config = KTOConfig(precompute_ref_log_probs=True, **trl_options(tmp_path, len(LABELED)), **weights)
     rows: list[dict[str, Any]] = []
-    for answer in LABELLED:
+    for answer in LABELED:
         texts = trl_texts(tiny_base, PreferencePair(answer.example, answer.example))
         rows.append({"prompt": texts["prompt"], "completion": texts["chosen"], "label": answer.desirable})
     tokenizer = load_tokenizer(tiny_base)
@@ -388,7 +388,7 @@ def test_prompt_tokens_are_not_scored_in_preference_training(tiny_base: Path) ->
 
 
 def test_kto_compares_each_labeled_answer_with_an_answer_to_a_different_prompt(tiny_base: Path) -> None:
-    twice = [answer for answer in LABELLED for _ in range(2)]
+    twice = [answer for answer in LABELED for _ in range(2)]
     for comparison in comparisons_of(tiny_base, twice, recipe_of(Objective.KTO)):
         assert comparison.second.prompt == comparison.first.prompt
         assert comparison.second.answer in {

@@ -12,7 +12,7 @@ from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from tests.trainer.conftest import losses_of, make_example
-from tests.trainer.training.test_preference import LABELLED, PAIRS, recipe_of
+from tests.trainer.training.test_preference import LABELED, PAIRS, recipe_of
 from tests.trainer.training.test_several_devices import (
     CLOSE,
     CLOSE_WEIGHTS,
@@ -44,7 +44,7 @@ def data_for(objective: Objective) -> TrainingData:
     """Return thirteen comparisons, so that the last step of an epoch has only one, and five that are held out."""
     last = PreferencePair(make_example("a number", "black"), make_example("a number", "red"))
     pairs: list[Any] = [*PAIRS, last]
-    answers: list[Any] = [*LABELLED, LabeledAnswer(last.chosen, desirable=True)]
+    answers: list[Any] = [*LABELED, LabeledAnswer(last.chosen, desirable=True)]
     judged = answers if objective is KTO else pairs
     return TrainingData((), judged=judged, heldout_judged=judged[:5])
 

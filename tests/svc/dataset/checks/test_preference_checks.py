@@ -44,7 +44,7 @@ def problems(report: DataReport) -> list[tuple[int, Code, str]]:
     ("row", "kind"),
     [
         (pair("q"), Kind.PAIRS),
-        (labeled("q"), Kind.LABELLED),
+        (labeled("q"), Kind.LABELED),
         ({"prompt": "q", "completion": "a", "label": "spam"}, Kind.CHAT),
         (pair("q") | {"messages": [turn("user", "q"), turn("assistant", "a")]}, Kind.PAIRS),
     ],

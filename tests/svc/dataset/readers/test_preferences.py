@@ -226,7 +226,7 @@ def test_json_answer_that_is_not_a_list_of_turns_is_read_as_text(tmp_path: Path)
     assert (pair.chosen.answer, pair.rejected.answer) == (better, worse)
 
 
-LABELLED: dict[str, dict[str, Any]] = {
+LABELED: dict[str, dict[str, Any]] = {
     "TRL, texts": {"prompt": QUESTION, "completion": WORSE, "label": False},
     "TRL, turns": {"prompt": [ASKED], "completion": [ordered("assistant", WORSE)], "label": False},
     "LLaMA-Factory, messages": {"messages": [ordered("user", QUESTION), ordered("assistant", WORSE)], "label": False},
@@ -238,9 +238,9 @@ LABELLED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("name", LABELED)
 def test_labeled_answer_is_read_from_every_published_dataset_format(tmp_path: Path, name: str) -> None:
-    answers = read_labeled(write_lines(tmp_path / "x.jsonl", LABELLED[name]))
+    answers = read_labeled(write_lines(tmp_path / "x.jsonl", LABELED[name]))
     assert answers == [LabeledAnswer(chat(QUESTION, WORSE), desirable=False)]
 
 
@@ -269,9 +269,9 @@ CHAT = {"messages": [ASKED, GOOD]}
     [
         (read_examples, HH, "contains preference pairs", "`objective: dpo`, `objective: orpo` or `objective: kto`"),
         (read_examples, OPENAI, "contains preference pairs", "`objective: dpo`"),
-        (read_examples, LABELLED["TRL, texts"], "contains labeled answers", "set `objective: kto`"),
+        (read_examples, LABELED["TRL, texts"], "contains labeled answers", "set `objective: kto`"),
         (read_pairs, CHAT, "contains chat examples", "set `objective: sft`"),
-        (read_pairs, LABELLED["TRL, texts"], "contains labeled answers", "set `objective: kto`"),
+        (read_pairs, LABELED["TRL, texts"], "contains labeled answers", "set `objective: kto`"),
         (read_labeled, CHAT, "contains chat examples", "set `objective: sft`"),
     ],
 )
