@@ -150,7 +150,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
         models: names of the models to show; if empty, all models are shown.
 
     Raises:
-        ServerNotRunningError: no server is running, or it does not respond or gives an unexpected response.
+        ServerNotRunningError: no server is running, or it is not responding or gives an unexpected response.
         NotFoundError: one of `models` is neither served nor listed among the models that the server could not start.
     """
     import httpx
@@ -168,7 +168,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
                 answer.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerNotRunningError(
-            f"the server at {server.url} does not respond: {error}", todo="check the server's log"
+            f"the server at {server.url} is not responding: {error}", todo="check the server's log"
         ) from error
     status = read_json(server.url, state)
     try:

@@ -1,8 +1,8 @@
 """The `svc` command. Its subcommands are listed in a table, and each is imported only when it is run, so that help
 appears immediately.
 
-This module is the error boundary: an `SvcError` or the error of a database that does not respond is printed as text and
-sets the exit code. Any other exception is a bug, so its traceback is shown.
+This module is the error boundary: an `SvcError`, or the error of a database that is not responding, is printed as text
+and sets the exit code. Any other exception is a bug, so its traceback is shown.
 """
 
 import atexit

@@ -126,7 +126,7 @@ class TrainingError(SvcError):
 
 
 class ServerNotRunningError(SvcError):
-    """Raised when no server is running, or when the server does not respond correctly."""
+    """Raised when no server is running, or when the server is not responding correctly."""
 
     exit_code = 13
 

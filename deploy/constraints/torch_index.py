@@ -48,4 +48,4 @@ if __name__ == "__main__":
     for option in options:
         print(option)
     if not options:
-        print(f"  {chosen_index()} does not respond; pip will look for torch in its own sources", file=sys.stderr)
+        print(f"  {chosen_index()} is not responding; pip will look for torch in its own sources", file=sys.stderr)

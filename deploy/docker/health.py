@@ -30,7 +30,7 @@ def main() -> int:
         connection.request("GET", "/health/live")
         return 0 if connection.getresponse().status == 200 else 1
     except (OSError, ValueError, KeyError) as error:
-        print(f"the server does not respond: {error!r}", file=sys.stderr)
+        print(f"the server is not responding: {error!r}", file=sys.stderr)
         return 1
 
 

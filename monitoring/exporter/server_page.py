@@ -61,7 +61,7 @@ class ServerPage(Collector):
                 answer.raise_for_status()
             return answer
         except (ServerNotRunningError, httpx.HTTPError, httpx.InvalidURL) as error:
-            log.warning("the server does not respond: %s", error)
+            log.warning("the server is not responding: %s", error)
             return None
 
 

@@ -82,7 +82,7 @@ class TrainingMetrics(Collector):
     def _figures(self, running: Sequence[TrainingRun]) -> dict[str, RunFigures]:
         """Return the metrics of each model's active run, or of its newest run if no run is active.
 
-        The result is empty if MLflow does not respond.
+        The result is empty if MLflow is not responding.
         """
         figures = {}
         try:

@@ -282,7 +282,7 @@ class BatchRun:
         change: Callable[[], Result],
         run: Callable[[Callable[[], Result]], Awaitable[Result]] = asyncio.to_thread,
     ) -> Result:
-        """Write to the store in a thread, retrying while the store does not respond."""
+        """Write to the store in a thread, retrying while the store is not responding."""
         while True:
             try:
                 return await run(change)
@@ -293,7 +293,7 @@ class BatchRun:
     async def _input(self) -> Path | None:
         """Return the path of the input file's contents on this machine, or None if the batch is cancelled first.
 
-        While the object store does not respond, this retries until the batch expires.
+        While the object store is not responding, this retries until the batch expires.
 
         Raises:
             BatchFailedError: the contents cannot be read.

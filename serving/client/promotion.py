@@ -79,14 +79,14 @@ class Administration(Protocol):
         See `svc.store.swaps.server_swaps`.
 
         Raises:
-            ServerNotRunningError: the server does not respond.
+            ServerNotRunningError: the server is not responding.
         """
 
     def rollouts(self, name: str) -> list[RolloutView]:
         """Return all rollouts of a model, oldest first.
 
         Raises:
-            ServerNotRunningError: the server does not respond.
+            ServerNotRunningError: the server is not responding.
         """
 
     def require_server(self) -> None:
@@ -175,7 +175,7 @@ def read_served(server: ServerAddress) -> dict[str, Target]:
     The served version may not be the desired version yet.
 
     Raises:
-        ServerNotRunningError: the server does not respond.
+        ServerNotRunningError: the server is not responding.
     """
     return {
         model["model"]: Target(VersionId.parse(model["version"]), Format(model["format"]))

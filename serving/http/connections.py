@@ -23,8 +23,8 @@ REQUEST_DEADLINE_S = 15.0
 """Maximum time in seconds from the start of a connection, or its last response, until the headers of the next
 request are complete."""
 FULL_DEADLINES = 4
-"""A client that reads none of its response is disconnected after this many times `REQUEST_DEADLINE_S`. Completions have
-their own, shorter timeout, which is counted as `client_slow` (serving.http.delivery)."""
+"""A client that reads none of its response is disconnected after `REQUEST_DEADLINE_S` multiplied by this number. For
+completions, a shorter timeout applies, with the outcome `client_slow` (serving.http.delivery)."""
 LAST_REQUEST_S = 1.0
 """When the server stops, it still answers requests that arrive on open connections within this many seconds."""
 _STATE_KEY = "connection"

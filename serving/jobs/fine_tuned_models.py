@@ -128,7 +128,7 @@ class FineTunedModels:
         return found
 
     async def read_all(self, owner: str | None) -> list[FineTunedModel]:
-        """Return an owner's fine-tuned models, newest first. Empty while the store does not respond.
+        """Return an owner's fine-tuned models, newest first. Empty while the store is not responding.
 
         Args:
             owner: id of the owner, or None for the models of all owners.

@@ -167,7 +167,7 @@ class JobTraining:
 
         Raises:
             JobLostError: another worker has taken the job.
-            SQLAlchemyError: the store does not respond.
+            SQLAlchemyError: the store is not responding.
             OSError: the disk is full, or no file descriptor is free.
         """
         self._wanted = self.job.wanted
@@ -275,8 +275,8 @@ class JobTraining:
     async def _follow(self) -> None:
         """Report the progress, and read the owner's requests.
 
-        The training continues while the store does not respond. Once the store responds again, it shows whether the job
-        still belongs to this worker.
+        The training continues while the store is not responding. Once it responds again, it shows whether the job still
+        belongs to this worker.
         """
         try:
             self._note(await asyncio.to_thread(self._reader.read))

@@ -33,7 +33,7 @@ class ProductionAlias:
         self._settled = asyncio.Event()
 
     async def read(self, name: str) -> VersionId | None:
-        """Return the version that MLflow's alias points at, or None if there is none or MLflow does not respond."""
+        """Return the version that MLflow's alias points at, or None if there is none or MLflow is not responding."""
         try:
             return await asyncio.to_thread(self._tracking.alias, name, Alias.PRODUCTION)
         except Exception as error:  # MLflow raises the errors of its transport

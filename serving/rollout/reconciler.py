@@ -8,7 +8,7 @@ engine concurrently. The first loop starts an engine wherever one is missing, wi
     svc promote --direct, svc rollback ────────────────────▶ version desired ────┴▶ change_to ─▶ Swap ─▶ EngineChange
 
 If a swap fails, the previous desired state is restored, so that the desired state always names the served version.
-A swap stops when another version is desired. If the store does not respond, serving continues, and the desired
+A swap stops when another version is desired. If the store is not responding, serving continues, and the desired
 version is read later.
 """
 
@@ -181,7 +181,7 @@ class Reconciler:
         """Return the desired state if it is not in effect yet. A desired state whose swap failed is replaced by the
         served state.
 
-        No error is raised if the store does not respond: the state is read again later.
+        No error is raised if the store is not responding: the state is read again later.
         """
         try:
             desired = await asyncio.to_thread(read_desired, self.store, self.actual.name)

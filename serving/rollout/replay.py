@@ -277,7 +277,7 @@ class Replay:
         interrupt.ask("the engine is needed for the production version")
 
     async def _replay(self, engine: Replica, interrupt: Cancellation) -> None:
-        """Replay requests until all have been compared, or the store does not respond."""
+        """Replay requests until all have been compared, or the store is not responding."""
         try:
             while self.kept.compared < self.wanted:
                 pair = await interrupt.interrupting(self._replayed(engine, self.kept.rows[self.kept.done]))

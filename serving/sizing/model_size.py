@@ -83,7 +83,7 @@ def read_model_size(model: str, bits: int | None) -> ModelSize:
     if match := _SIZE.fullmatch(model):
         return _typical(float(match[1]), bits)
     raise SettingsError(
-        f"unknown model {model!r}", expected="a number of parameters such as 8b, or a folder with a config.json"
+        f"unknown model {model!r}", expected="the number of parameters (for example 8b), or a folder with a config.json"
     )
 
 

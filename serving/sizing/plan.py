@@ -123,7 +123,7 @@ def make_plan(
     Args:
         p95_s: the required 95th percentile of the latency, in seconds.
         sequences: maximum number of concurrent requests per replica.
-        reload_s: duration of a reload in seconds, or None to assume one.
+        reload_s: duration of a reload, in seconds. If None, a typical duration is assumed.
 
     Raises:
         SettingsError: no number of replicas meets the requirement.

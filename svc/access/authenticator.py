@@ -114,7 +114,7 @@ class Authenticator:
         """Reload the keys if any have changed in the store. This blocks, so do not call it on an event loop.
 
         Raises:
-            SQLAlchemyError: the store does not respond. The keys in memory remain usable for a minute.
+            SQLAlchemyError: the store is not responding. The keys in memory remain usable for a minute.
         """
         began = self._clock()
         revision = keys_revision(self._store)

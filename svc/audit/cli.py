@@ -149,7 +149,7 @@ def _reasons(row: Mapping[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--user", metavar="ID", help="Delete requests of this user, given by the id that clients send.")
+@click.option("--user", metavar="ID", help="Delete all requests from this user (the id that clients send as `user`).")
 @click.option("--key", metavar="KEY", help="Delete requests made with this key (id or name).")
 @click.option(
     "--before",

@@ -110,7 +110,7 @@ class ClientFiles:
         Raises:
             EntryNotFoundError: the file has been deleted.
             ContentMissingError, ContentDamagedError: the contents do not exist anywhere, or were truncated or altered.
-            ContentStoreError: the object store does not respond, or rejects the request.
+            ContentStoreError: the object store is not responding, or rejects the request.
             OSError: the disk is full.
         """
         if (path := await asyncio.to_thread(self.find, id)) is not None:
@@ -129,7 +129,7 @@ class ClientFiles:
     async def in_thread(self, work: Callable[[], Result]) -> Result:
         """Call a function that fetches or adds a file, and return its result.
 
-        A dedicated thread pool is used, so that an object store that does not respond cannot block other work.
+        A dedicated thread pool is used, so that an object store that is not responding cannot block other work.
         """
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
@@ -180,7 +180,7 @@ class ClientFiles:
             limits: limits for all files of the owner, or None for no limits.
 
         Raises:
-            ContentStoreError: the object store does not respond, or rejects the request.
+            ContentStoreError: the object store is not responding, or rejects the request.
             StorageLimitError: the file exceeds a limit.
         """
         file = self.finish(
@@ -209,7 +209,7 @@ class ClientFiles:
         """Finish writing a file, and return it. The file has no row in the store yet.
 
         Raises:
-            ContentStoreError: the object store does not respond, or rejects the request.
+            ContentStoreError: the object store is not responding, or rejects the request.
         """
         now = datetime.now(UTC)
         expires_at = None if expires_after_s is None else now + timedelta(seconds=expires_after_s)
@@ -260,7 +260,7 @@ class ClientFiles:
         """Delete the objects of files that no longer exist, and fetched copies that are no longer needed.
 
         Raises:
-            ContentStoreError: the object store does not respond, or rejects the request.
+            ContentStoreError: the object store is not responding, or rejects the request.
         """
         if self._shared is None:
             return
@@ -278,7 +278,7 @@ class ClientFiles:
         Such files were added before an object store was configured, or come from a restored backup.
 
         Raises:
-            ContentStoreError: the object store does not respond, or rejects the request.
+            ContentStoreError: the object store is not responding, or rejects the request.
         """
         if self._shared is None:
             return 0

@@ -47,7 +47,7 @@ class ContentDamagedError(ContentMissingError):
 
 
 class ContentStoreError(SvcError):
-    """Raised when the object store does not respond, or rejects a request. Clients see the message.
+    """Raised when the object store is not responding, or rejects a request. Clients see the message.
 
     Attributes:
         retry_after_s: seconds after which clients should retry.
@@ -75,7 +75,7 @@ class SharedContents:
         """Upload a file's contents.
 
         Raises:
-            ContentStoreError: the store does not respond, or rejects the request.
+            ContentStoreError: the store is not responding, or rejects the request.
             IntegrityError: the file on this machine does not match its hash.
         """
         with self._asking(content), self._slot(content):
@@ -85,7 +85,7 @@ class SharedContents:
         """Delete the contents of the files with these ids. Ids that do not exist are ignored.
 
         Raises:
-            ContentStoreError: the store does not respond, or rejects the request.
+            ContentStoreError: the store is not responding, or rejects the request.
         """
         with self._asking():
             self._objects.delete([_key(id) for id in ids])
@@ -94,7 +94,7 @@ class SharedContents:
         """Return the ids of all files in the object store, including files that are recorded in other databases.
 
         Raises:
-            ContentStoreError: the store does not respond, or rejects the request.
+            ContentStoreError: the store is not responding, or rejects the request.
         """
         with self._asking():
             return {PurePosixPath(key).name for key in self._objects.keys(_PREFIX)}
@@ -116,7 +116,7 @@ class SharedContents:
         Raises:
             ContentMissingError, ContentDamagedError: the store does not have the contents, or they were truncated or
                 altered.
-            ContentStoreError: the store does not respond, or rejects the request.
+            ContentStoreError: the store is not responding, or rejects the request.
             OSError: the disk is full.
         """
         path = self._folder / content.id

@@ -91,7 +91,7 @@ class ClientUploads:
         Raises:
             EntryNotFoundError, UploadEndedError, UploadSizeError: the upload has ended, or does not have these parts.
             ChecksumError: the file has a different checksum. The upload stays open.
-            ContentStoreError: the object store does not respond, or rejects the request. The upload stays open.
+            ContentStoreError: the object store is not responding, or rejects the request. The upload stays open.
             StorageLimitError: the file exceeds a limit.
         """
         require_pending(upload)

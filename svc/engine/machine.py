@@ -44,7 +44,7 @@ class Machine:
         free: memory that is currently available within the cgroup's limits, in bytes. It is measured on the NUMA node
             of the first core, because vLLM allocates its cache there. Under a cgroup limit, the kernel's file cache
             counts as used, because vLLM also counts it as used before it allocates memory.
-        gpus: GPUs that `CUDA_VISIBLE_DEVICES` allows; empty if `nvidia-smi` does not respond.
+        gpus: GPUs that `CUDA_VISIBLE_DEVICES` allows; empty if `nvidia-smi` is not responding.
         nodes: number of NUMA nodes that the cores belong to.
         threads_bind: value of vLLM's environment variable `VLLM_CPU_OMP_THREADS_BIND`.
     """

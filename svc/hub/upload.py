@@ -162,7 +162,7 @@ def check_destination(api: "HfApi", repo: str, version: VersionId, *, public: bo
     Raises:
         RefusedError: the repository is not empty, or its visibility is not as requested.
         AuthenticationError, PermissionDeniedError: the Hub rejects the token.
-        ServerNotRunningError: the Hub does not respond.
+        ServerNotRunningError: the Hub is not responding.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -202,7 +202,7 @@ def upload(api: "HfApi", destination: Destination, files: list[UploadFile], vers
     Raises:
         RefusedError: the Hub rejects a request, or the repository was changed in the meantime.
         AuthenticationError, PermissionDeniedError: the Hub rejects the token.
-        ServerNotRunningError: the Hub does not respond.
+        ServerNotRunningError: the Hub is not responding.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -240,7 +240,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
         raise _rejection(repo, error.response.status_code, _first_line(error)) from error
     except (HTTPError, OSError) as error:
         raise ServerNotRunningError(
-            f"the Hugging Face Hub does not respond: {_first_line(error)}",
+            f"the Hugging Face Hub is not responding: {_first_line(error)}",
             todo="check the network and HF_ENDPOINT, and run the command again: uploaded files are not sent again"
             + _XET_ADVICE,
         ) from error

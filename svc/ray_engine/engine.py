@@ -218,7 +218,7 @@ class RayEngine:
         """Adopt the engine that an earlier server left running, instead of starting a new one.
 
         Raises:
-            EngineError: the engine does not respond, or has just exited.
+            EngineError: the engine is not responding, or has just exited.
         """
         record = await asyncio.to_thread(read_actor, self.spec.state)
         if record is None or record.placed is None:

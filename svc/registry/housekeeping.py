@@ -93,7 +93,7 @@ def remove_version(registry: Registry, store: Store, version: VersionId) -> int:
     Raises:
         NotFoundError: there is no such version.
         BusyError: the version is in use or is the target of a rollback, or is still in the object store.
-        RegistryError: the object store does not respond.
+        RegistryError: the object store is not responding.
     """
     if version not in registry.versions(version.name):
         registry.manifest(version)
@@ -256,7 +256,7 @@ def find_evictable(registry: Registry, store: Store, max_bytes: float) -> Iterat
     weights are kept, because any version may be its base.
 
     Raises:
-        RegistryError: the object store does not respond.
+        RegistryError: the object store is not responding.
     """
     if registry.objects is None or any(run.running for run in find_training_runs(registry.models.parent)):
         return

@@ -99,7 +99,7 @@ class ObjectStore:
         """Return the versions of one model or of all models in the store, sorted by name and number.
 
         Raises:
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         keys = self.keys(f"{_MANIFESTS}/{name}" if name else _MANIFESTS)
         named = [re.fullmatch(rf"{_MANIFESTS}/([^/]+)/({NUMBER_PATTERN})\.json", key) for key in keys]
@@ -112,7 +112,7 @@ class ObjectStore:
         Raises:
             NotFoundError: the store has no such version.
             IntegrityError: the object is not this version's manifest.
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         key = manifest_key(version)
         content = self._read(key)
@@ -124,7 +124,7 @@ class ObjectStore:
         """Return whether the store has this version's manifest and complete copies of all files of one format.
 
         Raises:
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         content = self._read(manifest_key(manifest.id))
         if content is None or json.loads(content) != json.loads(manifest_bytes(manifest)):
@@ -135,7 +135,7 @@ class ObjectStore:
         """Return the files of a version that are missing or incomplete in the store.
 
         Raises:
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         return self.lacks_files(manifest.name, records)
 
@@ -143,7 +143,7 @@ class ObjectStore:
         """Return the files of a model's versions that are missing or incomplete in the store.
 
         Raises:
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         return [file for file in records if self.size(_file_key(name, file)) != file.bytes]
 
@@ -155,7 +155,7 @@ class ObjectStore:
 
         Raises:
             IntegrityError: a file differs from the manifest.
-            RegistryError: the store does not respond, rejects a request, or ignores conditional writes; or it has a
+            RegistryError: the store is not responding, rejects a request, or ignores conditional writes; or it has a
                 different version with this name and number.
         """
         self._require_conditions()
@@ -172,7 +172,7 @@ class ObjectStore:
 
         Raises:
             IntegrityError: a file differs from its record.
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         missing = {_file_key(name, file): file for file in self.lacks_files(name, records)}
         with _progress(f"uploading {what}", sum(file.bytes for file in missing.values())) as on_bytes:
@@ -201,7 +201,7 @@ class ObjectStore:
         Raises:
             DiskSpaceError: there is not enough disk space.
             IntegrityError: an object is missing, truncated or altered.
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         missing = [file for file in records if not (folder / file.path).is_file()]
         total = sum(file.bytes for file in missing)
@@ -220,7 +220,7 @@ class ObjectStore:
         """Return the keys of all objects below a prefix, sorted.
 
         Raises:
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         import obstore
 
@@ -231,7 +231,7 @@ class ObjectStore:
         """Delete objects. Keys that do not exist are ignored.
 
         Raises:
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         import obstore
 
@@ -243,7 +243,7 @@ class ObjectStore:
         """Return the contents of a small object, or None if it does not exist.
 
         Raises:
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         return self._read(key)
 
@@ -251,7 +251,7 @@ class ObjectStore:
         """Write a small object, replacing any object with the same key.
 
         Raises:
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         import obstore
 
@@ -263,7 +263,7 @@ class ObjectStore:
 
         Raises:
             IntegrityError: a file differs from its record.
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         with _progress(f"uploading {prefix}", sum(file.bytes for file in records)) as on_bytes:
             for file in records:
@@ -274,7 +274,7 @@ class ObjectStore:
 
         Raises:
             IntegrityError: an object is missing, truncated or altered.
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         with _progress(f"downloading {prefix}", sum(file.bytes for file in records)) as on_bytes:
             for file in records:
@@ -285,7 +285,7 @@ class ObjectStore:
 
         Raises:
             IntegrityError: the file differs from its record.
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         self._send(key, record, path, lambda count: None)
 
@@ -294,7 +294,7 @@ class ObjectStore:
 
         Raises:
             IntegrityError: the object is missing, truncated or altered.
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         self._receive(key, record, path, lambda count: None)
 
@@ -302,7 +302,7 @@ class ObjectStore:
         """Return the size of an object in bytes, or None if it does not exist.
 
         Raises:
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         import obstore
 
@@ -434,7 +434,7 @@ class ObjectStore:
         The client's error is not chained, because its text may contain a signed URL.
 
         Raises:
-            RegistryError: the store does not respond, or rejects the request, even after all retries.
+            RegistryError: the store is not responding, or rejects the request, even after all retries.
         """
         from obstore.exceptions import AlreadyExistsError, BaseError
 

@@ -259,7 +259,7 @@ class Registry:
     def refresh(self, name: str | None = None) -> None:
         """Fetch the versions of one model or of all models from the object store, without their model files.
 
-        If the store does not respond, or a version is damaged, a warning is logged and only the versions in the home
+        If the store is not responding, or a version is damaged, a warning is logged and only the versions in the home
         folder can be used.
         """
         if self.objects is None or (name is not None and not re.fullmatch(NAME_PATTERN, name)):
@@ -282,7 +282,7 @@ class Registry:
             NotFoundError: there is no such version.
             SettingsError: no object store is configured.
             IntegrityError: a file was changed.
-            RegistryError: the store does not respond, rejects a request, or has a different version with this name and
+            RegistryError: the store is not responding, rejects a request, or has a different version with this name and
                 number.
         """
         if self.objects is None:
@@ -305,7 +305,7 @@ class Registry:
             manifest: function that takes the version and the folder with the content, and returns the manifest.
 
         Raises:
-            RegistryError: the object store does not respond, or another machine has just published this number.
+            RegistryError: the object store is not responding, or another machine has just published this number.
         """
         parent = self.models / name
         parent.mkdir(parents=True, exist_ok=True)

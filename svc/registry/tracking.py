@@ -35,7 +35,7 @@ _HTTP = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
 """MLflow's timeout and retries. With MLflow's defaults, every command would wait for 4 minutes while the tracking
-server is down, or for 16 minutes if the server's host does not respond. With these values, a command waits for 3 s or
+server is down, or for 16 minutes if the server's host is not responding. With these values, a command waits for 3 s or
 half a minute, respectively."""
 _MAX_METRICS = 1000
 """Maximum number of metrics that MLflow accepts in one request."""
@@ -91,7 +91,7 @@ class Tracking:
 
         Raises:
             NotFoundError: MLflow does not know the requested object.
-            RegistryError: MLflow does not respond, or responds with an error.
+            RegistryError: MLflow is not responding, or responds with an error.
         """
         from mlflow.exceptions import MlflowException
         from requests import RequestException
@@ -103,7 +103,7 @@ class Tracking:
                 raise NotFoundError(str(error.message)) from error
             if isinstance(error.__context__, RequestException):
                 raise RegistryError(
-                    f"MLflow at {self.where} does not respond", todo="check `tracking_uri` and the server, then retry"
+                    f"MLflow at {self.where} is not responding", todo="check `tracking_uri` and the server, then retry"
                 ) from error
             reason = str(error.message).replace(self.uri, self.where)
             raise RegistryError(f"MLflow at {self.where} failed: {reason}") from error
@@ -123,7 +123,7 @@ class Tracking:
         """Create a run and return its id.
 
         Raises:
-            RegistryError: MLflow does not respond.
+            RegistryError: MLflow is not responding.
         """
         with self._asking():
             existing = self._client.get_experiment_by_name(experiment)
@@ -134,7 +134,7 @@ class Tracking:
     @contextmanager
     def attach(self, run_id: str) -> Iterator[None]:
         """Mark a run as running for the duration of the `with` block, and as finished or failed afterwards. The block
-        runs even if MLflow does not respond.
+        runs even if MLflow is not responding.
         """
         with self.if_available(), self._asking():
             self._client.update_run(run_id, status="RUNNING")
@@ -153,7 +153,7 @@ class Tracking:
             step: optimizer step, for points on a curve.
 
         Raises:
-            RegistryError: MLflow does not respond.
+            RegistryError: MLflow is not responding.
         """
         self.log_points(run_id, [(step, metrics)])
 
@@ -161,7 +161,7 @@ class Tracking:
         """Log points of a run's curves: optimizer steps and their metrics.
 
         Raises:
-            RegistryError: MLflow does not respond.
+            RegistryError: MLflow is not responding.
         """
         from mlflow.entities import Metric
 
@@ -175,7 +175,7 @@ class Tracking:
         """Add a file, such as a plot, to a run, replacing any file of the same name.
 
         Raises:
-            RegistryError: MLflow does not respond.
+            RegistryError: MLflow is not responding.
         """
         with self._asking():
             self._client.log_artifact(run_id, str(path))
@@ -184,7 +184,7 @@ class Tracking:
         """Mark a run as finished or failed.
 
         Raises:
-            RegistryError: MLflow does not respond.
+            RegistryError: MLflow is not responding.
         """
         with self._asking():
             self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
@@ -193,7 +193,7 @@ class Tracking:
         """Log a run's parameters. A parameter that is logged again must have the same value.
 
         Raises:
-            RegistryError: MLflow does not respond.
+            RegistryError: MLflow is not responding.
         """
         from mlflow.entities import Param
 
@@ -220,7 +220,7 @@ class Tracking:
         model.
 
         Raises:
-            RegistryError: MLflow does not respond.
+            RegistryError: MLflow is not responding.
         """
         with self._asking():
             names = (experiment.name for experiment in self._client.search_experiments())
@@ -230,7 +230,7 @@ class Tracking:
         """Return an experiment's most recently started run, or None if it has no runs.
 
         Raises:
-            RegistryError: MLflow does not respond.
+            RegistryError: MLflow is not responding.
         """
         with self._asking():
             existing = self._client.get_experiment_by_name(experiment)
@@ -242,7 +242,7 @@ class Tracking:
         """Return the run with the given id, or None if MLflow does not know it.
 
         Raises:
-            RegistryError: MLflow does not respond.
+            RegistryError: MLflow is not responding.
         """
         with suppress(NotFoundError), self._asking():
             return _figures(self._client.get_run(run_id))
@@ -256,7 +256,7 @@ class Tracking:
                 web servers.
 
         Raises:
-            RegistryError: MLflow does not respond, or rejects the source.
+            RegistryError: MLflow is not responding, or rejects the source.
         """
         with self._asking():
             try:
@@ -272,7 +272,7 @@ class Tracking:
         knows the version, as is the case if the machines share a tracking server.
 
         Raises:
-            RegistryError: MLflow does not respond.
+            RegistryError: MLflow is not responding.
         """
         with suppress(NotFoundError), self._asking():
             self._client.get_model_version(version.name, str(version.number))
@@ -293,7 +293,7 @@ class Tracking:
         """Delete a version's entry and page from MLflow. Its number is not reused. Unknown versions are ignored.
 
         Raises:
-            RegistryError: MLflow does not respond.
+            RegistryError: MLflow is not responding.
         """
         with suppress(NotFoundError), self._asking():
             if run_id := self._client.get_model_version(version.name, str(version.number)).run_id:
@@ -311,7 +311,7 @@ class Tracking:
         """Set a version's description and tags in MLflow.
 
         Raises:
-            RegistryError: MLflow does not respond.
+            RegistryError: MLflow is not responding.
         """
         with self._asking():
             self._client.update_model_version(version.name, str(version.number), description)
@@ -336,7 +336,7 @@ class Tracking:
 
         Raises:
             NotFoundError: MLflow does not know the version.
-            RegistryError: MLflow does not respond.
+            RegistryError: MLflow is not responding.
         """
         with self._asking():
             self._client.set_registered_model_alias(version.name, alias.value, str(version.number))

@@ -110,7 +110,7 @@ def read_status(address: ServerAddress) -> Mapping[str, Any]:
     """Return the server's status from /svc/status.
 
     Raises:
-        ServerNotRunningError: the server does not respond, or does not respond with JSON.
+        ServerNotRunningError: the server is not responding, or does not respond with JSON.
     """
     import httpx
 

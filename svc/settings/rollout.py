@@ -52,7 +52,7 @@ class RolloutSettings(Section):
     unit: UnitKind = Field(
         UnitKind.AUTO,
         description="unit that counts as one observation; auto: the `user` field, or else the conversation, or else "
-        "the request; request: every single request",
+        "the request; request: each request on its own",
     )
     max_errors: float = Field(0.01, gt=0, lt=1, description="margin for the share of failed requests")
     max_invalid: float = Field(0.01, gt=0, lt=1, description="margin for the share of answers that are not valid JSON")

@@ -38,7 +38,7 @@ class Changes:
         """Wait until a change arrives after the given `count`, or until the store must be read again.
 
         Args:
-            poll_s: longest wait in seconds if notifications may not arrive. Otherwise, the longest wait is
+            poll_s: longest wait in seconds while notifications are unreliable. Otherwise, the longest wait is
                 `FALLBACK_POLL_S`.
             within_s: longest wait in seconds in both cases, for work that is due at a certain time.
         """

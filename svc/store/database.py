@@ -52,7 +52,7 @@ def open_store(settings: Settings) -> Store:
     Raises:
         RegistryError: the store was written by an incompatible release, or the database is not suitable.
         SettingsError: the driver is not installed, or the password cannot be read.
-        StoreUnavailableError: the database does not respond.
+        StoreUnavailableError: the database is not responding.
     """
     if settings.store.url is None:
         return open_database(settings.home)
@@ -89,7 +89,7 @@ def open_new_store(settings: StoreSettings) -> Store:
     Raises:
         RegistryError: the tables belong to another release, or the database is not suitable.
         SettingsError: the driver is not installed, or the password cannot be read.
-        StoreUnavailableError: the database does not respond.
+        StoreUnavailableError: the database is not responding.
     """
     store = connect(settings)
     try:

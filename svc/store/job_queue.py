@@ -92,7 +92,7 @@ def take_job(store: Store, worker: str, may_run: Callable[[Job], bool]) -> Job |
     with exclusive(store) as session:
         now = database_time(session)
         for abandoned in _abandoned(session, worker):
-            _release(session, abandoned, "The job's worker does not respond; the job returns to the queue", now)
+            _release(session, abandoned, "The job's worker is not responding; the job returns to the queue", now)
             abandoned.attempts -= 1
         row = _choose(session, worker, may_run)
         if row is None:

@@ -73,7 +73,7 @@ def migrate(home: Path, target: StoreSettings) -> Migration:
             store a value.
         IntegrityError: the audit log is altered, or a row of the copy differs.
         SettingsError: the driver is not installed, or the password cannot be read.
-        StoreUnavailableError: the database does not respond.
+        StoreUnavailableError: the database is not responding.
     """
     path = home / SQLITE_FILE
     if not path.is_file():

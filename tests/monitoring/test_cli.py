@@ -388,14 +388,14 @@ def test_status_fails_while_the_server_is_still_starting(svc: Svc, tmp_path: Pat
     with hold_lock(tmp_path / "home" / LOCK_FILE, "the home", url="http://127.0.0.1:9"):
         ended = svc("--home", "home", "status")
     assert ended.code == 13
-    assert "http://127.0.0.1:9 does not respond" in ended.err
+    assert "http://127.0.0.1:9 is not responding" in ended.err
 
 
 @pytest.mark.parametrize(
     ("pages", "wrong"),
     [
-        ({"/svc/status": (500, "")}, "does not respond"),
-        ({"/metrics": (404, "")}, "does not respond"),
+        ({"/svc/status": (500, "")}, "is not responding"),
+        ({"/metrics": (404, "")}, "is not responding"),
         ({"/svc/status": (200, "<html>another server</html>")}, "returned status 200 with a body that is not JSON"),
         ({"/svc/status": (401, "<html>sign in</html>")}, "returned status 401 with a body that is not JSON"),
         ({"/metrics": (200, "<html>another server</html>")}, "returned status 200, but no valid metrics"),
@@ -436,7 +436,7 @@ def test_watch_option_refreshes_the_screen_with_rates(svc: Svc, tmp_path: Path) 
         ended = svc("--home", "home", "status", "--watch", "--interval", "0.2")
     assert ended.code == 130
     assert "requests/s" in ended.out
-    assert "does not respond" in ended.out
+    assert "is not responding" in ended.out
 
 
 def test_watch_option_cannot_be_combined_with_the_json_option(svc: Svc) -> None:

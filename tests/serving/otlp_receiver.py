@@ -49,7 +49,7 @@ class OtlpReceiver:
         heads: headers of the requests, with names in lower case.
         paths: paths of the requests.
         bodies: bodies of the requests.
-        go_on: event before which the receiver does not respond.
+        go_on: event before which the receiver is not responding.
     """
 
     url: str = ""

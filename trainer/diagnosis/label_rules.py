@@ -19,8 +19,8 @@ MIN_ASKED = 60
 """Minimum number of held-out results needed to judge the labels. With this minimum, the most confident third, from
 which the labels are judged, contains at least twenty results."""
 WRONG = 0.06
-"""Consider the third of the answers in which the model is most confident. If more than this share is wrong, the
-labels are suspect. On the Debian section task, 2 to 4% of this third and 25 to 35% of all answers are wrong."""
+"""Largest share of wrong answers among the 33% in which the model is most confident. If more are wrong, the labels
+are suspect. On the Debian section task, 2 to 4% of these 33% are wrong, and 25 to 35% of all answers."""
 LEARNT, SURE = 0.7, 0.88
 """Thresholds for the mean probability of the most confident third and the most confident sixth of answers. A model
 below the first threshold has not learned its task. With correct labels, some examples are easy, and the model's mean

@@ -57,7 +57,7 @@ def with_checkpointing(estimate: Estimate, enabled: bool, served_length: int) ->
 def _sharding(estimate: Estimate) -> dict[str, str]:
     """Return a recipe change that keeps the given estimate's choice of whether to shard the weights.
 
-    Otherwise, turning checkpointing off could also turn sharding on, because training needs more memory then.
+    Training without checkpointing needs more memory, so turning checkpointing off could otherwise turn sharding on.
     """
     here = estimate.here
     if here.device.count == 1 or here.undivided:

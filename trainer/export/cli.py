@@ -76,7 +76,7 @@ def _merged(registry: Registry, version: VersionId) -> Path:
         raise NotFoundError(
             f"{version} has no merged weights",
             expected=f"a version with format {Format.MERGED}",
-            todo="run the version's recipe again with merged in `formats`: training is not repeated",
+            todo="add `merged` to `formats` and run the version's recipe again; training is not repeated",
         )
     registry.verify(version, Format.MERGED)
     return registry.artifact(version, Format.MERGED)

@@ -96,7 +96,7 @@ class RayTrials:
 
         Raises:
             InterruptedRunError: a signal was received.
-            RegistryError: the object store does not respond, or rejects a request.
+            RegistryError: the object store is not responding, or rejects a request.
             ServerNotRunningError: the cluster cannot be reached.
             SvcError: a trial could not be trained, for a reason other than its values.
         """

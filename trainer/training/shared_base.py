@@ -31,7 +31,7 @@ def share_base(objects: ObjectStore, folder: Path, revision: str) -> str:
         revision: identifier of the model's exact files.
 
     Raises:
-        RegistryError: the store does not respond, or rejects the request.
+        RegistryError: the store is not responding, or rejects the request.
     """
     name = re.sub(r"\W", "-", revision.removeprefix("sha256:"))
     if objects.read(_key(name)) is None:
@@ -49,7 +49,7 @@ def fetch_base(objects: ObjectStore, name: str, cache: Path) -> Path:
 
     Raises:
         IntegrityError: an object is missing, truncated or altered.
-        RegistryError: the store does not respond, or rejects the request.
+        RegistryError: the store is not responding, or rejects the request.
     """
     folder = cache / name
     if folder.is_dir():

@@ -52,7 +52,7 @@ class SharedCheckpoints:
 
         Raises:
             IntegrityError: an object is missing, truncated or altered.
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         shared = self._shared()
         if not shared or ((here := self._here()) and here[-1] >= shared[-1]):
@@ -67,7 +67,7 @@ class SharedCheckpoints:
         """Adopt the id of the MLflow run that another machine started, unless this machine already has an id.
 
         Raises:
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         if not self._tracking.is_file() and (content := self._objects.read(f"{self._prefix}/mlflow.json")):
             write_whole(self._tracking, content)
@@ -99,7 +99,7 @@ class SharedCheckpoints:
         """Upload the trained model, and return the records of its files.
 
         Raises:
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         records = record_files(folder, folder)
         self._objects.send(f"{self._prefix}/{_TRAINED}", records, folder)
@@ -113,7 +113,7 @@ class SharedCheckpoints:
 
         Raises:
             IntegrityError: an object is missing, truncated or altered.
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         shutil.rmtree(folder, ignore_errors=True)
         _receive(self._objects, f"{self._prefix}/{_TRAINED}", records, folder)
@@ -125,7 +125,7 @@ class SharedCheckpoints:
             records: records of the trained model's files, as returned by `send_trained`.
 
         Raises:
-            RegistryError: the store does not respond, or rejects the request.
+            RegistryError: the store is not responding, or rejects the request.
         """
         prefix = f"{self._prefix}/{_TRAINED}"
         return all(self._objects.size(f"{prefix}/{file.path}") == file.bytes for file in records)

@@ -22,7 +22,7 @@ class HealthChecks:
         """Return the HTTP status of the engine's response to a health check.
 
         Raises:
-            OSError: the engine does not respond.
+            OSError: the engine is not responding.
         """
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S), self._connections.get("/health") as answer:

@@ -156,7 +156,7 @@ class EngineProcess:
         """Adopt the engine that an earlier server left running, instead of starting a new one.
 
         Raises:
-            EngineError: the engine does not respond, or has just exited.
+            EngineError: the engine is not responding, or has just exited.
         """
         self._process = await asyncio.to_thread(find_engine, self.spec.state)
         record = await asyncio.to_thread(read_record, self.spec.state)

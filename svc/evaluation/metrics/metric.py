@@ -27,7 +27,7 @@ class Better(StrEnum):
 
 
 class Unit(StrEnum):
-    """Unit of a metric. It determines how values are displayed and how a limit on a loss is interpreted."""
+    """Unit of a metric. It determines how values are displayed, and what a limit on a drop means."""
 
     SHARE = "share"
     """A value between 0 and 1."""

@@ -77,7 +77,7 @@ class Receiver:
     Attributes:
         statuses: statuses of the next responses; 200 follows.
         headers: additional headers of each response.
-        go_on: event before which it does not respond.
+        go_on: event before which it is not responding.
     """
 
     url: str = ""

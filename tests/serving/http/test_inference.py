@@ -385,7 +385,7 @@ class TestEngineDeaths:
         assert token_event["choices"][0]["delta"]["content"] == "one"
         assert failure["error"]["code"] == "engine_error"
 
-    async def test_failed_stream_counts_as_an_error_of_its_version(
+    async def test_failed_stream_is_counted_as_an_error_of_the_version_that_served_it(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         service.double.fault = Fault.ERROR_IN_STREAM

@@ -152,5 +152,5 @@ def test_password_in_the_tracking_uri_is_not_in_errors(monkeypatch: pytest.Monke
 
 def test_unreachable_mlflow_raises_registry_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(RegistryError, match="does not respond"):
+    with pytest.raises(RegistryError, match="is not responding"):
         Tracking("http://127.0.0.1:9").aliases("tiny")

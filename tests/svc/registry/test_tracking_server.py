@@ -63,6 +63,6 @@ def test_publishing_fails_with_a_reason_while_the_tracking_server_is_down(
     tmp_path: Path, content: dict[str, Path], name: str
 ) -> None:
     registry = Registry(tmp_path / "models", Tracking(UNREACHABLE))
-    with pytest.raises(RegistryError, match=f"MLflow at {UNREACHABLE} does not respond"):
+    with pytest.raises(RegistryError, match=f"MLflow at {UNREACHABLE} is not responding"):
         registry.publish(name, "abc", content, make_manifest)
     assert registry.versions(name) == []

@@ -166,7 +166,7 @@ def test_job_of_an_unresponsive_worker_is_reassigned_and_late_reports_are_reject
     silence(store, id)
     assert take(store, "w2") == id
     assert (find(store, id).worker, find(store, id).attempts) == ("w2", 1)
-    assert "The job's worker does not respond; the job returns to the queue" in messages(store, id)
+    assert "The job's worker is not responding; the job returns to the queue" in messages(store, id)
     for report in (report_job, read_wanted):
         with pytest.raises(JobLostError):
             report(store, id, "w1")

@@ -46,7 +46,7 @@ def test_training_run_is_not_delayed_when_the_tracking_server_fails_slowly(
     def fail_slowly(run_id: str, points: Iterable[tuple[int, Mapping[str, float]]]) -> None:
         attempts.append(run_id)
         time.sleep(0.1)
-        raise RegistryError("MLflow does not respond")
+        raise RegistryError("MLflow is not responding")
 
     monkeypatch.setattr(tracking, "log_points", fail_slowly)
     with sending_curve(tracking, "abc") as send:
