@@ -38,8 +38,8 @@ from svc.version import Target
 ALPHA = 1e-4
 MIN_NLL_CHANGE = 0.05
 """Smallest mean change of the log-likelihood that matters, in nats per token. Wrong weights change it by whole
-nats. Running examples one at a time, as here, rather than in batches of 16, as at registration, changes
-results by 0.01 on average, because a batch is rounded differently."""
+nats. At registration, examples run in batches of 16, but here they run one at a time. Because batches are rounded
+differently, this changes results by 0.01 on average."""
 _ROUNDING_NATS = 0.05
 """Assumed standard deviation of the rounding difference for one example. The measured value was 0.03."""
 

@@ -75,10 +75,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GatewayParts:
-    """The application that serves clients, and its components that must be run or closed.
+    """The application that serves clients, along with the components that the server must run or close for it.
 
     Attributes:
-        draining: event to set when load balancers must stop sending requests.
+        draining: event to set when the server starts to drain, so that load balancers stop sending requests.
     """
 
     app: Application

@@ -209,7 +209,9 @@ class _Percents(click.ParamType[tuple[float, ...]]):
     help="First send copies of N requests to VERSION; clients do not get VERSION's answers.",
 )
 @click.option(
-    "--canary", type=_Percents(), help="Then serve VERSION to these percentages of clients, such as 5,25,100."
+    "--canary",
+    type=_Percents(),
+    help="After any --shadow step, serve VERSION to these percentages of clients, such as 5,25,100.",
 )
 @click.option("--direct", is_flag=True, help="Promote in a single swap, without the configured steps.")
 @click.option("--force", is_flag=True, help="Promote even if a gate rejects the version; requires --reason.")

@@ -99,7 +99,10 @@ class Deployment:
         return AdmittedLease(self.admission, self.balancer.lease(model, who=who), tokens, party, waiting)
 
     async def run(self) -> None:
-        """Keep the model in its desired state until cancelled. Call `reconciler.start` first."""
+        """Run the components that keep the model in its desired state, until cancelled.
+
+        Call `reconciler.start` first.
+        """
         parts = {
             "promotions and rollouts": self.reconciler.follow,
             "restarts of engines": self.reconciler.reviver.run,

@@ -167,7 +167,8 @@ class Deployments:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def load(self, version: VersionId, targets: Sequence[Target]) -> None:
-        """Start serving an unpromoted version, and return once it is served. Serving ends when it becomes idle.
+        """Start serving an unpromoted version, and return once it is served. The version is served until it
+        becomes idle.
 
         The version's model is not added to the store's set of models. Each server loads only the models that its own
         clients request, and loads none of them after a restart.

@@ -64,8 +64,8 @@ class Leadership:
         self.server = "" if is_sqlite(store) else uuid4().hex
 
     def leads(self, name: str) -> bool:
-        """Return whether this server is the leader for a model now. A server that cannot reach the store loses the
-        leadership after `LEASE_S`.
+        """Return whether this server is the leader for a model now. A server that cannot reach the store stops being
+        the leader after `LEASE_S`.
         """
         return not self.server or (name in self._leases and self._clock() < self._until)
 
@@ -83,7 +83,7 @@ class Leadership:
         return self._leases[name]
 
     async def run(self) -> None:
-        """Keep extending the leases until cancelled. Never returns."""
+        """Report to the store and extend the leases, at regular intervals until cancelled."""
         if not self.server:
             await asyncio.Event().wait()
         while True:

@@ -30,8 +30,8 @@ class Backend(Protocol):
 
     @property
     def context(self) -> int:
-        """Maximum combined length of a prompt and its answer, in tokens. An answer for which the request sets no limit
-        counts as this long.
+        """Maximum combined length of a prompt and its answer, in tokens. If a request does not limit the length of
+        its answer, admission assumes this length.
         """
 
     async def check(self, model: str) -> None:
@@ -96,7 +96,7 @@ class Router:
         self._backends[name] = backend
 
     def split(self, name: str, split: Split | None) -> None:
-        """Set how a rollout splits a model's requests, or pass None when the rollout ends."""
+        """Set how a rollout splits a model's requests. None ends the split."""
         if split is None:
             self._splits.pop(name, None)
         else:

@@ -152,8 +152,8 @@ async def serve(
     manager: ServiceManager = _NO_MANAGER,
 ) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP. The server first drains for `serve.drain_s`, and then stops without
-    accepting further requests. While the server drains, another signal ends the draining. After that, another signal
-    stops the server without waiting for running requests.
+    accepting further requests. A signal during draining ends the draining. A signal after draining stops the
+    server without waiting for running requests.
 
     SIGUSR1 also stops the server, but leaves the engines and a fine-tuning job's training process running. The next
     server adopts them.

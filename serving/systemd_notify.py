@@ -20,8 +20,8 @@ _FIRST_DESCRIPTOR = 3
 """First file descriptor that the service manager passes. Lower numbers are the standard streams."""
 _BEAT_S = 5.0
 _PATIENCE_S = 60.0
-"""Additional time for startup or shutdown, in seconds. The server requests it from the service manager whenever it
-reports that its event loop is running."""
+"""Additional time for startup or shutdown, in seconds, requested from the service manager with each report that the
+event loop is running."""
 
 
 def inherited_listener(environment: MutableMapping[str, str] = os.environ) -> socket.socket | None:

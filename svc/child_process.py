@@ -1,4 +1,4 @@
-"""Run a function in a separate process, for libraries whose threads, memory or patches outlive a call.
+"""Runs a function in a separate process, for libraries whose threads, memory or patches outlive a call.
 
 Unlike a thread, the process can be stopped at any time, which releases its memory. It stops if the caller
 is interrupted or the caller's process is killed.

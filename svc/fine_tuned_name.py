@@ -1,4 +1,4 @@
-"""Names of fine-tuned models for clients, in OpenAI's form: `ft:BASE:ORGANIZATION:SUFFIX:ID`.
+"""Client-facing names of fine-tuned models, in OpenAI's form: `ft:BASE:ORGANIZATION:SUFFIX:ID`.
 
 A checkpoint's name is its model's name followed by `:ckpt-step-N`. The suffix may be empty.
 """
@@ -39,11 +39,11 @@ class FineTunedName:
 
 
 def make_fine_tuned_name(*, model: str, organization: str, suffix: str, job: str) -> FineTunedName:
-    """Return the name of the model that a job trains.
+    """Return the name of the model that a job produces.
 
     Args:
-        model: the model that is trained, as named by the client. If that model is itself fine-tuned, the new name
-            contains its base.
+        model: the model from which training starts, as named by the client. If that model is itself fine-tuned, the
+            new name contains its base.
         job: id of the job.
     """
     trained = parse_fine_tuned_name(model)

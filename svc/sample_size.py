@@ -1,13 +1,13 @@
 """Sample-size estimates: how many paired examples are needed to detect a given difference, and what
 difference a given number of examples can detect.
 
-A gate compares a loss with a limit, so the difference here is the distance of the loss from its limit.
+A gate compares a quality loss with a limit, so the difference here is the distance of the loss from its limit.
 
 The estimates use the normal approximation for the mean of n paired differences with variance s^2, for a
 bound of a 95% interval and a power of 0.8 (see any textbook or, for evaluations, Miller 2024, "Adding
 Error Bars to Evals", arXiv:2411.00640):
 
-    n = (z_0.975 + z_0.8)^2 s^2 / loss^2
+    n = (z_0.975 + z_0.8)^2 s^2 / difference^2
 
 For answers that are right or wrong, s^2 is at most the share of examples on which the two models differ (McNemar's
 test: Connor 1987, Biometrics 43). Until both models have answered, this share has to be assumed.
@@ -51,7 +51,7 @@ def about(examples: int) -> str:
 
 
 def say_detectable(examples: int, counted: str = "held-out examples") -> str:
-    """Return a sentence saying how far a loss must be from its limit to be detected with this many examples."""
+    """Return a sentence saying how far a quality loss must be from its limit to be detected with this many examples."""
     return (
         f"{examples} {counted} are enough to detect, with 80% power, a loss that differs from its limit by at least "
         f"{detectable_loss(examples):.3f}, assuming that {100 * ASSUMED_CHANGED:g}% of the answers change"

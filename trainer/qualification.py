@@ -230,7 +230,7 @@ class Qualifier:
     async def _read(
         self, engine: Engine, prompts: Sequence[Sequence[int]], load_seconds: Interval | None, loading_share: float
     ) -> EngineReading:
-        """Measure a format on the engine.
+        """Measure the loaded format's speed, and score the answers that the parity report compares.
 
         Args:
             loading_share: share of CPU time that other processes used while the weights were being loaded.
@@ -261,7 +261,7 @@ class Qualifier:
         async with self._engine(folder) as engine:
             difference = await check_probes(engine.client, probes)
         console.print(
-            f"  {text}: log-probabilities of an in-place reload and of a new engine differ by {difference:.4f}"
+            f"  {text}: log-probabilities after an in-place reload and on a new engine differ by {difference:.4f}"
         )
 
     async def _judge(self, client: EngineClient, text: str, *, trained: bool = True) -> Evaluation:

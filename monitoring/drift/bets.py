@@ -19,7 +19,8 @@ from svc.drift_reference.sample import Floats, Names, Sample
 
 SLACK, SURE = 2.0, 1.64
 _MAX_BOUND = 0.7
-"""No bet is placed if its bound (see `Bet`) would be this large or larger, because such a bet could hardly win."""
+"""Bets whose `bound` is this large or larger are left out: in normal traffic, values fall into their sets so often that
+a change could hardly be detected."""
 _TAILS = (0.0, 0.02, 0.1)
 """Fractions of the reference that lie in a feature's two tails combined. With a fraction of 0, the tails contain only
 values outside the reference's range."""

@@ -55,7 +55,8 @@ _MAKING = timedelta(minutes=10)
 """Requests without features are ignored until they are this old, because the process that computes features
 needs time to start."""
 _SCORING = timedelta(minutes=5)
-"""Longest time to wait for an answer's log-probability when the answer's content is stored."""
+"""A request whose answer has no log-probability yet is held back until it is this old. Log-probabilities are computed
+only if the server stores contents."""
 _NO_FEATURES = "the server does not store features of new requests; set request_log.features and restart the server"
 State = TypeVar("State")
 

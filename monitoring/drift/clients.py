@@ -3,12 +3,12 @@
 from collections import Counter, deque
 
 COMPARED = 100
-"""Number of most recent counted requests to which the limit on each client's share applies."""
+"""Number of most recent counted requests among which each client's share is limited."""
 _MIN_COUNT = 5
-"""Lowest limit for any client, however small its usual share: a number of requests among the last `COMPARED` counted
-ones."""
+"""Number of requests among the last `COMPARED` counted ones that any client may have, however small its usual share
+is."""
 _SLACK = 1.2
-"""Factor by which a client may exceed its usual share."""
+"""A client's share of the counted requests may be at most its usual share multiplied by this factor."""
 
 
 class ClientShares:

@@ -14,17 +14,17 @@ depend on each other, the stream is treated as changed."""
 LAGS = MAX_LAG + 38
 """Number of lags examined. Beyond `MAX_LAG`, items are assumed to be no more similar than randomly chosen ones."""
 ROWS = 600
-"""Number of items used for the estimate. The newest `MAX_LAG` items are left out, because items become more
-similar to each other when a change begins."""
+"""Number of items from which the distance of dependence is estimated. The newest `MAX_LAG` items are left out, because
+items become more similar to each other when a change begins."""
 MIN_ROWS = 25
 ENOUGH = 226
-"""Number of items required to examine all lags. With fewer items, only lags up to a fifth of their number are
-examined."""
+"""Number of items required to examine all `LAGS` lags (distances between items). With fewer items, only lags up to
+a fifth of the number of items are examined."""
 _SURE = 2.5
 """Number of standard errors by which the similarity at a lag must exceed the usual similarity to count as higher."""
 _BURST_SHARE = 0.25
 """If the fraction of item pairs with equal values of a feature exceeds the reference's fraction by this much, the items
-are treated as a burst or a change."""
+are treated as a burst of similar items or a change in the traffic."""
 
 
 class Resemblance:
@@ -125,7 +125,9 @@ class Resemblances:
         return float(min(MAX_LAG, max(1 + depends, (sizes**2).sum() / sizes.sum())))
 
     def _is_burst(self, places: range, lag: int, lags: int) -> bool:
-        """Return whether items at distances between `lag` and `lags` are more similar than the reference's items."""
+        """Return whether items that are more than `lag` and at most `lags` items apart are more similar to each other
+        than the reference's items are.
+        """
         far = np.stack([self.similar[place, place - lags : place - lag].mean() for place in places])
         # Rows share items, so their error is underestimated.
         if far.mean() > self.usual + 2 * _SURE * _error(far):

@@ -31,7 +31,8 @@ MEMORY = max(ROWS + LAGS, HISTORY + max(LEARNED_FROM)) + MAX_LAG
 """Number of earlier counted requests needed to process new requests. All requests are counted except near copies and
 requests above a client's usual share."""
 SEEN = RARITY_REQUESTS + COMPARED
-"""Number of earlier requests, counted or not, used to compute word rarity and each client's share."""
+"""Number of earlier requests used to compute word rarity and each client's share. They include requests that are not
+counted (see `MEMORY`)."""
 _LEARNED_SHARE = 0.7
 """Share of the false alarm budget for prompts that goes to bets on learned sets. The domain classifier learns these
 sets to detect changes that no single feature shows. All other bets on prompts share the rest equally."""
@@ -87,7 +88,7 @@ class Requests:
 
 
 class Seen(NamedTuple):
-    """A request that arrived before the current check, whether it was compared (counted) or ignored."""
+    """A request that arrived before the current check. Requests that are not counted (see `MEMORY`) are included."""
 
     words: Words
     client: str

@@ -28,13 +28,13 @@ WIDTHS = (1.0, 0.55)
 """Kernel widths for the two embeddings of a prompt (by its topic and by its expected answer), tuned on training and
 held-out prompts."""
 LEARNED_FROM = (16, 40)
-"""How many of the newest items a set of prompts is learned from. Some sets use the first number, others the second."""
+"""Numbers of newest items from which sets of prompts are learned. Some sets use the first number, others the second."""
 HISTORY = 400
-"""Maximum number of items used to determine what share of the items usually falls into a learned set. They immediately
-precede the items from which the set is learned."""
+"""Maximum number of recent items whose share in a learned set limits a bet on this set (see the module docstring). They
+immediately precede the items from which the set is learned."""
 _MIN_HISTORY = 50
 _FAR = (0.0, 0.02, 0.1)
-"""Fractions of the reference prompts in the fixed sets: those least similar to the other reference prompts."""
+"""Sizes of the fixed sets (see the module docstring), as fractions of the reference prompts that fall into them."""
 _LEARNED = (0.3, 0.5)
 """Sizes of the learned sets (see the module docstring), as fractions of the reference prompts that fall into them."""
 _LEARNED_SLACK, _STEP_SLACK = 1.8, 1.1
@@ -64,7 +64,7 @@ class DomainClassifier:
         reference: the reference prompts, including their text embeddings.
 
     Attributes:
-        far_bounds: bound of each fixed set.
+        far_bounds: for each fixed set, upper bound of the share of prompts in it while prompts have not changed.
         learned: number of bets on learned sets.
         usual: mean similarity between two reference prompts.
     """
@@ -88,7 +88,7 @@ class DomainClassifier:
         self.learned = len(LEARNED_FROM) * len(_LEARNED) * 2
 
     def similar(self, ones: Sample, others: Sample | None = None) -> Singles:
-        """Return a similarity matrix with a row for each item of `ones` and a column for each item of `others`.
+        """Return the similarity of each prompt in `ones` (rows) to each prompt in `others` (columns).
 
         If `others` is None, the columns are the reference prompts.
         """
@@ -118,7 +118,8 @@ class DomainClassifier:
         return np.where(np.stack(hits, axis=1), HIT, MISS).astype(np.int8)
 
     def learned_hits(self, similar: Similarities, place: int, dependence: float) -> tuple[Hits, Floats]:
-        """For each bet on a learned set of prompts, return whether the set contains an item, and the bet's bound.
+        """For each bet on a learned set of prompts, return whether the item is in the set, and the bet's bound (the
+        highest probability of being in the set that counts as unchanged).
 
         Args:
             place: index of the item.

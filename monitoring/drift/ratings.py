@@ -184,7 +184,7 @@ def accept_ratings(store: Store, target: Target, state: RatingState, since: date
         raise RefusedError(
             f"only {len(ratings)} ratings were submitted since the change",
             expected=f"at least {_MIN_ACCEPTED} ratings; only one rating per person per day counts",
-            todo=f"repeat `svc drift {target.version} --accept` once enough ratings have been submitted",
+            todo=f"after enough ratings have been submitted, repeat `svc drift {target.version} --accept`",
         )
     return replace(state, base=_pairs(ratings), features={})
 

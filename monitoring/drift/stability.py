@@ -30,7 +30,8 @@ class Stability:
     def beyond_chance(self) -> float:
         """Return `index` minus `by_chance`, or 0 if that is negative.
 
-        The conventional limit of 0.2 can be applied to the result regardless of the sample size.
+        The conventional limit for a population stability index, 0.2, can be applied to the result regardless of the
+        sample size.
         """
         return max(0.0, self.index - self.by_chance)
 

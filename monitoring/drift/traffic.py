@@ -52,8 +52,8 @@ def check_traffic(
     """Process new requests, start and end alarms, and return the new state and the reports.
 
     Args:
-        items: stored items in order: those in `state.kept`, the newest items already seen, and the new
-            items.
+        items: stored items in order. They include all items in `state.kept`, the newest items that earlier checks saw,
+            and all new items.
     """
     new = [item for item in items if item.id > state.cursor]
     for start in range(0, max(1, len(new)), _TOGETHER):
@@ -70,7 +70,9 @@ def _take(
     new: Sequence[StoredItem],
     alarms: AlarmBook,
 ) -> tuple[TrafficState, "_Traffic", Mapping[str, float]]:
-    """Process a batch of new requests, and return the new state, the traffic and the evidence for each feature."""
+    """Process a batch of new requests. Return the new state, the newest counted requests and the evidence for each
+    feature.
+    """
     kept = frozenset(state.kept)
     before = [item for item in items if item.id in kept]
     seen = [Seen(item.item.words, item.client) for item in items if item.id <= state.cursor][-SEEN:]

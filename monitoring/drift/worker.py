@@ -19,7 +19,7 @@ from svc.settings.settings import Settings
 log = logging.getLogger(__name__)
 
 _NICENESS = 10
-"""Niceness of the drift check process, which gives all other processes priority."""
+"""Niceness of the drift check process. At this value, all other processes have priority."""
 _LOOK_EVERY_S = 1.0
 _PAUSE_S = 10.0
 """Pause before the drift check process is restarted after it dies, in seconds."""

@@ -101,8 +101,8 @@ class Admission:
 
     @property
     def unavailable_reason(self) -> str | None:
-        """Reason why no engine is available, or None if an engine is running, being replaced or reloaded, or started on
-        demand.
+        """Reason why no engine is available. None if an engine is running, is being replaced or reloaded, or will be
+        started for the next request.
         """
         return None if self._asleep else self._unavailable
 
@@ -192,7 +192,7 @@ class Admission:
         self._settle()
 
     def wake(self) -> None:
-        """Undo `sleep`: while no engine accepts requests, new and queued requests are rejected instead of waiting."""
+        """Mark the model as awake. While no engine accepts requests, new and queued requests are rejected."""
         self._asleep = False
         self._settle()
 

@@ -16,8 +16,8 @@ from serving.admission.errors import OverloadedError, QueueTimeoutError
 from svc.one_shot_event import OneShotEvent
 
 MAX_WAIT_S = 60.0
-"""Maximum time that a request waits for a slot, in seconds. The request is then sent again, so that its key's
-permissions are checked again.
+"""Maximum time that a batch request waits for a slot, in seconds. After this time it is rejected, and its batch sends
+it again, so that its key's permissions are checked again.
 """
 
 

@@ -123,7 +123,7 @@ class Reservation:
             quota.used += quota.spent(used)
 
     def release(self) -> None:
-        """Release the whole reservation, because the request failed for a reason other than a client error."""
+        """Release the whole reservation without counting the request."""
         for quota, amount, _ in self._held:
             quota.reserved -= amount
 
@@ -280,7 +280,7 @@ class _Quota:
         """Update `used`, so that it no longer includes usage that has expired."""
 
     def reset_s(self) -> float:
-        """Return the number of seconds until all past use expires.
+        """Return the number of seconds until all usage so far has stopped counting toward the limit.
 
         Reservations are ignored, because it is not known when they end.
         """
@@ -301,7 +301,7 @@ class _Quota:
 
 
 class _OfMinute(_Quota):
-    """A limit per minute. Past use expires continuously, at the rate of one full limit per minute."""
+    """A limit per minute. Usage stops counting gradually, at the rate of one full limit per minute."""
 
     def forget(self) -> None:
         now = self._clock()

@@ -47,8 +47,8 @@ _PAUSE_S = 60.0
 _NEVER = "`holdout.every_hours` is 0"
 _ELSEWHERE = "another server that uses this store runs the held-out set"
 MAX_EXAMPLES = 200
-"""Maximum number of examples per run. Each example may wait for `scheduler.PATIENCE_S`, 30 s, so 200 examples take
-less than two hours."""
+"""Maximum number of examples per run. Each example waits at most 30 s (`scheduler.PATIENCE_S`) for an idle engine, so
+200 examples take less than two hours."""
 
 
 class HoldoutState(StrEnum):
@@ -253,6 +253,6 @@ class HoldoutRuns:
 
 
 def _evenly(total: int, most: int) -> list[int]:
-    """Return `most` indexes, spread evenly over `range(total)`, or all indexes if `total` is not larger than `most`."""
+    """Return at most `most` indexes, spread evenly over `range(total)`."""
     count = min(total, most)
     return [(2 * at + 1) * total // (2 * count) for at in range(count)]

@@ -31,9 +31,9 @@ PATIENCE_S = 30.0
 other requests. 200 held-out examples then take less than two hours; by default, a run starts every six hours."""
 _POLL_S = 1.0
 _MAX_DEATHS = 3
-"""Maximum number of times that the engine may die, for any reason, during background requests within
-`_DEATHS_WITHIN_S`. Background requests then stop. Otherwise, a request that kills the engine would be sent to each new
-engine within minutes."""
+"""Number of times that the engine must die, for any reason, during background requests within `_DEATHS_WITHIN_S` for
+background requests to stop. Without this limit, a request that kills the engine would be sent to each new engine within
+minutes."""
 _DEATHS_WITHIN_S = 24 * 3600.0
 _WITH_ENGINE = {EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING}
 

@@ -46,7 +46,7 @@ class BatchRunner:
     _running: dict[str, tuple[BatchRun, asyncio.Task[None]]] = field(default_factory=dict, init=False)
 
     async def run(self) -> None:
-        """Run batches until cancelled."""
+        """Run batches until this task is cancelled."""
         await self.ready()
         try:
             while True:

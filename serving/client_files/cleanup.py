@@ -30,7 +30,7 @@ async def run_cleanup(files: ClientFiles, uploads: ClientUploads, *, interval_s:
         except OSError:
             log.exception("could not remove expired files")
         except ContentStoreError:
-            log.warning("could not remove files from the object store or upload files that it lacks; retrying")
+            log.warning("could not remove or upload files in the object store; retrying")
         count += 1
         await asyncio.sleep(interval_s)
 

@@ -174,7 +174,8 @@ class ClientProtocol(HttpToolsProtocol):
         self._waiting_since = asyncio.get_running_loop().time()
 
     def _check(self) -> None:
-        """Close the connection if its client sends no request or stops reading. Otherwise schedule another check.
+        """Close the connection if its client has sent no request, or has stopped reading, for too long. If not,
+        schedule another check.
 
         A single timer serves all requests of a connection.
         """

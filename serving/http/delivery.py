@@ -23,7 +23,7 @@ disconnected if it has read less than about twice that size within `CLIENT_TIMEO
 MAX_ANSWER_BYTES = 16 * 2**20
 """Maximum size of a non-streamed answer, and of the buffered part of a stream, in bytes."""
 CLIENT_TIMEOUT_S = 30.0
-"""Number of seconds within which a client must read the next part of its answer. Otherwise it is disconnected."""
+"""Seconds that a client has to read the next part of its answer before it is disconnected."""
 
 
 class ClientSlowError(Exception):
@@ -59,7 +59,7 @@ class AnswerBuffers:
         self.used = 0
 
     def held_by(self, caller: str) -> int:
-        """Return the number of bytes buffered for a caller."""
+        """Return the total size of a caller's answers that are buffered, in bytes."""
         return self._held.get(caller, 0)
 
     def take(self, size: int, held: int, caller: str) -> bool:

@@ -55,7 +55,7 @@ class FailedKeys:
             raise TooManyWrongKeysError(
                 f"too many invalid API keys from this address: {MAX_INVALID_PER_MINUTE} within a minute",
                 retry_after_s=math.ceil(began + _MINUTE_S - now),
-                todo="correct the API key; a valid key is accepted immediately",
+                todo="correct the API key; requests with a valid key are accepted without waiting",
             )
         if began == now:
             self._peers.pop(peer, None)  # moves the peer to the end

@@ -99,7 +99,7 @@ class RequestAccount:
             self._content.expects_json = assignment.expects_json
 
     def admitted(self, waited_s: float) -> None:
-        """Record how long the request waited for admission. For a request in a batch, timing begins now."""
+        """Record how long the request waited for admission. A request in a batch is timed only from now on instead."""
         if self.state.in_batch:
             self._started = self.clock()
         else:
@@ -122,7 +122,7 @@ class RequestAccount:
             self._content.features = wanted
 
     def heard(self) -> None:
-        """Record that part of the answer arrived from the engine. Only the last call before `begin` counts."""
+        """Record that part of the answer arrived from the engine. `begin` uses the time of the last call before it."""
         self._engine_s = self.clock() - self._asked
 
     def begin(self) -> float:

@@ -34,7 +34,7 @@ class DiskFullError(SvcError):
 
 
 class Uploading:
-    """Runs uploads.
+    """Saves the bodies of upload requests in threads, at most `MAX_UPLOADS` at a time.
 
     Args:
         folder: folder on the disk that the uploads are written to.
@@ -73,7 +73,7 @@ class Uploading:
             return results[0]
 
     async def in_thread(self, request: Request, work: Callable[[], Result]) -> Result:
-        """Call, in a thread, a function that writes a file for a request, and return the function's result.
+        """Call a function in a thread to write a file for a request, and return its result.
 
         Raises:
             OverloadedError: too many uploads are running.

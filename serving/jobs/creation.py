@@ -320,8 +320,8 @@ async def decide_job(
 ) -> None:
     """Move a job from `validating_files` to the queue, or fail it, once its files have been checked.
 
-    A server without the files' contents leaves the job to other servers: for a minute if there is an object store,
-    otherwise permanently.
+    If this server does not have the files' contents, it leaves the job to the other servers, if there are any. If there
+    is an object store, it does so only until the job is a minute old.
 
     Raises:
         ContentMissingError, ContentStoreError: the contents of the files cannot be fetched now.

@@ -112,10 +112,11 @@ class FineTunedModels:
         return None if found is None else await self._place(found)
 
     async def find_model(self, model: str, principal: Principal | None) -> FineTunedModel | None:
-        """Return a fine-tuned model, or None if no job has trained it.
+        """Return a fine-tuned model, or None if the name may belong to a model that was not trained by a job.
 
         Raises:
-            ModelNotFoundError: there is no such model, or the key may not use it.
+            ModelNotFoundError: the name can only belong to a fine-tuned model, and there is none; or the key may not
+                use the model.
         """
         found = await self._read(model)
         if found is None:

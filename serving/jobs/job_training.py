@@ -275,8 +275,8 @@ class JobTraining:
     async def _follow(self) -> None:
         """Report the progress, and read the owner's requests.
 
-        The training continues while the store is not responding. Once it responds again, it shows whether the job still
-        belongs to this worker.
+        The training continues while the store is not responding. Once the store responds again, the worker learns
+        whether the job still belongs to it.
         """
         try:
             self._note(await asyncio.to_thread(self._reader.read))
@@ -309,7 +309,7 @@ class JobTraining:
         )
 
     def _note(self, records: Sequence[ProgressRecord], *, replayed: bool = False, adopted: bool = False) -> None:
-        """Process new progress records from the training.
+        """Process new progress records of the training run.
 
         Args:
             replayed: whether an earlier server or attempt may already have processed the records.
@@ -447,7 +447,7 @@ def remove_epochs(folder: Path) -> None:
 
 
 def _read_end(path: Path) -> str:
-    """Return the end of a log."""
+    """Return the last `_LOG_BYTES` of a log, or an empty text if it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_BYTES))

@@ -233,7 +233,7 @@ def complete(
 def default_epochs(examples: int) -> int:
     """Return the number of epochs for `auto`: usually 3, but more for small datasets and fewer for large datasets.
 
-    This is the rule for OpenAI's own default, published in the OpenAI Cookbook's notebook on preparing chat data.
+    OpenAI chooses its own default by this rule, according to the OpenAI Cookbook's notebook on preparing chat data.
     """
     if 3 * examples < 100:
         return min(25, 100 // max(1, examples))

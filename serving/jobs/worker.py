@@ -127,7 +127,8 @@ class JobWorker:
         self._leaves = True
 
     async def run(self) -> None:
-        """Run jobs until cancelled. The training is then interrupted, and its job returns to the queue.
+        """Run jobs until this task is cancelled. Unless `leave` was called, the training is then interrupted, and its
+        job returns to the queue.
 
         Training that an earlier server left running is continued.
         """
@@ -184,7 +185,7 @@ class JobWorker:
             log_store_error(log, "could not record the failure of job %s", job.id)
 
     def _may_run(self, job: Job) -> bool:
-        """Return whether a job can run here now."""
+        """Return whether a job's retry delay is over and its files are available on this machine."""
         if self._not_before.get(job.id, 0.0) > time.monotonic():
             return False
         ids = (id for id in (job.training_file, job.validation_file) if id is not None)

@@ -65,7 +65,7 @@ def find_excessive_grammar(fields: Mapping[str, Any]) -> Refusal | None:
 
 
 def _grammars_of(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the name and value of every request field that vLLM, on any of the routes, compiles into a grammar."""
+    """Yield the name and value of every request field that vLLM compiles into a grammar. All routes are covered."""
     for name in ("response_format", "structured_outputs"):
         yield name, fields.get(name)
     for name in ("text", "output_config"):  # of responses, of messages

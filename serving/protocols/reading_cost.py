@@ -14,7 +14,7 @@ _CONTAINER_NS = 900.0
 """Estimated times for reading a byte, a backslash, a value, and an object or array, in nanoseconds. They are up to
 50% higher than those measured on a Xeon with AMX, since other machines are slower."""
 _FLOAT_NS = 250.0
-"""Additional time for a number with a decimal point or an exponent, in nanoseconds."""
+"""Time, in addition to `_VALUE_NS`, for reading a number with a decimal point or an exponent, in nanoseconds."""
 _MIN_CONTAINER_BYTES = 2
 """Size of the smallest object or array, `[]`, in bytes."""
 _MAX_DIGITS = 24
@@ -23,7 +23,7 @@ _MAX_DIGITS = 24
 _FEW_NUMBERS = 128 * 1024
 """Body size up to which numbers are not examined. In 128 KiB, even the slowest numbers take only 9 ms."""
 _STRING_NS = 40.0
-"""Additional time for each string, in nanoseconds. Strings are removed before separators are counted."""
+"""Additional time for reading a string, in nanoseconds. Strings are removed before separators are counted."""
 _SLICE = 64 * 1024
 _BACKSLASHES = re.compile(rb"\\*")
 _SEPARATORS = b",:[{"

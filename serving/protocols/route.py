@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class Route(StrEnum):
-    """A path for completion requests. The engine uses the same paths."""
+    """A URL path for completion requests. The engine's path is the same."""
 
     CHAT_COMPLETIONS = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
@@ -13,7 +13,7 @@ class Route(StrEnum):
 
 
 class TokenRoute(StrEnum):
-    """A path for counting a prompt's tokens. The engine uses the same paths."""
+    """A URL path for counting a prompt's tokens. The engine's path is the same."""
 
     COUNT_TOKENS = "/v1/messages/count_tokens"
     TOKENIZE = "/tokenize"

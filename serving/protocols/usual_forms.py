@@ -131,12 +131,12 @@ class _FunctionTool(_Form, tag_field="type", tag="function"):
 
 
 def is_usual_message(message: Any) -> bool:
-    """Return whether a chat-completions message has one of the usual forms."""
+    """Return whether a chat-completions message has one of the forms that are known to be valid for vLLM."""
     return _fits({"element": message}, _OneChatMessage)
 
 
 def is_usual_item(item: Any) -> bool:
-    """Return whether an input item for /v1/responses has one of the usual forms."""
+    """Return whether an input item for /v1/responses has one of the forms that are known to be valid for vLLM."""
     if not isinstance(item, dict):
         return False
     if item.get("type", "message") != "message":

@@ -208,7 +208,7 @@ class AdapterCache:
             use.leave()
 
     def drop(self, version: VersionId) -> None:
-        """Evict a removed version's adapter once it is unused. A later request for the version is checked again."""
+        """Evict a removed version's adapter once no request uses it. Later requests must pass `check` again."""
         slot = self._slots.get(version)
         if slot is not None:
             slot.dropped = True
@@ -277,7 +277,9 @@ class AdapterCache:
         self._give_places()
 
     def _give_places(self) -> None:
-        """Assign slots to waiting versions in order. Close one used slot for each version that must keep waiting."""
+        """Assign slots to waiting versions in order. For each version that must keep waiting, stop one slot from
+        accepting new requests.
+        """
         for unused in [slot for slot in self._slots.values() if slot.dropped and not slot.users]:
             self._evict(unused)
             self._start(self._unload_now())

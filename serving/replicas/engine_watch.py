@@ -49,7 +49,7 @@ class EngineWatch:
         self._suspected.set()
 
     def clear(self) -> None:
-        """Reset `suspected`. A suspicion that arose before the engine was ready says nothing about the engine now."""
+        """Reset `suspected`, because a request that failed before the engine was ready says nothing about it now."""
         self._suspected.clear()
 
     async def died(self) -> str:

@@ -112,7 +112,7 @@ class EnginePool:
 
     @property
     def weights(self) -> LoadedWeights:
-        """Weights of the primary engine or, if no engine is ready, the weights that the first member loaded last."""
+        """Weights of the primary engine or, if no engine is ready, those most recently loaded by the first member."""
         first = self.primary or next(iter(self.members), None)
         return first.weights if first else NO_WEIGHTS
 

@@ -123,7 +123,7 @@ class EngineSlots:
                 log.exception("could not read the list of actors to stop")
                 continue
             if ended:
-                log.info("stopped actors that had been left on an unreachable Ray cluster: %s", ", ".join(ended))
+                log.info("the Ray cluster can be reached again; stopped the actors left on it: %s", ", ".join(ended))
             failures = failures + 1 if left else 0
 
     async def shortage(self, engines: Mapping[Target, int]) -> str | None:
@@ -133,7 +133,7 @@ class EngineSlots:
         if the cluster adds machines on demand, this waits up to `ray.wait_s` for them.
 
         Args:
-            engines: number of additional engines per target.
+            engines: number of additional engines, keyed by the target that they would serve.
 
         Raises:
             EngineError: the Ray cluster cannot be reached.

@@ -270,8 +270,10 @@ def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence
         raise ProbeError(
             f"the log-probabilities of the probes differ from the recorded ones by {difference:.2f} nats on average: "
             "the loaded weights are not the version's weights",
-            expected=f"a difference of at most {_OTHER_WEIGHTS_NATS} nats between two kinds of engine",
-            todo="restore the version's folder from a backup, or train it on a machine with this kind of engine",
+            expected=f"an average difference of at most {_OTHER_WEIGHTS_NATS} nats between log-probabilities on two "
+            "kinds of engine",
+            todo="restore the version's folder from a backup, or train it again on a machine with the same kind of "
+            "engine as this one",
         )
 
 

@@ -54,7 +54,7 @@ class CandidatePlan:
 
     @property
     def reloads(self) -> bool:
-        """Whether the candidate can be loaded in place, in the only engine of the production version."""
+        """Whether production has only one engine, and the candidate's weights can be loaded into it in place."""
         return self.swap.kind is SwapKind.INPLACE and not self.swap.restart
 
 

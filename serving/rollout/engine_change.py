@@ -99,7 +99,9 @@ class EngineChange:
             return await self._blue_green(change, engine)
         except OSError as error:
             log.warning(
-                "could not clear the record of an engine's version before loading %s", change.target, exc_info=True
+                "could not clear the record of the version that an engine serves, before loading %s",
+                change.target,
+                exc_info=True,
             )
             return SwapOutcome.REFUSED, str(error)
 

@@ -27,8 +27,8 @@ from svc.store.swaps import last_queued_s
 
 _FAILED = {RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR}
 _VERDICTS_S = 10.0
-"""Interval, in seconds, at which all verdicts are recomputed while the outcome is undecided. Recomputing them
-takes 10 ms for 3,000 units (users or conversations), whereas the outcome alone takes microseconds."""
+"""Interval, in seconds, at which the verdicts on all signals are recomputed while the overall outcome is undecided.
+Recomputing the verdicts takes 10 ms for 3,000 units (users or conversations); the outcome takes only microseconds."""
 _CLOCKS_DIFFER = timedelta(minutes=1)
 """Assumed maximum difference between the clocks of servers that record ratings."""
 _MIN_REQUESTS_FOR_SHARE = 100
@@ -48,9 +48,10 @@ class Look:
     Attributes:
         units: number of the candidate's users, conversations or requests that have been observed; in the shadow step,
             the number of compared requests.
-        is_passed: whether a loss beyond the margin is ruled out for every signal with data. Bad ratings can end a
-            rollout, but a rollout does not wait for ratings, because they are rare.
-        losses: text that names the proven losses; empty if none is proven.
+        is_passed: whether the candidate is proven, for every signal with data, not to be worse than the margin allows.
+            Bad ratings can end a rollout, but a rollout does not wait for ratings, because they are rare.
+        losses: text about the signals for which the candidate is proven to be worse than the margin allows; empty if
+            there are none.
         text: one line about all signals with data.
         warning: text saying what prevents the evidence from growing; empty if nothing does.
         is_complete: whether the evidence covers all requests of the shadow step.
@@ -188,7 +189,9 @@ class ShadowEvidence:
 
 
 def exclusions(look: Look) -> str:
-    """Return text that says which losses beyond the margins are ruled out, which are not, and which are unknown."""
+    """Return text that lists the signals for which the candidate is proven not to be worse than the margin allows,
+    those for which this is not proven, and those that were not compared.
+    """
     rows = {row.signal: row.outcome == GateOutcome.PASSED for row in look.signals}
     kinds = {"excluded": True, "not excluded": False, "not compared": None}
     labels = {kind: [_LABELS[each] for each in Signal if rows.get(each) is is_so] for kind, is_so in kinds.items()}
@@ -196,7 +199,7 @@ def exclusions(look: Look) -> str:
 
 
 def doubts(look: Look, min_units: int) -> str:
-    """Return why a candidate must not be promoted after a replay in which no loss was proven.
+    """Return why a candidate must not be promoted even though a replay did not prove it to be worse.
 
     The text is empty if the candidate may be promoted.
     """

@@ -54,7 +54,7 @@ class Idling:
     _asleep: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     async def run(self) -> None:
-        """Stop and wake the engines as needed until cancelled."""
+        """Stop and wake the engines as needed, until this task is cancelled."""
         tasks = [asyncio.create_task(part) for part in (self._watch(), self._wake_repeatedly())]
         try:
             await asyncio.gather(*tasks)

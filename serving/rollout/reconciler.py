@@ -158,7 +158,9 @@ class Reconciler:
             return bool(self.pool.members)
 
     async def follow(self) -> None:
-        """Swap to each desired version and carry out requested rollouts, one after another, until cancelled.
+        """Swap to each desired version and carry out requested rollouts, one after another.
+
+        Runs until this task is cancelled.
 
         Call `start` first. `reviver.run` runs concurrently.
         """
@@ -271,7 +273,7 @@ class Reconciler:
         return result
 
     async def _start(self, target: Target) -> str | None:
-        """Start the first engine with a version. Return the reason for a failure, or None on success.
+        """Start the first engine with the target's version loaded. Return the reason for a failure, or None.
 
         The reviver starts the other engines.
         """
@@ -340,9 +342,9 @@ class Reconciler:
     async def _correct_previous(self, before: Desired) -> None:
         """Correct the previous version recorded in the desired state.
 
-        When a promotion is requested during another promotion, its previous version is not known yet, and the recorded
-        one may be wrong. If no other change was requested in between, nothing is corrected: either the recorded version
-        is already right, or the change returns to an earlier state after a failure. Only the leader makes the
+        A promotion records the previous version when it is requested. If another promotion is still running then, the
+        recorded version may be wrong. If no other change was requested in between, nothing is corrected: either the
+        recorded version is already right, or the state was restored after a failed change. Only the leader makes the
         correction, because different servers may have served different versions.
         """
         is_same = self.actual.target == before.target

@@ -48,8 +48,8 @@ log = logging.getLogger(__name__)
 
 MAX_AGE = timedelta(days=7)
 MIN_UNITS = 20
-"""Smallest number of users, conversations or single requests to compare; 16 are enough to prove a loss if the candidate
-always fails."""
+"""Smallest number of users, conversations or single requests to compare. If the candidate always fails, 16 are enough
+to prove that it is worse."""
 QUIET_S = 5.0
 """Seconds without requests before the candidate is loaded. Since clients' requests may have to wait while production
 is not loaded, the value is doubled after each load.
@@ -115,7 +115,7 @@ def _unit(store: Store, row: int, split: Split) -> str | None:
 def _count_units(units: Iterable[str | None]) -> int:
     """Return the number of distinct units (users, conversations or single requests), counting up to `MIN_UNITS`.
 
-    Each empty string is a single request. None is not counted.
+    Each empty string counts as a single request. `None` values are not counted.
     """
     known, count = set[str](), 0
     for unit in units:
@@ -155,7 +155,7 @@ def require_replay(
         why = "several engines serve the model" if engines > 1 else plan.swap.why
         raise RefusedError(
             f"{wrong}; replaying stored requests is not possible either, because the candidate cannot be loaded in "
-            f"place: {why}",
+            f"place of the production version: {why}",
             todo=others,
         )
     if load_s is not None and 2 * load_s > queue_timeout_s:

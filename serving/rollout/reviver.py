@@ -66,7 +66,7 @@ class Reviver:
     _turns: dict[Replica, _Turn] = field(default_factory=dict, init=False)
 
     async def run(self) -> None:
-        """Start engines for pool members that have none, until cancelled."""
+        """Keep starting engines for pool members that have none, until cancelled."""
         while True:
             engine = await self._due()
             async with self.pool.held(engine):

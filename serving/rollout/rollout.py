@@ -355,7 +355,7 @@ class _Run:
         await self._canary(candidate)
 
     async def _plan_candidate(self) -> CandidatePlan:
-        """Return how the candidate can be loaded."""
+        """Plan how to load the candidate."""
         record, parts = self._record, self._parts
         plan = await parts.loader.plan(record.previous, record.target, self._cancellation)
         expects_json = await asyncio.to_thread(_expects_json, parts.registry, record.previous.version)
@@ -422,7 +422,7 @@ class _Run:
         self._report(f"shadow: {look.text}")
 
     async def _replay(self, kept: Kept) -> None:
-        """Compare the candidate's answers with stored answers of production. This is done when there is memory for only
+        """Compare the candidate's answers with production's stored answers. This is done when there is memory for only
         one engine.
         """
         if self._record.state is not RolloutState.SHADOW:
@@ -472,7 +472,7 @@ class _Run:
     async def _canary(self, candidate: LoadedCandidate) -> None:
         """Route a growing share of clients to the candidate.
 
-        A step ends once it has been ruled out that the candidate is worse than production by more than the margins.
+        A step ends once the evidence rules out that the candidate is worse than production by more than the margins.
         """
         evidence = CanaryEvidence(self._store, self._record)
         first = self._record.step if self._record.state is RolloutState.CANARY else 0
@@ -495,7 +495,8 @@ class _Run:
 
         Raises:
             LeaseLostError: another server leads the rollout now.
-            StoppedError: a loss was proven, the candidate's engine died, or the deadline passed without a decision.
+            StoppedError: the candidate is proven to be worse, its engine died, or the deadline passed without a
+                decision.
             SupersededError: a user stopped the rollout.
         """
         held = False
@@ -657,8 +658,8 @@ async def retrying(call: Callable[[], Result]) -> Result:
 def _is_passed(units: int, look: Look) -> bool:
     """Return whether a step has passed.
 
-    A step passes once enough units (users, conversations or single requests) have been observed, and a loss larger
-    than the margin has been ruled out for every signal.
+    A step passes once enough units (users, conversations or single requests) have been observed, and it has been ruled
+    out for every signal that the candidate is worse than production by more than the margin.
     """
     return look.units >= units and look.is_passed
 

@@ -9,11 +9,11 @@ from svc.version import Target
 
 
 async def start_second_engine(pool: EnginePool, target: Target, cancellation: Cancellation) -> tuple[Replica, str]:
-    """Start and verify an engine that is not a pool member, after checking that there is enough memory for it.
+    """Start and verify an engine that is not a pool member, after checking that there is enough memory for it. If this
+    fails or is cancelled, the engine is stopped in the background.
 
     Returns:
-        The engine and the result of its verification. If the engine fails to start or cancellation is requested, the
-        engine is stopped in the background.
+        The engine and the result of its verification.
 
     Raises:
         SupersededError: cancellation was requested.

@@ -154,7 +154,7 @@ class Shadow:
         except SvcError as error:
             if self.is_shared and isinstance(error, EngineDiedError):
                 return None
-            log.info("the candidate failed to answer a copied request: %s", _kind(error))
+            log.info("the candidate failed to answer a copy of a client's request: %s", _kind(error))
         if answer.is_too_large:
             return None
         seconds = time.monotonic() - began
@@ -179,7 +179,7 @@ class Shadow:
                     return None
                 await answer.read(engine.http, engine.engine_model, copy)
         except SvcError as error:
-            log.info("the production version did not answer a copied request: %s", _kind(error))
+            log.info("the production version did not answer a copy of a client's request: %s", _kind(error))
             return None
         return await asyncio.to_thread(mean_logprob, answer.parts) if answer.complete else None
 

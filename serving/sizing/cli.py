@@ -273,5 +273,6 @@ def _print_times(times: "MeasuredTimes") -> None:
         ],
     )
     click.echo(
-        f"prompts: {1 / max(times.prefill_token_s, 1e-9):,.0f} tokens/s; overhead {times.overhead_s * 1000:.0f} ms"
+        f"prompt processing: {1 / max(times.prefill_token_s, 1e-9):,.0f} tokens/s; "
+        f"overhead per request: {times.overhead_s * 1000:.0f} ms"
     )

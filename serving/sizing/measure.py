@@ -59,7 +59,7 @@ class LoadClient:
     model: str
 
     async def ask(self, prompt: list[int], tokens: int, user: str | None = None) -> Answered:
-        """Generate exactly `tokens` tokens as a stream.
+        """Request an answer of exactly `tokens` tokens, as a stream.
 
         Args:
             user: value of `user` in the request.
@@ -137,7 +137,7 @@ async def measure(
 
 
 async def _step_s(client: LoadClient, prompt: list[int], answer: int, running: int) -> float:
-    """Return the time of an engine step in which several answers to the same cached prompt are generated."""
+    """Return the duration of an engine step, in seconds, while `running` answers to one cached prompt are generated."""
     await client.ask(prompt, 1)
     times = []
     for _ in range(_REPEATS if running <= 8 else 1):

@@ -168,7 +168,9 @@ class _Replica:
 
 @dataclass(eq=False)
 class _Rollout:
-    """A rolling swap. One replica after another stops receiving requests, becomes idle, and reloads its weights."""
+    """A rolling swap. One replica after another stops receiving requests, finishes the running ones, and reloads its
+    weights.
+    """
 
     begins: float
     reload_s: float

@@ -79,7 +79,7 @@ def answer_text(content: Content, redactor: Redactor) -> str:
 
 
 def is_json_answer(content: Content) -> bool:
-    """Return whether the text of the answer's first choice is JSON, ignoring any thinking."""
+    """Return whether the text of the answer's first choice is JSON once its thinking text is removed."""
     from svc.dataset.text.thinking import without_thinking
     from svc.evaluation.metrics.json_answers import is_json  # imports numpy
 

@@ -170,7 +170,7 @@ class DeploymentMetrics:
         self.instruments.rollouts.labels(self.model, outcome.value).inc()
 
     def shadow_request(self, outcome: ShadowOutcome) -> None:
-        """Count a request in the shadow step by its outcome."""
+        """Add one to the number of requests in shadow steps that had the given outcome."""
         self.instruments.shadow_requests.labels(self.model, outcome.value).inc()
 
     def woke(self, seconds: float) -> None:

@@ -39,13 +39,13 @@ log = logging.getLogger(__name__)
 
 BURST = 2_000
 PER_DAY = 10_000
-"""Maximum number of requests per version and day whose features are stored, beyond an initial burst.
-Monitoring does not compare more than that."""
+"""Maximum number of requests per version and day whose features are stored. A burst of up to `BURST` requests
+is stored in addition. Monitoring does not compare more requests than this."""
 MAX_QUEUED = 2_000
 MAX_QUEUED_BYTES = 64 * 2**20
 MAX_STORED = 50_000
-"""Maximum number of items kept per version and format, which take up about 100 MB. Monitoring normally deletes
-old items long before this limit."""
+"""Maximum number of drift items kept per version and format. This many items take up about 100 MB. Monitoring normally
+deletes old items long before this limit is reached."""
 _NICENESS = 10
 _DAY_S = 86_400.0
 _BATCH = 100
@@ -159,7 +159,7 @@ class FeatureProcess:
         return batch
 
     def _store(self, batch: Sequence[RequestRecord]) -> None:
-        """Have the process store a batch's features, making at most two attempts."""
+        """Have the feature process compute and store a batch's features, making at most two attempts."""
         batch = [record for record in batch if self._can_compare(target_of(record))]
         if not batch:
             return

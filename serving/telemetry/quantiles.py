@@ -64,7 +64,7 @@ class VersionQuantiles(Collector):
             self._slots[-1][1][version][bucket] += 1
 
     def collect(self) -> Iterable[Metric]:
-        """Return a gauge sample for each version and quantile."""
+        """Return a gauge with the quantiles of each version's recent samples."""
         oldest = int(self._clock() // SLOT_S) - SLOTS + 1
         merged: defaultdict[_Version, Counter[int]] = defaultdict(Counter)
         with self._lock:

@@ -45,17 +45,18 @@ _BATCH = 1000
 writing them."""
 _YIELD_S = 0.0005
 """Seconds to pause after processing each request's content. Without the pause, the event loop has to wait for
-Python's switch interval, 5 ms, in each iteration: with 8 streams at full load, the 99th percentile was 113 ms without
-the pause and 41 ms with it."""
+Python's switch interval, 5 ms, in each iteration: with 8 streams at full load, the 99th percentile of the
+latency was 113 ms without the pause and 41 ms with it."""
 _SPANS_PER_PAUSE = 50
-"""Number of spans created before the thread pauses again. Creating them takes a millisecond or two."""
+"""Number of spans that the thread creates between two pauses, in which the event loop can run. Creating them takes a
+millisecond or two."""
 _GATHER_S = 0.2
 """Seconds during which completed rows are collected for one transaction, so that a busy server only syncs a
 few times per second."""
 _PRUNE_EVERY_S = 60.0
 _SUMMED_EVERY = 10
-"""If other servers may also add rows, the total size of all rows is recalculated whenever old rows have been deleted
-this many times."""
+"""Number of deletions of old rows after which the total size of all rows is recalculated if other servers may also add
+rows."""
 _RETRY_S = 1.0
 _ESCAPED = 6  # growth of a character, at most, in ASCII-only JSON: \u00e9
 _GOOD_STATUS = 200

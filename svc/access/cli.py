@@ -178,7 +178,7 @@ def revoke(ctx: click.Context, key: str, reason: str | None, yes: bool, as_json:
     metavar="TIME",
     default="30d",
     show_default=True,
-    help="Start of the period in UTC, for example 30d or 2026-01-31; rounded down to the hour.",
+    help="Start of the period: a date (UTC), or an age such as 30d; rounded down to the hour.",
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Print the table as CSV.")
 @json_option

@@ -1,4 +1,4 @@
-"""Count usage per key in memory, and add it to the store at intervals.
+"""Counts usage per key in memory, and adds it to the store at intervals.
 
 `add` takes a few microseconds and never waits, so it may be called on an event loop. `flush` writes one row
 for each key, model and hour, and must be called in a thread. If a server dies, the usage since the last

@@ -1,4 +1,4 @@
-"""Determine each key's usage on other servers with the same store, from the totals in the store.
+"""Determines each key's usage on other servers with the same store, from the totals in the store.
 
 The totals include the usage written by all servers. After this server's own usage is subtracted, the increase since the
 last reading is the new usage on other servers.
@@ -43,7 +43,7 @@ class UsedElsewhere:
         self._others: Mapping[DayOf, Usage] | None = None
 
     def written(self, usage: Mapping[UsageOf, Usage]) -> None:
-        """Record usage that this server has written to the store."""
+        """Remember usage that this server has written to the store, so that it is not counted as another server's."""
         for of, each in usage.items():
             day = DayOf(midnight_of(of.hour), of.key_id)
             self._own[day] = self._own.get(day, Usage()).plus(each)

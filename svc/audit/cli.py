@@ -114,7 +114,7 @@ def _second(moment: str) -> str:
 @json_option
 @click.pass_context
 def history(ctx: click.Context, name: str, as_json: bool) -> None:
-    """Show when each version of NAME was served, the rollouts of NAME with their outcomes, and who requested them."""
+    """Show when each version of NAME was served, how each rollout of NAME ended, and who requested each change."""
     from svc.audit.history import read_history
     from svc.store.database import open_store
     from svc.terminal import print_table
@@ -155,7 +155,7 @@ def _reasons(row: Mapping[str, Any]) -> str:
     "--before",
     type=time_past,
     metavar="TIME",
-    help="Delete requests made before this time in UTC, for example 2026-01-31 or 90d.",
+    help="Delete requests made before this time: a date (UTC), or an age such as 90d.",
 )
 @reason_option
 @yes_option

@@ -1,1 +1,1 @@
-"""Create backups of a home folder that is in use, and restore them."""
+"""Creates backups of a home folder that is in use, and restores them."""

@@ -1,4 +1,4 @@
-"""Create a snapshot of a home folder that may be in use by servers, training runs and commands.
+"""Creates a snapshot of a home folder that may be in use by servers, training runs and commands.
 
 A snapshot must contain every version that its databases refer to. The databases are therefore copied before the
 weights, and the store before MLflow, because a version is in MLflow before the store can refer to it. A version is not
@@ -103,9 +103,10 @@ class Backup:
         raise AssertionError("unreachable: the last attempt returns a snapshot")
 
     def _take(self, folder: Path, *, is_last: bool) -> Snapshot | None:
-        """Copy the home folder's state into a snapshot's folder.
+        """Copy the home folder's state into a snapshot's folder, and return the snapshot.
 
-        Return None if a required version was removed before it could be copied, unless `is_last` is set.
+        If a required version was removed before it could be copied, return None, or, if `is_last` is set, a snapshot
+        without this version.
         """
         home, tracking_uri, registry = self.settings.home, self.settings.tracking_uri, Registry.of(self.settings)
         there = set(registry.versions())  # first, so that MLflow's copy knows all of them
@@ -240,8 +241,9 @@ def _needed_versions(registry: Registry, store: Store) -> set[VersionId]:
     """Return the versions required by an alias, a desired state, a rollback, an adapter or a running swap.
 
     Args:
-        registry: registry that uses the home's versions and the copy of MLflow's database.
-        store: copy of the store, or the store itself if it is in PostgreSQL.
+        registry: registry of the home folder's versions that reads aliases from the snapshot's copy of MLflow's
+            database, or from the tracking server.
+        store: the snapshot's copy of the store, or the store itself if it is in PostgreSQL.
     """
     found = set[VersionId]()
     for name in {*registry.names(), *desired_names(store)}:

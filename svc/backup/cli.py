@@ -141,7 +141,7 @@ def restore(
     if unused:
         click.echo(
             f"the restored {settings.home / STORE_FILE}, with the snapshot's keys, desired versions and requests, is "
-            "not used, because store.url is set; remove store.url to use this file, or else delete the file",
+            "not used, because store.url is set; to use this file, remove store.url; if you do not need it, delete it",
             err=True,
         )
     if as_json:
@@ -222,6 +222,6 @@ def _confirm_keys(keys: "RestoredKeys", *, asks: bool) -> None:
         return
     names = ", ".join(f"{key.principal.name} ({key.id})" for key in keys.valid)
     raise RefusedError(
-        f"after the restore, keys that were not confirmed would be valid: {names}",
+        f"the restore would make these keys valid, which nobody has confirmed: {names}",
         todo="add --yes to accept all of these keys, or --revoke-keys to revoke them",
     )

@@ -1,4 +1,4 @@
-"""Copy files in such a way that each copy is either complete and verified, or absent."""
+"""Copies files in such a way that each copy is either complete and verified, or absent."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Create a home folder from a snapshot. Databases are restored last, so there is nothing to serve until then.
+"""Creates a home folder from a snapshot. Databases are restored last, so there is nothing to serve until then.
 
 The store is first copied to a separate folder, where keys are revoked, so that the restored home never
 accepts a revoked key. The home's lock keeps servers out during the restore.

@@ -1,4 +1,4 @@
-"""Determine which keys are valid in a restored store. Keys that were revoked after the snapshot stay revoked."""
+"""Determines which keys are valid in a restored store. Keys that were revoked after the snapshot stay revoked."""
 
 import sqlite3
 from collections.abc import Mapping

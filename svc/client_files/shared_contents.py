@@ -133,8 +133,8 @@ class SharedContents:
         return path
 
     def remove_copies(self, store: Store) -> None:
-        """Delete copies whose file no longer exists, and copies that are not needed and have not been used for a
-        day.
+        """Delete copies of files that the store no longer contains, and copies that are not needed and have not been
+        used for a day.
         """
         names = [path.name for path in self._folder.iterdir()]
         whole = [name for name in names if not name.startswith(".")]

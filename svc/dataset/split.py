@@ -227,7 +227,9 @@ def _table(examples: Iterable[ChatExample]) -> LineTable:
 
 
 def _seeded(places: NDArray[np.int64], examples: Sequence[ChatExample], seed: int) -> NDArray[np.int64]:
-    """Shuffle the indices based only on the examples' content and the seed. Equal examples keep their order."""
+    """Shuffle the indices in a way that depends only on the examples' content and the seed. Equal examples keep their
+    order.
+    """
 
     def digest(example: ChatExample) -> bytes:
         text = f"{seed}\x1f{normal_prompt(example)}\x1f{example.answer}"

@@ -44,7 +44,7 @@ class AnswerFeature(StrEnum):
     """Mean log-probability of the answer's tokens, rounded to tenths of a nat because repeated scoring of the same
     answer gives results that differ by hundredths of a nat. Used only for greedy answers that have been scored."""
     FINISH_REASON = "finish_reason"
-    """Why the answer ended: `stop`, `length` or `tool_calls`. Used only for greedy answers."""
+    """Why the answer ended: `stop`, `length` or `tool_calls`. Compared only for greedy answers."""
     EMPTY = "empty"
     REFUSAL = "refusal"
     """Whether the answer starts like a refusal in English."""
@@ -52,7 +52,7 @@ class AnswerFeature(StrEnum):
     """Whether the answer is JSON. Used only if all held-out references are JSON, and only for answers that the model
     ended within the highest token limit among the held-out examples."""
     LABEL = "label"
-    """The answer if it is one of the labels, or else `other`. Used only if the references consist of a few labels,
+    """The answer if it is one of the labels, otherwise `other`. Used only if the references consist of a few labels,
     and only for answers that the model ended within the highest token limit among the held-out examples."""
 
 

@@ -22,7 +22,7 @@ MAX_SAMPLED = 500
 compared with it. With a larger sample, each test would take longer without detecting any shift sooner."""
 _SHARE = 0.5
 """Fraction of the examples that is drawn for the sample. If there are few examples, a larger fraction would leave too
-few for the text space, and a smaller fraction would allow only small windows."""
+few for fitting the text space, and with a smaller fraction, only few live requests could be compared at a time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class KeyedHash:
 
     @classmethod
     def of_home(cls, home: Path) -> "KeyedHash":
-        """Return the hash function for a home folder, creating the directory's key on first use.
+        """Return the hash function that uses a home folder's key, creating the key on first use.
 
         Raises:
             IntegrityError: the key file has the wrong size.

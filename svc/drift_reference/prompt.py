@@ -98,9 +98,9 @@ def language(text: str) -> str:
 
 
 def _in_single(view: Floats) -> Floats:
-    """Round a view to single precision.
+    """Round the embeddings of the reference prompts to single precision.
 
-    Live vectors are stored in single precision, so the reference must be rounded in the same way.
+    The embeddings of live prompts are stored in single precision, and the two are compared.
     """
     return view.astype(np.float32).astype(np.float64)
 

@@ -292,7 +292,7 @@ def ask_capabilities() -> DeviceCapabilities:
         raise EngineError(
             f"could not read the device's capabilities from torch and vLLM: {lines[-1] if lines else error!r}",
             expected="compatible builds of torch and vLLM",
-            todo=f"run `{' '.join(command)}` to see the error; `make install` installs both",
+            todo=f"run `{' '.join(command)}` to see the error; `make install` installs torch and vLLM",
         ) from error
 
 

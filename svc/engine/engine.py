@@ -83,7 +83,7 @@ class LastingEngine(Engine, Protocol):
         """
 
     async def wake(self) -> None:
-        """Restore the engine on its GPU. Afterwards, the caller must verify the loaded weights.
+        """Wake the engine, which moves its weights back to its GPU. The caller must then verify the loaded weights.
 
         Raises:
             EngineError: the engine could not be woken up and is no longer usable.

@@ -41,7 +41,7 @@ class _Catalogue(BaseModel):
 
 
 def read_gpus(path: Path = GPUS_FILE) -> dict[str, ListedGpu]:
-    """Return the listed GPUs, keyed by name.
+    """Return the GPUs listed in a YAML file, keyed by name.
 
     Raises:
         SettingsError: the file cannot be read or is not valid.

@@ -35,7 +35,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Resources of the machine that an engine can currently use.
+    """Resources that an engine can currently use on this machine.
 
     Attributes:
         cores: ids of the logical cores that this process may run on; never empty.

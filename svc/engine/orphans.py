@@ -91,7 +91,7 @@ def read_record(folder: Path) -> EngineRecord | None:
 
 
 def find_engine(folder: Path) -> psutil.Process | None:
-    """Return the engine process named in the record if it is still running and the lock is held."""
+    """Return the engine process named in a folder's record if it is still running and the folder is locked."""
     record = read_record(folder)
     if record is None or not is_locked(folder / LOCK_FILE):
         return None

@@ -27,9 +27,9 @@ MIN_TOLERANCE = 1e-3
 """Minimum tolerance, in nats. On the CPU, repeated measurements of a single probe agree to four decimal places if no
 other requests are running, while the wrong model's weights give values that differ by about 10 nats."""
 _REMEASUREMENTS = 5
-"""Maximum number of times that a differing probe is measured again. With AMX, rounding depends on the batch size, with
-differences of up to 0.28 nats. Probes measured alone never differed, but with up to 15 other requests streaming at the
-same time, one in forty measurements differed."""
+"""Maximum number of times that a probe is measured again if it differs from its recorded values. With AMX, rounding
+depends on the batch size, with differences of up to 0.28 nats. Probes measured alone never differed, but with up to 15
+other requests streaming at the same time, one in forty measurements differed."""
 
 TokenId = Annotated[int, Field(ge=0)]
 Scored = tuple[Sequence[int], int]
@@ -86,7 +86,7 @@ class Probe(BaseModel):
 
 
 def engine_facts(settings: EngineSettings, capabilities: DeviceCapabilities, model: Path) -> EngineFacts:
-    """Return the properties that affect the rounding of an engine with these settings on this machine.
+    """Return the properties that affect how an engine with these settings rounds numbers on this machine.
 
     Args:
         model: folder of the model that the engine serves.

@@ -13,7 +13,7 @@ class EngineState(StrEnum):
     RETIRING = "retiring"
     """Replaced by another engine, but still finishing its last requests."""
     IDLE = "idle"
-    """Stopped or asleep, because no requests came in. The next request restores it."""
+    """Stopped or asleep after a time without requests. The next request starts or wakes it."""
     STOPPED = "stopped"
     FAILED = "failed"
 

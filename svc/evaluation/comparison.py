@@ -188,8 +188,8 @@ def _direction(difference: Interval, better: Better, differing: int) -> Directio
 def _gains(primary: Metric, one: Answered, other: Answered) -> tuple[list[float], str]:
     """Return how much better the second model's score is on each example, and which metric was used.
 
-    If the primary metric does not score individual examples, the gain is measured by the metric that monitoring uses
-    instead or, if the results do not contain that metric, by exact match.
+    If the primary metric does not score individual examples, the metric that monitoring uses in its place is used. If
+    the results do not contain that metric, exact match is used.
     """
     by = primary.name if primary.scored else primary.watched_by
     if by in one.results[0].scores:

@@ -20,7 +20,7 @@ certain of the references, a margin relative to the model's NLL would be smaller
 def metric_loss(metric: Metric, before: Answered, after: Answered) -> Interval:
     """Return how much worse the second model is on a metric, with a confidence interval.
 
-    If the metric is a share, the interval is never narrower than it would be for equally many answers, all unchanged.
+    If the metric is a share, the interval is never narrower than it would be if none of the answers had changed.
     """
     sign = 1 if metric.better is Better.LOWER else -1
     if metric.unit is Unit.SHARE and metric.scored:

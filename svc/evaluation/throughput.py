@@ -14,7 +14,8 @@ REPEATS = 3
 
 
 async def first_token_seconds(client: EngineClient, prompt: Sequence[int]) -> Interval:
-    """Return the time to first token of an uncached prompt, measured three times on an otherwise idle engine.
+    """Return the mean time to first token of an uncached prompt, in seconds, over three measurements on an otherwise
+    idle engine.
 
     Args:
         prompt: token ids of the prompt.

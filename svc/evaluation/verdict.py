@@ -19,12 +19,12 @@ _ROUNDING = 1e-9  # 0.745 - 0.695 is slightly more than 0.05 in floating point
 
 
 class GateOutcome(StrEnum):
-    """Outcome of a gate, determined by where the loss's confidence interval lies relative to the margin."""
+    """Outcome of a gate, determined by where the quality loss's confidence interval lies relative to the margin."""
 
     PASSED = "passed"
-    """The confidence interval excludes a loss beyond the margin."""
+    """The confidence interval rules out that the model is worse by more than the margin."""
     FAILED = "failed"
-    """The confidence interval proves a loss beyond the margin."""
+    """The confidence interval proves that the model is worse by more than the margin."""
     UNDECIDED = "undecided"
 
 

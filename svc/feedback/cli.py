@@ -77,7 +77,7 @@ def feedback(ctx: click.Context, model: str, objective: str, output: Path | None
 
 
 def _open(path: Path) -> TextIO:
-    """Open a file for writing that only this user can read, because it contains users' prompts and answers."""
+    """Open a file for writing. Only this user can read it, because it contains users' prompts and answers."""
     try:
         file = path.open("w", encoding="utf-8")
     except OSError as error:

@@ -173,7 +173,7 @@ def training_options(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _combined(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the adapters that were combined, with their weights. Only those on the Hub are named."""
+    """Return the weight and name of each combined adapter. Names of adapters that are not on the Hub are omitted."""
     parts = ((recipe.get("adapter") or {}).get("combine") or {}).get("adapters", ())
     names = [part["adapter"] if _HUB_ID.fullmatch(part["adapter"]) else "an adapter not on the Hub" for part in parts]
     return [f"{part['weight']:g} times {name}" for part, name in zip(parts, names, strict=True)]

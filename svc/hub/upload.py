@@ -104,7 +104,7 @@ def files_to_upload(registry: Registry, manifest: Manifest, format: Format, repo
         )
     if format is Format.ADAPTER and (changed := _base_changes(manifest.recipe)):
         raise RefusedError(
-            f"the adapter of {version} does not match the published base, because its recipe sets {', '.join(changed)}",
+            f"the adapter of {version} does not fit the published base, because its recipe sets {', '.join(changed)}",
             expected="a format that contains the changed base",
             todo=f"push it with --format {Format.MERGED}",
         )

@@ -54,8 +54,8 @@ def choose_template_kwargs(folder: Path, given: TemplateKwargs | None) -> dict[s
 def pin_date(template: str) -> str:
     """Return the template with a fixed date in place of today's date.
 
-    A template whose date can be set by an argument is returned unchanged. SmolLM3's template, for example, has no such
-    argument.
+    If a template has an argument that sets the date, the template is returned unchanged. Some templates, such as
+    SmolLM3's, have no such argument.
 
     Without a fixed date, a version would be trained with one prompt and used with a different prompt every day.
     """

@@ -28,7 +28,9 @@ def adds_machines() -> bool:
 
 
 def _machine_types() -> set[str]:
-    """Return the types of the running and the starting machines, as the autoscaler reports them."""
+    """Return the types of the cluster's machines, as reported by the autoscaler. Machines that are starting are
+    included only with version 1 of the autoscaler.
+    """
     import ray
     from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
     from ray.autoscaler.v2.sdk import get_cluster_status

@@ -271,7 +271,7 @@ class RayEngine:
         await self._ask_started(Simple(do="sleep"))
 
     async def wake(self) -> None:
-        """Restore the engine on its GPU.
+        """Wake the engine, which moves its weights back to its GPU.
 
         Raises:
             EngineError: vLLM could not wake up.

@@ -84,7 +84,7 @@ class NodeModels:
         return target
 
     def close(self) -> None:
-        """Stop using all model folders."""
+        """Release all model folders, so that they can be evicted."""
         for used in self._used.values():
             used.close()
         self._used.clear()

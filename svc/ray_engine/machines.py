@@ -143,7 +143,7 @@ class RayMachines:
         if backend == "ray":
             raise SettingsError(
                 "engine.args selects vLLM's own Ray executor, but an engine runs on one machine of the cluster",
-                expected="as many GPUs in one machine as the model needs",
+                expected="a machine with as many GPUs as the model needs",
                 todo="remove --distributed-executor-backend from engine.args",
             )
         stages = given(settings.args, "--pipeline-parallel-size", "-pp") or "1"

@@ -108,7 +108,7 @@ class Problem(_Message):
         return cls(wrong=f"on {node}: {error.wrong}", expected=error.expected, todo=error.todo, integrity=integrity)
 
     def error(self) -> SvcError:
-        """Return the error to raise on the server."""
+        """Return the exception that the server raises for this problem."""
         kind = IntegrityError if self.integrity else EngineError
         return kind(self.wrong, expected=self.expected, todo=self.todo)
 

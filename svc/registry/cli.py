@@ -177,7 +177,7 @@ def _show_parity(registry: Registry, manifest: Manifest, *, as_json: bool) -> No
         raise NotFoundError(
             f"{manifest.id} has no parity report",
             expected="a version that has a complete model, not only an adapter",
-            todo="train it again with format merged, for example",
+            todo="train it again, for example with `formats: [merged]`",
         )
     if as_json:
         print_json(manifest.parity.model_dump(mode="json"))

@@ -73,8 +73,8 @@ def protected(registry: Registry, store: Store, name: str) -> dict[VersionId, st
 
 
 def _bases(registry: Registry, store: Store, name: str) -> dict[VersionId, str]:
-    """Return the versions of a model that must not be removed because an adapter needs them as its base: an adapter
-    that is served, or is the target of a rollback. Each version is mapped to the reason as text.
+    """Return the versions of a model that must not be removed because they are the bases of adapters that are served,
+    or that a rollback would serve again. Each version is mapped to the reason as text.
     """
     reasons: dict[VersionId, str] = {}
     states = [state for desired in desired_names(store) if (state := read_desired(store, desired))]

@@ -391,8 +391,8 @@ class ObjectStore:
                 obstore.delete(self._client, key)
         raise RegistryError(
             f"the object store {self.url} ignores write conditions: it overwrote an object despite `If-None-Match: *`",
-            expected="a store that rejects such writes with status 412, so that two machines cannot publish the same "
-            "version",
+            expected="a store that rejects a conditional write to an existing object with status 412, so that two "
+            "machines cannot publish the same version",
             todo="use a store with conditional writes, such as Amazon S3 or MinIO: docs/scale.md#object-storage",
         )
 
@@ -428,10 +428,9 @@ class ObjectStore:
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:
-        """Convert the client's errors in the `with` block to this project's errors, except the error that an object
-        already exists.
+        """Convert obstore's errors in the `with` block to this project's errors, except AlreadyExistsError.
 
-        The client's error is not chained, because its text may contain a signed URL.
+        obstore's error is not chained, because its text may contain a signed URL.
 
         Raises:
             RegistryError: the store is not responding, or rejects the request, even after all retries.

@@ -8,7 +8,7 @@ from svc.errors import BusyError, SettingsError, SvcError
 
 
 def address_family(host: str) -> socket.AddressFamily:
-    """Return the address family: IPv6 if the address contains a colon, or else IPv4."""
+    """Return the address family: IPv6 if the address contains a colon, otherwise IPv4."""
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 

@@ -42,7 +42,7 @@ class ServerAddress:
 
     @classmethod
     def with_key(cls, url: str, key_file: Path | None, authority: Path | None) -> "ServerAddress":
-        """Return the address of a server that is reached through its URL.
+        """Return the address of the server at a URL, with the API key from the key file if one is given.
 
         Raises:
             SettingsError: the URL is invalid, the key would be sent over a network in plain text, or the key

@@ -73,7 +73,10 @@ class Judged:
 
     @property
     def tuned(self) -> str | None:
-        """Return the format that represents the version, merged if possible, or None if no format was evaluated."""
+        """Return the format whose results the report shows as the version's, or None if no format was evaluated.
+
+        This is the merged format if it was evaluated.
+        """
         return next((format for format in reversed(SERVED_FORMATS) if format in self.evaluations), None)
 
     @cached_property
@@ -137,7 +140,7 @@ class Judged:
     def lost(self) -> tuple[int, ...]:
         """Return the line numbers of up to ten examples that the base answered better by the primary metric.
 
-        The largest loss comes first.
+        The example with the largest difference comes first.
         """
         base, tuned = self.results.get(BASE, ()), self.results.get(self.tuned or "", ())
         lines = range(1, min(len(base), len(tuned)) + 1)

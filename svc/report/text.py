@@ -32,7 +32,7 @@ def cut_text(text: str) -> CutText:
 
 
 def visible(text: str) -> str:
-    """Return a text with Unicode symbols in place of control characters, some of which HTML must not contain."""
+    """Return a text with control characters replaced by visible symbols, because HTML must not contain some of them."""
     return text.translate(_PICTURES)
 
 

@@ -60,8 +60,8 @@ class FineTuningSettings(Section):
     )
     place: TrainingPlace = Field(
         TrainingPlace.HERE,
-        description="where jobs run; here: on the server's machine; ray: on the cluster at `ray.address`, as with "
-        "`svc train --on ray`; the server's machine only registers the version",
+        description="here: jobs run on the server's machine; ray: jobs run on the cluster at `ray.address`, as with "
+        "`svc train --on ray`, and the server's machine only registers the version",
     )
     wandb: bool = Field(
         False,

@@ -153,5 +153,6 @@ class AdapterSettings(Section):
         None,
         ge=1,
         le=512,
-        description="maximum adapter rank; default: the rank of the version that the engine starts with, at least 16",
+        description="maximum adapter rank; default: the rank of the version that the engine starts with, but at least "
+        "16",
     )

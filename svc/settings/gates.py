@@ -74,27 +74,31 @@ CustomGate = Annotated[
 class GateSettings(Section):
     """Gates that a version must pass before it is promoted.
 
-    A margin is the largest acceptable loss compared with the version in production. Without a margin, the loss is
-    only shown.
+    A margin is the largest amount by which the version may be worse than the version in production. Without a margin,
+    the difference is only shown.
     """
 
     quality_margin: float | None = Field(
         0.02,
         ge=0,
-        description="margin for the primary metric on the same held-out examples; if the metric is not a share, the "
-        "margin is relative to production's value",
+        description="margin for the loss in the primary metric compared with production on the same held-out "
+        "examples; if the metric is not a share, the margin is relative to production's value",
     )
     nll_margin: float | None = Field(
-        0.05, ge=0, description="margin for the NLL of the held-out references, relative to production's NLL"
+        0.05,
+        ge=0,
+        description="largest allowed increase in the NLL of the held-out references, relative to production's NLL",
     )
     forgetting_margin: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="margin for the drop in accuracy on general questions compared with the base model",
+        description="largest allowed drop in accuracy on general questions compared with the base model",
     )
     speed_margin: float | None = Field(
-        0.2, ge=0, description="margin for tokens per second and time to first token: 0.2 means 20% slower"
+        0.2,
+        ge=0,
+        description="largest allowed slowdown in tokens per second and in time to first token: 0.2 allows 20%",
     )
     max_age_days: float | None = Field(
         None, gt=0, description="maximum age of the training data, and of the version and its evaluation, in days"

@@ -34,7 +34,9 @@ class RequestLogSettings(Section):
     max_mib: int = Field(1024, ge=1, description="size of the log in MiB above which the oldest requests are deleted")
     content_share: float = Field(0.0, ge=0, le=1, description="share of requests whose prompt and answer are stored")
     features: bool = Field(
-        True, description="whether to store drift features, but no text, of at most 10,000 prompts per day and version"
+        True,
+        description="whether to store drift features, which contain no text, of at most 10,000 prompts per day and "
+        "version",
     )
     max_content_kib: int = Field(
         64,
@@ -61,7 +63,7 @@ def _otlp_endpoint(text: str) -> str:
 
 
 class TelemetrySettings(Section):
-    """Settings for OpenTelemetry tracing of requests, sent to a collector, Langfuse, Phoenix or another
+    """Settings for tracing requests with OpenTelemetry. Traces are sent to a collector, Langfuse, Phoenix or another
     backend.
     """
 
@@ -88,7 +90,9 @@ class HoldoutSettings(Section):
 
     every_hours: float = Field(6.0, ge=0, description="hours between held-out evaluations; 0 disables them")
     requests_per_minute: float = Field(
-        60.0, gt=0, description="maximum total of held-out examples and scored answers per minute"
+        60.0,
+        gt=0,
+        description="maximum number of requests per minute for evaluating held-out examples and scoring live answers",
     )
     scored_per_hour: int = Field(
         200, ge=0, description="maximum number of live answers scored per hour, newest first; 0 disables scoring"

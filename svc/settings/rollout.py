@@ -27,15 +27,15 @@ class UnitKind(StrEnum):
 class RolloutSettings(Section):
     """Steps and limits of a gradual promotion, for example `svc promote NAME@N --shadow 200 --canary 5,25,100`.
 
-    A margin is the largest acceptable loss of the candidate compared with production over the same period.
+    A margin is how much worse than production over the same period the candidate may be.
     """
 
     shadow: int = Field(
         0,
         ge=0,
         le=100_000,
-        description="number of copied requests that the candidate must answer before it serves clients; 0 disables "
-        "this step",
+        description="number of copies of clients' requests that the candidate must answer before it serves clients; 0 "
+        "disables this step",
     )
     canary: tuple[float, ...] = Field(
         (), max_length=20, description="shares of clients that the candidate serves, in percent, ending with 100"
@@ -54,12 +54,13 @@ class RolloutSettings(Section):
         description="unit that counts as one observation; auto: the `user` field, or else the conversation, or else "
         "the request; request: each request on its own",
     )
-    max_errors: float = Field(0.01, gt=0, lt=1, description="margin for the share of failed requests")
+    max_errors: float = Field(
+        0.01, gt=0, lt=1, description="margin for the increase in the share of failed requests compared with production"
+    )
     max_invalid: float = Field(0.01, gt=0, lt=1, description="margin for the share of answers that are not valid JSON")
     max_slowdown: float = Field(
         1.2, gt=1, description="margin for the time to the first token: 1.2 means 20% slower than production"
     )
-    max_negative: float = Field(0.05, gt=0, lt=1, description="margin for the share of negative feedback")
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:

@@ -45,13 +45,15 @@ class ServeSettings(Section):
         256,
         ge=1,
         description="maximum number of concurrent requests per model; their answers may have at most this number times "
-        "`engine.max_model_len` tokens in total; further requests get status 429, or wait if they have a key",
+        "`engine.max_model_len` tokens in total; further requests are queued if they have an API key, and get "
+        "status 429 otherwise",
     )
     max_queued: int = Field(
         256,
         ge=0,
-        description="maximum number of requests queued during a swap or for a free slot; further requests get status "
-        "503 or 429; the same number may wait for adapters, at most half of them from one key or address",
+        description="maximum number of requests that are queued during a swap or while `serve.max_running` requests "
+        "run; further requests get status 503 or 429; in addition, this number of requests may wait for adapters, at "
+        "most half of them from one key or address",
     )
     queue_timeout_s: float = Field(60.0, gt=0, description="maximum time in the queue, in seconds")
     drain_timeout_s: float = Field(
@@ -108,6 +110,7 @@ class RequestLimits(Section):
     field_values: int = Field(
         4096,
         ge=1,
-        description="maximum number of values, at all depths, in any other field, such as logit_bias or metadata",
+        description="maximum number of values, at all depths, in a field without its own limit, such as logit_bias or "
+        "metadata",
     )
     depth: int = Field(64, ge=1, le=500, description="maximum nesting depth of objects and arrays")

@@ -21,7 +21,9 @@ ENV_PREFIX = "SVC_"
 class ModelSettings(Section):
     """Settings of one served model that override the general settings."""
 
-    engine: EngineSettings = Field(EngineSettings(), description="`engine` settings that differ for this model")
+    engine: EngineSettings = Field(
+        EngineSettings(), description="`engine` settings that override the general ones for this model"
+    )
     idle_s: float | None = Field(None, gt=0, description="overrides `serve.idle_s`, in seconds")
     rollout: RolloutSettings = Field(
         RolloutSettings(), description="rollout steps for every promotion of this model, see docs/rollouts.md"
@@ -69,8 +71,8 @@ class Settings(BaseSettings):
     )
     models: dict[str, ModelSettings] = Field(
         {},
-        description="settings that differ for one model, by model name: `{engine: {...}, idle_s: ..., rollout: {...}, "
-        "gates: {...}}`",
+        description="settings that override the general ones for one model, by model name: `{engine: {...}, "
+        "idle_s: ..., rollout: {...}, gates: {...}}`",
     )
 
     @field_validator("webhooks")

@@ -15,7 +15,7 @@ from svc.store.tables import FeedbackRow, RequestRow
 
 
 def unit_text(rollout: int, unit: str, *, candidate: bool) -> str:
-    """Return the text stored in the request log with a request assigned to a version by a rollout.
+    """Return a rollout's assignment of a request to a version, as the text that the request log stores.
 
     Args:
         unit: hash of the user or conversation; empty if the request was assigned on its own.

@@ -247,7 +247,8 @@ def read_open_batches(store: Store) -> list[Batch]:
 
 
 def begin_batch(store: Store, id: str, *, total: int, model: str | None, lease: Lease | None) -> Batch:
-    """Move a batch whose input file is valid to `in_progress`, unless it is being cancelled, and return it.
+    """Set a batch's status to `in_progress` once its input file has been validated, and return the batch. A batch that
+    is being cancelled keeps its status.
 
     Args:
         total: number of requests in the batch.

@@ -43,7 +43,7 @@ class ChangeListener:
     _is_unheard: bool = field(default=False, init=False)
 
     async def run(self) -> None:
-        """Announce changes until cancelled. After an error, reconnect; until then, the store is polled."""
+        """Keep announcing changes until cancelled. After an error, reconnect; the store is polled in the meantime."""
         while True:
             pause_s = _PAUSE_S
             try:

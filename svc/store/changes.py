@@ -35,11 +35,11 @@ class Changes:
         return time.monotonic() < self._heard_until
 
     async def wait(self, count: int, poll_s: float, *, within_s: float = math.inf) -> None:
-        """Wait until a change arrives after the given `count`, or until the store must be read again.
+        """Wait until a change has arrived since `count` was saved, or until the store must be read again.
 
         Args:
-            poll_s: longest wait in seconds while notifications are unreliable. Otherwise, the longest wait is
-                `FALLBACK_POLL_S`.
+            poll_s: longest wait in seconds while notifications are unreliable. While they are known to arrive, the
+                longest wait is the larger of this value and `FALLBACK_POLL_S`.
             within_s: longest wait in seconds in both cases, for work that is due at a certain time.
         """
         if self.count != count:

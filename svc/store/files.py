@@ -217,7 +217,7 @@ class FileContent:
 
 
 def read_contents(store: Store) -> list[FileContent]:
-    """Return the size and hash of every client's file."""
+    """Return the sizes and hashes of all clients' files."""
     with Session(store) as session:
         rows = session.execute(select(FileRow.id, FileRow.bytes, FileRow.sha256).order_by(FileRow.id))
         return [FileContent(id, size, sha256) for id, size, sha256 in rows]

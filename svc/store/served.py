@@ -147,7 +147,7 @@ def _lasting(name: str, server: str) -> Select[ServedRow]:
 
 
 def _end_lost(session: Session, name: str, server: str, now: datetime) -> None:
-    """End the periods of other servers that are no longer running."""
+    """End the periods in which other servers, which are no longer running, served the model."""
     running, seen = running_ids(session), _last_reports(session)
     for row in session.scalars(select(ServedRow).where(ServedRow.name == name, ServedRow.ended_at.is_(None))):
         if row.server not in {server, *running}:

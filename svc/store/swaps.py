@@ -203,7 +203,7 @@ def last_swap(store: Store, name: str, *, server: str) -> SwapRecord | None:
 
 
 def unfinished_swaps(store: Store, name: str) -> list[SwapRecord]:
-    """Return a model's unfinished swaps. Servers that are no longer running are ignored."""
+    """Return a model's unfinished swaps on servers that are still running."""
     with Session(store) as session:
         servers = {""} if is_sqlite(store) else running_ids(session)
         last = [session.scalar(_last_swap(name, None, server)) for server in sorted(servers)]

@@ -128,7 +128,7 @@ class DeploymentRow(Table):
 
 
 class ServerRow(Table):
-    """A server that uses the store, see svc.store.leases."""
+    """A server that uses the store; see svc.store.leases."""
 
     __tablename__ = "servers"
 

@@ -133,7 +133,7 @@ def add_part(store: Store, part: UploadPart) -> None:
         if count >= MAX_PARTS:
             raise UploadSizeError(f"the upload has {count} parts", expected=f"at most {MAX_PARTS}")
         if size + part.bytes > upload.bytes:
-            wrong = f"the parts have {size + part.bytes} bytes in total"
+            wrong = f"the parts total {size + part.bytes} bytes"
             raise UploadSizeError(
                 wrong, expected=f"at most {upload.bytes} bytes, the size given when the upload was created"
             )
@@ -157,10 +157,10 @@ def read_parts(store: Store, upload: Upload, ids: Sequence[str]) -> list[UploadP
             param="part_ids",
         )
     if len(set(ids)) < len(ids):
-        raise UploadSizeError("a part is listed twice", expected="each part once, in the order of the file")
+        raise UploadSizeError("a part is listed twice", expected="each part once, in the order of the content")
     if (size := sum(parts[id].bytes for id in ids)) != upload.bytes:
         raise UploadSizeError(
-            f"the parts have {size} bytes in total",
+            f"the parts total {size} bytes",
             expected=f"{upload.bytes} bytes, the size given when the upload was created",
         )
     return [parts[id] for id in ids]

@@ -115,7 +115,7 @@ def _missing_weights(folder: Path) -> list[str]:
         raise BaseModelError(
             f"{folder} contains {', '.join(names)} and {_WEIGHTS}, but no {WEIGHTS_INDEX} that says which files "
             "belong to the model",
-            expected=f"{_WEIGHTS} alone, or several files with an index",
+            expected=f"only {_WEIGHTS}, or several weight files with an index",
             todo=f"move {', '.join(names)} to another folder",
         )
     if _WEIGHTS in names:

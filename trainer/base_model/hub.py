@@ -40,7 +40,7 @@ def fetch_config(base: str, cache: Path) -> Path:
 
 
 def fetch_adapter(adapter: str, cache: Path) -> Path:
-    """Download the files of an adapter that the cache lacks, and return the adapter's folder, named after the commit.
+    """Download an adapter's files, unless they are cached, and return the adapter's folder, named after the commit.
 
     Raises:
         BaseModelError: the Hub cannot be reached, or rejects the request.

@@ -30,7 +30,7 @@ _RENAMED = {
 the names that transformers has written since 4.52."""
 _LEFT_OUT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 _OF_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
-"""Keys that belong to the language model but may appear only at the top level of a config."""
+"""Keys that belong to the language model, although some configs contain them only at the top level."""
 _SHIPPED = (*SHIPPED_FILES, "README.md")
 
 

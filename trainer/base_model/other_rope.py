@@ -1,4 +1,4 @@
-"""Scales a base model's rotary position embeddings, in a new folder that links to the base's other files.
+"""Scales a base model's rotary position embeddings. The result is a new folder that links to the base's other files.
 
 All later stages, including the engine, see an ordinary base with a longer context.
 """

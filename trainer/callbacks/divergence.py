@@ -21,12 +21,12 @@ _SKIPPED = 20
 """Maximum number of consecutive steps that the optimizer may skip. In float16 training, the loss scale is
 halved at each skipped step until the gradients no longer overflow."""
 _TIMES, _NATS = 2.0, 1.0
-"""Minimum factor and minimum difference in nats by which the mean loss of the last steps must exceed the mean loss of
-the first steps to count as exploded."""
+"""The loss counts as exploded only if it is higher in the last steps than in the first steps by more than this factor
+and by more than this many nats; see `_exploded`."""
 _SURE = 4.0
-"""Minimum rise of the loss, in standard errors. The threshold is high because losses are compared after every step. The
-standard error is estimated from the scatter across steps, because a batch's loss depends on its examples and several
-hard batches in a row can occur by chance."""
+"""Minimum number of standard errors by which the mean loss must rise to count as exploded. The number is high because
+losses are compared after every step. The standard error is estimated from the scatter across steps, because a batch's
+loss depends on its examples and several hard batches in a row can occur by chance."""
 
 
 class DivergenceWatch(TrainerCallback):

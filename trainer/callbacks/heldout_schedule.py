@@ -25,8 +25,9 @@ _MIN_EXAMPLES, _MAX_EXAMPLES = 8, 64
 _POINTS = 6
 """Maximum number of held-out measurements, including the measurement before the first step."""
 _SHORT_SHARE, _SHORT_POINTS = 0.6, 3
-"""Values of `_SHARE` and `_POINTS` for a short run. A short run may spend more of its time on measurements, because a
-twentieth of its time would allow too few examples to tell whether their loss falls in the second half of the steps."""
+"""Values of `_SHARE` and `_POINTS` for a short run. A short run may spend more than a twentieth of its time on
+measurements. In a twentieth, too few examples could be measured to tell whether held-out loss falls in the second half
+of the steps."""
 
 
 @dataclass(frozen=True, slots=True)

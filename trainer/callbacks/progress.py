@@ -1,4 +1,4 @@
-"""Shows the progress of a training run: a live bar on a terminal, or else a line every 15 s and a final
+"""Shows the progress of a training run: a live bar on a terminal; elsewhere, a line every 15 s and a final
 line. Also writes the progress to a file for other programs.
 
 Imports transformers.

@@ -1,1 +1,1 @@
-"""`svc compare`, which has two models answer the same examples and compares their answers."""
+"""`svc compare`, which sends the same examples to two models and compares their answers."""

@@ -33,8 +33,8 @@ _RENEW = "ask its issuer to replace it"
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
-    help="Maximum number of tokens per answer.  [default: the limit with which A was evaluated, or B if A is not a "
-    "version; if there was none, a limit based on the length of each reference]",
+    help="Maximum number of tokens per answer.  [default: the limit used to evaluate A (B if A is not a version); "
+    "if there was none, a limit based on the length of each reference]",
 )
 @click.option(
     "--metric",

@@ -98,7 +98,7 @@ def compare_models(
 
 
 def _warn(models: Sequence[Model], questions: Questions, registry: Registry) -> None:
-    """Print which data will leave the machine, and which of the models were trained on the examples."""
+    """Warn, for each model, if prompts will be sent to its endpoint, or if it was trained on some of the prompts."""
     count = len(questions.examples)
     for model in models:
         message = ""

@@ -101,7 +101,7 @@ def asked_alike(base: Model, other: Model, cache: Path) -> Model:
         raise BaseModelError(
             f"{base} has no chat template",
             expected="an instruction-tuned model, or a comparison with a version trained from this base",
-            todo="train a version with chat_template in the recipe, and compare the base with it",
+            todo="train a version of this base with chat_template in the recipe, and compare the two",
         )
     return base
 

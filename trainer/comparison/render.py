@@ -52,7 +52,8 @@ def print_compared(compared: Compared) -> None:
     if comparison.different:
         count = len(comparison.different)
         output.print(
-            f"\nThe {count} examples whose answers differ most, by {by} and then by the number of edits between them:"
+            f"\nThe {count} examples whose answers differ most, ranked by {by} and then by the number of edits "
+            "between them:"
         )
     for example in comparison.different:
         _print_example(example, tally.metric)

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "tuneserve"
-"""Name under which the attention is registered in transformers."""
+"""Name under which this attention implementation is registered in transformers."""
 _MAX_KEYS = 512
 """Maximum number of keys. With more keys, PyTorch's attention is as fast, because it skips masked
 positions."""

@@ -95,7 +95,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Apply the chain rule, with s multiplied into B.
+        """Apply the chain rule. The saved B is already multiplied by the scale s.
 
         The updated weight is recomputed, because storing it for every layer would need as much memory as the
         model.
@@ -116,7 +116,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _fits_into_weight(number_type: torch.dtype, rows: int, width: int) -> bool:
-    """Return whether to add the update to the weight instead of to the product: this must be cheaper and exact enough.
+    """Return whether adding the update to the weight, instead of to the product, is cheaper and exact enough.
 
     A matrix of shape [rows, width] is multiplied by the weight or its transpose, [width, columns], which gives a
     product of shape [rows, columns]. The update is added to the smaller of the product and the weight.

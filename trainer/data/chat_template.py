@@ -272,7 +272,7 @@ class _Conversation:
                     f"example {self.number}: the base model's chat template renders the prompt differently as part "
                     f"of the whole conversation: after a common prefix, the conversation has {in_conversation!r} where "
                     f"the prompt has {in_prompt!r}",
-                    expected="a template that renders earlier turns the same way in a prompt and in a conversation",
+                    expected="a template that renders a prompt the same way alone and as part of a conversation",
                     todo=todo,
                 )
             learnt = conversation[len(before) :]

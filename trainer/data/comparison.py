@@ -76,8 +76,10 @@ def tokenize_judged(
 
 
 def _with_others(labeled: Sequence[tuple[TokenizedExample, bool]]) -> list[Comparison]:
-    """Pair each labeled answer with the nearest earlier answer to a different prompt, appended to the labeled
-    answer's own prompt.
+    """Pair each labeled answer with an answer to a different prompt. Both then follow the labeled answer's prompt.
+
+    The other answer is the closest one before the labeled answer. The list is treated as circular: the last answer
+    comes before the first.
     """
     comparisons = []
     for place, (row, desirable) in enumerate(labeled):

@@ -102,6 +102,6 @@ def with_new_tokens(
     if unused:
         raise DataError(
             f"the new token {next(iter(unused.values()))!r} does not occur in the training examples",
-            expected="training examples that contain every token in new_tokens",
+            expected="each token in new_tokens at least once in the training examples",
             todo="remove the token from new_tokens, or check its spelling in the examples",
         )

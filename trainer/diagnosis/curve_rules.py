@@ -45,8 +45,9 @@ def find_divergence(run: TrainingRun) -> Finding | None:
         kind=FindingKind.DIVERGENCE,
         what=f"the training loss rose from {start.mean:.3f} at the start to {parts[-1].mean:.3f} at the end",
         advice=_slower(run),
-        rule="the mean loss over the last tenth of the steps exceeds the mean over the first tenth, or the loss before "
-        f"the first step, by more than {SURE:g} standard errors and by more than {ABOVE_START:.0%}",
+        rule="the mean loss over the last tenth of the steps exceeds an initial loss (the mean over the first tenth, "
+        f"or the loss before the first step) by more than {SURE:g} standard errors and by more than {ABOVE_START:.0%} "
+        "of that initial loss",
     )
 
 
@@ -64,9 +65,9 @@ def find_high_rate(run: TrainingRun) -> Finding | None:
         what=f"the training loss rose from {lowest.mean:.3f} at step {lowest.step} to {worst.mean:.3f} at step "
         f"{worst.step}, then fell to {parts[-1].mean:.3f}",
         advice=_slower(run),
-        rule="the mean loss over a tenth of the steps exceeds the mean over an earlier tenth, or the loss before the "
-        f"first step, by more than {SURE:g} standard errors, by more than {ABOVE_START:.0%} of the loss before the "
-        f"first step and by more than {GIVEN_BACK:.0%} of the decrease so far",
+        rule="in one tenth of the steps, the mean loss is higher than in an earlier tenth or before the first step; "
+        f"the difference exceeds {SURE:g} standard errors, {ABOVE_START:.0%} of the loss before the first step and "
+        f"{GIVEN_BACK:.0%} of the decrease so far",
     )
 
 
@@ -88,9 +89,9 @@ def find_low_rate(run: TrainingRun) -> Finding | None:
         kind=FindingKind.LEARNING_RATE_LOW,
         what=f"the training loss hardly fell: {change}" if flat else f"the training loss was still falling, {change}",
         advice=_other_rate(run, f"{run.usual_learning_rate:g}"),
-        rule=f"the learning rate is at most a third of the method's default, and either the last third of training, "
-        f"measured by the cumulative learning rate, accounted for more than {UNFINISHED_SHARE:.0%} of the decrease in "
-        "loss, or the loss did not decrease",
+        rule=f"the learning rate is at most a third of the method's default, and either the loss did not decrease, or "
+        f"more than {UNFINISHED_SHARE:.0%} of its decrease occurred in the last third of training (by cumulative "
+        "learning rate)",
     )
 
 
@@ -105,9 +106,8 @@ def find_underfitting(run: TrainingRun) -> Finding | None:
         run,
         f"the training loss was still falling when the run ended: {first.mean:.3f} at the start, "
         f"{two_thirds.mean:.3f} after two thirds of training, {last.mean:.3f} at the end",
-        f"the last third of training, measured by the cumulative learning rate, accounted for more than "
-        f"{UNFINISHED_SHARE:.0%} of the decrease in training loss and more than {HELDOUT_SHARE:.0%} of the decrease in "
-        "held-out loss",
+        f"more than {UNFINISHED_SHARE:.0%} of the decrease in training loss and more than {HELDOUT_SHARE:.0%} of the "
+        "decrease in held-out loss occurred in the last third of training (by cumulative learning rate)",
     )
 
 
@@ -148,8 +148,8 @@ def late_windows(run: TrainingRun) -> tuple[Window, Window, Window] | None:
 
 
 def _unfinished(run: TrainingRun) -> tuple[Window, Window, Window] | None:
-    """Return the windows of `late_windows` if too much of the loss reduction came after the second window, or else
-    None.
+    """Return the result of `late_windows` if too much of the loss reduction came after two thirds of training.
+    Otherwise, return None.
     """
     parts = late_windows(run)
     if not parts or find_high_rate(run):  # a loss that was thrown off falls while it recovers
@@ -179,7 +179,9 @@ def _late_heldout(run: TrainingRun, step: int) -> bool | None:
 
 
 def _pairs(parts: list[Window]) -> list[tuple[Window, Window]]:
-    """Pair each window with the window that has the lowest mean loss so far, which may be the window itself."""
+    """Pair each window of the training curve with the one that has the lowest mean loss among all earlier windows and
+    the window itself. The lowest comes first in each pair.
+    """
     return [(min(parts[: index + 1], key=lambda part: part.mean), window) for index, window in enumerate(parts)]
 
 

@@ -110,7 +110,7 @@ def find_small_heldout(run: TrainingRun) -> Finding | None:
         advice = Advice(key="data.heldout", before=f"{asked} examples", value=f"{wanted} examples")
     return Finding(
         kind=FindingKind.HELDOUT_TOO_SMALL,
-        what=f"{asked} held-out examples are too few to compare versions: exact match is {match}",
+        what=f"with {asked} held-out examples, exact match is too uncertain to compare versions: {match}",
         advice=advice,
         rule=f"the 95% interval of exact match is wider than {WIDEST:g}",
     )

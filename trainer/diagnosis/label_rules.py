@@ -20,7 +20,7 @@ MIN_ASKED = 60
 which the labels are judged, contains at least twenty results."""
 WRONG = 0.06
 """Largest share of wrong answers among the 33% in which the model is most confident. If more are wrong, the labels
-are suspect. On the Debian section task, 2 to 4% of these 33% are wrong, and 25 to 35% of all answers."""
+are suspect. On the Debian section task, 2 to 4% of these answers are wrong, compared with 25 to 35% of all answers."""
 LEARNT, SURE = 0.7, 0.88
 """Thresholds for the mean probability of the most confident third and the most confident sixth of answers. A model
 below the first threshold has not learned its task. With correct labels, some examples are easy, and the model's mean
@@ -28,10 +28,10 @@ probability for them exceeds the second threshold: it is 0.96 on the Debian sect
 affect easy examples too, so a model that has learned how often wrong labels occur is unsure even of easy
 examples."""
 STILL_LEARNING = 0.3
-"""Fall of the training loss in the last third of training, as a share of its final level, above which a model is still
-learning. Such a model is also unsure of correct labels. In 300 healthy runs, label noise was reported 5 times without
-this limit and once with it. In 60 runs in which a fifth of the labels was wrong, label noise was reported 19 times
-without the limit and 15 times with it (seeds from 3000)."""
+"""A model is still learning if its training loss falls by more than this in the last third of training, as a share of
+the final loss. Such a model is also unsure of correct labels. In 300 healthy runs, label noise was reported 5 times
+without this limit and once with it. In 60 runs in which a fifth of the labels was wrong, label noise was reported 19
+times without the limit and 15 times with it (seeds from 3000)."""
 CONTRADICTED = 0.02
 GAINED = 0.05
 """Minimum share of the label entropy that a model must explain from the prompts. A model that explains less has learned

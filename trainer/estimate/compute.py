@@ -92,7 +92,7 @@ def _forward(training: Training, batch: Batch) -> tuple[float, float]:
 
 
 def _adapter_products(training: Training) -> float:
-    """Return the number of adapter weights by which each token is multiplied."""
+    """Return the number of multiplications by adapter weights for each token."""
     shape, rank = training.shape, training.recipe.rank
     match training.recipe.adapter_type:
         case None:

@@ -37,8 +37,8 @@ _CPU_BANDWIDTH = 1e10
 
 
 def training_kind(recipe: Recipe) -> Method:
-    """Return the training method under which the recipe's speed is listed. For LoRA on a quantized base, this is
-    QLoRA. For other adapter types, it does not depend on quantization.
+    """Return the training method whose speed applies to the recipe. For LoRA on a quantized base, this is QLoRA.
+    For other adapter types, it does not depend on quantization.
     """
     if recipe.adapter_type is None:
         return Method.FULL

@@ -1,5 +1,5 @@
-"""Estimates a recipe on each device: a breakdown of the memory it needs, whether it fits, the largest batch
-size, time and cost.
+"""Estimates what training a recipe takes on each device: a breakdown of the memory, whether it fits, the largest
+batch size, time and cost.
 
 Estimated memory differed from the measured memory by at most a fifth. Estimated time usually differed from the
 measured time by at most a third; larger differences were more frequent with AMX (docs/estimate.md). A run is therefore
@@ -28,7 +28,7 @@ _MAX_BATCH = 1024
 
 @dataclass(frozen=True)
 class DeviceEstimate:
-    """Estimate of a recipe on one device.
+    """Estimated memory, time and cost of training with a recipe on one device.
 
     Attributes:
         parts: peak training memory in bytes, keyed by what it is used for.
@@ -103,7 +103,7 @@ class Estimate:
 def estimate_recipe(
     recipe: Recipe, shape: ModelShape, workload: Workload, devices: Sequence[ComputeDevice], served_length: int
 ) -> Estimate:
-    """Estimate a recipe on each of the given devices.
+    """Estimate a recipe's memory, disk space, time and cost on each of the given devices.
 
     Args:
         served_length: maximum sequence length in the engine, in tokens.
@@ -117,7 +117,7 @@ def estimate_recipe(
 def estimate_device(
     recipe: Recipe, shape: ModelShape, workload: Workload, device: ComputeDevice, served_length: int
 ) -> DeviceEstimate:
-    """Estimate a recipe on one device, or on several identical devices.
+    """Estimate a recipe's memory, disk space, time and cost on one device, or on several identical devices.
 
     Raises:
         RecipeError: a step cannot be divided among the devices.

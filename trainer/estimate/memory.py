@@ -30,8 +30,8 @@ PROCESS = 0.75e9
 """Memory of a Python process with torch, transformers, PEFT and TRL before a model is loaded, in bytes:
 0.69 GB as measured, plus an allowance for the command itself."""
 _QUANTIZING = 0.16e9
-"""Memory in bytes still in use after the base has been quantized to NF4, measured with SmolLM2-135M. It consists of
-bitsandbytes and of pages of the weight file, which the kernel can reclaim."""
+"""Memory in bytes still in use after the base has been quantized to NF4, measured with SmolLM2-135M. It is used by
+bitsandbytes and by pages of the weight file, which the kernel can reclaim."""
 _CUDA = 0.75 * 2**30
 """Memory of the CUDA context and the cuBLAS workspace, in bytes. It takes 0.4 to 0.8 GiB, depending on
 driver and GPU."""
@@ -120,8 +120,8 @@ class Training:
 
     @property
     def token_matrices(self) -> int:
-        """Number of matrices with one row per token (embedding, output head) in which some or all rows are trained in
-        addition to the adapter.
+        """Number of matrices with one row per token (embedding, output head) that are trained along with the adapter,
+        in whole or in part.
         """
         matrices = 2 if self.shape.untied else 1
         return 0 if self.full else matrices if self.recipe.new_tokens else self._whole_matrices

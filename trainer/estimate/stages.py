@@ -249,7 +249,7 @@ def _parity(training: Training, memory: float) -> tuple[Need, Need]:
 
 
 def _computed(training: Training, size: float, ram: float = 0.0, disk: float = 0.0) -> Need:
-    """Return the requirement of `size` bytes on the compute device and, with a GPU, of `ram` bytes of main memory."""
+    """Return a need for `size` bytes on the compute device and, if the device is a GPU, `ram` bytes of main memory."""
     return Need(ram=size, disk=disk) if training.cpu else Need(device=size, ram=ram, disk=disk)
 
 

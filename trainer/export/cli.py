@@ -71,7 +71,7 @@ def export(
 
 
 def _merged(registry: Registry, version: VersionId) -> Path:
-    """Return the folder of a version's merged weights, after checking its hashes."""
+    """Return the folder of a version's merged weights, after checking the hashes of its files."""
     if Format.MERGED not in registry.manifest(version).formats:
         raise NotFoundError(
             f"{version} has no merged weights",

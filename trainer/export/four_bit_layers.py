@@ -19,8 +19,8 @@ _FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromke
 )
 """Layers that the engine fuses into a single layer."""
 _QUANTIZED_MIXTURES = ("olmoe", "qwen3_moe")
-"""Mixture-of-experts models for which gptqmodel 7.6 quantizes every expert and keeps the base's names. It silently
-skips the experts of GraniteMoE and MiniMax M2, and renames the experts of Mixtral, Phi-3.5-MoE and gpt-oss."""
+"""Mixture-of-experts models for which gptqmodel 7.6 quantizes every expert and keeps the base's tensor names. It
+silently skips the experts of GraniteMoE and MiniMax M2, and renames the experts of Mixtral, Phi-3.5-MoE and gpt-oss."""
 _EXPERT = re.compile(r"(.+\.experts\.\d+\.\w+)\.weight")
 
 
@@ -116,6 +116,6 @@ def _check_outputs(outputs: dict[str, int], multiple: int) -> None:
     if misfit is not None:
         raise TrainingError(
             f"layer {misfit!r} has {fused[misfit]} outputs",
-            expected=f"a number of outputs divisible by {multiple}, which 4-bit formats require on this device",
+            expected=f"a multiple of {multiple} outputs, which 4-bit formats require on this device",
             todo="choose another base, or train and serve on a GPU",
         )

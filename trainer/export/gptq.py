@@ -154,7 +154,7 @@ def calibration_type(number_type: NumberType) -> NumberType:
 
 
 def link_with_padding(model: Path, copy: Path) -> None:
-    """Create a copy of a model folder that consists of links and a config whose padding token has an embedding row.
+    """Create a folder that links to a model's files but has its own config, whose padding token has an embedding row.
 
     gptqmodel pads calibration examples and masks the padding. If the config names no padding token, or a token that
     also has another role, gptqmodel searches the vocabulary for common names and may choose a token without an

@@ -80,7 +80,7 @@ def _all_rows(weights: "StoredWeights", adapter: Path) -> dict[str, list[int]]:
 
 
 def _merge(base: Path, weights: "StoredWeights", adapter: Path, out: Path) -> set[str]:
-    """Merge and write the model. Return the modules and parameters whose weights must have changed."""
+    """Merge and write the model. Return the modules and parameters whose weights the merge should change."""
     import torch
     from safetensors import safe_open
 

@@ -16,8 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 _ALLOCATOR_FILE = "rank_allocator.safetensors"
 _WARMUP, _FINAL = 0.1, 0.3
-"""Shares of a run's steps. All ranks are kept during the first share, at the start of the run, and the chosen ranks are
-fixed during the second share, at the end of the run."""
+"""Shares of a run's steps at its start, where AdaLoRA keeps all ranks, and at its end, where the chosen ranks no longer
+change."""
 
 
 def rank_plan(steps: int) -> dict[str, int]:

@@ -149,7 +149,7 @@ def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
     named = f"{experts[0]!r} and {len(experts) - 1} more parameters of this mixture of experts hold a matrix per expert"
     if recipe.adapter_type is not AdapterType.LORA:
         raise RecipeError(
-            f"{named}, but {recipe.adapter_type} supports only single matrices",
+            f"{named}, but {recipe.adapter_type} supports only parameters that hold one matrix",
             expected=f"method {Method.LORA}, {Method.QLORA} or {Method.FULL}",
             todo=f"set method to {Method.LORA}, or adapter.targets to {Targets.ATTENTION}, which skips the experts",
         )
@@ -161,7 +161,7 @@ def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
         )
     if recipe.adapter.init is not None:
         raise RecipeError(
-            f"{named}, but adapter.init is {recipe.adapter.init}, which is not available for them",
+            f"{named}, but adapter.init: {recipe.adapter.init} is not available for such parameters",
             expected="no adapter.init",
             todo=f"remove adapter.init, or set adapter.targets to {Targets.ATTENTION}, which skips the experts",
         )

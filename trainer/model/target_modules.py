@@ -26,7 +26,7 @@ def target_modules(model: "PreTrainedModel", chosen: TargetChoice) -> list[str] 
 
     Returns:
         Sorted layer name suffixes, such as `q_proj`. A suffix includes the module, as in `attn.proj`, if the suffix
-        would otherwise also match a layer outside of attention. For ALL_LINEAR, PEFT's own keyword is returned.
+        would otherwise also match a layer outside attention. For ALL_LINEAR, PEFT's own keyword is returned.
 
     Raises:
         RecipeError: the model has no layer that matches the preset or one of the names; the message names the layers

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 Tensors = Mapping[str, Callable[[], torch.Tensor]]
-"""Functions that read one tensor of a model each, keyed by the tensor's name."""
+"""Functions that each read one tensor of a model, keyed by the tensor's name."""
 _NORMS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "input_layernorm") | dict.fromkeys(
     ("gate_proj", "up_proj"), "post_attention_layernorm"
 )

@@ -48,7 +48,7 @@ def other_config(base: Path, folder: Path) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a config value without the keys that are allowed to differ, including in nested configs."""
+    """Return a config value without the keys in `_MAY_DIFFER`, including in nested configs."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items() if key not in _MAY_DIFFER}
     return value

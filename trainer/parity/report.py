@@ -74,7 +74,7 @@ def make_report(
     Args:
         compared: the examples for which the engine's measurements contain scores.
         judged: number of examples whose prompt tokens were compared.
-        number_type: data type in which the trainer's own models compute.
+        number_type: data type in which models are scored without an engine.
     """
     started = time.monotonic()
     checks: list[ParityCheck] = []

@@ -72,7 +72,7 @@ class CombinedAdapter:
         return [warning for part in self.parts if (warning := part.check_base(base)) and part.origin not in self.bases]
 
     def check_revision(self, base: Base) -> None:
-        """Check that every registered version among the parts was trained on exactly the given base.
+        """Check that each adapter that is a registered version was trained on exactly the given base.
 
         Raises:
             BaseModelError: a version was trained on another base.
@@ -139,7 +139,7 @@ def _find_version(name: str, registry: Registry) -> TrainedAdapter:
     if Format.ADAPTER not in registry.manifest(version).formats:
         raise NotFoundError(
             f"{version} has no adapter",
-            expected="a version that was trained with an adapter",
+            expected="a version whose formats include `adapter`",
             todo="choose another version",
         )
     registry.verify(version, Format.ADAPTER)

@@ -24,7 +24,7 @@ from trainer.training.summary import TrainingSummary
 
 
 def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, names: tuple[str, ...] = ()) -> Estimate:
-    """Estimate a recipe on the named devices. If no names are given, use all devices.
+    """Estimate a recipe's memory, disk space, time and cost on the named devices, or on all devices if none are named.
 
     Raises:
         SvcError: a device is unknown, or the base's config or an example is invalid.

@@ -173,7 +173,7 @@ class RunEvaluation:
 
     @property
     def forgotten(self) -> dict[Format, Forgetting]:
-        """Forgetting relative to the base, for each format that answered the general questions."""
+        """Forgetting of each evaluated format, relative to the base. Empty if no general questions were asked."""
         if self.forgetting is None:
             return {}
         forgotten: dict[Format, Forgetting] = {}

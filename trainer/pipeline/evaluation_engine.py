@@ -79,8 +79,8 @@ class ReusedEngine:
         self._fingerprint = ""
 
     async def serve(self, folder: Path, template_kwargs: TemplateKwargs) -> EngineClient:
-        """Load a model and return a client for its engine. The model is loaded in place if possible, or else in a
-        new engine.
+        """Load a model and return a client for its engine. The model is loaded in place if possible,
+        otherwise in a new engine.
 
         Raises:
             EngineError: the model could not be loaded.

@@ -248,7 +248,7 @@ class _Reader:
         return not isinstance(answer, LabeledAnswer) or answer.desirable
 
     def references(self, examples: Sequence[ChatExample]) -> Sequence[ChatExample]:
-        """Return the examples whose answers are reference answers."""
+        """Return the examples without those whose answers are labeled as undesirable."""
         if not self._judged:
             return examples
         return [example for example in examples if self.is_reference(example)]

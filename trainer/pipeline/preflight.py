@@ -93,7 +93,7 @@ def _check_architecture(base: Path, config: "PreTrainedConfig") -> None:
 
 
 def _check_rank(config: "PreTrainedConfig", recipe: Recipe) -> None:
-    """Reject a rank that exceeds a target layer's smaller dimension, which PiSSA and OLoRA cannot use."""
+    """Reject a rank above the smaller dimension of a target layer, because PiSSA and OLoRA cannot use such a rank."""
     model = without_weights(config)
     sizes = linear_layers(model)
     smallest = min(target_layers(model, recipe.adapter.targets), key=lambda name: min(sizes[name]))
@@ -120,7 +120,7 @@ def _check_weights(base: Path, config: "PreTrainedConfig") -> None:
         raise BaseModelError(
             f"the config of {base} ties the output layer to the embedding, but its files contain two different "
             "matrices: training would use both, and the engine only one of them",
-            expected="tie_word_embeddings: false in config.json, or a single matrix",
+            expected="tie_word_embeddings: false in config.json, or one matrix for the embedding and the output layer",
             todo=f"set tie_word_embeddings to false in {base / 'config.json'}",
         )
 
@@ -153,6 +153,6 @@ def _check_copy(base: Path) -> None:
         if different := [*other_files(base, copy), *other_config(base, copy)]:
             raise BaseModelError(
                 f"transformers reads {base} and an unchanged copy of it differently: {', '.join(different)}",
-                expected="a base that transformers reads the same way after it is copied",
+                expected="a base that transformers reads in the same way from an unchanged copy",
                 todo="open an issue with the base's config.json, or choose another base",
             )

@@ -94,10 +94,9 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
 
 
 def _content(path: Path) -> str | None:
-    """Return the hash of a file used by metrics.
+    """Return the hash of a file used by metrics, or None if the file cannot be read, which is reported later.
 
-    The key of registration contains it, so the version is registered again after a metric's code changes. The result is
-    None if the file cannot be read, which is reported later.
+    The registration's stage key depends on the hash, so the version is registered again after a metric's code changes.
     """
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()

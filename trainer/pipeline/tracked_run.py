@@ -50,7 +50,7 @@ def sending_curve(tracking: Tracking, run_id: str) -> Iterator[Report]:
     MLflow.
 
     Metrics that could not be sent are sent again with the next metrics, and at the end of the `with` block. If MLflow
-    still does not respond then, the metrics are lost, and a warning is printed.
+    is still not responding at that point, the metrics are lost, and a warning is printed.
     """
     sender = _Sender(tracking, run_id)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow") as thread:

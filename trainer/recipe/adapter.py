@@ -85,7 +85,8 @@ class Adapter(Section):
     """layers that get an adapter: all-linear, attention, attention-min (query and value only), or a list of layer
     names such as `[q_proj, v_proj]`"""
     rslora: bool = False
-    """scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones; lora and dora only"""
+    """scale the adapter's output by alpha / sqrt(rank), so that large ranks learn as fast as small ones; lora and dora
+    only"""
     init: Annotated[str, Field(pattern=r"^(gaussian|olora|pissa|pissa_niter_[1-9]\d{0,2})$")] | None = None
     """how the adapter's matrices are initialized: gaussian, olora, pissa, or pissa_niter_N for a faster approximate
     pissa with N iterations (1 to 999); lora only; default: one random and one zero matrix; see
@@ -102,8 +103,8 @@ class Adapter(Section):
 
     @property
     def given(self) -> str | None:
-        """The key that specifies an existing adapter (`adapter.trained` or `adapter.combine`), or None if the adapter
-        is trained.
+        """The key that specifies an existing adapter (`adapter.trained` or `adapter.combine`), or None if neither key
+        is set.
         """
         return "adapter.trained" if self.trained else "adapter.combine" if self.combine else None
 

@@ -58,9 +58,9 @@ class Evaluate(Section):
     metric_seconds: float = Field(60.0, gt=0)
     """total time that a metric function may take to score all answers, in seconds"""
     max_gptq_loss: float = Field(0.05, ge=0, le=1)
-    """largest loss in the primary metric that quantization (to GPTQ or any other format) may cause; relative to
-    the merged model's value if the metric is not a share (for example perplexity); a version is rejected if a larger
-    loss is proven"""
+    """largest amount by which quantization (to GPTQ or any other format) may worsen the primary metric; as a share of
+    the merged model's value if the metric itself is not a share (for example perplexity); a version is rejected if a
+    larger change for the worse is proven"""
     # 4 bits cost SmolLM2-135M 0.042 [0.033, 0.053] on free text (synopsis task), and nothing of its ROUGE.
     max_gptq_nll: float = Field(0.05, ge=0)
     """largest increase in negative log-likelihood that any quantization may cause, as a share of the merged model's
@@ -76,8 +76,8 @@ class Evaluate(Section):
     and each quantized model compared with the base; a version is rejected if a larger drop is proven; default:
     no limit"""
     undecided: Undecided = Undecided.WARN
-    """warn or fail: what to do with a version if the number of evaluated examples is too small to prove or rule
-    out a loss above one of these limits; see [evaluation](evaluation.md#verdicts)"""
+    """warn or fail: what to do with a version if too few examples were evaluated to decide whether `max_gptq_loss`,
+    `max_gptq_nll` or `max_forgetting` is exceeded; see [evaluation](evaluation.md#verdicts)"""
 
     @property
     def metric_options(self) -> MetricOptions:

@@ -28,7 +28,7 @@ class Preference(Section):
     loss: DpoLoss = DpoLoss.SIGMOID
     """dpo: sigmoid, ipo, or robust if a known share of the pairs is wrong"""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """dpo with `loss: robust`: share of the pairs whose preference is wrong"""
+    """dpo with `loss: robust`: assumed share of pairs whose preference is wrong"""
     desirable_weight: float = Field(1.0, gt=0)
     """kto: weight of desirable answers; choose both weights so that they balance the numbers of desirable and
     undesirable answers"""

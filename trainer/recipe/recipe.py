@@ -91,8 +91,8 @@ class Recipe(Section):
     [training](training.md#new-tokens)"""
     formats: Annotated[tuple[Format, ...], Field(min_length=1)] = (Format.MERGED, Format.GPTQ)
     """formats to create, evaluate and register: adapter, merged, gptq, awq, int8, fp8, gguf, see
-    [formats](formats.md); an adapter is always stored. If merged is not listed, the base is not evaluated and answers
-    only the general questions"""
+    [formats](formats.md); an adapter is always stored. If merged is not listed, the base answers only the general
+    questions and no held-out examples"""
     report_to: tuple[ReportTo, ...] = (ReportTo.MLFLOW,)
     """trackers for parameters, losses and metrics: mlflow, wandb, tensorboard; MLflow always receives them"""
     data: Data
@@ -125,7 +125,9 @@ class Recipe(Section):
         if len(set(self.formats)) < len(self.formats):
             raise ValueError("`formats` lists a format twice")
         if Format.GGUF in self.formats and Format.MERGED not in self.formats:
-            raise ValueError("`formats` lists gguf without merged, which is evaluated in place of GGUF")
+            raise ValueError(
+                "`formats` lists gguf without merged, but the merged model is evaluated in place of the GGUF file"
+            )
         if self.method is Method.FULL and Format.ADAPTER in self.formats:
             raise ValueError(f"`formats` lists adapter, but `method: {self.method}` trains no adapter")
         implied, named = ADAPTER_TYPES[self.method], self.adapter.type
@@ -338,9 +340,10 @@ class Recipe(Section):
         return float(f"{rate:.2g}")
 
     def changed(self, values: Mapping[str, Any], *, without: str | None = None) -> "Recipe":
-        """Return a copy of the recipe with the given values changed. Values are keyed by dotted key.
+        """Return a copy of the recipe with the given values changed.
 
         Args:
+            values: new values, keyed by recipe key, for example `train.learning_rate`.
             without: a section to omit.
 
         Raises:
@@ -353,8 +356,8 @@ class Recipe(Section):
         return Recipe.model_validate(content)
 
     def with_learning_rate(self, width: int) -> "Recipe":
-        """Return a copy of the recipe with an explicit learning rate for a base of the given width, so that runs
-        record it.
+        """Return a copy of the recipe in which the learning rate for a base of the given width is set explicitly, so
+        that it is recorded with a run.
         """
         train = self.train.model_copy(update={"learning_rate": self.learning_rate(width)})
         return self.model_copy(update={"train": train})

@@ -32,4 +32,4 @@ class RopeScaling(Section):
     factor: Annotated[float, Field(gt=1, le=128)] | None = None
     """how many times longer the context becomes; required with `type`"""
     replace: bool = False
-    """replace the base's own scaling, if it has one, instead of rejecting the base"""
+    """replace the base's own scaling of positions, if it has one, instead of rejecting the base"""

@@ -50,5 +50,5 @@ class Sweep(Section):
         known += [f"adapter.{key}" for key in Adapter.model_fields]
         for key in space or ():
             if key not in known:
-                raise ValueError(f"unknown key {key!r}{suggest(key, known)}; expected a key of train or adapter")
+                raise ValueError(f"unknown key {key!r}{suggest(key, known)}; expected train.KEY or adapter.KEY")
         return space

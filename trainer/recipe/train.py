@@ -104,7 +104,8 @@ class Train(Section):
     of replicated on each device; auto shards them if a copy does not fit on one device; see
     [training](training.md#models-that-do-not-fit-on-one-gpu)"""
     batch_size: int = Field(16, ge=1)
-    """number of examples per batch; a step has batch_size x gradient_accumulation examples, on any number of devices"""
+    """number of examples per batch; a step has batch_size x gradient_accumulation examples in total, however many
+    devices there are"""
     gradient_accumulation: int = Field(1, ge=1)
     """batches per optimizer step; accumulating batches needs less memory than a larger batch"""
     weight_decay: float = Field(0.0, ge=0)
@@ -147,9 +148,9 @@ class Stopping(Section):
     keep_best: bool = False
     """keep the weights with the lowest held-out loss instead of the final weights"""
     curve: bool = True
-    """unless another key requires measurements anyway, measure held-out loss up to six times on up to 64
-    examples, taking less than a twentieth of the run's time; in runs of 20 to 49 steps, up to three times,
-    taking less than a quarter. This does not affect the weights"""
+    """measure held-out loss up to six times on up to 64 examples, taking less than a twentieth of the run's time; in
+    runs of 20 to 49 steps, up to three times, taking less than a quarter. This does not affect the weights. Ignored if
+    another key requires measurements"""
 
     @property
     def measures(self) -> bool:
@@ -174,5 +175,5 @@ class Checkpoints(Section):
     keep: int = Field(2, ge=1)
     """number of checkpoints to keep, newest first; the best checkpoint is always kept as well"""
     keep_epochs: int = Field(0, ge=0)
-    """number of last epochs whose adapters are saved for clients of the fine-tuning API; only with
+    """number of epochs, newest first, whose adapters are saved for clients of the fine-tuning API; only with
     `svc train --progress FILE`, in the folder `epochs` next to the file"""

@@ -34,7 +34,7 @@ PER_GPU = "the imported value is per GPU, but here it is the total for all GPUs:
 
 
 def import_optimizer(draft: Draft, key: str, default: str) -> None:
-    """Import the optimizer. The other tools use the optimizer names of transformers."""
+    """Import the optimizer setting. The other tools name optimizers as transformers does."""
     name = draft.take(key, default)
     if optimizer := next((ours for ours, names in _OPTIMIZERS.items() if name in names), None):
         draft.values["train.optimizer"] = optimizer.value
@@ -151,7 +151,7 @@ def import_dropout(draft: Draft) -> None:
 
 
 def import_run(draft: Draft) -> None:
-    """Import keys that have the same name and meaning in both tools."""
+    """Import the general training settings that have the same name and meaning in Axolotl and LLaMA-Factory."""
     draft.copy("max_steps", "train.steps")
     if draft.values.get("train.steps", 1) < 1:  # transformers' default is -1
         del draft.values["train.steps"]

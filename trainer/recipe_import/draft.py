@@ -10,14 +10,14 @@ from enum import StrEnum
 from typing import Any
 
 _OFF: tuple[Any, ...] = (None, False, "", [], {})
-"""Values that usually mean that another tool's key is disabled."""
+"""Values that usually turn off the option that a key of another tool's config sets."""
 
 
 class Effect(StrEnum):
     """How an import handled a key."""
 
     CHANGED = "changed"
-    """The key was imported, but does not mean exactly the same as in the other tool."""
+    """The key was imported, but does not mean exactly the same thing as in the other tool."""
     LEFT_OUT = "left out"
     """The key was not imported, and training differs without it."""
     NOT_NEEDED = "not needed"
@@ -73,7 +73,7 @@ class Draft:
         self.notes.append(Note(key, Effect.CHANGED, text))
 
     def leave_out(self, key: str, text: str) -> None:
-        """Add a note that a key was not imported although training differs without it."""
+        """Add a note that a key was not imported, although it would affect training."""
         self.notes.append(Note(key, Effect.LEFT_OUT, text))
 
     def leave_out_if_set(self, key: str, text: str) -> None:

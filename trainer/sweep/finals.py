@@ -163,8 +163,8 @@ class Finals:
         return list(unique.values())
 
     def measure(self, trials: Sequence[TrialOutcome]) -> list[Finalist]:
-        """Measure the first trial and the configured number of finalists. While all of them forget too much,
-        further trials are measured.
+        """Evaluate the first trial and `sweep.finalists` more. While all evaluated trials forget too much, continue
+        with the next one.
 
         Args:
             trials: trials with adapters, in order of preference.

@@ -28,7 +28,7 @@ class Summary(BaseModel):
     Attributes:
         values: recipe keys that the trial changes, with their values.
         loss: held-out loss in nats per answer token, or None if the trial was not completed.
-        seconds: time that training took in the process that finished it.
+        seconds: duration of training, not counting earlier attempts that were interrupted.
         why: the reason why the trial was not completed.
     """
 

@@ -1,6 +1,6 @@
 """Trains the trials of a sweep on a Ray cluster, several at the same time. See docs/ray.md.
 
-Each trial is run by a thread of this process, but trained as with `svc train --on ray`: it has its own workers, and its
+A thread of this process runs each trial, as `svc train --on ray` would: the trial has its own workers, and its
 checkpoints are in the object store. This module does not import torch.
 """
 
@@ -50,7 +50,7 @@ class _Session:
     Attributes:
         kind: resources of each worker.
         base: name of the base model in the object store.
-        asked: receives the signals of this process.
+        asked: records whether the runs of this process must stop, and because of which signal.
         pool: threads in which trials run.
     """
 

@@ -156,9 +156,9 @@ class Search:
         return best
 
     def _learning_rate(self) -> TrialOutcome | None:
-        """Try learning rates outwards from the recipe's own rate. Among indistinguishable results, the recipe's rate is
-        preferred, followed by the rate with the lowest loss (no rate is cheaper than another). Return None if there was
-        no time for any trial.
+        """Try learning rates, beginning with those closest to the recipe's own rate. Among indistinguishable results,
+        the recipe's rate is preferred, followed by the rate with the lowest loss, because all rates cost the same.
+        Return None if there was no time for any trial.
         """
         own = self.recipe.train.learning_rate or self.usual_rate
         rates = sorted({float(f"{rate * self.usual_rate:.3g}") for rate in _RATES} | {own})
@@ -362,8 +362,8 @@ def possible_ranks(recipe: Recipe) -> list[int]:
 
 
 def samples_values(sweep: Sweep) -> bool:
-    """Return whether a sampler chooses the values of trials, which it does if the recipe's search space has too many
-    combinations to try them all.
+    """Return whether a sampler chooses the values of trials. It does if the search space has too many combinations to
+    try them all.
     """
     return sweep.space is not None and None in _combinations(sweep.space, sweep.trials)
 

@@ -99,8 +99,8 @@ def run_sweep(runner: TrialRunner, finals: Finals | None = None) -> SweepResult:
 
 
 def _run_finals(finals: Finals, search: Search, preferred: TrialOutcome) -> tuple[TrialOutcome, FinalsResult | None]:
-    """Run the finals and return the winner and the table of results. If adapters are missing, held-out loss
-    decides.
+    """Run the finals and return the winner and the table of results. If the preferred trial's adapter is missing, there
+    are no finals, and that trial wins.
 
     Args:
         preferred: the trial that would win by held-out loss.
@@ -191,7 +191,7 @@ def print_sweep(result: SweepResult, folder: Path, picture: Path) -> None:
     output.print(f"\nheld-out loss in nats per answer token on {result.heldout} examples, with 95% intervals")
     if result.finals:
         _print_finals(result.finals, result.winner)
-    output.print(f"base {result.base}, unchanged recipe {result.recipe or '-'}, winner {result.loss}")
+    output.print(f"held-out loss: base {result.base}, unchanged recipe {result.recipe or '-'}, winner {result.loss}")
     output.print(f"[bold]winner: {escape(describe(result.winner))}[/bold]")
     if result.warning:
         output.print(f"[yellow]{escape(result.warning)}[/yellow]")

@@ -136,8 +136,8 @@ class TrialRunner:
                 first = int(read_json_object(path)["parallel"])
                 if first != parallel:
                     console.print(
-                        f"  choosing values as for {first} parallel trials, the number with which this sweep "
-                        "was started",
+                        f"  choosing values as if {first} trials ran in parallel, because this sweep was "
+                        "started with that number",
                         soft_wrap=True,
                     )
                 parallel = first
@@ -269,7 +269,7 @@ class TrialRunner:
     @property
     def has_finals(self) -> bool:
         """Whether the best trials are evaluated on the engine. This requires that the recipe trains an
-        adapter, that `sweep.finalists` is not 0, and that `formats` contains merged.
+        adapter, that `sweep.finalists` is not 0, and that `formats` contains `merged`.
         """
         recipe = self.recipe
         return bool(recipe.sweep.finalists and recipe.adapter_type) and Format.MERGED in recipe.formats
@@ -279,13 +279,13 @@ class TrialRunner:
         return self.folder / "trials" / trial.key / ADAPTER
 
     def log_final(self, trial: TrialOutcome, figures: dict[str, float]) -> None:
-        """Log a trial's metrics from the finals to the trial's MLflow run."""
+        """Log the metrics that a trial reached in the finals (trainer.sweep.finals) to the trial's MLflow run."""
         path = self.folder / "trials" / trial.key / "mlflow.json"
         with self.tracking.if_available():
             self.tracking.log_metrics(read_record(path, TrackedRun).run_id, figures, trial.steps)
 
     def unload(self) -> None:
-        """Release the memory of the loaded base, which the engine needs."""
+        """Unload the base, so that its memory is free for the engine."""
         vars(self).pop("loaded", None)
         release_memory()
 

@@ -1,4 +1,4 @@
-"""Changes that a trial makes to a recipe: values keyed by dotted key."""
+"""Changes that a trial makes to a recipe: values keyed by recipe key, for example `train.learning_rate`."""
 
 import hashlib
 import json

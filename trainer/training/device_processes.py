@@ -1,7 +1,7 @@
 """Runs a function in several processes on this machine, one per device.
 
-The calling process receives signals, and runs functions for the first of these processes. This module does not import
-torch, so that a new process can silence the libraries before importing them.
+The calling process receives signals, and runs the functions that the first of these processes asks it to run. This
+module does not import torch, so that a new process can silence the libraries before importing them.
 """
 
 import gc

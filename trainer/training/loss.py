@@ -297,11 +297,11 @@ def _hidden_states(
     position_ids: Tensor | None,
     balance: Balance | None,
 ) -> Tensor:
-    """Return the inputs of the output head at the positions whose next token counts toward the loss, with shape
-    [number of target tokens, width].
+    """Return the hidden states from which the target tokens are predicted, with shape [number of target tokens, width].
+    Target tokens are those that count toward the loss.
 
-    `logits_to_keep` would score the same positions in all rows. Because rows end at different positions,
-    this can be ten times as many positions. The output of the head is not used here.
+    `logits_to_keep` is not used because it keeps the same positions in every row. Because rows end at different
+    positions, these can be ten times as many as are needed. The logits that the model returns are ignored.
 
     Args:
         learnt: mask of shape [batch, length - 1], true where the next token counts toward the loss.

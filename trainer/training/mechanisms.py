@@ -27,8 +27,8 @@ from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Optimizer
 
 _MIN_8BIT, _MIN_PAGED = 4096, 100_000
-"""Minimum number of elements of a weight whose moments bitsandbytes stores in 8 bits, and of a weight whose moments it
-pages."""
+"""Numbers of elements that a weight must have at least for bitsandbytes to store its moments in 8 bits, and to page
+them."""
 _REINSTALL_FLASH = "install a flash-attn made for this torch and transformers, or remove it: pip uninstall flash-attn"
 _REPORT = "report this with the output of: pip list"
 

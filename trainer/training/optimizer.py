@@ -37,7 +37,7 @@ def check_optimizer(optimizer: Optimizer, *, cuda: bool) -> None:
         unpaged = Optimizer.ADAMW_8BIT if optimizer.is_8bit else Optimizer.ADAMW
         raise RecipeError(
             f"train.optimizer {optimizer} moves its state between GPU and main memory, but training runs on the CPU",
-            expected=f"{Optimizer.ADAMW} or {Optimizer.ADAMW_8BIT} on a CPU",
+            expected=f"on a CPU, {Optimizer.ADAMW} or {Optimizer.ADAMW_8BIT}",
             todo=f"set train.optimizer to {unpaged}",
         )
     if optimizer is not Optimizer.ADAMW and find_spec("bitsandbytes") is None:

@@ -1,9 +1,9 @@
-"""The processes that train one model together, on any machine: the messages between them and their caller, and the
-caller's side.
+"""Messages between the processes that train one model together and their caller, and the caller's side of this
+exchange. The processes may run on any machine.
 
-They stop together: when one process dies or fails, the others are stopped, because they would otherwise wait for it
-forever. This module depends neither on what the processes compute nor on how they are started, and does not import
-torch.
+All processes stop together: when one process dies or fails, the others are stopped, because they would otherwise wait
+for it forever. This module depends neither on what the processes compute nor on how they are started, and does not
+import torch.
 """
 
 import time
@@ -113,8 +113,8 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Listens:
-    """Message that says that the processes are now ready to handle signals. The caller then passes on the first signal
-    that it receives. Before this message, a signal stops the processes.
+    """Message that says that the processes are now ready to handle signals. The caller then forwards to them the first
+    signal that it receives. Before this message, a signal stops the processes.
     """
 
 

@@ -60,7 +60,7 @@ class SideBySide:
 
     Attributes:
         title: prefix of each line of the run's output.
-        asked: receives the signals of this process.
+        asked: records whether the runs of this process must stop, and because of which signal.
         others_train: returns whether other runs of this process have workers, whose resources become free when
             the runs end.
     """
@@ -584,7 +584,7 @@ class _Output:
         return console.is_terminal and not self._title
 
     def write(self, text: str) -> None:
-        """Show a part of a worker's output. With a title, only complete lines are shown."""
+        """Show a part of a worker's output. If a title was given, only complete lines are shown."""
         if not self._title:
             sys.stderr.write(text)
             sys.stderr.flush()

@@ -168,7 +168,7 @@ class RayWorker:
         return SharedCheckpoints(ObjectStore(run.artifacts), run.name, folder / "checkpoints", folder / "mlflow.json")
 
     def train(self, run: SharedRun, seat: Seat, task: bytes) -> None:
-        """Run a task. `receive` returns its messages.
+        """Run a task. `receive` returns the messages that the task sends, and its outcome.
 
         Args:
             task: pickled function and arguments; see `TrainingProcesses.run`.

@@ -46,7 +46,7 @@ def shard_model(model: nn.Module, devices: int, number_type: NumberType, *, full
     layers = checkpointed_layers(model)
     if not layers:
         raise TrainingError(
-            f"{type(model).__name__} has no layers that can be gathered one after the other",
+            f"{type(model).__name__} has no layers whose weights can be gathered one layer at a time",
             expected="a model whose layers support gradient checkpointing",
             todo="set train.sharding to never",
         )
@@ -131,7 +131,7 @@ def copy_into(weight: Tensor, values: Tensor) -> None:
 
 
 def _share(values: Tensor, weight: DTensor) -> DTensor:
-    """Return this process's shard of unsharded values, sharded in the same way as a weight."""
+    """Return this process's shard of a complete tensor, which is sharded in the same way as a weight."""
     local = values.to(weight.device)
     return distribute_tensor(local, weight.device_mesh, weight.placements, src_data_rank=None)
 

@@ -33,8 +33,8 @@ TYPICAL_SHARES: Mapping[Signal, float] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Margins:
-    """Largest allowed loss on each signal: a ratio for `first_token`, and a difference in shares for all other
-    signals.
+    """For each signal, the largest amount by which the candidate may be worse than production: a ratio for
+    `first_token`, and a difference in shares for all other signals.
     """
 
     errors: float = 0.01
@@ -54,10 +54,10 @@ class SignalVerdict:
     """Comparison of candidate and production on one signal.
 
     Attributes:
-        outcome: `failed` if a loss beyond the margin is proven, `passed` if such a loss is ruled out, else
-            `undecided`.
-        loss: measured loss, or None until both arms have data in the same period.
-        margin: largest allowed loss.
+        outcome: `failed` if the candidate is proven to be worse by more than the margin, `passed` if this is ruled out,
+            else `undecided`.
+        loss: how much worse the candidate is, or None until both arms have data in the same period.
+        margin: how much worse the candidate may be.
     """
 
     signal: Signal
@@ -103,8 +103,8 @@ class Analysis:
             self._add_unit(unit)
 
     def rate(self, rating: Rating) -> None:
-        """Add a rating. From each user or conversation, only the first rating of the candidate counts, and the first
-        rating of production in each step.
+        """Add a rating. Only the first rating from each user or conversation counts, except that those assigned to
+        production may rate again in each step.
         """
         if self._raters.admit(rating.unit, rating.arm):
             self._feedback.add(rating.arm, float(rating.negative))
@@ -129,8 +129,9 @@ class Analysis:
     def outcome(self) -> GateOutcome:
         """Outcome of the rollout so far.
 
-        `failed` if a loss is proven for any signal, `passed` if a loss is ruled out for every signal that has data.
-        Ratings are too rare to rule out a loss in time, so they do not hold up a rollout.
+        `failed` if the candidate is proven to be worse in any signal by more than the margin, `passed` if this is
+        ruled out for every signal that has data. Ratings are too rare to rule it out in time, so they do not hold
+        up a rollout.
         """
         with_data = {
             signal: comparison.outcome()
@@ -147,7 +148,7 @@ class Analysis:
     def detectable(
         self, units: int, share: float, production: Mapping[Signal, float] = TYPICAL_SHARES
     ) -> dict[Signal, float]:
-        """Return the smallest loss on each signal that this rollout can detect with 80% power.
+        """Return, for each signal, how much worse the candidate must be for this rollout to detect it with 80% power.
 
         Args:
             units: planned number of candidate units with data for the signal; at least 1.

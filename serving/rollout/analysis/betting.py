@@ -26,9 +26,9 @@ from svc.evaluation.verdict import GateOutcome
 Floats = NDArray[np.float64]
 
 STAKES = (0.1, 0.2, 0.4, 0.8)
-"""The fraction of its wealth that each of four parallel bets stakes on every payoff. The largest fraction proves a
-large loss within 50 candidate units (such as users). The smallest works best for frequent events if the loss is close
-to the margin."""
+"""The fraction of its wealth that each of four parallel bets stakes on every payoff. If the candidate is much worse
+than production, the largest fraction proves it within 50 candidate units (such as users). The smallest works best for
+frequent events if the candidate is worse by about the margin."""
 _MAX_WEALTH = 1e100  # far beyond any decision, and far from overflow
 _BISECTIONS = 20
 
@@ -38,10 +38,11 @@ class Budget:
     """Allowed probabilities of wrong decisions in one rollout.
 
     Attributes:
-        wrong_rollback: probability of proving a loss beyond the margin, for any signal, although there is no such loss.
-        wrong_advance: probability of ruling out a loss beyond the margin for all signals, although there is such a
-            loss. The budget is not divided among signals: a candidate that is worse on one signal advances only if that
-            signal's verdict is wrong.
+        wrong_rollback: probability of finding on any signal that the candidate is worse than production by more than
+            the margin, although it is not.
+        wrong_advance: probability of ruling this out on all signals, although the candidate is worse by more than the
+            margin on at least one. The budget is not divided among signals: a candidate that is worse on one signal
+            advances only if that signal's verdict is wrong.
     """
 
     wrong_rollback: float = 0.005
@@ -53,7 +54,9 @@ class Budget:
 
 
 def proof(differences: Floats, bound: float) -> Floats:
-    """Return a bet's payoff for each difference. Their mean is at most 0 if the mean difference is at most `bound`.
+    """Return, for each difference, the payoff of a bet that the mean difference exceeds `bound`.
+
+    If it does not exceed `bound`, the mean payoff is at most 0.
 
     Args:
         bound: must be above -1.
@@ -62,7 +65,7 @@ def proof(differences: Floats, bound: float) -> Floats:
 
 
 def exclusion(differences: Floats, bound: float) -> Floats:
-    """Return a bet's payoff for each difference. Their mean is at most 0 if the mean difference is at least `bound`.
+    """Return a bet's payoff per difference. The mean payoff is at most 0 if the mean difference is at least `bound`.
 
     Args:
         bound: must be below 1.

@@ -10,7 +10,7 @@ from serving.rollout.analysis.units import Arm
 
 @dataclass(slots=True)
 class Block:
-    """Observations from one period. A complete block contains at least one unit (such as a user) of each arm.
+    """Observations from one period. A complete block contains at least one unit (such as a user) from each arm.
 
     At a candidate share of 5%, a block has one candidate unit and about 19 production units.
     """

@@ -41,7 +41,7 @@ class Figure:
     Attributes:
         units: number of units (users, conversations or single requests) with data.
         value: mean share over the units, or 95th percentile in seconds. None if there are no units.
-        low, high: anytime-valid limits of the 95th percentile, or None for shares or if unknown.
+        low, high: anytime-valid limits of the 95th percentile; None if they are unknown or the signal is a share.
     """
 
     units: int
@@ -129,10 +129,11 @@ class LatencyComparison:
     """Compares the 95th percentile of a latency between candidate and production.
 
     It compares two shares: candidate units above `margin` times a threshold, and production units above the threshold.
-    The threshold is production's 95th percentile as estimated before the block. If every quantile of the candidate is
-    at most `margin` times production's, the first share is at most the second at any threshold. An inaccurate threshold
-    therefore reduces statistical power, but does not make wrong proofs more probable. The limits of the ratio
-    are found by replacing `margin` with other ratios.
+    The threshold is production's 95th percentile, estimated before the block of observations to which it is applied. If
+    every quantile of the candidate is at most `margin` times production's, the first share is at most the second at any
+    threshold. An inaccurate threshold therefore reduces statistical power, but does not make wrong proofs more
+    probable. The confidence limits of the ratio of the two percentiles are found by replacing `margin` with other
+    ratios.
 
     Confidence sequences of both percentiles (Howard and Ramdas 2022) need about five times as many units for the
     same decision.
@@ -172,7 +173,7 @@ class LatencyComparison:
         self._estimate(production)
 
     def _estimate(self, production: Times) -> None:
-        """Set the next block's latency threshold to production's 95th percentile, unless few latencies are new."""
+        """Set the next block's latency threshold to production's 95th percentile, if enough latencies are new."""
         if production.count >= self._next_estimate:
             self._threshold = production.quantile(PERCENTILE)
             self._next_estimate = _GROWTH * production.count

@@ -1,5 +1,5 @@
 """Calculates in advance the smallest loss that a rollout can prove with a given number of candidate units (users,
-conversations or requests).
+conversations or requests). A loss is the amount by which the candidate is worse than production.
 
 The result is approximate. It assumes that each unit is a single request (with several requests per unit, smaller losses
 can be proven), and that a block, the short period in which both versions are compared, has one candidate unit and the
@@ -67,7 +67,7 @@ def _smallest(proven: Callable[[float], bool], low: float, high: float) -> float
 
 
 def _is_proven(units: int, share: float, candidate: float, production: float, margin: float, error: float) -> bool:
-    """Return whether at least one of the stakes proves a loss beyond the margin.
+    """Return whether a bet with one of the stakes has at least 80% power to prove a difference beyond the margin.
 
     Args:
         candidate, production: share of each arm's units in which the event occurs.

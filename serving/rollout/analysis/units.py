@@ -118,7 +118,7 @@ class OncePerStep:
         return True
 
     def start_step(self) -> None:
-        """Allow users and conversations that are assigned to production to be observed again."""
+        """Allow another observation of each user and conversation that is assigned to production."""
         self._observed = {unit: arm for unit, arm in self._observed.items() if arm is Arm.CANDIDATE}
 
 
@@ -126,8 +126,9 @@ class Units:
     """Groups requests into units (users, conversations or single requests), and returns the units in the order in which
     their observations end.
 
-    A user or conversation is observed for `WINDOW_S`: once per step in production, and only once as a candidate unit. A
-    client with a third of the traffic therefore counts as much as any other client.
+    Each observation of a user or conversation lasts `WINDOW_S`. Units assigned to production are observed once per
+    step; units assigned to the candidate are observed once per rollout. A client with a third of the traffic therefore
+    counts as much as any other client.
     """
 
     def __init__(self) -> None:
@@ -157,8 +158,8 @@ class Units:
         return closed
 
     def start_step(self) -> list[Unit]:
-        """Close and return all units (users or conversations) that are still being observed. Those assigned to
-        production may then be observed again, in either arm.
+        """End the current observations, and return their units (users or conversations). Units that were assigned to
+        production may be observed again in the new step, in either arm.
         """
         closed = [self._close_oldest() for _ in range(len(self._order))]
         self._once.start_step()

@@ -50,7 +50,7 @@ def _role(item: dict[str, Any]) -> str:
 
 
 def _part(part: Any) -> dict[str, Any]:
-    """Return a message part in the conventions' format.
+    """Return a message part in the format of the GenAI conventions.
 
     Texts, tool calls and tool results are converted. Other parts are returned unchanged.
     """

@@ -33,13 +33,14 @@ class BaseTokenizer:
             raise DataError(
                 f"cannot read the tokenizer in {folder}: {error}",
                 expected="a model folder",
-                todo="check the path, or omit --base to estimate lengths",
+                todo="check the path, or omit --base to have lengths estimated without a tokenizer",
             ) from error
         if not self._tokenizer.chat_template:
             raise DataError(
                 f"{folder} has no chat template",
                 expected="an instruction-tuned model",
-                todo="omit --base to estimate lengths; for svc train, set chat_template in the recipe",
+                todo="omit --base to have lengths estimated without a tokenizer; for svc train, set chat_template in "
+                "the recipe",
             )
         self._kwargs = choose_template_kwargs(folder, None)
         added = self._tokenizer.added_tokens_decoder.values()

@@ -151,7 +151,7 @@ def _is_no_reference(example: AnyExample) -> bool:
 
 
 def _check_labels(reports: Sequence[DataReport]) -> None:
-    """Report a problem if all labeled answers have the same label. Pairs count as answers with both labels."""
+    """Report a problem if all labeled answers have the same label and there are no preference pairs."""
     labeled = [report for report in reports if report.desirable]
     labels = {label for report in labeled for label in report.desirable}
     if len(labels) == 1 and not any(report.kind is Kind.PAIRS for report in reports):

@@ -24,7 +24,7 @@ class AnswerLengths:
     rejected: "array[int]" = field(default_factory=lambda: array("I"))
 
     def add(self, chosen: int, rejected: int) -> None:
-        """Add the lengths of a pair's answers."""
+        """Record the lengths of a pair's answers."""
         self.chosen.append(chosen)
         self.rejected.append(rejected)
 

@@ -185,7 +185,7 @@ def _sketch(texts: Sequence[Numbers], common: Numbers | None) -> Sketches:
 
 
 def _band(sketches: Sketches, band: int) -> NDArray[np.uint64]:
-    """Return the four 16-bit values of a band as one 64-bit value."""
+    """Return, for each sketch, the four consecutive 16-bit values that form the given band, as one 64-bit value."""
     part = np.ascontiguousarray(sketches["values"][:, band * _BAND : (band + 1) * _BAND])
     return part.view(np.uint64).ravel()
 

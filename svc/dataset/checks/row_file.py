@@ -13,7 +13,7 @@ _MAX_IN_MEMORY = 64 * 2**20
 
 
 class RowFile:
-    """Collects the rows of an array.
+    """Collects the rows of an array, in memory or in a temporary file.
 
     Args:
         kind: dtype of a row.

@@ -105,7 +105,9 @@ def _has_keys(value: dict[str, Any], form: Format) -> bool:
 
 
 def _own_fields(example: ChatExample) -> tuple[ChatExample, tuple[str, ...]]:
-    """Return the example along with each message's field name in the chat format, such as `messages[1].content`."""
+    """Return the example and, for each of its messages, the field of a chat row that it comes from, such as
+    `messages[1].content`.
+    """
     return example, tuple(f"messages[{place}].content" for place in range(len(example.messages)))
 
 

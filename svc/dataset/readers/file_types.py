@@ -38,7 +38,7 @@ CONTAINERS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 DOCUMENTS = (".txt", ".md")
 """Suffixes of files that each contain one document, unless the content looks like JSONL."""
 SUITES = (".yaml", ".yml")
-"""Suffixes of files that are read only when named explicitly. In a folder, such a file might be a recipe."""
+"""Suffixes of files that must be named explicitly. In a folder, they are skipped, because they might be recipes."""
 _REPORT_EVERY = 256  # rows
 
 

@@ -120,7 +120,10 @@ class _ListReader:
 
 
 def _decode(text: str, at: int) -> tuple[Any, int, RowError | None]:
-    """Return the element at an index, the index where it ends, and an error if only the strict decoder rejects it."""
+    """Return the element at an index, the index where it ends, and an error or None.
+
+    The error is set if Python's own decoder accepts the element but the strict decoder rejects it.
+    """
     try:
         return *STRICT.raw_decode(text, at), None
     except RowError as fault:

@@ -63,8 +63,8 @@ class Line(Generic[Example]):
     Attributes:
         number: line number, starting at 1.
         raw: the line's bytes.
-        fields: for each message of the example, the field of the line that contains its text. For a pair, this covers
-            the messages of the chosen example and the rejected answer.
+        fields: path, within the line, to the text of each message of the example. For a pair, this covers the
+            messages of the chosen example and the rejected answer.
     """
 
     number: int

@@ -127,7 +127,7 @@ def _snapshot(dataset: str, revision: str | None, cache: Path, fetch: Callable[.
     except ImportError as error:
         raise DataError(
             f"cannot fetch {dataset}: huggingface_hub is not installed",
-            expected="the packages of the extra `train`",
+            expected="the packages of the `train` extra",
             todo="pip install 'tuneserve[train]', or copy the dataset to this machine and specify its folder",
         ) from error
     patterns = [f"*{container}{end}" for container in CONTAINERS for end in ("", *COMPRESSIONS)]

@@ -342,7 +342,7 @@ def _parse_weight(field: str, role: str, weight: Any) -> int | None:
         raise RowError(Code.WRONG_WEIGHT, f"is {weight!r:.80}", field=field, expected="0 or 1")
     if role != Role.ASSISTANT:
         wrong = f"is in a {role} turn"
-        raise RowError(Code.WRONG_WEIGHT, wrong, field=field, expected="weights only in assistant turns")
+        raise RowError(Code.WRONG_WEIGHT, wrong, field=field, expected="`weight` only in assistant turns")
     return int(weight)
 
 

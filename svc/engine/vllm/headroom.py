@@ -14,9 +14,9 @@ from svc.engine.vllm.plan import GIB, EnginePlanner
 from svc.settings.engine import Device
 
 ENGINE_OVERHEAD = 2 * GIB
-"""Memory of an engine in addition to weights and KV cache. On a CPU, vLLM 0.32 with a model of a few megabytes used 1.8
-GiB for Python and torch in the three processes that it starts if it binds threads. With two processes, it used 0.7
-GiB less. On a GPU, the overhead was not measured, but this value covers the CUDA context and a long prompt."""
+"""Memory of an engine in addition to weights and KV cache. On a CPU, vLLM 0.32 starts three processes if it binds
+threads to cores. With a model of a few megabytes, these used 1.8 GiB for Python and torch; two processes used 0.7 GiB
+less. On a GPU, the overhead was not measured, but this value covers the CUDA context and a long prompt."""
 
 
 def shortage(specs: Sequence[EngineSpec]) -> str | None:

@@ -245,7 +245,7 @@ class EngineProcess:
         self._remove_sockets()
 
     async def sleep(self) -> None:
-        """Free the engine's GPU.
+        """Put the engine to sleep, which frees most of its GPU memory.
 
         Raises:
             EngineError: there is not enough free main memory for the weights, or vLLM failed.
@@ -257,7 +257,7 @@ class EngineProcess:
         self._has_backup = True
 
     async def wake(self) -> None:
-        """Restore the engine on its GPU.
+        """Wake the engine, which moves its weights back to its GPU.
 
         Raises:
             EngineError: vLLM could not wake up.

@@ -131,7 +131,7 @@ def choose_metrics(examples: Sequence[ChatExample], options: MetricOptions | Non
     if primary.better is Better.NEITHER:
         raise RecipeError(
             f"metric {primary.name} cannot be the primary metric: it does not rank models",
-            expected="a metric for which higher or lower values are better",
+            expected="a metric that ranks models, either by higher or by lower values",
             todo=_SEE,
         )
     return tuple({metric.name: metric for metric in (primary, *metrics)}.values())

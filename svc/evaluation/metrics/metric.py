@@ -27,7 +27,7 @@ class Better(StrEnum):
 
 
 class Unit(StrEnum):
-    """Unit of a metric. It determines how values are displayed, and what a limit on a drop means."""
+    """Unit of a metric. It determines how values are shown, and whether a limit on a drop is absolute or relative."""
 
     SHARE = "share"
     """A value between 0 and 1."""

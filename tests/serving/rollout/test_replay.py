@@ -519,7 +519,7 @@ async def test_rollout_fails_if_the_candidate_needs_a_second_engine_and_memory_i
         start(control, 4)
         seen = await ended(control)
     assert seen.outcome is RolloutOutcome.FAILED
-    assert seen.why is not None and "because the candidate cannot be loaded in place: architecture" in seen.why
+    assert seen.why is not None and "cannot be loaded in place of the production version: architecture" in seen.why
 
 
 async def test_canary_fails_when_memory_is_too_small_for_a_second_engine_after_a_restart(make: Make) -> None:

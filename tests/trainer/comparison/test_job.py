@@ -336,7 +336,7 @@ def test_printed_comparison_includes_the_metrics_the_verdict_and_the_answers(
         "cut off at the limit 1.000 [0.439, 1.000] 1.000 [0.439, 1.000] 0.000 [0.000, 0.000]",
         "By exact match: no significant difference",
         "B wins 1, loses 1, ties 1; sign test p = 1",
-        "The 3 examples whose answers differ most, by exact_match and then by the number of edits between them:",
+        "The 3 examples whose answers differ most, ranked by exact_match and then by the number of edits between them:",
         "1 A by 1 exact_match, 3 edits asked question 1 right 1.0 1.1 1.2 A 1.0 1.1 1.2 B 2.0 2.1 2.2",
     ):
         assert text in out

@@ -24,7 +24,9 @@ _TIMEOUT_S = 3600.0
 
 
 class KQuant(StrEnum):
-    """llama.cpp's names for data types with blocks of 256 weights. In Q4_K_M and Q5_K_M, some tensors have 6 bits."""
+    """llama.cpp's names for data types with blocks of 256 weights. In Q4_K_M and Q5_K_M, some tensors have 6 bits per
+    weight.
+    """
 
     Q4_K_M = "q4_k_m"
     Q5_K_M = "q5_k_m"

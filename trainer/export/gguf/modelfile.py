@@ -101,7 +101,7 @@ def _default_system(kind: TemplateKind, render: Callable[[_Turns], str], prefix:
     if not is_system or '"""' in added or added.startswith('"') or added.endswith('"'):  # read as a part of the quotes
         raise TrainingError(
             "if a conversation has no system message, the chat template adds text that Ollama cannot add",
-            expected="a template that adds a default system message or nothing",
+            expected="a template that adds no text, or only a default system message",
             todo="export with --no-modelfile: llama.cpp reads the template from the GGUF file",
         )
     return added if text != plain else ""

@@ -1,8 +1,8 @@
 """Splits texts into tokens as llama.cpp does with SentencePiece tokenizers, such as Llama 2's.
 
-llama.cpp repeatedly merges the two adjacent pieces whose union has the highest score, until no union is in the
-vocabulary. The tokenizers library applies merges in the order of a list. Both methods give the same tokens if the
-scores follow the order of the list. The caller checks this on real texts. This module does not write files.
+llama.cpp repeatedly joins the two adjacent pieces whose concatenation has the highest score, until no concatenation
+is in the vocabulary. The tokenizers library applies merges in the order of a list. Both methods give the same tokens if
+the scores follow the order of the list. The caller checks this on real texts. This module does not write files.
 """
 
 import heapq
@@ -78,7 +78,7 @@ class SentencePiece:
                 yield from (self.vocabulary[f"<0x{byte:02X}>"] for byte in piece.encode("utf-8"))
 
     def _merge(self, text: str) -> Iterator[str]:
-        """Yield the pieces of a text."""
+        """Split a text into characters, merge them into the pieces with the highest scores, and yield the pieces."""
         pieces: list[str] = list(text)
         after, before = [*range(1, len(pieces)), -1], [*range(-1, len(pieces) - 1)]
         waiting: list[tuple[float, int, str, str]] = []

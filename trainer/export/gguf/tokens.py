@@ -78,9 +78,7 @@ def read_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 
 def has_bytes(content: dict[str, Any]) -> bool:
-    """Return whether a tokenizer encodes characters without a token of their own as bytes, as SentencePiece tokenizers
-    do.
-    """
+    """Return whether a tokenizer splits characters that have no token into bytes, as SentencePiece tokenizers do."""
     return bool(content["model"].get("byte_fallback")) and "<0x00>" in content["model"]["vocab"]
 
 
@@ -112,8 +110,8 @@ def choose_pre_tokenizer(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[s
     raise TrainingError(
         f"{differ[best]} of {len(texts)} texts (the held-out examples and {len(_SAMPLES)} samples) would have "
         f"different token ids in llama.cpp, even with its pre-tokenizer {best!r}",
-        expected="the same token ids as the base's tokenizer for every text, with one of the pre-tokenizers "
-        f"{', '.join(differ)}",
+        expected="a pre-tokenizer of llama.cpp that gives the same token ids as the base's tokenizer for every text "
+        f"(tried: {', '.join(differ)})",
         todo="export the version as hf; the model would answer differently in llama.cpp",
     )
 

@@ -299,7 +299,7 @@ def compare_gguf(file: Path, model: Path, name: str, most: float) -> tuple[float
 
     Args:
         name: name of the file in messages.
-        most: maximum ratio of the norm of a matrix's change to its norm.
+        most: maximum norm of a matrix's change, relative to the norm of the matrix.
 
     Returns:
         The largest ratio, and the name of the matrix with this ratio.

@@ -1,5 +1,5 @@
-"""Adds tables for drift features and accepted traffic, and a column for an alarm's feature. Deletes the drift states
-and alarms of earlier releases."""
+"""Adds tables for drift features and for traffic that was accepted as the new reference, and a column for the feature
+that an alarm is about. Deletes the drift states and alarms of earlier releases."""
 
 import sqlalchemy as sa
 from alembic import op
