@@ -54,14 +54,14 @@ _NAMED = {limit: limit.value.replace("_", " ") for limit in Limit} | {Limit.CONC
 
 
 class Demand(NamedTuple):
-    """The maximum amount that a request may use of its key's limits.
+    """Upper bounds of what a request will use of its key's limits.
 
     Attributes:
         tokens_in: estimated number of tokens in the prompt; see `estimated_tokens`.
         tokens_out: maximum number of tokens in all answers together.
         said: whether the client limited the answer length. If not, the model's longest possible answer is
-            reserved, but at most the whole limit, so that a request without a length limit is delayed
-            instead of never admitted.
+            reserved, but at most the whole limit. Otherwise, a request without a length limit might never be
+            admitted.
     """
 
     tokens_in: int

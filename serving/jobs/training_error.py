@@ -45,5 +45,5 @@ def read_error(exit_code: int, log: str) -> JobError:
 
 
 def without_paths(text: str) -> str:
-    """Return a text with each path shortened to its last part."""
+    """Return the text with each path shortened to its last component."""
     return _PATH.sub(r"\1", text)[:_MAX_MESSAGE]

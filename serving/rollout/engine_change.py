@@ -99,7 +99,7 @@ class EngineChange:
             return await self._blue_green(change, engine)
         except OSError as error:
             log.warning(
-                "could not clear the record of the version that an engine serves, before loading %s",
+                "loading %s: could not first clear the record of the version that the engine serves",
                 change.target,
                 exc_info=True,
             )

@@ -114,7 +114,7 @@ class ReplicaScaling:
     def _refuse(self, shortage: str) -> None:
         """Record why no replica was added, and double the pause until the next attempt."""
         if self.refused is None:
-            log.warning("%s: cannot add replicas for the load; retrying: %s", self.target(), shortage)
+            log.warning("%s: cannot add replicas to handle the load; retrying: %s", self.target(), shortage)
         self.refused = shortage
         self._ask_at = self.clock() + self._pause_s
         self._pause_s = min(2 * self._pause_s, _MAX_REFUSED_PAUSE_S)

@@ -44,9 +44,9 @@ class ServeSettings(Section):
     max_running: int = Field(
         256,
         ge=1,
-        description="maximum number of concurrent requests per model; their answers may have at most this number times "
-        "`engine.max_model_len` tokens in total; further requests are queued if they have an API key, and get "
-        "status 429 otherwise",
+        description="maximum number of concurrent requests per model; further requests are queued if they have an API "
+        "key, and get status 429 otherwise; the total length of all concurrent answers is limited too, to this number "
+        "times `engine.max_model_len` tokens",
     )
     max_queued: int = Field(
         256,

@@ -38,7 +38,7 @@ class JobStatus(StrEnum):
 
 
 STAGE_BEGUN = "Stage begun: "
-"""Beginning of a job event's message about the start of a training stage. The stage's name follows."""
+"""Prefix of the message of a job event that reports the start of a training stage. The stage's name follows."""
 
 
 class Wanted(StrEnum):

@@ -74,7 +74,7 @@ async def test_conversation_uses_the_second_engine_when_its_own_engine_is_busy(c
         await asyncio.gather(*answers)
 
 
-async def test_engine_that_died_unnoticed_before_its_switch_restarts_with_the_new_version(
+async def test_engine_that_dies_unnoticed_during_a_rolling_swap_is_restarted_with_the_new_version(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", 60.0)

@@ -1,5 +1,5 @@
-"""Translates a model's config to the keys of a GGUF file, and rejects models that llama.cpp would compute
-differently.
+"""Translates a model's config to the keys of a GGUF file, and rejects models for which llama.cpp would
+compute different outputs.
 """
 
 import math
