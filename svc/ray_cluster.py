@@ -26,7 +26,7 @@ def find_address(setting: str | None) -> str:
     if not address:
         raise SettingsError(
             "the address of the Ray cluster is not set",
-            expected="an address such as head:6379 or ray://head:10001, in ray.address or the environment variable RAY_ADDRESS",
+            expected="ray.address or the variable RAY_ADDRESS with an address such as head:6379 or ray://head:10001",
             todo="set ray.address in svc.yaml to the address that `ray start --head` printed",
         )
     if urlsplit(address).scheme in ("http", "https"):

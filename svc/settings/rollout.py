@@ -61,6 +61,7 @@ class RolloutSettings(Section):
     max_slowdown: float = Field(
         1.2, gt=1, description="margin for the time to the first token: 1.2 means 20% slower than production"
     )
+    max_negative: float = Field(0.05, gt=0, lt=1, description="margin for the share of negative feedback")
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
