@@ -187,7 +187,7 @@ class Deployments:
         """Stop all engines, including an earlier server's engines that were not adopted. Call this after `run` ends.
 
         Args:
-            leave: keep ready engines running for a server that starts later.
+            leave: do not stop engines that are ready. A server that starts later adopts them.
         """
         try:
             await asyncio.gather(*(each.stop(leave=leave and each.name not in self._on_demand) for each in self.all))

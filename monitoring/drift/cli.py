@@ -93,7 +93,7 @@ def _target(registry: "Registry", store: "Store", model: str) -> "Target":
     served = [format for format in SERVED_FORMATS if format in formats]
     if not served:
         raise NotFoundError(
-            f"{version} has never been served and has no format with complete weights",
+            f"{version} has never been served, and none of its formats contains complete weights",
             expected="a version that has been served, or that has a merged or quantized format",
             todo="run `svc models` to see versions with their formats",
         )

@@ -36,7 +36,7 @@ _MIN_HISTORY = 50
 _FAR = (0.0, 0.02, 0.1)
 """Sizes of the fixed sets (see the module docstring), as fractions of the reference prompts that fall into them."""
 _LEARNED = (0.3, 0.5)
-"""Sizes of the learned sets (see the module docstring), as fractions of the reference prompts that fall into them."""
+"""Sizes of the learned sets (see the module docstring): the fraction of the reference prompts in each set."""
 _LEARNED_SLACK, _STEP_SLACK = 1.8, 1.1
 _MAX_LEARNED_BOUND = 0.95
 _NEAREST = 3

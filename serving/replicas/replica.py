@@ -353,7 +353,7 @@ class Replica:
         await self.watch.unless_dead(self.client.reset_prefix_cache())
 
     async def verify(self, target: Target, *, fresh: bool = False) -> str:
-        """Use probes to check that the engine runs a version, and record the result for later servers.
+        """Use probes to check that the engine runs a version, and record the result for servers that start later.
 
         An engine that cannot be probed is assumed to run the version it was started with.
 

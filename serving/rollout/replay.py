@@ -214,7 +214,7 @@ class Replay:
 
     @property
     def wanted(self) -> int:
-        """Number of comparisons after which the shadow step ends. It falls if stored requests cannot be replayed."""
+        """Number of comparisons after which the shadow step ends. It is lower if stored requests cannot be replayed."""
         return min(self.record.plan.shadow, self.kept.total)
 
     async def run(self, stop: Cancellation) -> None:
@@ -277,7 +277,7 @@ class Replay:
         interrupt.ask("the engine is needed for the production version")
 
     async def _replay(self, engine: Replica, interrupt: Cancellation) -> None:
-        """Replay requests until all have been compared, or the store is not responding."""
+        """Replay requests until all have been compared, or the store stops responding."""
         try:
             while self.kept.compared < self.wanted:
                 pair = await interrupt.interrupting(self._replayed(engine, self.kept.rows[self.kept.done]))

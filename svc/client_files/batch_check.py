@@ -109,7 +109,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_request(value: Any) -> tuple[str, str, str]:
-    """Return the id, path and model of the request on a line."""
+    """Return the id, path and model of the request in a line's parsed JSON."""
     if not isinstance(value, dict):
         raise _LineError("the line is not a JSON object", None, "invalid_json_line")
     for key in _FIELDS:

@@ -99,7 +99,7 @@ def run_on_devices(
         processes = [stack.enter_context(_started(rank, devices, meeting, task)) for rank in range(len(devices))]
         results = Supervisor(_Processes(devices, processes), functions, asked).serve()
     if asked.by is not None:
-        raise InterruptedRunError(f"stopped by {asked.by.name} after the last step", todo=AGAIN)
+        raise InterruptedRunError(f"stopped by {asked.by.name} after training all steps", todo=AGAIN)
     return results
 
 

@@ -358,7 +358,7 @@ class RayProcesses:
         self._workers.train(task, asked)
         results = Supervisor(self._workers, functions, asked).serve()
         if asked.by is not None:
-            raise InterruptedRunError(f"stopped by {asked.by.name} after the last step", todo=AGAIN)
+            raise InterruptedRunError(f"stopped by {asked.by.name} after training all steps", todo=AGAIN)
         return results
 
     @contextmanager

@@ -139,7 +139,7 @@ _EVALS: dict[Format, Callable[[dict[str, Any]], list[dict[str, Any]]]] = {
 
 
 def add_alpaca_prompt(value: dict[str, Any], chat: Turns) -> None:
-    """Add the turns that precede the answer in a row with `instruction` and, optionally, `input` and `history`.
+    """Add the turns that precede the answer, from the columns `instruction` and, optionally, `input` and `history`.
 
     Raises:
         RowError: `history` or `input` is not in Alpaca's format.

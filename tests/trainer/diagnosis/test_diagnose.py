@@ -291,11 +291,11 @@ def test_more_steps_are_advised_when_half_the_labels_are_unlearned_and_loss_fall
     assert "held-out loss fell" in finding.rule
 
 
-def test_short_run_that_learned_most_labels_has_no_finding() -> None:
+def test_diagnosis_reports_nothing_for_a_short_run_that_learned_most_labels() -> None:
     assert kinds(predicted(0.8, form_first, steps=30)) == []
 
 
-def test_longer_run_with_slowly_falling_heldout_loss_has_no_finding() -> None:
+def test_diagnosis_reports_nothing_for_a_longer_run_with_slowly_falling_heldout_loss() -> None:
     assert kinds(predicted(0.4, form_first, steps=50)) == []
 
 

@@ -183,7 +183,7 @@ def test_all_processes_stop_and_clean_up_when_a_signal_arrives(tmp_path: Path, b
 
 def test_run_is_interrupted_when_a_signal_arrives_after_the_last_step(tmp_path: Path) -> None:
     thread = interrupt_when_started(tmp_path)
-    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM after the last step"):
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM after training all steps"):
         run(finish_when_told, tmp_path)
     thread.join()
 
