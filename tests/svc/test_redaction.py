@@ -122,6 +122,10 @@ def test_nested_strings_are_redacted_at_any_depth() -> None:
     assert REDACTOR.strings(value) == blanked
 
 
+def test_keys_of_objects_are_redacted() -> None:
+    assert REDACTOR.strings([{"a@b.de": {"4111111111111111": 1}}]) == [{"[mail]": {"[card]": 1}}]
+
+
 @pytest.mark.slow
 @given(st.from_regex(r"[a-z0-9._%+-]{1,30}@([a-z0-9-]{1,20}\.){1,3}[a-z]{2,10}", fullmatch=True), st.text(max_size=20))
 def test_no_email_address_survives_redaction(mail: str, after: str) -> None:

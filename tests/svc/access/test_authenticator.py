@@ -89,6 +89,21 @@ def test_revocation_takes_effect_at_the_next_check(
     assert fault_of(authenticator, issued.secret) is KeyFault.REVOKED
 
 
+def test_revocation_takes_effect_even_if_the_keys_could_not_be_read_at_first(
+    authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(store: Store) -> None:
+        raise OperationalError("", None, OSError())
+
+    keyring.revoke("ci")
+    with monkeypatch.context() as patch:
+        patch.setattr(authenticator_module, "read_keys", fail)
+        with pytest.raises(OperationalError):
+            authenticator.look()
+    authenticator.look()
+    assert fault_of(authenticator, issued.secret) is KeyFault.REVOKED
+
+
 def test_new_key_is_valid_from_the_next_check(authenticator: Authenticator, keyring: Keyring) -> None:
     made = keyring.create(INFER)
     authenticator.look()

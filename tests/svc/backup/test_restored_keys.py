@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from svc.access.keyring import IssuedKey, Keyring
-from svc.backup.archive import Archive
+from svc.backup.archive import STORE_FILE, Archive
 from svc.backup.restore import Restore
 from svc.errors import RefusedError
 from svc.identity.actor import Actor
@@ -53,6 +53,19 @@ def test_restored_key_stays_revoked_if_revoked_in_any_newer_snapshot(
         f"revoked in snapshot {third.name}",
     ]
     assert verify_chain(store).fault is None
+
+
+@pytest.mark.slow
+def test_key_stays_revoked_if_an_earlier_one_of_the_newer_snapshots_is_damaged(
+    used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
+) -> None:
+    create(used, "stolen", "fine")
+    oldest, damaged = back_up().snapshot, back_up().snapshot
+    Keyring(used.store, Actor.local()).revoke("stolen")
+    back_up()
+    (archive.folder(damaged) / STORE_FILE).write_bytes(b"damaged")
+    Restore(archive, tmp_path / "again").run(archive.find(oldest.name))
+    assert states(tmp_path / "again") == {"stolen": False, "fine": True}
 
 
 def test_reading_newer_snapshots_does_not_change_the_archive(

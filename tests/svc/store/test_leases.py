@@ -168,6 +168,14 @@ def test_lost_lease_is_not_renewed_after_its_new_holder_has_released_it(
             assert lease and lease.generation == 3
 
 
+def test_lease_of_a_new_holder_remains_valid_when_the_process_that_lost_it_ends(postgresql_store: Store) -> None:
+    with hold(postgresql_store):
+        let_pass(postgresql_store, LEASE_S + 1)
+        report_server(postgresql_store, "b", "b:8000", ["*work"])
+    with pytest.raises(BusyError), hold(postgresql_store):
+        pass
+
+
 def test_no_lease_is_created_with_a_sqlite_store(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     with hold(store) as lease:
