@@ -31,6 +31,16 @@ def test_common_prompt_prefix_is_detected_without_a_tokenizer(tmp_path: Path) ->
     assert workload.largest.shared >= 50
 
 
+def test_largest_batch_contains_the_longest_examples_even_if_they_are_not_in_the_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.estimate.batches._MAX_EXAMPLES", 4)
+    examples = [make_example("x" * 10, "y" * 10 * (number + 1)) for number in range(100)]
+    recipe = make_recipe(train={"batch_size": 2})
+    whole_length = read_workload(examples[-4:], recipe, tmp_path).largest.length
+    assert read_workload(examples, recipe, tmp_path).largest.length == whole_length
+
+
 def test_estimated_number_of_trained_tokens_includes_only_answer_tokens() -> None:
     row = cut_into_pieces(make_example("question", "a" * 21))
     assert row.scored == 5
