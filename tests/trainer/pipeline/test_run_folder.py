@@ -105,15 +105,14 @@ def test_run_folder_depends_on_validation_instead_of_heldout_data_when_both_are_
 
 
 JUDGED = {Stage.EVALUATE, *QUALIFY_STAGES.values(), Stage.PARITY, Stage.JUDGE, Stage.REGISTER}
+QUANTIZED = {Stage.QUANTIZE, Stage.QUALIFY, Stage.QUANTIZE_AWQ, Stage.QUALIFY_AWQ, Stage.PARITY, Stage.REGISTER}
 
 
 @pytest.mark.parametrize(
     ("change", "again"),
     [
-        (
-            {"quantize": {"group_size": 32}},
-            {Stage.QUANTIZE, Stage.QUALIFY, Stage.QUANTIZE_AWQ, Stage.QUALIFY_AWQ, Stage.PARITY, Stage.REGISTER},
-        ),
+        ({"quantize": {"group_size": 32}}, QUANTIZED),
+        ({"quantize": {"samples": 8}}, QUANTIZED),
         ({"quantize": {"sequential": False}}, {Stage.QUANTIZE, Stage.QUALIFY, Stage.PARITY, Stage.REGISTER}),
         ({"evaluate": {"max_tokens": 8}}, JUDGED),
         ({"evaluate": {"limit": 1}}, JUDGED),
