@@ -152,6 +152,18 @@ def test_later_held_out_evaluations_are_compared_with_the_first_if_the_engine_ki
     assert read_quality(registry, store, target()).quality is Quality.CHANGED
 
 
+def test_held_out_evaluations_with_different_metrics_are_compared_by_exact_match(
+    registry: Registry, tmp_path: Path
+) -> None:
+    store = new_store(tmp_path)
+    registered = registry.results(target().version, target().format)
+    by_match = run([one.nll for one in registered], [one.hit for one in registered], OTHER_FACTS)
+    add_holdout_run(store, replace(by_match, metric="rouge_l", scores=(0.3,) * len(registered)))
+    add_holdout_run(store, by_match)
+    report = read_quality(registry, store, target())
+    assert report.quality is Quality.AS_REGISTERED, report.why
+
+
 def by_rouge(before: Sequence[float], now: Sequence[float]) -> QualityReport:
     """Return a report on free-text answers, none of which equals its reference, with all likelihoods unchanged."""
     misses = [False] * len(before)
