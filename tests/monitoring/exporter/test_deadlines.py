@@ -89,5 +89,11 @@ def test_backup_start_time_is_exported_if_the_backup_folder_is_on_a_different_ma
     assert shown(store, BACKUP) == pytest.approx(time.time(), abs=60)
 
 
+def test_backup_time_is_unchanged_by_later_audit_events_of_other_kinds(store: Store, tmp_path: Path) -> None:
+    back_up(store, tmp_path / "backups", "20260102T030000.000Z")
+    record_event(store, AuditEntry(Action.COLLECT, str(tmp_path / "home"), Actor.local()))
+    assert shown(store, BACKUP) == datetime(2026, 1, 2, 3, tzinfo=UTC).timestamp()
+
+
 def test_no_backup_time_is_exported_if_no_backup_exists(store: Store) -> None:
     assert shown(store, BACKUP) is None
