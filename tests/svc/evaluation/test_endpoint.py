@@ -148,6 +148,27 @@ async def test_no_further_request_is_sent_to_an_endpoint_after_a_rejection() -> 
     assert len(asked) < 30
 
 
+async def test_request_in_progress_is_cancelled_when_another_is_rejected() -> None:
+    waiting, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if b"refused" in request.content:
+            await waiting.wait()
+            return httpx.Response(401, text="no")
+        waiting.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+        return httpx.Response(200)
+
+    with pytest.raises(EngineError, match="responded with status 401"):
+        await ask_endpoint(
+            ENDPOINT, [chat("refused"), chat("slow")], limits=(8, 8), transport=httpx.MockTransport(answer)
+        )
+    await asyncio.wait_for(cancelled.wait(), timeout=5)
+
+
 @pytest.mark.parametrize("body", [{}, {"choices": []}, {"choices": [{"message": None}]}, []])
 async def test_malformed_endpoint_response_raises_error(body: Any) -> None:
     with pytest.raises(EngineError, match="responded with "):
