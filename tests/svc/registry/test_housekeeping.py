@@ -14,16 +14,19 @@ from sqlalchemy.orm import Session
 
 from svc.errors import BusyError, NotFoundError, RegistryError
 from svc.files.lock import hold_lock
+from svc.identity.actor import Actor
 from svc.registry import housekeeping
 from svc.registry.housekeeping import find_ended, find_reclaimable, reclaim, remove_version, size_on_disk
 from svc.registry.manifest import BaseRecord, Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
-from svc.store.audit import read_events
+from svc.settings.rollout import RolloutSettings
+from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.batches import Batch, BatchStatus
 from svc.store.database import open_database
 from svc.store.desired import change_desired, read_desired
 from svc.store.jobs import JobStatus
+from svc.store.rollouts import begin_rollout
 from svc.store.swaps import begin_swap
 from svc.store.tables import BatchRow
 from svc.version import Alias, Format, Target, VersionId
@@ -186,6 +189,16 @@ def test_potential_rollback_target_is_not_removed_during_a_swap(
     with pytest.raises(BusyError, match="is already being swapped to"):
         remove_version(registry, store, before)
     assert before in registry.versions(before.name)
+
+
+def test_candidate_of_a_rollout_in_progress_is_not_removed(registry: Registry, store: Store, publish: Publish) -> None:
+    served, candidate = publish().id, publish().id
+    seen = change_desired(store, None, Target(served, Format.MERGED), None)
+    entry = AuditEntry(Action.ROLLOUT, str(candidate), Actor.local())
+    begin_rollout(store, seen, Target(candidate, Format.MERGED), RolloutSettings(shadow=9), entry)
+    with pytest.raises(BusyError, match=f"{candidate} is part of a rollout"):
+        remove_version(registry, store, candidate)
+    assert registry.versions(served.name) == [served, candidate]
 
 
 def test_version_being_removed_is_not_treated_as_an_interrupted_removal(
