@@ -276,6 +276,19 @@ async def test_cancelled_batch_stops_within_seconds_and_keeps_its_answers(
     assert 8 <= batch.request_counts.completed == len(service.content(batch.output_file_id)) < 2000
 
 
+async def test_unanswered_requests_of_a_cancelled_batch_do_not_count_as_failed(
+    service: BatchService, client: AsyncOpenAI
+) -> None:
+    service.double.proceed.clear()
+    async with service.running_batches():
+        id = await create(client, service.add_input(lines(2)))
+        await until(lambda: service.double.running == 2)
+        await client.batches.cancel(id)
+        batch = await ended(client, id)
+    assert batch.request_counts is not None
+    assert (batch.status, batch.request_counts.failed, batch.error_file_id) == ("cancelled", 0, None)
+
+
 async def test_waiting_batch_can_be_cancelled(service: BatchService, client: AsyncOpenAI) -> None:
     id = await create(client, service.add_input(lines(2)))
     await client.batches.cancel(id)
