@@ -102,6 +102,18 @@ def test_wait_of_a_client_that_disconnects_before_the_first_token_counts_as_time
     assert "time to first token" in losses and "failed requests" not in losses
 
 
+@pytest.mark.parametrize("outcome", [RequestOutcome.ENGINE_ERROR, RequestOutcome.REFUSED])
+def test_time_to_first_token_excludes_requests_that_the_engine_fails_or_refuses(
+    store: Store, record: RolloutRecord, outcome: RequestOutcome
+) -> None:
+    for number in range(40):
+        of_candidate = outcome if number % 2 else RequestOutcome.COMPLETE
+        candidate = answered(record, number, candidate=True, outcome=of_candidate)
+        add_requests(store, [answered(record, number, candidate=False), candidate])
+    rows = {row.signal: row for row in CanaryEvidence(store, record).look().signals}
+    assert (rows["errors"].units, rows["first_token"].units) == (40, 20)
+
+
 @pytest.mark.slow
 def test_bad_ratings_can_fail_a_rollout_but_missing_ratings_do_not_block_it(
     store: Store, record: RolloutRecord
