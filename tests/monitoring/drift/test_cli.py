@@ -9,7 +9,7 @@ from sqlalchemy import Engine as Store
 
 from monitoring.drift.check import LOCK_FILE
 from svc.files.lock import hold_lock
-from svc.registry.registry import Registry
+from svc.registry.registry import REFERENCE_FOLDER, Registry, results_file
 from svc.remote.server_url import LOCK_FILE as SERVER_LOCK
 from svc.store.audit import read_events
 from svc.store.desired import change_desired
@@ -123,6 +123,20 @@ def test_svc_status_shows_drift_in_one_line(svc: Svc, home: Path, traffic: Traff
     assert "drift: input alarm  output steady  people waiting  quality unknown" in shown
     assert "drift: not checked" in shown
     assert {model["model"]: model["drift"] for model in output["models"]} == {"triage": drift, "other": {}}
+
+
+def test_svc_status_omits_drift_if_the_registered_results_are_damaged(
+    svc: Svc, home: Path, traffic: Traffic, check: Check, registry: Registry
+) -> None:
+    traffic.ask(prompts("none")[:12])
+    check()
+    (registry.folder(target().version) / REFERENCE_FOLDER / results_file(target().format)).write_text("{}")
+    server = SERVER | {"models": [STATE | {"model": "triage", "version": "triage@1", "holdout": {"state": "off"}}]}
+    pages = {"/svc/status": (200, json.dumps(server)), "/metrics": (200, "")}
+    with serving(pages) as url, hold_lock(home / SERVER_LOCK, "the home", url=url):
+        ended = svc("--home", home, "status")
+    assert ended.code == 0, ended.err
+    assert "drift: not checked" in ended.out
 
 
 def test_accepted_traffic_becomes_the_reference_for_later_traffic(drift: Drift, traffic: Traffic, store: Store) -> None:
