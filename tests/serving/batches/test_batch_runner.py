@@ -276,6 +276,7 @@ async def test_cancelled_batch_stops_within_seconds_and_keeps_its_answers(
     assert 8 <= batch.request_counts.completed == len(service.content(batch.output_file_id)) < 2000
 
 
+@pytest.mark.slow
 async def test_unanswered_requests_of_a_cancelled_batch_do_not_count_as_failed(
     service: BatchService, client: AsyncOpenAI
 ) -> None:
