@@ -371,6 +371,24 @@ async def test_training_continues_when_a_new_server_replaces_the_running_server(
     assert (home.job(id).status, len(home.starts(id))) == (JobStatus.SUCCEEDED, 1)
 
 
+async def test_training_continues_when_the_store_does_not_respond_while_the_server_starts(
+    home: WorkerHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = home.add(**LONG)
+    with server(home):
+        await home.until(lambda: home.step(id) > 2)
+    (pid,) = home.starts(id)
+
+    def away(*arguments: object) -> None:
+        raise StoreUnavailableError(RegistryError("away"))
+
+    monkeypatch.setattr("serving.jobs.worker.find_job", away)
+    async with home.working():
+        step = home.step(id)
+        await home.until(lambda: home.step(id) > step + 10)
+        assert (home.starts(id), lives(pid)) == ([pid], True)
+
+
 async def test_job_succeeds_when_its_training_finished_while_no_server_was_running(home: WorkerHome) -> None:
     id = home.add(steps=20, step_s=0.05)
     with server(home):
