@@ -340,6 +340,15 @@ def test_parity_fails_when_the_engine_computes_different_token_scores(version: V
     ]
 
 
+def test_final_parity_check_fails_when_the_engine_matches_a_merged_model_that_differs_from_the_trained_model(
+    version: Version,
+) -> None:
+    scaled_update(2)(version)
+    passed = {check.name: check.passed for check in version.report().checks}
+    assert passed["merged: engine compared with transformers, the same weights"]
+    assert not passed[BESIDE_TRAINED]
+
+
 def test_parity_fails_when_the_engine_tokenizes_prompts_differently_from_training(version: Version) -> None:
     reading = EngineReading(prompts_differ=(1, 2), scores=(), speed=SPEED)
     made = replace(version.made, formats={Format.MERGED: (version.merged, reading)})
