@@ -62,6 +62,25 @@ async def test_server_that_cannot_reach_the_store_stops_leading_when_its_lease_e
     assert not cut_off.leads("teams")
 
 
+async def test_lease_is_counted_from_the_start_of_the_report_if_the_store_answers_slowly(
+    postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def answer_slowly(*arguments: Any) -> dict[str, Lease]:
+        nonlocal now
+        leases = report_server(*arguments)
+        now = LEASE_S - 1
+        return leases
+
+    monkeypatch.setattr("serving.leadership.report_server", answer_slowly)
+    server = leadership(postgresql_store, lambda: now)
+    await server.report()
+    assert server.leads("teams")
+    now = LEASE_S
+    assert not server.leads("teams")
+
+
 async def test_tasks_waiting_for_changes_continue_when_a_server_becomes_the_leader(postgresql_store: Store) -> None:
     changes = Changes()
     server = Leadership(postgresql_store, changes, "gpu-1:8000", lambda: ["teams"])
