@@ -146,6 +146,16 @@ def test_memory_for_queued_content_is_bounded(store: Store, monkeypatch: pytest.
     assert sum(row.prompt is not None for row in pen.rows()) == 4
 
 
+def test_memory_is_freed_if_content_is_only_checked_for_json(pen: Pen) -> None:
+    checked = content()
+    checked.stored, checked.expects_json = False, True
+    pen.writer.add(RECORD, checked)
+    assert pen.writer.flush(5)
+    (row,) = pen.rows()
+    assert (row.prompt, row.valid) == (None, False)
+    assert pen.writer._content_bytes == 0
+
+
 def test_row_is_dropped_and_counted_without_waiting_if_the_queue_is_full(store: Store) -> None:
     pen = Pen(store, max_queued=10)
     started = time.monotonic()
