@@ -547,6 +547,19 @@ def test_log_probability_computed_late_is_still_included_in_the_drift_check(
     assert items() == 3
 
 
+def test_request_is_compared_even_if_the_log_probability_of_a_later_request_is_computed_first(
+    registry: Registry, store: Store, traffic: Traffic
+) -> None:
+    now = NOON + timedelta(minutes=3)
+    checks = DriftCheck(registry, store, RequestLogSettings(content_share=1), clock=lambda: now)
+    traffic.ask(ALIKE[:2])
+    with store.begin() as connection:
+        connection.exec_driver_sql("update requests set logprob = -0.1 where id = 2")
+    checks.run(target())
+    now = NOON + timedelta(minutes=20)
+    assert {report.signal: report.items for report in checks.run(target())}[Signal.INPUT] == 2
+
+
 def test_traffic_drift_can_be_accepted_even_if_rating_drift_cannot(
     registry: Registry, store: Store, check: Check, traffic: Traffic
 ) -> None:
