@@ -163,3 +163,13 @@ def test_accepting_drift_is_refused_if_too_few_requests_show_the_change(drift: D
     refused = drift("triage@1", "--accept")
     assert refused.code == 14
     assert "at least 50" in refused.err
+
+
+def test_accepting_drift_is_refused_if_too_few_requests_arrived_since_the_newest_of_two_changes(
+    drift: Drift, traffic: Traffic
+) -> None:
+    traffic.ask([*prompts("none")[:100], *prompts("strong")[:60]])
+    traffic.ask(prompts("strong")[60:90], system="You are a pirate.")
+    refused = drift("triage@1", "--accept")
+    assert refused.code == 14
+    assert "at least 50" in refused.err
