@@ -272,6 +272,12 @@ def test_ratings_accepted_as_normal_become_the_reference_for_later_ratings(peopl
     assert people.check().status is Status.STEADY
 
 
+def test_ratings_before_the_accepted_change_are_not_part_of_the_new_reference(people: People) -> None:
+    people.give(*[False] * 20, *[True] * 50)
+    state = accept_ratings(people.store, TARGET, people.state, NOON + 20 * MINUTE)
+    assert state.base == ((True, False),) * 50
+
+
 def test_rating_drift_cannot_be_accepted_with_fewer_than_50_ratings(people: People) -> None:
     people.give(*[True] * 49)
     with pytest.raises(RefusedError, match="only 49 ratings"):
