@@ -22,8 +22,8 @@ COMPARED = 100
 RARITY_REQUESTS = 1_000
 """Number of most recent requests, counted or not, that determine word rarity together with the reference."""
 FORGOTTEN_S = 86_400.0
-"""Seconds after which an identical request is no longer ignored as a repetition. Requests sent once a day are normal
-traffic."""
+"""Seconds after which a repeated request is counted again, instead of being ignored as a near copy. A request that is
+sent once a day is normal traffic."""
 
 
 class NearCopies:

@@ -56,7 +56,7 @@ class BackgroundScheduler:
 
     @property
     def unfit(self) -> str | None:
-        """Reason why the current engine cannot answer background requests. None if it can, or if there is no engine."""
+        """Reason why the engine cannot answer background requests, or None if it can or if no engine is running."""
         primary = self._pool.primary
         able = primary.capabilities if primary else None
         return able.unprobed if able else None

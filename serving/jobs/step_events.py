@@ -50,7 +50,6 @@ class StepEvents:
         event = self._event(step)
         self._step, self._measured = max(self._step, step), max(self._measured, step if step in self._heldout else 0)
         self._steps = {each: record for each, record in self._steps.items() if each > self._step}
-        self._heldout = {each: record for each, record in self._heldout.items() if each > self._measured}
         self._count += 1
         return event
 

@@ -136,7 +136,7 @@ def require_replay(
     load_s: float | None,
     queue_timeout_s: float,
 ) -> None:
-    """Check that stored requests can be replayed. A rollout needs this if there is no memory for a second engine.
+    """Check that stored requests can be replayed. This is required if there is no memory for a second engine.
 
     Args:
         engines: number of engines that run the production version.

@@ -20,7 +20,7 @@ def dump_contents(contents: Iterable[FileContent]) -> bytes:
 
 
 def load_contents(path: Path) -> tuple[FileContent, ...]:
-    """Return the entries of a snapshot's contents file, or an empty result if there is no such file.
+    """Return the entries of a snapshot's contents file. The result is empty if the file does not exist.
 
     Raises:
         ValueError: the file is damaged.

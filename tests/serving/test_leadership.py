@@ -62,7 +62,7 @@ async def test_server_that_cannot_reach_the_store_stops_leading_when_its_lease_e
     assert not cut_off.leads("teams")
 
 
-async def test_lease_is_counted_from_the_start_of_the_report_if_the_store_answers_slowly(
+async def test_lease_period_starts_when_the_report_is_sent_even_if_the_store_answers_slowly(
     postgresql_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0

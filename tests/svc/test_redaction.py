@@ -122,7 +122,7 @@ def test_nested_strings_are_redacted_at_any_depth() -> None:
     assert REDACTOR.strings(value) == blanked
 
 
-def test_keys_of_objects_are_redacted() -> None:
+def test_json_object_keys_are_redacted() -> None:
     assert REDACTOR.strings([{"a@b.de": {"4111111111111111": 1}}]) == [{"[mail]": {"[card]": 1}}]
 
 

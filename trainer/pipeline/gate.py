@@ -46,7 +46,7 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
         more = _ASK_MORE if report.gate is Gate.FORGETTING else _HOLD_OUT_MORE
         raise TrainingError(
             str(report),
-            expected=f"{allowed}, and enough examples to prove that the loss is no larger, because "
+            expected=f"{allowed}, and enough examples to rule out a larger loss, because "
             f"evaluate.undecided is {undecided}",
             todo=f"{more}; or set evaluate.undecided to {Undecided.WARN}",
         )

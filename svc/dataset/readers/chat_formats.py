@@ -51,7 +51,7 @@ OPTIONAL_KEYS = ("input", "system", "history", "tools", "functions", "sample")
 
 
 def recognise(value: Any) -> Format | None:
-    """Return the first format whose required keys are all in the row, or None if there is no such format."""
+    """Return the first format whose required keys are all in the row, or None if no format matches."""
     return next((form for form in KEYS if isinstance(value, dict) and _has_keys(value, form)), None)
 
 

@@ -125,7 +125,7 @@ def test_svc_status_shows_drift_in_one_line(svc: Svc, home: Path, traffic: Traff
     assert {model["model"]: model["drift"] for model in output["models"]} == {"triage": drift, "other": {}}
 
 
-def test_svc_status_omits_drift_if_the_registered_results_are_damaged(
+def test_svc_status_shows_drift_as_not_checked_if_the_registered_results_are_damaged(
     svc: Svc, home: Path, traffic: Traffic, check: Check, registry: Registry
 ) -> None:
     traffic.ask(prompts("none")[:12])

@@ -371,7 +371,7 @@ async def test_training_continues_when_a_new_server_replaces_the_running_server(
     assert (home.job(id).status, len(home.starts(id))) == (JobStatus.SUCCEEDED, 1)
 
 
-async def test_training_continues_when_the_store_does_not_respond_while_the_server_starts(
+async def test_training_continues_when_the_store_is_not_responding_while_the_server_starts(
     home: WorkerHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     id = home.add(**LONG)
