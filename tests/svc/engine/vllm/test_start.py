@@ -13,11 +13,16 @@ ENTRY = """
 import multiprocessing, os, sys
 
 def look(connection):
+    own = multiprocessing.get_context("spawn").Process(target=sys.exit, args=(5,))
+    own.start()
+    own.join()
     connection.send({
         "heavy": "heavy" in imported, "late": os.environ.get("LATE"), "early": os.environ.get("EARLY"),
-        "parent": os.getppid(), "arguments": sys.argv[1:],
+        "parent": os.getppid(), "arguments": sys.argv[1:], "importer": sys.modules["entry"].importer,
+        "files": [os.path.realpath(each) for each in os.scandir("/proc/self/fd")], "own_exit_code": own.exitcode,
     })
 
+importer = os.getpid()
 imported = set(sys.modules)
 
 if __name__ == "__main__":
@@ -25,7 +30,7 @@ if __name__ == "__main__":
     del os.environ["EARLY"]
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=look, args=(theirs,), daemon=True)
+    process = context.Process(target=look, args=(theirs,))
     process.start()
     print(__import__("json").dumps(ours.recv() | {"main": os.getpid(), "heavy_here": "heavy" in sys.modules}))
     process.join()
@@ -40,12 +45,22 @@ def seen(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "heavy.py").touch()
     code = "from svc.engine.vllm.start import start; start('entry', ['heavy', 'of_another_release'])"
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "EARLY": "yes"}
-    ended = subprocess.run(
-        [sys.executable, "-c", code, "--model", "x"], env=environment, capture_output=True, text=True, timeout=60
-    )
+    with (tmp_path / "lock").open("w") as lock:
+        ended = subprocess.run(
+            [sys.executable, "-c", code, "--model", "x"],
+            env=environment,
+            pass_fds=[lock.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
     assert ended.returncode == 7, ended.stderr
     result: dict[str, Any] = json.loads(ended.stdout)
     return result
+
+
+def test_engine_process_uses_the_modules_that_the_http_process_has_imported(seen: dict[str, Any]) -> None:
+    assert seen["importer"] == seen["main"]
 
 
 def test_preloaded_modules_are_already_imported_in_the_forked_engine_process(seen: dict[str, Any]) -> None:
@@ -60,3 +75,11 @@ def test_forked_engine_process_uses_the_environment_of_the_fork_request(seen: di
 
 def test_entry_module_and_engine_process_receive_the_command_line_arguments(seen: dict[str, Any]) -> None:
     assert seen["arguments"] == ["--model", "x"]
+
+
+def test_lock_of_the_http_process_is_not_held_by_the_engine_process(seen: dict[str, Any]) -> None:
+    assert not [file for file in seen["files"] if Path(file).name == "lock"]
+
+
+def test_engine_process_can_start_processes_of_its_own(seen: dict[str, Any]) -> None:
+    assert seen["own_exit_code"] == 5
