@@ -41,7 +41,8 @@ MIN_NLL_CHANGE = 0.05
 nats. At registration, examples run in batches of 16, but here they run one at a time. Because batches are rounded
 differently, this changes results by 0.01 on average."""
 _ROUNDING_NATS = 0.05
-"""Assumed standard deviation of the rounding difference for one example. The measured value was 0.03."""
+"""Assumed standard deviation of the change in one example's log-likelihood that is due to rounding, in nats per token.
+The measured value was 0.03."""
 
 _SAME = 1e-9
 """Score differences below this value count as rounding. On any machine, scores of equal answers differ by less."""
@@ -142,7 +143,7 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
 
 
 def _registered(results: Sequence[ExampleResult], metric: str | None) -> dict[int, Figures]:
-    """Return the results at registration, keyed by example index."""
+    """Return the results recorded at registration, keyed by example index."""
     return {
         place: Figures(
             result.nll,

@@ -128,7 +128,7 @@ def assemble(
     Args:
         capabilities: capabilities of this device.
         on_phase: called with each phase of an engine's startup.
-        on_ready: called with each version that starts being served.
+        on_ready: called with each version as soon as it is being served.
         on_failure: called with the reason why a model cannot be served.
         make_slots: function that returns the object that starts and finds engines.
 

@@ -240,8 +240,9 @@ def promote(
     First, gates compare the version's registered results with those of the production version. If a gate fails, the
     promotion is refused.
 
-    With --shadow or --canary, or if such steps are configured for the model, the version is compared with production
-    first, and rolled back if it performs worse. The server runs these steps; Ctrl-C stops only the display.
+    With --shadow or --canary, or if such steps are configured for the model, the gates are followed by a comparison
+    with production. If VERSION performs worse, it is rolled back instead of promoted. The server runs these steps;
+    Ctrl-C stops only the display.
     """
     reason = reason and reason.strip()
     if force and not reason:

@@ -138,7 +138,7 @@ class Deployment:
         """Stop the engines and close the journal. Call this after `run` has ended.
 
         Args:
-            leave: keep ready engines running for a server that starts later.
+            leave: whether to leave ready engines running, so that a server that starts later can adopt them.
         """
         try:
             await self.pool.stop(leave=leave)

@@ -65,13 +65,13 @@ class Deployments:
     """A server's deployments, kept in sync with the set of models in the store.
 
     Attributes:
-        build: function that builds a deployment from its first desired state and a function that frees
-            memory for its engines.
+        build: function that builds a deployment. Its arguments are the deployment's first desired state, and a function
+            that frees memory for the deployment's engines.
         changes: notifications about changes in the store, which this object waits for.
         leadership: object that holds this server's leases and id.
         registered: function that returns the names of all models, for errors about models that are not
             served. It reads from disk.
-        on_ready: called with each version that starts being served.
+        on_ready: called with each version as soon as it is being served.
         on_failure: called with the error if a model cannot be served, unless `run` raises that error.
         server: id of this server; empty if no other server can use the store.
         loaded_idle_s: time without requests after which a model that `load` started is stopped, in seconds.
@@ -402,7 +402,7 @@ class Deployments:
                     raise
 
     async def _require_memory(self, target: Target) -> None:
-        """Check that there is enough memory for the engines that a model is about to start or wake."""
+        """Check that there is enough memory to start or wake the engines of a model."""
         name = target.version.name
         engines = self._all[name].pool.size if name in self._all else self.slots.first_engines(name)
         await self.slots.require_memory({target: engines})

@@ -265,7 +265,10 @@ def _jobs_of(ctx: click.Context) -> "Jobs":
 
 
 def _plain(text: str) -> str:
-    """Return a text without terminal control characters. A message may quote a client's file."""
+    """Return the text with unprintable characters replaced by `?`.
+
+    A message may quote a client's file, which may contain terminal control characters.
+    """
     return "".join(each if each.isprintable() else "?" for each in text)
 
 

@@ -78,7 +78,7 @@ class ModelNames:
         """Return the version that a client's model name refers to, or None for the production version.
 
         Requests for the production version can be answered by any ready engine. If adapters are served, the returned
-        version may not be loaded, or may not exist, so the caller must check it.
+        version might not be loaded or might not even exist, so the caller must check it.
 
         Raises:
             ModelNotFoundError: the name is not served here.

@@ -31,7 +31,7 @@ class Backend(Protocol):
     @property
     def context(self) -> int:
         """Maximum combined length of a prompt and its answer, in tokens. If a request does not limit the length of
-        its answer, admission assumes this length.
+        its answer, admission assumes an answer of this maximum length.
         """
 
     async def check(self, model: str) -> None:

@@ -151,9 +151,9 @@ async def serve(
     claim: Claim,
     manager: ServiceManager = _NO_MANAGER,
 ) -> None:
-    """Serve until SIGTERM, SIGINT or SIGHUP. The server first drains for `serve.drain_s`, and then stops without
-    accepting further requests. A signal during draining ends the draining. A signal after draining stops the
-    server without waiting for running requests.
+    """Serve until SIGTERM, SIGINT or SIGHUP. The server then drains for `serve.drain_s`, during which it still accepts
+    requests, and stops once the running requests have finished or a time limit has passed. A signal during the draining
+    ends the draining. A signal after it stops the server without waiting for running requests.
 
     SIGUSR1 also stops the server, but leaves the engines and a fine-tuning job's training process running. The next
     server adopts them.

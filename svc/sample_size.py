@@ -3,9 +3,9 @@ difference a given number of examples can detect.
 
 A gate compares a quality loss with a limit, so the difference here is the distance of the loss from its limit.
 
-The estimates use the normal approximation for the mean of n paired differences with variance s^2, for a
-bound of a 95% interval and a power of 0.8 (see any textbook or, for evaluations, Miller 2024, "Adding
-Error Bars to Evals", arXiv:2411.00640):
+The estimates use the normal approximation for the mean of n paired differences with variance s^2. A loss counts as
+detected if its 95% interval excludes the limit, and the power is 0.8 (see any textbook or, for evaluations, Miller
+2024, "Adding Error Bars to Evals", arXiv:2411.00640):
 
     n = (z_0.975 + z_0.8)^2 s^2 / difference^2
 
@@ -18,8 +18,8 @@ import math
 Z_INTERVAL = 1.959964
 """Standard normal quantile at 0.975, used for the bounds of a 95% interval."""
 Z_POWER = 0.841621
-"""Standard normal quantile at 0.8, for a power of 80%: a loss of the assumed size is detected in four of five
-samples."""
+"""Standard normal quantile at 0.8, for a power of 80%: a difference of the assumed size is detected in four of
+five samples."""
 ASSUMED_CHANGED = 0.1
 """Assumed share of answers that change between right and wrong. It is used until both models have answered."""
 

@@ -60,10 +60,10 @@ class HeldoutLoss(_Record):
 
 
 class EpochSaved(_Record):
-    """Progress record: the state at the end of an epoch has been saved for clients.
+    """Progress record: the adapter at the end of an epoch has been saved for clients.
 
     Attributes:
-        folder: folder on this machine that contains the state.
+        folder: folder on this machine that contains the adapter.
     """
 
     kind: Literal["saved"] = "saved"

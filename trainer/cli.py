@@ -243,14 +243,16 @@ def _import(
     "names",
     multiple=True,
     metavar="NAME",
-    help="Device to estimate for, such as rtx-4090; `here` means this machine.  [default: all]",
+    help="Estimate memory, time and cost for this device, such as rtx-4090; `here` means this machine.  [default: all]",
 )
 @json_option
 @click.pass_context
 def estimate(
     ctx: click.Context, recipe: Path, overrides: tuple[str, ...], names: tuple[str, ...], as_json: bool
 ) -> None:
-    """Estimate the memory, time and cost of RECIPE on this machine and on GPUs, without reading the base's weights."""
+    """Estimate the memory, time and cost of RECIPE on this machine and on the GPUs in svc/engine/gpus.yaml, without
+    reading the base's weights.
+    """
     from svc.terminal import quiet_libraries
     from trainer.estimate.render import as_json as to_json
     from trainer.estimate.render import print_estimate

@@ -19,11 +19,11 @@ from svc.drift_reference.sample import Floats, Names, Sample
 
 SLACK, SURE = 2.0, 1.64
 _MAX_BOUND = 0.7
-"""Bets whose `bound` is this large or larger are left out: in normal traffic, values fall into their sets so often that
-a change could hardly be detected."""
+"""A `Bet` whose `bound` is this value or larger is not used: in normal traffic, so many values may be in its set that
+it could hardly detect a change."""
 _TAILS = (0.0, 0.02, 0.1)
-"""Fractions of the reference that lie in a feature's two tails combined. With a fraction of 0, the tails contain only
-values outside the reference's range."""
+"""Sizes of the tails for which a numeric feature gets bets. A size is the fraction of the reference in both tails
+combined. Tails of size 0 contain only values outside the reference's range."""
 _MIN_SHARE = 0.02
 """A category gets a bet of its own if at least this fraction of the reference is in it. Rarer and new categories share
 a single bet."""

@@ -55,8 +55,9 @@ _MAKING = timedelta(minutes=10)
 """Requests without features are ignored until they are this old, because the process that computes features
 needs time to start."""
 _SCORING = timedelta(minutes=5)
-"""A request whose answer has no log-probability yet is held back until it is this old. Log-probabilities are computed
-only if the server stores contents."""
+"""Maximum time to wait for the log-probability of a request's answer, measured from the request's start. Meanwhile,
+checks process neither this request nor newer ones. Log-probabilities are computed only if the server stores
+contents."""
 _NO_FEATURES = "the server does not store features of new requests; set request_log.features and restart the server"
 State = TypeVar("State")
 

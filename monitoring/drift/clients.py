@@ -1,18 +1,19 @@
-"""Limits each client to about its usual share of the requests, so that one client's batch does not look like drift."""
+"""Limits how many of each client's requests drift checks count, so that one client's batch does not look like drift."""
 
 from collections import Counter, deque
 
 COMPARED = 100
-"""Number of most recent counted requests among which each client's share is limited."""
+"""Number of requests most recently counted by the drift check, to which the limit on each client's share applies."""
 _MIN_COUNT = 5
-"""Number of requests among the last `COMPARED` counted ones that any client may have, however small its usual share
+"""Every client is allowed at least this many of the last `COMPARED` counted requests, however small its usual share
 is."""
 _SLACK = 1.2
 """A client's share of the counted requests may be at most its usual share multiplied by this factor."""
 
 
 class ClientShares:
-    """Limits each client's share of the counted requests to about its share of earlier traffic.
+    """Decides which requests the drift check counts, so that no client has a much larger share of them than of earlier
+    traffic.
 
     Args:
         seen: clients of the newest requests, counted or not, oldest first. The newest `COMPARED` are
@@ -30,13 +31,14 @@ class ClientShares:
         self._kept_counts = Counter(self._kept)
 
     def may_count(self, client: str) -> bool:
-        """Record the next request's client and return whether the request is within that client's share.
+        """Record the next request's client, and return whether the request may be counted. It may not be counted if
+        the client already has its maximum share of the counted requests.
 
-        Until `2 * COMPARED` requests have been seen, every request is within its client's share.
+        Until `2 * COMPARED` requests have been seen, every request may be counted.
 
         Args:
-            client: the request's client. If it is unknown, pass an empty string; the request is then always within
-                the share.
+            client: the request's client. If it is unknown, pass an empty string; the request may then always be
+                counted.
         """
         self._newest.append(client)
         if len(self._newest) > COMPARED:

@@ -14,8 +14,8 @@ depend on each other, the stream is treated as changed."""
 LAGS = MAX_LAG + 38
 """Number of lags examined. Beyond `MAX_LAG`, items are assumed to be no more similar than randomly chosen ones."""
 ROWS = 600
-"""Number of items from which the distance of dependence is estimated. The newest `MAX_LAG` items are left out, because
-items become more similar to each other when a change begins."""
+"""Number of items used to estimate the distance within which items depend on each other. The newest `MAX_LAG` items are
+left out, because items become more similar to each other when a change begins."""
 MIN_ROWS = 25
 ENOUGH = 226
 """Number of items required to examine all `LAGS` lags (distances between items). With fewer items, only lags up to
@@ -33,7 +33,7 @@ class Resemblance:
     Numeric features match if they fall in the same quartile of the reference.
 
     Args:
-        usual: mean similarity of the reference's prompts.
+        usual: mean similarity between two reference prompts, by topic.
         references: reference samples of prompts and of answers.
     """
 
@@ -125,8 +125,12 @@ class Resemblances:
         return float(min(MAX_LAG, max(1 + depends, (sizes**2).sum() / sizes.sum())))
 
     def _is_burst(self, places: range, lag: int, lags: int) -> bool:
-        """Return whether items that are more than `lag` and at most `lags` items apart are more similar to each other
-        than the reference's items are.
+        """Return whether the items at `places` are more similar to distant earlier items than the reference's items are
+        to each other.
+
+        Args:
+            places: indexes of the items to compare.
+            lag, lags: an earlier item is distant if it is more than `lag` and at most `lags` places before the item.
         """
         far = np.stack([self.similar[place, place - lags : place - lag].mean() for place in places])
         # Rows share items, so their error is underestimated.

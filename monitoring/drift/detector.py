@@ -34,8 +34,9 @@ SEEN = RARITY_REQUESTS + COMPARED
 """Number of earlier requests used to compute word rarity and each client's share. They include requests that are not
 counted (see `MEMORY`)."""
 _LEARNED_SHARE = 0.7
-"""Share of the false alarm budget for prompts that goes to bets on learned sets. The domain classifier learns these
-sets to detect changes that no single feature shows. All other bets on prompts share the rest equally."""
+"""Share of the prompts' false alarm budget that is spent on bets on learned sets of prompts. The domain classifier
+learns these sets to detect changes that no single feature shows. The rest of the budget is divided equally among all
+other bets on prompts."""
 _JUDGE_EVERY = 20
 """Number of items after which the dependence distance (see `monitoring.drift.dependence`) is re-estimated."""
 
@@ -192,8 +193,8 @@ class Detector:
 
         Args:
             watch: the state before the new requests.
-            before: the newest counted requests, at most `MEMORY` of them.
-            seen_before: the newest requests seen, counted or not.
+            before: the newest earlier requests that were counted (see `MEMORY`), at most `MEMORY` of them.
+            seen_before: the newest earlier requests, including those that were not counted.
         """
         kept = self._keep(before, seen_before, new)
         added = new.at(kept)

@@ -1,14 +1,15 @@
 """The domain classifier, which places bets on prompt similarity to detect changes that no single feature shows.
 
-There are two kinds of sets. Fixed sets contain prompts far from the reference, either on average or from
-their three nearest reference prompts. Learned sets contain prompts that are nearer to the newest prompts
-than to the reference. Nearness is measured by the difference of the mean similarities, which is the witness
-of the maximum mean discrepancy (Gretton et al. 2012). Each set is learned from earlier items and used for a
-bet on the next item, so learning causes no false alarms (as in prequential two-sample tests).
+Each bet is that new prompts fall into a given set more often than is normal. There are two kinds of sets. Fixed sets
+contain prompts far from the reference, either on average or from their three nearest reference prompts. Learned sets
+contain prompts that are nearer to the newest prompts than to the reference. Nearness is measured by the difference of
+the mean similarities, which is the witness of the maximum mean discrepancy (Gretton et al. 2012). Each learned set is
+derived from earlier items and used for a bet on the next item, so learning causes no false alarms (as in prequential
+two-sample tests).
 
 Two bets with different bounds are placed on each learned set. The first bound is `_LEARNED_SLACK` times the share of
 reference items in the set. The second is slightly above the larger of two shares: the share of reference items in the
-set, and the share of recent items in the set. Recent items are the hundreds of items that immediately precede the items
+set, and the share of recent items in the set. Recent items are up to `HISTORY` items that immediately precede the items
 from which the set was learned. The bet with the second bound detects small sudden changes, but not slow ones
 such as daily cycles.
 """
@@ -28,13 +29,13 @@ WIDTHS = (1.0, 0.55)
 """Kernel widths for the two embeddings of a prompt (by its topic and by its expected answer), tuned on training and
 held-out prompts."""
 LEARNED_FROM = (16, 40)
-"""Numbers of newest items from which sets of prompts are learned. Some sets use the first number, others the second."""
+"""Some sets of prompts are learned from the 16 newest items, the others from the 40 newest items."""
 HISTORY = 400
-"""Maximum number of recent items whose share in a learned set limits a bet on this set (see the module docstring). They
-immediately precede the items from which the set is learned."""
+"""Maximum number of items, just before the newest ones, that are used to estimate how often unchanged prompts fall into
+a learned set."""
 _MIN_HISTORY = 50
 _FAR = (0.0, 0.02, 0.1)
-"""Sizes of the fixed sets (see the module docstring), as fractions of the reference prompts that fall into them."""
+"""Sizes of the fixed sets (see the module docstring): the fraction of the reference prompts in each set."""
 _LEARNED = (0.3, 0.5)
 """Sizes of the learned sets (see the module docstring): the fraction of the reference prompts in each set."""
 _LEARNED_SLACK, _STEP_SLACK = 1.8, 1.1
@@ -118,8 +119,8 @@ class DomainClassifier:
         return np.where(np.stack(hits, axis=1), HIT, MISS).astype(np.int8)
 
     def learned_hits(self, similar: Similarities, place: int, dependence: float) -> tuple[Hits, Floats]:
-        """For each bet on a learned set of prompts, return whether the item is in the set, and the bet's bound (the
-        highest probability of being in the set that counts as unchanged).
+        """For each bet on a learned set of prompts, return whether the item is in the set, and the bet's bound: the
+        highest probability that an item is in the set if the traffic has not changed.
 
         Args:
             place: index of the item.

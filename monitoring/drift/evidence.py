@@ -30,8 +30,8 @@ a gross change within four items. If the share of items in a bet's set rises to 
 stake detects this within about 2,000 items."""
 _MIN_PATIENCE, _MAX_PATIENCE = 200, 1_000
 _LASTING = 20.0
-"""If the statistic reaches this number times `FeatureAlarm.patience`, the change counts as continuing. If there is no
-change, the statistic reaches this value within `FeatureAlarm.patience` items in fewer than one of 20 alarms."""
+"""The change counts as continuing if the statistic reaches `_LASTING` times `FeatureAlarm.patience`. Without a change,
+this happens within `FeatureAlarm.patience` items in fewer than one in 20 alarms."""
 
 Hits = NDArray[np.int8]
 HIT, MISS, NOT_THERE = 1, 0, -1
@@ -69,8 +69,8 @@ class FeatureState:
     Attributes:
         money: the statistic (total wealth) of each bet with each stake. During an alarm, all bets on the feature start
             from scratch each time they show that the change continues.
-        began: for each statistic, the newest position at which its value was still normal, that is, no higher than
-            expected without a change.
+        began: for each statistic, the position in the stream of the newest item at which the value was still normal,
+            that is, no higher than expected without a change.
     """
 
     money: tuple[float, ...]

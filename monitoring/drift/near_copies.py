@@ -18,9 +18,11 @@ MIN_OVERLAP = 0.5
 """Minimum Jaccard index between the words of two near copies. Both the plain index and the index weighted by word
 rarity must reach this minimum."""
 COMPARED = 100
-"""Number of most recent counted requests with which each new request is compared."""
+"""Number of earlier requests with which each new request is compared. These are the most recent ones that were
+not near copies."""
 RARITY_REQUESTS = 1_000
-"""Number of most recent requests, counted or not, that determine word rarity together with the reference."""
+"""Number of most recent requests that, together with the reference, determine how rare a word is. Near copies and other
+uncounted requests are included."""
 FORGOTTEN_S = 86_400.0
 """Seconds after which a repeated request is counted again, instead of being ignored as a near copy. A request that is
 sent once a day is normal traffic."""

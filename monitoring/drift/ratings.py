@@ -27,8 +27,9 @@ _MAX_RATINGS = 1_000
 _SHOWN = 100
 _MIN_ACCEPTED = 50
 _SURE = 2.0
-"""Upper end of the normal range, in standard errors. Shares up to the upper limit of the 95% Wilson interval are
-normal. Unlike topics, ratings do not vary with the time of day."""
+"""Half width, in standard errors, of the 95% Wilson interval for the reference's share of bad ratings or corrections.
+Shares up to the interval's upper limit are normal. Unlike in `feature_bets`, the limit is not multiplied by `SLACK`,
+because ratings do not vary with the time of day."""
 
 
 class RatingFeature(StrEnum):
@@ -182,7 +183,7 @@ def accept_ratings(store: Store, target: Target, state: RatingState, since: date
     ratings = [r for r in one_a_day(read_ratings(store, target, newest=_MAX_RATINGS)) if r.given_at >= since]
     if len(ratings) < _MIN_ACCEPTED:
         raise RefusedError(
-            f"only {len(ratings)} ratings were submitted since the change",
+            f"only {len(ratings)} ratings have been submitted since the newest drift alarm began",
             expected=f"at least {_MIN_ACCEPTED} ratings; only one rating per person per day counts",
             todo=f"after enough ratings have been submitted, repeat `svc drift {target.version} --accept`",
         )

@@ -19,15 +19,15 @@ from svc.store.drift_items import StoredItem
 
 SIGNALS = (Signal.INPUT, Signal.OUTPUT)
 _SHOWN = 100
-"""Maximum number of recent requests from which a report's lines about features and an alarm's examples are taken."""
+"""Maximum number of recent requests that are used to compute a report's lines and to choose an alarm's examples."""
 _MIN_SHOWN = 10
 _TOGETHER = 500
 """Number of new requests processed at a time. Run time and memory use grow with the square of this number."""
 _MIN_SEEN = 200
 """Minimum number of requests for the fraction of compared requests to be meaningful."""
 _FEW_KEPT, _NONE_KEPT = 0.2, 0.02
-"""Minimum fractions of the newest 1,000 requests that must be compared. Below the first fraction, the report contains a
-note. Below the second, the signal is reported as unwatched."""
+"""Thresholds for the fraction of the newest 1,000 requests that is compared with the reference. Below the first
+threshold, the report contains a note. Below the second, the signal is reported as unwatched."""
 _MIN_ACCEPTED, _MAX_ACCEPTED = 50, 500
 """Minimum and maximum number of requests in an accepted baseline."""
 
@@ -52,8 +52,8 @@ def check_traffic(
     """Process new requests, start and end alarms, and return the new state and the reports.
 
     Args:
-        items: stored items in order. They include all items in `state.kept`, the newest items that earlier checks saw,
-            and all new items.
+        items: stored items, oldest first: all new items, plus the items in `state.kept` and the newest of the other
+            items that earlier checks saw.
     """
     new = [item for item in items if item.id > state.cursor]
     for start in range(0, max(1, len(new)), _TOGETHER):
@@ -116,7 +116,7 @@ def accepted_baseline(detector: Detector, state: TrafficState, items: Sequence[S
     requests = requests_of([item for item in items if item.id in ids], detector)
     if requests.size < _MIN_ACCEPTED:
         raise RefusedError(
-            f"only {requests.size} comparable requests arrived since the change in traffic",
+            f"only {requests.size} comparable requests have arrived since the newest drift alarm began",
             expected=f"at least {_MIN_ACCEPTED} requests",
             todo="repeat `svc drift MODEL --accept` once enough requests have arrived",
         )

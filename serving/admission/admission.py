@@ -1,12 +1,13 @@
 """Admission control between HTTP and the engines: counts running requests and queues those that have to wait.
 
 While an engine is being replaced or reloaded and no other engine accepts requests, new requests wait, and each is
-answered by a single version. When all slots are taken, requests with an API key wait too, and free slots are shared
-according to the weights of their keys. A request without an API key is then rejected, unless other requests are already
-queued. In that case, the request is queued too and gets a share of the slots. The queue length and the waiting time are
-bounded, because clients could otherwise increase them without limit. The server's own requests have a separate slot and
-yield to every other request. Batch requests also have separate slots, and use only the capacity that client requests
-leave free. This module knows nothing about HTTP, versions, or the reason why an engine is replaced or reloaded.
+answered by a single version. When all slots are taken, requests with an API key wait too. A request without an API key
+is queued if other requests are already waiting, and rejected if none are. Slots that become free are shared among the
+waiting requests according to the weights of their keys; all requests without a key count as one key. The queue length
+and the waiting time are bounded, because clients could otherwise increase them without limit. The server's own requests
+have a separate slot and yield to every other request. Batch requests also have separate slots, and use only the
+capacity that client requests leave free. This module knows nothing about HTTP, versions, or the reason why an engine is
+replaced or reloaded.
 
 All methods run on one event loop and never await in the middle of a state change, so no locks are needed.
 """
@@ -192,7 +193,10 @@ class Admission:
         self._settle()
 
     def wake(self) -> None:
-        """Mark the model as awake. While no engine accepts requests, new and queued requests are rejected."""
+        """Mark the model as awake. New and queued requests no longer wait for a sleeping model to wake.
+
+        If no engine accepts requests, they are rejected, unless an engine is being changed.
+        """
         self._asleep = False
         self._settle()
 
@@ -210,7 +214,7 @@ class Admission:
         self._settle()
 
     def available(self) -> None:
-        """Record that an engine accepts requests. If none did before, the model's idle time starts now."""
+        """Record that an engine accepts requests. If the model had no such engine before, its idle time starts now."""
         if not self._ready:
             self._idle_since = time.monotonic()
         self._ready, self._unavailable = True, None
@@ -262,7 +266,11 @@ class Admission:
         return True
 
     def leave(self, tokens: int, party: Party = NO_KEY) -> None:
-        """Release the slot of a request with the given number of tokens, and give free slots to queued requests."""
+        """Release a request's slot, and give free slots to queued requests.
+
+        Args:
+            tokens: number of tokens that was passed when the slot was taken.
+        """
         if party.interruption is not None:
             self.batch_slots.leave(party.interruption)
             self._show()

@@ -29,7 +29,12 @@ class BackgroundSlot:
         self.taken: asyncio.Timeout | None = None
 
     def show(self, *, open: bool, running: int) -> None:
-        """Tell the slot whether admission is open and how many requests are running."""
+        """Update the state that `take` waits for.
+
+        Args:
+            open: whether admission is open and there is an engine.
+            running: number of running client requests.
+        """
         quiet = open and not running
         if open is not self._open.is_set() or quiet is not self._quiet.is_set():  # called for every request
             _set(self._open, open)
@@ -61,7 +66,9 @@ class BackgroundSlot:
             self.taken = None
 
     def end(self) -> None:
-        """Cancel the request in the slot, if any, before its engine is replaced, reloaded or stopped."""
+        """Cancel the background request that holds the slot, if any. Called before the engine is replaced, reloaded or
+        stopped.
+        """
         if self.taken is not None and not self.taken.expired():
             self.taken.reschedule(asyncio.get_running_loop().time())
 

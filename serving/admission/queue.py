@@ -131,7 +131,8 @@ class RequestQueue:
         """Give slots to the queued requests in order, as long as slots are free.
 
         Args:
-            take: function that takes a slot for a number of tokens, or returns False if no slot is free.
+            take: function that tries to take a slot for a request with the given number of tokens, and returns whether
+                it succeeded.
         """
         while place := self._next():
             if not take(place.tokens):

@@ -35,9 +35,9 @@ _UNTIL_ONE_ENDS_S = 1.0
 _ROUNDING = 1e-9
 _NONE = Limits()
 _DEBT_PER_SERVER = 1.2
-"""Usage on other servers can raise a key's past use to at most this multiple of its per-minute limit, times the number
-of running servers. This maximum is reached only after a store outage, when all usage during the outage is added in
-one step."""
+"""Adding usage on other servers can raise a key's recorded use to at most 1.2 times its per-minute limit for each
+running server: with two servers, to 2.4 times the limit. This maximum is reached only after a store outage, when all
+usage during the outage is added in one step."""
 
 
 class Limit(StrEnum):
@@ -54,14 +54,14 @@ _NAMED = {limit: limit.value.replace("_", " ") for limit in Limit} | {Limit.CONC
 
 
 class Demand(NamedTuple):
-    """Upper bounds of what a request will use of its key's limits.
+    """Upper bounds on a request's token usage, which counts toward the limits of its key.
 
     Attributes:
         tokens_in: estimated number of tokens in the prompt; see `estimated_tokens`.
         tokens_out: maximum number of tokens in all answers together.
-        said: whether the client limited the answer length. If not, the model's longest possible answer is
-            reserved, but at most the whole limit. Otherwise, a request without a length limit might never be
-            admitted.
+        said: whether the client limited the answer length. If it did not, the number of tokens reserved for the
+            longest possible answers is capped at the per-minute limit, and at what is left of the daily limit.
+            Without this cap, such a request might never be admitted.
     """
 
     tokens_in: int
@@ -301,7 +301,7 @@ class _Quota:
 
 
 class _OfMinute(_Quota):
-    """A limit per minute. Usage stops counting gradually, at the rate of one full limit per minute."""
+    """A limit per minute. Past usage declines continuously, by the amount of the limit per minute, down to 0."""
 
     def forget(self) -> None:
         now = self._clock()
@@ -309,7 +309,9 @@ class _OfMinute(_Quota):
         self._at = now
 
     def add_used_elsewhere(self, used: Usage, servers: int) -> None:
-        """Add usage on other servers, up to a total of `_DEBT_PER_SERVER` times the limit for each running server."""
+        """Add usage on other servers. This can raise `used` to at most `_DEBT_PER_SERVER` times the limit, times the
+        number of running servers.
+        """
         self.forget()
         self.used = max(self.used, min(self.used + self.spent(used), _DEBT_PER_SERVER * servers * self.most))
 
@@ -335,10 +337,11 @@ class _TokensIn(_OfMinute):
 
 class _TokensOut(_OfMinute):
     def demanded(self, demand: Demand) -> int:
-        """Return the request's maximum answer tokens, capped at the limit if the client did not limit the length.
+        """Return the maximum number of answer tokens: the client's if it set one, otherwise the lower of the model's
+        maximum and the key's limit.
 
         Raises:
-            RateLimitedError: the client requests more tokens than the limit.
+            RateLimitedError: the maximum that the client set, for all answers together, exceeds the key's limit.
         """
         if demand.said and demand.tokens_out > self.most:
             raise RateLimitedError(

@@ -27,8 +27,9 @@ Result = TypeVar("Result")
 
 ID_PREFIX = "holdout-"
 PATIENCE_S = 30.0
-"""Maximum time that a background request waits for an idle engine, in seconds. After that, it runs concurrently with
-other requests. 200 held-out examples then take less than two hours; by default, a run starts every six hours."""
+"""Maximum time that a background request waits for an idle engine, in seconds. After that, the request runs
+concurrently with other requests. With this limit, an evaluation of 200 held-out examples takes less than two hours; by
+default, an evaluation starts every six hours."""
 _POLL_S = 1.0
 _MAX_DEATHS = 3
 """Number of times that the engine must die, for any reason, during background requests within `_DEATHS_WITHIN_S` for
@@ -39,7 +40,8 @@ _WITH_ENGINE = {EngineState.READY, EngineState.DRAINING, EngineState.SWAPPING}
 
 
 class SupersededError(Exception):
-    """Raised when the engine has been reloaded since the request was sent, or background requests are off."""
+    """Raised when the engine no longer has the weights that a request is meant for, or background requests are turned
+    off."""
 
 
 class BackgroundScheduler:

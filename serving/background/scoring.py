@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 5.0
 _PAUSE_S = 60.0
-"""Pause after an unexpected error, or when there was nothing to score, in seconds. The search for answers reads all
-requests of the last hour."""
+"""Pause, in seconds, after an unexpected error or when there was nothing to score. It is this long because each search
+for an answer to score reads all requests of the last hour."""
 _OLDEST = timedelta(hours=1)
 _MAX_SKIPPED = 500
 """Maximum number of remembered rows for which no score could be computed. Forgotten rows may be tried again, which

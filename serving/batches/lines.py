@@ -88,7 +88,7 @@ def read_request_lines(path: Path) -> Iterator[RequestLine]:
 
 
 def parse_request_line(line: bytes) -> RequestLine:
-    """Parse the request on a line."""
+    """Parse a line of a checked input file."""
     try:
         return _REQUESTS.decode(line)
     except (msgspec.MsgspecError, ValueError, RecursionError):  # only the check's parser accepts it

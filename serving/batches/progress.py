@@ -110,7 +110,7 @@ class Progress:
         self.counts = BatchProgress()
 
     def load(self) -> None:
-        """Open the files, and read their results."""
+        """Open the batch's output file and error file, and read the results that they already contain."""
         for failed, name in ((False, OUTPUT_FILE), (True, ERROR_FILE)):
             path, size = self._folder / name, 0
             self._files[failed] = _File(path)

@@ -42,16 +42,16 @@ class ServerResult:
 
 @dataclass(frozen=True, slots=True)
 class FollowedChange:
-    """Result of a change on all servers. At least one server has a result."""
+    """Results of a change on all servers. On at least one of them, the swap ended."""
 
     servers: tuple[ServerResult, ...]
 
     @property
     def result(self) -> SwapResult:
-        """First failure, or the first success if the change succeeded on every server that has a result.
+        """Result of the first failed swap or, if no swap failed, of the first successful one.
 
-        A failure on one server also cancels the swaps on the other servers, so a cancelled swap is returned only if
-        there is no other kind of failure.
+        Servers that stopped before their swap ended are ignored. A failure on one server also cancels the swaps on the
+        other servers, so the result of a cancelled swap is returned only if no swap failed in another way.
         """
         results = [server.result for server in self.servers if server.result]
         return min(results, key=lambda result: _ORDER.get(result.outcome, 0))
@@ -252,7 +252,9 @@ def _stopped(change: VersionChange) -> ServerNotRunningError:
 
 
 def _results_from_status(server: ServerAddress, change: VersionChange) -> dict[str, SwapResult]:
-    """Return the swap result in a server's status, keyed by the server's id. Empty if there is no result."""
+    """Return a dict that maps the server's id to the swap result in its status. The dict is empty if there is no such
+    result, or if the server is not running.
+    """
     with suppress(ServerNotRunningError):
         status = read_status(server)
         for model in status["models"]:

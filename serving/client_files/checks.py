@@ -83,7 +83,7 @@ class FileChecks:
         try:
             unchecked = await asyncio.to_thread(self._read_unchecked)
         except SQLAlchemyError:
-            log_store_error(log, "could not read the list of files to check")
+            log_store_error(log, "could not read the list of unchecked files")
             return
         for file in unchecked:
             owners = {running.owner for running in self._running.values()}

@@ -1,8 +1,8 @@
 """HTTP endpoints for administering the server from other machines.
 
-These endpoints use the same desired state, journal, keys and audit log as `svc`. Every path requires a
-key with the scope `admin`, even while no key exists (serving.http.authentication), because the first key
-is created on the server's machine.
+These endpoints use the same desired state, journal, keys and audit log as `svc`. A request over the network needs a key
+with the scope `admin`, and is rejected if no key exists yet (serving.http.authentication). The first key is therefore
+created on the server's machine.
 """
 
 import asyncio

@@ -45,7 +45,8 @@ class Authentication:
 
     Args:
         authenticator: the authenticator, which must have loaded the keys from the store.
-        keys_needed: whether a key is required even while no key exists, because other machines can reach the server.
+        keys_needed: whether requests without a key are rejected even before the first key is created, because other
+            machines can reach the server.
         on_failure: called for each missing or invalid key, with the fault that was found.
     """
 

@@ -104,7 +104,7 @@ class Batches:
 
 
 def _find_usable(store: Store, id: str, owner: str | None) -> ClientFile:
-    """Return a client's file that can be used as a batch's input. The file may not have been checked yet.
+    """Return a client's file for use as a batch's input. A file that has not been checked yet is accepted.
 
     Raises:
         InvalidRequestError: the file cannot be an input, or the client has no such file.

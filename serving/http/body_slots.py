@@ -27,14 +27,14 @@ class BodySlots:
 
     @contextmanager
     def reading(self, peer: str) -> Iterator[None]:
-        """Hold a slot while the `with` body runs.
+        """Reserve a slot for a request while the `with` block runs.
 
         Args:
             peer: key or address from which the request came.
 
         Raises:
-            OverloadedError: no slot is free. The request does not wait for a slot, because the requests that hold
-                the slots may never complete.
+            OverloadedError: no slot is free for this peer. Requests do not wait for slots, because the requests that
+                hold them may never complete.
         """
         taken = self._reading.total()
         if taken >= self._most or self._reading[peer] >= max(1, self._most // 2):

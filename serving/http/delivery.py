@@ -92,7 +92,8 @@ class AnswerBuffers:
 class Delivery:
     """Delivers one answer to its client. Leaving the `async with` block waits until everything has been sent.
 
-    If the body of the `async with` raises an exception, the answer must be completed with `send_last`.
+    If the block raises an exception after calling `start`, the caller must end the answer with `send_last`, or
+    disconnect the client.
 
     Args:
         send: the ASGI callable.

@@ -22,7 +22,7 @@ class TooManyWrongKeysError(SvcError):
     """Raised when a peer has sent too many invalid API keys in a minute.
 
     Args:
-        retry_after_s: seconds until the peer's minute is over.
+        retry_after_s: seconds until the peer's one-minute counting period ends.
     """
 
     def __init__(self, wrong: str, *, retry_after_s: int, todo: str) -> None:
@@ -31,7 +31,7 @@ class TooManyWrongKeysError(SvcError):
 
 
 class FailedKeys:
-    """Counts invalid keys per peer and minute. A peer's minute begins with its first invalid key.
+    """Counts invalid keys per peer and minute. A peer's one-minute counting period begins with its first invalid key.
 
     Args:
         clock: function that returns monotonic time, in seconds.

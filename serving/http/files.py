@@ -229,7 +229,7 @@ def expiry_of(anchor: str | None, after_s: int | None, purpose: Purpose) -> int 
         raise InvalidRequestError(
             "'expires_after' is invalid",
             param="expires_after",
-            expected=f"anchor 'created_at', and {_MIN_EXPIRY_S} to {_MAX_EXPIRY_S} seconds",
+            expected=f"'anchor' set to 'created_at', and 'seconds' from {_MIN_EXPIRY_S} to {_MAX_EXPIRY_S}",
         )
     return after_s
 

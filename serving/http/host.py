@@ -2,7 +2,8 @@
 
 A web page can make its own domain resolve to this machine (DNS rebinding) and then read responses as if
 they came from its own site. The domain is in the request's Host header, so only configured names are
-accepted there. Addresses are always accepted, since none of this server's addresses serves web pages.
+accepted there. IP addresses are always accepted: only a page loaded from that address could read the responses, and
+this server serves no web pages.
 """
 
 import ipaddress

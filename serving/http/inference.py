@@ -260,7 +260,7 @@ class Exchange:
         self._delivery.put(body)
 
     def _begin(self, content_type: str, length: int | None = None) -> None:
-        """Begin a successful response."""
+        """Set the headers of a successful response, which are sent with its first part."""
         framing = (b"cache-control", b"no-cache") if length is None else (b"content-length", b"%d" % length)
         overhead = b"%.2f" % (self.account.begin() * 1000)
         self._delivery.start(

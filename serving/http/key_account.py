@@ -1,4 +1,4 @@
-"""Tracks a request's reservation of its key's limits, and the usage recorded when the request ends."""
+"""Reserves part of each of a key's limits for a request, and records the request's usage when it ends."""
 
 from serving.admission.errors import RateLimitedError
 from serving.admission.party import Party, party_of
@@ -18,7 +18,7 @@ _CLIENT_LEFT = (RequestOutcome.CLIENT_GONE, RequestOutcome.CLIENT_SLOW)
 
 
 class KeyAccount:
-    """Tracks one request's use of its key's limits and records its usage.
+    """Counts one request against its key's limits, and records its usage.
 
     A request without a key has no limits, only usage.
 

@@ -1,7 +1,7 @@
 """The HTTP API as a hand-written OpenAPI document.
 
-It is written by hand because completions are ASGI applications whose bodies the framework's router does
-not know, and the gateway checks only a few fields of a completion. The document describes what the
+It is written by hand because completion endpoints are ASGI applications, so the framework cannot derive schemas for
+their bodies, and because the gateway checks only a few fields of a completion. The document describes what the
 gateway itself guarantees: the fields that it checks, and the response format of each status. The
 engine's bodies appear as plain objects; see vLLM's documentation for their fields.
 """
@@ -271,7 +271,10 @@ def _small_paths() -> Json:
 
 
 def _page(most: int) -> list[Json]:
-    """Return the query parameters of a list. See `serving.http.listing.requested_page`."""
+    """Return the OpenAPI definitions of the query parameters that select a page of a list.
+
+    See `serving.http.listing.requested_page`.
+    """
     return [
         {"name": "after", "in": "query", "schema": {"type": "string"}},
         {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": most}},

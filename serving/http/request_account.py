@@ -34,7 +34,7 @@ class RequestAccount:
         state: the request's state, which contains its id. This class sets the state's `version`.
         metrics: metrics in which the request is counted.
         request_log: log that stores the request's row.
-        key: the request's use of its key's limits, which is settled at the end.
+        key: object that counts the request against its key's limits, and records its usage at the end.
         trace: the request's span, which is completed at the end. None if tracing is off.
         clock: function that returns monotonic time, in seconds.
         model: the requested model, from a bounded set of names.
@@ -99,7 +99,7 @@ class RequestAccount:
             self._content.expects_json = assignment.expects_json
 
     def admitted(self, waited_s: float) -> None:
-        """Record how long the request waited for admission. A request in a batch is timed only from now on instead."""
+        """Record how long the request waited for admission. For a batch request, restart the timing instead."""
         if self.state.in_batch:
             self._started = self.clock()
         else:
@@ -122,7 +122,7 @@ class RequestAccount:
             self._content.features = wanted
 
     def heard(self) -> None:
-        """Record that part of the answer arrived from the engine. `begin` uses the time of the last call before it."""
+        """Record the time since the request was sent to the engine. `begin` excludes it from the gateway's own time."""
         self._engine_s = self.clock() - self._asked
 
     def begin(self) -> float:

@@ -9,7 +9,7 @@ from starlette.types import Receive
 from serving.http.body import BodyTimeoutError, BodyTooLargeError, ClientGoneError
 
 IDLE_S = 30.0
-"""Maximum time in seconds between two parts of a body."""
+"""Maximum wait for the next part of a body, in seconds."""
 MIN_BYTES_PER_S = 16 * 1024
 """Minimum average rate of a body after its first `IDLE_S` seconds."""
 

@@ -73,7 +73,7 @@ class Uploading:
             return results[0]
 
     async def in_thread(self, request: Request, work: Callable[[], Result]) -> Result:
-        """Call a function in a thread to write a file for a request, and return its result.
+        """Run a function that writes a request's file in a thread, and return the function's result.
 
         Raises:
             OverloadedError: too many uploads are running.

@@ -73,10 +73,10 @@ class CompleteUploadRequest(_Body):
 
 
 class Uploads:
-    """The endpoints for uploads in parts.
+    """Endpoints for files that are uploaded in parts.
 
     Args:
-        uploading: runs the uploads of parts.
+        uploading: receives the parts.
         on_uploaded: called each time an upload is completed.
     """
 

@@ -186,7 +186,7 @@ class JobCreation:
             try:
                 jobs = await asyncio.to_thread(read_checking, self._store)
             except SQLAlchemyError:
-                log_store_error(log, "could not read the jobs whose files are being checked")
+                log_store_error(log, "could not read which fine-tuning jobs are waiting for a check of their files")
                 await asyncio.sleep(_POLL_S)
                 continue
             for job in jobs:

@@ -105,7 +105,7 @@ class FineTunedModels:
             model: model name as sent by the client, which begins with one of `PREFIXES`.
 
         Raises:
-            ModelNotFoundError: there is no such model, or the key may not use it.
+            ModelNotFoundError: there is no such model, or the key is not allowed to use it.
             ModelNotLoadedError: no engine can serve the model now.
         """
         found = await self.find_model(model, principal)
@@ -115,8 +115,8 @@ class FineTunedModels:
         """Return a fine-tuned model, or None if the name may belong to a model that was not trained by a job.
 
         Raises:
-            ModelNotFoundError: the name can only belong to a fine-tuned model, and there is none; or the key may not
-                use the model.
+            ModelNotFoundError: the name can only belong to a fine-tuned model, and there is none; or the key is
+                not allowed to use the model.
         """
         found = await self._read(model)
         if found is None:
@@ -148,8 +148,8 @@ class FineTunedModels:
             self._known.pop(name, None)
 
     def _was_of_a_job(self, model: str) -> bool:
-        """Return whether an unknown name is a version's name (`NAME@N`) of a fine-tuned model that its owner has
-        deleted.
+        """Return whether an unknown name has the form `NAME@N`, where NAME is a served model that was trained by jobs.
+        It may be a fine-tuned model that its owner has deleted, although its version is still in the registry.
         """
         name, at, number = model.partition("@")
         backend = self._router.backend(name)

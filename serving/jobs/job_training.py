@@ -124,7 +124,7 @@ class TrainingOptions:
 
     Attributes:
         worker: id of the worker.
-        environment: environment variables of the command.
+        environment: environment variables of the training commands.
         wait: function that makes the worker retry a job later.
     """
 
@@ -185,11 +185,11 @@ class JobTraining:
         await self._conclude()
 
     async def kill(self) -> None:
-        """Kill the training and all its processes."""
+        """Kill all processes of the training run."""
         await asyncio.to_thread(self._process.kill if self._process else partial(end_processes, self._folder))
 
     async def stop(self) -> None:
-        """Interrupt the training because the server is stopping, and return its job to the queue."""
+        """Interrupt the training run because the server is stopping, and return its job to the queue."""
         try:
             if self._process is None:
                 self._process = await asyncio.to_thread(TrainingProcess.find, self._folder)
@@ -326,7 +326,7 @@ class JobTraining:
                     self._version = VersionId.parse(record.version)
 
     async def _obey(self) -> bool:
-        """Carry out the owner's request, and return whether this has ended the training."""
+        """Carry out the owner's request, and return whether this has ended the job."""
         assert self._process is not None  # noqa: S101 - the caller has started it
         if self._wanted is Wanted.CANCEL:
             await asyncio.to_thread(self._process.kill)
@@ -434,7 +434,7 @@ class JobTraining:
         await asyncio.to_thread(end)
 
     async def _in_store(self, function: Callable[..., Result], **values: Any) -> Result:
-        """Call a function from svc.store.job_queue for this job, in a thread."""
+        """In a thread, call a function from svc.store.job_queue for this job."""
         options = self._options
         return await asyncio.to_thread(partial(function, options.store, self.job.id, options.worker, **values))
 
@@ -447,7 +447,7 @@ def remove_epochs(folder: Path) -> None:
 
 
 def _read_end(path: Path) -> str:
-    """Return the last `_LOG_BYTES` of a log, or an empty text if it cannot be read."""
+    """Return the last `_LOG_BYTES` of a log, or an empty string if it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_BYTES))

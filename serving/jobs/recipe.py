@@ -135,7 +135,7 @@ def check_recipe_keys(recipe: Mapping[str, Any]) -> None:
             raise InvalidRequestError(
                 f"'{param}' cannot be set by a job",
                 param=param,
-                expected=f"one of {', '.join(RECIPE_KEYS)}, or `{BASE_KEY}`: the name of a base",
+                expected=f"one of {', '.join(RECIPE_KEYS)}, or `{BASE_KEY}`, whose value is the name of a base",
             )
         if not check(value):
             raise InvalidRequestError(f"'{param}' has an invalid value", param=param, expected=_EXPECTED[check])
@@ -213,7 +213,7 @@ def complete(
     of the training, in seconds.
 
     Args:
-        check: result of checking this recipe with one epoch.
+        check: result of checking `recipe`, whose number of epochs is still the default of 1.
     """
     values, train = request.values, dict(recipe["train"])
     epochs = values.n_epochs or default_epochs(check.examples)

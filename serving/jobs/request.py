@@ -134,7 +134,7 @@ class JobRequest(_Object):
         return (self.method.supervised or Supervised()).hyperparameters
 
     def with_values(self, values: Hyperparameters) -> "JobRequest":
-        """Return a copy with the given hyperparameters in the `method` field instead of the deprecated field."""
+        """Return a copy of the request with the given hyperparameters in `method` and without `hyperparameters`."""
         if isinstance(values, DpoHyperparameters):
             method = Method(type="dpo", dpo=Dpo(hyperparameters=values))
         else:

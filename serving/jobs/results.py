@@ -1,5 +1,5 @@
 """Results of fine-tuning jobs: the model's client-facing name, the file with its training metrics, and the checkpoints
-of its last epochs.
+of its newest epochs.
 
 Every function may be called again after a crash and then returns the same result.
 """

@@ -32,11 +32,11 @@ _ERROR = re.compile(
 
 
 class CheckTimeoutError(SvcError):
-    """Raised when a check takes too long."""
+    """Raised when the check of a recipe takes too long."""
 
 
 class CheckFailedError(SvcError):
-    """Raised when a check fails for a reason that the client did not cause."""
+    """Raised when the check of a recipe fails for a reason that the client did not cause."""
 
 
 @dataclass(frozen=True, slots=True)

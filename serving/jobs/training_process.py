@@ -23,7 +23,7 @@ from svc.files.disk import write_whole
 
 LOG_FILE, RECORD_FILE = "log", "process.json"
 MARKER = "TUNESERVE_JOB_FOLDER"
-"""Environment variable that is set to the job's folder in the process and all its descendants."""
+"""Environment variable of a training process and all its descendants. It contains the path of the job's folder."""
 _EARLIER_LOG = "log.1"
 _NICENESS = 10
 """Amount by which the training's niceness exceeds the server's. The training keeps every core busy, so it gets a lower

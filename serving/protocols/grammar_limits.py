@@ -46,7 +46,7 @@ _MAX_STEPS = 8 * MAX_ATOMS
 """Maximum number of symbols in a pattern, which guards against thousands of `|` and `?`. These are not atoms, and
 a pattern could contain 60,000 of them."""
 _OPTIONAL = 20
-"""Number of atoms that an optional atom (character or class) in a pattern counts as."""
+"""Weight of an optional atom (character or class) in a pattern: it counts as this many atoms."""
 _MAX_NUMBER_DIGITS = 6  # a longer number exceeds the limits anyway
 
 

@@ -3,8 +3,9 @@
 The API server uses a single thread for all clients. vLLM validates a body with pydantic, which tries every member of a
 union and collects every error. Each error takes about 6 microseconds, and one invalid item in a request to
 `/v1/responses` causes 233 errors. 4,096 such items, in 16 KiB, blocked the thread for 25 s. Lists are therefore limited
-in length, with a stricter limit on elements of unions that have an unusual form (serving.protocols.usual_forms).
-docs/api.md lists the limits, along with the measured cost of the worst body within each limit.
+in length. A stricter limit applies to elements that match none of the usual forms (serving.protocols.usual_forms),
+because vLLM tries every member of the union for them. docs/api.md lists the limits, along with the measured cost of
+the worst body within each limit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from svc.settings.serve import RequestLimits
 Fields = Mapping[str, Any]
 
 _TURNS = {"messages": frozenset({"content", "tool_calls"}), "input": frozenset({"content", "output", "summary"})}
-"""For each field that contains a conversation, the fields of its turns that may contain lists."""
+"""For each request field that contains a conversation, the keys of a turn whose values may be lists."""
 _TOKEN_IDS = frozenset({"allowed_token_ids", "stop_token_ids", "logprob_token_ids"})
 _MIN_VALUE_BYTES = 2
 """Size of the shortest JSON value, including its separator, in bytes."""

@@ -23,8 +23,9 @@ _TRANSFER = {
     name: Refusal(name, f"'{name}' is not supported, because it makes an engine read another engine's memory")
     for name in ("kv_transfer_params", "ec_transfer_params")
 }
-"""Fields that name a host from which the engine fetches memory blocks, or that make it keep blocks after the answer
-until they are fetched. `kv_transfer_params` in `vllm_xargs` causes an assertion failure in vLLM."""
+"""Fields that make an engine fetch cached blocks from a host that the request names, or keep its own blocks after the
+answer until another engine has fetched them. `kv_transfer_params` in `vllm_xargs` causes an assertion failure in
+vLLM."""
 _PROMPT_LOGPROBS = {
     "prompt_logprobs": Refusal(
         "prompt_logprobs", f"log-probabilities of the prompt are not supported, because {_ENDS_ENGINE}"

@@ -1,4 +1,4 @@
-"""The usual forms of messages, input items and tools. An element that matches one of them is valid for vLLM too.
+"""The common forms of messages, input items and tools. An element that matches one of them is valid for vLLM too.
 
 An element that matches none of them may still be valid, which is for vLLM to decide. Each form has a
 subset of the fields and types that vLLM allows; tests/e2e/test_worst_requests.py compares the forms with
@@ -14,7 +14,9 @@ _Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class _Form(msgspec.Struct, forbid_unknown_fields=True):
-    """Base class for the usual forms of messages, input items and tools. It rejects any field that is not listed."""
+    """Base class for the common forms of messages, input items and tools. Fields that a form does not define are
+    rejected.
+    """
 
 
 class _ChatMessage(_Form, tag_field="role"):

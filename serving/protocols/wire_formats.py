@@ -1,8 +1,9 @@
 """Reads each route's prompts and answers: token counts, end of stream, text and finish reason.
 
 There are three formats. Completions (chat and plain) end with `[DONE]`, while responses and messages end with a
-special event. All values use the terms of chat completions. A part of an answer is either a JSON body or
-one event of a stream. This module reads the bytes that vLLM writes, but never changes them.
+special event. The finish reasons of all formats are returned under their chat completions names. A part of an
+answer is either a JSON body or one event of a stream. This module reads the bytes that vLLM writes, but never changes
+them.
 
 Nearly all events of a stream contain one piece of text and nothing else. Each format recognizes such events without
 parsing them, and parses only the remaining events.
@@ -154,7 +155,8 @@ class CompletionsFormat(WireFormat):
     def usage(self, part: bytes) -> Usage | None:
         """Return the token counts. In a stream, only the chunk without choices contains them.
 
-        The bytes are searched rather than parsed, because log-probabilities can take up megabytes.
+        The bytes are searched for the counts instead of being parsed as a whole, because log-probabilities can take up
+        megabytes.
         """
         counts = _last_usage(part)
         if not counts or (is_event(part) and json_of(part).get("choices") != []):
@@ -196,8 +198,8 @@ class CompletionsFormat(WireFormat):
 class ResponsesFormat(WireFormat):
     """Wire format of the Responses API.
 
-    The last event contains the whole response. It is parsed rather than searched, because it also contains
-    the client's tools.
+    The last event contains the whole response, including the definitions of the client's tools. It is parsed, because a
+    text search for token counts could find a match in these definitions.
     """
 
     _plain_head = b"event: response.output_text.delta\ndata: "
@@ -255,7 +257,7 @@ class ResponsesFormat(WireFormat):
 class MessagesFormat(WireFormat):
     """Wire format of Anthropic's Messages API.
 
-    Messages are parsed rather than searched, because a tool's input is a JSON object with keys chosen by the model.
+    Answers are parsed as JSON rather than searched for key names, because the model chooses the keys of a tool's input.
     """
 
     _plain_head = b"event: content_block_delta\ndata: "

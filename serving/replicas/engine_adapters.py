@@ -82,7 +82,7 @@ class EngineAdapterLoader:
             if version not in await self.verification.registered(version.name):
                 raise _no_adapter(version) from error
             raise
-        log.info("loaded the adapter of %s as %s: %s", version, name, checked.found)
+        log.info("loaded the adapter of %s under the name %s; verification result: %s", version, name, checked.found)
         return checked
 
     async def unload(self, name: str) -> None:

@@ -70,7 +70,7 @@ class EnginePool:
 
     @property
     def ready(self) -> list[Replica]:
-        """Members that are currently accepting requests."""
+        """Pool members that are currently accepting requests."""
         return [member for member in self.members if member.state is _READY]
 
     def ready_for(self, wanted: VersionId | None) -> list[Replica]:
@@ -97,7 +97,7 @@ class EnginePool:
 
     @property
     def alive(self) -> list[Replica]:
-        """Members with an engine, except those whose engine is known to be dead."""
+        """Pool members with an engine, except those whose engine is known to be dead."""
         return [member for member in self.members if member.has_engine and member.state not in _DOWN]
 
     @property
@@ -107,7 +107,7 @@ class EnginePool:
 
     @property
     def primary(self) -> Replica | None:
-        """The first member that accepts requests. It receives the server's own requests."""
+        """The first engine in `members` that accepts requests. It receives the server's own requests."""
         return next(iter(self.ready), None)
 
     @property
@@ -259,7 +259,7 @@ class EnginePool:
 
     @property
     def down(self) -> list[Replica]:
-        """Members without a working engine, because their engine died or was never started."""
+        """Pool members without a working engine, because their engine died or was never started."""
         return [member for member in self.members if member.state in _DOWN]
 
     @asynccontextmanager
@@ -283,10 +283,10 @@ class EnginePool:
         self.metrics.engine_restarted()
 
     async def stop(self, *, leave: bool = False) -> None:
-        """Stop all engines.
+        """Stop the engines.
 
         Args:
-            leave: whether to leave ready engines running for a server that starts later.
+            leave: whether to leave ready engines running, so that a server that starts later can adopt them.
         """
         for task in self._watches.values():
             task.cancel()

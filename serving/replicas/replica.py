@@ -145,7 +145,7 @@ class Replica:
 
     @property
     def unverified(self) -> set[VersionId]:
-        """Served versions that could not be verified, including versions served as loaded adapters."""
+        """Versions that this engine serves, directly or as loaded adapters, although they could not be verified."""
         loaded = self.adapters.loaded if self.adapters else []
         versions = {each.version for each in loaded if not each.checked.verified}
         if self.target and self.checked and not self.checked.verified:
@@ -243,7 +243,7 @@ class Replica:
         self.on_change(self)
 
     async def start(self, target: Target) -> str:
-        """Start a new engine with a version and verify its weights. A previous engine is stopped first.
+        """Start a new engine that runs the given version, and verify its weights. A previous engine is stopped first.
 
         Returns:
             The result of the verification, for the journal.
@@ -308,7 +308,7 @@ class Replica:
         self._engine = self._http = None
 
     def _make_adapters(self) -> None:
-        """Discard the previous engine's adapter cache, and create one for the new engine if it applies adapters."""
+        """Discard the previous engine's adapter cache, and create one for the new engine if it can load adapters."""
         self._end_adapters()
         engine = self._started
         if self.model and engine.capabilities.adapters:
@@ -325,7 +325,7 @@ class Replica:
             adapters.close()
 
     async def clear(self) -> None:
-        """Record the engine's version as unknown, so that no later server adopts the engine.
+        """Record the engine's version as unknown, so that a server that starts later does not adopt the engine.
 
         Raises:
             OSError: the record cannot be written.
@@ -334,7 +334,7 @@ class Replica:
         self.target = self.checked = None
 
     async def fetch(self, target: Target) -> None:
-        """Before a reload, copy a version's files to the engine's machine if the engine runs on another machine.
+        """Copy a version's files to the engine's machine if that is not this machine. Call this before `reload`.
 
         Raises:
             SvcError: the files could not be copied.
@@ -376,7 +376,8 @@ class Replica:
             await self._started.record(str(target))
         except OSError:  # the engine can serve nevertheless
             log.exception(
-                "could not record the version that replica %d runs; a later server will not adopt this engine",
+                "could not record the version that replica %d runs; "
+                "after a restart, the server will not adopt this engine",
                 self.replica,
             )
         log.info("replica %d now runs %s: %s", self.replica, target, checked.found)
@@ -395,7 +396,7 @@ class Replica:
     async def sleep(self) -> None:
         """Put the engine to sleep: it releases its GPU memory and stops accepting requests.
 
-        A later server does not adopt a sleeping engine.
+        A server that starts later does not adopt a sleeping engine.
 
         Raises:
             SvcError, OSError: the engine could not be put to sleep and must be stopped.
@@ -409,7 +410,7 @@ class Replica:
         self.asleep = True
 
     async def wake(self, target: Target) -> None:
-        """Wake a sleeping engine, which allocates its GPU memory again, and verify its version.
+        """Wake a sleeping engine and verify its version. When the engine wakes up, it allocates its GPU memory again.
 
         If the engine does not wake up or fails verification, it is stopped.
 

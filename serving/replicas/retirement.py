@@ -33,8 +33,8 @@ class Retirement:
         return bool(self._endings)
 
     def after_requests(self, engine: Replica) -> None:
-        """Stop a replaced engine in the background, after its last request, or after `RETIRE_TIMEOUT_S` at the
-        latest.
+        """Stop a replaced engine in the background when all of its requests have ended, or after `RETIRE_TIMEOUT_S` at
+        the latest.
         """
         self._later(self._end_drained(engine))
 

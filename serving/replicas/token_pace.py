@@ -7,16 +7,16 @@ generated for them. The more such an answer's speed differs from the mean, the l
 import math
 
 _DECAY_TOKENS = 2000.0
-"""Number of tokens in later answers after which an answer's weight in the mean has decayed to about a third."""
+"""An answer's weight in the mean speed drops to about a third once later answers contain this many tokens in total."""
 _FIRST_PACE = 100.0
 """Tokens per second assumed before the first measurement. This is the speed of a fast single stream."""
 
 
 class TokenPace:
-    """Mean generation speed of an answer, in tokens per second.
+    """Mean speed at which recent answers were generated, in tokens per second.
 
-    An answer's time includes prompt processing and waiting in the engine. Answers are weighted by their number
-    of tokens, so that clients cannot lower the estimate with one-token answers.
+    An answer's time includes prompt processing and waiting in the engine. In the mean, answers are weighted by their
+    number of tokens, so that clients cannot lower the estimate with one-token answers.
     """
 
     __slots__ = ("_seconds", "_tokens")

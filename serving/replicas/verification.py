@@ -32,7 +32,7 @@ _ADAPTER_REPEATS = 2
 """Number of times each probe is measured when an adapter is first used. It is small because a request is waiting."""
 _OTHER_WEIGHTS_NATS = 0.5
 """Mean difference between log-probabilities, in nats, above which the weights must be different. With the same weights,
-results of different kernels differ in the second decimal; with different weights, results differ by whole nats."""
+results of different kernels differ in the second decimal place; with different weights, they differ by whole nats."""
 
 
 class UnknownProbesError(ProbeError):
@@ -164,9 +164,9 @@ class Verification:
         return next((probes for probes in recorded if probes), ())
 
     async def has_probes(self, target: Target) -> bool:
-        """Return whether a version can be verified in a running engine.
+        """Return whether a version can be verified after it has been loaded into a running engine.
 
-        Otherwise, an engine must be started with the version's files.
+        If it cannot, an engine must be started from the version's files.
 
         Raises:
             EngineError: the format cannot be served on this machine.
@@ -233,7 +233,7 @@ class Verification:
 
 
 def _unverified(target: Target, why: str) -> Checked:
-    log.warning("%s is not verified: %s", target, why)
+    log.warning("cannot verify by probes that the engine runs %s: %s", target, why)
     return Checked(f"not verified: {why}", verified=False)
 
 
@@ -246,8 +246,8 @@ def _unprobed(target: Target, why: str, *, fresh: bool) -> Checked:
     if not fresh:
         raise UnknownProbesError(
             f"cannot verify that the engine runs {target}: {why}",
-            expected="an engine that was started with the version, or that can be probed",
-            todo="start an engine with this version",
+            expected="an engine newly started with this version, or one that can be verified with probes",
+            todo="start a new engine with this version",
         )
     return _unverified(target, why)
 
@@ -272,8 +272,8 @@ def _refuse_other_weights(recorded: Sequence[Probe], measured: Sequence[Sequence
             "the loaded weights are not the version's weights",
             expected=f"an average difference of at most {_OTHER_WEIGHTS_NATS} nats between log-probabilities on two "
             "kinds of engine",
-            todo="restore the version's folder from a backup, or train it again on a machine with the same kind of "
-            "engine as this one",
+            todo="restore the version's folder from a backup, or train the version again on a machine with the same "
+            "kind of engine as this one",
         )
 
 

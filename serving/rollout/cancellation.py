@@ -65,7 +65,7 @@ class Cancellation:
         """Run `work` and return its result, cancelling it if cancellation is requested before it finishes.
 
         Raises:
-            SupersededError: cancellation was requested first.
+            SupersededError: cancellation was requested before `work` finished.
         """
         working = asyncio.create_task(work)
         try:
@@ -79,7 +79,7 @@ class Cancellation:
         """Wait for any engine startups to finish, then hold the right to change the engines during the `with` block.
 
         Raises:
-            SupersededError: cancellation was requested first.
+            SupersededError: cancellation was requested before the right was obtained.
         """
         async with AsyncExitStack() as stack:
             for engine in engines:

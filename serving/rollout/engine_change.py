@@ -212,7 +212,7 @@ class EngineChange:
         elif await self._load_again(change, engine) is SwapOutcome.RESTORED:
             engine.weights = weights  # the same as before, by their probes: no new held-out evaluation is due
         elif isinstance(error, SupersededError):
-            raise EngineError(f"the engine could not load {change.current} again", todo="check the engine's log")
+            raise EngineError(f"the engine could not reload {change.current}", todo="check the engine's log")
 
     async def _emptied(self, change: SwapInProgress, engine: Replica) -> Result | None:
         """Drain the engine, and mark its version as unknown.
@@ -307,7 +307,7 @@ class EngineChange:
             started = await self._start_before(change, engine)
             return SwapOutcome.CANCELLED if started else SwapOutcome.FAILED, str(error)
         except Exception as error:  # any error: the engine was stopped
-            log.warning("could not start the engine with %s", change.target, exc_info=error)
+            log.warning("could not start the engine to serve %s", change.target, exc_info=error)
             change.report(f"failed: {_line(error)}")
             return await self._replace_engine(change, engine), str(error) or repr(error)
         self._serve_if_only(change)
@@ -323,7 +323,7 @@ class EngineChange:
         unknown state.
 
         Args:
-            check: function that raises an error if the change must stop.
+            check: function that raises an error if the version change has been cancelled.
         """
         started = time.monotonic()
         await engine.reload(await self.verification.folder(target))

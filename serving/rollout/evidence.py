@@ -28,7 +28,8 @@ from svc.store.swaps import last_queued_s
 _FAILED = {RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR}
 _VERDICTS_S = 10.0
 """Interval, in seconds, at which the verdicts on all signals are recomputed while the overall outcome is undecided.
-Recomputing the verdicts takes 10 ms for 3,000 units (users or conversations); the outcome takes only microseconds."""
+Recomputing the verdicts takes 10 ms for 3,000 units (users or conversations), whereas computing the outcome takes only
+microseconds."""
 _CLOCKS_DIFFER = timedelta(minutes=1)
 """Assumed maximum difference between the clocks of servers that record ratings."""
 _MIN_REQUESTS_FOR_SHARE = 100
@@ -272,15 +273,15 @@ def expectations(store: Store, record: RolloutRecord, kept: int | None = None) -
 
 
 def _takes(requests: float, per_day: int) -> str:
-    """Return text saying how long it takes for the given number of requests to arrive at the rate of the last day."""
+    """Return, as text, how long it takes to receive the given number of requests, based on the last day's traffic."""
     if not per_day:
         return "an unknown time"
     return f"about {timedelta(seconds=round(86_400 * requests / per_day))}"
 
 
 def _units_to_pass(plan: RolloutSettings) -> int:
-    """Return roughly how many users or conversations the candidate must serve in a canary step to rule out a loss, if
-    neither version ever fails.
+    """Return roughly how many users or conversations the candidate must serve for a canary step to pass, if neither
+    version ever fails.
 
     A block without failures multiplies the wealth of the bet with the largest stake by
     1 + stake * margin / (1 - margin); see serving.rollout.analysis.betting.
@@ -310,9 +311,10 @@ def _arm(assigned: AssignedRequest) -> Arm:
 def _request(assigned: AssignedRequest) -> Request | None:
     """Return a request as an observation of its assigned version, or None if it is not evidence about that version.
 
-    Requests refused by the gateway never count. Requests refused by an engine count for both versions: clients' own
-    mistakes cancel out, and a version that refuses requests that the other version answers is detected. If a client
-    disconnects before the first token, the time that it waited is used as its time to the first token.
+    Requests refused by the gateway never count. A request refused by an engine counts as failed, whichever
+    version it was assigned to: clients' own mistakes cancel out, and a version that refuses requests that the other
+    version answers is detected. If a client disconnects before the first token, the time that it waited is used as its
+    time to the first token.
     """
     refused, gone = assigned.outcome is RequestOutcome.REFUSED, assigned.outcome is RequestOutcome.CLIENT_GONE
     if refused and not assigned.reached_engine:

@@ -50,7 +50,7 @@ def choose_deployments(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RefusedError(
             f"these models were given more than once: {', '.join(twice)}",
-            expected="one version of each model",
+            expected="at most one version of each model",
             todo="give each model once; switch to another version with `svc promote`",
         )
     if others:

@@ -66,7 +66,9 @@ class Journal:
         self._writer.submit(self._write, lambda: add_rollout_step(self._store, rollout_id, text), _ATTEMPTS)
 
     def end(self, swap_id: int, result: SwapResult) -> None:
-        """Record a swap's result after its steps. The write is made in the background and retried until it succeeds."""
+        """Record a swap's result. It is written in the background, after the swap's steps, and the write is retried
+        until it succeeds.
+        """
         log.info("swap %d: %s", swap_id, result.outcome)
         self._unwritten[swap_id] = result
         self._writer.submit(self._write_end, swap_id, result)
@@ -114,7 +116,7 @@ class Journal:
     def _write(self, write: Callable[[], None], attempts: int | None = None) -> bool:
         """Write a record and return whether the write succeeded.
 
-        Without `attempts`, the write is retried until `close` gives up.
+        Without `attempts`, the write is retried until it succeeds or `close` times out.
         """
         failures, pause_s = 0, _PAUSE_S
         while True:

@@ -53,7 +53,7 @@ class RolloutOptions:
     direct: bool = False
 
     def plan(self, configured: RolloutSettings) -> RolloutSettings:
-        """Return the configured steps, overridden by these options.
+        """Return the configured steps, except where this object overrides them.
 
         Raises:
             SettingsError: a value is invalid, or the options contradict each other.
@@ -79,7 +79,8 @@ class PromotionRequest:
 
     Attributes:
         format: format to serve, or None to keep the format of the currently desired version.
-        force: whether to promote the version even if a gate refuses it; `reason` says why.
+        force: whether to promote the version even if a gate refuses it.
+        reason: the operator's reason for the promotion, for the audit log.
         steps: steps that override the configured steps.
         dry_run: whether to check the gates without changing anything.
     """

@@ -154,7 +154,7 @@ class Reconciler:
         try:
             return await self.pool.adopt(desired.target, serve)
         except SvcError:
-            log.warning("could not adopt an engine with %s", desired.target, exc_info=True)
+            log.warning("could not adopt a running engine that serves %s", desired.target, exc_info=True)
             return bool(self.pool.members)
 
     async def follow(self) -> None:
@@ -216,7 +216,7 @@ class Reconciler:
     async def change_to(self, desired: Desired) -> SwapResult:
         """Put a desired version into production, or restore the desired state if that fails.
 
-        Every promotion and rollback ends with a call of this method. The result is also recorded in the journal.
+        Every promotion and rollback ends with a call to this method. The result is also recorded in the journal.
         """
         before = self.actual
         swap_id = await retrying(lambda: self.journal.begin(desired))
@@ -298,11 +298,11 @@ class Reconciler:
             await self._restore(desired, before)
 
     async def _restore(self, failed: Desired, before: Desired) -> None:
-        """Make the version that is still being served the desired version again, so that other servers return to it
+        """Change the desired version back to the one that this server still serves, so that other servers return to it
         too.
 
-        If the served version failed on another server, only this server serves it until another version is desired.
-        Otherwise, the two servers would reject each other's versions forever.
+        If that version failed on another server, the desired version is left unchanged: changing it could make the two
+        servers reject each other's versions forever. This server serves its version until another one is desired.
         """
         elsewhere = partial(failed_elsewhere, self.store, before.target, server=self.leadership.server)
         if await asyncio.to_thread(elsewhere):
@@ -342,8 +342,8 @@ class Reconciler:
     async def _correct_previous(self, before: Desired) -> None:
         """Correct the previous version recorded in the desired state.
 
-        A promotion records the previous version when it is requested. If another promotion is still running then, the
-        recorded version may be wrong. If no other change was requested in between, nothing is corrected: either the
+        A promotion records the previous version when it is requested. If another promotion is running at that time,
+        the recorded version may be wrong. If no other change was requested in between, nothing is corrected: either the
         recorded version is already right, or the state was restored after a failed change. Only the leader makes the
         correction, because different servers may have served different versions.
         """

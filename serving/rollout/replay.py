@@ -57,7 +57,8 @@ is not loaded, the value is doubled after each load.
 _MAX_QUIET_S = 300.0
 _POLL_S = 0.25
 _ROWS_PER_COMPARISON = 4
-"""Number of stored requests to look up for each required comparison. Some of them cannot be replayed unchanged."""
+"""Number of stored requests to look up for each required comparison. Not every stored request can be replayed
+unchanged."""
 _ROUTE = Route.CHAT_COMPLETIONS
 
 
@@ -287,7 +288,7 @@ class Replay:
             log.exception("could not read a stored request or store its comparison; retrying")
 
     async def _add(self, pair: ShadowPair | None) -> None:
-        """Store a comparison. None means that the request could not be replayed unchanged."""
+        """Store the comparison of a replayed request. If `pair` is None, only count the request as skipped."""
         if pair is None:
             self._skipped += 1
         else:

@@ -107,7 +107,7 @@ class Reviver:
         """Return whether there is enough memory to start the engine. If not, postpone the start.
 
         During a swap, a second engine or an engine that is being replaced may take up memory. Replicas that were added
-        because of the load may no longer fit when the model wakes up.
+        to handle the load may no longer fit when a sleeping model wakes up.
         """
         grown = self.pool.size > self.slots.first_engines(self.target().version.name)
         if not self.pool.others and not grown:
@@ -140,10 +140,10 @@ class Reviver:
 
 
 async def start_engine(engine: Replica, target: Target) -> str | None:
-    """Start a member's engine. Return the reason for a failure, or None on success."""
+    """Start the engine of a pool member. Return the reason for a failure, or None on success."""
     try:
         await engine.start(target)
     except Exception as error:  # any error: it may be temporary
-        log.exception("could not start the engine with %s", target)
+        log.exception("could not start the engine to serve %s", target)
         return str(error) if isinstance(error, SvcError) else repr(error)
     return None

@@ -81,8 +81,8 @@ _RESULT_S = 2.0
 """Seconds that a server may take to record why its swap failed, after it has made the previous version the desired
 version again."""
 _STOP_TIMEOUT_S = 45.0
-"""Maximum time to load the production version again when the server stops, in seconds. The service manager waits
-for this load."""
+"""Longest time, in seconds, that a stopping server waits for an interrupted replay to load the production version
+again. The service manager allows a longer time to stop."""
 _MAX_REFERENCES = 200
 
 
@@ -265,7 +265,11 @@ class _Run:
         except SupersededError:
             raise
         except Exception as error:  # any other defect, too: production answers, and other servers continue the rollout
-            log.warning("%s no longer serves clients of this server", self._record.target, exc_info=error)
+            log.warning(
+                "this server cannot route clients to %s; production answers all clients",
+                self._record.target,
+                exc_info=error,
+            )
             await self._unload()
             self._report(f"{address}: {self._record.previous} serves all clients of this server: {error}")
         while not self._must_act:
@@ -542,8 +546,8 @@ class _Run:
                 raise StoppedError(RolloutOutcome.CANCELLED, why)
 
     async def _continue_switch(self) -> None:
-        """Swap to the candidate, which is already the desired version. The server may have been restarted in the
-        meantime.
+        """Swap to the candidate, which is already the desired version. The server may have been restarted since the
+        candidate became the desired version.
 
         Raises:
             StoppedError: the swap failed, or another version became the desired version.
@@ -622,11 +626,11 @@ class _Run:
         """Check that this server has led the rollout without interruption.
 
         Raises:
-            LeaseLostError: this server does not lead the rollout, or another server may have led it in the meantime.
+            LeaseLostError: this server does not lead the rollout, or another server may have taken it over.
         """
         leadership = self._parts.leadership
         if self._watch.lapsed or leadership.lease(self._parts.names.name) != self._lease:
-            raise LeaseLostError("another server may have led the rollout in the meantime")
+            raise LeaseLostError("another server may have taken over the rollout in the meantime")
 
     def _split_of(self, record: RolloutRecord) -> Split | None:
         """Return how clients are split between the two versions in the rollout's current state, or None if production
@@ -646,7 +650,7 @@ class _Run:
 
 
 async def retrying(call: Callable[[], Result]) -> Result:
-    """Call a function that accesses the store, in a thread. Retry until the store responds, and return the result."""
+    """In a thread, call a function that accesses the store. Retry until the store responds, and return the result."""
     while True:
         try:
             return await asyncio.to_thread(call)
@@ -658,8 +662,8 @@ async def retrying(call: Callable[[], Result]) -> Result:
 def _is_passed(units: int, look: Look) -> bool:
     """Return whether a step has passed.
 
-    A step passes once enough units (users, conversations or single requests) have been observed, and it has been ruled
-    out for every signal that the candidate is worse than production by more than the margin.
+    A step passes once enough units (users, conversations or single requests) have been observed, and every signal
+    with data shows that the candidate is not worse than production by more than the margin.
     """
     return look.units >= units and look.is_passed
 

@@ -88,7 +88,7 @@ class RolloutWatch:
         return Reading(began, desired, record or self.seen)  # rollouts are never deleted
 
     def renew(self, reading: Reading) -> RolloutRecord:
-        """Reset `lapsed`, adopt a new reading of the state, and return the rollout."""
+        """Set `lapsed` to False, update the state from a new reading, and return the rollout."""
         self.lapsed = False
         self._note(reading)
         return self.seen

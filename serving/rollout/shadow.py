@@ -185,7 +185,7 @@ class Shadow:
 
 
 def compared(copy: Copy, answer: "CopyAnswer", seconds: float, *, expects_json: bool) -> ShadowPair:
-    """Return the comparison of both versions' answers to a request, as it is stored.
+    """Compare both versions' answers to a request, and return the comparison to store.
 
     Args:
         seconds: time until the candidate's answer was complete.
@@ -256,7 +256,7 @@ class CopyAnswer:
     usage: Usage | None = None
 
     async def read(self, http: EngineConnections, engine_model: str, copy: Copy) -> None:
-        """Send the copy to an engine, and read the answer.
+        """Send a copy of a request to an engine, and read the answer.
 
         Args:
             engine_model: the version's name in the engine.

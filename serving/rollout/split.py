@@ -16,7 +16,7 @@ class Mirror(Protocol):
     """Receives finished production requests, in order to send copies of them to the candidate."""
 
     def wants(self) -> bool:
-        """Return whether the next request should be offered for copying."""
+        """Return whether `offer` should be called when the next request has finished."""
 
     def offer(self, route: Route, payload: bytes, answer: list[bytes], record: RequestRecord) -> None:
         """Accept a finished request or drop it. Returns immediately.
@@ -56,7 +56,7 @@ class Split:
         rollout: id of the rollout. In different rollouts, different users are assigned to the candidate first.
         share: share of users or conversations that the candidate answers, from 0 to 1.
         expects_json: whether the model's answers should be JSON.
-        by_request: whether each request is assigned independently.
+        by_request: whether each request is assigned at random, even if its user or conversation is known.
         mirror: object that receives finished production requests, or None if there is no shadow step.
     """
 
@@ -70,7 +70,7 @@ class Split:
         """Assign a request to a version.
 
         Args:
-            who: user or conversation. If empty (unknown), the request is assigned independently.
+            who: user or conversation. If empty (unknown), the request is assigned at random.
             draw: function that returns a random number from 0 to 1, excluding 1.
         """
         if who and not self.by_request:

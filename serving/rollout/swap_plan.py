@@ -54,8 +54,8 @@ class SwapPlanner:
         choice: setting that determines whether to start a second engine even if an in-place reload is possible.
         slots: engine slots, used to check whether there is memory for another engine and which capabilities it would
             have.
-        patience_s: longest time to wait for engines that are being stopped to free their memory, and for engines that
-            are being started to allocate theirs, in seconds.
+        patience_s: longest wait, in seconds, until engines that are stopping have freed their memory and engines that
+            are starting have allocated theirs.
     """
 
     registry: Registry

@@ -74,7 +74,7 @@ _positive = click.IntRange(1, 1_000_000)
     type=_Number(0, 5),
     default=0.0,
     show_default=True,
-    help="Coefficient of variation of both lengths: standard deviation divided by mean.",
+    help="Coefficient of variation (standard deviation divided by mean) of prompt lengths and of answer lengths.",
 )
 @click.option("--p95", type=_Seconds(), metavar="TIME", help="Time within which 95% of the answers must be complete.")
 @click.option(

@@ -96,7 +96,7 @@ class LoadClient:
         if count != tokens:
             raise EngineError(
                 f"{self.model} answered with {count} tokens",
-                expected=f"{tokens} tokens, because the request sets `ignore_eos`",
+                expected=f"an answer of exactly {tokens} tokens, because the request sets `ignore_eos`",
             )
         return Answered(first, last, count)
 
@@ -147,8 +147,8 @@ async def _step_s(client: LoadClient, prompt: list[int], answer: int, running: i
 
 
 def levels(concurrency: int) -> list[int]:
-    """Return the numbers of running answers to measure: powers of two below `concurrency`, and `concurrency`
-    itself.
+    """Return the numbers of simultaneous answers at which step times are measured: powers of two below `concurrency`,
+    and `concurrency` itself.
     """
     return sorted({concurrency, *(2**power for power in range(10) if 2**power < concurrency)})
 
@@ -163,17 +163,16 @@ async def server_client(endpoint: Endpoint) -> AsyncIterator[LoadClient]:
 
 @asynccontextmanager
 async def engine_client(settings: Settings, target: Target) -> AsyncIterator[LoadClient]:
-    """Start an engine for a version, and yield a client for it. The engine is stopped when the context ends.
+    """Start an engine for measuring a version, and yield a client for it. The engine is stopped when the context ends.
 
     Raises:
-        BusyError: a server is running in this home folder, and its engines would share the machine with the measured
-            engine.
+        BusyError: a server is running in this home folder, and its engines would distort the measurement.
         EngineError: the engine could not be started.
     """
     if holder := lock_holder(settings.home / LOCK_FILE):
         raise BusyError(
             f"a server is running on {settings.home}",
-            expected="a machine without other engines",
+            expected="a machine on which no other engine runs",
             todo=f"measure the server itself: svc plan --measure {holder.get('url', 'http://HOST:PORT')}/v1#NAME",
         )
     capabilities = read_capabilities(settings.home)

@@ -22,7 +22,7 @@ _TYPICAL = (
     (32, 64, 40, 8, 128),
     (70, 80, 64, 8, 128),
 )
-"""Dimensions assumed for a model of similar size. Each row has billions of parameters, and numbers of layers, heads,
+"""Dimensions assumed for a model of similar size. The columns are the parameters (in billions), layers, heads,
 key-value heads and dimensions per head. The models are Qwen 2.5 0.5B and 32B, Llama 3 1B to 70B, and phi-4 (14B)."""
 _TIED_BY_DEFAULT = ("gemma", "smollm3")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")

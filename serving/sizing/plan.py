@@ -60,7 +60,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class RolloutEffect:
-    """Latency of the requests that arrive while the replicas reload their weights one after another.
+    """Latency of the requests that arrive while the replicas load new weights one after another.
 
     Attributes:
         reload_s: assumed duration of a reload, in seconds.
@@ -134,7 +134,7 @@ def make_plan(
         spread = f" (95% of them within {idle[1].p95:.2f} s)" if workload.spread else ""
         raise SettingsError(
             f"--p95 is {p95_s:g} s, but an answer takes {idle[0].p50:.2f} s on an idle replica{spread}",
-            expected="a larger --p95; more replicas do not make a single answer faster",
+            expected="a higher value for --p95; more replicas do not make a single answer faster",
             todo="ask for shorter answers, or choose a faster GPU or a smaller model",
         )
     count = min(_MAX_REQUESTS, max(_MIN_REQUESTS, int(workload.rps * p95_s * _HORIZON)))

@@ -128,7 +128,7 @@ class MeasuredTimes(BaseModel):
 
 
 def _interpolated(points: tuple[Point, ...], count: int) -> float:
-    """Return the time for a count, by linear interpolation between the points or extrapolation beyond them."""
+    """Return the time for a number of answers or tokens (`Point.count`), by linear interpolation or extrapolation."""
     if len(points) == 1:
         return points[0].seconds
     right = min(max(1, bisect_left([point.count for point in points], count)), len(points) - 1)
@@ -163,7 +163,7 @@ class Roofline:
 
     @property
     def step_tokens(self) -> int:
-        """Maximum number of tokens in one step."""
+        """Maximum number of tokens in one engine step."""
         large = self.gpu.memory_gib >= _LARGE_MEMORY_GIB and "A100" not in self.gpu.label
         return _LARGE_STEP_TOKENS if large else _STEP_TOKENS
 

@@ -168,8 +168,8 @@ class _Replica:
 
 @dataclass(eq=False)
 class _Rollout:
-    """A rolling swap. One replica after another stops receiving requests, finishes the running ones, and reloads its
-    weights.
+    """A rolling swap. One replica after another stops receiving requests, finishes those it is running, and loads
+    the new weights.
     """
 
     begins: float
@@ -207,7 +207,7 @@ def simulate(requests: Sequence[Request], replicas: int, times: StepTimes, limit
 def simulate_rollout(
     requests: Sequence[Request], replicas: int, times: StepTimes, limits: Limits, *, reload_s: float
 ) -> tuple[Sequence[Request], float]:
-    """Simulate answering all requests while the replicas reload their weights in turn.
+    """Simulate answering all requests while the replicas load new weights in turn.
 
     Returns:
         The requests that arrived during the rollout, and its duration in seconds.

@@ -121,9 +121,10 @@ class FeatureProcess:
         self._arrived.set()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Store queued records for up to `timeout_s` seconds (default: `_CLOSE_S`), then stop the process.
+        """Wait until the features of queued records are stored, then stop the process.
 
-        Records not stored in time are lost.
+        After `timeout_s` seconds (default: `_CLOSE_S`), the process is stopped in any case, and the remaining features
+        are lost.
         """
         self._closing.set()
         self._arrived.set()

@@ -30,8 +30,8 @@ CLIENT_GONE_STATUS = 499
 sent."""
 UNKNOWN_MODEL = "unknown"
 IDLE_VERSION_TIMEOUT_S = 24 * 3600.0
-"""Seconds without requests after which the series of a version that is not served are removed. With 300
-versions, the metrics page had grown to 2 MB."""
+"""Seconds without requests after which an unserved version's metrics are removed. Without this limit, the metrics page
+grew to 2 MB with 300 versions."""
 _NOT_COMPLETIONS = {
     ErrorCode.PERMISSION_DENIED,
     ErrorCode.TOO_MANY_WRONG_KEYS,
@@ -81,7 +81,7 @@ class GatewayMetrics:
     Attributes:
         rows_stored: function that counts rows written to the store.
         spans_sent: function that counts spans accepted by the receiver.
-        loop_lagged: function called with the delay with which the event loop woke up a task, in seconds.
+        loop_lagged: function that records how late the event loop woke up a task, in seconds.
     """
 
     def __init__(self, registry: CollectorRegistry, *, clock: Callable[[], float] = time.monotonic) -> None:

@@ -118,7 +118,7 @@ class RequestLog:
         self._thread.start()
 
     def wants_content(self) -> bool:
-        """Return whether to store a request's prompt and answer, chosen at random according to `content_share`."""
+        """Decide at random, according to `content_share`, whether to store a request's prompt and answer."""
         share = self.settings.content_share
         return share > 0 and random.random() < share  # noqa: S311 - a sample, no secret
 

@@ -52,7 +52,7 @@ class UsageWriter:
         self._reads = True
 
     async def run(self) -> None:
-        """Write and read the counts periodically until cancelled."""
+        """Periodically write the usage counts to the store and read those of other servers, until cancelled."""
         while True:
             try:
                 await self.exchange()

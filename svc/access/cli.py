@@ -45,7 +45,7 @@ def keys() -> None:
     "expires_at",
     type=time_to_come,
     metavar="TIME",
-    help="Expiry time in UTC, for example 90d or 2026-12-31.  [default: never]",
+    help="Expiry: a date (UTC) such as 2026-12-31, or a duration from now such as 90d.  [default: never]",
 )
 @click.option("--requests-per-minute", type=_count, metavar="N", help="Limit on requests per minute.")
 @click.option("--tokens-in-per-minute", type=_count, metavar="N", help="Limit on prompt tokens per minute.")

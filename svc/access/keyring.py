@@ -137,9 +137,7 @@ def _check(name: str | None, models: frozenset[str] | None, expires_at: datetime
             wrong = f"{model!r} is not a valid model name"
             raise SettingsError(wrong, expected="a name without a version, for example tickets")
     if expires_at is not None and expires_at <= now:
-        raise SettingsError(
-            f"the expiry time {expires_at.isoformat()} is in the past", expected="a future time, such as 90d"
-        )
+        raise SettingsError(f"the expiry time {expires_at.isoformat()} is in the past", expected="a time in the future")
 
 
 def key_row(key: Key) -> dict[str, Any]:

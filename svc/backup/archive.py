@@ -107,11 +107,11 @@ class Archive:
         write_whole(self.folder(snapshot) / _RECORD_FILE, snapshot.model_dump_json(indent=1).encode("utf-8"))
 
     def folder(self, snapshot: Snapshot) -> Path:
-        """Return the folder that contains a snapshot's own files."""
+        """Return the folder of a snapshot's files, except those that snapshots share: versions and clients' files."""
         return self._snapshots / snapshot.name
 
     def version(self, version: VersionId) -> Path:
-        """Return the folder in which a version's copy is stored. The folder may not exist yet."""
+        """Return the path of the archive's copy of a version. The folder may not exist yet."""
         return self.models / version.name / str(version.number)
 
     def contents_of(self, snapshot: Snapshot) -> tuple[FileContent, ...]:

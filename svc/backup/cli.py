@@ -125,7 +125,7 @@ def restore(
     if unused and revoke_keys:
         raise RefusedError(
             f"the keys of snapshot {snapshot.name} would not be used, because store.url names another store",
-            todo="restore without --revoke-keys, or without store.url",
+            todo="restore without --revoke-keys, or remove store.url from the settings",
         )
     keys: dict[str, Any] = {}
 
@@ -222,6 +222,6 @@ def _confirm_keys(keys: "RestoredKeys", *, asks: bool) -> None:
         return
     names = ", ".join(f"{key.principal.name} ({key.id})" for key in keys.valid)
     raise RefusedError(
-        f"the restore would make these keys valid, which nobody has confirmed: {names}",
+        f"the restore needs confirmation, because these keys would be valid afterwards: {names}",
         todo="add --yes to accept all of these keys, or --revoke-keys to revoke them",
     )

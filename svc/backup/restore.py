@@ -1,7 +1,8 @@
 """Creates a home folder from a snapshot. Databases are restored last, so there is nothing to serve until then.
 
-The store is first copied to a separate folder, where keys are revoked, so that the restored home never
-accepts a revoked key. The home's lock keeps servers out during the restore.
+The store is first copied to a separate folder. In this copy, all keys that are revoked in a newer snapshot (or, on
+request, all keys) are revoked, so that the restored home never accepts them. The home's lock keeps servers out during
+the restore.
 """
 
 import logging
@@ -34,12 +35,12 @@ _NO_CONTENT = {LOCK_FILE, _MARK, _ASIDE, "lost+found"}
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """A restore of one home folder from an archive.
+    """Restores a home folder from a snapshot in an archive.
 
     Attributes:
         home: path of the home folder to create.
-        revoke_keys: whether to revoke all of the snapshot's keys.
-        on_keys: function called with the keys before anything is copied into the home folder. An exception
+        revoke_keys: whether to revoke all API keys that the snapshot contains.
+        on_keys: function called with the restored API keys before anything is copied into the home folder. An exception
             aborts the restore.
     """
 
@@ -84,7 +85,7 @@ class Restore:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _put_aside(self, snapshot: Snapshot, aside: Path) -> RestoredKeys:
-        """Copy the store to a separate folder, and revoke keys in that copy."""
+        """Copy the store to a separate folder, and revoke keys in that copy (see `settle_keys`)."""
         shutil.rmtree(aside, ignore_errors=True)  # of a restore that was killed
         aside.mkdir(mode=0o700)
         copy_file(self.archive.folder(snapshot) / STORE_FILE, aside / STORE_FILE)

@@ -1,1 +1,1 @@
-"""Contents of clients' files, which clients upload or the server writes as results."""
+"""Contents of clients' files: those that clients upload, and the results that the server writes for them."""

@@ -69,7 +69,7 @@ class ClientFiles:
 
     @classmethod
     def of(cls, settings: Settings, store: Store) -> "ClientFiles":
-        """Return the clients' files in the home folder given in the settings.
+        """Return a `ClientFiles` for the home folder and the object store given in the settings.
 
         Raises:
             SettingsError: there is an object store, but its client is not installed.

@@ -1,7 +1,7 @@
 """Checks the contents of a client's file. `python -m svc.client_files.content_check PURPOSE PATH` prints a ContentCheck
 as JSON.
 
-The server runs this in its own process, with limits on memory, time and disk space, because a file can contain
+The server runs this in a separate process, with limits on memory, time and disk space, because a file can contain
 anything.
 """
 

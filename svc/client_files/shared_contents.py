@@ -133,8 +133,8 @@ class SharedContents:
         return path
 
     def remove_copies(self, store: Store) -> None:
-        """Delete copies of files that the store no longer contains, and copies that are not needed and have not been
-        used for a day.
+        """Delete the local copy of each file that no longer exists in the store. Also delete copies that no unfinished
+        job or batch needs and that have not been used for a day.
         """
         names = [path.name for path in self._folder.iterdir()]
         whole = [name for name in names if not name.startswith(".")]

@@ -135,10 +135,9 @@ class ClientUploads:
         return len(ids)
 
     def remove_unknown(self) -> int:
-        """Delete parts that remain after a crash although their upload has ended or is unknown. Return the number of
-        deleted parts.
+        """Delete the parts of uploads that have ended or are unknown, and return the number of deleted parts.
 
-        Parts that are being written or are less than an hour old are skipped.
+        Such parts can be left behind by a crash. Parts that are being written or are less than an hour old are skipped.
         """
         folders = list(self._folder.iterdir())  # first: an upload that begins later is not in them
         pending = pending_uploads(self._store)

@@ -24,7 +24,9 @@ def data() -> None:
 
 @data.command()
 @click.argument("files", nargs=-1, required=True)
-@click.option("--heldout", metavar="FILE", help="File of held-out examples, which FILES must not contain.")
+@click.option(
+    "--heldout", metavar="FILE", help="File of held-out examples; FILES must not contain any of these examples."
+)
 @click.option(
     "--base",
     type=click.Path(path_type=Path),
@@ -44,7 +46,7 @@ def check(
 ) -> None:
     """Report problems by line number. The exit code is 1 if any line cannot be trained on.
 
-    FILES are files, folders or hub datasets (hf:ORG/NAME) to train on together.
+    FILES are files, folders or hub datasets (hf:ORG/NAME) that you will use in the same training run.
     """
     from svc.dataset.checks.base_tokenizer import BaseTokenizer
     from svc.dataset.checks.check import check_files

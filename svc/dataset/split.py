@@ -26,7 +26,8 @@ from svc.dataset.stored_examples import select
 from svc.errors import DataError
 
 _FEW_TOGETHER = 4
-"""Up to this many examples with the same opening are treated as one conversation, however small the data set is."""
+"""Up to this many examples with the same opening (see `_openings`) are always treated as one conversation, even if
+fewer examples will be held out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ class StoredExamples(Sequence[ChatExample]):
     def joined(self, parts: Iterable[Sequence[ChatExample]]) -> "StoredExamples":
         """Return the examples of all parts as one sequence, in order.
 
-        Examples that are not yet in the file of this object are added to it.
+        Examples that are not yet in this object's file are appended to the file.
         """
         shared = (
             part._places if isinstance(part, StoredExamples) and part._store is self._store else self._store.add(part)

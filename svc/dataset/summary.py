@@ -20,7 +20,7 @@ from svc.files.json_file import read_record
 DATA_SUMMARY_FILE = "data_summary.json"
 """Name of the summary file in a version's reference folder."""
 _EDGES = sorted({round(1.25**power) for power in range(100)})
-"""Histogram edges in characters, rounded to whole numbers so that no bar is too narrow to contain a length."""
+"""Histogram edges in characters. They are distinct whole numbers, so every bar covers at least one possible length."""
 
 
 class _Record(BaseModel):

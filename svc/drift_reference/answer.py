@@ -2,7 +2,7 @@
 requires.
 
 The length, finish reason and likelihood of an answer depend on how it was sampled, and held-out answers are generated
-with greedy sampling. These three features are therefore compared only for live answers at temperature 0. Otherwise,
+with greedy decoding. These three features are therefore compared only for live answers at temperature 0. Otherwise,
 every client with a higher temperature would look like drift. Each held-out example has its own token limit, derived
 from its reference answer. Live prompts have no reference, so live answers are treated as if they had been truncated at
 the highest of these limits.
@@ -49,11 +49,11 @@ class AnswerFeature(StrEnum):
     REFUSAL = "refusal"
     """Whether the answer starts like a refusal in English."""
     VALID_JSON = "valid_json"
-    """Whether the answer is JSON. Used only if all held-out references are JSON, and only for answers that the model
-    ended within the highest token limit among the held-out examples."""
+    """Whether the answer is JSON. Used only if all held-out references are JSON, and only for complete answers that
+    are no longer than the highest token limit among the held-out examples."""
     LABEL = "label"
     """The answer if it is one of the labels, otherwise `other`. Used only if the references consist of a few labels,
-    and only for answers that the model ended within the highest token limit among the held-out examples."""
+    and only for complete answers that are no longer than the highest token limit among the held-out examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class AnswerSampler:
 
 
 def is_greedy(temperature: float | None, max_tokens: int | None, cut: int) -> bool:
-    """Return whether a request used greedy sampling, as held-out requests do, with a high enough token limit.
+    """Return whether a request used greedy decoding, as held-out requests do, with a high enough token limit.
 
     Args:
         temperature: temperature in the request, or None for the model's own default, which is rarely 0.

@@ -21,8 +21,8 @@ MAX_SAMPLED = 500
 """Maximum number of examples in the sample, which is five times the largest number of live requests that are
 compared with it. With a larger sample, each test would take longer without detecting any shift sooner."""
 _SHARE = 0.5
-"""Fraction of the examples that is drawn for the sample. If there are few examples, a larger fraction would leave too
-few for fitting the text space, and with a smaller fraction, only few live requests could be compared at a time."""
+"""Fraction of the examples to draw for the sample. This matters if there are few examples: a larger sample would leave
+too few for fitting the text space, and a smaller one would limit how many live requests can be compared at a time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from svc.store.requests import RequestRecord
 
 
 class ItemMaker:
-    """Creates drift items from requests to one version in one format.
+    """Creates a drift item from each request to a version that was served in a given format.
 
     Raises:
         NotFoundError: the version has no prompts to compare with.

@@ -67,9 +67,9 @@ class PromptSampler:
         self._space = space
 
     def sample(self, prompts: Sequence[Prompt]) -> Sample:
-        """Return the features and the embedding views of the given prompts.
+        """Return the features and the text embeddings of the given prompts.
 
-        Only the beginning and end of a long text are used (see `head_and_tail`), except to measure its length.
+        Only the beginning and end of a long text are used (see `head_and_tail`), but its length is measured in full.
         """
         texts = [head_and_tail(prompt.text) for prompt in prompts]
         word_lists = [_WORD.findall(text.lower()) for text in texts]

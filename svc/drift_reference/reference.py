@@ -43,7 +43,7 @@ class Reference:
         answers: answers to the held-out examples, or None if the version has no stored answers.
         missing: the reason why `prompts` or `answers` is None.
         words: `KeyedHash.words` of each prompt.
-        hashes: the home folder's hash function for words and conversations of live prompts.
+        hashes: hashes the words and conversations of live traffic, with the home folder's key.
     """
 
     prompt_sampler: PromptSampler | None

@@ -42,7 +42,7 @@ class Sample:
         categories: Mapping[Feature, Sequence[str]],
         views: tuple[Floats, ...] = (),
     ) -> "Sample":
-        """Build a sample from lists of values. A number that is None counts as missing."""
+        """Build a sample from lists of values. None in `numbers` marks a missing value."""
         return cls(
             size,
             {str(name): np.asarray(values, dtype=np.float64) for name, values in numbers.items()},

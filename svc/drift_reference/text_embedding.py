@@ -1,7 +1,8 @@
 """A text embedding that maps prompts to vectors by topic, fitted on a version's examples.
 
-A prompt has two views: its position among the examples' prompts (latent semantic analysis of character n-grams,
-Deerwester et al. 1990), and the predicted position of its answer (a ridge regression on the position of the prompt).
+A prompt has two views: its coordinates in a space fitted to the examples' prompts (latent semantic analysis of
+character n-grams, Deerwester et al. 1990), and the predicted coordinates of its answer in a space fitted to the
+examples' answers (a ridge regression on the prompt's coordinates).
 With the second view, detecting a topic change that matters to the task takes only about two thirds as many prompts.
 Lipton et al. 2018 and Rabanser et al. 2019 found a similar gain with a classifier's outputs.
 
@@ -47,7 +48,7 @@ _BUCKETS = 2**14
 _WORD_BUCKETS = 2**20
 _AXES = 256
 _TOPIC_AXES = 64
-"""Number of axes of a prompt's topic vector. The position of the prompt's answer is predicted from all `_AXES` axes."""
+"""Number of axes of a prompt's topic vector. The vector of the prompt's answer is predicted from all `_AXES` axes."""
 _ANSWER_AXES = 32
 _RIDGE = 0.3
 _MAX_EXAMPLES = 5_000
@@ -64,10 +65,10 @@ class Embedding:
     """The vectors of a list of prompts.
 
     Attributes:
-        topic: array of shape (prompts, axes), with each prompt's position among the prompts that the map was
-            fitted on.
-        answer: array of shape (prompts, axes), with the predicted position of each prompt's answer. The array has no
-            axes if all the answers that the map was fitted on are the same.
+        topic: array of shape (prompts, axes), with each prompt's coordinates in the space fitted to the
+            examples' prompts.
+        answer: array of shape (prompts, axes), with the predicted coordinates of each prompt's answer in the
+            space fitted to the examples' answers. The array has no axes if all those answers are the same.
     """
 
     topic: Floats

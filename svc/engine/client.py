@@ -206,7 +206,7 @@ class EngineClient:
     async def chat(
         self, messages: Sequence[Message], *, max_tokens: int, tools: Sequence[str] = (), find_calls: bool = False
     ) -> Answer:
-        """Generate the answer to a prompt with greedy sampling.
+        """Generate the answer to a prompt with greedy decoding.
 
         Args:
             tools: tool definitions for the prompt, each as JSON text.

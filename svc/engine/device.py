@@ -72,7 +72,7 @@ class TorchGpu(BaseModel):
 
     Attributes:
         compute_capability: CUDA compute capability, for example (9, 0) for Hopper.
-        bfloat16: whether the hardware supports bfloat16 products, as Ampere and later GPUs do.
+        bfloat16: whether the hardware can compute matrix products in bfloat16, as Ampere and later GPUs can.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

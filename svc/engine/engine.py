@@ -83,11 +83,11 @@ class LastingEngine(Engine, Protocol):
         """
 
     async def wake(self) -> None:
-        """Wake the engine, which moves its weights back to its GPU. The caller must then verify the loaded weights.
+        """Wake the engine and move its weights back to its GPU. The caller must then verify the loaded weights.
 
         Raises:
             EngineError: the engine could not be woken up and is no longer usable.
         """
 
     async def leave(self) -> None:
-        """Detach from the engine and leave it running for a later server."""
+        """Detach from the engine and leave it running, so that a server that starts later can adopt it."""

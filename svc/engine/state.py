@@ -13,7 +13,7 @@ class EngineState(StrEnum):
     RETIRING = "retiring"
     """Replaced by another engine, but still finishing its last requests."""
     IDLE = "idle"
-    """Stopped or asleep after a time without requests. The next request starts or wakes it."""
+    """Stopped or put to sleep after a period without requests. The next request starts or wakes it."""
     STOPPED = "stopped"
     FAILED = "failed"
 

@@ -1,1 +1,1 @@
-"""Evaluates a model's answers to examples through the same endpoint that serves clients."""
+"""Evaluates a model on examples, using the same endpoint that serves clients."""

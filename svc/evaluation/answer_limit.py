@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from svc.dataset.schema.tokenized_example import TokenizedExample
 
 REFERENCE_FACTOR = 1.5
-"""Factor by which the length of the reference is multiplied. A correct answer in different words may be 1.5 times as
-long."""
+"""Token limit of an answer, as a multiple of its reference's length, before `SPARE_TOKENS` are added. A correct answer
+in different words may be 1.5 times as long as the reference."""
 SPARE_TOKENS = 16
-"""Tokens added to the limit because references may be short. For a label of a few tokens, 1.5 times its length would
-leave too little room for different wording, and with some templates the model ends an answer with more than one
+"""Tokens added to each answer's limit. For a short reference, such as a label of a few tokens, `REFERENCE_FACTOR` alone
+would leave too little room for different wording. Also, with some templates the model ends an answer with more than one
 token."""
 
 

@@ -22,6 +22,7 @@ def check_call_parser(examples: Sequence[ChatExample], arguments: Sequence[str])
     if count and not parses_calls(arguments):
         raise SettingsError(
             f"{count} of {len(examples)} held-out answers call tools, but engine.args sets no tool-call parser",
-            expected='args: ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"] under engine',
-            todo="look up the base model's parser in vLLM's docs on tool calling; svc serve also needs these arguments",
+            expected='engine.args such as ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]',
+            todo="look up the base model's parser in vLLM's docs on tool calling, and set it in engine.args; svc serve "
+            "needs the same arguments",
         )

@@ -23,7 +23,7 @@ from svc.evaluation.metrics.tokens import CutOff, Nll
 from svc.evaluation.results import ExampleResult
 
 SHOWN = 20
-"""Maximum number of examples for which the two answers are shown side by side."""
+"""Maximum number of examples for which both models' answers are shown side by side."""
 _MIN_DIFFERENT = 6
 """Minimum number of examples with different scores. With fewer such examples, all of them would favor the same model by
 chance in more than one in twenty comparisons."""

@@ -50,7 +50,7 @@ def mean(values: Sequence[float], weights: Sequence[float] | None = None) -> Int
     """Return the mean of the values with its bootstrap interval.
 
     Args:
-        weights: weight of each value, or None for equal weights. Not all of them may be 0. A resample draws
+        weights: weight of each value, or None for equal weights. At least one must be nonzero. A resample draws
             each value together with its weight.
 
     Raises:

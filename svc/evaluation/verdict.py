@@ -1,4 +1,4 @@
-"""A gate's verdict: whether a loss is within the allowed margin, beyond it, or undecided.
+"""A gate's verdict on a loss of quality: within the allowed margin, beyond it, or undecided.
 
 With few examples, a gate that rejects only a proven loss would pass a bad version: losing 12 of 27 right answers in a
 set of 60 questions does not prove a loss of more than 0.1. A pass must therefore be proven too. The third outcome,
@@ -48,7 +48,7 @@ class _Record(BaseModel):
 
 
 class Verdict(_Record):
-    """Result of comparing a loss with the allowed margin.
+    """Result of comparing a loss of quality with the allowed margin.
 
     Attributes:
         loss: how much worse the second model is, with its 95% interval; negative if it is better.
@@ -104,7 +104,7 @@ class GateReport(_Record):
 
 
 def judge(loss: Interval, margin: float, examples: int, *, fewest: int = 1) -> Verdict:
-    """Return the verdict on a loss.
+    """Return the verdict on whether a loss of quality is within the allowed margin.
 
     The number of examples needed for a decision is computed with the normal approximation in
     svc.sample_size. Its inputs are the distance between the loss and the margin, and the variance implied by

@@ -124,7 +124,9 @@ def _evaluation(report: Report, format: Format) -> str:
 
 
 def _data(report: Report) -> str:
-    """Return the section with the number and hash of the examples in each split."""
+    """Return the model card's section on the data: the number of examples in each split and, except for validation,
+    their hash.
+    """
     data = report.manifest.data
     rows = [
         ["held out", f"{data.heldout_examples:,}", f"`{data.heldout_fingerprint}`"],
@@ -140,7 +142,7 @@ def _data(report: Report) -> str:
 
 
 def _recipe(recipe: Mapping[str, Any]) -> str:
-    """Return the section with the training options and, for a combined adapter, its parts."""
+    """Return the model card's section on training: the options and, if adapters were combined, a list of them."""
     text = ""
     if parts := _combined(recipe):
         combine = recipe["adapter"]["combine"]
@@ -173,7 +175,7 @@ def training_options(recipe: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _combined(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the weight and name of each combined adapter. Names of adapters that are not on the Hub are omitted."""
+    """Return the weight and name of each adapter that the recipe combines. An adapter not on the Hub is not named."""
     parts = ((recipe.get("adapter") or {}).get("combine") or {}).get("adapters", ())
     names = [part["adapter"] if _HUB_ID.fullmatch(part["adapter"]) else "an adapter not on the Hub" for part in parts]
     return [f"{part['weight']:g} times {name}" for part, name in zip(parts, names, strict=True)]

@@ -188,7 +188,7 @@ def check_destination(api: "HfApi", repo: str, version: VersionId, *, public: bo
         raise RefusedError(
             f"{repo} already has {f'{len(files)} files, such as {files[0]}' if files else f'the tag {tag}'}",
             expected="a new or empty repository",
-            todo="add --replace to replace its content with one commit, or choose another name",
+            todo="add --replace to replace the repository's files in one commit, or choose another repository",
         )
     return Destination(repo, is_public, exists=True, commit=info.sha, files=files, tag=tag, has_tag=has_tag)
 
@@ -216,7 +216,9 @@ def upload(api: "HfApi", destination: Destination, files: list[UploadFile], vers
         if not destination.exists:
             api.create_repo(repo, private=not destination.public)
             if not destination.public and not api.model_info(repo).private:  # a server that does not know the option
-                raise RefusedError(f"{repo} was created, but everyone can read it", todo="delete it, or add --public")
+                raise RefusedError(
+                    f"{repo} was created, but everyone can read it", todo="delete the repository, or add --public"
+                )
         progress = nullcontext() if console.is_terminal else waiting(f"Uploading {version} to {repo}")
         with progress:  # on a terminal, huggingface_hub shows bars
             commit = api.create_commit(
@@ -258,7 +260,7 @@ def _rejection(repo: str, status: int, reason: str) -> SvcError:
         )
     if status == 403:
         return PermissionDeniedError(
-            f"the token may not write to {repo}: {reason}", todo=f"create a token with write access to {repo}"
+            f"the token has no write access to {repo}: {reason}", todo=f"create a token with write access to {repo}"
         )
     if status == 412:
         return RefusedError(

@@ -63,7 +63,7 @@ def is_hash_of(stored: str, hashed: str) -> bool:
 
 
 def _checksum(text: str) -> str:
-    """Return the CRC-32 of a text in base 62."""
+    """Return the CRC-32 checksum of the text, as a base-62 number."""
     rest, letters = binascii.crc32(text.encode("ascii")), ""
     for _ in range(_CHECKSUM_LENGTH):
         rest, digit = divmod(rest, len(_LETTERS))

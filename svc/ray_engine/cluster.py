@@ -61,7 +61,7 @@ class Grow(_Model):
 
 
 class Place(_Model):
-    """Request to create an actor."""
+    """Request to create a Ray actor that runs an engine."""
 
     do: Literal["place"] = "place"
     name: str
@@ -72,7 +72,7 @@ class Place(_Model):
 
 
 class End(_Model):
-    """Request to stop actors, if they exist."""
+    """Request to stop Ray actors, if they exist."""
 
     do: Literal["end"] = "end"
     names: tuple[str, ...]

@@ -222,7 +222,9 @@ class RayEngine:
         """
         record = await asyncio.to_thread(read_actor, self.spec.state)
         if record is None or record.placed is None:
-            raise EngineError(f"no actor is recorded in {self.spec.state}", todo="start a new engine")
+            raise EngineError(
+                f"no engine of an earlier server is recorded in {self.spec.state}", todo="start a new engine"
+            )
         identity = Identity(record.certificate, record.key)
         link = self._link or await self._connect(record.placed, identity)
         self._use(await link.tell(Simple(do="hello")), record.placed, identity)
@@ -271,7 +273,7 @@ class RayEngine:
         await self._ask_started(Simple(do="sleep"))
 
     async def wake(self) -> None:
-        """Wake the engine, which moves its weights back to its GPU.
+        """Wake the engine and move its weights back to its GPU.
 
         Raises:
             EngineError: vLLM could not wake up.
@@ -320,7 +322,10 @@ class RayEngine:
         (self.spec.state / RECORD_FILE).unlink(missing_ok=True)
 
     async def leave(self) -> None:
-        """Detach from the engine and leave it running for a later server. This object cannot be used afterwards."""
+        """Detach from the engine and leave it running, so that a server that starts later can adopt it.
+
+        This object cannot be used afterwards.
+        """
         link, self._link = self._link, None
         if link is not None:
             await link.close()

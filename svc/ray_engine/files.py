@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 _FETCHING = ".fetching"
 _MODELS = "models"
 _KEPT = 2
-"""Number of model folders that an engine may read: the folders of its current version and of the version that replaces
-it."""
+"""Number of folders with complete weights that are kept for an engine: those of its current version and of the version
+that replaces it."""
 
 
 class NodeModels:
@@ -132,7 +132,7 @@ def _use_lock(target: Path) -> Path:
 
 
 def files_of(models: Path, folder: Path) -> ModelFiles:
-    """Return the values that identify a model folder on every machine.
+    """Return the message part that tells other machines which model folder to use.
 
     Args:
         models: the registry's folder, which contains the model folders `NAME/N/FORMAT`.

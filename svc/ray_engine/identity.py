@@ -1,8 +1,8 @@
 """Certificates with which a server and an engine on another machine authenticate each other.
 
 Each side creates a key pair, whose private key never leaves its machine, and accepts exactly one certificate: the other
-side's. The certificates are exchanged through Ray's authenticated API. There is no certificate authority, and the dates
-and names in the certificates have no meaning.
+side's. The certificates are exchanged through Ray's authenticated API. There is no certificate authority. The
+names in the certificates are not checked, and a certificate is valid for 100 years.
 """
 
 import ssl

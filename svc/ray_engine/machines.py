@@ -70,8 +70,8 @@ class RayMachines:
             self._describe(each)
 
     def placement(self, settings: EngineSettings) -> Placement:
-        """Return the placement of an engine with these settings. This raises the same errors as `check`, and
-        can take as long.
+        """Return the placement of an engine with these settings. This raises the same errors as `check`, and can
+        also take several seconds.
         """
         ray, artifacts = self._settings.ray, self._settings.artifacts
         return Placement(
@@ -85,8 +85,8 @@ class RayMachines:
         )
 
     def capabilities(self, settings: EngineSettings) -> DeviceCapabilities:
-        """Return the capabilities of machines for engines with these settings. This raises the same
-        errors as `check`, and can take as long.
+        """Return the capabilities of a machine in the cluster that can run engines with these settings. This raises
+        the same errors as `check`, and can also take several seconds.
         """
         return self._describe(settings).capabilities
 

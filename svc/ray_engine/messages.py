@@ -18,7 +18,7 @@ from svc.settings.engine import EngineSettings
 from svc.version import Format
 
 BEAT_S = 1.0
-"""Seconds between two reports of an actor."""
+"""Seconds between consecutive reports from an actor."""
 SILENCE_S = 8.0
 """Seconds without a report after which an actor counts as lost. A process that exits closes its connection immediately;
 only a failed machine or network is silent."""
@@ -92,7 +92,7 @@ class Request(_Message):
 
 
 class Problem(_Message):
-    """An error, which the server raises as an `EngineError` or `IntegrityError`."""
+    """An error reported by the actor. The server raises it as an `EngineError` or `IntegrityError`."""
 
     wrong: str
     expected: str = ""

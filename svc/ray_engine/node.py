@@ -113,7 +113,7 @@ class EngineNode:
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         except (OSError, ValidationError, ValueError):
-            log.warning("a connection from the server was lost", exc_info=True)
+            log.warning("closing a server's connection to this node after an error", exc_info=True)
         finally:
             self._writers.discard(writer)
             beating.cancel()
@@ -163,7 +163,7 @@ class EngineNode:
                 "this machine has different capabilities from the other machines in the cluster: "
                 f"{found.model_dump_json()}",
                 expected=command.capabilities.model_dump_json(),
-                todo="choose machines of one kind with ray.gpu_type",
+                todo="use ray.gpu_type to choose machines of one kind",
             )
         self._models.max_bytes = command.max_bytes
         model = await asyncio.to_thread(self._models.fetch, command.artifacts, command.model)

@@ -37,7 +37,7 @@ _QUANTIZATION_DEFAULTS: dict[str, Any] = {
 }
 _COMPRESSED_TENSORS = "compressed-tensors"
 _COMPRESSED_FIELDS = ("quant_method", "format", "config_groups", "ignore", "kv_cache_scheme")
-"""Quantization fields of the compressed-tensors layout that affect the kernel. They have no defaults."""
+"""Quantization fields that affect the kernel of a compressed-tensors model. A missing field counts as null."""
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")

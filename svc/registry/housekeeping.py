@@ -303,7 +303,9 @@ def _size(folder: Path) -> int:
 
 
 def _folders(paths: Iterator[Path]) -> list[Path]:
-    """Return the paths that are folders, sorted. Symbolic links are excluded because users created them."""
+    """Return the paths that are folders, sorted. Symbolic links are excluded: tuneserve creates none here, so they
+    belong to the user.
+    """
     return sorted(path for path in paths if path.is_dir() and not path.is_symlink())
 
 

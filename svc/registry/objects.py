@@ -132,7 +132,7 @@ class ObjectStore:
         return not self.lacks(manifest, manifest.formats[format].files)
 
     def lacks(self, manifest: Manifest, records: Iterable[FileRecord]) -> list[FileRecord]:
-        """Return the files of a version that are missing or incomplete in the store.
+        """Return the records of a version's files that the store lacks or contains only in part.
 
         Raises:
             RegistryError: the store is not responding, or rejects the request.
@@ -140,7 +140,11 @@ class ObjectStore:
         return self.lacks_files(manifest.name, records)
 
     def lacks_files(self, name: str, records: Iterable[FileRecord]) -> list[FileRecord]:
-        """Return the files of a model's versions that are missing or incomplete in the store.
+        """Return the records of the files that the store lacks or contains only in part.
+
+        Args:
+            name: the model's name.
+            records: files of the model's versions.
 
         Raises:
             RegistryError: the store is not responding, or rejects the request.
@@ -359,12 +363,12 @@ class ObjectStore:
         return IntegrityError(
             f"{self.url}/{key} ({file.path}) {how}",
             expected=f"sha256 {file.sha256[:12]}…, {file.bytes} bytes",
-            todo="delete the object, and upload it again from a home folder that contains it: svc models push NAME@N",
+            todo="delete the object, then push the version from a home folder that contains it: svc models push NAME@N",
         )
 
     def _publish(self, manifest: Manifest) -> None:
-        """Write a manifest unless the version already has one. An identical manifest counts as success, because an
-        earlier attempt wrote it although its response was lost.
+        """Write a manifest unless the version already has one. An identical manifest counts as success: an earlier
+        attempt may have written it, although its response was lost.
         """
         key, content = manifest_key(manifest.id), manifest_bytes(manifest)
         if not self._create(key, content) and self._read(key) != content:
@@ -375,8 +379,8 @@ class ObjectStore:
             )
 
     def _require_conditions(self) -> None:
-        """Check that the store rejects a conditional write to an object that already exists. Otherwise two machines
-        that register at the same time would overwrite each other's version.
+        """Check that the store rejects a conditional write to an object that already exists. In a store that accepts
+        such a write, two machines that register at the same time could overwrite each other's version.
         """
         import obstore
 
@@ -391,7 +395,7 @@ class ObjectStore:
                 obstore.delete(self._client, key)
         raise RegistryError(
             f"the object store {self.url} ignores write conditions: it overwrote an object despite `If-None-Match: *`",
-            expected="a store that rejects a conditional write to an existing object with status 412, so that two "
+            expected="a store that returns status 412 for a conditional write to an existing object, so that two "
             "machines cannot publish the same version",
             todo="use a store with conditional writes, such as Amazon S3 or MinIO: docs/scale.md#object-storage",
         )
@@ -444,7 +448,7 @@ class ObjectStore:
         except (BaseError, FileNotFoundError) as error:
             raise RegistryError(
                 f"the object store {self.url} could not {what}: {_reason(error)}",
-                expected="a store that can be reached, and credentials that may list, read, write and delete there",
+                expected="a reachable store, and credentials with permission to list, read, write and delete objects",
                 todo="check the network and the credentials, then run the same command again; it continues with the "
                 "remaining files",
             ) from None
@@ -477,8 +481,8 @@ def _read_checked(file: FileRecord, path: Path, part: int, on_bytes: Callable[[i
     """Yield a file's contents in blocks.
 
     Raises:
-        IntegrityError: the contents differ from the record. The error is raised after the last block, and thereby
-            cancels an upload.
+        IntegrityError: the contents differ from the record. The error is raised after the last block, in time to
+            cancel an upload of these blocks.
     """
     digest = hashlib.sha256()
     with path.open("rb") as source:

@@ -50,7 +50,7 @@ class Differences(_Record):
 
     @property
     def all(self) -> list[float]:
-        """The differences for all tokens, in nats, as one flat list."""
+        """The values of `nats` for all tokens, as one flat list."""
         return [difference for example in self.nats for difference in example]
 
     @property

@@ -295,7 +295,7 @@ class Registry:
         """Publish finished files as a new version, atomically, and return the version's manifest.
 
         With an object store, the version is published there first. If that fails, the version is not published in the
-        home folder either, and a repeated call continues with the files that were not uploaded yet.
+        home folder either, and a repeated call uploads only the files that the store still lacks.
 
         Args:
             name: the model's name.
@@ -305,7 +305,8 @@ class Registry:
             manifest: function that takes the version and the folder with the content, and returns the manifest.
 
         Raises:
-            RegistryError: the object store is not responding, or another machine has just published this number.
+            RegistryError: the object store is not responding, or another machine has just published a version with this
+                number.
         """
         parent = self.models / name
         parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Record of a version's training run, such as the machine and the duration. It is informational only."""
+"""Facts about a version's training run, such as its machine and duration. They are informational only."""
 
 import platform
 

@@ -158,7 +158,10 @@ class Tracking:
         self.log_points(run_id, [(step, metrics)])
 
     def log_points(self, run_id: str, points: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """Log points of a run's curves: optimizer steps and their metrics.
+        """Log the metrics of several optimizer steps, which become points on the run's curves.
+
+        Args:
+            points: each is an optimizer step and its metrics.
 
         Raises:
             RegistryError: MLflow is not responding.

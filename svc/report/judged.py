@@ -138,7 +138,8 @@ class Judged:
 
     @cached_property
     def lost(self) -> tuple[int, ...]:
-        """Return the line numbers of up to ten examples that the base answered better by the primary metric.
+        """Return the line numbers of up to ten examples whose primary-metric score is better for the base's answer than
+        for the fine-tuned model's.
 
         The example with the largest difference comes first.
         """
@@ -151,8 +152,8 @@ class Judged:
 
     @cached_property
     def side_by_side(self) -> tuple[int, ...]:
-        """Return the lines to show side by side: up to 20 line numbers, evenly spaced over the held-out examples that
-        the model answered.
+        """Line numbers of the examples for which the report shows the answers of all models side by side: up to 20,
+        evenly spaced over the held-out examples that the fine-tuned model answered.
         """
         count = len(self.results.get(self.tuned or "", ()))
         chosen = min(count, SIDE_BY_SIDE)

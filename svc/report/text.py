@@ -22,7 +22,10 @@ class CutText(NamedTuple):
 
 
 def cut_text(text: str) -> CutText:
-    """Split a text into a short beginning and a collapsed rest. Text after the 4,000th character is left out."""
+    """Split the text into the part that is always visible and the part that is initially collapsed.
+
+    Everything after the 4,000th character is left out.
+    """
     shown = visible(text[:LONGEST])
     start = "".join(shown.splitlines(keepends=True)[:_PREVIEW_LINES])[:_PREVIEW]
     left_out = max(0, len(text) - LONGEST)
@@ -32,7 +35,7 @@ def cut_text(text: str) -> CutText:
 
 
 def visible(text: str) -> str:
-    """Return a text with control characters replaced by visible symbols, because HTML must not contain some of them."""
+    """Return the text with visible symbols in place of control characters, some of which HTML must not contain."""
     return text.translate(_PICTURES)
 
 

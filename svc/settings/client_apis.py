@@ -33,9 +33,9 @@ class FineTuningSettings(Section):
 
     bases: dict[str, Annotated[str, Field(min_length=1), AfterValidator(_base)]] = Field(
         {},
-        description="bases that clients may fine-tune, keyed by the name that clients use; each value is a base as in "
-        "a recipe, for example `{gpt-4o-mini-2024-07-18: ./models/SmolLM2-135M-Instruct}`; default: none, which "
-        "disables the API",
+        description="bases that clients may fine-tune, keyed by the name that clients use; each value has the same "
+        "form as `base` in a recipe, for example `{gpt-4o-mini-2024-07-18: ./models/SmolLM2-135M-Instruct}`; default: "
+        "none, which disables the API",
     )
     organization: str = Field(
         "tuneserve",
@@ -81,7 +81,7 @@ class BatchSettings(Section):
     """Settings of OpenAI's Batch API. See docs/batches-api.md."""
 
     max_age_days: float = Field(
-        90.0, gt=0, le=36_500, description="days to keep a finished batch; its files are not deleted"
+        90.0, gt=0, le=36_500, description="days to keep a finished batch; its files are not deleted with it"
     )
     max_open: int = Field(20, ge=1, description="maximum number of unfinished batches per key")
     concurrency: int = Field(

@@ -122,8 +122,8 @@ class EngineSettings(Section):
     )
     replicas: Annotated[int, Field(ge=1, le=64)] | ReplicaRange = Field(
         1,
-        description="number of engines per model, or `{min: 1, max: 8}` for a number that follows the load; with "
-        "`remove_after_s: 300`, an engine is removed after five minutes of low load instead of 15",
+        description="number of engines per model, or `{min: 1, max: 8}` to adjust the number to the load; with "
+        "`remove_after_s: 300`, an engine is removed after five minutes of low load instead of the default 15",
     )
     start_timeout_s: float = Field(600.0, gt=0, description="maximum startup time of an engine, in seconds")
     args: tuple[str, ...] = Field((), description="additional arguments for vLLM's server, passed unchanged")

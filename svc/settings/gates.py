@@ -81,8 +81,8 @@ class GateSettings(Section):
     quality_margin: float | None = Field(
         0.02,
         ge=0,
-        description="margin for the loss in the primary metric compared with production on the same held-out "
-        "examples; if the metric is not a share, the margin is relative to production's value",
+        description="largest amount by which the primary metric may be worse than production's on the same held-out "
+        "examples; for a metric that is not a share, a fraction of production's value",
     )
     nll_margin: float | None = Field(
         0.05,
@@ -101,7 +101,7 @@ class GateSettings(Section):
         description="largest allowed slowdown in tokens per second and in time to first token: 0.2 allows 20%",
     )
     max_age_days: float | None = Field(
-        None, gt=0, description="maximum age of the training data, and of the version and its evaluation, in days"
+        None, gt=0, description="maximum age of a version and of its training data, in days"
     )
     undecided: UndecidedGates = Field(
         UndecidedGates.ALLOW,

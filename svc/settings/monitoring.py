@@ -35,8 +35,7 @@ class RequestLogSettings(Section):
     content_share: float = Field(0.0, ge=0, le=1, description="share of requests whose prompt and answer are stored")
     features: bool = Field(
         True,
-        description="whether to store drift features, which contain no text, of at most 10,000 prompts per day and "
-        "version",
+        description="whether to store drift features (without text) of at most 10,000 prompts per day and version",
     )
     max_content_kib: int = Field(
         64,
@@ -45,8 +44,8 @@ class RequestLogSettings(Section):
     )
     redact: tuple[Pattern, ...] = Field(
         (),
-        description="regular expressions to redact in content, in addition to email addresses, phone and card numbers; "
-        "content on which they take longer than 0.25 s is not stored, so avoid nested repetitions",
+        description="regular expressions to redact in content, in addition to email addresses, phone numbers and card "
+        "numbers; content on which they take longer than 0.25 s is not stored, so avoid nested repetitions",
     )
 
 
@@ -111,7 +110,7 @@ class MonitorSettings(Section):
     port: int = Field(9464, ge=0, le=65535, description="port to listen on")
     server: str = Field("", description="URL of the server to monitor; default: the server that uses this home folder")
     key_file: AbsolutePath | None = Field(
-        None, description="file with an API key of scope `metrics` for `monitor.server`; not needed on the same machine"
+        None, description="file with an API key of scope `metrics`; used only if `monitor.server` is set"
     )
     authority: AbsolutePath | None = Field(
         None,

@@ -27,7 +27,7 @@ class UnitKind(StrEnum):
 class RolloutSettings(Section):
     """Steps and limits of a gradual promotion, for example `svc promote NAME@N --shadow 200 --canary 5,25,100`.
 
-    A margin is how much worse than production over the same period the candidate may be.
+    A margin is how much worse the candidate may be than production during the same period.
     """
 
     shadow: int = Field(
@@ -55,13 +55,20 @@ class RolloutSettings(Section):
         "the request; request: each request on its own",
     )
     max_errors: float = Field(
-        0.01, gt=0, lt=1, description="margin for the increase in the share of failed requests compared with production"
+        0.01,
+        gt=0,
+        lt=1,
+        description="largest allowed increase in the share of failed requests compared with production",
     )
-    max_invalid: float = Field(0.01, gt=0, lt=1, description="margin for the share of answers that are not valid JSON")
+    max_invalid: float = Field(
+        0.01, gt=0, lt=1, description="largest allowed increase in the share of answers that are not valid JSON"
+    )
     max_slowdown: float = Field(
-        1.2, gt=1, description="margin for the time to the first token: 1.2 means 20% slower than production"
+        1.2, gt=1, description="largest allowed time to the first token relative to production's: 1.2 allows 20% more"
     )
-    max_negative: float = Field(0.05, gt=0, lt=1, description="margin for the share of negative feedback")
+    max_negative: float = Field(
+        0.05, gt=0, lt=1, description="largest allowed increase in the share of negative feedback"
+    )
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:

@@ -101,7 +101,7 @@ class RequestLimits(Section):
     )
     messages: int = Field(4096, ge=1, description="maximum number of messages")
     input_items: int = Field(
-        2048, ge=1, description="maximum number of elements in `input`, the messages of /v1/responses"
+        2048, ge=1, description="maximum number of elements in the `input` list of a request to /v1/responses"
     )
     content_parts: int = Field(
         8192, ge=1, description="maximum number of content parts and tool calls in all messages together"

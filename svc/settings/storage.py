@@ -23,8 +23,8 @@ def _store_url(secret: SecretStr) -> SecretStr:
         valid = False
     if not valid:
         raise ValueError(
-            "not the URL of a PostgreSQL database, such as postgresql+psycopg://user@host:5432/database; put the "
-            "password after the user name, percent-encoded, not in a query parameter"
+            "must be the URL of a PostgreSQL database, such as postgresql+psycopg://user@host:5432/database; put the "
+            "password, percent-encoded, after the user name, not in a query parameter"
         )
     return secret
 

@@ -16,7 +16,7 @@ def _webhook_url(text: str) -> str:
     url = urlsplit(text)
     host = url.hostname or ""
     if url.scheme not in ("http", "https") or not host or url.fragment or "@" in url.netloc or url.port == 0:
-        raise ValueError("the value is not the URL of a webhook, such as https://host/path")
+        raise ValueError("must be the URL of a webhook, such as https://host/path")
     if url.scheme == "http" and host != "localhost" and not _is_loopback_address(host):
         raise ValueError("the messages would be sent unencrypted; use https")
     return text
@@ -33,7 +33,7 @@ class WebhookSettings(Section):
     """Settings of a webhook that is notified about rollouts."""
 
     url: Annotated[str, AfterValidator(_webhook_url)] = Field(
-        description="URL to which the messages are posted; https, or http on this machine"
+        description="URL to which messages about rollouts are posted; https, or http on this machine"
     )
     secret_file: AbsolutePath = Field(
         description="file with the secrets that sign the messages, each `whsec_` followed by base64; readable by its "

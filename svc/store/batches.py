@@ -1,4 +1,4 @@
-"""Batches of requests, one row each.
+"""Batches of requests, with one row per batch.
 
 A batch's owner creates and cancels it. All other status changes are made by the server that runs batches
 (serving.batches):
@@ -146,8 +146,8 @@ class Batch:
 
 
 def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int) -> Batch:
-    """Add a batch and return it. If an identical request created an unfinished batch within `REPEAT_WINDOW`, return
-    that batch instead.
+    """Add a batch and return it. If an identical request, made less than `REPEAT_WINDOW` ago, created a batch that
+    is still unfinished, return that batch instead.
 
     Args:
         entry: audit event to record for the creation.

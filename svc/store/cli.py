@@ -45,7 +45,7 @@ def migrate_store(ctx: click.Context, url: str, password_file: Path | None, as_j
     settings = settings_of(ctx)
     if settings.store.url is not None:
         raise RefusedError(
-            "store.url is set, so the store of this home folder is not in SQLite",
+            "store.url is set, so this home folder already uses PostgreSQL",
             todo="if svc.db is the store to copy, remove store.url until the copy is complete",
         )
     given = {"url": url, "password_file": password_file}

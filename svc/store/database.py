@@ -193,7 +193,7 @@ def announce_change(connection: Connection, echo: str = "") -> None:
 
 
 def count_announced(connection: Connection) -> int:
-    """Return the number of changes that were announced in an SQLite store."""
+    """Return how many changes have been announced to the servers that use an SQLite store."""
     return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
 
 

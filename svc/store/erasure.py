@@ -34,7 +34,7 @@ def of_user(user: str) -> ColumnElement[bool]:
 
 
 def of_key(key_id: str) -> ColumnElement[bool]:
-    """Return an SQL condition that selects requests made with a key."""
+    """Return an SQL condition that selects the requests made with a given API key."""
     return RequestRow.key_id == key_id
 
 

@@ -1,4 +1,4 @@
-"""Clients' files, one row each: uploads, and results that the server wrote for clients.
+"""Clients' files, with one row per file: uploads, and results that the server wrote for clients.
 
 The contents are stored outside the database, see svc.client_files.
 """

@@ -14,7 +14,7 @@ class GateVerdict(StrEnum):
     PASSED = "passed"
     FAILED = "failed"
     UNDECIDED = "undecided"
-    """The gate applies, but the data is insufficient to decide it."""
+    """The gate applies, but there is not enough data to decide whether it passes."""
     SKIPPED = "skipped"
     """The gate does not apply, or has no limit."""
 

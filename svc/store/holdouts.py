@@ -23,7 +23,7 @@ KEPT_RUNS = 200
 
 
 class HoldoutCause(StrEnum):
-    """Trigger of a held-out evaluation, which evaluates a version on its held-out examples."""
+    """Event that triggered the evaluation of a version on its held-out examples."""
 
     START = "start"
     """An engine has started."""
@@ -34,8 +34,8 @@ class HoldoutCause(StrEnum):
 
 
 class HoldoutOutcome(StrEnum):
-    """Outcome of a held-out evaluation, which evaluates a version on its held-out examples. If a swap or the engine's
-    death interrupts an evaluation, nothing is stored.
+    """Outcome of the evaluation of a version on its held-out examples. If a swap or the engine's death interrupts an
+    evaluation, nothing is stored.
     """
 
     COMPLETED = "completed"

@@ -108,7 +108,7 @@ def read_wanted(store: Store, id: str, worker: str) -> Wanted:
     """Return the owner's latest request for a running job: to continue, pause or cancel it.
 
     Raises:
-        JobLostError: this worker does not run the job.
+        JobLostError: the job no longer belongs to this worker.
     """
     with Session(store) as session:
         return Wanted(_own(session, id, worker).wanted)
@@ -131,7 +131,7 @@ def report_job(
         news: events to add.
 
     Raises:
-        JobLostError: this worker does not run the job.
+        JobLostError: the job no longer belongs to this worker.
     """
     with exclusive(store) as session:
         row = _own(session, id, worker)
@@ -158,7 +158,7 @@ def release_job(
         resumes_here: whether this worker should resume the job before it takes other jobs.
 
     Raises:
-        JobLostError: this worker does not run the job.
+        JobLostError: the job no longer belongs to this worker.
     """
     with exclusive(store) as session:
         row = _own(session, id, worker)
@@ -173,7 +173,7 @@ def succeed(store: Store, id: str, worker: str, version: VersionId, result: JobR
     """End a job whose version has been registered.
 
     Raises:
-        JobLostError: this worker does not run the job.
+        JobLostError: the job no longer belongs to this worker.
     """
     with exclusive(store) as session:
         row = _own(session, id, worker)
@@ -187,7 +187,7 @@ def fail(store: Store, id: str, worker: str, error: JobError) -> None:
     """End a job whose training has failed.
 
     Raises:
-        JobLostError: this worker does not run the job.
+        JobLostError: the job no longer belongs to this worker.
     """
     with exclusive(store) as session:
         row = _own(session, id, worker)
@@ -199,7 +199,7 @@ def end_cancelled(store: Store, id: str, worker: str) -> None:
     """End a job whose owner has cancelled it, once its training has been stopped.
 
     Raises:
-        JobLostError: this worker does not run the job.
+        JobLostError: the job no longer belongs to this worker.
     """
     with exclusive(store) as session:
         _end(session, _own(session, id, worker), JobStatus.CANCELLED, "Fine-tuning job cancelled")

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs, one row each, with their events and checkpoints.
+"""Fine-tuning jobs, with one row per job, and their events and checkpoints.
 
 A job's owner creates it, and can cancel, pause or resume it. A worker takes it from the queue (svc.store.job_queue),
 and records its progress and result.
@@ -42,7 +42,7 @@ STAGE_BEGUN = "Stage begun: "
 
 
 class Wanted(StrEnum):
-    """The latest request by a job's owner. A paused job has the status `queued`, and no worker takes it."""
+    """The action that a job's owner requested last. A paused job has the status `queued`, and no worker takes it."""
 
     RUN = "run"
     PAUSE = "pause"

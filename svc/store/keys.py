@@ -1,4 +1,4 @@
-"""API keys, one row each, changed only together with an audit log event. Secrets are stored only as hashes."""
+"""API keys, with one row per key. Each change also adds an audit log event. Secrets are stored only as hashes."""
 
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -143,7 +143,7 @@ def no_such_key(text: str) -> NotFoundError:
 
 
 def _next_revision(session: Session) -> int:
-    """Return the next revision number, to be stored in the key that changes, and announce the change to servers."""
+    """Return the revision number to store with a changed API key, and announce the change to servers."""
     announce_change(session.connection())
     return (session.scalar(_REVISION) or 0) + 1
 

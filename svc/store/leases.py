@@ -31,8 +31,8 @@ from svc.store.tables import LeaseRow, ServerRow
 log = logging.getLogger(__name__)
 
 LEASE_S = 15.0
-"""Seconds after which a lease expires unless it is extended, and after which a server that does not report no longer
-counts as running."""
+"""Seconds after which a lease expires unless it is extended. A server that has not reported for this long is considered
+stopped."""
 _FORGOTTEN = timedelta(days=1)
 
 

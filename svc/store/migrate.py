@@ -40,8 +40,8 @@ _STORED_TYPES: Mapping[type, tuple[type, str]] = {
     int: (int, "an integer of at most 64 bits"),
     str: (str, "a text"),
 }
-"""Type that SQLite returns for a valid value, keyed by the column's type. SQLite itself stores any type in any
-column."""
+"""For each column type, the type that SQLite returns for a valid value, and that type's name in error
+messages. Values must be checked, because SQLite stores values of any type in any column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ class _Source:
             raise RegistryError(
                 f"{self.path} has an invalid value in {_named(table, row)}, column {column.name}",
                 expected=column.expected,
-                todo=f"correct the value or delete the row with sqlite3, then retry; {_NOTHING_COPIED}",
+                todo=f"use sqlite3 to correct the value or delete the row, then retry; {_NOTHING_COPIED}",
             ) from None
 
 
@@ -198,7 +198,7 @@ def _take_empty(copy: sa.Connection) -> None:
 
 
 def _copy(source: _Source, copy: sa.Connection) -> dict[str, int]:
-    """Insert all rows into the target, and return their number, keyed by table."""
+    """Insert all rows into the target, and return the number of rows in each table."""
     rows = source.count()
     with counting("copying rows", sum(rows.values())) as advance:
         for table in _TABLES:
@@ -225,7 +225,7 @@ def _insert(copy: sa.Connection, table: sa.Table, rows: Sequence[Row]) -> None:
         except DBAPIError as error:
             raise RegistryError(
                 f"PostgreSQL cannot store {_named(table, row)}: {error.orig}",
-                todo=f"correct or delete the row with sqlite3, then retry; {_NOTHING_COPIED}",
+                todo=f"use sqlite3 to correct or delete the row, then retry; {_NOTHING_COPIED}",
             ) from None
     raise rejected
 

@@ -34,8 +34,8 @@ class Page:
 
     Attributes:
         limit: maximum number of rows.
-        after: id of the last row of the previous page, or None for the first page. The id is a number in a
-            list of events, and a string in all other lists.
+        after: id of the last row of the previous page, or None for the first page. Ids of events are
+            numbers; all other ids are strings.
     """
 
     limit: int

@@ -130,7 +130,7 @@ def require_usable(connection: Connection) -> None:
     """Check a database before its tables are created.
 
     Raises:
-        RegistryError: the database cannot store all texts, or its user may not create tables.
+        RegistryError: the database's encoding is not UTF-8, or the user in `store.url` may not create tables.
     """
     where = location(connection.engine.url)
     encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()

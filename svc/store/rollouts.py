@@ -74,7 +74,7 @@ class SignalRow:
         outcome: `passed`, `failed` or `undecided`.
         production, candidate: the signal's value for each version; None if there is no data.
         low, high: anytime-valid confidence bounds on how much worse the candidate is; infinite bounds are None.
-        margin: how much worse than production the candidate may be.
+        margin: how much worse the candidate may be than production.
         units: number of the candidate's users, conversations or requests that contributed to the signal.
     """
 

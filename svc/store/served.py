@@ -19,22 +19,22 @@ class Began(StrEnum):
     """Event that started a serving period."""
 
     START = "start"
-    """Serving began because a server started an engine with the version."""
+    """A server started an engine that runs the version."""
     ADOPTED = "adopted"
-    """Serving began because a server started and adopted an engine that was already running the version."""
+    """A server started, and adopted an engine that was already running the version."""
     SWAP = "swap"
-    """Serving began because the version was promoted."""
+    """The version was promoted."""
 
 
 class Ended(StrEnum):
     """Event that ended a serving period."""
 
     SWAP = "swap"
-    """Serving ended because another version replaced it."""
+    """Another version replaced this version."""
     STOP = "stop"
-    """Serving ended because the server was stopped or the model was removed from the server."""
+    """The server was stopped, or the model was removed from it."""
     LOST = "lost"
-    """Serving ended because the server died. The recorded end is an upper bound: the next server's start, or the
+    """The server died. The recorded end is an upper bound: the next server's start, or the
     server's last report if several servers use the store."""
 
 
@@ -63,7 +63,7 @@ def begin_serving(
 ) -> None:
     """Record that a server has started serving a version. A swap to the version that it already serves is ignored.
 
-    When a server starts, this also ends the periods of servers that are no longer running.
+    When a server starts, the model's open serving periods on servers that are no longer running are also ended.
 
     Args:
         at: time of the start, or None for now.

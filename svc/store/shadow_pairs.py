@@ -45,7 +45,7 @@ class ShadowPair:
 
 
 def add_shadow_pair(store: Store, rollout: int, pair: ShadowPair) -> None:
-    """Store the comparison of two answers to the same request of a shadow step."""
+    """Store a comparison of both versions' answers to one request, made in a rollout's shadow step."""
     with exclusive(store) as session:  # a reader that skips the rows it has read misses none
         session.add(ShadowPairRow.of(pair, rollout_id=rollout, at=datetime.now(UTC)))
 

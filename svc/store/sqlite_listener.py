@@ -33,7 +33,9 @@ class SqliteListener:
     changes: Changes
 
     async def run(self) -> None:
-        """Announce changes until cancelled. After an error, pause and retry; meanwhile, each task polls the store."""
+        """Notify the server's tasks of changes until cancelled. If the store cannot be read, pause and retry. In the
+        meantime, each task polls the store itself.
+        """
         loop = asyncio.get_running_loop()
         while True:
             stopped, thread = threading.Event(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="changes")
@@ -48,7 +50,7 @@ class SqliteListener:
             await asyncio.sleep(_PAUSE_S)
 
     def _listen(self, loop: asyncio.AbstractEventLoop, stopped: threading.Event) -> None:
-        """Announce changes until stopped.
+        """Poll the store and notify `changes` of every change, until `stopped` is set.
 
         Raises:
             SQLAlchemyError: the store cannot be read.

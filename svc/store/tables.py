@@ -603,7 +603,7 @@ class JobEventRow(Table):
 
 
 class JobCheckpointRow(Table):
-    """A checkpoint of a fine-tuning job that clients can chat with. `metrics` is JSON."""
+    """A fine-tuning job's checkpoint, which clients can chat with. `metrics` is JSON."""
 
     __tablename__ = "job_checkpoints"
 

@@ -1,4 +1,7 @@
-"""Uploads of files in parts, one row each. The parts are stored outside the database, see svc.client_files."""
+"""Uploads of files in parts, with one row per upload.
+
+The parts are stored outside the database, see svc.client_files.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,7 +80,7 @@ class UploadPart:
 
 
 def add_upload(store: Store, upload: Upload) -> None:
-    """Add an upload without parts.
+    """Record a new upload, which has no parts yet.
 
     Raises:
         StorageLimitError: the owner has too many unfinished uploads.
@@ -131,7 +134,7 @@ def add_part(store: Store, part: UploadPart) -> None:
         query = select(func.count(), func.coalesce(func.sum(UploadPartRow.bytes), 0))
         count, size = session.execute(query.where(UploadPartRow.upload == part.upload)).one()
         if count >= MAX_PARTS:
-            raise UploadSizeError(f"the upload has {count} parts", expected=f"at most {MAX_PARTS}")
+            raise UploadSizeError(f"the upload already has {count} parts", expected=f"at most {MAX_PARTS}")
         if size + part.bytes > upload.bytes:
             wrong = f"the parts total {size + part.bytes} bytes"
             raise UploadSizeError(
@@ -157,7 +160,7 @@ def read_parts(store: Store, upload: Upload, ids: Sequence[str]) -> list[UploadP
             param="part_ids",
         )
     if len(set(ids)) < len(ids):
-        raise UploadSizeError("a part is listed twice", expected="each part once, in the order of the content")
+        raise UploadSizeError("a part is listed twice", expected="each part once, in file order")
     if (size := sum(parts[id].bytes for id in ids)) != upload.bytes:
         raise UploadSizeError(
             f"the parts total {size} bytes",

@@ -1,4 +1,4 @@
-"""Folders in the base model cache, which several processes may build at the same time."""
+"""Builds folders in the base model cache, where other processes may be building the same folders."""
 
 import hashlib
 import json

@@ -75,7 +75,13 @@ def _build(folder: Path, tokens: Sequence[str], out: Path) -> None:
 
 
 def _write_rows(folder: Path, rows: Mapping[int, list[int]], size: int, out: Path) -> None:
-    """Write the weight files that contain embeddings."""
+    """Write copies of the weight files that contain embeddings, with a row added for each new token.
+
+    Args:
+        rows: for each new token's id, the ids of the existing tokens whose embeddings are averaged.
+        size: number of rows that the embeddings need.
+        out: folder to write to.
+    """
     from safetensors import safe_open
     from safetensors.torch import save_file
 

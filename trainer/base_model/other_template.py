@@ -14,7 +14,7 @@ from trainer.base_model.content import TEMPLATE_FILE
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _OLD_TEMPLATE = (TEMPLATE_FILE, "chat_template.json", TEMPLATE_KWARGS_FILE)
-"""Files that contain the base's own chat template and its arguments."""
+"""Files that contain the base's own chat template or the template's arguments. The new folder does not link to them."""
 
 
 def revision_with_template(revision: str, template: str) -> str:

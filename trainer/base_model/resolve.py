@@ -118,7 +118,7 @@ def _from_gguf(base: str, path: Path, cache: Path) -> Base:
 
 
 def _convert_gguf(path: Path, folder: Path, licence: str | None) -> None:
-    """Convert a GGUF model to bf16 safetensors, recording its license in a model card as on the Hub.
+    """Convert a GGUF model to bf16 safetensors. If its license is known, add a model card that states the license.
 
     Raises:
         BaseModelError: transformers cannot read the file.
@@ -136,7 +136,7 @@ def _convert_gguf(path: Path, folder: Path, licence: str | None) -> None:
         except (ValueError, KeyError, NotImplementedError, OSError) as error:
             raise BaseModelError(
                 f"cannot convert {path}: {error}",
-                expected="a GGUF file whose architecture transformers can read",
+                expected="a GGUF file with an architecture supported by transformers",
                 todo="use the model's safetensors from the hub instead",
             ) from error
         model.save_pretrained(folder)

@@ -21,7 +21,7 @@ _SKIPPED = 20
 """Maximum number of consecutive steps that the optimizer may skip. In float16 training, the loss scale is
 halved at each skipped step until the gradients no longer overflow."""
 _TIMES, _NATS = 2.0, 1.0
-"""The loss counts as exploded only if it is higher in the last steps than in the first steps by more than this factor
+"""The loss counts as exploded only if it is higher in the newest steps than in the first steps by more than this factor
 and by more than this many nats; see `_exploded`."""
 _SURE = 4.0
 """Minimum number of standard errors by which the mean loss must rise to count as exploded. The number is high because
@@ -94,11 +94,11 @@ def diverged(wrong: str, learning_rate: float, *, first_in_float16: bool = False
 
 
 def _exploded(first: Sequence[float], last: Sequence[float]) -> bool:
-    """Return whether the last losses are far above the first losses.
+    """Return whether the newest losses are far above the first losses.
 
-    The result is true if the mean of the last losses is far above the mean of the first losses, by more than chance can
-    explain, or if even the lowest of the last losses is far above the highest of the first losses. The second condition
-    catches a steadily growing loss, whose growth increases the scatter so that the first condition misses it.
+    The result is true if the mean of the newest losses is far above the mean of the first losses, by more than chance
+    can explain, or if even the lowest of the newest losses is far above the highest of the first losses. The second
+    condition catches a steadily growing loss, whose growth increases the scatter so that the first condition misses it.
     """
     start, highest = fmean(first), max(first)
     rise = fmean(last) - start

@@ -1,4 +1,4 @@
-"""Measures held-out loss on schedule during training, selects the weights with the lowest loss, and can stop a run
+"""Measures held-out loss on a schedule during training, selects the weights with the lowest loss, and can stop a run
 early.
 
 All decisions depend only on the losses in the trainer's state, so that a resumed run makes the same decisions as an
@@ -17,7 +17,7 @@ from trainer.recipe.train import Stopping
 
 
 class EarlyStopping(TrainerCallback):
-    """Training callback that measures held-out loss on schedule, saves the best weights, and stops the run
+    """Training callback that measures held-out loss on a schedule, saves the best weights, and stops the run
     early.
 
     Args:
@@ -47,8 +47,8 @@ class EarlyStopping(TrainerCallback):
             control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Request a checkpoint if the current weights are the best so far. If patience is exhausted, stop the run
-        with a checkpoint.
+        """Request a checkpoint if the current weights are the best so far. If patience is exhausted,
+        request a checkpoint and stop the run.
         """
         if self._stopping.keep_best and best_step(state) == state.global_step:
             control.should_save = True

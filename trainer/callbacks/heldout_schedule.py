@@ -35,7 +35,7 @@ class HeldoutSchedule:
     """Schedule of held-out measurements, which are evenly spaced over the run and always include its last step.
 
     Attributes:
-        every_steps: steps between two measurements; if None, there are `points` measurements in the run.
+        every_steps: steps from one measurement to the next; if None, there are `points` measurements in the run.
         untrained: whether to measure before the first step.
     """
 

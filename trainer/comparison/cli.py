@@ -48,7 +48,9 @@ _RENEW = "ask its issuer to replace it"
 @click.option("--endpoint-key-file", type=click.Path(path_type=Path), help="File that holds the endpoint's API key.")
 @click.option("--endpoint-key-variable", metavar="NAME", help="Environment variable that holds the endpoint's API key.")
 @click.option(
-    "--judge-url", metavar="URL", help="OpenAI-compatible endpoint of a judge model, to which all texts are sent."
+    "--judge-url",
+    metavar="URL",
+    help="OpenAI-compatible endpoint of a judge model. Prompts, references and both models' answers are sent to it.",
 )
 @click.option("--judge-model", metavar="NAME", help="Name of the judge model at that endpoint.")
 @click.option("--judge-key-file", type=click.Path(path_type=Path), help="File that holds the judge's API key.")
@@ -117,6 +119,7 @@ def _key(file: Path | None, variable: str | None) -> str | None:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise SettingsError(
-            f"the environment variable {variable} is not set", expected="a variable that contains the key"
+            f"the environment variable {variable} is not set",
+            expected="an environment variable that contains the endpoint's API key",
         )
     return key

@@ -100,7 +100,7 @@ def asked_alike(base: Model, other: Model, cache: Path) -> Model:
     if not has_chat_template(base.folder):
         raise BaseModelError(
             f"{base} has no chat template",
-            expected="an instruction-tuned model, or a comparison with a version trained from this base",
+            expected="an instruction-tuned model, or a base that is compared with a version trained from it",
             todo="train a version of this base with chat_template in the recipe, and compare the two",
         )
     return base

@@ -1,10 +1,12 @@
 """Computes each LoRA linear layer in one autograd function, whereas PEFT's forward needs ten operations.
 
-Under bf16 autocast, PEFT casts a layer's input to the adapter's float32 and back, scales, adds and casts
-once more, and stores a tensor for the backward pass at each of these operations. On a CPU these passes over memory take
-as long as the matrix products. Here the adapter's small weights are cast instead of the layer's large
-inputs, the update is added by the same matrix product that computes it, and layers with the same input store
-the input once. The formula is the same, but values are rounded to bf16 at different points.
+Under bf16 autocast, PEFT casts a layer's input to float32, the adapter's data type, and autocast casts it back. The
+adapter's output is then scaled and added to the layer's output, and the sum is cast once more. Each of these operations
+stores a tensor for the backward pass. On a CPU these passes over memory take as long as the matrix products.
+
+Here the adapter's small weights are cast instead of the layer's large inputs, the update is added by the same matrix
+product that computes it, and layers with the same input store the input once. The formula is the same, but values are
+rounded to bf16 at different points.
 
 Supports only plain LoRA on `torch.nn.Linear`; every other layer uses PEFT's own forward. Imports torch
 and PEFT.
@@ -33,8 +35,8 @@ def fuse_lora(model: torch.nn.Module) -> int:
 
 
 def _forward(layer: Linear, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute a layer's output. The layer is checked at each call, because its adapter may have been disabled, merged
-    or replaced.
+    """Compute a layer's output, in one autograd function if the layer is plain LoRA. This is checked at each call,
+    because the adapter may have been disabled, merged or replaced.
     """
     if args or kwargs or not _is_plain(layer, x):
         return original(x, *args, **kwargs)

@@ -4,8 +4,8 @@ The base model's own chat template is used, so that training, calibration and se
 engine renders the prompt and the model continues it. Each answer is therefore trained as a continuation of the prompt
 that the engine renders for it, even if the template renders the complete conversation differently. If the template
 renders an earlier answer differently in the prompt of a later answer, as Qwen3's does by omitting earlier thinking, the
-example is split into several rows. A template that makes the model think, or write any other text, before the answer is
-rejected, because examples that contain only answers cannot teach this. This module is independent of batches and
+example is split into several rows. A template is rejected if it makes the model think, or write any other text, before
+the answer, because examples that contain only answers cannot teach this. This module is independent of batches and
 losses.
 """
 
@@ -229,7 +229,7 @@ class _Conversation:
             except (TemplateError, TypeError) as error:  # templates that need tools raise TypeError
                 raise DataError(
                     f"the base model's chat template rejects example {self.number}: {error}",
-                    expected="conversation turns that the base model supports",
+                    expected="a conversation that the template accepts",
                     todo="change the example's turns, or choose another base",
                 ) from error
             if rows and row.input_ids[: len(rows[-1].input_ids)] == rows[-1].input_ids:
@@ -249,10 +249,10 @@ class _Conversation:
         return TokenizedExample(tuple(ids), ((start, len(ids)),))
 
     def _after_prompt(self, turn: int, prompt: str) -> str:
-        """Return an answer and its ending, as the template renders them.
+        """Return the text that the template renders after the prompt: the answer and whatever ends it.
 
         Raises:
-            DataError: the model would learn a text that differs from the example's answer.
+            DataError: this text differs from the example's answer, so the model would learn the wrong answer.
         """
         message, conversation = self.example.messages[turn], self.text(turn + 1)
         todo = "set chat_template_kwargs in the recipe to the arguments that the template needs, or choose another base"

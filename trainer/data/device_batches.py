@@ -37,7 +37,7 @@ class DeviceBatches(Sampler[list[int]]):
 
     @property
     def needs_filler(self) -> bool:
-        """Whether the last step of an epoch has fewer examples than there are batches on all devices together."""
+        """Whether an epoch's last step has too few examples for every batch on every device to contain one."""
         rest = len(self.batch_sampler) % self._step
         return rest < self._batches(rest) * self._devices
 

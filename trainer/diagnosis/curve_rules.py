@@ -14,19 +14,20 @@ SURE = 3.0
 """Number of standard errors above which a difference between the mean losses of two windows of steps is not attributed
 to chance. Because many pairs of windows are compared, a difference must also be large."""
 ABOVE_START = 0.1
-"""Minimum rise of the loss that is reported, as a share of the loss at the start. A smaller rise does not justify
-another training run."""
+"""Smallest increase in the loss that is reported, as a share of the loss at the start. A smaller increase does not
+justify another training run."""
 GIVEN_BACK = 0.25
-"""The loss must rise by more than this share of its fall so far to cause a finding. Hard batches alone cause smaller
-rises."""
+"""A rise of the loss is reported only if it undoes more than this share of the preceding decrease. Hard batches alone
+cause smaller rises."""
 UNFINISHED_SHARE, HELDOUT_SHARE = 0.2, 0.12
 """Training counts as unfinished if the last third of training contributed more than these shares to the total reduction
 of the training loss and of the held-out loss. If a loss approaches its limit exponentially and a fifth of its total
 reduction falls in the last third, it has come three quarters of the way to the limit."""
 LATE_SURE = 2.0
-"""Minimum fall of the loss late in training, in standard errors. It applies to the held-out loss, compared example by
-example, or to the training loss if the held-out loss was not measured often enough. Because only one comparison is
-made, fewer standard errors are enough than when many pairs of windows are compared."""
+"""Number of standard errors by which the loss must decrease in the last third of training for training to count as
+unfinished. If the held-out loss was measured often enough, it is compared example by example, and only the decrease
+beyond `HELDOUT_SHARE` counts. Otherwise, the training loss is used. Because only one comparison is made, fewer standard
+errors are enough than when many pairs of windows are compared."""
 USUAL_TIMES = 3.0
 """Factor by which a learning rate must differ from the usual rate to count as the cause of a finding. Adjacent rates in
 a sweep differ by this factor."""
@@ -45,9 +46,8 @@ def find_divergence(run: TrainingRun) -> Finding | None:
         kind=FindingKind.DIVERGENCE,
         what=f"the training loss rose from {start.mean:.3f} at the start to {parts[-1].mean:.3f} at the end",
         advice=_slower(run),
-        rule="the mean loss over the last tenth of the steps exceeds an initial loss (the mean over the first tenth, "
-        f"or the loss before the first step) by more than {SURE:g} standard errors and by more than {ABOVE_START:.0%} "
-        "of that initial loss",
+        rule="the mean loss over the last tenth of the steps exceeds either the mean over the first tenth or the loss "
+        f"before the first step by more than {SURE:g} standard errors and by more than {ABOVE_START:.0%}",
     )
 
 
@@ -65,9 +65,9 @@ def find_high_rate(run: TrainingRun) -> Finding | None:
         what=f"the training loss rose from {lowest.mean:.3f} at step {lowest.step} to {worst.mean:.3f} at step "
         f"{worst.step}, then fell to {parts[-1].mean:.3f}",
         advice=_slower(run),
-        rule="in one tenth of the steps, the mean loss is higher than in an earlier tenth or before the first step; "
-        f"the difference exceeds {SURE:g} standard errors, {ABOVE_START:.0%} of the loss before the first step and "
-        f"{GIVEN_BACK:.0%} of the decrease so far",
+        rule="if the steps are divided into ten parts, the mean loss of one part exceeds that of an earlier part, or "
+        f"the loss before the first step, by more than {SURE:g} standard errors, by more than {ABOVE_START:.0%} of "
+        f"the loss before the first step, and by more than {GIVEN_BACK:.0%} of the preceding decrease",
     )
 
 
@@ -96,9 +96,7 @@ def find_low_rate(run: TrainingRun) -> Finding | None:
 
 
 def find_underfitting(run: TrainingRun) -> Finding | None:
-    """Return a finding if the loss was still falling at the end although the learning rate is not far below the
-    usual rate.
-    """
+    """Return a finding if the loss was still falling at the end, unless the learning rate is far below usual."""
     if run.learning_rate * USUAL_TIMES <= run.usual_learning_rate or not (ends := _unfinished(run)):
         return None
     first, two_thirds, last = ends
@@ -112,7 +110,7 @@ def find_underfitting(run: TrainingRun) -> Finding | None:
 
 
 def not_learnt(run: TrainingRun, what: str, rule: str) -> Finding:
-    """Return a finding that reports too few steps, or too high a learning rate if the rate is far above the default."""
+    """Return a finding that blames the learning rate if it is far above the default, and too few steps otherwise."""
     train = run.recipe.train
     if run.learning_rate >= USUAL_TIMES * run.usual_learning_rate:
         return Finding(

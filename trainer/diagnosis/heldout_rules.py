@@ -16,8 +16,8 @@ FALSE_ALARMS = 0.05
 """Acceptable share of healthy runs in which the paired test alone finds a rise in held-out loss. For each test, it is
 divided by the number of comparisons (Bonferroni correction)."""
 RISE = 0.1
-"""Minimum rise of the held-out loss, as a share of its lowest value. A smaller rise is not worth another training
-run."""
+"""Overfitting is reported only if held-out loss rises by more than this share of its lowest value. A smaller rise does
+not justify another training run."""
 FEW_EXAMPLES = 50
 """Number of examples below which a data set is small: OpenAI's fine-tuning guide reports clear
 improvements with 50 to 100 examples."""
@@ -83,9 +83,9 @@ def find_too_little_data(run: TrainingRun) -> Finding | None:
             before=str(count) if limited else f"{count} examples",
             value=str(wanted) if limited else f"{wanted} examples",
         ),
-        rule=f"there are fewer than {FEW_EXAMPLES} training examples; or there are fewer than {MANY_EXAMPLES} and "
-        f"several epochs, and the 95% interval of held-out loss lies above {GAP:g} times the final training loss, or "
-        f"above {GAP_OF_MANY_EPOCHS:g} times that loss if there are {MANY_EPOCHS} epochs or more",
+        rule=f"there are fewer than {FEW_EXAMPLES} training examples; or there are fewer than {MANY_EXAMPLES}, "
+        f"training ran for more than one epoch, and the 95% interval of held-out loss lies above {GAP:g} times the "
+        f"final training loss ({GAP_OF_MANY_EPOCHS:g} times that loss from {MANY_EPOCHS} epochs on)",
     )
 
 
@@ -117,7 +117,7 @@ def find_small_heldout(run: TrainingRun) -> Finding | None:
 
 
 def find_cut_answers(run: TrainingRun) -> Finding | None:
-    """Return a finding if more than `CUT_OFF` of a format's answers were cut off at their token limit."""
+    """Return a finding if, for any format, more than `CUT_OFF` of the answers were cut off at their token limit."""
     cut = {format: share for format, share in run.cut_off.items() if share.value > CUT_OFF}
     if not cut:
         return None
@@ -141,7 +141,8 @@ def find_cut_answers(run: TrainingRun) -> Finding | None:
         kind=FindingKind.ANSWERS_CUT_OFF,
         what=f"share of held-out answers cut off at their token limit: {shares}",
         advice=advice,
-        rule=f"more than {CUT_OFF:.0%} of the held-out answers of a format were cut off at their token limit",
+        rule=f"for at least one format of the model, more than {CUT_OFF:.0%} of the held-out answers were cut off at "
+        "their token limit",
     )
 
 
@@ -152,8 +153,8 @@ def _critical(examples: int, comparisons: int) -> float:
 
 
 def _fell_between(run: TrainingRun, lowest: TrainingPoint, last: TrainingPoint) -> bool:
-    """Return whether the training loss fell after the held-out loss was lowest, and ended below the loss before
-    training.
+    """Return whether the training loss fell after the step with the lowest held-out loss, and ended below the
+    loss before training (see `start_of`).
     """
     steps = taken(run.curve)
     size = width(len(steps))

@@ -16,11 +16,11 @@ MAX_LABELS = 50
 """Maximum number of distinct answers for a task to count as labeling. `svc data check` uses the same
 limit."""
 MIN_ASKED = 60
-"""Minimum number of held-out results needed to judge the labels. With this minimum, the most confident third, from
-which the labels are judged, contains at least twenty results."""
+"""Minimum number of held-out results needed to check for wrong labels. The check uses only the most confident third of
+the results, and therefore at least 20 of them."""
 WRONG = 0.06
-"""Largest share of wrong answers among the 33% in which the model is most confident. If more are wrong, the labels
-are suspect. On the Debian section task, 2 to 4% of these answers are wrong, compared with 25 to 35% of all answers."""
+"""Maximum error rate of the most confident third of answers. If the rate is significantly higher, the labels are
+suspect. On the Debian section task, it is 2 to 4%, compared with 25 to 35% for all answers."""
 LEARNT, SURE = 0.7, 0.88
 """Thresholds for the mean probability of the most confident third and the most confident sixth of answers. A model
 below the first threshold has not learned its task. With correct labels, some examples are easy, and the model's mean
@@ -28,10 +28,10 @@ probability for them exceeds the second threshold: it is 0.96 on the Debian sect
 affect easy examples too, so a model that has learned how often wrong labels occur is unsure even of easy
 examples."""
 STILL_LEARNING = 0.3
-"""A model is still learning if its training loss falls by more than this in the last third of training, as a share of
-the final loss. Such a model is also unsure of correct labels. In 300 healthy runs, label noise was reported 5 times
-without this limit and once with it. In 60 runs in which a fifth of the labels was wrong, label noise was reported 19
-times without the limit and 15 times with it (seeds from 3000)."""
+"""A model is still learning if, in the last third of training, its training loss falls by more than this share of the
+final loss. Such a model is also unsure of correct labels. In 300 healthy runs, label noise was reported 5 times
+without this limit and once with it. In 60 runs in which a fifth of the labels were wrong, label noise was reported 19
+times without the limit and 15 times with it. The seeds of these runs start at 3000."""
 CONTRADICTED = 0.02
 GAINED = 0.05
 """Minimum share of the label entropy that a model must explain from the prompts. A model that explains less has learned
@@ -131,8 +131,8 @@ def _falls_late(run: TrainingRun, share: float, errors: float = 0.0) -> bool:
     """Return whether the training loss was still falling in the last third of training.
 
     Args:
-        share: minimum fall, as a share of the final level.
-        errors: minimum fall in standard errors.
+        share: minimum decrease, as a share of the final loss.
+        errors: minimum decrease, as a multiple of the decrease's standard error.
     """
     if not (parts := late_windows(run)):
         return False

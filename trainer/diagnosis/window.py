@@ -61,7 +61,7 @@ def measured_points(curve: Sequence[TrainingPoint]) -> list[TrainingPoint]:
 
 
 def width(steps: int) -> int:
-    """Return the window size, in steps, for a run of the given length."""
+    """Return the number of steps per window of the loss curve of a run with `steps` steps."""
     return max(_MIN_WIDTH, steps // _SHARE)
 
 

@@ -101,7 +101,7 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
     """Return the batches that a recipe's training run would form from the given examples.
 
     Args:
-        folder: folder with the base's tokenizer, if it has one.
+        folder: the base's folder. If it contains no tokenizer, the numbers of tokens are estimated.
 
     Raises:
         DataError: the chat template rejects an example.

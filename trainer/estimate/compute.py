@@ -2,8 +2,8 @@
 the time for passes over memory.
 
 Multiplying a weight by a token takes 2 operations. The gradient for the token takes 2 more, and the
-gradient for a trained weight another 2 (Kaplan et al. 2020, section 2.1, without the part that LoRA
-saves). Checkpointing computes the forward pass twice. Attention needs two products in the forward pass
+gradient for the weight another 2 if the weight is trained (Kaplan et al. 2020, section 2.1). With gradient
+checkpointing, the forward pass is computed twice. Attention needs two products in the forward pass
 and four in the backward pass, for each token paired with itself and every earlier token.
 """
 

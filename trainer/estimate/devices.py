@@ -127,7 +127,7 @@ def _as_device(name: str, gpu: ListedGpu) -> ComputeDevice:
 
 
 def choose_devices(names: Sequence[str], home: Path) -> list[ComputeDevice]:
-    """Return the named devices, or this machine and all listed GPUs if no names are given.
+    """Return the named devices or, if no names are given, this machine and all GPUs in gpus.yaml.
 
     Raises:
         SettingsError: no device has the given name.
@@ -210,7 +210,7 @@ def measure_matrix_speed(
     second.
 
     Args:
-        tokens: rows of the layer's input.
+        tokens: number of rows in the layer's input.
         width: width of the input.
         height: width of the output.
         repeats: minimum number of measurements.

@@ -1,9 +1,9 @@
-"""Estimates what training a recipe takes on each device: a breakdown of the memory, whether it fits, the largest
+"""Estimates what training with a recipe takes on each device: a breakdown of the memory, whether it fits, the largest
 batch size, time and cost.
 
 Estimated memory differed from the measured memory by at most a fifth. Estimated time usually differed from the
 measured time by at most a third; larger differences were more frequent with AMX (docs/estimate.md). A run is therefore
-rejected only if `least`, the memory that it needs at any batch size, exceeds the available memory. With several
+rejected only if its weights, gradients and optimizer state alone (`least`) exceed the available memory. With several
 GPUs, memory is given per GPU.
 """
 
@@ -79,7 +79,7 @@ class DeviceEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated memory and time of a recipe on several devices.
+    """Estimated memory and time needed to run a recipe on each of several devices.
 
     Attributes:
         trained: number of trained weights.
@@ -103,7 +103,7 @@ class Estimate:
 def estimate_recipe(
     recipe: Recipe, shape: ModelShape, workload: Workload, devices: Sequence[ComputeDevice], served_length: int
 ) -> Estimate:
-    """Estimate a recipe's memory, disk space, time and cost on each of the given devices.
+    """Estimate how much memory, disk space, time and money a recipe needs on each of the given devices.
 
     Args:
         served_length: maximum sequence length in the engine, in tokens.

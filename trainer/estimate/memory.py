@@ -59,7 +59,7 @@ class Part(StrEnum):
 
 
 _DIVIDED = (Part.WEIGHTS, Part.ADAPTER, Part.GRADIENTS, Part.OPTIMIZER)
-"""Purposes whose memory is divided equally among the devices when the weights are sharded."""
+"""Parts of the memory that are divided equally among the devices when the weights are sharded."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ class Training:
 
     @property
     def checkpointing(self) -> bool:
-        """Whether gradient checkpointing is enabled: layers save only their inputs and are computed twice. The
-        setting is resolved as in trainer.training.arguments.
+        """Whether gradient checkpointing is enabled: layers save only their inputs, and their
+        intermediate results are recomputed in the backward pass. The setting is resolved as in
+        trainer.training.arguments.
         """
         asked = self.recipe.train.gradient_checkpointing
         return not self.cpu if asked is None else asked
@@ -214,9 +215,10 @@ class Training:
         return sum(parts.get(part, 0) for part in needed)
 
     def _gathered(self) -> dict[Part, float]:
-        """Return the bytes that a device needs for weights outside its own shard: two layers, because the next layer is
-        gathered while the current layer is computed, and the embeddings and the output head during a step. See
-        trainer.training.sharding.
+        """Return the bytes that a device needs for weights outside its own shard during a step.
+
+        These are the embeddings, the output head and two layers, because the next layer is gathered while the current
+        layer is computed. See trainer.training.sharding.
         """
         shape = self.shape
         layers = shape.linear_weights + shape.expert_weights

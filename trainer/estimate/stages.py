@@ -70,8 +70,8 @@ class StageMemory:
 def stage_memory(
     training: Training, workload: Workload, device: ComputeDevice, served_length: int
 ) -> tuple[StageMemory, ...]:
-    """Return the requirements of a recipe's stages, in order. `judge` and `register` are omitted, because they
-    need almost nothing.
+    """Return the memory and disk space that a recipe's stages need, in order. `judge` and `register` are omitted,
+    because they need almost nothing.
 
     Args:
         workload: the batches of the training run.
@@ -137,10 +137,10 @@ def engine_memory(shape: ModelShape, number_type: NumberType, served_length: int
 
 
 def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
-    """Return the requirements of training (trainer.estimate.memory). On a machine with a GPU, the model is
-    loaded into main memory first.
+    """Return the memory and disk space that training needs (see trainer.estimate.memory). On a machine with a GPU, the
+    model is loaded into main memory first.
 
-    Each checkpoint on disk contains float32 weights and two moments.
+    Each checkpoint on disk contains the trained weights in float32 and the optimizer's two moments of each weight.
     """
     recipe, shape = training.recipe, training.shape
     kept = recipe.checkpoints.keep + 1 + recipe.stopping.keep_best
@@ -162,8 +162,8 @@ def _train(training: Training, workload: Workload) -> tuple[Need, Need]:
 
 
 def _merge(training: Training) -> tuple[Need, Need]:
-    """Return the requirements of a merge. It needs two bf16 copies of the largest tensor or four float32 copies
-    of the largest adapted tensor, whichever is more.
+    """Return the resource requirements of a merge. It needs two bf16 copies of the largest tensor or four float32
+    copies of the largest adapted tensor, whichever is more.
 
     After full fine-tuning, the trained model is compared with the base instead. This needs one layer of each model,
     both memory-mapped and in memory, as well as their difference and a mask of the differences.
@@ -178,7 +178,7 @@ def _merge(training: Training) -> tuple[Need, Need]:
 
 
 def _engine(training: Training, weights: float, served_length: int) -> tuple[Need, Need]:
-    """Return the requirements of an engine that runs in its own process with a KV cache for one sequence."""
+    """Return the resource requirements of an engine that runs in its own process with a KV cache for one sequence."""
     parts = engine_memory(training.shape, training.number_type, served_length) | {EnginePart.WEIGHTS: weights}
     size = sum(parts.values())
     peak = Need(ram=PROCESS + size) if training.cpu else Need(device=size, ram=PROCESS + weights + ENGINE_OVERHEAD)
@@ -187,8 +187,8 @@ def _engine(training: Training, weights: float, served_length: int) -> tuple[Nee
 
 
 def _quantize(training: Training, example_tokens: float, *, awq: bool) -> tuple[Need, Need]:
-    """Return the requirements of quantizing in a separate process: memory for one layer, plus the memory that GPTQ
-    needs for the layer's largest matrix.
+    """Return the resource requirements of quantizing in a separate process: memory for one layer, plus the memory that
+    GPTQ needs for the layer's largest matrix.
 
     gptqmodel reads each layer from the merged model's files in turn and writes the finished layer to disk
     (`offload_to_disk`), from which the model's files are then written, so every layer is on the disk twice.
@@ -220,8 +220,8 @@ def _quantize(training: Training, example_tokens: float, *, awq: bool) -> tuple[
 
 
 def _round(training: Training) -> tuple[Need, Need]:
-    """Return the requirements of rounding to 8 bits. The rounding needs memory for one bf16 copy and two float32 copies
-    of the largest matrix.
+    """Return the resource requirements of rounding to 8 bits: memory for one bf16 copy and two float32 copies of the
+    largest matrix.
     """
     written = eight_bit_bytes(training.shape)
     working = (BFLOAT16 + 2 * FLOAT32) * training.shape.largest_layer
@@ -229,7 +229,7 @@ def _round(training: Training) -> tuple[Need, Need]:
 
 
 def _parity(training: Training, memory: float) -> tuple[Need, Need]:
-    """Return the requirements of the parity checks: one copy of the model with its adapter, and float32 copies
+    """Return the resource requirements of the parity checks: one copy of the model with its adapter, and float32 copies
     of the layer being compared.
 
     The checks run on the GPU if these tensors fit into its memory, and otherwise on the CPU. On the CPU, bfloat16
@@ -249,7 +249,9 @@ def _parity(training: Training, memory: float) -> tuple[Need, Need]:
 
 
 def _computed(training: Training, size: float, ram: float = 0.0, disk: float = 0.0) -> Need:
-    """Return a need for `size` bytes on the compute device and, if the device is a GPU, `ram` bytes of main memory."""
+    """Return the requirements of a stage that uses `size` bytes on the compute device, `disk` bytes on disk and, if the
+    device is a GPU, `ram` bytes of main memory.
+    """
     return Need(ram=size, disk=disk) if training.cpu else Need(device=size, ram=ram, disk=disk)
 
 

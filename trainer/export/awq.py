@@ -37,7 +37,7 @@ def check_awq(model: Path, number_type: NumberType) -> None:
         number_type: data type of training on this machine.
 
     Raises:
-        TrainingError: the architecture's scales are not supported, or bfloat16 is slow on this machine.
+        TrainingError: the model's architecture is not one of `ARCHITECTURES`, or bfloat16 is slow on this machine.
     """
     family = load_config(model).model_type
     if family not in ARCHITECTURES:

@@ -84,7 +84,7 @@ def _join(tensors: "dict[str, torch.Tensor]", layer: str, parts: list[str]) -> N
     if any(not torch.equal(group, groups[0]) for group in groups):
         raise TrainingError(
             f"the inputs of {' and '.join(parts)} were divided into different groups for quantization",
-            expected=f"the same groups in all of these layers, because the engine fuses them into {layer}",
+            expected=f"the same quantization groups in all of these layers, because the engine fuses them into {layer}",
             todo="set `formats: [merged]` to skip quantization",
         )
     tensors[f"{layer}.{_INPUT_GROUPS}"] = groups[0]

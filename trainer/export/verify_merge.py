@@ -143,6 +143,6 @@ def _change_of_rows(
 def merge_failed(wrong: str) -> TrainingError:
     return TrainingError(
         f"the merge is wrong: {wrong}",
-        expected="changes to every module that the adapter targets, and to no other tensor",
+        expected="a merge that changes every module that the adapter targets, and no other tensor",
         todo="check that the adapter was trained on this base and that its training loss fell",
     )

@@ -1,8 +1,8 @@
 """Chooses the options that make training fast on a given machine, based on the machine's properties.
 
-Options whose packages are not installed, or do not support the model, stay off. The loss and the layers
-used only on a CPU are chosen in trainer.training.loss. trainer.training.mechanisms checks that the options
-are active.
+Options whose packages are not installed, or do not support the model, stay off. trainer.training.loss
+chooses the loss and, on a CPU, the implementation of layers. trainer.training.mechanisms checks that the options are
+active.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Computes AdaLoRA's rank schedule, and saves and restores its rank allocator.
 
 AdaLoRA distributes ranks on a schedule that depends on the number of steps. Its allocator masks the
-least important directions and must be called after each step, which neither transformers' nor TRL's
-trainer does. Imports torch and PEFT.
+least important directions and must be called after each step. Because neither transformers' nor TRL's
+trainer calls it, this module does. Imports torch and PEFT.
 """
 
 import json

@@ -40,11 +40,11 @@ class ModelForm:
 
 
 def load_model(base: Path, form: ModelForm) -> PreTrainedModel:
-    """Load the base model in the given form for training.
+    """Load the base model for training, in the given form.
 
     Full fine-tuning updates float32 weights, because Adam's small updates would be rounded away in 16 bits; the forward
-    pass rounds the weights to the data type. Frozen weights are stored in the data type or, if the recipe requests
-    it, in NF4 with quantized scales.
+    pass rounds the weights to `form.number_type`. Frozen weights are stored in `form.number_type` or, if the recipe
+    requests it, in NF4 with quantized scales.
 
     Args:
         base: folder of the base model.

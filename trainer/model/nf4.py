@@ -1,8 +1,8 @@
 """Provides the weights on which QLoRA trains an adapter: the base's weights, with linear layers rounded to NF4 and
 dequantized. Imports torch.
 
-bitsandbytes dequantizes a layer for each product, so an adapter is trained on these weights and not on
-the base's own.
+bitsandbytes dequantizes a layer's weights for each matrix multiplication, so an adapter is trained on these weights
+and not on the base's own.
 """
 
 from pathlib import Path

@@ -149,7 +149,7 @@ def _refuse_experts(recipe: Recipe, experts: list[str]) -> None:
     named = f"{experts[0]!r} and {len(experts) - 1} more parameters of this mixture of experts hold a matrix per expert"
     if recipe.adapter_type is not AdapterType.LORA:
         raise RecipeError(
-            f"{named}, but {recipe.adapter_type} supports only parameters that hold one matrix",
+            f"{named}, but {recipe.adapter_type} supports only parameters with a single matrix",
             expected=f"method {Method.LORA}, {Method.QLORA} or {Method.FULL}",
             todo=f"set method to {Method.LORA}, or adapter.targets to {Targets.ATTENTION}, which skips the experts",
         )

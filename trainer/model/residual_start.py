@@ -82,7 +82,8 @@ def start_from(model: PeftModel, matrices: Matrices) -> None:
 
 
 def save_as_lora(adapter: Path, matrices: Matrices) -> None:
-    """Convert a saved adapter, which fits the residual, into a plain LoRA of the original base.
+    """Convert a saved adapter, which is valid only for the residual R (see the module docstring), into a plain LoRA of
+    the original base.
 
     B A - B0 A0 = (B - B0) A + B0 (A - A0), so both products are about as small as the trained change.
 

@@ -29,8 +29,9 @@ _ONCE = 0.02
 """Allowed deviation from 1 of the factor by which an adapter's update was multiplied when it was merged. A factor of 1
 means that the adapter was applied exactly once. Rounding changes the factor by less than 0.01 for a trained adapter."""
 _SIGMAS = 5.0
-"""Deviation of that factor that is allowed in addition to `_ONCE`, in standard deviations of the error that the factor
-has because small updates are rounded at random. About one correctly merged module in two million exceeds this limit."""
+"""Additional allowed deviation of the factor described at `_ONCE`, in standard deviations of the factor's random error.
+Small updates cause this error, because they are rounded up or down as if at random. About one correctly merged module
+in two million exceeds this limit."""
 
 
 @dataclass(frozen=True, slots=True)

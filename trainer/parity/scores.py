@@ -1,7 +1,6 @@
-"""Scores held-out answers token by token with the trainer's own models: the base with its adapter, and the
-merged model.
+"""Scores held-out answers token by token with two models: the base with its adapter, and the merged model.
 
-The models run in transformers. The adapter is not merged, so base plus adapter is exactly the trained model. Imports
+Both run in transformers. The first applies the adapter without merging it, so it is exactly the trained model. Imports
 torch.
 """
 

@@ -162,7 +162,7 @@ def _refusal(part: TrainedAdapter) -> str | None:
 
 
 def _rank(recipe: Recipe, combine: Combine, parts: Sequence[TrainedAdapter]) -> int:
-    """Return the rank of the combination.
+    """Return the rank of the combined adapter.
 
     Raises:
         RecipeError: the method needs equal ranks, or the rank is too large.
@@ -189,7 +189,7 @@ def _rank(recipe: Recipe, combine: Combine, parts: Sequence[TrainedAdapter]) -> 
 
 
 def warn_learnt(registry: Registry, versions: Sequence[str], heldout: Sequence[ChatExample]) -> None:
-    """Warn if any of the combined versions was trained on held-out prompts."""
+    """Warn if any of the versions to be combined was trained on held-out prompts."""
     prompts = hash_prompts(heldout)
     for name in versions:
         try:

@@ -268,7 +268,7 @@ class RunEvaluation:
         self._keep(revision, folder, merged.results, merged.general)
 
     def judge_format(self, measured: Qualified) -> Qualified:
-        """Rescore a model's stored answers in one format with the current metrics. Return the updated evaluation."""
+        """Score one format's stored answers again with the current metrics, and return the updated evaluation."""
         results = measured.results
         evaluation = judge(self.heldout[: len(results)], results, measured.evaluation.seconds, self.metrics)
         return measured.model_copy(update={"evaluation": evaluation.report, "results": evaluation.results})
@@ -286,7 +286,7 @@ class RunEvaluation:
             self.forgetting.keep(revision, model, general)
 
     def _cache(self, revision: str, model: Path) -> EvaluationCache:
-        """Return the cache of a model's answers on an engine with the current settings."""
+        """Return the cache of a model's evaluation results under the current settings."""
         kwargs = self.template_kwargs
         return evaluation_cache(self.settings, self.capabilities, revision, model, template_kwargs=kwargs)
 

@@ -105,7 +105,7 @@ class Examples:
 
     @property
     def selected(self) -> "Examples":
-        """A copy that records that the version was selected based on the `measured` examples."""
+        """A copy of these examples that states that those in `measured` were used to select the version."""
         return replace(self, selected_by=SelectedBy.VALIDATION if self.validation else SelectedBy.HELDOUT)
 
 
@@ -144,7 +144,7 @@ def read_run_examples(
     if not heldout:
         raise DataError(
             "no held-out answer is labeled desirable",
-            expected="at least one desirable answer, because these are the reference answers of the evaluation",
+            expected="at least one desirable answer, because the evaluation compares only with desirable answers",
             todo="set data.heldout to a file with desirable answers, or raise data.heldout_share",
         )
     if recipe.evaluate.limit:
@@ -266,7 +266,7 @@ def _check_documents(sources: Sequence[str], examples: Sequence[ChatExample], *,
 
 
 def example_of(answer: Judged) -> ChatExample:
-    """Return a pair's better answer, or a labeled answer."""
+    """Return the chat example with a pair's better answer, or the chat example that a labeled answer contains."""
     return answer.chosen if isinstance(answer, PreferencePair) else answer.example
 
 
@@ -281,7 +281,7 @@ def fingerprint_judged(judged: Sequence[Judged]) -> str:
 
 
 def _questions(evaluate: Evaluate) -> GeneralSet | None:
-    """Return the recipe's general questions, or None if there are none."""
+    """Return the general questions that measure forgetting, or None if the recipe turns them off."""
     if evaluate.general is False:
         return None
     questions = shipped_general_set() if evaluate.general is True else read_general_set(evaluate.general)
@@ -306,7 +306,7 @@ def _leave_out(train: Sequence[ChatExample], questions: GeneralSet | None) -> Se
         raise DataError(
             f"only {len(train) - len(asked)} of {len(train)} training examples are not general questions",
             expected="at least 2 training examples that are not general questions",
-            todo="set evaluate.general to false, or to a file with different questions",
+            todo="set evaluate.general to false, or to a file of questions that are not in the training data",
         )
     return select(train, [index for index in range(len(train)) if index not in asked])
 
@@ -354,8 +354,8 @@ class _Part:
 
 
 def _refuse_leaks(part: _Part, other: _Part) -> None:
-    """Raise DataError if the examples for two purposes, such as training and evaluation, share a prompt. Near
-    copies only cause a warning.
+    """Raise DataError if the examples for two purposes, such as training and evaluation, share a prompt. If
+    prompts are only near duplicates, print a warning.
     """
     check = f"svc data check {' '.join(part.files)} --heldout {' '.join(other.files)}"
     leaked = shared_prompts(part.examples, other.examples)

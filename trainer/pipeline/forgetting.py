@@ -18,7 +18,7 @@ from trainer.qualification import GeneralQuestions
 
 @dataclass(frozen=True, slots=True)
 class ForgettingTest:
-    """General questions of a run, together with the cache of the answers to them.
+    """General questions with which a run measures forgetting, and the cache of the answers to them.
 
     Args:
         tokenized: the questions, tokenized as in training.
@@ -30,7 +30,7 @@ class ForgettingTest:
     cache: Callable[[str, Path], EvaluationCache]
 
     def prepare(self, revision: str, base: Path) -> GeneralQuestions:
-        """Return the general questions, including the base's answers if they are stored."""
+        """Return the general questions, along with the base's answers if they are stored."""
         examples = self.questions.examples
         known = self.cache(revision, base).find(examples, [MAX_TOKENS] * len(examples))
         return GeneralQuestions(examples, self.tokenized, known)

@@ -32,7 +32,7 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
         undecided: the recipe's `evaluate.undecided`.
 
     Raises:
-        TrainingError: the gate failed, or is undecided and `evaluate.undecided` is fail.
+        TrainingError: the gate failed, or it is undecided and `evaluate.undecided` is `fail`.
     """
     outcome, allowed = report.verdict.outcome, f"at most {report.verdict.margin:.3f} ({report.limit})"
     if outcome is GateOutcome.FAILED:
@@ -54,8 +54,8 @@ def check_gate(report: GateReport, undecided: Undecided) -> None:
 
 
 def say_gates(recipe: Recipe, examples: Examples, primary: Metric) -> None:
-    """Print, for each gate that limits a share of answers, how far a quality loss must be from the gate's limit to be
-    detected with the available number of examples.
+    """For each gate on a share of answers, print the smallest difference between a quality loss and the gate's limit
+    that the available number of examples can detect.
     """
     limits = recipe.evaluate
     formats = set(recipe.formats)

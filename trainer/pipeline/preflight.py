@@ -152,7 +152,8 @@ def _check_copy(base: Path) -> None:
         copy_shipped_files(base, copy)
         if different := [*other_files(base, copy), *other_config(base, copy)]:
             raise BaseModelError(
-                f"transformers reads {base} and an unchanged copy of it differently: {', '.join(different)}",
-                expected="a base that transformers reads in the same way from an unchanged copy",
+                f"transformers reads an exact copy of {base} differently than the original; these files or config keys "
+                f"differ: {', '.join(different)}",
+                expected="a base that transformers reads in the same way as an exact copy of it",
                 todo="open an issue with the base's config.json, or choose another base",
             )

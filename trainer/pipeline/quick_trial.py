@@ -73,8 +73,8 @@ def _tenth(examples: Sequence[ChatExample], seed: int, fewest: int = 0) -> tuple
 
 
 def whole_run_seconds(train: Train, trial: TrainingSummary) -> float | None:
-    """Estimate how long training takes in the full run at the trial's speed, in seconds. Return None if the
-    speed is unknown.
+    """Estimate how many seconds training would take in the full run at the trial's speed. Return None if the speed
+    is unknown.
 
     Args:
         train: the `train` section of the full run.

@@ -1,4 +1,4 @@
-"""Trains on a Ray cluster: checks that the cluster can train the recipe, and starts the workers. See docs/ray.md."""
+"""Trains on a Ray cluster: checks that the cluster suits the recipe, and starts the workers. See docs/ray.md."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -45,7 +45,7 @@ def check_ray(settings: Settings, recipe: Recipe) -> NodeFacts:
 
 
 def count_workers(recipe: Recipe) -> int:
-    """Return the number of workers needed to train a recipe.
+    """Return the number of workers needed to train with a recipe.
 
     Raises:
         RecipeError: the recipe cannot be used for training on a cluster.

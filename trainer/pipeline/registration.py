@@ -73,7 +73,7 @@ class Registered(BaseModel):
     """Result of the `register` stage.
 
     Attributes:
-        failed: checks that the version failed. The version was registered anyway, as requested.
+        failed: one message per check that the version did not pass. The version was registered anyway, as requested.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -220,8 +220,8 @@ class Registration:
             return None
 
     def _check(self, *, failed_too: bool) -> tuple[str, ...]:
-        """Print and return the checks that the version fails. Without `failed_too`, the first failure raises an
-        error instead.
+        """Print and return one message per check that the version fails. Without `failed_too`, the first failure raises
+        an error instead.
         """
         failed = []
         gates = (partial(check_gate, gate, self.recipe.evaluate.undecided) for gate in self.gates)

@@ -91,7 +91,8 @@ class Run:
 
     @classmethod
     def of(cls, runs: Path, recipe: Recipe, base: Base, examples: Examples, trained: str | None = None) -> "Run":
-        """Return the run for a recipe. Recipes with the same training share a run folder, whatever their formats.
+        """Return a recipe's run. Recipes that share a name and train identically share a run folder, even if their
+        formats differ.
 
         Args:
             trained: hash of an adapter that was trained elsewhere.
@@ -124,7 +125,11 @@ class Run:
         return None if stored is None else StoredWeights.model_validate(stored)
 
     def add_stored(self, stage: Stage, weights: StoredWeights | None) -> None:
-        """Record that a finished stage's weights are in the object store or, if None is given, in the run's folder."""
+        """Record where a finished stage's weights are.
+
+        Args:
+            weights: the weights in the object store, or None if they are in the run's folder.
+        """
         stored = weights.model_dump(mode="json") if weights else None
         content = read_json_object(self._result(stage)) | {"stored": stored}
         write_whole(self._result(stage), json.dumps(content, indent=1).encode("utf-8"))

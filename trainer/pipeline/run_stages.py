@@ -64,8 +64,8 @@ def run_stages(run: Run, steps: Mapping[Stage, Step], progress: ProgressFile | N
 
 @contextmanager
 def _explained(stage: Stage, run: Path) -> Iterator[None]:
-    """Turn a library's exception into an error that names the stage and says what to do next. Memory is
-    released afterwards.
+    """Turn a library's exception into an error that names the stage and says what to do next. Unused memory
+    is released when the `with` block ends, even without an error.
     """
     try:
         with explained_full_disk(stage, run):

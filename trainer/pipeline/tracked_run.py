@@ -75,7 +75,7 @@ def sending_curve(tracking: Tracking, run_id: str) -> Iterator[Report]:
 
 
 class _Sender:
-    """Sends points of a run's curves. `send` must always be called from the same thread."""
+    """Sends a training run's metrics to MLflow. `send` must always be called from the same thread."""
 
     def __init__(self, tracking: Tracking, run_id: str) -> None:
         self.queue = SimpleQueue[tuple[int, Mapping[str, float]]]()
@@ -85,7 +85,7 @@ class _Sender:
         self._is_reported = False
 
     def send(self) -> None:
-        """Send all queued points, including points that could not be sent earlier."""
+        """Send the metrics of all queued steps, including those that could not be sent earlier."""
         while True:
             try:
                 self.unsent.append(self.queue.get_nowait())

@@ -126,7 +126,7 @@ def complete_recipe(recipe: Recipe, values: Mapping[str, Any], adapter: str) -> 
     if "method" in recipe.model_fields_set and implied is not values["adapter.type"]:
         raise RecipeError(
             f"method is {recipe.method}, but {adapter} is {values['adapter.type']}",
-            todo="remove method from the recipe",
+            todo="remove `method` from the recipe",
         )
     for key, value in values.items():
         name = key.removeprefix("adapter.")
@@ -247,5 +247,5 @@ def _does_not_fit(adapter: TrainedAdapter, problem: str) -> BaseModelError:
     return BaseModelError(
         f"adapter {adapter.origin} does not fit the base: it {problem}",
         expected=f"the base that the adapter was trained on: {named or 'unknown, because its config names none'}",
-        todo="choose that base with --base",
+        todo="set --base to the base that the adapter was trained on",
     )

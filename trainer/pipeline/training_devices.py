@@ -68,7 +68,7 @@ def choose_sharding(recipe: Recipe, devices: int, number_type: NumberType, expec
 
 
 def find_devices(recipe: Recipe, first: str | None, gpus: Sequence[Gpu]) -> DeviceChoice:
-    """Return the devices on this machine that training a recipe would use.
+    """Return the devices on this machine that a training run with the recipe would use.
 
     Args:
         first: name of the GPU that torch would use by default, or None if training runs on the CPU.

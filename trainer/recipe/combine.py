@@ -24,13 +24,15 @@ class CombineMethod(StrEnum):
     LINEAR = "linear"
     """The weighted sum of the factors, which only approximates the weighted sum of the updates."""
     TIES = "ties"
-    """Small values are dropped, and then values whose sign differs from the majority sign (Yadav et al. 2023)."""
+    """Each adapter's small values are dropped, and then the values whose sign differs from the majority sign of all
+    adapters (Yadav et al. 2023)."""
     TIES_SVD = "ties_svd"
     DARE_LINEAR = "dare_linear"
-    """Random values are dropped, and the remaining values are scaled up (Yu et al. 2024)."""
+    """Random values of each adapter are dropped, and its remaining values are scaled up (Yu et al. 2024)."""
     DARE_LINEAR_SVD = "dare_linear_svd"
     DARE_TIES = "dare_ties"
-    """Random values are dropped, and then values whose sign differs from the majority sign."""
+    """Random values of each adapter are dropped, and then the values whose sign differs from the majority sign of all
+    adapters."""
     DARE_TIES_SVD = "dare_ties_svd"
 
     @property
@@ -40,7 +42,7 @@ class CombineMethod(StrEnum):
 
     @property
     def factorizes(self) -> bool:
-        """Whether the rank of the result can be chosen."""
+        """Whether the method factorizes the combined update, so that a recipe may set the rank."""
         return self.endswith("svd")
 
     @property
@@ -50,7 +52,7 @@ class CombineMethod(StrEnum):
 
 
 class WeightedAdapter(Section):
-    """An adapter and its weight."""
+    """One of the adapters to combine, and its weight in the combination."""
 
     adapter: Annotated[
         str, Field(pattern=rf"^[./~]|{HUB_ID_PATTERN}|{VERSION_PATTERN}"), AfterValidator(folder_beside_recipe)
@@ -68,7 +70,7 @@ class Combine(Section):
     adapters: Annotated[tuple[WeightedAdapter, ...], Field(min_length=2)]
     """adapters to combine, all trained on the same base"""
     density: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """share of the values to keep; required by the methods whose names start with ties or dare"""
+    """share of each adapter's values to keep; required by the methods whose names start with ties or dare"""
 
     @model_validator(mode="after")
     def _density_fits_method(self) -> "Combine":

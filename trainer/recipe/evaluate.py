@@ -33,7 +33,9 @@ class Judge(Section):
 
 
 class Undecided(StrEnum):
-    """Action to take when a gate's confidence interval neither proves nor rules out a loss above the gate's limit."""
+    """What to do with a version if a gate's confidence interval neither proves nor rules out that quality dropped by
+    more than the gate's limit.
+    """
 
     WARN = "warn"
     FAIL = "fail"
@@ -63,8 +65,9 @@ class Evaluate(Section):
     larger change for the worse is proven"""
     # 4 bits cost SmolLM2-135M 0.042 [0.033, 0.053] on free text (synopsis task), and nothing of its ROUGE.
     max_gptq_nll: float = Field(0.05, ge=0)
-    """largest increase in negative log-likelihood that any quantization may cause, as a share of the merged model's
-    value, but at least 0.005 nats per token; a version is rejected if a larger increase is proven"""
+    """largest amount by which quantization (to GPTQ or any other format) may increase the negative log-likelihood, as a
+    share of the merged model's value; increases up to 0.005 nats per token are always allowed; a version is rejected if
+    a larger increase is proven"""
 
     general: Annotated[bool | Path, AfterValidator(beside_recipe)] = True
     """ask the base, merged and quantized models general questions, which are never used for training: true for the

@@ -14,7 +14,8 @@ class DpoLoss(StrEnum):
     SIGMOID = "sigmoid"
     """Negative log-likelihood of the preference (Rafailov et al. 2023, eq. 7)."""
     IPO = "ipo"
-    """Squared distance from a margin, per token, which overfits less (Azar et al. 2023, eq. 17)."""
+    """Squared distance between the per-token difference and `1 / (2 * beta)`. This overfits less than `sigmoid`
+    (Azar et al. 2023, eq. 17)."""
     ROBUST = "robust"
     """`sigmoid`, corrected for a known share of wrong preferences (Chowdhury et al. 2024)."""
 
@@ -24,7 +25,7 @@ class Preference(Section):
 
     beta: float = Field(0.1, gt=0)
     """dpo, kto: how close the model stays to its state before training (higher is closer); orpo: weight of the
-    preference compared with the likelihood of the better answer"""
+    odds ratio loss, which is added to the better answer's negative log-likelihood"""
     loss: DpoLoss = DpoLoss.SIGMOID
     """dpo: sigmoid, ipo, or robust if a known share of the pairs is wrong"""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)

@@ -91,8 +91,8 @@ class Recipe(Section):
     [training](training.md#new-tokens)"""
     formats: Annotated[tuple[Format, ...], Field(min_length=1)] = (Format.MERGED, Format.GPTQ)
     """formats to create, evaluate and register: adapter, merged, gptq, awq, int8, fp8, gguf, see
-    [formats](formats.md); an adapter is always stored. If merged is not listed, the base answers only the general
-    questions and no held-out examples"""
+    [formats](formats.md); an adapter is always stored. Without `merged`, the base answers only the general questions
+    and no held-out examples"""
     report_to: tuple[ReportTo, ...] = (ReportTo.MLFLOW,)
     """trackers for parameters, losses and metrics: mlflow, wandb, tensorboard; MLflow always receives them"""
     data: Data
@@ -126,10 +126,10 @@ class Recipe(Section):
             raise ValueError("`formats` lists a format twice")
         if Format.GGUF in self.formats and Format.MERGED not in self.formats:
             raise ValueError(
-                "`formats` lists gguf without merged, but the merged model is evaluated in place of the GGUF file"
+                "`formats` lists `gguf` without `merged`, but the merged model is evaluated in place of the GGUF file"
             )
         if self.method is Method.FULL and Format.ADAPTER in self.formats:
-            raise ValueError(f"`formats` lists adapter, but `method: {self.method}` trains no adapter")
+            raise ValueError(f"`formats` lists `adapter`, but `method: {self.method}` trains no adapter")
         implied, named = ADAPTER_TYPES[self.method], self.adapter.type
         if "method" in self.model_fields_set and implied and named and named is not implied:
             raise ValueError(f"`method: {self.method}` implies adapter.type {implied}, but adapter.type is {named}")
@@ -141,14 +141,14 @@ class Recipe(Section):
         if (scaling.type is None) is not (scaling.factor is None) or (scaling.replace and scaling.type is None):
             raise ValueError("`rope_scaling` needs both a type and a factor")
         if scaling.type is not None and Format.GGUF in self.formats:
-            raise ValueError("`formats` lists gguf, which cannot be written with `rope_scaling`")
+            raise ValueError("`formats` lists `gguf`, which cannot be written with `rope_scaling`")
         if len(set(self.new_tokens)) < len(self.new_tokens):
             raise ValueError("`new_tokens` lists a token twice")
         if self.adapter.modules_to_save and Format.ADAPTER in self.formats:
-            raise ValueError("`formats` lists adapter, but vLLM cannot load the layers in adapter.modules_to_save")
+            raise ValueError("`formats` lists `adapter`, but vLLM cannot load the layers in adapter.modules_to_save")
         if self.new_tokens and Format.ADAPTER in self.formats:
             raise ValueError(
-                "`formats` lists adapter, but vLLM cannot load the embeddings of `new_tokens` with an adapter"
+                "`formats` lists `adapter`, but vLLM cannot load the embeddings of `new_tokens` with an adapter"
             )
         if self.merge_dequantized and self.base_quantization is None:
             raise ValueError("`merge_dequantized` requires `method: qlora` or `quantization: nf4`")

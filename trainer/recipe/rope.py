@@ -19,7 +19,7 @@ class RopeType(StrEnum):
     LINEAR = "linear"
     """All positions are divided by the factor (Chen et al. 2023)."""
     YARN = "yarn"
-    """Slow rotations are divided by the factor, and fast rotations are unchanged (Peng et al. 2023)."""
+    """Low rotation frequencies are divided by the factor, and high ones are unchanged (Peng et al. 2023)."""
 
 
 class RopeScaling(Section):

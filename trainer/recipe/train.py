@@ -115,10 +115,11 @@ class Train(Section):
     max_length: int = Field(1024, ge=16)
     """maximum length of an example, in tokens"""
     too_long: TooLong = TooLong.ERROR
-    """error, drop or truncate: what to do with longer examples; with `--skip-bad`, error has the same effect as drop"""
+    """error, drop or truncate: what to do with examples longer than max_length; with `--skip-bad`, error has the same
+    effect as drop"""
     packing: bool = False
-    """pack several examples into one row of max_length tokens; each example attends only to itself, and a row
-    then counts as one example"""
+    """pack several examples into one row of max_length tokens; each example attends only to itself, and
+    `train.batch_size` counts rows instead of examples"""
     gradient_checkpointing: bool | None = None
     """recompute activations instead of storing them; default: on a GPU, true unless training fits in its free
     memory without it; on a CPU, false"""
@@ -141,8 +142,8 @@ class Stopping(Section):
     """
 
     every_steps: Annotated[int, Field(ge=1)] | None = None
-    """number of steps between two measurements; default: a tenth of all steps, if another key requires
-    measurements"""
+    """number of steps from one measurement to the next; default: a tenth of all steps, if `patience` or
+    `keep_best` is used"""
     patience: Annotated[int, Field(ge=1)] | None = None
     """stop after this many measurements without a lower held-out loss; default: never"""
     keep_best: bool = False
@@ -150,7 +151,7 @@ class Stopping(Section):
     curve: bool = True
     """measure held-out loss up to six times on up to 64 examples, taking less than a twentieth of the run's time; in
     runs of 20 to 49 steps, up to three times, taking less than a quarter. This does not affect the weights. Ignored if
-    another key requires measurements"""
+    `every_steps`, `patience` or `keep_best` is used"""
 
     @property
     def measures(self) -> bool:
@@ -173,7 +174,7 @@ class Checkpoints(Section):
     every_minutes: float = Field(10.0, gt=0)
     """number of minutes between two checkpoints"""
     keep: int = Field(2, ge=1)
-    """number of checkpoints to keep, newest first; the best checkpoint is always kept as well"""
+    """number of most recent checkpoints to keep; the best checkpoint is always kept as well"""
     keep_epochs: int = Field(0, ge=0)
-    """number of epochs, newest first, whose adapters are saved for clients of the fine-tuning API; only with
+    """number of most recent epochs whose adapters are saved for clients of the fine-tuning API; only with
     `svc train --progress FILE`, in the folder `epochs` next to the file"""

@@ -175,8 +175,8 @@ def _import_data(draft: Draft, folder: Path) -> None:
 
 
 def _limit(draft: Draft, datasets: list[Any]) -> None:
-    """Import a dataset's slice, such as `train[:1000]`, if the config has only one dataset. Other kinds of slices,
-    such as percentages, cannot be imported.
+    """Import a slice such as `train[:1000]` as `data.limit` if the config has only one dataset. All other slices,
+    such as percentages, are left out with a note.
     """
     for number, dataset in enumerate(datasets):
         split = str(dataset.get("split") or "train") if isinstance(dataset, dict) else "train"

@@ -34,7 +34,7 @@ PER_GPU = "the imported value is per GPU, but here it is the total for all GPUs:
 
 
 def import_optimizer(draft: Draft, key: str, default: str) -> None:
-    """Import the optimizer setting. The other tools name optimizers as transformers does."""
+    """Import the optimizer setting. Axolotl and LLaMA-Factory use the optimizer names of transformers."""
     name = draft.take(key, default)
     if optimizer := next((ours for ours, names in _OPTIMIZERS.items() if name in names), None):
         draft.values["train.optimizer"] = optimizer.value
@@ -52,10 +52,11 @@ def import_schedule(draft: Draft, key: str, default: str) -> None:
 
 
 def import_warmup(draft: Draft, default: float, *, zero_steps: bool = False) -> None:
-    """Import the warmup, which other tools also accept as a number of steps.
+    """Set the warmup ratio from the other tool's `warmup_ratio` or `warmup_steps`.
 
     Args:
-        zero_steps: whether 0 steps means no warmup. Otherwise, the warmup ratio applies if 0 steps are set.
+        default: warmup ratio if the config sets neither key.
+        zero_steps: whether `warmup_steps: 0` turns the warmup off. If not, it is ignored.
     """
     ratio, steps, total = draft.take("warmup_ratio"), draft.take("warmup_steps"), draft.values.get("train.steps")
     if steps is not None and steps < 1 and (steps or zero_steps):
@@ -90,7 +91,13 @@ def import_targets(draft: Draft, key: str, names: Any) -> None:
 
 
 def import_start(draft: Draft, key: str, start: str) -> None:
-    """Import an adapter's initialization, given by its name in PEFT. Call this after setting `method`."""
+    """Import the adapter's initialization as `adapter.init`.
+
+    Call this after setting `method` and `adapter.rslora`.
+
+    Args:
+        start: PEFT's name for the initialization.
+    """
     plain, rooted = draft.values["method"] == Method.LORA, draft.values.get("adapter.rslora")
     try:
         adapter = Adapter(init=start)
@@ -124,9 +131,7 @@ def import_new_tokens(draft: Draft, key: str, *, special: bool = False) -> None:
 
 
 def import_modules_to_save(draft: Draft, key: str) -> None:
-    """Import `adapter.modules_to_save`, which names embeddings to train in full. Call this after the method has been
-    imported.
-    """
+    """Import names of layers to train in full as `adapter.modules_to_save`. Call this after setting `method`."""
     names = draft.take(key) or ()
     listed = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
     if not listed or draft.values["method"] == Method.FULL:
@@ -138,8 +143,8 @@ def import_modules_to_save(draft: Draft, key: str) -> None:
 
 
 def import_dropout(draft: Draft) -> None:
-    """Import the adapter's dropout, or leave it out if the objective learns from preferences, because such objectives
-    do not support dropout. Call this after the method has been imported.
+    """Import the adapter's dropout, or leave it out if the recipe has a preference objective, since these objectives do
+    not support dropout. Call this after the method and the objective have been imported.
     """
     dropout = draft.take("lora_dropout")
     if not dropout or draft.values["method"] == Method.FULL:

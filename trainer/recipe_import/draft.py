@@ -1,4 +1,4 @@
-"""The recipe that an import builds, and notes on keys that could not be imported unchanged.
+"""The recipe that an import builds, and notes on keys that were left out or mean something slightly different.
 
 An importer removes the keys of the other tool's config one by one. Keys that remain at the end are reported, so that no
 key is lost silently.
@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 _OFF: tuple[Any, ...] = (None, False, "", [], {})
-"""Values that usually turn off the option that a key of another tool's config sets."""
+"""Values of a key in another tool's config that usually mean that the option is off."""
 
 
 class Effect(StrEnum):
@@ -26,7 +26,7 @@ class Effect(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A key of the other tool that was not imported unchanged.
+    """A key of the other tool that was left out or has a slightly different meaning here.
 
     Attributes:
         key: key in the other tool's config.
@@ -47,7 +47,7 @@ class Draft:
 
     Attributes:
         values: values of the recipe by dotted key.
-        notes: notes on keys that were not imported unchanged.
+        notes: notes on keys that were left out or have a slightly different meaning here.
     """
 
     content: dict[str, Any]

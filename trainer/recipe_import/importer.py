@@ -30,7 +30,7 @@ class ImportedRecipe:
     Attributes:
         tool: name of the other tool.
         content: the recipe, as nested sections.
-        notes: keys that were not imported unchanged.
+        notes: keys of the other tool that were left out or have a slightly different meaning here.
         refused: reason why `svc train` would reject the recipe in its present form, or None if it would not.
     """
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     type=click.Choice(["here", "ray"]),
     default="here",
     show_default=True,
-    help="Train on this machine, or several trials at the same time on a Ray cluster (docs/ray.md).",
+    help="Train one trial after the other on this machine, or several in parallel on a Ray cluster (docs/ray.md).",
 )
 @click.option(
     "--parallel",
@@ -49,7 +49,7 @@ def sweep(
     anyway: bool,
     as_json: bool,
 ) -> None:
-    """Search for the best values for RECIPE, resuming an interrupted sweep."""
+    """Search for the best hyperparameters for RECIPE. If a sweep was interrupted, resume it."""
     from svc.terminal import quiet_libraries
     from trainer.recipe.file import load_recipe
 
@@ -126,7 +126,7 @@ def _open_trial_runner(
         ServerNotRunningError, BusyError, TrainingError: the cluster cannot be reached, or has too few free resources.
         InsufficientMemoryError: a trial cannot fit into memory.
         DiskSpaceError: there is not enough disk space for the version.
-        RecipeError: the recipe's objective is a preference.
+        RecipeError: the recipe's objective is not `sft`.
     """
     from svc.dataset.schema.objective import Objective
     from svc.engine.device import read_capabilities
@@ -144,7 +144,7 @@ def _open_trial_runner(
         raise RecipeError(
             f"sweeps and learning curves are not possible with `objective: {recipe.objective}`",
             expected="objective: sft",
-            todo="train with several values one after the other: svc train RECIPE --set train.learning_rate=...",
+            todo="train once for each value to try: svc train RECIPE --set train.learning_rate=...",
         )
     if on_ray:
         check_ray(settings, recipe)

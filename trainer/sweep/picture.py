@@ -21,7 +21,7 @@ _LABEL = "held-out loss, nats per token"
 
 
 def draw_sweep(result: SweepResult, path: Path) -> Path:
-    """Draw held-out loss against the values tried. There is one panel per phase, or per key of the recipe's
+    """Plot held-out loss against the values tried. There is one panel per phase, or per key of the recipe's
     search space.
     """
     from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def draw_sweep(result: SweepResult, path: Path) -> Path:
 
 
 def draw_curve(curve: LearningCurve, path: Path) -> Path:
-    """Draw held-out loss against the number of examples. The fitted curve extends to twice that number."""
+    """Plot held-out loss against the number of examples. The fitted curve extends to twice that number."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.4), layout="constrained")

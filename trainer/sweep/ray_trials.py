@@ -98,7 +98,7 @@ class RayTrials:
             InterruptedRunError: a signal was received.
             RegistryError: the object store is not responding, or rejects a request.
             ServerNotRunningError: the cluster cannot be reached.
-            SvcError: a trial could not be trained, for a reason other than its values.
+            SvcError: a trial failed for a reason other than the recipe values that it tried.
         """
         base = share_base(ObjectStore(self._artifacts), self._base.folder, self._base.revision)
         with connected(find_address(self._settings.address)), preemption() as asked:
@@ -118,7 +118,7 @@ class RayTrials:
                         raise self._error from None  # it was the reason to stop the trials
                     raise
             if asked.by is not None:
-                raise InterruptedRunError(f"stopped by {asked.by.name} after the last trial", todo=AGAIN)
+                raise InterruptedRunError(f"stopped by {asked.by.name} after all trials had ended", todo=AGAIN)
 
     @property
     def _session(self) -> _Session:
@@ -245,5 +245,5 @@ class RayTrials:
 
 
 def _name(folder: Path) -> str:
-    """Return the name of a trial in the object store, from its folder `sweeps/NAME/trials/KEY`."""
+    """Derive a trial's name in the object store from its folder, `sweeps/NAME/trials/KEY`."""
     return f"{folder.parent.parent.name}-{folder.name}"

@@ -1,5 +1,5 @@
-"""Determines the order in which a sweep tries values: phase by phase, or through the recipe's own search
-space.
+"""Determines which values a sweep tries, and in what order. If the recipe defines a search space, that space is
+searched. Otherwise, the sweep runs in phases, such as learning rate and rank.
 
 Each phase has an Optuna study, which proposes values from the recipe's space and decides which trials
 are pruned. A resumed sweep repeats all calls to Optuna with new studies. Because the results of its
@@ -132,7 +132,7 @@ class Search:
         """Run all trials and return the winning one. The first trial uses the unchanged recipe and is never pruned.
 
         Raises:
-            TrainingError: no trial completed in one of the phases.
+            TrainingError: a phase ended without a completed trial.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         unchanged = self._start(self._open(Phase.RECIPE, {}, {}), {})
@@ -193,9 +193,10 @@ class Search:
         with lower values while the lowest value tried is the best.
 
         Args:
-            order: values to try, starting with the recipe's own value, which is preferred.
+            order: values to try, starting with the recipe's own value.
             lower, higher: further values to try, nearest first.
-            preference: sort key for the other trials. Trials with a smaller key are preferred.
+            preference: sort key for trials that do not differ significantly. The recipe's own value is preferred,
+                followed by the trial with the smallest key.
 
         Returns:
             The chosen trial, or None if there was no time for any trial.
@@ -247,8 +248,8 @@ class Search:
         return self.comparison.choose(trials or [best])
 
     def _targets(self, best: TrialOutcome, largest: int) -> TrialOutcome:
-        """If the largest rank was chosen and the recipe does not target all linear layers, try adapters on all of
-        them.
+        """If the best trial so far has the largest rank, also run a trial with adapters on all linear layers, unless
+        the recipe targets them all already. Return the trial that is chosen.
         """
         if self.recipe.adapter.targets is Targets.ALL_LINEAR:
             return best
@@ -272,7 +273,7 @@ class Search:
         return self.comparison.choose([best, *trials])
 
     def _open(self, phase: Phase, fixed: Values, space: Space) -> _Study:
-        """Create the study of a phase.
+        """Create the Optuna study for a phase.
 
         Args:
             fixed: values shared by all trials.
@@ -369,8 +370,8 @@ def samples_values(sweep: Sweep) -> bool:
 
 
 def _combinations(space: Space, most: int) -> Sequence[dict[str, Any] | None]:
-    """Return every combination in a search space. If there are too many, return None for each trial, whose
-    values are then left to the sampler.
+    """Return every combination of values in a search space. If there are more than `most`, or the space contains a
+    range, return a list of `most` Nones, one per trial; the sampler then chooses the values.
     """
     lists = [values for values in space.values() if not isinstance(values, Between)]
     if len(lists) < len(space) or math.prod(map(len, lists)) > most:

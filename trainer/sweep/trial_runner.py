@@ -157,7 +157,7 @@ class TrialRunner:
 
     @cached_property
     def judged(self) -> tuple[ChatExample, ...]:
-        """The held-out examples on which trials are evaluated. If there are many, this is a random sample."""
+        """The held-out examples on which trials are evaluated: at most `_MAX_JUDGED`, sampled at random."""
         measured = self.examples.measured
         generator = random.Random(0)  # noqa: S311 - no secret
         return tuple(generator.sample(measured, min(_MAX_JUDGED, len(measured))))

@@ -48,8 +48,8 @@ class CheckpointFolder:
         """Yield a temporary folder for a new checkpoint. After the `with` block, the folder is moved to its final
         path, and old checkpoints are deleted.
 
-        Checkpoints of later steps are deleted too, because they would be listed as the newest. They must be damaged:
-        otherwise, the run would not have been resumed from an earlier step.
+        Checkpoints of later steps are deleted too, because they would be listed as the newest. If there are any,
+        they are damaged, because a run resumes from its newest complete checkpoint.
 
         Args:
             step: number of optimizer steps so far.

@@ -177,12 +177,12 @@ class Caller:
         threading.Thread(target=self._receive, name="caller", daemon=True).start()
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call one of the caller's functions and wait until it has returned."""
+        """Ask the calling process to run one of its functions, and wait until the function has returned."""
         self._pipe.send(Call(name, arguments))
         self._answers.get()
 
     def listen(self) -> None:
-        """Start receiving the caller's signals."""
+        """Tell the caller that this process is now ready to receive signals."""
         self._pipe.send(Listens())
 
     def _receive(self) -> None:

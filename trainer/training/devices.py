@@ -16,7 +16,7 @@ from trainer.recipe.train import Train
 
 _MAX_USED = 1.5 * 2**30
 """A GPU counts as free if at most this many bytes of its memory are in use, for example by a desktop environment or by
-the memory estimate that precedes training."""
+this process, which may have measured the GPU's speed for an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def choose_processes(train: Train) -> DeviceChoice:
     """Return the processes that train on the CPU: one, unless the recipe requires several.
 
     Raises:
-        RecipeError: the recipe lists GPUs, or a step cannot be divided.
+        RecipeError: the recipe lists GPUs, or the examples of a step cannot be divided evenly among the processes.
     """
     if isinstance(train.devices, tuple):
         raise RecipeError(
@@ -134,7 +134,7 @@ def choose_gpus(train: Train, gpus: Sequence[Gpu], first: str) -> DeviceChoice:
 
     Raises:
         RecipeError: a listed GPU does not exist or differs from the GPU that torch would use, fewer GPUs are free than
-            the recipe requires, or a step cannot be divided.
+            the recipe requires, or the examples of a step cannot be divided evenly among the GPUs.
     """
     asked = train.devices
     reasons: list[str] = []
@@ -213,8 +213,8 @@ def _listed(numbers: Sequence[int], gpus: Sequence[Gpu], first: str) -> list[int
             f"train.devices lists GPUs that differ from each other or from {first}, the GPU that torch would use by "
             f"default: {listed}",
             expected="identical GPUs, because every GPU waits for the slowest",
-            todo="put GPUs of one type in train.devices; if it is not the default type, hide all other GPUs with "
-            "CUDA_VISIBLE_DEVICES",
+            todo=f"list only identical GPUs in train.devices; to use a GPU type other than {first}, set "
+            "CUDA_VISIBLE_DEVICES to GPUs of that type",
         )
     return list(numbers)
 

@@ -1,9 +1,10 @@
 """Checks that the options chosen for a training run are really active, and stops the run if they are not.
 
 Libraries ignore some options silently: Liger replaces nothing in a model that it does not know, transformers uses a
-different FlashAttention than requested, and bitsandbytes stores small moments in float32. Such a run would be slower or
-need more memory than estimated, without any message. Options that can be checked without a step are checked before the
-first step; the other options are observed during the first step. Imports torch, transformers and PEFT.
+different FlashAttention than requested, and bitsandbytes stores the optimizer moments of small tensors in float32. Such
+a run would be slower or need more memory than estimated, without any message. Options that can be checked without a
+step are checked before the first step; the other options are observed during the first step. Imports torch,
+transformers and PEFT.
 """
 
 import math
@@ -27,8 +28,7 @@ from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Optimizer
 
 _MIN_8BIT, _MIN_PAGED = 4096, 100_000
-"""Numbers of elements that a weight must have at least for bitsandbytes to store its moments in 8 bits, and to page
-them."""
+"""Minimum number of elements in a weight for bitsandbytes to store the weight's moments in 8 bits, and to page them."""
 _REINSTALL_FLASH = "install a flash-attn made for this torch and transformers, or remove it: pip uninstall flash-attn"
 _REPORT = "report this with the output of: pip list"
 
@@ -159,7 +159,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def check_liger(model: nn.Module, *, chosen: bool) -> None:
-    """Check that Liger, if it was chosen, has replaced a part of every layer, and otherwise no part of any layer.
+    """Check that Liger has replaced a part of every layer if it was chosen, and has replaced nothing if it was not.
 
     Raises:
         TrainingError: Liger was chosen but is not active, or is active although it was not chosen.
@@ -189,7 +189,7 @@ def checkpointed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def check_checkpointing(model: nn.Module, *, chosen: bool) -> None:
-    """Check that gradient checkpointing is on in every layer if it was chosen, and in none otherwise.
+    """Check that gradient checkpointing is on in every layer if it was chosen, and off in every layer if it was not.
 
     Raises:
         TrainingError: checkpointing was chosen but is off in a layer, or is on although it was not chosen.
@@ -206,8 +206,8 @@ def check_checkpointing(model: nn.Module, *, chosen: bool) -> None:
 
 
 def check_number_types(model: nn.Module, number_type: NumberType) -> None:
-    """Check that trained weights are in float32, and that the frozen layers that an adapter changes are in the
-    data type of the matrix products, except those that transformers keeps in float32.
+    """Check the data types of weights. Trained weights must be in float32. The frozen weights of layers with an adapter
+    must be in the data type of the matrix products. Layers that transformers keeps in float32 may stay in float32.
 
     Raises:
         TrainingError: a weight has a different data type.
@@ -306,7 +306,8 @@ def check_optimizer_class(optimizer: torch.optim.Optimizer, chosen: Optimizer, *
         fused: whether PyTorch's fused kernel was chosen.
 
     Raises:
-        TrainingError: a different optimizer is used, or all trained weights are too small for the chosen one.
+        TrainingError: a different optimizer is used, or no trained tensor has enough elements for the chosen
+            optimizer to take effect.
     """
     if chosen is Optimizer.ADAMW:
         if type(optimizer) is not torch.optim.AdamW or bool(optimizer.defaults["fused"]) is not fused:

@@ -6,7 +6,8 @@ value. These trainers would need various corrections to meet our guarantees for 
 - they render and truncate prompts themselves, so that with a template that renders prompt and conversation differently,
   the prompt in training would differ from the engine's; ORPOTrainer also learns the prompts;
 - DPOTrainer and KTOTrainer add a frozen copy of the adapter, which AdaLoRA does not support and which would be saved
-  with the adapter; KTOTrainer forms its mismatched answers in the order of the files;
+  with the adapter; KTOTrainer selects mismatched answers (answers to other prompts) by their
+  order in the files;
 - they average each batch, so that half the batch size with twice the accumulation would give a different result if the
   last batch is smaller;
 - on CPUs they compute the head and its entropy at all positions.
@@ -104,7 +105,7 @@ class PreferenceTrainer(ResumableTrainer):
 
     @staticmethod
     def weight(row: dict[str, Any]) -> int:
-        """Return the weight of a row's loss, which is the same for all comparisons."""
+        """Return 1, because every comparison has the same weight in the held-out loss."""
         return 1
 
     def load_weights(self, checkpoint: Path) -> None:
@@ -158,11 +159,11 @@ class PreferenceTrainer(ResumableTrainer):
         return super()._own_loss_sums(rows)
 
     def _losses(self, batch: dict[str, Any], balance: Balance | None = None) -> Tensor:
-        """Return the loss of each comparison in a batch. A filler, which a device computes if it has no comparison
-        left, has a loss of 0.
+        """Return the loss of each comparison in a batch. Devices that have no comparisons left compute fillers, whose
+        loss is 0.
 
         Args:
-            balance: receives the load-balancing loss; with KTO, only for the answers that have a gradient.
+            balance: receives the load-balancing loss; with KTO, only that of the answers computed with gradients.
         """
         model, half, ids, labels = self.model, len(batch["index"]), batch["input_ids"], batch["labels"]
         before = self._reference[:, batch["index"]] if self._objective.needs_reference else None
@@ -182,7 +183,12 @@ class PreferenceTrainer(ResumableTrainer):
         return dpo_losses(first - before[0], second - before[1], (one, other), self._preference) * real
 
     def _mean(self, values: Tensor, real: Tensor) -> Tensor:
-        """Return the mean value of all comparisons that are not fillers, over all devices."""
+        """Return the mean of `values` over the real comparisons on all devices.
+
+        Args:
+            values: one value per comparison, 0 for each filler.
+            real: 1 for each real comparison, 0 for each filler.
+        """
         total, count = self.accelerator.gather(torch.stack([values.sum(), real.sum()])).view(-1, 2).sum(dim=0)
         return total / count
 

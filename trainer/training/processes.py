@@ -39,8 +39,8 @@ class Place:
     Attributes:
         rank: index of the process and its device, starting at 0.
         size: number of processes.
-        meeting: URL through which the processes find each other, as torch's `init_method`: `file:///...` of a file
-            that does not exist yet, or `tcp://host:port` of the first process.
+        meeting: URL through which the processes find each other, passed to torch as `init_method`: `file://` followed
+            by the path of a file that does not exist yet, or `tcp://` followed by the first process's host and port.
         pipe: connection to the caller.
     """
 
@@ -58,7 +58,7 @@ class TrainingFolders:
         base: the base model.
         out: receives the trained model from the first process.
         checkpoints: the run's checkpoints.
-        epochs: receives the adapters of the last epochs, or None if they are not saved.
+        epochs: receives the adapters of the newest epochs, or None if they are not saved.
     """
 
     base: Path
@@ -105,7 +105,7 @@ class TrainingProcesses(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Message that asks the caller to call one of its functions, and to reply with None afterwards."""
+    """Message from the first process to the caller of `run`: call the named function, then reply with None."""
 
     name: str
     arguments: tuple[Any, ...]
@@ -113,8 +113,8 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Listens:
-    """Message that says that the processes are now ready to handle signals. The caller then forwards to them the first
-    signal that it receives. Before this message, a signal stops the processes.
+    """Message that the processes can now handle signals. Once it has arrived, the caller forwards the next signal to
+    the processes. A signal before this message stops the processes.
     """
 
 
@@ -162,20 +162,20 @@ def outcome_of(work: Callable[[], object]) -> Result | Failure:
 
 
 class Started(Protocol):
-    """The caller's interface to started processes."""
+    """Interface through which a `Supervisor` controls the training processes that were started for it."""
 
     @property
     def names(self) -> Sequence[str]:
         """Names of the processes' devices, for use in messages."""
 
     def messages(self) -> Iterator[tuple[int, object]]:
-        """Wait for messages for a fraction of a second, and yield each message together with its sender's rank.
+        """Wait a fraction of a second for messages, and yield each message together with its sender's rank.
 
         The last message of each process is its `Result` or `Failure`.
         """
 
     def send(self, message: object) -> None:
-        """Send a message to the first process. Nothing happens if it has died."""
+        """Send a message to the process of rank 0. If that process has died, nothing happens."""
 
     def grace_s(self, failure: Failure) -> float:
         """Return the number of seconds after a failure during which failures of other processes are still collected.
@@ -185,7 +185,7 @@ class Started(Protocol):
         """
 
     def join(self) -> None:
-        """Wait for the processes to exit, for a few seconds."""
+        """Wait a few seconds for the processes to exit."""
 
     def explain_death(self, rank: int, where: str) -> TrainingError:
         """Return the error for a process that died."""
@@ -239,8 +239,8 @@ class Supervisor:
                 self._failures[rank] = message
 
     def _error(self) -> BaseException:
-        """Return the error to raise. If a process died, its death is the cause of the other failures; otherwise, the
-        first failure is the cause of the later ones.
+        """Return the error to raise: the first death of a process or, if no process died, the first failure. All other
+        failures are assumed to be its consequences.
         """
         names = self._started.names
         rank, failure = min(self._failures.items(), key=lambda item: (not item[1].died, item[1].at))

@@ -577,14 +577,16 @@ class _Output:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the output may contain progress bars: only on a terminal, and only without a title.
+        """Whether the output may contain progress bars: only on a terminal, and only if the run has no title.
 
         Runs with titles may share the terminal, and their bars would overwrite each other.
         """
         return console.is_terminal and not self._title
 
     def write(self, text: str) -> None:
-        """Show a part of a worker's output. If a title was given, only complete lines are shown."""
+        """Show a new piece of a worker's output. With a title, an incomplete last line is held back until the rest of
+        it arrives.
+        """
         if not self._title:
             sys.stderr.write(text)
             sys.stderr.flush()

@@ -47,7 +47,7 @@ class NodeFacts:
     """Information about a worker's node.
 
     Attributes:
-        node: Ray's id of the node.
+        node: id that Ray gave the node.
         address: IP address at which other nodes reach the node.
         version: version of this project on the node.
         capabilities: capabilities of the device that the worker uses.
@@ -200,7 +200,7 @@ class RayWorker:
             return messages
 
     def answer(self, message: object) -> None:
-        """Receive a message from the caller."""
+        """Queue a message from the caller for `recv`."""
         self._inbox.put(message)
 
     def clean(self) -> None:

@@ -295,7 +295,7 @@ def _take_steps(trainer: ResumableTrainer, newest: Path | None) -> None:
         except StepAbandoned:
             trainer.save_step_start()
         except NoStepLeftError:
-            log.info("held-out loss was measured after the last step")
+            log.info("made a held-out measurement that the interrupted run had missed; no training steps remain")
 
 
 def summarize(trainer: ResumableTrainer, seconds: float, *, kept_best: bool) -> TrainingSummary:
@@ -354,9 +354,9 @@ def build_trainer(
 
 
 def epochs_folder(progress: ProgressFile | None) -> Path | None:
-    """Return the folder for the adapters of the last epochs, which is next to the progress file.
+    """Return the folder for the adapters of the newest epochs, or None if there is no progress file.
 
-    They remain there when the run's folder is cleaned.
+    The folder is next to the progress file, so the adapters are kept when the run's folder is cleaned.
     """
     return progress.path.with_name(EPOCHS_FOLDER) if progress else None
 
@@ -368,7 +368,7 @@ def add_progress(
     epochs: Path | None,
     recipe: Recipe,
 ) -> None:
-    """Add callbacks that report a run's progress and, if the recipe says so, save the adapters of the last epochs."""
+    """Add callbacks that report a run's progress and, if the recipe says so, save the adapters of the newest epochs."""
 
     def on_saved(step: int, folder: Path) -> None:
         write(EpochSaved(step=step, folder=str(folder.absolute())))

@@ -110,7 +110,7 @@ def release_gathered(model: nn.Module) -> None:
 
 
 def whole(value: Tensor, *, keep: bool) -> Tensor:
-    """Gather a tensor in main memory. A tensor that is not sharded is only copied.
+    """Gather a tensor into main memory. If it is not sharded, it is only copied there.
 
     Args:
         keep: whether this process needs the result. If not, an empty tensor is returned.
@@ -131,13 +131,13 @@ def copy_into(weight: Tensor, values: Tensor) -> None:
 
 
 def _share(values: Tensor, weight: DTensor) -> DTensor:
-    """Return this process's shard of a complete tensor, which is sharded in the same way as a weight."""
+    """Shard `values` in the same way as `weight`. Each process passes the complete tensor and keeps its own shard."""
     local = values.to(weight.device)
     return distribute_tensor(local, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """Gather the state of an optimizer in main memory, in the form that it would have with unsharded weights.
+    """Gather the state of an optimizer into main memory, in the form that it would have with unsharded weights.
 
     Args:
         keep: whether this process needs the result.
@@ -153,7 +153,9 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> di
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the state of an optimizer whose weights were not sharded. Each process loads only its own shards."""
+    """Load a complete optimizer state, such as `whole_optimizer_state` returns. For sharded weights, each process loads
+    only its own shards of the state.
+    """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     shares = {
         number: {

@@ -3,7 +3,7 @@
     checkpoints/RUN/mlflow.json          id of the MLflow run
     checkpoints/RUN/step-00000120.json   size and SHA-256 of each file; written last, to mark the checkpoint complete
     checkpoints/RUN/step-00000120/FILE
-    checkpoints/RUN/trained/FILE         the result, if another machine continues with it
+    checkpoints/RUN/trained/FILE         the trained model, if another machine needs it for the next stages
 
 RUN identifies everything that determines the result. Machines that train the same recipe therefore share a run, and a
 machine can continue a run whose original machine is gone. The store contains the checkpoints of the machine that
@@ -79,9 +79,9 @@ class SharedCheckpoints:
             self.send(self._folder / here[-1])
 
     def send(self, checkpoint: Path) -> None:
-        """Upload a new checkpoint and any earlier checkpoints that the store lacks, then delete checkpoints from the
-        store that this machine no longer has. If the store fails, training continues, and the next call uploads what is
-        missing.
+        """Upload a new checkpoint and any earlier checkpoints that the store lacks, then delete from the store all
+        checkpoints that no longer exist on this machine. If the store fails, training continues, and the next call
+        uploads what is missing.
         """
         try:
             shared, here = self._shared(), self._here()

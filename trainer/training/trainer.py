@@ -338,8 +338,8 @@ class ResumableTrainer(AnswerTrainer):
         self.load_weights(Path(resume_from_checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load this device's random number state from a checkpoint, unless the checkpoint was saved with another number
-        of devices.
+        """Load this device's random number state from a checkpoint, unless the checkpoint was saved with a different
+        number of devices.
         """
         if checkpoint is not None and devices_of(Path(checkpoint)) == self.group.size:
             super()._load_rng_state(checkpoint)
@@ -388,7 +388,7 @@ def _is_finite(weight: torch.Tensor) -> bool:
 
 
 def answer_tokens(row: dict[str, Any]) -> int:
-    """Return the number of tokens in a row that are trained on or evaluated."""
+    """Return how many of a row's tokens are trained on or evaluated."""
     return sum(label != IGNORED for label in row["labels"])
 
 
@@ -473,7 +473,7 @@ def hear_signals_between_layers(model: torch.nn.Module) -> None:
 
 
 def number_type_of(checkpoint: Path) -> NumberType:
-    """Return the computation data type of the training that saved a checkpoint."""
+    """Return the data type used for computation in the training run that saved a checkpoint."""
     with safe_open(checkpoint / _WEIGHTS, framework="pt") as file:
         # Checkpoints without this entry were computed in bfloat16.
         return NumberType((file.metadata() or {}).get(_NUMBER_TYPE, NumberType.BFLOAT16))

@@ -224,7 +224,7 @@ def _finish(
     except StepAbandoned as error:
         trainer.save_step_start()
         raise InterruptedRunError(
-            f"stopped by {error} after the last step of a trial",
+            f"stopped by {error} after the final training step of a trial",
             todo="run the same command again to resume",
         ) from error
     summary = summarize(trainer, seconds, kept_best=False)
@@ -256,7 +256,7 @@ def _open(
             yield trainer, asked
     except StepAbandoned as error:
         raise InterruptedRunError(
-            f"stopped by {error} before a trial's first step", todo="run the same command again"
+            f"stopped by {error} while preparing a trial", todo="run the same command again"
         ) from error
 
 

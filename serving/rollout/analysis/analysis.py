@@ -129,9 +129,9 @@ class Analysis:
     def outcome(self) -> GateOutcome:
         """Outcome of the rollout so far.
 
-        `failed` if the candidate is proven to be worse in any signal by more than the margin, `passed` if this is
-        ruled out for every signal that has data. Ratings are too rare to rule it out in time, so they do not hold
-        up a rollout.
+        `failed` if, for any signal, the candidate is proven to be worse by more than the margin; `passed` if this is
+        ruled out for every signal with data except ratings. A rollout does not wait for ratings, because they are
+        rare.
         """
         with_data = {
             signal: comparison.outcome()
@@ -171,7 +171,7 @@ class Analysis:
     def verdicts(self) -> tuple[SignalVerdict, ...]:
         """Return the verdict on each signal, including measured values and their limits.
 
-        Takes about 10 ms after 3,000 candidate units, so it is called in a thread for long rollouts.
+        Takes about 10 ms once the candidate has 3,000 units (see `Unit`), so long rollouts call it in a thread.
         """
         return tuple(
             SignalVerdict(

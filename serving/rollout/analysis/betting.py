@@ -1,4 +1,5 @@
-"""Collects evidence about a loss by betting, so that it can be checked at any time.
+"""Uses bets to collect evidence on a candidate's loss, that is, how much worse it is than production. The evidence may
+be evaluated at any time.
 
 A bet stakes a fraction c of its wealth on a payoff of at least -1, which multiplies the wealth by 1 + c *
 payoff. If the payoffs are at most 0 on average, regardless of earlier payoffs, the probability that the wealth ever
@@ -65,7 +66,9 @@ def proof(differences: Floats, bound: float) -> Floats:
 
 
 def exclusion(differences: Floats, bound: float) -> Floats:
-    """Return a bet's payoff per difference. The mean payoff is at most 0 if the mean difference is at least `bound`.
+    """Return, for each difference, the payoff of a bet that the mean difference is below `bound`.
+
+    If it is at least `bound`, the mean payoff is at most 0.
 
     Args:
         bound: must be below 1.
@@ -96,13 +99,15 @@ class Evidence:
         self._exclusion = [1.0] * len(STAKES)
 
     def add(self, difference: float) -> None:
-        """Add the difference measured in a block, which must be between -1 and 1."""
+        """Update the evidence with one measured difference, which must be between -1 and 1."""
         beyond = difference - self._margin
         self._proof = _bet(self._proof, beyond / (1 + self._margin))
         self._exclusion = _bet(self._exclusion, -beyond / (1 - self._margin))
 
     def outcome(self, budget: Budget) -> GateOutcome:
-        """Return whether a loss beyond the margin is proven, ruled out, or neither."""
+        """Return `FAILED` if the mean difference is proven to exceed the margin, `PASSED` if this is ruled out, and
+        `UNDECIDED` otherwise.
+        """
         if sum(self._proof) / len(STAKES) >= 1 / budget.wrong_rollback:
             return GateOutcome.FAILED
         if sum(self._exclusion) / len(STAKES) >= 1 / budget.wrong_advance:
@@ -120,20 +125,20 @@ def limits(
     budget: Budget,
     between: tuple[float, float],
 ) -> tuple[float, float]:
-    """Return anytime-valid confidence limits of a loss.
+    """Return anytime-valid confidence limits of a loss, which is how much worse the candidate is than production.
 
-    The lower limit is the largest bound for which the claim that the loss is at most this bound is refuted. The upper
-    limit is the smallest bound for which the claim that the loss is at least this bound is refuted. Each limit
-    has the error probability of the corresponding decision: the lower limit is above the margin if and only if a loss
-    is proven, and the upper limit is at most the margin if a loss is ruled out.
+    The lower limit is the largest bound for which the claim `loss <= bound` is refuted. The upper limit is the smallest
+    bound for which the claim `loss >= bound` is refuted. Each limit has the error probability of the corresponding
+    decision: the lower limit is above the margin if and only if a loss is proven, and the upper limit is at most the
+    margin if a loss is ruled out.
 
     Args:
-        proof_at: function that returns the wealth of a bet against the claim that the loss is at most a bound. It
-            decreases with the bound.
-        exclusion_at: function that returns the wealth of a bet against the claim that the loss is at least a bound. It
-            increases with the bound.
-        between: range of the loss. If a claim is refuted for no bound, that limit is the corresponding end of the
-            range.
+        proof_at: function that takes a bound and returns the wealth of a bet against the claim `loss <= bound`. The
+            wealth falls as the bound rises.
+        exclusion_at: function that takes a bound and returns the wealth of a bet against the claim `loss >= bound`.
+            The wealth rises with the bound.
+        between: range of the loss. If a limit's claim is not refuted for any bound, the limit is the corresponding end
+            of the range.
     """
     lowest, highest = between
     low = last_refuted(lambda bound: proof_at(bound) >= 1 / budget.wrong_rollback, lowest, highest)

@@ -28,7 +28,7 @@ _MIN_PRODUCTION = 50
 """Number of production units needed before production's 95th percentile is first estimated. Latencies are not compared
 until then."""
 _GROWTH = 1.01
-"""Factor by which the number of observations of production must grow before its percentile is estimated again."""
+"""Factor by which the number of production units must grow before production's 95th percentile is estimated again."""
 _RATIOS = (0.01, 100.0)
 _FIGURE_ERROR = 0.05
 """Probability that a percentile ever lies outside the limits displayed for it."""
@@ -95,7 +95,7 @@ class ShareComparison:
         self._totals = {arm: _Total() for arm in Arm}
 
     def add(self, arm: Arm, share: float) -> None:
-        """Add the share observed for one unit (a user, conversation or single request)."""
+        """Add the value of the compared share for one unit (a user, conversation or single request)."""
         if block := self._blocks.add(arm, share):
             self._totals[Arm.PRODUCTION].add(block.production)
             self._totals[Arm.CANDIDATE].add(block.candidate)
@@ -173,7 +173,9 @@ class LatencyComparison:
         self._estimate(production)
 
     def _estimate(self, production: Times) -> None:
-        """Set the next block's latency threshold to production's 95th percentile, if enough latencies are new."""
+        """Set the next block's latency threshold to production's 95th percentile, unless production has too few new
+        observations since the previous estimate.
+        """
         if production.count >= self._next_estimate:
             self._threshold = production.quantile(PERCENTILE)
             self._next_estimate = _GROWTH * production.count
@@ -192,9 +194,9 @@ class LatencyComparison:
         return Figure(times.count, times.quantile(PERCENTILE), *times.limits(PERCENTILE, _FIGURE_ERROR))
 
     def loss(self) -> Loss | None:
-        """Return the ratio of the candidate's 95th percentile to production's, from 0.01 to 100.
+        """Return the ratio of the candidate's 95th-percentile latency to production's, from 0.01 to 100.
 
-        The result is None before the first block is complete.
+        The result is None before the first block of units is complete.
         """
         if not self._slow:
             return None

@@ -4,8 +4,9 @@ conversations or requests). A loss is the amount by which the candidate is worse
 The result is approximate. It assumes that each unit is a single request (with several requests per unit, smaller losses
 can be proven), and that a block, the short period in which both versions are compared, has one candidate unit and the
 usual number of production units. The logarithm of a bet's wealth is assumed to be normally distributed, with the mean
-and variance calculated exactly for one block. A loss is considered proven if the bet with one of the stakes, which
-starts with its share of the initial wealth, proves the loss with 80% power. Latencies are assumed to be lognormal.
+and variance calculated exactly for one block. There is one bet for each stake, and the initial wealth is
+divided equally among the bets. A loss is considered proven if at least one bet proves it with 80% power. Latencies are
+assumed to be lognormal.
 """
 
 import math

@@ -118,7 +118,7 @@ class OncePerStep:
         return True
 
     def start_step(self) -> None:
-        """Allow another observation of each user and conversation that is assigned to production."""
+        """Start a step, in which each user and conversation assigned to production may be observed once more."""
         self._observed = {unit: arm for unit, arm in self._observed.items() if arm is Arm.CANDIDATE}
 
 

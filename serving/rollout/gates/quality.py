@@ -89,7 +89,7 @@ def _name(report: GateReport) -> str:
 
 
 def check_forgetting(manifest: Manifest, format: Format, margin: float | None) -> GateRow:
-    """Return the result of the gate on general questions that the base answers correctly but the version does not."""
+    """Return the result of the `forgetting` gate, which limits the loss of correct answers to general questions."""
     forgetting = manifest.forgetting.get(evaluated_format(format))
     if forgetting is None:
         reason = "no general questions were asked"
@@ -131,7 +131,7 @@ def _arms(registry: Registry, candidate: Target, production: Target) -> tuple[_A
         )
     count = min(len(before.results), len(after.results))
     if not count:
-        raise _IncomparableError("there are no registered results")
+        raise _IncomparableError(f"the registered results of {before.name} or of {after.name} are empty")
     return (
         _Arm(before.name, before.report, before.results[:count]),
         _Arm(after.name, after.report, after.results[:count]),

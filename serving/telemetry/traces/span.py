@@ -21,7 +21,7 @@ _SERVER_FAULTS = frozenset({RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_E
 
 
 def operation(record: RequestRecord) -> str:
-    """Return the operation name that the conventions define for the request's route."""
+    """Return the operation name that OpenTelemetry's conventions define for the request's route."""
     return "text_completion" if record.route == Route.COMPLETIONS else "chat"
 
 

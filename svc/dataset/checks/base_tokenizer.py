@@ -58,5 +58,6 @@ class BaseTokenizer:
             encoding = self._tokenizer.apply_chat_template(**example.templated(), return_dict=True, **self._kwargs)
         except (TemplateError, TypeError) as error:  # TypeError: from templates that need tools
             wrong = f"the base model's chat template rejects the example: {error}"
-            raise RowError(Code.TEMPLATE_REFUSES, wrong, expected="turns that the base model supports") from error
+            expected = "a conversation that the template accepts"
+            raise RowError(Code.TEMPLATE_REFUSES, wrong, expected=expected) from error
         return len(encoding["input_ids"])

@@ -59,7 +59,8 @@ class Answer(NamedTuple):
 def look_at_answer(example: ChatExample) -> Answer:
     """Return the kind and label of an example's answer.
 
-    A label counts as listed if it occurs in the instruction, which is the system turn or, if there is none, the prompt.
+    The kind includes `LISTED` if the label occurs in the instruction, which is the system turn or, if there is none,
+    the prompt.
     """
     if example.calls_tools:
         return Answer(AnswerKind(0))
@@ -189,7 +190,9 @@ def _label(answer: str, value: object | None) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _stands_in(label: str, text: str) -> bool:
-    """Return whether a text contains the label as a whole word, or a range of numbers that includes it."""
+    """Return whether a text contains the label as a whole word. A label that is a number may instead lie between two
+    numbers in the text, as in "from 1 to 5".
+    """
     label, text = label.lower(), text.lower()
     at = text.find(label)
     while at >= 0:

@@ -49,7 +49,7 @@ class LengthBias:
 
     @property
     def is_proven(self) -> bool:
-        """Whether the pairs are biased with 95% confidence: even `low` is above `MAX_LONGER_SHARE`."""
+        """Whether the pairs are biased toward longer answers with 95% confidence: `low` exceeds `MAX_LONGER_SHARE`."""
         return self.low > MAX_LONGER_SHARE
 
     def __str__(self) -> str:

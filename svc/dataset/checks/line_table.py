@@ -142,7 +142,7 @@ def _normal_answer(example: ChatExample) -> str:
 def _asked(example: ChatExample) -> str:
     """Return the text that is compared to find near duplicates.
 
-    This is the prompt without its system turn, because many examples often have the same system turn.
+    This is the prompt without its system turn, because examples often share a system turn.
     """
     if example.is_document:
         return example.question

@@ -105,7 +105,7 @@ def _has_keys(value: dict[str, Any], form: Format) -> bool:
 
 
 def _own_fields(example: ChatExample) -> tuple[ChatExample, tuple[str, ...]]:
-    """Return the example and, for each of its messages, the field of a chat row that it comes from, such as
+    """Return the example and, for each of its messages, the name of the chat row's field that contains it, such as
     `messages[1].content`.
     """
     return example, tuple(f"messages[{place}].content" for place in range(len(example.messages)))

@@ -59,7 +59,7 @@ def _row(number: int, batch: Any, place: int, others: list[str]) -> Row:
         )
     except (ValueError, OverflowError) as error:  # dates beyond the year 9999, unknown time zones
         wrong = f"cannot read a value: {str(error)[:200]}"
-        return Row(number, b"", error=RowError(Code.WRONG_FORMAT, wrong, expected="text or lists of turns as values"))
+        return Row(number, b"", error=RowError(Code.WRONG_FORMAT, wrong, expected="a row with text or lists of turns"))
     raw = json.dumps(value, ensure_ascii=False, default=str).encode() + b"\n"
     if len(raw) > MAX_ROW_BYTES:
         return Row(number, raw[:MAX_ROW_BYTES], error=too_large())

@@ -59,12 +59,12 @@ def parse_pair(value: Any, form: PairFormat) -> tuple[PreferencePair, tuple[str,
         form: the format of the file.
 
     Returns:
-        The pair, and names of fields: for each message of the prompt and the chosen answer, the field that contains its
-        text, followed by the field that contains the rejected answer.
+        The pair, and the names of the fields that contain the texts of each prompt message, of the chosen answer and of
+        the rejected answer, in this order.
 
     Raises:
-        RowError: the row is in a different format than the file, it is not valid in that format, the two
-            answers do not have the same prompt, or they are equal. The error uses the field names of the file.
+        RowError: the row is in a different format than the file, it is not valid in the file's format, the two answers
+            do not have the same prompt, or the answers are equal. The error uses the field names of the file.
     """
     check_keys(value, recognise_pair(value) or recognise(value), form, PAIR_KEYS[form])
     *_, better, worse = PAIR_KEYS[form]
@@ -72,7 +72,8 @@ def parse_pair(value: Any, form: PairFormat) -> tuple[PreferencePair, tuple[str,
     (chosen, fields), (rejected, other_fields) = read(value, better), read(value, worse)
     _check_prompts(chosen, rejected, fields, other_fields)
     if _answer(chosen) == _answer(rejected):
-        raise RowError(Code.EQUAL_ANSWERS, f"is the same as {better}", field=worse, expected="two different answers")
+        wrong = f"is the same answer as {better}"
+        raise RowError(Code.EQUAL_ANSWERS, wrong, field=worse, expected="two different answers")
     return PreferencePair(chosen, rejected), (*fields, other_fields[-1])
 
 
@@ -89,7 +90,7 @@ def parse_labeled(value: Any, form: Format) -> tuple[LabeledAnswer, tuple[str, .
     given = [key for key in LABEL_KEYS if value.get(key) is not None]
     if len(given) != 1:
         wrong = f"the line has {quoted(given)}" if given else f"the line has no label, only {sorted(value)!r:.200}"
-        raise RowError(Code.WRONG_LABEL, wrong, expected="either 'label' or 'kto_tag': true or false")
+        raise RowError(Code.WRONG_LABEL, wrong, expected="true or false in exactly one of 'label' and 'kto_tag'")
     label = _as_label(value[given[0]])
     if label is None:
         raise RowError(

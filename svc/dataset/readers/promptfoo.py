@@ -65,7 +65,7 @@ class _Suite:
 
     Attributes:
         folder: folder that contains the YAML file.
-        prompts: each is a text or a list of turns.
+        prompts: each is a string or a list of turns.
     """
 
     folder: Path

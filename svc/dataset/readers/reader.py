@@ -48,7 +48,8 @@ _DEFAULTS: dict[Kind | None, tuple[Kind, Format | PairFormat]] = {
     Kind.PAIRS: (Kind.PAIRS, PairFormat.CHOSEN_REJECTED),
     Kind.LABELED: (Kind.LABELED, Format.PROMPT_COMPLETION),
 }
-"""For each expected kind, the kind and format to assume for a file whose first rows are not in any known format."""
+"""What to assume about a file if none of its first rows are in a known format: the kind and format of its examples,
+keyed by the kind that the caller requires (None for any)."""
 _OBJECTIVES = {
     Kind.CHAT: "remove `objective` from the recipe, or set `objective: sft`",
     Kind.PAIRS: "set `objective: dpo`, `objective: orpo` or `objective: kto` in the recipe",

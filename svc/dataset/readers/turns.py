@@ -27,7 +27,7 @@ _PLACE = re.compile(r"messages\[(\d+)\](?:\.(\w+))?")
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """Chat turns, along with the fields in the file that their roles and contents were read from."""
+    """Chat turns, and the names of the fields from which each turn's role and content were read."""
 
     turns: list[dict[str, Any]] = field(default_factory=list)
     fields: list[tuple[str, str]] = field(default_factory=list)

@@ -260,7 +260,8 @@ def _normal_turn(message: Message) -> str:
 def parse_example(value: dict[str, Any]) -> ChatExample:
     """Convert a decoded JSON object with `messages` to an example.
 
-    Keys other than `messages` and `tools` are ignored, except the older `functions`, which is an error.
+    Keys other than `messages` and `tools` are ignored, with one exception: `functions`, the deprecated form of `tools`,
+    is an error in an example without `tools`.
 
     Raises:
         RowError: the value is not a valid example; the error names the field, its value and what was
@@ -271,7 +272,7 @@ def parse_example(value: dict[str, Any]) -> ChatExample:
     _check_order(messages)
     example = ChatExample(messages, parse_tools(value.get("tools")))
     if value.get("functions") and not example.tools:
-        raise RowError(Code.WRONG_TOOLS, "is the deprecated form of tools", field="functions", expected="'tools'")
+        raise RowError(Code.WRONG_TOOLS, "is deprecated", field="functions", expected="'tools'")
     if any([message.tool_calls or message.role is Role.TOOL for message in messages]):  # noqa: C419 - twice as fast
         _check_calls(example)
     return example
@@ -295,7 +296,7 @@ def _parse_message(where: str, value: Any) -> Message:
         raise RowError(Code.WRONG_ROLE, f"is {value}", field=f"{where}.role", expected=f"one of {', '.join(Role)}")
     calls = parse_calls(where, role, turn.get("tool_calls"))
     if turn.get("function_call") is not None:
-        wrong, field = "is the deprecated form of tool calls", f"{where}.function_call"
+        wrong, field = "is deprecated", f"{where}.function_call"
         raise RowError(Code.WRONG_TOOLS, wrong, field=field, expected="'tool_calls'")
     content = _parse_content(f"{where}.content", turn, may_be_blank=bool(calls))
     if len(turn) == 2 and "content" in turn:  # most turns of most files

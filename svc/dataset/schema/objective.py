@@ -9,13 +9,14 @@ class Objective(StrEnum):
     SFT = "sft"
     """Maximize the likelihood of the reference answers."""
     DPO = "dpo"
-    """Prefer the better answer of each pair, relative to the model before training (Rafailov et al. 2023)."""
+    """Raise the likelihood of the better answer of each pair relative to the worse one, compared with the model before
+    training (Rafailov et al. 2023)."""
     ORPO = "orpo"
     """Prefer the better answer of each pair and maximize its likelihood, without a reference model (Hong et al.
     2024)."""
     KTO = "kto"
-    """Prefer desirable over undesirable answers, without pairs, relative to the model before training (Ethayarajh et
-    al. 2024)."""
+    """Make desirable answers more likely than in the model before training, and undesirable ones less likely. Needs no
+    pairs (Ethayarajh et al. 2024)."""
     TEXT = "text"
     """Maximize the likelihood of every token of plain documents, which have no turns (continued pretraining)."""
 

@@ -43,8 +43,8 @@ class ToolCall:
 def answer_text(content: str, calls: Iterable[ToolCall]) -> str:
     """Return an answer and its tool calls as a single text: the content, followed by one line of JSON per call.
 
-    The text does not depend on the model, the server or the order of arguments. Arguments that are not valid
-    JSON, for example because the call was cut off, are written as a string.
+    The format is the same for all models and servers, and the arguments of each call are sorted. Arguments that are
+    not valid JSON, for example because the call was cut off, are written as a string.
     """
     lines = [f'{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments": {_sorted(call)}}}' for call in calls]
     text = content.strip() if lines else content  # models write white space between their text and a call

@@ -26,7 +26,7 @@ def is_blank(text: str) -> bool:
 
 
 def unified(text: str) -> str:
-    """Normalize a text, ignoring case, Unicode composition and invisible characters."""
+    """Normalize a text so that case, Unicode composition and invisible characters make no difference."""
     if text.isascii():
         return text.lower()
     if _TO_UNIFY.search(text):
@@ -35,5 +35,5 @@ def unified(text: str) -> str:
 
 
 def normal(text: str) -> str:
-    """Normalize a text as `unified` does, also ignoring differences in spacing."""
+    """Normalize a text as `unified` does, and collapse its whitespace."""
     return " ".join(unified(text).split())

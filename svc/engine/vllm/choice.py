@@ -46,7 +46,7 @@ class Choice:
 
 
 def as_argument(name: str, value: Value, origin: Origin, reason: str = "") -> Choice:
-    """Create a choice that is passed to vLLM as the command-line option of the same name."""
+    """Return a launch option that is passed to vLLM as the command-line option of the same name."""
     return Choice(name, value, origin, reason, (_option(name), str(value)))
 
 

@@ -257,7 +257,7 @@ class EngineProcess:
         self._has_backup = True
 
     async def wake(self) -> None:
-        """Wake the engine, which moves its weights back to its GPU.
+        """Wake the engine and move its weights back to its GPU.
 
         Raises:
             EngineError: vLLM could not wake up.
@@ -265,7 +265,10 @@ class EngineProcess:
         await self.client.wake()
 
     async def leave(self) -> None:
-        """Detach from the engine and leave it running for a later server. This object cannot be used afterwards."""
+        """Detach from the engine and leave it running, so that a server that starts later can adopt it.
+
+        This object cannot be used afterwards.
+        """
         if self._child:
             self._child.returncode = 0  # else Python warns that the child was not waited for
         self._child = self._process = None

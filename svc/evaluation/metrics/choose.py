@@ -194,7 +194,7 @@ def _make(name: str, examples: Sequence[ChatExample], options: MetricOptions) ->
         return _load(offered[name])
     known = [*(metric.name for metric in _PLAIN), SchemaValid.name, *sorted(offered.names), *_GROUPS]
     raise RecipeError(
-        f"unknown metric {name!r}", expected=f"{', '.join(known)}, or a function as ./FILE.py:FUNCTION", todo=_SEE
+        f"unknown metric {name!r}", expected=f"{', '.join(known)}, or a function given as ./FILE.py:FUNCTION", todo=_SEE
     )
 
 
@@ -232,7 +232,7 @@ def _load(point: EntryPoint) -> Metric:
         ) from error
     if not isinstance(metric, Metric) or metric.name != point.name or not _NAME.fullmatch(point.name):
         raise RecipeError(
-            f"the entry point {point.value} of metric {point.name} provides {metric!r:.80}",
+            f"the entry point {point.value} of metric {point.name} does not provide a valid metric: {metric!r:.80}",
             expected=f"a {Metric.__module__}.Metric named {point.name}; names may contain only a-z, 0-9 and _",
         )
     return metric

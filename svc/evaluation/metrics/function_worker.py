@@ -20,7 +20,7 @@ _SPARE_S = 10
 
 
 def main(path: str, function: str, seconds: str) -> None:
-    """Read the answers, references and prompts from stdin, call the function and print its scores."""
+    """Read the answers, references and prompts from stdin, call the metric function and print its scores or error."""
     signal.alarm(int(seconds) + _SPARE_S)  # stops this process if its parent was killed
     given = json.load(sys.stdin)
     answer = os.dup(1)

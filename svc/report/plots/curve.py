@@ -1,4 +1,4 @@
-"""Plots of training curves: training loss and held-out loss, and learning rate."""
+"""Plots of a training curve: one plot of the training and held-out losses, and one of the learning rate."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Tests held-out evaluations: after every load and on schedule, with stored results and unaffected requests."""
+"""Tests held-out evaluations: after every load and on a schedule, with stored results and unaffected requests."""
 
 import asyncio
 import logging

@@ -280,7 +280,7 @@ async def test_engine_is_replaced_when_production_cannot_be_restored_after_a_rep
         await control.serves(target(1))
         assert (await ask(client, stream=True)).words == {"1"}
     assert seen.outcome is RolloutOutcome.FAILED
-    assert seen.why is not None and "could not load tuned@1 (merged) again" in seen.why
+    assert seen.why is not None and "could not reload tuned@1 (merged)" in seen.why
     assert len(control.park.engines) == 2
 
 

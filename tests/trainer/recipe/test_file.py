@@ -280,7 +280,7 @@ def test_method_implies_adapter_type_and_quantization(
         ({"rope_scaling": {"type": "dynamic", "factor": 4}}, "'rope_scaling.type' is 'dynamic'"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4}, "formats": ["merged", "gguf"]},
-            "gguf, which cannot be written with `rope_scaling`",
+            "`gguf`, which cannot be written with `rope_scaling`",
         ),
         ({"new_tokens": ["<a>", "<a>"]}, "`new_tokens` lists a token twice"),
         ({"new_tokens": ["<a>"], "formats": ["merged", "adapter"]}, "vLLM cannot load the embeddings of `new_tokens`"),
@@ -298,13 +298,13 @@ def test_method_implies_adapter_type_and_quantization(
         ({"adapter": {"init": "pissa", "trained": "./other"}}, "has no effect if adapter.trained is set"),
         ({"formats": []}, "'formats' is []"),
         ({"formats": ["gptq", "gptq"]}, "`formats` lists a format twice"),
-        ({"formats": ["gguf"]}, "`formats` lists gguf without merged"),
+        ({"formats": ["gguf"]}, "`formats` lists `gguf` without `merged`"),
         ({"method": "vera", "train": {"sharding": "always"}}, "vera cannot be sharded across devices"),
         (
             {"train": {"sharding": "always", "optimizer": "adamw-8bit"}},
             "the moments of adamw-8bit cannot be sharded across devices",
         ),
-        ({"method": "full", "formats": ["adapter"]}, "`formats` lists adapter, but `method: full` trains no adapter"),
+        ({"method": "full", "formats": ["adapter"]}, "`formats` lists `adapter`, but `method: full` trains no adapter"),
     ],
     ids=str,
 )

@@ -122,7 +122,7 @@ def test_no_trial_starts_after_a_signal() -> None:
 
 
 def test_sweep_is_interrupted_when_a_signal_arrives_after_the_last_trial() -> None:
-    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM after the last trial"):
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM after all trials had ended"):
         search(make_trials(), lambda trials: os.kill(os.getpid(), signal.SIGTERM))
 
 

@@ -79,7 +79,7 @@ class Architecture:
         return factors
 
     def write_keys(self, writer: "GGUFWriter") -> None:
-        """Write the keys that describe the architecture."""
+        """Write the GGUF metadata that describes the architecture."""
         config = self.config
         writer.add_block_count(config.num_hidden_layers)
         writer.add_context_length(config.max_position_embeddings)

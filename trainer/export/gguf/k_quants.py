@@ -49,7 +49,7 @@ def find_tool() -> str:
         return tool
     raise NotFoundError(
         f"{TOOL} is not on PATH",
-        expected=f"llama.cpp's tool, which writes {', '.join(KQuant)}",
+        expected=f"llama.cpp's quantization tool, which writes {', '.join(KQuant)}",
         todo="install llama.cpp (`brew install llama.cpp`, or a release of github.com/ggml-org/llama.cpp), "
         "or use --type q8_0",
     )
@@ -91,11 +91,11 @@ def _run(tool: str, source: Path, target: Path, type: KQuant) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S)
     except (subprocess.TimeoutExpired, OSError) as error:
-        raise TrainingError(f"{tool} failed: {error}", todo="use --type q8_0, which needs no tool") from error
+        raise TrainingError(f"{tool} failed: {error}", todo=f"use --type q8_0, which does not need {TOOL}") from error
     if done.returncode or not target.is_file():
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise TrainingError(
             f"{tool} exited with code {done.returncode}: {lines[-1] if lines else 'no output'}",
             expected=f"a release of llama.cpp that supports the model's architecture and the type {type}",
-            todo="use --type q8_0, which needs no tool",
+            todo=f"use --type q8_0, which does not need {TOOL}",
         )

@@ -78,7 +78,7 @@ def make_modelfile(tokenizer: "PreTrainedTokenizerBase", template_kwargs: Templa
     kind = next((kind for kind in KINDS if render(_TURNS).startswith(kind.render(_TURNS))), None)
     if kind is None:
         raise TrainingError(
-            f"the chat template of {tokenizer.name_or_path} cannot be written for Ollama",
+            f"the chat template of {tokenizer.name_or_path} cannot be converted to an Ollama template",
             expected=f"a template that renders exactly like {' or '.join(known.name for known in KINDS)}",
             todo="export with --no-modelfile: llama.cpp reads the template from the GGUF file",
         )

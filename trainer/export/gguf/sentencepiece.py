@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 SPACE = "\u2581"
-"""Character that stands for a space in a piece."""
+"""Character that replaces spaces in the tokenizer's vocabulary."""
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,7 @@ _SAMPLES = (
     "end.\n\nnext;\r\n\r\n\tindented\n  twice\n",
     "caf\u00e9 stra\u00dfe \u65e5\u672c\u8a9e \U0001f642\U0001f642",
 )
-"""Texts that the pre-tokenizers split differently. They are needed because held-out examples may not contain such
-text.
-"""
+"""Texts that llama.cpp's pre-tokenizers split differently, in case the held-out examples contain no such texts."""
 
 
 @dataclass(frozen=True, slots=True)

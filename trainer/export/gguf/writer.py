@@ -272,7 +272,7 @@ def _tensors(model: Path, architecture: Architecture, stack: ExitStack) -> Itera
             name = names.get_name(stored, try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise TrainingError(
-                    f"GGUF has no name for tensor {stored!r}", expected="only tensors of layers that GGUF supports"
+                    f"GGUF has no name for tensor {stored!r}", expected="a model in which every tensor has a GGUF name"
                 )
             shape = tuple(file.get_slice(stored).get_shape())
             yield _Tensor(name, shape, partial(_load, file, stored, architecture))

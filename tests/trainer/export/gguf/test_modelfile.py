@@ -77,6 +77,6 @@ def test_modelfile_names_the_weights_and_the_stop_tokens() -> None:
     ids=["alpaca", "phi3", "text before chatml"],
 )
 def test_unknown_chat_template_is_rejected(template: str) -> None:
-    with pytest.raises(TrainingError, match="cannot be written for Ollama") as caught:
+    with pytest.raises(TrainingError, match="cannot be converted to an Ollama template") as caught:
         make_modelfile(make_tokenizer(template), {}, "tiny.gguf")
     assert "--no-modelfile" in caught.value.todo
