@@ -86,7 +86,7 @@ def _find_unlearnt(run: TrainingRun) -> Finding | None:
     nothing = mean + 2 * stdev(gain) / math.sqrt(asked) <= GAINED * entropy
     amount = "nothing about" if nothing else "little about" if mean <= HARDLY_GAINED * entropy else "only part of"
     what = (
-        f"the model learnt {amount} how the labels depend on the prompts: its loss on {asked} held-out answers is "
+        f"the model learned {amount} how the labels depend on the prompts: its loss on {asked} held-out answers is "
         f"{entropy - mean:.3f} nats per answer; knowing only how frequent each label is would give {entropy:.3f}"
     )
     too_fast = run.learning_rate >= USUAL_TIMES * run.usual_learning_rate

@@ -46,7 +46,7 @@ _NO_LOSS = "not applicable"
 _SCALE_ERROR = 2.0
 """Exponent to which rounding errors are raised when choosing a group's scale. The chosen scale minimizes the sum of
 these powers, and may clip the largest weight."""
-_SCALE_STEPS, _MIN_SCALE = 20, 0.5
+_GRID, _MAX_SHRINK = 20, 0.5
 """gptqmodel's settings `grid` and `maxshrink` for the scale search: in steps of 1/20, it tries 1, 0.95, ..., 0.55 times
 the scale that reaches the largest weight. gptqmodel's default of 80 steps, down to 0.21, takes eight times as long and
 made no difference on 400 held-out examples of the example task."""
@@ -250,7 +250,7 @@ def faster_rounding(*, cpu: bool) -> Iterator[None]:
     from gptqmodel.quantization.quantizer import Quantizer
 
     configure, quantize = Quantizer.configure, GPTQ.quantize
-    Quantizer.configure = partialmethod(configure, grid=_SCALE_STEPS, maxshrink=_MIN_SCALE)
+    Quantizer.configure = partialmethod(configure, grid=_GRID, maxshrink=_MAX_SHRINK)
     if cpu:
         GPTQ.quantize = partialmethod(quantize, blocksize=_CPU_BLOCK)
     try:

@@ -176,14 +176,14 @@ def _import_data(draft: Draft, folder: Path) -> None:
 
 def _limit(draft: Draft, datasets: list[Any]) -> None:
     """Import a slice such as `train[:1000]` as `data.limit` if the config has only one dataset. All other slices,
-    such as percentages, are left out with a note.
+    such as percentages, and all splits but `train` are left out with a note.
     """
     for number, dataset in enumerate(datasets):
         split = str(dataset.get("split") or "train") if isinstance(dataset, dict) else "train"
-        first = split.partition("[:")[2].rstrip("]")
+        name, _, first = split.rstrip("]").partition("[:")
         if len(datasets) == 1 and first.isdecimal():
-            draft.values["data.limit"] = int(first)
-        elif "[" in split:
+            draft.values["data.limit"], split = int(first), name
+        if "[" in split:
             draft.leave_out(f"datasets[{number}].split", f"{split}; data.limit sets the total number of examples")
         elif split != "train":
             draft.leave_out(f"datasets[{number}].split", f"{split}; list its files as hf:ORG/NAME/FILE")

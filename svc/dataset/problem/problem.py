@@ -71,7 +71,7 @@ _ERRORS = {
     Code.WRONG_WEIGHT: "give assistant turns weight 1 (learn) or 0 (do not learn), and other turns no weight",
     Code.WRONG_LABEL: "give the answer the label true (desirable) or false, or drop the example",
     Code.DIFFERENT_PROMPTS: "give both answers the same prompt, or drop the pair",
-    Code.EQUAL_ANSWERS: "drop the pair; nothing can be learnt from it",
+    Code.EQUAL_ANSWERS: "drop the pair; nothing can be learned from it",
     Code.TEMPLATE_REFUSES: "change the example's turns, or choose another base",
     Code.EMPTY: "check whether this is the right file",
     Code.LEAK: "drop the line here or from the held-out set; otherwise the held-out results are meaningless",

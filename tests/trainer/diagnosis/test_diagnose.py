@@ -255,7 +255,7 @@ def predicted(gain: float, shape: Shape = WELL, **more: Any) -> Any:
 
 def test_label_noise_is_diagnosed_when_prompts_do_not_predict_labels() -> None:
     assert only(predicted(0.0)).kind is FindingKind.LABEL_NOISE
-    assert "learnt nothing about how the labels depend on the prompts" in only(predicted(-0.3)).what
+    assert "learned nothing about how the labels depend on the prompts" in only(predicted(-0.3)).what
 
 
 def test_high_learning_rate_is_diagnosed_when_far_above_default_and_nothing_is_learned() -> None:

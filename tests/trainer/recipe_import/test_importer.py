@@ -47,6 +47,13 @@ def test_recipe_imported_from_a_published_example_is_accepted_by_the_trainer(exa
     load_recipe(tmp_path / "recipe.yaml")
 
 
+def test_slice_of_a_split_other_than_train_is_imported_as_a_limit_with_a_note(tmp_path: Path) -> None:
+    dataset = {"path": "org/data", "type": "chat_template", "split": "test[:100]"}
+    result = imported(tmp_path, datasets=[dataset])
+    assert result.content["data"]["limit"] == 100
+    assert "datasets[0].split" in left_out(result)
+
+
 def test_imported_axolotl_lora_example_keeps_its_hyperparameters(tmp_path: Path) -> None:
     content = import_recipe(EXAMPLES / "axolotl" / "lora-1b.yml", tmp_path).content
     assert content["base"] == "NousResearch/Llama-3.2-1B"
