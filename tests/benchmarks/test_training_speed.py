@@ -86,7 +86,7 @@ def test_gpu_comparison_includes_only_trainers_whose_packages_are_installed(
     assert choose_rivals(facts, unsloth) == (*RIVALS, *more)
 
 
-def test_unsloth_runs_in_the_configured_interpreter_or_in_the_current_one_if_installed(
+def test_unsloth_runs_in_the_configured_interpreter_or_else_in_the_current_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(UNSLOTH_PYTHON, raising=False)
@@ -120,7 +120,7 @@ def test_loss_curves_of_different_lengths_are_rejected() -> None:
         summary(ROUNDS, CURVES | {Contestant.ALIKE: Run(100, 1.0, 1, (2.0,))})
 
 
-def test_fraction_of_matmul_throughput_is_the_median_over_rounds_with_measured_flops() -> None:
+def test_fraction_of_matmul_throughput_is_a_median_and_requires_measured_flops() -> None:
     shares = [Run(100, 2.0, 1, (1.0,), flops=flops, matrix_speed=10.0) for flops in (8.0, 10.0, 14.0)]
     rounds = [a_round(1.0, 3.0, 2.0) | {Contestant.OURS: run} for run in shares]
     assert summary(rounds, CURVES)["share"] == pytest.approx(10 / 2 / 10)
@@ -151,7 +151,7 @@ def test_losses_match_trl_when_examples_are_in_the_same_order(runs: dict[Contest
     assert ours[-1] < ours[0] - 0.3
 
 
-def test_plain_trl_uses_a_different_example_order(runs: dict[Contestant, Run]) -> None:
+def test_trl_does_not_use_our_example_order_by_default(runs: dict[Contestant, Run]) -> None:
     # The examples of this task are similar, so that losses of other batches differ by less than 1%.
     assert runs[Contestant.TRL].losses != pytest.approx(runs[Contestant.ALIKE].losses, rel=SAME / 5)
 

@@ -45,7 +45,7 @@ def test_prometheus_accepts_the_alert_rules(promtool: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("tests/*.yml")), ids=lambda file: file.stem)
-def test_prometheus_rules_record_and_fire_as_expected(promtool: Path, file: Path) -> None:
+def test_prometheus_rules_pass_their_promtool_tests(promtool: Path, file: Path) -> None:
     _run(promtool, "test", "rules", file)
 
 
@@ -85,7 +85,7 @@ def test_runbook_and_rules_name_the_same_alerts() -> None:
     assert set(ALERTS) == HEADINGS
 
 
-def test_every_alert_has_severity_description_and_runbook_link() -> None:
+def test_every_alert_has_all_required_labels_and_annotations() -> None:
     wrong = [
         alert
         for alert, rule in ALERTS.items()

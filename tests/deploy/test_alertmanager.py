@@ -90,7 +90,7 @@ def _alert(name: str, namespace: str = "production", **labels: str) -> Labels:
         ("dev", "page", "tickets"),
     ],
 )
-def test_only_page_severity_alerts_outside_staging_reach_the_pager(
+def test_alert_reaches_the_pager_only_if_its_severity_is_page_and_its_namespace_is_not_for_testing(
     programs: Path, namespace: str, severity: str, expected: str
 ) -> None:
     labels = [f"{name}={value}" for name, value in _alert("SvcEngineDown", namespace, severity=severity).items()]
@@ -100,7 +100,7 @@ def test_only_page_severity_alerts_outside_staging_reach_the_pager(
 
 
 @pytest.mark.slow
-def test_model_error_alerts_are_inhibited_when_model_has_no_engine(
+def test_error_alerts_for_a_model_are_inhibited_when_the_model_has_no_engine(
     inhibited: Send,
 ) -> None:
     errors = _alert("SvcAvailabilityBurnFast", model="m")
@@ -123,7 +123,7 @@ def test_disk_and_training_alerts_are_not_inhibited_when_server_is_down(
 
 
 @pytest.mark.slow
-def test_down_server_inhibits_only_its_own_alerts(inhibited: Send) -> None:
+def test_server_down_alert_inhibits_only_alerts_from_the_same_server(inhibited: Send) -> None:
     own, other = (_alert("SvcHoldoutChanged", instance=instance, model="m", version="1") for instance in "ab")
     objective = _alert("SvcAvailabilityBurnFast", model="m")
     assert inhibited(_alert("SvcServerDown", instance="a"), own, other, objective) == [own]

@@ -57,7 +57,7 @@ def test_image_does_not_set_nvidia_visible_devices() -> None:
     assert "NVIDIA_VISIBLE_DEVICES=" not in TEXT
 
 
-def test_dockerignore_patterns_match_existing_files_and_include_every_file_the_build_needs() -> None:
+def test_dockerignore_exceptions_match_existing_files_and_cover_every_file_the_build_needs() -> None:
     lines = [line for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line and line[0] != "#"]
     assert lines[0] == "*"
     allowed = [line.removeprefix("!") for line in lines[1:] if line.startswith("!")]

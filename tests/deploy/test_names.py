@@ -37,7 +37,7 @@ PORTS = {str(Settings().serve.port), str(Settings().monitor.port)}
 PATHS = set(openapi_document()["paths"])
 
 
-def test_every_environment_variable_is_a_known_setting() -> None:
+def test_every_environment_variable_in_the_deployment_files_is_a_known_setting() -> None:
     known = VARIABLES | {"SVC_SERVER"}
     named = {name: set(re.findall(rf"\b{ENV_PREFIX}[A-Z][A-Z0-9_]*", text)) for name, text in TEXTS.items()}
     assert [f"{name}: {variable}" for name, variables in named.items() for variable in variables - known] == []
@@ -93,7 +93,7 @@ def test_compose_environment_settings_are_accepted(monkeypatch: pytest.MonkeyPat
     assert load_settings().serve.tls_certificate == Path("/run/secrets/tls_certificate")
 
 
-def test_image_exposes_the_ports_in_the_settings() -> None:
+def test_image_exposes_the_default_server_and_monitor_ports() -> None:
     text = (DEPLOY / "docker" / "Dockerfile").read_text("utf-8")
     assert set(re.findall(r"^EXPOSE (.*)$", text, re.MULTILINE)[0].split()) == PORTS
 
@@ -119,7 +119,7 @@ def test_prometheus_scrapes_the_exporter() -> None:
     assert targets == [f"{Settings().monitor.host}:{Settings().monitor.port}"]
 
 
-def test_scrape_job_name_matches_the_rules() -> None:
+def test_scrape_job_name_is_the_same_in_kubernetes_and_in_the_prometheus_config() -> None:
     (config,) = documents(DEPLOY / "prometheus" / "prometheus.yml")
     (monitor,) = [one for _, one in objects() if one["kind"] == "ServiceMonitor"]
     label, wanted = monitor["spec"]["jobLabel"], monitor["spec"]["selector"]["matchLabels"]

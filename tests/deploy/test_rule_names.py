@@ -115,7 +115,7 @@ def test_every_latency_objective_matches_a_histogram_bucket_boundary() -> None:
             assert objectives <= set(written), metric
 
 
-def test_rules_with_long_windows_are_evaluated_less_often_without_gaps() -> None:
+def test_rules_with_long_windows_are_evaluated_less_often_but_frequently_enough_to_avoid_gaps() -> None:
     long = [group for group in groups() if group["name"] in ("tuneserve_availability_long", "tuneserve_latency_long")]
     assert len(long) == 2
     for group in long:

@@ -106,7 +106,7 @@ def test_every_systemd_unit_runs_an_existing_command_with_existing_settings(
     assert settings.base_cache.is_relative_to(f"/var/cache/{service['CacheDirectory']}")
 
 
-def test_server_and_exporter_systemd_units_have_the_same_user_folders_and_environment() -> None:
+def test_server_and_exporter_run_as_the_same_user_with_the_same_folders_and_environment() -> None:
     of = [unit(name)["Service"] for name in ("tuneserve.service", "tuneserve-monitor.service")]
     for key in ("User", "Environment", "RuntimeDirectory", "WorkingDirectory"):
         assert of[0][key] == of[1][key]

@@ -121,7 +121,9 @@ def test_adapter_can_score_prompts_while_the_engine_serves_requests(
     assert load.failed == []
 
 
-def test_no_request_waits_when_adapter_is_promoted_under_load(instance: Instance, own: Texts, report: Report) -> None:
+def test_no_request_waits_when_an_adapter_is_promoted_under_load(
+    instance: Instance, own: Texts, report: Report
+) -> None:
     engines = instance.engines()
     with Load(instance.url, "tiny", instance.prompts) as load:
         load.wait_for(8)
@@ -135,7 +137,7 @@ def test_no_request_waits_when_adapter_is_promoted_under_load(instance: Instance
     assert instance.engines() == engines
 
 
-def test_killed_server_adopts_the_adapter_engine_when_it_restarts(instance: Instance, own: Texts) -> None:
+def test_adapter_engine_of_a_killed_server_is_adopted_after_a_restart(instance: Instance, own: Texts) -> None:
     engines = instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     instance.start()

@@ -32,7 +32,7 @@ def test_compare_command_serves_a_base_and_its_fine_tuned_version_from_one_engin
     assert compared["metrics"]["nll"]["second"]["value"] < compared["metrics"]["nll"]["first"]["value"]
 
 
-def test_remote_endpoint_gives_the_same_answers_as_local_version(server: Server) -> None:
+def test_version_gives_the_same_answers_locally_and_through_a_remote_endpoint(server: Server) -> None:
     endpoint = f"{server.url}/v1#tiny@1"
     done = svc(server.home, "compare", "tiny@1", endpoint, "--limit", "6", capture_output=True)
     assert f"the prompts of 6 examples will be sent to {server.url}/v1" in done.stderr

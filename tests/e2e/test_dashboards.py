@@ -275,7 +275,7 @@ def test_every_alert_expression_reads_existing_data(watched: Watched) -> None:
     assert alerts and faults == []
 
 
-def test_no_prometheus_rule_fails_to_evaluate(watched: Watched) -> None:
+def test_prometheus_evaluates_all_rules_without_errors(watched: Watched) -> None:
     groups = watched.prometheus.get("/api/v1/rules").json()["data"]["groups"]
     states = [(rule["health"], rule.get("lastError")) for group in groups for rule in group["rules"]]
     assert states == [("ok", None)] * (len(rules("record")) + len(rules("alert")))
@@ -289,7 +289,7 @@ def test_request_counts_in_prometheus_match_the_clients_counts(watched: Watched)
         assert counted - watched.before.get(version, 0) == got + extra
 
 
-def test_stored_request_rows_match_the_request_counters(watched: Watched) -> None:
+def test_request_counters_equal_the_number_of_requests_in_the_database(watched: Watched) -> None:
     columns = (RequestRow.number, RequestRow.status, RequestRow.outcome)
     rows = select(*columns, func.count()).group_by(*columns)
     with Session(open_database(watched.server.home)) as session:
@@ -303,7 +303,7 @@ def test_stored_request_rows_match_the_request_counters(watched: Watched) -> Non
     assert watched.value("sum(svc_request_log_dropped_total)") == 0
 
 
-def test_stored_content_and_feedback_are_redacted(watched: Watched) -> None:
+def test_rated_request_is_stored_with_its_content_and_a_redacted_correction(watched: Watched) -> None:
     with Session(open_database(watched.server.home)) as session:
         row = session.scalars(select(RequestRow).where(RequestRow.request_id == watched.rated)).one()
         feedback = session.get_one(FeedbackRow, row.id)

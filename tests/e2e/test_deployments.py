@@ -120,7 +120,9 @@ def test_model_can_be_removed_and_added_while_a_second_model_keeps_serving(insta
 
 
 @pytest.mark.matrix
-def test_killed_server_adopts_the_engines_of_both_models_when_it_restarts(instance: Instance, report: Report) -> None:
+def test_engines_of_both_models_keep_running_when_the_server_is_killed_and_restarted(
+    instance: Instance, report: Report
+) -> None:
     before, engines = {name: instance.answers(name) for name in (TINY, OTHER)}, instance.engines()
     assert instance.end(signal.SIGKILL) == -signal.SIGKILL
     began = time.monotonic()
@@ -154,7 +156,7 @@ def test_idle_second_model_uses_little_cpu_time(instance: Instance, report: Repo
 
 
 @pytest.mark.matrix
-def test_idle_engine_stops_and_restarts_on_the_next_request(instance: Instance, report: Report) -> None:
+def test_idle_engine_stops_and_the_next_request_restarts_it(instance: Instance, report: Report) -> None:
     alone = instance.answers(TINY)
     instance.end()
     instance.settings |= {"SVC_SERVE__IDLE_S": "3"}

@@ -84,7 +84,7 @@ async def measure(engine: EngineProcess) -> Logprobs:
     "group_size",
     [32, *(pytest.param(size, marks=pytest.mark.matrix) for size in (64, 128, -1))],
 )
-async def test_gptq_log_probabilities_match_dequantized_weights_even_after_reloads(
+async def test_gptq_log_probabilities_match_those_of_dequantized_weights_even_after_reloads(
     bases: tuple[Path, Path], tmp_path: Path, report: Report, group_size: int
 ) -> None:
     """Needs the real engine: the kernel that is tested runs inside it."""

@@ -13,7 +13,9 @@ from svc.errors import InterruptedRunError
 pytestmark = [pytest.mark.matrix]
 
 
-def test_interrupted_and_killed_run_resumes_from_its_last_finished_stage(workplace: Path, tmp_path: Path) -> None:
+def test_run_that_was_interrupted_and_later_killed_resumes_after_its_last_finished_stage(
+    workplace: Path, tmp_path: Path
+) -> None:
     recipe = str(workplace / "recipe.yaml")
     training = _train_until(tmp_path, recipe, "checkpoints/step-*", "--set", "checkpoints.every_steps=1")
     training.terminate()  # as when a spot machine is reclaimed

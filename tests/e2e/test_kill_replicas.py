@@ -117,7 +117,7 @@ def test_both_engines_serve_the_same_version_after_a_process_is_killed_during_a_
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
-def test_no_engine_is_lost_if_server_exits_during_adoption(
+def test_no_engine_is_orphaned_if_the_server_exits_while_adopting_engines(
     serving: Instance, expected: dict[str, list[tuple[str, str]]], number: signal.Signals
 ) -> None:
     engines = serving.engines()

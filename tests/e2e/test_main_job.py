@@ -44,7 +44,7 @@ pytestmark = [pytest.mark.slow]
 Found = TypeVar("Found")
 
 
-def test_merged_and_gptq_formats_are_registered_with_evaluation_results_and_verification_probes(home: Path) -> None:
+def test_registered_merged_and_gptq_formats_include_probes_and_evaluation_results(home: Path) -> None:
     shown = svc_json(home, "show", "tiny@1")
     assert set(shown["formats"]) == {"adapter", "merged", "gptq"}
     for name in ("merged", "gptq"):
@@ -65,7 +65,7 @@ def test_verification_probes_record_the_engine_dtype_and_kernel(home: Path) -> N
     assert merged.dtype == ("bfloat16" if able.cpu_bfloat16 else "float32")
 
 
-def test_version_stores_its_answers_with_log_probabilities(home: Path) -> None:
+def test_log_probability_of_each_held_out_answer_is_stored_with_the_version(home: Path) -> None:
     registry = Registry.of(Settings(home=home))
     for format in (Format.MERGED, Format.GPTQ):
         results = registry.results(VersionId("tiny", 1), format)
@@ -79,7 +79,7 @@ def test_rerunning_the_same_recipe_does_not_register_a_second_version(home: Path
     assert len(svc_json(home, "models")) == 2
 
 
-def test_response_to_official_client_names_its_version(server: Server) -> None:
+def test_response_header_tells_the_official_client_which_version_answered(server: Server) -> None:
     messages: Any = server.prompts[0]
     raw = server.client.chat.completions.with_raw_response.create(model="tiny", messages=messages, max_tokens=5)
     assert raw.headers["x-model-version"] == "tiny@1"
@@ -143,7 +143,9 @@ def _wait_for(find: Callable[[], Found | None], timeout_s: float = 120) -> Found
     return result
 
 
-def test_held_out_loss_in_training_matches_the_engines_negative_log_likelihood(server: Server, report: Report) -> None:
+def test_held_out_loss_from_training_matches_the_negative_log_likelihood_from_the_engine(
+    server: Server, report: Report
+) -> None:
     """The tokens and weights of the examples are the same, and only rounding in the engines differs."""
     manifest = Registry.of(Settings(home=server.home)).manifest(VersionId("tiny", 1))
     evaluation, parity = manifest.formats[Format.MERGED].evaluation, manifest.parity

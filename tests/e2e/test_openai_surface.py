@@ -148,7 +148,7 @@ def test_engine_stays_alive_when_a_streamed_response_fails(server: Server) -> No
     assert server.answer(0)
 
 
-def test_json_schemas_several_choices_per_request_and_logprobs_are_supported(server: Server) -> None:
+def test_json_schemas_and_logprobs_and_multiple_answers_per_request_are_supported(server: Server) -> None:
     messages: Any = server.prompts[0]
     schema: Any = {"type": "json_schema", "json_schema": {"name": "choice", "schema": CHOICE}}
     chat = server.client.chat.completions.create(
@@ -163,7 +163,7 @@ def test_json_schemas_several_choices_per_request_and_logprobs_are_supported(ser
     assert json.loads(response.output_text) in CHOICE["enum"]
 
 
-def test_engine_stops_generating_when_client_disconnects(server: Server, engine: httpx.Client) -> None:
+def test_engine_stops_generating_when_a_client_disconnects(server: Server, engine: httpx.Client) -> None:
     """The engine would otherwise generate 800 tokens. The server's own concurrent requests generate fewer."""
     body = {"model": "tiny", "input": "hi", "stream": True, "max_output_tokens": 800, "ignore_eos": True}
     before = generated(engine)

@@ -68,7 +68,7 @@ def answer(client: openai.OpenAI, version: str) -> str:
     return raw.parse().choices[0].message.content or ""
 
 
-def test_adapter_trained_with_trl_is_imported_compared_evaluated_and_served(
+def test_imported_trl_adapter_scores_better_than_its_base_and_is_served(
     workplace: Path, trained: Path, report: Report
 ) -> None:
     home = workplace / "imported-home"

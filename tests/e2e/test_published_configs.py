@@ -26,7 +26,7 @@ MODELS = sorted(path.name for path in Path(HUB_CONFIGS).iterdir() if path.is_dir
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_model_with_a_published_config_is_trained_and_merged_or_refused_with_a_reason(
+def test_model_with_a_published_config_is_either_trained_and_merged_or_refused_with_a_reason(
     tmp_path: Path, report: Report, model: str
 ) -> None:
     published = Path(HUB_CONFIGS or "") / model

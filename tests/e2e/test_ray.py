@@ -139,7 +139,7 @@ def test_engine_of_a_killed_actor_is_stopped_and_the_actor_is_replaced(instance:
 
 
 @pytest.mark.matrix
-def test_engine_is_restarted_on_a_surviving_node_when_its_node_is_lost_under_load(
+def test_engine_is_restarted_on_another_ray_node_when_its_node_dies_under_load(
     instance: Instance, nodes: RayNodes, report: Report
 ) -> None:
     (actor,) = actors()

@@ -34,7 +34,7 @@ if "serve" in sys.orig_argv and any(part.endswith("/svc") for part in sys.orig_a
 """Python code that runs before `svc serve` and simulates memory for one engine."""
 
 
-def test_stored_requests_are_replayed_when_memory_holds_only_one_engine(
+def test_stored_requests_are_replayed_even_if_only_one_engine_fits_in_memory(
     home: Path, tmp_path: Path, report: Report
 ) -> None:
     (tmp_path / "start").mkdir()

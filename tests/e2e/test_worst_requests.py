@@ -99,7 +99,7 @@ def seconds_held(instance: Instance, front: Front, worst: WorstBody) -> float:
     return delays[0]
 
 
-def test_worst_case_valid_request_bodies_block_the_vllm_front_end_only_briefly(
+def test_most_expensive_valid_requests_block_the_vllm_front_end_only_briefly(
     instance: Instance, front: Front, report: Report
 ) -> None:
     held = {f"{worst.route} {worst.name}": seconds_held(instance, front, worst) for worst in worst_bodies()}

@@ -37,7 +37,9 @@ except KeyboardInterrupt:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("all_of_them", [True, False], ids=["Ctrl-C in a terminal", "SIGTERM to the script alone"])
-def test_interrupted_example_command_saves_its_work(tmp_path: Path, all_of_them: bool) -> None:
+def test_command_run_by_an_example_script_saves_its_work_when_the_script_is_interrupted(
+    tmp_path: Path, all_of_them: bool
+) -> None:
     command = tmp_path / "svc"
     command.write_text(COMMAND)
     command.chmod(0o755)

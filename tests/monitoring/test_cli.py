@@ -110,7 +110,7 @@ def status(svc: Svc, tmp_path: Path) -> Status:
     return status
 
 
-def test_status_screen_shows_version_engine_traffic_and_errors(status: Status) -> None:
+def test_status_screen_summarizes_the_state_of_a_served_model(status: Status) -> None:
     ended = status()
     assert ended.code == 0
     for text in (
@@ -154,7 +154,7 @@ def test_status_row_of_a_version_shows_its_requests_and_errors(status: Status) -
     assert row.split()[:4] == ["tiny@2", "42", "1", "1000/200"]
 
 
-def test_json_status_has_the_same_content_as_the_screen(status: Status) -> None:
+def test_json_status_contains_the_same_information_as_the_status_screen(status: Status) -> None:
     output = json.loads(status("--json").out)
     (model,) = output["models"]
     assert model["version"] == "tiny@2"
@@ -372,7 +372,7 @@ def test_status_shows_the_last_error_unchanged(status: Status) -> None:
     assert "last error: vLLM [ended] with code 1" in out
 
 
-def test_status_error_without_a_running_server_says_how_to_start_it(svc: Svc) -> None:
+def test_status_command_without_a_running_server_says_how_to_start_one(svc: Svc) -> None:
     ended = svc("status")
     assert ended.code == 13
     assert "svc serve NAME" in ended.err

@@ -114,7 +114,7 @@ def _layout_faults(name: str) -> Iterator[str]:
         ids.add(panel["id"])
 
 
-def test_dashboard_files_layouts_and_panels_are_valid() -> None:
+def test_every_dashboard_is_valid_including_its_layout_and_panels() -> None:
     faults = [f"{name}: {fault}" for name in DASHBOARDS for fault in (*_file_faults(name), *_layout_faults(name))]
     faults += [f"{title}: {fault}" for title, panel in PANELS for fault in _panel_faults(panel)]
     assert len(DASHBOARDS) == 5
@@ -191,7 +191,7 @@ def test_every_documented_metric_is_shown_on_a_dashboard() -> None:
     assert DOCUMENTED - shown - in_rules == set(NOT_SHOWN)
 
 
-def test_server_fault_and_objective_definitions_on_dashboards_match_the_alert_rules() -> None:
+def test_dashboards_and_prometheus_rules_define_server_faults_and_objectives_identically() -> None:
     recording = (RULES / "recording.yml").read_text("utf-8")
     faults = re.compile(r'svc_request_errors_total\{[^}]*\breason=~"(.+?)"')
     assert set(faults.findall(recording)) == {SERVER_FAULTS}

@@ -51,14 +51,14 @@ def quality(change: Sequence[float], hits: Sequence[bool], hits_now: Sequence[bo
 HITS = [place % 4 > 0 for place in range(200)]
 
 
-def test_quality_status_is_as_registered_if_results_are_identical() -> None:
+def test_quality_is_reported_as_unchanged_if_results_equal_those_at_registration() -> None:
     report = judge(figures([0.2, 0.4], [True, False]), run([0.2, 0.4], [True, False]))
     assert report.quality is Quality.AS_REGISTERED
     assert [report.nll, report.registered_nll] == pytest.approx([0.3, 0.3])
     assert (report.nll_p, report.exact_match_p) == (1.0, 1.0)
 
 
-def test_held_out_examples_are_weighted_by_tokens_as_at_registration() -> None:
+def test_current_and_registered_nll_are_both_weighted_by_token_count() -> None:
     report = judge(figures([0.2, 0.4], [True, False], weight=[3, 1]), run([0.2, 0.8], [True, False]))
     assert [report.nll, report.registered_nll] == pytest.approx([0.35, 0.25])
 
@@ -81,7 +81,7 @@ def test_quality_is_reported_as_changed_if_results_of_a_small_held_out_set_diffe
     assert quality([1.0] * 8, HITS[:8], HITS[:8]) is Quality.CHANGED
 
 
-def test_quality_status_is_as_registered_if_a_statistically_significant_change_is_small() -> None:
+def test_quality_is_reported_as_unchanged_if_a_statistically_significant_difference_is_small() -> None:
     assert quality([0.015] * 200, HITS, HITS) is Quality.AS_REGISTERED
 
 
@@ -90,7 +90,7 @@ def test_quality_is_reported_as_changed_if_correct_answers_become_wrong() -> Non
     assert quality([0.0] * 200, HITS, lost) is Quality.CHANGED
 
 
-def test_quality_status_is_as_registered_if_few_answers_change_between_right_and_wrong() -> None:
+def test_quality_is_reported_as_unchanged_if_few_answers_change_between_right_and_wrong() -> None:
     swapped = [not hit if place < 6 else hit for place, hit in enumerate(HITS)]
     assert quality([0.0] * 200, HITS, swapped) is Quality.AS_REGISTERED
 
@@ -102,7 +102,7 @@ def registry(tmp_path: Path) -> Registry:
     return registry
 
 
-def test_newest_completed_held_out_evaluation_is_compared(registry: Registry, tmp_path: Path) -> None:
+def test_quality_is_judged_by_the_newest_completed_held_out_evaluation(registry: Registry, tmp_path: Path) -> None:
     store = new_store(tmp_path)
     registered = registry.results(target().version, target().format)
     good = run([one.nll for one in registered], [one.hit for one in registered])
@@ -137,7 +137,7 @@ def test_only_examples_in_the_held_out_evaluation_are_compared() -> None:
     assert (report.quality, report.examples, report.registered_nll) == (Quality.AS_REGISTERED, 2, 1.0)
 
 
-def test_later_held_out_evaluations_are_compared_with_the_first_if_the_engine_kind_differs_from_registration(
+def test_later_held_out_evaluations_are_compared_with_the_first_if_the_engine_kind_has_changed_since_registration(
     registry: Registry, tmp_path: Path
 ) -> None:
     store = new_store(tmp_path)
@@ -201,6 +201,6 @@ def test_false_alarm_rate_of_the_quality_test_is_within_its_significance_level()
 
 
 @pytest.mark.parametrize("changed", [16, 17, 200])
-def test_quality_test_can_detect_a_change_with_only_a_few_changed_examples(changed: int) -> None:
+def test_quality_is_reported_as_changed_if_as_few_as_16_answers_become_worse(changed: int) -> None:
     worse = [-0.1 - place / 1000 for place in range(changed)]
     assert by_rouge([0.0] * changed, worse).quality is Quality.CHANGED

@@ -71,7 +71,7 @@ async def test_engine_loads_the_base_model_and_serves_the_production_adapter_und
     assert numbers(served.double) == [1]
 
 
-async def test_any_registered_version_is_loaded_and_answers(served: Control) -> None:
+async def test_requested_version_is_loaded_on_demand_and_answers_the_request(served: Control) -> None:
     async with served.client() as client:
         assert await ask(client, f"{NAME}@3") == (200, f"{NAME}@3", "3")
         assert await ask(client, f"{NAME}@2") == (200, f"{NAME}@2", "2")
@@ -119,7 +119,7 @@ async def test_answers_from_an_adapter_contain_the_name_of_its_version(served: C
                 assert f"{NAME}@2#" not in answer.text, path
 
 
-async def test_engine_rejections_for_an_adapter_contain_the_name_of_its_version(served: Control) -> None:
+async def test_engine_error_shows_the_version_name_instead_of_the_internal_adapter_name(served: Control) -> None:
     async with served.client() as client:
         await ask(client, f"{NAME}@2")
         (private,) = (name for name in served.double.adapters if name.startswith(f"{NAME}@2#"))
@@ -164,7 +164,7 @@ async def test_mid_stream_error_from_an_adapter_names_its_version(
     assert f"{NAME}@2#" not in answer.text
 
 
-async def test_content_length_of_a_large_adapter_answer_is_correct(served: Control) -> None:
+async def test_content_length_of_a_long_answer_from_an_adapter_is_correct(served: Control) -> None:
     served.double.tokens = 20_000
     async with served.client() as client:
         answer = await client.post("/v1/chat/completions", json=BODY | {"model": f"{NAME}@2", "max_tokens": 20_000})
@@ -262,7 +262,7 @@ async def test_adapter_without_verification_probes_is_served_as_unverified(serve
     assert served.sample("svc_versions_unverified", model=NAME) == 1
 
 
-async def test_promoted_unverified_version_is_marked_in_journal_and_status(served: Control) -> None:
+async def test_promotion_of_an_adapter_without_verification_probes_is_recorded_as_unverified(served: Control) -> None:
     make_version(served.registry, 4, formats=(Format.ADAPTER,))
     assert (await served.promote(4)).outcome is SwapOutcome.SUCCEEDED
     assert served.steps[-1] == "adapter loaded: not verified: the version has no probes in any format"
@@ -289,7 +289,7 @@ async def test_adapter_that_the_base_cannot_apply_is_rejected_with_the_reason(se
             assert reason in answer.json()["error"]["message"] and str(served.settings.home) not in answer.text
 
 
-async def test_adapter_that_failed_a_check_is_served_only_as_the_production_version(served: Control) -> None:
+async def test_adapter_that_failed_a_check_is_served_only_after_it_is_promoted(served: Control) -> None:
     versions(served, 4, failed=("parity",))
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[::2] == (404, "model_not_found")
@@ -383,7 +383,7 @@ async def test_first_engine_is_restored_if_the_second_rejects_the_adapter(make: 
         assert [member.target for member in control.pool.members] == [adapter(1)] * 2
 
 
-async def test_adapters_are_reloaded_on_demand_after_engine_death(served: Control) -> None:
+async def test_adapters_are_reloaded_on_demand_after_the_engine_dies(served: Control) -> None:
     async with served.client() as client:
         await ask(client, f"{NAME}@2")
         served.double.die()
@@ -393,7 +393,7 @@ async def test_adapters_are_reloaded_on_demand_after_engine_death(served: Contro
     assert set(served.park.engines[0].double.adapters).isdisjoint(served.double.adapters)
 
 
-async def test_adopted_engine_loads_adapters_under_new_names(make: Make) -> None:
+async def test_adapter_names_used_before_engine_adoption_are_not_reused_afterwards(make: Make) -> None:
     control = make(format=Format.ADAPTER)
     control.leaves = True
     async with control.run(), control.client() as client:

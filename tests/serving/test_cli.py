@@ -74,7 +74,7 @@ def other(home: Home) -> str:
 
 
 @pytest.mark.parametrize("command", ["add", "serve"])
-async def test_add_or_serve_command_serves_a_model_on_the_running_server(
+async def test_model_can_be_added_to_a_running_server_with_the_add_or_serve_command(
     serving: Home, other: str, command: str
 ) -> None:
     result = await type_in(serving, command, other)
@@ -104,7 +104,7 @@ async def test_model_can_be_added_after_an_earlier_attempt_failed(serving: Home,
     assert result.exit_code == 0, result.output
 
 
-async def test_reason_is_shown_if_only_another_server_can_serve_an_added_model(
+async def test_adding_a_model_shows_why_this_server_cannot_serve_it_when_another_server_does(
     home: Home, other: str, postgresql: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.store = postgresql.empty()
@@ -221,13 +221,13 @@ async def test_dry_run_shows_the_gates_and_changes_nothing(serving: Home) -> Non
     assert [event.action for event in read_events(serving.store, newest=9)] == ["serve"]
 
 
-async def test_dry_run_of_the_served_version_compares_it_with_its_base(serving: Home) -> None:
+async def test_promotion_dry_run_says_that_the_version_is_already_in_production(serving: Home) -> None:
     result = await type_in(serving, "promote", f"{NAME}@1", "--dry-run", "--json")
     gates = {row["gate"]: row["reason"] for row in json.loads(result.stdout)["gates"]}
     assert gates["speed"] == "the version is in production"
 
 
-async def test_promotion_refused_by_a_configured_gate_fails_with_the_gates_output(home: Home) -> None:
+async def test_promotion_error_contains_the_output_of_the_failed_custom_gate(home: Home) -> None:
     gate = {"name": "own", "command": ["sh", "-c", "echo 3 tests failed; exit 1"]}
     models = {NAME: {"gates": {"custom": [gate]}}}
     home.settings = Settings.model_validate(home.settings.model_dump() | {"models": models})
@@ -260,7 +260,7 @@ async def test_version_with_an_undecided_verdict_is_promoted_with_a_warning(serv
     assert "a loss of up to 0.090 cannot be excluded with 60 examples; about 500 would decide" in result.stderr
 
 
-async def test_version_that_failed_a_check_is_promoted_with_force_and_the_reason_is_printed(serving: Home) -> None:
+async def test_force_option_promotes_a_version_that_failed_a_check_and_prints_the_given_reason(serving: Home) -> None:
     make_version(serving.registry, 4, failed=("GPTQ lost 0.3",))
     result = await type_in(serving, "promote", f"{NAME}@4", "--force", "--reason", "the demo of Monday")
     assert "tuned@4 (merged) is served" in result.output
@@ -296,7 +296,7 @@ async def test_audit_log_has_promotions_and_rollbacks_with_actor_and_reason(serv
     assert {(event.actor, event.origin) for event in events} == {(me.name, me.origin)}
 
 
-async def test_failed_promotion_is_in_the_audit_log_but_never_served(serving: Home) -> None:
+async def test_failed_promotion_is_recorded_in_the_audit_log_but_its_version_is_never_served(serving: Home) -> None:
     weights = serving.registry.folder(VersionId(NAME, 2)) / "merged" / "model.safetensors"
     weights.chmod(0o644)
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")

@@ -118,7 +118,7 @@ async def test_model_of_another_owner_gives_the_same_error_as_an_unknown_model(s
         assert await listed(of_bob) == [BASE.name, str(BASE), f"{BASE.name}@production"]
 
 
-async def test_admin_key_and_key_restricted_to_a_fine_tuned_model_can_use_it(served: Home) -> None:
+async def test_fine_tuned_model_is_usable_with_an_admin_key_or_a_key_that_lists_the_model(served: Home) -> None:
     alice = key(served)
     model = train(served.store, served.registry, owner=alice.key.id)
     admin, listed_key = key(served, Scope.ADMIN), key(served, models=[model.version.name])
@@ -127,7 +127,9 @@ async def test_admin_key_and_key_restricted_to_a_fine_tuned_model_can_use_it(ser
             assert (await ask(client, model.name))[0] == 200
 
 
-async def test_owner_can_use_its_fine_tuned_model_even_if_its_key_lists_other_models(served: Home) -> None:
+async def test_owner_can_use_a_fine_tuned_model_even_if_the_owners_key_is_restricted_to_other_models(
+    served: Home,
+) -> None:
     alice = key(served, models=[BASE.name])
     model = train(served.store, served.registry, owner=alice.key.id)
     async with serving(served, alice) as (client,):
@@ -221,7 +223,7 @@ def tuning(home: Home, **settings: Any) -> None:
     home.settings = home.settings.model_copy(update={"fine_tuning": FineTuningSettings(**settings)})
 
 
-async def test_engine_started_for_a_fine_tuned_model_is_shared_by_other_models_of_its_base(merged: Home) -> None:
+async def test_fine_tuned_models_of_the_same_base_share_one_engine(merged: Home) -> None:
     alice, bob = key(merged), key(merged)
     first = train(merged.store, merged.registry, owner=alice.key.id, number=5)
     second = train(merged.store, merged.registry, owner=bob.key.id, number=6)
@@ -285,7 +287,7 @@ async def test_model_loaded_on_demand_stays_loaded_once_an_operator_adds_it(merg
 
 
 @pytest.mark.parametrize("memory", [True, False])
-async def test_error_for_a_model_that_cannot_be_loaded_names_a_command_and_loading_is_retried(
+async def test_if_a_model_cannot_be_loaded_the_error_suggests_svc_add_and_the_next_request_tries_again(
     merged: Home, memory: bool
 ) -> None:
     model = train(merged.store, merged.registry)

@@ -77,7 +77,7 @@ def test_job_with_no_training_time_left_shows_its_stage_instead_of_the_remaining
         assert "in 0 s" not in output
 
 
-def test_job_is_shown_with_its_events_and_without_control_characters(home: WorkerHome, svc: Svc) -> None:
+def test_show_command_prints_the_events_of_a_job_and_replaces_control_characters(home: WorkerHome, svc: Svc) -> None:
     id = home.add()
     take(home)
     report_job(home.store, id, "w1", news=[STEP])
@@ -162,7 +162,7 @@ def test_job_is_followed_even_if_the_server_restarts(
     assert isinstance(svc("follow", id).exception, ServerNotRunningError)
 
 
-def test_job_is_paused_resumed_and_cancelled(home: WorkerHome, svc: Svc) -> None:
+def test_job_can_be_paused_and_resumed_and_then_cancelled(home: WorkerHome, svc: Svc) -> None:
     id = home.add()
     assert svc("pause", id).output == f"{id} is paused\n"
     assert home.job(id).wanted is Wanted.PAUSE
@@ -215,7 +215,7 @@ async def test_same_jobs_are_read_from_the_server_and_from_the_store(remote: tup
 
 
 @pytest.mark.slow
-async def test_remote_job_changes_raise_the_same_errors_as_local_changes(
+async def test_changing_a_remote_job_raises_the_same_errors_as_changing_a_local_job(
     remote: tuple[RemoteJobs, WorkerHome],
 ) -> None:
     source, home = remote

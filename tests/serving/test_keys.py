@@ -58,7 +58,7 @@ async def test_requests_during_server_startup_require_a_key_if_a_key_exists(home
         await asyncio.wait({task})
 
 
-async def test_key_created_while_the_server_runs_is_required_and_accepted(home: Home) -> None:
+async def test_first_key_created_while_the_server_runs_makes_keys_mandatory_and_is_accepted(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         assert (await ask(client, stream=False)).status == 200
         issued = make_key(home)
@@ -136,7 +136,7 @@ async def test_chat_command_that_uses_the_local_socket_ends_when_the_server_stop
     assert "1.0" in (await result).output
 
 
-def test_only_loopback_addresses_are_allowed_if_no_key_exists(home: Home) -> None:
+def test_server_without_keys_cannot_listen_on_a_non_loopback_address(home: Home) -> None:
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
         settings = home.settings.model_copy(update={"serve": ServeSettings(host=host, port=0)})
         with pytest.raises(SettingsError, match="no key exists") as raised, server.claim(settings):
@@ -144,7 +144,7 @@ def test_only_loopback_addresses_are_allowed_if_no_key_exists(home: Home) -> Non
         assert "svc keys create --scope admin" in raised.value.todo, host
 
 
-def test_loopback_address_is_allowed_without_a_key(home: Home) -> None:
+def test_server_without_keys_can_listen_on_a_loopback_address(home: Home) -> None:
     for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost"):
         server.require_safe(ServeSettings(host=host), has_keys=False)
 

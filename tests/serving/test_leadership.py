@@ -81,7 +81,7 @@ async def test_lease_period_starts_when_the_report_is_sent_even_if_the_store_ans
     assert not server.leads("teams")
 
 
-async def test_tasks_waiting_for_changes_continue_when_a_server_becomes_the_leader(postgresql_store: Store) -> None:
+async def test_becoming_the_leader_wakes_tasks_that_wait_for_a_change(postgresql_store: Store) -> None:
     changes = Changes()
     server = Leadership(postgresql_store, changes, "gpu-1:8000", lambda: ["teams"])
     waiting = asyncio.create_task(changes.wait(changes.count, 60))

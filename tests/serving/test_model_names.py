@@ -37,7 +37,7 @@ def test_unknown_names_are_rejected_with_a_list_of_served_names() -> None:
         assert "tuned, tuned@1, tuned@production" in caught.value.expected, model
 
 
-def test_model_name_resolves_to_the_new_version_and_the_old_version_is_unknown_after_a_swap() -> None:
+def test_after_a_swap_only_names_of_the_new_version_are_known() -> None:
     model_names = names()
     model_names.serve(TWO)
     model_names.loaded = {TWO}

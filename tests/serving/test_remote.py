@@ -240,7 +240,7 @@ def post(address: ServerAddress, path: str, body: Any) -> httpx.Response:
         return client.post(path, json=body)
 
 
-async def test_server_with_a_private_certificate_authority_is_reached_over_tls(
+async def test_remote_commands_need_the_ca_option_for_a_server_with_a_private_certificate(
     home: Home, admin: IssuedKey, tmp_path: Path
 ) -> None:
     certificate, key = make_certificate(tmp_path)

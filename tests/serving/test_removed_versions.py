@@ -166,7 +166,7 @@ async def test_each_of_several_engines_evicts_the_removed_adapter(make: Make) ->
         assert (await ask(client, str(TWO)))[::2] == GONE
 
 
-async def test_server_process_evicts_the_removed_adapter(home: Home) -> None:
+async def test_running_server_evicts_the_adapter_of_a_removed_version(home: Home) -> None:
     for number in (4, 5):
         make_version(home.registry, number, formats=(Format.MERGED, Format.ADAPTER))
     change_desired(home.store, None, adapter(4), None)

@@ -94,7 +94,7 @@ def test_error_says_that_a_server_has_no_models() -> None:
     assert "none is served yet" in caught.value.expected
 
 
-def test_router_returns_the_only_loaded_version_or_none_if_there_is_not_exactly_one() -> None:
+def test_router_returns_a_single_version_only_when_exactly_one_is_loaded() -> None:
     assert router(backend("a", 3)).only_version == VersionId("a", 3)
     assert router(backend("a")).only_version is None
     assert router(backend("a", 3), backend("b", 1)).only_version is None

@@ -343,7 +343,9 @@ def test_accepted_connections_have_tcp_nodelay_enabled(home: Home) -> None:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-async def test_server_that_cannot_listen_stops_its_starting_engine(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_engine_start_is_aborted_if_the_server_cannot_listen_for_connections(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def refuse(*_: object, **__: object) -> None:
         raise OSError("address already in use")
 
@@ -355,7 +357,7 @@ async def test_server_that_cannot_listen_stops_its_starting_engine(home: Home, m
     assert home.park.alive == 0
 
 
-async def test_crash_of_a_shared_component_stops_the_server_but_not_its_engine(
+async def test_crash_of_a_shared_component_stops_the_server_but_not_the_engine(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(_: object) -> None:

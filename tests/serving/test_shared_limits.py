@@ -149,7 +149,7 @@ async def test_usage_just_before_midnight_counts_towards_the_per_minute_limit_af
     assert second.remaining(Limit.REQUESTS_PER_MINUTE) == 0
 
 
-async def test_usage_before_and_after_a_full_hour_is_counted_once(two: Two) -> None:
+async def test_usage_before_and_after_an_hour_boundary_is_not_counted_twice(two: Two) -> None:
     clock, first, second = two
     clock.at = NOON.replace(minute=59, second=58)
     first.ask()

@@ -51,7 +51,7 @@ def test_socket_count_other_than_one_is_rejected(count: str) -> None:
         inherited_listener(variables(LISTEN_FDS=count))
 
 
-def test_socket_that_does_not_listen_is_rejected(passed: socket.socket) -> None:
+def test_socket_that_is_not_listening_is_rejected(passed: socket.socket) -> None:
     with pytest.raises(SettingsError, match="not a listening TCP socket"):
         inherited_listener(variables())
 

@@ -157,7 +157,7 @@ def test_address_is_refused_if_keys_would_be_sent_unencrypted() -> None:
     [{"tls_certificate": Path("/c.pem"), "tls_key": Path("/c.key")}, {"behind_proxy": ("10.0.0.0/8",)}],
     ids=["tls", "proxy"],
 )
-def test_every_address_is_allowed_with_keys_and_tls(given: dict[str, Any]) -> None:
+def test_server_with_tls_or_a_proxy_may_listen_on_all_addresses_only_if_keys_exist(given: dict[str, Any]) -> None:
     server.require_safe(ServeSettings(host="0.0.0.0", **given), has_keys=True)
     with pytest.raises(SettingsError, match="no key exists"):
         server.require_safe(ServeSettings(host="0.0.0.0", **given), has_keys=False)

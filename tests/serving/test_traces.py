@@ -51,7 +51,7 @@ async def test_server_sends_the_spans_of_its_requests_before_it_stops(home: Home
 
 
 @pytest.mark.slow
-async def test_server_starts_answers_and_stops_if_the_trace_receiver_is_down(
+async def test_server_answers_requests_and_stops_normally_if_the_trace_receiver_is_down(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Traces.close, "__defaults__", (0.2,))  # seconds that a stop waits for the receiver
@@ -77,7 +77,7 @@ async def test_status_and_metrics_do_not_show_the_trace_receiver_headers(
 
 
 @pytest.mark.slow
-def test_malformed_trace_header_is_an_error_before_anything_starts(
+def test_serve_command_rejects_malformed_otlp_headers_without_quoting_them(
     svc: Svc, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", SECRET)

@@ -39,7 +39,7 @@ def test_importing_the_service_packages_does_not_import_torch() -> None:
 
 
 @pytest.mark.slow
-def test_no_command_imports_torch_before_it_runs() -> None:
+def test_loading_the_cli_commands_does_not_import_heavy_libraries() -> None:
     code = "from svc.cli import COMMANDS, LazyGroup\nfor name in COMMANDS: LazyGroup().get_command(None, name)"
     assert not loaded_after(code) & set(HEAVY)
 
@@ -67,7 +67,9 @@ def add_failing_command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -
     monkeypatch.setitem(cli.COMMANDS, "fail", (f"{__name__}:failing", "Fails."))
 
 
-def test_service_error_is_printed_as_text_with_its_exit_code(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_error_is_printed_as_text_and_determines_the_exit_code(
+    svc: Svc, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "error: the disk is on fire\n  expected: a cool disk\n  do: call somebody\n"
     results = {}
     every: list[type[SvcError]] = [SvcError, *kinds()]
@@ -112,7 +114,7 @@ cli.main()
 
 
 @pytest.mark.slow
-def test_command_cleans_up_on_sigterm_as_on_a_keyboard_interrupt() -> None:
+def test_command_cleans_up_and_exits_with_130_on_sigterm() -> None:
     with subprocess.Popen([sys.executable, "-c", SLOW_COMMAND], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
@@ -167,9 +169,7 @@ def test_failed_command_exits_with_the_code_of_its_error_and_prints_no_traceback
     assert "Traceback" not in result.err + result.out
 
 
-def test_every_command_fails_if_an_unknown_environment_variable_is_set(
-    svc: Svc, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_fails_if_an_unknown_svc_environment_variable_is_set(svc: Svc, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVC_HOEM", "x")
     result = svc("status")
     assert result.code == 2
@@ -184,7 +184,7 @@ def test_home_option_overrides_the_environment_variable(
 
 
 @pytest.mark.slow
-def test_command_run_in_a_subprocess_prints_no_traceback(tmp_path: Path) -> None:
+def test_failed_command_in_a_subprocess_prints_an_error_instead_of_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "svc.cli", "data", "check", "none.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 3

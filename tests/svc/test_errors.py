@@ -14,7 +14,7 @@ def kinds(root: type[SvcError] = SvcError) -> Iterator[type[SvcError]]:
             yield from kinds(kind)
 
 
-def test_error_text_includes_problem_expectation_and_advice() -> None:
+def test_error_text_states_the_problem_and_what_was_expected_and_what_to_do() -> None:
     error = DataError("x.jsonl:3: not JSON", expected="one object in a line", todo="fix the line")
     assert str(error) == "x.jsonl:3: not JSON\n  expected: one object in a line\n  do: fix the line"
 

@@ -11,7 +11,7 @@ def make(model: str, suffix: str = "tickets") -> str:
     return str(make_fine_tuned_name(model=model, organization="org", suffix=suffix, job=JOB))
 
 
-def test_fine_tuned_name_consists_of_the_base_the_organization_the_suffix_and_a_short_job_id() -> None:
+def test_fine_tuned_name_follows_the_openai_format_and_ends_with_a_short_job_id() -> None:
     assert make("small") == "ft:small:org:tickets:0123456789ab"
 
 

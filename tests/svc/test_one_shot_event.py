@@ -21,7 +21,7 @@ def test_one_shot_event_fires_only_once() -> None:
     assert (signal.error, heard) == (None, ["one"])
 
 
-def test_callback_added_after_the_event_is_called_immediately() -> None:
+def test_callback_added_after_the_event_has_fired_is_called_immediately() -> None:
     signal, heard = OneShotEvent(), list[str]()
     signal.end()
     signal.listen(lambda: heard.append("one"))

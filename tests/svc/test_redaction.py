@@ -97,7 +97,7 @@ def test_service_api_keys_are_redacted(secret: str) -> None:
 @pytest.mark.parametrize(
     "text", ["ts_abcd0123", "ts_config_file", "its_abcd0123_0123456789abcdef", "ts_abcd0123_short"]
 )
-def test_text_resembling_an_api_key_is_unchanged(text: str) -> None:
+def test_text_that_only_resembles_an_api_key_is_not_redacted(text: str) -> None:
     assert REDACTOR.text(text) == text
 
 

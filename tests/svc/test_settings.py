@@ -183,7 +183,7 @@ def test_dotted_paths_of_all_settings_are_listed_as_keys() -> None:
 
 @pytest.mark.slow
 @given(mappings_of(setting_keys()))
-def test_any_mapping_is_loaded_as_settings_or_raises_a_settings_error(content: dict[str, Any]) -> None:
+def test_any_mapping_is_either_loaded_as_settings_or_rejected_with_a_settings_error(content: dict[str, Any]) -> None:
     Path("svc.yaml").write_text(yaml.safe_dump(content), "utf-8")
     try:
         settings = load_settings()
@@ -193,7 +193,7 @@ def test_any_mapping_is_loaded_as_settings_or_raises_a_settings_error(content: d
 
 
 @given(st.text(max_size=60) | st.binary(max_size=60))
-def test_any_file_is_loaded_as_settings_or_raises_a_settings_error(content: str | bytes) -> None:
+def test_any_settings_file_is_either_loaded_or_rejected_with_a_settings_error(content: str | bytes) -> None:
     Path("svc.yaml").write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     try:
         load_settings()
@@ -343,7 +343,7 @@ def test_invalid_store_url_is_rejected_without_quoting_it(url: str, monkeypatch:
 @pytest.mark.parametrize(
     "content", ["store: postgresql://svc:s3cret@db/store", "store: {ulr: 'postgresql://svc:s3cret@db/x'}"]
 )
-def test_store_url_under_a_wrong_key_is_rejected_without_quoting_it(content: str, write: Write) -> None:
+def test_error_for_a_store_url_under_a_wrong_key_does_not_reveal_the_password(content: str, write: Write) -> None:
     write(content)
     assert "s3cret" not in refusal()
 
@@ -393,5 +393,5 @@ def test_relative_base_path_is_resolved_against_the_working_directory(write: Wri
 
 
 @pytest.mark.parametrize("name", ["ft:gpt-4o", "tickets@1", "", "a b", "x" * 101])
-def test_base_name_with_ambiguous_characters_is_rejected(name: str) -> None:
+def test_invalid_base_name_is_rejected(name: str) -> None:
     assert "not a valid name" in refusal(fine_tuning={"bases": {name: "org/name"}})

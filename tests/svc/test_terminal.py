@@ -84,7 +84,7 @@ def test_progress_count_can_advance_by_more_than_one(shown: Show) -> None:
     ],
     ids=["counting", "reading", "waiting"],
 )
-def test_piped_output_has_a_line_for_a_long_step_without_progress(
+def test_piped_output_repeats_the_status_line_while_a_step_makes_no_progress(
     shown: Show, monkeypatch: pytest.MonkeyPatch, step: Callable[[], AbstractContextManager[object]], line: str
 ) -> None:
     file = shown(False)

@@ -19,7 +19,7 @@ def test_progress_records_are_read_once_in_the_order_written(tmp_path: Path) -> 
     assert reader.read() == [Registered(version="bot@1")]
 
 
-def test_partially_written_progress_record_is_read_after_it_is_complete(tmp_path: Path) -> None:
+def test_progress_record_is_read_only_after_it_has_been_written_completely(tmp_path: Path) -> None:
     path = tmp_path / "progress"
     ProgressFile(path).write(_STEP)
     line = path.read_bytes()

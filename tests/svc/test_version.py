@@ -41,7 +41,7 @@ def test_printed_version_id_round_trips() -> None:
         "a" * 64 + "@1",
     ],
 )
-def test_invalid_version_id_error_shows_the_expected_format(text: str) -> None:
+def test_error_for_an_invalid_version_id_shows_the_expected_format(text: str) -> None:
     with pytest.raises(NotFoundError) as caught:
         VersionId.parse(text)
     assert repr(text) in caught.value.wrong

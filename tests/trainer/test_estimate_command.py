@@ -93,7 +93,7 @@ def test_estimate_says_what_to_change_when_the_chosen_device_is_too_small(
         (["adapter.init=olora"], None),
     ],
 )
-def test_estimate_mentions_lower_published_learning_rates_when_the_recipe_sets_none(
+def test_estimate_quotes_published_advice_on_the_learning_rate_unless_the_recipe_sets_the_rate(
     svc: Svc, tmp_path: Path, recipe: Path, changes: list[str], advice: str | None
 ) -> None:
     options = [option for change in changes for option in ("--set", change)]
@@ -132,7 +132,7 @@ def test_gradient_checkpointing_choice_and_its_reason_are_printed_for_gpu_traini
 
 
 @pytest.mark.parametrize("command", [["train", "--curve"], ["sweep"]], ids=" ".join)
-def test_gradient_checkpointing_is_not_chosen_in_advance_for_sweep_trials(
+def test_gradient_checkpointing_choice_is_not_printed_for_learning_curves_and_sweeps(
     svc: Svc, tmp_path: Path, recipe: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "this_machine", lambda *_: replace(cpu_device(2e12), cpu=False))

@@ -57,7 +57,7 @@ async def test_merged_model_gets_its_own_engine_when_its_fingerprint_differs_fro
     assert engines.started_with == ["base", "merged", "merged"]
 
 
-async def test_merged_model_gets_its_own_engine_when_the_engine_cannot_reload() -> None:
+async def test_merged_model_gets_its_own_engine_when_the_base_engine_cannot_reload() -> None:
     engines = Engines()
     engines.reload = False
     _, merged = await qualifier(engines).base_and_merged(BASE, MERGED, same_fingerprint=True)
@@ -133,7 +133,7 @@ async def test_answer_length_limits_are_derived_from_references_unless_set_in_th
         assert [result.limit for result in results] == [19, 168]  # 2 and 101 tokens, including the end token
 
 
-async def test_general_questions_have_a_separate_answer_limit() -> None:
+async def test_general_questions_have_their_own_maximum_answer_length() -> None:
     base, merged = await asking_general(Engines()).base_and_merged(BASE, MERGED, same_fingerprint=True)
     assert {result.limit for result in (*base.general, *merged.general)} == {MAX_TOKENS}
 
@@ -180,7 +180,7 @@ async def test_quantized_model_answers_general_questions() -> None:
     assert [result.limit for result in results] == [MAX_TOKENS] * 2
 
 
-async def test_format_can_be_qualified_with_a_single_example() -> None:
+async def test_gptq_format_can_be_qualified_with_a_single_example() -> None:
     qualified = await qualifier(Engines(), [make_example("a", "b")]).alone(GPTQ, "gptq")
     assert len(qualified.probes) == 1
 

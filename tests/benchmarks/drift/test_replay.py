@@ -43,7 +43,7 @@ def event(position: int, *, feature: str = "characters", begins: bool) -> Event:
     return Event(position, feature, FeatureAlarm(position - 3, position) if begins else None)
 
 
-def test_alarm_position_refers_to_the_stream_including_near_copies() -> None:
+def test_alarm_position_counts_all_requests_including_skipped_near_copies() -> None:
     result = Replay(kept=[0, 3, 4, 9], events=[event(3, begins=True)])
     assert result.place(result.alarms[0]) == 4
 
@@ -71,7 +71,7 @@ def test_change_is_never_detected_before_it_begins(pool: Pool) -> None:
     assert 0 <= result.place(result.alarms[0]) - CHANGE_AFTER < 10
 
 
-def test_request_stream_has_the_requested_length_and_excludes_prompts_of_the_reference(pool: Pool) -> None:
+def test_request_stream_has_the_requested_length_and_excludes_reference_prompts(pool: Pool) -> None:
     for name, make in WITHOUT_CHANGE.items():
         reference, live, generator = draw_reference(pool, 2)
         stream = make(pool, live, generator, 500)

@@ -9,7 +9,7 @@ from svc.store.database import open_store
 from svc.store.files import Purpose, find_file
 
 
-def test_generated_batch_input_file_is_valid_and_accessible_without_an_api_key(tmp_path: Path) -> None:
+def test_generated_batch_input_file_is_valid_and_can_be_used_without_an_api_key(tmp_path: Path) -> None:
     id = _add_input(tmp_path, 3)
     check = check_batch_file(tmp_path / "files" / id)
     assert (check.requests, check.problems) == (3, ())

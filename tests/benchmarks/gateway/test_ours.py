@@ -20,7 +20,7 @@ from svc.store.usage import usage_since
 pytestmark = pytest.mark.matrix
 
 
-def test_requests_reach_the_upstream_engine_through_the_full_server() -> None:
+def test_benchmarked_server_forwards_requests_to_the_engine_and_rejects_requests_without_a_key() -> None:
     with TemporaryDirectory(prefix="gw") as name:
         folder = Path(name)
         upstream = Upstream(folder / "upstream.sock", free_port())

@@ -30,7 +30,7 @@ def test_reported_quantile_is_one_of_the_measured_values(share: float, value: fl
     assert quantile([float(number) for number in range(100, 0, -1)], share) == value
 
 
-def test_latency_added_to_first_token_is_relative_to_direct_requests_in_the_same_round() -> None:
+def test_first_token_delay_added_by_a_gateway_is_measured_against_direct_requests_in_the_same_round() -> None:
     rounds = [
         {"direct": figures(first_ms_p50=own), "nginx": figures(first_ms_p50=through)}
         for own, through in [(1.0, 1.5), (5.0, 5.25), (2.0, 4.0)]
@@ -38,7 +38,7 @@ def test_latency_added_to_first_token_is_relative_to_direct_requests_in_the_same
     assert summary(rounds)["gateways"]["nginx"]["first_ms_p50"]["median"] == pytest.approx(0.5)
 
 
-def test_gateway_ratios_are_computed_per_round() -> None:
+def test_gateway_ratio_is_the_median_of_the_per_round_ratios() -> None:
     rounds = [
         {"tuneserve": figures(request_ms_64=ours), "vllm-router": figures(request_ms_64=router)}
         for ours, router in [(2.0, 1.0), (12.0, 4.0), (40.0, 10.0)]
@@ -59,6 +59,6 @@ def test_gateway_that_is_missing_from_some_rounds_is_skipped() -> None:
 
 
 @pytest.mark.parametrize(("busy", "cell"), [(0.5, "≥ 7"), (0.95, "7")])
-def test_rate_is_shown_as_lower_bound_if_gateway_was_not_the_bottleneck(busy: float, cell: str) -> None:
+def test_rate_is_shown_as_a_lower_bound_unless_the_gateway_was_the_bottleneck(busy: float, cell: str) -> None:
     [line] = [line for line in printed([{"nginx": figures(rate=7.0, busy=busy)}]) if "requests/s" in line]
     assert line.split("requests/s")[1].strip() == cell

@@ -17,7 +17,7 @@ def measured(values: Floats) -> Windows:
     return Windows(values, 10 * numbers, 60 * numbers)
 
 
-def test_measured_signals_reflect_the_candidates_faults() -> None:
+def test_simulated_faults_of_the_candidate_appear_in_the_measured_rollout_signals() -> None:
     bad = Version(errors=0.2, invalid=0.5, slower=3.0, bad=0.9)
     windows = thresholds.measure(generate(Kind("bad", bad), 600.0, seed=1), POLICY)
     assert windows.values.shape == (7, thresholds.SIGNALS)
@@ -31,7 +31,7 @@ def test_measured_signals_reflect_the_candidates_faults() -> None:
     assert (shares[5:] > 0.2).all()
 
 
-def test_candidate_is_rolled_back_when_enough_measurements_exceed_their_limits() -> None:
+def test_candidate_is_rolled_back_when_enough_measurements_exceed_a_limit() -> None:
     values = np.zeros((8, 4))
     values[[1, 4, 6], 0] = 0.5
     decision = thresholds.decide(measured(values), POLICY, np.array([0.4, NO_LIMIT, NO_LIMIT, NO_LIMIT]))

@@ -9,7 +9,7 @@ HOUR_S = 3600.0
 
 
 @pytest.mark.parametrize("shape", [Shape.INDEPENDENT, Shape.SESSIONS])
-def test_generated_traffic_matches_the_configured_rates_of_each_version(shape: Shape) -> None:
+def test_generated_traffic_has_the_failure_rates_configured_for_each_version(shape: Shape) -> None:
     candidate = Version(errors=0.03, invalid=0.1, bad=0.4)
     traffic = generate(Kind("bad", candidate, shape), 2 * HOUR_S, seed=1)
     for row, version in enumerate((Version(), candidate)):
@@ -24,7 +24,7 @@ def test_slow_candidate_has_higher_latency_on_every_request() -> None:
 
 
 @pytest.mark.parametrize("kind", EQUAL, ids=str)
-def test_equally_good_versions_get_identical_results_sorted_by_time(kind: Kind) -> None:
+def test_simulated_traffic_is_sorted_by_time_and_gives_equally_good_versions_identical_results(kind: Kind) -> None:
     traffic = generate(kind, HOUR_S, seed=3)
     for results in (traffic.failed, traffic.invalid, traffic.first_token_s, traffic.bad):
         np.testing.assert_array_equal(results[0], results[1])

@@ -58,7 +58,7 @@ def test_every_alert_is_evaluated_for_every_model() -> None:
         assert sorted(evaluated) == sorted(alerts)
 
 
-def test_series_that_disappears_becomes_stale_and_an_all_zero_counter_is_omitted() -> None:
+def test_rule_test_input_marks_missing_values_as_stale_and_omits_counters_that_stay_zero() -> None:
     series = Series()
     alarm = ("svc_drift_alarm", (("model", "m"),))
     restarts = ("svc_engine_restarts_total", (("model", "m"),))

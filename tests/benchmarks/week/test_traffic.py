@@ -58,7 +58,7 @@ def test_generated_requests_are_ordered_by_time(monday: list[Arrival]) -> None:
     assert [arrival.at for arrival in monday] == sorted(arrival.at for arrival in monday)
 
 
-def test_new_kind_of_prompt_makes_up_one_fifth_of_prompts_only_after_the_shift() -> None:
+def test_new_kind_of_prompt_is_absent_before_the_shift_and_makes_up_a_fifth_of_prompts_after_it() -> None:
     known = set(read_prompts().shifted)
     clients = Clients(1)
     before, after = (

@@ -36,31 +36,31 @@ def assert_survives(baseline: Baseline) -> None:
     assert all(words.dtype == np.int32 for words in read.words)
 
 
-def test_baseline_survives_storage_round_trip() -> None:
+def test_baseline_survives_a_storage_round_trip() -> None:
     assert_survives(BASELINE)
 
 
-def test_baseline_with_missing_values_survives_storage_round_trip() -> None:
+def test_baseline_with_missing_values_survives_a_storage_round_trip() -> None:
     numbers = {"answer_tokens": np.array([np.nan, 3.0])}
     categories = {"finish_reason": np.array([NOT_THERE, "stop"])}
     assert_survives(replace(BASELINE, answers=Sample(2, numbers, categories)))
 
 
 @pytest.mark.parametrize("size", [0, 60])
-def test_baseline_without_answer_features_survives_storage_round_trip(size: int) -> None:
+def test_baseline_without_answer_features_survives_a_storage_round_trip(size: int) -> None:
     assert_survives(replace(BASELINE, answers=Sample(size)))
 
 
-def test_baseline_without_answers_survives_storage_round_trip() -> None:
+def test_baseline_without_answers_survives_a_storage_round_trip() -> None:
     assert_survives(replace(BASELINE, answers=BASELINE.answers.part(0, 0)))
 
 
 @pytest.mark.parametrize("size", [0, 1])
-def test_baseline_with_zero_or_one_prompt_survives_storage_round_trip(size: int) -> None:
+def test_baseline_with_zero_or_one_prompt_survives_a_storage_round_trip(size: int) -> None:
     assert_survives(baseline_of(draw_requests(1, size)))
 
 
-def test_baseline_whose_prompts_have_no_words_or_text_vectors_survives_storage_round_trip() -> None:
+def test_baseline_without_words_or_text_vectors_survives_a_storage_round_trip() -> None:
     none = np.zeros((60, 0))
     prompts = replace(BASELINE.prompts, views=(none, none))
     assert_survives(Baseline(prompts, [np.zeros(0, np.int32)] * 60, BASELINE.answers))

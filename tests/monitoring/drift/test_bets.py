@@ -38,14 +38,16 @@ def largest_win(reference: Sample, item: Sample) -> float:
 
 
 @given(counts, st.sampled_from([1.0, 2.0]))
-def test_upper_limit_equals_upper_end_of_wilson_interval(count: tuple[int, int], z: float) -> None:
+def test_upper_limit_of_a_proportion_equals_the_upper_end_of_the_wilson_interval(
+    count: tuple[int, int], z: float
+) -> None:
     level = 1 - 2 * norm.sf(z)
     expected = binomtest(*count).proportion_ci(level, method="wilson").high
     assert upper_limit(*count, z) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("size", [1, 10, 200])
-def test_upper_limit_is_positive_when_no_item_has_the_value(size: int) -> None:
+def test_upper_limit_of_a_proportion_is_positive_even_if_the_count_is_zero(size: int) -> None:
     assert upper_limit(0, size, 1.0) == pytest.approx(1 / (size + 1))
 
 
@@ -66,12 +68,12 @@ def test_tail_bets_cover_both_tails_and_their_hit_rates_stay_below_the_bounds_if
 
 
 @pytest.mark.parametrize("moved", [-10.0, 10.0])
-def test_value_outside_the_reference_range_lies_in_all_tails_on_its_side(moved: float) -> None:
+def test_value_above_or_below_the_reference_range_is_in_every_tail_on_that_side(moved: float) -> None:
     bets = feature_bets(of_numbers(np.random.default_rng(1).normal(size=200)))
     assert sorted(hit_table(bets, of_numbers([moved]))[0].tolist()) == [MISS] * 3 + [HIT] * 3
 
 
-def test_only_values_that_differ_from_a_constant_reference_are_in_its_tails() -> None:
+def test_only_values_that_differ_from_a_constant_reference_can_be_evidence_of_drift() -> None:
     bets = feature_bets(of_numbers([3.0] * 200))
     assert all(bet.bound == pytest.approx(SLACK * upper_limit(0, 200, SURE)) for bet in bets)
     below, same, above = (hit_table(bets, of_numbers([value]))[0] for value in (2.0, 3.0, 4.0))
@@ -116,23 +118,23 @@ def test_feature_without_reference_values_is_not_tested_for_drift() -> None:
     assert [feature_bets(reference) for reference in references] == [[]] * 4
 
 
-def test_single_item_reference_gets_no_bets() -> None:
+def test_no_bets_are_placed_on_a_feature_with_only_one_reference_item() -> None:
     """Twice the upper share of a single item exceeds 1."""
     assert [feature_bets(reference) for reference in (of_numbers([1.0]), of_names(["a"]))] == [[], []]
 
 
-def test_hit_table_without_bets_has_no_columns() -> None:
+def test_table_of_items_and_drift_bets_has_no_columns_if_there_are_no_bets() -> None:
     assert hit_table([], of_numbers([1.0, 2.0])).shape == (2, 0)
 
 
 @pytest.mark.parametrize("sample", [of_numbers([float(value) for value in range(50)]), of_names(["a", "b"] * 25)])
-def test_table_of_items_and_drift_bets_has_no_rows_without_items(sample: Sample) -> None:
+def test_hit_table_has_no_rows_if_there_are_no_items(sample: Sample) -> None:
     bets = feature_bets(sample)
     assert hit_table(bets, sample.part(0, 0)).shape == (0, len(bets))
 
 
 @given(numbers, names)
-def test_share_of_reference_values_in_each_tested_set_is_at_most_half_of_its_bound(
+def test_every_bet_allows_at_least_twice_the_share_seen_in_the_reference(
     values: list[float], categories: list[str]
 ) -> None:
     for reference in (of_numbers(values), of_names(categories)):

@@ -45,12 +45,14 @@ def test_drift_status_is_steady_if_traffic_resembles_the_held_out_set(
     assert read_drift_alarms(store, target()) == []
 
 
-def test_drift_status_is_waiting_after_too_few_requests(check: Check, traffic: Traffic) -> None:
+def test_drift_status_is_waiting_if_there_are_too_few_requests(check: Check, traffic: Traffic) -> None:
     traffic.ask(ALIKE[:9])
     assert check()[Signal.INPUT].status is Status.WAITING
 
 
-def test_alarm_on_changed_prompts_reports_its_start_and_examples(check: Check, traffic: Traffic, store: Store) -> None:
+def test_alarm_on_changed_prompts_reports_example_requests_and_when_the_change_began(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
     traffic.ask(ALIKE[:100])
     shifted = traffic.ask(STRONG[:20])
     report = check()[Signal.INPUT]
@@ -103,7 +105,7 @@ def test_repeated_prompt_counts_once(check: Check, traffic: Traffic, store: Stor
     assert alarms(store, Signal.INPUT) == []
 
 
-def test_drift_signal_status_is_unwatched_and_explained_if_all_recent_requests_are_repeats(
+def test_drift_signals_are_unwatched_and_the_report_says_why_if_all_recent_requests_are_repeats(
     check: Check, traffic: Traffic
 ) -> None:
     traffic.ask(ALIKE[:12] * 81)
@@ -160,7 +162,7 @@ def test_output_alarm_starts_when_answers_become_refusals(check: Check, traffic:
 
 
 @pytest.mark.parametrize(("temperature", "status"), [(0.0, Status.ALARM), (0.7, Status.STEADY), (None, Status.STEADY)])
-def test_only_lengths_of_greedy_answers_are_compared(
+def test_answer_lengths_are_compared_only_for_greedy_answers(
     check: Check, traffic: Traffic, temperature: float | None, status: Status
 ) -> None:
     traffic.ask(ALIKE[:100])
@@ -175,7 +177,7 @@ def test_live_answer_longer_than_the_held_out_token_limit_counts_as_truncated(ch
     assert lines["finish_reason"].live == "length 100%"
 
 
-def test_live_answers_are_truncated_at_the_largest_held_out_token_limit(
+def test_live_answer_length_is_capped_at_the_largest_token_limit_of_any_held_out_answer(
     registry: Registry, check: Check, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(registry, 2)
@@ -198,7 +200,7 @@ def test_traffic_is_compared_even_if_request_content_is_not_stored(
     assert "finish_reason" in alarmed(store, Signal.OUTPUT)
 
 
-def test_input_and_output_drift_signals_are_off_and_the_reason_names_the_setting_if_features_are_not_stored(
+def test_without_stored_features_input_and_output_drift_are_off_and_the_reason_names_the_setting(
     check: Check, traffic: Traffic
 ) -> None:
     traffic.ask(ALIKE[:60], features=False)
@@ -274,7 +276,7 @@ def test_drift_detection_restarts_if_its_stored_state_is_from_a_different_releas
     assert check()[Signal.INPUT].items == 20
 
 
-def test_feature_has_at_most_one_active_alarm_after_stored_state_is_lost(
+def test_losing_the_stored_drift_state_causes_no_second_active_alarm_for_a_feature(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask([*ALIKE[:100], *STRONG[:40]])
@@ -287,7 +289,9 @@ def test_feature_has_at_most_one_active_alarm_after_stored_state_is_lost(
     assert len(lasting) == len(set(lasting))
 
 
-def test_alarm_ends_if_stored_state_lacks_its_feature(check: Check, traffic: Traffic, store: Store) -> None:
+def test_alarm_ends_if_its_feature_is_missing_from_the_stored_state(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
     traffic.ask(ALIKE[:40])
     check()
     past = DriftAlarm(Signal.INPUT, "of_another_release", NOON, NOON, None, "{}", ())
@@ -327,7 +331,7 @@ def test_only_the_newest_ended_alarms_of_a_version_are_kept(
     assert len(read_drift_alarms(store, target())) == 2
 
 
-def test_drift_signals_are_off_with_a_reason_if_the_version_has_no_reference_files(
+def test_drift_signals_are_off_and_the_reason_is_given_if_the_version_has_no_reference_files(
     registry: Registry, check: Check, traffic: Traffic
 ) -> None:
     register(registry, 2, space=False)
@@ -337,7 +341,7 @@ def test_drift_signals_are_off_with_a_reason_if_the_version_has_no_reference_fil
     assert "triage@2 has no file reference/" in reports[Signal.INPUT].why
 
 
-def test_prompts_are_compared_even_if_version_has_no_stored_answers(
+def test_prompts_are_compared_even_if_the_version_has_no_stored_answers(
     registry: Registry, check: Check, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An example is an adapter whose registered answers are those of another format."""
@@ -397,7 +401,7 @@ def test_alarm_starts_when_the_system_prompt_changes(check: Check, traffic: Traf
     assert alarmed(store, Signal.INPUT) == {"system_prompt"}
 
 
-def test_alarm_starts_if_version_gets_more_bad_ratings_than_the_previous_version(
+def test_alarm_starts_if_a_version_gets_more_bad_ratings_than_the_previous_version(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.rate(traffic.ask(ALIKE[:100], number=2), bad=6)
@@ -455,7 +459,9 @@ def test_next_drift_check_continues_from_the_stored_state(check: Check, traffic:
     assert {state.checked_at for state in read_drift_states(store, target()).values()} == {traffic.now}
 
 
-def test_drift_check_succeeds_after_rows_were_deleted(check: Check, traffic: Traffic, store: Store) -> None:
+def test_drift_check_succeeds_after_already_checked_requests_are_deleted(
+    check: Check, traffic: Traffic, store: Store
+) -> None:
     traffic.ask(ALIKE[:60])
     check()
     with store.begin() as connection:
@@ -485,7 +491,7 @@ def test_drift_signal_status_is_unwatched_if_new_requests_have_no_stored_feature
     assert check()[Signal.INPUT].status is Status.UNWATCHED
 
 
-def test_drift_status_of_an_idle_model_is_waiting_after_its_rows_expire(
+def test_drift_status_is_waiting_if_old_requests_have_expired_and_few_new_ones_have_arrived(
     check: Check, traffic: Traffic, store: Store
 ) -> None:
     traffic.ask(ALIKE[:100])
@@ -518,7 +524,7 @@ def test_model_is_checked_even_if_its_stored_report_is_from_a_different_release(
     assert check()[Signal.INPUT].items > 0
 
 
-def test_drift_signal_is_waiting_while_features_of_its_first_requests_are_computed(
+def test_input_drift_signal_is_waiting_after_5_requests_without_features_and_off_after_20(
     check: Check, traffic: Traffic
 ) -> None:
     traffic.ask(ALIKE[:5], features=False)
@@ -574,7 +580,7 @@ def test_traffic_drift_can_be_accepted_even_if_rating_drift_cannot(
     assert lasting == {"bad_ratings"}
 
 
-def test_drift_checks_from_two_home_folders_with_a_shared_store_do_not_run_at_the_same_time(
+def test_home_folders_that_share_a_store_cannot_run_drift_checks_at_the_same_time(
     postgresql_store: Store, tmp_path: Path
 ) -> None:
     with only_check(tmp_path / "a", postgresql_store) as lease:

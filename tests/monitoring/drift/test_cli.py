@@ -165,7 +165,7 @@ def test_accepting_drift_is_refused_if_too_few_requests_show_the_change(drift: D
     assert "at least 50" in refused.err
 
 
-def test_accepting_drift_is_refused_if_too_few_requests_arrived_since_the_newest_of_two_changes(
+def test_accepting_drift_is_refused_if_too_few_requests_show_the_later_of_two_changes(
     drift: Drift, traffic: Traffic
 ) -> None:
     traffic.ask([*prompts("none")[:100], *prompts("strong")[:60]])

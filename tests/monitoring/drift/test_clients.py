@@ -33,7 +33,7 @@ def test_drift_check_counts_less_than_a_third_of_a_burst_from_one_client() -> No
 
 
 @pytest.mark.parametrize("client", ["", "only"])
-def test_drift_check_uses_all_requests_if_there_is_only_one_client_or_clients_are_unknown(client: str) -> None:
+def test_drift_check_uses_every_request_if_there_is_only_one_client_or_no_known_client(client: str) -> None:
     assert all(counted(ClientShares([], [], 1_000), [client] * 1_500))
 
 

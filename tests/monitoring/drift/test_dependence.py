@@ -72,7 +72,7 @@ def test_dependence_distance_is_high_if_one_conversation_has_most_items() -> Non
 
 
 @pytest.mark.parametrize("changed", [1, MAX_LAG])
-def test_dependence_estimate_ignores_changes_in_the_newest_64_requests(changed: int) -> None:
+def test_dependence_distance_is_unaffected_by_changes_in_the_newest_64_requests(changed: int) -> None:
     vectors, conversations = runs(1), one_each()
     before = dependence(similarities(vectors), SIZE, conversations, USUAL)
     vectors[-changed:] = 9.0
@@ -93,7 +93,7 @@ def test_dependence_estimate_ignores_items_older_than_the_window() -> None:
     assert dependence(among, 1_000, one_each(1_000), USUAL) == dependence(among[200:, 200:], 800, one_each(), USUAL)
 
 
-def test_dependence_distance_of_64_is_assumed_if_there_are_too_few_items() -> None:
+def test_items_up_to_64_apart_are_assumed_to_be_dependent_if_there_are_too_few_items() -> None:
     sizes = (0, 1, 20, 40)
     streams = [similarities(runs(1, size=max(1, size))) for size in sizes]
     assert {dependence(among, size, one_each(size), USUAL) for among, size in zip(streams, sizes, strict=True)} == {
@@ -109,7 +109,7 @@ def test_dependence_distance_is_estimated_after_60_items_if_they_resemble_the_re
 
 
 @pytest.mark.parametrize("size", [60, 100, 200])
-def test_dependence_distance_of_64_is_assumed_while_all_items_are_from_one_burst(size: int) -> None:
+def test_maximum_dependence_distance_is_assumed_while_all_items_are_from_one_burst(size: int) -> None:
     usual = float(similarities(runs(1, seed=2, size=200))[np.triu_indices(200, 1)].mean())
     assert dependence(similarities(runs(size, size=size)), size, one_each(size), usual) == MAX_LAG
 
@@ -119,7 +119,7 @@ def test_dependence_distance_is_1_if_all_items_are_identical() -> None:
     assert dependence(np.ones((SIZE, SIZE), np.float32), SIZE, one_each(), USUAL) == 1
 
 
-def test_dependence_distance_is_64_if_items_share_a_feature_value_more_often_than_in_the_reference() -> None:
+def test_maximum_dependence_distance_is_assumed_if_items_share_feature_values_more_often_than_reference_items() -> None:
     among, usual = similarities(runs(1, size=100)), 0.9
     label = np.zeros(100, dtype=np.intp)
     assert dependence(among, 100, one_each(100), usual, [label], [1.0]) == 1

@@ -145,7 +145,7 @@ def test_alarm_names_the_feature_within_12_requests_of_a_clear_shift(
 
 
 @pytest.mark.slow
-def test_alarm_for_an_initial_shift_starts_after_a_burst_is_ruled_out() -> None:
+def test_shift_present_from_the_first_request_causes_an_alarm_after_50_to_260_requests() -> None:
     feature, delay = first_alarm(draw_requests(2, 0), draw_requests(3, 400, longer=20.0))
     assert feature == "characters"
     assert 50 < delay < 260
@@ -177,7 +177,7 @@ def test_requests_resembling_the_reference_cause_no_alarm(run: int, repeats: flo
 
 
 @pytest.mark.slow
-def test_estimated_dependence_distance_is_close_to_the_run_length_of_the_stream() -> None:
+def test_estimated_dependence_distance_is_close_to_the_number_of_consecutive_requests_on_one_topic() -> None:
     alone, runs = Stream(), Stream()
     alone.add(draw_requests(2, 300))
     runs.add(draw_requests(2, 300, run=6))
@@ -185,7 +185,7 @@ def test_estimated_dependence_distance_is_close_to_the_run_length_of_the_stream(
     assert 4 <= runs.watch.dependence <= 8
 
 
-def test_dependence_distance_is_64_after_few_requests() -> None:
+def test_maximum_dependence_distance_is_assumed_after_only_a_few_requests() -> None:
     assert Stream().add(draw_requests(2, 50)).watch.dependence == MAX_LAG
 
 
@@ -206,7 +206,7 @@ def test_changed_prompts_are_detected_when_neither_reference_nor_traffic_has_ans
 
 
 @pytest.mark.slow
-def test_answers_without_values_cause_no_output_alarm() -> None:
+def test_missing_answer_features_cause_no_output_alarm() -> None:
     stream = Stream()
     stream.add(draw_requests(2, 100))
     before = stream.watch.features
@@ -216,7 +216,7 @@ def test_answers_without_values_cause_no_output_alarm() -> None:
     assert stream.events == []
 
 
-def test_weights_of_drift_bets_sum_to_the_budget_shares_of_their_signals() -> None:
+def test_weights_of_all_drift_bets_add_up_to_the_budget_shares_of_the_watched_signals() -> None:
     with_answers, without = DETECTOR, Detector(baseline_of(no_answers(REFERENCE)))
     assert with_answers._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT] + SIGNAL_SHARES[Signal.OUTPUT])
     assert without._weights.sum() == pytest.approx(SIGNAL_SHARES[Signal.INPUT])
@@ -249,7 +249,7 @@ def test_selecting_and_concatenating_requests_preserves_their_order() -> None:
     assert both.size == 3
 
 
-def test_detector_compares_only_features_of_its_baseline() -> None:
+def test_detector_compares_only_features_present_in_its_baseline() -> None:
     baseline = Baseline(REFERENCE.prompts, REFERENCE.words, REFERENCE.answers)
     assert set(Detector(baseline).signals) == {
         CLASSIFIER,

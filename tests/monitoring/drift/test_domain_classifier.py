@@ -64,7 +64,7 @@ def test_classifier_places_bets_only_after_enough_earlier_items(dependence: floa
 @pytest.mark.slow
 @settings(max_examples=25)
 @given(st.integers(ALL_LEARNED + 65, SIZE - 1), st.integers(1, 65), st.data())
-def test_classifier_hits_and_bounds_do_not_depend_on_items_within_the_dependence_distance(
+def test_classifier_results_do_not_depend_on_items_within_the_dependence_distance(
     place: int, dependence: int, data: st.DataObject
 ) -> None:
     hits, bounds = CLASSIFIER.learned_hits(SIMILAR, place, float(dependence))
@@ -77,7 +77,7 @@ def test_classifier_hits_and_bounds_do_not_depend_on_items_within_the_dependence
 
 
 @pytest.mark.parametrize("dependence", [1.0, 5.0])
-def test_score_thresholds_and_hit_rate_bounds_do_not_depend_on_the_checked_item(dependence: float) -> None:
+def test_classifier_thresholds_and_bounds_do_not_depend_on_the_item_being_checked(dependence: float) -> None:
     place, expected = 500, CLASSIFIER.learned_hits(SIMILAR, 500, dependence)[1]
     results = []
     for score in np.linspace(-1, 1, 41):
@@ -92,7 +92,9 @@ def test_score_thresholds_and_hit_rate_bounds_do_not_depend_on_the_checked_item(
 
 
 @pytest.mark.parametrize("dependence", [1, 5])
-def test_classifier_hits_or_bounds_depend_on_the_nearest_item_beyond_the_dependence_distance(dependence: int) -> None:
+def test_changing_the_nearest_item_outside_the_dependence_distance_usually_changes_classifier_results(
+    dependence: int,
+) -> None:
     """Control: shows that the classifier does react to older items."""
     changes = 0
     for place in range(500, 540):
@@ -106,7 +108,7 @@ def test_classifier_hits_or_bounds_depend_on_the_nearest_item_beyond_the_depende
 
 @settings(max_examples=25)
 @given(st.integers(0, 1_000), st.integers(0, 120), st.sampled_from([1.0, 7.4, 65.0]))
-def test_bounds_of_learned_prompt_sets_are_above_0_and_at_most_95_percent(
+def test_hit_rate_bounds_below_100_percent_are_above_0_and_at_most_95_percent(
     seed: int, back: int, dependence: float
 ) -> None:
     chance = np.random.default_rng(seed)
@@ -124,13 +126,13 @@ def test_classifier_hit_rates_stay_below_their_bounds_if_there_is_no_drift() -> 
     assert (hits.mean(axis=0) < bounds.mean(axis=0)).all()
 
 
-def test_shares_of_prompts_in_the_first_learned_sets_exceed_their_bounds_after_a_topic_change() -> None:
+def test_some_classifier_hit_rates_exceed_their_bounds_after_a_topic_change() -> None:
     moved = ALIKE.part(0, 300).followed_by(draw_requests(3, 60, moved=1.0).prompts)
     hits, bounds = learned(compare(moved), range(320, 330))
     assert (hits[:, :4].mean(axis=0) > bounds[:, :4].mean(axis=0)).all()
 
 
-def test_second_bound_of_learned_sets_rises_if_half_of_the_recent_prompts_differ_from_the_reference() -> None:
+def test_bound_for_sudden_changes_rises_if_half_of_the_recent_prompts_differ_from_the_reference() -> None:
     """Long after a change, the share in the reference differs from the recent share."""
     half_moved = draw_requests(3, 250, moved=2.0).prompts.followed_by(draw_requests(4, 250).prompts)
     mixed = half_moved.at(np.random.default_rng(1).permutation(500))
@@ -139,7 +141,7 @@ def test_second_bound_of_learned_sets_rises_if_half_of_the_recent_prompts_differ
     assert bounds[:, 1::2].mean() > plain[:, 1::2].mean() + 0.05
 
 
-def test_domain_classifier_ignores_items_older_than_its_history() -> None:
+def test_domain_classifier_does_not_learn_from_items_outside_its_history_window() -> None:
     place = SIZE - 1
     changed = copy(SIMILAR)
     for old in range(place - max(LEARNED_FROM) - HISTORY):
@@ -155,13 +157,13 @@ def test_prompts_far_from_the_reference_are_below_all_similarity_limits() -> Non
     assert (hits == HIT).all()
 
 
-def test_prompts_resembling_the_reference_are_below_similarity_limits_less_often_than_the_bounds_allow() -> None:
+def test_shares_of_dissimilar_prompts_stay_below_their_bounds_if_traffic_resembles_the_reference() -> None:
     classifiers = [DomainClassifier(draw_requests(seed, 100).prompts) for seed in range(10, 30)]
     hits = [classifier.far_hits(classifier.similar(ALIKE)) == HIT for classifier in classifiers]
     assert (np.mean(hits, axis=(0, 1)) < np.mean([one.far_bounds for one in classifiers], axis=0)).all()
 
 
-def test_bounds_on_shares_of_dissimilar_prompts_are_twice_the_upper_confidence_limits_in_the_reference() -> None:
+def test_bound_for_dissimilar_prompts_is_twice_the_upper_confidence_limit_of_their_share_in_the_reference() -> None:
     expected = [SLACK * upper_limit(count, 200, SURE) for count in (0, 0, 4, 4, 20, 20)]
     assert CLASSIFIER.far_bounds == pytest.approx(expected)
 
@@ -173,7 +175,7 @@ def test_changed_prompts_are_distinguished_from_the_reference_and_rank_as_most_t
     assert all(place >= 40 for place in CLASSIFIER.most_typical(live, 5))
 
 
-def test_prompts_of_a_tiny_reference_are_below_no_similarity_limit() -> None:
+def test_no_prompt_of_a_tiny_reference_is_below_any_similarity_limit() -> None:
     for size in (1, 2, 3, 4):
         reference = REFERENCE.part(0, size)
         classifier = DomainClassifier(reference)
@@ -184,7 +186,7 @@ def test_prompts_of_a_tiny_reference_are_below_no_similarity_limit() -> None:
 
 
 @pytest.mark.parametrize("view", [np.zeros((200, 0)), np.zeros((200, 3)), np.full((200, 2), 0.1)])
-def test_no_prompt_is_a_hit_if_all_text_vectors_are_constant_or_empty(view: Floats) -> None:
+def test_constant_or_empty_text_vectors_produce_no_classifier_hits(view: Floats) -> None:
     flat = Sample(200, views=(view, np.zeros((200, 0))))
     classifier = DomainClassifier(flat)
     similar = compare(flat, classifier)
@@ -192,6 +194,6 @@ def test_no_prompt_is_a_hit_if_all_text_vectors_are_constant_or_empty(view: Floa
     assert (classifier.learned_hits(similar, 199, 1.0)[0] == MISS).all()
 
 
-def test_table_of_prompts_far_from_the_reference_has_no_rows_without_prompts() -> None:
+def test_empty_sample_yields_an_empty_table_of_prompts_far_from_the_reference() -> None:
     nothing = REFERENCE.part(0, 0)
     assert CLASSIFIER.far_hits(CLASSIFIER.similar(nothing)).shape == (0, len(CLASSIFIER.far_bounds))

@@ -58,12 +58,12 @@ def alarms(known: Sequence[ChatExample], reference: Sequence[ChatExample], live:
     return [event.feature for event in found.events if event.alarm]
 
 
-def test_comparing_traffic_with_the_drift_sample_causes_no_alarm(requests: list[ChatExample]) -> None:
+def test_comparing_unchanged_traffic_with_the_drift_sample_causes_no_alarm(requests: list[ChatExample]) -> None:
     drawn = draw_drift_sample(requests[:GIVEN], 0)
     assert alarms(drawn.rest, drawn.sample, requests[GIVEN:][:LIVE]) == []
 
 
-def test_comparing_traffic_with_prompts_used_to_fit_the_text_space_would_cause_an_alarm(
+def test_reference_sample_that_was_also_used_to_fit_the_text_space_causes_a_false_alarm(
     requests: list[ChatExample],
 ) -> None:
     """Shows why the reference sample is excluded from the text space."""

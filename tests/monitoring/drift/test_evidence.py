@@ -135,7 +135,9 @@ def test_alarm_includes_an_estimate_of_when_the_change_started(
 
 
 @pytest.mark.parametrize(("before", "bound", "after"), [(0.02, 0.05, 0.1), (0.05, 0.11, 0.16), (0.15, 0.33, 0.45)])
-def test_alarm_starts_if_a_hit_rate_stays_slightly_above_its_bound(before: float, bound: float, after: float) -> None:
+def test_alarm_starts_even_if_the_hit_rate_is_only_slightly_above_its_bound(
+    before: float, bound: float, after: float
+) -> None:
     alarms, _ = first_alarms(before, after, bound, items=8_000)
     assert len(alarms) == 12
     assert np.median([alarm.called - CHANGE_AFTER for alarm in alarms]) < 1_000
@@ -166,12 +168,12 @@ def test_false_alarm_rate_stays_within_its_limit_if_hit_rates_equal_their_bounds
     assert 0 < rate <= 1 / THRESHOLD
 
 
-def test_false_alarms_are_rarer_if_hit_rates_are_below_the_bound() -> None:
+def test_false_alarms_are_rarer_if_the_hit_rate_is_below_its_bound_than_if_it_equals_its_bound() -> None:
     at, below = false_alarm_rate([0.5], [0.5]), false_alarm_rate([0.5], [0.35])
     assert below < at / 3
 
 
-def test_false_alarm_rate_stays_within_its_limit_for_runs_as_long_as_the_dependence_distance() -> None:
+def test_runs_of_identical_items_cause_few_false_alarms_if_the_dependence_distance_equals_the_run_length() -> None:
     assert false_alarm_rate([0.1, 0.5], [0.1, 0.5], run=5, dependence=5.0) <= 1 / THRESHOLD
 
 
@@ -216,7 +218,7 @@ def test_alarm_ends_after_its_patience_period_and_can_start_again() -> None:
     assert (began.alarm.since, again.alarm.since) == (201, 601)
 
 
-def test_alarm_stays_active_if_the_change_pauses_for_less_than_the_patience_period() -> None:
+def test_alarm_stays_active_if_drift_pauses_for_less_than_the_patience_period() -> None:
     watched = one_bet().add(*[(MISS,)] * 200)
     for _ in range(10):
         watched.add(*[(HIT,)] * 20, *[(MISS,)] * 20)
@@ -224,7 +226,7 @@ def test_alarm_stays_active_if_the_change_pauses_for_less_than_the_patience_peri
     assert watched.lasting()
 
 
-def test_alarm_that_took_longer_to_trigger_has_a_longer_patience_period() -> None:
+def test_alarm_takes_longer_to_end_if_the_change_took_longer_to_detect() -> None:
     watched = one_bet(FeatureAlarm(since=101, called=301)).add(*[(MISS,)] * 799)
     assert watched.events == []
     assert [event.position for event in watched.add((MISS,)).events] == [1101]
@@ -251,7 +253,7 @@ def test_restoring_state_from_json_between_chunks_does_not_change_the_result(
     assert states == whole.evidence.states()
 
 
-def test_drift_evidence_for_a_feature_is_reset_if_the_bets_on_it_have_changed() -> None:
+def test_drift_evidence_is_reset_only_for_features_whose_bets_have_changed() -> None:
     states = Watched().add(*[(HIT, HIT, HIT)] * 30).evidence.states()
     changed = Watched(["one", "other"], [BOUND, BOUND], states=states)
     assert changed.evidence.strengths() == {"one": 0.0, "other": 1.0}
@@ -288,7 +290,7 @@ def test_drift_evidence_without_any_bets_produces_no_events() -> None:
     assert (nothing.states(), nothing.strengths()) == ({}, {})
 
 
-def test_alarm_start_is_the_first_checked_item_if_the_stream_had_already_changed() -> None:
+def test_alarm_start_is_the_first_checked_item_if_the_change_happened_before_it() -> None:
     """An example is a change that was accepted: the positions of the stream continue."""
     watched = Watched(["one"], [BOUND], position=5_000).add(*[(HIT,)] * 20)
     assert [event.alarm.since for event in watched.events if event.alarm] == [5_001]

@@ -34,11 +34,11 @@ def decide(copies: NearCopies, prompts: Sequence[Words], times: Sequence[float] 
     return [copies.is_near_copy(prompt, time) for prompt, time in zip(prompts, moments, strict=True)]
 
 
-def test_request_with_the_same_words_is_a_near_copy() -> None:
+def test_request_with_the_same_words_as_an_earlier_request_is_a_near_copy() -> None:
     assert decide(NearCopies([]), [distinct(1), distinct(2), distinct(1)]) == [False, False, True]
 
 
-def test_requests_without_common_words_are_not_near_copies() -> None:
+def test_requests_that_share_no_words_are_not_near_copies() -> None:
     assert decide(NearCopies([]), [distinct(number) for number in range(30)]) == [False] * 30
 
 
@@ -61,7 +61,7 @@ def test_template_prompts_are_near_copies_only_until_template_words_become_commo
     assert not any(results[200:])
 
 
-def test_template_prompts_are_not_near_copies_if_reference_uses_the_template() -> None:
+def test_prompts_from_a_template_are_not_near_copies_if_reference_prompts_use_the_same_template() -> None:
     reference = [form(number) for number in range(1_000, 1_200)]
     assert decide(NearCopies(reference), [form(number) for number in range(50)]) == [False] * 50
 
@@ -104,7 +104,7 @@ def test_words_become_rare_again_if_no_recent_request_contains_them() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_repeated_request_of_at_most_one_word_is_a_near_copy(count: int) -> None:
+def test_request_with_no_words_or_one_word_is_a_near_copy_when_repeated(count: int) -> None:
     same, other = distinct(1, count), distinct(2, 3)
     assert decide(NearCopies([]), [same, other, same]) == [False, False, True]
 
@@ -117,7 +117,9 @@ prompts = st.lists(st.sets(st.integers(0, 8), max_size=5).map(words), max_size=4
 
 
 @given(prompts, prompts, st.integers(0, 40))
-def test_same_near_copies_are_detected_after_a_restart(reference: list[Words], stream: list[Words], cut: int) -> None:
+def test_restart_does_not_change_which_prompts_are_detected_as_near_copies(
+    reference: list[Words], stream: list[Words], cut: int
+) -> None:
     """After a restart, the check remembers all requests seen and then those counted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(near_copies, "RARITY_REQUESTS", 7)

@@ -157,7 +157,7 @@ def test_ratings_resembling_earlier_ratings_cause_no_alarm(people: People) -> No
         assert people.check().status is Status.STEADY, seed
 
 
-def test_runs_of_5_ratings_per_user_cause_no_alarm(people: People) -> None:
+def test_five_identical_ratings_from_every_user_cause_no_drift_alarm(people: People) -> None:
     for seed in range(5):
         people.forget()
         for number, bad in enumerate(drawn(seed, 200, 0.06)):
@@ -186,7 +186,7 @@ def test_checking_ratings_in_chunks_does_not_change_the_result(people: People, s
     assert (in_pieces, alarms) == (people.state, people.alarms.changed)
 
 
-def test_rating_alarm_reports_its_start_and_bad_answers_and_ends_after_good_ratings(people: People) -> None:
+def test_rating_alarm_reports_when_bad_ratings_began_and_ends_after_good_ratings(people: People) -> None:
     people.give(*[False] * 80, *[True] * 20)
     people.check()
     alarm = people.alarms.lasting(Signal.PEOPLE)["bad_ratings"]
@@ -211,7 +211,7 @@ def test_first_100_ratings_are_the_reference_if_there_are_no_earlier_ratings(peo
     assert people.state.position == 20
 
 
-def test_reference_stays_the_same_if_more_earlier_ratings_arrive_later(people: People) -> None:
+def test_reference_stays_the_same_when_older_ratings_arrive_late(people: People) -> None:
     people.give(False)
     people.check()
     people.earlier += rated([True] * 300)
@@ -234,7 +234,7 @@ def test_report_states_that_no_answer_was_rated(people: People) -> None:
     assert report.newest_at is None
 
 
-def test_rating_alarm_ends_if_its_reference_is_lost(people: People) -> None:
+def test_alarm_about_ratings_ends_if_the_reference_ratings_are_lost(people: People) -> None:
     """An example is a change of the state's format for a version without earlier ratings."""
     people.give(*[False] * 20, *[True] * 20)
     assert people.check().status is Status.ALARM
@@ -290,7 +290,7 @@ def test_bad_and_corrected_ratings_are_separate_drift_features() -> None:
     assert (table == HIT).tolist() == [[True, True], [True, False], [False, False]]
 
 
-def test_bounds_on_bad_ratings_and_corrections_are_upper_confidence_limits_of_their_reference_shares() -> None:
+def test_bound_of_each_rating_bet_is_the_upper_confidence_limit_of_the_reference_share() -> None:
     bets = rating_bets(rating_sample([(place < 6, place < 2) for place in range(100)]))
     assert [(bet.feature, bet.bound) for bet in bets] == [
         ("bad_ratings", upper_limit(6, 100, 2.0)),

@@ -42,7 +42,7 @@ def test_report_line_names_a_new_category() -> None:
     assert (line.expected, line.live) == ("error 0%", "error 50%")
 
 
-def test_report_line_score_grows_with_the_size_of_the_change() -> None:
+def test_larger_change_in_a_feature_gets_a_higher_score_in_the_drift_report() -> None:
     reference = lengths(*range(200))
     scores = [feature_line("length", 0.0, reference, lengths(*range(by, by + 200))) for by in (0, 30, 100, 300)]
     found = [line.score for line in scores if line]
@@ -50,16 +50,16 @@ def test_report_line_score_grows_with_the_size_of_the_change() -> None:
 
 
 @pytest.mark.parametrize("live", [lengths(), lengths(NAN), lengths(NAN, NAN)])
-def test_report_line_is_omitted_if_no_live_item_has_a_numeric_value(live: Sample) -> None:
+def test_numeric_feature_has_no_report_line_if_no_live_item_has_a_value(live: Sample) -> None:
     assert feature_line("length", 0.0, lengths(1.0, 2.0), live) is None
 
 
 @pytest.mark.parametrize("live", [reasons(), reasons(NOT_THERE)])
-def test_report_line_is_omitted_if_no_live_item_has_a_category(live: Sample) -> None:
+def test_categorical_feature_has_no_report_line_if_no_live_item_has_a_category(live: Sample) -> None:
     assert feature_line("reason", 0.0, reasons("stop"), live) is None
 
 
-def test_report_line_shows_a_dash_if_reference_has_no_value() -> None:
+def test_report_line_shows_a_dash_if_the_reference_has_no_value() -> None:
     of_number = feature_line("length", 0.0, lengths(NAN), lengths(1.0))
     of_name = feature_line("reason", 0.0, reasons(NOT_THERE), reasons("stop"))
     assert of_number and of_name
@@ -98,6 +98,6 @@ def test_at_most_5_alarm_examples_are_shown(size: int, expected: int) -> None:
     assert len(most_moved("length", lengths(1.0, 2.0), lengths(*[3.0] * size))) == expected
 
 
-def test_items_of_shrinking_categories_rank_below_items_without_a_value() -> None:
+def test_alarm_examples_without_a_category_rank_above_those_of_a_category_that_shrank() -> None:
     live = reasons(NOT_THERE, "stop", "length", NOT_THERE)
     assert most_moved("reason", reasons(*["stop"] * 9, "length"), live) == [2, 3, 0, 1]

@@ -56,13 +56,13 @@ def test_similarities_are_unchanged_if_kernel_width_and_distances_are_halved() -
 
 
 @pytest.mark.parametrize("flat", [np.zeros((20, 3)), np.full((20, 3), 0.1), np.zeros((20, 0))])
-def test_embedding_that_does_not_vary_in_the_reference_is_ignored(flat: Floats) -> None:
+def test_embedding_that_does_not_vary_across_reference_prompts_is_ignored(flat: Floats) -> None:
     view = draw(1, 20, 5)
     alone, both = Similarity([view], [1.0]), Similarity([view, flat], WIDTHS)
     assert both([view, flat], [view, flat]) == pytest.approx(alone([view], [view]))
 
 
-def test_all_similarities_are_1_if_no_embedding_varies_in_the_reference() -> None:
+def test_all_similarities_are_1_if_no_embedding_varies_across_reference_prompts() -> None:
     reference, live = [np.zeros((20, 3)), np.zeros((20, 0))], [draw(1, 4, 3), np.zeros((4, 0))]
     assert (Similarity(reference, WIDTHS)(live, reference) == np.ones((4, 20))).all()
 
@@ -81,7 +81,7 @@ def test_separation_of_groups_with_the_same_distribution_is_low() -> None:
     assert separation(similarities(draw(1, 200, 3), draw(2, 100, 3)), 100) < 0.6
 
 
-def test_groups_are_not_separated_if_all_prompts_are_identical() -> None:
+def test_separation_is_one_half_if_all_prompts_are_identical() -> None:
     assert separation(np.ones((50, 50)), 10) == 0.5
 
 
@@ -91,7 +91,7 @@ def test_area_under_the_classifiers_roc_curve_is_between_one_half_and_1(seed: in
     assert 0.5 <= separation(matrix + matrix.T, live) <= 1
 
 
-def test_new_kinds_of_prompts_rank_as_most_typical_of_live_traffic() -> None:
+def test_live_prompts_that_are_unlike_the_reference_rank_first() -> None:
     live = draw(2, 12, 3)
     live[[3, 7, 8]] += 6
     assert set(typical(similarities(draw(1, 40, 3), live), 12, 3)) == {3, 7, 8}

@@ -51,7 +51,7 @@ def test_stability_index_is_0_for_identical_categories(values: Names) -> None:
 
 
 @pytest.mark.parametrize("nothing", [np.empty(0), np.full(5, NAN)])
-def test_stability_index_is_0_without_numbers(nothing: Floats) -> None:
+def test_stability_index_is_0_if_either_side_has_no_numbers(nothing: Floats) -> None:
     assert number_stability(upto(9), nothing).index == number_stability(nothing, upto(9)).index == 0.0
 
 

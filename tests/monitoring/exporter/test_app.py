@@ -110,7 +110,7 @@ def test_exporter_forwards_exemplars(registry: Registry) -> None:
     ],
     ids=["none", "500", "401", "html", "metrics"],
 )
-def test_registry_and_training_metrics_are_exported_even_if_server_metrics_are_unavailable(
+def test_registry_and_training_metrics_are_exported_whether_or_not_the_server_page_is_readable(
     registry: Registry, page: tuple[int, str] | None, up: float, readable: float
 ) -> None:
     make_version(registry, 1)

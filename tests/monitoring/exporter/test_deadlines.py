@@ -75,7 +75,9 @@ def test_key_expiry_is_exported_while_the_key_is_usable(store: Store) -> None:
     assert shown(store, KEY, key_id=forever) is None
 
 
-def test_newest_finished_backup_is_exported_even_after_an_interrupted_backup(store: Store, tmp_path: Path) -> None:
+def test_time_of_the_newest_finished_backup_is_exported_even_if_a_later_backup_was_interrupted(
+    store: Store, tmp_path: Path
+) -> None:
     back_up(store, tmp_path / "backups", "20260101T030000.000Z")
     back_up(store, tmp_path / "backups", "20260102T030000.500Z")
     back_up(store, tmp_path / "backups", None)

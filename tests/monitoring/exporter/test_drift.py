@@ -64,7 +64,7 @@ def other(registry: Registry, store: Store) -> Target:
     return second
 
 
-def test_every_served_model_is_checked_for_drift_and_exported_in_the_metrics(
+def test_drift_of_every_served_model_is_checked_and_exported(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, registry: Registry, other: Target
 ) -> None:
     Traffic(store, registry).ask([*prompts("none")[:100], *prompts("strong")[:30]], name="other")
@@ -82,7 +82,7 @@ def test_every_served_model_is_checked_for_drift_and_exported_in_the_metrics(
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) is None
 
 
-def test_removed_model_is_neither_checked_for_drift_nor_exported_in_the_metrics(
+def test_drift_of_a_removed_model_is_neither_checked_nor_exported(
     metrics: CollectorRegistry, checks: ProductionChecks, store: Store, other: Target
 ) -> None:
     remove_deployment(store, other.version.name)
@@ -145,7 +145,9 @@ def test_drift_signal_waiting_for_data_is_exported_as_unwatched(
     assert metrics.get_sample_value("svc_drift_watched", {**VERSION, "signal": "people"}) == 0
 
 
-def test_held_out_evaluation_is_exported(metrics: CollectorRegistry, registry: Registry, store: Store) -> None:
+def test_held_out_evaluation_results_are_exported_as_metrics(
+    metrics: CollectorRegistry, registry: Registry, store: Store
+) -> None:
     registered = registry.results(target().version, target().format)
     good = run([one.nll for one in registered], [one.hit for one in registered])
     ended = {**VERSION, "outcome": "completed"}
@@ -163,9 +165,7 @@ def test_held_out_evaluation_is_exported(metrics: CollectorRegistry, registry: R
     assert metrics.get_sample_value("svc_holdout_changed", VERSION) == 1
 
 
-def test_failed_and_last_completed_held_out_evaluations_are_both_exported(
-    metrics: CollectorRegistry, store: Store
-) -> None:
+def test_time_of_a_failed_held_out_evaluation_is_exported(metrics: CollectorRegistry, store: Store) -> None:
     failed = replace(run([], []), outcome=HoldoutOutcome.FAILED, reason="away")
     add_holdout_run(store, failed)
     shown = metrics.get_sample_value("svc_holdout_run_timestamp_seconds", {**VERSION, "outcome": "failed"})

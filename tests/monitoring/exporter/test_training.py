@@ -108,7 +108,7 @@ def test_no_training_metrics_are_exported_if_mlflow_does_not_respond(read: Read,
     assert read("svc_training_loss") is None
 
 
-def test_running_state_is_not_exported_if_runs_are_unreadable(read: Read, work: Work) -> None:
+def test_whether_training_is_running_is_not_exported_if_a_run_file_is_unreadable(read: Read, work: Work) -> None:
     (work() / "mlflow.json").write_text("not JSON")
     assert (read("svc_training_running"), read("svc_training_loss")) == (None, 0.25)
 
@@ -118,7 +118,7 @@ def test_training_metrics_of_the_newest_run_are_exported(read: Read, mlflow: Tra
     assert read("svc_training_loss") == 0.5
 
 
-def test_active_run_is_exported_even_if_an_inactive_run_started_later(
+def test_metrics_of_the_active_run_are_exported_even_if_an_inactive_run_started_later(
     read: Read, work: Work, mlflow: TrackedRuns
 ) -> None:
     mlflow.runs["tiny"].append(run_figures(2000, loss=0.5))

@@ -89,7 +89,7 @@ def test_every_evaluation_metric_is_exported_with_its_interval(registry: Registr
         assert shown == (estimate.value, estimate.low, estimate.high), (format, metric)
 
 
-def test_evaluation_metrics_are_exported_by_name_with_the_primary_metric_marked(
+def test_primary_metric_is_marked_among_the_exported_evaluation_metrics(
     registry: Registry, metrics: CollectorRegistry
 ) -> None:
     rouge = MetricReport(title="ROUGE-L", estimate=proportion(1, 4), better=Better.HIGHER, unit=Unit.SHARE)

@@ -145,11 +145,11 @@ def test_rates_are_differences_between_readings_divided_by_elapsed_time() -> Non
     assert rates_between(counted(a=6), counted(a=10), 2.0) == {"a": Rate(2.0, 20.0)}
 
 
-def test_rates_of_a_new_version_are_computed_as_if_its_counters_had_been_zero() -> None:
+def test_earlier_counters_of_a_new_version_are_taken_as_zero_when_rates_are_computed() -> None:
     assert rates_between(counted(a=5), counted(a=5, b=4), 2.0) == {"a": Rate(0.0, 0.0), "b": Rate(2.0, 20.0)}
 
 
-def test_no_rate_is_shown_after_a_server_restart() -> None:
+def test_no_rate_is_computed_between_readings_before_and_after_a_server_restart() -> None:
     assert rates_between(counted(a=500), counted(a=5), 2.0) == {}
 
 

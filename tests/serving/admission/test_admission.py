@@ -118,12 +118,12 @@ async def test_queued_requests_are_rejected_when_a_swap_ends_without_an_engine()
 class TestTokens:
     """Tests that a request counts by the maximum number of tokens in its answers."""
 
-    async def test_request_runs_if_enough_tokens_are_free(self) -> None:
+    async def test_request_runs_if_it_fits_within_the_remaining_token_capacity(self) -> None:
         admission = open_admission(max_tokens=100)
         async with admitted(admission, 60), admitted(admission, 40):
             assert admission.running == 2
 
-    async def test_request_is_rejected_if_too_few_tokens_are_free(self) -> None:
+    async def test_request_is_rejected_if_it_exceeds_the_remaining_token_capacity(self) -> None:
         admission = open_admission(max_tokens=100)
         async with admitted(admission, 60):
             with pytest.raises(OverloadedError, match="up to 60 tokens"):
@@ -136,7 +136,7 @@ class TestTokens:
             async with admitted(admission, 100):
                 assert admission.running == 1
 
-    async def test_request_exceeding_the_total_token_capacity_raises_too_many_tokens_error(self) -> None:
+    async def test_request_that_exceeds_the_total_token_capacity_is_rejected(self) -> None:
         with pytest.raises(TooManyTokensError, match="101"):
             async with admitted(open_admission(max_tokens=100), 101):
                 pass
@@ -261,7 +261,7 @@ async def test_model_is_not_idle_while_a_request_is_being_prepared() -> None:
     assert admission.queued == 0
 
 
-async def test_keyless_request_that_was_already_queued_may_wait_for_a_slot() -> None:
+async def test_keyless_request_that_has_already_waited_for_an_adapter_may_also_wait_for_a_slot() -> None:
     admission = open_admission(max_running=1)
     async with admitted(admission):
         waiting = asyncio.create_task(admission.enter(1, NO_KEY, may_wait=True))

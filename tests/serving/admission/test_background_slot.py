@@ -21,7 +21,7 @@ async def ask_in_background(admission: Admission, end: asyncio.Event, patience_s
     return "answered"
 
 
-async def test_background_request_does_not_count_as_running() -> None:
+async def test_background_request_is_not_counted_among_the_running_requests() -> None:
     admission = open_admission(max_running=1)
     async with admission.background_slot.take(1):
         assert admission.running == 0

@@ -112,7 +112,7 @@ async def test_number_of_running_batch_requests_is_limited_by_the_setting() -> N
         assert begun(requests) == [True, True, False]
 
 
-async def test_batch_requests_are_interrupted_and_wait_while_admission_is_closed_for_a_swap() -> None:
+async def test_closing_admission_for_a_swap_interrupts_running_batch_requests_and_delays_new_ones() -> None:
     admission = open_admission()
     async with batched(admission, 1) as (first,):
         async with closed(admission):
@@ -166,7 +166,7 @@ async def test_cancelled_batch_request_occupies_no_slot(ticks: int) -> None:
     assert not admission.batch_slots.busy
 
 
-async def test_next_batch_request_runs_if_the_first_is_cancelled_between_getting_its_slot_and_running() -> None:
+async def test_next_batch_request_runs_if_the_previous_one_is_cancelled_before_using_its_slot() -> None:
     admission = open_admission(max_running=1)
     await admission.enter(1, NO_KEY)
     async with batched(admission, 2) as (first, second):

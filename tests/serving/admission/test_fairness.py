@@ -79,7 +79,7 @@ class Engine:
 @pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(weights=st.lists(st.integers(1, 5), min_size=50, max_size=50), seed=st.integers(0, 2**32))
-def test_fifty_flooding_keys_get_throughput_proportional_to_their_weights_within_ten_percent(
+def test_each_of_fifty_flooding_keys_gets_throughput_within_ten_percent_of_its_weighted_share(
     weights: list[int], seed: int
 ) -> None:
     async def run() -> None:
@@ -177,7 +177,7 @@ class TestAfterASwap:
 class TestFull:
     """Tests admission while all places are taken."""
 
-    async def test_request_with_a_key_waits_for_a_slot(self) -> None:
+    async def test_request_with_a_key_waits_if_all_slots_are_taken(self) -> None:
         admission, order = open_admission(max_running=1), list[str]()
         async with admitted(admission, 1, A):
             waiting = asyncio.create_task(enter(admission, B, order))
@@ -261,7 +261,7 @@ class TestFull:
 class TestFullQueue:
     """Tests that one key cannot fill the queue."""
 
-    async def test_newest_request_of_the_largest_tenant_is_dropped_when_queue_is_full(self) -> None:
+    async def test_newest_request_of_the_largest_tenant_is_dropped_when_the_queue_is_full(self) -> None:
         queue = RequestQueue(max_queued=4)
         places = [queue.join(A, 1) for _ in range(4)]
         mine = queue.join(B, 1)
@@ -269,7 +269,7 @@ class TestFullQueue:
         assert len(queue) == 4
         assert not any(place.given.done() for place in (*places[:3], mine))
 
-    async def test_queued_requests_are_dropped_until_each_tenant_has_its_share(self) -> None:
+    async def test_new_tenant_displaces_queued_requests_of_another_until_both_have_equal_shares(self) -> None:
         queue = RequestQueue(max_queued=4)
         places = [queue.join(A, 1) for _ in range(4)]
         queue.join(B, 1)
@@ -289,7 +289,7 @@ class TestFullQueue:
         for place in places[1:]:
             place.given.exception()
 
-    async def test_new_request_is_rejected_by_a_full_queue_if_no_other_tenant_has_more_requests_queued(self) -> None:
+    async def test_full_queue_rejects_a_new_request_if_no_tenant_has_more_than_one_request_queued(self) -> None:
         queue = RequestQueue(max_queued=1)
         first = queue.join(A, 1)
         for party in (A, B):

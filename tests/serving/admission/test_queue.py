@@ -122,7 +122,7 @@ async def test_requests_are_rejected_if_the_on_demand_engine_fails_to_start() ->
 
 
 @pytest.mark.slow
-async def test_requests_wait_for_an_engine_to_start_until_the_wake_timeout() -> None:
+async def test_request_waits_up_to_the_wake_timeout_for_an_engine_to_start() -> None:
     admission = Admission(max_running=1, max_tokens=9, max_queued=9, queue_timeout_s=0.01, wake_timeout_s=0.2)
     admission.sleep()
     admission.unavailable(None)

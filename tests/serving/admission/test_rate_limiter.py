@@ -90,7 +90,7 @@ class TestTokens:
         clock.limiter.reserve(key, asks(tokens_in=10)).settle(100, 1)
         assert refused(clock.limiter, key, asks(tokens_in=20)).retry_after_s == 60
 
-    def test_request_whose_estimated_prompt_exceeds_the_limit_waits_for_the_full_allowance(self) -> None:
+    def test_request_with_a_prompt_estimated_above_the_limit_waits_for_the_full_allowance(self) -> None:
         clock, key = Clock(), principal(tokens_in_per_minute=60)
         clock.limiter.reserve(key, asks(tokens_in=10)).settle(6, 1)
         assert refused(clock.limiter, key, asks(tokens_in=10_000)).retry_after_s == 6
@@ -102,7 +102,7 @@ class TestTokens:
         assert (error.limit, error.retry_after_s) == ("tokens_out_per_minute", None)
         assert "101" in error.wrong
 
-    def test_request_without_max_tokens_is_accepted_if_the_full_allowance_is_available(self) -> None:
+    def test_request_without_max_tokens_is_accepted_only_when_the_full_token_allowance_is_available(self) -> None:
         clock, key = Clock(), principal(tokens_out_per_minute=100)
         clock.limiter.reserve(key, asks(2048, said=False)).settle(1, 30)
         assert refused(clock.limiter, key, asks(2048, said=False)).retry_after_s == 18
@@ -279,7 +279,7 @@ class Exchange:
         max_size=30,
     ),
 )
-def test_servers_together_use_little_more_than_the_refill_and_one_full_allowance_each(
+def test_all_servers_together_use_at_most_slightly_more_than_the_refill_plus_one_allowance_per_server(
     limit: int, phases: list[float], steps: list[tuple[float, float, bool]]
 ) -> None:
     servers, used = Exchange(limit, phases), list[tuple[float, int]]()

@@ -183,7 +183,7 @@ async def test_each_held_out_example_uses_its_registered_token_limit(
     assert [body["max_tokens"] for body in chats] == [5, 9, 3]
 
 
-async def test_only_examples_with_registered_answers_are_evaluated(make: Make) -> None:
+async def test_only_examples_answered_at_registration_are_evaluated(make: Make) -> None:
     async with asked(make, answered=2) as (control, _):
         assert (await run_of(control, target(1))).hits == (True, False)
 
@@ -503,7 +503,7 @@ async def test_server_evaluates_the_held_out_set_and_reports_the_result_in_its_s
         assert session.scalars(select(HoldoutRunRow.number)).all() == [4]
 
 
-async def test_server_stops_immediately_during_a_held_out_evaluation(home: Home) -> None:
+async def test_held_out_evaluation_does_not_delay_the_shutdown_of_the_server(home: Home) -> None:
     make_version(home.registry, 4, answered=3)
     async with home.serving(f"{NAME}@4"):
         home.park.double.token_delay_s = 30

@@ -145,7 +145,7 @@ async def test_number_of_answers_scored_per_hour_is_limited(control: Control) ->
         assert sum(score is not None for score in logprobs(control)) <= 4
 
 
-async def test_answer_rejected_by_the_engine_is_skipped_permanently(control: Control) -> None:
+async def test_answer_that_the_engine_refuses_to_score_is_not_retried(control: Control) -> None:
     control.double.max_model_len = 10
     long = json.dumps([{"role": "user", "content": "long " * 20}])
     add_requests(control.store, [kept(prompt=long), kept(minutes_ago=2)])
@@ -191,7 +191,7 @@ async def test_nothing_is_scored_if_background_requests_are_off(
         assert len(control.double.requests) == asked
 
 
-async def test_nothing_is_scored_if_the_version_has_no_registered_answers(
+async def test_nothing_is_scored_if_the_version_has_no_held_out_results(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with make().run() as control:

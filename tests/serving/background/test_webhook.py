@@ -222,7 +222,7 @@ async def test_webhook_message_is_retried_with_the_same_id_until_the_receiver_ac
         received.verify(SECRET)
 
 
-async def test_webhook_retry_waits_for_the_receivers_retry_after(
+async def test_webhook_retry_respects_the_retry_after_header_of_the_receiver(
     store: Store, receiver: Receiver, secret_file: Path
 ) -> None:
     receiver.statuses = [503]

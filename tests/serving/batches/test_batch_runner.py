@@ -177,7 +177,7 @@ async def test_failed_requests_are_in_the_error_file(service: BatchService, clie
 
 
 @pytest.mark.slow
-async def test_batch_input_may_have_a_byte_order_mark_blank_lines_and_windows_line_endings(
+async def test_batch_input_may_have_a_byte_order_mark_and_blank_lines_and_windows_line_endings(
     service: BatchService, client: AsyncOpenAI
 ) -> None:
     mark = "\ufeff"

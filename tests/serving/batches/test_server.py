@@ -68,7 +68,7 @@ async def test_batch_wakes_an_idle_model_and_keeps_it_awake_until_the_batch_ends
         assert len(home.park.engines) == 2
 
 
-async def test_promotion_does_not_fail_any_batch_request(home: Home) -> None:
+async def test_no_batch_request_fails_during_a_promotion(home: Home) -> None:
     async with home.serving(f"{NAME}@1") as client:
         home.park.double.token_delay_s = 0.01
         id = await create(home, client, 150)

@@ -137,7 +137,7 @@ async def test_swap_result_is_reported_even_if_the_server_cannot_write_it_to_its
     assert find_swap(unwritten.store, NAME, 2).result is None  # type: ignore[union-attr]
 
 
-async def test_swap_refusal_is_reported_even_if_the_server_cannot_write_it_to_its_journal(unwritten: Home) -> None:
+async def test_swap_refusal_is_reported_even_if_writing_it_to_the_journal_fails(unwritten: Home) -> None:
     make_version(unwritten.registry, 4, width=8)
     unwritten.park.room = "full"
     swap = await change(unwritten, 4)

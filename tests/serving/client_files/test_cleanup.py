@@ -103,7 +103,7 @@ def test_expired_uploads_are_removed_with_their_parts(store: Store, uploads: Cli
         assert [row.id for row in session.query(UploadRow)] == [kept.id]
 
 
-def test_file_contents_without_a_database_row_are_removed(store: Store, files: ClientFiles, tmp_path: Path) -> None:
+def test_old_files_on_disk_without_a_database_row_are_removed(store: Store, files: ClientFiles, tmp_path: Path) -> None:
     kept, folder = add(store, files), tmp_path / "files"
     for name in ("file-left", "file-new"):
         (folder / name).write_bytes(b"{}")
@@ -118,7 +118,7 @@ def test_file_contents_without_a_database_row_are_removed(store: Store, files: C
     assert find_file(store, written, "alice").bytes == 2
 
 
-def test_file_contents_are_kept_if_the_store_lists_none_of_the_files(files: ClientFiles, tmp_path: Path) -> None:
+def test_no_file_contents_are_removed_if_the_store_lists_no_files(files: ClientFiles, tmp_path: Path) -> None:
     (tmp_path / "files/file-1").write_bytes(b"{}")
     age(tmp_path / "files/file-1")
     assert files.remove_unknown() == 0

@@ -11,7 +11,7 @@ def test_disconnected_address_can_connect_again() -> None:
     assert limit.enter("10.0.0.1")
 
 
-def test_addresses_of_one_ipv6_prefix_or_ipv4_host_share_one_connection_limit() -> None:
+def test_connection_limit_applies_per_ipv6_prefix_and_per_ipv4_address() -> None:
     cases: list[tuple[str, str, bool]] = [
         ("2001:db8::1", "2001:db8::ffff:2", True),
         ("2001:db8::1", "2001:db8:0:1::1", False),

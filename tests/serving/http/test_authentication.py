@@ -220,7 +220,7 @@ async def test_api_key_can_rate_only_its_own_answers(service: KeyedService) -> N
             assert (await client.post("/v1/feedback", json=rating)).status_code == 200
 
 
-async def test_invalid_keys_are_rate_limited_while_a_valid_key_still_works(
+async def test_invalid_keys_are_rate_limited_but_a_valid_key_still_works(
     service: KeyedService, client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     issued = service.key()

@@ -114,7 +114,7 @@ async def test_identical_create_requests_create_only_one_batch(
     assert (await client.batches.create(**given)).id != created[0].id
 
 
-async def test_batch_is_refused_if_its_answers_would_exceed_the_keys_storage_limit(
+async def test_batch_is_refused_if_its_answers_would_exceed_the_storage_limit_of_the_key(
     socket_folder: Path, store: Store
 ) -> None:
     limits = FilesSettings(max_total_gb=1000 / 2**30, min_free_gb=0)
@@ -143,7 +143,7 @@ async def test_batch_creation_is_rejected_if_its_file_is_deleted_concurrently(
     assert (await client.batches.list()).data == []
 
 
-async def test_batch_is_refused_if_its_file_has_the_wrong_purpose_or_errors(
+async def test_batch_is_refused_if_its_file_has_errors_or_the_wrong_purpose(
     service: BatchService, client: AsyncOpenAI
 ) -> None:
     broken = service.add_input("{", status=FileStatus.ERROR, details="line 1: not JSON")

@@ -224,7 +224,7 @@ class FillingClient(Client):
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-async def test_client_is_disconnected_if_its_connection_accepts_only_the_headers(streamed: bool) -> None:
+async def test_client_is_disconnected_if_its_connection_accepts_nothing_after_the_headers(streamed: bool) -> None:
     buffers = AnswerBuffers(max_bytes=4 * PART_BYTES, max_answer_bytes=3 * PART_BYTES, client_timeout_s=0.01)
 
     async def answer() -> None:

@@ -50,7 +50,7 @@ async def test_handler_is_cancelled_and_cleans_up_when_the_client_disconnects(st
     assert cleaned.is_set()
 
 
-async def test_handler_is_cancelled_when_its_task_is_cancelled_externally(state: RequestState) -> None:
+async def test_external_cancellation_of_the_request_task_also_cancels_the_handler(state: RequestState) -> None:
     started, ended = asyncio.Event(), asyncio.Event()
 
     async def work() -> None:

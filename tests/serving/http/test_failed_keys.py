@@ -51,7 +51,7 @@ def test_limit_on_invalid_keys_is_separate_for_each_peer(failed: FailedKeys) -> 
     assert not failed.add("10.0.0.2")
 
 
-def test_ipv6_addresses_with_one_64_bit_prefix_share_the_limit_on_invalid_keys(failed: FailedKeys) -> None:
+def test_ipv6_addresses_with_the_same_64_bit_prefix_share_the_limit_on_invalid_keys(failed: FailedKeys) -> None:
     spend(failed, "2001:db8::1")
     with pytest.raises(TooManyWrongKeysError):
         failed.add("2001:db8::ffff:2")
@@ -63,6 +63,6 @@ def test_number_of_remembered_peers_with_invalid_keys_is_limited(failed: FailedK
     assert len(failed._peers) == _MAX_PEERS
 
 
-def test_overlong_address_of_a_peer_with_an_invalid_key_is_truncated(failed: FailedKeys) -> None:
+def test_overlong_peer_address_is_truncated(failed: FailedKeys) -> None:
     failed.add("x" * 10_000)
     assert max(map(len, failed._peers)) <= 64

@@ -139,7 +139,9 @@ async def test_deleted_file_is_not_found(service: FineTuningService, client: Asy
 
 
 @pytest.mark.slow
-async def test_files_are_listed_in_pages_and_by_purpose(service: FineTuningService, client: AsyncOpenAI) -> None:
+async def test_list_of_files_is_paginated_and_can_be_filtered_by_purpose(
+    service: FineTuningService, client: AsyncOpenAI
+) -> None:
     ids = [(await uploaded(client)).id for _ in range(3)]
     batch = await uploaded(client, purpose="batch")
     result = service.add_file(purpose=Purpose.BATCH_OUTPUT)

@@ -228,7 +228,9 @@ async def test_checkpoints_are_listed_in_pages_newest_first(
     assert checkpoint.fine_tuned_model_checkpoint == "ft:small:org:x:1:ckpt-step-30"
 
 
-async def test_job_is_paused_resumed_and_cancelled(service: FineTuningService, client: AsyncOpenAI) -> None:
+async def test_job_can_be_paused_and_resumed_and_then_cancelled(
+    service: FineTuningService, client: AsyncOpenAI
+) -> None:
     job = await client.fine_tuning.jobs.create(model=BASE, training_file=service.add_file())
     assert (await client.fine_tuning.jobs.pause(job.id)).status == "queued"
     assert (await client.fine_tuning.jobs.resume(job.id)).status == "queued"
@@ -428,7 +430,7 @@ async def test_job_waits_until_its_file_has_been_checked(
         (FileStatus.PROCESSED, CheckTimeoutError("it took 3600 s"), "invalid_request", None),
     ],
 )
-async def test_waiting_job_fails_when_its_file_or_training_check_fails(
+async def test_waiting_job_fails_if_its_file_is_unusable_or_its_training_check_fails(
     service: FineTuningService,
     client: AsyncOpenAI,
     check: FakeCheck,

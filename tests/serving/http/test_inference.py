@@ -243,7 +243,7 @@ class TestRefusals:
             (b'{"model": "tuned", "prompt_logprobs": 1}', "invalid_request", "prompt_logprobs"),
         ],
     )
-    async def test_unsupported_body_is_rejected_with_code_and_param(
+    async def test_error_for_an_invalid_body_has_a_code_and_names_any_parameter_at_fault(
         self, service: Service, client: httpx.AsyncClient, body: bytes, code: str, param: str | None
     ) -> None:
         answer = await client.post(CHAT_PATH, content=body, headers={"content-type": "application/json"})
@@ -270,7 +270,7 @@ class TestRefusals:
             assert (answer.status_code, error_of(answer)["code"]) == (413, "body_too_large")
 
     @pytest.mark.slow
-    async def test_request_is_rejected_if_slots_or_queue_are_full_or_the_wait_times_out(
+    async def test_request_rejected_for_overload_gets_a_specific_error_code_and_a_retry_after_header(
         self, socket_folder: Path
     ) -> None:
         service = Service(socket_folder, max_running=1, max_queued=1, queue_timeout_s=0.2)
@@ -331,7 +331,7 @@ class TestEngineErrors:
 
 class TestEngineDeaths:
     @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["whole", "stream"])
-    async def test_engine_death_before_the_answer_returns_engine_died(
+    async def test_request_fails_with_engine_died_if_the_engine_dies_before_answering(
         self, service: Service, client: httpx.AsyncClient, body: dict[str, Any]
     ) -> None:
         service.double.fault = Fault.DIE_BEFORE_ANSWER
@@ -392,9 +392,7 @@ class TestEngineDeaths:
         await client.post(CHAT_PATH, json=STREAM)
         assert failed(service, "engine_error") == 1
 
-    async def test_refused_request_is_counted_for_the_model_with_an_empty_version_label(
-        self, socket_folder: Path
-    ) -> None:
+    async def test_refused_request_is_counted_with_an_empty_version_label(self, socket_folder: Path) -> None:
         service = Service(socket_folder, max_running=1)
         async with service.run(), service.client() as client, admitted(service.admission):
             await client.post(CHAT_PATH, json=CHAT)
@@ -524,7 +522,7 @@ class TestLargeAnswers:
             service.double.tokens = MANY
             assert chunks_of((await client.post(CHAT_PATH, json=STREAM)).text)[-1] == "[DONE]"
 
-    async def test_answer_is_rejected_if_the_shared_buffers_are_full(self, socket_folder: Path) -> None:
+    async def test_request_returns_429_if_the_shared_answer_buffers_fill_up(self, socket_folder: Path) -> None:
         async with (
             Service(socket_folder, buffers=AnswerBuffers(max_bytes=64 * 1024)).run() as service,
             service.client() as client,

@@ -60,7 +60,7 @@ async def test_engine_response_bytes_are_forwarded_unchanged_on_every_route(
 
 @both
 @whole_and_streamed
-async def test_requests_to_other_routes_are_stored_with_the_same_values_as_chat_requests(
+async def test_requests_to_the_messages_and_responses_routes_are_stored_like_chat_requests(
     service: Service, client: httpx.AsyncClient, path: str, stream: bool
 ) -> None:
     await client.post(path, json={**BODIES[path], "stream": stream, "temperature": 0.5})

@@ -51,7 +51,7 @@ async def test_request_row_is_complete_for_a_successful_answer(
     assert 0 < row.seconds < 5
 
 
-async def test_request_row_of_a_failed_stream_has_outcome_engine_error(
+async def test_outcome_in_the_request_row_is_engine_error_for_a_failed_stream(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     service.double.fault = Fault.ERROR_IN_STREAM
@@ -134,7 +134,7 @@ async def test_request_row_of_a_failed_stream_stores_the_reason(service: Service
     assert row.reason in ("engine_error", "engine_died")
 
 
-async def test_request_row_has_outcome_engine_error_if_server_stops_mid_answer(service: Service) -> None:
+async def test_outcome_in_the_request_row_is_engine_error_if_the_server_stops_mid_answer(service: Service) -> None:
     service.double.token_delay_s = 0.05
     service.double.tokens = 1000
     sent = list[Any]()

@@ -162,7 +162,7 @@ async def test_trace_sample_share_applies_only_to_traces_started_by_the_gateway(
     assert service.double.heads[0]["traceparent"].endswith("-00")
 
 
-async def test_stored_content_is_redacted_in_spans(traced: Traced) -> None:
+async def test_sensitive_prompt_content_is_redacted_in_spans(traced: Traced) -> None:
     traced.keeping = RequestLogSettings(content_share=1.0, redact=("tulip",))
     messages = [{"role": "system", "content": "a tulip"}, {"role": "user", "content": "mail a@b.de"}]
     span = await traced.span_of({**CHAT, "messages": messages})
@@ -271,7 +271,7 @@ async def _read_some(client: httpx.AsyncClient, body: Any) -> None:
             pass
 
 
-async def test_span_includes_the_key_id_and_an_unauthorized_request_creates_no_span(
+async def test_authorized_request_creates_a_span_with_its_key_id_and_an_unauthorized_request_creates_none(
     socket_folder: Path, store: Store, receiver: OtlpReceiver
 ) -> None:
     traced = Traced(socket_folder, store, receiver)

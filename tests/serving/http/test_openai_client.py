@@ -225,7 +225,7 @@ async def test_openai_client_raises_if_a_stream_fails(service: Service, official
             pass
 
 
-async def test_openai_client_gets_its_answer_when_the_larger_request_queued_ahead_of_it_is_abandoned(
+async def test_small_request_is_answered_if_the_large_request_ahead_of_it_in_the_queue_is_abandoned(
     service: Service, official: AsyncOpenAI
 ) -> None:
     service.admission.max_tokens = 100

@@ -165,7 +165,7 @@ def callers(store: Store) -> dict[str, dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "path"), sorted({(method, path) for method, path, _ in cases()}))
-def test_every_response_is_documented_even_if_keys_are_required(
+def test_every_response_of_a_server_that_requires_keys_is_documented_in_openapi(
     callers: dict[str, dict[str, str]], api: Any, method: str, path: str
 ) -> None:
     """A caller's access depends on the path and not on the body."""

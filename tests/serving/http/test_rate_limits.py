@@ -225,7 +225,7 @@ async def test_concurrent_requests_count_towards_the_limit_before_their_bodies_a
     assert sorted(answer.status_code for answer in answers) == [200, 429, 429]
 
 
-async def test_completed_answers_update_the_engines_estimated_token_rate(
+async def test_completed_answers_update_the_estimated_token_rate_of_the_engine(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     service.double.token_delay_s = 0.02
@@ -244,7 +244,7 @@ async def test_forwarded_tokens_are_charged_if_the_engine_fails_mid_stream(
 
 
 @pytest.mark.slow
-async def test_request_over_the_concurrency_limit_is_rejected_until_a_running_request_ends(
+async def test_requests_over_the_concurrency_limit_are_rejected_until_a_running_request_ends(
     service: Service, client: httpx.AsyncClient
 ) -> None:
     limit(service, concurrent=1)
@@ -267,7 +267,9 @@ async def test_daily_limit_error_tells_the_client_not_to_retry(service: Service,
     assert answer.headers["x-ratelimit-remaining-tokens"] == "0"
 
 
-async def test_anthropic_paths_have_anthropic_errors_and_headers(service: Service, client: httpx.AsyncClient) -> None:
+async def test_anthropic_routes_return_rate_limit_errors_and_headers_in_anthropic_format(
+    service: Service, client: httpx.AsyncClient
+) -> None:
     limit(service, requests_per_minute=1)
     await client.post("/v1/messages", json=MESSAGE, headers={"x-api-key": "limited"})
     answer = await client.post("/v1/messages", json=MESSAGE, headers={"x-api-key": "limited"})
@@ -375,7 +377,9 @@ class TestClients:
         monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
         return waited
 
-    async def test_openai_client_retries_after_the_given_time(self, service: Service, waits: list[float]) -> None:
+    async def test_openai_client_retries_after_the_wait_stated_in_the_response(
+        self, service: Service, waits: list[float]
+    ) -> None:
         limit(service, requests_per_minute=2)
         http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
         async with AsyncOpenAI(api_key="limited", base_url="http://localhost/v1", http_client=http) as official:
@@ -385,7 +389,9 @@ class TestClients:
                 )
         assert waits == [30.0, 30.0]
 
-    async def test_openai_client_does_not_wait_for_the_next_day(self, service: Service, waits: list[float]) -> None:
+    async def test_openai_client_does_not_retry_after_a_daily_limit_error(
+        self, service: Service, waits: list[float]
+    ) -> None:
         limit(service, tokens_per_day=1)
         service.limiter.add_used_today({"limited": 1})
         http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
@@ -395,7 +401,9 @@ class TestClients:
         assert (caught.value.code, waits) == ("rate_limit_exceeded", [])
 
     @pytest.mark.slow
-    async def test_anthropic_client_retries_after_the_given_time(self, service: Service, waits: list[float]) -> None:
+    async def test_anthropic_client_retries_after_the_wait_stated_in_the_response(
+        self, service: Service, waits: list[float]
+    ) -> None:
         import anthropic
 
         limit(service, requests_per_minute=2)

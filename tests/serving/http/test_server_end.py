@@ -64,7 +64,7 @@ async def answer(connection: Connection) -> bytes:
 
 
 @pytest.mark.parametrize("asked_before", [False, True], ids=["new", "kept"])
-async def test_stopping_server_answers_one_last_request_on_an_open_connection(
+async def test_server_that_is_stopping_answers_one_last_request_on_an_open_connection(
     asked_before: bool,
 ) -> None:
     async with ending() as (server, connection):
@@ -78,7 +78,7 @@ async def test_stopping_server_answers_one_last_request_on_an_open_connection(
 
 
 @pytest.mark.slow
-async def test_stopping_server_promptly_closes_a_connection_without_a_request() -> None:
+async def test_idle_connection_is_closed_promptly_when_the_server_stops() -> None:
     async with ending() as (server, (reader, _)):
         await told_to_end(server)
         async with asyncio.timeout(2 * LAST_REQUEST_S):

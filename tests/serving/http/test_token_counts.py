@@ -124,7 +124,7 @@ async def test_concurrent_token_count_requests_are_limited_and_one_key_gets_at_m
 
 
 @both
-async def test_key_cannot_count_tokens_for_models_it_may_not_use(
+async def test_key_cannot_count_tokens_for_models_that_it_is_not_allowed_to_use(
     service: Service, client: httpx.AsyncClient, path: str
 ) -> None:
     key = principal("k")

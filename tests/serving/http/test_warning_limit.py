@@ -21,7 +21,7 @@ def test_warning_is_logged_again_after_one_minute() -> None:
     assert not passes(limit, "one %s")
 
 
-def test_warning_is_logged_right_after_a_different_warning() -> None:
+def test_recent_warning_does_not_suppress_a_different_warning() -> None:
     limit = WarningLimit(Clock())
     assert passes(limit, "one %s")
     assert passes(limit, "other %s")

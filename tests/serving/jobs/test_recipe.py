@@ -286,7 +286,7 @@ def test_equivalent_requests_serialize_to_identical_json() -> None:
     ],
     ids=str,
 )
-def test_invalid_request_is_rejected(fields: dict[str, Any]) -> None:
+def test_invalid_job_request_is_rejected(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         request_of(**fields)
 
@@ -303,7 +303,7 @@ def test_weights_and_biases_settings_of_the_client_are_passed_to_the_training_ru
     assert training_variables(request_of()) == {}
 
 
-def test_every_registered_name_is_valid_for_the_registry() -> None:
+def test_model_name_made_from_any_suffix_and_owner_is_valid_in_the_registry() -> None:
     for suffix in ("Tickets", "my/model", "gpt-4o-mini-2024-07-18", "a" * 64, "ü", ".-"):
         for owner in ("", "0a1b2c3d"):
             assert re.fullmatch(NAME_PATTERN, registered_name(owner, suffix))

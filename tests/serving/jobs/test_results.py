@@ -218,7 +218,7 @@ def test_registered_checkpoints_remain_when_their_training_folders_are_deleted(
         registry.verify(checkpoint_version(JOB.id, step), Format.ADAPTER)
 
 
-def test_result_files_and_model_names_of_two_jobs_differ(results: JobResults) -> None:
+def test_two_jobs_have_different_result_files_and_different_model_names(results: JobResults) -> None:
     other = replace(JOB, id="ftjob-76543210fedcba9876543210")
     first, second = results.complete(JOB, VERSION), results.complete(other, VERSION)
     assert first.result_file != second.result_file

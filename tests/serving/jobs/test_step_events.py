@@ -11,7 +11,7 @@ def step(number: int, of: int = 10, accuracy: float | None = None) -> StepDone:
     return StepDone(step=number, steps=of, epoch=number / of, loss=2.0, accuracy=accuracy, tokens=9)
 
 
-def test_next_event_reports_the_newest_training_step() -> None:
+def test_only_the_newest_of_several_new_training_steps_is_reported() -> None:
     events = StepEvents(Reported(0, 0))
     events.add([step(1), step(2, accuracy=0.5)])
     metrics = {"step": 2, "total_steps": 10, "train_loss": 2.0, "train_mean_token_accuracy": 0.5}

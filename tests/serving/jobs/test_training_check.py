@@ -43,7 +43,7 @@ def recipe(folder: Path, config: str = "llama-3.2-1b", *, bad: bool = False, **f
 
 
 @pytest.mark.slow
-async def test_training_check_returns_example_count_learning_rate_and_duration_for_a_valid_recipe(
+async def test_training_check_of_a_valid_recipe_reports_the_example_count_and_the_duration(
     tmp_path: Path, settings: Settings
 ) -> None:
     check = await check_training(recipe(tmp_path), settings, timeout_s=300)

@@ -172,7 +172,7 @@ async def test_child_processes_are_killed_when_their_training_process_has_died(h
         await home.ended(id)
 
 
-async def test_training_continues_when_one_of_its_processes_was_killed(home: WorkerHome) -> None:
+async def test_job_fails_when_a_child_process_of_its_training_is_killed_three_times(home: WorkerHome) -> None:
     id = home.add(exit=12, text="error: the child process merge exited with code -9\n  do: free some memory")
     async with home.working():
         await home.ended(id)
@@ -262,7 +262,7 @@ async def test_job_returns_to_the_queue_with_a_checkpoint_when_the_server_stops(
         await home.ended(id, other)
 
 
-async def test_no_process_keeps_running_when_the_server_stops_while_a_training_process_starts(
+async def test_stopping_the_server_while_a_training_process_starts_leaves_no_process_running(
     home: WorkerHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     id = home.add(**LONG)
@@ -314,7 +314,7 @@ async def test_training_continues_while_the_store_does_not_respond(
     assert len(home.starts(id)) == 1
 
 
-async def test_job_fails_but_the_worker_keeps_running_when_result_creation_raises(home: WorkerHome) -> None:
+async def test_job_fails_but_the_worker_keeps_running_if_creating_the_result_raises_an_error(home: WorkerHome) -> None:
     ids = [home.add(), home.add()]
 
     def broken(*arguments: object) -> None:
@@ -342,7 +342,9 @@ def server(home: WorkerHome) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-async def test_training_continues_under_a_restarted_server_when_the_server_is_killed(home: WorkerHome) -> None:
+async def test_training_process_of_a_killed_server_keeps_running_and_is_adopted_by_the_next_server(
+    home: WorkerHome,
+) -> None:
     id = home.add(steps=200, step_s=0.05, grandchild=True)
     with server(home):
         await home.until(lambda: home.step(id) > 2)
@@ -371,7 +373,7 @@ async def test_training_continues_when_a_new_server_replaces_the_running_server(
     assert (home.job(id).status, len(home.starts(id))) == (JobStatus.SUCCEEDED, 1)
 
 
-async def test_training_continues_when_the_store_is_not_responding_while_the_server_starts(
+async def test_training_continues_when_a_new_server_starts_during_a_store_outage(
     home: WorkerHome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     id = home.add(**LONG)

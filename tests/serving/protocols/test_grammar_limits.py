@@ -104,7 +104,7 @@ def test_repetitions_are_expanded_in_every_regex_notation() -> None:
 
 
 @given(st.text(alphabet="a()[]{}\\,0123456789|*+?", max_size=60))
-def test_pattern_length_is_non_negative_for_any_input(text: str) -> None:
+def test_length_of_an_expanded_regular_expression_is_never_negative(text: str) -> None:
     assert written_out(text) >= 0
 
 

@@ -58,7 +58,7 @@ def test_too_many_nonstandard_items_and_tools_are_rejected(field: str, most: int
     assert refused({field: [{}] * (most + 1)}, RESPONSES) == f"{field}.0"
 
 
-def test_nonstandard_item_with_too_many_values_is_rejected() -> None:
+def test_input_item_of_an_unknown_type_is_rejected_if_it_contains_too_many_values() -> None:
     assert refused({"input": [{"type": "z", "content": [[1]] * 600}]}, RESPONSES) == "input.0"
 
 
@@ -142,7 +142,7 @@ OUTPUT = {
 }
 
 
-def test_messages_of_common_clients_are_classified_as_standard() -> None:
+def test_messages_from_common_clients_have_a_standard_form() -> None:
     messages: list[Any] = [
         USER,
         {"role": "system", "content": [{"type": "text", "text": "a"}]},
@@ -154,7 +154,7 @@ def test_messages_of_common_clients_are_classified_as_standard() -> None:
     assert [message for message in messages if not is_usual_message(message)] == []
 
 
-def test_input_items_of_common_clients_are_classified_as_standard() -> None:
+def test_input_items_from_common_clients_have_a_standard_form() -> None:
     items: list[Any] = [
         USER,
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
@@ -166,12 +166,12 @@ def test_input_items_of_common_clients_are_classified_as_standard() -> None:
     assert [item for item in items if not is_usual_item(item)] == []
 
 
-def test_malformed_or_unknown_input_items_are_not_classified_as_standard() -> None:
+def test_malformed_or_unknown_input_items_have_no_standard_form() -> None:
     items: list[Any] = [1, None, {}, {"type": "z"}, {**USER, "role": "z"}, {**OUTPUT, "status": 1}]
     assert [item for item in items if is_usual_item(item)] == []
 
 
-def test_only_function_tools_are_classified_as_standard() -> None:
+def test_only_function_tools_have_a_standard_form() -> None:
     function = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
     assert is_usual_tool(function)
     assert not is_usual_tool({"type": "file_search", "vector_store_ids": []})

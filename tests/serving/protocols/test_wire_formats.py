@@ -195,7 +195,7 @@ class TestCompletions:
 
 
 class TestResponses:
-    def test_token_counts_in_client_tools_are_not_mistaken_for_the_answers_usage(self) -> None:
+    def test_token_counts_in_tool_definitions_are_not_reported_as_usage(self) -> None:
         tools = [{"parameters": {"status": "failed", "usage": {"input_tokens": 999_999, "output_tokens": 1}}}]
         body = json.dumps({"status": "completed", "usage": None, "output": [], "tools": tools}).encode()
         assert RESPONSES.usage(body) is None
@@ -234,7 +234,7 @@ class TestResponses:
 
 
 class TestMessages:
-    def test_token_counts_in_tool_input_are_not_mistaken_for_the_answers_usage(self) -> None:
+    def test_token_counts_in_tool_input_are_not_reported_as_usage(self) -> None:
         tool = {"type": "tool_use", "name": "f", "input": {"stop_reason": "x", "usage": {"input_tokens": 9}}}
         usage = {"input_tokens": 3, "output_tokens": 4}
         body = json.dumps({"content": [tool], "stop_reason": "tool_use", "usage": usage}).encode()

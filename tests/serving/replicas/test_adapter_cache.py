@@ -225,7 +225,7 @@ async def test_taking_an_adapter_from_the_cache_returns_none_if_it_is_not_loaded
     taken.leave()
 
 
-async def test_request_for_an_adapter_slot_times_out() -> None:
+async def test_request_times_out_if_no_adapter_slot_becomes_free() -> None:
     shelf = Shelf(1)
     cache = cache_of(shelf, patience_s=0.02)
     async with shelf.using(cache, 1):

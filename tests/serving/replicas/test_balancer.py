@@ -59,7 +59,7 @@ def test_conversation_always_falls_back_to_the_same_engine_when_its_own_is_busy(
     assert chosen(busy, who) == chosen([each for each in busy if each.replica != home], who) != home
 
 
-def test_conversations_move_only_to_the_new_engine_when_an_engine_is_added() -> None:
+def test_no_conversation_moves_between_existing_engines_when_an_engine_is_added() -> None:
     three, four = [engine(0), engine(1), engine(2)], [engine(0), engine(1), engine(2), engine(3)]
     moved = [who for who in map(str, range(400)) if chosen(three, who) != (new := chosen(four, who)) and new != 3]
     assert moved == []

@@ -249,7 +249,7 @@ async def test_new_identity_is_recorded_whenever_an_engine_loads_weights(control
     assert [load.fresh for load in loads] == [True, False, False, True]
 
 
-async def test_record_of_loaded_weights_is_unchanged_if_a_swap_fails_before_its_reload(make: Make) -> None:
+async def test_identity_of_loaded_weights_is_unchanged_after_a_refused_swap(make: Make) -> None:
     async with make(drain_timeout_s=0.05).run() as control:
         control.park.room = "full"
         load = control.replica.weights

@@ -87,7 +87,7 @@ def test_engines_on_a_ray_cluster_are_not_counted_as_running_on_the_local_machin
 
 
 @pytest.mark.slow
-async def test_ray_actor_is_stopped_once_its_cluster_is_reachable_even_if_a_local_engine_replaced_it(
+async def test_ray_actor_replaced_by_a_local_engine_is_stopped_when_the_ray_cluster_becomes_reachable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slots, "_END_PAUSES_S", (0.01,))

@@ -13,7 +13,7 @@ def paced(*answers: tuple[float, float]) -> float:
     return pace.tokens_in(1.0)
 
 
-def test_token_pace_defaults_to_100_tokens_per_second_without_measurements() -> None:
+def test_token_pace_defaults_to_100_tokens_per_second_before_any_measurement() -> None:
     assert TokenPace().tokens_in(0.5) == 50
 
 

@@ -23,7 +23,7 @@ def test_context_length_error_is_recognized_from_the_vllm_message() -> None:
         assert isinstance(refusal(400, {"message": message}), ContextLengthError), message
 
 
-def test_engine_error_status_distinguishes_rejected_requests_from_busy_and_failed_engines() -> None:
+def test_http_status_from_the_engine_determines_the_kind_of_engine_error() -> None:
     cases: list[tuple[int, type[EngineError]]] = [
         (400, EngineRefusedError),
         (422, EngineRefusedError),

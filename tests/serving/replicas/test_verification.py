@@ -73,7 +73,7 @@ async def test_probe_difference_within_the_tolerance_passes(control: Control) ->
     assert checked.verified and checked.found.startswith("1 probes passed")
 
 
-async def test_verification_probe_difference_beyond_the_tolerance_raises(control: Control) -> None:
+async def test_probe_difference_beyond_the_tolerance_raises_probe_error(control: Control) -> None:
     control.double.probe_noise = 0.0011
     with pytest.raises(ProbeError):
         await Verification(control.registry, control.store, kind_of(FACTS)).probes(
@@ -115,7 +115,7 @@ async def test_no_probes_are_recorded_if_the_engine_was_not_started_with_the_ver
 
 
 @pytest.mark.parametrize(("number", "known"), [(1, True), (2, False)])
-async def test_probes_exist_only_if_an_engine_of_the_same_kind_has_run_the_version(
+async def test_version_has_usable_probes_only_if_they_were_recorded_on_the_same_kind_of_engine(
     elsewhere: Control, number: int, known: bool
 ) -> None:
     verification = Verification(elsewhere.registry, elsewhere.store, kind_of(OTHER_FACTS))

@@ -116,7 +116,7 @@ async def test_swap_interrupted_by_a_server_crash_is_undone_and_then_repeated(
 
 
 @pytest.mark.slow
-async def test_swap_is_recorded_as_successful_if_the_server_died_before_recording_its_result(left: Control) -> None:
+async def test_swap_completed_before_a_server_crash_is_recorded_as_successful_after_the_restart(left: Control) -> None:
     async with again(left) as control:
         await control.promote(2)
         control.leaves = True

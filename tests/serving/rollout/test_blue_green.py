@@ -32,7 +32,9 @@ def control(make: Make) -> Control:
     return control
 
 
-async def test_no_request_fails_waits_or_mixes_versions_in_a_blue_green_swap_under_load(control: Control) -> None:
+async def test_requests_during_a_blue_green_swap_succeed_without_waiting_and_never_mix_versions(
+    control: Control,
+) -> None:
     async with control.run(), control.client() as client:
         load = Load(client)
         async with load.run():

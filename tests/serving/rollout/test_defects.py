@@ -47,7 +47,7 @@ async def back_to_one(control: Control) -> None:
 
 
 @pytest.mark.parametrize(("owner", "method"), [(SwapPlanner, "plan"), (Replica, "drained"), (Swap, "run")])
-async def test_engine_keeps_serving_after_an_unexpected_error_before_the_reload(
+async def test_engine_keeps_serving_when_a_swap_fails_unexpectedly_before_the_reload(
     control: Control, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
 ) -> None:
     fail_at(monkeypatch, owner, method, 1)
@@ -72,7 +72,7 @@ async def test_engine_is_replaced_after_an_unexpected_error_during_the_reload(
     assert len(control.park.engines) == 2
 
 
-async def test_switched_engine_is_restored_when_switching_the_second_engine_fails(
+async def test_first_engine_is_restored_when_switching_the_second_engine_fails(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control = make(replicas=2)
@@ -84,7 +84,7 @@ async def test_switched_engine_is_restored_when_switching_the_second_engine_fail
 
 
 @pytest.mark.parametrize("method", ["run", "_end_requests"])
-async def test_switched_engine_is_replaced_when_restoring_it_fails(
+async def test_engine_is_replaced_when_restoring_its_previous_version_fails(
     make: Make, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     control = make(replicas=2, drain_timeout_s=0.1)
@@ -115,7 +115,7 @@ async def _refuse_the_way_back(control: Control, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(EngineChange, "run", run)
 
 
-async def test_failed_attempt_to_stop_a_second_engine_that_did_not_start_is_retried(
+async def test_engine_that_failed_to_start_is_stopped_even_if_the_first_attempts_to_stop_it_fail(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.replicas.retirement._RETRY_S", 0.05)
@@ -128,7 +128,7 @@ async def test_failed_attempt_to_stop_a_second_engine_that_did_not_start_is_retr
         await back_to_one(control)
 
 
-async def test_engine_is_restarted_if_stopping_it_before_a_new_start_failed(
+async def test_engine_is_replaced_after_an_unexpected_error_while_stopping_it(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_at(monkeypatch, DoubleEngine, "stop", 1)

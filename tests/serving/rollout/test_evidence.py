@@ -64,16 +64,16 @@ def add(store: Store, record: RolloutRecord, count: int, **of_candidate: object)
         add_requests(store, [answered(record, number, candidate=False, valid=True), candidate])
 
 
-def test_canary_proves_a_loss_if_the_candidate_answers_with_invalid_json(store: Store, record: RolloutRecord) -> None:
+def test_canary_proves_that_a_candidate_is_worse_if_it_answers_with_invalid_json(
+    store: Store, record: RolloutRecord
+) -> None:
     add(store, record, 30, valid=False)
     look = CanaryEvidence(store, record).look()
     assert look.losses.startswith("invalid JSON 100.0% instead of 0.0%, allowed increase 5 percentage points: failed")
 
 
 @pytest.mark.slow
-def test_canary_of_an_equal_version_passes_once_enough_requests_exclude_a_loss(
-    store: Store, record: RolloutRecord
-) -> None:
+def test_canary_of_an_equally_good_candidate_passes_after_enough_requests(store: Store, record: RolloutRecord) -> None:
     evidence = CanaryEvidence(store, record)
     add(store, record, 20, valid=True)
     assert (evidence.look().is_passed, evidence.look().units) == (False, 20)
@@ -82,7 +82,7 @@ def test_canary_of_an_equal_version_passes_once_enough_requests_exclude_a_loss(
 
 
 @pytest.mark.parametrize("outcome", [RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR, RequestOutcome.REFUSED])
-def test_canary_proves_a_loss_if_the_engine_of_the_candidate_fails_requests(
+def test_canary_proves_that_a_candidate_is_worse_if_its_engine_fails_requests(
     store: Store, record: RolloutRecord, outcome: RequestOutcome
 ) -> None:
     add(store, record, 30, outcome=outcome)
@@ -94,7 +94,7 @@ def test_requests_rejected_by_the_gateway_do_not_count_against_a_version(store: 
     assert CanaryEvidence(store, record).look().units == 0
 
 
-def test_wait_of_a_client_that_disconnects_before_the_first_token_counts_as_time_to_first_token(
+def test_time_to_first_token_includes_requests_that_the_client_abandons_before_the_first_token(
     store: Store, record: RolloutRecord
 ) -> None:
     add(store, record, 200, outcome=RequestOutcome.CLIENT_GONE, seconds=10.0)
@@ -129,7 +129,7 @@ def test_bad_ratings_can_fail_a_rollout_but_missing_ratings_do_not_block_it(
 
 
 @pytest.mark.slow
-def test_ratings_are_counted_even_if_the_clock_of_the_server_that_stored_them_is_slow(
+def test_ratings_are_counted_even_if_stored_by_a_server_whose_clock_is_behind(
     store: Store, record: RolloutRecord
 ) -> None:
     evidence = CanaryEvidence(store, record)

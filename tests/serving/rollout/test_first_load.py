@@ -66,7 +66,9 @@ async def test_journal_shows_why_an_engine_is_started(elsewhere: Elsewhere) -> N
         assert "probes recorded again" in text
 
 
-async def test_probes_are_stored_so_that_the_next_swap_to_the_version_is_a_reload(elsewhere: Elsewhere) -> None:
+async def test_first_load_stores_probes_and_the_next_swap_to_that_version_happens_in_place(
+    elsewhere: Elsewhere,
+) -> None:
     async with elsewhere().run() as control:
         control.park.room = FULL
         await control.promote(2)
@@ -99,7 +101,7 @@ async def test_previous_version_is_restored_if_the_engine_does_not_start_with_th
         await control.serves(target(1))
 
 
-async def test_single_engine_is_not_restarted_if_blue_green_swaps_are_configured(elsewhere: Elsewhere) -> None:
+async def test_blue_green_promotion_is_refused_if_memory_suffices_for_only_one_engine(elsewhere: Elsewhere) -> None:
     async with elsewhere(swap=SwapChoice.BLUEGREEN).run() as control:
         control.park.room = FULL
         assert (await control.promote(2)).outcome is SwapOutcome.REFUSED

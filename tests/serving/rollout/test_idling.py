@@ -81,13 +81,13 @@ async def promoted(home: Home, number: int) -> SwapResult:
     return swap.result
 
 
-async def test_engine_is_stopped_after_the_idle_timeout_without_requests(idling: Home) -> None:
+async def test_engine_is_stopped_if_no_request_arrives_within_the_idle_timeout(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         assert idling.park.alive == 0
 
 
-async def test_next_request_waits_for_the_stopped_engine_and_is_answered(idling: Home) -> None:
+async def test_requests_to_an_idle_model_are_answered_after_its_engine_starts_again(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
         idling.park.start_delay_s = 0.3
@@ -135,7 +135,7 @@ async def test_model_idles_and_wakes_repeatedly(idling: Home) -> None:
         assert len(idling.park.engines) == 4
 
 
-async def test_all_engines_of_an_idle_model_stop_and_start_again(idling: Home) -> None:
+async def test_all_engines_of_an_idle_model_stop_and_restart_at_the_next_request(idling: Home) -> None:
     configure(
         idling, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
     )  # the second engine starts after a second
@@ -221,7 +221,7 @@ async def test_model_being_promoted_is_not_stopped_to_free_memory(
         assert len(idling.park.engines) == 1
 
 
-async def test_second_promotion_succeeds_after_the_first_woke_several_engines(
+async def test_promotion_succeeds_after_a_previous_promotion_has_woken_several_engines(
     idling: Home,
 ) -> None:
     configure(

@@ -68,7 +68,7 @@ def test_alias_selects_its_version_even_if_a_different_version_was_served_last(h
     assert choose(home, f"{NAME}@candidate")[0] == f"{NAME}@3"
 
 
-def test_named_version_becomes_desired_and_the_previous_version_is_kept(home: Home) -> None:
+def test_version_requested_at_startup_becomes_desired_and_the_old_one_is_recorded_as_previous(home: Home) -> None:
     seen = change_desired(home.store, None, target(2), None)
     desired = choose_desired(home.registry, home.store, f"{NAME}@1", None)
     assert (desired.target, desired.previous, desired.generation) == (target(1), target(2), seen.generation + 1)
@@ -107,7 +107,7 @@ def test_int8_is_preferred_to_fp8_and_merged(home: Home) -> None:
     assert choose(home, f"{NAME}@4") == (f"{NAME}@4", Format.INT8)
 
 
-def test_gguf_is_not_served(home: Home) -> None:
+def test_serving_a_version_in_gguf_format_is_refused(home: Home) -> None:
     make_version(home.registry, 4, formats=(Format.MERGED, Format.GGUF))
     with pytest.raises(RefusedError, match=r"tuned@4 \(gguf\) cannot be served by vLLM"):
         choose(home, f"{NAME}@4", Format.GGUF)

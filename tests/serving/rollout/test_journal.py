@@ -163,7 +163,7 @@ def _fails(function: Callable[..., Any], times: int, error: Exception) -> Callab
     return fail
 
 
-async def test_served_versions_are_written_in_order_after_a_store_outage(
+async def test_served_versions_are_recorded_in_order_after_a_store_outage(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PAUSE_S", 0.01)

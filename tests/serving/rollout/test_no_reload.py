@@ -57,7 +57,9 @@ async def test_all_engines_restart_if_memory_is_insufficient_for_an_additional_e
     assert reloads(control) == 0
 
 
-async def test_switched_engines_are_restarted_with_the_previous_version_when_a_swap_fails(make: Make) -> None:
+async def test_engine_that_has_already_switched_is_restarted_with_the_previous_version_if_the_swap_fails(
+    make: Make,
+) -> None:
     control = make(replicas=2)
     control.park.reloads = False
     async with control.run():

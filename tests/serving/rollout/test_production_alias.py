@@ -44,7 +44,7 @@ async def test_alias_move_is_retried_until_mlflow_accepts_it(alias: ProductionAl
     assert book.book == {Alias.PRODUCTION: ONE}
 
 
-async def test_waiting_for_mlflow_to_move_the_alias_times_out(alias: ProductionAlias, book: AliasBook) -> None:
+async def test_waiting_for_an_alias_move_ends_after_the_timeout(alias: ProductionAlias, book: AliasBook) -> None:
     book.failures = 1000
     alias.move(ONE)
     assert not await alias.settled(0.05)

@@ -37,7 +37,9 @@ def slower(double: EngineDouble) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)], ids=["promotion", "rollback"])
-async def test_no_request_fails_or_mixes_versions_in_a_swap_under_load(make: Make, before: int, after: int) -> None:
+async def test_no_request_fails_and_no_answer_mixes_versions_during_a_swap_under_load(
+    make: Make, before: int, after: int
+) -> None:
     control = make()
     control.park.prepare = slower
     async with control.run(), control.client() as client:
@@ -214,7 +216,7 @@ async def test_engine_restart_is_retried_if_it_fails(control: Control) -> None:
     assert starts[2] - starts[1] >= 0.05
 
 
-async def test_engine_stays_in_service_if_an_error_only_quotes_an_engine_death_message(control: Control) -> None:
+async def test_engine_stays_in_service_if_an_error_merely_quotes_the_message_of_a_dead_engine(control: Control) -> None:
     """vLLM quotes the death message when a client sends that message as a value."""
     for status in (400, 422, 500):
         control.double.refuse_with = status, {"message": f"Input should be a valid number, got '{DEAD_MESSAGE}'"}
@@ -247,7 +249,7 @@ async def test_new_version_can_be_promoted_while_the_engine_fails_to_restart(con
     assert control.book.book == {Alias.PRODUCTION: TWO}
 
 
-async def test_previous_version_stays_desired_if_a_promotion_cannot_restart_the_dead_engine(
+async def test_previous_version_stays_desired_if_a_promotion_fails_while_the_engine_is_dead(
     control: Control,
 ) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere")
@@ -298,7 +300,7 @@ async def test_serving_continues_if_the_store_is_down(control: Control, monkeypa
     assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_failed_promotion_is_not_repeated_if_the_desired_version_cannot_be_restored(
+async def test_failed_promotion_is_not_retried_if_resetting_the_desired_version_fails_at_first(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_version(control.registry, 4, probes_of="/elsewhere")

@@ -98,7 +98,7 @@ async def test_good_candidate_is_promoted_after_a_replay_without_a_second_engine
     ] * ALL.shadow
 
 
-async def test_rollout_steps_say_what_was_replayed_and_which_losses_are_not_excluded(control: Control) -> None:
+async def test_rollout_steps_describe_the_replay_and_explain_why_there_is_no_canary(control: Control) -> None:
     keep(control)
     async with control.run():
         start(control, 2)
@@ -212,7 +212,7 @@ async def test_restoring_production_after_a_replay_does_not_start_a_held_out_eva
         assert control.pool.weights == weights
 
 
-async def test_replay_continues_after_the_server_is_restarted_while_the_candidate_is_loaded(
+async def test_replay_interrupted_by_a_server_restart_resumes_without_repeating_requests(
     control: Control,
 ) -> None:
     keep(control)
@@ -246,7 +246,7 @@ async def test_production_is_restored_in_the_engine_when_the_server_stops_during
         assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
 
 
-async def test_engine_is_stopped_if_restoring_production_times_out_during_server_shutdown(
+async def test_engine_is_stopped_if_the_production_version_is_not_restored_in_time_at_server_shutdown(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.rollout.rollout._STOP_TIMEOUT_S", 0.05)
@@ -284,7 +284,7 @@ async def test_engine_is_replaced_when_production_cannot_be_restored_after_a_rep
     assert len(control.park.engines) == 2
 
 
-async def test_rollout_fails_when_production_cannot_be_restored_for_a_client_request(
+async def test_rollout_fails_when_a_client_request_interrupts_the_replay_but_production_cannot_be_reloaded(
     control: Control,
 ) -> None:
     keep(control)
@@ -418,7 +418,7 @@ async def test_requests_rejected_by_the_candidate_do_not_count_against_it(contro
     assert [pair.candidate_failed for pair in pairs(control)] == [False] * 20
 
 
-async def test_rollout_is_undecided_when_half_of_the_requests_fail_without_a_proven_loss(control: Control) -> None:
+async def test_rollout_is_undecided_when_half_of_the_requests_fail_but_no_loss_is_proven(control: Control) -> None:
     keep(control)
 
     def fail_each_second(path: str) -> None:
@@ -446,7 +446,7 @@ async def test_rollout_fails_before_loading_the_candidate_when_stored_requests_a
     assert seen.why is not None and "come from only 1 users or conversations" in seen.why
 
 
-async def test_rollout_fails_before_loading_the_candidate_when_client_requests_would_time_out_during_two_model_loads(
+async def test_rollout_fails_before_loading_the_candidate_if_two_model_loads_would_exceed_the_queue_timeout(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.rollout.rollout.last_queued_s", lambda store, target: 1.25)
@@ -522,7 +522,7 @@ async def test_rollout_fails_if_the_candidate_needs_a_second_engine_and_memory_i
     assert seen.why is not None and "cannot be loaded in place of the production version: architecture" in seen.why
 
 
-async def test_canary_fails_when_memory_is_too_small_for_a_second_engine_after_a_restart(make: Make) -> None:
+async def test_after_a_restart_the_canary_fails_if_the_memory_cannot_hold_a_second_engine(make: Make) -> None:
     control = make()
     keep(control)
     async with control.run():
@@ -535,7 +535,7 @@ async def test_canary_fails_when_memory_is_too_small_for_a_second_engine_after_a
     assert seen.why is not None and seen.why.startswith("not enough memory to run tuned@2")
 
 
-async def test_requests_made_during_the_rollout_or_over_a_week_ago_are_not_replayed(control: Control) -> None:
+async def test_only_requests_from_the_week_before_the_rollout_are_replayed(control: Control) -> None:
     async with control.run():
         start(control, 2, ALL.model_copy(update={"shadow": 5}))
         seen: RolloutRecord = await ended(control)

@@ -77,7 +77,7 @@ def weights(control: Control) -> list[str]:
     return [engine.double.weights.split("/")[-2] for engine in control.park.engines if engine.alive]
 
 
-async def test_engine_that_dies_before_its_switch_restarts_with_the_old_version_and_then_switches(
+async def test_waiting_engine_that_dies_during_a_swap_is_restarted_on_the_old_version_and_then_switched(
     make: Make,
 ) -> None:
     async with serving(make, 3) as control:
@@ -94,7 +94,7 @@ async def test_engine_that_dies_before_its_switch_restarts_with_the_old_version_
         assert weights(control) == ["2"] * 3
 
 
-async def test_engine_that_died_before_the_swap_restarts_with_the_old_version_and_is_then_switched(make: Make) -> None:
+async def test_dead_engine_is_restarted_on_the_old_version_before_a_swap_switches_it(make: Make) -> None:
     async with serving(make, 3) as control:
         control.reconciler.reviver.backoff_s = (0.3,)
         first = kill(control, 0)
@@ -154,7 +154,7 @@ async def test_dead_engine_is_not_started_while_another_engine_is_starting(make:
         await until(lambda: control.park.alive == 2)
 
 
-async def test_restart_of_a_dead_engine_waits_if_a_second_engine_leaves_too_little_memory(
+async def test_dead_engine_is_not_restarted_until_there_is_enough_memory(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.rollout.reviver._ROOM_PAUSE_S", 0.01)
@@ -176,7 +176,7 @@ async def test_restart_of_a_dead_engine_waits_if_a_second_engine_leaves_too_litt
         await until(lambda: held(control) == [target(4)] * 2)
 
 
-async def test_restarted_engine_keeps_its_version_if_the_swap_fails(make: Make) -> None:
+async def test_all_engines_serve_the_old_version_if_one_dies_during_a_swap_that_fails(make: Make) -> None:
     async with serving(make, 3) as control:
         second = control.park.engines[1].double
         second.on_call = lambda path: setattr(second, "probe_noise", 9.0 if "/2/" in second.weights else 0.0)

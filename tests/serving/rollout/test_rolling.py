@@ -88,7 +88,7 @@ async def test_engine_that_dies_unnoticed_during_a_rolling_swap_is_restarted_wit
         await both_ready(control, 2)
 
 
-async def test_no_request_fails_waits_or_mixes_versions_in_a_rolling_swap_under_load(control: Control) -> None:
+async def test_requests_never_fail_or_wait_or_mix_versions_in_a_rolling_swap_under_load(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
         load = Load(client)
@@ -170,7 +170,7 @@ async def test_engine_that_is_down_during_a_promotion_restarts_with_the_new_vers
         assert weights(control) == ["2", "2"]
 
 
-async def test_engine_that_dies_after_its_switch_restarts_with_the_new_version(control: Control) -> None:
+async def test_already_switched_engine_that_dies_is_restarted_with_the_new_version(control: Control) -> None:
     async with control.run():
         await both_ready(control)
         control.park.engines[1].double.reload_delay_s = 0.2

@@ -310,7 +310,9 @@ async def test_rollout_fails_when_the_restarted_server_cannot_start_the_candidat
     assert (seen.outcome, seen.why) == (RolloutOutcome.FAILED, "the server stopped during the swap")
 
 
-async def test_rollout_ends_as_promoted_if_its_swap_succeeded_before_a_later_promotion(control: Control) -> None:
+async def test_rollout_counts_as_promoted_even_if_another_promotion_follows_its_successful_swap(
+    control: Control,
+) -> None:
     begun = switched(control)
     swap = begin_swap(control.store, Desired(target(2), target(1), begun.generation + 1))
     end_swap(control.store, swap, SwapResult(SwapOutcome.SUCCEEDED))

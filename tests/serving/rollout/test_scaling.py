@@ -130,7 +130,7 @@ def _poisson(rng: random.Random, mean: float) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 1.3])
-def test_scaling_on_a_simulated_day_saves_replica_hours_with_few_changes_and_short_waits(scale: float) -> None:
+def test_scaling_over_a_simulated_day_saves_replica_hours_and_keeps_waits_short_and_changes_rare(scale: float) -> None:
     day = simulate_day(seed=1, scale=scale)
     waits = sorted(day.waits)
     assert day.changes <= 40

@@ -314,7 +314,7 @@ async def test_follower_serves_only_production_when_memory_suffices_for_only_one
     assert versions == {ONE}
 
 
-async def test_rollout_continues_when_the_candidate_engine_of_the_follower_dies(servers: Servers) -> None:
+async def test_rollout_continues_when_the_candidate_engine_on_a_follower_server_dies(servers: Servers) -> None:
     async with servers.run(), servers.second.client() as client, Users(client).asking() as users:
         start(servers.first, 2, ENDLESS)
         await until(lambda: splits(servers.first, servers.second))
@@ -344,7 +344,7 @@ async def test_both_servers_stop_sending_clients_to_the_candidate_when_a_user_ro
     assert record(servers.first).outcome is RolloutOutcome.CANCELLED
 
 
-async def test_follower_applies_a_rollback_and_later_ends_the_rollout_when_the_leader_is_dead(
+async def test_dead_leader_does_not_delay_a_rollback_on_the_follower(
     servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with servers.run():

@@ -123,20 +123,20 @@ async def test_shadow_pair_has_logprobs_of_both_versions(
     assert copies.models == ["2", "1"]
 
 
-async def test_one_shadow_request_in_four_is_also_sent_to_production(copies: Copies) -> None:
+async def test_every_fourth_shadow_request_is_also_sent_to_production(copies: Copies) -> None:
     pairs = await copies.compare(CHAT, count=2 * PRODUCTION_INTERVAL)
     assert sum(pair.production_logprob is not None for pair in pairs) == 2
     assert all(pair.candidate_logprob is not None for pair in pairs)
     assert copies.models.count("1") == 2
 
 
-async def test_no_shadow_request_is_sent_to_production_when_the_client_requested_logprobs(copies: Copies) -> None:
+async def test_production_gets_no_shadow_request_when_its_answer_to_the_client_has_logprobs(copies: Copies) -> None:
     [pair] = await copies.compare(CHAT | {"logprobs": True}, ANSWER_WITH_LOGPROBS)
     assert pair.production_logprob == -1.0
     assert copies.models == ["2"]
 
 
-async def test_no_logprobs_are_requested_for_a_shadow_request_when_its_prompt_would_be_scored(copies: Copies) -> None:
+async def test_shadow_request_that_echoes_its_prompt_does_not_request_logprobs(copies: Copies) -> None:
     [pair] = await copies.compare(PLAIN | {"echo": True}, route=Route.COMPLETIONS)
     assert (pair.candidate_logprob, pair.production_logprob) == (None, None)
     assert copies.models == ["2"] and "logprobs" not in copies.sent[0]

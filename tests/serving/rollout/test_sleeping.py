@@ -95,7 +95,7 @@ async def test_idle_engine_sleeps_and_stays_alive(sleeping: Home) -> None:
         assert (await client.get("/health")).status_code == 200
 
 
-async def test_next_requests_wait_until_the_engine_is_awake_and_are_answered(sleeping: Home) -> None:
+async def test_requests_for_a_sleeping_model_wake_its_engine_and_are_answered(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
         assert await asyncio.gather(*(answer(client) for _ in range(5))) == [ONE] * 5
@@ -340,7 +340,7 @@ async def test_waking_model_does_not_stop_itself_to_free_memory(sleeping: Home) 
         assert len(sleeping.park.engines) == 1
 
 
-async def test_engine_that_does_not_wake_and_cannot_be_stopped_at_first_is_stopped_before_a_new_engine_starts(
+async def test_stopping_an_engine_that_fails_to_wake_is_retried_before_a_new_engine_starts(
     sleeping: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_to_end_once(monkeypatch)

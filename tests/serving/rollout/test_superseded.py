@@ -193,7 +193,7 @@ async def test_swap_is_cancelled_if_superseded_while_an_abandoned_request_drains
     assert took_s < WITHIN_S
 
 
-async def test_superseded_reload_is_completed_and_undone_in_the_same_engine(control: Control) -> None:
+async def test_rollback_during_a_reload_reloads_the_previous_version_into_the_same_engine(control: Control) -> None:
     async with loaded(control):
         promotion = control.wish(2)
         await until(lambda: control.state is EngineState.SWAPPING)
@@ -208,7 +208,7 @@ async def test_superseded_reload_is_completed_and_undone_in_the_same_engine(cont
     assert any("weights of tuned@1" in step for step in steps(control, promotion))
 
 
-async def test_swap_superseded_while_the_loaded_weights_are_verified_is_undone(
+async def test_swap_is_undone_if_superseded_while_the_loaded_weights_are_verified(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is checked right after the reload, so the version passes its probes and is undone nevertheless."""
@@ -288,7 +288,9 @@ def cramped(make: Make) -> Control:
     return control
 
 
-async def test_single_engine_restarts_with_the_previous_version_if_its_restart_is_superseded(cramped: Control) -> None:
+async def test_previous_version_is_loaded_if_a_swap_is_superseded_while_the_only_engine_restarts(
+    cramped: Control,
+) -> None:
     control = cramped
     async with loaded(control):
         control.park.start_delay_s = LONG_S
@@ -300,7 +302,9 @@ async def test_single_engine_restarts_with_the_previous_version_if_its_restart_i
     assert_cancelled(swap)
 
 
-async def test_both_engines_serve_the_previous_version_after_the_restart_of_one_is_superseded(make: Make) -> None:
+async def test_both_engines_serve_the_previous_version_if_a_swap_is_superseded_while_one_of_them_restarts(
+    make: Make,
+) -> None:
     control = make(facts=OTHER_FACTS, replicas=2)
     control.park.room = "full"
     async with loaded(control):

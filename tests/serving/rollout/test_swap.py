@@ -99,7 +99,7 @@ async def test_swap_to_a_version_without_a_recorded_fingerprint_succeeds(control
     assert swap.outcome is SwapOutcome.SUCCEEDED
 
 
-async def test_requests_by_model_name_are_answered_by_the_new_version_after_a_swap(control: Control) -> None:
+async def test_requests_that_name_only_the_model_get_the_new_version_after_a_swap(control: Control) -> None:
     assert (await control.reconciler.swap.run(target(1), target(2), lambda step: None)).outcome is SwapOutcome.SUCCEEDED
     async with control.client() as client:
         answer = await ask(client, stream=True)
@@ -333,7 +333,7 @@ def impatient(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "reset_prefix_cache", lambda: reset(within_s=0.1))
 
 
-async def test_swap_is_refused_before_the_reload_if_a_request_never_finishes_in_the_engine(
+async def test_swap_is_refused_if_the_prefix_cache_cannot_be_reset_before_the_reload(
     control: Control, impatient: None
 ) -> None:
     control.double.stuck_resets = 1000

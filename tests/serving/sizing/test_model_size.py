@@ -41,7 +41,7 @@ def test_fewer_bits_reduce_the_weight_size_but_not_the_kv_cache_size() -> None:
 
 
 @pytest.mark.parametrize("model", ["big", "0b", "/nowhere"])
-def test_unknown_model_is_refused(model: str) -> None:
+def test_reading_the_size_of_an_unknown_model_raises_a_settings_error(model: str) -> None:
     with pytest.raises(SettingsError):
         read_model_size(model, None)
 

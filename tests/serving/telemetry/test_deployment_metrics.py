@@ -55,7 +55,7 @@ def test_swap_metrics_include_the_duration_and_the_number_of_queued_requests(
     assert registry.get_sample_value("svc_swap_queued_requests_sum", {"model": NAME}) == 12
 
 
-def test_swap_refused_while_admission_was_open_is_not_in_the_queued_requests_metric(
+def test_refused_swap_that_queued_no_requests_is_not_in_the_queued_requests_metric(
     registry: CollectorRegistry, metrics: DeploymentMetrics
 ) -> None:
     metrics.swap_ended(SwapResult(SwapOutcome.REFUSED, "other shapes"))
@@ -63,7 +63,7 @@ def test_swap_refused_while_admission_was_open_is_not_in_the_queued_requests_met
     assert registry.get_sample_value("svc_swap_queued_requests_count", {"model": NAME}) is None
 
 
-def test_at_most_one_version_has_a_held_out_evaluation_interval_in_the_metrics(
+def test_time_between_held_out_evaluations_is_exported_for_at_most_one_version(
     registry: CollectorRegistry, metrics: DeploymentMetrics
 ) -> None:
     def due(version: str) -> float | None:

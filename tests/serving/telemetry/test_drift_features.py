@@ -153,7 +153,7 @@ class TestOneProcess:
         assert b"Featherstonehaugh" not in content
         assert b"Cholmondeley" not in content
 
-    def test_features_are_no_longer_computed_for_a_version_with_a_damaged_text_embedding_file(
+    def test_damaged_text_embedding_file_stops_feature_computation_for_that_version_only(
         self, features: Features
     ) -> None:
         for number in (2, 3):
@@ -166,7 +166,7 @@ class TestOneProcess:
         features.add(of=target(3))
         features.stored(1, target(3))
 
-    def test_no_features_are_stored_for_a_request_deleted_while_they_are_computed(self, features: Features) -> None:
+    def test_request_deleted_during_feature_computation_gets_no_stored_features(self, features: Features) -> None:
         four = target(4)
         make_version(features.registry, 4, compared=True)
         records = features.records(1, four)

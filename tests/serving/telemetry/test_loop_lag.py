@@ -29,6 +29,6 @@ async def test_event_loop_lag_equals_the_time_the_loop_is_blocked(lags: list[flo
     assert lags[0] > 0.15
 
 
-async def test_event_loop_lag_is_observed_continuously_and_never_negative(lags: list[float]) -> None:
+async def test_event_loop_lag_is_measured_repeatedly_and_is_never_negative(lags: list[float]) -> None:
     await until(lambda: len(lags) > 20)
     assert min(lags) >= 0

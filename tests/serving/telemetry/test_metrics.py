@@ -95,7 +95,7 @@ def test_prompt_and_answer_tokens_are_counted_separately(registry: CollectorRegi
         assert registry.get_sample_value("svc_tokens_total", labels) == count
 
 
-def test_every_error_reason_has_a_series_before_its_first_error(
+def test_error_series_of_a_version_starts_at_zero_before_the_first_error(
     registry: CollectorRegistry, metrics: GatewayMetrics
 ) -> None:
     metrics.show_errors(ONE)
@@ -114,7 +114,7 @@ def test_error_is_counted_for_the_requested_version(registry: CollectorRegistry,
     assert counts == [1, 0]
 
 
-def test_every_error_reason_has_a_series_before_a_version_is_loaded(
+def test_error_series_of_a_model_starts_at_zero_before_a_version_is_loaded(
     registry: CollectorRegistry, metrics: GatewayMetrics
 ) -> None:
     metrics.show_errors(None, "tuned")
@@ -128,7 +128,7 @@ def test_error_without_a_version_is_counted_for_its_model(registry: CollectorReg
     assert registry.get_sample_value("svc_request_errors_total", labels) == 1
 
 
-def test_request_error_without_a_model_has_the_model_label_unknown(
+def test_error_without_a_model_is_counted_with_unknown_as_its_model(
     registry: CollectorRegistry, metrics: GatewayMetrics
 ) -> None:
     metrics.request_failed(None, ErrorCode.BODY_TIMEOUT)
@@ -152,7 +152,7 @@ def test_metric_series_of_300_versions_are_removed_after_a_day_without_requests(
     assert len(generate_latest(registry)) == empty
 
 
-def test_all_series_of_a_served_version_stay_through_days_without_requests(
+def test_served_version_stays_in_the_metrics_after_days_without_requests(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     metrics.show_errors(ONE)
@@ -162,7 +162,7 @@ def test_all_series_of_a_served_version_stay_through_days_without_requests(
     assert shown_versions(registry) == {"1"}
 
 
-def test_unserved_versions_stay_in_the_metrics_for_a_day_after_a_request(
+def test_unserved_version_stays_in_the_metrics_until_a_day_after_its_last_request(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     stream(metrics, ONE)
@@ -178,7 +178,7 @@ def test_unserved_versions_stay_in_the_metrics_for_a_day_after_a_request(
     assert requests_of(registry, TWO) == 2
 
 
-def test_errors_without_a_version_stay_in_the_metrics_after_a_day_without_errors(
+def test_errors_not_attributed_to_a_version_stay_in_the_metrics_after_an_idle_day(
     registry: CollectorRegistry, metrics: GatewayMetrics, clock: Clock
 ) -> None:
     metrics.request_failed(None, ErrorCode.ENGINE_UNAVAILABLE, NAME)

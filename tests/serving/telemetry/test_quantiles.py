@@ -67,7 +67,7 @@ def test_sample_expires_at_the_end_of_the_window() -> None:
     assert shown(versions) == {}
 
 
-def test_old_samples_expire_while_new_samples_arrive() -> None:
+def test_old_samples_expire_even_if_new_samples_arrive() -> None:
     clock = Clock()
     versions = example(clock)
     versions.observe(("tuned", "1"), 100.0)

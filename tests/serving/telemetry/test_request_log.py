@@ -146,7 +146,7 @@ def test_memory_for_queued_content_is_bounded(store: Store, monkeypatch: pytest.
     assert sum(row.prompt is not None for row in pen.rows()) == 4
 
 
-def test_memory_is_freed_if_content_is_only_checked_for_json(pen: Pen) -> None:
+def test_content_that_is_checked_but_not_stored_is_freed_from_memory(pen: Pen) -> None:
     checked = content()
     checked.stored, checked.expects_json = False, True
     pen.writer.add(RECORD, checked)
@@ -289,7 +289,7 @@ def test_no_rows_are_deleted_if_the_clock_jumps(store: Store, monkeypatch: pytes
     assert len(pen.rows()) == 3
 
 
-def test_no_rows_are_deleted_if_all_are_old_at_startup(store: Store) -> None:
+def test_rows_are_not_deleted_at_startup_if_every_row_appears_expired(store: Store) -> None:
     add_requests(store, [RECORD._replace(started_at=RECORD.started_at - timedelta(days=60))] * 3)
     pen = Pen(store)
     pen.writer.start()
@@ -316,7 +316,7 @@ def test_only_the_content_is_lost_if_a_redaction_pattern_takes_too_long(
 
 
 @pytest.mark.slow
-def test_size_limit_is_enforced_after_summing_the_row_sizes_only_once(
+def test_size_limit_is_enforced_with_a_single_query_for_the_total_row_size(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_requests(store, [RECORD] * 50)
@@ -338,7 +338,9 @@ def test_size_limit_is_enforced_after_summing_the_row_sizes_only_once(
     assert 0.8 * 2**20 < sum(row.bytes for row in pen.rows()) <= 2**20
 
 
-def test_corrections_count_towards_the_request_log_size_limit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corrections_count_toward_the_size_limit_of_the_request_log(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(request_log, "_PRUNE_EVERY_S", 0.01)
     pen = Pen(store, max_mib=1)
     pen.writer.start()

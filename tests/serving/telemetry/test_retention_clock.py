@@ -31,7 +31,7 @@ def test_rows_expire_at_the_maximum_age_while_the_wall_clock_is_steady() -> None
         assert clocks.after(timedelta(days=10)) == clocks.wall - MONTH
 
 
-def test_no_row_expires_if_the_clock_is_a_year_ahead_for_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_row_expires_while_the_clock_is_temporarily_a_year_ahead(caplog: pytest.LogCaptureFixture) -> None:
     clocks, year = Clocks(), timedelta(days=365)
     clocks.after(HOUR)
     assert clocks.after(timedelta(minutes=1), jump=year) is None
@@ -83,7 +83,7 @@ def test_clock_is_trusted_immediately_if_there_are_no_rows_at_startup() -> None:
     assert clocks.after(HOUR) == clocks.wall - MONTH
 
 
-def test_clock_is_trusted_again_after_the_maximum_row_age_if_it_is_less_than_a_day() -> None:
+def test_clock_is_trusted_again_after_the_maximum_row_age_if_that_age_is_less_than_a_day() -> None:
     clocks = Clocks(newest=NOON - 9 * HOUR, max_age=2 * HOUR)
     assert clocks.after(HOUR) is None
     assert clocks.after(2 * HOUR) == clocks.wall - 2 * HOUR

@@ -47,7 +47,7 @@ def fault_of(authenticator: Authenticator, secret: str | None) -> KeyFault:
     return raised.value.fault
 
 
-def test_valid_secret_authenticates_the_principal_of_its_key(authenticator: Authenticator, issued: IssuedKey) -> None:
+def test_valid_secret_identifies_the_principal_of_its_key(authenticator: Authenticator, issued: IssuedKey) -> None:
     assert authenticator.grant(issued.secret).principal == issued.key.principal
 
 
@@ -116,7 +116,7 @@ def test_key_expires_without_rereading_the_store(authenticator: Authenticator, i
     assert fault_of(authenticator, issued.secret) is KeyFault.EXPIRED
 
 
-def test_rotated_secret_is_rejected_from_the_next_check(
+def test_old_secret_is_rejected_from_the_next_check_after_a_rotation(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     rotated = keyring.rotate("ci")
@@ -125,7 +125,7 @@ def test_rotated_secret_is_rejected_from_the_next_check(
     assert authenticator.grant(rotated.secret).principal == issued.key.principal
 
 
-def test_rotated_secret_is_accepted_until_its_grace_period_ends(
+def test_old_secret_is_accepted_after_a_rotation_until_its_grace_period_ends(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, clock: Clock
 ) -> None:
     keyring.rotate("ci", grace=timedelta(seconds=30))
@@ -181,12 +181,12 @@ def test_no_key_secret_stays_in_memory(authenticator: Authenticator, issued: Iss
     assert kept() is None
 
 
-def test_all_keys_are_rejected_before_the_first_check(store: Store, issued: IssuedKey) -> None:
+def test_no_key_is_accepted_before_the_keys_are_first_read_from_the_store(store: Store, issued: IssuedKey) -> None:
     with pytest.raises(KeysUnavailableError):
         Authenticator(store).grant(issued.secret)
 
 
-def test_known_keys_stay_valid_for_one_minute_without_a_check(
+def test_known_keys_stay_valid_for_one_minute_after_they_were_last_read_from_the_store(
     authenticator: Authenticator, issued: IssuedKey, clock: Clock
 ) -> None:
     clock.forward(seconds=60)
@@ -336,7 +336,7 @@ def test_previously_accepted_secret_is_rejected_after_its_key_expires(
     assert fault_of(authenticator, issued.secret) is KeyFault.EXPIRED
 
 
-def test_previously_accepted_rotated_secret_is_rejected_after_its_grace_period(
+def test_secret_that_was_accepted_during_its_grace_period_is_rejected_afterwards(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, clock: Clock
 ) -> None:
     keyring.rotate("ci", grace=timedelta(seconds=30))
@@ -346,7 +346,7 @@ def test_previously_accepted_rotated_secret_is_rejected_after_its_grace_period(
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
 
 
-def test_previously_accepted_secret_is_rejected_after_a_minute_without_a_key_check(
+def test_previously_accepted_secret_is_rejected_if_keys_have_not_been_checked_for_a_minute(
     authenticator: Authenticator, issued: IssuedKey, clock: Clock
 ) -> None:
     authenticator.grant(issued.secret)
@@ -384,7 +384,7 @@ def test_grant_has_the_current_permissions_of_its_key(
     assert authenticator.grant(issued.secret).principal.limits.concurrent == 7
 
 
-def test_key_that_becomes_valid_again_gets_a_new_grant(
+def test_new_grant_is_issued_when_a_revoked_key_becomes_valid_again(
     authenticator: Authenticator, issued: IssuedKey, store: Store
 ) -> None:
     ended = authenticator.grant(issued.secret)
@@ -410,7 +410,7 @@ def test_grant_ends_when_its_key_expires(authenticator: Authenticator, issued: I
 
 
 @pytest.mark.slow
-async def test_grant_issued_while_waiting_for_key_changes_ends_when_its_key_expires(
+async def test_key_expiry_ends_a_grant_while_the_authenticator_is_waiting_for_key_changes(
     store: Store, keyring: Keyring
 ) -> None:
     issued = keyring.create(INFER, expires_at=datetime.now(UTC) + timedelta(seconds=0.5))

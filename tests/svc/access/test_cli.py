@@ -38,7 +38,9 @@ def authenticator(home: Path = Path(".svc")) -> Authenticator:
     return made
 
 
-def test_first_admin_key_is_created_locally_in_an_owner_only_home(svc: Svc, tmp_path: Path) -> None:
+def test_first_admin_key_is_created_locally_in_a_home_folder_that_only_the_owner_can_access(
+    svc: Svc, tmp_path: Path
+) -> None:
     result = svc("keys", "create", "--scope", "admin")
     assert result.code == 0
     assert authenticator().grant(result.out.strip()).principal.may(Scope.JOBS)
@@ -115,7 +117,7 @@ def test_key_list_shows_when_a_key_was_last_used(svc: Svc) -> None:
 
 
 @pytest.mark.slow
-def test_revoked_key_is_rejected_and_listed_only_if_all_keys_are_requested(svc: Svc) -> None:
+def test_revoked_key_is_rejected_and_appears_in_the_key_list_only_with_the_all_option(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     result = svc("keys", "revoke", "ci", "--yes", "--reason", "leaked")
     assert "has been revoked" in result.out

@@ -41,7 +41,7 @@ def test_unchanged_version_is_copied_only_once(used: UsedHome, back_up: BackUp) 
     assert made.snapshot.versions == (str(first), str(second))
 
 
-def test_backup_files_are_not_hard_links_to_the_home(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
+def test_backup_files_are_copies_rather_than_hard_links(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
     version = used.publish()
     back_up()
     weights = Path("merged") / "model.safetensors"
@@ -221,7 +221,9 @@ def test_uncommitted_rows_are_excluded_from_the_snapshot(
     restored.close()
 
 
-def test_snapshot_names_a_remote_mlflow_server(used: UsedHome, archive: Archive) -> None:
+def test_snapshot_records_the_configured_mlflow_uri_and_does_not_include_mlflow_db(
+    used: UsedHome, archive: Archive
+) -> None:
     uri = f"sqlite:///{used.settings.home / 'mlflow.db'}"
     settings = Settings(home=used.settings.home, tracking_uri=uri)
     made = Backup(settings, archive).run(keep=1).snapshot

@@ -78,7 +78,7 @@ def test_file_content_that_is_only_in_the_object_store_is_not_reported_as_missin
 
 
 @pytest.mark.slow
-def test_damaged_file_content_in_a_backup_is_not_restored_and_is_replaced_by_the_next_backup_with_verification(
+def test_damaged_file_content_in_a_backup_is_not_restored_until_a_verifying_backup_replaces_it(
     files: ClientFiles, archive: Archive, back_up: BackUp, restore_as: RestoreAs
 ) -> None:
     id = add(files, b"content")

@@ -75,7 +75,7 @@ def test_restore_warns_if_the_restored_database_is_unused_because_store_url_is_s
     assert (result.code, "is not used, because store.url is set" in result.err) == (0, True)
 
 
-def test_revoke_keys_option_is_refused_if_the_restored_database_is_unused_because_store_url_is_set(
+def test_restore_with_the_revoke_keys_option_is_refused_if_store_url_is_set(
     svc: Svc, used: UsedHome, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

@@ -59,7 +59,7 @@ def test_snapshot_with_an_altered_database_is_rejected(archive: Archive, back_up
     assert not (tmp_path / "again" / "svc.db").exists()
 
 
-def test_version_altered_in_the_backup_is_rejected(
+def test_restore_fails_if_a_version_in_the_backup_was_altered(
     used: UsedHome, archive: Archive, back_up: BackUp, restore_as: RestoreAs, tmp_path: Path
 ) -> None:
     version = used.publish()

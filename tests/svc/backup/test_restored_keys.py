@@ -56,7 +56,7 @@ def test_restored_key_stays_revoked_if_revoked_in_any_newer_snapshot(
 
 
 @pytest.mark.slow
-def test_key_stays_revoked_if_an_earlier_one_of_the_newer_snapshots_is_damaged(
+def test_restored_key_stays_revoked_even_if_a_snapshot_older_than_its_revocation_is_damaged(
     used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
 ) -> None:
     create(used, "stolen", "fine")
@@ -100,7 +100,7 @@ def test_store_is_not_restored_if_the_keys_are_not_confirmed(
 
 
 @pytest.mark.slow
-def test_restore_with_valid_keys_is_rejected_without_a_terminal_to_confirm_them(
+def test_restoring_a_backup_with_valid_keys_is_refused_if_there_is_no_terminal_for_confirmation(
     svc: Svc, used: UsedHome, tmp_path: Path
 ) -> None:
     (issued,) = create(used, "laptop")
@@ -116,7 +116,9 @@ def test_restore_with_valid_keys_is_rejected_without_a_terminal_to_confirm_them(
 
 
 @pytest.mark.slow
-def test_restore_continues_if_an_option_confirms_the_keys(svc: Svc, used: UsedHome, tmp_path: Path) -> None:
+def test_restore_with_the_yes_option_needs_no_confirmation_of_the_keys(
+    svc: Svc, used: UsedHome, tmp_path: Path
+) -> None:
     create(used, "laptop", "stolen")
     svc("--home", used.settings.home, "backup", "backups")
     name = json.loads(svc("restore", "backups", "--list", "--json").out)[0]["name"]
@@ -147,7 +149,7 @@ def test_restore_asks_for_confirmation_on_a_terminal(
 
 
 @pytest.mark.slow
-def test_only_new_keys_are_valid_after_restoring_with_all_keys_revoked(
+def test_restore_with_the_revoke_keys_option_revokes_every_restored_key(
     svc: Svc, used: UsedHome, tmp_path: Path
 ) -> None:
     create(used, "laptop", "phone")
@@ -162,7 +164,7 @@ def test_only_new_keys_are_valid_after_restoring_with_all_keys_revoked(
 
 
 @pytest.mark.slow
-def test_restore_warns_about_a_newer_snapshot_with_an_unreadable_store(
+def test_restore_warns_about_a_newer_snapshot_even_if_the_store_in_that_snapshot_is_unreadable(
     svc: Svc, used: UsedHome, tmp_path: Path
 ) -> None:
     create(used, "laptop")

@@ -87,7 +87,7 @@ def test_batch_file_with_too_many_requests_is_reported_as_a_problem(file: Path) 
     assert (problem.line, problem.code) == (None, "too_many_requests")
 
 
-def test_problem_list_of_a_batch_file_is_limited_to_the_maximum(file: Path) -> None:
+def test_number_of_problems_reported_for_a_batch_file_is_limited(file: Path) -> None:
     file.write_bytes(b"{}\n" * (MAX_PROBLEMS + 5))
     check = check_batch_file(file)
     assert len(check.problems) == MAX_PROBLEMS

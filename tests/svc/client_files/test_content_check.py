@@ -68,7 +68,7 @@ def test_empty_file_is_unusable(file: Path) -> None:
     assert "no requests" in (check_content(file, Purpose.BATCH).details or "")
 
 
-def test_uploaded_file_with_the_purpose_batch_is_checked_as_batch_requests(file: Path) -> None:
+def test_invalid_requests_in_an_uploaded_batch_file_are_reported_by_line(file: Path) -> None:
     file.write_bytes(line())
     assert check_content(file, Purpose.BATCH) == ContentCheck(True)
     file.write_bytes(line() + line() + b"{}\n" * 200)

@@ -320,7 +320,7 @@ def test_object_of_a_deleted_file_is_deleted_once_the_object_store_responds(
     assert ObjectStore(bucket.url).keys("client-files") == []
 
 
-def test_object_is_kept_if_its_file_was_added_by_a_later_attempt(first: ClientFiles, objects: ObjectStore) -> None:
+def test_object_marked_for_deletion_is_kept_if_its_file_exists(first: ClientFiles, objects: ObjectStore) -> None:
     id = add(first, b"{}\n")
     first.path(f".removed-{id}").touch()
     first.tidy_shared()
@@ -349,7 +349,7 @@ async def test_local_copy_of_a_deleted_file_is_removed(first: ClientFiles, secon
 
 @pytest.mark.slow
 @pytest.mark.parametrize("needed", [True, False])
-async def test_unused_local_copy_of_a_file_is_removed_unless_a_job_needs_it(
+async def test_local_copy_not_used_recently_is_removed_unless_a_running_job_needs_the_file(
     first: ClientFiles, second: ClientFiles, store: Store, tmp_path: Path, needed: bool
 ) -> None:
     id = add(first)

@@ -8,7 +8,7 @@ from svc.dataset.readers.reader import read_examples
 from tests.svc.chats import chat
 
 
-def test_dataset_fingerprint_ignores_spacing_key_order_and_extra_keys(tmp_path: Path) -> None:
+def test_dataset_fingerprint_ignores_json_formatting_and_key_order_and_extra_keys(tmp_path: Path) -> None:
     value = chat().as_dict()
     swapped = [{"content": turn["content"], "role": turn["role"]} for turn in value["messages"]]
     (tmp_path / "a.jsonl").write_text(json.dumps(value))

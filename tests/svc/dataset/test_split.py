@@ -58,7 +58,7 @@ def test_held_out_share_matches_the_requested_share_on_real_examples(share: floa
 
 
 @pytest.mark.slow
-def test_duplicate_group_is_held_out_when_its_smallest_normalized_hash_is_below_the_held_out_fraction() -> None:
+def test_duplicate_group_is_held_out_if_any_of_its_hashes_is_below_the_held_out_fraction() -> None:
     """One copy differs only in case and has no hash of its own: three hashes, and 1 - 0.9 ** 3 is 0.271."""
     examples = with_copies(1)
     copied = {example.answer for example in examples if sum(one.answer == example.answer for one in examples) > 1}
@@ -96,7 +96,7 @@ def test_duplicate_group_with_a_previously_trained_prompt_is_not_held_out(
 @pytest.mark.slow
 @given(st.integers(0, 2**32), st.integers(0, 9), st.floats(0.01, 0.99))
 @settings(max_examples=15, deadline=None)
-def test_repeated_split_is_unchanged_after_training_on_its_training_examples(
+def test_split_stays_the_same_after_its_training_examples_have_been_trained_on(
     seed: int, split_seed: int, share: float
 ) -> None:
     """Otherwise, the same recipe would be a different run after it has finished."""
@@ -105,7 +105,7 @@ def test_repeated_split_is_unchanged_after_training_on_its_training_examples(
     assert (again.train, again.heldout) == (split.train, split.heldout)
 
 
-def test_examples_not_held_out_because_of_previous_training_are_counted() -> None:
+def test_split_counts_examples_that_it_keeps_for_training_because_they_were_trained_on_before() -> None:
     examples = unrelated(0, 60)
     held = split_heldout(examples, 0.2, 0).heldout
     assert split_heldout(examples, 0.2, 0, hash_prompts(held[:3])).learnt_before == 3

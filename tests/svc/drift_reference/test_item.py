@@ -99,7 +99,7 @@ def same(one: Sample, other: Sample) -> None:
 @pytest.mark.slow
 @settings(max_examples=25)
 @given(st.lists(answers, min_size=1, max_size=3), st.none() | st.floats(-9, 0))
-def test_drift_items_yield_the_same_samples_as_the_original_texts(
+def test_drift_items_yield_the_same_samples_as_the_full_request_and_answer_texts(
     records: list[RequestRecord], logprob: float | None
 ) -> None:
     items = maker.make(records)
@@ -145,7 +145,7 @@ def test_feature_absent_from_a_drift_item_counts_as_missing() -> None:
     assert found.categories["newer"].tolist() == [""]
 
 
-def test_sample_of_no_drift_items_is_empty() -> None:
+def test_empty_list_of_drift_items_yields_an_empty_sample() -> None:
     assert REFERENCE.prompts is not None
     empty = prompt_sample([], REFERENCE.prompts)
     assert empty.size == 0

@@ -79,7 +79,7 @@ def test_fitting_a_text_space_is_deterministic() -> None:
     assert all((getattr(one, field.name) == getattr(other, field.name)).all() for field in fields(TextSpace))
 
 
-def test_saved_text_space_round_trips(tmp_path: Path) -> None:
+def test_loaded_text_space_gives_the_same_results_as_the_saved_one(tmp_path: Path) -> None:
     fitted = space()
     loaded = load_text_space(save(tmp_path, fitted))
     assert_same_place(fitted, loaded, [*PROMPTS, "a rose on a train", *ODD])

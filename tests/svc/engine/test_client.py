@@ -280,7 +280,7 @@ async def test_invalid_engine_response_raises_engine_error(ask: Ask) -> None:
                 pytest.fail(f"{body!r} was read as {await ask(client)}")
 
 
-async def test_engine_closing_a_reused_connection_is_not_reported_dead(tmp_path: Path) -> None:
+async def test_request_succeeds_even_if_the_engine_closes_the_reused_connection(tmp_path: Path) -> None:
     """The engine closes an idle connection while the next request is being sent."""
     body = b'{"tokens": [1]}'
 
@@ -300,7 +300,7 @@ async def test_engine_closing_a_reused_connection_is_not_reported_dead(tmp_path:
     server.close()
 
 
-async def test_engine_dying_during_a_request_raises_engine_error() -> None:
+async def test_connection_lost_during_an_engine_request_raises_engine_error() -> None:
     def cut(request: httpx.Request) -> httpx.Response:
         raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
 

@@ -97,7 +97,7 @@ def test_pytorch_gptq_kernel_can_be_selected_on_any_cpu() -> None:
         (HOPPER.model_copy(update={"vllm_gptq": False}), GptqKernel.AUTO, "no GPTQ kernel", "--format merged"),
     ],
 )
-def test_gptq_kernel_unavailable_on_the_device_is_rejected_with_advice(
+def test_error_with_advice_is_raised_if_the_gptq_kernel_is_unavailable_on_the_device(
     device: DeviceCapabilities, asked_for: GptqKernel, told: str, todo: str
 ) -> None:
     with pytest.raises(EngineError, match=told) as caught:
@@ -207,7 +207,7 @@ def test_device_capabilities_are_redetected_when_an_instruction_set_limit_is_set
         ("DEFAULT", "avx2 avx512f", "x86_64-baseline"),
     ],
 )
-def test_detected_instruction_set_is_the_widest_used_by_torch(
+def test_detected_instruction_set_is_the_widest_that_the_cpu_has_and_torch_uses(
     monkeypatch: pytest.MonkeyPatch, used: str, flags: str, expected: str
 ) -> None:
     monkeypatch.setattr(module, "cpu_identity", lambda: iter([f"flags : {flags}"]))
@@ -257,7 +257,7 @@ def test_float32_is_used_when_bfloat16_would_be_emulated(
         subprocess.TimeoutExpired(["python"], 300),
     ],
 )
-def test_failing_torch_import_raises_error_with_advice(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+def test_failing_torch_import_raises_an_error_with_advice(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
     def run(*_: Any, **__: Any) -> None:
         raise failure
 
@@ -272,12 +272,12 @@ def test_8_bit_formats_are_accepted_where_vllm_has_a_kernel() -> None:
         assert device.check_eight_bits(format, AUTO) == ""
 
 
-def test_fp8_on_a_cpu_without_a_kernel_is_accepted_with_a_warning_for_a_tiny_model() -> None:
+def test_fp8_is_accepted_with_a_warning_for_a_tiny_model_even_if_the_cpu_has_no_fp8_kernel() -> None:
     assert "has no fp8 kernel for x86_64-amx_bf16" in AMX.check_eight_bits(Format.FP8, AUTO)
     AMX.check_fp8_weights(1_000_000, AUTO)
 
 
-def test_fp8_on_a_cpu_without_a_kernel_is_rejected_for_a_model_of_typical_size() -> None:
+def test_fp8_is_rejected_for_a_model_of_typical_size_if_the_cpu_has_no_fp8_kernel() -> None:
     with pytest.raises(EngineError, match="about 3 s per token with the 106 million weights") as caught:
         AMX.check_fp8_weights(106_000_000, AUTO)
     assert "replace fp8 with int8" in caught.value.todo
@@ -288,7 +288,7 @@ def test_fp8_on_a_gpu_is_accepted_for_a_model_of_any_size() -> None:
 
 
 @pytest.mark.parametrize("format", [Format.INT8, Format.FP8])
-def test_8_bit_formats_are_rejected_on_a_gpu_without_a_kernel(format: Format) -> None:
+def test_8_bit_formats_are_rejected_on_a_gpu_that_has_no_kernel_for_them(format: Format) -> None:
     pascal = HOPPER.model_copy(update={"vllm_int8": False, "vllm_fp8": False})
     with pytest.raises(EngineError, match=f"has no {format} kernel for NVIDIA H100") as caught:
         pascal.check_eight_bits(format, AUTO)

@@ -110,7 +110,7 @@ def test_free_memory_is_read_from_the_numa_node_of_the_first_usable_core(
 
 
 @pytest.mark.parametrize(("cores", "nodes"), [({0, 1}, 1), ({0, 1, 2}, 2), ({2, 3}, 2), ({7}, 1)])
-def test_only_numa_nodes_of_usable_cores_are_counted(
+def test_only_numa_nodes_with_usable_cores_are_counted(
     limits: Limits, monkeypatch: pytest.MonkeyPatch, cores: set[int], nodes: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores)

@@ -27,7 +27,7 @@ def read(folder: Path, config: Any) -> ModelFacts:
     return read_model_facts(folder)
 
 
-def test_model_facts_are_read_from_the_config(tmp_path: Path) -> None:
+def test_context_length_and_dtype_and_head_counts_are_read_from_the_model_config(tmp_path: Path) -> None:
     facts = read(tmp_path, SMOLLM2)
     assert (facts.context, facts.dtype, facts.heads, facts.kv_heads) == (8192, "bfloat16", 9, 3)
 

@@ -141,7 +141,7 @@ async def test_engine_core_process_that_outlived_its_engine_is_stopped(folder: P
         assert not runs(core)
 
 
-async def test_engine_without_a_record_is_identified_by_its_lock_and_stopped(folder: Path) -> None:
+async def test_engine_without_a_record_is_found_by_its_lock_and_is_stopped(folder: Path) -> None:
     async with orphan(folder, fail="no-record") as engine:
         assert read_record(folder) is None
         await asyncio.to_thread(end_engine, folder)

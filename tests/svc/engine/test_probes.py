@@ -62,12 +62,12 @@ async def test_verification_probe_of_identical_weights_passes_with_no_difference
     assert await check(EngineDouble(), await probes_of(EngineDouble())) == 0.0
 
 
-async def test_verification_probe_difference_within_the_tolerance_passes_and_is_reported() -> None:
+async def test_verification_probe_passes_and_reports_a_difference_within_the_tolerance() -> None:
     probes = await probes_of(EngineDouble())
     assert await check(EngineDouble(probe_noise=MIN_TOLERANCE / 2), probes) == pytest.approx(MIN_TOLERANCE / 2)
 
 
-async def test_verification_probe_difference_beyond_the_tolerance_fails() -> None:
+async def test_verification_probe_fails_if_the_difference_exceeds_the_tolerance() -> None:
     probes = await probes_of(EngineDouble())
     with pytest.raises(ProbeError, match=r"probe 1 of 2 differs by 0\.0020 nats") as caught:
         await check(EngineDouble(probe_noise=2 * MIN_TOLERANCE), probes)
@@ -105,7 +105,7 @@ async def test_verification_probe_of_identical_weights_passes_when_some_batches_
     assert await check(double, probes) == 0.0
 
 
-async def test_verification_probe_of_different_weights_fails_after_few_measurements() -> None:
+async def test_different_weights_fail_verification_after_few_measurements() -> None:
     probes, double = await probes_of(EngineDouble()), EngineDouble(probe_noise=0.1)
     with pytest.raises(ProbeError, match=r"probe 1 of 2 differs by 0\.1000 nats"):
         await check(double, probes)
@@ -117,7 +117,7 @@ async def test_verification_fails_if_there_are_no_probes() -> None:
         await check(EngineDouble(), [])
 
 
-async def test_one_failing_verification_probe_fails_the_check() -> None:
+async def test_verification_fails_even_if_only_one_probe_fails() -> None:
     good, other = await probes_of(EngineDouble())
     bad = other.model_copy(update={"logprobs": tuple(value - 1 for value in other.logprobs)})
     with pytest.raises(ProbeError, match="probe 2 of 2"):
@@ -158,7 +158,7 @@ logprobs = st.floats(-20, 0)
 
 
 @given(st.lists(st.tuples(logprobs, logprobs), min_size=1, max_size=6))
-def test_probe_tolerance_covers_all_measurements_of_the_probe(runs: list[tuple[float, float]]) -> None:
+def test_probe_tolerance_is_wide_enough_for_every_measurement_of_the_probe(runs: list[tuple[float, float]]) -> None:
     probe = make_probes(SEQUENCES[:1], [[run] for run in runs], FACTS)[0]
     assert probe.tolerance >= MIN_TOLERANCE
     for run in runs:
@@ -231,7 +231,7 @@ def test_engine_facts_include_dtype_and_kernel(tmp_path: Path) -> None:
     assert facts_of(tmp_path) != facts_of(tmp_path, args=("--dtype", "float32"))
 
 
-def test_engines_that_compute_in_different_dtypes_have_different_keys() -> None:
+def test_engines_that_compute_in_different_dtypes_count_as_different_kinds() -> None:
     wide = FACTS.model_copy(update={"dtype": "float32"})
     assert wide.key != FACTS.key
     assert EngineFacts.model_validate_json(wide.key) == wide

@@ -46,7 +46,7 @@ def test_evaluation_cache_returns_none_when_one_example_is_missing(cache: Evalua
     assert find(cache, [*EXAMPLES, chat("d", "4")]) is None
 
 
-def test_changed_reference_is_a_cache_miss(cache: EvaluationCache) -> None:
+def test_changing_the_reference_answer_causes_a_cache_miss(cache: EvaluationCache) -> None:
     assert find(cache, [chat("a", "2")]) is None
 
 

@@ -98,7 +98,7 @@ async def test_no_api_key_is_sent_to_the_endpoint_when_none_is_configured() -> N
         ("'temperature' does not support 0 with this model", "temperature", None),
     ],
 )
-async def test_unsupported_request_option_is_replaced_or_omitted_and_the_request_retried(
+async def test_request_is_retried_with_an_unsupported_option_replaced_or_omitted(
     refused: str, gone: str, instead: str | None, pauses: list[float]
 ) -> None:
     provider = Provider(*[refused_option(refused, gone)] * 4)
@@ -201,7 +201,7 @@ def test_api_key_is_not_sent_over_an_unencrypted_network_connection() -> None:
     assert Endpoint.parse("http://127.0.0.1:8000/v1#m", KEY).key == KEY
 
 
-async def test_endpoint_may_call_tools_when_references_do() -> None:
+async def test_endpoint_may_call_tools_only_if_a_reference_answer_calls_a_tool() -> None:
     def calls(body: dict[str, Any]) -> httpx.Response:
         answer = yes(body).json()
         answer["choices"][0]["message"] = {"tool_calls": [{"function": {"name": "rain", "arguments": "{ }"}}]}

@@ -67,7 +67,7 @@ async def test_evaluation_results_follow_the_order_of_the_examples() -> None:
     assert [(result.answer.strip(), result.tokens, result.finish_reason) for result in alone] == [(ONE, 5, "stop")] * 2
 
 
-async def test_answer_logprob_equals_the_logprob_from_rescoring_without_the_end_token() -> None:
+async def test_answer_logprob_matches_rescoring_and_excludes_the_end_token() -> None:
     async with client_of(EngineDouble(finish_reason="stop")) as client:
         result = await asked(client, chat("a", "other"), limit=8)
         whole = tokenized(chat("a", result.answer))

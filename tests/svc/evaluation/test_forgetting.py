@@ -8,7 +8,7 @@ from tests.svc.evaluation.answered import answered
 QUESTIONS = 20
 
 
-def test_forgetting_report_includes_lost_and_gained_answers_and_the_results_of_both_models() -> None:
+def test_forgetting_report_compares_both_models_and_counts_lost_and_gained_answers() -> None:
     before = answered([("so: right", "right")] * 10 + [("no", "right")] * 10, [1.0] * QUESTIONS)
     after = answered([("right", "right")] * 4 + [("no", "right")] * 15 + [("right", "right")], [1.5] * QUESTIONS)
     questions = GeneralSet("own.jsonl", tuple(before.examples), (("right",),) * QUESTIONS)

@@ -16,7 +16,7 @@ values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30)
 
 
 @given(counts)
-def test_proportion_lies_within_its_interval_and_the_interval_between_0_and_1(count: tuple[int, int]) -> None:
+def test_proportion_lies_within_its_interval_and_the_interval_lies_between_0_and_1(count: tuple[int, int]) -> None:
     estimate = proportion(*count)
     assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
     assert estimate.low < estimate.high
@@ -107,7 +107,7 @@ def test_estimate_is_printed_with_its_confidence_interval() -> None:
     assert str(Interval(value=0.5, low=0.25, high=0.75)) == "0.500 [0.250, 0.750]"
 
 
-def test_bootstrap_of_the_mean_gives_the_same_interval_as_the_mean_function() -> None:
+def test_general_bootstrap_function_and_mean_function_give_the_same_interval_for_a_mean() -> None:
     numbers = [1.0, 2.0, 5.0, 9.0]
     assert bootstrap(4, lambda drawn: drawn @ np.array(numbers) / drawn.sum(axis=1)) == mean(numbers)
 

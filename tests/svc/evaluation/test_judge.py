@@ -42,7 +42,7 @@ async def test_judge_with_the_same_verdict_in_both_answer_orders_has_full_agreem
     assert len(server.requests) == 12
 
 
-async def test_position_biased_judge_has_a_50_percent_win_rate_and_no_agreement() -> None:
+async def test_judge_that_always_prefers_the_first_answer_yields_a_50_percent_win_rate_and_zero_agreement() -> None:
     with judge_server(lambda first, second: "A") as server:
         report = await judge(PAIRS, endpoint(server))
     assert (report.win_rate.value, report.agreement.value) == (0.5, 0.0)
@@ -63,14 +63,14 @@ async def test_win_rate_and_agreement_have_intervals() -> None:
     assert report.agreement.low < 1.0
 
 
-async def test_identical_answers_are_a_tie_without_a_judge_request() -> None:
+async def test_identical_answers_tie_without_a_request_to_the_judge() -> None:
     with judge_server(prefer_good) as server:
         report = await judge([(chat(), "same", " same\n"), PAIRS[0]], endpoint(server))
     assert report.verdicts[0] == (Preference.TIE, Preference.TIE)
     assert len(server.requests) == 2
 
 
-async def test_judge_receives_the_conversation_the_reference_and_both_answers() -> None:
+async def test_judge_sees_both_answers_along_with_the_question_and_the_reference() -> None:
     with judge_server(prefer_good) as server:
         await judge(PAIRS[:1], endpoint(server, "secret"))
     question = server.requests[0]["messages"][-1]["content"]

@@ -83,7 +83,7 @@ def test_machine_cpu_time_increases_while_a_process_is_working() -> None:
 
 
 @pytest.mark.parametrize(("cpus", "expected_s"), [({0}, 1.5), ({1}, 40.0), ({0, 1}, 41.5), ({6, 7}, 41.5)])
-def test_only_cpus_that_this_process_may_use_are_counted_if_they_are_known(
+def test_cpu_time_is_counted_for_the_cpus_of_this_process_if_known_and_otherwise_for_all_cpus(
     cpus: set[int], expected_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A container may have its own numbers for its CPUs, so that those of this process are not among them."""

@@ -37,7 +37,7 @@ def test_written_results_round_trip_exactly(
     assert read_results(path) == tuple(results)
 
 
-def test_largest_answer_limit_is_taken_over_all_results() -> None:
+def test_largest_limit_is_the_highest_answer_token_limit_of_any_result() -> None:
     assert largest_limit([RESULT, RESULT.model_copy(update={"limit": 40}), RESULT]) == 40
 
 

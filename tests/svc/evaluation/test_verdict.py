@@ -45,7 +45,9 @@ def test_confidence_interval_of_a_quality_loss_is_mirrored_when_the_models_are_s
 
 @pytest.mark.parametrize(("lost", "leaves_out_0"), [(5, False), (6, True)])
 @pytest.mark.parametrize("examples", [60, 1000])
-def test_six_lost_answers_prove_a_quality_loss_but_five_do_not(lost: int, leaves_out_0: bool, examples: int) -> None:
+def test_six_newly_wrong_answers_prove_a_quality_loss_but_five_do_not(
+    lost: int, leaves_out_0: bool, examples: int
+) -> None:
     assert (loss_of(lost, 0, examples).low > 0) is leaves_out_0
 
 
@@ -116,15 +118,15 @@ def test_undecided_gate_states_how_many_examples_suffice_to_decide(counts: tuple
         assert judge(wider, margin, needed).outcome is not GateOutcome.UNDECIDED
 
 
-def test_loss_of_12_of_60_answers_is_undecided_with_a_10_percent_margin() -> None:
+def test_gate_with_a_10_percent_margin_is_undecided_when_12_of_60_answers_become_wrong() -> None:
     assert outcome(12, 0, 60, 0.1) is GateOutcome.UNDECIDED
 
 
-def test_gate_with_a_5_percent_margin_is_undecided_when_4_of_30_answers_are_lost() -> None:
+def test_gate_with_a_5_percent_margin_is_undecided_when_4_of_30_answers_become_wrong() -> None:
     assert outcome(4, 0, 30, 0.05) is GateOutcome.UNDECIDED
 
 
-def test_gate_with_a_5_percent_margin_is_undecided_when_10_of_200_answers_are_lost_and_4_gained() -> None:
+def test_gate_with_a_5_percent_margin_is_undecided_when_10_of_200_answers_become_wrong_and_4_become_correct() -> None:
     assert outcome(10, 4, 200, 0.05) is GateOutcome.UNDECIDED
 
 
@@ -165,7 +167,7 @@ def test_undecided_gate_message_names_the_possible_loss_and_the_number_of_exampl
     )
 
 
-def test_message_of_a_decided_gate_states_which_loss_is_excluded_or_proven() -> None:
+def test_message_of_a_decided_gate_states_how_large_a_loss_is_ruled_out_or_proven() -> None:
     assert "at most 0.100 (evaluate.max_gptq_loss): passed: a larger loss is excluded with 60 examples" in report(
         Interval(value=0.0, low=-0.05, high=0.05), 0.1, Gate.GPTQ_LOSS
     )

@@ -130,7 +130,7 @@ def test_feedback_can_be_selected_by_version_and_time(
     assert [json.loads(line)["request_id"] for line in svc("feedback", *arguments).out.splitlines()] == ids
 
 
-def test_written_file_is_readable_only_by_its_owner(svc: Svc, store: Store, tmp_path: Path) -> None:
+def test_feedback_file_is_readable_only_by_its_owner(svc: Svc, store: Store, tmp_path: Path) -> None:
     rate(store, CORRECTION)
     assert written(svc, tmp_path, "tiny").stat().st_mode & 0o777 == 0o600
 

@@ -14,9 +14,7 @@ from tests.svc.report.test_judged import LABELS
 pytestmark = pytest.mark.slow
 
 
-def test_hub_reads_the_license_the_base_model_and_the_task_from_the_model_card(
-    manifest: Manifest, versions: JudgedVersions
-) -> None:
+def test_hub_library_can_read_the_metadata_of_the_model_card(manifest: Manifest, versions: JudgedVersions) -> None:
     data = ModelCard(make_card(versions.registry, manifest, Format.GPTQ, "org/tickets")).data
     assert data.get("license") == "apache-2.0"
     assert (data.get("base_model"), data.get("base_model_relation")) == ("org/base", "quantized")

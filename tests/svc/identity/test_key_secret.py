@@ -47,7 +47,7 @@ def test_secret_with_a_leading_space_is_invalid() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "none", "sk-1234", "ts_abcd0123_", "ts_é"])
-def test_text_without_the_api_key_format_is_not_accepted_as_a_secret(text: str) -> None:
+def test_text_not_in_the_api_key_format_is_not_accepted_as_a_secret(text: str) -> None:
     assert key_id_of(text) is None
 
 

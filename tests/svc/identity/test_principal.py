@@ -49,7 +49,7 @@ def test_api_key_without_a_model_list_may_request_any_model() -> None:
         (ADMIN, True),
     ],
 )
-def test_model_with_owners_may_be_requested_only_by_owners_admins_and_keys_limited_to_that_model(
+def test_model_with_owners_is_available_only_to_owners_and_admins_and_keys_limited_to_that_model(
     principal: Principal, allowed: bool
 ) -> None:
     assert principal.may_ask("tickets@1", {"alice000"}) == allowed

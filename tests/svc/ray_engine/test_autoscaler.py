@@ -50,21 +50,21 @@ def report_v2(monkeypatch: pytest.MonkeyPatch, *types: str) -> None:
     monkeypatch.setattr("ray.autoscaler.v2.sdk.get_cluster_status", lambda address: ClusterStatus(idle_nodes=idle))
 
 
-def test_cluster_without_autoscaler_node_types_adds_no_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_without_autoscaler_node_types_does_not_count_as_scalable(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.autoscaler._private.util import format_readonly_node_type
 
     report(monkeypatch, format_readonly_node_type(HEAD), format_readonly_node_type(WORKER))
     assert not adds_machines()
 
 
-def test_cluster_with_autoscaler_node_types_adds_machines_even_if_only_its_head_node_runs(
+def test_cluster_with_autoscaler_node_types_counts_as_scalable_even_if_only_its_head_node_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     report(monkeypatch, "headgroup")
     assert adds_machines()
 
 
-def test_cluster_is_scalable_if_a_legacy_autoscaler_reports_only_the_head_node(
+def test_cluster_counts_as_scalable_if_a_legacy_autoscaler_reports_only_the_head_node(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From a report of Ray 2.60, with its provider of fake machines."""
@@ -74,7 +74,7 @@ def test_cluster_is_scalable_if_a_legacy_autoscaler_reports_only_the_head_node(
     assert adds_machines()
 
 
-def test_cluster_adds_no_machines_before_its_autoscaler_has_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_does_not_count_as_scalable_before_its_autoscaler_has_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     report(monkeypatch)
     set_report(monkeypatch, None)
     assert not adds_machines()

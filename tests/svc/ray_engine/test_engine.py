@@ -159,9 +159,7 @@ async def answers(port: int, context: ssl.SSLContext) -> bool:
         writer.transport.abort()
 
 
-async def test_unknown_client_certificate_is_rejected_at_the_ports_of_the_engine_and_of_the_actor(
-    make: Make, folder: Path
-) -> None:
+async def test_engine_and_actor_ports_reject_an_unknown_client_certificate(make: Make, folder: Path) -> None:
     engine = make()
     await engine.start()
     record = read_actor(folder / "state")
@@ -269,7 +267,9 @@ async def test_error_for_a_failed_engine_start_names_the_machine_and_no_ray_acto
     assert not (folder / "state" / RECORD_FILE).exists()
 
 
-async def test_engine_on_a_machine_with_different_capabilities_is_rejected(make: Make, cluster: ClusterDouble) -> None:
+async def test_engine_start_fails_on_a_machine_whose_capabilities_differ_from_those_of_other_machines(
+    make: Make, cluster: ClusterDouble
+) -> None:
     vars(cluster)["machine"] = AVX512.model_copy(update={"vllm": "0.31.0"})
     with pytest.raises(EngineError, match="has different capabilities from the other") as error:
         await make().start()
@@ -317,7 +317,7 @@ async def test_long_response_is_delivered_in_full_to_a_slow_client(make: Make, c
     assert isinstance(engine.address, TlsAddress)
 
 
-def test_stopping_a_ray_actor_on_an_unreachable_cluster_raises_no_error_and_keeps_its_record(
+def test_record_of_a_ray_actor_is_kept_if_the_cluster_is_unreachable_when_the_actor_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("svc.ray_engine.cluster.sys.executable", "/bin/false")

@@ -60,7 +60,7 @@ def test_unservable_adapter_error_suggests_the_merged_format(registry: Registry)
     assert "--format merged" in caught.value.todo
 
 
-def test_adapter_info_includes_the_base_model_the_rank_and_the_target_layers(registry: Registry) -> None:
+def test_adapter_info_includes_base_model_and_rank_and_target_layers(registry: Registry) -> None:
     version = made(registry, target_modules=["model.layers.0.q_proj", "v_proj"], rank_pattern={"v_proj": 48})
     found = read_adapter(registry, version)
     assert (found.base.folder, found.base.revision) == (base_folder(registry), "1")
@@ -81,7 +81,7 @@ def test_chat_template_with_the_current_date_is_rejected(registry: Registry) -> 
         read_adapter(registry, version)
 
 
-def test_missing_base_model_of_an_adapter_raises_error_with_advice(registry: Registry) -> None:
+def test_missing_base_model_of_an_adapter_raises_an_error_with_advice(registry: Registry) -> None:
     version = made(registry)
     shutil.rmtree(base_folder(registry))
     with pytest.raises(NotFoundError, match=r"the base model of tuned@1 is no longer in .*base") as caught:

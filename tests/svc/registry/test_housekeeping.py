@@ -201,7 +201,7 @@ def test_candidate_of_a_rollout_in_progress_is_not_removed(registry: Registry, s
     assert registry.versions(served.name) == [served, candidate]
 
 
-def test_version_being_removed_is_not_treated_as_an_interrupted_removal(
+def test_removal_in_progress_is_not_mistaken_for_an_interrupted_one(
     registry: Registry, store: Store, tmp_path: Path, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A removal is never old enough to be cleaned up, because the version may still be restored."""
@@ -355,7 +355,9 @@ def make_folder(home: Path, name: str, days: float) -> Path:
     return folder
 
 
-def test_old_folders_of_ended_or_unknown_jobs_and_batches_are_removed(any_store: Store, tmp_path: Path) -> None:
+def test_old_job_and_batch_folders_are_removed_if_the_job_or_batch_has_ended_or_is_unknown(
+    any_store: Store, tmp_path: Path
+) -> None:
     store, old = any_store, set[Path]()
     for status in JobStatus:
         job = add_job(store, owner="alice", status=status)

@@ -29,7 +29,7 @@ def manifest(folder: Path) -> Manifest:
     return make_manifest(VersionId("tiny", 3), folder)
 
 
-def test_written_manifest_round_trips(folder: Path, manifest: Manifest) -> None:
+def test_written_manifest_is_read_back_unchanged(folder: Path, manifest: Manifest) -> None:
     write_manifest(folder, manifest)
     assert read_manifest(folder) == manifest
     assert manifest.id == VersionId("tiny", 3)

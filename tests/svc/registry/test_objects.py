@@ -274,7 +274,7 @@ def test_download_is_refused_when_there_is_not_enough_disk_space(
         objects.download(manifest, manifest.files, tmp_path / "copy")
 
 
-def test_missing_object_store_folder_raises_error(tmp_path: Path) -> None:
+def test_error_is_raised_if_the_object_store_folder_is_missing(tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="cannot open the object store file:"):
         ObjectStore((tmp_path / "nowhere").as_uri()).versions()
 
@@ -316,7 +316,7 @@ def test_download_succeeds_after_transient_request_failures(
 
 @slow
 @pytest.mark.parametrize("fault", [Fault.ERROR, Fault.LOST])
-def test_error_for_a_persistently_failing_upload_names_the_key_and_nothing_is_published(
+def test_persistently_failing_upload_publishes_nothing_and_its_error_names_the_object_key(
     s3: ObjectStore, bucket: Bucket, manifest: Manifest, folder: Path, fault: Fault
 ) -> None:
     key = key_of(manifest, weights(manifest))
@@ -333,7 +333,7 @@ def test_error_for_a_persistently_failing_upload_names_the_key_and_nothing_is_pu
 
 @slow
 @pytest.mark.parametrize("fault", [Fault.ERROR, Fault.CUT])
-def test_error_for_a_persistently_failing_download_names_the_key_and_no_file_remains(
+def test_persistently_failing_download_leaves_no_file_and_its_error_names_the_object_key(
     s3: ObjectStore, bucket: Bucket, manifest: Manifest, folder: Path, tmp_path: Path, fault: Fault
 ) -> None:
     s3.upload(manifest, folder)

@@ -51,7 +51,7 @@ def test_parity_page_is_self_contained_and_shows_every_token() -> None:
     assert "All 1 checks passed" in "".join(page.words)
 
 
-def test_parity_page_shows_failed_checks_as_text() -> None:
+def test_parity_page_reports_failed_checks_and_escapes_html() -> None:
     text = parity_page("<b>tiny</b>", make_parity("template"))
     assert "<b>tiny</b>" not in text
     page = Page(text)

@@ -176,7 +176,7 @@ def test_stored_answers_of_a_version_are_found(registry: Registry, with_results:
     assert registry.heldout(with_results.id) == [chat("a"), chat("b")]
 
 
-def test_missing_answers_of_a_version_raise_not_found(
+def test_requesting_answers_that_a_version_lacks_raises_not_found(
     registry: Registry, with_results: Manifest, publish: Publish
 ) -> None:
     with pytest.raises(NotFoundError, match=r"has no file reference/gptq\.jsonl"):

@@ -47,7 +47,7 @@ def manifest(tmp_path: Path) -> Manifest:
     return make_manifest(VersionId("tiny", 1), tmp_path, base_evaluation=text_report("what"), formats=formats)
 
 
-def test_version_page_shows_metrics_with_intervals_and_the_primary_metric_first(manifest: Manifest) -> None:
+def test_version_page_lists_the_primary_metric_first_and_shows_confidence_intervals(manifest: Manifest) -> None:
     heads, first, *others = shown(evaluation_table(manifest))
     assert [head.strip() for head in heads] == ["base", "merged"]
     assert first[0].strip() == "ROUGE-L"

@@ -118,7 +118,7 @@ def test_published_model_files_are_unchanged_after_upload_and_download(
     assert record_files(folder, folder) == record_files(model, model)
 
 
-def test_modified_object_is_refused_and_downloaded_after_it_is_repaired(
+def test_altered_object_is_not_downloaded_until_it_is_repaired(
     registry: Registry, other: Registry, objects: ObjectStore, publish: Publish
 ) -> None:
     manifest = publish()
@@ -207,7 +207,7 @@ def test_two_machines_cannot_publish_the_same_version_number(
     assert objects.manifest(VersionId(name, 3)).run == "run-1"
 
 
-def test_fetched_version_can_be_given_an_alias_in_the_mlflow_database_of_a_different_machine(
+def test_machine_with_its_own_mlflow_database_can_set_an_alias_for_a_fetched_version(
     objects: ObjectStore, publish: Publish, tmp_path: Path, name: str
 ) -> None:
     publish()
@@ -337,7 +337,7 @@ def test_weights_that_become_needed_during_eviction_are_not_evicted(
     assert weights(other, cached[1]).is_file()
 
 
-def test_gc_command_evicts_weights_when_their_cache_exceeds_its_size_limit(
+def test_gc_command_evicts_weights_when_the_weight_cache_exceeds_its_size_limit(
     other: Registry, store: Store, cached: list[VersionId], objects: ObjectStore, tmp_path: Path, svc: Svc
 ) -> None:
     (tmp_path / "svc.yaml").write_text(

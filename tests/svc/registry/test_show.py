@@ -53,13 +53,13 @@ def test_parity_checks_are_shown_with_the_path_of_the_parity_page(svc: Svc, regi
     assert f"models/{made.name}/{made.number}/reference/parity.html" in "".join(result.out.split())
 
 
-def test_json_output_has_all_parity_values(svc: Svc, register: Register) -> None:
+def test_show_command_prints_the_complete_parity_report_as_json(svc: Svc, register: Register) -> None:
     made = register(make_parity())
     output = json.loads(svc("show", str(made.id), "--parity", "--json").out)
     assert ParityReport.model_validate(output) == make_parity()
 
 
-def test_version_from_an_older_release_has_no_parity_report(svc: Svc, register: Register) -> None:
+def test_show_parity_fails_if_the_version_has_no_parity_report(svc: Svc, register: Register) -> None:
     made = register(None)
     result = svc("show", str(made.id), "--parity")
     assert result.code == NotFoundError.exit_code

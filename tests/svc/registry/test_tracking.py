@@ -83,7 +83,7 @@ def test_alias_can_be_moved_to_another_version(tracking: Tracking, name: str, ru
     assert tracking.aliases(name) == {Alias.PRODUCTION: two, Alias.SHADOW: one}
 
 
-def test_aliases_unknown_to_tuneserve_are_excluded(
+def test_aliases_unknown_to_tuneserve_are_not_returned(
     tracking: Tracking, name: str, run: str, mlflow: MlflowClient
 ) -> None:
     tracking.allocate(name, "/models", run)
@@ -97,7 +97,7 @@ def test_runs_of_the_same_model_share_an_mlflow_experiment(tracking: Tracking, n
     assert runs[0].data.tags["tuneserve.run"] == f"{name}-1"
 
 
-def test_metrics_are_stored_with_the_mlflow_run(tracking: Tracking, mlflow: MlflowClient) -> None:
+def test_metrics_are_logged_to_the_mlflow_run(tracking: Tracking, mlflow: MlflowClient) -> None:
     run = tracking.start_run("tests", {})
     tracking.log_metrics(run, {"exact_match": 0.75})
     assert mlflow.get_run(run).data.metrics == {"exact_match": 0.75}

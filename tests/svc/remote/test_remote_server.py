@@ -23,7 +23,7 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, answer: Callable[[httpx.Request
     monkeypatch.setattr(ServerAddress, "client", lambda _: client)
 
 
-def test_html_response_from_a_proxy_raises_error_with_its_status(
+def test_error_for_an_html_response_from_a_proxy_states_the_response_status(
     read: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer_with(monkeypatch, lambda _: httpx.Response(200, text="<html>sign in</html>"))

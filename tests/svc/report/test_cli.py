@@ -50,7 +50,7 @@ def test_json_output_has_the_report_path_and_all_metrics(svc: Svc, version: str,
     assert len(output["side_by_side"]) == 20
 
 
-def test_missing_output_folder_raises_error_without_a_traceback(svc: Svc, version: str) -> None:
+def test_report_error_names_the_missing_output_folder(svc: Svc, version: str) -> None:
     result = svc("report", version, "--output", "nowhere/page.html")
     assert result.code == 2
     assert "nowhere" in result.err

@@ -40,7 +40,9 @@ def right(examples: Sequence[ChatExample], count: int) -> list[str]:
     ("base", "merged", "outcome"),
     [(10, 50, Direction.BETTER), (50, 10, Direction.WORSE), (30, 31, Direction.UNDECIDED)],
 )
-def test_report_verdict_is_determined_by_the_interval_of_the_change(base: int, merged: int, outcome: Direction) -> None:
+def test_report_verdict_is_better_or_worse_for_a_large_change_and_undecided_for_a_small_one(
+    base: int, merged: int, outcome: Direction
+) -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, merged)})
     [verdict] = comparison.verdicts
     assert (verdict.model, verdict.other, verdict.outcome) == ("merged", BASE, outcome)
@@ -70,7 +72,7 @@ def test_report_shows_the_paired_change_of_every_metric() -> None:
 
 
 @pytest.mark.parametrize(("base", "outcome"), [(0, Direction.BETTER), (20, Direction.UNDECIDED)])
-def test_report_verdict_requires_disjoint_intervals_if_there_are_no_paired_changes(
+def test_report_verdict_without_paired_answers_is_undecided_if_the_confidence_intervals_overlap(
     base: int, outcome: Direction
 ) -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, base), "merged": right(LABELS, 24)}, kept=["merged"])
@@ -78,11 +80,11 @@ def test_report_verdict_requires_disjoint_intervals_if_there_are_no_paired_chang
     assert (verdict.outcome, verdict.change) == (outcome, None)
 
 
-def test_report_compares_gptq_only_with_the_base_model_if_there_is_no_merged_format() -> None:
+def test_report_judges_the_gptq_format_if_there_is_no_merged_format() -> None:
     assert judged(LABELS, {"gptq": right(LABELS, 10)}).tuned == "gptq"
 
 
-def test_unevaluated_version_has_no_report_verdicts() -> None:
+def test_report_gives_no_verdicts_for_an_unevaluated_version() -> None:
     comparison = Judged([], {}, {})
     assert (comparison.tuned, comparison.rows, comparison.verdicts) == (None, (), ())
 

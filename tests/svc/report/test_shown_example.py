@@ -12,7 +12,7 @@ def test_worst_answers_have_the_lowest_scores() -> None:
     assert judged(TEXTS, {"merged": answers}).worst == (5, 8)
 
 
-def test_least_likely_reference_is_worst_when_scores_are_equal() -> None:
+def test_among_equally_scored_wrong_answers_the_one_with_the_least_likely_reference_is_worst() -> None:
     made = evaluation(LABELS, right(LABELS, 57), [1.0] * 58 + [3.0, 2.0])
     comparison = Judged(LABELS, {"merged": made.report}, {"merged": made.results})
     assert comparison.worst == (59, 60, 58)
@@ -39,7 +39,7 @@ def test_answer_is_reported_as_lost_if_only_the_base_model_was_correct() -> None
     assert judged(LABELS, {BASE: base, "merged": tuned}).lost == (4, 7)
 
 
-def test_no_answer_is_reported_as_lost_if_base_answers_are_unavailable() -> None:
+def test_no_answer_is_reported_as_lost_through_fine_tuning_if_base_answers_are_unavailable() -> None:
     comparison = judged(LABELS, {BASE: right(LABELS, 60), "merged": right(LABELS, 0)}, kept=["merged"])
     assert comparison.lost == ()
 

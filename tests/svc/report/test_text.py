@@ -25,7 +25,7 @@ def test_short_text_is_not_collapsed() -> None:
     assert cut_text("two\nlines") == ("two\nlines", "", 0)
 
 
-def test_text_with_many_lines_is_collapsed() -> None:
+def test_text_with_many_lines_is_collapsed_to_its_first_lines() -> None:
     assert cut_text("\n".join("abcdefghij")).start == "a\nb\nc\nd\ne\nf\n"
 
 

@@ -67,7 +67,7 @@ def cancel(store: Store, id: str, owner: str | None = "alice") -> Batch:
     return cancel_batch(store, id, owner, AuditEntry(Action.CANCEL_BATCH, id, ALICE))
 
 
-def test_created_batch_is_found_by_its_owner_and_by_admins_only(store: Store, add: Add) -> None:
+def test_batch_can_be_found_only_by_its_owner_and_by_admins(store: Store, add: Add) -> None:
     batch = add(labels='{"team": "a"}', output_expires_s=3600)
     assert find_batch(store, batch.id, "alice") == find_batch(store, batch.id, None) == batch
     with pytest.raises(EntryNotFoundError):
@@ -86,7 +86,7 @@ def test_batches_are_listed_newest_first_in_pages(store: Store, add: Add) -> Non
     assert len(read_batches(store, None, page=Page(10))[0]) == 4
 
 
-def test_repeated_create_request_returns_the_existing_batch_while_it_is_unfinished(store: Store, add: Add) -> None:
+def test_repeated_create_request_returns_the_existing_batch_if_that_batch_is_unfinished(store: Store, add: Add) -> None:
     fields: dict[str, Any] = {"input_file": "file-1", "labels": '{"team": "a"}', "output_expires_s": 3600}
     first, without = add(**fields), add(input_file="file-1")
     assert add(**fields, max_open=1) == first
@@ -109,7 +109,7 @@ def test_repeated_create_request_returns_the_existing_batch_while_it_is_unfinish
     ],
     ids=str,
 )
-def test_create_request_with_different_fields_creates_a_new_batch(add: Add, change: dict[str, Any]) -> None:
+def test_create_requests_that_differ_in_one_field_create_separate_batches(add: Add, change: dict[str, Any]) -> None:
     fields: dict[str, Any] = {"input_file": "file-1", "labels": '{"team": "a"}', "output_expires_s": 3600}
     assert add(**fields).id != add(**(fields | change)).id
 
@@ -151,7 +151,7 @@ def test_batch_is_rejected_when_its_owner_has_too_many_unfinished_batches(store:
     add(max_open=1)
 
 
-def test_batch_passes_through_its_states_to_completed(store: Store, add: Add) -> None:
+def test_batch_status_goes_from_in_progress_to_finalizing_to_completed(store: Store, add: Add) -> None:
     id = add().id
     begun = begin_batch(store, id, total=3, model="tuned", lease=None)
     assert (begun.status, begun.total, begun.model) == (BatchStatus.IN_PROGRESS, 3, "tuned")
@@ -196,7 +196,7 @@ def test_cancelled_batch_ends_as_cancelled_even_if_it_completes_before_cancellat
     assert events == ["batch.create", "batch.cancel"]
 
 
-def test_ended_batch_and_batch_of_a_different_api_key_cannot_be_cancelled(store: Store, add: Add) -> None:
+def test_batch_that_has_ended_or_belongs_to_another_api_key_cannot_be_cancelled(store: Store, add: Add) -> None:
     id = add().id
     with pytest.raises(EntryNotFoundError):
         cancel(store, id, "bob")

@@ -39,7 +39,7 @@ async def test_waiting_for_changes_may_exceed_the_poll_interval_if_notifications
     assert await is_waiting(changes, SHORT_S)
 
 
-async def test_waiting_for_changes_ends_after_the_fallback_interval_without_a_notification(
+async def test_waiting_for_changes_ends_after_the_fallback_interval_if_no_notification_arrives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(changes_module, "FALLBACK_POLL_S", SHORT_S)
@@ -108,7 +108,7 @@ async def test_waiting_tasks_wake_up_when_notifications_become_trusted_or_untrus
         await waiting
 
 
-async def test_renewed_trust_in_notifications_wakes_no_waiting_task() -> None:
+async def test_waiting_tasks_are_not_woken_when_existing_trust_in_notifications_is_extended() -> None:
     changes = Changes()
     changes.trust(LONG_S)
     count = changes.count

@@ -133,7 +133,7 @@ def test_swap_step_referencing_a_nonexistent_swap_is_rejected(store: Store) -> N
 
 
 @pytest.mark.slow
-def test_new_store_can_be_opened_while_another_process_is_writing(tmp_path: Path) -> None:
+def test_empty_database_can_be_opened_while_another_connection_holds_the_write_lock(tmp_path: Path) -> None:
     """SQLite itself does not wait for the lock when it switches a file to WAL mode."""
     other = sqlite3.connect(tmp_path / "svc.db", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")

@@ -58,7 +58,7 @@ def test_stored_drift_item_round_trips(store: Store) -> None:
     assert (found.logprob, found.client) == (None, hash_user("a@b.de"))
 
 
-def test_drift_item_has_a_log_probability_once_its_answer_was_scored(store: Store) -> None:
+def test_drift_item_includes_the_log_probability_of_its_scored_answer(store: Store) -> None:
     fill(store, 1)
     add(store, 1)
     with store.begin() as connection:

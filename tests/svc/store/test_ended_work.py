@@ -95,7 +95,7 @@ def test_job_is_kept_while_its_model_or_a_checkpoint_is_registered(store: Store,
     assert remove_jobs(store, "other") == 2
 
 
-def test_failed_job_is_deleted_if_a_successful_job_owns_the_registered_model_name(
+def test_old_failed_job_is_deleted_if_its_model_name_was_registered_by_a_successful_job(
     store: Store,
     add_job: AddJob,  # noqa: F811
 ) -> None:
@@ -107,7 +107,7 @@ def test_failed_job_is_deleted_if_a_successful_job_owns_the_registered_model_nam
     assert (exists(store, failed), exists(store, succeeded)) == (False, True)
 
 
-def test_job_of_a_different_machine_is_kept_because_its_models_are_unknown_locally(
+def test_ended_job_is_removed_only_by_the_machine_that_ran_it(
     store: Store,
     add_job: AddJob,  # noqa: F811
 ) -> None:

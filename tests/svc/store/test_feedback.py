@@ -64,7 +64,7 @@ def test_unauthenticated_request_cannot_be_rated_with_an_api_key(store: Store) -
     assert keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine") is None
 
 
-def test_feedback_applies_to_the_request_of_its_own_api_key_if_several_requests_have_the_same_id(store: Store) -> None:
+def test_feedback_applies_to_the_request_made_with_the_same_api_key_if_request_ids_are_equal(store: Store) -> None:
     add_requests(store, [RECORD._replace(key_id="mine"), RECORD._replace(key_id="other", version=VersionId("tiny", 3))])
     kept = keep_feedback(store, "req-1", Feedback(Rating.GOOD), key_id="mine")
     assert kept is not None

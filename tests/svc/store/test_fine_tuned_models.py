@@ -19,7 +19,7 @@ from tests.serving.trained import add_job
 ENTRY = AuditEntry(Action.DELETE_MODEL, "ft:x", Actor("key:alice", "10.0.0.1"))
 
 
-def test_fine_tuned_model_and_its_owner_are_found_by_either_of_its_names(store: Store) -> None:
+def test_fine_tuned_model_can_be_looked_up_by_model_name_or_version_id(store: Store) -> None:
     job = add_job(store, owner="alice", name="ft-alice-x", number=3)
     assert job.fine_tuned_model
     model = find_model(store, job.fine_tuned_model)
@@ -51,7 +51,7 @@ def test_fine_tuned_models_of_an_owner_are_listed_newest_first(store: Store) -> 
     assert [model.name for model in read_models(store, None)] == [*names, other.fine_tuned_model]
 
 
-def test_checkpoint_is_found_as_a_model_of_the_job_owner_until_it_is_deleted(store: Store) -> None:
+def test_checkpoint_is_a_model_of_the_job_owner_until_the_checkpoint_is_deleted(store: Store) -> None:
     job = add_job(store, owner="alice")
     name = f"{job.fine_tuned_model}:ckpt-step-5"
     add_checkpoint(store, JobCheckpoint("ftckpt_1", job.id, datetime.now(UTC), 5, name, "{}"))

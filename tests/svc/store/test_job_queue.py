@@ -89,7 +89,7 @@ def silence(store: Store, id: str, time: timedelta = ABANDONED_AFTER + timedelta
         connection.execute(update(JobRow).where(JobRow.id == id).values(seen_at=before))
 
 
-def test_worker_takes_the_oldest_job_of_an_owner_and_marks_it_as_running(store: Store, add: Add) -> None:
+def test_older_of_two_jobs_of_one_owner_is_taken_first_and_marked_as_running(store: Store, add: Add) -> None:
     first = add()
     add()
     assert take(store) == first
@@ -131,7 +131,7 @@ def test_owner_with_the_fewest_running_jobs_is_next_when_several_workers_run(sto
 
 
 @pytest.mark.slow
-def test_each_of_20_jobs_is_taken_once_by_five_concurrent_workers(store: Store, add: Add) -> None:
+def test_five_concurrent_workers_take_each_of_20_jobs_exactly_once(store: Store, add: Add) -> None:
     ids = [add(f"owner-{number % 3}") for number in range(20)]
     taken = Counter[str]()
 
@@ -195,7 +195,7 @@ def test_cancel_or_pause_request_is_applied_to_a_job_with_an_unresponsive_worker
     assert messages(store, id)[-1] == last
 
 
-def test_progress_report_is_stored_and_returns_the_requested_job_state(store: Store, add: Add) -> None:
+def test_reporting_progress_stores_it_and_returns_the_requested_job_state(store: Store, add: Add) -> None:
     id = add()
     take(store)
     silence(store, id)

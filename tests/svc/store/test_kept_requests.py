@@ -86,7 +86,7 @@ def test_requests_that_cannot_be_replayed_exactly_are_excluded(store: Store) -> 
         {"prompt": '[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]'},
     ],
 )
-def test_text_only_requests_can_be_replayed(store: Store, fields: dict[str, Any]) -> None:
+def test_requests_that_contain_only_text_can_be_replayed(store: Store, fields: dict[str, Any]) -> None:
     add_requests(store, [KEPT._replace(**fields)])
     assert len(found(store)) == 1
 

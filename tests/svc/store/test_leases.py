@@ -51,7 +51,7 @@ def test_liveness_report_extends_the_leases_of_its_server(any_store: Store) -> N
     assert report(any_store, "b") == {}
 
 
-def test_restarted_server_immediately_takes_over_the_leases_of_its_killed_process(any_store: Store) -> None:
+def test_leases_of_a_killed_server_pass_immediately_to_its_replacement_at_the_same_address(any_store: Store) -> None:
     report_server(any_store, "killed", "a:8000", ["teams"])
     assert report_server(any_store, "again", "a:8000", ["teams"]) == {"teams": Lease("teams", "again", 2)}
     assert running_servers(any_store) == {"again": "a:8000"}
@@ -65,7 +65,7 @@ def test_two_running_servers_with_the_same_address_are_both_listed(any_store: St
     assert set(running_servers(any_store)) == {"a", "b"}
 
 
-def test_expired_lease_is_granted_to_a_different_server_with_a_new_generation(any_store: Store) -> None:
+def test_lease_generation_increases_when_an_expired_lease_is_granted_to_a_different_server(any_store: Store) -> None:
     report(any_store, "a")
     let_pass(any_store, LEASE_S + 1)
     assert report(any_store, "b") == {"teams": Lease("teams", "b", 2)}
@@ -168,7 +168,7 @@ def test_lost_lease_is_not_renewed_after_its_new_holder_has_released_it(
             assert lease and lease.generation == 3
 
 
-def test_lease_of_a_new_holder_remains_valid_when_the_process_that_lost_it_ends(postgresql_store: Store) -> None:
+def test_previous_holder_does_not_release_the_lease_of_the_new_holder_on_exit(postgresql_store: Store) -> None:
     with hold(postgresql_store):
         let_pass(postgresql_store, LEASE_S + 1)
         report_server(postgresql_store, "b", "b:8000", ["*work"])

@@ -228,9 +228,7 @@ def test_store_migration_is_refused_if_the_target_database_is_not_utf8(home: Pat
         migrate(home, postgresql.settings("latin"))
 
 
-def test_store_migration_of_a_nonexistent_store_raises_error_without_creating_a_tuneserve_home(
-    tmp_path: Path, target: StoreSettings
-) -> None:
+def test_migrating_a_nonexistent_store_fails_without_creating_its_folder(tmp_path: Path, target: StoreSettings) -> None:
     with pytest.raises(NotFoundError, match=r"the store .*nowhere/svc\.db does not exist"):
         migrate(tmp_path / "nowhere", target)
     assert not (tmp_path / "nowhere").exists()
@@ -346,7 +344,7 @@ def test_characters_that_postgresql_cannot_store_are_replaced_by_question_marks(
         ("drift_items", "topic", "'private'", "bytes"),
     ],
 )
-def test_error_for_an_invalid_value_names_the_table_the_row_and_the_column_but_not_the_value(
+def test_error_for_an_invalid_value_says_where_the_value_is_without_quoting_it(
     home: Path, target: StoreSettings, table: str, column: str, value: str, expected: str
 ) -> None:
     run(home, f"UPDATE {table} SET {column} = {value} WHERE id = 28")

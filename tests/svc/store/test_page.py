@@ -49,7 +49,7 @@ def test_page_cursor_that_refers_to_a_row_of_a_different_owner_is_rejected(store
 
 
 @pytest.mark.parametrize("id", ["", "a\0", "../a", "x" * 10_000, "file-\u00e9"])
-def test_malformed_id_is_not_found(store: Store, id: str) -> None:
+def test_malformed_id_raises_a_not_found_error(store: Store, id: str) -> None:
     with pytest.raises(EntryNotFoundError):
         find_file(store, id, None)
     with pytest.raises(EntryNotFoundError):

@@ -301,7 +301,7 @@ for number in range(25):
 
 
 @pytest.mark.slow
-def test_processes_can_create_a_store_and_write_its_audit_log_concurrently(
+def test_several_processes_can_create_the_same_store_and_write_audit_events_concurrently(
     database: StoreSettings, tmp_path: Path
 ) -> None:
     assert database.url is not None

@@ -160,7 +160,7 @@ def test_pruning_skips_the_exact_size_query_when_the_known_size_is_within_the_li
     assert delete.startswith("DELETE")
 
 
-def test_no_request_is_deleted_when_the_size_was_overestimated(store: Store) -> None:
+def test_no_request_is_deleted_if_only_the_estimated_table_size_exceeds_the_limit(store: Store) -> None:
     fill(store, 3)
     size = 3 * RECORD.bytes
     assert prune_requests(store, before=LONG_AGO, max_bytes=size, known_bytes=size + 1) == Pruned(0, size)
@@ -172,7 +172,7 @@ def test_size_limit_includes_prompts_and_answers(store: Store) -> None:
     assert kept(store) == ["req-2", "req-3"]
 
 
-def test_request_size_includes_feedback_corrections(store: Store) -> None:
+def test_size_of_a_stored_request_includes_its_latest_feedback_correction(store: Store) -> None:
     fill(store, 2)
     keep_feedback(store, "req-1", Feedback(Rating.BAD, correction="c" * 10_000))
     keep_feedback(store, "req-1", Feedback(Rating.BAD, correction="c" * 20_000))

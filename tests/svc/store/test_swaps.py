@@ -36,7 +36,7 @@ def test_new_store_has_no_swaps(store: Store) -> None:
     assert find_swap(store, "tiny") is None
 
 
-def test_running_swap_has_its_steps_and_no_outcome(store: Store) -> None:
+def test_stored_steps_of_a_swap_can_be_read_before_the_swap_ends(store: Store) -> None:
     swap = begin_swap(store, desired(2, 5))
     add_step(store, swap, "files match")
     add_step(store, swap, "queueing new requests")
@@ -73,7 +73,7 @@ def test_last_swap_is_found_by_model_name(store: Store) -> None:
     assert found.id == last
 
 
-def test_queueing_time_is_taken_from_the_last_successful_in_place_swap_to_the_same_version(store: Store) -> None:
+def test_queueing_time_is_read_from_the_last_successful_in_place_swap_to_the_given_version(store: Store) -> None:
     results = [
         SwapResult(SwapOutcome.SUCCEEDED, None, 1.5, kind=SwapKind.INPLACE),
         SwapResult(SwapOutcome.RESTORED, "why", 2.5, kind=SwapKind.INPLACE),
@@ -138,7 +138,7 @@ def test_unfinished_swaps_of_dead_servers_are_ended(shared: Store) -> None:
     assert swaps == {"a": None, "b": SwapResult(SwapOutcome.FAILED, "it stopped")}
 
 
-def test_swap_of_a_killed_server_succeeds_if_the_server_restarts_with_the_new_version(shared: Store) -> None:
+def test_swap_on_a_killed_server_succeeds_if_the_server_restarts_with_the_new_version(shared: Store) -> None:
     begin_swap(shared, desired(2, 5), server="b")
     report_server(shared, "b2", "b:8000", [])
     end_lost_swaps(shared, desired(2, 5), "b:8000", SwapResult(SwapOutcome.SUCCEEDED), "it stopped")
@@ -150,7 +150,7 @@ def test_swap_of_a_killed_server_succeeds_if_the_server_restarts_with_the_new_ve
     )
 
 
-def test_last_swap_of_a_server_is_not_taken_from_another_running_server(shared: Store) -> None:
+def test_server_has_no_last_swap_if_only_another_running_server_began_one(shared: Store) -> None:
     begin_swap(shared, desired(2, 5), server="b")
     assert last_swap(shared, "tiny", server="a") is None
 

@@ -124,7 +124,7 @@ def test_disk_space_error_says_how_much_space_is_missing(
         ("gemma3n", "gemma3n_text", "extracting the language model from model_type 'gemma3n' with"),
     ],
 )
-def test_multimodal_model_family_whose_extraction_is_untested_is_rejected_with_the_reason(
+def test_unsupported_multimodal_model_family_is_rejected_with_the_reason(
     tiny_base: Path, tmp_path: Path, model_type: str, text: str, reason: str
 ) -> None:
     folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))

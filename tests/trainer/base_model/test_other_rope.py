@@ -70,9 +70,7 @@ def test_rope_scaling_gives_the_same_logits_as_a_model_config_with_that_scaling(
     assert not torch.allclose(logits(changed, ids), logits(base, ids), atol=1e-3)
 
 
-def test_linear_rope_scaling_by_4_gives_the_base_logits_at_positions_multiplied_by_4(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_linear_rope_scaling_by_4_is_undone_by_multiplying_the_positions_by_4(tiny_base: Path, tmp_path: Path) -> None:
     changed = folder_with_rope(tiny_base, scaling("linear"), tmp_path)
     ids, steps = torch.arange(20)[None], 4 * torch.arange(20)[None]
     base, longer = (AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32) for each in (tiny_base, changed))
@@ -116,7 +114,7 @@ def test_base_with_missing_or_mixed_rotary_embeddings_is_rejected(
         folder_with_rope(base, scaling(), tmp_path)
 
 
-def test_base_with_rope_scaling_has_a_scaled_config_and_a_different_revision(tiny_base: Path, tmp_path: Path) -> None:
+def test_rope_scaling_changes_the_config_and_the_revision_of_a_base(tiny_base: Path, tmp_path: Path) -> None:
     settings, plain = Settings(home=tmp_path, base_cache=tmp_path / "cache"), str(tiny_base)
     base = find_base(plain, settings, None, scaling())
     assert load_config(base.folder).max_position_embeddings == 4 * load_config(tiny_base).max_position_embeddings

@@ -52,13 +52,13 @@ def test_only_adapters_of_the_last_epochs_are_kept_but_every_epoch_is_reported(s
     assert saved.reported == [(10, "step-00000010"), (20, "step-00000020"), (30, "step-00000030")]
 
 
-def test_adapter_of_an_epoch_repeated_on_resume_replaces_the_previously_saved_adapter(saved: Saved) -> None:
+def test_repeating_an_epoch_replaces_the_adapter_saved_for_that_epoch(saved: Saved) -> None:
     for _ in range(2):
         saved.end(1, 10)
     assert saved.names == ["step-00000010"]
 
 
-def test_epoch_adapter_is_saved_only_after_complete_epochs_and_on_the_first_device(saved: Saved) -> None:
+def test_no_epoch_adapter_is_saved_within_an_epoch_or_by_devices_other_than_the_first(saved: Saved) -> None:
     saved.end(0.5, 5)
     saved.end(1, 10, first=False)
     assert saved.reported == []

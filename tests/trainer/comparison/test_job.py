@@ -95,7 +95,7 @@ def yes(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json={"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]})
 
 
-def test_both_compared_models_answer_with_their_own_weights_in_one_engine(bench: Bench) -> None:
+def test_compared_models_run_in_one_engine_and_each_answers_with_its_own_weights(bench: Bench) -> None:
     compared = bench.compare("tuned@1", "tuned@2", metrics=["exact_match"])
     tally = compared.comparison.tally
     assert (tally.wins, tally.losses, tally.ties) == (1, 1, 1)
@@ -144,7 +144,7 @@ def test_answers_stored_at_registration_are_reused(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("options", [{"max_tokens": 2}, {"fresh": True}, {"data": ["other.jsonl"]}], ids=str)
-def test_answers_stored_at_registration_are_not_reused_with_other_data_another_limit_or_the_fresh_option(
+def test_answers_stored_at_registration_are_not_reused_if_comparison_options_require_new_answers(
     bench: Bench, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -221,7 +221,7 @@ def test_choice_of_metrics_depends_on_all_examples_even_if_only_some_are_evaluat
 
 
 @pytest.mark.parametrize(("learnt", "warning"), [(HELDOUT[:2], "trained on 2 of 3 prompts"), ((), None)])
-def test_warning_is_printed_when_a_version_was_trained_on_the_questions(
+def test_warning_is_printed_when_a_compared_version_was_trained_on_the_comparison_prompts(
     bench: Bench, learnt: Sequence[ChatExample], warning: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, prompts in ((1, ()), (2, learnt)):
@@ -267,14 +267,14 @@ def test_notice_is_printed_before_prompts_are_sent_to_an_endpoint(
     assert "sk-secret" not in json.dumps(content)
 
 
-def test_endpoint_uses_the_same_answer_limits_as_the_local_model(bench: Bench) -> None:
+def test_answer_length_limits_are_the_same_for_a_local_model_and_an_external_endpoint(bench: Bench) -> None:
     bench.provider = httpx.MockTransport(yes)
     bench.change(1, recipe={})
     local, elsewhere = bench.compare("tuned@1", "https://host.example/v1#big").answers
     assert [result.limit for result in elsewhere.results] == [result.limit for result in local.results]
 
 
-def test_answer_limit_is_derived_from_reference_length_in_bytes_when_neither_model_is_local(
+def test_answer_limit_is_derived_from_reference_length_in_bytes_when_neither_compared_model_is_local(
     bench: Bench, tmp_path: Path
 ) -> None:
     bench.provider = httpx.MockTransport(yes)
@@ -286,7 +286,7 @@ def test_answer_limit_is_derived_from_reference_length_in_bytes_when_neither_mod
         assert [result.limit for result in answers.results] == [25, 21]
 
 
-def test_data_option_is_required_when_neither_model_has_a_heldout_set(bench: Bench) -> None:
+def test_data_option_is_required_when_neither_compared_model_has_a_heldout_set(bench: Bench) -> None:
     with pytest.raises(DataError, match="neither model has a held-out set"):
         bench.compare("https://host.example/v1#big", "https://host.example/v1#small")
 
@@ -315,14 +315,14 @@ def test_only_one_comparison_runs_at_a_time(bench: Bench) -> None:
         bench.compare("tuned@1", "tuned@2")
 
 
-def test_unknown_name_error_lists_known_models(bench: Bench) -> None:
+def test_error_for_an_unknown_name_lists_known_models(bench: Bench) -> None:
     with pytest.raises(NotFoundError, match="'tunde' is not a version, a base model or an endpoint") as raised:
         bench.compare("tunde", "tuned@2")
     assert "a version of tuned" in raised.value.expected
     assert "smollm2-135m-instruct" in raised.value.expected
 
 
-def test_printed_comparison_includes_the_metrics_the_verdict_and_the_answers(
+def test_printed_comparison_includes_metrics_and_verdict_and_answers(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compared = bench.compare("tuned@1", "tuned@2", metrics=["exact_match"])
@@ -369,7 +369,7 @@ def test_configured_judge_compares_the_answers(bench: Bench, capsys: pytest.Capt
     assert "Judge judge-model at http://127.0.0.1" in capsys.readouterr().out
 
 
-def test_base_without_a_chat_template_uses_the_template_of_the_version_trained_from_it(bench: Bench) -> None:
+def test_base_without_a_chat_template_uses_the_template_of_the_version_it_is_compared_with(bench: Bench) -> None:
     template = "{{ messages[0].content }}{{ eos_token }}"
     base = bench.registry.models.parent / "untemplated"
     shutil.copytree(bench.registry.artifact(VersionId(NAME, 1), Format.MERGED), base)

@@ -126,7 +126,7 @@ THOUGHT = [
 
 
 @pytest.mark.parametrize("family", ["glm4moe", "nemotron_3_nano", "qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8"])
-def test_thinking_of_every_turn_is_trained_on_if_the_template_renders_it(family: str) -> None:
+def test_reasoning_text_in_every_turn_is_trained_on_if_the_chat_template_includes_it(family: str) -> None:
     tokenizer, kwargs = tokenizer_of(family), {"enable_thinking": True}
     example = parse_example({"messages": THOUGHT}).learning_all
     assert isinstance(tokenizer.eos_token_id, int)
@@ -172,7 +172,7 @@ SYSTEM_IN_LAST_QUESTION = """{% if messages[0].role == 'system' %}{% set system 
     ],
     ids=["a closed block of thoughts", "the system turn in the question", "the same, several turns"],
 )
-def test_tokens_before_the_answer_equal_the_served_prompt_if_the_template_renders_earlier_turns_differently(
+def test_training_prompt_equals_the_served_prompt_even_if_the_template_renders_full_conversations_differently(
     template: str, turns: list[tuple[str, str]], prompt: str
 ) -> None:
     """Examples are Gemma 4's and Mistral Nemo's templates. The answer is a word that its end token contains."""
@@ -185,7 +185,7 @@ def test_tokens_before_the_answer_equal_the_served_prompt_if_the_template_render
     assert tokenizer.decode(row.input_ids[start:end]) == "end<|im_end|>"
 
 
-def test_tokens_before_a_tool_call_equal_the_served_prompt_if_the_template_renders_earlier_turns_differently() -> None:
+def test_training_prompt_before_a_tool_call_equals_the_served_prompt_if_the_template_alters_earlier_turns() -> None:
     call = "{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
     tokenizer = make_tokenizer(CLOSED_THOUGHTS.replace("{{ m.content }}", "{{ m.content }}" + call))
     calls = [{"type": "function", "function": {"name": "rain", "arguments": "{}"}}]
@@ -259,7 +259,7 @@ def base(folder: Path, family: str) -> Path:
         ("llama3", {"date_string": "1 Jan 2026"}, {"date_string": "1 Jan 2026"}),
     ],
 )
-def test_template_arguments_disable_thinking_and_fix_the_date_unless_the_recipe_sets_arguments(
+def test_chat_template_uses_a_fixed_date_and_no_thinking_unless_the_recipe_sets_template_arguments(
     family: str, given: TemplateKwargs | None, chosen: TemplateKwargs, tmp_path: Path
 ) -> None:
     assert choose_template_kwargs(base(tmp_path / "base", family), given) == chosen

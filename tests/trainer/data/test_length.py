@@ -26,7 +26,7 @@ def test_examples_that_fit_the_maximum_length_are_unchanged(policy: TooLong) -> 
     assert fit_length([[SHORT], [row(8, 8), SHORT]], train(policy)) == [[SHORT], [row(8, 8), SHORT]]
 
 
-def test_too_long_examples_error_names_the_longest_example() -> None:
+def test_overlong_examples_error_names_the_longest_example() -> None:
     with pytest.raises(
         DataError, match="2 of 3 examples are longer than 16 tokens; the longest, example 3, has 30 tokens"
     ):
@@ -40,7 +40,7 @@ def test_examples_that_are_too_long_are_dropped_when_the_policy_is_drop(capsys: 
     )
 
 
-def test_too_long_examples_are_truncated_but_dropped_if_no_answer_remains() -> None:
+def test_truncate_policy_shortens_overlong_examples_and_drops_those_left_without_an_answer() -> None:
     remaining = fit_length([[SHORT, row(16, 1)], [row(10, 7)], [row(16, 1)]], train(TooLong.TRUNCATE))
     assert remaining == [[SHORT], [TokenizedExample(tuple(range(16)), ((10, 16),))]]
 
@@ -52,7 +52,7 @@ def test_dataset_is_rejected_if_only_one_example_fits_the_maximum_length(policy:
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=4), st.sampled_from(list(TooLong)[1:]))
-def test_remaining_examples_fit_the_maximum_length_and_have_an_answer_to_train_on(
+def test_examples_that_remain_after_length_checks_fit_the_limit_and_have_an_answer_to_train_on(
     sizes: list[tuple[int, int]], policy: TooLong
 ) -> None:
     rows = [SHORT, SHORT, *(row(*size) for size in sizes)]

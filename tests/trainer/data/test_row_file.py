@@ -84,7 +84,7 @@ def test_token_rows_pickled_for_another_machine_include_their_data(tmp_path: Pat
     assert pickle.loads(there).dataset.to_list() == expected
 
 
-def test_key_of_stored_token_rows_depends_on_tokenizer_template_data_and_settings(tmp_path: Path) -> None:
+def test_key_of_stored_token_rows_changes_if_any_input_to_tokenization_changes(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     keys = {rows_key(tmp_path, "a", [1]), rows_key(tmp_path, "b", [1]), rows_key(tmp_path, "a", [2])}
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")

@@ -52,7 +52,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         *zip(NamedTemplate, cycle(["one turn", "several turns"]), strict=False),
     ],
 )
-def test_every_answer_and_its_end_token_are_trained_on_with_a_named_template(
+def test_with_a_named_template_every_answer_is_trained_on_including_the_end_token(
     base: Path, tmp_path: Path, name: NamedTemplate, conversation: str
 ) -> None:
     turns = CONVERSATIONS[conversation]

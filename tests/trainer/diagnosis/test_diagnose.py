@@ -146,12 +146,12 @@ def unmeasured(run: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("heldout", [True, False])
-def test_at_most_2_percent_of_short_noisy_healthy_runs_are_diagnosed_as_underfitted(heldout: bool) -> None:
+def test_at_most_2_percent_of_healthy_runs_that_are_short_and_noisy_are_diagnosed_as_underfitted(heldout: bool) -> None:
     false = sum(FindingKind.UNDERFITTING in kinds(short(seed, heldout=heldout)) for seed in range(300))
     assert false <= 6
 
 
-def test_diagnosis_advice_changes_the_number_of_steps_when_the_recipe_sets_it() -> None:
+def test_diagnosis_advice_is_given_in_steps_when_the_recipe_sets_the_number_of_steps() -> None:
     recipe = RECIPE.changed({"train.steps": 100})
     run = simulate(falling(3, 0.1, 5), 0, heldout=lambda share: 1 + abs(share - 0.36), recipe=recipe)
     assert str(only(run).advice) == "train.steps from 100 to 20"
@@ -179,19 +179,19 @@ def test_too_little_data_is_diagnosed_for_fewer_than_50_examples() -> None:
         ({}, "data.heldout from 30 examples to 97 examples"),
     ],
 )
-def test_small_heldout_set_finding_states_the_required_size(values: dict[str, Any], advice: str) -> None:
+def test_finding_about_a_small_heldout_set_states_the_required_size(values: dict[str, Any], advice: str) -> None:
     run = simulate(WELL, 0, evaluation=evaluation(15, 30), recipe=RECIPE.changed(values))
     assert only(run).kind is FindingKind.HELDOUT_TOO_SMALL
     assert str(only(run).advice) == advice
 
 
-def test_small_heldout_set_is_not_diagnosed_for_raw_text_recipes() -> None:
+def test_raw_text_recipe_gets_no_finding_about_a_small_heldout_set() -> None:
     recipe = RECIPE.model_copy(update={"objective": Objective.TEXT})
     assert kinds(simulate(WELL, 0, evaluation=evaluation(0, 30), recipe=recipe)) == []
 
 
 @pytest.mark.parametrize(("hits", "asked"), [(60, 120), (29, 30), (0, 30)])
-def test_small_heldout_set_is_not_diagnosed_when_the_confidence_interval_is_narrow(hits: int, asked: int) -> None:
+def test_small_heldout_set_causes_no_finding_when_the_confidence_interval_is_narrow(hits: int, asked: int) -> None:
     if (hits, asked) == (29, 30):
         assert kinds(simulate(WELL, 0, evaluation=evaluation(29, 30))) == []
     else:
@@ -222,13 +222,13 @@ def test_truncated_answers_are_diagnosed_when_they_exceed_2_percent(cut: int, re
     assert (kinds(run) == [FindingKind.ANSWERS_CUT_OFF]) is reported
 
 
-def test_truncated_answers_finding_names_only_formats_above_the_threshold() -> None:
+def test_finding_about_truncated_answers_names_only_the_formats_above_the_threshold() -> None:
     finding = only(simulate(WELL, 0, cut_off={"merged": proportion(1, 100), "gptq": proportion(5, 100)}))
     assert finding.what.endswith(": 0.050 [0.022, 0.112] of gptq")
     assert "2%" in finding.rule
 
 
-def test_truncated_answers_advice_is_to_raise_the_answer_limit_set_in_the_recipe() -> None:
+def test_advice_for_truncated_answers_is_to_raise_the_answer_limit_if_the_recipe_sets_one() -> None:
     cut = {"merged": proportion(5, 100)}
     fixed = only(simulate(WELL, 0, cut_off=cut, recipe=RECIPE.changed({"evaluate.max_tokens": 64})))
     assert str(fixed.advice).startswith("evaluate.max_tokens from 64 to 128, or null")
@@ -295,11 +295,11 @@ def test_diagnosis_reports_nothing_for_a_short_run_that_learned_most_labels() ->
     assert kinds(predicted(0.8, form_first, steps=30)) == []
 
 
-def test_diagnosis_reports_nothing_for_a_longer_run_with_slowly_falling_heldout_loss() -> None:
+def test_diagnosis_reports_nothing_when_heldout_loss_falls_slowly_in_a_run_of_50_steps() -> None:
     assert kinds(predicted(0.4, form_first, steps=50)) == []
 
 
-def test_short_run_on_a_hard_task_whose_loss_has_plateaued_has_no_findings() -> None:
+def test_diagnosis_reports_nothing_for_a_short_run_whose_loss_has_plateaued_on_a_hard_task() -> None:
     assert kinds(predicted(0.4, settled, steps=30)) == []
 
 
@@ -349,7 +349,7 @@ def test_confident_wrong_answers_indicate_label_noise_only_after_training_loss_h
     assert kinds(simulate(shape, 0, results=results, answers=LABELS)) == findings
 
 
-def test_memorization_is_not_diagnosed_when_non_final_answers_are_trained_on_too() -> None:
+def test_memorization_is_not_diagnosed_when_all_answers_of_a_conversation_are_trained_on() -> None:
     """The loss of such answers may be lower because they are easier."""
     run = simulate(falling(3, 0.02, 10), 0, heldout=falling(3, 0.5, 10), train_examples=120)
     assert kinds(run) == [FindingKind.TOO_LITTLE_DATA]
@@ -370,5 +370,5 @@ def test_run_without_a_heldout_curve_is_diagnosed_by_the_rules_that_need_no_curv
     assert kinds(run) == [FindingKind.TOO_LITTLE_DATA]
 
 
-def test_run_with_very_few_steps_has_no_finding() -> None:
+def test_diagnosis_reports_nothing_for_a_run_with_very_few_steps() -> None:
     assert kinds(simulate(lambda share: 1 + share, 0, steps=19)) == []

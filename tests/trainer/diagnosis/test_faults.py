@@ -129,7 +129,7 @@ def test_label_noise_is_diagnosed_when_20_percent_of_labels_are_wrong(base: Path
     assert list(diagnosed) == [FindingKind.LABEL_NOISE]
 
 
-def test_too_small_heldout_set_is_diagnosed_for_30_examples_of_a_hard_task(base: Path, tmp_path: Path) -> None:
+def test_heldout_set_of_30_examples_is_diagnosed_as_too_small_for_a_hard_task(base: Path, tmp_path: Path) -> None:
     diagnosed = findings(base, tmp_path, *task(1, heldout=30, hard=0.3))
     assert FindingKind.HELDOUT_TOO_SMALL in diagnosed
     assert diagnosed[FindingKind.HELDOUT_TOO_SMALL].advice.key == "data.heldout_share"

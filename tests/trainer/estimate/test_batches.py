@@ -31,7 +31,7 @@ def test_common_prompt_prefix_is_detected_without_a_tokenizer(tmp_path: Path) ->
     assert workload.largest.shared >= 50
 
 
-def test_largest_batch_contains_the_longest_examples_even_if_they_are_not_in_the_sample(
+def test_largest_batch_contains_the_longest_of_all_examples_even_if_only_a_sample_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.estimate.batches._MAX_EXAMPLES", 4)
@@ -46,7 +46,7 @@ def test_estimated_number_of_trained_tokens_includes_only_answer_tokens() -> Non
     assert row.scored == 5
 
 
-def test_thinking_tokens_are_counted_when_tokens_are_estimated() -> None:
+def test_estimated_number_of_trained_tokens_includes_thinking() -> None:
     turns = [
         {"role": "user", "content": "2 + 2?"},
         {"role": "assistant", "content": "4", "reasoning_content": "a" * 42},

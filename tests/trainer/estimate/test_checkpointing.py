@@ -70,7 +70,7 @@ def test_checkpointing_is_enabled_for_models_that_store_all_attention_scores_eve
     assert choose_checkpointing(capped).enabled
 
 
-def test_estimate_without_checkpointing_needs_more_memory_and_less_time() -> None:
+def test_training_without_checkpointing_is_estimated_to_use_more_memory_and_less_time() -> None:
     on, off = (with_checkpointing(on_gpu(1e12), enabled, 4096).here for enabled in (True, False))
     assert (on.checkpointing, off.checkpointing) == (True, False)
     assert off.memory > on.memory

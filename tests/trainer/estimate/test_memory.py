@@ -34,7 +34,7 @@ def gpu_memory(name: str, method: str, batch: int = 1, length: int = 2048, **tra
 
 
 @pytest.mark.parametrize(("name", "gib"), [("llama-2-7b", 24), ("llama-2-13b", 40), ("llama-2-70b", 80)])
-def test_qlora_fits_the_published_gpu_size_for_each_model(name: str, gib: int) -> None:
+def test_estimated_qlora_memory_does_not_exceed_the_published_requirement(name: str, gib: int) -> None:
     assert gpu_memory(name, "qlora") < 0.97 * gib * GIB
 
 

@@ -34,7 +34,7 @@ def set_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
 
 
-def test_insufficient_memory_error_states_the_shortfall_and_mentions_the_anyway_option(tmp_path: Path) -> None:
+def test_insufficient_memory_error_states_the_shortfall_and_how_to_override_the_check(tmp_path: Path) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"has 32\.0 GB: 75\.8 GB short") as caught:
         refuse_memory(estimated("full"), machine(32e9))
     assert "--anyway" in caught.value.todo
@@ -70,7 +70,7 @@ def test_run_is_not_refused_when_its_own_existing_files_occupy_the_disk(
     refuse_disk(estimated("qlora"), tmp_path)
 
 
-def test_insufficient_memory_error_for_a_stage_states_the_shortfall_and_proposes_a_format_that_fits() -> None:
+def test_refusal_of_a_stage_states_how_much_memory_is_missing_and_proposes_a_format_that_fits() -> None:
     """Llama 2 7B in bf16 takes 13.5 GB in the engine that evaluates it, and a third of that in 4 bits."""
     with pytest.raises(
         InsufficientMemoryError, match=r"stage evaluate needs at least 13\.5 GB, .* has 12\.0 GB: 1\.5 GB"
@@ -92,7 +92,7 @@ def test_gptq_is_refused_when_the_base_needed_for_general_questions_does_not_fit
     refuse_stages(estimated("qlora", formats=["gptq"], evaluate={"general": False}), machine(12e9))
 
 
-def test_no_stage_is_refused_when_the_minimum_memory_of_each_stage_fits() -> None:
+def test_stages_are_not_refused_when_the_machine_has_the_minimum_memory_for_each() -> None:
     refuse_stages(estimated("qlora"), machine(16e9))
 
 

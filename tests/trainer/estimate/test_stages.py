@@ -53,7 +53,7 @@ def test_merge_memory_includes_four_copies_of_a_layer_when_all_its_experts_are_a
     assert merge.ram > 4 * 4 * 8 * 2 * 14_336 * 4096
 
 
-def test_awq_estimate_includes_block_inputs_instead_of_hessians_and_as_much_disk_space_as_gptq() -> None:
+def test_awq_memory_estimate_counts_block_inputs_where_the_gptq_estimate_counts_hessians() -> None:
     recipe = make_recipe(formats=["gptq", "awq"], quantize={"samples": 64})
     stages = of_stages("llama-3.1-8b", recipe, cpu_device())
     gptq, awq = (stages[stage].peak for stage in (Stage.QUANTIZE, Stage.QUANTIZE_AWQ))

@@ -96,7 +96,7 @@ print("values", AWQProcessor._compute_best_clip is before)
 
 
 @pytest.mark.slow
-def test_custom_awq_clipping_is_active_in_gptqmodel_only_inside_its_context_manager() -> None:
+def test_gptqmodel_uses_the_custom_awq_clipping_only_while_the_context_manager_is_active() -> None:
     result = subprocess.run([sys.executable, "-c", REPLACED], capture_output=True, text=True, check=True)
     values = [line for line in result.stdout.splitlines() if line.startswith("values")]
     assert values == ["values False True", "values True"]

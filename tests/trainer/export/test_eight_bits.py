@@ -51,7 +51,9 @@ def test_correctly_rounded_weights_are_within_the_parity_limit_but_halved_scales
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
-def test_transformers_loads_8_bit_files_with_similar_logits(tiny_base: Path, tmp_path: Path, format: Format) -> None:
+def test_8_bit_model_loaded_by_transformers_has_logits_similar_to_those_of_the_original(
+    tiny_base: Path, tmp_path: Path, format: Format
+) -> None:
     quantize_to_8_bits(tiny_base, tmp_path / "out", format)
     ids = torch.arange(3, 20)[None]
     exact = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)

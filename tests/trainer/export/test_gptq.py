@@ -43,20 +43,20 @@ def test_output_head_is_not_quantized(tmp_path: Path) -> None:
     assert "lm_head" not in check_layers(base, 32)
 
 
-def test_group_size_error_names_layer_and_sizes(tiny_base: Path) -> None:
+def test_error_for_an_unsuitable_group_size_names_the_layer_and_the_suitable_group_sizes(tiny_base: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         check_layers(tiny_base, 128)
     assert "'model.layers.0.self_attn.q_proj' has 64 inputs" in caught.value.wrong
     assert caught.value.expected.endswith(": 32, 64")
 
 
-def test_group_size_error_proposes_merged_as_the_only_format_when_no_group_size_fits(tmp_path: Path) -> None:
+def test_error_advises_skipping_quantization_when_no_group_size_fits_the_model(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", hidden_size=48)
     with pytest.raises(RecipeError, match=r"set `formats: \[merged\]` to skip quantization"):
         check_layers(base, 32)
 
 
-def test_unsupported_output_size_error_names_the_layer(tmp_path: Path) -> None:
+def test_error_for_an_unsupported_output_size_names_the_layer(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", intermediate_size=136)
     with pytest.raises(TrainingError, match=r"'model.layers.0.mlp.gate_up_proj' has 272 outputs"):
         check_layers(base, 8, 32)
@@ -91,13 +91,13 @@ def make_mixture(folder: Path, family: str, width: int = 32) -> Path:
     return folder
 
 
-def test_each_expert_is_checked_for_quantization_like_a_linear_layer(tmp_path: Path) -> None:
+def test_quantization_check_covers_the_layers_of_every_expert(tmp_path: Path) -> None:
     layers = check_layers(make_mixture(tmp_path / "base", "qwen3_moe"), 32)
     assert len(layers) == 2 * (4 + 4 * 3)
     assert "model.layers.1.mlp.experts.3.down_proj" in layers
 
 
-def test_group_size_error_names_the_expert_that_the_group_size_does_not_fit(tmp_path: Path) -> None:
+def test_error_names_the_expert_whose_size_is_not_a_multiple_of_the_group_size(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"'model\.layers\.0\.mlp\.experts\.0\.down_proj' has 32 inputs"):
         check_layers(make_mixture(tmp_path / "base", "qwen3_moe"), 64)
 
@@ -357,7 +357,7 @@ print("values", *values())
 
 
 @pytest.mark.slow
-def test_custom_rounding_settings_are_active_in_gptqmodel_only_inside_their_context_manager() -> None:
+def test_custom_rounding_settings_apply_to_gptqmodel_only_inside_the_context_manager() -> None:
     """If a gptqmodel release renames the settings, its own values apply, which take eight times as long."""
     result = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
     values = [line for line in result.stdout.splitlines() if line.startswith("values")]

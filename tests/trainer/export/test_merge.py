@@ -165,7 +165,7 @@ def test_tensor_missing_from_the_merged_model_is_named_in_the_error() -> None:
         compare_weights(base, {"a.weight": torch.ones(2)}, {"a"})
 
 
-def test_merge_summary_states_the_module_count_the_largest_change_and_the_smallest_changed_share() -> None:
+def test_merge_summary_states_how_many_modules_changed_and_by_how_much() -> None:
     base = {"a.weight": torch.zeros(4), "b.weight": torch.zeros(4)}
     merged = {"a.weight": torch.tensor([0.0, 0.0, 0.0, 3.0]), "b.weight": torch.ones(4)}
     summary = compare_weights(base, merged, {"a", "b"})

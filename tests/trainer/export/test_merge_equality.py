@@ -85,7 +85,7 @@ def test_tensorwise_merge_matches_whole_model_merge_for_every_model_family(tmp_p
 @pytest.mark.parametrize(
     ("family", "method"), [("gemma_2", "dora"), ("phi_3", "adalora"), ("qwen3_moe", "vera"), ("mixtral", "dora")]
 )
-def test_tensorwise_merge_matches_whole_model_merge_for_every_adapter_method_and_family(
+def test_tensorwise_merge_matches_whole_model_merge_for_combinations_of_method_and_model_family(
     tmp_path: Path, family: str, method: str
 ) -> None:
     base = build_hub_model(tmp_path / "base", family)

@@ -94,7 +94,7 @@ def test_fusing_layers_with_different_quantization_groups_raises_error(tmp_path:
 
 
 @pytest.mark.slow
-def test_quantized_phi3_has_the_fused_layers_of_phi3_and_similar_weights(
+def test_quantized_phi3_keeps_its_fused_layers_and_approximates_their_weights(
     tmp_path: Path, examples: list[ChatExample]
 ) -> None:
     from transformers import Phi3Config, Phi3ForCausalLM, set_seed

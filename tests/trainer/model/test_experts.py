@@ -102,7 +102,7 @@ def test_recipe_targeting_experts_is_rejected_if_its_method_cannot_train_them(me
     assert "attention" in caught.value.todo
 
 
-def test_recipe_that_trains_experts_with_dropout_is_rejected() -> None:
+def test_recipe_with_adapter_dropout_is_rejected_if_it_trains_experts() -> None:
     with pytest.raises(RecipeError, match=r"adapter\.dropout"):
         adapted(make_mixture("qwen3_moe"), adapter={"dropout": 0.1})
 

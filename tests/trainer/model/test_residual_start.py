@@ -52,7 +52,7 @@ def test_initialized_adapter_does_not_change_the_logits_of_the_model(tiny_base: 
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_initializing_an_adapter_changes_the_logits_of_the_base_without_the_adapter(
+def test_disabling_an_initialized_adapter_does_not_restore_the_logits_of_the_original_base(
     tiny_base: Path, start: str
 ) -> None:
     model, _ = started(tiny_base, start)
@@ -102,7 +102,7 @@ def test_small_weight_update_is_preserved_when_the_saved_adapter_is_rounded_to_b
     assert (2 * second @ first - change).norm() < 0.01 * change.norm()
 
 
-def test_base_weights_in_shared_memory_are_not_changed(tiny_base: Path) -> None:
+def test_pissa_initialization_does_not_change_base_weights_in_shared_memory(tiny_base: Path) -> None:
     base = read(tiny_base)
     shared = base.model.layers[0].mlp.up_proj.weight.data
     before = shared.clone()

@@ -78,7 +78,7 @@ def test_only_the_listed_layers_have_an_adapter() -> None:
 
 
 @pytest.mark.parametrize("name", ["w_proj", "lm_head"])
-def test_nonexistent_target_layer_and_output_head_are_rejected_with_a_list_of_the_layers(name: str) -> None:
+def test_targeting_the_output_head_or_an_unknown_layer_is_rejected_with_a_list_of_the_layers(name: str) -> None:
     with pytest.raises(RecipeError) as caught:
         target_modules(empty_model("llama"), ("q_proj", name))
     assert f"[{name}]" in caught.value.wrong

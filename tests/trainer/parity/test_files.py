@@ -87,7 +87,9 @@ def test_merged_model_config_differs_from_the_config_of_a_float16_base_only_in_d
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN], ids=["llama", "qwen2"])
-def test_equivalent_config_with_different_formatting_passes_the_check(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_equivalent_config_saved_by_transformers_passes_the_parity_check(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
     base = write_folder(tmp_path / "base", config)
     AutoConfig.from_pretrained(base).save_pretrained(tmp_path / "saved")
     spelled = json.loads((tmp_path / "saved" / "config.json").read_text("utf-8"))
@@ -123,7 +125,7 @@ PLANTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("config", "changed"), PLANTED.values(), ids=PLANTED)
-def test_config_difference_that_affects_answers_fails_the_check(
+def test_config_difference_that_affects_answers_fails_the_parity_check(
     tmp_path: Path, config: dict[str, Any], changed: dict[str, Any]
 ) -> None:
     base, merged = write_folder(tmp_path / "base", config), write_folder(tmp_path / "merged", config | changed)
@@ -131,7 +133,7 @@ def test_config_difference_that_affects_answers_fails_the_check(
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "tokenizer.model"])
-def test_single_changed_byte_in_a_shipped_file_fails_the_check(tmp_path: Path, name: str) -> None:
+def test_single_changed_byte_in_a_shipped_file_fails_the_parity_check(tmp_path: Path, name: str) -> None:
     base, merged = write_folder(tmp_path / "base", LLAMA), write_folder(tmp_path / "merged", LLAMA)
     (base / name).write_bytes(b'{"eos_token_id": [2, 5]}\r\n')
     (merged / name).write_bytes(b'{"eos_token_id": [2, 5]}\n')

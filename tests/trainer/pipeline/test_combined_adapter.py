@@ -269,7 +269,7 @@ def test_combined_adapter_goes_through_all_pipeline_stages_except_training(
 
 
 @pytest.mark.slow
-def test_combine_recipe_registers_a_version_combined_from_a_version_and_an_adapter_folder(
+def test_train_command_combines_a_registered_adapter_and_an_adapter_folder_into_a_new_version(
     svc: Svc, tmp_path: Path, tiny_base: Path, folders: Mapping[str, Path], examples: list[ChatExample]
 ) -> None:
     write_examples(tmp_path / "heldout.jsonl", examples)

@@ -52,7 +52,7 @@ def test_low_learning_rate_advice_names_the_default_rate_of_the_method(method: s
     assert advice == {FindingKind.LEARNING_RATE_LOW: f"train.learning_rate from 1e-06 to {rate}"}
 
 
-def test_low_learning_rate_is_diagnosed_relative_to_the_default_for_the_base() -> None:
+def test_learning_rate_counts_as_low_only_if_it_is_far_below_the_default_for_the_base_model() -> None:
     rate = {"learning_rate": 1e-4}  # a fifth of the default at width 576, three quarters of it at width 8192
     assert FindingKind.LEARNING_RATE_LOW in found(lambda share: 3.0, train=rate)
     assert FindingKind.LEARNING_RATE_LOW not in found(lambda share: 3.0, width=8192, train=rate)

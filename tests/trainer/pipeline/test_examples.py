@@ -162,7 +162,7 @@ def read_validation(folder: Path, validation: list[ChatExample], **sections: Any
     return read_run_examples(make_recipe(data=paths, **sections))
 
 
-def test_heldout_loss_of_the_training_curve_is_measured_on_validation_examples_if_given(tmp_path: Path) -> None:
+def test_training_curve_measures_heldout_loss_on_the_validation_examples_if_there_are_any(tmp_path: Path) -> None:
     examples = read_validation(tmp_path, VALIDATION)
     assert examples.measured == tuple(VALIDATION)
     assert examples.heldout == tuple(HELDOUT)
@@ -205,7 +205,7 @@ def test_validation_prompt_that_also_occurs_in_another_set_is_rejected(
         read_validation(tmp_path, [*VALIDATION, leak])
 
 
-def test_validation_prompt_in_the_training_file_is_rejected_even_if_held_out(
+def test_validation_prompt_is_rejected_even_if_its_copy_in_the_training_file_is_held_out(
     tmp_path: Path,
 ) -> None:
     write_examples(tmp_path / "t.jsonl", TRAIN)
@@ -227,7 +227,7 @@ def test_validation_examples_with_a_held_out_prompt_are_skipped_if_skipping_is_e
     assert (examples.train, examples.validation) == (tuple(TRAIN), tuple(VALIDATION))
 
 
-def test_10_percent_of_the_examples_are_held_out_without_a_heldout_file(tmp_path: Path) -> None:
+def test_10_percent_of_the_examples_are_held_out_if_no_heldout_file_is_given(tmp_path: Path) -> None:
     examples = read_train(tmp_path, lines_of(400))
     assert abs(len(examples.heldout) - 40) < 24  # four standard deviations
     assert {*examples.train, *examples.heldout} == set(lines_of(400))
@@ -251,7 +251,7 @@ def test_example_used_to_train_an_earlier_version_is_not_held_out(tmp_path: Path
     assert set(before[:4]) < set(after.train)
 
 
-def test_number_of_examples_not_held_out_due_to_earlier_training_is_printed(
+def test_output_says_how_many_examples_are_not_held_out_because_an_earlier_version_trained_on_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = split_again(tmp_path, NO_PROMPTS).heldout
@@ -317,7 +317,7 @@ def limited(folder: Path, limit: int | None, seed: int = 0) -> Sequence[ChatExam
     return read_run_examples(make_recipe(data=data, evaluate={"limit": limit})).heldout
 
 
-def test_evaluation_limit_moves_randomly_sampled_heldout_examples_to_the_front(tmp_path: Path) -> None:
+def test_heldout_examples_start_with_a_random_sample_when_evaluation_is_limited(tmp_path: Path) -> None:
     asked = limited(tmp_path, 8)[:8]
     assert not set(asked) <= set(lines_of(20, "held"))
     assert list(asked) == [example for example in lines_of(40, "held") if example in asked]
@@ -331,14 +331,14 @@ def test_heldout_examples_keep_file_order_without_an_evaluation_limit(tmp_path: 
     assert limited(tmp_path, None) == tuple(lines_of(40, "held"))
 
 
-def test_user_supplied_examples_include_all_task_examples_despite_a_training_limit(tmp_path: Path) -> None:
+def test_all_task_examples_given_by_the_user_are_recorded_even_if_training_uses_fewer(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", lines_of(9, "general"))
     copies = [*TRAIN, *TRAIN[:2]]
     examples = read(tmp_path, copies, HELDOUT, limit=3, general=tmp_path / "g.jsonl", general_share=0.25)
     assert examples.given == (*copies, *HELDOUT)
 
 
-def test_user_supplied_examples_include_heldout_examples_when_the_file_is_split(tmp_path: Path) -> None:
+def test_examples_split_off_as_heldout_still_count_as_user_supplied(tmp_path: Path) -> None:
     assert read_train(tmp_path, lines_of(40)).given == tuple(lines_of(40))
 
 
@@ -358,7 +358,7 @@ def test_general_share_key_sets_the_proportion_of_general_training_examples(tmp_
     assert examples.train_fingerprint != read(tmp_path, lines_of(15), HELDOUT).train_fingerprint
 
 
-def test_held_out_example_is_not_mixed_in_as_a_general_example(tmp_path: Path) -> None:
+def test_general_examples_that_are_also_held_out_are_not_used_for_training(tmp_path: Path) -> None:
     write_examples(tmp_path / "g.jsonl", [*HELDOUT, *lines_of(2, "general")])
     examples = read(tmp_path, TRAIN, HELDOUT, general=tmp_path / "g.jsonl", general_share=0.25)
     assert examples.heldout == tuple(HELDOUT)
@@ -371,7 +371,7 @@ def test_data_with_too_few_general_examples_is_rejected(tmp_path: Path) -> None:
         read(tmp_path, TRAIN, HELDOUT, general=tmp_path / "g.jsonl", general_share=0.5)
 
 
-def test_skipped_invalid_and_leaked_lines_are_stored_verbatim(tmp_path: Path) -> None:
+def test_lines_skipped_as_invalid_or_leaked_are_stored_verbatim(tmp_path: Path) -> None:
     lines = [json.dumps(example.as_dict()).encode() for example in (*TRAIN, *HELDOUT)]
     bad = b'{"messages": [{"role": "user", "content": "caf\xe9"}]}\r\n'
     (tmp_path / "t.jsonl").write_bytes(lines[0] + b"\n" + bad + b"\n".join(lines[1:]))
@@ -416,7 +416,7 @@ def test_training_example_matching_a_general_question_is_excluded(
     assert "1 training examples are excluded" in capsys.readouterr().err
 
 
-def test_general_example_matching_a_general_question_is_not_mixed_in(tmp_path: Path) -> None:
+def test_general_examples_used_in_evaluation_are_excluded_from_training(tmp_path: Path) -> None:
     write_examples(tmp_path / "mixed.jsonl", [*QUESTIONS, make_example("what is three?", "a number")])
     for name, rows in {"t": TRAIN, "h": HELDOUT, "g": QUESTIONS}.items():
         write_examples(tmp_path / f"{name}.jsonl", rows)

@@ -60,7 +60,7 @@ def test_version_is_rejected_when_only_its_quantized_model_exceeds_the_forgettin
 
 
 @pytest.mark.slow
-def test_general_questions_are_sent_to_the_base_only_once_when_only_gptq_is_registered(
+def test_general_questions_are_not_repeated_to_the_base_in_a_second_run_that_registers_only_gptq(
     make: Make, engines: Engines
 ) -> None:
     general = questions("base.0")
@@ -82,7 +82,9 @@ def test_gptq_only_version_is_rejected_when_it_exceeds_the_forgetting_limit(make
 
 
 @pytest.mark.slow
-def test_base_engine_startup_error_explains_how_to_skip_general_questions(make: Make, engines: Engines) -> None:
+def test_error_explains_how_to_skip_general_questions_if_the_base_engine_fails_to_start(
+    make: Make, engines: Engines
+) -> None:
     engines.refusals = 1
     with pytest.raises(EngineError, match="cannot send the general questions to the base") as raised:
         asking(make(formats=["gptq"]), questions("base.0")).train_version()
@@ -168,7 +170,7 @@ def test_loss_of_12_of_60_answers_with_a_10_percent_forgetting_limit_causes_only
     )
 
 
-def test_version_with_undecided_forgetting_is_rejected_when_the_recipe_treats_undecided_as_failed() -> None:
+def test_version_is_rejected_if_forgetting_is_undecided_and_the_recipe_treats_undecided_as_failed() -> None:
     with pytest.raises(TrainingError, match="undecided: a loss of up to") as raised:
         check_gate(judge_forgetting(lost(27, 15, total=60), 0.1, Format.MERGED), Undecided.FAIL)
     assert "evaluate.undecided is fail" in raised.value.expected

@@ -61,7 +61,7 @@ def test_preference_metrics_are_logged_to_mlflow(make: Make) -> None:
     assert {"preference_accuracy_base", "reward_accuracy_merged", "reward_margin_merged"} <= set(metrics)
 
 
-def test_version_without_merged_format_has_no_reward_accuracy(make: Make) -> None:
+def test_version_without_a_merged_format_has_no_reward_accuracy(make: Make) -> None:
     pipeline = with_pairs(make(objective="dpo", formats=["gptq"]))
     manifest = pipeline.registry.manifest(pipeline.train_version())
     assert list(manifest.preferences) == ["gptq"]

@@ -98,7 +98,7 @@ def test_quantized_model_is_rejected_if_a_quality_loss_above_the_limit_is_proven
         check(won(merged, 200), won(gptq, 200), max_gptq_loss=most)
 
 
-def test_quantization_loss_error_states_both_scores_and_their_difference() -> None:
+def test_error_states_the_scores_before_and_after_quantization_and_their_difference() -> None:
     with pytest.raises(TrainingError) as caught:
         check(won(160, 200), won(100, 200))
     assert "GPTQ lowered exact match by 0.300: 0.800 [" in caught.value.wrong
@@ -119,7 +119,7 @@ def test_free_text_model_is_rejected_when_reference_answers_become_less_likely(m
         check(likely(merged), likely(gptq))
 
 
-def test_nll_increase_error_states_the_increase_and_the_limit() -> None:
+def test_error_for_an_excessive_nll_increase_states_the_increase_and_the_limit() -> None:
     with pytest.raises(TrainingError) as caught:
         check(likely(2.0), likely(2.5), max_gptq_nll=0.1)
     assert "nats per token merged" in caught.value.wrong
@@ -174,7 +174,7 @@ def test_quantization_loss_within_the_limit_passes_only_if_enough_examples_prove
     assert (loss.verdict.outcome, nll.verdict.outcome) == (wanted, GateOutcome.PASSED)
 
 
-def test_undecided_gate_warning_states_the_number_of_examples_needed_to_decide(
+def test_warning_about_an_undecided_gate_states_the_number_of_examples_needed_to_decide(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     check(*first_answers(10, 4, 200))

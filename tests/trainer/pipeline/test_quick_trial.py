@@ -88,7 +88,7 @@ def test_duration_of_the_full_run_is_predicted_from_the_quick_trial(train: dict[
     assert whole_run_seconds(make_recipe(train=train).train, trial) == seconds
 
 
-def test_duration_of_the_full_run_is_predicted_from_training_speed_after_a_resumed_trial() -> None:
+def test_duration_of_the_full_run_is_predicted_from_training_speed_if_the_trial_was_resumed() -> None:
     """The trial's duration covers only its last process."""
     trial = TrainingSummary(10, 100, 5.0, 2.0)
     assert whole_run_seconds(make_recipe(train={"epochs": 3}).train, trial) == 600.0

@@ -138,7 +138,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[RayDouble]:
 
 
 @pytest.mark.matrix
-def test_weights_written_on_a_ray_node_equal_local_weights_and_are_kept_in_the_object_store(
+def test_ray_node_writes_the_same_weights_as_a_local_run_and_stores_them_in_the_object_store(
     machine: Machine, ray: RayDouble, tmp_path: Path, tiny_base: Path, examples: list[ChatExample]
 ) -> None:
     here = make_machine(tmp_path / "here", tiny_base, examples, Format.MERGED, Format.INT8)
@@ -157,7 +157,7 @@ def test_weights_written_on_a_ray_node_equal_local_weights_and_are_kept_in_the_o
 
 
 @pytest.mark.matrix
-def test_stage_restarts_on_another_node_and_reuses_finished_stages_when_its_node_is_lost(
+def test_stage_restarts_on_another_node_and_reuses_earlier_results_when_the_first_node_is_lost(
     machine: Machine, ray: RayDouble, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with machine.cluster() as cluster:

@@ -14,7 +14,7 @@ from tests.trainer.pipeline.stand_ins import Make
 pytestmark = pytest.mark.slow
 
 
-def test_interrupted_registration_returns_the_already_published_version(
+def test_repeating_an_interrupted_registration_returns_the_already_published_version(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = make()

@@ -82,7 +82,7 @@ def test_no_other_tracker_is_imported_or_written_to_when_only_mlflow_is_configur
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
-def test_missing_tracker_package_error_includes_the_install_command(
+def test_error_for_a_missing_tracker_package_includes_the_install_command(
     package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find_spec = util.find_spec

@@ -70,7 +70,7 @@ def test_run_folder_depends_on_every_recipe_key_that_affects_training(change: di
         ({"method": "qlora"}, {"method": "lora", "quantization": "nf4"}),
     ],
 )
-def test_run_folder_is_the_same_when_the_keys_implied_by_a_method_are_set_individually(
+def test_training_method_and_its_equivalent_recipe_keys_lead_to_the_same_run_folder(
     method: dict[str, Any], spelled_out: dict[str, Any]
 ) -> None:
     assert folder(make_recipe(**method)) == folder(make_recipe(**spelled_out))
@@ -90,13 +90,13 @@ def test_run_folder_changes_with_the_training_data() -> None:
     assert folder(make_recipe(), examples=OTHER_TRAIN) != folder(make_recipe())
 
 
-def test_run_folder_changes_with_heldout_data_used_for_early_stopping() -> None:
+def test_run_folder_depends_on_heldout_data_only_if_early_stopping_is_enabled() -> None:
     assert folder(make_recipe(), examples=OTHER_HELDOUT) == folder(make_recipe())
     looks = make_recipe(stopping={"patience": 2})
     assert folder(looks, examples=OTHER_HELDOUT) != folder(looks)
 
 
-def test_run_folder_depends_on_validation_instead_of_heldout_data_when_both_are_given() -> None:
+def test_run_folder_depends_on_the_validation_data_but_not_the_heldout_data_when_both_are_given() -> None:
     validated, looks = replace(EXAMPLES, validation=EXAMPLES.heldout), make_recipe(stopping={"patience": 2})
     other_heldout = replace(validated, heldout_fingerprint="sha256:9")
     other_validation = replace(validated, validation=(make_example("e", "f"),))
@@ -166,13 +166,13 @@ def test_run_folder_of_a_preference_recipe_changes_with_its_objective_and_settin
     assert folder(first, examples=PAIRS) != folder(second, examples=PAIRS)
 
 
-def test_run_folder_of_a_preference_recipe_changes_with_heldout_pairs_scored_before_training() -> None:
+def test_run_folder_of_a_preference_recipe_changes_when_its_heldout_pairs_change() -> None:
     other = replace(PAIR, rejected=make_example("a", "z"))
     recipe = make_recipe(objective="dpo")
     assert folder(recipe, examples=replace(PAIRS, heldout_judged=(other,))) != folder(recipe, examples=PAIRS)
 
 
-def test_run_folder_is_unchanged_after_base_and_data_are_moved() -> None:
+def test_run_uses_the_same_folder_after_base_and_data_are_moved() -> None:
     moved = make_recipe(base="/mnt/base", data={"train": "/mnt/t.jsonl", "heldout": "/mnt/h.jsonl"})
     assert folder(moved) == folder(make_recipe())
 

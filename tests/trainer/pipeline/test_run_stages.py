@@ -33,7 +33,7 @@ def caught(work: Callable[[], Any]) -> Exception:
 
 
 @pytest.mark.slow
-def test_library_failure_error_names_the_library_the_cause_and_the_log_file(
+def test_error_caused_by_a_library_names_the_library_and_points_to_the_log_file(
     make: Make, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages_module, "quantize_to_4_bits", lambda *_, **__: fail_in_torch())

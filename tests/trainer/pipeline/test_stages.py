@@ -107,7 +107,7 @@ def test_dtypes_and_the_reasons_for_them_are_printed_before_training(
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_gradient_checkpointing_chosen_by_the_estimate_is_used_without_causing_a_new_run(
+def test_gradient_checkpointing_chosen_by_the_estimate_is_used_but_not_added_to_the_recipe(
     make: Make, stages: Stages, checkpointing: bool
 ) -> None:
     plain = make()
@@ -329,7 +329,7 @@ def test_run_fails_before_training_if_layer_sizes_are_not_multiples_of_the_group
     assert stages.ran == []
 
 
-def test_checkpoints_in_the_object_store_are_fetched_and_removed_after_registration(
+def test_checkpoints_are_fetched_from_the_object_store_before_training_and_deleted_after_registration(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "shared").mkdir()

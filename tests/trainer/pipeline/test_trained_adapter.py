@@ -95,7 +95,7 @@ def test_unmergeable_adapter_is_rejected_based_on_its_config(config: dict[str, A
     assert refusal(config) == reason
 
 
-def test_dora_adapters_and_layer_patterns_are_accepted_for_merging() -> None:
+def test_adapters_that_use_dora_or_a_pattern_of_target_modules_are_accepted_for_merging() -> None:
     assert refusal(TINYLLAMA | {"use_dora": True}) is None
     assert refusal(TINYLLAMA | {"target_modules": r".*\\.(q_proj|v_proj)$"}) is None
 
@@ -148,9 +148,7 @@ def test_adapter_error_names_the_first_tensor_that_does_not_fit_the_base(plain: 
 
 
 @pytest.mark.slow
-def test_recipe_for_an_imported_adapter_has_the_type_rank_alpha_and_layers_of_the_adapter(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_recipe_for_an_imported_adapter_has_the_settings_of_that_adapter(tiny_base: Path, tmp_path: Path) -> None:
     folder = train_with_peft(tiny_base, tmp_path / "dora", use_dora=True, target_modules=r".*\.(q_proj|up_proj)$")
     adapter = find_adapter(str(folder), tmp_path)
     check_fits(tiny_base, adapter)

@@ -19,7 +19,7 @@ from trainer.recipe.stage import Stage
 pytestmark = pytest.mark.slow
 
 
-def test_raising_a_gate_limit_reuses_the_stored_evaluation_results(
+def test_stored_evaluation_results_are_reused_after_a_gate_limit_is_raised(
     make: Make, stages: Stages, engines: Engines
 ) -> None:
     with pytest.raises(TrainingError, match=r"GPTQ lowered accuracy by 1\.000"):
@@ -35,20 +35,20 @@ def test_version_with_degraded_8_bit_weights_is_rejected_with_advice_to_remove_t
     assert "remove int8 from `formats`" in caught.value.todo
 
 
-def test_failed_version_is_registered_when_register_failed_is_set(make: Make) -> None:
+def test_version_that_fails_a_check_is_registered_if_the_register_failed_option_is_set(make: Make) -> None:
     pipeline = replace(make(WORSE_QUANTIZED), register_failed=True)
     (failure,) = pipeline.registry.manifest(pipeline.train_version()).failed
     assert failure.startswith("GPTQ lowered accuracy by 1.000")
     assert pipeline.train_version().number == 1
 
 
-def test_rerun_fails_again_when_only_a_failed_version_has_been_registered(make: Make) -> None:
+def test_rerun_without_register_failed_fails_even_if_the_failed_version_was_registered_before(make: Make) -> None:
     replace(make(WORSE_QUANTIZED), register_failed=True).train_version()
     with pytest.raises(TrainingError, match=r"GPTQ lowered accuracy by 1\.000"):
         make(WORSE_QUANTIZED).train_version()
 
 
-def test_version_that_failed_parity_can_be_registered_without_repeating_evaluations(
+def test_setting_register_failed_registers_a_version_that_failed_parity_without_new_evaluations(
     make: Make, stages: Stages, engines: Engines
 ) -> None:
     stages.unequal = ["another template", "wrong scale"]
@@ -116,7 +116,7 @@ def test_undecided_version_is_registered_with_a_warning_and_its_verdicts(
     assert "cannot be excluded with 2 examples" in output
 
 
-def test_version_rejected_as_undecided_is_registered_without_reevaluation_once_the_recipe_allows_it(
+def test_rerun_registers_an_undecided_version_without_reevaluation_if_the_recipe_now_accepts_undecided_results(
     make: Make, stages: Stages, engines: Engines
 ) -> None:
     with pytest.raises(TrainingError, match="undecided: a loss of up to"):
@@ -138,7 +138,7 @@ def test_smallest_detectable_quality_loss_is_printed_before_training(
 
 
 @pytest.mark.parametrize("evaluate", [{"max_gptq_loss": 1.0}, {"metrics": "perplexity"}])
-def test_smallest_detectable_quality_loss_is_not_printed_when_no_proportion_metric_has_a_limit(
+def test_smallest_detectable_quality_loss_is_not_printed_without_a_limit_on_a_proportion_metric(
     make: Make, stages: Stages, capsys: pytest.CaptureFixture[str], evaluate: dict[str, Any]
 ) -> None:
     stages.broken = {Stage.TRAIN}

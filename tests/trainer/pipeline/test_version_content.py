@@ -49,7 +49,7 @@ def test_no_template_arguments_file_is_written_when_there_are_no_arguments(pipel
     assert not (folder / "chat_template_kwargs.json").exists()
 
 
-def test_manifest_records_the_base_the_data_the_recipe_and_the_libraries(pipeline: Pipeline) -> None:
+def test_manifest_records_what_went_into_a_version(pipeline: Pipeline) -> None:
     manifest = pipeline.registry.manifest(pipeline.train_version())
     assert (manifest.base.origin, manifest.base.revision, manifest.base.licence) == ("./base", "sha256:0", "Apache-2.0")
     assert manifest.data.train_fingerprint == pipeline.examples.train_fingerprint
@@ -203,14 +203,14 @@ def test_version_stores_a_summary_of_its_data(make: Make) -> None:
     assert stored == summarize_data(pipeline.examples.train, pipeline.examples.heldout)
 
 
-def test_version_stores_training_steps_duration_and_machine(pipeline: Pipeline) -> None:
+def test_version_stores_a_record_of_its_training_run(pipeline: Pipeline) -> None:
     record = read_record(pipeline.registry.reference(pipeline.train_version(), RUN_RECORD_FILE), RunRecord)
     assert (record.steps, record.tokens, record.seconds) == (3, 30, 3.0)
     assert record.number_type == pipeline.capabilities.training_type
     assert record.machine == MachineRecord.of_this_one()
 
 
-def test_unserved_adapter_format_has_no_evaluation_or_verification_probes(pipeline: Pipeline) -> None:
+def test_unserved_adapter_format_has_neither_an_evaluation_nor_verification_probes(pipeline: Pipeline) -> None:
     record = pipeline.registry.format(pipeline.train_version(), Format.ADAPTER)
     assert (record.evaluation, record.probes) == (None, ())
 

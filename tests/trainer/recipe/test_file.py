@@ -38,7 +38,7 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_recipe_with_only_a_name_a_base_and_training_data_gets_default_values(write: Write) -> None:
+def test_recipe_with_only_the_required_keys_gets_default_values(write: Write) -> None:
     recipe = load_recipe(write())
     assert (recipe.name, recipe.base) == ("tiny", "org/model")
     assert recipe.train == Recipe.model_fields["train"].default
@@ -114,7 +114,9 @@ def test_base_that_is_not_a_path_is_not_resolved_against_the_recipe_folder(write
     ],
     ids=str,
 )
-def test_invalid_recipe_key_error_names_key_and_value(write: Write, changes: dict[str, Any], text: str) -> None:
+def test_error_for_an_invalid_recipe_names_the_key_and_its_value(
+    write: Write, changes: dict[str, Any], text: str
+) -> None:
     message = refusal(write(**changes))
     assert text in message
     assert "see docs/recipe.md" in message
@@ -131,7 +133,7 @@ def test_neftune_with_packing_is_rejected(write: Write) -> None:
         load_recipe(write(train={"packing": True, "neftune_alpha": 5}))
 
 
-def test_missing_recipe_error_names_the_file(tmp_path: Path) -> None:
+def test_error_for_a_missing_recipe_names_the_file(tmp_path: Path) -> None:
     assert f"cannot open recipe {tmp_path / 'none.yaml'}: No such file" in refusal(tmp_path / "none.yaml")
 
 
@@ -153,7 +155,7 @@ def test_recipe_must_be_a_yaml_mapping(tmp_path: Path, content: bytes, text: str
     assert text in refusal(path)
 
 
-def test_set_option_overrides_a_recipe_key(write: Write) -> None:
+def test_recipe_key_is_overridden_by_the_set_option(write: Write) -> None:
     recipe = load_recipe(write(train={"epochs": 9, "seed": 5}), ("train.epochs=2", "name=other", "adapter.rank=8"))
     assert (recipe.train.epochs, recipe.train.seed, recipe.name, recipe.adapter.rank) == (2, 5, "other", 8)
 
@@ -205,7 +207,7 @@ def test_recipe_keys_are_the_leaves_of_the_schema() -> None:
 
 @pytest.mark.slow
 @given(mappings_of(recipe_keys()))
-def test_any_mapping_is_loaded_as_a_recipe_or_raises_a_recipe_error(
+def test_any_mapping_is_loaded_as_a_recipe_or_rejected_with_a_recipe_error(
     tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -218,7 +220,7 @@ def test_any_mapping_is_loaded_as_a_recipe_or_raises_a_recipe_error(
 
 
 @given(st.sampled_from(recipe_keys()), json_values)
-def test_rejected_value_error_names_the_recipe_key(
+def test_error_for_a_rejected_value_names_the_recipe_key(
     tmp_path_factory: pytest.TempPathFactory, key: str, value: Any
 ) -> None:
     section, _, inner = key.rpartition(".")
@@ -233,7 +235,7 @@ def test_rejected_value_error_names_the_recipe_key(
 
 @pytest.mark.slow
 @given(st.text(max_size=30) | st.from_regex(r"[a-z.]{1,12}=.{0,12}"))
-def test_any_value_passed_with_the_set_option_is_applied_or_raises_a_recipe_error(
+def test_any_value_passed_with_the_set_option_is_applied_or_rejected_with_a_recipe_error(
     tmp_path_factory: pytest.TempPathFactory, override: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "set.yaml"

@@ -28,7 +28,7 @@ def test_default_learning_rate_is_within_the_usual_range_for_published_models(
 
 @pytest.mark.parametrize(("method", "rate"), [("lora", 5e-4), ("full", 5e-5), ("adalora", 1e-2), ("vera", 6e-2)])
 @pytest.mark.parametrize("width", [64, 576])
-def test_default_learning_rate_is_constant_up_to_the_base_model_width_at_which_it_was_measured(
+def test_default_learning_rate_is_the_same_for_small_base_models_of_different_widths(
     method: str, rate: float, width: int
 ) -> None:
     assert make_recipe(method=method).learning_rate(width) == rate
@@ -51,7 +51,7 @@ def test_default_learning_rate_for_preference_training_is_within_the_published_r
     assert low <= make_recipe(objective=objective, method=method).learning_rate(width) <= high
 
 
-def test_learning_rate_set_in_the_recipe_overrides_the_default_for_any_base() -> None:
+def test_learning_rate_set_in_the_recipe_overrides_the_default_for_the_base_model() -> None:
     recipe = make_recipe(train={"learning_rate": 7e-4})
     assert recipe.with_learning_rate(8192) == recipe
 

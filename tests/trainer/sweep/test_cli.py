@@ -68,7 +68,7 @@ def children(tracking: Tracking, experiment: str) -> list[Any]:
     return [run for run in client.search_runs([stored.experiment_id]) if "mlflow.parentRunId" in run.data.tags]
 
 
-def test_sweep_writes_a_table_a_plot_and_a_recipe(
+def test_sweep_saves_its_results_and_the_winning_recipe(
     recipe: Path, run: Any, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = run("sweep", recipe, "--json")

@@ -121,7 +121,9 @@ def test_finalist_that_is_significantly_better_on_the_primary_metric_wins_despit
 
 
 @pytest.mark.parametrize("dequantized", [False, True])
-def test_finalists_are_merged_into_the_same_base_weights_as_in_svc_train(contest: Contest, dequantized: bool) -> None:
+def test_finalists_are_merged_into_dequantized_base_weights_only_if_the_recipe_says_so(
+    contest: Contest, dequantized: bool
+) -> None:
     won(contest.open(method="qlora", merge_dequantized=dequantized))
     assert set(contest.dequantized) == {dequantized}
 
@@ -148,7 +150,7 @@ def test_trial_exceeding_the_forgetting_limit_does_not_win(contest: Contest) -> 
     assert (lines[2e-3].primary.value, lines[2e-3].difference.value) == (1, 1)
 
 
-def test_more_trials_are_evaluated_while_all_exceed_the_forgetting_limit(contest: Contest) -> None:
+def test_more_trials_are_evaluated_until_one_stays_within_the_forgetting_limit(contest: Contest) -> None:
     limits = {"metrics": "exact_match", "max_forgetting": 0.1}
     finals = contest.open(knowing=["base", "slow"], evaluate=limits, sweep={"finalists": 1})
     key, _, finalists = won(finals)
@@ -156,7 +158,7 @@ def test_more_trials_are_evaluated_while_all_exceed_the_forgetting_limit(contest
     assert len(finalists) == 4
 
 
-def test_trial_with_the_least_forgetting_wins_when_all_exceed_the_limit(contest: Contest) -> None:
+def test_trial_with_the_least_forgetting_wins_when_all_trials_exceed_the_forgetting_limit(contest: Contest) -> None:
     limits = {"metrics": "exact_match", "max_forgetting": 0.1}
     key, reasons, _ = won(contest.open(evaluate=limits))
     assert key == "unchanged"
@@ -198,7 +200,7 @@ def test_trials_whose_adapter_is_missing_are_excluded_from_the_finals(contest: C
         ({"sweep": {"finalists": 0}}, False),
     ],
 )
-def test_sweep_has_finals_only_with_adapters_and_a_merged_format(
+def test_sweep_has_finals_only_if_it_trains_adapters_and_the_recipe_includes_a_merged_format(
     contest: Contest, sections: dict[str, Any], has: bool
 ) -> None:
     assert contest.open(**sections).runner.has_finals is has

@@ -63,14 +63,16 @@ def test_benefit_of_more_data_is_unknown_when_noise_hides_the_gain() -> None:
         ((2.0, 1.0, 2.0, 1.0), "no power law fits the points"),
     ],
 )
-def test_no_gain_is_predicted_when_points_do_not_follow_a_power_law(losses: tuple[float, ...], why: str) -> None:
+def test_gain_from_more_data_is_not_predicted_when_points_do_not_follow_a_power_law(
+    losses: tuple[float, ...], why: str
+) -> None:
     curve = curve_of(losses)
     assert curve.verdict is Benefit.UNKNOWN
     assert (curve.gain, curve.doubled, curve.law) == (None, None, None)
     assert why in curve.sentence
 
 
-def test_no_gain_is_predicted_from_only_three_points() -> None:
+def test_gain_from_more_data_is_not_predicted_from_only_three_points() -> None:
     assert "needs 4" in curve_of((3.0, 2.0, 1.5), sizes=(2, 4, 8)).sentence
 
 

@@ -76,7 +76,7 @@ def test_each_search_phase_starts_from_the_winner_of_the_previous_phase(make: Ma
 
 
 @pytest.mark.parametrize(("method", "highest"), [("lora", 5e-4), ("adalora", 1e-2), ("vera", 6e-2), ("full", 5e-5)])
-def test_tried_learning_rates_are_centered_on_the_default_of_the_method(
+def test_sweep_centers_learning_rates_on_the_default_for_the_training_method(
     make: Make, method: str, highest: float
 ) -> None:
     sweep = make(bowl(highest / 5), method=method)
@@ -116,7 +116,7 @@ def test_note_is_added_when_the_best_learning_rate_is_the_highest_tried(make: Ma
     assert any("the best train.learning_rate is the highest value tried" in note for note in sweep.search.notes)
 
 
-def test_tried_learning_rates_scale_with_the_default_for_a_wider_base() -> None:
+def test_lower_learning_rates_are_tried_for_a_wider_base() -> None:
     sweep = Sweep(make_recipe(), bowl(4e-5), width=4096)
     assert sweep.run().values[RATE] == 3.8e-5
     rates = [trial.values[RATE] for trial in sweep.of(Phase.LEARNING_RATE)]
@@ -159,7 +159,7 @@ def test_sweep_winner_is_never_worse_than_the_unchanged_recipe(make: Make) -> No
     assert make(landscape, train={"epochs": 2}).run().values == {}
 
 
-def test_no_further_epochs_are_tried_when_the_last_epoch_brought_no_gain(make: Make) -> None:
+def test_sweep_stops_increasing_the_number_of_epochs_when_an_increase_does_not_help(make: Make) -> None:
     sweep = make(lambda recipe: recipe.train.epochs)
     sweep.run()
     assert [trial.values[EPOCHS] for trial in sweep.of(Phase.EPOCHS)] == [1, 2]
@@ -170,7 +170,7 @@ def test_unchanged_recipe_is_run_as_a_trial_when_it_sets_the_number_of_steps(mak
     assert sweep.run().values == {}
 
 
-def test_more_target_modules_are_tried_when_the_largest_rank_won(make: Make) -> None:
+def test_additional_target_modules_are_tried_when_the_largest_rank_won(make: Make) -> None:
     def landscape(recipe: Recipe) -> float:
         return 10 / recipe.rank + (recipe.adapter.targets != "all-linear")
 
@@ -178,7 +178,7 @@ def test_more_target_modules_are_tried_when_the_largest_rank_won(make: Make) -> 
     assert sweep.run().values[TARGETS] == "all-linear"
 
 
-def test_no_more_target_modules_are_tried_when_rank_made_no_difference(make: Make) -> None:
+def test_additional_target_modules_are_not_tried_when_rank_made_no_difference(make: Make) -> None:
     sweep = make(bowl(5e-4), adapter={"targets": "attention"})
     sweep.run()
     assert sweep.of(Phase.TARGETS) == []
@@ -382,7 +382,7 @@ def test_sweep_phases_choose_the_same_values_when_trials_run_concurrently(make: 
     assert complete(search.tried) == complete(sweep.search.tried)
 
 
-def test_trial_is_pruned_only_based_on_trials_finished_before_it_started() -> None:
+def test_pruning_ignores_trials_that_were_still_running_when_the_pruned_trial_started() -> None:
     space: dict[str, Any] = {"sweep": {"space": {RATE: [5e-4, 4e-4, 3e-4, 2e-4, 1e-4]}, "finalists": 0}}
     search, _ = at_once(3, bowl(5e-4), **space)
     statuses = [trial.status for phase, trial in search.tried if phase is Phase.SPACE]

@@ -64,7 +64,7 @@ def test_runner_up_is_the_best_of_the_remaining_trials() -> None:
     assert result_of(winner, *others).runner_up == {RATE: 0.7}
 
 
-def test_sweep_table_shows_every_trial_with_its_pruning_reason(
+def test_sweep_table_shows_every_trial_and_explains_why_a_trial_was_pruned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pruned = TrialOutcome(key="c", values={RATE: 1e-5}, status=Status.PRUNED, why="at step 4 with loss 2.000")

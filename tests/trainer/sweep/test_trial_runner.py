@@ -59,7 +59,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, float]]]:
     return remaining
 
 
-def test_trials_are_compared_on_validation_examples_if_given(
+def test_trials_are_compared_on_the_validation_examples_if_there_are_any(
     runner: TrialRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.data.chat_template.tokenize_turns_of", lambda folder, examples, kwargs: [])

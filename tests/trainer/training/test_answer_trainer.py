@@ -148,7 +148,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("model", SCALED.values(), ids=SCALED)
-def test_trl_loss_equals_the_loss_from_the_model_logits(
+def test_loss_computed_by_trl_equals_the_cross_entropy_of_the_model_logits(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(copy.deepcopy(model), tmp_path)

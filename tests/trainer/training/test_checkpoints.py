@@ -67,7 +67,7 @@ def test_corrupt_checkpoints_of_later_steps_are_deleted_when_a_new_checkpoint_is
     assert {path.name for path in folder.folder.iterdir()} <= {folder.at(step).name for step in (10, 12)}
 
 
-def test_requested_corrupt_checkpoint_raises_error(tmp_path: Path) -> None:
+def test_requesting_a_corrupt_or_missing_checkpoint_raises_error(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     write(folder, 1)
     assert folder.whole(1) == folder.at(1)

@@ -55,7 +55,7 @@ def find_newest(place: Place, machines: Path) -> str:
         return newest.name if newest else "none"
 
 
-def test_all_devices_load_their_shard_of_the_best_weights_when_only_the_first_has_the_file(tmp_path: Path) -> None:
+def test_each_device_gets_its_shard_of_the_best_weights_when_only_the_first_device_has_the_file(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "0", 4)
     first, second = run_on_devices(DEVICES, load_best, (tmp_path, True), {})
     assert first + second == WEIGHTS.tolist()

@@ -127,7 +127,7 @@ def test_rank_environment_variable_is_not_set_for_a_single_process() -> None:
     assert run_on_devices(DEVICES[:1], describe, ("a",), {}) == [("a", 0, 1, None)]
 
 
-def test_callbacks_of_the_first_process_run_in_the_calling_process_in_order() -> None:
+def test_parent_process_executes_callbacks_of_the_first_process_in_order() -> None:
     numbers: list[int] = []
     processes = run(call_twice, add=numbers.append)
     assert numbers == [1, 2]
@@ -139,7 +139,7 @@ def test_error_names_rank_and_device_when_one_process_fails() -> None:
         run(fail_in_second, TrainingError("no memory"))
 
 
-def test_library_exception_is_reported_with_rank_device_and_traceback() -> None:
+def test_library_exception_is_reported_with_the_rank_and_device_that_raised_it() -> None:
     with pytest.raises(RuntimeError, match=r"^rank 1 of 2 on GPU 1 \(A100\): ValueError: wrong") as caught:
         run(fail_in_second, ValueError("wrong"))
     assert "in fail_in_second" in caught.value.__notes__[0]
@@ -164,7 +164,7 @@ def test_error_reports_the_killed_process_rather_than_the_process_that_failed_as
         run(fail_after_second_died)
 
 
-def test_signal_stops_all_processes_even_before_they_handle_signals(tmp_path: Path) -> None:
+def test_signal_before_the_first_step_stops_all_training_processes(tmp_path: Path) -> None:
     thread = interrupt_when_started(tmp_path)
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM before the first step"):
         run(sleep, tmp_path)

@@ -95,7 +95,7 @@ def test_gpu_that_another_process_uses_is_not_chosen() -> None:
     assert choice.reasons == ("GPU 0 not used: another process uses 75.2 GB of it",)
 
 
-def test_training_on_a_single_free_gpu_runs_in_its_own_process_unless_that_gpu_is_the_first() -> None:
+def test_training_on_one_gpu_runs_in_a_separate_process_only_if_the_first_gpu_is_occupied() -> None:
     assert numbers(choose_gpus(make(), [a100(0, used=70), a100(1)], A100)) == ["GPU-1"]
     assert choose_gpus(make(), [a100(0), a100(1, used=70)], A100).devices == ()
 

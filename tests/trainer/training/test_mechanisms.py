@@ -171,7 +171,7 @@ def test_run_stops_after_its_first_step_if_checkpointed_layers_are_not_recompute
         train(gradient_checkpointing=True)
 
 
-def test_recomputed_layers_are_detected_in_a_model_with_an_image_encoder() -> None:
+def test_gradient_checkpointing_is_detected_in_a_model_with_an_image_encoder() -> None:
     text = Gemma3TextConfig(
         vocab_size=64,
         hidden_size=32,
@@ -312,7 +312,7 @@ def test_optimizer_check_fails_if_the_fused_option_differs_from_the_chosen_value
         (Optimizer.PAGED_ADAMW_8BIT, {"optim_bits": 8, "is_paged": True}),
     ],
 )
-def test_optimizer_check_fails_if_bitsandbytes_bits_or_paging_differ_from_the_recipe(
+def test_optimizer_check_fails_if_the_bit_width_or_paging_differs_from_the_recipe(
     chosen: Optimizer, options: dict[str, Any]
 ) -> None:
     layer = torch.nn.Linear(400, 400)
@@ -325,7 +325,7 @@ def test_optimizer_check_fails_if_bitsandbytes_bits_or_paging_differ_from_the_re
 
 @pytest.mark.slow
 @needs_bitsandbytes
-def test_optimizer_is_rejected_before_the_first_step_if_all_weights_are_too_small_to_quantize_or_page(
+def test_8_bit_or_paged_optimizer_is_rejected_if_every_weight_is_too_small_for_it(
     train: Callable[..., TrainingSummary],
 ) -> None:
     """Every matrix of the tiny model's adapter has fewer than 4,096 weights, so its moments stay in float32."""
@@ -340,7 +340,7 @@ def test_optimizer_is_rejected_before_the_first_step_if_all_weights_are_too_smal
 
 
 @needs_bitsandbytes
-def test_moments_of_large_weights_must_be_in_8_bits_except_for_embeddings() -> None:
+def test_optimizer_moments_of_large_weights_other_than_embeddings_must_be_in_8_bits() -> None:
     model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(100, 64), "layer": torch.nn.Linear(64, 64)})
     optimizer = optimizer_of(model, optim_bits=8)
     for weight in model.parameters():

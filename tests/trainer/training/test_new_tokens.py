@@ -76,7 +76,7 @@ def test_new_token_embedding_is_initialized_to_the_mean_of_its_original_subword_
         assert torch.equal(weights[name][tokenizer.convert_tokens_to_ids("<tool>")], mean)
 
 
-def test_new_token_that_the_base_already_has_is_rejected(tied: Path, tmp_path: Path) -> None:
+def test_token_listed_as_new_is_rejected_if_the_tokenizer_already_has_it(tied: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"new_tokens lists '<tool>', which the tokenizer already has"):
         folder_with_tokens(tied, ["<other>", "<tool>"], tmp_path)
 
@@ -108,7 +108,7 @@ def test_new_token_absent_from_all_examples_is_rejected_before_training(tied: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
 @pytest.mark.parametrize("base", ["tied", "untied"])
-def test_merged_model_has_the_trained_embedding_rows_and_the_outputs_of_base_plus_adapter(
+def test_merging_keeps_trained_token_embeddings_and_matches_the_outputs_of_base_plus_adapter(
     method: str, base: str, data: TrainingData, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder: Path = request.getfixturevalue(base)
@@ -144,7 +144,7 @@ def test_merged_model_has_the_trained_embedding_rows_and_the_outputs_of_base_plu
         ("untied", ["embed_tokens"], {EMBEDDING}),
     ],
 )
-def test_all_rows_of_layers_in_modules_to_save_are_trained_and_merged(
+def test_layers_listed_in_modules_to_save_are_trained_in_full_and_merged(
     base: str, saved: list[str], changed: set[str], data: TrainingData, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder: Path = request.getfixturevalue(base)
@@ -214,7 +214,7 @@ def test_training_new_tokens_on_two_devices_gives_the_same_losses_as_on_one_devi
     ],
     ids=["pissa", "lora-plus", "packing"],
 )
-def test_new_tokens_can_be_trained_and_merged_with_other_training_options(
+def test_new_tokens_can_be_combined_with_other_training_options(
     sections: dict[str, Any], untied: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     summary = train_in(BFLOAT16, untied, data, recipe(**sections), tmp_path)

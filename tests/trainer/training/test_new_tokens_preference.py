@@ -66,7 +66,7 @@ def recipe(objective: Objective, method: Method = Method.LORA, **sections: Any) 
     ],
     ids=str,
 )
-def test_merged_model_has_the_trained_new_token_embeddings_after_preference_training(
+def test_embeddings_of_new_tokens_are_trained_on_preference_data_and_saved_in_the_merged_model(
     objective: Objective, method: Method, base: Path, tmp_path: Path
 ) -> None:
     summary = train_in(FLOAT32, base, data_for(objective), recipe(objective, method), tmp_path)

@@ -210,7 +210,7 @@ def test_kto_loss_equals_the_loss_of_the_trl_trainer(tiny_base: Path, tmp_path: 
     assert loss == pytest.approx(trl_loss(trl), rel=1e-5)
 
 
-def test_orpo_loss_equals_the_trl_loss_restricted_to_answer_tokens(
+def test_orpo_loss_equals_the_trl_loss_computed_over_answer_tokens_only(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -294,7 +294,7 @@ def test_resumed_preference_run_does_not_rescore_the_answers(
     assert scoring not in capsys.readouterr().err
 
 
-def test_run_interrupted_during_a_step_resumes_from_a_checkpoint(
+def test_training_resumes_from_a_checkpoint_after_an_interruption_during_a_step(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(Objective.DPO, checkpoints={"every_steps": None})

@@ -149,7 +149,7 @@ def test_ray_worker_output_lines_are_prefixed_with_the_title_of_their_training_r
     assert capsys.readouterr().err == "  trial 3: Training: step 1/2\n  trial 3: Training: step 2/2\n"
 
 
-def test_waiting_for_resources_does_not_time_out_while_another_training_run_has_workers(
+def test_wait_for_resources_does_not_time_out_while_another_training_run_uses_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The wait ends once the other training run has ended."""

@@ -233,7 +233,7 @@ def test_adalora_importance_averages_stay_finite_after_a_skipped_step(
     ],
 )
 @pytest.mark.usefixtures("scaled_on_cpu")
-def test_checkpoint_is_converted_with_a_message_when_a_run_resumes_in_a_different_dtype(
+def test_resuming_in_a_different_dtype_converts_the_checkpoint_and_says_so(
     begun: NumberType,
     goes_on: NumberType,
     tiny_base: Path,
@@ -433,7 +433,7 @@ def test_checkpoint_is_written_when_a_signal_stops_the_run(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_keyboard_interrupt_while_writing_weights_interrupts_the_run(
+def test_keyboard_interrupt_stops_the_run_even_while_weights_are_being_written(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sft, "save_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
@@ -443,7 +443,7 @@ def test_keyboard_interrupt_while_writing_weights_interrupts_the_run(
         )
 
 
-def test_signal_while_checking_trained_weights_interrupts_the_run(
+def test_run_is_interrupted_by_a_signal_received_while_the_trained_weights_are_being_checked(
     tiny_base: Path, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def after_training(state: TrainerState) -> int | None:

@@ -175,7 +175,7 @@ def test_sharded_training_on_two_devices_matches_the_losses_and_saved_weights_of
 
 
 @pytest.mark.matrix
-def test_sharded_nf4_training_of_dora_on_two_devices_matches_one_device(
+def test_dora_training_with_sharded_nf4_weights_gives_the_same_result_on_two_devices_as_on_one(
     tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
     """DoRA dequantizes the gathered weights for their norms."""
@@ -291,7 +291,7 @@ def test_remaining_processes_exit_within_seconds_when_a_training_process_is_kill
 @pytest.mark.matrix
 @pytest.mark.parametrize(("begun", "resumed_on"), [(2, 1), (1, 2)])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_run_resumed_on_a_different_number_of_devices_has_similar_results_and_prints_a_notice(
+def test_resuming_on_a_different_number_of_devices_barely_changes_the_results_and_prints_a_notice(
     begun: int,
     resumed_on: int,
     sharded: bool,

@@ -192,7 +192,7 @@ def test_base_without_a_chat_template_is_rejected(tmp_path: Path, examples: list
         train(tmp_path / "base", examples, tmp_path / "adapter")
 
 
-def test_answer_is_trained_on_including_its_end_token() -> None:
+def test_training_labels_include_the_answer_and_its_end_token() -> None:
     tokenizer = make_tokenizer()
     (example,) = tokenize_examples(tokenizer, [make_example("which?", "red")], {tokenizer.eos_token_id}, {})
     row = training_row(example)
@@ -332,7 +332,9 @@ def gradient(loss: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
 
 @settings(max_examples=15, deadline=None)
 @given(batches())
-def test_loss_from_answer_logits_only_equals_the_loss_from_all_logits(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_computing_logits_only_for_answer_tokens_does_not_change_the_loss(
+    batch: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     torch.testing.assert_close(answer_loss(LLAMA, *batch), whole_loss(LLAMA, *batch), rtol=1e-4, atol=1e-4)
 
 
@@ -345,7 +347,7 @@ def test_answer_only_loss_has_the_gradient_of_the_full_loss(batch: tuple[torch.T
 
 @settings(max_examples=5, deadline=None)
 @given(batches())
-def test_loss_from_answer_logits_only_equals_the_loss_from_all_logits_with_sliding_window_and_logit_cap(
+def test_computing_logits_only_for_answer_tokens_does_not_change_the_loss_of_a_gemma2_model(
     batch: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     set_seed(0)
@@ -409,7 +411,7 @@ def test_measuring_the_heldout_curve_does_not_change_the_weights(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_training_curve_contains_learning_rate_gradient_norm_and_speed_of_every_step(
+def test_training_curve_contains_the_loss_and_gradient_norm_and_speed_of_every_step(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path
 ) -> None:
     first, second, third = train(tiny_base, examples, tmp_path / "adapter", learning_rate=1e-2).points
@@ -497,7 +499,7 @@ def test_run_with_a_single_step_changes_the_weights(
     assert all(weight.any() for name, weight in weights.items() if "lora_B" in name)
 
 
-def test_batch_is_not_split_across_several_gpus(
+def test_second_visible_gpu_does_not_change_the_number_of_training_steps(
     tiny_base: Path, examples: list[ChatExample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = vars(TrainingArguments)["_setup_devices"].func

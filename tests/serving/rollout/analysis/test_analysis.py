@@ -167,7 +167,7 @@ def test_verdicts_do_not_depend_on_how_often_they_are_computed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.25])
-def test_detectable_loss_is_proven_in_about_80_percent_of_rollouts(share: float) -> None:
+def test_detectable_degradation_is_proven_in_about_80_percent_of_rollouts(share: float) -> None:
     units, production, draw = 250, 0.02, np.random.default_rng(8)
     loss = Analysis().detectable(units, share)[Signal.INVALID]
     proven = 0
@@ -181,7 +181,7 @@ def test_detectable_loss_is_proven_in_about_80_percent_of_rollouts(share: float)
     assert 0.65 <= proven / 25 < 1.0
 
 
-def test_smallest_detectable_loss_shrinks_with_more_observations_but_exceeds_the_margin() -> None:
+def test_smallest_detectable_degradation_shrinks_with_more_observations_but_stays_above_the_margin() -> None:
     margins, analysis = Margins(), Analysis()
     few, many = analysis.detectable(200, 0.05), analysis.detectable(20_000, 0.05)
     for signal in Signal:

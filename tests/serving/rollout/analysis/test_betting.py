@@ -42,7 +42,7 @@ def wrong_share(streams: Floats, margin: float, outcome: GateOutcome) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("production", [0.02, 0.2])
 @pytest.mark.parametrize("margin", [0.0, 0.1])
-def test_wrong_decisions_are_rare_for_losses_at_the_margin_even_with_a_check_after_every_block(
+def test_wrong_decisions_are_rare_even_if_the_loss_equals_the_margin_and_is_checked_after_every_block(
     production: float, margin: float
 ) -> None:
     draw = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from serving.rollout.analysis.units import Arm
 
 
 @given(st.lists(st.tuples(st.sampled_from(Arm), st.floats(0, 1))))
-def test_blocks_are_minimal_and_keep_the_observations_of_both_versions_in_order(
+def test_observation_blocks_are_minimal_and_preserve_the_order_within_each_version(
     observations: list[tuple[Arm, float]],
 ) -> None:
     blocks, complete = Blocks(), list[Block]()

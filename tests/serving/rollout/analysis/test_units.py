@@ -40,7 +40,7 @@ def test_requests_are_ignored_after_the_observation_window_of_their_user_has_end
     assert closed(units, *late, Request("ada", CANDIDATE, 1e6)) == [Unit(CANDIDATE, 0.0, None, None)]
 
 
-def test_user_already_observed_on_the_candidate_is_ignored_in_the_next_rollout_step() -> None:
+def test_user_already_counted_for_the_candidate_is_not_counted_again_in_later_rollout_steps() -> None:
     units = Units()
     closed(units, Request("moved", PRODUCTION, 0.0), Request("stays", CANDIDATE, 0.0))
     assert [unit.arm for unit in units.start_step()] == [PRODUCTION, CANDIDATE]

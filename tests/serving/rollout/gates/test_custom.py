@@ -64,7 +64,7 @@ def test_gate_command_does_not_receive_the_store_url(monkeypatch: pytest.MonkeyP
     assert check(python("import os; print('SVC_STORE__URL' in os.environ)")).measured == "False"
 
 
-def test_gate_command_that_cannot_run_or_crashes_fails_with_the_reason() -> None:
+def test_gate_fails_and_gives_the_reason_if_its_command_crashes_or_cannot_run() -> None:
     assert "cannot run ./none" in check(CommandGate(name="mine", command=("./none",))).reason
     row = check(python("import sys; sys.exit('out of memory')"))  # Python exits with 1
     assert row.verdict is GateVerdict.FAILED
@@ -83,7 +83,7 @@ def test_long_output_of_a_gate_command_is_truncated() -> None:
     assert len(check(python("""print('{"measured": "' + 'x' * 1000 + '"}')""")).measured) == 300
 
 
-def test_gate_output_with_a_lone_surrogate_fails_and_invalid_bytes_are_replaced() -> None:
+def test_lone_surrogate_in_gate_output_fails_the_gate_but_invalid_bytes_are_replaced() -> None:
     assert check(python(r"""print(r'{"measured": "\ud800"}')""")).verdict is GateVerdict.FAILED
     assert check(python("import sys; sys.stdout.buffer.write(bytes([255]))")).measured == "\ufffd"
 

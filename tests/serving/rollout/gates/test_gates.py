@@ -83,13 +83,13 @@ def test_parity_gate_fails_if_a_check_in_the_parity_report_failed(registry: Regi
     assert "template" in parity.reason
 
 
-def test_parity_gate_is_undecided_without_a_report_and_license_gate_without_a_license(registry: Registry) -> None:
+def test_parity_and_license_gates_are_undecided_if_the_information_they_check_is_missing(registry: Registry) -> None:
     register(registry, 1)
     register(registry, 2, parity=None, base=BaseRecord(origin="base", revision="1", licence=None))
     assert check(registry, "parity").verdict is check(registry, "licence").verdict is UNDECIDED
 
 
-def test_probes_gate_accepts_merged_model_probes_for_an_adapter_but_is_undecided_without_any_probes(
+def test_probes_gate_passes_an_adapter_if_the_merged_model_has_probes_and_is_undecided_without_probes(
     registry: Registry,
 ) -> None:
     formats = (Format.MERGED, Format.ADAPTER)
@@ -165,7 +165,7 @@ def test_quality_gate_names_the_compare_command_if_held_out_examples_differ(regi
     assert f"svc compare tuned@1 tuned@2 --data {heldout}" in quality.reason
 
 
-def test_quality_gate_is_undecided_if_the_primary_metrics_differ(registry: Registry) -> None:
+def test_quality_gate_is_undecided_if_the_versions_have_different_primary_metrics(registry: Registry) -> None:
     register(registry, 1)
     register(registry, 2, evaluation=report().model_copy(update={"primary": "accuracy"}))
     quality = check(registry, "quality")
@@ -193,7 +193,7 @@ def test_metric_function_of_a_version_is_never_run_by_a_gate(registry: Registry,
     assert (quality.verdict, (tmp_path / "ran").exists()) == (UNDECIDED, False)
 
 
-def test_quality_gate_is_undecided_without_results_and_fails_if_they_were_altered(registry: Registry) -> None:
+def test_quality_gate_fails_if_the_results_were_altered_and_is_undecided_if_there_are_none(registry: Registry) -> None:
     register(registry, 1), register(registry, 2)
     results = registry.folder(VersionId(NAME, 2)) / "reference" / "merged.jsonl"
     results.write_bytes(results.read_bytes().replace(b"0.0", b"1.0"))
@@ -227,7 +227,7 @@ def test_version_in_production_is_compared_with_its_base(registry: Registry) -> 
     assert quality.measured.startswith("exact match: 0.200 base, 0.800 tuned@1")
 
 
-def test_quality_gate_uses_the_results_of_the_merged_model_for_an_adapter(registry: Registry) -> None:
+def test_quality_gate_for_an_adapter_uses_the_results_of_the_merged_model(registry: Registry) -> None:
     formats = (Format.MERGED, Format.ADAPTER)
     register(registry, 1, 60, formats=formats), register(registry, 2, 80, formats=formats)
     assert check(registry, "quality", format=Format.ADAPTER).verdict is PASSED
@@ -235,7 +235,7 @@ def test_quality_gate_uses_the_results_of_the_merged_model_for_an_adapter(regist
     assert (speed.verdict, speed.reason) == (SKIPPED, "not measured for adapters")
 
 
-def test_recipe_limit_left_undecided_at_registration_becomes_a_promotion_gate(registry: Registry) -> None:
+def test_gate_that_was_undecided_at_registration_is_also_undecided_at_promotion(registry: Registry) -> None:
     register(registry, 1), register(registry, 2, gates=(gate_report(0.09),))
     gptq = check(registry, "gptq_quality")
     assert gptq.verdict is UNDECIDED
@@ -252,7 +252,7 @@ def forgetting(lost: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("lost", "verdict"), [(0, PASSED), (12, UNDECIDED), (30, FAILED)])
-def test_forgetting_gate_compares_the_share_of_lost_answers_with_its_margin(
+def test_forgetting_gate_compares_the_share_of_lost_answers_with_the_configured_margin(
     registry: Registry, lost: int, verdict: GateVerdict
 ) -> None:
     register(registry, 1), register(registry, 2, **forgetting(lost))
@@ -331,7 +331,7 @@ def data_of_age(days: float | None) -> dict[str, Any]:
     ("limit", "data", "verdict"),
     [(None, 12, SKIPPED), (9, 5, FAILED), (11, 5, PASSED), (11, 12, FAILED), (13, 12, PASSED), (1, -1, FAILED)],
 )
-def test_freshness_gate_compares_the_age_of_data_and_evaluation_with_the_maximum(
+def test_freshness_gate_fails_if_the_data_or_the_evaluation_is_older_than_the_maximum_age(
     registry: Registry, limit: float | None, data: float, verdict: GateVerdict
 ) -> None:
     register(registry, 1), register(registry, 2, **data_of_age(data))
@@ -350,7 +350,7 @@ def test_freshness_gate_is_undecided_when_the_age_of_the_data_is_unknown(
     assert freshness.measured == "data of unknown age, evaluation 10.0 days"
 
 
-def test_files_of_a_version_in_the_object_store_are_downloaded_before_the_check(tmp_path: Path) -> None:
+def test_version_in_the_object_store_is_downloaded_before_its_files_are_checked(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     objects = ObjectStore((tmp_path / "shared").as_uri())
     trains, serves = (Registry(tmp_path / home / "models", AliasBook(), objects) for home in ("trains", "serves"))

@@ -115,7 +115,7 @@ def test_spans_beyond_the_queue_capacity_are_dropped_and_counted() -> None:
     assert sent.counts == {SpanDropped.QUEUE_FULL: 15, "sent": 10}
 
 
-def test_span_queue_has_space_again_after_spans_were_sent() -> None:
+def test_sending_spans_frees_space_in_the_span_queue() -> None:
     sent = Sent(max_queued=1)
     sent.exporter.gate.set()
     for number in range(1, 4):
@@ -136,7 +136,7 @@ def test_span_is_sent_without_content_when_the_content_limit_is_exceeded() -> No
     assert sorted(has) == [False, True]
 
 
-def test_memory_of_sent_content_is_released() -> None:
+def test_sent_spans_no_longer_count_towards_the_content_limit() -> None:
     sent = Sent(max_content=500)
     sent.exporter.gate.set()
     for number in range(1, 4):
@@ -209,7 +209,7 @@ def taken_over(*parents: str) -> bool:
     return TRACER.begin(headers(*parents)).parent_id is not None
 
 
-def test_valid_traceparent_sets_the_span_trace_parent_and_sampling_flag() -> None:
+def test_valid_traceparent_determines_the_trace_id_and_parent_id_and_sampling_flag_of_a_span() -> None:
     cases: list[str] = [
         f"00-{TRACE}-{PARENT}-01",
         f"00-{TRACE}-{PARENT}-00",
@@ -296,7 +296,7 @@ def test_configured_share_of_traces_started_by_the_gateway_is_sampled() -> None:
         assert least <= sum(tracer.begin(headers()).sampled for _ in range(2000)) <= most, share
 
 
-def test_sampled_flag_in_the_trace_header_of_a_client_overrides_the_configured_sample_share() -> None:
+def test_sampling_flag_in_the_traceparent_header_overrides_the_configured_sample_share() -> None:
     assert not Tracer(1.0).begin(headers(f"00-{TRACE}-{PARENT}-00")).sampled
     assert Tracer(0.0).begin(headers(f"00-{TRACE}-{PARENT}-01")).sampled
 

@@ -84,7 +84,7 @@ def test_template_that_needs_tools_rejects_an_example_without_tools(tmp_path: Pa
     assert caught.value.code is Code.TEMPLATE_REFUSES
 
 
-def test_example_rejected_by_the_template_is_an_error_at_its_line(tmp_path: Path) -> None:
+def test_example_rejected_by_the_template_is_reported_as_an_error_with_its_line_number(tmp_path: Path) -> None:
     folder = base(tmp_path / "base", NO_SYSTEM)
     refused = ChatExample((Message(Role.SYSTEM, "s"), *chat("q", "a").messages))
     path = data(tmp_path / "x.jsonl", chat("one", "1"), refused)

@@ -56,7 +56,7 @@ def test_questionable_line_does_not_cause_an_error(broken: DataReport, entry: di
         ("blank_line", "blank"),
     ],
 )
-def test_duplicates_contradictions_and_leaks_are_distinguished(broken: DataReport, defect: str, code: str) -> None:
+def test_each_defect_is_reported_at_its_line_with_the_matching_code(broken: DataReport, defect: str, code: str) -> None:
     line = next(entry["line"] for entry in KEY if entry["defect"] == defect)
     assert code in {problem.code for problem in broken.problems if problem.line == line}
 

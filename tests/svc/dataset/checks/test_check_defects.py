@@ -193,7 +193,7 @@ def test_same_answer_after_different_thinking_is_not_a_contradiction(tmp_path: P
     assert found(tmp_path / "x.jsonl", lines) == {2: {Code.NEAR_DUPLICATE}, 3: {Code.CONTRADICTION}}
 
 
-def test_same_prompt_with_different_tools_is_a_leak_but_not_a_duplicate(tmp_path: Path) -> None:
+def test_prompts_that_differ_only_in_tools_are_not_duplicates_but_count_as_a_held_out_leak(tmp_path: Path) -> None:
     one, other = tool_row(), tool_row(description="Makes it.")
     answered = put(one, "messages.3.content", "Yes.")
     assert found(tmp_path / "x.jsonl", map(encode, [one, other])) == {}
@@ -202,7 +202,9 @@ def test_same_prompt_with_different_tools_is_a_leak_but_not_a_duplicate(tmp_path
 
 
 @pytest.mark.parametrize(("letter", "count", "long"), [("x", 15_000, False), ("日", 5_000, False), ("日", 6_000, True)])
-def test_token_length_is_estimated_in_any_writing_system(tmp_path: Path, letter: str, count: int, long: bool) -> None:
+def test_estimated_token_count_depends_on_the_writing_system(
+    tmp_path: Path, letter: str, count: int, long: bool
+) -> None:
     rows = [row(Format.PROMPT_COMPLETION, "", letter * count, "yes")]
     assert found(tmp_path / "x.jsonl", map(encode, rows)) == ({1: {Code.TOO_LONG}} if long else {})
 

@@ -70,7 +70,7 @@ def odd_labels(counts: dict[str, int], system: str = "", around: str = "{}") -> 
         ("99", "Sort it."),
     ],
 )
-def test_rare_answer_among_labels_is_reported(rare: str, system: str) -> None:
+def test_single_answer_that_differs_from_all_common_labels_is_reported(rare: str, system: str) -> None:
     assert odd_labels({"positive": 40, "negative": 40, "neutral": 40, rare: 1}, system) == {rare}
 
 

@@ -107,14 +107,14 @@ def test_chain_of_near_duplicates_becomes_one_group() -> None:
     assert set(groups[: len(chain)]) == {0}
 
 
-def test_examples_that_all_share_a_text_are_not_near_duplicates() -> None:
+def test_long_passage_common_to_all_examples_does_not_make_them_near_duplicates() -> None:
     shared = text(random.Random(3), 60, 60)
     groups, _ = clusters(sketches(*(f"{shared}\n{text(random.Random(seed), 4, 9)}" for seed in range(10, 90))))
     assert len(set(groups)) == 80
 
 
 @pytest.mark.parametrize("count", [5, 8, 40])
-def test_few_examples_sharing_text_in_a_small_file_are_not_near_duplicates(count: int) -> None:
+def test_shared_text_does_not_make_the_examples_in_a_small_file_near_duplicates(count: int) -> None:
     shared = text(random.Random(3), 45, 45)
     groups, _ = clusters(sketches(*(f"{shared}\n{text(random.Random(seed), 2, 4)}" for seed in range(10, 10 + count))))
     assert len(set(groups)) == count

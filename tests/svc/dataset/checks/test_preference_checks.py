@@ -78,7 +78,7 @@ def test_line_is_an_error_when_its_pair_cannot_be_trained_on(tmp_path: Path, row
     assert report.problems.errors == 1
 
 
-def test_pair_is_a_contradiction_when_an_earlier_line_has_its_answers_swapped(tmp_path: Path) -> None:
+def test_pair_contradicts_an_earlier_pair_with_the_same_prompt_and_swapped_answers(tmp_path: Path) -> None:
     report = check(tmp_path, pair("Which?", "one", "two"), pair("other"), pair("which? ", "TWO", "one"))
     assert problems(report) == [(3, Code.CONTRADICTION, "same as line 1, but with the opposite preference")]
 
@@ -99,7 +99,7 @@ def test_labeled_answer_is_a_contradiction_when_an_earlier_line_has_the_opposite
     assert problems(report) == [(3, Code.CONTRADICTION, "same as line 1, but with the opposite preference")]
 
 
-def test_labeled_answer_is_a_duplicate_when_an_earlier_line_has_the_same_label(tmp_path: Path) -> None:
+def test_line_with_the_same_answer_and_label_as_an_earlier_line_is_a_duplicate(tmp_path: Path) -> None:
     rows = [labeled("q", label=False), labeled("q", label=False), labeled("r")]
     assert problems(check(tmp_path, *rows)) == [(2, Code.DUPLICATE, "same as line 1")]
 
@@ -157,7 +157,7 @@ def test_length_bias_ignores_pairs_of_equal_length(tmp_path: Path) -> None:
     assert check(tmp_path, pair("q")).length_bias is None
 
 
-def test_missing_label_is_reported_when_all_labeled_answers_have_the_opposite_label(tmp_path: Path) -> None:
+def test_labeled_answers_that_all_have_the_same_label_are_reported(tmp_path: Path) -> None:
     one, other = (
         write_lines(tmp_path / f"{label}.jsonl", labeled(f"{label} q", label=label), labeled("r", label=label))
         for label in (True, False)
@@ -168,7 +168,7 @@ def test_missing_label_is_reported_when_all_labeled_answers_have_the_opposite_la
     assert Code.ONE_LABEL not in check_files([one, pairs])[0].problems.codes
 
 
-def test_data_check_prints_file_kind_label_counts_and_length_bias(tmp_path: Path) -> None:
+def test_data_check_prints_length_bias_of_pairs_and_label_counts_of_labeled_answers(tmp_path: Path) -> None:
     pairs = write_lines(tmp_path / "pairs.jsonl", pair("q", LONG, "no"), pair("r", "no", LONG), pair("s", LONG, "no"))
     answers = write_lines(tmp_path / "answers.jsonl", labeled("q"), labeled("r", "two"), labeled("s", label=False))
     shown = CliRunner().invoke(group, ["data", "check", str(pairs), str(answers)]).output
@@ -183,7 +183,7 @@ def test_data_check_prints_file_kind_label_counts_and_length_bias(tmp_path: Path
 
 @pytest.mark.slow
 @given(st.lists(rows, max_size=5))
-def test_every_line_of_a_preference_file_is_an_example_an_error_or_skipped(
+def test_every_line_of_a_preference_file_is_used_or_skipped_or_reported_as_an_error(
     tmp_path_factory: pytest.TempPathFactory, values: list[Row]
 ) -> None:
     (report,) = check_files([write_lines(tmp_path_factory.getbasetemp() / "any.jsonl", *values)])

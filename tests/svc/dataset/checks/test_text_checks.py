@@ -118,13 +118,13 @@ def test_sentence_is_distinguished_from_its_wrongly_decoded_form(language: str) 
     assert Code.MOJIBAKE in codes(garbled(sentence))
 
 
-def test_reported_text_is_at_the_reported_position() -> None:
+def test_wrongly_decoded_text_is_quoted_with_its_position() -> None:
     [(code, text)] = TextChecks().problems("3 Å², \x85 cafÃ©")
     assert code is Code.MOJIBAKE
     assert text.endswith("'fÃ©' at 10")
 
 
-def test_configured_additional_special_tokens_are_found() -> None:
+def test_configured_special_tokens_are_detected_in_text() -> None:
     assert codes("here ⟪end⟫ there", "⟪end⟫") == {Code.SPECIAL_TOKEN}
     assert codes("here ⟪end⟫ there") == set()
 

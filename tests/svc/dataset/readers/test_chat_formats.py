@@ -148,7 +148,7 @@ def test_system_prompt_may_be_in_a_separate_field(form: Format) -> None:
         (None, "x", "messages"),
     ],
 )
-def test_errors_use_the_original_field_names_if_the_system_prompt_is_separate(
+def test_errors_name_the_original_field_if_the_system_prompt_is_outside_the_messages(
     system: Any, turns: Any, field: str
 ) -> None:
     assert refusal({"system": system, "messages": turns}, Format.CHAT).field == field
@@ -215,7 +215,7 @@ def test_greeting_before_the_first_question_is_not_trained_on() -> None:
         parse_example({"messages": [turns[0] | {"weight": 1}, turns[1], turns[2] | {"weight": 0}]})
 
 
-def test_fingerprints_of_plain_chats_are_stable() -> None:
+def test_fingerprint_of_a_plain_chat_equals_the_recorded_value() -> None:
     assert fingerprint([chat("a", "b")]) == ("sha256:01060f258c742b9d436aa1de5b903edb809032b7416b567d156163f40aefc0d5")
 
 

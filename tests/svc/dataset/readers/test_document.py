@@ -30,7 +30,7 @@ def test_text_file_is_one_document_with_its_exact_text(tmp_path: Path, name: str
     assert texts(tmp_path / name) == [TEXT]
 
 
-def test_each_row_with_a_text_is_a_document(tmp_path: Path) -> None:
+def test_each_row_with_a_text_field_is_read_as_a_document(tmp_path: Path) -> None:
     rows = [{"text": TEXT, "meta": 1}, {"text": " other"}]
     assert texts(write_lines(tmp_path / "c4.jsonl", *rows)) == [TEXT, " other"]
 
@@ -70,7 +70,7 @@ def test_unreadable_document_is_reported(tmp_path: Path, content: bytes, code: C
 
 
 @pytest.mark.parametrize("text", ["", "  \n", 3, None])
-def test_document_row_with_an_invalid_text_is_an_error(tmp_path: Path, text: object) -> None:
+def test_document_row_with_an_invalid_text_field_is_an_error(tmp_path: Path, text: object) -> None:
     path = write_lines(tmp_path / "x.jsonl", {"text": "a"}, {"text": text})
     with pytest.raises(DataError, match=r"x.jsonl:2: "):
         read_examples(path)
@@ -84,7 +84,7 @@ def test_data_check_reports_duplicate_documents_but_never_overlong_documents(tmp
     assert [(each.line, each.code) for each in report.problems] == [(2, Code.DUPLICATE), (3, Code.NEAR_DUPLICATE)]
 
 
-def test_split_separates_different_documents_but_keeps_copies_together(tmp_path: Path) -> None:
+def test_copies_of_a_document_are_not_split_between_training_and_heldout_sets(tmp_path: Path) -> None:
     rows = [{"text": f"Document {number}: {TEXT}"} for number in range(200)]
     examples = read_examples(write_lines(tmp_path / "x.jsonl", *rows, *rows[:50]))
     split = split_heldout(examples, 0.2, 0)

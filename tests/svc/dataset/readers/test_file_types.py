@@ -134,7 +134,9 @@ def test_invalid_json_list_element_is_reported_at_its_first_line(tmp_path: Path)
         ("[" * 100_000, [(1, Code.NOT_JSON)]),
     ],
 )
-def test_json_list_errors_are_reported(tmp_path: Path, content: str, found: list[tuple[int, Code]]) -> None:
+def test_errors_in_a_json_list_are_reported_with_line_numbers(
+    tmp_path: Path, content: str, found: list[tuple[int, Code]]
+) -> None:
     (tmp_path / "x.json").write_text(content.replace("GOOD", json.dumps(VALUES[0])))
     assert errors(tmp_path / "x.json") == found
 

@@ -27,7 +27,7 @@ OUTPUT = {
 }
 
 
-def test_evals_example_uses_the_reference_as_answer_instead_of_the_model_output() -> None:
+def test_evals_example_takes_its_answer_from_the_reference_rather_than_from_the_model_output() -> None:
     example = parse(OUTPUT)
     assert [(turn.role.value, turn.content) for turn in example.messages] == [
         ("system", "Categorise."),
@@ -62,12 +62,12 @@ def test_question_and_answer_fields_are_recognized_by_name(value: Any) -> None:
         ({"datasource_item": {"ideal": "a"}}, "datasource_item"),
     ],
 )
-def test_ambiguous_evals_row_is_rejected_naming_the_field(value: Any, field: str) -> None:
+def test_ambiguous_evals_row_is_rejected_with_an_error_that_names_the_field(value: Any, field: str) -> None:
     with pytest.raises(RowError) as caught:
         parse(value)
     assert caught.value.field == field
 
 
-def test_prompt_completion_row_with_an_evals_item_key_is_not_treated_as_an_evals_row() -> None:
+def test_prompt_completion_row_with_an_item_key_is_not_read_as_an_openai_evals_row() -> None:
     assert recognise({"prompt": "a", "completion": "b", "item": {"id": 5}}) is Format.PROMPT_COMPLETION
     assert parse({"prompt": "a", "completion": "b", "item": {"id": 5}}).answer == "b"

@@ -254,7 +254,7 @@ def test_labeled_answer_is_read_from_every_published_dataset_format(tmp_path: Pa
         ({"label": True, "kto_tag": False}, "the line has 'label' and 'kto_tag'"),
     ],
 )
-def test_answer_is_rejected_when_its_label_is_not_true_or_false(labels: dict[str, Any], wrong: str) -> None:
+def test_labeled_answer_without_exactly_one_boolean_label_raises_an_error(labels: dict[str, Any], wrong: str) -> None:
     with pytest.raises(RowError) as caught:
         parse_labeled({"prompt": QUESTION, "completion": WORSE, **labels}, Format.PROMPT_COMPLETION)
     assert caught.value.code is Code.WRONG_LABEL
@@ -322,7 +322,7 @@ def test_text_label_in_a_table_is_read_as_a_boolean(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_preference_pair_is_read_from_parquet_with_additional_columns(tmp_path: Path, name: str) -> None:
+def test_preference_pair_is_read_from_a_parquet_file_that_has_additional_columns(tmp_path: Path, name: str) -> None:
     rows = [{**PUBLISHED[name], "embedding": [0.5]}] * 2
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     assert read_pairs(tmp_path) == [PAIR, PAIR]
@@ -338,9 +338,7 @@ def test_preference_pair_with_a_held_out_prompt_is_rejected_unless_bad_lines_are
     assert (bad.folder / "x.jsonl").read_bytes() == path.read_bytes().splitlines(keepends=True)[0]
 
 
-def test_preference_pair_excluded_from_kto_data_because_its_prompt_is_held_out_counts_as_one_bad_line(
-    tmp_path: Path,
-) -> None:
+def test_kto_data_excludes_a_pair_whose_prompt_is_held_out_and_counts_one_bad_line(tmp_path: Path) -> None:
     bad = BadLines(tmp_path / "bad")
     path = write_lines(tmp_path / "x.jsonl", HH)
     assert read_labeled(path, minimum=0, kept_back=[PAIR.chosen], bad_lines=bad) == []
@@ -426,7 +424,9 @@ rows = st.fixed_dictionaries(
 
 
 @given(rows | json_values, st.sampled_from(list(PairFormat)))
-def test_any_row_is_parsed_as_a_preference_pair_with_a_single_prompt_or_rejected(value: Any, form: PairFormat) -> None:
+def test_arbitrary_row_is_rejected_or_yields_two_different_answers_to_the_same_prompt(
+    value: Any, form: PairFormat
+) -> None:
     try:
         pair, fields = parse_pair(value, form)
     except RowError:

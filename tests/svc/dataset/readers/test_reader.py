@@ -107,7 +107,9 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lam
 
 
 @given(st.lists(st.builds(chat, texts, texts), min_size=1, max_size=5))
-def test_examples_written_to_a_file_round_trip(tmp_path_factory: pytest.TempPathFactory, examples: list[Any]) -> None:
+def test_examples_are_unchanged_after_being_written_to_a_file_and_read_back(
+    tmp_path_factory: pytest.TempPathFactory, examples: list[Any]
+) -> None:
     path = tmp_path_factory.getbasetemp() / "round.jsonl"
     write_examples(path, examples)
     assert read_examples(path) == examples

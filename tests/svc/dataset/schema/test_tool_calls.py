@@ -60,7 +60,7 @@ def test_tool_calls_with_results_are_accepted(turns: tuple[Any, ...]) -> None:
     assert parse(*turns, ANSWER).answer == "No."
 
 
-def test_final_tool_calls_form_the_same_answer_regardless_of_argument_order() -> None:
+def test_answer_text_of_a_tool_call_does_not_depend_on_argument_order() -> None:
     first = parse(calling("1", arguments='{"city": "Rome", "days": 2}'), tools=[FUNCTION])
     second = parse(calling("2", arguments={"days": 2, "city": "Rome"}), tools=[FUNCTION])
     assert first.answer == second.answer == '{"name": "rain", "arguments": {"city": "Rome", "days": 2}}'

@@ -169,7 +169,7 @@ class TestArrival:
         assert came[1][1] - came[0][1] > 0.09
 
     @pytest.mark.slow
-    async def test_silence_timeout_is_paused_while_backpressure_stops_the_response(self, socket: Path) -> None:
+    async def test_silence_timeout_does_not_run_while_backpressure_pauses_the_response(self, socket: Path) -> None:
         async def reply(peer: Peer) -> None:
             await peer.say(STREAM)
             for _ in range(200):

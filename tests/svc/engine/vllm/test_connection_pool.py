@@ -271,7 +271,7 @@ class TestLeaving:
             await asyncio.sleep(0.02)
             await until_closed(server)
 
-    async def test_response_cannot_be_read_after_leaving_its_context(self, socket: Path) -> None:
+    async def test_response_cannot_be_read_after_its_async_with_block_ends(self, socket: Path) -> None:
         async with engine(socket, say(ANSWER)) as (pool, _):
             async with pool.post("/", b"", "1") as answer:
                 pass

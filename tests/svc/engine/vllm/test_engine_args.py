@@ -26,7 +26,7 @@ def test_all_spellings_of_an_option_are_recognized_and_the_last_value_wins(argum
 
 
 @pytest.mark.parametrize("arguments", [[], ["--max-model-length", "4"], ["--model", "x"], ["max-model-len"], ["--"]])
-def test_arguments_that_resemble_an_option_do_not_match_it(arguments: list[str]) -> None:
+def test_option_is_not_recognized_in_arguments_that_merely_resemble_it(arguments: list[str]) -> None:
     assert given(arguments, OPTION) is None
 
 

@@ -29,7 +29,9 @@ def test_equivalent_paths_of_a_tuneserve_home_yield_the_same_runtime_folder(pare
     assert runtime_folder(tmp_path, "serve") == runtime_folder(tmp_path / "x" / "..", "serve")
 
 
-def test_different_tuneserve_homes_or_purposes_have_separate_runtime_folders(parent: Path, tmp_path: Path) -> None:
+def test_each_combination_of_tuneserve_home_and_purpose_has_its_own_runtime_folder(
+    parent: Path, tmp_path: Path
+) -> None:
     folders = {runtime_folder(home, purpose) for home in (tmp_path, tmp_path / "b") for purpose in ("serve", "run-1")}
     assert len(folders) == 4
 

@@ -43,7 +43,7 @@ def host(free: int, *gpus: int) -> Machine:
     return Machine(cores=(0, 1), quota=None, memory=64 * GIB, free=free, gpus=found)
 
 
-def test_required_memory_includes_weights_one_sequence_and_engine_overhead(
+def test_engine_needs_memory_for_its_overhead_as_well_as_the_weights_and_one_sequence(
     monkeypatch: pytest.MonkeyPatch, model: Path
 ) -> None:
     sequence = 2 * 2 * 256 * 2 * 1024
@@ -73,7 +73,7 @@ def test_memory_shortage_message_states_the_needed_and_the_free_memory(
     assert shortage(monkeypatch, model, host(4 * GIB)) == "it needs about 5.0 GiB, but only 4.0 GiB are free"
 
 
-def test_gpu_memory_is_checked_instead_of_main_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_only_gpu_memory_is_checked_if_the_engine_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     assert shortage(monkeypatch, model, host(0, 6 * GIB)) is None
     said = shortage(monkeypatch, model, host(64 * GIB, 4 * GIB))
     assert said == "it needs about 5.0 GiB, but only 4.0 GiB of GPU memory are free"

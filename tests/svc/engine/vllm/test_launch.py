@@ -49,7 +49,7 @@ def test_engine_listens_only_on_a_private_socket(tmp_path: Path) -> None:
     assert "--port" not in arguments
 
 
-def test_engine_loads_only_safetensors_and_no_remote_code(tmp_path: Path) -> None:
+def test_engine_loads_only_safetensors_and_does_not_trust_remote_code(tmp_path: Path) -> None:
     arguments = command(spec(tmp_path))
     assert option(arguments, "--load-format") == "safetensors"
     assert "--trust-remote-code" not in arguments
@@ -257,7 +257,7 @@ def test_engine_entry_point_exists_in_installed_vllm(tmp_path: Path) -> None:
     assert command(spec(tmp_path, device=Device.CPU))[1:4] == ["-m", "svc.engine.vllm.start", entry]
 
 
-def test_user_selected_vllm_plugins_and_disabled_kernels_are_preserved(
+def test_vllm_plugins_and_disabled_kernels_set_by_the_user_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_config(tmp_path, GPTQ)

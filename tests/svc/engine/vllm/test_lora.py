@@ -21,7 +21,7 @@ def chosen(**changes: Any) -> LoraSlots:
 @pytest.mark.parametrize(
     ("rank", "largest"), [(1, 16), (16, 16), (17, 32), (64, 64), (200, 256), (300, 320), (512, 512)]
 )
-def test_maximum_lora_rank_is_the_smallest_supported_rank_that_fits(rank: int, largest: int) -> None:
+def test_maximum_lora_rank_is_the_adapter_rank_rounded_up_to_the_next_supported_rank(rank: int, largest: int) -> None:
     assert chosen(rank=rank).max_rank == largest
 
 

@@ -53,7 +53,7 @@ def origin_and_value(plan: EnginePlan, name: str) -> tuple[Origin, object]:
     return plan[name].origin, plan[name].value
 
 
-def test_cpu_engine_runs_model_and_scheduler_in_one_process_with_one_thread_per_core() -> None:
+def test_cpu_engine_uses_a_single_process_executor_and_one_thread_per_core() -> None:
     chosen = plan(machine=replace(HOST, cores=(2, 5)))
     assert chosen["distributed_executor_backend"].origin is Origin.MACHINE
     assert chosen.arguments[chosen.arguments.index("--distributed-executor-backend") + 1].endswith(".UniProcExecutor")
@@ -88,7 +88,7 @@ def test_gpu_engine_uses_the_default_vllm_executor() -> None:
 
 
 @pytest.mark.parametrize(("quota", "threads"), [(2.0, "2"), (2.9, "2"), (0.5, "1"), (1.0, "1")])
-def test_cpu_quota_limits_the_number_of_threads_and_disables_binding(quota: float, threads: str) -> None:
+def test_cpu_quota_limits_the_number_of_threads_and_disables_thread_binding(quota: float, threads: str) -> None:
     chosen = plan(machine=replace(HOST, cores=tuple(range(64)), quota=quota))
     assert chosen.variables["OMP_NUM_THREADS"] == threads
     assert chosen.variables["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
@@ -142,7 +142,7 @@ def test_kv_cache_fits_the_maximum_number_of_concurrent_sequences_of_maximum_len
     assert "10 sequences of 2048 tokens" in chosen["kv_cache_memory_bytes"].reason
 
 
-def test_kv_cache_size_is_rounded_up_to_complete_blocks_per_sequence() -> None:
+def test_kv_cache_size_of_each_sequence_is_rounded_up_to_whole_blocks() -> None:
     assert plan(max_model_len=33, max_concurrency=1)["kv_cache_memory_bytes"].value == 2 * 64 * 23_040
 
 
@@ -196,7 +196,9 @@ def gpus(count: int, gpu: Gpu = H100) -> Machine:
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(0, 1), (1, 1), (2, 1), (3, 3), (4, 3), (8, 3)])
-def test_tensor_parallel_size_is_the_largest_divisor_of_the_attention_heads(count: int, ranks: int) -> None:
+def test_tensor_parallel_size_is_the_largest_gpu_count_that_divides_the_number_of_attention_heads(
+    count: int, ranks: int
+) -> None:
     assert plan(GPU, gpus(count))["tensor_parallel_size"].value == ranks
 
 
@@ -377,7 +379,7 @@ def test_engine_plan_passes_no_argument_twice_and_attributes_user_arguments_to_t
 
 
 @given(machines(), facts, st.sampled_from([CPU, GPU]))
-def test_all_engine_plan_choices_have_unique_names(machine: Machine, model: ModelFacts, device: Device) -> None:
+def test_choices_in_an_engine_plan_have_unique_names(machine: Machine, model: ModelFacts, device: Device) -> None:
     names = [choice.name for choice in plan(device, machine, model).choices]
     assert len(names) == len(set(names))
 

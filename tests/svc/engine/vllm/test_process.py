@@ -380,7 +380,7 @@ async def test_engine_is_not_put_to_sleep_if_main_memory_cannot_hold_its_weights
     assert asked == []
 
 
-async def test_memory_check_for_sleep_is_skipped_once_the_engine_has_slept(
+async def test_memory_is_checked_only_before_an_engine_sleeps_for_the_first_time(
     engine_in: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, engine, answers = list[str](), engine_in("ready"), iter([None, "full"])

@@ -86,7 +86,7 @@ def test_default_primary_metric_stays_primary_if_it_is_among_the_selected_metric
     assert names(LABELS, MetricOptions(("exact_match", "accuracy")))[0] == "accuracy"
 
 
-def test_first_metric_that_defines_higher_or_lower_as_better_is_primary_if_the_default_is_not_selected() -> None:
+def test_first_selected_metric_that_ranks_models_is_primary_if_the_default_is_not_selected() -> None:
     assert names(TEXTS, MetricOptions(("length", "chrf", "exact_match"))) == ["chrf", "length", "exact_match"]
 
 
@@ -105,7 +105,7 @@ def test_unknown_metric_error_lists_known_metrics(options: MetricOptions) -> Non
 
 
 @pytest.mark.parametrize("options", [MetricOptions(("length",)), MetricOptions(primary="length")])
-def test_metric_that_defines_neither_higher_nor_lower_as_better_cannot_be_primary(options: MetricOptions) -> None:
+def test_metric_that_does_not_rank_models_cannot_be_primary(options: MetricOptions) -> None:
     with pytest.raises(RecipeError, match="length cannot be the primary metric"):
         choose_metrics(TEXTS, options)
 

@@ -18,7 +18,7 @@ pairs = st.lists(st.tuples(answers, labels), min_size=1, max_size=40)
 @pytest.mark.parametrize(
     "answer", ["net", " net\n", "NET", '{"section":"net"}', '{ "section": "Net" }', '{"other":"net"}']
 )
-def test_label_is_recognized_regardless_of_spacing_and_case_and_inside_a_json_object(answer: str) -> None:
+def test_label_is_recognized_in_plain_text_or_json_regardless_of_spacing_and_case(answer: str) -> None:
     assert label_of(answer) == "net"
 
 

@@ -67,7 +67,7 @@ def test_description_of_a_training_curve_states_the_first_and_last_losses() -> N
 
 
 @pytest.mark.slow
-def test_training_curve_is_plotted_without_held_out_loss() -> None:
+def test_training_curve_is_plotted_even_if_no_held_out_loss_was_measured() -> None:
     points = [TrainingPoint(step=step, epoch=1, loss=1 / step) for step in (1, 2)]
     assert label_of(plot_loss(points)) == "training loss from 1.000 to 0.500 in 2 steps"
 

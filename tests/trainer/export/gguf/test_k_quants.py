@@ -41,7 +41,7 @@ def make_tool(folder: Path, body: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("type", KQuant)
-def test_quantize_tool_converts_the_f16_file_and_only_its_output_and_a_modelfile_are_kept(
+def test_f16_file_is_quantized_by_the_tool_and_then_removed(
     tiny_base: Path, examples: list[ChatExample], bin_folder: Path, tmp_path: Path, type: KQuant
 ) -> None:
     record, out = make_tool(bin_folder, COPY), tmp_path / "out"

@@ -62,7 +62,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tool")
 @pytest.mark.parametrize("type", KQuant)
-def test_k_quant_files_written_by_llama_cpp_are_accepted_and_answer_like_transformers(
+def test_llama_cpp_runs_exported_k_quant_files_and_some_answers_equal_those_of_transformers(
     tmp_path: Path, type: KQuant
 ) -> None:
     base = smollm2_folder()

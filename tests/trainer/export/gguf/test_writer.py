@@ -110,7 +110,7 @@ def test_matrix_is_written_in_16_bits_if_its_row_length_is_not_a_multiple_of_the
 
 
 @pytest.mark.slow
-def test_chat_template_in_the_gguf_file_includes_its_template_arguments(
+def test_chat_template_in_the_gguf_file_sets_the_template_arguments_of_the_model(
     tmp_path: Path, examples: list[ChatExample]
 ) -> None:
     base = make_model(tmp_path / "base")
