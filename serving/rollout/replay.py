@@ -222,8 +222,8 @@ class Replay:
         """Replay the requests, then leave the engine running the production version.
 
         Args:
-            stop: cancellation that ends the replay. The production version is loaded again before this function
-                returns.
+            stop: ends the replay when it is canceled. This function returns only after the production version has been
+                loaded again.
 
         Raises:
             SvcError: the candidate could not be loaded, or the engine died.

@@ -55,7 +55,7 @@ class ClientFiles:
     """Adds, finds, shares and deletes clients' files.
 
     Args:
-        folder: folder for the contents, which is created if it does not exist.
+        folder: folder for the files' contents; it is created if it does not exist.
         shared: the contents in an object store, or None if there is no object store.
     """
 

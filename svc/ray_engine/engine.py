@@ -223,7 +223,7 @@ class RayEngine:
         record = await asyncio.to_thread(read_actor, self.spec.state)
         if record is None or record.placed is None:
             raise EngineError(
-                f"no engine of an earlier server is recorded in {self.spec.state}", todo="start a new engine"
+                f"{self.spec.state} has no record of an engine that was started before", todo="start a new engine"
             )
         identity = Identity(record.certificate, record.key)
         link = self._link or await self._connect(record.placed, identity)

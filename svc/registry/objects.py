@@ -319,7 +319,7 @@ class ObjectStore:
 
         if not path.is_file():
             raise IntegrityError(
-                f"{path} is missing", todo="upload the version from a home folder that contains its weights"
+                f"{path} is missing", todo="upload the version from an SVC_HOME folder that contains its weights"
             )
         part = max(_PART, -(-file.bytes // _MAX_PARTS))
         blocks = _read_checked(file, path, part, on_bytes)

@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     )
     models: dict[str, ModelSettings] = Field(
         {},
-        description="settings that override the general ones for one model, by model name: `{engine: {...}, "
+        description="settings of single models, which override the general ones; keyed by model name: `{engine: {...}, "
         "idle_s: ..., rollout: {...}, gates: {...}}`",
     )
 

@@ -185,7 +185,7 @@ async def test_version_stays_desired_if_a_starting_server_cannot_serve_it_but_an
         assert first.desired().target == target(4)
 
 
-async def test_promotion_also_waits_for_a_server_that_reports_again_after_being_considered_dead(
+async def test_promotion_waits_for_a_server_that_was_considered_dead_but_reports_again(
     both: tuple[Control, Control], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = both

@@ -83,9 +83,10 @@ def find_too_little_data(run: TrainingRun) -> Finding | None:
             before=str(count) if limited else f"{count} examples",
             value=str(wanted) if limited else f"{wanted} examples",
         ),
-        rule=f"there are fewer than {FEW_EXAMPLES} training examples; or there are fewer than {MANY_EXAMPLES}, "
-        f"training ran for more than one epoch, and the 95% interval of held-out loss lies above {GAP:g} times the "
-        f"final training loss ({GAP_OF_MANY_EPOCHS:g} times that loss from {MANY_EPOCHS} epochs on)",
+        rule=f"one of two conditions holds: (1) there are fewer than {FEW_EXAMPLES} training examples; (2) there are "
+        f"fewer than {MANY_EXAMPLES}, training ran for more than one epoch, and the 95% interval of held-out loss lies "
+        f"above {GAP:g} times the final training loss ({GAP_OF_MANY_EPOCHS:g} times if training ran for at least "
+        f"{MANY_EPOCHS} epochs)",
     )
 
 

@@ -103,7 +103,7 @@ def _name(stem: str) -> str:
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    """Convert values keyed by dotted key to nested sections, in the order of the recipe's keys."""
+    """Nest a flat dictionary, whose keys are dotted, into sections in the order of the recipe's keys."""
     content: dict[str, Any] = {}
     for key, value in values.items():
         section, _, last = key.rpartition(".")

@@ -132,13 +132,13 @@ class DeviceGroup:
         return [shares[number % self.size][number // self.size] for number in range(len(rows))]
 
     def check(self, accelerator: Accelerator, model: torch.nn.Module) -> None:
-        """Check that all processes really train the model together.
+        """Check that all processes train the same model.
 
-        Settings that a library does not support on a device are silently ignored, and each process would then train
-        its own model.
+        If a library does not support a setting on a device, it silently ignores the setting; each process would then
+        train a model of its own.
 
         Raises:
-            TrainingError: the processes do not train the model together.
+            TrainingError: the processes do not train the same model.
         """
         if self.size == 1:
             return

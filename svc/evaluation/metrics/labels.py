@@ -11,8 +11,8 @@ from svc.evaluation.metrics.metric import Answered, AnswerMetric, SetMetric
 def label_of(answer: str) -> str:
     """Return the label of an answer, normalized for spacing and case. The rules are the same as in the data check.
 
-    For JSON with a single value, the label is that value; otherwise it is the text. If the answer is not a label, the
-    whole text is returned. Such a text does not equal the label of any reference, so it counts as a wrong class.
+    For JSON with a single value, the label is that value; otherwise it is the text. An answer that is not a
+    label is returned as it is; it equals no reference's label, so it counts as wrong.
     """
     return normal(find_label(answer) or answer)
 

@@ -137,7 +137,7 @@ def test_awq_weights_match_the_merged_weights_within_rounding_error(quantized: P
     assert 0.02 < off < MAX_OFF[Format.AWQ] / 2
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_awq_weights_match_the_merged_weights_when_value_heads_are_shared(tmp_path: Path) -> None:
     """No scales can then move from `o_proj` to `v_proj`."""
     quantize(make_model(tmp_path / "base", num_key_value_heads=1, **SHAPE), tmp_path / "awq")

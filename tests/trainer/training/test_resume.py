@@ -194,7 +194,9 @@ def left_out(folder: Path, step: int) -> list[int]:
     return [entry["step"] for entry in history if not math.isfinite(entry.get("grad_norm", 0.0))]
 
 
-@pytest.mark.parametrize("method", [Method.FULL, Method.LORA, Method.ADALORA])
+@pytest.mark.parametrize(
+    "method", [Method.LORA, *(pytest.param(each, marks=pytest.mark.matrix) for each in (Method.FULL, Method.ADALORA))]
+)
 @pytest.mark.usefixtures("scaled_on_cpu")
 def test_resumed_float16_run_matches_an_uninterrupted_run(
     method: Method,

@@ -121,7 +121,7 @@ def at_checkpoint(folder: Path, step: int, act: Callable[[], None]) -> threading
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        (Method.LORA, {}),
+        pytest.param(Method.LORA, {}, marks=pytest.mark.matrix),
         pytest.param(Method.LORA, {"batch_size": 2, "gradient_accumulation": 2}, marks=pytest.mark.matrix),
         pytest.param(Method.LORA, {"batch_size": 2, "gradient_accumulation": 3}, marks=pytest.mark.matrix),
         pytest.param(Method.LORA, {"packing": True, "max_length": 150}, marks=pytest.mark.matrix),
