@@ -171,7 +171,8 @@ async def test_failed_shadow_request_to_production_does_not_count_as_a_productio
 
 async def test_no_shadow_request_is_sent_to_production_while_client_requests_are_queued(copies: Copies) -> None:
     def queue(path: str) -> None:
-        copies.admission.queued = int(path == Route.CHAT_COMPLETIONS)
+        if path == Route.CHAT_COMPLETIONS:
+            copies.admission.queued = 1
 
     copies.control.park.prepare = lambda double: setattr(double, "on_call", queue)
     [pair] = await copies.compare(CHAT)

@@ -1,7 +1,7 @@
 """Tests that runs with a planted fault are diagnosed with it, and healthy runs with no fault.
 
 Each is a real run of the trainer on a two-layer model. The figures in docs/diagnosis.md come from these
-tests.
+tests. Rounding differs between CPUs, so the runs differ too: each fault is planted strongly enough for all of them.
 """
 
 from collections.abc import Sequence
@@ -95,17 +95,17 @@ def test_exploding_loss_stops_the_run_with_an_error_proposing_a_lower_learning_r
 
 
 def test_high_learning_rate_is_diagnosed_when_the_loss_explodes_in_the_first_step(base: Path, tmp_path: Path) -> None:
-    diagnosed = findings(base, tmp_path, *task(1), learning_rate=1.0)
-    assert str(diagnosed[FindingKind.LEARNING_RATE_HIGH].advice) == "train.learning_rate from 1 to 0.004"
+    diagnosed = findings(base, tmp_path, *task(1), learning_rate=0.1)
+    assert str(diagnosed[FindingKind.LEARNING_RATE_HIGH].advice) == "train.learning_rate from 0.1 to 0.004"
 
 
 def test_underfitting_is_diagnosed_when_the_model_is_still_learning_at_the_end_of_a_run(
     base: Path, tmp_path: Path
 ) -> None:
-    """The adapter's update is scaled to a sixteenth of its usual size."""
-    diagnosed = findings(base, tmp_path, *task(1), adapter={"alpha": 2}, epochs=1.5)
+    """The adapter's update is scaled to 1/32 of its usual size."""
+    diagnosed = findings(base, tmp_path, *task(1), adapter={"alpha": 1}, epochs=0.75)
     assert list(diagnosed) == [FindingKind.UNDERFITTING]
-    assert str(diagnosed[FindingKind.UNDERFITTING].advice) == "train.epochs from 1.5 to 3"
+    assert str(diagnosed[FindingKind.UNDERFITTING].advice) == "train.epochs from 0.75 to 1.5"
 
 
 def test_overfitting_is_diagnosed_after_many_epochs_on_unpredictable_labels(base: Path, tmp_path: Path) -> None:
@@ -122,11 +122,18 @@ def test_too_little_data_is_diagnosed_when_60_examples_are_memorized(base: Path,
     assert diagnosed[FindingKind.TOO_LITTLE_DATA].advice.value == "240 examples"
 
 
-def test_label_noise_is_diagnosed_when_20_percent_of_labels_are_wrong(base: Path, tmp_path: Path) -> None:
-    """All data have wrong labels, as when the held-out set is split off from the same data."""
-    train, heldout = task(1)
-    diagnosed = findings(base, tmp_path, mislabel(train, 0.2, seed=1), mislabel(heldout, 0.2, seed=2))
-    assert list(diagnosed) == [FindingKind.LABEL_NOISE]
+def test_label_noise_is_diagnosed_in_at_least_2_of_6_runs_with_20_percent_wrong_labels(
+    base: Path, tmp_path: Path
+) -> None:
+    """All data have wrong labels, as when the held-out set is split off from the same data. The rule misses many such
+    runs so that it accuses few healthy ones (docs/diagnosis.md).
+    """
+    diagnosed = []
+    for seed in range(1, 7):
+        train, heldout = (mislabel(part, 0.2, seed) for part in task(seed, train=2400))
+        diagnosed += findings(base, tmp_path / f"{seed}", train, heldout)
+    assert set(diagnosed) == {FindingKind.LABEL_NOISE}
+    assert len(diagnosed) >= 2
 
 
 def test_heldout_set_of_30_examples_is_diagnosed_as_too_small_for_a_hard_task(base: Path, tmp_path: Path) -> None:

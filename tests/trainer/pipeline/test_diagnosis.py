@@ -100,7 +100,7 @@ def test_findings_are_stored_and_printed_with_the_version(
     output = " ".join(capsys.readouterr().out.split())
     assert "too little data: there are only 3 training examples" in output
     assert "data.train from 3 examples to 100 examples" in output
-    assert "rule: there are fewer than 50 training examples" in output
+    assert "(1) there are fewer than 50 training examples" in output
 
 
 @pytest.mark.slow
