@@ -69,4 +69,5 @@ chosen=(--constraint "$constraints")
 mapfile -t torch_index < <([ "$serve" = serve ] || .venv/bin/python deploy/constraints/torch_index.py)
 with_progress .venv/bin/python -m pip install "${chosen[@]}" "${torch_index[@]}" --editable ".[train,$serve,monitor]" --group dev
 bash deploy/trim.sh .venv/bin/python "$serve"
+.venv/bin/python -m compileall -q -j 0 svc trainer serving monitoring # pip does not; the first command would take longer
 .venv/bin/svc --version
