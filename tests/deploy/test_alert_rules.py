@@ -75,6 +75,7 @@ def test_every_alert_in_a_test_case_exists() -> None:
     assert {check["alertname"] for case in cases() for check in case.get("alert_rule_test", [])} <= set(ALERTS)
 
 
+@pytest.mark.slow
 def test_values_of_every_recording_rule_are_tested() -> None:
     checks = [check for case in cases() for check in case.get("promql_expr_test", []) if check["exp_samples"]]
     checked = set().union(*(metrics(check["expr"]) for check in checks))

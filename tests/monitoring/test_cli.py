@@ -110,6 +110,7 @@ def status(svc: Svc, tmp_path: Path) -> Status:
     return status
 
 
+@pytest.mark.slow
 def test_status_screen_summarizes_the_state_of_a_served_model(status: Status) -> None:
     ended = status()
     assert ended.code == 0
@@ -125,6 +126,7 @@ def test_status_screen_summarizes_the_state_of_a_served_model(status: Status) ->
         assert text in ended.out
 
 
+@pytest.mark.slow
 def test_status_screen_lists_the_servers_when_several_share_the_store(status: Status) -> None:
     seen: dict[str, Any] = {"started_at": "2026-01-02T03:00:00+00:00", "seen_at": "2026-01-02T03:04:05+00:00"}
     servers = [
@@ -144,16 +146,19 @@ def test_status_screen_lists_the_servers_when_several_share_the_store(status: St
     assert "gpu-2:8000 stopped reporting 2026-01-02 03:04:05 -" in lines
 
 
+@pytest.mark.slow
 def test_status_screen_shows_no_server_table_when_there_is_only_one_server(status: Status) -> None:
     page = SERVER | {"server": "", "servers": []}
     assert "last seen" not in status(pages={"/svc/status": (200, json.dumps(page))}).out
 
 
+@pytest.mark.slow
 def test_status_row_of_a_version_shows_its_requests_and_errors(status: Status) -> None:
     row = next(line for line in status().out.splitlines() if line.strip().startswith("tiny@2 ") and "1000" in line)
     assert row.split()[:4] == ["tiny@2", "42", "1", "1000/200"]
 
 
+@pytest.mark.slow
 def test_json_status_contains_the_same_information_as_the_status_screen(status: Status) -> None:
     output = json.loads(status("--json").out)
     (model,) = output["models"]
@@ -172,15 +177,18 @@ def test_verbose_status_shows_the_engine_settings(status: Status) -> None:
     assert "threads" not in status().out
 
 
+@pytest.mark.slow
 def test_verbose_json_status_contains_the_engine_settings(status: Status) -> None:
     assert json.loads(status("--verbose", "--json").out)["models"][0]["engine"] == STATE["engine"]
 
 
+@pytest.mark.slow
 def test_status_screen_says_if_the_engine_was_not_started(status: Status) -> None:
     engine = {"state": "failed", "restarts": 1, "last_error": None, "plan": None}
     assert "engine: not started" in status("--verbose", engine=engine).out
 
 
+@pytest.mark.slow
 def test_status_of_a_new_server_shows_no_swap_and_no_error(status: Status) -> None:
     ended = status(previous=None, last_swap=None, pages={"/metrics": (200, "")})
     assert ended.code == 0
@@ -189,6 +197,7 @@ def test_status_of_a_new_server_shows_no_swap_and_no_error(status: Status) -> No
     assert "last swap" not in ended.out
 
 
+@pytest.mark.slow
 def test_status_shows_adapters_of_each_engine_and_marks_unverified_ones(status: Status) -> None:
     loaded = [{"version": "tiny@2", "verified": True}, {"version": "tiny@3", "verified": False}]
     out = status(engines=[STATE["engines"][0] | {"adapters": loaded}]).out
@@ -204,12 +213,14 @@ def test_unverified_engine_is_shown_with_the_reason(status: Status) -> None:
     assert "8 probes" not in status(engines=[STATE["engines"][0] | verified]).out
 
 
+@pytest.mark.slow
 def test_status_shows_why_no_replica_can_be_added(status: Status) -> None:
     scaling = {"min": 1, "max": 4, "replicas": 2, "refused": "it needs about 9 GiB"}
     assert "2 replicas (from 1 to 4); no more can be added: it needs about 9 GiB" in status(scaling=scaling).out
     assert "replicas;" not in status(scaling=scaling | {"refused": None}).out
 
 
+@pytest.mark.slow
 def test_status_shows_a_swap_in_progress(status: Status) -> None:
     swap = STATE["last_swap"] | {"outcome": None, "kind": None, "queued_s": None, "running": None, "queued": None}
     assert "last swap: to tiny@2 (gptq), in progress" in status(last_swap=swap).out
@@ -224,6 +235,7 @@ def test_status_is_shown_while_the_store_is_unavailable(status: Status, monkeypa
     assert "engine ready" in ended.out
 
 
+@pytest.mark.slow
 def test_status_does_not_read_drift_from_svc_db_when_the_store_is_in_postgresql(
     status: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +293,7 @@ ROLLOUT: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_status_shows_the_step_and_statistics_of_a_running_rollout(status: Status) -> None:
     began = datetime.now(UTC) - timedelta(days=2)
     lines = status(rollout=ROLLOUT | {"step_began_at": began.isoformat()}).out.splitlines()
@@ -299,10 +312,12 @@ def test_status_shows_no_rollout_statistics_while_the_candidate_loads(status: St
     assert "rollout" not in status(rollout=None).out
 
 
+@pytest.mark.slow
 def test_json_status_contains_the_running_rollout(status: Status) -> None:
     assert json.loads(status("--json", rollout=ROLLOUT).out)["models"][0]["rollout"] == ROLLOUT
 
 
+@pytest.mark.slow
 def test_status_shows_all_served_and_refused_models(status: Status) -> None:
     out = status(pages=TWO_MODELS).out
     assert "tiny@2 (gptq)  previous: tiny@1 (gptq)" in out
@@ -327,6 +342,7 @@ svc_requests_total{model="other",version="7",route="chat",status="200"} 12
 }
 
 
+@pytest.mark.slow
 def test_status_shows_only_the_named_model(status: Status) -> None:
     out = status("other", pages=TWO_MODELS).out
     assert "other@7 (gptq)  previous: none" in out
@@ -335,6 +351,7 @@ def test_status_shows_only_the_named_model(status: Status) -> None:
     assert "errors by reason: engine_timeout 1, engine_unavailable 5" in out
 
 
+@pytest.mark.slow
 def test_status_shows_several_named_models(status: Status) -> None:
     out = status("tiny", "other", pages=TWO_MODELS).out
     assert "tiny@2 (gptq)" in out
@@ -342,6 +359,7 @@ def test_status_shows_several_named_models(status: Status) -> None:
     assert "large" not in out
 
 
+@pytest.mark.slow
 def test_json_status_contains_only_the_named_models(status: Status) -> None:
     output = json.loads(status("other", "--json", pages=TWO_MODELS).out)
     assert [model["version"] for model in output["models"]] == ["other@7"]
@@ -365,6 +383,7 @@ def test_error_for_an_unserved_model_lists_the_served_models(status: Status, nam
     assert "tiny, other" in ended.err
 
 
+@pytest.mark.slow
 def test_status_shows_the_last_error_unchanged(status: Status) -> None:
     engine = {"state": "failed", "restarts": 4, "last_error": "vLLM [ended] with code 1"}
     out = status(engine=engine).out

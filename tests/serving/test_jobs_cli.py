@@ -54,6 +54,7 @@ def end(home: WorkerHome, id: str) -> None:
     succeed(home.store, id, "w1", VersionId("bot", 1), JobResult(f"ft:small:org::{id}"))
 
 
+@pytest.mark.slow
 def test_jobs_are_listed_newest_first(home: WorkerHome, svc: Svc) -> None:
     assert "no fine-tuning jobs yet" in svc("list").output
     first, second = home.add(), home.add()
@@ -64,6 +65,7 @@ def test_jobs_are_listed_newest_first(home: WorkerHome, svc: Svc) -> None:
     assert [row["id"] for row in json.loads(svc("list", "--json", "--limit", "1").output)] == [second]
 
 
+@pytest.mark.slow
 def test_job_with_no_training_time_left_shows_its_stage_instead_of_the_remaining_time(
     home: WorkerHome, svc: Svc
 ) -> None:
@@ -127,6 +129,7 @@ def test_following_a_job_with_the_json_option_prints_one_object_per_line(home: W
     assert objects[1]["data"]["train_loss"] == 1.25
 
 
+@pytest.mark.slow
 def test_following_a_job_that_fails_or_is_cancelled_exits_with_an_error(home: WorkerHome, svc: Svc) -> None:
     failed = home.add()
     take(home)
@@ -162,6 +165,7 @@ def test_job_is_followed_even_if_the_server_restarts(
     assert isinstance(svc("follow", id).exception, ServerNotRunningError)
 
 
+@pytest.mark.slow
 def test_job_can_be_paused_and_resumed_and_then_cancelled(home: WorkerHome, svc: Svc) -> None:
     id = home.add()
     assert svc("pause", id).output == f"{id} is paused\n"

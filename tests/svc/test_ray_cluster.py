@@ -36,6 +36,7 @@ def test_connecting_to_a_ray_address_where_nothing_listens_raises_error() -> Non
             pass
 
 
+@pytest.mark.slow
 def test_ray_event_messages_are_not_printed_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     from ray._private.worker import print_to_stdstream
 

@@ -49,6 +49,7 @@ async def _listening() -> AsyncIterator[tuple[Path, int]]:
             await asyncio.wait({task})
 
 
+@pytest.mark.slow
 async def test_openai_client_reads_complete_response_from_fake_upstream() -> None:
     async with client() as openai:
         answer = await openai.chat.completions.create(model=MODEL, messages=ASKED, max_tokens=3)

@@ -106,6 +106,7 @@ def test_changing_the_nearest_item_outside_the_dependence_distance_usually_chang
     assert changes > 20
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(st.integers(0, 1_000), st.integers(0, 120), st.sampled_from([1.0, 7.4, 65.0]))
 def test_hit_rate_bounds_below_100_percent_are_above_0_and_at_most_95_percent(
@@ -157,6 +158,7 @@ def test_prompts_far_from_the_reference_are_below_all_similarity_limits() -> Non
     assert (hits == HIT).all()
 
 
+@pytest.mark.slow
 def test_shares_of_dissimilar_prompts_stay_below_their_bounds_if_traffic_resembles_the_reference() -> None:
     classifiers = [DomainClassifier(draw_requests(seed, 100).prompts) for seed in range(10, 30)]
     hits = [classifier.far_hits(classifier.similar(ALIKE)) == HIT for classifier in classifiers]

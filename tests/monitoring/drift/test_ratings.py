@@ -157,6 +157,7 @@ def test_ratings_resembling_earlier_ratings_cause_no_alarm(people: People) -> No
         assert people.check().status is Status.STEADY, seed
 
 
+@pytest.mark.slow
 def test_five_identical_ratings_from_every_user_cause_no_drift_alarm(people: People) -> None:
     for seed in range(5):
         people.forget()

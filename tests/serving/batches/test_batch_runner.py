@@ -203,6 +203,7 @@ async def test_batch_with_invalid_input_fails_and_names_the_invalid_lines(
     assert service.double.requests == []
 
 
+@pytest.mark.slow
 async def test_batch_fails_when_its_input_file_is_missing(service: BatchService, client: AsyncOpenAI) -> None:
     file = service.add_input(line("a"))
     id = await create(client, file)
@@ -290,6 +291,7 @@ async def test_unanswered_requests_of_a_cancelled_batch_do_not_count_as_failed(
     assert (batch.status, batch.request_counts.failed, batch.error_file_id) == ("cancelled", 0, None)
 
 
+@pytest.mark.slow
 async def test_waiting_batch_can_be_cancelled(service: BatchService, client: AsyncOpenAI) -> None:
     id = await create(client, service.add_input(lines(2)))
     await client.batches.cancel(id)
@@ -349,6 +351,7 @@ async def test_batch_requests_wait_while_admission_is_closed_for_a_swap(
     assert (batch.status, batch.error_file_id) == ("completed", None)
 
 
+@pytest.mark.slow
 async def test_batch_request_is_sent_at_most_three_times_to_a_failing_engine(
     service: BatchService, client: AsyncOpenAI
 ) -> None:
@@ -445,6 +448,7 @@ async def test_batch_starts_on_a_creation_notification_without_polling_the_store
         assert (await ended(client, id)).status == "completed"
 
 
+@pytest.mark.slow
 async def test_batch_waits_while_the_disk_is_full(
     service: BatchService, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -466,6 +470,7 @@ async def test_batch_waits_while_the_disk_is_full(
     assert batch.status == "completed" and len(service.content(batch.output_file_id)) == 20
 
 
+@pytest.mark.slow
 async def test_batch_survives_an_engine_death(service: BatchService, client: AsyncOpenAI) -> None:
     service.double.fault = Fault.SILENCE
     async with service.running_batches():
@@ -494,6 +499,7 @@ def test_next_batch_is_taken_from_the_owner_with_the_fewest_running_batches() ->
     assert next_batches([*batches, *ending], running) == ending
 
 
+@pytest.mark.slow
 async def test_finished_batch_cannot_be_cancelled_and_its_output_file_expires_as_requested(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:

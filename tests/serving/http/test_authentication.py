@@ -205,6 +205,7 @@ async def test_responses_reveal_nothing_about_models_a_key_may_not_use(service: 
     assert service.double.requests == []
 
 
+@pytest.mark.slow
 async def test_api_key_can_rate_only_its_own_answers(service: KeyedService) -> None:
     one, other, admin = service.key(), service.key(), service.key(Scope.ADMIN)
     async with service.client_of(one) as client:

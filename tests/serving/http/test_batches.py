@@ -44,6 +44,7 @@ async def raw(client: AsyncOpenAI, path: str = "", **query: Any) -> Any:
     return await client.get(f"/batches{path}", cast_to=object, options={"params": query})
 
 
+@pytest.mark.slow
 async def test_batch_creation_returns_a_complete_batch_object(service: BatchService, client: AsyncOpenAI) -> None:
     file = service.add_input(line("a"))
     created = await client.batches.create(
@@ -191,6 +192,7 @@ async def test_keys_do_not_see_each_others_batches_and_files(service: BatchServi
         assert [batch.id for batch in (await client.batches.list()).data] == [id]
 
 
+@pytest.mark.slow
 async def test_batch_creation_requires_a_key_with_the_files_and_infer_scopes(service: BatchService) -> None:
     for scope, missing in ((Scope.INFER, "files"), (Scope.FILES, "infer")):
         key = service.key(scope)
@@ -200,6 +202,7 @@ async def test_batch_creation_requires_a_key_with_the_files_and_infer_scopes(ser
                 await client.batches.create(input_file_id=file, endpoint=CHAT_PATH, **WINDOW)
 
 
+@pytest.mark.slow
 async def test_batch_can_be_cancelled_repeatedly_but_not_after_it_has_ended(
     service: BatchService, client: AsyncOpenAI, store: Store
 ) -> None:

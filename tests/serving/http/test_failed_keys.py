@@ -57,6 +57,7 @@ def test_ipv6_addresses_with_the_same_64_bit_prefix_share_the_limit_on_invalid_k
         failed.add("2001:db8::ffff:2")
 
 
+@pytest.mark.slow
 def test_number_of_remembered_peers_with_invalid_keys_is_limited(failed: FailedKeys) -> None:
     for number in range(_MAX_PEERS + 1000):
         failed.add(str(ipaddress.ip_address(number + 2**24)))

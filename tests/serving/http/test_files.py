@@ -78,6 +78,7 @@ async def uploaded(client: AsyncOpenAI, **options: Any) -> FileObject:
     return await client.files.create(**({"file": ("a.jsonl", CONTENT), "purpose": "fine-tune"} | options))
 
 
+@pytest.mark.slow
 async def test_upload_returns_a_complete_file_object(service: FineTuningService, client: AsyncOpenAI) -> None:
     created = await uploaded(client)
     raw = await client.get(f"/files/{created.id}", cast_to=object)
@@ -100,6 +101,7 @@ async def test_training_file_in_the_format_published_by_openai_is_processed(
     assert (file.status, file.status_details) == ("processed", None)
 
 
+@pytest.mark.slow
 async def test_downloaded_file_content_equals_the_uploaded_content(client: AsyncOpenAI) -> None:
     content = bytes(range(256)) * 4096 + b"\r\n--" + BOUNDARY.encode()
     file = await uploaded(client, file=("ä b.jsonl", content))
@@ -111,6 +113,7 @@ async def test_downloaded_file_content_equals_the_uploaded_content(client: Async
     assert headers["x-content-type-options"] == "nosniff"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("range", "status", "size"), [("items=0-1", 400, None), ("bytes=2-0", 400, None), ("bytes=999-", 416, "bytes */3")]
 )
@@ -127,6 +130,7 @@ async def test_invalid_range_header_for_file_content_returns_an_api_error(
     assert (part.status_code, part.content) == (206, b"bc")
 
 
+@pytest.mark.slow
 async def test_deleted_file_is_not_found(service: FineTuningService, client: AsyncOpenAI) -> None:
     file = await uploaded(client)
     deleted = await client.files.delete(file.id)
@@ -294,6 +298,7 @@ async def test_cross_site_upload_without_a_key_is_rejected(service: FineTuningSe
     assert contents(service) == [own.json()["id"]]
 
 
+@pytest.mark.slow
 async def test_file_larger_than_the_limit_is_rejected(service: FineTuningService, client: AsyncOpenAI) -> None:
     assert (await uploaded(client, file=("a", b"x" * 2 * 2**20))).bytes == 2 * 2**20
     with pytest.raises(openai.APIStatusError) as error:
@@ -326,6 +331,7 @@ async def sending(
             writer.close()
 
 
+@pytest.mark.slow
 async def test_upload_without_a_content_length_is_accepted_up_to_the_limit(service: FineTuningService) -> None:
     async def chunks(size: int) -> AsyncIterator[bytes]:
         yield part("purpose", b"batch")
@@ -399,6 +405,7 @@ async def test_client_that_disconnects_during_an_upload_leaves_no_file_behind(se
         await until(lambda: contents(service) == [])
 
 
+@pytest.mark.slow
 async def test_upload_ends_when_its_key_is_revoked(service: FineTuningService) -> None:
     key = service.key(Scope.FILES)
     async with sending(service, "content-length: 100000", f"authorization: Bearer {key.secret}") as (reader, writer):
@@ -452,6 +459,7 @@ async def test_full_disk_during_an_upload_is_reported_and_leaves_no_file_behind(
     assert [file async for file in client.files.list()] == []
 
 
+@pytest.mark.slow
 async def test_upload_is_refused_when_it_would_leave_too_little_free_disk_space(
     socket_folder: Path, store: Store
 ) -> None:
@@ -545,6 +553,7 @@ async def test_file_of_a_job_cannot_be_deleted_until_the_job_has_ended(
     assert (await client.files.delete(file)).deleted
 
 
+@pytest.mark.slow
 async def test_file_of_a_batch_cannot_be_deleted_until_the_batch_has_ended(client: AsyncOpenAI, store: Store) -> None:
     file = (await uploaded(client, purpose="batch")).id
     now = datetime.now(UTC)

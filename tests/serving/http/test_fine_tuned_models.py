@@ -52,6 +52,7 @@ async def listed(client: AsyncOpenAI) -> list[str]:
     return [model.id async for model in client.models.list() if model.id.startswith("ft:")]
 
 
+@pytest.mark.slow
 async def test_key_can_list_and_retrieve_only_its_own_models(owners: Owners) -> None:
     other = owners.add(owners.bob)
     async with owners.clients() as (alice, bob):
@@ -74,6 +75,7 @@ async def test_key_can_chat_only_with_its_own_models(owners: Owners) -> None:
             await bob.chat.completions.create(model=owners.model, messages=MESSAGES)
 
 
+@pytest.mark.slow
 async def test_deleted_model_is_neither_listed_nor_served(owners: Owners) -> None:
     async with owners.clients() as (alice, bob):
         await alice.chat.completions.create(model=owners.model, messages=MESSAGES)

@@ -88,6 +88,7 @@ def change(store: Store, id: str, **columns: Any) -> None:
         connection.execute(update(JobRow).where(JobRow.id == id).values(columns))
 
 
+@pytest.mark.slow
 async def test_job_creation_returns_a_complete_job_object(service: FineTuningService, client: AsyncOpenAI) -> None:
     file, heldout = service.add_file(), service.add_file()
     created = await client.fine_tuning.jobs.create(
@@ -105,6 +106,7 @@ async def test_job_creation_returns_a_complete_job_object(service: FineTuningSer
     assert job.estimated_finish is not None and job.estimated_finish - job.created_at in (179, 180, 181)
 
 
+@pytest.mark.slow
 async def test_preference_job_has_the_hyperparameters_of_its_method(
     service: FineTuningService, client: AsyncOpenAI
 ) -> None:
@@ -121,6 +123,7 @@ async def test_preference_job_has_the_hyperparameters_of_its_method(
     assert job.method.supervised is None
 
 
+@pytest.mark.slow
 async def test_preference_job_is_rejected_when_jobs_are_trained_on_ray(
     socket_folder: Path, store: Store, check: FakeCheck, base: Path
 ) -> None:
@@ -145,6 +148,7 @@ async def test_recipe_includes_settings_from_the_extra_body_of_the_request(
     assert written["data"] == {"train": str(service.files.path(file))}
 
 
+@pytest.mark.slow
 async def test_succeeded_and_failed_jobs_are_returned_as_complete_job_objects(
     service: FineTuningService, client: AsyncOpenAI, store: Store
 ) -> None:
@@ -213,6 +217,7 @@ async def test_events_are_listed_in_pages_newest_first(
             await client.fine_tuning.jobs.list_events(job.id, after=after)
 
 
+@pytest.mark.slow
 async def test_checkpoints_are_listed_in_pages_newest_first(
     service: FineTuningService, client: AsyncOpenAI, store: Store
 ) -> None:
@@ -228,6 +233,7 @@ async def test_checkpoints_are_listed_in_pages_newest_first(
     assert checkpoint.fine_tuned_model_checkpoint == "ft:small:org:x:1:ckpt-step-30"
 
 
+@pytest.mark.slow
 async def test_job_can_be_paused_and_resumed_and_then_cancelled(
     service: FineTuningService, client: AsyncOpenAI
 ) -> None:
@@ -243,6 +249,7 @@ async def test_job_can_be_paused_and_resumed_and_then_cancelled(
     strict(FineTuningJob, await raw(client, f"/{job.id}"))
 
 
+@pytest.mark.slow
 async def test_finished_job_cannot_be_modified_and_the_client_does_not_retry(
     service: FineTuningService, client: AsyncOpenAI, store: Store
 ) -> None:
@@ -400,6 +407,7 @@ async def test_job_creation_returns_an_internal_error_if_the_training_check_cras
         await client.fine_tuning.jobs.create(model=BASE, training_file=service.add_file())
 
 
+@pytest.mark.slow
 async def test_job_waits_until_its_file_has_been_checked(
     service: FineTuningService, client: AsyncOpenAI, check: FakeCheck, store: Store
 ) -> None:
@@ -419,6 +427,7 @@ async def test_job_waits_until_its_file_has_been_checked(
     assert yaml.safe_load(find_job(store, job.id, None).recipe)["train"]["learning_rate"] == 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "result", "code", "param"),
     [
@@ -470,6 +479,7 @@ async def test_job_stays_in_validation_when_its_training_check_times_out(
     assert job.status == "validating_files"
 
 
+@pytest.mark.slow
 async def test_server_queues_waiting_jobs_once_their_checks_have_passed(
     service: FineTuningService, client: AsyncOpenAI, check: FakeCheck, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -527,6 +537,7 @@ async def test_only_the_owner_of_a_fine_tuned_model_can_train_it_further(
             await third.fine_tuning.jobs.create(model="other@1", training_file=files[operator.key.id])
 
 
+@pytest.mark.slow
 async def test_job_rejection_tells_the_client_not_to_retry_when_the_key_has_too_many_open_jobs(
     socket_folder: Path, store: Store, base: Path, check: FakeCheck
 ) -> None:
@@ -559,6 +570,7 @@ async def test_job_creation_with_an_oversized_body_is_rejected(service: FineTuni
     assert (caught.value.status_code, caught.value.code) == (413, "body_too_large")
 
 
+@pytest.mark.slow
 async def test_job_creation_and_cancellation_are_recorded_in_the_audit_log(
     service: FineTuningService, store: Store
 ) -> None:

@@ -509,6 +509,7 @@ class TestClientsThatLeave:
 
 
 class TestLargeAnswers:
+    @pytest.mark.slow
     async def test_non_streamed_answer_over_the_size_limit_is_rejected(self, socket_folder: Path) -> None:
         async with Service(socket_folder, buffers=small_buffers()).run() as service, service.client() as client:
             service.double.tokens = 20_000
@@ -522,6 +523,7 @@ class TestLargeAnswers:
             service.double.tokens = MANY
             assert chunks_of((await client.post(CHAT_PATH, json=STREAM)).text)[-1] == "[DONE]"
 
+    @pytest.mark.slow
     async def test_request_returns_429_if_the_shared_answer_buffers_fill_up(self, socket_folder: Path) -> None:
         async with (
             Service(socket_folder, buffers=AnswerBuffers(max_bytes=64 * 1024)).run() as service,

@@ -70,6 +70,7 @@ def traced(socket_folder: Path, store: Store, receiver: OtlpReceiver) -> Traced:
     return Traced(socket_folder, store, receiver)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", Route)
 async def test_span_of_a_successful_answer_is_complete(traced: Traced, route: Route) -> None:
     span = await traced.span_of(BODIES[route], route.value)
@@ -99,6 +100,7 @@ async def test_span_of_a_successful_answer_is_complete(traced: Traced, route: Ro
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", Route)
 async def test_stream_span_includes_the_time_to_first_token(traced: Traced, route: Route) -> None:
     span = await traced.span_of({**BODIES[route], "stream": True}, route.value)
@@ -107,6 +109,7 @@ async def test_stream_span_includes_the_time_to_first_token(traced: Traced, rout
     assert span.attributes["gen_ai.usage.output_tokens"] == 4
 
 
+@pytest.mark.slow
 async def test_span_includes_the_request_parameters(traced: Traced) -> None:
     body = {**CHAT, "model": f"{NAME}@1", "temperature": 0.5, "max_tokens": 9}
     span = await traced.span_of(body, **{"x-request-id": "mine"})
@@ -125,6 +128,7 @@ async def test_gateway_span_is_child_of_client_span_and_parent_of_engine_span(tr
     assert head["tracestate"] == "vendor=1,other=x"
 
 
+@pytest.mark.slow
 async def test_each_request_starts_a_new_trace_if_the_client_sends_no_trace_parent(traced: Traced) -> None:
     async with traced.run() as (service, client):
         await client.post(CHAT_PATH, json=CHAT)
@@ -212,6 +216,7 @@ async def test_span_omits_the_requested_model_name_if_the_model_does_not_exist(
 _JSON = {"content-type": "application/json"}
 
 
+@pytest.mark.slow
 async def test_span_of_a_request_rejected_for_lack_of_a_slot_includes_the_reason(traced: Traced) -> None:
     traced.settings = {"max_running": 1, "max_queued": 0}
     async with traced.run() as (service, client):
@@ -232,6 +237,7 @@ async def test_span_has_an_error_status_if_the_engine_is_down(traced: Traced) ->
     assert errors(span) == (503, "engine_unavailable", ERROR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "body", "expected"),
     [
@@ -249,6 +255,7 @@ async def test_span_is_an_error_if_the_engine_fails(traced: Traced, fault: Fault
     assert span.attributes["gen_ai.response.model"] == f"{NAME}@1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("body", "status"), [(CHAT, None), (STREAM, 200)], ids=["before", "within"])
 async def test_span_has_outcome_client_gone_if_the_client_disconnects(
     traced: Traced, body: Any, status: int | None
@@ -271,6 +278,7 @@ async def _read_some(client: httpx.AsyncClient, body: Any) -> None:
             pass
 
 
+@pytest.mark.slow
 async def test_authorized_request_creates_a_span_with_its_key_id_and_an_unauthorized_request_creates_none(
     socket_folder: Path, store: Store, receiver: OtlpReceiver
 ) -> None:
@@ -291,6 +299,7 @@ async def test_authorized_request_creates_a_span_with_its_key_id_and_an_unauthor
     assert "my key is [key]" in span.attributes["gen_ai.input.messages"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("endpoint", "path"), [("", "/v1/traces"), ("/api/public/otel/", "/api/public/otel/v1/traces"), ("/v1/traces",) * 2]
 )
@@ -306,6 +315,7 @@ async def test_headers_from_the_standard_otlp_environment_variable_are_sent_to_t
     assert traced.receiver.paths == [path]
 
 
+@pytest.mark.slow
 async def test_resource_attributes_are_read_from_the_environment(
     traced: Traced, monkeypatch: pytest.MonkeyPatch
 ) -> None:

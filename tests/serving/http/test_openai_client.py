@@ -113,6 +113,7 @@ async def test_openai_client_gets_a_response(official: AsyncOpenAI) -> None:
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (3, 3)
 
 
+@pytest.mark.slow
 async def test_openai_client_gets_a_streamed_response(official: AsyncOpenAI) -> None:
     stream = await official.responses.create(model=NAME, input="one two three", stream=True)
     events = [event async for event in stream]

@@ -289,6 +289,7 @@ class TestFull:
             service.principals |= {"light": principal("light"), "heavy": principal("heavy", weight=3)}
             yield service
 
+    @pytest.mark.slow
     async def test_requests_with_keys_are_queued_and_scheduled_by_weight(
         self, service: Service, client: httpx.AsyncClient
     ) -> None:

@@ -70,6 +70,7 @@ async def test_file_too_large_for_one_request_is_uploaded_in_parts(
     assert parts_on_disk(service) == []
 
 
+@pytest.mark.slow
 async def test_upload_api_returns_complete_upload_and_part_objects(client: AsyncOpenAI) -> None:
     given = {"bytes": 2, "filename": "a", "mime_type": "text/jsonl", "purpose": "batch"}
     raw: Any = await client.post("/uploads", cast_to=object, body=given)
@@ -89,6 +90,7 @@ async def test_upload_api_returns_complete_upload_and_part_objects(client: Async
     assert (await client.uploads.complete(upload.id, part_ids=[part.id])).file is None
 
 
+@pytest.mark.slow
 async def test_upload_parts_are_joined_in_the_order_given_at_completion(client: AsyncOpenAI) -> None:
     upload = await created(client, expires_after={"anchor": "created_at", "seconds": 7200})
     parts = await asyncio.gather(*(client.uploads.parts.create(upload.id, data=data) for data in (b"ab", b"cd", b"ef")))
@@ -98,6 +100,7 @@ async def test_upload_parts_are_joined_in_the_order_given_at_completion(client: 
     assert done.file.expires_at == done.file.created_at + 7200
 
 
+@pytest.mark.slow
 async def test_upload_stays_pending_if_its_parts_do_not_match_the_announced_size(
     service: FineTuningService, client: AsyncOpenAI
 ) -> None:
@@ -118,6 +121,7 @@ async def test_upload_stays_pending_if_its_parts_do_not_match_the_announced_size
     assert (await client.uploads.complete(upload.id, part_ids=[one.id, two.id])).status == "completed"
 
 
+@pytest.mark.slow
 async def test_cancelled_upload_leaves_no_parts_behind(service: FineTuningService, client: AsyncOpenAI) -> None:
     upload = await created(client)
     part = await client.uploads.parts.create(upload.id, data=b"abcdef")
@@ -134,6 +138,7 @@ async def test_cancelled_upload_leaves_no_parts_behind(service: FineTuningServic
     assert contents(service) == []
 
 
+@pytest.mark.slow
 async def test_requests_for_an_expired_upload_are_rejected(client: AsyncOpenAI, store: Store) -> None:
     upload = await created(client)
     part = await client.uploads.parts.create(upload.id, data=b"abcdef")
@@ -148,6 +153,7 @@ async def test_requests_for_an_expired_upload_are_rejected(client: AsyncOpenAI, 
             await request
 
 
+@pytest.mark.slow
 async def test_concurrent_requests_to_complete_one_upload_create_one_file(
     service: FineTuningService, client: AsyncOpenAI
 ) -> None:
@@ -215,6 +221,7 @@ async def test_size_and_storage_limits_apply_to_uploads(
     assert len(parts_on_disk(service)) == 2
 
 
+@pytest.mark.slow
 async def test_malformed_upload_part_is_rejected(service: FineTuningService, client: AsyncOpenAI) -> None:
     upload = await created(client)
     async with raw_client(service) as raw:

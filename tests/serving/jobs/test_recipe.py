@@ -230,6 +230,7 @@ def test_request_that_sets_a_hyperparameter_twice_is_rejected() -> None:
         check_conflicts(rates)
 
 
+@pytest.mark.slow
 @given(first=OWNERS, second=OWNERS, suffixes=st.tuples(st.text(max_size=100), st.text(max_size=100)))
 def test_registered_model_names_of_different_owners_never_collide(
     first: str, second: str, suffixes: tuple[str, str]

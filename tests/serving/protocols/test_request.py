@@ -57,6 +57,7 @@ def test_body_that_is_not_a_json_object_is_rejected() -> None:
     assert [body[:40] for body in bodies if is_json_object(body)] == []
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(max_size=8).map(lambda key: "x" + key), JSON_VALUES, max_size=5))
 def test_all_fields_except_the_model_reach_the_engine_unchanged(fields: dict[str, Any]) -> None:
     assert json.loads(parse({**fields, "model": "tuned@1"}).payload("tuned")) == {**fields, "model": "tuned"}
@@ -166,6 +167,7 @@ def test_non_streamed_request_is_forwarded_without_added_fields() -> None:
     assert (request.stream, json.loads(request.payload("tuned"))) == (False, {"model": "tuned", "stream": False})
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(max_size=5), JSON_VALUES, max_size=3), st.text(min_size=1))
 def test_model_name_is_replaced_by_the_name_that_the_engine_uses(fields: dict[str, Any], engine_model: str) -> None:
     body = json.dumps({"model": "tuned", "prompt": "a"} | {f"x_{key}": value for key, value in fields.items()}).encode()

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ EVENTS = st.lists(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(EVENTS, st.data())
 def test_parsed_events_do_not_depend_on_chunk_boundaries(events: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(events)

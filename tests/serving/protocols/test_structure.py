@@ -78,6 +78,7 @@ def test_prompts_with_mixed_types_are_rejected() -> None:
     assert [prompt for prompt in [*prompts, [{}]] if refused({"prompt": prompt}, PLAIN) != "prompt"] == []
 
 
+@pytest.mark.slow
 def test_token_id_list_with_100000_entries_is_accepted() -> None:
     for field in ("allowed_token_ids", "stop_token_ids", "logprob_token_ids"):
         assert refused({field: list(range(100_000))}, CHAT) is None, field

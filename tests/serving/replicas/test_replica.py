@@ -249,6 +249,7 @@ async def test_new_identity_is_recorded_whenever_an_engine_loads_weights(control
     assert [load.fresh for load in loads] == [True, False, False, True]
 
 
+@pytest.mark.slow
 async def test_identity_of_loaded_weights_is_unchanged_after_a_refused_swap(make: Make) -> None:
     async with make(drain_timeout_s=0.05).run() as control:
         control.park.room = "full"

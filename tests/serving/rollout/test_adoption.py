@@ -36,6 +36,7 @@ async def left(make: Make) -> Control:
     return control
 
 
+@pytest.mark.slow
 async def test_restarted_server_adopts_the_running_engine(left: Control) -> None:
     probes = left.double.calls.count("/v1/completions")
     async with again(left) as control, control.client() as client:
@@ -53,6 +54,7 @@ async def test_history_shows_that_the_server_was_lost_and_the_engine_was_adopted
     assert [(span.began_by, span.ended_by) for span in spans] == [(Began.START, Ended.LOST), (Began.ADOPTED, None)]
 
 
+@pytest.mark.slow
 async def test_adopted_engine_can_be_switched_to_another_version_and_is_monitored(left: Control) -> None:
     async with again(left) as control:
         assert (await control.promote(2)).outcome is SwapOutcome.SUCCEEDED
@@ -72,6 +74,7 @@ async def test_orphaned_engine_with_an_unknown_version_is_stopped(left: Control)
         await control.serves(target(1))
 
 
+@pytest.mark.slow
 async def test_orphaned_engine_with_unexpected_weights_is_stopped(left: Control) -> None:
     (engine,) = left.park.left.values()
     engine.double.weights = "/elsewhere"
@@ -127,6 +130,7 @@ async def test_swap_completed_before_a_server_crash_is_recorded_as_successful_af
         assert control.names.served is not None and control.names.served.version == target(2).version
 
 
+@pytest.mark.slow
 async def test_only_one_of_two_orphaned_engines_is_adopted_if_one_replica_is_configured(make: Make) -> None:
     """A server that dies while its second engine is replacing the first leaves two engines."""
     control = make(replicas=2)
@@ -139,6 +143,7 @@ async def test_only_one_of_two_orphaned_engines_is_adopted_if_one_replica_is_con
         assert control.park.ended == [1]
 
 
+@pytest.mark.slow
 async def test_all_engines_of_a_stopped_server_are_adopted(make: Make) -> None:
     control = make(replicas=2)
     control.leaves = True
@@ -150,6 +155,7 @@ async def test_all_engines_of_a_stopped_server_are_adopted(make: Make) -> None:
         assert len(control.park.engines) == started + 2
 
 
+@pytest.mark.slow
 async def test_additional_engine_is_started_if_fewer_were_adopted_than_are_configured(make: Make) -> None:
     control = make()
     control.leaves = True
@@ -162,6 +168,7 @@ async def test_additional_engine_is_started_if_fewer_were_adopted_than_are_confi
         await asyncio.sleep(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1], ids=["first", "second"])
 async def test_no_engine_keeps_running_if_the_server_stops_during_adoption(
     make: Make, monkeypatch: pytest.MonkeyPatch, number: int

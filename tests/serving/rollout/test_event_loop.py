@@ -36,6 +36,7 @@ async def test_loading_a_version_for_the_first_time_does_not_block_the_event_loo
         assert [call for call in watch.waits if "engine-0.sock" not in call] == []  # the double's own socket
 
 
+@pytest.mark.slow
 async def test_adoption_does_not_block_the_event_loop(make: Make) -> None:
     control = make()
     control.leaves = True

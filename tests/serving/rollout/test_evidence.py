@@ -198,6 +198,7 @@ def test_share_of_requests_from_one_user_is_computed_separately_for_each_rollout
     assert evidence.look().warning == ""
 
 
+@pytest.mark.slow
 def test_shadow_pairs_of_one_user_count_as_one_observation(store: Store, record: RolloutRecord) -> None:
     bad = ShadowPair("ann", False, True, None, None, None, "stop", None, 3, None, 0.1, 0.1)
     good = ShadowPair("", False, False, True, True, True, "stop", "stop", 3, 3, 0.1, 0.2)

@@ -65,6 +65,7 @@ def quick_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_PAUSE_S", 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_pauses")
 async def test_writing_a_swap_result_is_retried_even_after_an_os_error(
     store: Store, monkeypatch: pytest.MonkeyPatch

@@ -104,6 +104,7 @@ async def test_swap_includes_replicas_added_under_high_load(make: Make) -> None:
         assert [engine.target for engine in control.pool.ready] == [target(2), target(2)]
 
 
+@pytest.mark.slow
 async def test_additional_replica_is_refused_with_the_reason_when_memory_is_insufficient(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ async def test_unverified_engine_restarts_for_each_promotion_and_the_journal_sho
     assert [engine.double.calls.count(RELOAD) for engine in serving.park.engines] == [0, 0]
 
 
+@pytest.mark.slow
 async def test_single_engine_restarts_if_memory_is_insufficient_for_a_second_engine(serving: Control) -> None:
     serving.park.room = FULL
     result = await serving.promote(2)
@@ -83,6 +84,7 @@ async def test_all_engines_restart_if_memory_is_insufficient_for_an_additional_e
         assert {member.target for member in control.pool.members} == {target(2)}
 
 
+@pytest.mark.slow
 async def test_unverified_engine_left_by_an_earlier_server_is_replaced(make: Make) -> None:
     """Only the engine's record would tell which version it holds."""
     control = unprobed(make())

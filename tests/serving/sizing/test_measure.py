@@ -72,6 +72,7 @@ async def test_answer_shorter_than_requested_fails_the_measurement() -> None:
         await client(httpx.MockTransport(lambda _: httpx.Response(200, content=events))).ask([1], 2)
 
 
+@pytest.mark.slow
 async def test_remote_engine_is_measured_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     identity = make_identity()
     context = client_context(identity, identity.certificate)

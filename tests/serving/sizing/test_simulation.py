@@ -46,6 +46,7 @@ def test_long_prompt_is_processed_in_several_steps() -> None:
     assert request.last == pytest.approx(3 * 0.01 + 5000 * 0.0001)
 
 
+@pytest.mark.slow
 def test_simulated_answer_lengths_have_the_requested_mean_and_spread() -> None:
     lengths = [each.answer for each in Workload(1.0, 100, 1000, spread=0.5).requests(20_000)]
     assert statistics.fmean(lengths) == pytest.approx(1000, rel=0.02)

@@ -101,6 +101,7 @@ class Clock:
         return self.now
 
 
+@pytest.mark.slow
 def test_feature_rate_limit_allows_an_initial_burst_and_then_the_daily_rate(tmp_path: Path) -> None:
     clock = Clock()
     process = FeatureProcess(Settings(home=tmp_path), on_dropped=print, clock=clock)

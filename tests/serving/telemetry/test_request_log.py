@@ -338,6 +338,7 @@ def test_size_limit_is_enforced_with_a_single_query_for_the_total_row_size(
     assert 0.8 * 2**20 < sum(row.bytes for row in pen.rows()) <= 2**20
 
 
+@pytest.mark.slow
 def test_corrections_count_toward_the_size_limit_of_the_request_log(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

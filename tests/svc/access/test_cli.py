@@ -94,6 +94,7 @@ def test_key_with_an_expiry_in_the_past_is_rejected(svc: Svc) -> None:
     assert svc("keys", "create", "--expires", "2020-01-01").code == SettingsError.exit_code
 
 
+@pytest.mark.slow
 def test_keys_are_listed_without_secrets(svc: Svc) -> None:
     made = create(svc, "--name", "ci", "--model", "tickets", "--concurrent", "4")
     plain, rows = svc("keys", "list"), svc("keys", "list", "--json")
@@ -110,6 +111,7 @@ def test_empty_key_list_says_how_to_create_the_first_key(svc: Svc) -> None:
     assert "svc keys create --scope admin" in svc("keys", "list").out
 
 
+@pytest.mark.slow
 def test_key_list_shows_when_a_key_was_last_used(svc: Svc) -> None:
     hour = hour_of(datetime.now(UTC))
     add_usage(open_database(Path(".svc")), {UsageOf(hour, create(svc)["key_id"], "tickets"): Usage(1, 1, 1)})
@@ -135,6 +137,7 @@ def test_error_names_the_unknown_key(svc: Svc) -> None:
     assert "'nobody'" in result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["revoke", "rotate"])
 def test_confirmation_is_required_if_a_secret_would_become_invalid_immediately(
     svc: Svc, command: str, monkeypatch: pytest.MonkeyPatch
@@ -147,6 +150,7 @@ def test_confirmation_is_required_if_a_secret_would_become_invalid_immediately(
     assert authenticator().grant(made["secret"]).principal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["revoke", "rotate"])
 def test_key_command_with_the_json_option_fails_without_the_yes_option_and_changes_nothing(
     svc: Svc, command: str
@@ -158,6 +162,7 @@ def test_key_command_with_the_json_option_fails_without_the_yes_option_and_chang
     assert authenticator().grant(made["secret"]).principal
 
 
+@pytest.mark.slow
 def test_rotation_creates_a_new_secret_and_invalidates_the_old_one(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     rotated = svc("keys", "rotate", "ci", "--yes").out.strip()
@@ -166,6 +171,7 @@ def test_rotation_creates_a_new_secret_and_invalidates_the_old_one(svc: Svc) -> 
         authenticator().grant(made["secret"])
 
 
+@pytest.mark.slow
 def test_rotation_with_a_grace_period_needs_no_confirmation_and_keeps_both_secrets_valid(svc: Svc) -> None:
     made = create(svc, "--name", "ci")
     result = svc("keys", "rotate", "ci", "--grace", "1h")

@@ -29,6 +29,7 @@ def names(archive: Archive) -> list[str]:
     return [path.name for path in archive.contents.iterdir()]
 
 
+@pytest.mark.slow
 def test_identical_file_contents_are_backed_up_once_and_restored_with_owner_only_permissions(
     files: ClientFiles, archive: Archive, back_up: BackUp, restore_as: RestoreAs
 ) -> None:
@@ -54,6 +55,7 @@ def test_file_content_is_pruned_when_no_snapshot_needs_it(files: ClientFiles, us
     assert len(names(archive)) == 1
 
 
+@pytest.mark.slow
 def test_damaged_and_missing_file_contents_are_named_and_the_rest_is_backed_up(
     files: ClientFiles, used: UsedHome, archive: Archive, back_up: BackUp
 ) -> None:

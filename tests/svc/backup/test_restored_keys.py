@@ -68,6 +68,7 @@ def test_restored_key_stays_revoked_even_if_a_snapshot_older_than_its_revocation
     assert states(tmp_path / "again") == {"stolen": False, "fine": True}
 
 
+@pytest.mark.slow
 def test_reading_newer_snapshots_does_not_change_the_archive(
     used: UsedHome, archive: Archive, back_up: BackUp, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def test_valid_batch_file_has_no_problems(file: Path) -> None:
     assert check.models == ("tuned", "other@2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "param", "code"),
     [

@@ -211,6 +211,7 @@ async def test_interrupted_fetch_leaves_no_partial_file_content(
     assert (await second.content(id)).read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 async def test_cancelling_one_waiting_reader_does_not_cancel_the_fetch_for_others(
     first: ClientFiles, second: ClientFiles
 ) -> None:
@@ -221,6 +222,7 @@ async def test_cancelling_one_waiting_reader_does_not_cancel_the_fetch_for_other
     assert (await waiting[1]).read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 async def test_content_that_does_not_fit_on_the_disk_is_not_fetched(
     first: ClientFiles, second: ClientFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,6 +392,7 @@ def test_damaged_local_file_does_not_prevent_other_files_from_being_uploaded(
     assert objects.keys("client-files") == [f"client-files/{good}"]
 
 
+@pytest.mark.slow
 async def test_unused_local_copies_are_removed_whichever_database_is_configured(
     any_store: Store, tmp_path: Path
 ) -> None:

@@ -146,6 +146,7 @@ def test_prompt_features_do_not_depend_on_the_other_prompts_in_a_sample(
     same(sampler.sample([*ones, *others]), sampler.sample(ones).followed_by(sampler.sample(others)))
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(prompts)
 def test_prompt_features_are_finite_and_proportions_are_between_0_and_1(prompt: Prompt) -> None:

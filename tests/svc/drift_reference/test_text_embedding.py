@@ -203,6 +203,7 @@ def test_text_embedding_is_fitted_on_evenly_spaced_examples_when_there_are_too_m
     assert few.unknown_words(["roses", "train"]).tolist() == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-32-le"])
 def test_embedding_file_contains_no_readable_training_text(tmp_path: Path, encoding: str) -> None:
     prompts = [*PROMPTS, "my name is Featherstonehaugh"]

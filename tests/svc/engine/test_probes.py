@@ -168,6 +168,7 @@ def test_probe_tolerance_is_wide_enough_for_every_measurement_of_the_probe(runs:
 tokens = st.lists(st.integers(0, 50_000), min_size=1, max_size=150)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=40), st.integers(1, MAX_PROBES))
 def test_verification_probes_are_a_few_short_excerpts_of_prompts_and_their_answers(
     pairs: list[tuple[list[int], list[int]]], count: int

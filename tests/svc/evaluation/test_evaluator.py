@@ -113,6 +113,7 @@ async def test_truncated_answer_matching_the_reference_is_still_scored() -> None
     assert double.calls.count("/v1/completions") == 1
 
 
+@pytest.mark.slow
 async def test_long_answer_identical_to_the_reference_counts_as_correct_with_the_default_token_limit() -> None:
     double = EngineDouble(tokens=200, finish_reason="stop")
     example = chat("a", " ".join(f"1.{number}" for number in range(200)))
@@ -197,6 +198,7 @@ async def test_progress_advances_with_each_evaluated_example() -> None:
     assert len(done) == 5
 
 
+@pytest.mark.slow
 async def test_at_most_16_examples_are_evaluated_concurrently() -> None:
     double = EngineDouble(token_delay_s=0.01)
     most = 0

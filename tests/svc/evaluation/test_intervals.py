@@ -50,6 +50,7 @@ def test_proportion_with_invalid_counts_raises_value_error(hits: int, total: int
         proportion(hits, total)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(values, st.data())
 def test_weighted_mean_equals_mean_of_repeated_values(numbers: list[float], data: st.DataObject) -> None:

@@ -33,6 +33,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint_module, "_MAX_PAUSE_S", 0.01)
 
 
+@pytest.mark.slow
 async def test_judge_with_the_same_verdict_in_both_answer_orders_has_full_agreement() -> None:
     with judge_server(prefer_good) as server:
         report = await judge(PAIRS, endpoint(server))
@@ -42,6 +43,7 @@ async def test_judge_with_the_same_verdict_in_both_answer_orders_has_full_agreem
     assert len(server.requests) == 12
 
 
+@pytest.mark.slow
 async def test_judge_that_always_prefers_the_first_answer_yields_a_50_percent_win_rate_and_zero_agreement() -> None:
     with judge_server(lambda first, second: "A") as server:
         report = await judge(PAIRS, endpoint(server))
@@ -122,6 +124,7 @@ async def test_pairs_without_a_judge_verdict_are_excluded_if_they_are_few() -> N
     assert (report.pairs, report.unread, report.verdicts[0]) == (11, 1, ())
 
 
+@pytest.mark.slow
 async def test_judge_returning_no_verdicts_raises_error() -> None:
     with (
         judge_server(lambda first, second: "both are fine") as server,

@@ -97,6 +97,7 @@ def engine_of(cluster: ClusterDouble) -> ProcessDouble:
     return list(cluster.engines.values())[-1]
 
 
+@pytest.mark.slow
 async def test_ray_engine_serves_over_tls_and_loads_weights_from_its_own_machine(
     make: Make, folder: Path, cluster: ClusterDouble
 ) -> None:
@@ -111,6 +112,7 @@ async def test_ray_engine_serves_over_tls_and_loads_weights_from_its_own_machine
     assert engine.plan == engine_of(cluster).plan
 
 
+@pytest.mark.slow
 async def test_weight_reload_uses_the_path_on_the_remote_machine(
     make: Make, folder: Path, cluster: ClusterDouble
 ) -> None:
@@ -197,6 +199,7 @@ async def test_new_server_adopts_the_engine_that_the_previous_server_left_runnin
     assert len(cluster.engines) == 1
 
 
+@pytest.mark.slow
 async def test_new_server_stops_an_engine_with_different_options_instead_of_adopting_it(
     make: Make, cluster: ClusterDouble
 ) -> None:
@@ -308,6 +311,7 @@ async def test_engine_stops_generating_when_a_client_disconnects(make: Make, clu
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.slow
 async def test_long_response_is_delivered_in_full_to_a_slow_client(make: Make, cluster: ClusterDouble) -> None:
     engine = make()
     await engine.start()
@@ -328,6 +332,7 @@ def test_record_of_a_ray_actor_is_kept_if_the_cluster_is_unreachable_when_the_ac
     assert end_postponed(folder.parent) == ([], ["tuned-3"])
 
 
+@pytest.mark.slow
 async def test_ray_actor_that_could_not_be_stopped_is_stopped_later_even_after_a_replacement_starts(
     make: Make, folder: Path, cluster: ClusterDouble, monkeypatch: pytest.MonkeyPatch
 ) -> None:

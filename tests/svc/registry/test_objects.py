@@ -94,6 +94,7 @@ def test_downloaded_version_equals_the_uploaded_version(
     assert record_files(tmp_path / "copy", tmp_path / "copy") == record_files(folder, folder)
 
 
+@pytest.mark.slow
 def test_uploaded_versions_are_listed(objects: ObjectStore, manifest: Manifest, folder: Path) -> None:
     assert objects.versions() == []
     for name, number in (("other", 1), ("name", 12), ("name", 3)):
@@ -103,11 +104,13 @@ def test_uploaded_versions_are_listed(objects: ObjectStore, manifest: Manifest, 
     assert objects.versions() == [VersionId("name", 3), VersionId("name", 12), VersionId("other", 1)]
 
 
+@pytest.mark.slow
 def test_identical_files_are_uploaded_once(objects: ObjectStore, manifest: Manifest, folder: Path) -> None:
     objects.upload(manifest, folder)
     assert len([key for key in keys(objects) if key.endswith("/tokenizer.json")]) == 1
 
 
+@pytest.mark.slow
 def test_upload_creates_no_objects_other_than_version_files_and_a_manifest(
     objects: ObjectStore, manifest: Manifest, folder: Path
 ) -> None:
@@ -151,6 +154,7 @@ def test_registering_an_existing_version_number_with_different_content_is_refuse
     assert objects.manifest(manifest.id) == manifest
 
 
+@pytest.mark.slow
 def test_racing_registrations_publish_exactly_one_version(
     objects: ObjectStore, manifest: Manifest, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +174,7 @@ def test_racing_registrations_publish_exactly_one_version(
     assert objects.lacks(other, other.files) == []
 
 
+@pytest.mark.slow
 def test_repeated_upload_of_a_version_succeeds(objects: ObjectStore, manifest: Manifest, folder: Path) -> None:
     objects.upload(manifest, folder)
     objects.upload(manifest, folder)
@@ -191,6 +196,7 @@ def test_repeated_upload_sends_only_files_absent_from_the_object_store(
     assert s3.lacks(manifest, [sent]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "how"),
     [
@@ -265,6 +271,7 @@ def test_error_for_a_corrupt_manifest_object_names_its_key(
         objects.manifest(VersionId("name", 4))
 
 
+@pytest.mark.slow
 def test_download_is_refused_when_there_is_not_enough_disk_space(
     objects: ObjectStore, manifest: Manifest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ Registry(Path(models), Seventh("unused")).publish(name, "run", content, make_man
 """
 
 
+@pytest.mark.slow
 def test_published_version_contains_all_given_files(registry: Registry, publish: Publish) -> None:
     manifest = publish()
     folder = registry.folder(manifest.id)
@@ -56,6 +57,7 @@ def test_published_version_contains_all_given_files(registry: Registry, publish:
     registry.verify(manifest.id, Format.MERGED)
 
 
+@pytest.mark.slow
 def test_version_numbers_start_at_1(registry: Registry, publish: Publish, name: str) -> None:
     assert [publish().number, publish().number] == [1, 2]
     assert registry.versions(name) == [VersionId(name, 1), VersionId(name, 2)]
@@ -69,6 +71,7 @@ def test_version_files_are_read_only(registry: Registry, publish: Publish) -> No
     assert MANIFEST_FILE in modes
 
 
+@pytest.mark.slow
 def test_failed_publication_leaves_no_version(
     registry: Registry, name: str, content: dict[str, Path], run: str
 ) -> None:
@@ -81,6 +84,7 @@ def test_failed_publication_leaves_no_version(
     assert list((registry.models / name).iterdir()) == []
 
 
+@pytest.mark.slow
 def test_version_number_of_a_failed_publication_is_not_reused(
     registry: Registry, name: str, content: dict[str, Path], run: str, publish: Publish
 ) -> None:
@@ -92,6 +96,7 @@ def test_version_number_of_a_failed_publication_is_not_reused(
     assert publish().number == 2
 
 
+@pytest.mark.slow
 def test_failed_publication_is_not_shown_in_mlflow(
     registry: Registry, name: str, content: dict[str, Path], run: str, tracking: Tracking
 ) -> None:
@@ -223,6 +228,7 @@ def learnt(registry: Registry, name: str, *examples: ChatExample) -> list[bool]:
     return [bool(known) for known in np.isin(hash_prompts(examples), registry.learnt_prompts(name))]
 
 
+@pytest.mark.slow
 def test_trained_prompts_of_all_versions_of_a_model_are_recognized(
     registry: Registry, name: str, publish_trained: Callable[[ChatExample], Manifest]
 ) -> None:
@@ -238,6 +244,7 @@ def test_trained_prompts_of_a_different_model_are_ignored(
     assert learnt(registry, "another-name", chat("one")) == [False]
 
 
+@pytest.mark.slow
 def test_corrupt_version_is_reported_without_preventing_training(
     registry: Registry,
     name: str,
@@ -268,6 +275,7 @@ def test_manifest_with_a_mismatched_version_id_is_rejected(registry: Registry, p
         registry.manifest(two.id)
 
 
+@pytest.mark.slow
 def test_name_without_a_version_resolves_to_production_or_else_the_newest_version(
     registry: Registry, publish: Publish, name: str, tracking: Tracking
 ) -> None:
@@ -292,6 +300,7 @@ def test_name_with_a_version_number_resolves_to_that_version(registry: Registry,
     assert registry.resolve(f"{name}@1") == VersionId(name, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alias", Alias)
 def test_alias_selects_its_version(
     registry: Registry, publish: Publish, name: str, tracking: Tracking, alias: Alias

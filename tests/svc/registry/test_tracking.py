@@ -35,6 +35,7 @@ def test_mlflow_version_links_to_its_run(tracking: Tracking, name: str, run: str
     assert (found.run_id, found.description, found.tags) == (run, "tiny on 12 examples", {"exact_match_gptq": "0.5"})
 
 
+@pytest.mark.slow
 def test_report_page_of_a_version_is_stored_with_its_run(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
     run = tracking.start_run(name, {})
     one, two = (tracking.allocate(name, "/models", run) for _ in range(2))
@@ -45,6 +46,7 @@ def test_report_page_of_a_version_is_stored_with_its_run(tracking: Tracking, nam
     assert mlflow.download_artifacts(run, f"{name}-2.html").endswith(f"{name}-2.html")
 
 
+@pytest.mark.slow
 def test_discarding_a_version_deletes_its_report_page(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
     run = tracking.start_run(name, {})
     one, two = (tracking.allocate(name, "/models", run) for _ in range(2))
@@ -75,6 +77,7 @@ def test_model_name_unknown_to_mlflow_has_no_aliases(tracking: Tracking, name: s
     assert tracking.alias(name, Alias.PRODUCTION) is None
 
 
+@pytest.mark.slow
 def test_alias_can_be_moved_to_another_version(tracking: Tracking, name: str, run: str) -> None:
     one, two = (tracking.allocate(name, "/models", run) for _ in range(2))
     tracking.set_alias(one, Alias.PRODUCTION)
@@ -117,6 +120,7 @@ def test_looking_up_a_run_unknown_to_mlflow_returns_none(tracking: Tracking) -> 
     assert tracking.run("0" * 32) is None
 
 
+@pytest.mark.slow
 def test_newest_run_is_the_most_recently_started_run(tracking: Tracking, name: str, mlflow: MlflowClient) -> None:
     first = mlflow.get_run(tracking.start_run(name, {})).info
     last = mlflow.create_run(first.experiment_id, start_time=first.start_time + 1000).info.run_id

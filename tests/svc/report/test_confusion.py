@@ -18,6 +18,7 @@ def matrix(pairs: list[tuple[str, str]]) -> ConfusionMatrix | None:
     return confusion_matrix(examples, [answer(given, reference) for reference, given in pairs])
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=6))
 def test_confusion_matrix_matches_scikit_learn(pairs: list[tuple[str, str]]) -> None:
     pairs += [(label, label) for label in LABELS]

@@ -30,6 +30,7 @@ def test_report_contains_all_data_of_the_version(versions: JudgedVersions) -> No
     assert len(report.judged.side_by_side) == 20
 
 
+@pytest.mark.slow
 def test_report_uses_only_evaluated_examples_when_evaluation_is_limited(versions: JudgedVersions) -> None:
     manifest = versions.publish(LABELS, {"merged": right(LABELS, 50)}, judged=21)
     report = gather_report(versions.registry, manifest.id)
@@ -37,6 +38,7 @@ def test_report_uses_only_evaluated_examples_when_evaluation_is_limited(versions
     assert report.heldout_labels == {"net": 20, "games": 20, "java": 20}
 
 
+@pytest.mark.slow
 def test_version_with_only_an_adapter_has_no_evaluation_in_the_report(versions: JudgedVersions) -> None:
     report = gather_report(versions.registry, versions.publish(LABELS, {}).id)
     assert (report.judged.tuned, report.judged.rows, report.judged.verdicts, report.confusion) == (None, (), (), None)
@@ -47,6 +49,7 @@ def test_report_of_a_nonexistent_version_raises_not_found(versions: JudgedVersio
         gather_report(versions.registry, VersionId(versions.name, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["base.jsonl", "training.jsonl", "data_summary.json", "run.json"])
 def test_file_modified_after_registration_is_rejected(versions: JudgedVersions, file: str) -> None:
     manifest = versions.publish(LABELS, ANSWERS)

@@ -129,6 +129,7 @@ def test_repeated_create_request_creates_a_new_batch_if_the_previous_batch_is_to
     assert add(input_file="file-1").id != first.id
 
 
+@pytest.mark.slow
 def test_twenty_concurrent_identical_requests_create_one_batch(add: Add) -> None:
     with ThreadPoolExecutor(20) as threads:
         created = list(threads.map(lambda _: add(input_file="file-1"), range(20)))

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from sqlalchemy import Engine as Store
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -38,6 +39,7 @@ def test_new_feedback_on_a_request_replaces_the_earlier_feedback_entirely(store:
         assert (row.rating, row.label, row.correction) == ("bad", None, None)
 
 
+@pytest.mark.slow
 def test_concurrent_feedback_on_the_same_request_is_accepted(store: Store) -> None:
     """A double click sends the same feedback twice."""
     add_requests(store, [RECORD])

@@ -121,6 +121,7 @@ def test_owners_take_turns_when_one_has_queued_many_jobs(store: Store, add: Add)
     assert taken == [alice[0], bob[0], carol[0], alice[1], bob[1], alice[2], alice[3]]
 
 
+@pytest.mark.slow
 def test_owner_with_the_fewest_running_jobs_is_next_when_several_workers_run(store: Store, add: Add) -> None:
     alice = [add("alice") for _ in range(3)]
     bob = [add("bob") for _ in range(3)]
@@ -225,6 +226,7 @@ def test_job_attempt_is_counted_only_if_the_training_process_died(store: Store, 
     assert find(store, id).attempts == (2 if died else 0)
 
 
+@pytest.mark.slow
 def test_repeated_waiting_event_of_a_job_is_recorded_only_once(store: Store, add: Add) -> None:
     id = add()
     for _ in range(3):

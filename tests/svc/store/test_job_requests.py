@@ -123,6 +123,7 @@ def test_job_is_refused_when_its_file_has_been_deleted(store: Store, add: Add, p
     assert (read_checking(store), audit.read_events(store, newest=10)) == ([], [])
 
 
+@pytest.mark.slow
 def test_twenty_concurrent_identical_requests_create_one_job(store: Store, add: Add) -> None:
     with ThreadPoolExecutor(20) as threads:
         created = list(threads.map(lambda _: add(fingerprint="same"), range(20)))
@@ -236,6 +237,7 @@ def test_failed_validation_ends_the_job_with_the_error(store: Store, add: Add) -
     assert messages(store, created.id)[-1] == "Fine-tuning job failed: line 1 is not JSON"
 
 
+@pytest.mark.slow
 def test_jobs_are_found_by_their_metadata_across_pages(store: Store, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svc.store.job_requests._CHUNK", 2)
     given: list[Mapping[str, str] | None] = [{"team": "a", "n": "1"}, {"team": "b"}, None, {"team": "a"}, {"team": "a"}]

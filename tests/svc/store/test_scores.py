@@ -78,6 +78,7 @@ NOT_COMPARABLE: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 def test_answers_that_violate_any_condition_for_scoring_are_not_selected(store: Store) -> None:
     scored = []
     for fields in NOT_COMPARABLE:

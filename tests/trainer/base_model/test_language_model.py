@@ -94,6 +94,7 @@ def test_base_config_for_an_estimate_is_extracted_without_the_weights(published:
     assert weight_files(folder) == []
 
 
+@pytest.mark.slow
 def test_checkpoint_with_tensors_of_an_unknown_component_is_rejected(published: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(published, tmp_path / "base"))
     path = weight_files(folder)[0]

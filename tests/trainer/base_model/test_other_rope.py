@@ -70,6 +70,7 @@ def test_rope_scaling_gives_the_same_logits_as_a_model_config_with_that_scaling(
     assert not torch.allclose(logits(changed, ids), logits(base, ids), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_linear_rope_scaling_by_4_is_undone_by_multiplying_the_positions_by_4(tiny_base: Path, tmp_path: Path) -> None:
     changed = folder_with_rope(tiny_base, scaling("linear"), tmp_path)
     ids, steps = torch.arange(20)[None], 4 * torch.arange(20)[None]

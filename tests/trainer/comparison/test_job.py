@@ -143,6 +143,7 @@ def test_answers_stored_at_registration_are_reused(bench: Bench) -> None:
     assert {result.answer for result in compared.answers[0].results} == {"a"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"max_tokens": 2}, {"fresh": True}, {"data": ["other.jsonl"]}], ids=str)
 def test_answers_stored_at_registration_are_not_reused_if_comparison_options_require_new_answers(
     bench: Bench, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -191,6 +192,7 @@ def test_bare_name_selects_the_production_version(bench: Bench) -> None:
     assert [result.hit for answers in compared.answers for result in answers.results] == [True, False]
 
 
+@pytest.mark.slow
 def test_version_is_compared_in_its_served_format_unless_another_format_is_specified(bench: Bench) -> None:
     make_version(bench.registry, 3, formats=(Format.MERGED, Format.GPTQ))
     served = everything(bench.compare("tuned@3", "tuned@3"))
@@ -342,6 +344,7 @@ def test_printed_comparison_includes_metrics_and_verdict_and_answers(
         assert text in out
 
 
+@pytest.mark.slow
 def test_printed_comparison_explains_length_limits_derived_from_references(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,6 +75,7 @@ def test_fused_lora_gradients_match_the_analytic_gradients_for_many_rows(width: 
         assert relative_error(got, wanted) < 1e-5
 
 
+@pytest.mark.slow
 def test_fused_lora_weights_match_peft_after_many_steps() -> None:
     x, wanted = torch.randn(2, 64, 8), torch.randn(2, 64, 12)
 

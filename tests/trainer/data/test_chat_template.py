@@ -89,6 +89,7 @@ def test_unusable_template_is_rejected_with_the_reason(family: str) -> None:
         learnt(family, CONVERSATIONS["one turn"], {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*PLAIN, *THINKING])
 def test_tokens_before_each_trained_answer_equal_the_prompt_rendered_for_the_engine(family: str) -> None:
     tokenizer, kwargs = tokenizer_of(family), NO_THINKING if family in THINKING else {}

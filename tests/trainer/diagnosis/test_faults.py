@@ -128,7 +128,7 @@ def test_label_noise_is_diagnosed_in_at_least_2_of_6_runs_with_20_percent_wrong_
     """All data have wrong labels, as when the held-out set is split off from the same data. The rule misses many such
     runs so that it accuses few healthy ones (docs/diagnosis.md).
     """
-    diagnosed = []
+    diagnosed: list[FindingKind] = []
     for seed in range(1, 7):
         train, heldout = (mislabel(part, 0.2, seed) for part in task(seed, train=2400))
         diagnosed += findings(base, tmp_path / f"{seed}", train, heldout)

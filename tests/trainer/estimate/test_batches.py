@@ -87,6 +87,7 @@ def test_packed_rows_are_estimated_at_the_maximum_length(tiny_base: Path, exampl
     assert read_workload(examples, recipe, tiny_base).largest.length == 256
 
 
+@pytest.mark.slow
 def test_longest_example_is_included_when_a_large_dataset_is_sampled(tmp_path: Path) -> None:
     examples = [*(make_example(f"number {n}", "a") for n in range(1500)), make_example("long " * 200, "a")]
     workload = read_workload(examples, make_recipe(train={"batch_size": 4}), tmp_path)

@@ -164,6 +164,7 @@ def test_frozen_float32_weights_need_twice_the_memory_of_bfloat16_weights() -> N
     assert wide == 2 * narrow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "dropout"), [("lora", 0.1), ("adalora", 0.0), ("adalora", 0.1)])
 def test_float32_activations_of_a_layer_match_the_estimate(method: str, dropout: float) -> None:
     recipe, length = make_recipe(method=method, adapter={"rank": 8, "dropout": dropout}), 128

@@ -88,6 +88,7 @@ def test_minimum_memory_and_disk_of_a_stage_never_exceed_its_peak(
         assert stage.least.disk <= stage.peak.disk, stage
 
 
+@pytest.mark.slow
 def test_quantization_memory_does_not_grow_in_proportion_to_the_number_of_layers() -> None:
     """Compares 70B with 7B: layers are wider, and ten times the weights take less than five times the memory."""
     small, large = (
@@ -96,6 +97,7 @@ def test_quantization_memory_does_not_grow_in_proportion_to_the_number_of_layers
     assert large < 5 * small
 
 
+@pytest.mark.slow
 def test_parity_scores_are_computed_on_the_cpu_when_the_gpu_cannot_hold_the_model() -> None:
     on_small, on_large = (
         of_stages("llama-2-13b", make_recipe(), read_devices()[name])[Stage.PARITY] for name in ("rtx-4090", "h100")

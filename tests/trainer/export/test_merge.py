@@ -41,6 +41,7 @@ def adapter(tiny_base: Path, tmp_path: Path) -> Path:
     return make_adapter(tiny_base, tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_all_linear_layers_are_merged(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     assert merge_adapter(tiny_base, adapter, tmp_path / "merged").modules == 2 * 7
 
@@ -105,6 +106,7 @@ def test_unchanged_float32_weights_are_rounded_to_nearest(tiny_base: Path, adapt
     assert torch.equal(merged[name], weights[name].bfloat16())
 
 
+@pytest.mark.slow
 def test_merged_folder_is_a_complete_chat_model(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     merge_adapter(tiny_base, adapter, tmp_path / "merged")
     names = {path.name for path in (tmp_path / "merged").iterdir()}
@@ -120,6 +122,7 @@ def test_merge_fails_if_the_adapter_changes_no_weights(tiny_base: Path, adapter:
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_adapter_that_leaves_a_target_module_unchanged_is_rejected_with_an_error_naming_the_module(
     tiny_base: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -129,6 +132,7 @@ def test_adapter_that_leaves_a_target_module_unchanged_is_rejected_with_an_error
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_adapted_module_missing_from_the_base_is_named_in_the_error(
     tiny_base: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -137,6 +141,7 @@ def test_adapted_module_missing_from_the_base_is_named_in_the_error(
         merge_adapter(tiny_base, adapter, tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_merge_fails_if_the_adapter_contains_nan(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     change_adapter(adapter, {name: torch.full((128, 4), torch.nan)})

@@ -173,6 +173,7 @@ def test_full_fine_tuning_changes_experts(mixture: Path, examples: list[ChatExam
     assert verify_full(mixture, tmp_path / "trained").modules == 2 * (4 + 2)
 
 
+@pytest.mark.slow
 def test_verification_fails_when_experts_were_not_trained(mixture: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.bfloat16)
     for name, weight in model.named_parameters():

@@ -45,12 +45,14 @@ def train(model: PeftModel) -> None:
             weight += 0.01 * torch.randn_like(weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_initialized_adapter_does_not_change_the_logits_of_the_model(tiny_base: Path, start: str) -> None:
     model, _ = started(tiny_base, start)
     assert torch.allclose(logits(model), logits(read(tiny_base)), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 def test_disabling_an_initialized_adapter_does_not_restore_the_logits_of_the_original_base(
     tiny_base: Path, start: str
@@ -60,6 +62,7 @@ def test_disabling_an_initialized_adapter_does_not_restore_the_logits_of_the_ori
         assert not torch.allclose(logits(model), logits(read(tiny_base)), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_pissa_moves_the_largest_singular_values_into_the_adapter(tiny_base: Path) -> None:
     model, _ = started(tiny_base, "pissa")
     layer: Any = model.get_base_model().model.layers[0].mlp.up_proj
@@ -78,6 +81,7 @@ def test_saved_adapter_can_be_applied_to_the_original_base(tiny_base: Path, tmp_
     assert torch.allclose(logits(load_adapter(read(tiny_base), tmp_path)), logits(model), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_saved_pissa_adapter_has_twice_the_rank_and_the_same_scale(tiny_base: Path, tmp_path: Path) -> None:
     model, matrices = started(tiny_base, "pissa")
     model.save_pretrained(tmp_path)

@@ -24,6 +24,7 @@ def check_equal(folder: Path) -> None:
         assert torch.equal(stored[name], weight.bfloat16()), name  # transformers keeps a few in float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_stored_weights_not_in_bf16_are_rounded_to_nearest(tmp_path: Path, dtype: torch.dtype) -> None:
     base = make_model(tmp_path / "base")
@@ -41,6 +42,7 @@ def change_files(base: Path, **changed: torch.Tensor | None) -> None:
     save_file(remaining, base / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.slow
 def test_tied_head_is_read_from_the_embedding_when_only_the_embedding_is_stored(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     check_equal(base)
@@ -49,6 +51,7 @@ def test_tied_head_is_read_from_the_embedding_when_only_the_embedding_is_stored(
     check_equal(base)
 
 
+@pytest.mark.slow
 def test_separately_stored_tied_head_is_read_as_its_own_tensor(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     head = load_file(base / "model.safetensors")["model.embed_tokens.weight"] + 1
@@ -56,6 +59,7 @@ def test_separately_stored_tied_head_is_read_as_its_own_tensor(tmp_path: Path) -
     check_equal(base)
 
 
+@pytest.mark.slow
 def test_stored_tensors_absent_from_the_model_are_ignored(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     change_files(base, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})

@@ -48,6 +48,7 @@ def changed_layers(family: str, targets: list[str] | str) -> set[str]:
     return set(get_peft_model(empty_model(family), config).base_model.targeted_module_names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EXPECTED)
 def test_target_preset_adapts_the_expected_layers_of_each_architecture(family: str) -> None:
     model = empty_model(family)

@@ -45,6 +45,7 @@ def arrived(model: PeftModel, inputs: torch.Tensor, without: torch.Tensor, added
     return float((change * added).sum() / (added * added).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_update_below_bf16_precision_affects_the_output_when_summed_in_float32(kind: str) -> None:

@@ -244,6 +244,7 @@ def test_versions_trained_on_a_different_base_are_rejected_for_combination(folde
         adapter.check_revision(Base(Path(), "org/base", None, "sha256:2"))
 
 
+@pytest.mark.slow
 def test_adapter_that_does_not_fit_the_base_is_rejected(folders: Mapping[str, Path], tmp_path: Path) -> None:
     wider = make_model(tmp_path / "wider", hidden_size=128)
     for part in find(folders, *PAIR, method="cat").parts:

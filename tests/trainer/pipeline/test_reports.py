@@ -61,6 +61,7 @@ def test_wandb_continues_the_same_run_when_training_resumes_offline(tmp_path: Pa
     assert first.config["train.epochs"] == "2"
 
 
+@pytest.mark.slow
 def test_tensorboard_discards_repeated_steps_when_training_resumes(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -219,6 +219,7 @@ def test_any_mapping_is_loaded_as_a_recipe_or_rejected_with_a_recipe_error(
     assert all(source.startswith(("/", "hf:")) for source in recipe.data.train)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(recipe_keys()), json_values)
 def test_error_for_a_rejected_value_names_the_recipe_key(
     tmp_path_factory: pytest.TempPathFactory, key: str, value: Any

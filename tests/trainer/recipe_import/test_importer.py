@@ -125,6 +125,7 @@ def test_llama_factory_lora_target_may_be_a_list(tmp_path: Path) -> None:
     assert content["adapter"]["targets"] == ["o_proj", "q_proj"]
 
 
+@pytest.mark.slow
 @given(key=st.from_regex(r"[a-z_]{3,20}", fullmatch=True).filter(lambda key: not key.startswith(("wandb_", "hub_"))))
 def test_key_unknown_to_the_importer_is_listed_as_omitted(key: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     result = imported(tmp_path_factory.getbasetemp(), **{f"x{key}": 1})

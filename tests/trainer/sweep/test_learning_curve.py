@@ -76,6 +76,7 @@ def test_gain_from_more_data_is_not_predicted_from_only_three_points() -> None:
     assert "needs 4" in curve_of((3.0, 2.0, 1.5), sizes=(2, 4, 8)).sentence
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from("abc"), min_size=20, max_size=200), st.integers(0, 5))
 def test_learning_curve_subsets_are_nested_and_stratified_by_label(labels: list[str], seed: int) -> None:
     parts = nested_subsets(labels, seed)

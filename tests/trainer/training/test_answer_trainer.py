@@ -160,6 +160,7 @@ def test_loss_computed_by_trl_equals_the_cross_entropy_of_the_model_logits(
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_mixture_of_experts_architecture_with_zero_experts_is_trained_without_auxiliary_loss(tmp_path: Path) -> None:
     dense = GraniteMoeHybridForCausalLM(
         GraniteMoeHybridConfig(**SHAPE, num_local_experts=0, layer_types=["attention"] * 2, mamba_n_heads=4)

@@ -273,6 +273,7 @@ def test_qlora_layers_not_stored_in_nf4_raise_an_error(tiny_base: Path) -> None:
         check_nf4(adapted(tiny_base, quantized), NumberType.FLOAT32)
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_sharded_nf4_weights_pass_the_check_if_their_layers_have_nf4_state(tiny_base: Path) -> None:
     """Packed into floats, as other trainers divide them, some bytes would be NaN, which copies may change."""

@@ -80,6 +80,7 @@ def test_best_checkpoint_is_uploaded_regardless_of_its_age(first: Machine, secon
     assert second.steps == [1, 3, 4]
 
 
+@pytest.mark.slow
 def test_newer_checkpoint_on_this_machine_is_kept(tmp_path: Path, first: Machine, bucket: Bucket) -> None:
     first.write(1)
     (tmp_path / "second" / "checkpoints" / "step-00000002").mkdir(parents=True)
@@ -138,6 +139,7 @@ def test_new_checkpoint_is_uploaded_when_an_earlier_checkpoint_is_damaged(
     assert second.steps == [2]
 
 
+@pytest.mark.slow
 def test_altered_checkpoint_is_rejected(first: Machine, second: Machine, bucket: Bucket) -> None:
     first.write(1)
     ObjectStore(bucket.url).write("checkpoints/tiny-1/step-00000001/optimizer.pt", b"optimizes")

@@ -90,6 +90,7 @@ def test_candidate_with_30_percent_invalid_outputs_fails_within_100_observations
     assert analysis.units < 100
 
 
+@pytest.mark.slow
 def test_candidate_equal_to_production_passes_and_slower_candidate_fails() -> None:
     equal, slow = Analysis(), Analysis()
     decided_after(equal, requests(np.random.default_rng(3), Rates(), Rates()), 20_000)
@@ -112,6 +113,7 @@ def test_candidate_slower_by_exactly_the_margin_is_rarely_rolled_back() -> None:
     assert failed / 25 <= LARGE.wrong_rollback
 
 
+@pytest.mark.slow
 def test_one_client_with_most_failures_does_not_fail_the_candidate() -> None:
     analysis = Analysis()
     for second, request in enumerate(islice(requests(np.random.default_rng(5), Rates(), Rates()), 5_000)):
@@ -149,6 +151,7 @@ def test_bad_ratings_fail_the_candidate_and_each_rater_counts_once_per_rollout_s
     assert analysis.outcome is GateOutcome.FAILED
 
 
+@pytest.mark.slow
 def test_verdicts_do_not_depend_on_how_often_they_are_computed() -> None:
     traffic = list(islice(requests(np.random.default_rng(7), Rates(0.02), Rates(0.03, 0.05), session=3), 2_000))
     first, second = Analysis(), Analysis()

@@ -102,6 +102,7 @@ def test_confidence_limits_contain_the_true_difference_at_all_times() -> None:
     assert missed / 60 <= LARGE.wrong_rollback + LARGE.wrong_advance
 
 
+@pytest.mark.slow
 def test_evidence_stays_finite_for_a_rollout_of_any_length() -> None:
     evidence = Evidence(0.01)
     for _ in range(20_000):

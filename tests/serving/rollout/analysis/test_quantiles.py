@@ -31,6 +31,7 @@ def test_upper_confidence_limit_of_a_quantile_is_unknown_with_few_samples() -> N
     assert times.limits(0.95, 0.05) == (0.0, None)
 
 
+@pytest.mark.slow
 def test_confidence_limits_contain_the_true_quantile_at_all_times() -> None:
     draw = np.random.default_rng(0)
     truth, missed = math.exp(0.5 * 1.645), 0

@@ -89,6 +89,7 @@ def test_parity_and_license_gates_are_undecided_if_the_information_they_check_is
     assert check(registry, "parity").verdict is check(registry, "licence").verdict is UNDECIDED
 
 
+@pytest.mark.slow
 def test_probes_gate_passes_an_adapter_if_the_merged_model_has_probes_and_is_undecided_without_probes(
     registry: Registry,
 ) -> None:
@@ -137,6 +138,7 @@ def test_quality_gate_without_a_margin_is_skipped_but_shows_the_loss(registry: R
     assert "loss 0.700" in quality.measured
 
 
+@pytest.mark.slow
 def test_version_that_makes_references_less_likely_fails_the_nll_gate(registry: Registry) -> None:
     register(registry, 1, nll=1.0), register(registry, 2, nll=1.2)
     nll = check(registry, "nll")
@@ -227,6 +229,7 @@ def test_version_in_production_is_compared_with_its_base(registry: Registry) -> 
     assert quality.measured.startswith("exact match: 0.200 base, 0.800 tuned@1")
 
 
+@pytest.mark.slow
 def test_quality_gate_for_an_adapter_uses_the_results_of_the_merged_model(registry: Registry) -> None:
     formats = (Format.MERGED, Format.ADAPTER)
     register(registry, 1, 60, formats=formats), register(registry, 2, 80, formats=formats)
@@ -302,6 +305,7 @@ def test_speed_gates_compare_the_slowdown_with_their_margin(
     assert check(registry, "speed").verdict is check(registry, "first_token").verdict is verdict
 
 
+@pytest.mark.slow
 def test_speed_gate_is_skipped_when_versions_differ_only_in_weights(registry: Registry) -> None:
     register_two(registry, 1.5, same=True)
     assert check(registry, "speed").verdict is check(registry, "first_token").verdict is SKIPPED
@@ -312,6 +316,7 @@ def test_speed_gate_is_undecided_when_the_machine_was_busy(registry: Registry) -
     assert "other processes used 40%" in check(registry, "speed").reason
 
 
+@pytest.mark.slow
 def test_speed_gate_is_undecided_when_the_engine_kinds_differ(registry: Registry) -> None:
     version = register_two(registry, 2.0)
     record = registry.manifest(version).formats[Format.MERGED]
@@ -327,6 +332,7 @@ def data_of_age(days: float | None) -> dict[str, Any]:
     return {"data": data.model_copy(update={"modified_at": modified_at})}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "data", "verdict"),
     [(None, 12, SKIPPED), (9, 5, FAILED), (11, 5, PASSED), (11, 12, FAILED), (13, 12, PASSED), (1, -1, FAILED)],
@@ -350,6 +356,7 @@ def test_freshness_gate_is_undecided_when_the_age_of_the_data_is_unknown(
     assert freshness.measured == "data of unknown age, evaluation 10.0 days"
 
 
+@pytest.mark.slow
 def test_version_in_the_object_store_is_downloaded_before_its_files_are_checked(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     objects = ObjectStore((tmp_path / "shared").as_uri())

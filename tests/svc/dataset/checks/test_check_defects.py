@@ -226,6 +226,7 @@ def test_json_list_without_valid_examples_is_reported_at_its_last_line(tmp_path:
     ]
 
 
+@pytest.mark.slow
 def test_label_occurring_once_among_frequent_labels_is_reported(tmp_path: Path) -> None:
     chance = random.Random(1)
     rows = [row(Format.CHAT, "Sort it.", text(chance), f"label {number % 4}") for number in range(120)]

@@ -241,6 +241,7 @@ def test_reading_progress_is_monotonic_and_never_exceeds_the_file_size(tmp_path:
         assert told and told == sorted(told) and told[-1] <= path.stat().st_size
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=200) | st.text(alphabet='[]{},:" \n\\u1xamesg\ufeff', max_size=60).map(str.encode))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_arbitrary_bytes_in_any_file_type_yield_rows_or_errors(tmp_path: Path, content: bytes) -> None:

@@ -372,6 +372,7 @@ pairs = st.builds(
 ).filter(lambda pair: pair.chosen.answer.strip() != pair.rejected.answer.strip())
 
 
+@pytest.mark.slow
 @given(st.lists(pairs, min_size=1, max_size=4))
 def test_preference_pairs_round_trip_through_a_file(
     tmp_path_factory: pytest.TempPathFactory, pairs: list[PreferencePair]
@@ -423,6 +424,7 @@ rows = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(rows | json_values, st.sampled_from(list(PairFormat)))
 def test_arbitrary_row_is_rejected_or_yields_two_different_answers_to_the_same_prompt(
     value: Any, form: PairFormat

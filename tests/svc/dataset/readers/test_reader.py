@@ -106,6 +106,7 @@ def test_only_line_feeds_are_treated_as_line_separators(tmp_path: Path) -> None:
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: not is_blank(text))
 
 
+@pytest.mark.slow
 @given(st.lists(st.builds(chat, texts, texts), min_size=1, max_size=5))
 def test_examples_are_unchanged_after_being_written_to_a_file_and_read_back(
     tmp_path_factory: pytest.TempPathFactory, examples: list[Any]
@@ -118,6 +119,7 @@ def test_examples_are_unchanged_after_being_written_to_a_file_and_read_back(
 pieces = st.binary(max_size=40) | st.sampled_from([GOOD, b"\n", b"\r\n", b'{"messages":', b"\xef\xbb\xbf", b"[]"])
 
 
+@pytest.mark.slow
 @given(st.lists(pieces, max_size=12).map(b"".join))
 def test_arbitrary_bytes_yield_examples_or_error_reports(
     tmp_path_factory: pytest.TempPathFactory, content: bytes

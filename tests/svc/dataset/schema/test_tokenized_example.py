@@ -17,6 +17,7 @@ def examples(draw: st.DrawFn) -> TokenizedExample:
     return TokenizedExample(tuple(ids), tuple(zip(places[::2], places[1::2], strict=False)))
 
 
+@pytest.mark.slow
 @given(st.lists(examples(), max_size=5))
 def test_written_tokenized_examples_round_trip(
     tmp_path_factory: pytest.TempPathFactory, written: list[TokenizedExample]

@@ -126,6 +126,7 @@ def test_tool_call_without_a_result_and_result_without_a_call_are_rejected(turns
     assert (error.code, error.field) == (Code.WRONG_TURNS, field)
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(["a", "b", "c", "d"]), unique=True, min_size=1), st.randoms(), st.data())
 def test_tool_results_may_come_in_any_order_but_must_be_complete(
     ids: list[str], chance: Any, data: st.DataObject

@@ -208,6 +208,7 @@ class Wire(asyncio.Transport):
 PARTS = st.lists(st.binary(min_size=1, max_size=40), max_size=6)
 
 
+@pytest.mark.slow
 @given(body=PARTS, chunked=st.booleans(), cuts=st.sets(st.integers(1, 600)))
 def test_response_is_parsed_identically_for_any_split_into_packets(
     body: list[bytes], chunked: bool, cuts: set[int]

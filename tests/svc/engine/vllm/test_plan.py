@@ -327,6 +327,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @given(machines(), facts)
 def test_kv_cache_size_is_positive_and_less_than_total_memory(machine: Machine, model: ModelFacts) -> None:
     size = plan(CPU, machine, model)["kv_cache_memory_bytes"].value
@@ -349,6 +350,7 @@ def test_threads_never_exceed_cores_or_cpu_quota(machine: Machine, model: ModelF
     assert 1 <= threads <= min(len(machine.cores), max(1, machine.quota or len(machine.cores)))
 
 
+@pytest.mark.slow
 @given(machines(), facts)
 def test_tensor_parallel_size_splits_the_model_evenly_and_never_exceeds_the_number_of_gpus(
     machine: Machine, model: ModelFacts
@@ -358,12 +360,14 @@ def test_tensor_parallel_size_splits_the_model_evenly_and_never_exceeds_the_numb
     assert ranks == 1 or (ranks <= len(machine.gpus) and model.divides(ranks))
 
 
+@pytest.mark.slow
 @given(machines(), facts)
 def test_gpu_memory_share_is_between_0_and_the_vllm_maximum(machine: Machine, model: ModelFacts) -> None:
     share = plan(GPU, machine, model)["gpu_memory_utilization"].value
     assert share == "auto" if not machine.gpus else isinstance(share, float) and 0 < share <= 0.9
 
 
+@pytest.mark.slow
 @given(machines(), facts, st.sampled_from([CPU, GPU]), st.sets(st.sampled_from(list(OPTIONS))), st.booleans())
 def test_engine_plan_passes_no_argument_twice_and_attributes_user_arguments_to_the_user(
     machine: Machine, model: ModelFacts, device: Device, options: set[str], underscores: bool
@@ -378,6 +382,7 @@ def test_engine_plan_passes_no_argument_twice_and_attributes_user_arguments_to_t
     assert all(shown[name] is Origin.ARGS for name in options & set(shown))
 
 
+@pytest.mark.slow
 @given(machines(), facts, st.sampled_from([CPU, GPU]))
 def test_choices_in_an_engine_plan_have_unique_names(machine: Machine, model: ModelFacts, device: Device) -> None:
     names = [choice.name for choice in plan(device, machine, model).choices]

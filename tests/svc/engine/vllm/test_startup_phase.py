@@ -57,6 +57,7 @@ def test_each_startup_phase_check_reads_only_new_log_lines(tmp_path: Path) -> No
     assert reader.look() is EnginePhase.PYTHON
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(list(LINES)), max_size=8), st.integers(7, 200))
 def test_startup_phase_never_moves_backward_while_the_log_grows(
     tmp_path_factory: pytest.TempPathFactory, said: list[EnginePhase], piece: int

@@ -27,6 +27,7 @@ def test_text_that_is_not_a_label_matches_no_label(answer: str) -> None:
     assert label_of(answer) != "net"
 
 
+@pytest.mark.slow
 @given(pairs)
 def test_label_accuracy_matches_scikit_learn(given_pairs: list[tuple[str, str]]) -> None:
     judged = with_scores(Accuracy(), answered(given_pairs))
@@ -35,6 +36,7 @@ def test_label_accuracy_matches_scikit_learn(given_pairs: list[tuple[str, str]])
     assert Accuracy().estimate(judged).value == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @given(pairs)
 def test_macro_f1_matches_scikit_learn_over_reference_labels(given_pairs: list[tuple[str, str]]) -> None:
     judged = answered(given_pairs)
@@ -61,6 +63,7 @@ def test_macro_f1_difference_of_two_models_is_paired_by_example() -> None:
     assert MacroF1().difference(before, before).high == 0
 
 
+@pytest.mark.slow
 def test_macro_f1_of_1000_answers_is_fast() -> None:
     judged = answered([(f"label {place % 20}", f"label {place % 19}") for place in range(1000)])
     MacroF1().estimate(judged)

@@ -30,6 +30,7 @@ def test_rouge_matches_the_rouge_score_package(given_pairs: list[tuple[str, str]
     assert metric.estimate(with_scores(metric, judged)).value == pytest.approx(fmean(expected))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(pairs)
 def test_chrf_equals_the_sacrebleu_score_divided_by_100(given_pairs: list[tuple[str, str]]) -> None:

@@ -94,5 +94,6 @@ def test_length_plot_description_covers_prompts_and_answers() -> None:
     assert "answers: half have at most 7 characters" in description
 
 
+@pytest.mark.slow
 def test_label_plot_description_covers_training_and_held_out_counts() -> None:
     assert label_of(plot_labels({"net": 5, "games": 2}, {"net": 1})).endswith("by label: net 5 and 1, games 2 and 0")

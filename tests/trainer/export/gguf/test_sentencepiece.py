@@ -67,6 +67,7 @@ def test_published_llama_2_tokenizer_is_accepted_when_checked_on_real_texts() ->
     assert isinstance(chosen, SentencePiece)
 
 
+@pytest.mark.slow
 def test_gguf_file_has_scores_and_types_of_a_sentencepiece_vocabulary(
     tmp_path: Path, examples: list[ChatExample]
 ) -> None:

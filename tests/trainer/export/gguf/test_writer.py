@@ -75,6 +75,7 @@ def test_gguf_file_loaded_by_transformers_gives_the_logits_of_the_original_model
     assert torch.allclose(logits(tmp_path / "out", done.file.name), logits(base), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_q8_0_file_stores_matrices_in_8_bits_and_vectors_in_32_bits(
     tiny_base: Path, tmp_path: Path, examples: list[ChatExample]
 ) -> None:
@@ -89,6 +90,7 @@ def test_q8_0_file_stores_matrices_in_8_bits_and_vectors_in_32_bits(
     assert field.contents() == done.pre == "gpt-2"
 
 
+@pytest.mark.slow
 def test_model_with_nan_weights_is_rejected(tmp_path: Path, examples: list[ChatExample]) -> None:
     base = make_model(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -99,6 +101,7 @@ def test_model_with_nan_weights_is_rejected(tmp_path: Path, examples: list[ChatE
     assert not list((tmp_path / "out").glob("*.gguf"))
 
 
+@pytest.mark.slow
 def test_matrix_is_written_in_16_bits_if_its_row_length_is_not_a_multiple_of_the_8_bit_block_size(
     tmp_path: Path, examples: list[ChatExample]
 ) -> None:
@@ -178,6 +181,7 @@ def test_mixture_of_experts_is_rejected_for_gguf(tmp_path: Path) -> None:
         read_architecture(make_mixture(tmp_path / "base", "mixtral"))
 
 
+@pytest.mark.slow
 def test_gguf_file_is_deleted_if_its_contents_differ_from_the_model(
     tiny_base: Path, tmp_path: Path, examples: list[ChatExample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
