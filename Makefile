@@ -71,10 +71,10 @@ test-fast: $(READY) $(PROMETHEUS)
 	@$(MAKE) --no-print-directory --keep-going --jobs 3 --output-sync=target fast-svc fast-serving fast-others
 
 fast-svc:
-	$(FAST) tests/svc
+	$(FAST) tests/svc --ignore tests/svc/engine
 
 fast-serving:
-	$(FAST) tests/serving
+	$(FAST) tests/serving tests/svc/engine
 
 fast-others:
 	$(FAST) tests --ignore tests/e2e --ignore tests/svc --ignore tests/serving
