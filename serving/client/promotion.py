@@ -252,8 +252,8 @@ def _stopped(change: VersionChange) -> ServerNotRunningError:
 
 
 def _results_from_status(server: ServerAddress, change: VersionChange) -> dict[str, SwapResult]:
-    """Return a dict that maps the server's id to the swap result in its status. The dict is empty if there is no such
-    result, or if the server is not running.
+    """Return the result of the swap from the server's status, keyed by the server's id. Return an empty dict if the
+    status has no such result, or if the server is not running.
     """
     with suppress(ServerNotRunningError):
         status = read_status(server)

@@ -137,7 +137,7 @@ def require_replay(
     load_s: float | None,
     queue_timeout_s: float,
 ) -> None:
-    """Check that stored requests can be replayed. This is required if there is no memory for a second engine.
+    """Check that stored requests can be replayed, which a rollout needs if only one engine fits in memory.
 
     Args:
         engines: number of engines that run the production version.

@@ -354,7 +354,7 @@ def build_trainer(
 
 
 def epochs_folder(progress: ProgressFile | None) -> Path | None:
-    """Return the folder for the adapters of the newest epochs, or None if there is no progress file.
+    """Return the folder that keeps the adapters of the newest epochs, or None without a progress file.
 
     The folder is next to the progress file, so the adapters are kept when the run's folder is cleaned.
     """

@@ -59,7 +59,7 @@ def start(entry: str, preloaded: Sequence[str] = _CORE) -> None:
     """
     importlib.import_module(entry)
     multiprocessing.set_forkserver_preload(list(preloaded))
-    resource_tracker.ensure_running()  # otherwise `ensure_running` of the fork server would start it by forking too
+    resource_tracker.ensure_running()  # before the replacement, which would fork this process for it too
     vars(util)["spawnv_passfds"] = _fork
     forkserver.ensure_running()
     vars(util)["spawnv_passfds"] = _new_process
