@@ -16,6 +16,7 @@ from pathlib import Path
 from svc.engine.device import installed_vllm
 from svc.engine.vllm.environment import inherited_environment
 from svc.engine.vllm.launch import HUGGING_FACE_FORMAT
+from svc.engine.vllm.start import inspect_models_in_this_process
 from svc.errors import BaseModelError, EngineError
 from svc.settings.engine import EngineSettings
 
@@ -88,6 +89,7 @@ def _refusal(arguments: Sequence[str]) -> str | None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    inspect_models_in_this_process()
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     known, _ = parser.parse_known_args(list(arguments))  # the server's own arguments do not concern the model
     try:

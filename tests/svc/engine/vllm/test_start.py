@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 ENTRY = """
-import multiprocessing, os, sys
+import multiprocessing, os, sys, types
 
 def look(connection):
     own = multiprocessing.get_context("spawn").Process(target=sys.exit, args=(5,))
@@ -24,6 +24,7 @@ def look(connection):
 
 importer = os.getpid()
 imported = set(sys.modules)
+registry = sys.modules.setdefault("vllm.model_executor.models.registry", types.ModuleType("registry"))
 
 if __name__ == "__main__":
     os.environ["LATE"] = "yes"
@@ -32,7 +33,9 @@ if __name__ == "__main__":
     ours, theirs = context.Pipe()
     process = context.Process(target=look, args=(theirs,))
     process.start()
-    print(__import__("json").dumps(ours.recv() | {"main": os.getpid(), "heavy_here": "heavy" in sys.modules}))
+    here = {"main": os.getpid(), "heavy_here": "heavy" in sys.modules}
+    here["inspector"] = registry._run_in_subprocess(os.getpid)
+    print(__import__("json").dumps(ours.recv() | here))
     process.join()
     sys.exit(process.exitcode + 7)
 """
@@ -61,6 +64,10 @@ def seen(tmp_path: Path) -> dict[str, Any]:
 
 def test_engine_process_uses_the_modules_that_the_http_process_has_imported(seen: dict[str, Any]) -> None:
     assert seen["importer"] == seen["main"]
+
+
+def test_model_class_is_inspected_in_the_process_that_has_imported_vllm(seen: dict[str, Any]) -> None:
+    assert seen["inspector"] == seen["main"]
 
 
 def test_preloaded_modules_are_already_imported_in_the_forked_engine_process(seen: dict[str, Any]) -> None:
