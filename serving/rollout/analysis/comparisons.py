@@ -2,7 +2,8 @@
 a latency.
 """
 
-from collections import Counter
+import math
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +28,10 @@ PERCENTILE = 0.95
 _MIN_PRODUCTION = 50
 """Number of production units needed before production's 95th percentile is first estimated. Latencies are not compared
 until then."""
-_GROWTH = 1.01
-"""Factor by which the number of production units must grow before production's 95th percentile is estimated again."""
+_MAX_PRODUCTION = 200
+"""Number of production's newest units from which its 95th percentile is estimated. The percentile of all units would
+stay too high after a time of slow answers, for example while the candidate's engine started, and few of production's
+later units would exceed it: a real rollout passed after 758 requests of the candidate instead of 399."""
 _RATIOS = (0.01, 100.0)
 _FIGURE_ERROR = 0.05
 """Probability that a percentile ever lies outside the limits displayed for it."""
@@ -129,7 +132,7 @@ class LatencyComparison:
     """Compares the 95th percentile of a latency between candidate and production.
 
     It compares two shares: candidate units above `margin` times a threshold, and production units above the threshold.
-    The threshold is production's 95th percentile, estimated before the block of observations to which it is applied. If
+    The threshold is production's recent 95th percentile, estimated before the block to which it is applied. If
     every quantile of the candidate is at most `margin` times production's, the first share is at most the second at any
     threshold. An inaccurate threshold therefore reduces statistical power, but does not make wrong proofs more
     probable. The confidence limits of the ratio of the two percentiles are found by replacing `margin` with other
@@ -148,18 +151,19 @@ class LatencyComparison:
         self._blocks = Blocks()
         self._evidence = Evidence(0.0)
         self._times = {arm: Times() for arm in Arm}
+        self._recent = deque[float](maxlen=_MAX_PRODUCTION)  # of production
         self._threshold: float | None = None
-        self._next_estimate = float(_MIN_PRODUCTION)  # number of production's units at the next estimate
         self._ratios = list[float]()  # of each candidate unit in a block, to the threshold
         self._starts = list[int]()  # place of each block's first ratio
         self._slow = list[float]()  # share of each block's production units above the threshold
 
     def add(self, arm: Arm, seconds: float) -> None:
         """Add the latency observed for one unit (a user, conversation or single request)."""
-        production = self._times[Arm.PRODUCTION]
         self._times[arm].add(seconds)
+        if arm is Arm.PRODUCTION:
+            self._recent.append(seconds)
         if self._threshold is None:
-            self._estimate(production)
+            self._estimate()
             return
         block = self._blocks.add(arm, seconds)
         if block is None:
@@ -170,15 +174,12 @@ class LatencyComparison:
         self._starts.append(len(self._ratios))
         self._ratios += ratios
         self._slow.append(slow)
-        self._estimate(production)
+        self._estimate()
 
-    def _estimate(self, production: Times) -> None:
-        """Set the next block's latency threshold to production's 95th percentile, unless production has too few new
-        observations since the previous estimate.
-        """
-        if production.count >= self._next_estimate:
-            self._threshold = production.quantile(PERCENTILE)
-            self._next_estimate = _GROWTH * production.count
+    def _estimate(self) -> None:
+        """Set the next block's latency threshold to production's 95th percentile, if production has enough units."""
+        if len(self._recent) >= _MIN_PRODUCTION:
+            self._threshold = sorted(self._recent)[math.ceil(PERCENTILE * len(self._recent)) - 1]
 
     def outcome(self) -> GateOutcome:
         return self._evidence.outcome(self._budget)

@@ -104,6 +104,20 @@ def test_candidate_equal_to_production_passes_and_slower_candidate_fails() -> No
 
 
 @pytest.mark.slow
+def test_equal_candidate_passes_without_many_more_requests_when_production_was_slower_before() -> None:
+    """While the candidate's engine starts, it takes processor time from production."""
+    draw, observed = np.random.default_rng(9), {}
+    for slower in (1.0, 3.0):
+        analyses = [Analysis() for _ in range(5)]
+        for analysis in analyses:
+            for request in islice(requests(draw, Rates(slower=slower), Rates(), share=0.0), 400):
+                analysis.add(request)
+            assert decided_after(analysis, requests(draw, Rates(), Rates()), 20_000)
+        observed[slower] = np.median([analysis.units for analysis in analyses])
+    assert observed[3.0] < 2 * observed[1.0]
+
+
+@pytest.mark.slow
 def test_candidate_slower_by_exactly_the_margin_is_rarely_rolled_back() -> None:
     draw, failed = np.random.default_rng(4), 0
     for _ in range(25):
