@@ -19,6 +19,7 @@ from xdist.workermanage import WorkerController
 
 from examples.service import serving, svc_json
 from svc.dataset.readers.reader import read_examples, write_examples
+from svc.engine.device import DeviceCapabilities, read_capabilities
 from svc.files.lock import wait_for_lock
 from tests.e2e.server import HELDOUT_EXAMPLES, PORT, Server
 from tests.hub_models.build import build_hub_model
@@ -111,15 +112,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the modules that share the server first, because their worker trains the home that most others need. Modules
-    that need no home follow, and then the longest.
+    """Run the modules that share the server first, because their worker trains the versions that most others need.
+    Modules that need no version follow, then those that need only the first, and the longest of each first.
     """
 
-    def order(item: pytest.Item) -> tuple[bool, bool, bool]:
-        needs_home = isinstance(item, pytest.Function) and "trained_home" in item.fixturenames
-        return item.path.stem not in _SHARING_SERVER, needs_home, item.path.stem not in _LONGEST
+    def order(item: pytest.Item) -> tuple[bool, int, bool]:
+        fixtures = item.fixturenames if isinstance(item, pytest.Function) else ()
+        versions = sum(home in fixtures for home in ("first_home", "trained_home"))
+        return item.path.stem not in _SHARING_SERVER, versions, item.path.stem not in _LONGEST
 
     items.sort(key=order)
+
+
+@pytest.fixture(scope="session")
+def capabilities(tmp_path_factory: pytest.TempPathFactory) -> DeviceCapabilities:
+    """Return the capabilities of this machine. Reading them takes 5 s, once in each home."""
+    return read_capabilities(tmp_path_factory.mktemp("capabilities"))
 
 
 @pytest.fixture(scope="session")
@@ -142,15 +150,21 @@ def _write_workplace(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def trained_home(workplace: Path) -> Path:
-    """Return a home with a LoRA version and a QLoRA version. All workers share it, so it must not be changed.
+def first_home(workplace: Path) -> Path:
+    """Return a home with a LoRA version, tiny@1. All workers share it, so it must not be changed.
 
     Needs the real engine: versions are registered only after it has evaluated and reloaded them. The server's start
     compares their probes with a new engine, so the trainer does not start two more for that.
     """
+    return _made_once(workplace / "first-home", lambda home: svc_json(home, *train_command(workplace)))
+
+
+@pytest.fixture(scope="session")
+def trained_home(workplace: Path, first_home: Path) -> Path:
+    """Return a home that also has a QLoRA version, tiny@2. All workers share it, so it must not be changed."""
 
     def train(home: Path) -> None:
-        svc_json(home, *train_command(workplace))
+        shutil.copytree(first_home, home)
         svc_json(home, *train_command(workplace), "--set", "method=qlora", "--set", "train.seed=1")
 
     return _made_once(workplace / "home", train)

@@ -204,7 +204,7 @@ def copy_model(home: Path, name: str) -> None:
     """Register all versions of `tiny` under another name."""
     registry = Registry.of(Settings(home=home))
     for version in registry.versions("tiny"):
-        _copy_version(registry, version, name)
+        copy_version(registry, version, name)
 
 
 def copy_versions(home: Path, count: int) -> None:
@@ -212,10 +212,10 @@ def copy_versions(home: Path, count: int) -> None:
     registry = Registry.of(Settings(home=home))
     versions = registry.versions("tiny")
     for number in range(len(versions), count):
-        _copy_version(registry, versions[number % len(versions)], "tiny")
+        copy_version(registry, versions[number % len(versions)], "tiny")
 
 
-def _copy_version(registry: Registry, version: VersionId, name: str) -> None:
+def copy_version(registry: Registry, version: VersionId, name: str) -> None:
     """Copy a version. All files except the manifest are hard-linked, because they never change."""
     manifest = json.loads((registry.folder(version) / MANIFEST_FILE).read_text("utf-8"))
     copied = registry.tracking.allocate(name, str(registry.folder(version)), manifest["tracking_run"])

@@ -40,7 +40,7 @@ def add_json_version(
 
     Args:
         urgent_answer: answer to questions that begin with `urgent`.
-        layers: number of layers; a deeper model is slower.
+        layers: number of layers; a deeper model gives the same answers more slowly.
         adapter: train the version's adapter and merge it. Otherwise, the version has merged weights only.
     """
     registry = Registry.of(Settings(home=home))
@@ -88,9 +88,23 @@ def _teach_all_weights(
 
     merged = folder / Format.MERGED.value
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, num_hidden_layers=layers)
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     _teach(model, AutoTokenizer.from_pretrained(merged), pairs)
-    return _save_merged(model, merged, probes)
+    return _save_merged(_deepened(model, layers), merged, probes)
+
+
+def _deepened(model: Any, layers: int) -> Any:
+    """Return a model with more layers, which add nothing to the results of the given model's layers."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**model.config.to_dict() | {"num_hidden_layers": layers})
+    deep = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    deep.load_state_dict(model.state_dict(), strict=False)
+    for layer in deep.model.layers[len(model.model.layers) :]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return deep
 
 
 def _teach_adapter(

@@ -27,9 +27,9 @@ MOST_ERROR = 0.35
 
 
 @pytest.fixture(scope="module")
-def instance(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
+def instance(first_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """Yield a separate server, so that measurements of other tests are not affected."""
-    with closing(Instance(home, tmp_path_factory.mktemp("abandoned") / "home", PORT, PROMPTS)) as instance:
+    with closing(Instance(first_home, tmp_path_factory.mktemp("abandoned") / "home", PORT, PROMPTS)) as instance:
         instance.start("tiny@1")
         yield instance
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from svc.dataset.schema.example import ChatExample, parse_example
-from svc.engine.device import read_capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
@@ -93,7 +93,7 @@ async def prompt_length(engine: EngineProcess, example: ChatExample) -> int:
     ],
 )
 async def test_engine_chat_template_yields_the_same_tokens_as_training(
-    family: str, tools: bool, tmp_path: Path
+    family: str, tools: bool, capabilities: DeviceCapabilities, tmp_path: Path
 ) -> None:
     """Needs the real engine: the prompt's tokens are those of vLLM's own renderer."""
     model = model_with(family, tmp_path / "model")
@@ -108,7 +108,7 @@ async def test_engine_chat_template_yields_the_same_tokens_as_training(
             state=tmp_path,
             log=tmp_path / "engine.log",
             cache=tmp_path / "cache",
-            capabilities=read_capabilities(tmp_path),
+            capabilities=capabilities,
             settings=EngineSettings(max_model_len=1024, max_concurrency=8),
         )
     )

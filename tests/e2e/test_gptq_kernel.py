@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from svc.engine.device import read_capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
@@ -55,7 +55,7 @@ def distance(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -
 
 
 @asynccontextmanager
-async def engine_with(model: Path, home: Path) -> AsyncIterator[EngineProcess]:
+async def engine_with(model: Path, home: Path, capabilities: DeviceCapabilities) -> AsyncIterator[EngineProcess]:
     """Yield an engine that uses PyTorch's 4-bit kernel."""
     settings = EngineSettings(gptq_kernel=GptqKernel.TORCH, max_model_len=256, max_concurrency=8)
     spec = EngineSpec(
@@ -65,7 +65,7 @@ async def engine_with(model: Path, home: Path) -> AsyncIterator[EngineProcess]:
         state=home,
         log=home / "engine.log",
         cache=home / "cache",
-        capabilities=read_capabilities(home),
+        capabilities=capabilities,
         settings=settings,
     )
     engine = EngineProcess(spec)
@@ -85,13 +85,13 @@ async def measure(engine: EngineProcess) -> Logprobs:
     [32, *(pytest.param(size, marks=pytest.mark.matrix) for size in (64, 128, -1))],
 )
 async def test_gptq_log_probabilities_match_those_of_dequantized_weights_even_after_reloads(
-    bases: tuple[Path, Path], tmp_path: Path, report: Report, group_size: int
+    bases: tuple[Path, Path], capabilities: DeviceCapabilities, tmp_path: Path, report: Report, group_size: int
 ) -> None:
     """Needs the real engine: the kernel that is tested runs inside it."""
     folders = [tmp_path / f"gptq-{number}" for number in range(len(bases))]
     references = [refer(base, folder, group_size) for base, folder in zip(bases, folders, strict=True)]
     exact, rounded = ([reference[f"torch.{dtype}"] for reference in references] for dtype in ("float32", "bfloat16"))
-    async with engine_with(folders[0], tmp_path) as engine:
+    async with engine_with(folders[0], tmp_path, capabilities) as engine:
         first = await measure(engine)
         await engine.client.reload_weights(folders[1])
         await engine.client.reset_prefix_cache()

@@ -65,7 +65,7 @@ def test_blue_green_swap_under_load_delays_no_request(instance: Instance, report
     """
     old = instance.engines()
     # Without pauses, the load takes most of the CPU time, and two engines take five times as long to start.
-    with Load(instance.url, "tiny", instance.prompts, streams=2, pause_s=0.2) as load:
+    with Load(instance.url, "tiny", instance.prompts, streams=2, pause_s=0.5) as load:
         load.wait_for(4)
         before = read_lag(instance.url)
         swap = instance.promote("tiny@2", "--format", "merged")

@@ -20,7 +20,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from examples.load import Load
-from examples.service import engine_pid, svc, svc_json
+from examples.service import engine_pid, svc, svc_json, wait_until_ready
 from examples.tamper import alter_weights, replace_weights
 from svc.engine.client import EngineClient
 from svc.engine.device import read_capabilities
@@ -275,9 +275,7 @@ def test_dead_engine_is_restarted_and_serves_again(server: Server) -> None:
         os.kill(pid, signal.SIGKILL)
         load.wait_for(8)
     assert load.failed
-    deadline = time.monotonic() + 180
-    while server.status()["engine"]["state"] != "ready" and time.monotonic() < deadline:
-        time.sleep(1)
+    wait_until_ready(server.url, None, server.home / "logs" / "serve.log", 180)
     status = server.status()
     assert status["engine"]["restarts"] == 1
     assert "died" in status["engine"]["last_error"]

@@ -15,10 +15,12 @@ from pathlib import Path
 import openai
 import pytest
 
+from svc.registry.registry import Registry
+from svc.settings.settings import Settings
 from svc.store.rollouts import RolloutOutcome, RolloutState, RolloutView, find_rollout
-from svc.version import Format
+from svc.version import Format, VersionId
 from tests.e2e.conftest import PROMPTS, Report
-from tests.e2e.instance import ANY_QUALITY, Instance
+from tests.e2e.instance import ANY_QUALITY, Instance, copy_version
 from tests.e2e.json_versions import PROSE_ANSWER, add_json_version, prompts
 
 pytestmark = [pytest.mark.slow]
@@ -43,13 +45,14 @@ class Users:
         pause_s: pause before each of a stream's requests, in seconds.
 
     Attributes:
+        pause_s: the same; it may be changed.
         failed: errors of requests that failed.
         versions: version of each answer, in order.
     """
 
     def __init__(self, url: str, model: str, questions: list[str], streams: int = 4, pause_s: float = 0.0) -> None:
         self._client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
-        self._model, self._questions, self._streams, self._pause_s = model, questions, streams, pause_s
+        self._model, self._questions, self._streams, self.pause_s = model, questions, streams, pause_s
         self._numbers, self._stop = itertools.count(), threading.Event()
         self.failed: list[str] = []
         self.versions: list[str] = []
@@ -79,7 +82,7 @@ class Users:
             time.sleep(0.05)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._pause_s):
+        while not self._stop.wait(self.pause_s):
             number = next(self._numbers)
             question = self._questions[number % len(self._questions)]
             try:
@@ -129,18 +132,18 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[Format.MERGED, pytest.param(Format.ADAPTER, marks=pytest.mark.matrix)])
 def instance(
-    request: pytest.FixtureRequest, home: Path, starts: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, first_home: Path, starts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Instance]:
-    """Yield a server of `teams`, whose versions 1 to 3 answer in JSON, but version 2 in 70% of cases only.
+    """Yield a server of `teams`: versions 1 and 3 have the same weights and answer in JSON, version 2 in 70% of cases.
 
     Adapters are tried in the engine of production, merged versions in a second engine.
     """
     format, folder = request.param, tmp_path_factory.mktemp("rollout") / "home"
     add_version = partial(add_json_version, folder, "teams", adapter=format is Format.ADAPTER)
-    with closing(Instance(home, folder, PORT, PROMPTS, **SETTINGS, PYTHONPATH=python_path(starts))) as instance:
+    with closing(Instance(first_home, folder, PORT, PROMPTS, **SETTINGS, PYTHONPATH=python_path(starts))) as instance:
         add_version()
         add_version(urgent_answer=PROSE_ANSWER)
-        add_version()
+        copy_version(Registry.of(Settings(home=folder)), VersionId("teams", 1), "teams")
         instance.start("teams@1", "--format", format)
         yield instance
 
@@ -193,13 +196,23 @@ def wait_for_state(instance: Instance, state: RolloutState, name: str = "teams",
         time.sleep(0.02)
 
 
+def promote_among(users: Users, instance: Instance, first: RolloutState, *arguments: str) -> int:
+    """Promote a version while users ask, and return the exit code. Until the rollout's first state after loading, they
+    ask less often, because the candidate's engine starts on the same core.
+    """
+    pause_s, users.pause_s = users.pause_s, 1.0
+    promotion = instance.try_to_promote(*arguments)
+    wait_for_state(instance, first)
+    users.pause_s = pause_s
+    return promotion.wait(300)
+
+
 def test_candidate_with_30_percent_invalid_json_is_rolled_back_without_a_failed_request(
     instance: Instance, users: Users, report: Report
 ) -> None:
     """Needs the real engine: two engines share the cores, and real answers are compared while clients wait."""
     began = time.monotonic()
-    done = promote(instance, "teams@2", "--canary", "50,100")
-    assert done.returncode == 21, (done.stdout, done.stderr)
+    assert promote_among(users, instance, RolloutState.CANARY, "teams@2", "--canary", "50,100") == 21
     ended = latest(instance)
     assert (ended.outcome, users.failed) == (RolloutOutcome.ROLLED_BACK, []), ended
     assert ended.why is not None and "invalid JSON" in ended.why
@@ -215,7 +228,7 @@ def test_candidate_with_30_percent_invalid_json_is_rolled_back_without_a_failed_
 def test_slow_candidate_is_rolled_back_without_a_failed_request(
     instance: Instance, users: Users, report: Report
 ) -> None:
-    slow = str(add_json_version(instance.home, "teams", layers=24))
+    slow = str(add_json_version(instance.home, "teams", layers=100))
     began = time.monotonic()
     done = promote(instance, slow, "--canary", "50,100")
     assert done.returncode == 21, (done.stdout, done.stderr)
@@ -231,10 +244,10 @@ def test_good_candidate_goes_through_shadow_and_canary_without_a_failed_request(
 ) -> None:
     """Needs the real engine: real times to the first token must pass, and real weights are swapped under load."""
     began = time.monotonic()
-    done = promote(instance, "teams@3", *STEPS)
+    exit_code = promote_among(users, instance, RolloutState.SHADOW, "teams@3", *STEPS)
     took_s = time.monotonic() - began
     users.wait_for(20)
-    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert exit_code == 0, latest(instance)
     assert (latest(instance).outcome, users.failed) == (RolloutOutcome.PROMOTED, [])
     assert users.versions[-1] == "teams@3"
     report(f"good candidate: promoted after {took_s:.0f} s, {users.versions.count('teams@3')} answers by it")

@@ -1,5 +1,7 @@
 """Fixtures of the trainer's tests: a tiny model, its examples and recipes, and runs to compare with."""
 
+from collections.abc import Iterator
+from functools import cache
 from multiprocessing import forkserver, set_forkserver_preload
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from svc.dataset.schema.example import ChatExample
+from svc.engine import device
 from svc.engine.vllm.start import ForkingContext
 from tests.trainer.tiny_model import examples as examples
 from tests.trainer.tiny_model import make_example as make_example
@@ -40,6 +43,14 @@ def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     The measured share can be above 1: an engine double answers faster than the kernel's CPU times are updated.
     """
     monkeypatch.setattr("svc.evaluation.quiet_machine.MAX_OTHERS_SHARE", float("inf"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _capabilities_once() -> Iterator[None]:
+    """Detect the device's capabilities once, which takes a new process 5 s, instead of once for each test's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "ask_capabilities", cache(device.ask_capabilities))
+        yield
 
 
 @pytest.fixture(scope="module")

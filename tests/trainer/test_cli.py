@@ -18,7 +18,7 @@ from tests.trainer.conftest import make_example
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "warned"), [("triage", True), ("other", False)])
+@pytest.mark.parametrize(("name", "warned"), [("triage", True), pytest.param("other", False, marks=pytest.mark.matrix)])
 def test_warning_is_printed_when_an_earlier_version_was_trained_on_the_same_prompts(
     svc: Svc, tmp_path: Path, name: str, warned: bool
 ) -> None:

@@ -34,7 +34,13 @@ def test_merged_model_of_each_family_keeps_the_files_and_config_of_its_base(tmp_
         assert json.loads(config) == json.loads(published) | {"torch_dtype": "bfloat16"}
 
 
-@pytest.mark.parametrize(("template", "family"), zip(NamedTemplate, cycle(["llama_2", "phi_2"]), strict=False))
+@pytest.mark.parametrize(
+    ("template", "family"),
+    [
+        pytest.param(template, family, marks=[pytest.mark.matrix] if template is not NamedTemplate.CHATML else [])
+        for template, family in zip(NamedTemplate, cycle(["llama_2", "phi_2"]), strict=False)
+    ],
+)
 def test_merged_model_gets_the_recipe_chat_template_when_its_base_has_none(
     tmp_path: Path, family: str, template: NamedTemplate
 ) -> None:

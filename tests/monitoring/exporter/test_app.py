@@ -155,7 +155,9 @@ def test_exporter_listens_on_ipv6(registry: Registry) -> None:
         assert "svc_server_up 0.0" in httpx.get(url).text
 
 
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["of its home", "elsewhere"])
+@pytest.mark.parametrize(
+    "elsewhere", [pytest.param(False, id="of its home", marks=pytest.mark.matrix), pytest.param(True, id="elsewhere")]
+)
 def test_monitor_command_exports_server_metrics_and_stops_on_a_signal(tmp_path: Path, elsewhere: bool) -> None:
     command = [sys.executable, "-m", "svc.cli", "--home", str(tmp_path / "home"), "monitor", "--port", "0"]
     lock = tmp_path / ("other" if elsewhere else "home") / LOCK_FILE

@@ -41,7 +41,7 @@ from tests.serving.engine_double import EngineDouble
 from tests.serving.service import NAME, ONE, OneBackend, Service, connections, gateway
 from tests.serving.socket_server import running_in_thread
 
-EXAMPLES = min(30, settings().max_examples)
+EXAMPLES = min(30, settings().max_examples // 3)
 EXAMPLES_WITH_KEYS = 3
 OPEN = {"/health", "/health/live"}
 """Paths that nobody needs a key for."""

@@ -240,7 +240,7 @@ def test_bfloat16_counts_as_emulated_if_the_cpu_has_no_usable_bfloat16_instructi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("torch_limit", [None, "avx2"])
+@pytest.mark.parametrize("torch_limit", [None, pytest.param("avx2", marks=pytest.mark.matrix)])
 def test_float32_is_used_when_bfloat16_would_be_emulated(
     monkeypatch: pytest.MonkeyPatch, torch_limit: str | None
 ) -> None:

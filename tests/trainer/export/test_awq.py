@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ from svc.errors import TrainingError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.version import Format
 from tests.trainer.conftest import make_example, make_model, make_recipe
-from trainer.export.awq import best_clip, check_awq, check_calibration, equal_blocks
+from trainer.export.awq import best_clip, check_awq, check_calibration, equal_blocks, exact_clipping
 from trainer.export.gptq import quantize_to_4_bits
+from trainer.library_output import library_output_to_log
 from trainer.parity.awq import expand
 from trainer.parity.quantized import MAX_OFF, compare
 
@@ -85,21 +84,16 @@ def test_awq_clipping_minimizes_the_output_error_over_all_tokens(seed: int) -> N
     assert torch.allclose(found, torch.stack(limits).gather(0, chosen[None]).squeeze(0))
 
 
-REPLACED = """
-from gptqmodel.looper.awq_processor import AWQProcessor
-from trainer.export.awq import exact_clipping
-before = AWQProcessor._compute_best_clip
-with exact_clipping():
-    print("values", AWQProcessor._compute_best_clip is before, hasattr(AWQProcessor, "_pseudo_quantize_tensor_into"))
-print("values", AWQProcessor._compute_best_clip is before)
-"""
-
-
 @pytest.mark.slow
 def test_gptqmodel_uses_the_custom_awq_clipping_only_while_the_context_manager_is_active() -> None:
-    result = subprocess.run([sys.executable, "-c", REPLACED], capture_output=True, text=True, check=True)
-    values = [line for line in result.stdout.splitlines() if line.startswith("values")]
-    assert values == ["values False True", "values True"]
+    with library_output_to_log():
+        from gptqmodel.looper.awq_processor import AWQProcessor
+
+    before = AWQProcessor._compute_best_clip
+    with exact_clipping():
+        assert AWQProcessor._compute_best_clip is not before
+        assert hasattr(AWQProcessor, "_pseudo_quantize_tensor_into")
+    assert AWQProcessor._compute_best_clip is before
 
 
 def quantize(base: Path, out: Path) -> None:
@@ -154,7 +148,7 @@ def test_awq_weights_with_damaged_scales_exceed_the_parity_limit(quantized: Path
     assert compare(Format.AWQ, copy, quantized / "base")[0] > MAX_OFF[Format.AWQ]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_repeated_awq_quantization_gives_identical_files_that_the_engine_can_reload_in_place(
     quantized: Path, tmp_path: Path
 ) -> None:

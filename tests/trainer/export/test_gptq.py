@@ -1,11 +1,10 @@
 """Tests GPTQ: the checks before it, the files it writes, and a real quantization of a tiny model."""
 
+import inspect
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,13 @@ from trainer.export.four_bit_layers import _QUANTIZED_MIXTURES, check_layers
 from trainer.export.gptq import (
     calibration_rows,
     calibration_type,
+    faster_rounding,
     link_with_padding,
     pick_calibration,
     quantize_to_4_bits,
 )
 from trainer.export.quantized_files import finish_folder, write_bfloat16
+from trainer.library_output import library_output_to_log
 
 
 def test_all_layers_can_be_quantized_if_their_sizes_are_multiples_of_the_group_size(tiny_base: Path) -> None:
@@ -313,55 +314,38 @@ def test_quantizing_in_float32_changes_only_packed_weights_and_scales(quantized:
             assert torch.equal(in_float32[name], tensor), name
 
 
-INTERRUPTED = """
-import sys
-from pathlib import Path
-from tests.trainer.export.test_gptq import quantize
-try:
-    quantize(Path(sys.argv[1]), Path(sys.argv[2]))
-except KeyboardInterrupt:
-    sys.exit(16)
-"""
+def test_interrupted_quantization_leaves_no_temporary_files(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        assert list(tmp_path.glob(".gptq-*/*"))
+        raise KeyboardInterrupt
 
-
-@pytest.mark.slow
-def test_keyboard_interrupt_stops_quantization_and_leaves_no_temporary_files(tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base", hidden_size=256, intermediate_size=1024, num_key_value_heads=2)
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(base), str(tmp_path / "out")])
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".gptq-*/*")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(5) == 16
-    assert not list(tmp_path.glob(".gptq-*"))
-
-
-SEARCH = """
-import inspect
-from gptqmodel import QuantizeConfig
-from gptqmodel.quantization.gptq import GPTQ
-from gptqmodel.quantization.quantizer import Quantizer
-from trainer.export.gptq import faster_rounding
-def values():
-    quantizer = Quantizer(QuantizeConfig(bits=4, group_size=32))
-    quantizer.configure(perchannel=True)
-    block = inspect.signature(GPTQ.__dict__["quantize"].__get__(object())).parameters["blocksize"].default
-    return quantizer.grid, quantizer.maxshrink, block
-for cpu in (True, False):
-    with faster_rounding(cpu=cpu):
-        print("values", *values())
-print("values", *values())
-"""
+    monkeypatch.setattr("trainer.export.gptq.in_child_process", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_base, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_custom_rounding_settings_apply_to_gptqmodel_only_inside_the_context_manager() -> None:
     """If a gptqmodel release renames the settings, its own values apply, which take eight times as long."""
-    result = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True, check=True)
-    values = [line for line in result.stdout.splitlines() if line.startswith("values")]
-    assert values == ["values 20 0.5 32", "values 20 0.5 128", "values 100 0.8 128"]
+    with library_output_to_log():
+        from gptqmodel import QuantizeConfig
+        from gptqmodel.quantization.gptq import GPTQ
+        from gptqmodel.quantization.quantizer import Quantizer
+
+    def values() -> tuple[int, float, int]:
+        quantizer = Quantizer(QuantizeConfig(bits=4, group_size=32, offload_to_disk=False))
+        quantizer.configure(perchannel=True)
+        block = inspect.signature(GPTQ.__dict__["quantize"].__get__(object())).parameters["blocksize"].default
+        return quantizer.grid, quantizer.maxshrink, block
+
+    with faster_rounding(cpu=True):
+        assert values() == (20, 0.5, 32)
+    with faster_rounding(cpu=False):
+        assert values() == (20, 0.5, 128)
+    assert values() == (100, 0.8, 128)
 
 
 IN_MEMORY = """

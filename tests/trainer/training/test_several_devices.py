@@ -269,7 +269,8 @@ def rank(number: int) -> int:
     return process.pid
 
 
-@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("sharded", [False, True])
 def test_remaining_processes_exit_within_seconds_when_a_training_process_is_killed(
     sharded: bool, tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
@@ -313,6 +314,7 @@ def test_resuming_on_a_different_number_of_devices_barely_changes_the_results_an
     assert difference(tmp_path / "a", tmp_path / "b") < CLOSE_WEIGHTS
 
 
+@pytest.mark.matrix
 def test_training_in_a_separate_process_gives_a_bitwise_identical_result(
     tiny_base: Path, data: TrainingData, tmp_path: Path
 ) -> None:
