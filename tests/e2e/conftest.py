@@ -113,13 +113,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the modules that share the server first, because their worker trains the versions that most others need.
-    Modules that need no version follow, then those that need only the first, and the longest of each first.
+    Modules that need no version follow, then the longest, and first of each those that need only one version.
     """
 
-    def order(item: pytest.Item) -> tuple[bool, int, bool]:
+    def order(item: pytest.Item) -> tuple[bool, bool, bool, int]:
         fixtures = item.fixturenames if isinstance(item, pytest.Function) else ()
         versions = sum(home in fixtures for home in ("first_home", "trained_home"))
-        return item.path.stem not in _SHARING_SERVER, versions, item.path.stem not in _LONGEST
+        return item.path.stem not in _SHARING_SERVER, versions > 0, item.path.stem not in _LONGEST, versions
 
     items.sort(key=order)
 
