@@ -182,8 +182,9 @@ def test_engine_stops_generating_when_a_client_disconnects(server: Server, engin
 
 def total(engine: httpx.Client, metric: str) -> float:
     """Return the current value of one of the engine's metrics."""
-    lines = engine.get("/metrics").text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(metric))
+    values = [line.split()[-1] for line in engine.get("/metrics").text.splitlines() if line.startswith(metric)]
+    assert values, f"vLLM has no {metric}"
+    return sum(map(float, values))
 
 
 def test_every_engine_route_is_either_served_or_explicitly_blocked(engine: httpx.Client) -> None:
