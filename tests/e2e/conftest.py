@@ -113,7 +113,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the modules that share the server first, because their worker trains the versions that most others need.
-    Modules that need no version follow, then the longest, and first of each those that need only one version.
+    Modules that need no version follow, then the longest ones, and then the rest. Of both, those that need one version
+    come before those that need two.
     """
 
     def order(item: pytest.Item) -> tuple[bool, bool, bool, int]:

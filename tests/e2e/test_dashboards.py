@@ -50,7 +50,7 @@ LATE_RATIOS = (
     "svc_slow_token_gaps_per_token_gaps:ratio_increase30m",
     "svc_slow_answers_per_answers:ratio_increase6h",
 )
-"""Rules that read others through subqueries, and thus have values last."""
+"""These rules read other rules through subqueries, so they are the last to have values."""
 _COMPARISON = re.compile(r" (==|!=|>=|<=|>|<) (?=[\d.])")
 
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -41,11 +40,8 @@ STEPS = ("--shadow", "30", "--canary", "50,100")
 class Users:
     """Load of the OpenAI client in which every request is another user's.
 
-    Args:
-        pause_s: pause before each of a stream's requests, in seconds.
-
     Attributes:
-        pause_s: the same; it may be changed.
+        pause_s: pause before each of a stream's requests, in seconds. It may be changed at any time.
         failed: errors of requests that failed.
         versions: version of each answer, in order.
     """
@@ -177,10 +173,6 @@ def _slow_plan(starts: Path, is_slow: bool) -> Iterator[None]:
         (starts / "slow").unlink(missing_ok=True)
 
 
-def promote(instance: Instance, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return instance.command("promote", *arguments, *ANY_QUALITY)
-
-
 def latest(instance: Instance, name: str = "teams") -> RolloutView:
     """Return the latest rollout of a model, from the store, because the server may be down."""
     record = find_rollout(instance.store(), name)
@@ -230,7 +222,7 @@ def test_slow_candidate_is_rolled_back_without_a_failed_request(
 ) -> None:
     slow = str(add_json_version(instance.home, "teams", layers=100))
     began = time.monotonic()
-    done = promote(instance, slow, "--canary", "50,100")
+    done = instance.command("promote", slow, "--canary", "50,100", *ANY_QUALITY)
     assert done.returncode == 21, (done.stdout, done.stderr)
     ended = latest(instance)
     assert (ended.outcome, users.failed) == (RolloutOutcome.ROLLED_BACK, []), ended

@@ -31,7 +31,7 @@ until then."""
 _MAX_PRODUCTION = 200
 """Number of production's newest units from which its 95th percentile is estimated. The percentile of all units would
 stay too high after a time of slow answers, for example while the candidate's engine started, and few of production's
-later units would exceed it: a real rollout passed after 758 requests of the candidate instead of 399."""
+later units would exceed it: a real rollout then needed 758 requests of the candidate instead of 399."""
 _RATIOS = (0.01, 100.0)
 _FIGURE_ERROR = 0.05
 """Probability that a percentile ever lies outside the limits displayed for it."""
