@@ -5,6 +5,7 @@ in a separate process, once for each CPU, GPU and set of packages, and the resul
 This module knows nothing about models; plan.py determines what a model needs.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -406,6 +407,7 @@ def _instruction_set(used: str) -> str:
 
 
 if __name__ == "__main__":
+    gc.disable()  # importing creates hardly any garbage, see svc/imports.py
     # vLLM logs to standard output, and native code may write there too.
     answer_to = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -22,6 +22,7 @@ from svc.child_process import in_child_process
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.files.json_file import read_json_object
+from svc.imports import without_garbage_collection
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.terminal import counting, waiting
 from svc.version import Format
@@ -192,8 +193,9 @@ def _run_gptqmodel(
     # gptqmodel sizes its thread pool by this, and on two cores its own default is too small for its model loader.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
     with waiting("Loading the merged model"), library_output_to_log():
-        import torch
-        from gptqmodel import BACKEND, GPTQModel
+        with without_garbage_collection():
+            import torch
+            from gptqmodel import BACKEND, GPTQModel
 
         awq = format is Format.AWQ
         config = awq_options(quantize.group_size, offload) if awq else _gptq_options(quantize, offload)

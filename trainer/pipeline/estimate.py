@@ -7,6 +7,7 @@ from dataclasses import replace
 from svc.engine.device import read_capabilities
 from svc.engine.machine import read_machine
 from svc.errors import InsufficientMemoryError, SvcError
+from svc.imports import without_garbage_collection
 from svc.settings.settings import Settings
 from svc.terminal import console
 from trainer.estimate.batches import read_preference_workload, read_workload
@@ -32,6 +33,8 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
     # First, so that a wrong name fails before anything is read.
     devices = [_several(device, recipe, settings) for device in choose_devices(names, settings.home)]
     folder = find_config(recipe.base, settings, recipe.chat_template, recipe.rope_scaling, recipe.new_tokens)
+    with without_garbage_collection():
+        import trainer.training.sft  # noqa: F401 - torch, transformers and TRL, which `svc train` needs later
     shape = read_model_shape(folder, recipe.adapter.targets)
     if examples.judged:
         workload = read_preference_workload(examples.judged, recipe, folder)

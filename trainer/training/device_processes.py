@@ -23,6 +23,7 @@ from typing import Any
 
 from svc.child_process import end_with_parent
 from svc.errors import InterruptedRunError, TrainingError
+from svc.imports import without_garbage_collection
 from svc.terminal import console, quiet_libraries
 from trainer.callbacks.preemption import preemption
 from trainer.training.devices import TrainingDevice
@@ -186,7 +187,8 @@ def _main(place: Place, task: bytes) -> None:
 
 
 def _call(place: Place, task: bytes) -> object:
-    work, arguments = pickle.loads(task)  # noqa: S301 - from the caller
+    with without_garbage_collection():  # imports the module of `work`
+        work, arguments = pickle.loads(task)  # noqa: S301 - from the caller
     return work(place, *arguments)
 
 

@@ -27,6 +27,7 @@ from svc.engine.device import DeviceCapabilities, read_capabilities
 from svc.engine.orphans import end_engine
 from svc.files.disk import write_whole
 from svc.files.lock import hold_lock, is_locked, wait_for_lock
+from svc.imports import without_garbage_collection
 from svc.registry.objects import ObjectStore
 from svc.registry.run_record import MachineRecord
 from svc.terminal import console, quiet_libraries
@@ -182,7 +183,8 @@ class RayWorker:
         set_variables(seat, self._address)
         folder = self._own(run)
         folders = TrainingFolders(run.folder / "bases" / run.base, folder / "trained", folder / "checkpoints")
-        work, arguments = pickle.loads(task)  # noqa: S301 - from the caller
+        with without_garbage_collection():  # imports the module of `work`
+            work, arguments = pickle.loads(task)  # noqa: S301 - from the caller
         result = work(Place(seat.rank, seat.size, seat.meeting, self), folders, *arguments)
         if seat.rank == 0 and folders.out.is_dir():
             records = self._checkpoints(run).send_trained(folders.out)

@@ -4,6 +4,7 @@ The check takes 9 s, mostly for importing vLLM, so callers start it, do other wo
 process runs this file as a module. Since no weights are read, a model that is too large for the memory still passes.
 """
 
+import gc
 import json
 import os
 import shlex
@@ -107,6 +108,7 @@ def _shortened(reason: str) -> str:
 
 
 if __name__ == "__main__":
+    gc.disable()  # importing creates hardly any garbage, see svc/imports.py
     # vLLM logs to standard output, and native code may write there too.
     answer_to = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

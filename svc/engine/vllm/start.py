@@ -13,6 +13,7 @@ instead of 20 on one), and needs 14 seconds of processor time instead of 22.
 """
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -22,6 +23,8 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing import context, forkserver, resource_tracker, util
 from typing import Any
+
+from svc.imports import without_garbage_collection
 
 _CORE = ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "transformers")
 """Modules that the core imports but the HTTP process does not. Modules missing from the installed vLLM are skipped."""
@@ -37,6 +40,8 @@ class _Process(context.ForkServerProcess):
         self._environment = dict(os.environ)
 
     def run(self) -> None:
+        gc.freeze()
+        gc.enable()  # see `_fork`
         os.environ.clear()
         os.environ.update(self._environment)
         super().run()
@@ -57,7 +62,8 @@ def start(entry: str, preloaded: Sequence[str] = _CORE) -> None:
         entry: the module to run and to import. Its arguments are `sys.argv[1:]`.
         preloaded: other modules to import in the fork server, while the entry module runs.
     """
-    importlib.import_module(entry)
+    with without_garbage_collection():
+        importlib.import_module(entry)
     inspect_models_in_this_process()
     multiprocessing.set_forkserver_preload(list(preloaded))
     resource_tracker.ensure_running()  # before the replacement, which would fork this process for it too
@@ -87,6 +93,7 @@ def _fork(path: bytes, arguments: Sequence[str], inherited: Sequence[int]) -> in
     """
     if pid := os.fork():
         return pid
+    gc.disable()  # the fork server only imports
     vars(util)["spawnv_passfds"] = _new_process
     for descriptor in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, *inherited}:
         with contextlib.suppress(OSError):  # `listdir` has closed its own

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 ENTRY = """
-import multiprocessing, os, sys, types
+import gc, multiprocessing, os, sys, types
 
 def look(connection):
     own = multiprocessing.get_context("spawn").Process(target=sys.exit, args=(5,))
@@ -20,10 +20,12 @@ def look(connection):
         "heavy": "heavy" in imported, "late": os.environ.get("LATE"), "early": os.environ.get("EARLY"),
         "parent": os.getppid(), "arguments": sys.argv[1:], "importer": sys.modules["entry"].importer,
         "files": [os.path.realpath(each) for each in os.scandir("/proc/self/fd")], "own_exit_code": own.exitcode,
+        "collected_on_import": collected_on_import, "collects": gc.isenabled(), "ignored": gc.get_freeze_count(),
     })
 
 importer = os.getpid()
 imported = set(sys.modules)
+collected_on_import = gc.isenabled()
 registry = sys.modules.setdefault("vllm.model_executor.models.registry", types.ModuleType("registry"))
 
 if __name__ == "__main__":
@@ -33,7 +35,7 @@ if __name__ == "__main__":
     ours, theirs = context.Pipe()
     process = context.Process(target=look, args=(theirs,))
     process.start()
-    here = {"main": os.getpid(), "heavy_here": "heavy" in sys.modules}
+    here = {"main": os.getpid(), "heavy_here": "heavy" in sys.modules, "collects_here": gc.isenabled()}
     here["inspector"] = registry._run_in_subprocess(os.getpid)
     print(__import__("json").dumps(ours.recv() | here))
     process.join()
@@ -78,6 +80,11 @@ def test_preloaded_modules_are_already_imported_in_the_forked_engine_process(see
 
 def test_forked_engine_process_uses_the_environment_of_the_fork_request(seen: dict[str, Any]) -> None:
     assert (seen["late"], seen["early"]) == ("yes", None)
+
+
+def test_garbage_collector_runs_in_both_processes_but_not_during_imports(seen: dict[str, Any]) -> None:
+    assert (seen["collected_on_import"], seen["collects"], seen["collects_here"]) == (False, True, True)
+    assert seen["ignored"] > 0
 
 
 def test_entry_module_and_engine_process_receive_the_command_line_arguments(seen: dict[str, Any]) -> None:
