@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svc.errors import NotFoundError, RegistryError
+from svc.imports import without_garbage_collection
 from svc.version import Alias, VersionId
 
 if TYPE_CHECKING:
@@ -93,8 +94,9 @@ class Tracking:
             NotFoundError: MLflow does not know the requested object.
             RegistryError: MLflow is not responding, or responds with an error.
         """
-        from mlflow.exceptions import MlflowException
-        from requests import RequestException
+        with without_garbage_collection():
+            from mlflow.exceptions import MlflowException
+            from requests import RequestException
 
         try:
             yield

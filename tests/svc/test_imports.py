@@ -1,6 +1,8 @@
 """Tests that imports run without the garbage collector."""
 
 import gc
+import importlib
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +21,16 @@ def test_garbage_collector_is_on_again_after_a_failed_import() -> None:
     assert gc.isenabled()
 
 
-def test_imported_objects_are_not_searched_for_garbage() -> None:
+def test_imported_objects_are_not_searched_for_garbage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "of_this_test.py").write_text("content = [[]]", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     with without_garbage_collection():
-        imported: list[object] = [[]]
-    assert not any(thing is imported for thing in gc.get_objects())
+        imported = importlib.import_module("of_this_test")
+    assert not any(each is imported.content for each in gc.get_objects())
+
+
+def test_objects_stay_collectable_if_everything_was_imported_before() -> None:
+    model: list[object] = [[]]
+    with without_garbage_collection():
+        import pytest  # noqa: F401
+    assert any(each is model for each in gc.get_objects())

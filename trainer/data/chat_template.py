@@ -21,6 +21,7 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.dataset.text.thinking import CLOSING
 from svc.errors import BaseModelError, DataError
 from svc.files.json_file import read_json_object
+from svc.imports import without_garbage_collection
 from svc.model_folder.chat_template import TemplateKwargs, pin_date
 from svc.terminal import counting
 from trainer.recipe.named_template import SET_TEMPLATE, NamedTemplate
@@ -67,7 +68,8 @@ def read_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     Raises:
         BaseModelError: transformers cannot read the tokenizer.
     """
-    from transformers import AutoTokenizer
+    with without_garbage_collection():
+        from transformers import AutoTokenizer
 
     try:
         # With mistral_common installed, transformers would prefer the folder's tekken.json, which has no chat template;

@@ -17,7 +17,6 @@ from svc.dataset.schema.objective import Objective
 from svc.engine.device import DeviceCapabilities, read_capabilities
 from svc.evaluation.judge import JudgeReport
 from svc.files.lock import hold_lock
-from svc.imports import without_garbage_collection
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.model_folder.weight_files import weight_files
 from svc.registry.housekeeping import size_on_disk
@@ -260,8 +259,7 @@ class Pipeline:
             processes = DeviceProcesses(devices)
         size = processes.size if processes else 1
         sharded = choose_sharding(self.recipe, size, trained.training_type, self.expected)
-        with without_garbage_collection():
-            from trainer.training.sft import train_model  # torch and TRL with it
+        from trainer.training.sft import train_model  # torch and TRL with it
 
         shared = self._shared_checkpoints
         if cluster is None and shared and (newest := shared.fetch()):
