@@ -1,4 +1,4 @@
-"""Provides a trained home and one running server to all end-to-end tests, because starting an engine takes 15 s.
+"""Provides a trained home and one running server to all end-to-end tests, because starting an engine takes 8 s.
 
 With several workers (`pytest -n 2 tests/e2e`), each uses its own cores, because the threads of engines that compete for
 a core wait for each other. One core is enough: most of the time, engines start up.
@@ -127,7 +127,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def capabilities(tmp_path_factory: pytest.TempPathFactory) -> DeviceCapabilities:
-    """Return the capabilities of this machine. Reading them takes 5 s, once in each home."""
+    """Return the capabilities of this machine. Reading them takes 3 s, once in each home."""
     return read_capabilities(tmp_path_factory.mktemp("capabilities"))
 
 

@@ -47,7 +47,7 @@ def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _capabilities_once() -> Iterator[None]:
-    """Detect the device's capabilities once, which takes a new process 5 s, instead of once for each test's home."""
+    """Detect the device's capabilities once, which takes a new process 3 s, instead of once for each test's home."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "ask_capabilities", cache(device.ask_capabilities))
         yield

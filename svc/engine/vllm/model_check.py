@@ -1,6 +1,6 @@
 """Checks from the config alone whether vLLM can serve a model, by running vLLM's validation in another process.
 
-The check takes 9 s, mostly for importing vLLM, so callers start it, do other work and read the result later. The other
+The check takes 8 s, mostly for importing vLLM, so callers start it, do other work and read the result later. The other
 process runs this file as a module. Since no weights are read, a model that is too large for the memory still passes.
 """
 
