@@ -18,10 +18,12 @@ def without_garbage_collection() -> Iterator[None]:
     imported before, nothing changes.
     """
     before = len(sys.modules)
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
         if len(sys.modules) > before:
             gc.freeze()
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()

@@ -21,6 +21,13 @@ def test_garbage_collector_is_on_again_after_a_failed_import() -> None:
     assert gc.isenabled()
 
 
+def test_garbage_collector_stays_off_in_an_outer_import() -> None:
+    with without_garbage_collection():
+        with without_garbage_collection():
+            pass
+        assert not gc.isenabled()
+
+
 def test_imported_objects_are_not_searched_for_garbage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "of_this_test.py").write_text("content = [[]]", "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
