@@ -52,7 +52,7 @@ def test_version_is_trained_in_two_processes_when_the_recipe_says_so(
         ended = svc("--home", home, "train", tmp_path / "recipe.yaml", "--set", setting, "--json")
         assert ended.code == 0
         assert json.loads(ended.out)["version"] == "tiny@1"
-        assert ("train on 2 processes on the CPU" in " ".join(ended.err.split())) is (devices == 2)
+        assert ("training on 2 processes on the CPU" in " ".join(ended.err.split())) is (devices == 2)
         (path,) = home.glob("runs/*/train.json")
         summary = json.loads(path.read_text("utf-8"))["result"]
         assert summary["devices"] == devices
