@@ -99,7 +99,7 @@ class Watched:
 
 
 def in_short_steps(expressions: str) -> str:
-    """Let subqueries take a value every 5 s. Those with a value at each full minute have none before the next one."""
+    """Let subqueries take a value every 5 s. With one value per full minute, they have none until a minute begins."""
     return expressions.replace(":1m]", ":5s]")
 
 
@@ -139,7 +139,7 @@ def watched(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     config["rule_files"] = [str(folder / "rules" / "*.yml")]
     (folder / "rules").mkdir()
     for path in FOLDER.glob("rules/*.yml"):
-        # Long windows too are evaluated each second.
+        # Long windows are evaluated each second too.
         every_time = re.sub(r"^    interval: .*\n", "", path.read_text("utf-8"), flags=re.MULTILINE)
         (folder / "rules" / path.name).write_text(in_short_steps(every_time), "utf-8")
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"127.0.0.1:{MONITOR_PORT}"]

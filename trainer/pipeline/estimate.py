@@ -34,7 +34,7 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
     devices = [_several(device, recipe, settings) for device in choose_devices(names, settings.home)]
     folder = find_config(recipe.base, settings, recipe.chat_template, recipe.rope_scaling, recipe.new_tokens)
     with without_garbage_collection():
-        import trainer.training.sft  # noqa: F401 - torch, transformers and TRL, which `svc train` needs later
+        import trainer.training.sft  # noqa: F401 - the first import of torch and TRL in `svc train`
     shape = read_model_shape(folder, recipe.adapter.targets)
     if examples.judged:
         workload = read_preference_workload(examples.judged, recipe, folder)
