@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from svc.backup.archive import Archive
+from svc.backup_snapshots import newest_snapshot_at
 from svc.store.audit import Action, read_events
 from svc.store.keys import read_keys
 
@@ -71,7 +71,7 @@ class DeadlineMetrics(Collector):
             return None
         made_at = None
         try:
-            made_at = Archive(Path(event.subject)).newest_at()
+            made_at = newest_snapshot_at(Path(event.subject))
         except OSError:
             log.warning("cannot read the backups in %s", event.subject, exc_info=True)
         return (made_at or datetime.fromisoformat(event.at)).timestamp()

@@ -13,7 +13,6 @@ damage to those files would also affect the backup.
 """
 
 import logging
-import re
 import shutil
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from svc.backup.contents import load_contents
+from svc.backup_snapshots import RECORD_FILE, snapshot_folders
 from svc.errors import IntegrityError, NotFoundError
 from svc.files.disk import write_whole
 from svc.registry.files import FileRecord
@@ -36,8 +36,6 @@ STORE_FILE, TRACKING_FILE, OTHER_FILES = "svc.db", "mlflow.db", "files"
 CONTENTS_FILE = "contents.json"
 """File that lists the contents of clients' files. It is separate from the snapshot's record, so that earlier releases
 can still read the record."""
-_RECORD_FILE = "snapshot.json"
-_NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z")
 
 
 class Snapshot(BaseModel):
@@ -93,8 +91,8 @@ class Archive:
 
         The new folder is ignored until `finish` has written the snapshot's record.
         """
-        for unfinished in self._folders():
-            if not (unfinished / _RECORD_FILE).is_file():  # of an interrupted backup
+        for unfinished in snapshot_folders(self._folder):
+            if not (unfinished / RECORD_FILE).is_file():  # of an interrupted backup
                 shutil.rmtree(unfinished)
         # To the millisecond: MLflow continues to read a removed database under its old name.
         now = datetime.now(UTC)
@@ -104,7 +102,7 @@ class Archive:
 
     def finish(self, snapshot: Snapshot) -> None:
         """Write a snapshot's record. Only snapshots with a record can be restored."""
-        write_whole(self.folder(snapshot) / _RECORD_FILE, snapshot.model_dump_json(indent=1).encode("utf-8"))
+        write_whole(self.folder(snapshot) / RECORD_FILE, snapshot.model_dump_json(indent=1).encode("utf-8"))
 
     def folder(self, snapshot: Snapshot) -> Path:
         """Return the folder of a snapshot's files, except those that snapshots share: versions and clients' files."""
@@ -122,16 +120,6 @@ class Archive:
         """
         return load_contents(self.folder(snapshot) / CONTENTS_FILE)
 
-    def newest_at(self) -> datetime | None:
-        """Return the time of the newest finished snapshot, or None if there is none. The snapshot's record is not read.
-
-        Raises:
-            OSError: the folder cannot be read.
-        """
-        finished = (folder for folder in reversed(self._folders()) if (folder / _RECORD_FILE).is_file())
-        newest = next(finished, None)
-        return datetime.strptime(newest.name, "%Y%m%dT%H%M%S.%f%z") if newest else None
-
     def snapshots(self) -> list[Snapshot]:
         """Return all restorable snapshots, oldest first.
 
@@ -139,7 +127,7 @@ class Archive:
             IntegrityError: a snapshot's record cannot be read.
         """
         found = []
-        for path in (folder / _RECORD_FILE for folder in self._folders()):
+        for path in (folder / RECORD_FILE for folder in snapshot_folders(self._folder)):
             if not path.is_file():
                 continue
             try:
@@ -200,8 +188,3 @@ class Archive:
         for path in self.contents.iterdir() if self.contents.is_dir() else ():
             if path.name not in wanted:
                 path.unlink()
-
-    def _folders(self) -> list[Path]:
-        if not self._snapshots.is_dir():
-            return []
-        return sorted(folder for folder in self._snapshots.iterdir() if _NAME.fullmatch(folder.name))
