@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from serving.admission.errors import EngineUnavailableError
+from serving.protocols.error_code import ErrorCode, answered_with
 from svc.errors import NotFoundError
 from svc.version import Alias, Format, Target, VersionId
 
@@ -16,6 +17,7 @@ SHOWN_CHARS = 100
 """Maximum length of text from a client that is quoted in an error message."""
 
 
+@answered_with(404, ErrorCode.MODEL_NOT_FOUND)
 class ModelNotFoundError(NotFoundError):
     """Raised when a model name does not match any loaded version."""
 

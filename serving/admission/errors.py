@@ -1,5 +1,6 @@
 """Errors for requests that were not run. Each error states how long a client should wait before it retries."""
 
+from serving.protocols.error_code import ErrorCode, answered_with
 from svc.errors import SvcError
 
 OVERLOADED_RETRY_S = 1
@@ -23,6 +24,7 @@ class AdmissionError(SvcError):
     retry_after_s: int = QUEUED_RETRY_S
 
 
+@answered_with(429, ErrorCode.OVERLOADED)
 class OverloadedError(AdmissionError):
     """Raised when the maximum number of requests is running, or the running requests have reserved all available
     tokens.
@@ -31,10 +33,12 @@ class OverloadedError(AdmissionError):
     retry_after_s = OVERLOADED_RETRY_S
 
 
+@answered_with(400, ErrorCode.TOO_MANY_TOKENS)
 class TooManyTokensError(SvcError):
     """Raised when a single request needs more tokens than the limit for all running requests."""
 
 
+@answered_with(429, ErrorCode.RATE_LIMIT_EXCEEDED)
 class RateLimitedError(SvcError):
     """Raised when a limit of the caller's key has been reached.
 
@@ -49,14 +53,17 @@ class RateLimitedError(SvcError):
         self.retry_after_s = retry_after_s
 
 
+@answered_with(503, ErrorCode.QUEUE_OVERFLOW)
 class QueueOverflowError(AdmissionError):
     """Raised when the queue is full."""
 
 
+@answered_with(503, ErrorCode.QUEUE_TIMEOUT)
 class QueueTimeoutError(AdmissionError):
     """Raised when a request has been queued for the maximum time."""
 
 
+@answered_with(503, ErrorCode.ENGINE_UNAVAILABLE)
 class EngineUnavailableError(AdmissionError):
     """Raised when no engine can run the request, for example because the engine is starting or has failed."""
 

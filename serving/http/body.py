@@ -6,20 +6,24 @@ from contextlib import AbstractContextManager, nullcontext
 
 from starlette.types import Receive
 
+from serving.protocols.error_code import ErrorCode, answered_with
 from svc.errors import SvcError
 
 BODY_TIMEOUT_S = 15.0
 _JSON_TYPE = b"application/json"
 
 
+@answered_with(413, ErrorCode.BODY_TOO_LARGE)
 class BodyTooLargeError(SvcError):
     """Raised when a request body is larger than the limit."""
 
 
+@answered_with(408, ErrorCode.BODY_TIMEOUT)
 class BodyTimeoutError(SvcError):
     """Raised when a request body did not arrive in time."""
 
 
+@answered_with(415, ErrorCode.UNSUPPORTED_MEDIA_TYPE)
 class MediaTypeError(SvcError):
     """Raised when a request's Content-Type is not JSON."""
 

@@ -15,6 +15,7 @@ from starlette.types import Send
 
 from serving.admission.errors import OverloadedError
 from serving.http.connections import Connection
+from serving.protocols.error_code import ErrorCode, answered_with
 from svc.errors import SvcError
 
 PART_BYTES = 64 * 1024
@@ -30,6 +31,7 @@ class ClientSlowError(Exception):
     """Raised when a client reads its response too slowly and is disconnected."""
 
 
+@answered_with(400, ErrorCode.ANSWER_TOO_LARGE)
 class AnswerTooLargeError(SvcError):
     """Raised when an answer, or a single event in it, exceeds the size limit."""
 

@@ -1,11 +1,10 @@
-"""The single mapping from errors to responses, with their status, type, code and headers.
+"""The conversion of errors to responses, with their status, type, code and headers.
 
-Clients get `{"error": {"message", "type", "param", "code"}}` for every status, as OpenAI's client
-expects. On Anthropic's paths, `type` has Anthropic's values, and the object also contains
-`"type": "error"`. The code is also the label under which the error is counted. A message never contains
-a path or a traceback: only the errors listed here show their own message, while all others are logged
-and answered as `internal_error`. Administration endpoints show some errors that other endpoints do not
-(`change_error`).
+Clients get `{"error": {"message", "type", "param", "code"}}` for every status, as OpenAI's client expects. On
+Anthropic's paths, `type` has Anthropic's values, and the object also contains `"type": "error"`. The code is also the
+label under which the error is counted. A message never contains a path or a traceback: only errors that are declared
+with `answered_with`, or listed here, show their own message, while all others are logged and answered as
+`internal_error`. Administration endpoints show some errors that other endpoints do not (`change_error`).
 """
 
 import json
@@ -18,35 +17,9 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from serving.admission.errors import (
-    EngineUnavailableError,
-    OverloadedError,
-    QueueOverflowError,
-    QueueTimeoutError,
-    RateLimitedError,
-    TooManyTokensError,
-)
-from serving.http import body
-from serving.http.delivery import AnswerTooLargeError
-from serving.http.failed_keys import TooManyWrongKeysError
-from serving.http.feedback import RequestLogBusyError, RequestNotFoundError
-from serving.http.host import HostNotAllowedError
-from serving.http.models import ModelNotDeletableError
-from serving.http.uploading import DiskFullError, FileTooLargeError
-from serving.jobs.creation import FineTuningDisabledError
-from serving.model_names import ModelNotFoundError
-from serving.protocols import request
-from serving.protocols.error_code import ErrorCode
+from serving.protocols.error_code import ANSWERS, ErrorCode
 from serving.protocols.route import ANTHROPIC_PATHS
-from serving.replicas.balancer import AdapterFailedError
-from serving.replicas.transport import (
-    ContextLengthError,
-    EngineBusyError,
-    EngineDiedError,
-    EngineFailedError,
-    EngineRefusedError,
-    EngineSilentError,
-)
+from serving.replicas.transport import EngineFailedError, EngineRefusedError
 from svc.access.authenticator import KeysUnavailableError
 from svc.client_files.shared_contents import ContentMissingError, ContentStoreError
 from svc.client_files.uploads import ChecksumError
@@ -154,51 +127,25 @@ class ApiError:
         return Response(self.body(path), self.status, headers, media_type="application/json")
 
 
-_SHAPES: dict[type[SvcError], tuple[int, ErrorCode]] = {
-    request.InvalidJsonError: (400, ErrorCode.INVALID_JSON),
-    request.InvalidRequestError: (400, ErrorCode.INVALID_REQUEST),
-    body.BodyTooLargeError: (413, ErrorCode.BODY_TOO_LARGE),
-    body.BodyTimeoutError: (408, ErrorCode.BODY_TIMEOUT),
-    body.MediaTypeError: (415, ErrorCode.UNSUPPORTED_MEDIA_TYPE),
+_SHARED: dict[type[SvcError], tuple[int, ErrorCode]] = {
     AuthenticationError: (401, ErrorCode.INVALID_API_KEY),
     PermissionDeniedError: (403, ErrorCode.PERMISSION_DENIED),
-    TooManyWrongKeysError: (429, ErrorCode.TOO_MANY_WRONG_KEYS),
     KeysUnavailableError: (503, ErrorCode.KEYS_UNAVAILABLE),
-    HostNotAllowedError: (421, ErrorCode.HOST_NOT_ALLOWED),
-    RequestNotFoundError: (404, ErrorCode.REQUEST_NOT_FOUND),
-    RequestLogBusyError: (503, ErrorCode.REQUEST_LOG_BUSY),
     EntryNotFoundError: (404, ErrorCode.NOT_FOUND),
-    ModelNotFoundError: (404, ErrorCode.MODEL_NOT_FOUND),
-    ModelNotDeletableError: (403, ErrorCode.MODEL_NOT_DELETABLE),
-    FineTuningDisabledError: (403, ErrorCode.FINE_TUNING_DISABLED),
     JobEndedError: (400, ErrorCode.JOB_ENDED),
     TooManyJobsError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
     BatchEndedError: (400, ErrorCode.BATCH_ENDED),
     TooManyBatchesError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
-    FileTooLargeError: (413, ErrorCode.FILE_TOO_LARGE),
     StorageLimitError: (400, ErrorCode.STORAGE_LIMIT),
-    DiskFullError: (507, ErrorCode.DISK_FULL),
     FileInUseError: (409, ErrorCode.FILE_IN_USE),
     UploadEndedError: (400, ErrorCode.UPLOAD_ENDED),
     UploadSizeError: (400, ErrorCode.INVALID_REQUEST),
     ChecksumError: (400, ErrorCode.INVALID_REQUEST),
     ContentMissingError: (503, ErrorCode.FILE_CONTENT_MISSING),
     ContentStoreError: (503, ErrorCode.STORE_UNAVAILABLE),
-    RateLimitedError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
-    OverloadedError: (429, ErrorCode.OVERLOADED),
-    TooManyTokensError: (400, ErrorCode.TOO_MANY_TOKENS),
-    AnswerTooLargeError: (400, ErrorCode.ANSWER_TOO_LARGE),
-    QueueOverflowError: (503, ErrorCode.QUEUE_OVERFLOW),
-    QueueTimeoutError: (503, ErrorCode.QUEUE_TIMEOUT),
-    EngineUnavailableError: (503, ErrorCode.ENGINE_UNAVAILABLE),
-    ContextLengthError: (400, ErrorCode.CONTEXT_LENGTH_EXCEEDED),
-    EngineRefusedError: (400, ErrorCode.INVALID_REQUEST),
-    EngineBusyError: (503, ErrorCode.OVERLOADED),
-    AdapterFailedError: (503, ErrorCode.ENGINE_ADAPTER_FAILED),
-    EngineDiedError: (503, ErrorCode.ENGINE_DIED),
-    EngineSilentError: (504, ErrorCode.ENGINE_TIMEOUT),
-    EngineFailedError: (502, ErrorCode.ENGINE_ERROR),
 }
+"""Errors of `svc`, which knows nothing of HTTP."""
+ANSWERS.update(_SHARED)
 _CHANGE_SHAPES: dict[type[Exception], tuple[int, ErrorCode]] = {
     NotFoundError: (404, ErrorCode.NOT_FOUND),
     BusyError: (409, ErrorCode.CHANGE_CONFLICT),
@@ -218,8 +165,8 @@ def api_error(error: Exception) -> ApiError:
     """Convert an exception to the error that clients see. Unexpected exceptions are logged with a traceback."""
     if isinstance(error, SvcError):
         for kind in type(error).__mro__:
-            if kind in _SHAPES:
-                return _shaped(error, *_SHAPES[kind])
+            if kind in ANSWERS:
+                return _shaped(error, *ANSWERS[kind])
     if isinstance(error, HTTPException):
         return _framework_error(error)
     if isinstance(error, StoreUnavailableError):

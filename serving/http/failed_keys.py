@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from serving.http.peer import peer_of
+from serving.protocols.error_code import ErrorCode, answered_with
 from svc.errors import SvcError
 
 MAX_INVALID_PER_MINUTE = 20
@@ -18,6 +19,7 @@ _MAX_PEERS = 4096
 counting period began earliest is dropped."""
 
 
+@answered_with(429, ErrorCode.TOO_MANY_WRONG_KEYS)
 class TooManyWrongKeysError(SvcError):
     """Raised when a peer has sent too many invalid API keys in a minute.
 

@@ -19,6 +19,7 @@ from serving.admission.errors import OverloadedError
 from serving.http.body import ClientGoneError
 from serving.http.json_body import read_json
 from serving.http.request_state import request_state
+from serving.protocols.error_code import ErrorCode, answered_with
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from serving.telemetry.request_log import RequestLog
 from svc.errors import NotFoundError, SvcError
@@ -34,10 +35,12 @@ _EXAMPLE = '{"request_id": ..., "rating": "good" or "bad"}, with an optional "co
 _FLUSH_S = 5.0
 
 
+@answered_with(404, ErrorCode.REQUEST_NOT_FOUND)
 class RequestNotFoundError(NotFoundError):
     """Raised when no request with the given id is stored."""
 
 
+@answered_with(503, ErrorCode.REQUEST_LOG_BUSY)
 class RequestLogBusyError(SvcError):
     """Raised when the rated request cannot be found yet, because it may still be waiting to be stored."""
 

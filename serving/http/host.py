@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from serving.model_names import SHOWN_CHARS
+from serving.protocols.error_code import ErrorCode, answered_with
 from svc.errors import SvcError
 
 ANY = "*"
@@ -19,6 +20,7 @@ _MAX_ADDRESS_CHARS = 45
 """Maximum length of an IP address in text form: an IPv6 prefix followed by an IPv4 address."""
 
 
+@answered_with(421, ErrorCode.HOST_NOT_ALLOWED)
 class HostNotAllowedError(SvcError):
     """Raised when the Host header contains a name that does not belong to this server."""
 

@@ -1,6 +1,7 @@
 """Endpoints that list and describe the models that clients may use, and delete fine-tuned models.
 
 Only the operator can change which versions are served and stored. Deleting a fine-tuned model therefore only hides it
+from serving.protocols.error_code import ErrorCode, answered_with
 from clients. A key that is restricted to some models cannot see any other models.
 """
 
@@ -13,6 +14,7 @@ from serving.http.actor import actor_of
 from serving.http.request_state import request_state
 from serving.jobs.fine_tuned_models import PREFIXES, FineTunedModels
 from serving.model_names import SHOWN_CHARS, ModelNotFoundError
+from serving.protocols.error_code import ErrorCode, answered_with
 from serving.router import Backend, Router
 from svc.errors import SvcError
 from svc.identity.principal import Principal
@@ -21,6 +23,7 @@ from svc.store.fine_tuned_models import FineTunedModel
 OWNER = "tuneserve"
 
 
+@answered_with(403, ErrorCode.MODEL_NOT_DELETABLE)
 class ModelNotDeletableError(SvcError):
     """Raised when a client tries to delete a model that is not fine-tuned, or that it does not own."""
 

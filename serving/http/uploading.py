@@ -16,6 +16,7 @@ from serving.http.disconnect import while_connected
 from serving.http.multipart import FORM_BYTES
 from serving.http.request_state import RequestState, request_state
 from serving.http.threaded_body import ThreadedBody
+from serving.protocols.error_code import ErrorCode, answered_with
 from svc.errors import PermissionDeniedError, SvcError
 from svc.files.disk import is_full
 
@@ -25,10 +26,12 @@ _CHECK_DISK_EVERY = 64 * 2**20
 Result = TypeVar("Result")
 
 
+@answered_with(413, ErrorCode.FILE_TOO_LARGE)
 class FileTooLargeError(SvcError):
     """Raised when an uploaded file is larger than the limit."""
 
 
+@answered_with(507, ErrorCode.DISK_FULL)
 class DiskFullError(SvcError):
     """Raised when the disk for clients' files is almost full."""
 

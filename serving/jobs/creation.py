@@ -38,6 +38,7 @@ from serving.jobs.recipe import (
 )
 from serving.jobs.request import JobRequest
 from serving.jobs.training_check import CheckFailedError, CheckTimeoutError, TrainingCheck, check_training
+from serving.protocols.error_code import ErrorCode, answered_with
 from serving.protocols.request import InvalidRequestError
 from svc.client_files.client_files import ClientFiles
 from svc.client_files.shared_contents import ContentDamagedError, ContentMissingError, ContentStoreError
@@ -84,6 +85,7 @@ _FAILURES = {"training_file": "invalid_training_file", "validation_file": "inval
 _QUEUED = "Files validated, moving job to queued state"
 
 
+@answered_with(403, ErrorCode.FINE_TUNING_DISABLED)
 class FineTuningDisabledError(SvcError):
     """Raised when a client uses the fine-tuning API of a server that has no base models configured."""
 

@@ -1,9 +1,14 @@
 """The reasons why requests fail, as shown to clients and counted in metrics, and the request outcome for each
 reason."""
 
+from collections.abc import Callable
 from enum import StrEnum
+from typing import TypeVar
 
+from svc.errors import SvcError
 from svc.store.requests import RequestOutcome
+
+_Error = TypeVar("_Error", bound=type[SvcError])
 
 
 class ErrorCode(StrEnum):
@@ -88,3 +93,21 @@ _OUTCOMES = {
 def outcome_of(reason: ErrorCode | None) -> RequestOutcome:
     """Return a request's outcome. `reason` is the reason for its failure, or None if the request succeeded."""
     return RequestOutcome.COMPLETE if reason is None else _OUTCOMES.get(reason, RequestOutcome.REFUSED)
+
+
+ANSWERS: dict[type[SvcError], tuple[int, ErrorCode]] = {}
+"""The HTTP status and error code with which each error is answered. Subclasses are answered like their parent."""
+
+
+def answered_with(status: int, code: ErrorCode) -> Callable[[_Error], _Error]:
+    """Declare how an error is answered. Its message is then shown to clients, so it must not contain a path.
+
+    Args:
+        status: the HTTP status.
+    """
+
+    def declare(error: _Error) -> _Error:
+        ANSWERS[error] = (status, code)
+        return error
+
+    return declare

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
+from serving.protocols.error_code import ErrorCode, answered_with
 from serving.protocols.reading_cost import takes_longer
 from serving.protocols.route import Route
 from serving.protocols.structure import find_excess
@@ -46,10 +47,12 @@ _RESPONSES = Route.RESPONSES  # looking up an enum member takes longer than the 
 _HAS_STREAM_OPTIONS = frozenset({Route.CHAT_COMPLETIONS, Route.COMPLETIONS})
 
 
+@answered_with(400, ErrorCode.INVALID_JSON)
 class InvalidJsonError(SvcError):
     """Raised when a request body is not a JSON object."""
 
 
+@answered_with(400, ErrorCode.INVALID_REQUEST)
 class InvalidRequestError(SvcError):
     """Raised when a field has an unsupported value."""
 

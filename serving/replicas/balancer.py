@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from serving.admission.errors import ENGINE_RETRY_S, AdmissionError, EngineUnavailableError
 from serving.model_names import ModelNames, ModelNotFoundError
+from serving.protocols.error_code import ErrorCode, answered_with
 from serving.replicas.adapter_cache import AdapterCache, AdapterUse
 from serving.replicas.pool import EnginePool
 from serving.replicas.replica import Replica
@@ -32,6 +33,7 @@ See "Consistent Hashing with Bounded Loads" (Mirrokni, Thorup and Zadimoghaddam,
 """
 
 
+@answered_with(503, ErrorCode.ENGINE_ADAPTER_FAILED)
 class AdapterFailedError(EngineError):
     """Raised when a version's adapter could not be loaded or failed its probes.
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from serving.admission.errors import ENGINE_RETRY_S, OVERLOADED_RETRY_S
+from serving.protocols.error_code import ErrorCode, answered_with
 from svc.engine.error_text import error_of, without_values
 from svc.engine.vllm.connection import (
     BrokenConnectionError,
@@ -34,6 +35,7 @@ _PATH = re.compile(r"(?<![\w:/.])/(?:[\w.@-]+/)+[\w.@-]*|(?<![\w/])~/[\w./@-]+")
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\)|File \"[^\"]*\", line \d+")
 
 
+@answered_with(503, ErrorCode.ENGINE_DIED)
 class EngineDiedError(EngineError):
     """Raised when the engine cannot be reached, or stops while it is sending a response."""
 
@@ -47,10 +49,12 @@ class EngineUnreachableError(EngineDiedError):
     """
 
 
+@answered_with(504, ErrorCode.ENGINE_TIMEOUT)
 class EngineSilentError(EngineError):
     """Raised when the engine has not sent any data for too long."""
 
 
+@answered_with(502, ErrorCode.ENGINE_ERROR)
 class EngineFailedError(EngineError):
     """Raised when the engine fails to answer a request, or rejects it because of an error in the gateway.
 
@@ -58,12 +62,14 @@ class EngineFailedError(EngineError):
     """
 
 
+@answered_with(503, ErrorCode.OVERLOADED)
 class EngineBusyError(EngineError):
     """Raised when the engine is currently not accepting more requests."""
 
     retry_after_s = OVERLOADED_RETRY_S
 
 
+@answered_with(400, ErrorCode.INVALID_REQUEST)
 class EngineRefusedError(EngineError):
     """Raised when the engine rejects a client's request.
 
@@ -78,6 +84,7 @@ class EngineRefusedError(EngineError):
         self.param = param
 
 
+@answered_with(400, ErrorCode.CONTEXT_LENGTH_EXCEEDED)
 class ContextLengthError(EngineRefusedError):
     """Raised when a request has more tokens than the model's context allows."""
 

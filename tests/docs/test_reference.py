@@ -3,9 +3,9 @@
 import re
 import tomllib
 
-from serving.http.errors import _CHANGE_SHAPES, _FRAMEWORK_CODES, _SHAPES
+from serving.http.errors import _CHANGE_SHAPES, _FRAMEWORK_CODES
 from serving.jobs.recipe import BASE_KEY, RECIPE_KEYS
-from serving.protocols.error_code import ErrorCode
+from serving.protocols.error_code import ANSWERS, ErrorCode
 from svc import errors
 from svc.dataset.problem.problem import Code, severity_of
 from svc.engine.state import EngineState
@@ -37,7 +37,7 @@ def test_every_swap_outcome_is_in_the_runbook() -> None:
 
 def test_api_page_lists_every_http_error_with_its_status() -> None:
     documented = {(int(status), code.strip("`")) for status, code, *_ in rows(read("docs/api.md"), "status")}
-    sent = {*_SHAPES.values(), *_CHANGE_SHAPES.values(), *_FRAMEWORK_CODES.items(), (500, ErrorCode.INTERNAL_ERROR)}
+    sent = {*ANSWERS.values(), *_CHANGE_SHAPES.values(), *_FRAMEWORK_CODES.items(), (500, ErrorCode.INTERNAL_ERROR)}
     assert documented == {(status, code.value) for status, code in sent}
     assert {code for _, code in documented} == {code.value for code in ErrorCode} - {"client_gone", "client_slow"}
 

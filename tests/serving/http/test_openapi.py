@@ -22,10 +22,9 @@ from sqlalchemy import Engine as Store
 
 from serving.admission.admission import Admission
 from serving.http.authentication import Authentication
-from serving.http.errors import _SHAPES
 from serving.http.openapi import openapi_document
 from serving.model_names import ModelNames
-from serving.protocols.error_code import ErrorCode
+from serving.protocols.error_code import ANSWERS, ErrorCode
 from serving.protocols.route import Route
 from serving.replicas.balancer import Lease
 from serving.replicas.token_pace import TokenPace
@@ -69,7 +68,7 @@ async def test_every_completion_error_is_documented_with_its_status(client: http
     document = (await client.get("/openapi.json")).json()
     elsewhere = {ErrorCode.MODEL_NOT_DELETABLE, ErrorCode.CHANGE_CONFLICT, ErrorCode.CHANGE_REFUSED}
     elsewhere |= {ErrorCode.FILE_IN_USE, ErrorCode.DISK_FULL}
-    statuses = {str(status) for status, code in _SHAPES.values() if code not in elsewhere} | {"500"}
+    statuses = {str(status) for status, code in ANSWERS.values() if code not in elsewhere} | {"500"}
     for route in Route:
         assert statuses <= set(document["paths"][route.value]["post"]["responses"])
 
