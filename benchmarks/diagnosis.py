@@ -1,7 +1,7 @@
 """Measures how accurate training diagnosis is: false positives on healthy runs, and detected faults.
 
 Every run is a real training with this project's trainer, on a two-layer model that trains in seconds.
-The task is the letter task of tests/trainer/diagnosis, with different data, batch size, learning rate,
+The task is the letter task of tests/trainer/evaluation/diagnosis, with different data, batch size, learning rate,
 lengths and steps for each seed. A run is healthy by construction: it has a usual learning rate, enough
 steps and few wrong labels. A fault changes one property of such a run. The diagnosis rules were not
 derived from these runs. The results may not carry over to other models and tasks.
@@ -26,7 +26,7 @@ from svc.errors import TrainingError
 from svc.evaluation.finding import FindingKind
 from svc.invocation import print_json
 from svc.terminal import counting, output
-from trainer.diagnosis.diagnose import diagnose
+from trainer.evaluation.diagnosis.diagnose import diagnose
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData
 
@@ -131,7 +131,7 @@ def plan(seed: int, fault: Fault | None = None) -> Plan:
 def train_base(folder: Path) -> Path:
     """Train a base that answers each letter with a color, whatever the question's length. Return its folder."""
     from tests.trainer.conftest import make_model, make_recipe
-    from tests.trainer.diagnosis.letter_task import colors, questions
+    from tests.trainer.evaluation.diagnosis.letter_task import colors, questions
 
     start = make_model(folder / "random", hidden_size=128, intermediate_size=256, num_attention_heads=4)
     recipe = make_recipe(
@@ -147,7 +147,7 @@ def train_base(folder: Path) -> Path:
 
 def data_of(run_plan: Plan) -> tuple[list[ChatExample], list[ChatExample]]:
     """Return a plan's training and held-out examples, in which most of the base's colors are renamed."""
-    from tests.trainer.diagnosis.letter_task import COLORS, colors, mislabel, questions
+    from tests.trainer.evaluation.diagnosis.letter_task import COLORS, colors, mislabel, questions
 
     draw, of = random.Random(run_plan.seed), colors(0)  # noqa: S311
     renamed = dict(zip(COLORS, COLORS[1:] + COLORS[:1], strict=True))
@@ -181,7 +181,7 @@ def play(base: Path, run_plan: Plan) -> Outcome:
     """Train and diagnose one run in the current process."""
     import torch
 
-    from tests.trainer.diagnosis.judged_run import train_and_judge
+    from tests.trainer.evaluation.diagnosis.judged_run import train_and_judge
 
     torch.set_num_threads(1)
     train, heldout = data_of(run_plan)

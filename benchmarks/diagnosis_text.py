@@ -23,7 +23,7 @@ from svc.errors import TrainingError
 from svc.invocation import print_json
 from svc.settings.load import load_settings
 from svc.terminal import output
-from trainer.diagnosis.diagnose import diagnose
+from trainer.evaluation.diagnosis.diagnose import diagnose
 
 TASK = Path(__file__).parents[1] / "examples" / "debian-triage"
 ENDED = "ended"
@@ -76,7 +76,7 @@ def judge_run(
 ) -> Outcome:
     """Train and diagnose one run in the current process."""
     from tests.trainer.conftest import make_recipe
-    from tests.trainer.diagnosis.judged_run import train_and_judge
+    from tests.trainer.evaluation.diagnosis.judged_run import train_and_judge
     from trainer.model.config import read_width
 
     match kind:

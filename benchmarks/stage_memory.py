@@ -133,9 +133,9 @@ def measure(case: Case, stage: Stage) -> int:
     """
     import trainer.training.sft  # noqa: F401 - in the memory of `svc train` at every stage
     from trainer.data.chat_template import tokenize_as_trained
+    from trainer.evaluation.parity.report import Made, make_report
     from trainer.export.gptq import calibration_type, quantize_to_4_bits
     from trainer.export.merge import merge_adapter
-    from trainer.parity.report import Made, make_report
     from trainer.training.sft import train_model
     from trainer.training.summary import TrainingData
 

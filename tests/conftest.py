@@ -125,6 +125,12 @@ def any_store(store_settings: Settings, request: pytest.FixtureRequest) -> Store
 
 
 @pytest.fixture
+def sqlite_store(tmp_path: Path) -> Store:
+    """Return an empty store in SQLite."""
+    return new_store(tmp_path / "home")
+
+
+@pytest.fixture
 def postgresql_store(postgresql: PostgresServer) -> Store:
     """Return an empty store in PostgreSQL."""
     postgresql.empty()

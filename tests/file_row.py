@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 
 from sqlalchemy import Engine as Store
 
+from serving.files.rows import ClientFile, Purpose
 from svc.store.database import exclusive
-from svc.store.files import ClientFile, Purpose
 from svc.store.tables import FileRow
 
 

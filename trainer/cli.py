@@ -104,8 +104,8 @@ def train(
     examples = read_run_examples(loaded, cache=settings.base_cache, bad_lines=bad_lines, learnt=learnt)
     if bad_lines and bad_lines.count:
         console.print(f"[yellow]skipped {bad_lines.count} bad lines and saved them in {bad_lines.folder}[/yellow]")
+    from trainer.base_model.find_base import find_base
     from trainer.pipeline.estimate import estimate_here
-    from trainer.pipeline.find_base import find_base
     from trainer.pipeline.quick_trial import quick_trial
     from trainer.pipeline.stages import open_pipeline
 
@@ -200,9 +200,9 @@ def _import(
     from svc.registry.render import print_version
     from svc.terminal import console
     from svc.training_progress import ProgressFile
+    from trainer.base_model.find_base import find_base, find_config
     from trainer.pipeline.combined_adapter import find_combined, warn_learnt
     from trainer.pipeline.examples import read_run_examples
-    from trainer.pipeline.find_base import find_base, find_config
     from trainer.pipeline.stages import open_pipeline
     from trainer.pipeline.trained_adapter import check_fits, find_adapter
 

@@ -13,7 +13,7 @@ import uvloop
 from starlette.types import Receive, Scope, Send
 
 from benchmarks.gateway.peers import MAX_STREAMS
-from serving.http.http_server import HttpServer
+from serving.server.http_server import HttpServer
 from svc.engine.vllm.connection_pool import EngineConnections
 
 _BACKLOG = 2048

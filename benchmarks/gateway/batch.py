@@ -20,12 +20,12 @@ from benchmarks.gateway.load import Address, Ask, send
 from benchmarks.gateway.peers import Ours
 from benchmarks.gateway.processes import cpu_seconds
 from benchmarks.gateway.table import KEYLESS
-from svc.client_files.client_files import ClientFiles
+from serving.files.client_files import ClientFiles
+from serving.files.rows import FileStatus, Purpose
 from svc.errors import EngineError
 from svc.invocation import print_json
 from svc.settings.load import load_settings
 from svc.store.database import open_store
-from svc.store.files import FileStatus, Purpose
 from svc.terminal import console, output
 
 _ASK = Ask(chunks=16)

@@ -50,7 +50,7 @@ class UpstreamEngine(EngineProcess):
 if __name__ == "__main__":
     upstream = Path(sys.argv.pop(1))
     with (
-        patch("serving.replicas.slots.EngineProcess", partial(UpstreamEngine, upstream)),
-        patch("serving.replicas.slots.shortage", lambda specs: None),  # these engines take no memory
+        patch("serving.engines.slots.EngineProcess", partial(UpstreamEngine, upstream)),
+        patch("serving.engines.slots.shortage", lambda specs: None),  # these engines take no memory
     ):
         main()

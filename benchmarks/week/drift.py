@@ -12,6 +12,7 @@ from benchmarks.week.server import EPOCH, Page, page_of
 from benchmarks.week.timetable import MAIN, MODELS, SIDE
 from monitoring.drift.check import DriftCheck
 from monitoring.drift.production import production_targets
+from monitoring.drift.rows import DriftAlarm, read_drift_alarms
 from monitoring.exporter.drift import DriftMetrics
 from svc.drift_reference.item import ItemMaker
 from svc.drift_reference.reference import read_reference
@@ -19,7 +20,6 @@ from svc.redaction import Redactor
 from svc.settings.monitoring import RequestLogSettings
 from svc.store.deployments import add_deployment
 from svc.store.desired import change_desired, read_desired
-from svc.store.drift import DriftAlarm, read_drift_alarms
 from svc.store.drift_items import add_items
 from svc.store.holdouts import HoldoutOutcome, HoldoutRun, add_holdout_run
 from svc.store.requests import RequestRecord, add_requests

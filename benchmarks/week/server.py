@@ -16,12 +16,12 @@ from prometheus_client import CollectorRegistry, Metric
 from benchmarks.week.events import Change, changes
 from benchmarks.week.timetable import BACKUP_TIME, DAY_S, HOLDOUT_EVERY_S, MINUTE_S, MODELS, at
 from benchmarks.week.traffic import TOKENS, Arrival
+from serving.access.authenticator import KeyFault
 from serving.protocols.error_code import ErrorCode, outcome_of
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
 from serving.telemetry.metrics import CLIENT_GONE_STATUS, UNKNOWN_MODEL, GatewayMetrics
-from svc.access.authenticator import KeyFault
 from svc.engine.state import EngineState
 from svc.store.requests import RequestRecord
 from svc.version import Format, Target, VersionId

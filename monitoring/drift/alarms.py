@@ -11,7 +11,7 @@ from sqlalchemy import Engine as Store
 from monitoring.drift.budget import Signal
 from monitoring.drift.evidence import FeatureState
 from monitoring.drift.report import Lasting, Line
-from svc.store.drift import DriftAlarm, read_drift_alarms
+from monitoring.drift.rows import DriftAlarm, read_drift_alarms
 from svc.version import Target
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ FALSE_ALARMS_PER_REQUEST = 1e-5
 class Signal(StrEnum):
     """A kind of traffic data that is watched for drift: prompts, answers or ratings.
 
-    Held-out quality is separate, because it is not measured on traffic (monitoring/quality.py).
+    Held-out quality is separate, because it is not measured on traffic (monitoring/drift/quality.py).
     """
 
     INPUT = "input"

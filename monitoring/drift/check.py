@@ -22,6 +22,7 @@ from monitoring.drift.budget import Signal
 from monitoring.drift.detector import SEEN, Baseline, Detector
 from monitoring.drift.ratings import RatingState, accept_ratings, check_ratings
 from monitoring.drift.report import SignalReport, Status
+from monitoring.drift.rows import DriftState, keep_drift, read_drift_baseline, read_drift_states
 from monitoring.drift.traffic import SIGNALS, TrafficState, accepted_baseline, check_traffic
 from svc.drift_reference.reference import read_reference
 from svc.drift_reference.sample import Sample
@@ -31,7 +32,6 @@ from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.settings.monitoring import RequestLogSettings
 from svc.store.answered import was_answered
-from svc.store.drift import DriftState, keep_drift, read_drift_baseline, read_drift_states
 from svc.store.drift_items import StoredItem, item_ids, prune_items, read_items, read_items_with
 from svc.store.leases import Lease, hold_lease
 from svc.version import Target

@@ -33,11 +33,11 @@ def drift(ctx: click.Context, model: str, accept: bool, as_json: bool) -> None:
     from monitoring.drift.check import DriftCheck, only_check
     from monitoring.drift.production import read_drift
     from monitoring.drift.render import Example, drift_json, drift_screen
+    from monitoring.drift.rows import read_drift_alarms
     from svc.drift_reference.reference import read_prompt
     from svc.registry.registry import Registry
     from svc.store.answered import texts_of
     from svc.store.database import open_store
-    from svc.store.drift import read_drift_alarms
     from svc.terminal import console, output, waiting
 
     registry, store = Registry.of(settings), open_store(settings)

@@ -5,15 +5,15 @@ import logging
 from sqlalchemy import Engine as Store
 
 from monitoring.drift.check import DriftCheck, only_check, read_reports
+from monitoring.drift.quality import QualityReport, read_quality
 from monitoring.drift.report import SignalReport
-from monitoring.quality import QualityReport, read_quality
+from monitoring.drift.rows import read_drift_states
 from svc.errors import BusyError
 from svc.registry.registry import Registry
 from svc.settings.settings import Settings
 from svc.store.database import open_store
 from svc.store.deployments import deployed_names
 from svc.store.desired import read_desired
-from svc.store.drift import read_drift_states
 from svc.version import Target
 
 log = logging.getLogger(__name__)

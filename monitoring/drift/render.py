@@ -11,9 +11,9 @@ from rich.text import Text
 from monitoring.drift.alarms import MOVED
 from monitoring.drift.budget import Signal
 from monitoring.drift.domain_classifier import CLASSIFIER
+from monitoring.drift.quality import Quality, QualityReport
 from monitoring.drift.report import SignalReport, Status
-from monitoring.quality import Quality, QualityReport
-from svc.store.drift import DriftAlarm
+from monitoring.drift.rows import DriftAlarm
 from svc.version import Target
 
 _SHOWN_CHARS = 160

@@ -13,11 +13,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from monitoring.drift.check import REPORT
 from monitoring.drift.production import production_targets
+from monitoring.drift.quality import Quality, QualityReport, read_quality
 from monitoring.drift.report import Status
-from monitoring.quality import Quality, QualityReport, read_quality
+from monitoring.drift.rows import read_drift_states
 from svc.errors import SvcError
 from svc.registry.registry import Registry
-from svc.store.drift import read_drift_states
 from svc.store.holdouts import HoldoutOutcome, newest_holdout_run
 from svc.version import Target
 

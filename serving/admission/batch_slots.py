@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from serving.admission.errors import OverloadedError, QueueTimeoutError
-from svc.one_shot_event import OneShotEvent
+from serving.one_shot_event import OneShotEvent
 
 MAX_WAIT_S = 60.0
 """Maximum time that a batch request waits for a slot, in seconds. After this time it is rejected, and its batch sends

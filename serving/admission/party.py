@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
+from serving.one_shot_event import OneShotEvent
 from svc.identity.principal import Principal
-from svc.one_shot_event import OneShotEvent
 
 
 class Party(NamedTuple):

@@ -24,9 +24,9 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
+from serving.access.usage import Usage
 from serving.admission.errors import RateLimitedError
 from svc.identity.principal import Limits, Principal
-from svc.store.usage import Usage
 
 _BYTES_PER_TOKEN = 4
 _DAY_S = 86_400

@@ -20,8 +20,8 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.background.scheduler import BackgroundScheduler, SupersededError
-from serving.replicas.pool import EnginePool
-from serving.replicas.replica import LoadedWeights
+from serving.engines.pool import EnginePool
+from serving.engines.replica import LoadedWeights
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.dataset.schema.example import any_call_tools
 from svc.engine.client import EngineClient

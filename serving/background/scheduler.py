@@ -14,8 +14,8 @@ from typing import TypeVar
 
 from serving.admission.admission import Admission
 from serving.admission.background_slot import BackgroundSlotEndedError
-from serving.replicas.pool import EnginePool
-from serving.replicas.replica import LoadedWeights
+from serving.engines.pool import EnginePool
+from serving.engines.replica import LoadedWeights
 from svc.engine.client import EngineClient
 from svc.engine.state import EngineState
 from svc.errors import EngineError

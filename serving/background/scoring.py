@@ -19,9 +19,9 @@ from datetime import UTC, datetime, timedelta
 from sqlalchemy import Engine as Store
 
 from serving.background.scheduler import BackgroundScheduler, SupersededError
+from serving.engines.pool import EnginePool
+from serving.engines.replica import LoadedWeights
 from serving.protocols.route import Route
-from serving.replicas.pool import EnginePool
-from serving.replicas.replica import LoadedWeights
 from svc.engine.client import EngineClient
 from svc.engine.state import EngineState
 from svc.errors import EngineError, IntegrityError, NotFoundError

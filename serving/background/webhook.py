@@ -23,10 +23,10 @@ from urllib.parse import urlsplit
 import httpx
 from sqlalchemy import Engine as Store
 
+from serving.store_changes.changes import Changes
 from svc.errors import SettingsError
 from svc.identity.key_file import read_secret
 from svc.settings.webhook import WebhookSettings
-from svc.store.changes import Changes
 from svc.store.outage_log import log_store_error
 from svc.store.webhooks import (
     WebhookDelivery,

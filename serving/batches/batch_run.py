@@ -20,11 +20,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from serving.batches.answer import Answer, Ask
 from serving.batches.lines import RequestLine, RequestLines, read_request_lines
 from serving.batches.progress import ERROR_FILE, OUTPUT_FILE, RETRY_S, Progress, load_progress
+from serving.files.batch_check import check_batch_file
+from serving.files.client_files import ClientFiles
+from serving.files.rows import FileStatus, Purpose
+from serving.files.shared_contents import ContentDamagedError, ContentMissingError, ContentStoreError
 from serving.protocols.error_code import ErrorCode
 from serving.protocols.route import Route
-from svc.client_files.batch_check import check_batch_file
-from svc.client_files.client_files import ClientFiles
-from svc.client_files.shared_contents import ContentDamagedError, ContentMissingError, ContentStoreError
 from svc.errors import AuthenticationError, PermissionDeniedError
 from svc.store.batches import (
     Batch,
@@ -36,7 +37,6 @@ from svc.store.batches import (
     end_batch,
     record_batch_progress,
 )
-from svc.store.files import FileStatus, Purpose
 from svc.store.leases import Lease
 from svc.store.outage_log import log_store_error
 from svc.store.page import EntryNotFoundError

@@ -15,8 +15,8 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.batches.batch_run import BatchContext, BatchRun
+from serving.store_changes.changes import Changes
 from svc.store.batches import Batch, BatchStatus, read_open_batches
-from svc.store.changes import Changes
 from svc.store.leases import LeaseLostError
 from svc.store.outage_log import log_store_error
 

@@ -17,14 +17,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.http.request_parser import RequestParser
-from svc.one_shot_event import OneShotEvent
+from serving.one_shot_event import OneShotEvent
 
 REQUEST_DEADLINE_S = 15.0
 """Maximum time in seconds from the start of a connection, or its last response, until the headers of the next
 request are complete."""
 FULL_DEADLINES = 4
 """A client that reads none of its response is disconnected after `REQUEST_DEADLINE_S` multiplied by this number. For
-completions, a shorter timeout applies, with the outcome `client_slow` (serving.http.delivery)."""
+completions, a shorter timeout applies, with the outcome `client_slow` (serving.gateway.delivery)."""
 LAST_REQUEST_S = 1.0
 """When the server stops, it still answers requests that arrive on open connections within this many seconds."""
 _STATE_KEY = "connection"

@@ -17,12 +17,9 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from serving.engines.transport import EngineFailedError, EngineRefusedError
 from serving.protocols.error_code import ANSWERS, ErrorCode
 from serving.protocols.route import ANTHROPIC_PATHS
-from serving.replicas.transport import EngineFailedError, EngineRefusedError
-from svc.access.authenticator import KeysUnavailableError
-from svc.client_files.shared_contents import ContentMissingError, ContentStoreError
-from svc.client_files.uploads import ChecksumError
 from svc.errors import (
     AuthenticationError,
     BusyError,
@@ -37,11 +34,9 @@ from svc.errors import (
 )
 from svc.identity.key_secret import hide_secrets
 from svc.store.batches import BatchEndedError, TooManyBatchesError
-from svc.store.files import FileInUseError, StorageLimitError
 from svc.store.job_requests import JobEndedError, TooManyJobsError
 from svc.store.page import EntryNotFoundError
 from svc.store.unavailable import StoreUnavailableError
-from svc.store.uploads import UploadEndedError, UploadSizeError
 
 log = logging.getLogger(__name__)
 
@@ -130,19 +125,11 @@ class ApiError:
 _SHARED: dict[type[SvcError], tuple[int, ErrorCode]] = {
     AuthenticationError: (401, ErrorCode.INVALID_API_KEY),
     PermissionDeniedError: (403, ErrorCode.PERMISSION_DENIED),
-    KeysUnavailableError: (503, ErrorCode.KEYS_UNAVAILABLE),
     EntryNotFoundError: (404, ErrorCode.NOT_FOUND),
     JobEndedError: (400, ErrorCode.JOB_ENDED),
     TooManyJobsError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
     BatchEndedError: (400, ErrorCode.BATCH_ENDED),
     TooManyBatchesError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
-    StorageLimitError: (400, ErrorCode.STORAGE_LIMIT),
-    FileInUseError: (409, ErrorCode.FILE_IN_USE),
-    UploadEndedError: (400, ErrorCode.UPLOAD_ENDED),
-    UploadSizeError: (400, ErrorCode.INVALID_REQUEST),
-    ChecksumError: (400, ErrorCode.INVALID_REQUEST),
-    ContentMissingError: (503, ErrorCode.FILE_CONTENT_MISSING),
-    ContentStoreError: (503, ErrorCode.STORE_UNAVAILABLE),
 }
 """Errors of `svc`, which knows nothing of HTTP."""
 ANSWERS.update(_SHARED)

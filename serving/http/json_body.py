@@ -5,9 +5,9 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from serving.engines.model_names import SHOWN_CHARS
 from serving.http.body import read_body
 from serving.http.request_state import request_state
-from serving.model_names import SHOWN_CHARS
 from serving.protocols.request import InvalidJsonError, InvalidRequestError
 
 Body = TypeVar("Body", bound=BaseModel)

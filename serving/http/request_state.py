@@ -1,6 +1,6 @@
 """The state of one request, stored in its ASGI scope and shared by all layers.
 
-The outermost layer (serving.http.middleware) creates it, and authentication marks the request as admitted. The
+The outermost layer (serving.gateway.middleware) creates it, and authentication marks the request as admitted. The
 endpoint then adds the values that the outermost layer sends in the response headers.
 """
 
@@ -10,13 +10,13 @@ from typing import Final
 
 from starlette.types import Scope
 
+from serving.access.authenticator import Grant
 from serving.admission.rate_limiter import Reservation
 from serving.http.connections import Connection
 from serving.http.peer import peer_of
-from svc.access.authenticator import Grant
+from serving.one_shot_event import OneShotEvent
 from svc.identity.principal import Principal
 from svc.identity.principal import Scope as KeyScope
-from svc.one_shot_event import OneShotEvent
 from svc.version import VersionId
 
 STATE_KEY: Final = "request"

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
-from serving.replicas.pool import EnginePool
-from serving.replicas.replica import Replica
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Replica
 
 Result = TypeVar("Result")
 

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from serving.model_names import ModelNames
-from serving.replicas.pool import EnginePool
-from serving.replicas.replica import Replica
+from serving.engines.model_names import ModelNames
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Replica
 from serving.rollout.cancellation import Cancellation
 from serving.rollout.second_engine import start_second_engine
 from serving.rollout.swap_plan import Plan, Report, SwapPlanner

@@ -18,11 +18,11 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
 from serving.admission.admission import Admission
-from serving.model_names import ModelNames
-from serving.replicas.pool import EnginePool
-from serving.replicas.replica import Replica
-from serving.replicas.retirement import RETIRE_TIMEOUT_S
-from serving.replicas.verification import Verification
+from serving.engines.model_names import ModelNames
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Replica
+from serving.engines.retirement import RETIRE_TIMEOUT_S
+from serving.engines.verification import Verification
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.second_engine import start_second_engine
 from serving.rollout.swap_plan import Plan, Report, SwapPlanner

@@ -17,12 +17,12 @@ from serving.rollout.analysis.analysis import Analysis, Margins, Signal, SignalV
 from serving.rollout.analysis.betting import STAKES, Budget
 from serving.rollout.analysis.comparisons import Figure
 from serving.rollout.analysis.units import Arm, Rating, Request
+from serving.rollout.assigned_requests import AssignedRequest, read_assigned, read_ratings, requests_per_day
+from serving.rollout.shadow_pairs import ShadowPair, read_shadow_pairs
 from svc.evaluation.verdict import GateOutcome
 from svc.settings.rollout import RolloutSettings, UnitKind
-from svc.store.assigned_requests import AssignedRequest, read_assigned, read_ratings, requests_per_day
 from svc.store.requests import RequestOutcome
 from svc.store.rollouts import RolloutRecord, SignalRow
-from svc.store.shadow_pairs import ShadowPair, read_shadow_pairs
 from svc.store.swaps import last_queued_s
 
 _FAILED = {RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR}

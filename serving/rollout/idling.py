@@ -13,8 +13,8 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 
 from serving.admission.admission import Admission
-from serving.replicas.pool import EnginePool
-from serving.replicas.replica import Replica
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Replica
 from serving.rollout.reviver import start_engine
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.engine.state import EngineState

@@ -13,9 +13,9 @@ from typing import Any
 
 from sqlalchemy import Engine as Store
 
+from serving.rollout.served import Began, begin_serving, end_serving
 from svc.store.desired import Desired
 from svc.store.rollouts import add_rollout_step
-from svc.store.served import Began, begin_serving, end_serving
 from svc.store.swaps import SwapRecord, SwapResult, add_step, begin_swap, end_swap
 
 log = logging.getLogger(__name__)

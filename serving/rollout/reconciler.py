@@ -21,25 +21,25 @@ from functools import partial
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.leadership import Leadership
-from serving.model_names import ModelNames
-from serving.replicas.pool import EnginePool
-from serving.replicas.slots import EngineSlots
+from serving.engines.model_names import ModelNames
+from serving.engines.pool import EnginePool
+from serving.engines.slots import EngineSlots
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.journal import Journal
+from serving.rollout.leadership import Leadership
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reviver import Reviver, start_engine
 from serving.rollout.rollout import Rollouts, retrying
+from serving.rollout.served import Began, is_served_elsewhere
 from serving.rollout.swap import Swap
 from serving.rollout.swap_plan import Report
+from serving.store_changes.changes import Changes
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.engine.state import EngineState
 from svc.errors import BusyError, SvcError, SwapError
-from svc.store.changes import Changes
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.outage_log import log_store_error
 from svc.store.rollouts import RolloutState, active_rollout
-from svc.store.served import Began, is_served_elsewhere
 from svc.store.swaps import SwapOutcome, SwapResult, end_lost_swaps, failed_elsewhere, find_swap
 from svc.version import Target
 

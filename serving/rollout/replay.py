@@ -23,15 +23,16 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.admission.admission import Admission
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Replica
+from serving.engines.transport import EngineDiedError, EngineRefusedError
 from serving.protocols.request import InvalidJsonError, InvalidRequestError, parse_request
 from serving.protocols.route import Route
-from serving.replicas.pool import EnginePool
-from serving.replicas.replica import Replica
-from serving.replicas.transport import EngineDiedError, EngineRefusedError
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.candidate import CandidatePlan
 from serving.rollout.engine_change import EngineChange, SwapInProgress
 from serving.rollout.shadow import Copy, CopyAnswer, compared, unit_of
+from serving.rollout.shadow_pairs import ShadowPair, add_shadow_pair, read_shadow_pairs
 from serving.rollout.split import Split
 from serving.rollout.swap_plan import Plan
 from serving.telemetry.deployment_metrics import DeploymentMetrics, ShadowOutcome
@@ -41,7 +42,6 @@ from svc.redaction import PLACEHOLDERS
 from svc.store.kept_requests import find_kept_requests, read_kept_request
 from svc.store.requests import RequestRecord
 from svc.store.rollouts import RolloutRecord, RolloutState
-from svc.store.shadow_pairs import ShadowPair, add_shadow_pair, read_shadow_pairs
 from svc.store.swaps import SwapKind
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serving.admission.admission import Admission
-from serving.replicas.pool import EnginePool
-from serving.replicas.slots import EngineSlots
+from serving.engines.pool import EnginePool
+from serving.engines.slots import EngineSlots
 from serving.rollout.scaling import ScalingPolicy
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.engine.state import EngineState

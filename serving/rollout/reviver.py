@@ -8,9 +8,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from serving.replicas.pool import EnginePool
-from serving.replicas.replica import Replica
-from serving.replicas.slots import EngineSlots
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Replica
+from serving.engines.slots import EngineSlots
 from svc.engine.state import EngineState
 from svc.errors import SvcError
 from svc.version import Target

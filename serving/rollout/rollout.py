@@ -27,25 +27,26 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.admission.admission import Admission
-from serving.leadership import Leadership
-from serving.model_names import ModelNames
-from serving.replicas.balancer import Balancer
-from serving.replicas.pool import EnginePool
+from serving.engines.balancer import Balancer
+from serving.engines.model_names import ModelNames
+from serving.engines.pool import EnginePool
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.candidate import CandidateLoader, CandidatePlan, LoadedCandidate
 from serving.rollout.engine_change import EngineChange
 from serving.rollout.evidence import CanaryEvidence, Look, ShadowEvidence, doubts, exclusions, expectations
+from serving.rollout.leadership import Leadership
 from serving.rollout.replay import MIN_UNITS, QUIET_S, Kept, Replay, find_kept, require_replay
 from serving.rollout.rollout_watch import RolloutWatch
 from serving.rollout.shadow import Shadow
+from serving.rollout.shadow_pairs import add_shadow_pair
 from serving.rollout.split import Split
+from serving.store_changes.changes import Changes
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.dataset.text.thinking import without_thinking
 from svc.errors import EngineError, SvcError
 from svc.evaluation.metrics.json_answers import is_json
 from svc.registry.registry import Registry
 from svc.settings.rollout import AtDeadline, UnitKind
-from svc.store.changes import Changes
 from svc.store.desired import Desired, read_desired
 from svc.store.leases import Lease, LeaseLostError
 from svc.store.outage_log import log_store_error
@@ -63,7 +64,6 @@ from svc.store.rollouts import (
     store_signals,
     switch_rollout,
 )
-from svc.store.shadow_pairs import add_shadow_pair
 from svc.store.swaps import SwapOutcome, SwapResult, find_swap, last_queued_s, server_swaps
 from svc.version import VersionId
 

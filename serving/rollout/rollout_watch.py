@@ -13,9 +13,9 @@ from typing import NamedTuple
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.leadership import Leadership
 from serving.rollout.cancellation import Cancellation
-from svc.store.changes import Changes
+from serving.rollout.leadership import Leadership
+from serving.store_changes.changes import Changes
 from svc.store.desired import Desired, read_desired
 from svc.store.leases import LEASE_S
 from svc.store.outage_log import log_store_error

@@ -2,8 +2,8 @@
 
 import asyncio
 
-from serving.replicas.pool import EnginePool
-from serving.replicas.replica import Replica
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Replica
 from serving.rollout.cancellation import Cancellation, SupersededError
 from svc.version import Target
 

@@ -17,21 +17,21 @@ from typing import NamedTuple
 
 from serving.admission.admission import Admission
 from serving.admission.errors import AdmissionError
-from serving.model_names import ModelNotFoundError
+from serving.engines.balancer import Balancer
+from serving.engines.model_names import ModelNotFoundError
+from serving.engines.transport import EngineCall, EngineDiedError, EngineRefusedError, EngineUnreachableError
 from serving.protocols.request import CompletionRequest
 from serving.protocols.route import Route
 from serving.protocols.sampled_logprobs import mean_logprob, with_logprobs
 from serving.protocols.server_sent_events import EventSplitter, is_event
 from serving.protocols.wire_formats import Usage, WireFormat, wire_format
-from serving.replicas.balancer import Balancer
-from serving.replicas.transport import EngineCall, EngineDiedError, EngineRefusedError, EngineUnreachableError
+from serving.rollout.shadow_pairs import ShadowPair
 from serving.telemetry.deployment_metrics import DeploymentMetrics, ShadowOutcome
 from svc.dataset.text.thinking import without_thinking
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.errors import SvcError
 from svc.evaluation.metrics.json_answers import is_json
 from svc.store.requests import RequestOutcome, RequestRecord
-from svc.store.shadow_pairs import ShadowPair
 from svc.version import VersionId
 
 log = logging.getLogger(__name__)

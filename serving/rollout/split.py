@@ -6,7 +6,7 @@ from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 from serving.protocols.route import Route
-from svc.store.assigned_requests import unit_text
+from serving.rollout.assigned_requests import unit_text
 from svc.store.requests import RequestRecord
 
 _HASH_BYTES = 8
@@ -32,7 +32,7 @@ class Assignment(NamedTuple):
 
     Attributes:
         candidate: whether the candidate answers the request.
-        unit: text that the request log stores for the assignment; see `svc.store.assigned_requests.unit_text`.
+        unit: text that the request log stores for the assignment; see `serving.rollout.assigned_requests.unit_text`.
         expects_json: whether the answer should be JSON.
         mirror: object that receives the request after production has answered it, or None if no copy is wanted.
     """

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.admission.admission import Admission
-from serving.model_names import ModelNames
-from serving.replicas.pool import EnginePool
-from serving.replicas.replica import Replica
+from serving.engines.model_names import ModelNames
+from serving.engines.pool import EnginePool
+from serving.engines.replica import Replica
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.engine_change import EngineChange, Result, SwapInProgress
 from serving.rollout.swap_plan import Report, SwapPlanner

@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from serving.replicas.pool import EnginePool
-from serving.replicas.slots import EngineSlots
-from serving.replicas.verification import Verification
+from serving.engines.pool import EnginePool
+from serving.engines.slots import EngineSlots
+from serving.engines.verification import Verification
 from svc.errors import RefusedError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.registry import Registry

@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 
 import httpx
 
-from serving.replicas.served_model import served_model
-from serving.replicas.slots import EngineSlots
+from serving.engines.served_model import served_model
+from serving.engines.slots import EngineSlots
 from serving.sizing.service_times import MeasuredTimes, Point
 from svc.engine.client import engine_http
 from svc.engine.device import read_capabilities

@@ -13,13 +13,13 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from serving.access.authenticator import KeyFault
 from serving.protocols.error_code import ErrorCode, outcome_of
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import Usage
 from serving.telemetry.loop_instruments import LoopCounter, LoopHistogram
 from serving.telemetry.quantiles import VersionQuantiles
 from serving.telemetry.traces.request_trace import SpanDropped
-from svc.access.authenticator import KeyFault
 from svc.store.feedback import Rating
 from svc.store.requests import Dropped
 from svc.store.webhooks import WebhookOutcome

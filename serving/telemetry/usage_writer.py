@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from svc.access.usage_meter import UsageMeter
-from svc.access.used_elsewhere import NewUsage, UsedElsewhere
+from serving.access.usage import Usage
+from serving.access.usage_meter import UsageMeter
+from serving.access.used_elsewhere import NewUsage, UsedElsewhere
 from svc.store.database import is_sqlite
 from svc.store.leases import running_servers
 from svc.store.outage_log import log_store_error
-from svc.store.usage import Usage
 
 log = logging.getLogger(__name__)
 

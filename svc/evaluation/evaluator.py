@@ -114,7 +114,7 @@ async def evaluate(
 
     Args:
         tokenized: the same examples in the same order, as tokenized for training.
-        limits: maximum number of tokens per answer; see svc.evaluation.answer_limit.
+        limits: maximum number of tokens per answer; see trainer.evaluation.answer_limit.
         trained: whether the model was trained on similar examples, so that many answers are likely to equal
             the reference. This only affects the time needed.
         on_done: called after each example.

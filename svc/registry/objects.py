@@ -3,7 +3,7 @@
     manifests/NAME/N.json      written last, and never replaced; a version exists only if it has a manifest
     files/NAME/SHA256/FILE     one file of the model's versions, keyed by its hash
     checkpoints/RUN/STEP/FILE  one file of a checkpoint of an unfinished training run
-    client-files/ID            the contents of a client's file, see svc.client_files.shared_contents
+    client-files/ID            the contents of a client's file, see serving.files.shared_contents
 
 Because a key contains the file's hash, two machines never write different contents under one key. An interrupted upload
 continues with the first missing file. In every supported store, objects appear only when they are complete.

@@ -1,7 +1,7 @@
 """A version's parity report: checks that the served model equals the trained model.
 
 The report is created once, before registration, by testing the files to be registered on an engine that
-serves them. This module does not know how parity is measured (see trainer/parity) or displayed.
+serves them. This module does not know how parity is measured (see trainer/evaluation/parity) or displayed.
 """
 
 import math

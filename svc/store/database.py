@@ -179,7 +179,7 @@ def take_write_lock(connection: Connection) -> None:
 
 def announce_change(connection: Connection, echo: str = "") -> None:
     """Notify the servers that use a store when the transaction commits. In SQLite, this increments a number in the
-    file's header, which servers read (svc.store.sqlite_listener); the transaction must hold the write lock.
+    file's header, which servers read (serving.store_changes.sqlite_listener); the transaction must hold the write lock.
 
     Call this for every change that a server must act on immediately.
 

@@ -1,7 +1,7 @@
 """Fine-tuning jobs, with one row per job, and their events and checkpoints.
 
-A job's owner creates it, and can cancel, pause or resume it. A worker takes it from the queue (svc.store.job_queue),
-and records its progress and result.
+A job's owner creates it, and can cancel, pause or resume it. A worker takes it from the queue
+(serving.fine_tuning.queue), and records its progress and result.
 """
 
 import json

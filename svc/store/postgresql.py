@@ -25,7 +25,7 @@ WRITE_LOCK = 7_883_266_013_104_735_090
 """Key of the advisory lock that a writer holds until the end of its transaction. It is unlikely to equal the key of
 another application in the same database."""
 CHANNEL = "tuneserve"
-"""Channel of notifications about changes; see `svc.store.change_listener`."""
+"""Channel of notifications about changes; see `serving.store_changes.change_listener`."""
 _POOL_SIZE, _POOL_OVERFLOW = 5, 10
 _POOL_TIMEOUT_S = 10
 _CONNECT_TIMEOUT_S = 5

@@ -63,7 +63,7 @@ def test_third_party_services_use_pinned_images_and_listen_on_loopback() -> None
 
 
 def test_compose_stop_timeout_allows_running_requests_to_finish() -> None:
-    from serving.http.http_server import _GRACE_S
+    from serving.server.http_server import _GRACE_S
 
     for name in ("server-cpu", "server-gpu"):
         assert int(SERVICES[name]["stop_grace_period"].removesuffix("s")) > 2 * _GRACE_S

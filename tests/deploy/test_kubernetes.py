@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from serving.http.http_server import _GRACE_S
+from serving.server.http_server import _GRACE_S
 from svc.errors import InterruptedRunError
 from tests.deploy.deploy_files import KUBERNETES, objects, pod_specs
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serving.http.openapi import openapi_document
+from serving.server.openapi import openapi_document
 from svc.remote.server_url import LOCK_FILE
 from svc.settings.load import load_settings, setting_keys
 from svc.settings.settings import ENV_PREFIX, Settings
@@ -73,7 +73,7 @@ def test_every_folder_written_by_a_container_is_on_a_volume() -> None:
 
 
 def test_health_probe_paths_require_no_api_key() -> None:
-    from serving.http.authentication import _OPEN
+    from serving.gateway.authentication import _OPEN
 
     open_paths = PATHS & _OPEN
     assert [f"{one.where}: {path}" for one in CONTAINERS for path in set(one.probes) - open_paths] == []

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serving import systemd_notify
-from serving.http.http_server import _GRACE_S
+from serving.server import systemd_notify
+from serving.server.http_server import _GRACE_S
 from svc.errors import NotFoundError, SettingsError
 from svc.settings.load import load_settings
 from svc.settings.settings import Settings

@@ -4,8 +4,8 @@ import re
 
 from docs.generate import FOLDER
 from svc.evaluation.finding import FindingKind
-from trainer.diagnosis import curve_rules, heldout_rules, label_rules
-from trainer.diagnosis.window import FEW_STEPS, MIN_MEASURED
+from trainer.callbacks.window import FEW_STEPS, MIN_MEASURED
+from trainer.evaluation.diagnosis import curve_rules, heldout_rules, label_rules
 
 PAGE = (FOLDER / "diagnosis.md").read_text("utf-8")
 

@@ -16,12 +16,12 @@ from monitoring.exporter.drift import DriftMetrics
 from monitoring.exporter.server_page import ServerPage
 from monitoring.exporter.training import TrainingMetrics
 from monitoring.exporter.versions import BASE, VersionMetrics
+from serving.access.authenticator import KeyFault
 from serving.protocols.error_code import ErrorCode
 from serving.telemetry.deployment_metrics import DeploymentInstruments
 from serving.telemetry.machine_metrics import add_machine_metrics
 from serving.telemetry.metrics import _NOT_COMPLETIONS, GatewayMetrics
 from serving.telemetry.traces.request_trace import SpanDropped
-from svc.access.authenticator import KeyFault
 from svc.drift_reference.answer import AnswerFeature
 from svc.drift_reference.prompt import PromptFeature
 from svc.engine.state import EngineState

@@ -3,8 +3,9 @@
 import re
 import tomllib
 
+import serving.server.app  # noqa: F401 - declares the errors of every feature
+from serving.fine_tuning.recipe import BASE_KEY, RECIPE_KEYS
 from serving.http.errors import _CHANGE_SHAPES, _FRAMEWORK_CODES
-from serving.jobs.recipe import BASE_KEY, RECIPE_KEYS
 from serving.protocols.error_code import ANSWERS, ErrorCode
 from svc import errors
 from svc.dataset.problem.problem import Code, severity_of

@@ -23,7 +23,6 @@ from examples.load import Load
 from examples.service import svc_json
 from monitoring.drift.budget import Signal
 from monitoring.exporter.versions import heldout_set
-from svc.dataset.fingerprint import fingerprint
 from svc.dataset.readers.reader import read_examples
 from svc.store.database import open_database
 from svc.store.tables import FeedbackRow, RequestRow
@@ -32,6 +31,7 @@ from tests.docs.pages import ROOT
 from tests.e2e.instance import ANY_QUALITY
 from tests.e2e.server import HELDOUT_EXAMPLES, Server
 from tests.monitoring.panel_queries import panel_queries
+from trainer.data.fingerprint import fingerprint
 
 pytestmark = [pytest.mark.slow]
 

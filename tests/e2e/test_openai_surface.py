@@ -17,7 +17,7 @@ from svc.engine.vllm.launch import SOCKET_FILE
 from svc.store.database import open_database
 from svc.store.tables import RequestRow
 from tests.e2e.server import Server
-from tests.serving.http.test_closed_routes import CLOSED, OURS
+from tests.serving.server.test_closed_routes import CLOSED, OURS
 
 pytestmark = [pytest.mark.slow]
 

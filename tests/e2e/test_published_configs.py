@@ -15,8 +15,8 @@ from svc.settings.settings import Settings
 from tests.e2e.conftest import Report
 from tests.hub_models.published import NO_TEMPLATE, build_published, refusal
 from tests.hub_models.training import check_merged, train_and_merge
+from trainer.base_model.find_base import find_base
 from trainer.base_model.resolve import resolve_base
-from trainer.pipeline.find_base import find_base
 from trainer.recipe.named_template import NamedTemplate
 
 pytestmark = [pytest.mark.matrix]

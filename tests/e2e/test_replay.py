@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from serving.rollout.shadow_pairs import read_shadow_pairs
 from svc.store.rollouts import RolloutOutcome, find_rollout
-from svc.store.shadow_pairs import read_shadow_pairs
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance
 from tests.e2e.json_versions import prompts

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from examples.load import Load
-from serving.client.local import LocalAdministration
-from serving.client.promotion import follow
+from serving.rollout.local_client import LocalAdministration
+from serving.rollout.promotion_client import follow
 from svc.settings.load import load_settings
 from svc.store.desired import read_desired
 from svc.store.swaps import SwapOutcome, find_swap

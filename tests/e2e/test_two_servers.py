@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine as Store
 
+from serving.models.server_views import server_views
 from svc.settings.settings import Settings
 from svc.store.database import open_store
 from svc.store.rollouts import RolloutOutcome, RolloutRecord, RolloutState, find_rollout
-from svc.store.server_views import server_views
 from tests.cut_link import Link
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import ANY_QUALITY, Instance

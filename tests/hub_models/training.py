@@ -55,7 +55,7 @@ def check_merged(base: Path, merged: Path) -> None:
     """Fail unless a merged model has its base's files and config, and answers differently from the base."""
     import torch
 
-    from trainer.parity.files import other_config, other_files
+    from trainer.evaluation.parity.files import other_config, other_files
 
     assert other_files(base, merged) == []
     assert other_config(base, merged) == []

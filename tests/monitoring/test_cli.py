@@ -17,9 +17,9 @@ from monitoring.drift.budget import Signal
 from monitoring.drift.check import REPORT
 from monitoring.drift.report import SignalReport
 from monitoring.drift.report import Status as DriftStatus
+from monitoring.drift.rows import DriftState, keep_drift
 from svc.files.lock import hold_lock
 from svc.remote.server_url import LOCK_FILE
-from svc.store.drift import DriftState, keep_drift
 from svc.version import Format, Target, VersionId
 from tests.command_line import Svc
 from tests.new_store import new_store

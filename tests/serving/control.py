@@ -14,14 +14,15 @@ import httpx
 from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine as Store
 
-from serving.deployment_builder import DeploymentBuilder
+from serving.access.authenticator import Authenticator
+from serving.engines.replica import Replica
 from serving.http.connections import watched
-from serving.leadership import Leadership
-from serving.replicas.replica import Replica
-from serving.router import Router
+from serving.models.deployment_builder import DeploymentBuilder
+from serving.models.router import Router
+from serving.rollout.leadership import Leadership
+from serving.store_changes.changes import Changes
 from serving.telemetry.deployment_metrics import DeploymentInstruments
 from serving.telemetry.metrics import GatewayMetrics
-from svc.access.authenticator import Authenticator
 from svc.engine.client import engine_transport
 from svc.engine.probes import EngineFacts
 from svc.engine.state import EngineState
@@ -30,7 +31,6 @@ from svc.registry.registry import Registry
 from svc.settings.engine import AdapterSettings, EngineSettings, ReplicaRange
 from svc.settings.serve import ServeSettings
 from svc.settings.settings import Settings
-from svc.store.changes import Changes
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.swaps import SwapResult, find_swap
 from svc.version import Format, Target

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from serving.replicas.served_model import ServedModel
-from serving.replicas.slots import EngineSlots, Served
+from serving.engines.served_model import ServedModel
+from serving.engines.slots import EngineSlots, Served
 from svc.engine.client import EngineClient
 from svc.engine.device import DeviceCapabilities
 from svc.engine.engine import LastingEngine

@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving import server
-from serving.assembly import assemble
 from serving.rollout.initial_state import choose_deployments
+from serving.server import server
+from serving.server.assembly import assemble
 from svc.errors import SvcError
 from svc.registry.registry import Registry
 from svc.settings.settings import Settings

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping
 
-from serving.http.authentication import Authentication
+from serving.access.authenticator import Authenticator, Grant, KeyFault
+from serving.gateway.authentication import Authentication
 from serving.http.request_state import RequestState
-from svc.access.authenticator import Authenticator, Grant, KeyFault
 from svc.identity.principal import Limits, Principal
 from svc.identity.principal import Scope as Permission
 

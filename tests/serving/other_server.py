@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 from sqlalchemy import Engine as Store
 from sqlalchemy import insert
 
+from serving.rollout.served import Began
 from svc.store.leases import report_server
-from svc.store.served import Began
 from svc.store.tables import ServedRow, target_columns
 from svc.version import Target
 

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from serving.replicas.slots import EngineSlots
+from serving.engines.slots import EngineSlots
 from svc import cli
 from svc.engine import device as capabilities
 from svc.engine.model_facts import ModelFacts

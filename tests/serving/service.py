@@ -12,23 +12,24 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine as Store
 from sqlalchemy import create_engine
 
+from serving.access.authenticator import Authenticator
 from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError
 from serving.admission.party import Party
 from serving.admission.rate_limiter import RateLimiter
-from serving.assembly import MAX_BUFFERED_BYTES, GatewayParts, assemble_gateway
-from serving.http.authentication import Authentication
+from serving.engines.balancer import Lease
+from serving.engines.model_names import ModelNames
+from serving.engines.token_pace import TokenPace
+from serving.gateway.authentication import Authentication
+from serving.gateway.delivery import AnswerBuffers
 from serving.http.connections import ClientProtocol, watched
-from serving.http.delivery import AnswerBuffers
-from serving.model_names import ModelNames
-from serving.replicas.balancer import Lease
-from serving.replicas.token_pace import TokenPace
+from serving.models.router import Backend, Router
 from serving.rollout.version_changes import VersionChanges
-from serving.router import Backend, Router
+from serving.server.assembly import MAX_BUFFERED_BYTES, GatewayParts, assemble_gateway
+from serving.store_changes.changes import Changes
 from serving.telemetry.deployment_metrics import DeploymentInstruments, DeploymentMetrics
 from serving.telemetry.engine_metrics import EngineSource
 from serving.telemetry.metrics import GatewayMetrics
-from svc.access.authenticator import Authenticator
 from svc.engine.client import EngineClient, engine_transport
 from svc.engine.vllm.connection_pool import EngineConnections
 from svc.identity.principal import Principal
@@ -38,7 +39,6 @@ from svc.settings.monitoring import RequestLogSettings, TelemetrySettings
 from svc.settings.serve import ServeSettings
 from svc.settings.settings import Settings
 from svc.settings.storage import ArtifactSettings
-from svc.store.changes import Changes
 from svc.version import Format, Target, VersionId
 from tests.serving.admission.opened import admitted
 from tests.serving.engine_double import EngineDouble, running_engine

@@ -9,9 +9,9 @@ from typing import Any
 from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
-from serving.jobs.recipe import registered_name
+from serving.fine_tuning.recipe import registered_name
+from serving.models.fine_tuned_rows import FineTunedModel
 from svc.registry.registry import Registry
-from svc.store.fine_tuned_models import FineTunedModel
 from svc.store.jobs import Job, JobStatus, Wanted
 from svc.store.tables import JobRow
 from svc.version import Format, VersionId

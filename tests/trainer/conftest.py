@@ -79,4 +79,4 @@ def forked_ranks(forking: ForkingContext, monkeypatch: pytest.MonkeyPatch) -> No
 
     For tests of what two processes exchange. Others start new processes, as trainings do.
     """
-    monkeypatch.setattr("trainer.training.device_processes.get_context", lambda method: forking)
+    monkeypatch.setattr("trainer.training.parallel.device_processes.get_context", lambda method: forking)

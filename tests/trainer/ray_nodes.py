@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 from ray.cluster_utils import Cluster
 
-from trainer.training.ray_worker import RayWorker
+from trainer.training.parallel.ray_worker import RayWorker
 
 _ENDS_S = 10.0
 

@@ -12,9 +12,9 @@ from tests.hub_models.base_models import build_base_model
 from tests.hub_models.build import build_hub_model
 from tests.hub_models.family import DISTINCT, FAMILIES
 from tests.hub_models.training import check_merged, train_and_merge
+from trainer.base_model.find_base import find_base
 from trainer.base_model.resolve import resolve_base
 from trainer.data.template_choice import template_text
-from trainer.pipeline.find_base import find_base
 from trainer.recipe.named_template import NamedTemplate
 
 pytestmark = [pytest.mark.slow]

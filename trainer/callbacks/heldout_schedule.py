@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from trainer.diagnosis.window import FEW_STEPS, MIN_STEPS
+from trainer.callbacks.window import FEW_STEPS, MIN_STEPS
 from trainer.recipe.train import Stopping
 
 _MEASUREMENTS = 10  # of a run whose recipe asks for measurements without an interval

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-from svc.evaluation.training_curve import TrainingPoint
+from trainer.training_curve import TrainingPoint
 
 LOSS, HELDOUT_LOSS = "loss", "heldout_loss"
 TOKENS_PER_SECOND = "tokens_per_second"

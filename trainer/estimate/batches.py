@@ -26,7 +26,7 @@ from trainer.data.chat_template import IGNORED, tokenize_as_trained, tokenize_tu
 from trainer.data.length import cut_documents, truncate
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import TooLong, Train
-from trainer.training.devices import share_of
+from trainer.training.parallel.devices import share_of
 
 CHARACTERS_A_TOKEN = 4.2
 _TURN = 5

@@ -20,7 +20,7 @@ from trainer.estimate.model_shape import ModelShape
 from trainer.estimate.stages import EnginePart, StageMemory, engine_memory, stage_memory
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Sharding
-from trainer.training.devices import divide_step, find_undivided
+from trainer.training.parallel.devices import divide_step, find_undivided
 
 _MAX_BATCH = 1024
 """Largest batch size that an estimate considers."""

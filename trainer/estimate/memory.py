@@ -218,7 +218,7 @@ class Training:
         """Return the bytes that a device needs for weights outside its own shard during a step.
 
         These are the embeddings, the output head and two layers, because the next layer is gathered while the current
-        layer is computed. See trainer.training.sharding.
+        layer is computed. See trainer.training.parallel.sharding.
         """
         shape = self.shape
         layers = shape.linear_weights + shape.expert_weights
@@ -272,7 +272,7 @@ class Training:
             batch.rows * batch.sequences * batch.length / batch.computed
         )  # keys of a shared prefix are copied for each row
         norms = (4 if self.full else 2) * FLOAT32 * shape.hidden  # norms are computed in float32
-        if self.cpu and size == 2 and not self.full and batch.length <= 512:  # trainer.cpu.fused_attention
+        if self.cpu and size == 2 and not self.full and batch.length <= 512:  # trainer.training.cpu.fused_attention
             attention = size * (2 * q + 2 * kv * repeated + shape.heads * batch.length)
         else:  # PyTorch's attention receives keys and values for every query head
             attention = size * (2 * q + 2 * q * repeated)

@@ -29,11 +29,11 @@ _MATRIX_COPIES, _HESSIAN_COPIES, _HIDDEN_COPIES = 3, 2, 3
 hidden states of all calibration tokens."""
 _COMPARED_COPIES = 12
 """Number of float32 copies of a layer in memory while its merged weights are compared with the sum of base and adapter
-(trainer.parity.adapter)."""
+(trainer.evaluation.parity.adapter)."""
 _PARITY_ROOM = 1.2, 2 * 2**30
 """Free GPU memory required to score a model on a GPU: the first value times the size of its weights, plus the second
 value in bytes.
-`trainer.parity.scores.choose_device` applies the same rule."""
+`trainer.evaluation.parity.scores.choose_device` applies the same rule."""
 
 
 class EnginePart(StrEnum):

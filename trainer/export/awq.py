@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from gptqmodel import QuantizeConfig
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-"""Architectures for which trainer.parity.awq can undo the AWQ scales and compare the weights with the merged model. In
-gptqmodel's definitions of other architectures, the scales are applied to other layers."""
+"""Architectures for which trainer.evaluation.parity.awq can undo the AWQ scales and compare the weights with the
+merged model. In gptqmodel's definitions of other architectures, the scales are applied to other layers."""
 _BLOCK = 512
 """Number of tokens in a calibration text. If texts have different lengths, gptqmodel calibrates AWQ with only the last
 batch."""

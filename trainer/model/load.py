@@ -29,7 +29,7 @@ class ModelForm:
         full: whether every weight is trained.
         attention: fastest attention implementation that the machine supports.
         divided: whether the weights are sharded across several devices. The weights are then loaded into main memory,
-            and trained weights are converted to float32 layer by layer (trainer.training.sharding).
+            and trained weights are converted to float32 layer by layer (trainer.training.parallel.sharding).
     """
 
     number_type: NumberType

@@ -9,13 +9,13 @@ from svc.dataset.prompt_hashes import hash_text
 from svc.dataset.schema.example import ChatExample, normal_prompt
 from svc.evaluation.finding import Finding
 from svc.evaluation.intervals import Interval
-from svc.evaluation.training_curve import TrainingPoint
 from svc.version import Format
-from trainer.diagnosis.diagnose import diagnose
-from trainer.diagnosis.training_run import TrainingRun
+from trainer.evaluation.diagnosis.diagnose import diagnose
+from trainer.evaluation.diagnosis.training_run import TrainingRun
+from trainer.evaluation.qualification import Qualified
 from trainer.pipeline.examples import Examples
-from trainer.qualification import Qualified
 from trainer.recipe.recipe import Recipe
+from trainer.training_curve import TrainingPoint
 
 
 def diagnose_training(

@@ -10,6 +10,7 @@ from svc.errors import InsufficientMemoryError, SvcError
 from svc.imports import without_garbage_collection
 from svc.settings.settings import Settings
 from svc.terminal import console
+from trainer.base_model.find_base import find_config
 from trainer.estimate.batches import read_preference_workload, read_workload
 from trainer.estimate.checkpointing import choose_checkpointing, with_checkpointing
 from trainer.estimate.devices import HERE, ComputeDevice, choose_devices
@@ -18,7 +19,6 @@ from trainer.estimate.model_shape import read_model_shape
 from trainer.estimate.refusal import refuse_disk, refuse_memory, refuse_stages
 from trainer.estimate.render import print_short
 from trainer.pipeline.examples import Examples
-from trainer.pipeline.find_base import find_config
 from trainer.pipeline.training_devices import find_devices
 from trainer.recipe.recipe import Recipe
 from trainer.training.summary import TrainingSummary

@@ -18,8 +18,6 @@ from svc.engine.device import DeviceCapabilities
 from svc.engine.model_facts import read_model_facts
 from svc.engine.probes import engine_facts
 from svc.errors import EngineError
-from svc.evaluation.cache import EvaluationCache
-from svc.evaluation.call_parser import check_call_parser
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, judge
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.general.general_set import MAX_TOKENS, GeneralSet
@@ -27,7 +25,6 @@ from svc.evaluation.metrics.choose import choose_metrics, try_on_references
 from svc.evaluation.metrics.metric import Metric
 from svc.evaluation.preference import PairScores, PreferenceReport, TokenizedPair
 from svc.evaluation.results import ExampleResult
-from svc.evaluation.token_scores import choose_examples
 from svc.model_folder.chat_template import TemplateKwargs
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.settings.settings import Settings
@@ -36,11 +33,14 @@ from svc.version import QUANTIZED_FORMATS, SERVED_FORMATS, Format
 from trainer.base_model.resolve import Base
 from trainer.data.chat_template import tokenize_as_trained
 from trainer.data.length import check_served_length, truncate
-from trainer.pipeline.evaluation_cache import evaluation_cache
-from trainer.pipeline.evaluation_engine import evaluation_engine
-from trainer.pipeline.forgetting import ForgettingTest
+from trainer.evaluation.cache import EvaluationCache
+from trainer.evaluation.call_parser import check_call_parser
+from trainer.evaluation.evaluation_cache import evaluation_cache
+from trainer.evaluation.evaluation_engine import evaluation_engine
+from trainer.evaluation.forgetting_check import ForgettingTest
+from trainer.evaluation.qualification import BaseAnswers, GeneralQuestions, Launch, Qualified, Qualifier
+from trainer.evaluation.token_scores import choose_examples
 from trainer.pipeline.run_folder import Run
-from trainer.qualification import BaseAnswers, GeneralQuestions, Launch, Qualified, Qualifier
 from trainer.recipe.evaluate import Evaluate, Qualify
 from trainer.recipe.stage import QUALIFY_STAGES, Stage
 

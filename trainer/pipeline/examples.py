@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from svc.dataset.checks.check import shared_prompts
-from svc.dataset.fingerprint import fingerprint
 from svc.dataset.prompt_hashes import NO_PROMPTS, PromptHashes, hash_prompts
 from svc.dataset.readers.bad_lines import BadLines
 from svc.dataset.readers.preferences import read_labeled, read_pairs
@@ -20,12 +19,13 @@ from svc.dataset.readers.source import newest_modification
 from svc.dataset.schema.example import ChatExample, normal_prompt
 from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
-from svc.dataset.split import mix_general, near_leaks, put_sample_first, split_heldout
 from svc.dataset.stored_examples import as_tuple, collect, join, select
 from svc.errors import DataError
 from svc.evaluation.general.general_set import GeneralSet, read_general_set, shipped_general_set
 from svc.registry.manifest import SelectedBy
 from svc.terminal import console
+from trainer.data.fingerprint import fingerprint
+from trainer.data.split import mix_general, near_leaks, put_sample_first, split_heldout
 from trainer.recipe.data import Learn
 from trainer.recipe.evaluate import Evaluate
 from trainer.recipe.recipe import Recipe

@@ -117,7 +117,7 @@ class ModelStages:
         return export_gguf(self._run.merged, out, self.recipe.name, examples)
 
     def _compare(self) -> ParityReport:
-        from trainer.parity.report import BESIDE_NF4, Made, make_report  # torch
+        from trainer.evaluation.parity.report import BESIDE_NF4, Made, make_report  # torch
 
         evaluation, run = self.evaluation, self._run
         folders = {

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svc.engine.device import DeviceCapabilities
-from svc.engine.vllm.model_check import model_check
 from svc.errors import BaseModelError, RecipeError
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.registry.files import hash_tensor, read_headers
@@ -18,15 +17,16 @@ from svc.settings.engine import Device, EngineSettings
 from svc.terminal import waiting
 from svc.version import SERVED_FORMATS, Format
 from trainer.base_model.content import copy_shipped_files
+from trainer.base_model.vllm_check import model_check
 from trainer.data.chat_template import check_ending, load_tokenizer, stop_tokens
 from trainer.data.vocabulary import check_tokenizer
+from trainer.evaluation.parity.files import other_config, other_files
 from trainer.export import eight_bits
 from trainer.export.awq import check_awq
 from trainer.export.four_bit_layers import check_layers, check_quantizer
 from trainer.model.config import load_config
 from trainer.model.layer_shapes import linear_layers, without_weights
 from trainer.model.target_modules import target_layers
-from trainer.parity.files import other_config, other_files
 from trainer.recipe.recipe import Recipe
 from trainer.training.optimizer import check_optimizer
 

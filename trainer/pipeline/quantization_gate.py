@@ -11,7 +11,7 @@ from svc.evaluation.loss import MIN_DIFFERENCES, MIN_NLL_MARGIN, metric_loss, nl
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.verdict import Gate, GateReport, judge
 from svc.version import Format
-from trainer.qualification import Qualified
+from trainer.evaluation.qualification import Qualified
 from trainer.recipe.evaluate import Evaluate
 
 

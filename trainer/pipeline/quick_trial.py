@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.example import ChatExample, normal_prompt
-from svc.dataset.split import put_sample_first
+from trainer.data.fingerprint import fingerprint
+from trainer.data.split import put_sample_first
 from trainer.pipeline.examples import Examples, Judged, example_of, fingerprint_judged
 from trainer.recipe.evaluate import Undecided
 from trainer.recipe.recipe import Recipe

@@ -20,7 +20,7 @@ from typing import Any, Self
 from svc.dataset.schema.example import ChatExample
 from svc.errors import EngineError, InterruptedRunError
 from svc.ray_cluster import connected, find_address
-from svc.ray_engine.guard import Guard
+from svc.ray_guard import Guard
 from svc.registry.files import record_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.objects import ObjectStore
@@ -35,12 +35,12 @@ from trainer.pipeline.run_folder import RemoteResult, Run, StoredWeights
 from trainer.pipeline.run_stages import RUN_AGAIN, explained_full_disk
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import QUALIFY_STAGES, WRITE_STAGES, Stage
-from trainer.training.processes import Place, TrainingFolders
-from trainer.training.ray_processes import RayProcesses
-from trainer.training.ray_worker import NodeFacts, SharedRun
-from trainer.training.shared_base import share_base
-from trainer.training.shared_checkpoints import SharedCheckpoints
-from trainer.training.sole_trainer import sole_trainer
+from trainer.training.parallel.processes import Place, TrainingFolders
+from trainer.training.parallel.ray_processes import RayProcesses
+from trainer.training.parallel.ray_worker import NodeFacts, SharedRun
+from trainer.training.parallel.shared_base import share_base
+from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
+from trainer.training.parallel.sole_trainer import sole_trainer
 
 _LOG_LINES = 40
 _WRITTEN: Mapping[Stage, Format] = {stage: format for format, stage in WRITE_STAGES.items()}

@@ -8,10 +8,10 @@ from svc.ray_cluster import connected, find_address
 from svc.settings.settings import Settings
 from svc.terminal import console
 from trainer.recipe.recipe import Recipe
-from trainer.training.devices import share_of
-from trainer.training.ray_processes import RayProcesses, WorkerKind, choose_kind, describe_node, reserved
-from trainer.training.ray_worker import NodeFacts, SharedRun
-from trainer.training.shared_checkpoints import SharedCheckpoints
+from trainer.training.parallel.devices import share_of
+from trainer.training.parallel.ray_processes import RayProcesses, WorkerKind, choose_kind, describe_node, reserved
+from trainer.training.parallel.ray_worker import NodeFacts, SharedRun
+from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
 
 
 def check_ray(settings: Settings, recipe: Recipe) -> NodeFacts:

@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict
 from svc.dataset.prompt_hashes import TRAINED_PROMPTS_FILE, hash_answered_prompts, write_prompt_hashes
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.tokenized_example import write_tokenized
-from svc.dataset.summary import DATA_SUMMARY_FILE, summarize_data
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sample
 from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.engine.device import NumberType
@@ -29,7 +28,6 @@ from svc.evaluation.judge import JudgeReport
 from svc.evaluation.metrics.metric import Metric
 from svc.evaluation.results import write_results
 from svc.evaluation.throughput import STREAMS
-from svc.evaluation.training_curve import TRAINING_CURVE_FILE, write_training_curve
 from svc.evaluation.verdict import GateReport
 from svc.registry.files import record_file, record_files
 from svc.registry.fingerprint import compatibility_fingerprint
@@ -45,24 +43,26 @@ from svc.registry.registry import (
     Registry,
     results_file,
 )
-from svc.registry.run_record import RUN_RECORD_FILE, MachineRecord, RunRecord
-from svc.report.page import report_page
-from svc.report.report import gather_report
 from svc.terminal import console
 from svc.version import QUANTIZED_FORMATS, Format, VersionId
 from trainer.base_model.resolve import Base
+from trainer.data.summary import DATA_SUMMARY_FILE, summarize_data
+from trainer.evaluation.forgetting_check import judge_forgetting
+from trainer.evaluation.qualification import Qualified
 from trainer.model.config import read_width
+from trainer.model.run_record import RUN_RECORD_FILE, MachineRecord, RunRecord
 from trainer.pipeline.diagnosis import diagnose_training
 from trainer.pipeline.evaluation import RunEvaluation
 from trainer.pipeline.examples import Examples, fingerprint_judged
-from trainer.pipeline.forgetting import judge_forgetting
 from trainer.pipeline.gate import check_gate
 from trainer.pipeline.quantization_gate import judge_quantized
 from trainer.pipeline.run_folder import Run, StoredWeights
-from trainer.qualification import Qualified
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import WRITE_STAGES, Stage, choose_stages
+from trainer.report.page import report_page
+from trainer.report.report import gather_report
 from trainer.training.summary import TrainingSummary
+from trainer.training_curve import TRAINING_CURVE_FILE, write_training_curve
 
 log = logging.getLogger(__name__)
 

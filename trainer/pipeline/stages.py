@@ -26,16 +26,17 @@ from svc.terminal import console
 from svc.training_progress import ProgressFile
 from svc.training_progress import Registered as VersionRegistered
 from svc.version import SERVED_FORMATS, Format, VersionId
+from trainer.base_model.find_base import merged_revision
 from trainer.base_model.resolve import Base
 from trainer.estimate.estimate import DeviceEstimate
 from trainer.estimate.memory import moment_bytes
+from trainer.evaluation.qualification import Launch
 from trainer.export.gptq import pick_calibration
 from trainer.model.config import read_width
 from trainer.pipeline.combined_adapter import CombinedAdapter
 from trainer.pipeline.estimate import compare_with_real, estimate_metrics
 from trainer.pipeline.evaluation import Evaluated, RunEvaluation
 from trainer.pipeline.examples import Examples
-from trainer.pipeline.find_base import merged_revision
 from trainer.pipeline.gate import say_gates
 from trainer.pipeline.judging import compare_answers, judge_endpoint
 from trainer.pipeline.model_stages import ModelStages
@@ -47,14 +48,13 @@ from trainer.pipeline.run_stages import Step, run_stages
 from trainer.pipeline.tracked_run import sending_curve, tracked_run
 from trainer.pipeline.trained_adapter import TrainedAdapter, check_fits
 from trainer.pipeline.training_devices import choose_sharding, choose_training_devices
-from trainer.qualification import Launch
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage, choose_stages
-from trainer.training.device_processes import DeviceProcesses
-from trainer.training.processes import TrainingProcesses
-from trainer.training.ray_processes import RayProcesses
-from trainer.training.ray_worker import NodeFacts
-from trainer.training.shared_checkpoints import SharedCheckpoints
+from trainer.training.parallel.device_processes import DeviceProcesses
+from trainer.training.parallel.processes import TrainingProcesses
+from trainer.training.parallel.ray_processes import RayProcesses
+from trainer.training.parallel.ray_worker import NodeFacts
+from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
 from trainer.training.summary import TrainingData, TrainingSummary
 
 

@@ -9,7 +9,7 @@ from svc.terminal import console
 from trainer.estimate.estimate import DeviceEstimate
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Sharding
-from trainer.training.devices import (
+from trainer.training.parallel.devices import (
     DeviceChoice,
     TrainingDevice,
     choose_gpus,

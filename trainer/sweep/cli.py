@@ -133,9 +133,9 @@ def _open_trial_runner(
     from svc.errors import RecipeError
     from svc.registry.registry import Registry
     from svc.registry.training_runs import SWEEPS_FOLDER
+    from trainer.base_model.find_base import find_base
     from trainer.pipeline.estimate import estimate_here
     from trainer.pipeline.examples import read_run_examples
-    from trainer.pipeline.find_base import find_base
     from trainer.pipeline.ray_training import check_ray
     from trainer.sweep.ray_trials import RayTrials
     from trainer.sweep.trial_runner import TrialRunner

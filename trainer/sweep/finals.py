@@ -22,8 +22,6 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.client import EngineClient
 from svc.engine.device import DeviceCapabilities
 from svc.engine.model_facts import read_model_facts
-from svc.evaluation.answer_limit import answer_limits
-from svc.evaluation.call_parser import check_call_parser
 from svc.evaluation.comparison import Direction, compare
 from svc.evaluation.evaluator import ask_examples, judge
 from svc.evaluation.forgetting import Forgetting, measure_forgetting, tracked
@@ -39,10 +37,12 @@ from svc.terminal import console, counting
 from svc.version import Format
 from trainer.data.chat_template import tokenize_as_trained
 from trainer.data.length import check_served_length
+from trainer.evaluation.answer_limit import answer_limits
+from trainer.evaluation.call_parser import check_call_parser
+from trainer.evaluation.evaluation_cache import evaluation_cache
+from trainer.evaluation.evaluation_engine import LaunchModel, ReusedEngine, evaluation_engine
+from trainer.evaluation.forgetting_check import judge_forgetting
 from trainer.export.merge import merge_adapter
-from trainer.pipeline.evaluation_cache import evaluation_cache
-from trainer.pipeline.evaluation_engine import LaunchModel, ReusedEngine, evaluation_engine
-from trainer.pipeline.forgetting import judge_forgetting
 from trainer.recipe.evaluate import Undecided
 from trainer.sweep.outcome import TrialComparison, TrialOutcome
 from trainer.sweep.trial_runner import TrialRunner

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from svc.errors import TrainingError
 from svc.evaluation.intervals import Interval, paired_difference
-from svc.evaluation.training_curve import TrainingPoint
+from trainer.training_curve import TrainingPoint
 
 
 class Status(StrEnum):

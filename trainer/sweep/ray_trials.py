@@ -25,8 +25,8 @@ from trainer.pipeline.reports import Report
 from trainer.pipeline.training_devices import choose_sharding
 from trainer.recipe.recipe import Recipe
 from trainer.sweep.outcome import TrialOutcome
-from trainer.training.processes import AGAIN, TrainingFolders
-from trainer.training.ray_processes import (
+from trainer.training.parallel.processes import AGAIN, TrainingFolders
+from trainer.training.parallel.ray_processes import (
     RayProcesses,
     SideBySide,
     WorkerKind,
@@ -34,10 +34,10 @@ from trainer.training.ray_processes import (
     choose_kind,
     count_fitting,
 )
-from trainer.training.ray_worker import NodeFacts, SharedRun
-from trainer.training.shared_base import share_base
-from trainer.training.shared_checkpoints import SharedCheckpoints
-from trainer.training.sole_trainer import sole_trainer
+from trainer.training.parallel.ray_worker import NodeFacts, SharedRun
+from trainer.training.parallel.shared_base import share_base
+from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
+from trainer.training.parallel.sole_trainer import sole_trainer
 
 if TYPE_CHECKING:
     from trainer.training.trial import TrialData, TrialRun

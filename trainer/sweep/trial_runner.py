@@ -48,7 +48,7 @@ from trainer.recipe.stage import Stage
 from trainer.sweep.outcome import Status, TrialOutcome
 from trainer.sweep.ray_trials import RayTrials
 from trainer.sweep.values import Values, describe, training_key, with_values
-from trainer.training.ray_processes import ClusterError
+from trainer.training.parallel.ray_processes import ClusterError
 
 if TYPE_CHECKING:
     from trainer.training.loaded_base import LoadedBase

@@ -10,8 +10,8 @@ from svc.engine.device import NumberType
 from trainer.model.acceleration import Acceleration, choose_acceleration, machine_facts
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Train
-from trainer.training.devices import share_of
 from trainer.training.optimizer import check_optimizer, choose_optimizer
+from trainer.training.parallel.devices import share_of
 
 
 def count_steps(rows: int, train: Train) -> int:

@@ -34,9 +34,9 @@ from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Train
 from trainer.training.arguments import count_steps, training_arguments
 from trainer.training.checkpoints import CheckpointFolder
-from trainer.training.device_group import ALONE, DeviceGroup
-from trainer.training.devices import find_undivided
 from trainer.training.mechanisms import MechanismCheck
+from trainer.training.parallel.device_group import ALONE, DeviceGroup
+from trainer.training.parallel.devices import find_undivided
 from trainer.training.trainer import FIRST_MATRICES, ResumableTrainer
 
 

@@ -25,11 +25,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from trainer.callbacks.divergence import diverged
 from trainer.callbacks.loss_log import ACCURACY
-from trainer.cpu.fused_attention import fuse_attention
-from trainer.cpu.lora_autograd import fuse_lora
 from trainer.data.chat_template import IGNORED
 from trainer.model.experts import count_experts, name_experts
-from trainer.training.sharding import is_sharded
+from trainer.training.cpu.fused_attention import fuse_attention
+from trainer.training.cpu.lora_autograd import fuse_lora
+from trainer.training.parallel.sharding import is_sharded
 
 _MIN_SHARED = 16  # tokens; a shorter prefix does not repay a second pass through the model
 _LOGITS_AT_ONCE = 2**26  # 256 MiB in float32, and as much for their gradient

@@ -20,12 +20,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from svc.engine.device import NumberType
 from svc.errors import TrainingError
-from trainer.cpu.fused_attention import NAME as FUSED_ATTENTION
 from trainer.model.acceleration import Acceleration, Attention
 from trainer.model.attention import attention_implementation
 from trainer.recipe.adapter import Quantization
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Optimizer
+from trainer.training.cpu.fused_attention import NAME as FUSED_ATTENTION
 
 _MIN_8BIT, _MIN_PAGED = 4096, 100_000
 """Minimum number of elements in a weight for bitsandbytes to store the weight's moments in 8 bits, and to page them."""

@@ -40,8 +40,8 @@ from trainer.model.attention import takes_flash_attention
 from trainer.recipe.recipe import Recipe
 from trainer.training.assembly import TrainerRows, TrainerSetup, assemble_trainer
 from trainer.training.loss import Balance, answer_logprobs, as_forward_pass
+from trainer.training.parallel.sharding import release_gathered
 from trainer.training.preference_loss import dpo_losses, kto_losses, orpo_losses
-from trainer.training.sharding import release_gathered
 from trainer.training.trainer import ResumableTrainer, without_answers
 
 _REFERENCE = "reference.safetensors"

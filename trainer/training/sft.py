@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import NumberType
@@ -36,6 +35,7 @@ from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.callbacks.progress import ProgressRecords, training_progress
 from trainer.data.chat_template import iterate_turns, load_tokenizer, stop_tokens, tokenize_examples, training_row
 from trainer.data.comparison import tokenize_judged
+from trainer.data.fingerprint import fingerprint
 from trainer.data.length import check_served_sizes, cut_documents, fitting_examples, truncate
 from trainer.data.packing import collate_packed, pack, refuse_recurrent
 from trainer.data.row_file import TrainingRows, read_or_write_rows, rows_key
@@ -51,17 +51,17 @@ from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Stopping
 from trainer.training.assembly import TrainerRows, TrainerSetup, assemble_trainer
 from trainer.training.checkpoints import CheckpointFolder
-from trainer.training.device_group import (
+from trainer.training.out_of_memory import advising_on_memory
+from trainer.training.parallel.device_group import (
     Caller,
     DeviceGroup,
     GroupCheckpoints,
     GroupPreemption,
     devices_of,
 )
-from trainer.training.out_of_memory import advising_on_memory
+from trainer.training.parallel.processes import Place, TrainingFolders, TrainingProcesses
+from trainer.training.parallel.sharding import gather_trained
 from trainer.training.preference import build_preference_trainer
-from trainer.training.processes import Place, TrainingFolders, TrainingProcesses
-from trainer.training.sharding import gather_trained
 from trainer.training.summary import TrainingData, TrainingSummary
 from trainer.training.trainer import NoStepLeftError, ResumableTrainer, number_type_of
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
-from svc.evaluation.training_curve import TrainingPoint
+from trainer.training_curve import TrainingPoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,10 +40,10 @@ from trainer.data.row_file import row_lengths
 from trainer.model.adalora import RankAllocation
 from trainer.model.residual_start import Matrices
 from trainer.training.checkpoints import CheckpointFolder
-from trainer.training.device_group import ALONE, DeviceGroup, devices_of
 from trainer.training.loss import AnswerTrainer, answer_token_losses
 from trainer.training.mechanisms import inner_optimizer
-from trainer.training.sharding import (
+from trainer.training.parallel.device_group import ALONE, DeviceGroup, devices_of
+from trainer.training.parallel.sharding import (
     copy_into,
     load_optimizer_state,
     release_gathered,

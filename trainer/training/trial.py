@@ -14,7 +14,6 @@ from pathlib import Path
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
-from svc.evaluation.training_curve import TrainingPoint
 from trainer.callbacks.heldout_schedule import HeldoutCurve, HeldoutSchedule
 from trainer.callbacks.loss_log import Report
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
@@ -28,7 +27,7 @@ from trainer.training.assembly import TrainerSetup
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.loaded_base import LoadedBase
 from trainer.training.out_of_memory import advising_on_memory
-from trainer.training.processes import Place, TrainingFolders, TrainingProcesses
+from trainer.training.parallel.processes import Place, TrainingFolders, TrainingProcesses
 from trainer.training.sft import (
     build_trainer,
     ignore,
@@ -39,6 +38,7 @@ from trainer.training.sft import (
     trainer_in_group,
 )
 from trainer.training.trainer import ResumableTrainer, answer_tokens
+from trainer.training_curve import TrainingPoint
 
 _MEASUREMENTS = 3
 """Number of times that the loss of the watched examples is measured in a trial: once after each third of the steps."""

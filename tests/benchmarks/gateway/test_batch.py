@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from benchmarks.gateway.batch import _add_input
-from svc.client_files.batch_check import check_batch_file
+from serving.files.batch_check import check_batch_file
+from serving.files.rows import Purpose, find_file
 from svc.settings.load import load_settings
 from svc.store.database import open_store
-from svc.store.files import Purpose, find_file
 
 
 def test_generated_batch_input_file_is_valid_and_can_be_used_without_an_api_key(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from benchmarks.gateway.bench import make_ours, until_answered
 from benchmarks.gateway.load import Address, Ask, send
 from benchmarks.gateway.peers import Ours, Upstream, free_port
 from benchmarks.gateway.processes import running
+from serving.access.usage import usage_since
 from svc.store.database import open_database
 from svc.store.tables import RequestRow
-from svc.store.usage import usage_since
 
 pytestmark = pytest.mark.matrix
 

@@ -11,11 +11,11 @@ from sqlalchemy import Engine as Store
 from monitoring.drift.budget import Signal
 from monitoring.drift.check import DriftCheck, only_check
 from monitoring.drift.report import Status
+from monitoring.drift.rows import DriftAlarm, keep_drift, read_drift_alarms, read_drift_states
 from svc.errors import BusyError, NotFoundError
 from svc.evaluation.results import ExampleResult
 from svc.registry.registry import Registry
 from svc.settings.monitoring import RequestLogSettings
-from svc.store.drift import DriftAlarm, keep_drift, read_drift_alarms, read_drift_states
 from svc.store.leases import Lease, LeaseLostError
 from svc.version import Format, VersionId
 from tests.monitoring.drift.conftest import Check
@@ -322,7 +322,7 @@ def test_alarm_examples_are_requests_that_show_the_change(check: Check, traffic:
 def test_only_the_newest_ended_alarms_of_a_version_are_kept(
     check: Check, traffic: Traffic, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svc.store.drift.KEPT_ALARMS", 2)
+    monkeypatch.setattr("monitoring.drift.rows.KEPT_ALARMS", 2)
     for start in range(0, 90, 30):
         traffic.ask(STRONG[start : start + 20])
         traffic.ask(ALIKE[start * 10 : start * 10 + 200])

@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine as Store
 
 from monitoring.exporter.deadlines import DeadlineMetrics
-from svc.access.keyring import Keyring
-from svc.backup.archive import Archive, Snapshot
+from serving.access.keyring import Keyring
+from serving.backup.archive import Archive, Snapshot
 from svc.identity.actor import Actor
 from svc.identity.principal import Scope
 from svc.store.audit import Action, AuditEntry, record_event

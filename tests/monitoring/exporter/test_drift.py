@@ -9,17 +9,17 @@ from sqlalchemy import Engine as Store
 
 from monitoring.drift.check import DriftCheck
 from monitoring.drift.production import ProductionChecks
+from monitoring.drift.rows import read_drift_states
 from monitoring.exporter.drift import DriftMetrics
 from svc.registry.registry import Registry
 from svc.settings.settings import Settings
 from svc.store.deployments import add_deployment, remove_deployment
 from svc.store.desired import change_desired
-from svc.store.drift import read_drift_states
 from svc.store.holdouts import HoldoutOutcome, add_holdout_run
 from svc.store.leases import Lease
 from svc.version import Target
+from tests.monitoring.drift.test_quality import run
 from tests.monitoring.drift.traffic import NAME, Traffic, open_registry, prompts, register, target
-from tests.monitoring.test_quality import run
 from tests.new_store import new_store
 
 pytestmark = pytest.mark.slow

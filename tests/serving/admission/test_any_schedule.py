@@ -13,7 +13,7 @@ from serving.admission.admission import Admission
 from serving.admission.background_slot import BackgroundSlotEndedError
 from serving.admission.errors import AdmissionError
 from serving.admission.party import NO_KEY, Party
-from svc.one_shot_event import OneShotEvent
+from serving.one_shot_event import OneShotEvent
 from tests.serving.admission.opened import admitted, drained, open_admission, settle
 
 PARTIES = (NO_KEY, Party("a"), Party("b", weight=3))

@@ -11,7 +11,7 @@ from serving.admission.admission import Admission
 from serving.admission.batch_slots import InterruptedRequestError
 from serving.admission.errors import QueueTimeoutError, TooManyTokensError
 from serving.admission.party import NO_KEY, Party
-from svc.one_shot_event import OneShotEvent
+from serving.one_shot_event import OneShotEvent
 from tests.serving.admission.opened import admitted, open_admission, settle
 from tests.serving.service import closed
 

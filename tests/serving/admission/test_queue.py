@@ -13,7 +13,7 @@ from serving.admission.errors import (
     QueueTimeoutError,
 )
 from serving.admission.party import Party
-from svc.one_shot_event import OneShotEvent
+from serving.one_shot_event import OneShotEvent
 from tests.serving.admission.opened import admit_once, admitted, open_admission, run_until, settle
 from tests.serving.service import closed
 

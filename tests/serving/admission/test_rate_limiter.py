@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serving.access.usage import Usage
 from serving.admission.errors import RateLimitedError
 from serving.admission.rate_limiter import Allowance, Demand, Limit, RateLimiter, Reservation, estimated_tokens
-from svc.store.usage import Usage
 from tests.serving.keyed import principal
 
 NOON = 43_200.0

@@ -23,9 +23,9 @@ from sqlalchemy.orm import Session
 
 from serving.background import webhook
 from serving.background.webhook import MAX_AGE, MAX_DELAY_S, Webhook, delay_s, read_webhook_keys
+from serving.store_changes.changes import Changes
 from svc.errors import SettingsError
 from svc.settings.webhook import WebhookSettings
-from svc.store.changes import Changes
 from svc.store.tables import WebhookDeliveryRow
 from svc.store.webhooks import WebhookOutcome, add_deliveries, due_deliveries
 from tests.new_store import new_store

@@ -18,18 +18,18 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from serving.access.usage import usage_since
 from serving.batches import batch_run, batch_runner, progress
 from serving.batches.batch_runner import MAX_RUNNING, next_batches
+from serving.files.rows import Purpose, find_file
 from svc.identity.principal import Limits, Scope
 from svc.store.batches import Batch as StoredBatch
 from svc.store.batches import BatchStatus, find_batch, read_open_batches
-from svc.store.files import Purpose, find_file
 from svc.store.tables import BatchRow, RequestRow
-from svc.store.usage import usage_since
+from tests.serving.batches.batch_service import BatchService, create, ended, line, lines
 from tests.serving.control import until
 from tests.serving.engine_double import Fault
-from tests.serving.http.batch_service import BatchService, create, ended, line, lines
-from tests.serving.http.fine_tuning_service import strict
+from tests.serving.fine_tuning.fine_tuning_service import strict
 from tests.serving.service import CHAT, NAME, closed
 
 CLIENT = (Scope.FILES, Scope.INFER)
@@ -437,7 +437,7 @@ async def test_batch_starts_on_a_creation_notification_without_polling_the_store
         return read_open_batches(store)
 
     monkeypatch.setattr(batch_runner, "read_open_batches", read)
-    monkeypatch.setattr("svc.store.changes.FALLBACK_POLL_S", 1000.0)
+    monkeypatch.setattr("serving.store_changes.changes.FALLBACK_POLL_S", 1000.0)
     service.changes.trust(1000.0)
     async with service.running_batches():
         await until(lambda: reads)

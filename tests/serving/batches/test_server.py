@@ -6,12 +6,12 @@ from typing import Any
 import httpx
 import pytest
 
-from svc.client_files.client_files import ClientFiles
+from serving.files.client_files import ClientFiles
+from serving.files.rows import Purpose
 from svc.settings.settings import Settings
 from svc.store.desired import change_desired, read_desired
-from svc.store.files import Purpose
+from tests.serving.batches.batch_service import lines
 from tests.serving.home import Home
-from tests.serving.http.batch_service import lines
 from tests.serving.versions import NAME, target
 
 pytestmark = pytest.mark.slow

@@ -6,8 +6,8 @@ from typing import Any
 
 import httpx
 
+from serving.access.keyring import IssuedKey, Keyring
 from serving.protocols.route import Route
-from svc.access.keyring import IssuedKey, Keyring
 from svc.identity.actor import Actor
 from svc.identity.principal import Scope
 from tests.serving.service import CHAT, NAME, Service

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from serving.http.http_server import HttpServer
+from serving.server.http_server import HttpServer
 
 
 @asynccontextmanager

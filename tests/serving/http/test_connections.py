@@ -11,8 +11,8 @@ from typing import Any, cast
 import pytest
 
 from serving.http.connections import ClientProtocol, connection_of, raise_descriptor_limit
-from serving.http.http_server import HttpServer
 from serving.http.request_parser import MAX_HEAD_BYTES, MAX_WAITING
+from serving.server.http_server import HttpServer
 
 pytestmark = pytest.mark.slow
 

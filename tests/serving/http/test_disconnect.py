@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
+from serving.access.authenticator import Grant, InvalidKeyError, KeyFault
 from serving.http.body import ClientGoneError
 from serving.http.disconnect import cut_off, while_connected
 from serving.http.request_state import RequestState
-from svc.access.authenticator import Grant, InvalidKeyError, KeyFault
 from tests.serving.keyed import principal
 
 

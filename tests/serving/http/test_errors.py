@@ -7,9 +7,9 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from serving.admission.errors import EngineUnavailableError, OverloadedError, QueueOverflowError, QueueTimeoutError
+from serving.engines.transport import EngineFailedError
 from serving.http.errors import ApiError, api_error, change_error
 from serving.protocols.error_code import ErrorCode
-from serving.replicas.transport import EngineFailedError
 from svc.errors import IntegrityError, RegistryError, SvcError
 from svc.store.unavailable import StoreUnavailableError
 

@@ -6,9 +6,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from serving.rollout.served import Began, Ended, served_spans
 from svc.engine.state import EngineState
 from svc.errors import IntegrityError
-from svc.store.served import Began, Ended, served_spans
 from svc.store.swaps import SwapOutcome, begin_swap, find_swap
 from tests.serving.control import Control, Make, ask, until
 from tests.serving.engine_park import DoubleEngine

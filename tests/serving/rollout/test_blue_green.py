@@ -75,7 +75,7 @@ async def test_swap_to_a_different_format_uses_a_second_engine(control: Control)
 async def test_failed_stop_of_a_replaced_engine_is_retried(
     control: Control, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("serving.replicas.retirement._RETRY_S", 0.01)
+    monkeypatch.setattr("serving.engines.retirement._RETRY_S", 0.01)
     async with control.run():
         (old,) = control.park.engines
         stop, faults = old.stop, [OSError("busy")]
@@ -170,7 +170,7 @@ async def test_previous_version_is_served_again_after_both_engines_die(control: 
 async def test_replaced_engine_is_stopped_after_a_timeout_even_with_running_requests(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.replicas.retirement.RETIRE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("serving.engines.retirement.RETIRE_TIMEOUT_S", 0.1)
     control = make(swap=SwapChoice.BLUEGREEN)
     async with control.run(), control.client() as client:
         control.double.token_delay_s = 60

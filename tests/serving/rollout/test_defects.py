@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serving.replicas.replica import Replica
+from serving.engines.replica import Replica
 from serving.rollout.engine_change import EngineChange
 from serving.rollout.swap import Swap
 from serving.rollout.swap_plan import SwapPlanner
@@ -118,7 +118,7 @@ async def _refuse_the_way_back(control: Control, monkeypatch: pytest.MonkeyPatch
 async def test_engine_that_failed_to_start_is_stopped_even_if_the_first_attempts_to_stop_it_fail(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.replicas.retirement._RETRY_S", 0.05)
+    monkeypatch.setattr("serving.engines.retirement._RETRY_S", 0.05)
     control = make()
     make_version(control.registry, 4, width=8)
     async with control.run():

@@ -7,16 +7,16 @@ import pytest
 from sqlalchemy import Engine as Store
 from sqlalchemy import update
 
+from serving.rollout.assigned_requests import unit_text
 from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, doubts, exclusions, expectations
+from serving.rollout.shadow_pairs import ShadowPair, add_shadow_pair
 from svc.identity.actor import Actor
 from svc.settings.rollout import RolloutSettings
-from svc.store.assigned_requests import unit_text
 from svc.store.audit import Action, AuditEntry
 from svc.store.desired import Desired, change_desired
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import RequestOutcome, RequestRecord, add_requests
 from svc.store.rollouts import RolloutRecord, begin_rollout
-from svc.store.shadow_pairs import ShadowPair, add_shadow_pair
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, begin_swap, end_swap
 from svc.store.tables import FeedbackRow
 from tests.serving.versions import NAME, target

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from serving.replicas.verification import Verification
+from serving.engines.retaken_probes import find_retaken_probes
+from serving.engines.verification import Verification
 from svc.engine.state import EngineState
 from svc.settings.serve import SwapChoice
-from svc.store.retaken_probes import find_retaken_probes
 from svc.store.swaps import SwapKind, SwapOutcome
 from tests.serving.control import Control, Make, ask, until
 from tests.serving.versions import NAME, OTHER_FACTS, target
@@ -115,7 +115,7 @@ async def test_engines_are_unchanged_if_the_store_is_unreadable(
         raise OperationalError("SELECT", {}, Exception("disk I/O error"))
 
     async with elsewhere().run() as control:
-        monkeypatch.setattr("serving.replicas.verification.find_retaken_probes", away)
+        monkeypatch.setattr("serving.engines.verification.find_retaken_probes", away)
         swap = await control.reconciler.swap.run(target(1), target(2), lambda step: None)
         assert swap.outcome is SwapOutcome.REFUSED
         assert (control.state, len(control.park.engines), reloads(control)) == (EngineState.READY, 1, 0)

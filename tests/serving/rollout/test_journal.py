@@ -12,8 +12,8 @@ from sqlalchemy.exc import OperationalError
 
 from serving.rollout import journal as module
 from serving.rollout.journal import Journal
+from serving.rollout.served import Began, Ended, begin_serving, served_spans
 from svc.store.desired import Desired
-from svc.store.served import Began, Ended, begin_serving, served_spans
 from svc.store.swaps import SwapOutcome, SwapRecord, SwapResult, begin_swap, end_swap, find_swap
 from tests.serving.versions import NAME, target
 

@@ -10,12 +10,12 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from serving.rollout.replay import find_kept
+from serving.rollout.shadow_pairs import ShadowPair, add_shadow_pair, read_shadow_pairs
 from serving.rollout.split import Split
 from svc.engine.state import EngineState
 from svc.settings.rollout import RolloutSettings, UnitKind
 from svc.store.requests import RequestOutcome, RequestRecord, add_requests
 from svc.store.rollouts import RolloutOutcome, RolloutRecord, RolloutState
-from svc.store.shadow_pairs import ShadowPair, add_shadow_pair, read_shadow_pairs
 from tests.serving.control import Answer, Control, Make, ask, until
 from tests.serving.rollout.test_rollout import ACTOR, ALL, JSON, ONE, changes, ended, record, start
 from tests.serving.versions import NAME, make_version, target

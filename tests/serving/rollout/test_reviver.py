@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 
-from serving.replicas.replica import Replica
+from serving.engines.replica import Replica
 from svc.engine.client import Health
 from svc.engine.state import EngineState
 from svc.errors import BusyError, EngineError

@@ -77,7 +77,7 @@ async def test_conversation_uses_the_second_engine_when_its_own_engine_is_busy(c
 async def test_engine_that_dies_unnoticed_during_a_rolling_swap_is_restarted_with_the_new_version(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.replicas.engine_watch._HEALTH_S", 60.0)
+    monkeypatch.setattr("serving.engines.engine_watch._HEALTH_S", 60.0)
     async with control.run():
         await both_ready(control)
         wish = control.wish(2)

@@ -17,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 
 from serving.rollout.evidence import CanaryEvidence, Look
 from serving.rollout.promotion import PromotionRequest, RolloutOptions, VersionChange
+from serving.rollout.shadow_pairs import read_shadow_pairs
 from serving.rollout.version_changes import VersionChanges
 from svc.errors import BusyError, SettingsError
 from svc.identity.actor import Actor
@@ -36,7 +37,6 @@ from svc.store.rollouts import (
     find_rollout,
     switch_rollout,
 )
-from svc.store.shadow_pairs import read_shadow_pairs
 from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, end_swap
 from svc.store.tables import RolloutRow
 from svc.store.webhooks import due_deliveries

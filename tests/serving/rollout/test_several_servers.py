@@ -16,11 +16,11 @@ from sqlalchemy import event, update
 from sqlalchemy.exc import OperationalError
 
 from serving.rollout.reconciler import Reconciler
+from serving.rollout.shadow_pairs import read_shadow_pairs
 from svc.store.desired import Desired
 from svc.store.leases import report_server
 from svc.store.postgresql import connect
 from svc.store.rollouts import RolloutOutcome, RolloutState
-from svc.store.shadow_pairs import read_shadow_pairs
 from svc.store.swaps import SwapResult
 from svc.store.tables import LeaseRow, ServerRow
 from tests.postgresql import SHARED, PostgresServer
@@ -98,9 +98,9 @@ def servers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Servers]:
     """Two servers, each with its own home and connections."""
-    for module in ("svc.store.leases", "serving.leadership", "serving.rollout.rollout_watch"):
+    for module in ("svc.store.leases", "serving.rollout.leadership", "serving.rollout.rollout_watch"):
         monkeypatch.setattr(f"{module}.LEASE_S", LEASE_S)
-    monkeypatch.setattr("serving.leadership._REPORT_S", 0.1)
+    monkeypatch.setattr("serving.rollout.leadership._REPORT_S", 0.1)
     for module in ("rollout", "rollout_watch"):
         monkeypatch.setattr(f"serving.rollout.{module}._STORE_PAUSE_S", 0.05)
     cut_off: set[Store] = set()
@@ -350,7 +350,7 @@ async def test_dead_leader_does_not_delay_a_rollback_on_the_follower(
     async with servers.run():
         start(servers.first, 2, ENDLESS)
         await until(lambda: splits(servers.first, servers.second))
-        for module in ("svc.store.leases", "serving.leadership"):
+        for module in ("svc.store.leases", "serving.rollout.leadership"):
             monkeypatch.setattr(f"{module}.LEASE_S", 60.0)
         await asyncio.sleep(0.3)  # the leading server reports once more
         await servers.first.kill()

@@ -12,12 +12,12 @@ import pytest
 
 from serving.admission.admission import Admission
 from serving.admission.errors import OverloadedError
+from serving.engines.balancer import Balancer
 from serving.protocols.route import Route
-from serving.replicas.balancer import Balancer
 from serving.rollout.shadow import PRODUCTION_INTERVAL, Shadow
+from serving.rollout.shadow_pairs import ShadowPair
 from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.store.requests import RequestOutcome, RequestRecord
-from svc.store.shadow_pairs import ShadowPair
 from svc.version import Format
 from tests.serving.control import Control, Make, until
 from tests.serving.versions import NAME, target

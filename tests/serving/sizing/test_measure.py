@@ -9,11 +9,11 @@ from unittest.mock import AsyncMock, MagicMock
 import httpx
 import pytest
 
+from serving.engines.ray.identity import client_context, make_identity
 from serving.sizing import measure as measure_module
 from serving.sizing.measure import LoadClient, engine_client, levels, measure
 from svc.engine.address import TlsAddress
 from svc.errors import EngineError
-from svc.ray_engine.identity import client_context, make_identity
 from svc.settings.settings import Settings
 from svc.version import Format, Target, VersionId
 

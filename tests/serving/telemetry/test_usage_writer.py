@@ -10,10 +10,10 @@ import pytest
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import OperationalError
 
+from serving.access.usage import DayOf, Usage, UsageOf, usage_by_day, usage_since
+from serving.access.usage_meter import UsageMeter
+from serving.access.used_elsewhere import UsedElsewhere
 from serving.telemetry.usage_writer import UsageWriter
-from svc.access.usage_meter import UsageMeter
-from svc.access.used_elsewhere import UsedElsewhere
-from svc.store.usage import DayOf, Usage, UsageOf, usage_by_day, usage_since
 
 EVERY_S = 0.01
 LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
@@ -87,7 +87,7 @@ async def test_failed_usage_read_is_retried_without_counting_local_usage_twice(
             raise OperationalError("select", {}, Exception("locked"))
         return usage_by_day(of, midnight)
 
-    monkeypatch.setattr("svc.access.used_elsewhere.usage_by_day", fails_once)
+    monkeypatch.setattr("serving.access.used_elsewhere.usage_by_day", fails_once)
     meter, known = UsageMeter(store), list[Mapping[str, int]]()
     meter.add("k1", "tuned", tokens_in=3, tokens_out=4)
     async with running(writer(store, meter, known)):

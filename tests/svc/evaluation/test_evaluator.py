@@ -12,7 +12,6 @@ from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.client import EngineClient
 from svc.errors import EngineError, RecipeError
-from svc.evaluation.answer_limit import answer_limits
 from svc.evaluation.evaluator import Evaluation, ask_example, evaluate, judge, score
 from svc.evaluation.intervals import proportion
 from svc.evaluation.metrics.metric import Answered
@@ -22,6 +21,7 @@ from tests.serving.engine_double import EngineDouble, logprob_of, tokenized
 from tests.svc.chats import chat
 from tests.svc.engine.in_process import client_of
 from tests.svc.evaluation.answered import answered
+from trainer.evaluation.answer_limit import answer_limits
 
 ONE = "1.0 1.1 1.2 1.3"  # what the double answers with the weights of version 1
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine as Store
 
+from serving.files.rows import Purpose
 from svc.identity.actor import Actor
 from svc.store import audit
 from svc.store.audit import Action, AuditEntry
@@ -30,7 +31,6 @@ from svc.store.batches import (
     read_open_batches,
     record_batch_progress,
 )
-from svc.store.files import Purpose
 from svc.store.job_requests import REPEAT_WINDOW
 from svc.store.leases import Lease, LeaseLostError
 from svc.store.page import EntryNotFoundError, Page

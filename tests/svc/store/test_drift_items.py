@@ -8,9 +8,9 @@ import pytest
 from sqlalchemy import Engine as Store
 from sqlalchemy import update
 
+from serving.audit.erasure import forget_requests, of_user
 from svc.store import drift_items
 from svc.store.drift_items import Item, StoredItem, add_items, item_ids, prune_items, read_items, read_items_with
-from svc.store.erasure import forget_requests, of_user
 from svc.store.requests import add_requests, hash_user, prune_requests
 from svc.store.tables import RequestRow
 from svc.version import Format, Target, VersionId

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.store.files import ClientFile, Purpose, add_file, find_file, read_files
+from serving.files.rows import ClientFile, Purpose, add_file, find_file, read_files
 from svc.store.page import EntryNotFoundError, Page
 
 MOMENT = datetime(2026, 11, 30, 12, tzinfo=UTC)

@@ -7,16 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import Engine as Store
 
+from serving.store_changes import change_listener
 from svc.settings.settings import Settings
-from svc.store import change_listener
 from svc.store.audit import Action, AuditEntry, record_event, verify_chain
 from svc.store.database import announce_change, open_store
 from svc.store.deployments import deployed_names
 from svc.store.requests import add_requests
 from tests.pgbouncer import running_pgbouncer
 from tests.postgresql import PostgresServer
+from tests.serving.store_changes.test_change_listener import listening, promote, until
 from tests.svc.store.test_audit import ALICE
-from tests.svc.store.test_change_listener import listening, promote, until
 from tests.svc.store.test_requests import RECORD
 
 pytestmark = pytest.mark.slow

@@ -6,10 +6,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine as Store
 
+from serving.rollout.assigned_requests import read_assigned, unit_text
 from svc.errors import BusyError
 from svc.identity.actor import Actor
 from svc.settings.rollout import RolloutSettings
-from svc.store.assigned_requests import read_assigned, unit_text
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.leases import Lease, LeaseLostError, remove_server, report_server

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine as Store
 
+from serving.rollout.served import Began, begin_serving
 from svc.store.desired import Desired
 from svc.store.leases import remove_server, report_server
-from svc.store.served import Began, begin_serving
 from svc.store.swaps import (
     SwapKind,
     SwapOutcome,

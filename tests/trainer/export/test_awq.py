@@ -16,11 +16,11 @@ from svc.errors import TrainingError
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.version import Format
 from tests.trainer.conftest import make_example, make_model, make_recipe
+from trainer.evaluation.parity.awq import expand
+from trainer.evaluation.parity.quantized import MAX_OFF, compare
 from trainer.export.awq import best_clip, check_awq, check_calibration, equal_blocks, exact_clipping
 from trainer.export.gptq import quantize_to_4_bits
 from trainer.library_output import library_output_to_log
-from trainer.parity.awq import expand
-from trainer.parity.quantized import MAX_OFF, compare
 
 EXAMPLES = [make_example(f"number {number} " * (1 + number % 5), "red") for number in range(24)]
 

@@ -13,8 +13,8 @@ from svc.errors import TrainingError
 from svc.version import Format
 from tests.trainer.conftest import make_model
 from tests.trainer.export.test_gptq import make_mixture
+from trainer.evaluation.parity.quantized import MAX_OFF, compare
 from trainer.export.eight_bits import check_layers, quantize_to_8_bits, round_to_nearest
-from trainer.parity.quantized import MAX_OFF, compare
 
 FORMATS = (Format.INT8, Format.FP8)
 

@@ -19,12 +19,12 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import RecipeError, TrainingError
 from tests.trainer.conftest import losses_of, make_recipe, make_tokenizer
+from trainer.evaluation.parity.adapter import compare
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import adapted_tensors, verify_full
 from trainer.model.experts import count_experts, fused_experts, name_experts
 from trainer.model.peft_config import add_adapter, load_adapter
 from trainer.model.stored_weights import StoredWeights
-from trainer.parity.adapter import compare
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData, TrainingSummary
 

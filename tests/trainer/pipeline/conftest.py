@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import DeviceCapabilities
 from svc.registry.registry import Registry
@@ -21,7 +20,8 @@ from tests.trainer.conftest import make_example, make_recipe
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import TRAIN, Make, Stages
 from trainer.base_model.resolve import Base
-from trainer.parity import report as parity_module
+from trainer.data.fingerprint import fingerprint
+from trainer.evaluation.parity import report as parity_module
 from trainer.pipeline import evaluation as evaluation_module
 from trainer.pipeline import model_stages as stages_module
 from trainer.pipeline import registration as registration_module

@@ -7,24 +7,24 @@ from typing import Any
 
 from svc.engine.device import NumberType
 from svc.errors import RecipeError, TrainingError
-from svc.evaluation.training_curve import TrainingPoint
 from svc.registry.parity import ParityReport
 from svc.training_progress import ProgressFile
 from svc.version import Format
 from tests.svc.registry.model_folder import GPTQ, write_model
 from tests.svc.registry.parity import make_parity
 from tests.trainer.conftest import make_example
+from trainer.evaluation.parity.report import Made
 from trainer.export.eight_bits import RoundingSummary
 from trainer.export.gguf.writer import GgufSummary
 from trainer.export.gptq import QuantizeSummary
 from trainer.export.verify_merge import MergeSummary
-from trainer.parity.report import Made
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.adapter import Method
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import QUANTIZE_STAGES, Stage
-from trainer.training.processes import TrainingProcesses
+from trainer.training.parallel.processes import TrainingProcesses
 from trainer.training.summary import TrainingSummary
+from trainer.training_curve import TrainingPoint
 
 TRAIN = tuple(make_example(f"q {number}", "yes") for number in range(3))
 WORSE_QUANTIZED = tuple(make_example(f"ask {place}", "merged.0 merged.1 merged.2 merged.3") for place in range(7))

@@ -8,8 +8,8 @@ from svc.version import Format
 from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import Make
+from trainer.base_model.find_base import merged_revision
 from trainer.base_model.resolve import Base
-from trainer.pipeline.find_base import merged_revision
 
 pytestmark = pytest.mark.slow
 

@@ -23,10 +23,10 @@ from tests.trainer.conftest import make_model, make_recipe
 from tests.trainer.pipeline.stand_ins import Make, Stages
 from tests.trainer.pipeline.test_trained_adapter import train_with_peft
 from trainer.base_model.resolve import Base
+from trainer.evaluation.parity.adapter import compare
 from trainer.export.merge import merge_adapter
 from trainer.model.peft_config import load_adapter
 from trainer.model.stored_weights import StoredWeights
-from trainer.parity.adapter import compare
 from trainer.pipeline.combined_adapter import CombinedAdapter, find_combined
 from trainer.pipeline.trained_adapter import check_fits, find_adapter
 from trainer.recipe.combine import CombineMethod

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.example import ChatExample
 from svc.evaluation.evaluator import judge
 from svc.evaluation.finding import FindingKind
@@ -16,12 +15,13 @@ from svc.registry.render import print_version
 from svc.version import Format
 from tests.svc.registry.parity import SPEED
 from tests.trainer.conftest import make_example, make_recipe
-from tests.trainer.diagnosis.simulated_run import Shape, answered, falling, simulate
 from tests.trainer.engines import Engines
+from tests.trainer.evaluation.diagnosis.simulated_run import Shape, answered, falling, simulate
 from tests.trainer.pipeline.stand_ins import Make
+from trainer.data.fingerprint import fingerprint
+from trainer.evaluation.qualification import EngineReading, Qualified
 from trainer.pipeline.diagnosis import count_contradictions, diagnose_training
 from trainer.pipeline.examples import Examples
-from trainer.qualification import EngineReading, Qualified
 from trainer.recipe.file import recipe_keys
 
 MANY = tuple(make_example(f"q {number}", "yes") for number in range(1200))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.version import Format
 from tests.trainer.pipeline.stand_ins import Make
+from trainer.data.fingerprint import fingerprint
 from trainer.pipeline import evaluation as evaluation_module
 from trainer.pipeline.examples import Examples
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svc.engine.vllm.model_check import model_check
 from svc.errors import BaseModelError, EngineError, IntegrityError, RecipeError, SvcError, TrainingError
 from svc.settings.engine import EngineSettings
 from tests.svc.engine.devices import AVX2, AVX512
 from tests.trainer.conftest import make_recipe
+from trainer.base_model.vllm_check import model_check
 from trainer.pipeline import preflight
 from trainer.pipeline.preflight import check_base
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.preference import PreferencePair
 from tests.trainer.conftest import make_example, make_recipe
+from trainer.data.fingerprint import fingerprint
 from trainer.pipeline.examples import Examples, example_of, fingerprint_judged
 from trainer.pipeline.quick_trial import quick_trial, whole_run_seconds
 from trainer.training.summary import TrainingSummary

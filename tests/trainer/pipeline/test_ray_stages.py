@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 from transformers import set_seed
 
-from svc.dataset.fingerprint import fingerprint
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import DeviceCapabilities
 from svc.engine.engine import Engine
 from svc.errors import TrainingError
 from svc.registry.files import FileRecord, record_files
 from svc.registry.objects import ObjectStore
-from svc.registry.run_record import MachineRecord
 from svc.settings.engine import Device, EngineSettings, RaySettings
 from svc.settings.settings import Settings
 from svc.settings.storage import ArtifactSettings
@@ -27,8 +25,10 @@ from tests.svc.engine.devices import AVX512, HOPPER
 from tests.trainer.conftest import make_recipe
 from tests.trainer.engines import Engines
 from tests.trainer.export.test_merge import make_adapter
-from tests.trainer.training.ray_double import RayDouble
+from tests.trainer.training.parallel.ray_double import RayDouble
 from trainer.base_model.resolve import Base
+from trainer.data.fingerprint import fingerprint
+from trainer.model.run_record import MachineRecord
 from trainer.pipeline import ray_stages
 from trainer.pipeline.evaluation import QualifiedQuantized, RunEvaluation
 from trainer.pipeline.examples import Examples
@@ -37,8 +37,8 @@ from trainer.pipeline.ray_stages import RayStages, fetch_stored
 from trainer.pipeline.ray_training import choose_stage_kind
 from trainer.pipeline.run_folder import RemoteResult, Run
 from trainer.recipe.stage import Stage
-from trainer.training.ray_worker import NodeFacts
-from trainer.training.shared_checkpoints import SharedCheckpoints
+from trainer.training.parallel.ray_worker import NodeFacts
+from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
 from trainer.training.summary import TrainingSummary
 
 pytestmark = pytest.mark.slow

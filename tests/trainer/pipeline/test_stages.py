@@ -29,7 +29,7 @@ from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.stage import Stage, choose_stages
 from trainer.training.checkpoints import CheckpointFolder
-from trainer.training.shared_checkpoints import SharedCheckpoints
+from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
 
 pytestmark = pytest.mark.slow
 

@@ -14,21 +14,21 @@ import pytest
 from svc.errors import InterruptedRunError
 from svc.registry.objects import ObjectStore
 from svc.registry.registry import Registry
-from svc.registry.run_record import MachineRecord
-from svc.report.report import gather_report
 from svc.settings.settings import Settings
 from svc.settings.storage import ArtifactSettings
 from svc.version import Format
 from tests.svc.engine.devices import AVX512
 from tests.trainer.pipeline.stand_ins import Make, Stages
+from trainer.model.run_record import MachineRecord
 from trainer.pipeline import stages as stages_module
 from trainer.pipeline.model_stages import ModelStages
 from trainer.pipeline.ray_stages import store_weights
 from trainer.pipeline.run_folder import RemoteResult
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.stage import WRITE_STAGES, Stage
-from trainer.training.ray_worker import NodeFacts
-from trainer.training.shared_checkpoints import SharedCheckpoints
+from trainer.report.report import gather_report
+from trainer.training.parallel.ray_worker import NodeFacts
+from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
 
 pytestmark = pytest.mark.slow
 

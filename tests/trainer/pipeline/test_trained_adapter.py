@@ -20,10 +20,10 @@ from svc.version import Format
 from tests.command_line import Svc
 from tests.trainer.conftest import make_model, make_recipe
 from tests.trainer.pipeline.stand_ins import Make, Stages
+from trainer.evaluation.parity.adapter import compare
 from trainer.export.merge import merge_adapter
 from trainer.model.peft_config import load_adapter
 from trainer.model.stored_weights import StoredWeights
-from trainer.parity.adapter import compare
 from trainer.pipeline.trained_adapter import check_fits, find_adapter, refusal
 from trainer.recipe.adapter import AdapterType
 from trainer.recipe.stage import Stage

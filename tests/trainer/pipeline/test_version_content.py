@@ -8,27 +8,27 @@ import pytest
 
 from svc.dataset.prompt_hashes import hash_prompts
 from svc.dataset.readers.reader import read_examples
-from svc.dataset.summary import DATA_SUMMARY_FILE, read_data_summary, summarize_data
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sample
 from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, load_text_space
 from svc.errors import InterruptedRunError, NotFoundError
-from svc.evaluation.training_curve import TRAINING_CURVE_FILE, read_training_curve
 from svc.files.json_file import read_record
 from svc.model_folder.chat_template import read_template_kwargs
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.manifest import SelectedBy
 from svc.registry.registry import Registry
-from svc.registry.run_record import RUN_RECORD_FILE, MachineRecord, RunRecord
-from svc.report.page import report_page
-from svc.report.report import gather_report
 from svc.version import Format
 from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import CURVE, TRAIN, Make, Stages
+from trainer.data.summary import DATA_SUMMARY_FILE, read_data_summary, summarize_data
+from trainer.model.run_record import RUN_RECORD_FILE, MachineRecord, RunRecord
 from trainer.pipeline import registration
 from trainer.pipeline.evaluation import Evaluated
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.stage import Stage
+from trainer.report.page import report_page
+from trainer.report.report import gather_report
+from trainer.training_curve import TRAINING_CURVE_FILE, read_training_curve
 
 pytestmark = pytest.mark.slow
 

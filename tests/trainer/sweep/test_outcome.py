@@ -2,9 +2,9 @@
 
 import pytest
 
-from svc.evaluation.training_curve import TrainingPoint
 from tests.trainer.sweep.fake_trials import LEVELS, TOKENS, outcome
 from trainer.sweep.outcome import Status, TrialComparison, TrialOutcome
+from trainer.training_curve import TrainingPoint
 
 COMPARISON = TrialComparison(TOKENS)
 NOISY = tuple(level + shift for level, shift in zip(LEVELS, (0.3, -0.4, 0.2, -0.3, 0.4, -0.3, 0.2, -0.2), strict=True))

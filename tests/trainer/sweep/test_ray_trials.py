@@ -19,7 +19,7 @@ from trainer.base_model.resolve import Base
 from trainer.sweep import ray_trials
 from trainer.sweep.outcome import TrialOutcome
 from trainer.sweep.ray_trials import RayTrials
-from trainer.training.ray_processes import ClusterError
+from trainer.training.parallel.ray_processes import ClusterError
 
 NODES = 3
 ENDS_S = 20.0

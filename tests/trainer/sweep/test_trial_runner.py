@@ -20,7 +20,7 @@ from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.sweep.outcome import Status
 from trainer.sweep.trial_runner import TrialRunner
-from trainer.training.ray_processes import ClusterError, WorkerLostError
+from trainer.training.parallel.ray_processes import ClusterError, WorkerLostError
 
 pytestmark = pytest.mark.slow  # imports torch
 

@@ -21,7 +21,7 @@ from svc.registry.tracking import Tracking
 from svc.settings.settings import Settings
 from tests.svc.engine.devices import AVX512
 from tests.trainer.conftest import make_recipe
-from tests.trainer.training.ray_double import RayDouble
+from tests.trainer.training.parallel.ray_double import RayDouble
 from trainer.base_model.resolve import Base
 from trainer.pipeline.examples import Examples
 from trainer.recipe.recipe import Recipe

@@ -13,13 +13,13 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import DataError, RecipeError, TrainingError
 from tests.trainer.conftest import losses_of, make_example, make_model, make_recipe
+from tests.trainer.training.parallel.test_several_devices import CLOSE, train
 from tests.trainer.training.test_resume import assert_same, train_in, train_until
-from tests.trainer.training.test_several_devices import CLOSE, train
 from tests.trainer.uninterrupted import UninterruptedRuns
 from trainer.base_model.more_tokens import folder_with_tokens
+from trainer.evaluation.parity import adapter as adapter_parity
 from trainer.export.merge import merge_adapter
 from trainer.model.peft_config import load_adapter
-from trainer.parity import adapter as adapter_parity
 from trainer.recipe.recipe import Recipe
 from trainer.training.summary import TrainingData
 

@@ -30,8 +30,8 @@ from trainer.recipe.recipe import Recipe
 from trainer.training import sft
 from trainer.training import trainer as trainer_module
 from trainer.training.checkpoints import CheckpointFolder
+from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
 from trainer.training.sft import train_model
-from trainer.training.shared_checkpoints import SharedCheckpoints
 from trainer.training.summary import TrainingData, TrainingSummary
 
 pytestmark = pytest.mark.slow
@@ -350,7 +350,7 @@ from svc.dataset.readers.reader import read_examples
 from svc.engine.device import NumberType
 from tests.trainer.training.test_resume import recipe
 from trainer.training.sft import train_model
-from trainer.training.shared_checkpoints import SharedCheckpoints
+from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
 from trainer.training.summary import TrainingData
 for line in sys.stdin:
     folder = Path(line.strip())

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svc.dataset.fingerprint import fingerprint
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.chat_formats import Format, parse_row, recognise
 from svc.dataset.readers.reader import read_examples, read_lines
@@ -18,6 +17,7 @@ from svc.errors import DataError
 from tests.svc.chats import chat, turn, write_lines
 from tests.svc.dataset.rows import TEXT_FORMATS, row
 from tests.svc.json_values import json_values
+from trainer.data.fingerprint import fingerprint
 
 EXPECTED = ChatExample((Message(Role.SYSTEM, "be short"), Message(Role.USER, "which"), Message(Role.ASSISTANT, "that")))
 CALL = {"id": "c1", "type": "function", "function": {"name": "rain", "arguments": '{"city": "Rome"}'}}

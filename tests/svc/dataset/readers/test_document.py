@@ -9,10 +9,10 @@ from svc.dataset.problem.problem import Code
 from svc.dataset.readers.reader import read_examples, read_lines, write_examples
 from svc.dataset.readers.source import data_files
 from svc.dataset.schema.example import ChatExample, normal_prompt
-from svc.dataset.split import group_near_duplicates, split_heldout
 from svc.errors import DataError
 from tests.svc.chats import turn, write_lines
 from tests.svc.dataset.rows import check_file
+from trainer.data.split import group_near_duplicates, split_heldout
 
 LICENCE = Path(__file__).parents[4] / "LICENSE"
 TEXT = "It is a truth universally acknowledged,\n  that a single man in possession of a good fortune\u2028 …\n"

@@ -1,0 +1,1 @@
+"""The served models: their deployments, the router from names to versions, and fine-tuned models."""

@@ -1,0 +1,1 @@
+"""Evaluation of trained versions: parity with the engine, comparison, diagnosis and qualification."""
