@@ -12,6 +12,7 @@ from svc.files.disk import close_to_others
 from svc.remote.server_url import ServerAddress
 from svc.settings.load import load_settings
 from svc.settings.settings import Settings
+from svc.version import SERVED_FORMATS, Format
 
 _HOME_MARKS = ("svc.db", "models", "runs")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON.")
@@ -74,3 +75,11 @@ def settings_of(ctx: click.Context, **flags: Any) -> Settings:
     settings = load_settings(given.get("config"), home=given.get("home"), **flags)
     close_to_others(settings.home, _HOME_MARKS)  # if it was created or copied by other means
     return settings
+
+
+format_option = click.option(
+    "--format",
+    "format_name",
+    type=click.Choice([format.value for format in (*SERVED_FORMATS, Format.ADAPTER)]),
+    help="Format to serve; with `adapter`, many versions can share one base model.",
+)

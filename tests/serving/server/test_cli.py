@@ -172,7 +172,7 @@ async def test_promote_command_prints_json_if_requested(serving: Home) -> None:
 def end_promotions_with(monkeypatch: pytest.MonkeyPatch, *results: SwapResult | None) -> None:
     """Let every promotion end with the given results of servers gpu-1, gpu-2 and so on."""
     servers = tuple(ServerResult(f"gpu-{number}:8000", result) for number, result in enumerate(results, start=1))
-    monkeypatch.setattr("serving.server.cli.follow", lambda *_: FollowedChange(servers))
+    monkeypatch.setattr("serving.rollout.cli.follow", lambda *_: FollowedChange(servers))
 
 
 async def test_failed_promotion_shows_the_result_of_every_server(
