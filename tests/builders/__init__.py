@@ -1,0 +1,1 @@
+"""Builds what several tests share."""
