@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from monitoring.drift.detector import Baseline, Requests
 from svc.dataset.readers.reader import read_examples
 from svc.drift_reference.answer import Answer, AnswerSampler
-from svc.drift_reference.keyed_hash import KeyedHash
 from svc.drift_reference.prompt import Prompt, PromptSampler
+from svc.drift_reference.reference import KeyedHash
 from svc.drift_reference.sample import Sample
 from svc.drift_reference.text_embedding import fit_text_space
 

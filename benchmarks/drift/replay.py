@@ -16,7 +16,7 @@ from benchmarks.drift.prompts import Places, Pool, read_pool
 from benchmarks.drift.streams import CHANGE_AFTER, WITH_CHANGE, WITHOUT_CHANGE, Stream, draw_reference
 from monitoring.drift.detector import MEMORY, SEEN, Detector, Seen, Watch
 from monitoring.drift.evidence import Event
-from monitoring.drift.stability import number_stability
+from monitoring.drift.report import number_stability
 from svc.drift_reference.prompt import PromptFeature
 from svc.drift_reference.sample import Floats
 from svc.terminal import counting, waiting

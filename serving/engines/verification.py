@@ -1,6 +1,9 @@
 """Verifies that the engine runs a version's weights: checks the hashes of the files and, after the load, the probes.
 
 A probe is a text with recorded log-probabilities, which the loaded engine must reproduce.
+
+A version's probes are short token sequences with the log-probabilities by which the loaded weights are recognized. They
+are first recorded when the version is qualified. Another kind of engine rounds differently, so it needs its own values.
 """
 
 import asyncio
@@ -10,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from sqlalchemy import Engine as Store
+from sqlalchemy.orm import Session
 
 from serving.engines.adapter_cache import Checked
-from serving.engines.retaken_probes import find_retaken_probes, keep_retaken_probes
 from serving.engines.served_model import ServedModel, require_fit, served_model
 from svc.engine.client import EngineClient
 from svc.engine.engine import Engine
@@ -22,6 +26,8 @@ from svc.errors import ProbeError
 from svc.registry.adapter import AdapterFacts, read_adapter
 from svc.registry.registry import Registry
 from svc.settings.engine import AdapterSettings
+from svc.store.database import exclusive
+from svc.store.tables import RetakenProbesRow, target_columns
 from svc.version import SERVED_FORMATS, Format, Target, VersionId
 
 log = logging.getLogger(__name__)
@@ -33,6 +39,23 @@ _ADAPTER_REPEATS = 2
 _OTHER_WEIGHTS_NATS = 0.5
 """Mean difference between log-probabilities, in nats, above which the weights must be different. With the same weights,
 results of different kernels differ in the second decimal place; with different weights, they differ by whole nats."""
+
+
+_PROBES = TypeAdapter(tuple[Probe, ...])
+
+
+def find_retaken_probes(store: Store, target: Target, facts: EngineFacts) -> tuple[Probe, ...] | None:
+    """Return a version's probes as measured on the given kind of engine, or None if they were not measured there."""
+    with Session(store) as session:
+        row = session.get(RetakenProbesRow, target_columns(target) | {"engine": facts.key})
+        return _PROBES.validate_json(row.probes) if row else None
+
+
+def keep_retaken_probes(store: Store, target: Target, facts: EngineFacts, probes: tuple[Probe, ...]) -> None:
+    """Store remeasured probes, so that later loads on this kind of engine can be checked against them."""
+    text = _PROBES.dump_json(probes).decode("utf-8")
+    with exclusive(store) as session:
+        session.merge(RetakenProbesRow(**target_columns(target), engine=facts.key, probes=text))
 
 
 class UnknownProbesError(ProbeError):

@@ -4,19 +4,90 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 
 from sqlalchemy import Engine as Store
+from sqlalchemy import delete, func, select
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
-from serving.models.ended_work import newest_batch_at, newest_job_at, remove_ended_batches, remove_ended_jobs
 from serving.telemetry.retention_clock import RetentionClock
+from svc.store.batches import BatchStatus
+from svc.store.checkpoint_versions import job_of_checkpoints
+from svc.store.database import is_sqlite, write_transaction
+from svc.store.jobs import JobStatus
 from svc.store.outage_log import log_store_error
+from svc.store.tables import BatchRow, JobRow
 
 log = logging.getLogger(__name__)
 
 _INTERVAL_S = 3600.0
+
+
+_TOGETHER = 500
+_ENDED_BATCHES = [status.value for status in BatchStatus if status.ended]
+_ENDED_JOBS = [status.value for status in JobStatus if status.ended]
+
+
+def newest_batch_at(store: Store) -> datetime | None:
+    """Return the creation time of the newest batch, or None if there are no batches."""
+    with Session(store) as session:
+        return session.scalar(select(func.max(BatchRow.created_at)))
+
+
+def newest_job_at(store: Store) -> datetime | None:
+    """Return the creation time of the newest job, or None if there are no jobs."""
+    with Session(store) as session:
+        return session.scalar(select(func.max(JobRow.created_at)))
+
+
+def remove_ended_batches(store: Store, before: datetime) -> int:
+    """Delete the batches that ended before the given time, and return the number of deleted batches."""
+    ended_at = func.coalesce(BatchRow.completed_at, BatchRow.failed_at, BatchRow.expired_at, BatchRow.cancelled_at)
+    query = select(BatchRow.id).where(BatchRow.status.in_(_ENDED_BATCHES), ended_at < before)
+    with Session(store) as session:
+        ids = list(session.scalars(query))
+    for start in range(0, len(ids), _TOGETHER):
+        with write_transaction(store) as connection:
+            connection.execute(delete(BatchRow).where(BatchRow.id.in_(ids[start : start + _TOGETHER])))
+    return len(ids)
+
+
+def remove_ended_jobs(
+    store: Store, before: datetime, *, worker: str | None, registered: Callable[[], Collection[str]]
+) -> int:
+    """Delete the jobs that ended before the given time, with their events and checkpoints, and return the number of
+    deleted jobs.
+
+    A job whose model or checkpoints are registered is kept, because its row records which key may use them. Only a
+    worker's own machine knows which versions it has registered, so the jobs of other workers are kept too.
+
+    Args:
+        worker: id of this machine's worker, or None if it has none.
+        registered: function that returns the names of all registered models. It reads from disk.
+    """
+    columns = select(JobRow.id, JobRow.name, JobRow.status)
+    # A job that its worker returned to the queue, where it was then cancelled, may have registered versions on any
+    # machine.
+    nowhere = JobRow.worker.is_(None) if is_sqlite(store) else JobRow.worker.is_(None) & JobRow.started_at.is_(None)
+    own = nowhere | (JobRow.worker == (worker or ""))
+    succeeded = JobRow.status == JobStatus.SUCCEEDED.value
+    with Session(store) as session:
+        ended = session.execute(columns.where(JobRow.status.in_(_ENDED_JOBS), JobRow.finished_at < before, own)).all()
+        owned = set(session.scalars(select(JobRow.name).where(succeeded))) if ended else set()
+    names = set(registered()) if ended else set()
+    with_checkpoints = {job_of_checkpoints(name) for name in names}
+
+    def is_needed(id: str, name: str, status: str) -> bool:
+        shared = status != JobStatus.SUCCEEDED.value and name in owned  # another job's row says who owns it
+        return id in with_checkpoints or (name in names and not shared)
+
+    ids = [row.id for row in ended if not is_needed(row.id, row.name, row.status)]
+    for start in range(0, len(ids), _TOGETHER):
+        with write_transaction(store) as connection:
+            connection.execute(delete(JobRow).where(JobRow.id.in_(ids[start : start + _TOGETHER])))
+    return len(ids)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -4,11 +4,22 @@ The samples are read from the registry. The prompts are a random sample of all o
 The answers are the version's answers to the held-out examples, which are the only examples that it has answered without
 having been trained on them. Prompts and answers are redacted like live texts before they are stored, so that email
 addresses are blanked in the reference as well as in traffic.
+
+The hashes are computed with a random key. Each home folder has its own key, in a file next to the database. Without
+this key, nobody can test whether a given word was in a prompt. Texts can still be compared, because equal texts have
+equal hashes.
 """
 
 import json
+import os
+import re
+import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -19,12 +30,12 @@ from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tool_calls import calls_in
 from svc.drift_reference.answer import Answer, AnswerSampler
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE
-from svc.drift_reference.keyed_hash import KeyedHash
 from svc.drift_reference.prompt import Prompt, PromptSampler
 from svc.drift_reference.sample import Sample
-from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, load_text_space
-from svc.errors import NotFoundError
+from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, WORD, head_and_tail, load_text_space
+from svc.errors import IntegrityError, NotFoundError
 from svc.evaluation.results import ExampleResult, largest_limit
+from svc.files.disk import sync_folder
 from svc.redaction import Redactor
 from svc.registry.registry import Registry
 from svc.version import Target
@@ -32,6 +43,67 @@ from svc.version import Target
 _MAX_ANSWERS = 1_000
 """Maximum number of held-out answers in the reference. The answers are chosen at even intervals. Redacting more answers
 would take seconds, and the additional precision is not needed."""
+
+
+KEY_FILE = "drift.key"
+MAX_WORDS = 512
+"""Maximum number of distinct words per prompt whose hashes are kept. A page of text has about 250 distinct words."""
+_KEY_BYTES = 16
+_WORD = re.compile(rf"{WORD}|\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class KeyedHash:
+    """Computes hashes with a home folder's key."""
+
+    key: bytes = field(repr=False)
+
+    @classmethod
+    def of_home(cls, home: Path) -> "KeyedHash":
+        """Return the hash function that uses a home folder's key, creating the key on first use.
+
+        Raises:
+            IntegrityError: the key file has the wrong size.
+        """
+        path = home / KEY_FILE
+        if not path.exists():
+            _make_key(path)
+        key = path.read_bytes()
+        if len(key) != _KEY_BYTES:
+            raise IntegrityError(
+                f"the key in {path} has {len(key)} bytes",
+                expected=f"a key of {_KEY_BYTES} bytes",
+                todo="restore the file from a backup, or remove the file if there is no backup",
+            )
+        return cls(key)
+
+    def words(self, text: str) -> NDArray[np.int32]:
+        """Return the hashes of a text's distinct words in sorted order, keeping only the `MAX_WORDS` smallest.
+
+        The smallest hashes are a consistent random sample of the words, because a word has the same hash in every text.
+        """
+        distinct = set(_WORD.findall(head_and_tail(text).lower()))
+        hashes = {self._number(word, 4) for word in distinct}
+        return np.array(sorted(hashes)[:MAX_WORDS], dtype=np.int32)
+
+    def conversation(self, opening: str) -> int:
+        """Return a hash that identifies a conversation by its opening."""
+        return self._number(opening, 8)
+
+    def _number(self, text: str, size: int) -> int:
+        digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size, key=self.key).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
+
+def _make_key(path: Path) -> None:
+    """Write a new key, unless another process has already written one."""
+    with NamedTemporaryFile(dir=path.parent, prefix=f".{KEY_FILE}.") as file:  # has mode 0600
+        file.write(secrets.token_bytes(_KEY_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(file.name, path)
+    sync_folder(path.parent)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ _COMPARED_COPIES = 12
 _PARITY_ROOM = 1.2, 2 * 2**30
 """Free GPU memory required to score a model on a GPU: the first value times the size of its weights, plus the second
 value in bytes.
-`trainer.evaluation.parity.scores.choose_device` applies the same rule."""
+`trainer.evaluation.parity.report.choose_device` applies the same rule."""
 
 
 class EnginePart(StrEnum):

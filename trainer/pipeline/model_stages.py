@@ -11,9 +11,13 @@ from functools import partial
 from pathlib import Path
 
 from svc.dataset.schema.example import ChatExample
+from svc.engine.device import DeviceCapabilities, NumberType
+from svc.engine.model_facts import ModelFacts
+from svc.engine.vllm.number_type import AWQ, COMPRESSED_TENSORS, GPTQ, choose_dtype, explain_gptq_kernel
 from svc.model_folder.chat_template import write_template_kwargs
 from svc.model_folder.weight_files import weight_files
 from svc.registry.parity import ParityReport
+from svc.settings.engine import EngineSettings
 from svc.terminal import console
 from svc.version import QUANTIZED_FORMATS, Format
 from trainer.base_model.content import copy_shipped_files
@@ -23,12 +27,44 @@ from trainer.export.gptq import QuantizeSummary, calibration_type, quantize_to_4
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import MergeSummary, verify_full
 from trainer.pipeline.evaluation import RunEvaluation
-from trainer.pipeline.number_types import say_number_types
 from trainer.pipeline.preflight import check_base
 from trainer.pipeline.run_folder import Run
 from trainer.pipeline.run_stages import Step
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import QUALIFY_STAGES, QUANTIZE_STAGES, Stage
+
+_METHODS = {Format.GPTQ: GPTQ, Format.AWQ: AWQ, Format.INT8: COMPRESSED_TENSORS, Format.FP8: COMPRESSED_TENSORS}
+"""Quantization method named in the config of each quantized format."""
+
+
+def say_number_types(able: DeviceCapabilities, engine: EngineSettings, formats: Sequence[Format]) -> None:
+    """Print the data type chosen for training, and the one for serving each format on this machine, with reasons.
+
+    Args:
+        able: capabilities of this machine.
+        formats: the recipe's formats.
+
+    Raises:
+        EngineError: a quantized format cannot be served on this machine.
+    """
+    served = able.device(engine)
+    _say("train", f"{able.training_type} on {able.training_device}", able.training_reason)
+    for format in formats:
+        if format is Format.ADAPTER:
+            continue
+        quantization = _METHODS.get(format)
+        dtype = choose_dtype(engine, able, ModelFacts(dtype=NumberType.BFLOAT16, quantization=quantization))
+        if format in (Format.GPTQ, Format.AWQ):
+            kernel = explain_gptq_kernel(engine, able)
+            _say(format, f"{dtype.value} on {served}, {kernel.value} kernel", kernel.reason)
+            continue
+        _say(format, f"{dtype.value} on {served}", dtype.reason)
+        if format in (Format.INT8, Format.FP8) and (warning := able.check_eight_bits(format, engine)):
+            console.print(f"[yellow]  {warning}[/yellow]", soft_wrap=True)
+
+
+def _say(use: str, choice: str, reason: str) -> None:
+    console.print(f"  {use}: {choice}" + (f" ({reason})" if reason else ""))
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,21 @@ The recipe's formats decide which stages run. Measurements are compared with the
 measurement is repeated when the limits change.
 """
 
-from collections.abc import Iterator, Mapping
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.objective import Objective
 from svc.engine.device import DeviceCapabilities, read_capabilities
-from svc.evaluation.judge import JudgeReport
+from svc.evaluation.endpoint import Endpoint
+from svc.evaluation.judge import JudgeReport, judge_answers
+from svc.evaluation.results import ExampleResult
 from svc.files.lock import hold_lock
+from svc.identity.key_file import read_secret
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.model_folder.weight_files import weight_files
 from svc.registry.housekeeping import size_on_disk
@@ -37,17 +42,16 @@ from trainer.pipeline.combined_adapter import CombinedAdapter
 from trainer.pipeline.estimate import compare_with_real, estimate_metrics
 from trainer.pipeline.evaluation import Evaluated, RunEvaluation
 from trainer.pipeline.examples import Examples
-from trainer.pipeline.gate import say_gates
-from trainer.pipeline.judging import compare_answers, judge_endpoint
 from trainer.pipeline.model_stages import ModelStages
 from trainer.pipeline.ray_stages import RayStages, fetch_stored
-from trainer.pipeline.registration import Registered, Registration
+from trainer.pipeline.registration import Registered, Registration, say_gates
 from trainer.pipeline.reports import Report, check_reports, open_reports
 from trainer.pipeline.run_folder import RemoteResult, Run, StoredWeights
 from trainer.pipeline.run_stages import Step, run_stages
 from trainer.pipeline.tracked_run import sending_curve, tracked_run
 from trainer.pipeline.trained_adapter import TrainedAdapter, check_fits
 from trainer.pipeline.training_devices import choose_sharding, choose_training_devices
+from trainer.recipe.evaluate import Judge
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage, choose_stages
 from trainer.training.parallel.device_processes import DeviceProcesses
@@ -56,6 +60,39 @@ from trainer.training.parallel.ray_processes import RayProcesses
 from trainer.training.parallel.ray_worker import NodeFacts
 from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
 from trainer.training.summary import TrainingData, TrainingSummary
+
+
+def judge_endpoint(judge: Judge) -> Endpoint | None:
+    """Return the endpoint of the recipe's judge, or None if the recipe names no judge.
+
+    Raises:
+        SettingsError: the URL is not a valid endpoint URL, or other users can read the key file.
+    """
+    if judge.url is None or judge.model is None:
+        return None
+    key = read_secret(judge.key_file, "ask its issuer to replace it") if judge.key_file else None
+    endpoint = Endpoint(judge.url, judge.model, key)
+    endpoint.check()
+    return endpoint
+
+
+def compare_answers(
+    judge: Judge, heldout: Sequence[ChatExample], base: Sequence[ExampleResult], merged: Sequence[ExampleResult]
+) -> JudgeReport:
+    """Let the judge compare the merged model's answers with the base's, and return its report.
+
+    Args:
+        judge: the recipe's judge, which must have a URL and a model.
+        heldout: all held-out examples, starting with the examples that the models answered.
+
+    Raises:
+        SvcError: the judge cannot be reached, or its replies are not valid verdicts.
+    """
+    endpoint = judge_endpoint(judge)
+    assert endpoint is not None  # noqa: S101 - callers make sure that the recipe names a judge
+    before, after = ([result.answer for result in results] for results in (base, merged))
+    asked = heldout[: len(before)]
+    return asyncio.run(judge_answers(endpoint, asked, before, after, title="judging merged against base"))
 
 
 @dataclass(frozen=True)

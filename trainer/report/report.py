@@ -1,13 +1,16 @@
 """Gathers the data for a version's one-page report. This module does not know how the data is displayed."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import to_jsonable_python
 from sqlalchemy import Engine as Store
 
+from svc.dataset.schema.example import ChatExample
 from svc.evaluation.evaluator import EvaluationReport
+from svc.evaluation.metrics.choose import Task, find_task
 from svc.evaluation.metrics.labels import label_of
 from svc.evaluation.results import ExampleResult
 from svc.files.json_file import read_record
@@ -17,9 +20,49 @@ from svc.store.rollouts import RolloutView, read_rollouts
 from svc.version import SERVED_FORMATS, VersionId
 from trainer.data.summary import DATA_SUMMARY_FILE, DataSummary, read_data_summary
 from trainer.model.run_record import RUN_RECORD_FILE, RunRecord
-from trainer.report.confusion import ConfusionMatrix, confusion_matrix
 from trainer.report.judged import BASE, Judged
 from trainer.training_curve import TRAINING_CURVE_FILE, TrainingPoint, read_training_curve
+
+_MAX_LABELS = 25
+_OTHERS = "(other labels)"
+_NONE = "(no label)"
+
+
+@dataclass(frozen=True, slots=True)
+class ConfusionMatrix:
+    """Number of examples for each combination of reference label and answer label.
+
+    Attributes:
+        labels: labels of the reference answers, one per row; if there are more than 25, the rarest labels share the
+            last row.
+        given: labels of the model's answers, one per column: the same labels, then a column for all other answers, if
+            there are any.
+        counts: number of examples, by row and column.
+    """
+
+    labels: tuple[str, ...]
+    given: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+def confusion_matrix(examples: Sequence[ChatExample], results: Sequence[ExampleResult]) -> ConfusionMatrix | None:
+    """Return the confusion matrix, or None if the references are not labels.
+
+    Args:
+        results: one result per example, in order.
+    """
+    if not results or find_task(examples) is not Task.LABELS:
+        return None
+    frequency = Counter(label_of(example.answer) for example in examples)
+    labels = sorted(label for label, _ in frequency.most_common(_MAX_LABELS))
+    if len(frequency) > len(labels):
+        labels.append(_OTHERS)
+    place = {label: labels.index(label if label in labels else _OTHERS) for label in frequency}
+    counts = [[0] * (len(labels) + 1) for _ in labels]
+    for example, result in zip(examples, results, strict=True):
+        counts[place[label_of(example.answer)]][place.get(label_of(result.answer), len(labels))] += 1
+    width = len(labels) + any(row[-1] for row in counts)
+    return ConfusionMatrix(tuple(labels), (*labels, _NONE)[:width], tuple(tuple(row[:width]) for row in counts))
 
 
 @dataclass(frozen=True, slots=True)

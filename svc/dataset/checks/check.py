@@ -3,30 +3,38 @@
 Lines that cannot be trained on are errors. Lines that a person should check are warnings. Files are
 streamed, keeping about 200 bytes per example in memory but never its text. Checks that need all examples
 (duplicates, leaks, labels) run at the end.
+
+Preferences: a model learns to write longer answers if length distinguishes the chosen answers from the rejected ones
+(Park et al. 2024, "Disentangling Length from Quality in Direct Preference Optimization", arXiv:2403.19159).
+
+Special tokens, template code, control characters and mojibake only cause warnings, because the text can still be
+trained on.
 """
 
+import math
+import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from ftfy.badness import BADNESS_RE
 from numpy.typing import NDArray
 
 from svc.dataset.checks.base_tokenizer import BaseTokenizer
 from svc.dataset.checks.labels import FEW_ANSWERS, Answer, AnswerKind, few_labels, look_at_answer, odd_answers
-from svc.dataset.checks.length_bias import AnswerLengths, LengthBias, measure_length_bias
 from svc.dataset.checks.line_table import LineTable, LineTableBuilder, Rows, first_with_same
 from svc.dataset.checks.minhash import clusters, nearest, places_in
-from svc.dataset.checks.text_checks import TextChecks
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.problem.problem_log import ProblemLog
 from svc.dataset.readers.preferences import read_any_lines
 from svc.dataset.readers.reader import AnyExample, Kind, Line, chat_of
 from svc.dataset.schema.example import ChatExample, Message, Role, answered_prompts, normal_prompt
 from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
+from svc.sample_size import Z_INTERVAL
 
 MAX_LENGTH = 4096
 """Default maximum length of an example, in tokens."""
@@ -35,6 +43,147 @@ _MAX_COUNTED_ANSWER = 200
 _MAX_CHARACTERS = 2**32 - 1
 
 OnRead = Callable[[int], None]
+
+
+MAX_LONGER_SHARE = 0.7
+"""If the chosen answer is longer in more than this fraction of pairs, the pairs count as biased."""
+
+
+_GEMMA_4 = "turn|channel|tool|tool_call|tool_response|image|audio|video"
+_SPECIAL = (
+    r"<[|｜][^\s<>|｜]{1,64}[|｜]>"  # ChatML, Llama 3, Phi, Qwen, DeepSeek  # noqa: RUF001
+    r"|\[/?INST\]|<</?SYS>>"  # Llama 2, Mistral
+    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT)\]"  # Mistral
+    r"|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_(?:turn|image|role|text)>"  # Llama 2, Gemma, Granite
+    r"|<(?:begin|end)_of_(?:text|sentence)>"
+    r"|<\|(?:" + _GEMMA_4 + r")>|<(?:" + _GEMMA_4 + r")\|>"
+)
+_STATEMENTS = (
+    "block|break|call|continue|do|elif|else|extends|filter|for|from|generation|if|import|include|macro|raw|set|with"
+    "|end(?:block|call|filter|for|generation|if|macro|raw|set|with)"
+)
+_JINJA = re.compile(
+    r"\{%[-+]?\s*(?:" + _STATEMENTS + r")\b[^{}%]*%\}"
+    r"|\{#[^{}]{1,500}#\}"
+    r"|(?<![\\\w{}^$=])\{\{(?!-?[\d\s.]{1,60}\}\})-?[ \t]{0,20}[\w.\[\]'\"]{1,80}"  # not a number: C++ has {{1}}
+    r"(?:[ \t]{0,20}(?:[|*/+(\[~<>-]|[=!]=|\b(?:if|is|in|and|or|not)\b)[^{};\n]{0,200})?[ \t]{0,20}-?\}\}"
+)
+"""Matches template code. Repetitions are bounded or end at a brace, so that matching takes linear time."""
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
+_HIDDEN = re.compile("\u202e|(?<![\U0001f3f4\U000e0020-\U000e007e])[\U000e0020-\U000e007f]")
+"""Matches characters that hide text or change its order. Tag characters after a black flag are excluded, because they
+encode a region's flag."""
+
+_GOOD = re.compile("\x85|(?<=Å)[²³±]|(?<=[A-ZÀ-Þ]Ã)[”»]|»(?=[ÄÖÜ])")
+"""Matches valid text that ftfy would flag: the line break U+0085, units (Å²), and quotation marks after capitalized
+words or around German words (»Öl«)."""
+_MAX_SHOWN = 60
+
+
+class TextChecks:
+    """Finds suspicious content in texts.
+
+    Args:
+        tokens: special tokens of the base model, in addition to well-known ones.
+    """
+
+    def __init__(self, tokens: Iterable[str] = ()) -> None:
+        own = "".join("|" + re.escape(token) for token in sorted(tokens) if token.strip())
+        self._special = re.compile(_SPECIAL + own)
+        self._marks = None if own else ("<", "[")
+
+    def problems(self, text: str) -> tuple[tuple[Code, str], ...]:
+        """Return a code and a message for each kind of suspicious content in the text.
+
+        The message gives the position of the first occurrence.
+        """
+        return tuple(self._find(text))
+
+    def _find(self, text: str) -> Iterator[tuple[Code, str]]:
+        if self._marks is None or any(mark in text for mark in self._marks):
+            yield from _first(self._special, text, Code.SPECIAL_TOKEN, "contains the special token")
+        if "{" in text:
+            yield from _first(_JINJA, text, Code.TEMPLATE_CODE, "contains template code")
+        if match := _CONTROL.search(text):
+            yield Code.CONTROL_CHARACTER, f"contains the control character U+{ord(match[0]):04X} at {match.start()}"
+        if not text.isascii():
+            if match := _HIDDEN.search(text):
+                yield (
+                    Code.CONTROL_CHARACTER,
+                    f"contains the invisible character U+{ord(match[0]):04X} at {match.start()}",
+                )
+            if (place := text.find("\ufffd")) >= 0:
+                yield Code.MOJIBAKE, f"contains U+FFFD, which replaces an unreadable character, at {place}"
+            yield from _first(
+                BADNESS_RE, _GOOD.sub(" ", text), Code.MOJIBAKE, "appears to be UTF-8 decoded with another encoding:"
+            )
+
+
+def _first(pattern: re.Pattern[str], text: str, code: Code, what: str) -> Iterator[tuple[Code, str]]:
+    if match := pattern.search(text):
+        yield code, f"{what} {match[0][:_MAX_SHOWN]!r} at {match.start()}"
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerLengths:
+    """Lengths of the chosen and rejected answers of preference pairs, in characters."""
+
+    chosen: "array[int]" = field(default_factory=lambda: array("I"))
+    rejected: "array[int]" = field(default_factory=lambda: array("I"))
+
+    def add(self, chosen: int, rejected: int) -> None:
+        """Record the lengths of a pair's answers."""
+        self.chosen.append(chosen)
+        self.rejected.append(rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class LengthBias:
+    """Measurement of how often the chosen answer of a pair is the longer one.
+
+    Attributes:
+        longer: number of pairs whose chosen answer is longer.
+        compared: number of pairs whose answers differ in length.
+        low, high: bounds of the 95% confidence interval for `longer / compared` (Wilson 1927).
+        chosen_characters, rejected_characters: median length of the answers.
+    """
+
+    longer: int
+    compared: int
+    low: float
+    high: float
+    chosen_characters: int
+    rejected_characters: int
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the pairs are biased toward longer answers with 95% confidence: `low` exceeds `MAX_LONGER_SHARE`."""
+        return self.low > MAX_LONGER_SHARE
+
+    def __str__(self) -> str:
+        share = 100 * self.longer / self.compared
+        return (
+            f"the chosen answer is the longer one in {share:.0f}% of {self.compared} pairs "
+            f"(95% interval {100 * self.low:.0f} to {100 * self.high:.0f}%); median length: chosen "
+            f"{self.chosen_characters} characters, rejected {self.rejected_characters}"
+        )
+
+
+def measure_length_bias(lengths: AnswerLengths) -> LengthBias | None:
+    """Return the length bias of pairs, or None if no pair has answers of different lengths."""
+    chosen, rejected = np.frombuffer(lengths.chosen, np.uint32), np.frombuffer(lengths.rejected, np.uint32)
+    longer, compared = int((chosen > rejected).sum()), int((chosen != rejected).sum())
+    if not compared:
+        return None
+    low, high = _wilson_interval(longer, compared)
+    return LengthBias(longer, compared, low, high, round(float(np.median(chosen))), round(float(np.median(rejected))))
+
+
+def _wilson_interval(hits: int, total: int) -> tuple[float, float]:
+    share, spread = hits / total, Z_INTERVAL**2 / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(slots=True)

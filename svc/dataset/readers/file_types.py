@@ -1,8 +1,13 @@
-"""Reads the records of a data file. The file name determines its container format and compression."""
+"""Reads the records of a data file. The file name determines its container format and compression.
+
+Only columns that a format uses are read. Other columns may have types with no Python equivalent.
+"""
 
 import bz2
+import codecs
 import gzip
 import io
+import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -11,14 +16,79 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from svc.dataset.problem.problem import Code, RowError
+from svc.dataset.readers.columns import READ_KEYS, header_fault
 from svc.dataset.readers.csv import read_csv
-from svc.dataset.readers.document import read_document
 from svc.dataset.readers.json_array import read_list, starts_with_list
 from svc.dataset.readers.jsonl import read_jsonl
-from svc.dataset.readers.parquet import read_parquet
 from svc.dataset.readers.promptfoo import read_promptfoo
-from svc.dataset.readers.row import Row
+from svc.dataset.readers.row import MAX_ROW_BYTES, Row, too_large
 from svc.errors import DataError
+
+_BATCH_ROWS = 256
+
+
+def read_parquet(path: Path, on_read: Callable[[int], None]) -> Iterator[Row]:
+    """Yield every row, with its row number in place of a line number.
+
+    Args:
+        on_read: called with the approximate number of bytes read so far.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        size = path.stat().st_size
+        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            total = max(file.metadata.num_rows, 1)
+            names = file.schema_arrow.names
+            fault = header_fault(names)
+            read, others = [name for name in names if name in READ_KEYS], sorted(set(names) - READ_KEYS)
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=read):
+                for place in range(batch.num_rows):
+                    number += 1
+                    yield Row(number, b"", error=fault) if fault else _row(number, batch, place, others)
+                on_read(size * number // total)
+    except (pyarrow.ArrowException, OSError) as error:
+        wrong = RowError(
+            Code.UNREADABLE, f"cannot read the file: {str(error)[:200]}", expected="a complete Parquet file"
+        )
+        yield Row(number + 1, b"", error=wrong)
+
+
+def _row(number: int, batch: Any, place: int, others: list[str]) -> Row:
+    """Return one row of a batch.
+
+    Args:
+        others: names of the columns that are not read. The row contains them without a value, so that errors
+            can mention them.
+    """
+    try:
+        value = batch.slice(place, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return Row(
+            number, b"", error=RowError(Code.NOT_UTF8, "the row contains text that is not UTF-8", expected="UTF-8 text")
+        )
+    except (ValueError, OverflowError) as error:  # dates beyond the year 9999, unknown time zones
+        wrong = f"cannot read a value: {str(error)[:200]}"
+        return Row(number, b"", error=RowError(Code.WRONG_FORMAT, wrong, expected="a row with text or lists of turns"))
+    raw = json.dumps(value, ensure_ascii=False, default=str).encode() + b"\n"
+    if len(raw) > MAX_ROW_BYTES:
+        return Row(number, raw[:MAX_ROW_BYTES], error=too_large())
+    return Row(number, raw, dict.fromkeys(others) | value)
+
+
+def read_document(stream: BinaryIO) -> Iterator[Row]:
+    """Yield the document as one row, or nothing if the file is empty."""
+    raw = stream.read(MAX_ROW_BYTES + 1)
+    if len(raw) > MAX_ROW_BYTES:
+        yield Row(1, raw, error=too_large())
+    elif raw.strip():
+        try:
+            yield Row(1, raw, {"text": raw.removeprefix(codecs.BOM_UTF8).decode("utf-8")})
+        except UnicodeDecodeError as error:
+            wrong = f"byte {error.start} is not UTF-8"
+            yield Row(1, raw, error=RowError(Code.NOT_UTF8, wrong, expected="UTF-8"))
 
 
 def _open_zstd(file: BinaryIO) -> Any:

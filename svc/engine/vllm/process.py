@@ -26,7 +26,6 @@ from svc.engine.state import EnginePhase
 from svc.engine.vllm.headroom import backup_shortage
 from svc.engine.vllm.health_checks import HealthChecks
 from svc.engine.vllm.launch import EngineSpec, command, environment, launch_digest
-from svc.engine.vllm.startup_phase import PhaseReader
 from svc.errors import EngineError
 from svc.settings.engine import Device
 
@@ -37,6 +36,44 @@ _CPU_NICENESS = 5
 """Niceness of an engine on the CPU relative to the server. The engine's threads keep every core busy: with
 equal priorities, the server's event loop had to wait 20 ms for a core in 1% of its iterations. With this niceness, it
 waits 8 ms (docs/reliability.md)."""
+
+
+_SIGNS = {
+    EnginePhase.ARGUMENTS: rb"non-default args",
+    EnginePhase.CORE: rb"Initializing a V1 LLM engine",
+    EnginePhase.WEIGHTS: rb"Loading model|Starting to load model",
+    EnginePhase.CACHE: rb"Loading weights took",
+    EnginePhase.WARM_UP: rb"KV cache size",
+    EnginePhase.SOCKET: rb"Starting vLLM server",
+}
+_ORDER = list(EnginePhase)
+
+
+class PhaseReader:
+    """Follows the startup of an engine in its log. Each call of `look` reads only the new lines.
+
+    Args:
+        log: file with vLLM's output since it was started. It may not exist yet.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._position = 0
+        self._phase = EnginePhase.PYTHON
+
+    def look(self) -> EnginePhase:
+        """Return the current phase according to the log. It never goes back to an earlier phase."""
+        try:
+            with self._log.open("rb") as file:
+                file.seek(self._position)
+                # The text after the last newline is not a complete line yet.
+                new = file.read().rpartition(b"\n")[0]
+        except FileNotFoundError:
+            return self._phase
+        self._position += len(new)
+        reached = [phase for phase, sign in _SIGNS.items() if re.search(sign, new)]
+        self._phase = max([self._phase, *reached], key=_ORDER.index)
+        return self._phase
 
 
 class EngineProcess:

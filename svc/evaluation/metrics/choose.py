@@ -1,17 +1,20 @@
 """Selects a task's metrics, including the primary metric. Unless the recipe names them, the choice depends on the
 references."""
 
+import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 from svc.dataset.checks.labels import FEW_ANSWERS, AnswerKind, look_at_answer
 from svc.dataset.schema.example import ChatExample, any_call_tools
+from svc.dataset.schema.tool_calls import calls_in
 from svc.errors import RecipeError
-from svc.evaluation.metrics.calls import CallAccuracy, ToolAccuracy
 from svc.evaluation.metrics.function import FunctionMetric, FunctionSpec
 from svc.evaluation.metrics.json_answers import (
     FieldAccuracy,
@@ -22,7 +25,7 @@ from svc.evaluation.metrics.json_answers import (
     read_schema,
 )
 from svc.evaluation.metrics.labels import Accuracy, MacroF1, label_of
-from svc.evaluation.metrics.metric import Answered, Better, Metric
+from svc.evaluation.metrics.metric import Answered, AnswerMetric, Better, Metric
 from svc.evaluation.metrics.text import Chrf, ExactMatch, Rouge
 from svc.evaluation.metrics.tokens import Length, Perplexity
 from svc.evaluation.results import ExampleResult
@@ -32,6 +35,49 @@ ENTRY_POINTS = "tuneserve.metrics"
 _NAME = re.compile("[a-z0-9_]+")
 _MOSTLY = 0.95
 _SEE = "correct evaluate.metrics or evaluate.primary; see docs/evaluation.md"
+
+
+class CallAccuracy(AnswerMetric):
+    """Share of answers that make the same tool calls as the reference, in any order.
+
+    Two calls are the same if they name the same tool and pass the same arguments. Arguments are compared as JSON, so
+    the order of keys does not matter, and 1 equals 1.0. If the reference does not call any tool, every answer without
+    calls is right, whatever its text.
+    """
+
+    name = "call_accuracy"
+    title = "right calls"
+
+    def score_answer(self, answer: str, reference: str) -> float:
+        return float(_calls(answer) == _calls(reference))
+
+
+class ToolAccuracy(AnswerMetric):
+    """Share of answers that call the same tools as the reference, in any order and with any arguments."""
+
+    name = "tool_accuracy"
+    title = "right tools"
+
+    def score_answer(self, answer: str, reference: str) -> float:
+        return float(_tools(answer) == _tools(reference))
+
+
+def _calls(text: str) -> Counter[tuple[str, str]]:
+    return Counter((name, _comparable(arguments)) for name, arguments in calls_in(text))
+
+
+def _comparable(arguments: Any) -> str:
+    numbers = json.loads(json.dumps(arguments), parse_float=_shortest)
+    return json.dumps(numbers, sort_keys=True)
+
+
+def _shortest(number: str) -> int | float:
+    value = float(number)
+    return int(value) if value.is_integer() else value
+
+
+def _tools(text: str) -> Counter[str]:
+    return Counter(name for name, _ in calls_in(text))
 
 
 class Task(StrEnum):

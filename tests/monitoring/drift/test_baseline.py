@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from monitoring.drift.baseline import baseline_bytes, read_baseline
+from monitoring.drift.check import baseline_bytes, read_baseline
 from monitoring.drift.detector import Baseline, Detector
 from svc.drift_reference.sample import NOT_THERE, Sample
 from tests.monitoring.drift.synthetic_requests import baseline_of, draw_requests

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from monitoring.drift.clients import COMPARED, ClientShares
+from monitoring.drift.detector import COMPARED, ClientShares
 
 
 def counted(shares: ClientShares, clients: list[str]) -> list[bool]:

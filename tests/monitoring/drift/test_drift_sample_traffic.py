@@ -10,8 +10,8 @@ from monitoring.drift.detector import Baseline, Detector, Requests, Watch
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.drift_reference.drift_sample import draw_drift_sample
-from svc.drift_reference.keyed_hash import KeyedHash
 from svc.drift_reference.prompt import Prompt, PromptSampler
+from svc.drift_reference.reference import KeyedHash
 from svc.drift_reference.sample import Sample
 from svc.drift_reference.text_embedding import fit_text_space
 from tests.monitoring.drift.traffic import TASK, prompts

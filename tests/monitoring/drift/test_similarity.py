@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monitoring.drift.similarity import Similarity, separation, typical
+from monitoring.drift.domain_classifier import Similarity, separation, typical
 from svc.drift_reference.sample import Floats
 
 WIDTHS = (1.0, 0.55)

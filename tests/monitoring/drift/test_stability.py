@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monitoring.drift.stability import category_stability, number_stability
+from monitoring.drift.report import category_stability, number_stability
 from svc.drift_reference.sample import NOT_THERE, Floats, Names
 
 NAN = float("nan")

@@ -16,8 +16,7 @@ from svc.dataset.readers.reader import read_examples, write_examples
 from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE
 from svc.drift_reference.item import ItemMaker
-from svc.drift_reference.keyed_hash import KeyedHash
-from svc.drift_reference.reference import Reference, read_reference
+from svc.drift_reference.reference import KeyedHash, Reference, read_reference
 from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
 from svc.engine.probes import Probe
 from svc.errors import NotFoundError

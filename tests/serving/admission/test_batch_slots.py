@@ -6,9 +6,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from serving.admission import batch_slots
-from serving.admission.admission import Admission
-from serving.admission.batch_slots import InterruptedRequestError
+from serving.admission import admission as batch_slots
+from serving.admission.admission import Admission, InterruptedRequestError
 from serving.admission.errors import QueueTimeoutError, TooManyTokensError
 from serving.admission.party import NO_KEY, Party
 from serving.one_shot_event import OneShotEvent

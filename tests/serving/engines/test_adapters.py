@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Message, Send
 
 from serving.admission.errors import QueueTimeoutError
-from serving.engines.retaken_probes import find_retaken_probes
+from serving.engines.verification import find_retaken_probes
 from serving.gateway.delivery import PART_BYTES
 from svc.engine.probes import EngineFacts
 from svc.settings.engine import AdapterSettings

@@ -3,7 +3,7 @@
 import pytest
 from sqlalchemy import Engine as Store
 
-from serving.engines.retaken_probes import find_retaken_probes, keep_retaken_probes
+from serving.engines.verification import find_retaken_probes, keep_retaken_probes
 from svc.engine.probes import EngineFacts, Probe
 from svc.settings.engine import Device, GptqKernel
 from svc.version import Format, Target, VersionId

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.engines.retaken_probes import find_retaken_probes
-from serving.engines.verification import UnknownProbesError, Verification
+from serving.engines.verification import UnknownProbesError, Verification, find_retaken_probes
 from svc.engine.probes import EngineFacts
 from svc.errors import IntegrityError, ProbeError
 from svc.version import Format, Target

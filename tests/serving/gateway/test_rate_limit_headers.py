@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 from serving.admission.rate_limiter import Allowance, Limit
-from serving.gateway.rate_limit_headers import duration, rate_limit_headers
+from serving.gateway.middleware import duration, rate_limit_headers
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, 500_000, tzinfo=UTC)
 ALL = {

@@ -8,7 +8,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import update
 
 from serving.files.rows import Purpose, find_file
-from serving.models.ended_work import newest_batch_at, newest_job_at, remove_ended_batches, remove_ended_jobs
+from serving.models.retention import newest_batch_at, newest_job_at, remove_ended_batches, remove_ended_jobs
 from svc.store.batches import Batch, BatchStatus, find_batch
 from svc.store.checkpoint_versions import checkpoint_version
 from svc.store.database import is_sqlite

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from serving.engines.retaken_probes import find_retaken_probes
-from serving.engines.verification import Verification
+from serving.engines.verification import Verification, find_retaken_probes
 from svc.engine.state import EngineState
 from svc.settings.serve import SwapChoice
 from svc.store.swaps import SwapKind, SwapOutcome

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from svc.dataset.schema.tool_calls import ToolCall, answer_text
 from svc.drift_reference.answer import Answer, AnswerFeature, AnswerSampler
 from svc.drift_reference.item import ItemMaker, answer_sample, prompt_sample
-from svc.drift_reference.keyed_hash import KeyedHash
 from svc.drift_reference.prompt import Prompt, PromptSampler
-from svc.drift_reference.reference import Reference, read_prompt, read_reference
+from svc.drift_reference.reference import KeyedHash, Reference, read_prompt, read_reference
 from svc.drift_reference.sample import NO, Sample
 from svc.drift_reference.text_embedding import fit_text_space
 from svc.errors import NotFoundError

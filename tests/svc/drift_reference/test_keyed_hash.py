@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from svc.drift_reference.keyed_hash import KEY_FILE, MAX_WORDS, KeyedHash
+from svc.drift_reference.reference import KEY_FILE, MAX_WORDS, KeyedHash
 from svc.errors import IntegrityError
 
 ONE, OTHER = KeyedHash(bytes(16)), KeyedHash(b"1" * 16)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svc.evaluation.edit_distance import edit_distance
+from svc.evaluation.comparison import edit_distance
 
 texts = st.text(alphabet="abc é", max_size=12)
 

@@ -12,8 +12,7 @@ from svc.engine.model_facts import read_model_facts
 from svc.errors import BaseModelError
 from svc.settings.settings import Settings
 from tests.trainer.conftest import make_model
-from trainer.base_model.find_base import find_base, find_config
-from trainer.base_model.other_rope import folder_with_rope, revision_with_rope
+from trainer.base_model.find_base import find_base, find_config, folder_with_rope, revision_with_rope
 from trainer.model.config import load_config
 from trainer.recipe.rope import RopeScaling, RopeType
 

@@ -17,7 +17,7 @@ from tests.trainer.pipeline.stand_ins import Make
 from trainer.base_model.find_base import merged_revision
 from trainer.base_model.resolve import Base
 from trainer.evaluation.forgetting_check import judge_forgetting
-from trainer.pipeline.gate import check_gate
+from trainer.pipeline.registration import check_gate
 from trainer.pipeline.stages import Pipeline
 from trainer.recipe.evaluate import Evaluate, Undecided
 

@@ -18,8 +18,8 @@ from svc.version import Format
 from tests.svc.registry.parity import SPEED
 from tests.trainer.conftest import make_example
 from trainer.evaluation.qualification import EngineReading, Qualified
-from trainer.pipeline.gate import check_gate
 from trainer.pipeline.quantization_gate import judge_quantized
+from trainer.pipeline.registration import check_gate
 from trainer.recipe.evaluate import Evaluate, Undecided
 
 REFERENCE = "a short line that says what the package is for"

@@ -7,7 +7,7 @@ from sklearn.metrics import confusion_matrix as of_sklearn
 
 from tests.svc.chats import chat
 from tests.trainer.report.judged_versions import answer
-from trainer.report.confusion import ConfusionMatrix, confusion_matrix
+from trainer.report.report import ConfusionMatrix, confusion_matrix
 
 LABELS = ("admin", "games", "net")
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.report.text import LONGEST, cut_text, visible
+from trainer.report.page import LONGEST, cut_text, visible
 
 
 @given(st.text(max_size=9_000))

@@ -16,7 +16,7 @@ from tests.trainer.conftest import losses_of, make_example, make_model, make_rec
 from tests.trainer.training.parallel.test_several_devices import CLOSE, train
 from tests.trainer.training.test_resume import assert_same, train_in, train_until
 from tests.trainer.uninterrupted import UninterruptedRuns
-from trainer.base_model.more_tokens import folder_with_tokens
+from trainer.base_model.find_base import folder_with_tokens
 from trainer.evaluation.parity import adapter as adapter_parity
 from trainer.export.merge import merge_adapter
 from trainer.model.peft_config import load_adapter

@@ -17,7 +17,7 @@ from tests.trainer.training.test_new_tokens import EMBEDDING, TOKENS
 from tests.trainer.training.test_preference import recipe_of
 from tests.trainer.training.test_resume import train_in, train_until, weights
 from tests.trainer.without_clock import without_clock
-from trainer.base_model.more_tokens import folder_with_tokens
+from trainer.base_model.find_base import folder_with_tokens
 from trainer.export.merge import merge_adapter
 from trainer.recipe.adapter import Method
 from trainer.recipe.recipe import Recipe

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.rollout.analysis.blocks import Block, Blocks
+from serving.rollout.analysis.comparisons import Block, Blocks
 from serving.rollout.analysis.units import Arm
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.rollout.analysis.quantiles import Times
+from serving.rollout.analysis.comparisons import Times
 
 
 @given(st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=200), st.sampled_from([0.05, 0.5, 0.95, 1.0]))

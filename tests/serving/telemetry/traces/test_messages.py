@@ -5,7 +5,7 @@ from typing import Any
 
 from hypothesis import given
 
-from serving.telemetry.traces.messages import input_messages, output_messages
+from serving.telemetry.traces.traces import input_messages, output_messages
 from svc.dataset.schema.tool_calls import ToolCall, answer_text
 from tests.svc.json_values import json_values
 

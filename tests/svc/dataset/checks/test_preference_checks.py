@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from svc.cli import group
-from svc.dataset.checks.check import DataReport, check_files
-from svc.dataset.checks.length_bias import AnswerLengths, measure_length_bias
+from svc.dataset.checks.check import AnswerLengths, DataReport, check_files, measure_length_bias
 from svc.dataset.problem.problem import Code, Severity
 from svc.dataset.readers.reader import Kind
 from tests.svc.chats import turn, write_lines

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svc.dataset.checks.text_checks import TextChecks
+from svc.dataset.checks.check import TextChecks
 from svc.dataset.problem.problem import Code
 
 GOOD = [

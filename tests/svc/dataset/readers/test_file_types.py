@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svc.dataset.problem.problem import Code
+from svc.dataset.readers import file_types as parquet_module
 from svc.dataset.readers import jsonl as jsonl_module
-from svc.dataset.readers import parquet as parquet_module
 from svc.dataset.readers.file_types import CONTAINERS, is_data_file, read_rows
 from svc.dataset.readers.reader import read_examples, read_lines, write_examples
 from svc.dataset.readers.row import Row

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svc.engine.state import EnginePhase
-from svc.engine.vllm.startup_phase import PhaseReader
+from svc.engine.vllm.process import PhaseReader
 
 LINES = {
     # As vLLM 0.32 writes them on a CPU.

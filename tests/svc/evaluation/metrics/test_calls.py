@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from svc.dataset.schema.tool_calls import ToolCall, answer_text
-from svc.evaluation.metrics.calls import CallAccuracy, ToolAccuracy
+from svc.evaluation.metrics.choose import CallAccuracy, ToolAccuracy
 from tests.svc.evaluation.answered import answered
 
 Call = tuple[str, dict[str, Any]]

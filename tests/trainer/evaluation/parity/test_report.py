@@ -25,8 +25,7 @@ from trainer.base_model.content import copy_shipped_files
 from trainer.data.chat_template import tokenize_as_trained
 from trainer.evaluation.parity.files import unreadable_weights
 from trainer.evaluation.parity.quantized import expand
-from trainer.evaluation.parity.report import BESIDE_NF4, BESIDE_TRAINED, Made, make_report
-from trainer.evaluation.parity.scores import load, score
+from trainer.evaluation.parity.report import BESIDE_NF4, BESIDE_TRAINED, Made, load, make_report, score
 from trainer.evaluation.qualification import EngineReading
 from trainer.evaluation.token_scores import Scores, choose_examples
 from trainer.export.merge import merge_adapter

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 
-from trainer.evaluation.parity.scores import choose_device, sum_in_float32
+from trainer.evaluation.parity.report import choose_device, sum_in_float32
 
 WIDTH = 256
 SHARE_OF_A_STEP = 1 / 16
