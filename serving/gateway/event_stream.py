@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from serving.engines.transport import EngineDiedError, refusal
 from serving.gateway.delivery import Delivery
-from serving.gateway.request_account import RequestAccount
+from serving.gateway.request import Request
 from serving.protocols.server_sent_events import EventSplitter
 from serving.protocols.wire_formats import TOKEN, WireFormat
 from svc.engine.vllm.connection_pool import EngineAnswer
@@ -28,7 +28,7 @@ class EventStream:
         show: function that rewrites each event before it is forwarded; see serving.engines.balancer.Lease.
     """
 
-    account: RequestAccount
+    request: Request
     delivery: Delivery
     format: WireFormat
     begin: Callable[[str], None]
@@ -50,18 +50,18 @@ class EventStream:
             events = splitter.feed(part)
             if self.show is not None:
                 events = [self.show(event) for event in events]
-            if self.account.begun and len(events) == 1 and self.format.is_plain_token(events[0]):  # the usual case
-                self.account.keep(events[0])
+            if self.request.begun and len(events) == 1 and self.format.is_plain_token(events[0]):  # the usual case
+                self.request.keep(events[0])
                 self._time_token()
                 await self.delivery.put_event(events[0])
             else:
                 await self._pass_on(events, answer.content_type)
-        if not self.account.complete:
+        if not self.request.complete:
             raise EngineDiedError("the engine stopped; it is being restarted")
 
     async def _pass_on(self, events: Sequence[bytes], content_type: str) -> None:
-        if not self.account.begun:
-            self.account.heard()
+        if not self.request.begun:
+            self.request.heard()
         passed: list[bytes] = []
         failure: EngineError | None = None
         try:
@@ -69,7 +69,7 @@ class EventStream:
         except EngineError as error:
             failure = error  # raised after the events that arrived before it in the same part
         if passed:
-            if not self.account.begun:
+            if not self.request.begun:
                 self.begin(content_type)
             await self.delivery.put_event(b"".join(passed))
         if failure is not None:
@@ -81,24 +81,24 @@ class EventStream:
         if event_kind.error is not None:
             code = event_kind.error.get("code") if isinstance(event_kind.error, dict) else None
             raise refusal(code if isinstance(code, int) else 500, event_kind.error)
-        self.account.keep(event)
+        self.request.keep(event)
         if event_kind is TOKEN:
             self._time_token()
             return True
         if event_kind.finish_reason:
-            self.account.finished(event_kind.finish_reason)
+            self.request.finished(event_kind.finish_reason)
         if event_kind.usage:
-            self.account.used(event_kind.usage)
+            self.request.used(event_kind.usage)
         if event_kind.end:
-            self.account.completed()
+            self.request.completed()
         if event_kind.token:
             self._time_token()
         return self.wants_usage or not event_kind.usage
 
     def _time_token(self) -> None:
-        self.account.key.token_events += 1  # for an answer whose token counts the engine does not send
+        self.request.token_events += 1  # for an answer whose token counts the engine does not send
         if self._last_token is None:
-            self.account.first_token(self.account.elapsed())
+            self.request.first_token(self.request.elapsed())
         else:
             self.between_tokens(self._arrived - self._last_token)
         self._last_token = self._arrived

@@ -26,8 +26,7 @@ from serving.engines.balancer import Lease
 from serving.engines.transport import EngineCall, EngineUnreachableError
 from serving.gateway.delivery import AnswerBuffers, ClientSlowError, Delivery
 from serving.gateway.event_stream import EventStream
-from serving.gateway.key_account import KeyAccount
-from serving.gateway.request_account import RequestAccount
+from serving.gateway.request import Request
 from serving.http.body import ClientGoneError, read_body
 from serving.http.body_slots import BodySlots
 from serving.http.disconnect import cut_off, while_connected
@@ -121,87 +120,87 @@ class Exchange:
         self._format = wire_format(route)
         self._scope = scope
         self._state = request_state(scope)
-        self._principal = self._state.principal
         self._asgi_send = send
         self._delivery = Delivery(send, gateway.buffers, self._state.connection, self._state.caller)
-        self.account = RequestAccount(
+        self.request = Request(
             route,
             self._state,
             metrics=gateway.metrics,
             request_log=gateway.request_log,
-            key=KeyAccount(self._principal, gateway.limiter, gateway.usage, gateway.metrics, self._state.interruption),
+            limiter=gateway.limiter,
+            usage_meter=gateway.usage,
             trace=gateway.begin_trace(scope["headers"]) if gateway.begin_trace else None,
             clock=gateway.clock,
         )
 
     async def run(self, receive: Receive) -> None:
         """Answer the request, or send an error if it fails."""
-        settings, account = self._gateway.settings, self.account
+        settings, request = self._gateway.settings, self.request
         try:
             slot = partial(self._gateway.body_slots.reading, self._state.address)
             body = await read_body(self._state.headers, receive, max_bytes=settings.max_body_bytes, slot=slot)
-            account.body_read(len(body))
+            request.body_read(len(body))
             if not self._state.in_batch:
-                account.key.reserve_request()
-            request = parse_request(body, self._route, self._gateway.request_limits)
-            if self._state.in_batch and request.stream:
+                request.count()
+            completion = parse_request(body, self._route, self._gateway.request_limits)
+            if self._state.in_batch and completion.stream:
                 raise InvalidRequestError("'stream' is not supported in a batch", param="stream", expected="false")
-            account.parsed(request)
+            request.parsed(completion)
             del body
-            await while_connected(self._state, self._answer(request))
+            await while_connected(self._state, self._answer(completion))
         except ClientGoneError:
             if not self._delivered:
-                account.failed(ErrorCode.CLIENT_GONE)
+                request.failed(ErrorCode.CLIENT_GONE)
         except ClientSlowError:
-            account.failed(ErrorCode.CLIENT_SLOW)
+            request.failed(ErrorCode.CLIENT_SLOW)
             await cut_off(self._state.connection)
         except asyncio.CancelledError:
             if self._state.in_batch:
-                account.withdrawn = True
+                request.withdrawn = True
             elif not self._delivered:
-                account.failed(ErrorCode.ENGINE_DIED)  # the server stops, and the engine with it
+                request.failed(ErrorCode.ENGINE_DIED)  # the server stops, and the engine with it
             raise
         except Exception as error:  # noqa: BLE001 - the boundary: api_error logs unexpected errors
             await self._fail(api_error(error), receive)
         finally:
-            account.end()
+            request.end()
 
-    async def _answer(self, request: CompletionRequest) -> None:
+    async def _answer(self, completion: CompletionRequest) -> None:
         router = self._gateway.router
-        self.account.model = router.served_name(request.model) or UNKNOWN_MODEL
+        self.request.model = router.served_name(completion.model) or UNKNOWN_MODEL
         to = None
-        if request.model.startswith(PREFIXES):
-            to = await self._gateway.fine_tuned.find(request.model, self._principal)
+        if completion.model.startswith(PREFIXES):
+            to = await self._gateway.fine_tuned.find(completion.model, self.request.principal)
         if to is None:
-            require_model(router, self._principal, request.model)
-            to = router.find(request.model, request.user or request.who)
+            require_model(router, self.request.principal, completion.model)
+            to = router.find(completion.model, completion.user or completion.who)
             if self._state.in_batch:  # a rollout compares the answers to clients
-                to = Destination(to.backend, request.model)
+                to = Destination(to.backend, completion.model)
         else:
-            self.account.model = to.backend.names.name
+            self.request.model = to.backend.names.name
         if to.assignment:
-            self.account.assigned(to.assignment)
+            self.request.assigned(to.assignment)
         await to.backend.check(to.model)
         served = to.backend.names.served
         self._state.version = to.version or (served.version if served else None)
         # Delivered outside admission: the engine is done, and a client that reads slowly holds no slot.
-        self.account.work = work = request.work(to.backend.context)
+        self.request.work = completion.work(to.backend.context)
         if not self._state.in_batch:
-            self._state.reservation = self.account.key.reserve(request, work, self.account.model)
+            self.request.reserve()
         began = self._gateway.clock()
         async with (
             self._delivery,
             to.backend.admitted(
-                to.model, request.who, work, self.account.key.party, lambda: self._waiting_for_adapter(to)
+                to.model, completion.who, self.request.work, self.request.party, lambda: self._waiting_for_adapter(to)
             ) as engine,
         ):
-            self.account.admitted(self._gateway.clock() - began)
+            self.request.admitted(self._gateway.clock() - began)
             if self._state.in_batch:  # only now, because clients need the key's limits while it waits
-                self.account.key.reserve_in_batch(request, work, self.account.model)
+                self.request.reserve_in_batch()
             try:
-                await self._forward(engine, request)
+                await self._forward(engine, completion)
             except EngineUnreachableError as error:
-                await self._forward_to_another(to, engine, request, error)
+                await self._forward_to_another(to, engine, completion, error)
 
     def _waiting_for_adapter(self, to: Destination) -> AbstractContextManager[None]:
         """Take a slot for a request that is waiting for an adapter. Versions in production have separate slots."""
@@ -211,7 +210,7 @@ class Exchange:
         return slots.reading(self._state.caller)
 
     async def _forward_to_another(
-        self, to: Destination, engine: Lease, request: CompletionRequest, refused: EngineUnreachableError
+        self, to: Destination, engine: Lease, completion: CompletionRequest, refused: EngineUnreachableError
     ) -> None:
         """Retry a request on another engine after the first engine refused the connection.
 
@@ -219,27 +218,27 @@ class Exchange:
         of a rollout's candidate is unreachable, the production version answers.
         """
         try:
-            async with to.backend.lease(request.model, who=request.who, without=engine) as other:
-                await self._forward(other, request)
+            async with to.backend.lease(completion.model, who=completion.who, without=engine) as other:
+                await self._forward(other, completion)
         except EngineUnavailableError:
             raise refused from None
 
-    async def _forward(self, engine: Lease, request: CompletionRequest) -> None:
+    async def _forward(self, engine: Lease, completion: CompletionRequest) -> None:
         """Send the request to the engine, and forward the engine's answer to the client."""
-        payload = request.payload(engine.engine_model)
-        account = self.account
-        account.served_by(engine.served, engine.pace)
-        lines = account.trace.header_lines if account.trace else ""
+        payload = completion.payload(engine.engine_model)
+        request = self.request
+        request.served_by(engine.served, engine.pace)
+        lines = request.trace.header_lines if request.trace else ""
         call = EngineCall(engine.http, self._route.value, payload, self._state.request_id, lines, engine.show)
         async with call as answer:
             if answer.is_event_stream:
                 stream = EventStream(
-                    account,
+                    request,
                     self._delivery,
                     self._format,
                     self._begin,
                     self._gateway.metrics.between_tokens(engine.served),
-                    request.wants_usage,
+                    completion.wants_usage,
                     engine.show,
                 )
                 await stream.forward(answer)
@@ -247,22 +246,22 @@ class Exchange:
                 await self._take_whole(answer, engine)
 
     async def _take_whole(self, answer: EngineAnswer, engine: Lease) -> None:
-        account = self.account
+        request = self.request
         body = await read_whole(answer, engine, self._delivery)
-        account.heard()
-        account.keep(body)
+        request.heard()
+        request.keep(body)
         if reason := self._format.finish_reason(body):
-            account.finished(reason)
+            request.finished(reason)
         if usage := self._format.usage(body):
-            account.used(usage)
-        account.completed()
+            request.used(usage)
+        request.completed()
         self._begin("application/json", len(body))
         self._delivery.put(body)
 
     def _begin(self, content_type: str, length: int | None = None) -> None:
         """Set the headers of a successful response, which are sent with its first part."""
         framing = (b"cache-control", b"no-cache") if length is None else (b"content-length", b"%d" % length)
-        overhead = b"%.2f" % (self.account.begin() * 1000)
+        overhead = b"%.2f" % (self.request.begin() * 1000)
         self._delivery.start(
             [(b"content-type", content_type.encode("latin-1")), (b"x-svc-overhead-ms", overhead), framing]
         )
@@ -270,11 +269,11 @@ class Exchange:
     async def _fail(self, error: ApiError, receive: Receive) -> None:
         """Respond with an error. If a stream has already begun, send an error event in place of its final event."""
         if self._state.in_batch and is_repeated(error):
-            self.account.withdrawn = True
+            self.request.withdrawn = True
         else:
-            self.account.failed(error.code)
-        if self._state.in_batch or not self.account.begun:
-            self.account.status, self.account.begun = error.status, True
+            self.request.failed(error.code)
+        if self._state.in_batch or not self.request.begun:
+            self.request.status, self.request.begun = error.status, True
             await answer_error(error, self._scope, receive, self._asgi_send)
             return
         try:
@@ -288,7 +287,7 @@ class Exchange:
 
         OpenAI's client closes the connection as soon as it reads the last event.
         """
-        return self.account.complete and not self._delivery.pending
+        return self.request.complete and not self._delivery.pending
 
 
 async def read_whole(answer: EngineAnswer, engine: Lease, delivery: Delivery) -> bytes:
