@@ -156,7 +156,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
     import httpx
 
     from monitoring.status.figures import Look, read_figures
-    from svc.remote.remote_server import told_error
+    from svc.remote.remote_server import error_from_answer
 
     server = server_address(of) if isinstance(of, Settings) else of
     try:
@@ -164,7 +164,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
             state, metrics = client.get("/svc/status"), client.get("/metrics")
             for answer in (state, metrics):
                 if answer.status_code in (401, 403):
-                    raise told_error(server.url, answer.status_code, read_json(server.url, answer))
+                    raise error_from_answer(server.url, answer.status_code, read_json(server.url, answer))
                 answer.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServerNotRunningError(

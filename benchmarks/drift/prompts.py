@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from monitoring.drift.detector import Baseline, Requests
 from svc.dataset.readers.reader import read_examples
-from svc.drift_reference.answer import Answer, AnswerSampler
+from svc.drift_reference.answer import AnswerSampler, ComparedAnswer
 from svc.drift_reference.prompt import Prompt, PromptSampler
 from svc.drift_reference.reference import KeyedHash
 from svc.drift_reference.sample import Sample
@@ -120,7 +120,7 @@ def _answers(sections: Sequence[str], chance: random.Random) -> Sample:
     names = sorted({section for section in sections if section})
     texts = [json.dumps({"section": section or chance.choice(names)}) for section in sections]
     sampler = AnswerSampler([text for text, section in zip(texts, sections, strict=True) if section], cut=16)
-    return sampler.sample([Answer(text, len(text) // 3, "stop", None, greedy=True) for text in texts])
+    return sampler.sample([ComparedAnswer(text, len(text) // 3, "stop", None, greedy=True) for text in texts])
 
 
 def rephrase(text: str, vocabulary: Sequence[str], chance: random.Random) -> str:

@@ -33,8 +33,8 @@ from serving.admission.errors import (
     QueueTimeoutError,
     TooManyTokensError,
 )
-from serving.admission.party import NO_KEY, Party
 from serving.admission.queue import RequestQueue
+from serving.admission.tenant import NO_KEY, Tenant
 from serving.one_shot_event import OneShotEvent
 
 _ENDED_POLL_S = 0.05
@@ -237,12 +237,12 @@ class Admission:
             self._preparing -= 1
             self._idle_since = time.monotonic()
 
-    async def enter(self, tokens: int, party: Party, *, may_wait: bool = False) -> None:
+    async def enter(self, tokens: int, tenant: Tenant, *, may_wait: bool = False) -> None:
         """Take a slot, waiting until a slot is free if necessary. The slot is held until `leave` is called.
 
         Args:
             tokens: maximum number of tokens in the answers, which is the cost of the slot.
-            party: the tenant that sent the request. If it has an `interruption`, the request is a batch request and
+            tenant: the tenant that sent the request. If it has an `interruption`, the request is a batch request and
                 waits for spare capacity.
             may_wait: whether the request may be queued even without an API key, because it has already waited for an
                 adapter.
@@ -259,12 +259,12 @@ class Admission:
                 f"the answers to this request could reach {tokens} tokens in total",
                 expected=f"at most {self.max_tokens} tokens per request; reduce 'n' or 'max_tokens'",
             )
-        if party.interruption is not None:
-            await self.batch_slots.enter(tokens, party.interruption, self._has_spare)
-        elif self._closed or not self._enter(tokens, party, may_wait or party.has_key):
-            await self._wait(tokens, party)
+        if tenant.interruption is not None:
+            await self.batch_slots.enter(tokens, tenant.interruption, self._has_spare)
+        elif self._closed or not self._enter(tokens, tenant, may_wait or tenant.has_key):
+            await self._wait(tokens, tenant)
 
-    async def opened(self, party: Party) -> None:
+    async def opened(self, tenant: Tenant) -> None:
         """Wait in the queue, without taking a slot, while admission is closed because an engine is being replaced or
         reloaded.
 
@@ -275,7 +275,7 @@ class Admission:
         """
         self._idle_since = time.monotonic()
         if self._changing and not self._ready:
-            await self._wait(0, party)
+            await self._wait(0, tenant)
             self.leave(0)
 
     def set_capacity(self, capacity: int) -> None:
@@ -351,14 +351,14 @@ class Admission:
         self._admit_waiting()
         self._show()
 
-    def _enter(self, tokens: int, party: Party, may_wait: bool) -> bool:
+    def _enter(self, tokens: int, tenant: Tenant, may_wait: bool) -> bool:
         """Take a slot and return True. Return False if the request must be queued, and raise if it is rejected."""
         if not self._ready:
             raise self._no_engine()
         if self.queue:
             return False
         if self._take_place(tokens):
-            self.queue.charge(party, tokens)
+            self.queue.charge(tenant, tokens)
             return True
         if may_wait:
             return False
@@ -385,14 +385,14 @@ class Admission:
         self._show()
         return True
 
-    def leave(self, tokens: int, party: Party = NO_KEY) -> None:
+    def leave(self, tokens: int, tenant: Tenant = NO_KEY) -> None:
         """Release a request's slot, and give free slots to queued requests.
 
         Args:
             tokens: number of tokens that was passed when the slot was taken.
         """
-        if party.interruption is not None:
-            self.batch_slots.leave(party.interruption)
+        if tenant.interruption is not None:
+            self.batch_slots.leave(tenant.interruption)
             self._show()
             return
         self.running -= 1
@@ -402,11 +402,11 @@ class Admission:
             self._admit_waiting()
         self._show()
 
-    async def _wait(self, tokens: int, party: Party) -> None:
+    async def _wait(self, tokens: int, tenant: Tenant) -> None:
         """Queue the request and wait until it gets a slot."""
         timeout_s, closed = self._wake_timeout_s if self._asleep else self.queue_timeout_s, self._closed
         try:
-            place = self.queue.join(party, tokens)
+            place = self.queue.join(tenant, tokens)
             self._admit_waiting()  # it may be its turn now: it may fit where the previous head of the queue does not
             await self.queue.until_given(place, timeout_s, lambda: self.leave(tokens))
             while self._closed:  # a change began after the slot was given, and before this task ran again
@@ -428,7 +428,7 @@ class Admission:
         if self._ready:
             self.queue.give(self._take_place)
         else:
-            self.queue.send_away(self._no_engine)
+            self.queue.reject_all(self._no_engine)
 
     def _show(self) -> None:
         self.background_slot.show(open=self._ready, running=self.running)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from serving.admission.errors import AdmissionError, QueueOverflowError, QueueTimeoutError
-from serving.admission.party import Party
+from serving.admission.tenant import Tenant
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +27,7 @@ class Place:
     """A queued request.
 
     Attributes:
-        party: the tenant that sent the request.
+        tenant: the tenant that sent the request.
         tokens: maximum number of tokens in the request's answers.
         number: position in arrival order.
         joined_at: arrival time by the event loop's clock, in seconds.
@@ -35,7 +35,7 @@ class Place:
             removes the entry from the queue in the same iteration of the event loop.
     """
 
-    party: Party
+    tenant: Tenant
     tokens: int
     number: int
     joined_at: float
@@ -69,15 +69,15 @@ class RequestQueue:
         while not self._queued:
             await self._wanted.wait()
 
-    def charge(self, party: Party, tokens: int) -> None:
+    def charge(self, tenant: Tenant, tokens: int) -> None:
         """Charge a tenant for a slot given to its request, by advancing its virtual time.
 
         This applies whether or not the request had to wait.
         """
-        self._now = max(self._now, self._times.get(party.name, 0.0))
-        self._times[party.name] = self._now + tokens / party.weight
+        self._now = max(self._now, self._times.get(tenant.name, 0.0))
+        self._times[tenant.name] = self._now + tokens / tenant.weight
 
-    def join(self, party: Party, tokens: int) -> Place:
+    def join(self, tenant: Tenant, tokens: int) -> Place:
         """Add a request to the queue and return its entry. The caller must then call `until_given`.
 
         Args:
@@ -87,12 +87,12 @@ class RequestQueue:
             QueueOverflowError: the queue is full.
         """
         if self._queued >= self._max_queued:
-            self._make_room(party)
-        if party.name not in self._waiting:
-            self._times[party.name] = max(self._now, self._times.get(party.name, 0.0))
+            self._make_room(tenant)
+        if tenant.name not in self._waiting:
+            self._times[tenant.name] = max(self._now, self._times.get(tenant.name, 0.0))
         self._arrived += 1
         loop = asyncio.get_running_loop()
-        return self._add(Place(party, tokens, self._arrived, loop.time(), loop.create_future()))
+        return self._add(Place(tenant, tokens, self._arrived, loop.time(), loop.create_future()))
 
     def rejoin(self, place: Place) -> Place:
         """Put a request that could not use its slot back into the queue, and return its new entry.
@@ -100,7 +100,7 @@ class RequestQueue:
         The request keeps its turn and its time in the queue, and is queued even if the queue is full. Its tenant
         is not charged for the unused slot. The caller must then call `until_given`.
         """
-        self._times[place.party.name] -= place.tokens / place.party.weight
+        self._times[place.tenant.name] -= place.tokens / place.tenant.weight
         return self._add(replace(place, given=asyncio.get_running_loop().create_future()))
 
     async def until_given(self, place: Place, timeout_s: float, give_back: Callable[[], None]) -> None:
@@ -139,9 +139,9 @@ class RequestQueue:
                 return
             place.given.set_result(None)
             self._remove(place)
-            self.charge(place.party, place.tokens)
+            self.charge(place.tenant, place.tokens)
 
-    def send_away(self, error: Callable[[], AdmissionError]) -> None:
+    def reject_all(self, error: Callable[[], AdmissionError]) -> None:
         """Reject all queued requests with the given error."""
         waiting = [place for line in self._waiting.values() for place in line if not place.given.done()]
         for place in waiting:
@@ -150,18 +150,18 @@ class RequestQueue:
     def _next(self) -> Place | None:
         """Return the request to run next: the oldest request of the tenant with the earliest virtual time."""
         heads = [next((place for place in line if not place.given.done()), None) for line in self._waiting.values()]
-        return min(filter(None, heads), key=lambda head: (self._times[head.party.name], head.number), default=None)
+        return min(filter(None, heads), key=lambda head: (self._times[head.tenant.name], head.number), default=None)
 
-    def _make_room(self, party: Party) -> None:
+    def _make_room(self, tenant: Tenant) -> None:
         """Make room for a tenant's request by rejecting a request from the tenant with the longest queue.
 
         That tenant's newest request is rejected. Queue lengths are relative to the tenants' weights.
 
         Args:
-            party: the tenant whose request needs room.
+            tenant: the tenant whose request needs room.
 
         Raises:
-            QueueOverflowError: no other tenant's queue is longer than the queue of `party` would be with the new
+            QueueOverflowError: no other tenant's queue is longer than the queue of `tenant` would be with the new
                 request.
         """
         overflow = QueueOverflowError(
@@ -169,7 +169,7 @@ class RequestQueue:
             todo="retry the request in a moment",
         )
         longest = max(self._waiting.values(), key=_load, default=deque[Place]())
-        if not longest or _load(longest) <= (len(self._waiting.get(party.name, ())) + 1) / party.weight:
+        if not longest or _load(longest) <= (len(self._waiting.get(tenant.name, ())) + 1) / tenant.weight:
             raise overflow
         newest = next((place for place in reversed(longest) if not place.given.done()), None)
         if newest is None:
@@ -188,17 +188,17 @@ class RequestQueue:
             )
 
     def _add(self, place: Place) -> Place:
-        insort(self._waiting.setdefault(place.party.name, deque()), place, key=attrgetter("number"))
+        insort(self._waiting.setdefault(place.tenant.name, deque()), place, key=attrgetter("number"))
         self._queued += 1
         self.most = max(self.most, self._queued)
         self._wanted.set()
         return place
 
     def _remove(self, place: Place) -> None:
-        line = self._waiting[place.party.name]
+        line = self._waiting[place.tenant.name]
         line.remove(place)
         if not line:
-            del self._waiting[place.party.name]
+            del self._waiting[place.tenant.name]
         self._queued -= 1
         if not self._queued:
             self._wanted.clear()
@@ -209,4 +209,4 @@ def _load(line: deque[Place]) -> float:
 
     The weight is read from the newest request, because a tenant's weight may change.
     """
-    return len(line) / line[-1].party.weight
+    return len(line) / line[-1].tenant.weight

@@ -59,17 +59,17 @@ class Demand(NamedTuple):
     Attributes:
         tokens_in: estimated number of tokens in the prompt; see `estimated_tokens`.
         tokens_out: maximum number of tokens in all answers together.
-        said: whether the client limited the answer length. If it did not, the number of tokens reserved for the
+        bounded: whether the client limited the answer length. If it did not, the number of tokens reserved for the
             longest possible answers is capped at the per-minute limit, and at what is left of the daily limit.
             Without this cap, such a request might never be admitted.
     """
 
     tokens_in: int
     tokens_out: int
-    said: bool
+    bounded: bool
 
 
-_NO_DEMAND = Demand(0, 0, said=False)
+_NO_DEMAND = Demand(0, 0, bounded=False)
 
 
 class Allowance(NamedTuple):
@@ -343,7 +343,7 @@ class _TokensOut(_OfMinute):
         Raises:
             RateLimitedError: the maximum that the client set, for all answers together, exceeds the key's limit.
         """
-        if demand.said and demand.tokens_out > self.most:
+        if demand.bounded and demand.tokens_out > self.most:
             raise RateLimitedError(
                 f"the answers to this request could reach {demand.tokens_out} tokens, more than this key's limit of "
                 f"{self.most} {_NAMED[self.limit]}",
@@ -362,7 +362,7 @@ class _TokensOfDay(_Quota):
 
     def demanded(self, demand: Demand) -> int:
         tokens = demand.tokens_in + demand.tokens_out
-        return tokens if demand.said else max(1, min(tokens, int(self.most - self.used)))
+        return tokens if demand.bounded else max(1, min(tokens, int(self.most - self.used)))
 
     def spent(self, used: Usage) -> int:
         return used.tokens_in + used.tokens_out

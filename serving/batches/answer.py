@@ -29,7 +29,7 @@ def is_temporary(code: ErrorCode | None, retry_after_s: float | None) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class BatchAnswer:
     """A response to a request in a batch.
 
     Attributes:
@@ -55,7 +55,7 @@ class Answer:
         return self.code in _OF_ENGINE
 
 
-Ask = Callable[[Route, bytes, str], Awaitable[Answer]]
+Ask = Callable[[Route, bytes, str], Awaitable[BatchAnswer]]
 """Type of a function that answers a request in a batch.
 
 The function takes the path, the body and the owner's key id, and raises InvalidKeyError or PermissionDeniedError if the

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive
 
 from serving.access.authenticator import Grant, KeysUnavailableError
-from serving.batches.answer import Answer, is_temporary
+from serving.batches.answer import BatchAnswer, is_temporary
 from serving.http.errors import ApiError, api_error
 from serving.http.request_state import STATE_KEY, RequestState
 from serving.one_shot_event import OneShotEvent
@@ -41,7 +41,7 @@ class BatchRequests:
         self._endpoints = endpoints
         self._principal_of = principal_of
 
-    async def ask(self, route: Route, body: bytes, owner: str) -> Answer:
+    async def ask(self, route: Route, body: bytes, owner: str) -> BatchAnswer:
         """Send a request once there is spare capacity for it, and return the answer.
 
         Args:
@@ -91,17 +91,17 @@ class _Response:
         else:
             self._parts.append(message.get("body", b""))
 
-    def answer(self, request_id: str) -> Answer:
+    def answer(self, request_id: str) -> BatchAnswer:
         body = b"".join(self._parts)
         if self._status == 200:
-            return Answer(self._status, request_id, body)
+            return BatchAnswer(self._status, request_id, body)
         after = self._headers.get(_RETRY_AFTER)
         code = ErrorCode(json.loads(body)["error"]["code"])
-        return Answer(self._status, request_id, body, code, None if after is None else float(after))
+        return BatchAnswer(self._status, request_id, body, code, None if after is None else float(after))
 
 
-def _answer_of(error: ApiError) -> Answer:
-    return Answer(error.status, "", error.body(), error.code, float(error.headers[_RETRY_AFTER]))
+def _answer_of(error: ApiError) -> BatchAnswer:
+    return BatchAnswer(error.status, "", error.body(), error.code, float(error.headers[_RETRY_AFTER]))
 
 
 def _receiving(body: bytes) -> Receive:

@@ -17,7 +17,7 @@ from typing import TypeVar
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.batches.answer import Answer, Ask
+from serving.batches.answer import Ask, BatchAnswer
 from serving.batches.lines import RequestLine, RequestLines, read_request_lines
 from serving.batches.progress import ERROR_FILE, OUTPUT_FILE, RETRY_S, Progress, load_progress
 from serving.files.batch_check import check_batch_file
@@ -194,7 +194,7 @@ class BatchRun:
             if line.custom_id not in progress.done:
                 await progress.add(line.custom_id, await self._answer(line))
 
-    async def _answer(self, line: RequestLine) -> Answer:
+    async def _answer(self, line: RequestLine) -> BatchAnswer:
         """Send a request, with retries, until it is answered or fails permanently."""
         route, body, failed, pauses = Route(self.batch.endpoint), bytes(line.body), 0, 0
         while True:
@@ -338,7 +338,7 @@ async def _until_written(write: Callable[[], Awaitable[Result]]) -> Result:
             await asyncio.sleep(RETRY_S)
 
 
-def _pause_s(answer: Answer, pauses: int) -> float:
+def _pause_s(answer: BatchAnswer, pauses: int) -> float:
     """Return the number of seconds after which a request is retried.
 
     The retry delay in a response is usually ignored, because it is meant for clients, which should not retry often. An

@@ -11,7 +11,7 @@ from typing import IO
 
 import msgspec
 
-from serving.batches.answer import Answer
+from serving.batches.answer import BatchAnswer
 
 _READ_BYTES = 256 * 1024
 _EXPIRED = {
@@ -96,7 +96,7 @@ def parse_request_line(line: bytes) -> RequestLine:
         return RequestLine(given["custom_id"], msgspec.Raw(json.dumps(given["body"]).encode("ascii")))
 
 
-def result_line(custom_id: str, answer: Answer) -> bytes:
+def result_line(custom_id: str, answer: BatchAnswer) -> bytes:
     """Return the result-file line for an answer."""
     id = secrets.token_hex(12).encode("ascii")
     head = b'{"id":"batch_req_%b","custom_id":%b,"response":{"status_code":%d,"request_id":"%b","body":'

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from serving.batches.answer import Answer
+from serving.batches.answer import BatchAnswer
 from serving.batches.lines import expired_line, parse_result_line, result_line
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import wire_format
@@ -123,7 +123,7 @@ class Progress:
                     self.expired += result.response is None
             self._files[failed].cut(size)
 
-    async def add(self, custom_id: str, answer: Answer) -> None:
+    async def add(self, custom_id: str, answer: BatchAnswer) -> None:
         """Store an answer. Return once it has been written."""
         failed = answer.status != 200
         await self._append(result_line(custom_id, answer), [custom_id], answer.body, failed=failed)

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError
-from serving.admission.party import Party
+from serving.admission.tenant import Tenant
 from serving.engines.balancer import Lease, Leasing
 
 
@@ -24,7 +24,7 @@ class AdmittedLease:
     stopped or started by the swap, the request releases its slot, loads the adapter and is admitted again.
 
     Attributes:
-        tokens, party: the request's cost and its tenant; see `Admission.enter`.
+        tokens, tenant: the request's cost and its tenant; see `Admission.enter`.
         waiting: context manager that limits the number of requests waiting for adapters. It is entered only
             during such a wait.
 
@@ -34,25 +34,25 @@ class AdmittedLease:
     admission: Admission
     leasing: Leasing
     tokens: int
-    party: Party
+    tenant: Tenant
     waiting: Callable[[], AbstractContextManager[None]]
 
     async def __aenter__(self) -> Lease:
         try:
             # A request in a batch loads its adapter once there is spare capacity.
-            waited = self.party.interruption is None and self.leasing.lacks_adapter()
+            waited = self.tenant.interruption is None and self.leasing.lacks_adapter()
             if waited:
                 await self._bring()
             while True:
-                await self.admission.enter(self.tokens, self.party, may_wait=waited)
+                await self.admission.enter(self.tokens, self.tenant, may_wait=waited)
                 try:
                     lease = self.leasing.enter()
                 except BaseException:
-                    self.admission.leave(self.tokens, self.party)
+                    self.admission.leave(self.tokens, self.tenant)
                     raise
                 if lease is not None:
                     return lease
-                self.admission.leave(self.tokens, self.party)
+                self.admission.leave(self.tokens, self.tenant)
                 waited = True
                 await self._bring()
         except BaseException:
@@ -65,7 +65,7 @@ class AdmittedLease:
         try:
             await self.leasing.__aexit__(kind, error, trace)
         finally:
-            self.admission.leave(self.tokens, self.party)
+            self.admission.leave(self.tokens, self.tenant)
 
     async def _bring(self) -> None:
         # Without an engine, admission decides whether to wait for another one.

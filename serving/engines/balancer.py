@@ -276,7 +276,7 @@ class Leasing:
             self._use.leave()
         if isinstance(error, EngineDiedError):
             self._engine.watch.suspect()
-        self._engine.vacate()
+        self._engine.release()
 
 
 def _choose_engine(engines: Sequence[Replica], who: str) -> Replica:

@@ -78,7 +78,7 @@ class EngineWatch:
         finally:
             ended.cancel()
 
-    async def unless_dead(self, work: Coroutine[Any, Any, Result]) -> Result:
+    async def while_alive(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Send a request to the engine, and fail if the engine dies before the request completes.
 
         If the core dies, vLLM's API server waits for the core's pending responses before it exits. These never

@@ -81,8 +81,8 @@ class EngineAdapterLoader:
             adapter = await self.verification.adapter(version, self.model)
             await self.verification.files(target)
             with self.occupied():  # so that a swap waits for the load
-                await self.watch.unless_dead(self.engine.client.load_adapter(name, adapter.folder))
-                checked = await self.watch.unless_dead(self.verification.adapter_probes(self.engine, name, target))
+                await self.watch.while_alive(self.engine.client.load_adapter(name, adapter.folder))
+                checked = await self.watch.while_alive(self.verification.adapter_probes(self.engine, name, target))
         except Exception as error:
             log.exception("could not load or verify the adapter of %s", version)
             if version not in await self.verification.registered(version.name):
@@ -92,7 +92,7 @@ class EngineAdapterLoader:
         return checked
 
     async def unload(self, name: str) -> None:
-        await self.watch.unless_dead(self.engine.client.unload_adapter(name))
+        await self.watch.while_alive(self.engine.client.unload_adapter(name))
 
 
 async def unload_all(client: EngineClient) -> None:
@@ -294,14 +294,14 @@ class Replica:
         try:
             yield
         finally:
-            self.vacate()
+            self.release()
 
     def occupy(self) -> None:
-        """Count a request as running until `vacate` is called."""
+        """Count a request as running until `release` is called."""
         self.running += 1
         self._idle.clear()
 
-    def vacate(self) -> None:
+    def release(self) -> None:
         """Stop counting a request as running."""
         self.running -= 1
         if not self.running:
@@ -422,7 +422,7 @@ class Replica:
         Raises:
             SvcError: the files could not be copied.
         """
-        await self.watch.unless_dead(self._started.fetch(await self.verification.folder(target)))
+        await self.watch.while_alive(self._started.fetch(await self.verification.folder(target)))
 
     async def reload(self, folder: Path) -> None:
         """Replace the engine's weights in place and reset its prefix cache.
@@ -432,8 +432,8 @@ class Replica:
         Raises:
             EngineError: the reload failed. The engine is then considered dead.
         """
-        await self.watch.unless_dead(self.client.reload_weights(folder))
-        await self.watch.unless_dead(self.client.reset_prefix_cache())
+        await self.watch.while_alive(self.client.reload_weights(folder))
+        await self.watch.while_alive(self.client.reset_prefix_cache())
 
     async def verify(self, target: Target, *, fresh: bool = False) -> str:
         """Use probes to check that the engine runs a version, and record the result for servers that start later.
@@ -453,7 +453,7 @@ class Replica:
             async with self.adapters.use(target.version, for_operator=True) as loaded:
                 checked = loaded.checked
         else:
-            checked = await self.watch.unless_dead(self.verification.probes(self._started, target, fresh=fresh))
+            checked = await self.watch.while_alive(self.verification.probes(self._started, target, fresh=fresh))
         self.target, self.checked = target, checked
         try:
             await self._started.record(str(target))
@@ -473,7 +473,7 @@ class Replica:
         """
         self._make_adapters()
         if self.adapters is not None:
-            await self.watch.unless_dead(unload_all(self.client))
+            await self.watch.while_alive(unload_all(self.client))
         await self.verify(target)
 
     async def sleep(self) -> None:
@@ -489,7 +489,7 @@ class Replica:
         self._end_adapters()
         # vLLM measures free memory when it starts and when it sleeps, and fails if another engine changes it meanwhile.
         async with self.turn:
-            await self.watch.unless_dead(self._started.sleep())
+            await self.watch.while_alive(self._started.sleep())
         self.asleep = True
 
     async def wake(self, target: Target) -> None:
@@ -503,7 +503,7 @@ class Replica:
         self.enter(EngineState.STARTING)
         try:
             async with self.turn:
-                await self.watch.unless_dead(self._started.wake())
+                await self.watch.while_alive(self._started.wake())
             self.asleep = False
             await self._verify_again(target)
         except BaseException:

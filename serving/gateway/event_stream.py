@@ -61,7 +61,7 @@ class EventStream:
 
     async def _pass_on(self, events: Sequence[bytes], content_type: str) -> None:
         if not self.request.begun:
-            self.request.heard()
+            self.request.answer_arrived()
         passed: list[bytes] = []
         failure: EngineError | None = None
         try:

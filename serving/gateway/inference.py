@@ -191,7 +191,7 @@ class Exchange:
         async with (
             self._delivery,
             to.backend.admitted(
-                to.model, completion.who, self.request.work, self.request.party, lambda: self._waiting_for_adapter(to)
+                to.model, completion.who, self.request.work, self.request.tenant, lambda: self._waiting_for_adapter(to)
             ) as engine,
         ):
             self.request.admitted(self._gateway.clock() - began)
@@ -248,7 +248,7 @@ class Exchange:
     async def _take_whole(self, answer: EngineAnswer, engine: Lease) -> None:
         request = self.request
         body = await read_whole(answer, engine, self._delivery)
-        request.heard()
+        request.answer_arrived()
         request.keep(body)
         if reason := self._format.finish_reason(body):
             request.finished(reason)

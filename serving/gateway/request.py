@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 
 from serving.access.usage_meter import UsageMeter
 from serving.admission.errors import RateLimitedError
-from serving.admission.party import Party, party_of
 from serving.admission.rate_limiter import Demand, Limit, RateLimiter, Reservation, estimated_tokens
+from serving.admission.tenant import Tenant, tenant_of
 from serving.engines.token_pace import TokenPace
 from serving.http.request_state import RequestState
 from serving.protocols.error_code import CLIENT_FAULTS, ErrorCode, outcome_of
@@ -99,9 +99,9 @@ class Request:
         self._body_bytes = size
 
     @property
-    def party(self) -> Party:
+    def tenant(self) -> Tenant:
         """The tenant that the request belongs to when several tenants share the model."""
-        return party_of(self.principal, self.state.interruption)
+        return tenant_of(self.principal, self.state.interruption)
 
     def count(self) -> None:
         """Count the request against its key's limit on requests per minute.
@@ -140,7 +140,7 @@ class Request:
         if self.principal is None or self._reservation is None:
             return
         bounded = self._completion is not None and self._completion.max_tokens is not None
-        demand = Demand(estimated_tokens(self._body_bytes), self.work, said=bounded)
+        demand = Demand(estimated_tokens(self._body_bytes), self.work, bounded=bounded)
         try:
             self._reservation = self.limiter.reserve(self.principal, demand, self._reservation)
         except RateLimitedError as error:
@@ -193,7 +193,7 @@ class Request:
         if self._content:
             self._content.features = wanted
 
-    def heard(self) -> None:
+    def answer_arrived(self) -> None:
         """Record the time since the request was sent to the engine. `begin` excludes it from the gateway's own time."""
         self._engine_s = self.clock() - self._asked
 

@@ -12,8 +12,8 @@ from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.admission.party import party_of
 from serving.admission.rate_limiter import Reservation
+from serving.admission.tenant import tenant_of
 from serving.engines.transport import EngineCall
 from serving.gateway.delivery import ClientSlowError, Delivery
 from serving.gateway.inference import Gateway, read_whole
@@ -91,7 +91,7 @@ class _Endpoint:
             require_model(router, state.principal, request.model)
             to = router.find(request.model, request.who)
         await to.backend.check(to.model)
-        await to.backend.admission.opened(party_of(state.principal))
+        await to.backend.admission.opened(tenant_of(state.principal))
         async with delivery:  # a client that reads slowly holds no place
             with self.slots.reading(state.caller):
                 async with to.backend.lease(to.model, who=request.who) as engine:

@@ -35,7 +35,7 @@ class RequestState:
         grant: the key's grant, or None if no key was needed.
         version: the version that answers the request.
         reservation: the share of its key's limits that the request has reserved.
-        interruption: event that interrupts a request in a batch; see `serving.admission.party.Party`.
+        interruption: event that interrupts a request in a batch; see `serving.admission.tenant.Tenant`.
     """
 
     request_id: str

@@ -11,7 +11,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.admission.admission import Admission
-from serving.admission.party import Party
+from serving.admission.tenant import Tenant
 from serving.background.holdout import HoldoutRuns
 from serving.background.scoring import LiveScores
 from serving.engines.adapter_cache import AdapterCache
@@ -93,10 +93,10 @@ class Deployment:
         return self.balancer.lease(model, who=who, without=without)
 
     def admitted(
-        self, model: str, who: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
+        self, model: str, who: str, tokens: int, tenant: Tenant, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AbstractAsyncContextManager[Lease]:
         """Wait for admission, then lease an engine for the duration of the `with` body. See `AdmittedLease`."""
-        return AdmittedLease(self.admission, self.balancer.lease(model, who=who), tokens, party, waiting)
+        return AdmittedLease(self.admission, self.balancer.lease(model, who=who), tokens, tenant, waiting)
 
     async def run(self) -> None:
         """Run the components that keep the model in its desired state, until cancelled.

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from serving.admission.admission import Admission
-from serving.admission.party import Party
+from serving.admission.tenant import Tenant
 from serving.engines.balancer import Lease
 from serving.engines.model_names import SHOWN_CHARS, ModelNames, ModelNotFoundError
 from serving.rollout.split import Assignment, Split
@@ -53,7 +53,7 @@ class Backend(Protocol):
         """Lease an engine for the duration of the `with` block. See `serving.engines.balancer.Balancer.lease`."""
 
     def admitted(
-        self, model: str, who: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
+        self, model: str, who: str, tokens: int, tenant: Tenant, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AbstractAsyncContextManager[Lease]:
         """Lease an engine for the duration of the `with` block, once the request is admitted. See `AdmittedLease`."""
 

@@ -278,7 +278,7 @@ class EngineChange:
         except TimeoutError:
             after = f"after {self.drain_timeout_s:g} s (`serve.drain_timeout_s`)"
             raise RequestsRunError(f"{engine.running} requests were still running {after}") from None
-        await engine.watch.unless_dead(engine.client.reset_prefix_cache())
+        await engine.watch.while_alive(engine.client.reset_prefix_cache())
 
     async def _reload(self, change: SwapInProgress, engine: Replica) -> Result:
         try:

@@ -28,12 +28,12 @@ class Changes:
     def __init__(self) -> None:
         self.count = 0
         self._next = asyncio.Event()  # replaced with every change
-        self._heard_until = float("-inf")
+        self._notified_until = float("-inf")
 
     @property
-    def heard(self) -> bool:
+    def notified(self) -> bool:
         """Whether notifications are known to arrive, so that the store need not be read often."""
-        return time.monotonic() < self._heard_until
+        return time.monotonic() < self._notified_until
 
     async def wait(self, count: int, poll_s: float, *, within_s: float = math.inf) -> None:
         """Wait until a change has arrived since `count` was saved, or until the store must be read again.
@@ -46,7 +46,7 @@ class Changes:
         if self.count != count:
             return
         with suppress(TimeoutError):
-            async with asyncio.timeout(min(within_s, max(poll_s, FALLBACK_POLL_S) if self.heard else poll_s)):
+            async with asyncio.timeout(min(within_s, max(poll_s, FALLBACK_POLL_S) if self.notified else poll_s)):
                 await self._next.wait()
 
     def announce(self) -> None:
@@ -59,12 +59,12 @@ class Changes:
         """Assume for the given time that notifications work. If this was not assumed before, end all waits, because
         earlier notifications may have been lost.
         """
-        if not self.heard:
+        if not self.notified:
             self.announce()
-        self._heard_until = time.monotonic() + seconds
+        self._notified_until = time.monotonic() + seconds
 
     def distrust(self) -> None:
         """Assume that notifications no longer arrive. Tasks read the store now, and poll it frequently from now on."""
-        if self.heard:
-            self._heard_until = float("-inf")
+        if self.notified:
+            self._notified_until = float("-inf")
             self.announce()

@@ -57,7 +57,7 @@ class AnswerFeature(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ComparedAnswer:
     """The properties of an answer from which its features are computed. Unknown properties are None.
 
     Attributes:
@@ -91,7 +91,7 @@ class AnswerSampler:
         calls = any(map(calls_in, references))
         self._wants_json = bool(references) and not calls and all(map(is_json, references))
 
-    def sample(self, answers: Sequence[Answer]) -> Sample:
+    def sample(self, answers: Sequence[ComparedAnswer]) -> Sample:
         """Return the features of the given answers.
 
         Features of the text ignore thinking, which varies more than the final answer.
@@ -114,19 +114,19 @@ class AnswerSampler:
             categories[AnswerFeature.LABEL] = [self._label(self._whole(answer)) for answer in answers]
         return Sample.of(len(answers), numbers, categories)
 
-    def _tokens(self, answer: Answer) -> float:
+    def _tokens(self, answer: ComparedAnswer) -> float:
         return _number(min(answer.tokens, self.cut) if answer.greedy and answer.tokens is not None else None)
 
-    def _finish_reason(self, answer: Answer) -> str:
+    def _finish_reason(self, answer: ComparedAnswer) -> str:
         if not answer.greedy or answer.finish_reason is None:
             return NOT_THERE
         return "length" if (answer.tokens or 0) > self.cut else answer.finish_reason
 
-    def _empty(self, answer: Answer) -> str:
+    def _empty(self, answer: ComparedAnswer) -> str:
         known = answer.finish_reason in (*_ENDED, "length")
         return _yes(answer.text if known else None, lambda text: not text.strip())
 
-    def _whole(self, answer: Answer) -> str | None:
+    def _whole(self, answer: ComparedAnswer) -> str | None:
         """Return the answer's text if the model ended it within `cut` tokens, or None otherwise."""
         ended = answer.finish_reason in _ENDED and answer.tokens is not None and answer.tokens <= self.cut
         return answer.text if ended else None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svc.drift_reference.answer import Answer, AnswerFeature, compared_logprob, is_greedy
+from svc.drift_reference.answer import AnswerFeature, ComparedAnswer, compared_logprob, is_greedy
 from svc.drift_reference.reference import Reference, read_prompt
 from svc.drift_reference.sample import NOT_THERE, Sample
 from svc.errors import NotFoundError
@@ -63,7 +63,7 @@ class ItemMaker:
             return Sample(len(records))
         sample = sampler.sample(
             [
-                Answer(
+                ComparedAnswer(
                     record.answer,
                     record.tokens_out,
                     record.finish_reason,

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tool_calls import calls_in
-from svc.drift_reference.answer import Answer, AnswerSampler
+from svc.drift_reference.answer import AnswerSampler, ComparedAnswer
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE
 from svc.drift_reference.prompt import Prompt, PromptSampler
 from svc.drift_reference.sample import Sample
@@ -164,7 +164,7 @@ def read_reference(registry: Registry, target: Target, redactor: Redactor) -> Re
     )
 
 
-def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redactor) -> Answer:
+def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redactor) -> ComparedAnswer:
     """Return a held-out answer in the form in which a live answer would be stored.
 
     The answer has no score if it calls tools, or if the prompt or the answer contains text that is redacted.
@@ -172,7 +172,7 @@ def _heldout_answer(example: ChatExample, result: ExampleResult, redactor: Redac
     texts = [*(message.content for message in example.prompt), result.answer]
     unredacted = all(redactor.text(text) == text for text in texts)
     logprob = result.logprob if unredacted and not calls_in(result.answer) else None
-    return Answer(redactor.text(result.answer), result.tokens, result.finish_reason, logprob, greedy=True)
+    return ComparedAnswer(redactor.text(result.answer), result.tokens, result.finish_reason, logprob, greedy=True)
 
 
 def read_prompt(stored: str) -> Prompt:

@@ -23,7 +23,7 @@ import httpx
 from svc.dataset.schema.example import Message
 from svc.dataset.schema.tool_calls import message_text
 from svc.engine.address import EngineAddress, TlsAddress
-from svc.engine.error_text import told_error
+from svc.engine.error_text import error_message
 from svc.errors import EngineError
 from svc.model_folder.weight_files import weight_files
 
@@ -258,14 +258,14 @@ class EngineClient:
             token_ids: ids of the whole sequence.
             start: index of the first token to score, at least 1.
         """
-        return tuple([logprob for logprob, _ in await self._prompt_logprobs(token_ids, start, likeliest=0)])
+        return tuple([logprob for logprob, _ in await self._prompt_logprobs(token_ids, start, top_tokens=0)])
 
-    async def likeliest(self, token_ids: Sequence[int], start: int) -> tuple[tuple[float, int], ...]:
+    async def top_tokens(self, token_ids: Sequence[int], start: int) -> tuple[tuple[float, int], ...]:
         """Return each token's log-probability, as `logprobs` does, and the id of the top-1 token at its position."""
-        return await self._prompt_logprobs(token_ids, start, likeliest=1)
+        return await self._prompt_logprobs(token_ids, start, top_tokens=1)
 
     async def _prompt_logprobs(
-        self, token_ids: Sequence[int], start: int, *, likeliest: int
+        self, token_ids: Sequence[int], start: int, *, top_tokens: int
     ) -> tuple[tuple[float, int], ...]:
         """Return each token's log-probability, and the id of the most likely of the tokens that vLLM reports for its
         position.
@@ -279,7 +279,7 @@ class EngineClient:
                 for token, entry in scored
             )
 
-        return await self._post("/v1/completions", body | {"prompt_logprobs": likeliest}, read)
+        return await self._post("/v1/completions", body | {"prompt_logprobs": top_tokens}, read)
 
     async def reload_weights(self, folder: Path, *, there: Path | None = None) -> None:
         """Replace the weights in place. The engine stops if the reload fails, so check the files first.
@@ -393,7 +393,7 @@ class EngineClient:
             raise EngineError(wrong, todo="check the engine's log") from error
         if answer.is_error and answer.status_code not in fine:
             raise EngineError(
-                f"the engine responded to {path} with status {answer.status_code}: {told_error(answer.content)}"
+                f"the engine responded to {path} with status {answer.status_code}: {error_message(answer.content)}"
             )
         return answer
 

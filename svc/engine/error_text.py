@@ -43,7 +43,7 @@ def error_of(body: bytes) -> Any:
     return answer.get("error", answer) if isinstance(answer, dict) else None
 
 
-def told_error(body: bytes) -> str:
+def error_message(body: bytes) -> str:
     """Return an error response's message, stripped of values from the request.
 
     The result is empty if the response contains no message.

@@ -77,10 +77,10 @@ class RemoteServer:
         content = read_json(url, answer)
         if answer.is_success and isinstance(content, dict):
             return content
-        raise told_error(url, answer.status_code, content, is_local=self.address.socket is not None)
+        raise error_from_answer(url, answer.status_code, content, is_local=self.address.socket is not None)
 
 
-def told_error(url: str, status: int, answer: object, *, is_local: bool = False) -> SvcError:
+def error_from_answer(url: str, status: int, answer: object, *, is_local: bool = False) -> SvcError:
     """Convert a server's error response to the error to raise.
 
     Args:

@@ -15,8 +15,8 @@ from sqlalchemy import create_engine
 from serving.access.authenticator import Authenticator
 from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError
-from serving.admission.party import Party
 from serving.admission.rate_limiter import RateLimiter
+from serving.admission.tenant import Tenant
 from serving.engines.balancer import Lease
 from serving.engines.model_names import ModelNames
 from serving.engines.token_pace import TokenPace
@@ -82,10 +82,10 @@ class OneBackend:
 
     @asynccontextmanager
     async def admitted(
-        self, model: str, who: str, tokens: int, party: Party, waiting: Callable[[], AbstractContextManager[None]]
+        self, model: str, who: str, tokens: int, tenant: Tenant, waiting: Callable[[], AbstractContextManager[None]]
     ) -> AsyncIterator[Lease]:
         """Lease an engine after admission, while the context is active."""
-        async with admitted(self.admission, tokens, party), self.leases(model) as lease:
+        async with admitted(self.admission, tokens, tenant), self.leases(model) as lease:
             yield lease
 
 

@@ -21,11 +21,11 @@ class TokenScore(NamedTuple):
 
     Attributes:
         logprob: the token's natural-log probability.
-        likeliest: id of the top-1 token at this position.
+        top_token: id of the top-1 token at this position.
     """
 
     logprob: float
-    likeliest: int
+    top_token: int
 
 
 Scores = tuple[tuple[TokenScore, ...], ...]
@@ -53,6 +53,6 @@ async def score_on_engine(client: EngineClient, examples: Sequence[TokenizedExam
     """
     scores = []
     for example in examples:
-        tokens = await client.likeliest(example.input_ids, example.learnt[0][0])
+        tokens = await client.top_tokens(example.input_ids, example.learnt[0][0])
         scores.append(tuple(example.of_learnt([TokenScore(*token) for token in tokens])))
     return tuple(scores)

@@ -25,7 +25,7 @@ from ftfy.badness import BADNESS_RE
 from numpy.typing import NDArray
 
 from svc.dataset.checks.base_tokenizer import BaseTokenizer
-from svc.dataset.checks.labels import FEW_ANSWERS, Answer, AnswerKind, few_labels, look_at_answer, odd_answers
+from svc.dataset.checks.labels import FEW_ANSWERS, AnswerClass, AnswerKind, few_labels, look_at_answer, odd_answers
 from svc.dataset.checks.line_table import LineTable, LineTableBuilder, Rows, first_with_same
 from svc.dataset.checks.minhash import clusters, nearest, places_in
 from svc.dataset.problem.problem import Code, RowError
@@ -290,8 +290,8 @@ def check_files(
     return [*reports[len(heldout) :], *reports[: len(heldout)]]
 
 
-def _look_at(example: AnyExample) -> Answer:
-    return Answer(AnswerKind.UNDESIRABLE) if _is_no_reference(example) else look_at_answer(chat_of(example))
+def _look_at(example: AnyExample) -> AnswerClass:
+    return AnswerClass(AnswerKind.UNDESIRABLE) if _is_no_reference(example) else look_at_answer(chat_of(example))
 
 
 def _is_no_reference(example: AnyExample) -> bool:

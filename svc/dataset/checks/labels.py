@@ -45,7 +45,7 @@ class AnswerKind(IntFlag):
     UNDESIRABLE = 16  # labeled as undesirable; such an answer need not be like the others
 
 
-class Answer(NamedTuple):
+class AnswerClass(NamedTuple):
     """Kind and label of an answer.
 
     Attributes:
@@ -56,20 +56,20 @@ class Answer(NamedTuple):
     label: str = ""
 
 
-def look_at_answer(example: ChatExample) -> Answer:
+def look_at_answer(example: ChatExample) -> AnswerClass:
     """Return the kind and label of an example's answer.
 
     The kind includes `LISTED` if the label occurs in the instruction, which is the system turn or, if there is none,
     the prompt.
     """
     if example.calls_tools:
-        return Answer(AnswerKind(0))
+        return AnswerClass(AnswerKind(0))
     answer = example.answer.strip()
     value = _json(answer)
     kind = AnswerKind(0) if value is None else AnswerKind.JSON
     label = _label(answer, value)
     if label is None:
-        return Answer(kind)
+        return AnswerClass(kind)
     kind |= AnswerKind.LABEL
     if _NUMBER.fullmatch(label):
         kind |= AnswerKind.NUMBER
@@ -79,7 +79,7 @@ def look_at_answer(example: ChatExample) -> Answer:
     else:
         texts = (message.content for message in example.prompt)
         listed = any(_stands_in.__wrapped__(label, text) for text in texts if len(text) <= _MAX_INSTRUCTION_CHARS)
-    return Answer(kind | AnswerKind.LISTED if listed else kind, label)
+    return AnswerClass(kind | AnswerKind.LISTED if listed else kind, label)
 
 
 def find_label(answer: str) -> str | None:

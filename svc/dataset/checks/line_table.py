@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from svc.dataset.checks.labels import Answer, AnswerKind
+from svc.dataset.checks.labels import AnswerClass, AnswerKind
 from svc.dataset.checks.minhash import Sketcher, Sketches
 from svc.dataset.checks.row_file import RowFile
 from svc.dataset.prompt_hashes import hash_text
@@ -21,7 +21,7 @@ from svc.dataset.text.plain_text import normal
 
 _EDGE = 100
 _WORDS_OF_A_TASK = 3
-_NO_LABEL = Answer(AnswerKind(0))
+_NO_LABEL = AnswerClass(AnswerKind(0))
 
 
 _ROW = np.dtype(
@@ -76,7 +76,7 @@ class LineTableBuilder:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def add(self, file: int, line: int, compared: AnyExample, answer: Answer = _NO_LABEL) -> None:
+    def add(self, file: int, line: int, compared: AnyExample, answer: AnswerClass = _NO_LABEL) -> None:
         """Add the next example.
 
         Args:

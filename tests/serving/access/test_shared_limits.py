@@ -63,7 +63,7 @@ class Server:
     def ask(self, tokens_in: int = 10, tokens_out: int = 20) -> bool:
         """Let the key make a request that ends immediately, and return whether it was accepted."""
         with suppress(RateLimitedError):
-            self.limiter.reserve(self.key, Demand(tokens_in, tokens_out, said=True)).settle(tokens_in, tokens_out)
+            self.limiter.reserve(self.key, Demand(tokens_in, tokens_out, bounded=True)).settle(tokens_in, tokens_out)
             self.meter.add(self.key.key_id, "tuned", tokens_in=tokens_in, tokens_out=tokens_out)
             return True
         return False

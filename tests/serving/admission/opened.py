@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from serving.admission.admission import Admission
-from serving.admission.party import NO_KEY, Party
+from serving.admission.tenant import NO_KEY, Tenant
 
 
 def open_admission(
@@ -20,13 +20,13 @@ def open_admission(
 
 
 @asynccontextmanager
-async def admitted(admission: Admission, tokens: int = 1, party: Party = NO_KEY) -> AsyncIterator[None]:
+async def admitted(admission: Admission, tokens: int = 1, tenant: Tenant = NO_KEY) -> AsyncIterator[None]:
     """Hold a place in the engine while the context is active."""
-    await admission.enter(tokens, party)
+    await admission.enter(tokens, tenant)
     try:
         yield
     finally:
-        admission.leave(tokens, party)
+        admission.leave(tokens, tenant)
 
 
 async def drained(admission: Admission, timeout_s: float) -> None:

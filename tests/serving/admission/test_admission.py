@@ -8,7 +8,7 @@ import pytest
 
 from serving.admission.admission import Admission
 from serving.admission.errors import EngineUnavailableError, OverloadedError, QueueTimeoutError, TooManyTokensError
-from serving.admission.party import NO_KEY, Party
+from serving.admission.tenant import NO_KEY, Tenant
 from tests.serving.admission.opened import admitted, open_admission, run_until, settle
 from tests.serving.service import closed
 
@@ -205,14 +205,14 @@ async def test_admitted_request_is_requeued_if_a_swap_begins_before_it_runs() ->
 async def test_requeued_request_is_not_charged_twice_and_keeps_its_queue_position() -> None:
     admission, order = open_admission(max_running=1), list[str]()
 
-    async def request(name: str, party: Party) -> None:
-        async with admitted(admission, 10, party):
+    async def request(name: str, tenant: Tenant) -> None:
+        async with admitted(admission, 10, tenant):
             order.append(name)
 
     async with closed(admission):
         waiting = [
-            asyncio.create_task(request(name, party))
-            for name, party in (("a1", Party("a")), ("b1", Party("b")), ("a2", Party("a")), ("b2", Party("b")))
+            asyncio.create_task(request(name, tenant))
+            for name, tenant in (("a1", Tenant("a")), ("b1", Tenant("b")), ("a2", Tenant("a")), ("b2", Tenant("b")))
         ]
         await settle()
     async with closed(admission):  # a1 had been given its place

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from serving.admission.admission import Admission
 from serving.admission.background_slot import BackgroundSlotEndedError
 from serving.admission.errors import AdmissionError
-from serving.admission.party import NO_KEY, Party
+from serving.admission.tenant import NO_KEY, Tenant
 from serving.one_shot_event import OneShotEvent
 from tests.serving.admission.opened import admitted, drained, open_admission, settle
 
-PARTIES = (NO_KEY, Party("a"), Party("b", weight=3))
+TENANTS = (NO_KEY, Tenant("a"), Tenant("b", weight=3))
 
 
 def tokens(choice: int) -> int:
@@ -35,7 +35,7 @@ class World:
     arrived: int = 0
     clients: dict[int, tuple[asyncio.Task[None], asyncio.Event]] = field(default_factory=dict)
     inside: set[int] = field(default_factory=set)
-    admitted_after_wait: dict[str, list[int]] = field(default_factory=lambda: {party.name: [] for party in PARTIES})
+    admitted_after_wait: dict[str, list[int]] = field(default_factory=lambda: {tenant.name: [] for tenant in TENANTS})
     mixed: bool = False
     entered_closed: bool = False
     swap: tuple[asyncio.Task[None], asyncio.Event] | None = None
@@ -45,15 +45,15 @@ class World:
     batched: list[tuple[asyncio.Task[None], asyncio.Event]] = field(default_factory=list)
     batched_inside: int = 0
 
-    async def client(self, number: int, tokens: int, party: Party, end: asyncio.Event) -> None:
+    async def client(self, number: int, tokens: int, tenant: Tenant, end: asyncio.Event) -> None:
         waits = self.admission._closed
         with suppress(AdmissionError):
-            async with admitted(self.admission, tokens, party):
+            async with admitted(self.admission, tokens, tenant):
                 seen = self.version
                 self.entered_closed |= self.admission._closed
                 self.inside.add(number)
                 if waits:
-                    self.admitted_after_wait[party.name].append(number)
+                    self.admitted_after_wait[tenant.name].append(number)
                 try:
                     await end.wait()
                 finally:
@@ -74,7 +74,7 @@ class World:
     async def batch(self, tokens: int, end: asyncio.Event) -> None:
         interruption = OneShotEvent()
         interruption.listen(end.set)
-        async with admitted(self.admission, tokens, Party("a", 1, interruption)):
+        async with admitted(self.admission, tokens, Tenant("a", 1, interruption)):
             seen = self.version
             self.batched_inside += 1
             try:
@@ -101,9 +101,9 @@ class World:
         match action:
             case "arrive":
                 end = asyncio.Event()
-                party = PARTIES[choice % len(PARTIES)] if self.keys else NO_KEY
+                tenant = TENANTS[choice % len(TENANTS)] if self.keys else NO_KEY
                 self.clients[self.arrived] = (
-                    asyncio.create_task(self.client(self.arrived, tokens(choice), party, end)),
+                    asyncio.create_task(self.client(self.arrived, tokens(choice), tenant, end)),
                     end,
                 )
                 self.arrived += 1

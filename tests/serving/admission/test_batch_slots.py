@@ -9,7 +9,7 @@ import pytest
 from serving.admission import admission as batch_slots
 from serving.admission.admission import Admission, InterruptedRequestError
 from serving.admission.errors import QueueTimeoutError, TooManyTokensError
-from serving.admission.party import NO_KEY, Party
+from serving.admission.tenant import NO_KEY, Tenant
 from serving.one_shot_event import OneShotEvent
 from tests.serving.admission.opened import admitted, open_admission, settle
 from tests.serving.service import closed
@@ -25,7 +25,7 @@ class Batched:
         self.task = asyncio.create_task(self._run(admission, tokens))
 
     async def _run(self, admission: Admission, tokens: int) -> None:
-        async with admitted(admission, tokens, Party("alice", 1, self.interruption)):
+        async with admitted(admission, tokens, Tenant("alice", 1, self.interruption)):
             self.began = True
             await self._end.wait()
 
@@ -77,7 +77,7 @@ async def test_client_requests_run_immediately_and_interrupt_the_newest_batch_re
 async def test_batch_requests_wait_while_client_requests_are_queued() -> None:
     admission = open_admission(max_running=1)
     async with admitted(admission):
-        queued = asyncio.create_task(admission.enter(1, Party("bob")))
+        queued = asyncio.create_task(admission.enter(1, Tenant("bob")))
         await settle()
         async with batched(admission, 1) as (request,):
             assert not request.began
@@ -101,7 +101,7 @@ async def test_batch_requests_are_interrupted_when_client_requests_need_their_to
 async def test_batch_request_that_exceeds_the_token_capacity_is_rejected() -> None:
     admission = open_admission(max_tokens=10)
     with pytest.raises(TooManyTokensError):
-        await admission.enter(11, Party("alice", 1, OneShotEvent()))
+        await admission.enter(11, Tenant("alice", 1, OneShotEvent()))
 
 
 async def test_number_of_running_batch_requests_is_limited_by_the_setting() -> None:
@@ -143,7 +143,7 @@ async def test_batch_request_times_out_after_the_maximum_wait_time(monkeypatch: 
     admission = open_admission(max_running=1)
     async with admitted(admission):
         with pytest.raises(QueueTimeoutError):
-            await admission.enter(1, Party("alice", 1, OneShotEvent()))
+            await admission.enter(1, Tenant("alice", 1, OneShotEvent()))
         assert not admission.batch_slots.busy
 
 
@@ -151,13 +151,13 @@ async def test_batch_request_times_out_after_the_maximum_wait_time(monkeypatch: 
 async def test_cancelled_batch_request_occupies_no_slot(ticks: int) -> None:
     admission = open_admission(max_running=1)
     await admission.enter(1, NO_KEY)
-    waiting = asyncio.create_task(admission.enter(1, Party("alice", 1, OneShotEvent())))
+    waiting = asyncio.create_task(admission.enter(1, Tenant("alice", 1, OneShotEvent())))
     await settle()
     admission.leave(1)  # gives the slot, but the task has not run yet
     for _ in range(ticks):
         await asyncio.sleep(0)
     if waiting.done():
-        admission.leave(1, Party("alice", 1, OneShotEvent()))
+        admission.leave(1, Tenant("alice", 1, OneShotEvent()))
         return
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):

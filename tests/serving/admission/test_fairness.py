@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from serving.admission.admission import Admission
 from serving.admission.errors import OverloadedError, QueueOverflowError, QueueTimeoutError
-from serving.admission.party import NO_KEY, Party
 from serving.admission.queue import Place, RequestQueue
+from serving.admission.tenant import NO_KEY, Tenant
 from tests.serving.admission.opened import admitted, open_admission, settle
 from tests.serving.service import closed
 
-A, B = Party("a"), Party("b")
+A, B = Tenant("a"), Tenant("b")
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Engine:
         served: number of tokens in each tenant's requests.
     """
 
-    parties: Sequence[Party]
+    parties: Sequence[Tenant]
     costs: random.Random
     most_running: int = 16
     most_tokens: int = 4_000
@@ -46,15 +46,15 @@ class Engine:
     def __post_init__(self) -> None:
         self.queue = RequestQueue(max_queued=10_000)
 
-    def ask(self, party: Party, tokens: int = 0) -> Place:
-        self.waiting[party.name] += 1
-        return self.queue.join(party, tokens or self.costs.randint(1, 1_000))
+    def ask(self, tenant: Tenant, tokens: int = 0) -> Place:
+        self.waiting[tenant.name] += 1
+        return self.queue.join(tenant, tokens or self.costs.randint(1, 1_000))
 
     def step(self) -> None:
         """Run until the next request ends, then assign the free place."""
-        for party in self.parties:
-            for _ in range(self.deep - self.waiting[party.name]):
-                self.ask(party)
+        for tenant in self.parties:
+            for _ in range(self.deep - self.waiting[tenant.name]):
+                self.ask(tenant)
         if self.running:
             self.now, _, ended = heapq.heappop(self.running)
             self.tokens -= ended
@@ -69,9 +69,9 @@ class Engine:
         place = self.queue._next()
         assert place is not None
         self.tokens += tokens
-        self.order.append(place.party.name)
-        self.served[place.party.name] += tokens
-        self.waiting[place.party.name] -= 1
+        self.order.append(place.tenant.name)
+        self.served[place.tenant.name] += tokens
+        self.waiting[place.tenant.name] -= 1
         heapq.heappush(self.running, (self.now + tokens, place.number, tokens))
         return True
 
@@ -83,14 +83,14 @@ def test_each_of_fifty_flooding_keys_gets_throughput_within_ten_percent_of_its_w
     weights: list[int], seed: int
 ) -> None:
     async def run() -> None:
-        parties = [Party(f"k{number}", weight) for number, weight in enumerate(weights)]
+        parties = [Tenant(f"k{number}", weight) for number, weight in enumerate(weights)]
         engine = Engine(parties, random.Random(seed))
         for _ in range(10_000):
             engine.step()
         total = engine.served.total()
-        for party in parties:
-            due = total * party.weight / sum(weights)
-            assert abs(engine.served[party.name] - due) <= 0.1 * due
+        for tenant in parties:
+            due = total * tenant.weight / sum(weights)
+            assert abs(engine.served[tenant.name] - due) <= 0.1 * due
 
     asyncio.run(run())
 
@@ -107,11 +107,11 @@ def test_small_tenant_waits_for_at_most_one_request_per_other_tenant(
     weights: list[int], seed: int, before: int, weight: int
 ) -> None:
     async def run() -> None:
-        engine = Engine([Party(f"k{number}", each) for number, each in enumerate(weights)], random.Random(seed))
+        engine = Engine([Tenant(f"k{number}", each) for number, each in enumerate(weights)], random.Random(seed))
         for _ in range(before):
             engine.step()
         engine.order.clear()
-        little = engine.ask(Party("little", weight), 1)
+        little = engine.ask(Tenant("little", weight), 1)
         while not little.given.done():
             engine.step()
         passed = Counter(engine.order[: engine.order.index("little")])
@@ -129,7 +129,7 @@ def test_no_slot_stays_free_if_the_next_queued_request_fits(seed: int, keys: int
         engine = Engine([], chance)
         for _ in range(steps):
             for _ in range(chance.randint(0, 3)):
-                engine.ask(Party(f"k{chance.randrange(keys)}", chance.randint(1, 5)))
+                engine.ask(Tenant(f"k{chance.randrange(keys)}", chance.randint(1, 5)))
             engine.step()
             if head := engine.queue._next():
                 assert not engine.fits(head.tokens)
@@ -137,17 +137,17 @@ def test_no_slot_stays_free_if_the_next_queued_request_fits(seed: int, keys: int
     asyncio.run(run())
 
 
-async def served_in_order(admission: Admission, asked: Sequence[tuple[Party, int]]) -> list[str]:
+async def served_in_order(admission: Admission, asked: Sequence[tuple[Tenant, int]]) -> list[str]:
     """Return the order in which requests that arrive together while admission is closed are given a place."""
     order = list[str]()
 
-    async def client(party: Party, tokens: int) -> None:
-        async with admitted(admission, tokens, party):
-            order.append(party.name)
+    async def client(tenant: Tenant, tokens: int) -> None:
+        async with admitted(admission, tokens, tenant):
+            order.append(tenant.name)
             await asyncio.sleep(0)
 
     async with closed(admission):
-        tasks = [asyncio.create_task(client(party, tokens)) for party, tokens in asked]
+        tasks = [asyncio.create_task(client(tenant, tokens)) for tenant, tokens in asked]
         await settle()
     await asyncio.gather(*tasks)
     return order
@@ -165,7 +165,7 @@ class TestAfterASwap:
         assert order == ["a", "b", "b", "b", "b", "a"]
 
     async def test_scheduling_order_depends_on_tenant_weights(self) -> None:
-        heavy = Party("b", weight=2)
+        heavy = Tenant("b", weight=2)
         order = await served_in_order(open_admission(max_running=1), [(A, 10)] * 2 + [(heavy, 10)] * 4)
         assert order == ["a", "b", "b", "a", "b", "b"]
 
@@ -196,7 +196,7 @@ class TestFull:
     async def test_requests_without_a_key_get_their_share_while_keyed_requests_wait(self) -> None:
         admission, order = open_admission(max_running=1), list[str]()
         async with admitted(admission, 1, A):
-            waiting = [asyncio.create_task(enter(admission, party, order)) for party in (A, A, A, NO_KEY)]
+            waiting = [asyncio.create_task(enter(admission, tenant, order)) for tenant in (A, A, A, NO_KEY)]
             await settle()
         await asyncio.gather(*waiting)
         assert order == ["", "a", "a", "a"]
@@ -283,7 +283,7 @@ class TestFullQueue:
     async def test_queue_shares_depend_on_tenant_weights(self) -> None:
         queue = RequestQueue(max_queued=4)
         places = [queue.join(A, 1) for _ in range(4)]
-        heavy = [queue.join(Party("b", weight=3), 1) for _ in range(3)]
+        heavy = [queue.join(Tenant("b", weight=3), 1) for _ in range(3)]
         assert sum(place.given.done() for place in places) == 3
         assert not any(place.given.done() for place in heavy)
         for place in places[1:]:
@@ -292,9 +292,9 @@ class TestFullQueue:
     async def test_full_queue_rejects_a_new_request_if_no_tenant_has_more_than_one_request_queued(self) -> None:
         queue = RequestQueue(max_queued=1)
         first = queue.join(A, 1)
-        for party in (A, B):
+        for tenant in (A, B):
             with pytest.raises(QueueOverflowError):
-                queue.join(party, 1)
+                queue.join(tenant, 1)
         assert not first.given.done()
 
 
@@ -302,13 +302,13 @@ async def test_idle_tenant_builds_up_neither_credit_nor_debt() -> None:
     queue, order = RequestQueue(max_queued=100), list[str]()
     for _ in range(1000):
         queue.charge(A, 10)
-    waiting = [queue.join(party, 10) for party in (A, A, B, B)]
+    waiting = [queue.join(tenant, 10) for tenant in (A, A, B, B)]
 
     def take(tokens: int) -> bool:
         return True
 
     for place in waiting:
-        place.given.add_done_callback(lambda _, name=place.party.name: order.append(name))  # type: ignore[misc]
+        place.given.add_done_callback(lambda _, name=place.tenant.name: order.append(name))  # type: ignore[misc]
     queue.give(take)
     await settle()
     assert order == ["b", "a", "b", "a"]
@@ -328,7 +328,7 @@ async def test_tenant_is_not_charged_for_a_request_that_left_the_queue() -> None
         return True
 
     queue.give(take)
-    assert [place.party.name for place in admitted] == ["a", "b"]
+    assert [place.tenant.name for place in admitted] == ["a", "b"]
     assert len(queue) == 0
 
 
@@ -344,8 +344,8 @@ async def test_repeatedly_cancelled_requests_leave_no_queue_entries() -> None:
     assert len(queue._waiting) == 1
 
 
-async def enter(admission: Admission, party: Party, order: list[str], tokens: int = 1) -> None:
+async def enter(admission: Admission, tenant: Tenant, order: list[str], tokens: int = 1) -> None:
     """Run a request that records its position in the order."""
-    async with admitted(admission, tokens, party):
-        order.append(party.name)
+    async with admitted(admission, tokens, tenant):
+        order.append(tenant.name)
         await asyncio.sleep(0)

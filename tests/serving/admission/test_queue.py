@@ -12,7 +12,7 @@ from serving.admission.errors import (
     QueueOverflowError,
     QueueTimeoutError,
 )
-from serving.admission.party import Party
+from serving.admission.tenant import Tenant
 from serving.one_shot_event import OneShotEvent
 from tests.serving.admission.opened import admit_once, admitted, open_admission, run_until, settle
 from tests.serving.service import closed
@@ -134,7 +134,7 @@ async def test_request_waits_up_to_the_wake_timeout_for_an_engine_to_start() -> 
 
 @pytest.mark.parametrize("cancelled", [True, False])
 async def test_smaller_request_is_admitted_when_a_larger_one_ahead_of_it_stops_waiting(cancelled: bool) -> None:
-    admission, alice = open_admission(max_tokens=100, queue_timeout_s=0.05), Party("alice")
+    admission, alice = open_admission(max_tokens=100, queue_timeout_s=0.05), Tenant("alice")
     async with admitted(admission, 50):
         large = asyncio.create_task(admission.enter(60, alice))
         await asyncio.sleep(0.03)
@@ -152,9 +152,9 @@ async def test_smaller_request_is_admitted_when_a_larger_one_ahead_of_it_stops_w
 async def test_batch_request_runs_when_the_queued_request_that_it_yielded_to_is_cancelled() -> None:
     admission = open_admission(max_tokens=100)
     async with admitted(admission, 50):
-        queued = asyncio.create_task(admission.enter(60, Party("alice")))
+        queued = asyncio.create_task(admission.enter(60, Tenant("alice")))
         await settle()
-        batch = asyncio.create_task(admission.enter(1, Party("bob", 1, OneShotEvent())))
+        batch = asyncio.create_task(admission.enter(1, Tenant("bob", 1, OneShotEvent())))
         await settle()
         assert not batch.done()
         queued.cancel()

@@ -28,8 +28,8 @@ class Clock:
         self.limiter = RateLimiter(clock=lambda: self.now, wall=lambda: NOON + self.now)
 
 
-def asks(tokens_out: int = 1, tokens_in: int = 1, *, said: bool = True) -> Demand:
-    return Demand(tokens_in, tokens_out, said)
+def asks(tokens_out: int = 1, tokens_in: int = 1, *, bounded: bool = True) -> Demand:
+    return Demand(tokens_in, tokens_out, bounded)
 
 
 def refused(limiter: RateLimiter, of: object, demand: Demand) -> RateLimitedError:
@@ -104,10 +104,10 @@ class TestTokens:
 
     def test_request_without_max_tokens_is_accepted_only_when_the_full_token_allowance_is_available(self) -> None:
         clock, key = Clock(), principal(tokens_out_per_minute=100)
-        clock.limiter.reserve(key, asks(2048, said=False)).settle(1, 30)
-        assert refused(clock.limiter, key, asks(2048, said=False)).retry_after_s == 18
+        clock.limiter.reserve(key, asks(2048, bounded=False)).settle(1, 30)
+        assert refused(clock.limiter, key, asks(2048, bounded=False)).retry_after_s == 18
         clock.now = 18
-        clock.limiter.reserve(key, asks(2048, said=False))
+        clock.limiter.reserve(key, asks(2048, bounded=False))
 
 
 class TestDay:
@@ -127,8 +127,8 @@ class TestDay:
     def test_request_without_max_tokens_reserves_the_remaining_daily_limit(self) -> None:
         clock, key = Clock(), principal(tokens_per_day=100)
         clock.limiter.reserve(key, asks(50, 49)).settle(49, 50)
-        clock.limiter.reserve(key, asks(2048, said=False)).settle(1, 20)
-        assert refused(clock.limiter, key, asks(2048, said=False)).retry_after_s == NOON
+        clock.limiter.reserve(key, asks(2048, bounded=False)).settle(1, 20)
+        assert refused(clock.limiter, key, asks(2048, bounded=False)).retry_after_s == NOON
 
     def test_usage_before_the_server_started_counts_towards_the_daily_limit(self) -> None:
         clock, key = Clock(), principal(tokens_per_day=100)

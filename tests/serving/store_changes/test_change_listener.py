@@ -93,7 +93,7 @@ async def until(condition: Callable[[], object]) -> None:
 async def heard(store: Store) -> AsyncIterator[Changes]:
     """Run a listener while the context is active, and wait until changes are heard."""
     async with listening(store) as changes:
-        await until(lambda: changes.heard)
+        await until(lambda: changes.notified)
         yield changes
 
 
@@ -239,8 +239,8 @@ async def test_listener_polls_the_store_until_it_has_reconnected_after_a_lost_co
         postgresql.run(f"SELECT pg_terminate_backend(pid) {LISTENERS}", SHARED)
         async with asyncio.timeout(10):
             await waiting
-        assert not changes.heard
-        await until(lambda: changes.heard)
+        assert not changes.notified
+        await until(lambda: changes.notified)
         count = changes.count
         await asyncio.to_thread(promote, store)
         await until(lambda: changes.count > count)
@@ -256,12 +256,12 @@ async def test_listener_reconnects_after_the_database_restarts(
     async with heard(store) as changes:
         await asyncio.to_thread(postgresql.stop)
         try:
-            await until(lambda: not changes.heard)
+            await until(lambda: not changes.notified)
             await asyncio.sleep(0.3)
-            assert not changes.heard
+            assert not changes.notified
         finally:
             await asyncio.to_thread(postgresql.start)
-        await until(lambda: changes.heard)
+        await until(lambda: changes.notified)
         count = changes.count
         await asyncio.to_thread(promote, store)
         await until(lambda: changes.count > count)
@@ -279,12 +279,12 @@ async def test_notifications_are_not_trusted_when_echo_notifications_do_not_arri
         await until(lambda: caplog.records)
         await asyncio.sleep(0.3)  # further attempts
         assert changes.count == 0
-        assert not changes.heard
+        assert not changes.notified
         assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
             "notifications from the store are not arriving"
         ]
         monkeypatch.setattr(postgresql_module, "CHANNEL", "tuneserve")
-        await until(lambda: changes.heard)
+        await until(lambda: changes.notified)
 
 
 @pytest.mark.slow
@@ -295,9 +295,9 @@ async def test_notifications_are_no_longer_trusted_when_echo_notifications_stop_
     monkeypatch.setattr(change_listener, "_UNHEARD_PAUSE_S", 60.0)
     async with heard(store) as changes:
         await asyncio.sleep(2.5)
-        assert changes.heard
+        assert changes.notified
         monkeypatch.setattr(change_listener, "announce_change", lambda connection, echo="": None)
-        await until(lambda: not changes.heard)
+        await until(lambda: not changes.notified)
 
 
 async def test_cancelled_listener_leaves_no_database_connection_open(store: Store) -> None:
@@ -347,8 +347,8 @@ async def test_sqlite_polling_recovers_after_read_errors(
     async with heard(sqlite_store) as changes:
         with monkeypatch.context() as patch:
             patch.setattr(sqlite_listener, "count_announced", fail)
-            await until(lambda: not changes.heard)
-        await until(lambda: changes.heard)
+            await until(lambda: not changes.notified)
+        await until(lambda: changes.notified)
         count = changes.count
         await asyncio.to_thread(promote, sqlite_store)
         await until(lambda: changes.count > count)

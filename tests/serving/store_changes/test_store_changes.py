@@ -57,7 +57,7 @@ async def control(make: Make, store: Store) -> AsyncIterator[Control]:
     control.assemble()
     listening = asyncio.create_task(ChangeListener(store, control.changes).run())
     async with control.run():
-        await until(lambda: control.changes.heard)
+        await until(lambda: control.changes.notified)
         await asyncio.sleep(0.1)  # tasks have read the store and wait
         yield control
     listening.cancel()
@@ -130,7 +130,7 @@ async def followed(store: Store, *, notified: bool) -> AsyncIterator[Authenticat
     tasks = {asyncio.create_task(work) for work in works}
     try:
         if notified:
-            await until(lambda: changes.heard)
+            await until(lambda: changes.notified)
         yield authenticator
     finally:
         for task in tasks:

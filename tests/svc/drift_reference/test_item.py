@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svc.dataset.schema.tool_calls import ToolCall, answer_text
-from svc.drift_reference.answer import Answer, AnswerFeature, AnswerSampler
+from svc.drift_reference.answer import AnswerFeature, AnswerSampler, ComparedAnswer
 from svc.drift_reference.item import ItemMaker, answer_sample, prompt_sample
 from svc.drift_reference.prompt import Prompt, PromptSampler
 from svc.drift_reference.reference import KeyedHash, Reference, read_prompt, read_reference
@@ -49,7 +49,7 @@ REFERENCE = Reference(
     prompt_sampler,
     answer_sampler,
     prompt_sampler.sample([Prompt(text) for text in TEXTS]),
-    answer_sampler.sample([Answer(label, 3, "stop", -0.1, greedy=True) for label in LABELS]),
+    answer_sampler.sample([ComparedAnswer(label, 3, "stop", -0.1, greedy=True) for label in LABELS]),
     missing="",
     words=[],
     hashes=KeyedHash(bytes(16)),
@@ -104,13 +104,13 @@ def test_drift_items_yield_the_same_samples_as_the_full_request_and_answer_texts
     items = maker.make(records)
     assert REFERENCE.prompts is not None and REFERENCE.answers is not None
     same(prompt_sample(items, REFERENCE.prompts), REFERENCE.prompt_sampler.sample([*map(_prompt, records)]))  # type: ignore[union-attr]
-    told = [Answer(r.answer, r.tokens_out, r.finish_reason, logprob, _greedy(r)) for r in records]
+    told = [ComparedAnswer(r.answer, r.tokens_out, r.finish_reason, logprob, _greedy(r)) for r in records]
     same(answer_sample(items, [logprob] * len(items), REFERENCE.answers), answer_sampler.sample(told))
 
 
 def test_tool_call_is_counted_neither_as_a_json_answer_nor_as_an_empty_answer() -> None:
     call = answer_text("", [ToolCall("rain", "{}")])
-    sample = AnswerSampler([call] * 12, cut=16).sample([Answer(call, 9, "tool_calls", None, greedy=True)])
+    sample = AnswerSampler([call] * 12, cut=16).sample([ComparedAnswer(call, 9, "tool_calls", None, greedy=True)])
     assert AnswerFeature.VALID_JSON not in sample.categories
     assert sample.categories[AnswerFeature.EMPTY].tolist() == [NO]
     assert sample.categories[AnswerFeature.LABEL].tolist() == [call]
@@ -201,5 +201,7 @@ def test_database_contains_no_request_text(tmp_path: Path, encoding: str) -> Non
 
 
 def test_label_after_thinking_is_recognized() -> None:
-    thought, plain = (Answer(text, 3, "stop", -0.1, greedy=True) for text in ("<think>a</think>\n\nplace", "place"))
+    thought, plain = (
+        ComparedAnswer(text, 3, "stop", -0.1, greedy=True) for text in ("<think>a</think>\n\nplace", "place")
+    )
     assert answer_sampler.sample([thought]).categories == answer_sampler.sample([plain]).categories

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from svc.engine.error_text import error_of, told_error, without_values
+from svc.engine.error_text import error_message, error_of, without_values
 
 PROMPT = "my SECRET is\n'hunter2'"
 PYDANTIC = (
@@ -79,7 +79,7 @@ def test_long_multiline_error_becomes_one_short_line() -> None:
     ],
 )
 def test_error_message_is_read_from_the_response_body(body: bytes, told: str) -> None:
-    assert told_error(body) == told
+    assert error_message(body) == told
 
 
 def test_response_body_that_is_not_an_object_has_no_error_message() -> None:

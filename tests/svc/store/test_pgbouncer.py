@@ -63,11 +63,11 @@ async def test_notifications_are_trusted_only_if_pgbouncer_delivers_them(
         monkeypatch.setattr(change_listener, "_UNHEARD_PAUSE_S", 0.1)
     async with listening(pooled) as changes:
         if mode == "session":
-            await until(lambda: changes.heard)
+            await until(lambda: changes.notified)
         for _ in range(10):
             await asyncio.to_thread(promote, pooled)
             await asyncio.sleep(0.1)
-            assert changes.heard == (mode == "session")
+            assert changes.notified == (mode == "session")
 
 
 def test_notifications_received_on_pooled_connections_are_discarded(postgresql: PostgresServer) -> None:

@@ -146,8 +146,8 @@ def _score(model: torch.nn.Module, example: TokenizedExample, device: torch.devi
     logprobs = logits.log_softmax(dim=-1)
     of_tokens = logprobs.gather(1, ids[0, first:, None])[:, 0]
     return [
-        TokenScore(float(logprob), int(likeliest))
-        for logprob, likeliest in zip(of_tokens.tolist(), logprobs.argmax(dim=-1).tolist(), strict=True)
+        TokenScore(float(logprob), int(top_token))
+        for logprob, top_token in zip(of_tokens.tolist(), logprobs.argmax(dim=-1).tolist(), strict=True)
     ]
 
 
@@ -303,7 +303,7 @@ def _check(name: str, passed: bool, found: str, expected: str) -> ParityCheck:
 def between(first: Scores, second: Scores) -> Differences:
     """Return the differences between two scorings of the same examples: the second scoring minus the first."""
     pairs = [list(zip(before, after, strict=True)) for before, after in zip(first, second, strict=True)]
-    same = [[before.likeliest == after.likeliest for before, after in example] for example in pairs]
+    same = [[before.top_token == after.top_token for before, after in example] for example in pairs]
     diverged = ((at, example.index(False)) for at, example in enumerate(same) if not all(example))
     return Differences(
         nats=tuple(tuple(after.logprob - before.logprob for before, after in example) for example in pairs),

@@ -6,7 +6,7 @@ from serving.one_shot_event import OneShotEvent
 from svc.identity.principal import Principal
 
 
-class Party(NamedTuple):
+class Tenant(NamedTuple):
     """A tenant and its relative share of the slots.
 
     This is a tuple because one is created for each request, and tuples are cheap to create.
@@ -29,16 +29,16 @@ class Party(NamedTuple):
         return bool(self.name)
 
 
-NO_KEY = Party()
+NO_KEY = Tenant()
 
 
-def party_of(principal: Principal | None, interruption: OneShotEvent | None = None) -> Party:
+def tenant_of(principal: Principal | None, interruption: OneShotEvent | None = None) -> Tenant:
     """Return the tenant that a request belongs to.
 
     Args:
         principal: the principal of the key that the client sent, or None if it sent no key.
-        interruption: only for batch requests; see `Party`.
+        interruption: only for batch requests; see `Tenant`.
     """
     if interruption is None:
-        return Party(principal.key_id, principal.weight) if principal else NO_KEY
-    return Party(principal.key_id if principal else "", principal.weight if principal else 1, interruption)
+        return Tenant(principal.key_id, principal.weight) if principal else NO_KEY
+    return Tenant(principal.key_id if principal else "", principal.weight if principal else 1, interruption)
