@@ -5,11 +5,12 @@ from dataclasses import replace
 
 from svc.errors import RecipeError, SettingsError
 from svc.ray_cluster import connected, find_address
+from svc.ray_need import Need
 from svc.settings.settings import Settings
 from svc.terminal import console
 from trainer.recipe.recipe import Recipe
 from trainer.training.parallel.devices import share_of
-from trainer.training.parallel.ray_processes import RayProcesses, WorkerKind, choose_kind, describe_node, reserved
+from trainer.training.parallel.ray_processes import RayProcesses, choose_kind, describe_node, reserved
 from trainer.training.parallel.ray_worker import NodeFacts, SharedRun
 from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
 
@@ -68,7 +69,7 @@ def count_workers(recipe: Recipe) -> int:
     return asked or 1
 
 
-def choose_stage_kind(settings: Settings, resources: Mapping[str, float]) -> WorkerKind:
+def choose_stage_kind(settings: Settings, resources: Mapping[str, float]) -> Need:
     """Return the resources to reserve on one node for the stages after training, which run an engine.
 
     Args:

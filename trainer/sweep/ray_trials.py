@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from svc.errors import InterruptedRunError
 from svc.ray_cluster import connected, find_address
+from svc.ray_need import Need
 from svc.registry.objects import ObjectStore
 from svc.settings.settings import Settings
 from svc.terminal import console
@@ -29,7 +30,6 @@ from trainer.training.parallel.processes import AGAIN, TrainingFolders
 from trainer.training.parallel.ray_processes import (
     RayProcesses,
     SideBySide,
-    WorkerKind,
     check_equal,
     choose_kind,
     count_fitting,
@@ -54,7 +54,7 @@ class _Session:
         pool: threads in which trials run.
     """
 
-    kind: WorkerKind
+    kind: Need
     base: str
     asked: Preemption
     pool: ThreadPoolExecutor

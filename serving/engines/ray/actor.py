@@ -1,4 +1,5 @@
-"""The Ray actor that runs an engine. It only starts an `EngineNode` in a separate thread, and reports its address.
+"""The parts of an engine that Ray calls on a machine of the cluster: a task that reads the machine's capabilities, and
+the actor that runs the engine. The actor only starts an `EngineNode` in a separate thread, and reports its address.
 
 Ray never restarts an actor. Restarting is left to the server, which knows what to load and when. If a server is killed,
 its actors and their engines keep running until the next server adopts or stops them.
@@ -12,10 +13,25 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from serving.engines.ray.identity import make_identity
+from serving.engines.ray.messages import Placed
 from serving.engines.ray.node import EngineNode
+from svc.engine.device import DeviceCapabilities, read_capabilities
 
-Listening = tuple[str, int, str]
-"""The machine's address, the port for commands, and the actor's certificate in PEM format."""
+
+def machine_capabilities(folder: str) -> DeviceCapabilities:
+    """Return the capabilities of the machine that runs this task.
+
+    Args:
+        folder: see `RaySettings.folder`.
+    """
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides the GPUs from a task that reserves none
+    return read_capabilities(_made(folder))
+
+
+def _made(folder: str) -> Path:
+    place = Path(folder).expanduser()
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return place
 
 
 class EngineActor:
@@ -32,10 +48,10 @@ class EngineActor:
         # Ray's workers have niceness 15. Next to other work, an engine of niceness 19 got 1 s of CPU time in 64.
         with contextlib.suppress(PermissionError):  # see docs/ray.md
             os.setpriority(os.PRIO_PROCESS, 0, min(0, os.getpriority(os.PRIO_PROCESS, 0)))
-        self._listening: Future[Listening] = Future()
+        self._listening: Future[Placed] = Future()
         threading.Thread(target=self._run, args=(name, folder, peer), daemon=True).start()
 
-    def listening(self) -> Listening:
+    def listening(self) -> Placed:
         """Return the address, port and certificate for sending commands to this actor."""
         return self._listening.result(timeout=60)
 
@@ -43,20 +59,19 @@ class EngineActor:
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(self._serve(name, Path(folder).expanduser(), peer))
+            runner.run(self._serve(name, folder, peer))
         os._exit(0)  # the actor is no longer needed; this frees its resources
 
-    async def _serve(self, name: str, folder: Path, peer: str) -> None:
+    async def _serve(self, name: str, folder: str, peer: str) -> None:
         import ray
 
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             host, identity = str(ray.util.get_node_ip_address()), make_identity()
-            node = EngineNode(name, folder, host, identity, peer)
+            node = EngineNode(name, _made(folder), host, identity, peer)
             listener, port = await node.listen()
         except BaseException as error:
             self._listening.set_exception(error)
             raise
-        self._listening.set_result((host, port, identity.certificate))
+        self._listening.set_result(Placed(host, port, identity.certificate))
         async with listener:
             await node.finished()

@@ -6,117 +6,22 @@ a minute. Requests to a running engine do not go through Ray.
 """
 
 import asyncio
+import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import partial
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-
-from serving.engines.ray.messages import Problem
-from serving.engines.ray.need import Need
-from svc.engine.device import DeviceCapabilities
+from serving.engines.ray import cluster_query
+from serving.engines.ray.cluster_query import Described, Resources
+from serving.engines.ray.messages import Placed
 from svc.errors import EngineError
+from svc.ray_need import Need
 
-ASK_TIMEOUT_S = 120.0
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Describe(_Model):
-    """Query for the capabilities of a machine that has the needed resources, even if they are in use.
-
-    Attributes:
-        needs: alternative resource requirements, in order of preference.
-        wait_s: if the cluster has no such machine, the maximum wait for it to add one, in seconds per alternative.
-    """
-
-    do: Literal["describe"] = "describe"
-    needs: tuple[Need, ...]
-    folder: str
-    wait_s: float
-
-
-class Capacity(_Model):
-    """Query that asks for each machine's free resources, and asks whether the cluster adds machines on demand."""
-
-    do: Literal["capacity"] = "capacity"
-
-
-class Grow(_Model):
-    """Query that requests resources for engines, so that the cluster adds machines if needed.
-
-    The answer states whether all the engines fit.
-
-    Attributes:
-        wait_s: maximum wait for enough free resources, in seconds.
-    """
-
-    do: Literal["grow"] = "grow"
-    needs: tuple[Need, ...]
-    wait_s: float
-
-
-class Place(_Model):
-    """Request to create a Ray actor that runs an engine."""
-
-    do: Literal["place"] = "place"
-    name: str
-    need: Need
-    folder: str
-    peer: str
-    timeout_s: float
-
-
-class End(_Model):
-    """Request to stop Ray actors, if they exist."""
-
-    do: Literal["end"] = "end"
-    names: tuple[str, ...]
-
-
-class Placed(_Model):
-    """An actor's address and port for commands, and its certificate in PEM format."""
-
-    host: str
-    port: int
-    certificate: str
-
-
-class Described(_Model):
-    """The first resource requirement that some machine in the cluster satisfies, and that machine's capabilities."""
-
-    need: Need
-    capabilities: DeviceCapabilities
-
-
-class Resources(_Model):
-    """Free resources of a cluster.
-
-    Attributes:
-        free: free resources of each machine.
-        grows: whether the cluster adds machines on demand.
-    """
-
-    free: tuple[dict[str, float], ...]
-    grows: bool
-
-
-class Answer(_Model):
-    """The answer to a query. Exactly one attribute is set, or none after a successful `end`."""
-
-    placed: Placed | None = None
-    described: Described | None = None
-    resources: Resources | None = None
-    has_room: bool | None = None
-    problem: Problem | None = None
-
-
-Question = Describe | Capacity | Grow | Place | End
-QUESTION: TypeAdapter[Question] = TypeAdapter(Annotated[Question, Field(discriminator="do")])
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -129,7 +34,7 @@ class RayCluster:
 
     address: str
 
-    def describe(self, needs: tuple[Need, ...], folder: str, wait_s: float) -> Described:
+    def describe(self, needs: Sequence[Need], folder: str, wait_s: float) -> Described:
         """Return the capabilities of the machines that have the resources for an engine. This call imports torch on
         such a machine, and takes several seconds. If there is no such machine, and the cluster adds machines on demand,
         the call blocks until a machine is added.
@@ -140,9 +45,7 @@ class RayCluster:
         Raises:
             EngineError: the cluster cannot be reached, has no such machine, or accepts requests without a token.
         """
-        answer = self._ask(Describe(needs=needs, folder=folder, wait_s=wait_s)).described
-        assert answer is not None  # noqa: S101 - the answer to this question
-        return answer
+        return self._ask(partial(cluster_query.describe, needs, folder, wait_s), wait_s * len(needs))
 
     async def resources(self) -> Resources:
         """Return the free resources. This takes several seconds.
@@ -150,9 +53,7 @@ class RayCluster:
         Raises:
             EngineError: the cluster cannot be reached.
         """
-        answer = (await self._asked(Capacity())).resources
-        assert answer is not None  # noqa: S101 - the answer to this question
-        return answer
+        return await self._asked(cluster_query.resources)
 
     async def grow(self, needs: Sequence[Need], wait_s: float) -> bool:
         """Request resources for engines, so that the cluster adds machines if needed.
@@ -166,17 +67,19 @@ class RayCluster:
         Raises:
             EngineError: the cluster cannot be reached.
         """
-        return bool((await self._asked(Grow(needs=tuple(needs), wait_s=wait_s))).has_room)
+        return await self._asked(partial(cluster_query.grow, needs, wait_s), wait_s)
 
-    async def place(self, question: Place) -> Placed:
+    async def place(self, name: str, need: Need, folder: str, peer: str, timeout_s: float) -> Placed:
         """Create an actor, and wait until it runs.
+
+        Args:
+            name, folder, peer: see `EngineActor`.
+            timeout_s: maximum wait, in seconds, for the resources and for the actor to start.
 
         Raises:
             EngineError: no machine had the resources in time, or the actor could not start.
         """
-        answer = (await self._asked(question)).placed
-        assert answer is not None  # noqa: S101 - the answer to this question
-        return answer
+        return await self._asked(partial(cluster_query.place, name, need, folder, peer, timeout_s), timeout_s)
 
     async def end(self, name: str) -> None:
         """Stop an actor, if it exists.
@@ -184,40 +87,42 @@ class RayCluster:
         Raises:
             EngineError: the cluster cannot be reached.
         """
-        await self._asked(End(names=(name,)))
+        await self._asked(partial(cluster_query.end, name))
 
     def end_now(self, *names: str) -> None:
         """Stop actors, if they exist. This blocks for several seconds and raises the same errors as `end`."""
-        self._ask(End(names=names))
+        self._ask(partial(cluster_query.end, *names))
 
-    async def _asked(self, question: Question) -> Answer:
-        process = self._begin()
-        try:
-            return await asyncio.to_thread(self._finish, process, question)
-        finally:
-            if process.poll() is None:  # cancelled
-                process.kill()
+    async def _asked(self, query: Callable[[], Answer], wait_s: float = 0.0) -> Answer:
+        with self._process() as process:
+            return await asyncio.to_thread(self._finish, process, query, wait_s)
 
-    def _ask(self, question: Question) -> Answer:
-        process = self._begin()
-        try:
-            return self._finish(process, question)
-        finally:
-            if process.poll() is None:  # interrupted
-                process.kill()
+    def _ask(self, query: Callable[[], Answer], wait_s: float = 0.0) -> Answer:
+        with self._process() as process:
+            return self._finish(process, query, wait_s)
 
-    def _begin(self) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "serving.engines.ray.cluster_query", self.address]
+    @contextmanager
+    def _process(self) -> "Iterator[subprocess.Popen[bytes]]":
+        """Start a process for a query, and kill it at the end of the `with` block if the query was cancelled."""
+        command = [sys.executable, "-m", cluster_query.__name__, self.address]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, process_group=0)
-
-    def _finish(self, process: "subprocess.Popen[bytes]", question: Question) -> Answer:
-        errors = b""
-        timeout_s = ASK_TIMEOUT_S + _wait_s(question)
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, process_group=0)
         try:
-            out, errors = process.communicate(question.model_dump_json().encode(), timeout=timeout_s)
-            answer = Answer.model_validate_json(out)
-        except (subprocess.TimeoutExpired, ValidationError) as error:
+            yield process
+        finally:
+            process.kill()
+
+    def _finish(self, process: "subprocess.Popen[bytes]", query: Callable[[], Answer], wait_s: float) -> Answer:
+        """Send a query to its process, and return the answer.
+
+        Args:
+            wait_s: how long the query may wait for resources, in seconds.
+        """
+        errors = b""
+        try:
+            out, errors = process.communicate(pickle.dumps(query), timeout=cluster_query.TIMEOUT_S + wait_s)
+            answer: Answer | EngineError = pickle.loads(out)  # noqa: S301 - from our own process
+        except (subprocess.TimeoutExpired, EOFError, pickle.UnpicklingError) as error:
             process.kill()
             process.wait()
             last = errors.decode(errors="replace").strip().splitlines() or [type(error).__name__]
@@ -225,19 +130,6 @@ class RayCluster:
                 f"the Ray cluster {self.address} did not answer: {last[-1][-300:]}",
                 todo="check ray.address, and check that the cluster is running: ray status",
             ) from error
-        if answer.problem is not None:
-            raise answer.problem.error()
+        if isinstance(answer, EngineError):
+            raise answer
         return answer
-
-
-def _wait_s(question: Question) -> float:
-    """Return how long a query may wait for resources, in seconds."""
-    match question:
-        case Place():
-            return question.timeout_s
-        case Grow():
-            return question.wait_s
-        case Describe():
-            return question.wait_s * len(question.needs)
-        case Capacity() | End():
-            return 0.0

@@ -10,12 +10,11 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from serving.engines.ray.cluster import Place, Placed, RayCluster
+from serving.engines.ray.cluster import RayCluster
 from serving.engines.ray.files import files_of
 from serving.engines.ray.identity import Identity, client_context, make_identity
 from serving.engines.ray.link import ActorLink
-from serving.engines.ray.messages import Fetch, Reply, Simple, Start
-from serving.engines.ray.need import Need
+from serving.engines.ray.messages import Fetch, Placed, Reply, Simple, Start
 from serving.engines.ray.record import RECORD_FILE, ActorRecord, postpone_end, read_actor, write_actor
 from svc.engine.address import TlsAddress
 from svc.engine.client import EngineClient, engine_http
@@ -25,6 +24,7 @@ from svc.engine.state import EnginePhase
 from svc.engine.vllm.health_checks import HealthChecks
 from svc.engine.vllm.launch import EngineSpec, launch_digest
 from svc.errors import EngineError, SvcError
+from svc.ray_need import Need
 from svc.settings.engine import Device, EngineSettings
 
 log = logging.getLogger(__name__)
@@ -123,24 +123,15 @@ class RayEngine:
         """
         await asyncio.to_thread(end_engine, self.spec.state)  # of a server whose engines ran on this machine
         await self._end_recorded()
-        identity = make_identity()
+        placement, identity = self._placement, make_identity()
         name = f"{self.spec.served_name}-{self.spec.state.name}-{token_hex(4)}"
         record = ActorRecord(
-            name=name,
-            cluster=self._placement.cluster.address,
-            certificate=identity.certificate,
-            key=identity.key,
+            name=name, cluster=placement.cluster.address, certificate=identity.certificate, key=identity.key
         )
         try:
             await asyncio.to_thread(write_actor, self.spec.state, record)  # before it exists, so that it is ended
-            placed = await self._placement.cluster.place(
-                Place(
-                    name=name,
-                    need=self._placement.need,
-                    folder=self._placement.folder,
-                    peer=identity.certificate,
-                    timeout_s=self._placement.wait_s + _ACTOR_START_S,
-                )
+            placed = await placement.cluster.place(
+                name, placement.need, placement.folder, identity.certificate, placement.wait_s + _ACTOR_START_S
             )
             link = await self._connect(placed, identity)
             link.on_phase = on_phase
@@ -168,8 +159,8 @@ class RayEngine:
 
     def _settings(self) -> EngineSettings:
         """Return the engine's settings. On a CPU, the engine uses as many cores as it has reserved."""
-        reserved = self._placement.need.resources.get("CPU")
-        if reserved is None or self.spec.settings.cores is not None or self.spec.device is not Device.CPU:
+        reserved = self._placement.need.cpus
+        if not reserved or self.spec.settings.cores is not None or self.spec.device is not Device.CPU:
             return self.spec.settings
         return self.spec.settings.model_copy(update={"cores": max(1, int(reserved))})
 

@@ -6,26 +6,23 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
-from serving.engines.ray.cluster import Described, RayCluster
+from serving.engines.ray.cluster import RayCluster
+from serving.engines.ray.cluster_query import Described
 from serving.engines.ray.engine import Placement
-from serving.engines.ray.need import Need, count_fitting
 from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.engine_args import given
 from svc.errors import SettingsError
 from svc.ray_cluster import find_address
+from svc.ray_need import Need
 from svc.settings.engine import Device, EngineSettings, Launcher
 from svc.settings.settings import Settings
 
 log = logging.getLogger(__name__)
-
-_SOME = 0.001
-"""Amount of the resource `accelerator_type:TYPE` that an engine needs. A machine has one unit of this resource,
-regardless of how many GPUs of the type it has."""
 
 
 class RayMachines:
@@ -148,9 +145,8 @@ class RayMachines:
             )
         stages = given(settings.args, "--pipeline-parallel-size", "-pp") or "1"
         gpus = (settings.tensor_parallel or 1) * (int(stages) if stages.isdecimal() else 1)
-        kind = self._settings.ray.gpu_type
-        on_gpu = Need(resources={"GPU": gpus} | ({f"accelerator_type:{kind}": _SOME} if kind else {}))
-        on_cpu = Need(resources={"CPU": settings.cores or self._settings.ray.cpus})
+        on_gpu = Need(gpus=gpus, gpu_type=self._settings.ray.gpu_type)
+        on_cpu = Need(settings.cores or self._settings.ray.cpus)
         by_device = {Device.CPU: (on_cpu,), Device.CUDA: (on_gpu,), Device.AUTO: (on_gpu, on_cpu)}
         return by_device[settings.device]
 
@@ -166,3 +162,25 @@ def _missing(needs: Sequence[Need], fitting: int) -> str:
         more = f"{len(needs)} more engines need {', '.join(f'{count} x {need}' for need, count in kinds.items())}"
     enough = f"only {fitting}" if fitting else "none"
     return f"{more}, but the Ray cluster has enough free resources for {enough} of them"
+
+
+def count_fitting(needs: Sequence[Need], free: Sequence[Mapping[str, float]]) -> int:
+    """Return how many of the engines fit on a cluster's machines at the same time.
+
+    The largest engines are placed first, each on the machine with the fewest free resources among those where it fits.
+    If the engines' sizes divide each other, as 1, 2, 4 and 8 GPUs do, this places all engines whenever that is
+    possible.
+
+    Args:
+        free: free resources of each machine.
+    """
+    left = [dict(machine) for machine in free]
+    fitting = 0
+    for need in sorted(needs, key=lambda need: max(need.resources.values()), reverse=True):
+        machines = [machine for machine in left if need.count_in(machine)]
+        if machines:
+            machine = min(machines, key=lambda machine: [machine[name] for name in need.resources])
+            for name, amount in need.resources.items():
+                machine[name] -= amount
+            fitting += 1
+    return fitting

@@ -4,6 +4,7 @@ The server sends commands. The actor replies to each command. It also reports th
 engine's metrics once per second, and the engine's exit.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,15 @@ SILENCE_S = 8.0
 """Seconds without a report after which an actor counts as lost. A process that exits closes its connection immediately;
 only a failed machine or network is silent."""
 MAX_LINE = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An actor's address and port for commands, and its certificate in PEM format."""
+
+    host: str
+    port: int
+    certificate: str
 
 
 class _Message(BaseModel):

@@ -234,4 +234,4 @@ def test_pipeline_stage_on_ray_reserves_the_resources_of_an_engine(
     resources: dict[str, float], engine: dict[str, int], bundle: dict[str, float], tmp_path: Path
 ) -> None:
     settings = Settings(home=tmp_path, engine=EngineSettings(**engine), ray=RaySettings(cpus=2))
-    assert choose_stage_kind(settings, resources).bundle == bundle
+    assert choose_stage_kind(settings, resources).resources == bundle

@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from svc.engine.device import DeviceCapabilities
 from svc.errors import BusyError, InterruptedRunError, TrainingError
+from svc.ray_need import Need
 from svc.registry.files import FileRecord
 from svc.settings.engine import RaySettings
 from svc.terminal import console
@@ -70,46 +71,17 @@ class SideBySide:
     others_train: Callable[[], bool]
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerKind:
-    """Resources that each worker reserves on a node.
-
-    Attributes:
-        cpus: number of CPU cores.
-        gpus: number of GPUs. A worker that trains reserves at most one GPU.
-        gpu_type: Ray's name for the GPU type, such as `H100`, or None for any.
-    """
-
-    cpus: int
-    gpus: int
-    gpu_type: str | None
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """The resources, keyed by Ray's names for them."""
-        bundle = {"CPU": float(self.cpus)}
-        if self.gpus:
-            bundle["GPU"] = float(self.gpus)
-        if self.gpu_type:
-            bundle[f"accelerator_type:{self.gpu_type}"] = 0.001
-        return bundle
-
-    def __str__(self) -> str:
-        gpu = f" and {self.gpus} GPU{f' ({self.gpu_type})' if self.gpu_type else ''}" if self.gpus else ""
-        return f"{self.cpus} CPU{gpu}"
-
-
-def choose_kind(settings: RaySettings, resources: Mapping[str, float]) -> WorkerKind:
+def choose_kind(settings: RaySettings, resources: Mapping[str, float]) -> Need:
     """Return the resources that each worker reserves, which include a GPU if the cluster has any.
 
     Args:
         resources: all resources of the cluster.
     """
     gpu = settings.gpu_type is not None or resources.get("GPU", 0) > 0
-    return WorkerKind(settings.cpus, int(gpu), settings.gpu_type)
+    return Need(settings.cpus, int(gpu), settings.gpu_type)
 
 
-def count_fitting(kind: WorkerKind, size: int, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float]) -> int:
+def count_fitting(kind: Need, size: int, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float]) -> int:
     """Return how many training runs with `size` workers each can run at the same time on a cluster's free resources.
     The result is at least 1, and is an overestimate if the free resources are fragmented across many nodes.
 
@@ -117,13 +89,13 @@ def count_fitting(kind: WorkerKind, size: int, nodes: Sequence[Mapping[str, Any]
         nodes: the cluster's nodes, as `ray.nodes()` returns them.
         free: resources that are free in the whole cluster.
     """
-    on_nodes = sum(_fitting(kind, node["Resources"]) for node in nodes if node["Alive"])
-    return max(1, min(on_nodes, _fitting(kind, free)) // size)
+    on_nodes = sum(kind.count_in(node["Resources"]) for node in nodes if node["Alive"])
+    return max(1, min(on_nodes, kind.count_in(free)) // size)
 
 
 @contextmanager
 def reserved(
-    kind: WorkerKind,
+    kind: Need,
     size: int,
     wait_s: float,
     asked: Preemption | None = None,
@@ -142,7 +114,7 @@ def reserved(
     import ray
     from ray.util import placement_group, remove_placement_group
 
-    group = placement_group([kind.bundle] * size, strategy="PACK")
+    group = placement_group([kind.resources] * size, strategy="PACK")
     try:
         deadline = time.monotonic() + wait_s
         ready = group.ready()
@@ -159,7 +131,7 @@ def reserved(
 
 
 def shortage(
-    kind: WorkerKind, size: int, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float], wait_s: float
+    kind: Need, size: int, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float], wait_s: float
 ) -> BusyError | ClusterError:
     """Return the error to raise if the workers' resources did not become free in time.
 
@@ -169,7 +141,7 @@ def shortage(
         wait_s: time spent waiting for the resources, in seconds.
     """
     alive = [node for node in nodes if node["Alive"]]
-    fit = sum(_fitting(kind, node["Resources"]) for node in alive)
+    fit = sum(kind.count_in(node["Resources"]) for node in alive)
     described = "; ".join(f"{node['NodeManagerHostname']}: {_described(node['Resources'])}" for node in alive)
     workers = f"{size} workers with {kind} each" if size > 1 else f"a worker with {kind}"
     if fit < size:
@@ -183,10 +155,6 @@ def shortage(
         expected=f"{size} x {kind}",
         todo=todo,
     )
-
-
-def _fitting(kind: WorkerKind, resources: Mapping[str, float]) -> int:
-    return int(min(resources.get(name, 0) // needed for name, needed in kind.bundle.items()))
 
 
 def _described(resources: Mapping[str, float]) -> str:
@@ -220,7 +188,7 @@ class RayProcesses:
     def __init__(
         self,
         settings: RaySettings,
-        kind: WorkerKind,
+        kind: Need,
         size: int,
         run: SharedRun,
         checkpoints: SharedCheckpoints,
@@ -377,7 +345,7 @@ class RayProcesses:
             yield workers
 
 
-def describe_node(settings: RaySettings, kind: WorkerKind) -> NodeFacts:
+def describe_node(settings: RaySettings, kind: Need) -> NodeFacts:
     """Return information about a node with free resources. A worker is started on it and then stopped again.
 
     Raises:
@@ -391,7 +359,7 @@ def describe_node(settings: RaySettings, kind: WorkerKind) -> NodeFacts:
 
 
 def _start_actors(
-    settings: RaySettings, kind: WorkerKind, size: int, group: "PlacementGroup", stack: ExitStack
+    settings: RaySettings, kind: Need, size: int, group: "PlacementGroup", stack: ExitStack
 ) -> list["Worker"]:
     """Start workers, which are killed at the end of the stack's `with` block."""
     import ray

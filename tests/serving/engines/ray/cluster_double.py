@@ -6,13 +6,15 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from serving.engines.ray.cluster import Place, Placed, RayCluster
+from serving.engines.ray.cluster import RayCluster
 from serving.engines.ray.identity import make_identity
+from serving.engines.ray.messages import Placed
 from serving.engines.ray.node import EngineNode
 from svc.engine.device import DeviceCapabilities
 from svc.engine.state import EnginePhase
 from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError
+from svc.ray_need import Need
 from tests.serving.engine_double import EngineDouble, running_engine
 from tests.svc.engine.devices import AVX512
 
@@ -108,21 +110,21 @@ class ClusterDouble(RayCluster):
     machine: DeviceCapabilities
     failure: Exception | None
 
-    async def place(self, question: Place) -> Placed:
+    async def place(self, name: str, need: Need, folder: str, peer: str, timeout_s: float) -> Placed:
         """Run an actor."""
         identity = make_identity()
 
         def make(spec: EngineSpec) -> Any:
-            engine = self.engines[question.name] = ProcessDouble(spec)
+            engine = self.engines[name] = ProcessDouble(spec)
             engine.failure = self.failure
             return engine
 
         node = EngineNode(
-            question.name,
+            name,
             self.folder,
             HOST,
             identity,
-            question.peer,
+            peer,
             capabilities=lambda folder: self.machine,
             make=make,
         )
@@ -135,7 +137,7 @@ class ClusterDouble(RayCluster):
                 listener.close()
                 await node.close()
 
-        self.running[question.name] = asyncio.create_task(run())
+        self.running[name] = asyncio.create_task(run())
         return Placed(host=HOST, port=port, certificate=identity.certificate)
 
     async def end(self, name: str) -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from serving.engines.ray.engine import Placement, RayEngine
 from serving.engines.ray.identity import Identity, client_context, make_identity
-from serving.engines.ray.need import Need
 from serving.engines.ray.record import RECORD_FILE, ActorRecord, end_postponed, read_actor, write_actor
 from serving.engines.slots import EngineSlots
 from svc.engine.address import TlsAddress
@@ -24,6 +23,7 @@ from svc.engine.vllm.connection_pool import EngineConnections
 from svc.engine.vllm.folders import state_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError, IntegrityError
+from svc.ray_need import Need
 from svc.registry.objects import ObjectStore
 from svc.registry.registry import HELDOUT_FILE, Registry
 from svc.settings.engine import Device, EngineSettings
@@ -83,7 +83,7 @@ async def make(folder: Path, cluster: ClusterDouble) -> AsyncIterator[Make]:
             settings=EngineSettings.model_validate({"device": Device.CPU, **settings}),
         )
         store = (folder / "store").as_uri()
-        need = Need(resources={"CPU": 1})
+        need = Need(cpus=1)
         made.append(RayEngine(spec, Placement(cluster, need, "~/x", 5, store, folder / "home" / "models")))
         return made[-1]
 

@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 
-from serving.engines.ray.cluster import Described, RayCluster, Resources
-from serving.engines.ray.machines import RayMachines
-from serving.engines.ray.need import Need, count_fitting
+from serving.engines.ray.cluster import RayCluster
+from serving.engines.ray.cluster_query import Described, Resources
+from serving.engines.ray.machines import RayMachines, count_fitting
 from svc.errors import EngineError, SettingsError
+from svc.ray_need import Need
 from svc.settings.engine import Device, EngineSettings
 from svc.settings.settings import Settings
 from tests.svc.engine.devices import AVX512
 
 ON_RAY = {"launcher": "ray"}
-H100 = {"GPU": 1.0, "accelerator_type:H100": 0.001}
+H100 = Need(gpus=1, gpu_type="H100")
 
 
 def machines(tmp_path: Path, **settings: Any) -> RayMachines:
@@ -117,7 +118,7 @@ def test_engine_requests_the_ray_resources_implied_by_its_settings(
     needs: list[dict[str, float]],
 ) -> None:
     machines(tmp_path, engine=ON_RAY | engine, ray=ray).check()
-    assert [dict(need.resources) for need in asked[0]] == needs
+    assert [need.resources for need in asked[0]] == needs
 
 
 async def test_resource_shortage_is_reported_when_the_ray_cluster_lacks_capacity(
@@ -192,20 +193,20 @@ async def test_no_machine_is_requested_when_capacity_suffices_or_the_cluster_can
 @pytest.mark.parametrize(
     ("needs", "free", "fitting"),
     [
-        ([{"GPU": 2.0}] * 5, [{"GPU": 8.0}], 4),
-        ([{"GPU": 2.0}], [{"GPU": 1.0}, {"GPU": 1.0}], 0),
+        ([Need(gpus=2)] * 5, [{"GPU": 8.0}], 4),
+        ([Need(gpus=2)], [{"GPU": 1.0}, {"GPU": 1.0}], 0),
         ([H100], [{"GPU": 2.0}], 0),
         ([H100] * 3, [{"GPU": 2.0, "accelerator_type:H100": 1.0}], 2),
-        ([{"GPU": 1.0}] * 4 + [{"GPU": 4.0}], [{"GPU": 4.0}, {"GPU": 4.0}], 5),
-        ([{"GPU": 1.0}, {"GPU": 2.0}], [{"GPU": 2.0}, {"GPU": 1.0}], 2),
-        ([{"GPU": 1.0}, {"CPU": 2.0}], [{"CPU": 3.0}], 1),
-        ([{"CPU": 0.1}] * 10, [{"CPU": 1.0}], 10),
+        ([Need(gpus=1)] * 4 + [Need(gpus=4)], [{"GPU": 4.0}, {"GPU": 4.0}], 5),
+        ([Need(gpus=1), Need(gpus=2)], [{"GPU": 2.0}, {"GPU": 1.0}], 2),
+        ([Need(gpus=1), Need(cpus=2)], [{"CPU": 3.0}], 1),
+        ([Need(cpus=0.1)] * 10, [{"CPU": 1.0}], 10),
     ],
 )
 def test_number_of_engines_that_fit_is_computed_from_the_free_resources_of_each_machine(
-    needs: list[dict[str, float]], free: list[dict[str, float]], fitting: int
+    needs: list[Need], free: list[dict[str, float]], fitting: int
 ) -> None:
-    assert count_fitting([Need(resources=need) for need in needs], free) == fitting
+    assert count_fitting(needs, free) == fitting
 
 
 @pytest.mark.slow  # imports Ray

@@ -9,13 +9,13 @@ import pytest
 
 from svc.engine.device import DeviceCapabilities, TorchGpu
 from svc.errors import BusyError, TrainingError
+from svc.ray_need import Need
 from svc.settings.engine import RaySettings
 from tests.svc.engine.devices import AVX512
 from trainer.callbacks.preemption import Preemption
 from trainer.model.run_record import MachineRecord
 from trainer.training.parallel.processes import Failure, Result, Supervisor
 from trainer.training.parallel.ray_processes import (
-    WorkerKind,
     _Output,
     _Workers,
     check_equal,
@@ -26,7 +26,7 @@ from trainer.training.parallel.ray_processes import (
 )
 from trainer.training.parallel.ray_worker import NodeFacts, SharedRun
 
-H100 = WorkerKind(8, gpus=1, gpu_type="H100")
+H100 = Need(8, gpus=1, gpu_type="H100")
 
 
 def with_gpu(name: str, *, bfloat16: bool = True) -> DeviceCapabilities:
@@ -58,7 +58,7 @@ def node(name: str, *, alive: bool = True, **resources: float) -> dict[str, Any]
 def test_ray_worker_reserves_a_gpu_when_the_cluster_has_gpus_or_can_add_them(
     settings: dict[str, Any], resources: dict[str, float], bundle: dict[str, float]
 ) -> None:
-    assert choose_kind(RaySettings(**settings), resources).bundle == bundle
+    assert choose_kind(RaySettings(**settings), resources).resources == bundle
 
 
 def test_error_says_how_many_workers_fit_when_the_cluster_is_too_small() -> None:
@@ -137,7 +137,7 @@ def test_number_of_concurrent_runs_is_limited_by_free_resources_but_is_at_least_
     size: int, free: float, expected: int
 ) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 1.0}}] * 3 + [{"Alive": False, "Resources": {"CPU": 9.0}}]
-    assert count_fitting(WorkerKind(1, gpus=0, gpu_type=None), size, nodes, {"CPU": free}) == expected
+    assert count_fitting(Need(1, gpus=0, gpu_type=None), size, nodes, {"CPU": free}) == expected
 
 
 def test_ray_worker_output_lines_are_prefixed_with_the_title_of_their_training_run(
@@ -167,7 +167,7 @@ def test_wait_for_resources_does_not_time_out_while_another_training_run_uses_th
     monkeypatch.setattr("ray.wait", wait)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "NodeManagerHostname": "a", "Resources": {"CPU": 1.0}}])
     monkeypatch.setattr("ray.available_resources", dict)
-    kind = WorkerKind(1, gpus=0, gpu_type=None)
+    kind = Need(1, gpus=0, gpu_type=None)
     with (
         pytest.raises(BusyError, match="other jobs use them"),
         reserved(kind, 1, 1.5, None, lambda: next(trains, False)),
