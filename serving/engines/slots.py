@@ -12,7 +12,7 @@ from pathlib import Path
 
 from serving.engines.ray.engine import RayEngine
 from serving.engines.ray.machines import RayMachines
-from serving.engines.ray.record import end_actor, end_postponed, postpone_end
+from serving.engines.ray.record import end_actor, end_postponed
 from serving.engines.served_model import ServedModel, served_model
 from svc.engine.device import DeviceCapabilities
 from svc.engine.engine import LastingEngine
@@ -104,11 +104,7 @@ class EngineSlots:
         """Stop the engine with the given number. This blocks for several seconds."""
         folder = state_folder(self.settings.home, number)
         end_engine(folder)
-        try:
-            end_actor(folder)
-        except EngineError as error:
-            log.warning("could not stop the actor of engine %d; retrying later: %s", number, error.wrong)
-            postpone_end(folder)
+        end_actor(folder)
 
     async def end_postponed(self) -> None:
         """Keep trying, until cancelled, to stop Ray actors that could not be stopped because their cluster was

@@ -81,16 +81,12 @@ class RayCluster:
         """
         return await self._asked(partial(cluster_query.place, name, need, folder, peer, timeout_s), timeout_s)
 
-    async def end(self, name: str) -> None:
-        """Stop an actor, if it exists.
+    def end(self, *names: str) -> None:
+        """Stop actors, if they exist. This blocks for several seconds.
 
         Raises:
             EngineError: the cluster cannot be reached.
         """
-        await self._asked(partial(cluster_query.end, name))
-
-    def end_now(self, *names: str) -> None:
-        """Stop actors, if they exist. This blocks for several seconds and raises the same errors as `end`."""
         self._ask(partial(cluster_query.end, *names))
 
     async def _asked(self, query: Callable[[], Answer], wait_s: float = 0.0) -> Answer:

@@ -3,19 +3,18 @@
 import asyncio
 import contextlib
 import logging
-import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, TypeVar
 
 from serving.engines.ray.cluster import RayCluster
 from serving.engines.ray.files import files_of
 from serving.engines.ray.identity import Identity, client_context, make_identity
 from serving.engines.ray.link import ActorLink
 from serving.engines.ray.messages import Fetch, Placed, Reply, Simple, Start
-from serving.engines.ray.record import RECORD_FILE, ActorRecord, postpone_end, read_actor, write_actor
+from serving.engines.ray.record import RECORD_FILE, ActorRecord, end_actor, read_actor, write_actor
 from svc.engine.address import TlsAddress
 from svc.engine.client import EngineClient, engine_http
 from svc.engine.engine_capabilities import EngineCapabilities
@@ -28,6 +27,8 @@ from svc.ray_need import Need
 from svc.settings.engine import Device, EngineSettings
 
 log = logging.getLogger(__name__)
+
+Connection = TypeVar("Connection")
 
 _ACTOR_START_S = 30.0
 _STOP_TIMEOUT_S = 40.0
@@ -81,9 +82,7 @@ class RayEngine:
         Raises:
             RuntimeError: the engine has neither been started nor adopted.
         """
-        if self._client is None:
-            raise RuntimeError("no engine runs")
-        return self._client
+        return _running(self._client)
 
     @property
     def address(self) -> TlsAddress:
@@ -92,9 +91,7 @@ class RayEngine:
         Raises:
             RuntimeError: the engine has neither been started nor adopted.
         """
-        if self._address is None:
-            raise RuntimeError("no engine runs")
-        return self._address
+        return _running(self._address)
 
     @property
     def capabilities(self) -> EngineCapabilities:
@@ -122,7 +119,7 @@ class RayEngine:
             SvcError: the machine could not fetch the model.
         """
         await asyncio.to_thread(end_engine, self.spec.state)  # of a server whose engines ran on this machine
-        await self._end_recorded()
+        await asyncio.to_thread(end_actor, self.spec.state)
         placement, identity = self._placement, make_identity()
         name = f"{self.spec.served_name}-{self.spec.state.name}-{token_hex(4)}"
         record = ActorRecord(
@@ -135,7 +132,7 @@ class RayEngine:
             )
             link = await self._connect(placed, identity)
             link.on_phase = on_phase
-            self._use(await link.ask(self._launch()), placed, identity)
+            self._use(link, await link.ask(self._launch()))
             done = {"placed": placed, "launch": launch_digest(self.spec), "plan": self.plan}
             await asyncio.to_thread(write_actor, self.spec.state, record.model_copy(update=done))
             log.info("the engine of %s runs on %s", self.spec.served_name, placed.host)
@@ -176,16 +173,15 @@ class RayEngine:
             ) from error
         return self._link
 
-    def _use(self, reply: Reply, placed: Placed, identity: Identity) -> None:
+    def _use(self, link: ActorLink, reply: Reply) -> None:
         """Set this object up to use the running engine that an actor has reported.
 
         Raises:
             EngineError: no engine is running.
         """
         if reply.port is None:
-            raise EngineError(f"the actor at {placed.host} runs no engine", todo="start a new engine")
-        context: ssl.SSLContext = client_context(identity, placed.certificate)
-        self._address = TlsAddress(placed.host, reply.port, context)
+            raise EngineError(f"the actor at {link.address.host} runs no engine", todo="start a new engine")
+        self._address = replace(link.address, port=reply.port)
         self._client = _NodeClient(self._address, self.spec.served_name, self._path_there)
         self.plan = reply.plan
 
@@ -195,14 +191,11 @@ class RayEngine:
         Return the identity of its loaded weights, or None if there is no such engine or its weights are unknown.
         """
         record = await asyncio.to_thread(read_actor, self.spec.state)
-        if record is None or record.placed is None:
-            return None
-        if record.launch != await asyncio.to_thread(launch_digest, self.spec):
+        if record is None or record.launch != await asyncio.to_thread(launch_digest, self.spec):
             return None
         with contextlib.suppress(SvcError):
-            link = await self._connect(record.placed, Identity(record.certificate, record.key))
-            if (await link.tell(Simple(do="hello"))).port is not None:
-                return record.holds
+            _, reply = await self._hello(record)
+            return None if reply.port is None else record.holds
         return None
 
     async def adopt(self) -> None:
@@ -211,16 +204,20 @@ class RayEngine:
         Raises:
             EngineError: the engine is not responding, or has just exited.
         """
-        record = await asyncio.to_thread(read_actor, self.spec.state)
+        link, reply = await self._hello(await asyncio.to_thread(read_actor, self.spec.state))
+        self._use(link, reply)
+        if not await self.client.healthy():
+            raise EngineError(f"the engine on {link.address.host} is not responding", todo="start a new engine")
+
+    async def _hello(self, record: ActorRecord | None) -> tuple[ActorLink, Reply]:
+        """Connect to a recorded actor, and ask for the state of its engine."""
         if record is None or record.placed is None:
             raise EngineError(
                 f"{self.spec.state} has no record of an engine that was started before", todo="start a new engine"
             )
         identity = Identity(record.certificate, record.key)
         link = self._link or await self._connect(record.placed, identity)
-        self._use(await link.tell(Simple(do="hello")), record.placed, identity)
-        if not await self.client.healthy():
-            raise EngineError(f"the engine on {record.placed.host} is not responding", todo="start a new engine")
+        return link, await link.ask(Simple(do="hello"))
 
     async def fetch(self, folder: Path) -> None:
         """Download a model folder to the engine's machine, so that a reload is fast.
@@ -232,10 +229,8 @@ class RayEngine:
 
     async def _path_there(self, folder: Path) -> Path:
         """Return the path of a model folder on the engine's machine, after fetching and verifying it."""
-        if self._link is None:
-            raise RuntimeError("no engine runs")
-        model = files_of(self._placement.models, folder)
-        path = (await self._link.ask(Fetch(artifacts=self._placement.artifacts, model=model))).path
+        command = Fetch(artifacts=self._placement.artifacts, model=files_of(self._placement.models, folder))
+        path = (await _running(self._link).ask(command)).path
         assert path is not None  # noqa: S101 - the reply to this command
         return path
 
@@ -261,7 +256,7 @@ class RayEngine:
         Raises:
             EngineError: there is not enough free main memory for the weights, or vLLM failed.
         """
-        await self._ask_started(Simple(do="sleep"))
+        await _running(self._link).ask(Simple(do="sleep"))
 
     async def wake(self) -> None:
         """Wake the engine and move its weights back to its GPU.
@@ -269,12 +264,7 @@ class RayEngine:
         Raises:
             EngineError: vLLM could not wake up.
         """
-        await self._ask_started(Simple(do="wake"))
-
-    async def _ask_started(self, command: Simple) -> None:
-        if self._link is None:
-            raise RuntimeError("no engine runs")
-        await self._link.tell(command)
+        await _running(self._link).ask(Simple(do="wake"))
 
     async def stop(self) -> None:
         """Stop the engine and its actor."""
@@ -286,31 +276,14 @@ class RayEngine:
         if link is not None:
             with contextlib.suppress(SvcError, TimeoutError):
                 async with asyncio.timeout(_STOP_TIMEOUT_S):
-                    await link.tell(Simple(do="stop"))  # the actor then ends itself
+                    await link.ask(Simple(do="stop"))  # the actor then ends itself
                     stopped = True
             await link.close()
         if stopped:
             (self.spec.state / RECORD_FILE).unlink(missing_ok=True)
         else:
-            await self._end_recorded()
+            await asyncio.to_thread(end_actor, self.spec.state)
         await self._close_client()
-
-    async def _end_recorded(self) -> None:
-        """Stop the recorded actor through Ray. If its cluster cannot be reached, postpone the stop until the cluster is
-        reachable.
-        """
-        record = await asyncio.to_thread(read_actor, self.spec.state)
-        if record is None:
-            return
-        own = self._placement.cluster
-        cluster = own if record.cluster == own.address else RayCluster(record.cluster)
-        try:
-            await cluster.end(record.name)
-        except SvcError as error:
-            log.warning("could not stop actor %s; retrying later: %s", record.name, error.wrong)
-            await asyncio.to_thread(postpone_end, self.spec.state)
-            return
-        (self.spec.state / RECORD_FILE).unlink(missing_ok=True)
 
     async def leave(self) -> None:
         """Detach from the engine and leave it running, so that a server that starts later can adopt it.
@@ -325,6 +298,17 @@ class RayEngine:
     async def _close_client(self) -> None:
         if self._client is not None:
             await self._client.close()
+
+
+def _running(connection: Connection | None) -> Connection:
+    """Return an engine's connection, unless it is None.
+
+    Raises:
+        RuntimeError: the engine has neither been started nor adopted.
+    """
+    if connection is None:
+        raise RuntimeError("no engine runs")
+    return connection
 
 
 class _NodeClient(EngineClient):

@@ -17,7 +17,6 @@ from serving.engines.ray.messages import (
     Phase,
     Reply,
     Request,
-    Simple,
     line,
 )
 from svc.engine.address import TlsAddress
@@ -31,11 +30,13 @@ class ActorLink:
     """A connection to an actor.
 
     Attributes:
+        address: the actor's address for commands.
         beat: the engine's most recently reported metrics.
         on_phase: called with each phase of engine startup.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, address: TlsAddress, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.address = address
         self._reader, self._writer = reader, writer
         self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._numbers = count()
@@ -56,7 +57,7 @@ class ActorLink:
             reader, writer = await asyncio.open_connection(
                 address.host, address.port, ssl=address.context, server_hostname="", limit=MAX_LINE
             )
-        return cls(reader, writer)
+        return cls(address, reader, writer)
 
     async def ask(self, command: Command) -> Reply:
         """Send a command, and return its reply.
@@ -77,10 +78,6 @@ class ActorLink:
         if answer.problem is not None:
             raise answer.problem.error()
         return answer
-
-    async def tell(self, command: Simple) -> Reply:
-        """Send a command without arguments; see `ask`."""
-        return await self.ask(command)
 
     async def ended(self) -> int | None:
         """Wait until the engine exits or the actor is lost. Return the engine's exit code, or None if it is unknown."""

@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -30,7 +32,7 @@ from serving.engines.ray.messages import (
     Start,
     line,
 )
-from serving.engines.ray.proxy import Front
+from serving.engines.ray.proxy import pass_bytes
 from svc.engine.device import DeviceCapabilities, read_capabilities
 from svc.engine.state import EnginePhase
 from svc.engine.vllm.folders import runtime_folder
@@ -109,15 +111,18 @@ class EngineNode:
         beating = asyncio.create_task(self._beat(writer))
         try:
             while text := await reader.readline():
-                task = asyncio.create_task(self._answer(Request.model_validate_json(text), writer))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._begin(self._answer(Request.model_validate_json(text), writer))
         except (OSError, ValidationError, ValueError):
             log.warning("closing a server's connection to this node after an error", exc_info=True)
         finally:
             self._writers.discard(writer)
             beating.cancel()
             writer.close()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
         command, reply = request.command, Reply(id=request.id)
@@ -170,12 +175,9 @@ class EngineNode:
         engine = self._engine = self._make(self._spec(command, model))
         self._guard = await asyncio.to_thread(Guard, engine.spec.state)
         await engine.start(self._report_phase)
-        self._front = await asyncio.get_running_loop().create_server(
-            lambda: Front(engine.address), self._host, 0, ssl=self._tls
-        )
-        task = asyncio.create_task(self._watch(engine, self._front))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        serve = partial(pass_bytes, engine.address)
+        self._front = await asyncio.start_server(serve, self._host, 0, ssl=self._tls)
+        self._begin(self._watch(engine, self._front))
 
     def _spec(self, command: Start, model: Path) -> EngineSpec:
         state = self._folder / "state" / self._name

@@ -3,6 +3,7 @@
 The record contains the server's private key for the actor, so only the user who runs the server can read it.
 """
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from svc.files.disk import write_whole
 
 RECORD_FILE = "actor.json"
 _ENDING = "ending"
+
+log = logging.getLogger(__name__)
 
 
 class ActorRecord(BaseModel):
@@ -69,15 +72,18 @@ def read_actor(folder: Path) -> ActorRecord | None:
 
 
 def end_actor(folder: Path) -> None:
-    """Stop the actor that is recorded in an engine's folder, if there is one. This blocks for several seconds.
-
-    Raises:
-        EngineError: the cluster cannot be reached.
+    """Stop the actor that is recorded in an engine's folder, if there is one. This blocks for several seconds. If its
+    cluster cannot be reached, the stop is postponed.
     """
     record = read_actor(folder)
-    if record is not None:
-        RayCluster(record.cluster).end_now(record.name)
-        (folder / RECORD_FILE).unlink(missing_ok=True)
+    if record is None:
+        return
+    try:
+        RayCluster(record.cluster).end(record.name)
+    except EngineError as error:
+        log.warning("could not stop actor %s; retrying later: %s", record.name, error.wrong)
+        postpone_end(folder)
+    (folder / RECORD_FILE).unlink(missing_ok=True)
 
 
 def postpone_end(folder: Path) -> None:
@@ -114,7 +120,7 @@ def end_postponed(engines: Path) -> tuple[list[str], list[str]]:
     ended, left = list[str](), list[str]()
     for cluster, notes in by_cluster.items():
         try:
-            RayCluster(cluster).end_now(*notes)
+            RayCluster(cluster).end(*notes)
         except EngineError:
             left += notes
             continue

@@ -93,12 +93,12 @@ async def test_ray_actor_replaced_by_a_local_engine_is_stopped_when_the_ray_clus
     monkeypatch.setattr(slots, "_END_PAUSES_S", (0.01,))
     away, ended, of_home = True, list[str](), slots_of(tmp_path)
 
-    def end_now(cluster: RayCluster, *names: str) -> None:
+    def end(cluster: RayCluster, *names: str) -> None:
         if away:
             raise EngineError(f"cannot connect to the Ray cluster {cluster.address}")
         ended.extend(names)
 
-    monkeypatch.setattr(RayCluster, "end_now", end_now)
+    monkeypatch.setattr(RayCluster, "end", end)
     write_actor(state_folder(tmp_path, 0), ActorRecord(name="tuned-0", cluster="head:6379", certificate="c", key="k"))
     assert await of_home.orphans() == [0]
     await of_home.end_orphans()
@@ -117,7 +117,7 @@ async def test_ray_actor_replaced_by_a_local_engine_is_stopped_when_the_ray_clus
 def test_server_in_a_copied_home_folder_does_not_stop_ray_actors_of_the_original(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RayCluster, "end_now", lambda cluster, *names: pytest.fail("ended"))
+    monkeypatch.setattr(RayCluster, "end", lambda cluster, *names: pytest.fail("ended"))
     folder = state_folder(tmp_path / "home", 0)
     write_actor(folder, ActorRecord(name="tuned-0", cluster="head:6379", certificate="c", key="k"))
     postpone_end(folder)

@@ -101,6 +101,7 @@ class ClusterDouble(RayCluster):
     def __init__(self, folder: Path) -> None:
         super().__init__("double")
         vars(self).update(folder=folder, engines={}, running={}, ended=[], away=False, machine=AVX512, failure=None)
+        vars(self).update(loop=asyncio.get_running_loop())
 
     folder: Path
     engines: dict[str, ProcessDouble]
@@ -109,6 +110,7 @@ class ClusterDouble(RayCluster):
     away: bool
     machine: DeviceCapabilities
     failure: Exception | None
+    loop: asyncio.AbstractEventLoop
 
     async def place(self, name: str, need: Need, folder: str, peer: str, timeout_s: float) -> Placed:
         """Run an actor."""
@@ -140,16 +142,13 @@ class ClusterDouble(RayCluster):
         self.running[name] = asyncio.create_task(run())
         return Placed(host=HOST, port=port, certificate=identity.certificate)
 
-    async def end(self, name: str) -> None:
-        """Kill an actor, and its engine with it."""
+    def end(self, *names: str) -> None:
+        """Kill actors, and their engines with them. Called in a thread other than the event loop's."""
         if self.away:
             raise EngineError("cannot connect to the Ray cluster double")
-        self.ended.append(name)
-        await self.kill(name)
-
-    def end_now(self, *names: str) -> None:
-        """Note the actors' end."""
         self.ended.extend(names)
+        for name in names:
+            asyncio.run_coroutine_threadsafe(self.kill(name), self.loop).result()
 
     async def kill(self, name: str) -> None:
         """Kill an actor, and its engine with it, as the loss of its machine does."""

@@ -56,8 +56,9 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-async def cluster(folder: Path) -> AsyncIterator[ClusterDouble]:
+async def cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ClusterDouble]:
     cluster = ClusterDouble(folder / "node")
+    monkeypatch.setattr("serving.engines.ray.record.RayCluster", lambda address: cluster)
     yield cluster
     await cluster.close()
 
@@ -334,7 +335,7 @@ def test_record_of_a_ray_actor_is_kept_if_the_cluster_is_unreachable_when_the_ac
 
 @pytest.mark.slow
 async def test_ray_actor_that_could_not_be_stopped_is_stopped_later_even_after_a_replacement_starts(
-    make: Make, folder: Path, cluster: ClusterDouble, monkeypatch: pytest.MonkeyPatch
+    make: Make, folder: Path, cluster: ClusterDouble
 ) -> None:
     first = make()
     await first.start()
@@ -342,7 +343,6 @@ async def test_ray_actor_that_could_not_be_stopped_is_stopped_later_even_after_a
     vars(cluster)["away"] = True
     await make().start()
     vars(cluster)["away"] = False
-    monkeypatch.setattr("serving.engines.ray.record.RayCluster", lambda address: cluster)
-    ended, left = end_postponed(folder)
+    ended, left = await asyncio.to_thread(end_postponed, folder)
     assert (ended, left) == ([next(iter(cluster.engines))], [])
     assert cluster.ended == ended
