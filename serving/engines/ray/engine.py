@@ -24,7 +24,7 @@ from svc.engine.vllm.health_checks import HealthChecks
 from svc.engine.vllm.launch import EngineSpec, launch_digest
 from svc.errors import EngineError, SvcError
 from svc.ray_need import Need
-from svc.settings.engine import Device, EngineSettings
+from svc.settings.engine import Device
 
 log = logging.getLogger(__name__)
 
@@ -141,25 +141,13 @@ class RayEngine:
             raise
 
     def _launch(self) -> Start:
-        spec = self.spec
-        return Start(
-            artifacts=self._placement.artifacts,
-            model=files_of(self._placement.models, spec.model),
-            capabilities=spec.capabilities,
-            served_name=spec.served_name,
-            settings=self._settings(),
-            template_kwargs=spec.template_kwargs,
-            lora=spec.lora,
-            idles=spec.idles,
-            max_bytes=self._placement.max_bytes,
-        )
-
-    def _settings(self) -> EngineSettings:
-        """Return the engine's settings. On a CPU, the engine uses as many cores as it has reserved."""
-        reserved = self._placement.need.cpus
-        if not reserved or self.spec.settings.cores is not None or self.spec.device is not Device.CPU:
-            return self.spec.settings
-        return self.spec.settings.model_copy(update={"cores": max(1, int(reserved))})
+        """Return the command that starts the engine. On a CPU, the engine uses as many cores as it has reserved."""
+        spec, placement = self.spec, self._placement
+        if placement.need.cpus and spec.settings.cores is None and spec.device is Device.CPU:
+            cores = max(1, int(placement.need.cpus))
+            spec = replace(spec, settings=spec.settings.model_copy(update={"cores": cores}))
+        model = files_of(placement.models, spec.model)
+        return Start(artifacts=placement.artifacts, model=model, spec=spec, max_bytes=placement.max_bytes)
 
     async def _connect(self, placed: Placed, identity: Identity) -> ActorLink:
         context = await asyncio.to_thread(client_context, identity, placed.certificate)

@@ -16,7 +16,7 @@ from svc.errors import NotFoundError
 from svc.files.lock import locked_file, share_lock, wait_for_lock
 from svc.registry.files import verify_files
 from svc.registry.objects import ObjectStore
-from svc.version import Format, VersionId
+from svc.version import Format, Target, VersionId
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class NodeModels:
                 is missing on this machine.
             DiskSpaceError, IntegrityError, RegistryError: the files could not be downloaded, or were changed.
         """
-        if model.version is None or model.format is None:
+        if model.target is None:
             if not (model.path / "config.json").is_file():
                 raise NotFoundError(
                     f"{model.path} contains no model",
@@ -63,14 +63,14 @@ class NodeModels:
                     todo="mount the base model's folder at this path, or serve the version with --format merged",
                 )
             return model.path
-        version = VersionId(*model.version)
+        version, format = model.target.version, model.target.format
         place = self._models / version.name / str(version.number)
         objects = ObjectStore(artifacts)
         try:
             manifest = objects.manifest(version)
         except NotFoundError as error:
             raise NotFoundError(error.wrong, todo=f"upload it: svc models push {version}") from error
-        files, target = manifest.formats[model.format].files, place / model.format.value
+        files, target = manifest.formats[format].files, place / format
         with self._turn:
             self._use(target)
             with wait_for_lock(place.parent / _FETCHING):
@@ -137,7 +137,7 @@ def files_of(models: Path, folder: Path) -> ModelFiles:
     Args:
         models: the registry's folder, which contains the model folders `NAME/N/FORMAT`.
     """
-    if folder.is_relative_to(models):
-        name, number, format = folder.relative_to(models).parts
-        return ModelFiles(version=(name, int(number)), format=Format(format), path=folder)
-    return ModelFiles(version=None, format=None, path=folder)
+    if not folder.is_relative_to(models):
+        return ModelFiles(target=None, path=folder)
+    name, number, format = folder.relative_to(models).parts
+    return ModelFiles(target=Target(VersionId(name, int(number)), Format(format)), path=folder)

@@ -10,7 +10,6 @@ import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-_NAME = "tuneserve"
 _VALID = timedelta(days=36_500)
 
 
@@ -32,10 +31,9 @@ def make_identity() -> Identity:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
 
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _NAME)])
+    name = x509.Name.from_rfc4514_string("CN=tuneserve")
     now = datetime.now(UTC)
     certificate = (
         x509.CertificateBuilder()

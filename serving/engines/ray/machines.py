@@ -119,20 +119,16 @@ class RayMachines:
         return f"{missing}, and added no suitable machines within {wait_s:g} s (ray.wait_s)"
 
     def _describe(self, settings: EngineSettings) -> Described:
-        needs = self._needs(settings)
+        needs, ray = self._needs(settings), self._settings.ray
         with self._asking:
             if needs not in self._described:
-                self._described[needs] = self._ask_machines(needs)
+                log.info(
+                    "asking the Ray cluster for a machine with %s; waiting up to %.0f s if it adds machines on demand",
+                    " or ".join(map(str, needs)),
+                    ray.wait_s,
+                )
+                self._described[needs] = self._cluster.describe(needs, str(ray.folder), ray.wait_s)
             return self._described[needs]
-
-    def _ask_machines(self, needs: tuple[Need, ...]) -> Described:
-        ray = self._settings.ray
-        log.info(
-            "asking the Ray cluster for a machine with %s; waiting up to %.0f s if it adds machines on demand",
-            " or ".join(map(str, needs)),
-            ray.wait_s,
-        )
-        return self._cluster.describe(needs, str(ray.folder), ray.wait_s)
 
     def _needs(self, settings: EngineSettings) -> tuple[Need, ...]:
         """Return alternative sets of resources for an engine, in order of preference."""

@@ -10,13 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from svc.engine.device import DeviceCapabilities
 from svc.engine.state import EnginePhase
-from svc.engine.vllm.lora import LoraSlots
+from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError, IntegrityError, SvcError
-from svc.model_folder.chat_template import TemplateKwargs
-from svc.settings.engine import EngineSettings
-from svc.version import Format
+from svc.version import Target
 
 BEAT_S = 1.0
 """Seconds between consecutive reports from an actor."""
@@ -43,35 +40,30 @@ class ModelFiles(_Message):
     """Message part that identifies a model folder.
 
     Attributes:
-        version: name and number of a version in the artifact store, with its format; None for any other folder,
-            which must have the same path on every machine.
+        target: a version in the artifact store, with its format; None for any other folder, which must have the same
+            path on every machine.
         path: the folder's path on the server's machine.
     """
 
-    version: tuple[str, int] | None
-    format: Format | None
+    target: Target | None
     path: Path
 
 
 class Start(_Message):
-    """Command that starts the engine. For the attributes that are not listed here, see `EngineSpec`.
+    """Command that starts the engine.
 
     Attributes:
         artifacts: URL of the artifact store.
-        capabilities: capabilities that the actor's machine must have, because the server has derived the launch
-            options and the probes (checks of the loaded weights) from them.
+        spec: specification of the engine, with paths on the server's machine. The actor's machine must have the same
+            capabilities, because the server has derived the launch options and the probes (checks of the loaded
+            weights) from them.
         max_bytes: see `NodeModels`.
     """
 
     do: Literal["start"] = "start"
     artifacts: str
     model: ModelFiles
-    capabilities: DeviceCapabilities
-    served_name: str
-    settings: EngineSettings
-    template_kwargs: TemplateKwargs | None
-    lora: LoraSlots | None
-    idles: bool
+    spec: EngineSpec
     max_bytes: float | None = None
 
 

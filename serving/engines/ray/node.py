@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,37 +164,33 @@ class EngineNode:
 
     async def _start(self, command: Start) -> None:
         found = await asyncio.to_thread(self._capabilities, self._folder)
-        if found != command.capabilities:
+        if found != command.spec.capabilities:
             raise EngineError(
                 "this machine has different capabilities from the other machines in the cluster: "
                 f"{found.model_dump_json()}",
-                expected=command.capabilities.model_dump_json(),
+                expected=command.spec.capabilities.model_dump_json(),
                 todo="use ray.gpu_type to choose machines of one kind",
             )
         self._models.max_bytes = command.max_bytes
         model = await asyncio.to_thread(self._models.fetch, command.artifacts, command.model)
-        engine = self._engine = self._make(self._spec(command, model))
+        engine = self._engine = self._make(self._spec(command.spec, model))
         self._guard = await asyncio.to_thread(Guard, engine.spec.state)
         await engine.start(self._report_phase)
         serve = partial(pass_bytes, engine.address)
         self._front = await asyncio.start_server(serve, self._host, 0, ssl=self._tls)
         self._begin(self._watch(engine, self._front))
 
-    def _spec(self, command: Start, model: Path) -> EngineSpec:
+    def _spec(self, spec: EngineSpec, model: Path) -> EngineSpec:
+        """Return a specification with the paths of this machine."""
         state = self._folder / "state" / self._name
         state.mkdir(parents=True, exist_ok=True)
-        return EngineSpec(
+        return replace(
+            spec,
             model=model,
-            served_name=command.served_name,
             runtime=runtime_folder(self._folder, self._name),
             state=state,
             log=self._folder / "logs" / f"{self._name}.log",
             cache=self._folder / "cache" / "vllm",
-            capabilities=command.capabilities,
-            settings=command.settings,
-            template_kwargs=command.template_kwargs,
-            lora=command.lora,
-            idles=command.idles,
         )
 
     def _report_phase(self, phase: EnginePhase) -> None:

@@ -12,7 +12,7 @@ from serving.engines.ray.messages import ModelFiles
 from svc.errors import IntegrityError
 from svc.registry.objects import ObjectStore
 from svc.registry.registry import HELDOUT_FILE
-from svc.version import Format, VersionId
+from svc.version import Format, Target, VersionId
 from tests.svc.registry.manifests import make_manifest
 
 NAME = "tuned"
@@ -42,7 +42,7 @@ def models(tmp_path: Path) -> Iterator[NodeModels]:
 def fetch(models: NodeModels, store: str, *numbers: int) -> None:
     """Fetch versions, each of which was last used long before the next."""
     for number in numbers:
-        files = ModelFiles(version=(NAME, number), format=Format.MERGED, path=Path("/elsewhere"))
+        files = ModelFiles(target=Target(VersionId(NAME, number), Format.MERGED), path=Path("/elsewhere"))
         path = models.fetch(store, files)
         os.utime(path, (number, number))
 
