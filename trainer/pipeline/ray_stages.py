@@ -30,16 +30,16 @@ from svc.version import QUANTIZED_FORMATS, Format
 from trainer.model.release_memory import release_memory
 from trainer.pipeline.evaluation import RunEvaluation
 from trainer.pipeline.model_stages import ModelStages
-from trainer.pipeline.ray_training import choose_stage_kind, ray_processes
+from trainer.pipeline.ray_training import choose_stage_kind, count_workers
 from trainer.pipeline.run_folder import RemoteResult, Run, StoredWeights
 from trainer.pipeline.run_stages import RUN_AGAIN, explained_full_disk
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import QUALIFY_STAGES, WRITE_STAGES, Stage
 from trainer.training.parallel.processes import Place, TrainingFolders
-from trainer.training.parallel.ray_processes import RayProcesses
+from trainer.training.parallel.ray_processes import RayProcesses, choose_kind
 from trainer.training.parallel.ray_worker import NodeFacts, SharedRun
-from trainer.training.parallel.shared_base import share_base
 from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
+from trainer.training.parallel.shared_folders import share_base
 from trainer.training.parallel.sole_trainer import sole_trainer
 
 _LOG_LINES = 40
@@ -126,9 +126,12 @@ class RayStages:
         Args:
             fetches: whether the trained model is downloaded to this machine.
         """
+        import ray
+
         self._checkpoints.send_newest()
-        models, run = self._models, self._shared(resumes=True)
-        return ray_processes(self._settings, models.recipe, run, self._checkpoints, fetches=fetches)
+        settings, size = self._settings.ray, count_workers(self._models.recipe)
+        kind, run = choose_kind(settings, ray.cluster_resources()), self._shared(resumes=True)
+        return RayProcesses(settings, kind, size, run, self._checkpoints, fetches=fetches)
 
     def run(self, stage: Stage) -> RemoteResult:
         """Run a stage on a node and return its result.

@@ -10,9 +10,8 @@ from svc.settings.settings import Settings
 from svc.terminal import console
 from trainer.recipe.recipe import Recipe
 from trainer.training.parallel.devices import share_of
-from trainer.training.parallel.ray_processes import RayProcesses, choose_kind, describe_node, reserved
-from trainer.training.parallel.ray_worker import NodeFacts, SharedRun
-from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
+from trainer.training.parallel.ray_processes import choose_kind, describe_node, reserved
+from trainer.training.parallel.ray_worker import NodeFacts
 
 
 def check_ray(settings: Settings, recipe: Recipe) -> NodeFacts:
@@ -79,17 +78,3 @@ def choose_stage_kind(settings: Settings, resources: Mapping[str, float]) -> Nee
     if kind.gpus:
         return replace(kind, gpus=engine.tensor_parallel or 1)
     return replace(kind, cpus=engine.cores or kind.cpus)
-
-
-def ray_processes(
-    settings: Settings, recipe: Recipe, run: SharedRun, checkpoints: SharedCheckpoints, *, fetches: bool
-) -> RayProcesses:
-    """Return the workers for a training run on the cluster to which this process is connected.
-
-    Args:
-        fetches: whether the trained model is downloaded to this machine.
-    """
-    import ray
-
-    kind = choose_kind(settings.ray, ray.cluster_resources())
-    return RayProcesses(settings.ray, kind, count_workers(recipe), run, checkpoints, fetches=fetches)

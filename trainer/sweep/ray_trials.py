@@ -29,14 +29,13 @@ from trainer.sweep.outcome import TrialOutcome
 from trainer.training.parallel.processes import AGAIN, TrainingFolders
 from trainer.training.parallel.ray_processes import (
     RayProcesses,
-    SideBySide,
     check_equal,
     choose_kind,
     count_fitting,
 )
 from trainer.training.parallel.ray_worker import NodeFacts, SharedRun
-from trainer.training.parallel.shared_base import share_base
 from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
+from trainer.training.parallel.shared_folders import share_base
 from trainer.training.parallel.sole_trainer import sole_trainer
 
 if TYPE_CHECKING:
@@ -221,11 +220,19 @@ class RayTrials:
     @contextmanager
     def _workers(self, title: str, folder: Path, checkpoints: SharedCheckpoints) -> Iterator[RayProcesses]:
         session = self._session
-        beside = SideBySide(title, session.asked, lambda: any(other.have_workers for other in self._active))
         tracking = folder / "mlflow.json"
         content = tracking.read_bytes() if tracking.is_file() else b"{}"
         run = SharedRun(self._artifacts, _name(folder), session.base, content, self._settings.folder, attempt="")
-        processes = RayProcesses(self._settings, session.kind, self._size, run, checkpoints, beside)
+        processes = RayProcesses(
+            self._settings,
+            session.kind,
+            self._size,
+            run,
+            checkpoints,
+            title=title,
+            asked=session.asked,
+            others_train=lambda: any(other.have_workers for other in self._active),
+        )
         self._active.append(processes)
         try:
             with processes:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -53,22 +53,6 @@ class ClusterError(TrainingError):
 
 class WorkerLostError(ClusterError):
     """Raised when a worker has died, with or without its node."""
-
-
-@dataclass(frozen=True, slots=True)
-class SideBySide:
-    """Options for a training run that runs in its own thread, alongside other runs of this process.
-
-    Attributes:
-        title: prefix of each line of the run's output.
-        asked: records whether the runs of this process must stop, and because of which signal.
-        others_train: returns whether other runs of this process have workers, whose resources become free when
-            the runs end.
-    """
-
-    title: str
-    asked: Preemption
-    others_train: Callable[[], bool]
 
 
 def choose_kind(settings: RaySettings, resources: Mapping[str, float]) -> Need:
@@ -172,12 +156,18 @@ class RayProcesses:
         size: number of workers.
         run: description of the run that is sent to the nodes.
         checkpoints: the run's checkpoints.
-        beside: options for training at the same time as other runs of this process, or None if this is the only run.
+        title: prefix of each line of the run's output, or an empty string to show the output unchanged.
+        asked: records whether the runs of this process must stop, and because of which signal, if this run is one of
+            several, each in its own thread. None if it is the only one.
+        others_train: returns whether other runs of this process have workers, whose resources become free when the
+            runs end.
         fetches: whether the trained model is downloaded to this machine.
         like: a node whose kind of device the workers must use, or None for any device.
 
     Attributes:
         size: see the argument.
+        on_gpu: whether the workers train on GPUs.
+        are_local: whether the workers can read this machine's files.
         trained: records of the trained model's files in the object store, if a model was trained.
 
     Raises:
@@ -192,34 +182,26 @@ class RayProcesses:
         size: int,
         run: SharedRun,
         checkpoints: SharedCheckpoints,
-        beside: SideBySide | None = None,
         *,
+        title: str = "",
+        asked: Preemption | None = None,
+        others_train: Callable[[], bool] = lambda: False,
         fetches: bool = True,
         like: NodeFacts | None = None,
     ) -> None:
-        self.size = size
+        self.size, self.on_gpu, self.are_local = size, kind.gpus > 0, False
         self.trained: tuple[FileRecord, ...] = ()
         self._settings = settings
         self._kind = kind
         self._run = run
         self._checkpoints = checkpoints
-        self._beside = beside
-        self._output = _Output(beside.title if beside else "")
+        self._asked, self._others_train = asked, others_train
+        self._output = _Output(title)
         self._fetches = fetches
         self._like = like
         self._progressed = False
         self._stack = ExitStack()
         self._workers: _Workers | None = None
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the workers train on GPUs."""
-        return self._kind.gpus > 0
-
-    @property
-    def are_local(self) -> bool:
-        """Whether the workers can read this machine's files."""
-        return False
 
     @property
     def facts(self) -> NodeFacts:
@@ -238,12 +220,12 @@ class RayProcesses:
         return self._workers is not None
 
     def _preemption(self) -> AbstractContextManager[Preemption]:
-        return nullcontext(self._beside.asked) if self._beside else preemption()
+        return nullcontext(self._asked) if self._asked else preemption()
 
     def __enter__(self) -> Self:
         """Start the workers."""
         # Between two trainings of this process, other jobs may have taken the resources.
-        wait_s = max(self._settings.wait_s, _REPLACEMENT_S) if self._beside else self._settings.wait_s
+        wait_s = max(self._settings.wait_s, _REPLACEMENT_S) if self._asked else self._settings.wait_s
         with self._stack, self._preemption() as asked:
             self._workers = self._stack.enter_context(self._started(wait_s, asked))
             self._stack = self._stack.pop_all()
@@ -332,8 +314,7 @@ class RayProcesses:
     @contextmanager
     def _started(self, wait_s: float, asked: Preemption) -> Iterator["_Workers"]:
         kind = self._kind
-        others = (self._beside.others_train,) if self._beside else ()
-        with reserved(kind, self.size, wait_s, asked, *others) as group, ExitStack() as stack:
+        with reserved(kind, self.size, wait_s, asked, self._others_train) as group, ExitStack() as stack:
             actors = _start_actors(self._settings, kind, self.size, group, stack)
             workers = _Workers(actors, replace(self._run, attempt=uuid4().hex[:8]), asked, self._output)
             check_equal([self._like, *workers.facts] if self._like else workers.facts)
@@ -382,28 +363,20 @@ class _Workers:
         self._actors = actors
         self._output = output
         self._run = run
-        self.facts: list[NodeFacts] = self._results([actor.describe.remote() for actor in actors], asked)
+        self.facts: list[NodeFacts] = _get([actor.describe.remote() for actor in actors], asked)
+        self.names = [f"node {facts.address}" for facts in self.facts]
+        first = {facts.node: actor for facts, actor in reversed([*zip(self.facts, actors, strict=True)])}
+        self._leaders = list(first.values())
+        """The first worker of each node."""
         self._receiving = dict[Any, int]()
         self._training = dict[Any, int]()
-
-    @property
-    def names(self) -> list[str]:
-        return [f"node {facts.address}" for facts in self.facts]
-
-    @property
-    def _leaders(self) -> list["Worker"]:
-        """The first worker of each node."""
-        leaders = dict[str, Any]()
-        for facts, actor in zip(self.facts, self._actors, strict=True):
-            leaders.setdefault(facts.node, actor)
-        return list(leaders.values())
 
     def train(self, task: bytes, asked: Preemption) -> None:
         """Start a task in all workers, after their nodes have received the base model and the newest checkpoints."""
         import ray
 
-        self._results([actor.prepare.remote(self._run) for actor in self._leaders], asked)
-        (meeting,) = self._get([self._actors[0].find_meeting.remote()], asked)
+        _get([actor.prepare.remote(self._run) for actor in self._leaders], asked)
+        (meeting,) = _get([self._actors[0].find_meeting.remote()], asked)
         shared = ray.put(task)
         for rank, actor in enumerate(self._actors):
             seat = Seat(rank, len(self._actors), meeting, self._output.is_terminal, console.width)
@@ -470,28 +443,27 @@ class _Workers:
         refs = [actor.clean.remote() for actor in self._leaders]
         ray.wait(refs, num_returns=len(refs), timeout=_CLEAN_S)  # does not raise the errors of those that are dead
 
-    def _results(self, refs: Sequence["Reference"], asked: Preemption) -> list[Any]:
-        outcomes = self._get(refs, asked)
-        for outcome in outcomes:
-            if isinstance(outcome, Failure):
-                if outcome.error is not None:
-                    raise outcome.error
-                failed = RuntimeError(outcome.cause)
-                failed.add_note(outcome.text)
-                raise failed
-        return [outcome.value for outcome in outcomes]
 
-    def _get(self, refs: Sequence["Reference"], asked: Preemption) -> list[Any]:
-        import ray
+def _get(refs: Sequence["Reference"], asked: Preemption) -> list[Any]:
+    """Wait for the results of actors' methods, and return them.
 
-        try:
-            while ray.wait(list(refs), num_returns=len(refs), timeout=POLL_S)[1]:
-                if asked.by is not None:
-                    raise InterruptedRunError(_STOPPED.format(asked.by.name), todo=AGAIN)
-            values: list[Any] = ray.get(list(refs))
-        except ray.exceptions.RayActorError as error:
-            raise _lost(error) from error
-        return values
+    Raises:
+        InterruptedRunError: a signal was received.
+        TrainingError: a worker cannot be started, or has died.
+        Exception: raised by a method.
+    """
+    import ray
+
+    try:
+        while ray.wait(list(refs), num_returns=len(refs), timeout=POLL_S)[1]:
+            if asked.by is not None:
+                raise InterruptedRunError(_STOPPED.format(asked.by.name), todo=AGAIN)
+        values: list[Any] = ray.get(list(refs))
+    except ray.exceptions.RayActorError as error:
+        raise _lost(error) from error
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    return values
 
 
 def check_equal(facts: Sequence[NodeFacts]) -> None:

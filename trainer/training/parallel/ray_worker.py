@@ -31,9 +31,9 @@ from svc.imports import without_garbage_collection
 from svc.registry.objects import ObjectStore
 from svc.terminal import console, quiet_libraries
 from trainer.model.run_record import MachineRecord
-from trainer.training.parallel.processes import Call, Failure, Place, Result, TrainingFolders, outcome_of
-from trainer.training.parallel.shared_base import fetch_base
+from trainer.training.parallel.processes import Call, Place, TrainingFolders, outcome_of
 from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
+from trainer.training.parallel.shared_folders import fetch_base
 
 _RECEIVE_S = 2.0
 _PREPARING = "preparing.lock"
@@ -69,7 +69,7 @@ class SharedRun:
     Attributes:
         artifacts: URL of the object store.
         name: name of the run in the object store.
-        base: name of the base model in the object store (trainer.training.parallel.shared_base).
+        base: name of the base model in the object store (trainer.training.parallel.shared_folders).
         tracking: contents of the file with the id of the MLflow run.
         folder: folder on each node for base models and for checkpoints of unfinished runs.
         attempt: string that is different each time the workers are started.
@@ -128,11 +128,8 @@ class RayWorker:
         self._outbox, self._inbox = SimpleQueue[object](), SimpleQueue[object]()
         self._run: SharedRun | None = None
 
-    def describe(self) -> Result | Failure:
+    def describe(self) -> NodeFacts:
         """Return information about this worker's node."""
-        return outcome_of(self._describe)
-
-    def _describe(self) -> NodeFacts:
         capabilities, machine = read_capabilities(self._folder), MachineRecord.of_this_one()
         return NodeFacts(self._node, self._address, version("tuneserve"), capabilities, machine)
 
@@ -142,11 +139,8 @@ class RayWorker:
             listener.bind((self._address, 0))
             return f"tcp://{self._address}:{listener.getsockname()[1]}"
 
-    def prepare(self, run: SharedRun) -> Result | Failure:
+    def prepare(self, run: SharedRun) -> None:
         """Download the base model and the newest checkpoints to this node. Only one worker on each node does this."""
-        return outcome_of(lambda: self._prepare(run))
-
-    def _prepare(self, run: SharedRun) -> None:
         if self._run == run:  # for an earlier task
             return
         self._run = run

@@ -14,15 +14,16 @@ import logging
 import re
 import shutil
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pydantic import ValidationError
 
 from svc.errors import IntegrityError, RegistryError
-from svc.files.disk import sync_files, write_whole
+from svc.files.disk import write_whole
 from svc.registry.files import FileRecord, record_files
 from svc.registry.objects import ObjectStore
 from trainer.training.checkpoints import FILES, PREFIX, RECORDS
+from trainer.training.parallel.shared_folders import fetch_files, fetch_folder, send_folder
 
 _TRAINED = "trained"
 
@@ -59,7 +60,7 @@ class SharedCheckpoints:
             return None
         for step in shared:
             if step not in here:
-                self._fetch(step)
+                fetch_folder(self._objects, f"{self._prefix}/{step}", self._folder / step, FILES)
         self.fetch_tracking()
         return shared[-1]
 
@@ -116,7 +117,7 @@ class SharedCheckpoints:
             RegistryError: the store is not responding, or rejects the request.
         """
         shutil.rmtree(folder, ignore_errors=True)
-        _receive(self._objects, f"{self._prefix}/{_TRAINED}", records, folder)
+        fetch_files(self._objects, f"{self._prefix}/{_TRAINED}", records, folder)
 
     def has_trained(self, records: Sequence[FileRecord]) -> bool:
         """Return whether the store contains all of the trained model's files in their recorded sizes.
@@ -143,30 +144,9 @@ class SharedCheckpoints:
     def _send(self, checkpoint: Path) -> None:
         try:
             records = RECORDS.validate_json((checkpoint / FILES).read_bytes())
-            self._objects.send(f"{self._prefix}/{checkpoint.name}", records, checkpoint)
+            send_folder(self._objects, f"{self._prefix}/{checkpoint.name}", records, checkpoint)
         except (OSError, ValidationError, IntegrityError) as error:
             log.warning("checkpoint %s is damaged and was not uploaded: %s", checkpoint.name, error)
-        else:
-            self._objects.write(f"{self._prefix}/{checkpoint.name}.json", RECORDS.dump_json(records))
-
-    def _fetch(self, step: str) -> None:
-        key = f"{self._prefix}/{step}.json"
-        content = self._objects.read(key)
-        try:
-            records = RECORDS.validate_json(content or b"")
-        except ValidationError:
-            raise IntegrityError(
-                f"{self._objects.url}/{key} is not a list of files", todo="delete the object"
-            ) from None
-        if any(PurePosixPath(file.path).name != file.path for file in records):
-            raise IntegrityError(f"{self._objects.url}/{key} lists files in other folders", todo="delete the object")
-        temporary = self._folder / f".fetch-{step}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        _receive(self._objects, f"{self._prefix}/{step}", records, temporary)
-        write_whole(temporary / FILES, RECORDS.dump_json(records))
-        sync_files(temporary)
-        shutil.rmtree(self._folder / step, ignore_errors=True)
-        temporary.rename(self._folder / step)
 
     def _delete(self, steps: list[str]) -> None:
         self._objects.delete([f"{self._prefix}/{step}.json" for step in steps])  # first, so that none is incomplete
@@ -180,11 +160,3 @@ class SharedCheckpoints:
 
     def _here(self) -> list[str]:
         return sorted(path.name for path in self._folder.glob(f"{PREFIX}*"))
-
-
-def _receive(objects: ObjectStore, prefix: str, records: Sequence[FileRecord], folder: Path) -> None:
-    """Download files to a new folder. Unlike the files of versions, they are writable."""
-    folder.mkdir(parents=True)
-    objects.receive(prefix, records, folder)
-    for file in records:
-        (folder / file.path).chmod(0o644)

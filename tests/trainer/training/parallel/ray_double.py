@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from svc.engine.device import DeviceCapabilities
@@ -200,8 +200,12 @@ class Actor:
     def _receive(self) -> None:
         try:
             while True:
-                number, value = self._pipe.recv()
-                self._calls.pop(number).set_result(value)
+                number, value, error = self._pipe.recv()
+                call = self._calls.pop(number)
+                if error is None:
+                    call.set_result(value)
+                else:
+                    call.set_exception(RayTaskError("", str(error), error))
         except (EOFError, OSError):
             with self._lock:
                 self._is_dead = True
@@ -233,9 +237,13 @@ def _serve(
         actor = kind(*arguments)
 
         def work(number: int, method: str, values: tuple[Any, ...]) -> None:
-            result = getattr(actor, method)(*values)
+            result, failure = None, None
+            try:
+                result = getattr(actor, method)(*values)
+            except Exception as error:  # noqa: BLE001 - raised again by the caller
+                failure = error
             with lock:
-                pipe.send((number, result))
+                pipe.send((number, result, failure))
 
         try:
             while True:

@@ -14,7 +14,7 @@ from svc.settings.engine import RaySettings
 from tests.svc.engine.devices import AVX512
 from trainer.callbacks.preemption import Preemption
 from trainer.model.run_record import MachineRecord
-from trainer.training.parallel.processes import Failure, Result, Supervisor
+from trainer.training.parallel.processes import Failure, Supervisor
 from trainer.training.parallel.ray_processes import (
     _Output,
     _Workers,
@@ -98,8 +98,8 @@ class _FailingActor:
     """Stands in for an actor whose task fails."""
 
     def __init__(self, number: int, outcome: Failure) -> None:
-        self.describe = self._method(Result(facts(number, AVX512)))
-        self.prepare, self.train = self._method(Result(None)), self._method(None)
+        self.describe = self._method(facts(number, AVX512))
+        self.prepare, self.train = self._method(None), self._method(None)
         self.find_meeting, self.receive = self._method("tcp://10.0.0.0:1"), self._method([outcome])
 
     @staticmethod

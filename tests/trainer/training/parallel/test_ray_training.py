@@ -24,8 +24,8 @@ from trainer.training.parallel.device_processes import DeviceProcesses
 from trainer.training.parallel.devices import TrainingDevice
 from trainer.training.parallel.ray_processes import RayProcesses, choose_kind
 from trainer.training.parallel.ray_worker import SharedRun
-from trainer.training.parallel.shared_base import share_base
 from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
+from trainer.training.parallel.shared_folders import share_base
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData, TrainingSummary
 

@@ -15,8 +15,8 @@ from svc.terminal import console
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.parallel.processes import Call, Failure, Place, Result, TrainingFolders
 from trainer.training.parallel.ray_worker import TRAINED, RayWorker, Seat, SharedRun, Text
-from trainer.training.parallel.shared_base import share_base
 from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
+from trainer.training.parallel.shared_folders import share_base
 
 ALONE = Seat(0, 1, "tcp://127.0.0.1:1", is_terminal=False, width=80)
 
@@ -47,7 +47,7 @@ def run(tmp_path: Path) -> SharedRun:
 
 def train(worker: RayWorker, run: SharedRun, work: Callable[..., Any], *arguments: Any) -> list[object]:
     """Return the messages of a task, each of whose calls is answered."""
-    assert isinstance(worker.prepare(run), Result)
+    worker.prepare(run)
     task = pickle.dumps((work, arguments))
     thread = threading.Thread(target=worker.train, args=(run, ALONE, task))
     thread.start()

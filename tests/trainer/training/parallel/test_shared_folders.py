@@ -6,7 +6,7 @@ import pytest
 
 from svc.errors import IntegrityError
 from svc.registry.objects import ObjectStore
-from trainer.training.parallel.shared_base import fetch_base, share_base
+from trainer.training.parallel.shared_folders import fetch_base, share_base
 
 REVISION = "sha256:" + "a" * 64
 
