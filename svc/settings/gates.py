@@ -16,34 +16,36 @@ class UndecidedGates(StrEnum):
 
 
 class _CustomGate(Section):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$", description="name of the gate")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")
+    """Name of the gate."""
 
 
 class _RunGate(_CustomGate):
-    timeout_s: float = Field(
-        60.0, gt=0, le=600, description="maximum duration in seconds, after which the gate counts as failed"
-    )
+    timeout_s: float = Field(60.0, gt=0, le=600)
+    """Maximum duration in seconds, after which the gate counts as failed."""
 
 
 class CommandGate(_RunGate):
     """A gate that runs a command without a shell: exit code 0 passes, 1 fails."""
 
-    command: tuple[str, ...] = Field(min_length=1, description="program and arguments")
+    command: tuple[str, ...] = Field(min_length=1)
+    """Program and arguments."""
 
 
 class EntryPointGate(_RunGate):
     """A gate that calls a Python function in a separate process."""
 
-    entry_point: str = Field(pattern=r"^\w+(\.\w+)*:\w+$", description="module:function")
+    entry_point: str = Field(pattern=r"^\w+(\.\w+)*:\w+$")
+    """`MODULE:FUNCTION`."""
 
 
 class ResultFileGate(_CustomGate):
     """A gate that reads results exported by Promptfoo or OpenAI Evals."""
 
-    result_file: AbsolutePath = Field(
-        description="file exported by Promptfoo or OpenAI Evals; `{version}` in the path is replaced with NAME@N"
-    )
-    min_pass_share: float = Field(ge=0, le=1, description="minimum share of passed tests")
+    result_file: AbsolutePath
+    """File exported by Promptfoo or OpenAI Evals; `{version}` in the path is replaced with NAME@N."""
+    min_pass_share: float = Field(ge=0, le=1)
+    """Minimum share of passed tests."""
 
 
 _GATE_KINDS: dict[str, type[_CustomGate]] = {
@@ -78,36 +80,21 @@ class GateSettings(Section):
     the difference is only shown.
     """
 
-    quality_margin: float | None = Field(
-        0.02,
-        ge=0,
-        description="largest amount by which the primary metric may be worse than production's on the same held-out "
-        "examples; for a metric that is not a share, a fraction of production's value",
-    )
-    nll_margin: float | None = Field(
-        0.05,
-        ge=0,
-        description="largest allowed increase in the NLL of the held-out references, relative to production's NLL",
-    )
-    forgetting_margin: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="largest allowed drop in accuracy on general questions compared with the base model",
-    )
-    speed_margin: float | None = Field(
-        0.2,
-        ge=0,
-        description="largest allowed slowdown in tokens per second and in time to first token: 0.2 allows 20%",
-    )
-    max_age_days: float | None = Field(
-        None, gt=0, description="maximum age of a version and of its training data, in days"
-    )
-    undecided: UndecidedGates = Field(
-        UndecidedGates.ALLOW,
-        description="allow: promote with a warning if a gate is undecided; refuse: treat an undecided gate as failed",
-    )
-    custom: tuple[CustomGate, ...] = Field((), max_length=50, description="additional gates, see docs/rollouts.md")
+    quality_margin: float | None = Field(0.02, ge=0)
+    """Largest amount by which the primary metric may be worse than production's on the same held-out examples; for a
+    metric that is not a share, a fraction of production's value."""
+    nll_margin: float | None = Field(0.05, ge=0)
+    """Largest allowed increase in the NLL of the held-out references, relative to production's NLL."""
+    forgetting_margin: float | None = Field(None, ge=0, le=1)
+    """Largest allowed drop in accuracy on general questions compared with the base model."""
+    speed_margin: float | None = Field(0.2, ge=0)
+    """Largest allowed slowdown in tokens per second and in time to first token: 0.2 allows 20%."""
+    max_age_days: float | None = Field(None, gt=0)
+    """Maximum age of a version and of its training data, in days."""
+    undecided: UndecidedGates = UndecidedGates.ALLOW
+    """`allow`: promote with a warning if a gate is undecided; `refuse`: treat an undecided gate as failed."""
+    custom: tuple[CustomGate, ...] = Field((), max_length=50)
+    """Additional gates, see docs/rollouts.md."""
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -28,25 +28,19 @@ class RequestLogSettings(Section):
     and answers for a sample.
     """
 
-    max_age_days: float = Field(
-        30.0, gt=0, le=36_500, description="age in days at which a request and its feedback are deleted"
-    )
-    max_mib: int = Field(1024, ge=1, description="size of the log in MiB above which the oldest requests are deleted")
-    content_share: float = Field(0.0, ge=0, le=1, description="share of requests whose prompt and answer are stored")
-    features: bool = Field(
-        True,
-        description="whether to store drift features (without text) of at most 10,000 prompts per day and version",
-    )
-    max_content_kib: int = Field(
-        64,
-        ge=1,
-        description="maximum size of a stored prompt or answer, in KiB; if either is larger, neither is stored",
-    )
-    redact: tuple[Pattern, ...] = Field(
-        (),
-        description="regular expressions to redact in content, in addition to email addresses, phone numbers and card "
-        "numbers; content on which they take longer than 0.25 s is not stored, so avoid nested repetitions",
-    )
+    max_age_days: float = Field(30.0, gt=0, le=36_500)
+    """Age in days at which a request and its feedback are deleted."""
+    max_mib: int = Field(1024, ge=1)
+    """Size of the log in MiB above which the oldest requests are deleted."""
+    content_share: float = Field(0.0, ge=0, le=1)
+    """Share of requests whose prompt and answer are stored."""
+    features: bool = True
+    """Whether to store drift features (without text) of at most 10,000 prompts per day and version."""
+    max_content_kib: int = Field(64, ge=1)
+    """Maximum size of a stored prompt or answer, in KiB; if either is larger, neither is stored."""
+    redact: tuple[Pattern, ...] = ()
+    """Regular expressions to redact in content, in addition to email addresses, phone numbers and card numbers; content
+    on which they take longer than 0.25 s is not stored, so avoid nested repetitions."""
 
 
 def _otlp_endpoint(text: str) -> str:
@@ -66,17 +60,11 @@ class TelemetrySettings(Section):
     backend.
     """
 
-    otlp_endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] | None = Field(
-        None,
-        description="URL to which spans are exported by OTLP over HTTP; `/v1/traces` is appended if missing; "
-        "headers are read from OTEL_EXPORTER_OTLP_HEADERS; default: no traces",
-    )
-    sample_share: float = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="share of requests that are traced; the decision in a client's `traceparent` takes precedence",
-    )
+    otlp_endpoint: Annotated[str, AfterValidator(_otlp_endpoint)] | None = None
+    """URL to which spans are exported by OTLP over HTTP; `/v1/traces` is appended if missing; headers are read from
+    OTEL_EXPORTER_OTLP_HEADERS; default: no traces."""
+    sample_share: float = Field(1.0, ge=0, le=1)
+    """Share of requests that are traced; the decision in a client's `traceparent` takes precedence."""
 
 
 class HoldoutSettings(Section):
@@ -87,38 +75,29 @@ class HoldoutSettings(Section):
     scored by their likelihood under the version, if their content is stored.
     """
 
-    every_hours: float = Field(6.0, ge=0, description="hours between held-out evaluations; 0 disables them")
-    requests_per_minute: float = Field(
-        60.0,
-        gt=0,
-        description="maximum number of requests per minute for evaluating held-out examples and scoring live answers",
-    )
-    scored_per_hour: int = Field(
-        200, ge=0, description="maximum number of live answers scored per hour, newest first; 0 disables scoring"
-    )
-    run_functions: bool = Field(
-        False,
-        description="whether to run a version's metric function, which is code from the user who registered the "
-        "version; if not, such a version is monitored by exact match",
-    )
+    every_hours: float = Field(6.0, ge=0)
+    """Hours between held-out evaluations; 0 disables them."""
+    requests_per_minute: float = Field(60.0, gt=0)
+    """Maximum number of requests per minute for evaluating held-out examples and scoring live answers."""
+    scored_per_hour: int = Field(200, ge=0)
+    """Maximum number of live answers scored per hour, newest first; 0 disables scoring."""
+    run_functions: bool = False
+    """Whether to run a version's metric function, which is code from the user who registered the version; if not, such
+    a version is monitored by exact match."""
 
 
 class MonitorSettings(Section):
     """Settings of `svc monitor`, which runs the metrics exporter as a separate process."""
 
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(9464, ge=0, le=65535, description="port to listen on")
-    server: str = Field("", description="URL of the server to monitor; default: the server that uses this home folder")
-    key_file: AbsolutePath | None = Field(
-        None, description="file with an API key of scope `metrics`; used only if `monitor.server` is set"
-    )
-    authority: AbsolutePath | None = Field(
-        None,
-        description="file with the CA certificates used to verify `monitor.server`; default: the system's certificates",
-    )
-    drift_every_s: float = Field(
-        60.0,
-        ge=0,
-        le=300,
-        description="interval between drift checks, in seconds; 0 disables them in `svc monitor`",
-    )
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(9464, ge=0, le=65535)
+    """Port to listen on."""
+    server: str = ""
+    """URL of the server to monitor; default: the server that uses this home folder."""
+    key_file: AbsolutePath | None = None
+    """File with an API key of scope `metrics`; used only if `monitor.server` is set."""
+    authority: AbsolutePath | None = None
+    """File with the CA certificates used to verify `monitor.server`; default: the system's certificates."""
+    drift_every_s: float = Field(60.0, ge=0, le=300)
+    """Interval between drift checks, in seconds; 0 disables them in `svc monitor`."""

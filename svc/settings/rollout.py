@@ -30,45 +30,29 @@ class RolloutSettings(Section):
     A margin is how much worse the candidate may be than production during the same period.
     """
 
-    shadow: int = Field(
-        0,
-        ge=0,
-        le=100_000,
-        description="number of copies of clients' requests that the candidate must answer before it serves clients; 0 "
-        "disables this step",
-    )
-    canary: tuple[float, ...] = Field(
-        (), max_length=20, description="shares of clients that the candidate serves, in percent, ending with 100"
-    )
-    min_units: int = Field(
-        50, ge=1, description="minimum number of users or conversations that the candidate serves in each canary step"
-    )
-    max_step_s: float = Field(86_400.0, gt=0, description="time limit for each step, in seconds")
-    at_deadline: AtDeadline = Field(
-        AtDeadline.ROLLBACK,
-        description="action at the deadline; rollback: return all clients to production; hold: stay at the step "
-        "until the result is conclusive or an operator acts",
-    )
-    unit: UnitKind = Field(
-        UnitKind.AUTO,
-        description="unit that counts as one observation; auto: the `user` field, or else the conversation, or else "
-        "the request; request: each request on its own",
-    )
-    max_errors: float = Field(
-        0.01,
-        gt=0,
-        lt=1,
-        description="largest allowed increase in the share of failed requests compared with production",
-    )
-    max_invalid: float = Field(
-        0.01, gt=0, lt=1, description="largest allowed increase in the share of answers that are not valid JSON"
-    )
-    max_slowdown: float = Field(
-        1.2, gt=1, description="largest allowed time to the first token relative to production's: 1.2 allows 20% more"
-    )
-    max_negative: float = Field(
-        0.05, gt=0, lt=1, description="largest allowed increase in the share of negative feedback"
-    )
+    shadow: int = Field(0, ge=0, le=100_000)
+    """Number of copies of clients' requests that the candidate must answer before it serves clients; 0 disables this
+    step."""
+    canary: tuple[float, ...] = Field((), max_length=20)
+    """Shares of clients that the candidate serves, in percent, ending with 100."""
+    min_units: int = Field(50, ge=1)
+    """Minimum number of users or conversations that the candidate serves in each canary step."""
+    max_step_s: float = Field(86_400.0, gt=0)
+    """Time limit for each step, in seconds."""
+    at_deadline: AtDeadline = AtDeadline.ROLLBACK
+    """Action at the deadline; `rollback`: return all clients to production; `hold`: stay at the step until the result
+    is conclusive or an operator acts."""
+    unit: UnitKind = UnitKind.AUTO
+    """Unit that counts as one observation; `auto`: the `user` field, or else the conversation, or else the request;
+    `request`: each request on its own."""
+    max_errors: float = Field(0.01, gt=0, lt=1)
+    """Largest allowed increase in the share of failed requests compared with production."""
+    max_invalid: float = Field(0.01, gt=0, lt=1)
+    """Largest allowed increase in the share of answers that are not valid JSON."""
+    max_slowdown: float = Field(1.2, gt=1)
+    """Largest allowed time to the first token relative to production's: 1.2 allows 20% more."""
+    max_negative: float = Field(0.05, gt=0, lt=1)
+    """Largest allowed increase in the share of negative feedback."""
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:

@@ -4,11 +4,7 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 def absolute(path: Path) -> Path:
@@ -34,6 +30,9 @@ Network = Annotated[str, AfterValidator(_network)]
 
 
 class Section(BaseModel):
-    """A group of settings. Unknown keys are errors."""
+    """A group of settings. Unknown keys are errors.
+
+    The docstring of a setting is its description in docs/configuration.md (see docs/generate.py).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

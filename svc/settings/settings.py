@@ -21,16 +21,14 @@ ENV_PREFIX = "SVC_"
 class ModelSettings(Section):
     """Settings of one served model that override the general settings."""
 
-    engine: EngineSettings = Field(
-        EngineSettings(), description="`engine` settings that override the general ones for this model"
-    )
-    idle_s: float | None = Field(None, gt=0, description="overrides `serve.idle_s`, in seconds")
-    rollout: RolloutSettings = Field(
-        RolloutSettings(), description="rollout steps for every promotion of this model, see docs/rollouts.md"
-    )
-    gates: GateSettings = Field(
-        GateSettings(), description="gates for every promotion of this model, see docs/rollouts.md"
-    )
+    engine: EngineSettings = EngineSettings()
+    """`engine` settings that override the general ones for this model."""
+    idle_s: float | None = Field(None, gt=0)
+    """Overrides `serve.idle_s`, in seconds."""
+    rollout: RolloutSettings = RolloutSettings()
+    """Rollout steps for every promotion of this model, see docs/rollouts.md."""
+    gates: GateSettings = GateSettings()
+    """Gates for every promotion of this model, see docs/rollouts.md."""
 
 
 class Settings(BaseSettings):
@@ -45,11 +43,12 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,  # it may contain the password of `store.url`
     )
 
-    home: AbsolutePath = Field(Path(".svc"), validate_default=True, description="folder for all state")
-    base_cache: AbsolutePath = Field(
-        Path("~/.cache/tuneserve/base"), validate_default=True, description="folder for downloaded base models"
-    )
-    tracking_uri: str = Field("", description="URL of the MLflow tracking server; default: a database in `home`")
+    home: AbsolutePath = Field(Path(".svc"), validate_default=True)
+    """Folder for all state."""
+    base_cache: AbsolutePath = Field(Path("~/.cache/tuneserve/base"), validate_default=True)
+    """Folder for downloaded base models."""
+    tracking_uri: str = ""
+    """URL of the MLflow tracking server; default: a database in `home`."""
     store: StoreSettings = StoreSettings()
     artifacts: ArtifactSettings = ArtifactSettings()
     ray: RaySettings = RaySettings()
@@ -64,16 +63,11 @@ class Settings(BaseSettings):
     fine_tuning: FineTuningSettings = FineTuningSettings()
     batches: BatchSettings = BatchSettings()
     files: FilesSettings = FilesSettings()
-    webhooks: tuple[WebhookSettings, ...] = Field(
-        (),
-        max_length=20,
-        description="receivers of messages about rollouts, each `{url: ..., secret_file: ...}`, see docs/rollouts.md",
-    )
-    models: dict[str, ModelSettings] = Field(
-        {},
-        description="settings of single models, which override the general ones; keyed by model name: `{engine: {...}, "
-        "idle_s: ..., rollout: {...}, gates: {...}}`",
-    )
+    webhooks: tuple[WebhookSettings, ...] = Field((), max_length=20)
+    """Receivers of messages about rollouts, each `{url: ..., secret_file: ...}`, see docs/rollouts.md."""
+    models: dict[str, ModelSettings] = Field({})
+    """Settings of single models, which override the general ones; keyed by model name: `{engine: {...}, idle_s: ...,
+    rollout: {...}, gates: {...}}`."""
 
     @field_validator("webhooks")
     @classmethod

@@ -35,14 +35,11 @@ class StoreSettings(Section):
     By default, it is an SQLite database in the home folder. See docs/scale.md for PostgreSQL.
     """
 
-    url: Annotated[SecretStr, AfterValidator(_store_url)] | None = Field(
-        None,
-        description="URL of a PostgreSQL database, such as `postgresql+psycopg://user@host:5432/database`; "
-        "default: SQLite, `svc.db` in `home`",
-    )
-    password_file: AbsolutePath | None = Field(
-        None, description="file with the password for `store.url`, unless the URL contains it"
-    )
+    url: Annotated[SecretStr, AfterValidator(_store_url)] | None = None
+    """URL of a PostgreSQL database, such as `postgresql+psycopg://user@host:5432/database`; default: SQLite, `svc.db`
+    in `home`."""
+    password_file: AbsolutePath | None = None
+    """File with the password for `store.url`, unless the URL contains it."""
 
 
 def _artifacts_url(text: str) -> str:
@@ -62,19 +59,11 @@ class ArtifactSettings(Section):
     Credentials are read from the environment, never from settings.
     """
 
-    url: Annotated[str, AfterValidator(_artifacts_url)] | None = Field(
-        None,
-        description="object store for versions and clients' files: `s3://bucket/prefix`, "
-        "`gs://bucket/prefix`, `az://container/prefix` or `file:///path`; default: they are stored only in `home`",
-    )
-    checkpoints: bool = Field(
-        False,
-        description="whether checkpoints are also uploaded, so that another machine can resume a training run",
-    )
-    cache_gb: float | None = Field(
-        None,
-        gt=0,
-        description="size of the versions in `home`, in GB, above which weights are removed, least recently used "
-        "first, if they are also in the object store; also applies to `ray.folder` on each machine of a Ray cluster; "
-        "default: unlimited",
-    )
+    url: Annotated[str, AfterValidator(_artifacts_url)] | None = None
+    """Object store for versions and clients' files: `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`
+    or `file:///path`; default: they are stored only in `home`."""
+    checkpoints: bool = False
+    """Whether checkpoints are also uploaded, so that another machine can resume a training run."""
+    cache_gb: float | None = Field(None, gt=0)
+    """Size of the versions in `home`, in GB, above which weights are removed, least recently used first, if they are
+    also in the object store; also applies to `ray.folder` on each machine of a Ray cluster; default: unlimited."""

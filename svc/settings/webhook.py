@@ -4,10 +4,7 @@ import ipaddress
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    Field,
-)
+from pydantic import AfterValidator
 
 from svc.settings.section import AbsolutePath, Section
 
@@ -32,10 +29,7 @@ def _is_loopback_address(host: str) -> bool:
 class WebhookSettings(Section):
     """Settings of a webhook that is notified about rollouts."""
 
-    url: Annotated[str, AfterValidator(_webhook_url)] = Field(
-        description="URL to which messages about rollouts are posted; https, or http on this machine"
-    )
-    secret_file: AbsolutePath = Field(
-        description="file with the secrets that sign the messages, each `whsec_` followed by base64; readable by its "
-        "owner only"
-    )
+    url: Annotated[str, AfterValidator(_webhook_url)]
+    """URL to which messages about rollouts are posted; https, or http on this machine."""
+    secret_file: AbsolutePath
+    """File with the secrets that sign the messages, each `whsec_` followed by base64; readable by its owner only."""
