@@ -19,9 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from serving.backup.contents import load_contents
 from serving.files.rows import FileContent
 from svc.backup_snapshots import RECORD_FILE, snapshot_folders
 from svc.errors import IntegrityError, NotFoundError
@@ -36,6 +35,8 @@ STORE_FILE, TRACKING_FILE, OTHER_FILES = "svc.db", "mlflow.db", "files"
 CONTENTS_FILE = "contents.json"
 """File that lists the contents of clients' files. It is separate from the snapshot's record, so that earlier releases
 can still read the record."""
+CONTENTS = TypeAdapter(tuple[FileContent, ...])
+"""Converts that list to JSON and back."""
 
 
 class Snapshot(BaseModel):
@@ -118,7 +119,8 @@ class Archive:
         Raises:
             ValueError: the list is damaged.
         """
-        return load_contents(self.folder(snapshot) / CONTENTS_FILE)
+        path = self.folder(snapshot) / CONTENTS_FILE
+        return CONTENTS.validate_json(path.read_bytes()) if path.exists() else ()
 
     def snapshots(self) -> list[Snapshot]:
         """Return all restorable snapshots, oldest first.

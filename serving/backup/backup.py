@@ -8,16 +8,28 @@ the next backup.
 """
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version as release_of
 from pathlib import Path
 
 from sqlalchemy import Engine as Store
 
-from serving.backup.archive import CONTENTS_FILE, OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
-from serving.backup.contents import copy_content, dump_contents, has_content
-from serving.backup.copying import Progress, copy_database, copy_file, copy_version, is_copied, no_progress
+from serving.backup.archive import CONTENTS, CONTENTS_FILE, OTHER_FILES, STORE_FILE, TRACKING_FILE, Archive, Snapshot
+from serving.backup.copying import (
+    Copy,
+    Key,
+    Progress,
+    copy_all,
+    copy_content,
+    copy_database,
+    copy_file,
+    copy_version,
+    has_content,
+    is_copied,
+    no_progress,
+)
 from serving.files.client_files import FILES_FOLDER
 from serving.files.rows import FileContent, known_files, read_contents
 from svc.errors import DiskSpaceError, IntegrityError, NotFoundError
@@ -29,7 +41,7 @@ from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from svc.settings.settings import Settings
-from svc.store.database import open_database, open_store
+from svc.store.database import closing_store, open_database, open_store
 from svc.store.desired import desired_names
 from svc.store.postgresql import location
 from svc.store.swaps import unfinished_swaps
@@ -118,11 +130,9 @@ class Backup:
         for path in _other_files(home):
             copy_file(path, folder / OTHER_FILES / path.name)
         copied = Registry(registry.models, Tracking(tracking_uri or f"sqlite:///{folder / TRACKING_FILE}"))
-        store = open_database(folder) if self.settings.store.url is None else open_store(self.settings)
-        try:
+        opened = open_database(folder) if self.settings.store.url is None else open_store(self.settings)
+        with closing_store(opened) as store:
             needed, contents = _needed_versions(copied, store), read_contents(store)
-        finally:
-            store.dispose()  # the last connection takes SQLite's other files with it
         kept, left_out = self._copy(registry, sorted(there | needed))
         missing = needed - kept - left_out.keys()
         if missing and not is_last:
@@ -146,7 +156,7 @@ class Backup:
             The versions that are now in the archive and, keyed by version, the reason why a damaged version could not
             be copied. A version that is no longer in the home folder appears in neither.
         """
-        kept, left_out, to_copy = set[VersionId](), dict[VersionId, str](), list[Manifest]()
+        kept, left_out, to_copy = set[VersionId](), dict[VersionId, str](), dict[VersionId, Copy]()
         for version in wanted:
             try:
                 manifest = registry.manifest(version)
@@ -155,27 +165,18 @@ class Backup:
             except IntegrityError as error:
                 left_out[version] = error.wrong
                 continue
+            target = self.archive.version(version)
             if registry.objects is not None and not _is_complete(registry, manifest):
                 left_out[version] = "its weights are only in the object store"
-            elif is_copied(manifest, self.archive.version(version), verify=self.verify):
+            elif is_copied(manifest, target, verify=self.verify):
                 kept.add(version)
             else:
-                to_copy.append(manifest)
-        total = sum(file.bytes for manifest in to_copy for file in manifest.files)
-        self._require_room(total, "weights")
-        with self.progress(total) as on_bytes:
-            for manifest in to_copy:
-                version = manifest.id
-                try:
-                    copy_version(manifest, registry.folder(version), self.archive.version(version), on_bytes)
-                except FileNotFoundError:
-                    continue
-                except IntegrityError as error:
-                    left_out[version] = error.wrong
-                    continue
-                kept.add(version)
-                self._copied.append(str(version))
-        return kept, left_out
+                copy = partial(copy_version, manifest, registry.folder(version), target)
+                to_copy[version] = sum(file.bytes for file in manifest.files), copy
+        errors = self._copy_all("weights", to_copy)
+        copied = [version for version in to_copy if version not in errors]
+        self._copied += map(str, copied)
+        return kept | set(copied), left_out | _wrongs(errors)
 
     def _copy_contents(self, folder: Path, contents: Iterable[FileContent]) -> dict[str, str]:
         """Copy the contents of clients' files to the archive, unless they are already there, and write a list of the
@@ -186,45 +187,38 @@ class Backup:
             that clients have deleted during the backup are omitted. Missing files are omitted too if the store is in
             PostgreSQL or there is an object store, because another server or the object store may have them.
         """
-        home, archive = self.settings.home / FILES_FOLDER, self.archive.contents
-        kept, absent, lost = list[FileContent](), list[str](), dict[str, str]()
-        to_copy = list[FileContent]()
+        to_copy = dict[str, Copy]()
         for content in contents:
-            there = has_content(archive / content.sha256, content, verify=self.verify)
-            (kept if there else to_copy).append(content)
-        to_copy_bytes = sum(content.bytes for content in to_copy)
-        self._require_room(to_copy_bytes, "clients' files")
+            source, target = self.settings.home / FILES_FOLDER / content.id, self.archive.contents / content.sha256
+            if not has_content(target, content, verify=self.verify):
+                to_copy[content.id] = content.bytes, partial(copy_content, content, source, target)
+        errors = self._copy_all("clients' files", to_copy) if to_copy else {}
         if to_copy:
-            with self.progress(to_copy_bytes) as on_bytes:
-                for content in to_copy:
-                    try:
-                        if not has_content(archive / content.sha256, content, verify=True):  # else another file's
-                            copy_content(home / content.id, archive / content.sha256, content, on_bytes)
-                    except FileNotFoundError:
-                        absent.append(content.id)
-                    except IntegrityError as error:
-                        lost[content.id] = error.wrong
-                    else:
-                        kept.append(content)
-            sync_folder(archive)
+            sync_folder(self.archive.contents)
+        lost = _wrongs(errors)
+        absent = [id for id in errors if id not in lost]
         if absent and self.settings.store.url is None and self.settings.artifacts.url is None:
-            store = open_store(self.settings)
-            try:
+            with closing_store(open_store(self.settings)) as store:
                 lost |= dict.fromkeys(sorted(known_files(store, absent)), "missing from the home")
-            finally:
-                store.dispose()
-        if kept:
-            write_whole(folder / CONTENTS_FILE, dump_contents(kept))
+        if kept := tuple(content for content in contents if content.id not in errors):
+            write_whole(folder / CONTENTS_FILE, CONTENTS.dump_json(kept))
         return lost
 
-    def _require_room(self, total: int, noun: str) -> None:
+    def _copy_all(self, noun: str, copies: Mapping[Key, Copy]) -> dict[Key, FileNotFoundError | IntegrityError]:
+        total = sum(size for size, _ in copies.values())
         if total > shutil.disk_usage(self.archive.models).free:
             raise self._no_room(f"not enough disk space for {total / 1e6:.0f} MB of {noun} in {self.archive}")
+        return copy_all(copies, self.progress)
 
     def _no_room(self, wrong: str) -> DiskSpaceError:
         return DiskSpaceError(
             wrong, todo="free disk space, or keep fewer snapshots: --keep N; existing snapshots can still be restored"
         )
+
+
+def _wrongs(errors: Mapping[Key, FileNotFoundError | IntegrityError]) -> dict[Key, str]:
+    """Return the messages of the errors, except those about files that do not exist."""
+    return {key: error.wrong for key, error in errors.items() if isinstance(error, IntegrityError)}
 
 
 def _is_complete(registry: Registry, manifest: Manifest) -> bool:

@@ -106,7 +106,7 @@ def restore(
     The keys that will be valid are listed and must be confirmed.
     """
     from serving.backup.archive import STORE_FILE, Archive
-    from serving.backup.restore import Restore
+    from serving.backup.restore import restore_home
     from svc.store.audit import Action, AuditEntry, record_event
     from svc.store.database import open_database
 
@@ -135,7 +135,7 @@ def restore(
         if found.valid and not yes:
             _confirm_keys(found, asks=not as_json and sys.stdin.isatty())
 
-    Restore(archive, settings.home, _progress, revoke_keys, confirm_keys).run(snapshot)
+    restore_home(archive, snapshot, settings.home, progress=_progress, revoke_keys=revoke_keys, on_keys=confirm_keys)
     if snapshot.store is None:
         record_event(open_database(settings.home), AuditEntry(Action.RESTORE, snapshot.name, Actor.local()))
     if unused:

@@ -1,16 +1,21 @@
-"""Copies files in such a way that each copy is either complete and verified, or absent."""
+"""Copies files in such a way that each copy is either complete and verified, or absent.
+
+Versions and clients' files never change, so all snapshots share one copy of each.
+"""
 
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+from serving.files.rows import FileContent
 from svc.errors import IntegrityError
 from svc.files.disk import sync_folder
-from svc.registry.files import verify_files
+from svc.registry.files import FileRecord, record_file, verify_files
 from svc.registry.manifest import MANIFEST_FILE, Manifest, read_manifest
 
 _AT_ONCE = 2**22  # bytes
@@ -20,12 +25,27 @@ OnBytes = Callable[[int], None]
 Progress = Callable[[int], AbstractContextManager[OnBytes]]
 """Function that takes the total number of bytes to copy and returns a context manager. The context manager yields a
 callback that must be called with the number of bytes copied in each step."""
+Copy = tuple[int, Callable[[OnBytes], None]]
+"""Number of bytes to copy, and the function that copies them."""
+Key = TypeVar("Key")
 
 
 @contextmanager
 def no_progress(total: int) -> Iterator[OnBytes]:
     """Yield a callback that does not report any progress."""
     yield lambda count: None
+
+
+def copy_all(copies: Mapping[Key, Copy], progress: Progress) -> dict[Key, FileNotFoundError | IntegrityError]:
+    """Make all copies that can be made, and return the errors of the others, by key."""
+    errors: dict[Key, FileNotFoundError | IntegrityError] = {}
+    with progress(sum(size for size, _ in copies.values())) as on_bytes:
+        for key, (_, copy) in copies.items():
+            try:
+                copy(on_bytes)
+            except (FileNotFoundError, IntegrityError) as error:
+                errors[key] = error
+    return errors
 
 
 def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool:
@@ -46,15 +66,18 @@ def is_copied(manifest: Manifest, target: Path, *, verify: bool = False) -> bool
             expected="a folder that contains only backups of this home folder",
             todo="choose another backup folder",
         )
-    files = manifest.files
-    paths = {target / file.path: file.bytes for file in files}
-    if not all(path.is_file() and path.stat().st_size == size for path, size in paths.items()):
+    return all(has_content(target / file.path, file, verify=verify) for file in manifest.files)
+
+
+def has_content(path: Path, record: FileRecord | FileContent, *, verify: bool = False) -> bool:
+    """Return whether a file exists and has the recorded size.
+
+    Args:
+        verify: whether to also check its hash.
+    """
+    if not path.is_file() or path.stat().st_size != record.bytes:
         return False
-    try:
-        verify_files(target, files if verify else ())
-    except IntegrityError:
-        return False
-    return True
+    return not verify or record_file(path.parent, path).sha256 == record.sha256
 
 
 def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnBytes) -> None:
@@ -83,6 +106,30 @@ def copy_version(manifest: Manifest, source: Path, target: Path, on_bytes: OnByt
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     sync_folder(target.parent)
+
+
+def copy_content(content: FileContent, source: Path, target: Path, on_bytes: OnBytes) -> None:
+    """Copy the contents of a client's file so that only the copy's owner can read them, and verify the copy. A valid
+    copy, for example one that was made for another file with these contents, is kept.
+
+    Args:
+        on_bytes: function called with the number of bytes copied in each step.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IntegrityError: the file does not match its hash.
+    """
+    if has_content(target, content, verify=True):
+        return
+    staging = target.with_name(f".{target.name}")
+    try:
+        copy_file(source, staging, on_bytes)
+        staging.chmod(0o600)
+        if not has_content(staging, content, verify=True):
+            raise IntegrityError(f"{source} does not match its hash", todo="restore it from an older snapshot")
+        os.replace(staging, target)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def copy_file(source: str | Path, target: str | Path, on_bytes: OnBytes = lambda count: None) -> None:

@@ -109,6 +109,17 @@ def open_new_store(settings: StoreSettings) -> Store:
 
 
 @contextmanager
+def closing_store(store: Store) -> Iterator[Store]:
+    """Yield a store, and close its connections after the `with` block. SQLite's last connection to a file removes the
+    other files of the database.
+    """
+    try:
+        yield store
+    finally:
+        store.dispose()
+
+
+@contextmanager
 def sole_access(home: Path) -> Iterator[Connection]:
     """Yield a read-only connection to the existing SQLite store of a home folder, with all other connections excluded.
 
@@ -122,7 +133,7 @@ def sole_access(home: Path) -> Iterator[Connection]:
     store = create_engine(f"sqlite:///{path}", hide_parameters=True)
     event.listen(store, "connect", _exclude_others)
     try:
-        with store.connect() as connection:
+        with closing_store(store), store.connect() as connection:
             revision = _revision(connection)
             if revision != _NEWEST:
                 raise _other_release(
@@ -142,8 +153,6 @@ def sole_access(home: Path) -> Iterator[Connection]:
         raise RegistryError(
             f"cannot read {path}: {error.orig}", todo="restore the home folder from a backup"
         ) from error
-    finally:
-        store.dispose()
 
 
 @contextmanager

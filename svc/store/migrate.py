@@ -20,7 +20,7 @@ from svc.files.lock import hold_lock
 from svc.remote.server_url import LOCK_FILE
 from svc.settings.storage import StoreSettings
 from svc.store.audit import verify_chain
-from svc.store.database import SQLITE_FILE, open_new_store, sole_access, take_write_lock
+from svc.store.database import SQLITE_FILE, closing_store, open_new_store, sole_access, take_write_lock
 from svc.store.postgresql import location
 from svc.store.tables import StoredText, Table, storable_text
 from svc.terminal import counting
@@ -83,17 +83,14 @@ def migrate(home: Path, target: StoreSettings) -> Migration:
         )
     with hold_lock(home / LOCK_FILE, f"the home folder {home}"), sole_access(home) as connection:
         _require_unaltered_audit_log(connection, path)
-        source, store = _Source(connection, path), open_new_store(target)
-        try:
-            with store.begin() as copy:
-                _take_empty(copy)
-                rows = _copy(source, copy)
-                replaced_texts = source.replaced_texts
-                _compare(source, copy, rows)
-                _require_unaltered_audit_log(copy, "the copy")
-                _restart_sequences(connection, copy)
-        finally:
-            store.dispose()
+        source = _Source(connection, path)
+        with closing_store(open_new_store(target)) as store, store.begin() as copy:
+            _take_empty(copy)
+            rows = _copy(source, copy)
+            replaced_texts = source.replaced_texts
+            _compare(source, copy, rows)
+            _require_unaltered_audit_log(copy, "the copy")
+            _restart_sequences(connection, copy)
     return Migration(location(store.url), rows, replaced_texts)
 
 

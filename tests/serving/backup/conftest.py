@@ -12,7 +12,7 @@ from sqlalchemy import Engine as Store
 from serving.backup.archive import Archive
 from serving.backup.backup import Backup, BackupReport
 from serving.backup.copying import OnBytes, Progress
-from serving.backup.restore import Restore
+from serving.backup.restore import restore_home
 from svc.dataset.readers.reader import write_examples
 from svc.identity.actor import Actor
 from svc.registry.registry import HELDOUT_FILE, Registry
@@ -111,7 +111,7 @@ def restore_as(archive: Archive, tmp_path: Path) -> RestoreAs:
 
     def restore(name: str) -> Settings:
         settings = Settings(home=tmp_path / name)
-        Restore(archive, settings.home).run(archive.find(None))
+        restore_home(archive, archive.find(None), settings.home)
         return settings
 
     return restore

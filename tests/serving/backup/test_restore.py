@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from serving.backup.archive import Archive
-from serving.backup.restore import Restore
+from serving.backup.restore import restore_home
 from svc.errors import BusyError, IntegrityError, NotFoundError, SettingsError
 from svc.files.lock import hold_lock
 from svc.registry.registry import Registry
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.slow
 def test_restore_into_a_non_empty_home_is_rejected(used: UsedHome, archive: Archive, back_up: BackUp) -> None:
     back_up()
     with pytest.raises(SettingsError, match="is not empty"):
-        Restore(archive, used.settings.home).run(archive.find(None))
+        restore_home(archive, archive.find(None), used.settings.home)
 
 
 def test_restore_into_a_home_in_use_is_rejected(archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
     back_up()
     home = tmp_path / "again"
     with hold_lock(home / "serve.lock", "the home"), pytest.raises(BusyError):
-        Restore(archive, home).run(archive.find(None))
+        restore_home(archive, archive.find(None), home)
 
 
 def test_interrupted_restore_can_be_continued(
@@ -41,13 +41,13 @@ def test_interrupted_restore_can_be_continued(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Restore(archive, home, progress(totals.append, cut_off)).run(snapshot)
+        restore_home(archive, snapshot, home, progress=progress(totals.append, cut_off))
     assert not (home / "svc.db").exists()
-    Restore(archive, home, progress(totals.append)).run(snapshot)
+    restore_home(archive, snapshot, home, progress=progress(totals.append))
     assert Registry.of(Settings(home=home)).versions() == [first, second]
     assert totals[1] < totals[0]
     with pytest.raises(SettingsError, match="is not empty"):
-        Restore(archive, home).run(snapshot)
+        restore_home(archive, snapshot, home)
 
 
 def test_snapshot_with_an_altered_database_is_rejected(archive: Archive, back_up: BackUp, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_snapshot_with_an_altered_database_is_rejected(archive: Archive, back_up
     with (archive.folder(snapshot) / "svc.db").open("ab") as file:
         file.write(b"x")
     with pytest.raises(IntegrityError, match="older snapshot"):
-        Restore(archive, tmp_path / "again").run(snapshot)
+        restore_home(archive, snapshot, tmp_path / "again")
     assert not (tmp_path / "again" / "svc.db").exists()
 
 
@@ -77,7 +77,7 @@ def test_older_snapshot_can_be_selected(used: UsedHome, archive: Archive, back_u
     older = back_up().snapshot
     used.publish()
     back_up()
-    Restore(archive, tmp_path / "again").run(archive.find(older.name))
+    restore_home(archive, archive.find(older.name), tmp_path / "again")
     assert Registry.of(Settings(home=tmp_path / "again")).versions() == [first]
     with pytest.raises(NotFoundError, match=older.name):
         archive.find("19990101T000000.000Z")

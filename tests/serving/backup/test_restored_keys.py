@@ -10,7 +10,7 @@ import pytest
 from serving.access.keyring import IssuedKey, Keyring
 from serving.access.usage import Usage, UsageOf, add_usage
 from serving.backup.archive import STORE_FILE, Archive
-from serving.backup.restore import Restore
+from serving.backup.restore import restore_home
 from svc.errors import RefusedError
 from svc.identity.actor import Actor
 from svc.identity.principal import Scope
@@ -44,7 +44,7 @@ def test_restored_key_stays_revoked_if_revoked_in_any_newer_snapshot(
     keyring.revoke("retired")
     third = back_up().snapshot
     for name in (oldest.name, second.name):
-        Restore(archive, tmp_path / name).run(archive.find(name))
+        restore_home(archive, archive.find(name), tmp_path / name)
         assert states(tmp_path / name) == {"stolen": False, "retired": False, "fine": True}
     store = open_database(tmp_path / oldest.name)
     revoked = [event for event in read_events(store, newest=9) if event.action == "key.revoke"]
@@ -64,7 +64,7 @@ def test_restored_key_stays_revoked_even_if_a_snapshot_older_than_its_revocation
     Keyring(used.store, Actor.local()).revoke("stolen")
     back_up()
     (archive.folder(damaged) / STORE_FILE).write_bytes(b"damaged")
-    Restore(archive, tmp_path / "again").run(archive.find(oldest.name))
+    restore_home(archive, archive.find(oldest.name), tmp_path / "again")
     assert states(tmp_path / "again") == {"stolen": False, "fine": True}
 
 
@@ -76,7 +76,7 @@ def test_reading_newer_snapshots_does_not_change_the_archive(
     first, second = back_up().snapshot, back_up().snapshot
     folder = archive.folder(second)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    Restore(archive, tmp_path / "again").run(archive.find(first.name))
+    restore_home(archive, archive.find(first.name), tmp_path / "again")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -93,9 +93,9 @@ def test_store_is_not_restored_if_the_keys_are_not_confirmed(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Restore(archive, home, on_keys=decline).run(archive.find(None))
+        restore_home(archive, archive.find(None), home, on_keys=decline)
     assert [path.name for path in home.iterdir()] == ["serve.lock"]
-    Restore(archive, home).run(archive.find(None))
+    restore_home(archive, archive.find(None), home)
     assert {path.name for path in home.iterdir()} == {"models", "mlflow.db", "serve.lock", "svc.db"}
     assert states(home) == {"one": True}
 

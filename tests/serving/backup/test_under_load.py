@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from serving.backup.archive import Archive
 from serving.backup.backup import Backup
-from serving.backup.restore import Restore
+from serving.backup.restore import restore_home
 from svc.errors import BusyError
 from svc.identity.actor import Actor
 from svc.registry.housekeeping import protected, remove_version
@@ -89,7 +89,7 @@ def test_snapshots_are_complete_while_versions_are_added_served_and_removed(
     assert min(done.values()) > 0
     for name in names:
         restored = Settings(home=tmp_path / name)
-        Restore(archive, restored.home).run(archive.find(name))
+        restore_home(archive, archive.find(name), restored.home)
         check_home(restored)
 
 
