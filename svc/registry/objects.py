@@ -19,7 +19,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -52,6 +52,9 @@ _MANIFESTS, _FILES, _PROBES = "manifests", "files", "probes"
 _HIDDEN = (re.compile(r"<(?!Code>|/Code>)[^>]*>[^<]*"), re.compile(r"\?\S+"))
 """Patterns for the parts of an error message to hide: all elements of an XML error except its code, and a URL's query
 parameters, which may contain a signature."""
+OnBytes = Callable[[int], None]
+CopyFile = Callable[[str, FileRecord, Path, OnBytes], None]
+"""Type of `ObjectStore.send_file` and `ObjectStore.receive_file`."""
 
 
 @dataclass
@@ -115,7 +118,7 @@ class ObjectStore:
             RegistryError: the store is not responding, or rejects the request.
         """
         key = manifest_key(version)
-        content = self._read(key)
+        content = self.read(key)
         if content is None:
             raise NotFoundError(f"there is no version {version} in {self.url}", todo="list the versions: svc models")
         return parse_manifest(content, version, f"{self.url}/{key}")
@@ -126,20 +129,12 @@ class ObjectStore:
         Raises:
             RegistryError: the store is not responding, or rejects the request.
         """
-        content = self._read(manifest_key(manifest.id))
+        content = self.read(manifest_key(manifest.id))
         if content is None or json.loads(content) != json.loads(manifest_bytes(manifest)):
             return False
-        return not self.lacks(manifest, manifest.formats[format].files)
+        return not self.lacks(manifest.name, manifest.formats[format].files)
 
-    def lacks(self, manifest: Manifest, records: Iterable[FileRecord]) -> list[FileRecord]:
-        """Return the records of a version's files that the store lacks or contains only in part.
-
-        Raises:
-            RegistryError: the store is not responding, or rejects the request.
-        """
-        return self.lacks_files(manifest.name, records)
-
-    def lacks_files(self, name: str, records: Iterable[FileRecord]) -> list[FileRecord]:
+    def lacks(self, name: str, records: Iterable[FileRecord]) -> list[FileRecord]:
         """Return the records of the files that the store lacks or contains only in part.
 
         Args:
@@ -178,23 +173,10 @@ class ObjectStore:
             IntegrityError: a file differs from its record.
             RegistryError: the store is not responding, or rejects the request.
         """
-        missing = {_file_key(name, file): file for file in self.lacks_files(name, records)}
-        with _progress(f"uploading {what}", sum(file.bytes for file in missing.values())) as on_bytes:
-            for key, file in missing.items():
-                self._send(key, file, folder / file.path, on_bytes)
+        missing = {_file_key(name, file): file for file in self.lacks(name, records)}  # each content once
+        _copy_all(f"uploading {what}", missing.items(), folder, self.send_file)
 
-    def download(self, manifest: Manifest, records: Iterable[FileRecord], folder: Path) -> None:
-        """Download files of a version. Files that are already in the folder are skipped.
-
-        Args:
-            folder: the version's folder, to which the files' paths are relative.
-
-        Raises:
-            DiskSpaceError, IntegrityError, RegistryError: see `download_files`.
-        """
-        self.download_files(manifest.name, records, folder, str(manifest.id))
-
-    def download_files(self, name: str, records: Iterable[FileRecord], folder: Path, what: str) -> None:
+    def download(self, name: str, records: Iterable[FileRecord], folder: Path, what: str) -> None:
         """Download files of a model's versions. Files that are already in the folder are skipped.
 
         Args:
@@ -207,8 +189,8 @@ class ObjectStore:
             IntegrityError: an object is missing, truncated or altered.
             RegistryError: the store is not responding, or rejects the request.
         """
-        missing = [file for file in records if not (folder / file.path).is_file()]
-        total = sum(file.bytes for file in missing)
+        missing = [(_file_key(name, file), file) for file in records if not (folder / file.path).is_file()]
+        total = sum(file.bytes for _, file in missing)
         folder.mkdir(parents=True, exist_ok=True)
         if total > (free := shutil.disk_usage(folder).free):
             raise DiskSpaceError(
@@ -216,9 +198,7 @@ class ObjectStore:
                 f"{free / 1e6:.0f} MB are free",
                 todo="free disk space: run `svc gc`, or lower artifacts.cache_gb",
             )
-        with _progress(f"downloading {what}", total) as on_bytes:
-            for file in missing:
-                self._receive(_file_key(name, file), file, folder / file.path, on_bytes)
+        _copy_all(f"downloading {what}", missing, folder, self.receive_file)
 
     def keys(self, prefix: str) -> list[str]:
         """Return the keys of all objects below a prefix, sorted.
@@ -249,7 +229,11 @@ class ObjectStore:
         Raises:
             RegistryError: the store is not responding, or rejects the request.
         """
-        return self._read(key)
+        import obstore
+
+        with self._asking(f"read {key}"), suppress(FileNotFoundError):
+            return bytes(obstore.get(self._client, key).bytes())
+        return None
 
     def write(self, key: str, content: bytes) -> None:
         """Write a small object, replacing any object with the same key.
@@ -269,9 +253,7 @@ class ObjectStore:
             IntegrityError: a file differs from its record.
             RegistryError: the store is not responding, or rejects the request.
         """
-        with _progress(f"uploading {prefix}", sum(file.bytes for file in records)) as on_bytes:
-            for file in records:
-                self._send(f"{prefix}/{file.path}", file, folder / file.path, on_bytes)
+        _copy_all(f"uploading {prefix}", [(f"{prefix}/{file.path}", file) for file in records], folder, self.send_file)
 
     def receive(self, prefix: str, records: Sequence[FileRecord], folder: Path) -> None:
         """Download files below a prefix into a folder.
@@ -280,27 +262,8 @@ class ObjectStore:
             IntegrityError: an object is missing, truncated or altered.
             RegistryError: the store is not responding, or rejects the request.
         """
-        with _progress(f"downloading {prefix}", sum(file.bytes for file in records)) as on_bytes:
-            for file in records:
-                self._receive(f"{prefix}/{file.path}", file, folder / file.path, on_bytes)
-
-    def send_file(self, key: str, record: FileRecord, path: Path) -> None:
-        """Upload one file.
-
-        Raises:
-            IntegrityError: the file differs from its record.
-            RegistryError: the store is not responding, or rejects the request.
-        """
-        self._send(key, record, path, lambda count: None)
-
-    def receive_file(self, key: str, record: FileRecord, path: Path) -> None:
-        """Download one file, which appears at the path only when it is complete and verified.
-
-        Raises:
-            IntegrityError: the object is missing, truncated or altered.
-            RegistryError: the store is not responding, or rejects the request.
-        """
-        self._receive(key, record, path, lambda count: None)
+        files = [(f"{prefix}/{file.path}", file) for file in records]
+        _copy_all(f"downloading {prefix}", files, folder, self.receive_file)
 
     def size(self, key: str) -> int | None:
         """Return the size of an object in bytes, or None if it does not exist.
@@ -314,7 +277,16 @@ class ObjectStore:
             return obstore.head(self._client, key)["size"]
         return None
 
-    def _send(self, key: str, file: FileRecord, path: Path, on_bytes: Callable[[int], None]) -> None:
+    def send_file(self, key: str, file: FileRecord, path: Path, on_bytes: OnBytes = lambda count: None) -> None:
+        """Upload one file.
+
+        Args:
+            on_bytes: called with the number of bytes sent since the last call.
+
+        Raises:
+            IntegrityError: the file is missing, or differs from its record.
+            RegistryError: the store is not responding, or rejects the request.
+        """
         import obstore
 
         if not path.is_file():
@@ -329,7 +301,16 @@ class ObjectStore:
             else:
                 obstore.put(self._client, key, blocks, chunk_size=part, max_concurrency=_AT_ONCE)
 
-    def _receive(self, key: str, file: FileRecord, path: Path, on_bytes: Callable[[int], None]) -> None:
+    def receive_file(self, key: str, file: FileRecord, path: Path, on_bytes: OnBytes = lambda count: None) -> None:
+        """Download one file, which appears at the path only when it is complete and verified.
+
+        Args:
+            on_bytes: called with the number of bytes received since the last call.
+
+        Raises:
+            IntegrityError: the object is missing, truncated or altered.
+            RegistryError: the store is not responding, or rejects the request.
+        """
         import obstore
 
         def read(start: int) -> "Bytes":
@@ -371,7 +352,7 @@ class ObjectStore:
         attempt may have written it, although its response was lost.
         """
         key, content = manifest_key(manifest.id), manifest_bytes(manifest)
-        if not self._create(key, content) and self._read(key) != content:
+        if not self._create(key, content) and self.read(key) != content:
             raise RegistryError(
                 f"{manifest.id} is already in {self.url}, registered by another machine: {key}",
                 expected="a version number that no machine has published",
@@ -423,13 +404,6 @@ class ObjectStore:
                 return True
         raise AssertionError("the last attempt returns or raises")
 
-    def _read(self, key: str) -> bytes | None:
-        import obstore
-
-        with self._asking(f"read {key}"), suppress(FileNotFoundError):
-            return bytes(obstore.get(self._client, key).bytes())
-        return None
-
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:
         """Convert obstore's errors in the `with` block to this project's errors, except AlreadyExistsError.
@@ -477,7 +451,7 @@ def _file_key(name: str, file: FileRecord) -> str:
     return f"{_FILES}/{name}/{file.sha256}/{PurePosixPath(file.path).name}"
 
 
-def _read_checked(file: FileRecord, path: Path, part: int, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+def _read_checked(file: FileRecord, path: Path, part: int, on_bytes: OnBytes) -> Iterator[bytes]:
     """Yield a file's contents in blocks.
 
     Raises:
@@ -512,13 +486,17 @@ def _in_order(read: Callable[[int], "Bytes"], starts: Iterable[int]) -> Iterator
             yield ahead.popleft().result()
 
 
-@contextmanager
-def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a callback that takes the number of bytes copied since its last call. The callback prints the progress
-    after 2 s, and then every 15 s.
+def _copy_all(text: str, files: Collection[tuple[str, FileRecord]], folder: Path, copy: CopyFile) -> None:
+    """Upload or download files. The progress is printed after 2 s, and then every 15 s.
+
+    Args:
+        text: description of the copies, for the progress.
+        files: keys and records of the files.
+        folder: folder to which the files' paths are relative.
     """
     from svc.terminal import console
 
+    total = sum(file.bytes for _, file in files)
     started = time.monotonic()
     done, due = 0, started + _FIRST_PROGRESS_S
 
@@ -530,7 +508,8 @@ def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
             rate = done / 1e6 / (now - started)
             console.print(f"  {text}: {done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate:.0f} MB/s", markup=False)
 
-    yield on_bytes
+    for key, file in files:
+        copy(key, file, folder / file.path, on_bytes)
 
 
 def _reason(error: Exception) -> str:

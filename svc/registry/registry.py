@@ -382,7 +382,7 @@ class Registry:
         with self.downloads_paused(version.name):
             if self._is_here(version):
                 return
-            objects.download(manifest, manifest.small_files, staging)
+            objects.download(version.name, manifest.small_files, staging, str(version))
             verify_files(staging, manifest.small_files)  # an earlier fetch may have been for another version
             write_manifest(staging, manifest)
             (staging / MANIFEST_FILE).chmod(0o444)
@@ -398,7 +398,7 @@ class Registry:
             return
         if not all((folder / file.path).is_file() for file in files):
             with self.downloads_paused(version.name):
-                self.objects.download(self.manifest(version), files, folder)
+                self.objects.download(version.name, files, folder, str(version))
         os.utime(folder / format)
 
 

@@ -157,7 +157,7 @@ class RayStages:
             stored = run.stored_weights(stage)
             if stored is None and run.weights(format).is_dir():
                 run.add_stored(stage, store_weights(self._objects, self._models.recipe.name, run, format))
-            elif stored is None or self._objects.lacks_files(self._models.recipe.name, stored.files):
+            elif stored is None or self._objects.lacks(self._models.recipe.name, stored.files):
                 run.begin(stage)
         if self._models.is_full and run.done(Stage.TRAIN) and not self._has_merged():
             if run.merged.is_dir():
@@ -219,10 +219,10 @@ def fetch_stored(run: Run, recipe: Recipe, objects: ObjectStore, checkpoints: Sh
     """
     for stage, format in _WRITTEN.items():
         stored = run.stored_weights(stage)
-        if stored is None or objects.lacks_files(recipe.name, stored.files):
+        if stored is None or objects.lacks(recipe.name, stored.files):
             continue
         run.fresh(run.weights(format))
-        objects.download_files(recipe.name, stored.files, run.folder, f"{format} weights")
+        objects.download(recipe.name, stored.files, run.folder, f"{format} weights")
         run.add_stored(stage, None)
     trained = run.stored_weights(Stage.TRAIN)
     if trained is not None and not run.merged.is_dir() and checkpoints.has_trained(trained.files):
@@ -308,13 +308,13 @@ class _NodeStages:
             self._fetch_trained()
             self.models.steps[Stage.MERGE].work()
             return
-        self._objects.download_files(self._task.recipe.name, stored.files, self._run.folder, f"{format} weights")
+        self._objects.download(self._task.recipe.name, stored.files, self._run.folder, f"{format} weights")
 
     def _fetch_trained(self) -> None:
         task, run = self._task, self._run
         if task.adapter is not None:
             if not run.adapter.is_dir():
-                self._objects.download_files(task.recipe.name, task.adapter.files, run.folder, "adapter")
+                self._objects.download(task.recipe.name, task.adapter.files, run.folder, "adapter")
             return
         assert task.trained is not None  # noqa: S101 - RayStages.share
         checkpoints = SharedCheckpoints(self._objects, self._name, run.checkpoints, run.tracking)

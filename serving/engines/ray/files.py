@@ -77,7 +77,7 @@ class NodeModels:
                 missing = sum(file.bytes for file in files if not (place / file.path).is_file())
                 if missing and self.max_bytes is not None:
                     evict(self._models, self.max_bytes - missing)
-                objects.download(manifest, files, place)
+                objects.download(version.name, files, place, str(version))
             verify_files(place, files)
             os.utime(target)
             self._release()

@@ -89,7 +89,7 @@ def test_downloaded_version_equals_the_uploaded_version(
 ) -> None:
     objects.upload(manifest, folder)
     found = objects.manifest(manifest.id)
-    objects.download(found, found.files, tmp_path / "copy")
+    objects.download(found.name, found.files, tmp_path / "copy", str(found.id))
     assert found == manifest
     assert record_files(tmp_path / "copy", tmp_path / "copy") == record_files(folder, folder)
 
@@ -171,7 +171,7 @@ def test_racing_registrations_publish_exactly_one_version(
     with pytest.raises(RegistryError, match="already in"):
         objects.upload(manifest, folder)
     assert objects.manifest(manifest.id) == other
-    assert objects.lacks(other, other.files) == []
+    assert objects.lacks(other.name, other.files) == []
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ def test_repeated_upload_sends_only_files_absent_from_the_object_store(
     s3.upload(manifest, folder)
     written = [path for method, path in bucket.requests if method in ("PUT", "POST") and "/files/" in path]
     assert len(written) == 1 and HELDOUT_FILE in written[0]
-    assert s3.lacks(manifest, [sent]) == []
+    assert s3.lacks(manifest.name, [sent]) == []
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_error_for_a_corrupt_object_names_its_key(
     else:
         obstore.put(objects._client, key, content)
     with pytest.raises(IntegrityError, match=how) as caught:
-        objects.download(manifest, manifest.files, tmp_path / "copy")
+        objects.download(manifest.name, manifest.files, tmp_path / "copy", str(manifest.id))
     assert key in caught.value.wrong and FILE in caught.value.wrong
     assert list((tmp_path / "copy" / "merged").glob("*model*")) == []
     assert list((tmp_path / "copy" / "merged").glob(".*")) == []
@@ -225,7 +225,7 @@ def test_truncated_object_is_uploaded_again(objects: ObjectStore, manifest: Mani
     objects.upload(manifest, folder)
     obstore.put(objects._client, key_of(manifest, weights(manifest)), b"short")
     objects.upload(manifest, folder)
-    assert objects.lacks(manifest, manifest.files) == []
+    assert objects.lacks(manifest.name, manifest.files) == []
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_interrupted_download_resumes_with_the_files_not_yet_downloaded(
 ) -> None:
     objects.upload(manifest, folder)
     received: list[str] = []
-    receive = ObjectStore._receive
+    receive = ObjectStore.receive_file
 
     def once(self: ObjectStore, key: str, file: FileRecord, path: Path, on_bytes: Callable[[int], None]) -> None:
         if len(received) == 2:
@@ -243,10 +243,10 @@ def test_interrupted_download_resumes_with_the_files_not_yet_downloaded(
         received.append(file.path)
         receive(self, key, file, path, on_bytes)
 
-    monkeypatch.setattr(ObjectStore, "_receive", once)
+    monkeypatch.setattr(ObjectStore, "receive_file", once)
     with pytest.raises(KeyboardInterrupt):
-        objects.download(manifest, manifest.files, tmp_path / "copy")
-    objects.download(manifest, manifest.files, tmp_path / "copy")
+        objects.download(manifest.name, manifest.files, tmp_path / "copy", str(manifest.id))
+    objects.download(manifest.name, manifest.files, tmp_path / "copy", str(manifest.id))
     assert sorted(received) == sorted([*(file.path for file in manifest.files), "interrupted"])
 
 
@@ -278,7 +278,7 @@ def test_download_is_refused_when_there_is_not_enough_disk_space(
     objects.upload(manifest, folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(DiskSpaceError, match="9 MB, and 0 MB are free"):
-        objects.download(manifest, manifest.files, tmp_path / "copy")
+        objects.download(manifest.name, manifest.files, tmp_path / "copy", str(manifest.id))
 
 
 def test_error_is_raised_if_the_object_store_folder_is_missing(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_upload_succeeds_after_transient_request_failures(
     bucket.fail(fault, "POST" if part == "uploads" else "PUT", part)
     s3.upload(manifest, folder)
     assert s3.manifest(manifest.id) == manifest
-    assert s3.lacks(manifest, manifest.files) == []
+    assert s3.lacks(manifest.name, manifest.files) == []
 
 
 @slow
@@ -317,7 +317,7 @@ def test_download_succeeds_after_transient_request_failures(
         monkeypatch.setattr(module, "_REQUEST_TIMEOUT", timedelta(seconds=2))
     s3 = ObjectStore(bucket.url, retries=3)
     bucket.fail(fault, "GET", "/model.safetensors", times=2)
-    s3.download(manifest, manifest.files, tmp_path / "copy")
+    s3.download(manifest.name, manifest.files, tmp_path / "copy", str(manifest.id))
     assert record_files(tmp_path / "copy", tmp_path / "copy") == record_files(folder, folder)
 
 
@@ -346,7 +346,7 @@ def test_persistently_failing_download_leaves_no_file_and_its_error_names_the_ob
     s3.upload(manifest, folder)
     bucket.fail(fault, "GET", "/model.safetensors", times=1000)
     with pytest.raises(RegistryError, match=f"could not read {key_of(manifest, weights(manifest))}"):
-        s3.download(manifest, manifest.files, tmp_path / "copy")
+        s3.download(manifest.name, manifest.files, tmp_path / "copy", str(manifest.id))
     assert list((tmp_path / "copy").rglob("*model*")) == []
 
 
@@ -383,5 +383,5 @@ def test_only_the_requested_files_are_downloaded(
     objects: ObjectStore, manifest: Manifest, folder: Path, tmp_path: Path, format: Format
 ) -> None:
     objects.upload(manifest, folder)
-    objects.download(manifest, manifest.formats[format].files, tmp_path / "copy")
+    objects.download(manifest.name, manifest.formats[format].files, tmp_path / "copy", str(manifest.id))
     assert [path.name for path in (tmp_path / "copy").iterdir()] == [format.value]

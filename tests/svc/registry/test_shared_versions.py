@@ -165,7 +165,7 @@ def test_failed_upload_publishes_nothing_and_the_next_registration_reuses_upload
             publish()
     assert registry.versions() == [] and objects.versions() == []
     sent: list[str] = []
-    monkeypatch.setattr(ObjectStore, "_send", lambda self, key, *rest: sent.append(key))
+    monkeypatch.setattr(ObjectStore, "send_file", lambda self, key, *rest: sent.append(key))
     assert publish().id == VersionId(name, 2)
     assert sent == []
 

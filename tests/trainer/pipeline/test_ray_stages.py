@@ -150,7 +150,7 @@ def test_ray_node_writes_the_same_weights_as_a_local_run_and_stores_them_in_the_
         stored = machine.run.stored_weights(stage)
         assert stored is not None
         assert stored.files == here.files(format)
-        assert machine.objects.lacks_files("tiny", stored.files) == []
+        assert machine.objects.lacks("tiny", stored.files) == []
         assert not machine.run.weights(format).exists()
     assert ray.running == []
     assert list((machine.settings.ray.folder / "training").iterdir()) == []
@@ -191,7 +191,7 @@ def test_weights_of_local_stages_are_uploaded_when_the_run_continues_on_a_ray_cl
         stored = machine.run.stored_weights(stage)
         assert stored is not None
         assert stored.files == machine.files(format)
-        assert machine.objects.lacks_files("tiny", stored.files) == []
+        assert machine.objects.lacks("tiny", stored.files) == []
 
 
 def test_stage_is_repeated_when_its_weights_are_missing_from_the_object_store(machine: Machine, ray: RayDouble) -> None:
