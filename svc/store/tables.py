@@ -101,6 +101,24 @@ def _reader(kind: Any) -> tuple[TypeAdapter[Any], frozenset[str]]:
     return TypeAdapter(kind), frozenset(field.name for field in fields(kind))
 
 
+class TargetRow:
+    """First columns of a row that belongs to a version in a given format. Columns that precede them in a table have a
+    smaller `sort_order`.
+    """
+
+    name: Mapped[str] = mapped_column(sort_order=-1)
+    number: Mapped[int] = mapped_column(sort_order=-1)
+    format: Mapped[str] = mapped_column(sort_order=-1)
+
+
+class TargetKeyRow(TargetRow):
+    """The same columns in a primary key."""
+
+    name: Mapped[str] = mapped_column(primary_key=True, sort_order=-1)
+    number: Mapped[int] = mapped_column(primary_key=True, sort_order=-1)
+    format: Mapped[str] = mapped_column(primary_key=True, sort_order=-1)
+
+
 class DesiredRow(Table):
     """Desired version of a model. `generation` increases with every change, so that writes based on an outdated
     state are detected.
@@ -149,19 +167,19 @@ class LeaseRow(Table):
     until: Mapped[datetime]
 
 
-class SwapRow(Table):
+class SwapRow(TargetRow, Table):
     """One attempt to load a desired version into the engine. If it has no outcome, it is still running or was
     interrupted.
     """
 
     __tablename__ = "swaps"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    server: Mapped[str] = mapped_column(default="", server_default="")  # empty if no other server can use the store
-    name: Mapped[str]
-    generation: Mapped[int]
-    number: Mapped[int]
-    format: Mapped[str]
+    id: Mapped[int] = mapped_column(primary_key=True, sort_order=-2)
+    server: Mapped[str] = mapped_column(
+        default="", server_default="", sort_order=-2
+    )  # empty if no other server can use the store
+    name: Mapped[str] = mapped_column(sort_order=-2)
+    generation: Mapped[int] = mapped_column(sort_order=-2)
     started_at: Mapped[datetime]
     outcome: Mapped[str | None]
     reason: Mapped[str | None]
@@ -183,15 +201,13 @@ class SwapStepRow(Table):
     text: Mapped[str]
 
 
-class RolloutRow(Table):
+class RolloutRow(TargetRow, Table):
     """One promotion through shadow and canary steps. `plan`, `signals` and `gates` are JSON."""
 
     __tablename__ = "rollouts"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(index=True)
-    number: Mapped[int]
-    format: Mapped[str]
+    id: Mapped[int] = mapped_column(primary_key=True, sort_order=-2)
+    name: Mapped[str] = mapped_column(index=True, sort_order=-2)
     previous_number: Mapped[int]
     previous_format: Mapped[str]
     generation: Mapped[int]
@@ -262,16 +278,13 @@ class ShadowPairRow(Table):
     replayed: Mapped[int | None]
 
 
-class RetakenProbesRow(Table):
+class RetakenProbesRow(TargetKeyRow, Table):
     """A version's probes, measured again on a kind of engine other than the one on which the version was qualified; see
     svc.engine.probes.
     """
 
     __tablename__ = "retaken_probes"
 
-    name: Mapped[str] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True)
-    format: Mapped[str] = mapped_column(primary_key=True)
     engine: Mapped[str] = mapped_column(primary_key=True)
     probes: Mapped[str]
 
@@ -321,15 +334,12 @@ class FeedbackRow(Table):
     correction: Mapped[str | None]
 
 
-class HoldoutRunRow(Table):
+class HoldoutRunRow(TargetRow, Table):
     """One evaluation of a served version on its held-out examples. `results` is JSON that contains no texts."""
 
     __tablename__ = "holdout_runs"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
-    number: Mapped[int]
-    format: Mapped[str]
+    id: Mapped[int] = mapped_column(primary_key=True, sort_order=-2)
     engine: Mapped[str]
     cause: Mapped[str]
     started_at: Mapped[datetime]
@@ -339,31 +349,25 @@ class HoldoutRunRow(Table):
     results: Mapped[str]
 
 
-class DriftStateRow(Table):
+class DriftStateRow(TargetKeyRow, Table):
     """Drift detection state for one signal of a version's traffic. `state` and `report` are JSON defined by
     monitoring.
     """
 
     __tablename__ = "drift_states"
 
-    name: Mapped[str] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True)
-    format: Mapped[str] = mapped_column(primary_key=True)
     signal: Mapped[str] = mapped_column(primary_key=True)
     state: Mapped[str]
     report: Mapped[str]
     checked_at: Mapped[datetime]
 
 
-class DriftAlarmRow(Table):
+class DriftAlarmRow(TargetRow, Table):
     """One drift alarm, which is active until its end is set. `examples` contains request ids, one per line."""
 
     __tablename__ = "drift_alarms"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
-    number: Mapped[int]
-    format: Mapped[str]
+    id: Mapped[int] = mapped_column(primary_key=True, sort_order=-2)
     signal: Mapped[str]
     feature: Mapped[str]
     since: Mapped[datetime]
@@ -373,7 +377,7 @@ class DriftAlarmRow(Table):
     examples: Mapped[str]
 
 
-class DriftItemRow(Table):
+class DriftItemRow(TargetRow, Table):
     """Drift features of one request, without its text. The row is deleted together with its request.
 
     `features` is JSON. `topic` and `wanted` are float32 arrays and `words` is an int32 array, all little-endian.
@@ -383,11 +387,10 @@ class DriftItemRow(Table):
     # Ids are never reused: a reader's cursor stays valid after all rows were deleted.
     __table_args__ = (sa.Index("ix_drift_items_target", "name", "number", "format"), {"sqlite_autoincrement": True})
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    request: Mapped[int] = mapped_column(sa.ForeignKey("requests.id", ondelete="CASCADE"), unique=True, index=True)
-    name: Mapped[str]
-    number: Mapped[int]
-    format: Mapped[str]
+    id: Mapped[int] = mapped_column(primary_key=True, sort_order=-2)
+    request: Mapped[int] = mapped_column(
+        sa.ForeignKey("requests.id", ondelete="CASCADE"), unique=True, index=True, sort_order=-2
+    )
     features: Mapped[str]
     topic: Mapped[bytes]
     wanted: Mapped[bytes]
@@ -395,16 +398,13 @@ class DriftItemRow(Table):
     conversation: Mapped[int] = mapped_column(sa.BigInteger)
 
 
-class DriftBaselineRow(Table):
+class DriftBaselineRow(TargetKeyRow, Table):
     """A version's traffic that was accepted as its drift reference. Later traffic is compared with it instead
     of with the version's own examples.
     """
 
     __tablename__ = "drift_baselines"
 
-    name: Mapped[str] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True)
-    format: Mapped[str] = mapped_column(primary_key=True)
     data: Mapped[bytes]
 
 
@@ -486,18 +486,16 @@ class UsageRow(Table):
     tokens_out: Mapped[int] = mapped_column(sa.BigInteger)
 
 
-class ServedRow(Table):
+class ServedRow(TargetRow, Table):
     """A period in which a version of a model was served. If it has no end, the version is still being served,
     or the server died.
     """
 
     __tablename__ = "served"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    server: Mapped[str] = mapped_column(default="", server_default="")
-    name: Mapped[str] = mapped_column(index=True)
-    number: Mapped[int]
-    format: Mapped[str]
+    id: Mapped[int] = mapped_column(primary_key=True, sort_order=-2)
+    server: Mapped[str] = mapped_column(default="", server_default="", sort_order=-2)
+    name: Mapped[str] = mapped_column(index=True, sort_order=-2)
     generation: Mapped[int]
     began_at: Mapped[datetime]
     began_by: Mapped[str]
@@ -650,20 +648,6 @@ class BatchRow(Table):
     cancelled_at: Mapped[datetime | None]
     output_file: Mapped[str | None]
     error_file: Mapped[str | None]
-
-
-TargetRow = (
-    SwapRow
-    | RolloutRow
-    | RetakenProbesRow
-    | HoldoutRunRow
-    | DriftStateRow
-    | DriftAlarmRow
-    | DriftItemRow
-    | DriftBaselineRow
-    | ServedRow
-)
-"""Union of the row types that belong to a version in a given format."""
 
 
 def target_columns(target: Target) -> dict[str, Any]:
