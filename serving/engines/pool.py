@@ -7,7 +7,7 @@ on the contents of a version, and leaves decisions about engines to the reconcil
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,13 +263,15 @@ class EnginePool:
         return [member for member in self.members if member.state in _DOWN]
 
     @asynccontextmanager
-    async def held(self, engine: Replica) -> AsyncIterator[None]:
-        """Wait for the exclusive right to start, change or stop an engine, and hold it during the `with` block."""
+    async def held(self, *engines: Replica) -> AsyncIterator[None]:
+        """Wait for the exclusive right to start, change or stop engines, and hold it during the `with` block."""
         try:
-            async with engine.lock:
+            async with AsyncExitStack() as stack:
+                for engine in engines:
+                    await stack.enter_async_context(engine.lock)
                 yield
         finally:
-            self._changed.set()  # the engine may be down, and free to be restarted
+            self._changed.set()  # an engine may be down, and free to be restarted
 
     async def changed(self, timeout_s: float | None) -> None:
         """Wait until an engine's state has changed since the last call, or until `timeout_s` seconds have passed."""

@@ -19,7 +19,6 @@ from serving.engines.slots import EngineSlots
 from serving.engines.verification import Verification
 from serving.models.deployment import Deployment
 from serving.models.deployments import MakeRoom
-from serving.rollout.candidate import CandidateLoader
 from serving.rollout.engine_change import EngineChange
 from serving.rollout.idling import Idling
 from serving.rollout.journal import Journal
@@ -80,19 +79,18 @@ class DeploymentBuilder:
 
         alias = ProductionAlias(self.registry.tracking, leads)
         journal = Journal(self.store, self.leadership.server)
-        swap = self._swap(planner, pool, verification, admission, names)
+        engine_change = EngineChange(
+            planner=planner,
+            verification=verification,
+            pool=pool,
+            drain_timeout_s=self.settings.serve.drain_timeout_s,
+        )
         rollouts = Rollouts(
-            names=names,
             store=self.store,
             changes=self.changes,
             leadership=self.leadership,
-            registry=self.registry,
-            pool=pool,
-            admission=admission,
             balancer=balancer,
-            loader=CandidateLoader(planner=planner, pool=pool, names=names),
-            engine_change=swap.engine_change,
-            metrics=metrics,
+            engine_change=engine_change,
             report=journal.rollout_step,
             webhooks=tuple(each.url for each in self.settings.webhooks),
         )
@@ -102,18 +100,13 @@ class DeploymentBuilder:
             changes=self.changes,
             leadership=self.leadership,
             pool=pool,
-            swap=swap,
+            swap=Swap(engine_change),
             rollouts=rollouts,
             journal=journal,
-            names=names,
-            metrics=metrics,
             alias=alias,
-            slots=self.slots,
         )
         idling = Idling(
             pool,
-            admission,
-            metrics,
             target=lambda: reconciler.actual.target,
             timeout_s=self.settings.idle_s_of(name),
             promoting=lambda: reconciler.promoting,
@@ -126,9 +119,6 @@ class DeploymentBuilder:
         scaling = ReplicaScaling(
             policy=ScalingPolicy(limits.min, limits.max, engine.max_concurrency, limits.remove_after_s),
             pool=pool,
-            admission=admission,
-            metrics=metrics,
-            slots=self.slots,
             target=lambda: reconciler.actual.target,
             changing=lambda: reconciler.promoting or rollouts.active,
         )
@@ -197,31 +187,11 @@ class DeploymentBuilder:
     def _planner(self, pool: EnginePool, verification: Verification) -> SwapPlanner:
         limits = self.settings.serve
         return SwapPlanner(
-            registry=self.registry,
             verification=verification,
             pool=pool,
             choice=limits.swap,
-            slots=self.slots,
             patience_s=limits.drain_timeout_s,
         )
-
-    def _swap(
-        self,
-        planner: SwapPlanner,
-        pool: EnginePool,
-        verification: Verification,
-        admission: Admission,
-        names: ModelNames,
-    ) -> Swap:
-        engine_change = EngineChange(
-            planner=planner,
-            verification=verification,
-            pool=pool,
-            admission=admission,
-            names=names,
-            drain_timeout_s=self.settings.serve.drain_timeout_s,
-        )
-        return Swap(planner=planner, engine_change=engine_change, pool=pool, admission=admission, names=names)
 
     def _background(
         self,

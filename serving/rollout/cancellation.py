@@ -5,7 +5,7 @@ interrupt a reload, after which the engine's weights would be unknown.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
@@ -75,13 +75,12 @@ class Cancellation:
             await asyncio.gather(working, return_exceptions=True)
 
     @asynccontextmanager
-    async def holding(self, pool: EnginePool, engines: Sequence[Replica]) -> AsyncIterator[None]:
+    async def holding(self, pool: EnginePool, *engines: Replica) -> AsyncIterator[None]:
         """Wait for any engine startups to finish, then hold the right to change the engines during the `with` block.
 
         Raises:
             SupersededError: cancellation was requested before the right was obtained.
         """
         async with AsyncExitStack() as stack:
-            for engine in engines:
-                await self.interrupting(stack.enter_async_context(pool.held(engine)))
+            await self.interrupting(stack.enter_async_context(pool.held(*engines)))
             yield

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from serving.engines.model_names import ModelNames
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.rollout.cancellation import Cancellation
@@ -58,13 +57,15 @@ class CandidatePlan:
         return self.swap.kind is SwapKind.INPLACE and not self.swap.restart
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class CandidateLoader:
     """Loads candidates of one model."""
 
     planner: SwapPlanner
-    pool: EnginePool
-    names: ModelNames
+
+    @property
+    def pool(self) -> EnginePool:
+        return self.planner.pool
 
     async def plan(self, current: Target, target: Target, cancellation: Cancellation) -> CandidatePlan:
         """Compare the candidate's files with its manifest, and return how it can be loaded.
@@ -109,10 +110,10 @@ class CandidateLoader:
                 else:
                     loaded = LoadedCandidate(await self._start(target, report, cancellation))
                     self.pool.set_candidate(loaded.engine)
-                self.names.candidate, self.names.candidate_on_demand = target.version, loaded.engine is None
+                self.pool.names.candidate, self.pool.names.candidate_on_demand = target.version, loaded.engine is None
                 yield loaded
         finally:
-            self.names.candidate, self.names.candidate_on_demand = None, False
+            self.pool.names.candidate, self.pool.names.candidate_on_demand = None, False
             engine = self.pool.candidate
             self.pool.set_candidate(None)
             if engine is not None:

@@ -17,8 +17,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
-from serving.admission.admission import Admission
-from serving.engines.model_names import ModelNames
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.engines.retirement import RETIRE_TIMEOUT_S
@@ -78,8 +76,6 @@ class EngineChange:
     planner: SwapPlanner
     verification: Verification
     pool: EnginePool
-    admission: Admission
-    names: ModelNames
     drain_timeout_s: float
 
     async def run(self, change: SwapInProgress, engine: Replica) -> Result:
@@ -161,7 +157,7 @@ class EngineChange:
     def _serve_if_only(self, change: SwapInProgress) -> None:
         """Switch production to the target, unless other engines still run the previous version."""
         if len(self.pool.alive) <= 1:
-            self.names.serve(change.target)
+            self.pool.names.serve(change.target)
 
     async def _in_place(self, change: SwapInProgress, engine: Replica) -> Result:
         if not change.plan.restart:
@@ -248,11 +244,11 @@ class EngineChange:
         Requests go to the other engines or, if there are none, wait in the queue.
         """
         try:
-            async with self.admission.changing():
+            async with self.pool.admission.changing():
                 engine.enter(EngineState.DRAINING)
                 try:
                     if not self.pool.ready:
-                        change.report(f"queueing new requests; requests still running: {self.admission.running}")
+                        change.report(f"queueing new requests; requests still running: {self.pool.admission.running}")
                     yield
                 except BaseException:
                     # Cancelled, or a defect. The engine's weights are unknown, so it must not receive requests.
@@ -260,9 +256,9 @@ class EngineChange:
                         engine.enter(EngineState.FAILED)
                     raise
         finally:
-            if self.admission.closed_s is not None:
-                change.queued_s = (change.queued_s or 0.0) + self.admission.closed_s
-                change.queued = max(change.queued or 0, self.admission.queue.most)
+            if self.pool.admission.closed_s is not None:
+                change.queued_s = (change.queued_s or 0.0) + self.pool.admission.closed_s
+                change.queued = max(change.queued or 0, self.pool.admission.queue.most)
 
     async def _drain(self, engine: Replica) -> None:
         """Wait until the engine has no running requests, then reset its prefix cache.

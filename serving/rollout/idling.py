@@ -9,14 +9,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from serving.admission.admission import Admission
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.rollout.reviver import start_engine
-from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.engine.state import EngineState
 from svc.errors import SvcError
 from svc.version import Target
@@ -43,8 +41,6 @@ class Idling:
     """
 
     pool: EnginePool
-    admission: Admission
-    metrics: DeploymentMetrics
     target: Callable[[], Target]
     timeout_s: float | None
     promoting: Callable[[], bool]
@@ -68,9 +64,9 @@ class Idling:
         """Seconds since the last request, or None if the engines must not be stopped now."""
         if self.timeout_s is None or self.promoting() or not self.pool.ready or self.pool.others:
             return None
-        if self.admission.batch_slots.busy:
+        if self.pool.admission.batch_slots.busy:
             return None
-        return self.admission.idle_s if self.admission.idle_s > 0 else None
+        return self.pool.admission.idle_s if self.pool.admission.idle_s > 0 else None
 
     async def sleep(self) -> bool:
         """Put the engines to sleep or stop them. Return whether all of them are now asleep or stopped.
@@ -81,13 +77,11 @@ class Idling:
         members = self.pool.members
         if any(member.lock.locked() for member in members):
             return False
-        async with AsyncExitStack() as stack:
-            for member in members:
-                await stack.enter_async_context(self.pool.held(member))
+        async with self.pool.held(*members):
             if self.idle_s is None:
                 return False
             # Without awaiting since the check above: a request that arrives now is queued, and wakes the model.
-            self.admission.sleep()
+            self.pool.admission.sleep()
             for member in members:
                 member.enter(EngineState.IDLE)
             self._asleep.set()
@@ -103,9 +97,7 @@ class Idling:
         members = [member for member in self.pool.members if member.asleep]
         if not members or self.promoting() or any(member.lock.locked() for member in self.pool.members):
             return False
-        async with AsyncExitStack() as stack:
-            for member in members:
-                await stack.enter_async_context(self.pool.held(member))
+        async with self.pool.held(*members):
             ends = await asyncio.gather(*(self._end(member) for member in members))
         return all(ends)
 
@@ -144,15 +136,13 @@ class Idling:
         await self._wanted()
         began = time.monotonic()
         try:
-            async with AsyncExitStack() as stack:
-                for member in self.pool.members:
-                    await stack.enter_async_context(self.pool.held(member))
+            async with self.pool.held(*self.pool.members):
                 if not self.pool.ready:
                     await self._try_to_make_room()
                     await self._bring_back(began)
         finally:
             self._asleep.clear()
-            self.admission.wake()
+            self.pool.admission.wake()
             for member in self.pool.members:
                 if member.state is EngineState.IDLE:
                     member.enter(EngineState.STOPPED)  # the reviver starts it
@@ -162,13 +152,13 @@ class Idling:
         for member in self.pool.members:
             none_ready = not self.pool.ready
             if member.asleep and await self._woke(member) and none_ready:
-                self.metrics.woke(time.monotonic() - began)
+                self.pool.metrics.woke(time.monotonic() - began)
         if self.pool.ready:
             return
         if error := await start_engine(self.pool.members[0], self.target()):
             self.on_error(error)
         else:
-            self.metrics.woke(time.monotonic() - began)
+            self.pool.metrics.woke(time.monotonic() - began)
 
     async def _woke(self, member: Replica) -> bool:
         try:
@@ -188,8 +178,8 @@ class Idling:
         """Wait until a request is queued, a batch request is waiting, a rollout is in progress, or an engine was
         started for another reason.
         """
-        while not (self.pool.ready or self.rolling_out() or self.admission.batch_slots.wanted):
+        while not (self.pool.ready or self.rolling_out() or self.pool.admission.batch_slots.wanted):
             with suppress(TimeoutError):
                 async with asyncio.timeout(_MAX_CHECK_INTERVAL_S):
-                    await self.admission.queue.wanted()
+                    await self.pool.admission.queue.wanted()
                     return

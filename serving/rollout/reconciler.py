@@ -21,9 +21,7 @@ from functools import partial
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.engines.model_names import ModelNames
 from serving.engines.pool import EnginePool
-from serving.engines.slots import EngineSlots
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.journal import Journal
 from serving.rollout.leadership import Leadership
@@ -34,7 +32,6 @@ from serving.rollout.served import Began, is_served_elsewhere
 from serving.rollout.swap import Swap
 from serving.rollout.swap_plan import Report
 from serving.store_changes.changes import Changes
-from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.engine.state import EngineState
 from svc.errors import BusyError, SvcError, SwapError
 from svc.store.desired import Desired, change_desired, read_desired
@@ -61,7 +58,6 @@ class Reconciler:
             the server started.
         changes: notifications about changes in the store, which this object waits for.
         leadership: object that knows this server's id, and whether this server is the model's leader.
-        slots: engine slots, used to check whether there is memory for another engine.
         swap: object that changes the version of the engines.
         rollouts: object that runs rollouts.
         journal: journal that records swaps. It is closed by the code that stops the server.
@@ -78,10 +74,7 @@ class Reconciler:
     swap: Swap
     rollouts: Rollouts
     journal: Journal
-    names: ModelNames
-    metrics: DeploymentMetrics
     alias: ProductionAlias
-    slots: EngineSlots
 
     def __post_init__(self) -> None:
         self._failed: Desired | None = None
@@ -91,7 +84,6 @@ class Reconciler:
         self.reviver = Reviver(
             self.pool,
             target=lambda: self.actual.target,
-            slots=self.slots,
             on_start=self._revived,
             on_error=self.note_error,
         )
@@ -253,14 +245,14 @@ class Reconciler:
                 engine.why = f"unexpected error in a swap: {error!r}"
                 engine.enter(EngineState.FAILED)
         result = SwapResult(SwapOutcome.FAILED, repr(error))
-        self.metrics.swap_ended(result)
+        self.pool.metrics.swap_ended(result)
         return result
 
     async def _bring(self, desired: Desired, before: Desired, report: Report, cancellation: Cancellation) -> SwapResult:
         """Put the desired version into production by a swap or, if no engine is serving, by starting an engine."""
         try:
             if not self.pool.ready:
-                async with cancellation.holding(self.pool, self.pool.members):
+                async with cancellation.holding(self.pool, *self.pool.members):
                     if not self.pool.ready:
                         error = await cancellation.interrupting(self._start(desired.target))
                         return SwapResult(SwapOutcome.FAILED if error else SwapOutcome.SUCCEEDED, error)
@@ -269,7 +261,7 @@ class Reconciler:
         if desired.target == before.target:
             return SwapResult(SwapOutcome.SUCCEEDED)
         result = await self.swap.run(before.target, desired.target, report, cancellation)
-        self.metrics.swap_ended(result)
+        self.pool.metrics.swap_ended(result)
         return result
 
     async def _start(self, target: Target) -> str | None:
@@ -317,15 +309,15 @@ class Reconciler:
             began_by: reason for the change, or None if this version was already being served.
         """
         target = self.actual.target
-        self.names.serve(target)
-        self.metrics.version_loaded(target)
+        self.pool.names.serve(target)
+        self.pool.metrics.version_loaded(target)
         self.alias.move(target.version)
         if began_by is not None:
             self.journal.serves(self.actual, began_by)
 
     def _revived(self) -> None:
         """Publish the served version if the first attempt to start an engine failed but a later one has succeeded."""
-        if self.names.served is None:
+        if self.pool.names.served is None:
             self._serves(Began.START)
 
     def note_error(self, error: str) -> None:

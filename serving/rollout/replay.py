@@ -22,7 +22,6 @@ from functools import partial
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.admission.admission import Admission
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.engines.transport import EngineDiedError, EngineRefusedError
@@ -35,7 +34,7 @@ from serving.rollout.shadow import Copy, CopyAnswer, compared, unit_of
 from serving.rollout.shadow_pairs import ShadowPair, add_shadow_pair, read_shadow_pairs
 from serving.rollout.split import Split
 from serving.rollout.swap_plan import Plan
-from serving.telemetry.deployment_metrics import DeploymentMetrics, ShadowOutcome
+from serving.telemetry.deployment_metrics import ShadowOutcome
 from svc.engine.state import EngineState
 from svc.errors import EngineError, RefusedError, SvcError
 from svc.redaction import PLACEHOLDERS
@@ -199,9 +198,6 @@ class Replay:
     """
 
     engine_change: EngineChange
-    pool: EnginePool
-    admission: Admission
-    metrics: DeploymentMetrics
     store: Store
     record: RolloutRecord
     kept: Kept
@@ -212,6 +208,10 @@ class Replay:
     _skipped: int = field(default=0, init=False)
     _queued_s: float = field(default=0.0, init=False)
     _adding: asyncio.Task[None] | None = field(default=None, init=False)
+
+    @property
+    def pool(self) -> EnginePool:
+        return self.engine_change.pool
 
     @property
     def wanted(self) -> int:
@@ -233,7 +233,7 @@ class Replay:
                 await stop.interrupting(asyncio.sleep(_POLL_S))
                 engine = self.pool.members[0]
                 if self._is_quiet(engine):
-                    async with stop.holding(self.pool, [engine]):
+                    async with stop.holding(self.pool, engine):
                         if self._is_quiet(engine):
                             await self._lend(engine, stop)
         if self._loans:
@@ -244,7 +244,7 @@ class Replay:
 
     def _is_quiet(self, engine: Replica) -> bool:
         holds = engine.state is EngineState.READY and engine.target == self.record.previous
-        return holds and self.admission.idle_s >= self._quiet_s
+        return holds and self.pool.admission.idle_s >= self._quiet_s
 
     async def _lend(self, engine: Replica, stop: Cancellation) -> None:
         """Run the candidate in the engine until a client's request is queued, or all stored requests have been
@@ -274,7 +274,7 @@ class Replay:
 
     async def _interrupt(self, interrupt: Cancellation, stop: Cancellation) -> None:
         with suppress(SupersededError):
-            await stop.interrupting(self.admission.queue.wanted())
+            await stop.interrupting(self.pool.admission.queue.wanted())
         interrupt.ask("the engine is needed for the production version")
 
     async def _replay(self, engine: Replica, interrupt: Cancellation) -> None:
@@ -293,7 +293,7 @@ class Replay:
             self._skipped += 1
         else:
             await asyncio.to_thread(add_shadow_pair, self.store, self.record.id, pair)
-            self.metrics.shadow_request(ShadowOutcome.FAILED if pair.candidate_failed else ShadowOutcome.COMPARED)
+            self.pool.metrics.shadow_request(ShadowOutcome.FAILED if pair.candidate_failed else ShadowOutcome.COMPARED)
         self.kept = replace(self.kept, compared=self.kept.compared + (pair is not None), done=self.kept.done + 1)
 
     async def _replayed(self, engine: Replica, row: int) -> ShadowPair | None:

@@ -12,11 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.admission.admission import Admission
 from serving.engines.pool import EnginePool
-from serving.engines.slots import EngineSlots
 from serving.rollout.scaling import ScalingPolicy
-from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.engine.state import EngineState
 from svc.errors import SvcError
 from svc.version import Target
@@ -44,9 +41,6 @@ class ReplicaScaling:
 
     policy: ScalingPolicy
     pool: EnginePool
-    admission: Admission
-    metrics: DeploymentMetrics
-    slots: EngineSlots
     target: Callable[[], Target]
     changing: Callable[[], bool]
     clock: Callable[[], float] = time.monotonic
@@ -66,8 +60,10 @@ class ReplicaScaling:
         if not self._may_change():
             self.policy.reset()
             return
-        wanted = self.policy.wanted(self.clock(), self.admission.running + self.admission.queued, self.pool.size)
-        self.metrics.replicas_wanted(wanted)
+        wanted = self.policy.wanted(
+            self.clock(), self.pool.admission.running + self.pool.admission.queued, self.pool.size
+        )
+        self.pool.metrics.replicas_wanted(wanted)
         if wanted > self.pool.size:
             await self._add(wanted)
             return
@@ -107,7 +103,7 @@ class ReplicaScaling:
         """Return why these replicas cannot be added, or None if they can."""
         without_memory = sum(member.state in _NOT_STARTED for member in self.pool.members)
         try:
-            return await self.slots.shortage({self.target(): more + without_memory})
+            return await self.pool.slots.shortage({self.target(): more + without_memory})
         except (SvcError, OSError) as error:
             return error.wrong if isinstance(error, SvcError) else str(error)
 
@@ -123,4 +119,4 @@ class ReplicaScaling:
         self.refused, self._pause_s = None, _INTERVAL_S
 
     def _set_capacity(self) -> None:
-        self.admission.set_capacity(self.policy.sequences * self.pool.size)
+        self.pool.admission.set_capacity(self.policy.sequences * self.pool.size)

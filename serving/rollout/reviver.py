@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
-from serving.engines.slots import EngineSlots
 from svc.engine.state import EngineState
 from svc.errors import SvcError
 from svc.version import Target
@@ -50,7 +49,6 @@ class Reviver:
     Attributes:
         target: function that returns the version to start engines with. During a swap, this is the previous
             version.
-        slots: engine slots, used to check whether there is memory for another engine.
         on_start: function called when a member has an engine again.
         on_error: function called with the reason why a member has no engine.
         backoff_s: pauses before the first, second, ... start after an engine died, in seconds. The last pause
@@ -59,7 +57,6 @@ class Reviver:
 
     pool: EnginePool
     target: Callable[[], Target]
-    slots: EngineSlots
     on_start: Callable[[], None]
     on_error: Callable[[str], None]
     backoff_s: tuple[float, ...] = field(default_factory=lambda: _BACKOFF_S, init=False)
@@ -109,12 +106,12 @@ class Reviver:
         During a swap, a second engine or an engine that is being replaced may take up memory. Replicas that were added
         to handle the load may no longer fit when a sleeping model wakes up.
         """
-        grown = self.pool.size > self.slots.first_engines(self.target().version.name)
+        grown = self.pool.size > self.pool.slots.first_engines(self.target().version.name)
         if not self.pool.others and not grown:
             return True
         try:
             engines = {self.target(): 1 + self.pool.starting}
-            shortage = await self.slots.shortage(engines)
+            shortage = await self.pool.slots.shortage(engines)
         except (SvcError, OSError):
             return True  # the start fails with the same error
         if shortage:

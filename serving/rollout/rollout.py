@@ -26,9 +26,7 @@ from typing import TypeVar
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.admission.admission import Admission
 from serving.engines.balancer import Balancer
-from serving.engines.model_names import ModelNames
 from serving.engines.pool import EnginePool
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.candidate import CandidateLoader, CandidatePlan, LoadedCandidate
@@ -41,7 +39,6 @@ from serving.rollout.shadow import Shadow
 from serving.rollout.shadow_pairs import add_shadow_pair
 from serving.rollout.split import Split
 from serving.store_changes.changes import Changes
-from serving.telemetry.deployment_metrics import DeploymentMetrics
 from svc.dataset.text.thinking import without_thinking
 from svc.errors import EngineError, SvcError
 from svc.evaluation.metrics.json_answers import is_json
@@ -109,28 +106,26 @@ class Rollouts:
         webhooks: URLs to which each transition is reported.
     """
 
-    names: ModelNames
     store: Store
     changes: Changes
     leadership: Leadership
-    registry: Registry
-    pool: EnginePool
-    admission: Admission
     balancer: Balancer
-    loader: CandidateLoader
     engine_change: EngineChange
-    metrics: DeploymentMetrics
     report: Callable[[int, str], None]
     split: Callable[[Split | None], None] = lambda split: None
     active: bool = False
     webhooks: tuple[str, ...] = ()
 
     @property
+    def pool(self) -> EnginePool:
+        return self.engine_change.pool
+
+    @property
     def leads(self) -> bool:
         """Whether this server leads the model's rollouts. Exactly one of the servers that share the store is the
         leader.
         """
-        return self.leadership.leads(self.names.name)
+        return self.leadership.leads(self.pool.names.name)
 
     def takes_part(self, record: RolloutRecord, generation: int) -> bool:
         """Return whether this server must carry out a rollout now. Otherwise, it only has to serve the desired version.
@@ -146,8 +141,8 @@ class Rollouts:
         cancelled.
         """
         with suppress(LeaseLostError):
-            lease = self.leadership.lease(self.names.name)
-            if record := await asyncio.to_thread(active_rollout, self.store, self.names.name):
+            lease = self.leadership.lease(self.pool.names.name)
+            if record := await asyncio.to_thread(active_rollout, self.store, self.pool.names.name):
                 await self.end(record, lease, RolloutOutcome.CANCELLED, why)
 
     async def end(self, record: RolloutRecord, lease: Lease | None, outcome: RolloutOutcome, why: str | None) -> None:
@@ -158,7 +153,7 @@ class Rollouts:
         """
         log.info("the rollout of %s ended: %s %s", record.target, outcome, why or "")
         await retrying(lambda: end_rollout(self.store, record.id, outcome, why, lease=lease, webhooks=self.webhooks))
-        self.metrics.rollout_ended(outcome)
+        self.pool.metrics.rollout_ended(outcome)
 
     async def carry_out(self, record: RolloutRecord, change_to: ChangeTo) -> None:
         """Take part in a rollout, starting from its stored state, until it ends or this server has nothing left to do
@@ -187,6 +182,7 @@ class _Run:
         self._parts = rollouts
         self._change_to = change_to
         self._store = rollouts.store
+        self._loader = CandidateLoader(rollouts.engine_change.planner)
         self._record = record
         self._plan = record.plan
         self._watch = RolloutWatch(
@@ -224,7 +220,7 @@ class _Run:
         """
         parts, leads = self._parts, self._parts.leads
         try:
-            self._lease = parts.leadership.lease(parts.names.name) if leads else None
+            self._lease = parts.leadership.lease(parts.pool.names.name) if leads else None
             # Read after the lease was taken: since then, no other server can change it.
             self._record = self._watch.renew(await retrying(self._watch.read))
             if self._record.state is RolloutState.ENDED:
@@ -360,16 +356,16 @@ class _Run:
 
     async def _plan_candidate(self) -> CandidatePlan:
         """Plan how to load the candidate."""
-        record, parts = self._record, self._parts
-        plan = await parts.loader.plan(record.previous, record.target, self._cancellation)
-        expects_json = await asyncio.to_thread(_expects_json, parts.registry, record.previous.version)
+        record, registry = self._record, self._parts.engine_change.verification.registry
+        plan = await self._loader.plan(record.previous, record.target, self._cancellation)
+        expects_json = await asyncio.to_thread(_expects_json, registry, record.previous.version)
         self._split = replace(self._split, expects_json=expects_json)
         return plan
 
     async def _load(self, plan: CandidatePlan, report: Callable[[str], None]) -> LoadedCandidate:
         """Load the candidate and return it. It stays loaded until `_unload` is called."""
-        record, loader = self._record, self._parts.loader
-        loading = loader.loaded(plan, record.previous, record.target, report, self._cancellation)
+        record = self._record
+        loading = self._loader.loaded(plan, record.previous, record.target, report, self._cancellation)
         self._candidate = await self._loaded.enter_async_context(loading)
         return self._candidate
 
@@ -395,7 +391,7 @@ class _Run:
             kept,
             len(parts.pool.members),
             load_s=await retrying(lambda: last_queued_s(self._store, record.previous)),
-            queue_timeout_s=parts.admission.queue_timeout_s,
+            queue_timeout_s=parts.pool.admission.queue_timeout_s,
         )
         return kept
 
@@ -406,8 +402,8 @@ class _Run:
         parts, record, wanted = self._parts, self._record, self._plan.shadow
         shadow = Shadow(
             balancer=parts.balancer,
-            admission=parts.admission,
-            metrics=parts.metrics,
+            admission=parts.pool.admission,
+            metrics=parts.pool.metrics,
             candidate=record.target.version,
             expects_json=self._split.expects_json,
             is_shared=candidate.engine is None,
@@ -434,9 +430,6 @@ class _Run:
         parts = self._parts
         replay = Replay(
             engine_change=parts.engine_change,
-            pool=parts.pool,
-            admission=parts.admission,
-            metrics=parts.metrics,
             store=self._store,
             record=self._record,
             kept=kept,
@@ -553,10 +546,10 @@ class _Run:
             StoppedError: the swap failed, or another version became the desired version.
         """
         record, generation, server = self._record, self._record.generation + 1, self._parts.leadership.server
-        while self._parts.names.served != record.target:  # else the server was started with it
+        while self._parts.pool.names.served != record.target:  # else the server was started with it
             desired = await retrying(lambda: read_desired(self._store, record.name))
             if desired is not None and desired.generation == generation:
-                if self._parts.names.served is None:  # the first start failed, and is tried again
+                if self._parts.pool.names.served is None:  # the first start failed, and is tried again
                     await asyncio.sleep(_POLL_S)
                     continue
                 result = await self._change_to(desired)
@@ -629,7 +622,7 @@ class _Run:
             LeaseLostError: this server does not lead the rollout, or another server may have taken it over.
         """
         leadership = self._parts.leadership
-        if self._watch.lapsed or leadership.lease(self._parts.names.name) != self._lease:
+        if self._watch.lapsed or leadership.lease(self._parts.pool.names.name) != self._lease:
             raise LeaseLostError("another server may have taken over the rollout in the meantime")
 
     def _split_of(self, record: RolloutRecord) -> Split | None:
@@ -642,7 +635,7 @@ class _Run:
 
     def _divide(self, split: Split | None) -> None:
         self._parts.split(split)
-        self._parts.metrics.rollout_share(split.share if split else 0.0)
+        self._parts.pool.metrics.rollout_share(split.share if split else 0.0)
 
     def _step_s(self) -> float:
         """Return the number of seconds since the current step began, or since the server restarted if that is later."""

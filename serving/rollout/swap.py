@@ -13,13 +13,11 @@ from dataclasses import dataclass, replace
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.admission.admission import Admission
-from serving.engines.model_names import ModelNames
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
 from serving.rollout.cancellation import Cancellation, SupersededError
 from serving.rollout.engine_change import EngineChange, Result, SwapInProgress
-from serving.rollout.swap_plan import Report, SwapPlanner
+from serving.rollout.swap_plan import Report
 from svc.engine.client import DOWN
 from svc.engine.state import EngineState
 from svc.errors import SvcError
@@ -31,20 +29,19 @@ log = logging.getLogger(__name__)
 _HEALTH_POLL_S = 0.1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Swap:
     """Changes the version that all engines in a pool run.
 
     Attributes:
-        planner: planner that chooses the kind of swap.
         engine_change: object that changes a single engine's version.
     """
 
-    planner: SwapPlanner
     engine_change: EngineChange
-    pool: EnginePool
-    admission: Admission
-    names: ModelNames
+
+    @property
+    def pool(self) -> EnginePool:
+        return self.engine_change.pool
 
     async def run(
         self, current: Target, target: Target, report: Report, cancellation: Cancellation | None = None
@@ -60,13 +57,13 @@ class Swap:
         """
         began, cancellation = time.monotonic(), cancellation or Cancellation()
         try:
-            plan = await cancellation.interrupting(self.planner.plan(current, target, report))
+            plan = await cancellation.interrupting(self.engine_change.planner.plan(current, target, report))
         except SupersededError as error:
             return SwapResult(SwapOutcome.CANCELLED, str(error))
         except (SvcError, OSError, SQLAlchemyError) as error:
             log.warning("the swap to %s was refused", target, exc_info=error)
             return SwapResult(SwapOutcome.REFUSED, str(error))
-        running = self.admission.running
+        running = self.pool.admission.running
         change = SwapInProgress(current, target, plan, report, cancellation)
         outcome, reason = await self._change_all_or_none(change)
         took_s = time.monotonic() - began
@@ -87,7 +84,7 @@ class Swap:
             outcome, reason = SwapOutcome.FAILED, repr(error)
         if outcome is not SwapOutcome.SUCCEEDED:
             return max(outcome, await self._back(change), key=_severity), reason
-        self.names.serve(change.target)
+        self.pool.names.serve(change.target)
         return outcome, None
 
     async def _change_all(self, change: SwapInProgress) -> Result:
@@ -96,7 +93,7 @@ class Swap:
             change.cancellation.check()
             if engine.lock.locked():
                 change.report(f"replica {engine.replica} died and is being restarted; waiting for it")
-            async with change.cancellation.holding(self.pool, [engine]):
+            async with change.cancellation.holding(self.pool, engine):
                 if self._is_changed(change, engine) or (
                     changed and not await change.cancellation.interrupting(_recovers(engine))
                 ):
@@ -139,7 +136,7 @@ class Swap:
             if worst is SwapOutcome.SUCCEEDED:
                 change.report(f"restoring {change.current} on the engines that were changed")
                 worst = SwapOutcome.RESTORED
-            async with back.cancellation.holding(self.pool, [engine]):
+            async with back.cancellation.holding(self.pool, engine):
                 if engine.state is not EngineState.READY or engine.target != change.target:
                     continue  # it died meanwhile, and is restarted with the previous version
                 outcome, _ = await self.engine_change.run(back, engine)

@@ -6,11 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from serving.engines.pool import EnginePool
-from serving.engines.slots import EngineSlots
 from serving.engines.verification import Verification
 from svc.errors import RefusedError
 from svc.registry.fingerprint import compatibility_fingerprint
-from svc.registry.registry import Registry
 from svc.settings.serve import SwapChoice
 from svc.store.swaps import SwapKind
 from svc.version import Format, Target
@@ -52,17 +50,13 @@ class SwapPlanner:
 
     Attributes:
         choice: setting that determines whether to start a second engine even if an in-place reload is possible.
-        slots: engine slots, used to check whether there is memory for another engine and which capabilities it would
-            have.
         patience_s: longest wait, in seconds, until engines that are stopping have freed their memory and engines that
             are starting have allocated theirs.
     """
 
-    registry: Registry
     verification: Verification
     pool: EnginePool
     choice: SwapChoice
-    slots: EngineSlots
     patience_s: float
 
     async def plan(self, current: Target, target: Target, report: Report) -> Plan:
@@ -115,7 +109,7 @@ class SwapPlanner:
         """
         several = len(self.pool.alive) > 1
         kind = SwapKind.ROLLING if several else SwapKind.INPLACE
-        able = await asyncio.to_thread(self.slots.capabilities, target)
+        able = await asyncio.to_thread(self.pool.slots.capabilities, target)
         if not able.reloads:
             why, reloads = _NO_RELOAD, False
         elif able.unprobed:
@@ -136,10 +130,10 @@ class SwapPlanner:
         and with it every stream, for 100 ms or more. It is therefore done only if the stored fingerprints are
         missing or differ, as they may between releases.
         """
-        stored = [self.registry.format(of.version, of.format).fingerprint for of in (current, target)]
+        stored = [self.verification.registry.format(of.version, of.format).fingerprint for of in (current, target)]
         if stored[0] and stored[0] == stored[1]:
             return True
-        folders = (self.registry.artifact(of.version, of.format) for of in (current, target))
+        folders = (self.verification.registry.artifact(of.version, of.format) for of in (current, target))
         computed = [compatibility_fingerprint(folder) for folder in folders]
         return computed[0] == computed[1]
 
@@ -151,7 +145,7 @@ class SwapPlanner:
         deadline = time.monotonic() + self.patience_s
         while True:
             starting = self.pool.starting
-            shortage = await self.slots.shortage({target: 1 + starting})
+            shortage = await self.pool.slots.shortage({target: 1 + starting})
             if not shortage or not (self.pool.retirement.under_way or starting) or time.monotonic() >= deadline:
                 return shortage
             await asyncio.sleep(_ROOM_POLL_S)

@@ -57,7 +57,7 @@ class Copies:
         shadow = Shadow(
             balancer=self.control.balancer,
             admission=cast("Admission", self.admission),
-            metrics=self.control.deployment.rollouts.metrics,
+            metrics=self.control.pool.metrics,
             candidate=target(2).version,
             expects_json=False,
             is_shared=True,
