@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from svc.dataset.schema.tool_calls import message_text
 from svc.errors import EngineError, SettingsError
 from svc.evaluation.metrics.text import comparable_text, matches
 from svc.evaluation.results import ExampleResult
+from svc.identity.key_file import read_secret
 from svc.remote.listening import is_loopback
 
 if TYPE_CHECKING:
@@ -30,6 +32,15 @@ _TIMEOUT_S, _CONNECT_S = 300.0, 10.0
 _MAX_TRIES = 5
 _MAX_PAUSE_S = 60.0
 _MAX_SHOWN = 300
+
+
+def read_endpoint_key(path: Path | None) -> str | None:
+    """Read a provider's API key from a file. Return None if no file is given.
+
+    Raises:
+        SettingsError: see `read_secret`.
+    """
+    return read_secret(path, "ask its issuer to replace it") if path else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,18 @@ class Endpoint:
         if not model:
             raise SettingsError("the endpoint has no model name", expected="https://HOST/v1#MODEL")
         endpoint = cls(url.rstrip("/"), model, key)
+        endpoint.check()
+        return endpoint
+
+    @classmethod
+    def with_key_file(cls, url: str, model: str, key_file: Path | None) -> "Endpoint":
+        """Return an endpoint whose API key is in a file.
+
+        Raises:
+            SettingsError: the URL is not valid, other users can read the file, or the key would be sent over a network
+                in plain text.
+        """
+        endpoint = cls(url, model, read_endpoint_key(key_file))
         endpoint.check()
         return endpoint
 

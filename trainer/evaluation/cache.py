@@ -1,9 +1,10 @@
-"""Caches a model's evaluation results, so that a base model is evaluated only once instead of in every training run.
+"""Caches models' answers, so that no model answers the same example twice in training, sweeps and comparisons.
 
 The cache file contains one line of JSON per example.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,8 +12,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from svc.dataset.schema.example import ChatExample, any_call_tools
+from svc.engine.device import DeviceCapabilities
+from svc.engine.probes import engine_facts
 from svc.evaluation.results import ExampleResult
 from svc.files.disk import write_whole
+from svc.model_folder.chat_template import TemplateKwargs
+from svc.settings.settings import Settings
 from trainer.data.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
@@ -70,6 +75,28 @@ class EvaluationCache:
             log.warning("could not read %s, so its examples will be evaluated again", self._path, exc_info=True)
             return {}
         return {(line.example, line.result.limit): line.result for line in lines}
+
+
+def evaluation_cache(
+    settings: Settings,
+    capabilities: DeviceCapabilities,
+    revision: str,
+    model: Path,
+    *,
+    template_kwargs: TemplateKwargs,
+) -> EvaluationCache:
+    """Return the cache of a model's answers on an engine with the current settings.
+
+    Args:
+        revision: digest of the model's content.
+        model: folder of the model.
+        template_kwargs: arguments of the model's chat template.
+    """
+    facts = engine_facts(settings.engine, capabilities, model)
+    arguments = " ".join(settings.engine.args)
+    template = [json.dumps(dict(template_kwargs), sort_keys=True)] if template_kwargs else []
+    folder = settings.home / "cache" / "evaluations"
+    return EvaluationCache(folder, revision, facts.key, arguments, *template)
 
 
 def results_by_example(pairs: Iterable[tuple[ChatExample, ExampleResult]]) -> KnownResults:

@@ -10,6 +10,7 @@ from typing import Self
 from svc.engine.client import EngineClient
 from svc.engine.device import DeviceCapabilities
 from svc.engine.engine import Engine
+from svc.engine.model_facts import read_model_facts
 from svc.engine.state import EnginePhase
 from svc.engine.vllm.engine_args import given
 from svc.engine.vllm.folders import runtime_folder
@@ -18,6 +19,7 @@ from svc.engine.vllm.process import EngineProcess
 from svc.evaluation.evaluator import CONCURRENCY
 from svc.model_folder.chat_template import TemplateKwargs
 from svc.registry.fingerprint import compatibility_fingerprint
+from svc.settings.engine import EngineSettings
 from svc.settings.settings import Settings
 from svc.store.scores import MOST_TOKENS
 from svc.terminal import advancing
@@ -61,6 +63,15 @@ def evaluation_engine(
         template_kwargs=template_kwargs,
     )
     return EngineProcess(spec)
+
+
+def served_context(model: Path, engine: EngineSettings) -> int:
+    """Return the maximum total number of tokens in a prompt and its answer on an engine that serves the model.
+
+    Args:
+        model: folder of the model.
+    """
+    return min(engine.max_model_len, read_model_facts(model).context or engine.max_model_len)
 
 
 class ReusedEngine:

@@ -15,7 +15,6 @@ from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.preference import PreferencePair
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import DeviceCapabilities
-from svc.engine.model_facts import read_model_facts
 from svc.engine.probes import engine_facts
 from svc.errors import EngineError
 from svc.evaluation.evaluator import Evaluation, EvaluationReport, judge
@@ -33,10 +32,9 @@ from svc.version import QUANTIZED_FORMATS, SERVED_FORMATS, Format
 from trainer.base_model.resolve import Base
 from trainer.data.chat_template import tokenize_as_trained
 from trainer.data.length import check_served_length, truncate
-from trainer.evaluation.cache import EvaluationCache
+from trainer.evaluation.cache import EvaluationCache, evaluation_cache
 from trainer.evaluation.call_parser import check_call_parser
-from trainer.evaluation.evaluation_cache import evaluation_cache
-from trainer.evaluation.evaluation_engine import evaluation_engine
+from trainer.evaluation.evaluation_engine import evaluation_engine, served_context
 from trainer.evaluation.forgetting_check import ForgettingTest
 from trainer.evaluation.qualification import BaseAnswers, GeneralQuestions, Launch, Qualified, Qualifier
 from trainer.evaluation.token_scores import choose_examples
@@ -129,8 +127,7 @@ class RunEvaluation:
     @property
     def context(self) -> int:
         """Maximum total number of tokens in a prompt and its answer on this machine's engine."""
-        longest = self.settings.engine.max_model_len
-        return min(longest, read_model_facts(self.base.folder).context or longest)
+        return served_context(self.base.folder, self.settings.engine)
 
     @cached_property
     def metrics(self) -> Sequence[Metric]:

@@ -21,7 +21,6 @@ from svc.evaluation.endpoint import Endpoint
 from svc.evaluation.judge import JudgeReport, judge_answers
 from svc.evaluation.results import ExampleResult
 from svc.files.lock import hold_lock
-from svc.identity.key_file import read_secret
 from svc.model_folder.chat_template import choose_template_kwargs
 from svc.model_folder.weight_files import weight_files
 from svc.registry.housekeeping import size_on_disk
@@ -68,12 +67,7 @@ def judge_endpoint(judge: Judge) -> Endpoint | None:
     Raises:
         SettingsError: the URL is not a valid endpoint URL, or other users can read the key file.
     """
-    if judge.url is None or judge.model is None:
-        return None
-    key = read_secret(judge.key_file, "ask its issuer to replace it") if judge.key_file else None
-    endpoint = Endpoint(judge.url, judge.model, key)
-    endpoint.check()
-    return endpoint
+    return Endpoint.with_key_file(judge.url, judge.model, judge.key_file) if judge.url and judge.model else None
 
 
 def compare_answers(

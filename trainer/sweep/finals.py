@@ -21,7 +21,6 @@ from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.client import EngineClient
 from svc.engine.device import DeviceCapabilities
-from svc.engine.model_facts import read_model_facts
 from svc.evaluation.comparison import Direction, compare
 from svc.evaluation.evaluator import ask_examples, judge
 from svc.evaluation.forgetting import Forgetting, measure_forgetting, tracked
@@ -38,9 +37,9 @@ from svc.version import Format
 from trainer.data.chat_template import tokenize_as_trained
 from trainer.data.length import check_served_length
 from trainer.evaluation.answer_limit import answer_limits
+from trainer.evaluation.cache import evaluation_cache
 from trainer.evaluation.call_parser import check_call_parser
-from trainer.evaluation.evaluation_cache import evaluation_cache
-from trainer.evaluation.evaluation_engine import LaunchModel, ReusedEngine, evaluation_engine
+from trainer.evaluation.evaluation_engine import LaunchModel, ReusedEngine, evaluation_engine, served_context
 from trainer.evaluation.forgetting_check import judge_forgetting
 from trainer.export.merge import merge_adapter
 from trainer.recipe.evaluate import Undecided
@@ -136,8 +135,7 @@ class Finals:
 
     @cached_property
     def _context(self) -> int:
-        longest = self.settings.engine.max_model_len
-        return min(longest, read_model_facts(self.runner.base.folder).context or longest)
+        return served_context(self.runner.base.folder, self.settings.engine)
 
     def check(self) -> None:
         """Check before the first trial that the engine can answer the examples and that the metric can score them.

@@ -13,8 +13,6 @@ from svc.version import SERVED_FORMATS
 if TYPE_CHECKING:
     from svc.evaluation.endpoint import Endpoint
 
-_RENEW = "ask its issuer to replace it"
-
 
 @click.command()
 @click.argument("first", metavar="A")
@@ -75,15 +73,15 @@ def compare(
     (https://HOST/v1#MODEL), to which the prompts are sent.
     """
     from svc.evaluation.comparison import Direction
+    from svc.registry.registry import Registry
     from svc.terminal import quiet_libraries
-    from trainer.evaluation.comparison.job import compare_models
-    from trainer.evaluation.comparison.questions import Wanted
+    from trainer.evaluation.comparison.job import ComparisonJob, Wanted
     from trainer.evaluation.comparison.render import everything, print_compared
 
     quiet_libraries()
-    key = _key(endpoint_key_file, endpoint_key_variable)
+    settings, key = settings_of(ctx), _key(endpoint_key_file, endpoint_key_variable)
     judge = _judge(judge_url, judge_model, judge_key_file)
-    compared = compare_models(settings_of(ctx), Wanted(key=key, judge=judge, **wanted))
+    compared = ComparisonJob(settings, Wanted(key=key, judge=judge, **wanted), Registry.of(settings)).run()
     if as_json:
         print_json(everything(compared))
     else:
@@ -93,29 +91,24 @@ def compare(
 
 def _judge(url: str | None, model: str | None, key_file: Path | None) -> "Endpoint | None":
     from svc.evaluation.endpoint import Endpoint
-    from svc.identity.key_file import read_secret
 
-    if not url and not model and not key_file:
-        return None
-    if not url or not model:
+    if url and model:
+        return Endpoint.with_key_file(url, model, key_file)
+    if url or model or key_file:
         raise click.UsageError("--judge-url and --judge-model must be given together")
-    judge = Endpoint(url, model, read_secret(key_file, _RENEW) if key_file else None)
-    judge.check()
-    return judge
+    return None
 
 
 def _key(file: Path | None, variable: str | None) -> str | None:
     """Return the endpoint's API key, or None if no key is given. The key itself is never a command-line option, because
     any local user can read the options of a running command.
     """
-    from svc.identity.key_file import read_secret
+    from svc.evaluation.endpoint import read_endpoint_key
 
     if file and variable:
         raise click.UsageError("--endpoint-key-file and --endpoint-key-variable cannot be combined")
-    if file:
-        return read_secret(file, _RENEW)
     if not variable:
-        return None
+        return read_endpoint_key(file)
     key = os.environ.get(variable, "").strip()
     if not key:
         raise SettingsError(

@@ -10,8 +10,7 @@ from svc.evaluation.metrics.tokens import Nll
 from svc.evaluation.results import ExampleResult
 from svc.terminal import output
 from trainer.evaluation.answer_limit import REFERENCE_FACTOR, SPARE_TOKENS
-from trainer.evaluation.comparison.ask import Answers
-from trainer.evaluation.comparison.job import Compared
+from trainer.evaluation.comparison.job import Answers, Compared
 from trainer.evaluation.comparison.model import LocalModel, Model
 
 _MAX_SHOWN = 160

@@ -7,16 +7,11 @@ import pytest
 
 from svc.evaluation.comparison import compare
 from svc.evaluation.endpoint import Endpoint
-from svc.evaluation.metrics.choose import MetricOptions
 from svc.evaluation.metrics.text import ExactMatch
-from svc.settings.settings import Settings
 from tests.command_line import Svc
 from tests.svc.evaluation.answered import answered
-from trainer.evaluation.comparison import job
-from trainer.evaluation.comparison.ask import Answers
-from trainer.evaluation.comparison.job import Compared
+from trainer.evaluation.comparison.job import Answers, Compared, ComparisonJob, Questions, Wanted
 from trainer.evaluation.comparison.model import LocalModel
-from trainer.evaluation.comparison.questions import Questions, Wanted
 
 
 @pytest.fixture
@@ -24,17 +19,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Wanted]:
     """Return the recorded requests. A model whose name ends in "bad" gives wrong answers."""
     requests: list[Wanted] = []
 
-    def compare_models(settings: Settings, wanted: Wanted) -> Compared:
+    def run(job: ComparisonJob) -> Compared:
+        wanted = job.wanted
         requests.append(wanted)
         names = [wanted.first, wanted.second]
         evaluated = [answered([("no" if name.endswith("bad") else "yes", "yes")] * 10) for name in names]
         models = [LocalModel(name, Path(name), "sha256:0", {}) for name in names]
         answers = [Answers(tuple(evaluation.results), kept=False) for evaluation in evaluated]
-        questions = Questions(evaluated[0].examples, "FILE", 8, MetricOptions(), evaluated[0].examples)
+        questions = Questions(evaluated[0].examples, "FILE", 8, [ExactMatch()])
         comparison = compare(evaluated[0].examples, evaluated[0].results, evaluated[1].results, [ExactMatch()])
         return Compared(models, questions, answers, comparison)
 
-    monkeypatch.setattr(job, "compare_models", compare_models)
+    monkeypatch.setattr(ComparisonJob, "run", run)
     return requests
 
 

@@ -32,9 +32,8 @@ from tests.svc.evaluation.judge_server import judge_server
 from tests.trainer.engines import Engines
 from trainer.base_model.content import hash_files, model_files
 from trainer.base_model.other_template import revision_with_template
-from trainer.evaluation.comparison.job import FOLDER, Compared, compare_models
+from trainer.evaluation.comparison.job import FOLDER, Compared, ComparisonJob, Wanted
 from trainer.evaluation.comparison.model import LocalModel, asked_alike, find_model
-from trainer.evaluation.comparison.questions import Wanted
 from trainer.evaluation.comparison.render import everything, print_compared
 from trainer.evaluation.qualification import Qualifier
 from trainer.recipe.evaluate import Evaluate, Qualify
@@ -54,15 +53,9 @@ class Bench:
             make_version(self.registry, number)
 
     def compare(self, first: str, second: str, **options: Any) -> Compared:
-        return compare_models(
-            self.settings,
-            Wanted(first, second, **options),
-            registry=self.registry,
-            capabilities=AVX512,
-            launch=self._launch,
-            tokenize=_tokenize,
-            transport=self.provider,
-        )
+        wanted = Wanted(first, second, **options)
+        parts = (self.settings, wanted, self.registry, AVX512, self._launch, _tokenize, self.provider)
+        return ComparisonJob(*parts).run()
 
     def change(self, number: int, **changes: Any) -> None:
         """Change a version's manifest and record the files added to its reference folder."""
