@@ -19,6 +19,8 @@ from tests.new_store import new_store
 from tests.postgresql import SHARED, PostgresServer, running_server
 from tests.tracking_server import TrackingServer
 
+pytest.register_assert_rewrite("tests.builders")
+
 # A busy machine is no failure. Two runs of one commit try the same examples: a few in `make test-fast`, more in
 # `make test`. `make test-matrix` looks for others.
 hypothesis.settings.register_profile("tuneserve", deadline=None, max_examples=30, derandomize=True)

@@ -7,9 +7,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Engine as Store
 
-from svc.identity.actor import Actor
 from svc.store.audit import Action, AuditEntry, record_event
 from svc.store.tables import AuditRow, Table
+from tests.builders.actors import ALICE
 
 ROWS = 5
 LAST_ID = ROWS * 7
@@ -20,7 +20,7 @@ _TEXTS = ("plain", "B before a, as bytes", "a", "ünïcode \U0001f600", "line\nb
 def fill(store: Store) -> None:
     """Add `ROWS` rows to every table. Their ids have gaps, and the last id is `LAST_ID`."""
     for number in range(ROWS):
-        record_event(store, AuditEntry(Action.COLLECT, f"runs/{number}", Actor("user:alice", "box")))
+        record_event(store, AuditEntry(Action.COLLECT, f"runs/{number}", ALICE))
     with store.begin() as connection:
         for table in Table.metadata.sorted_tables:
             if table.name != AuditRow.__tablename__:

@@ -6,9 +6,7 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from serving.access.keyring import Keyring
-from svc.identity.actor import Actor
-
-ALICE = Actor("user:alice", "box")
+from tests.builders.actors import ALICE
 
 
 class Clock:

@@ -20,8 +20,9 @@ from serving.store_changes.changes import FALLBACK_POLL_S, Changes
 from svc.identity.key_secret import new_secret
 from svc.identity.principal import Scope
 from svc.store.keys import keys_revision
+from tests.builders.actors import ALICE
 from tests.event_loop import blocked_default_executor
-from tests.serving.access.conftest import ALICE, Clock
+from tests.serving.access.conftest import Clock
 
 INFER = frozenset({Scope.INFER})
 

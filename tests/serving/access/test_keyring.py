@@ -12,8 +12,9 @@ from svc.identity.key_secret import hash_secret, key_id_of
 from svc.identity.principal import Limits, Principal, Scope
 from svc.store.audit import read_events
 from svc.store.keys import read_keys
+from tests.builders.actors import ALICE
 from tests.new_store import new_store
-from tests.serving.access.conftest import ALICE, Clock
+from tests.serving.access.conftest import Clock
 
 INFER = frozenset({Scope.INFER})
 

@@ -17,10 +17,10 @@ from serving.access.usage import Usage, UsageOf, add_usage, hour_of
 from serving.server import server
 from serving.telemetry.usage_writer import UsageWriter
 from svc.errors import SettingsError
-from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
 from svc.remote.server_url import ServerAddress, server_address
 from svc.settings.serve import ServeSettings
+from tests.builders.actors import ALICE
 from tests.serving.control import BODY, ask, until
 from tests.serving.home import Home
 from tests.serving.server.test_cli import type_in
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 def make_key(home: Home, *scopes: Scope) -> IssuedKey:
-    return Keyring(home.store, Actor("user:alice", "box")).create(frozenset(scopes or {Scope.INFER}))
+    return Keyring(home.store, ALICE).create(frozenset(scopes or {Scope.INFER}))
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ async def test_key_revocation_takes_effect_within_one_second(home: Home, client:
     async with asyncio.timeout(1.5):
         while (await ask(client, stream=False)).status != 200:
             await asyncio.sleep(0.05)
-    Keyring(home.store, Actor("user:alice", "box")).revoke(issued.key.id)
+    Keyring(home.store, ALICE).revoke(issued.key.id)
     async with asyncio.timeout(1):
         while (await ask(client, stream=False)).status != 401:
             await asyncio.sleep(0.05)
@@ -160,7 +160,7 @@ async def test_rate_limit_headers_include_usage_on_another_server(
 ) -> None:
     monkeypatch.setattr("serving.server.assembly.UsageWriter", partial(UsageWriter, every_s=0.05))
     home.store = postgresql_store
-    keyring = Keyring(home.store, Actor("user:alice", "box"))
+    keyring = Keyring(home.store, ALICE)
     issued = keyring.create(frozenset({Scope.INFER}), limits=Limits(requests_per_minute=100))
     async with home.serving(f"{NAME}@1") as client:
 

@@ -9,18 +9,16 @@ from sqlalchemy import Engine as Store
 
 from serving.rollout.served import Began, begin_serving
 from svc.errors import IntegrityError, NotFoundError
-from svc.identity.actor import Actor
 from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry, read_events, record_event, verify_chain
 from svc.store.desired import change_desired, read_desired
 from svc.store.requests import add_requests, hash_user
 from svc.store.rollouts import RolloutOutcome, begin_rollout, end_rollout, store_signals
 from svc.version import Format, Target, VersionId
+from tests.builders.actors import ALICE
+from tests.builders.requests import RECORD, kept
 from tests.command_line import Svc
 from tests.serving.audit.test_history import LOSS
-from tests.svc.store.test_requests import RECORD, kept
-
-ALICE = Actor("user:alice", "box")
 
 
 @pytest.fixture

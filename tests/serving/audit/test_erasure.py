@@ -14,7 +14,7 @@ from svc.store import requests
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import add_requests, hash_user
 from svc.store.tables import FeedbackRow
-from tests.svc.store.test_requests import NOON, RECORD, kept
+from tests.builders.requests import NOON, RECORD, kept
 
 MARK = "my mother's maiden name"
 MINE = RECORD._replace(request_id="mine", key_id="abcd0123", user_hash=hash_user("a@b.de"), prompt=MARK, answer="so?")

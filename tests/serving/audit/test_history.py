@@ -7,16 +7,15 @@ from sqlalchemy import Engine as Store
 
 from serving.audit.history import read_history
 from serving.rollout.served import Began, begin_serving, end_serving
-from svc.identity.actor import Actor
 from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry, record_event
 from svc.store.desired import Desired, change_desired
 from svc.store.leases import report_server
 from svc.store.rollouts import RolloutOutcome, SignalRow, begin_rollout, end_rollout, store_signals
 from svc.version import Format, Target, VersionId
+from tests.builders.actors import ALICE
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
-ALICE = Actor("user:alice", "box")
 
 
 @pytest.fixture

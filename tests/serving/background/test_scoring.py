@@ -23,11 +23,11 @@ from svc.store.scores import newest_unscored
 from svc.store.swaps import SwapOutcome
 from svc.store.tables import RequestRow
 from svc.version import Format
+from tests.builders.requests import RECORD
 from tests.serving.control import Control, Make, until
 from tests.serving.engine_double import Fault
 from tests.serving.home import Home
 from tests.serving.versions import MAX_TOKENS, NAME, make_version, target
-from tests.svc.store.test_requests import RECORD
 
 pytestmark = pytest.mark.slow
 

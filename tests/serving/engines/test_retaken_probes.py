@@ -7,6 +7,7 @@ from serving.engines.verification import find_retaken_probes, keep_retaken_probe
 from svc.engine.probes import EngineFacts, Probe
 from svc.settings.engine import Device, GptqKernel
 from svc.version import Format, Target, VersionId
+from tests.builders.requests import TARGET
 
 FACTS = EngineFacts(
     vllm="0.32.0",
@@ -16,7 +17,6 @@ FACTS = EngineFacts(
     dtype="bfloat16",
     kernel=GptqKernel.VLLM,
 )
-TARGET = Target(VersionId("tiny", 2), Format.GPTQ)
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from svc.errors import NotFoundError
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import RequestOutcome, add_requests
 from svc.version import VersionId
+from tests.builders.requests import LONG_AGO, RECORD
 from tests.command_line import Svc
 from tests.svc.chats import chat, turn
-from tests.svc.store.test_requests import LONG_AGO, RECORD
 
 ASKED = [turn("user", "Name a red fruit.")]
 GIVEN, CORRECTED = chat("Name a red fruit.", "A banana."), chat("Name a red fruit.", "A cherry.")

@@ -21,8 +21,8 @@ from svc.errors import RegistryError
 from svc.registry.objects import ObjectStore
 from svc.store.jobs import JobStatus
 from svc.store.tables import BatchRow, FileRow, JobRow, UploadRow
+from tests.builders.jobs import queued_job
 from tests.serving.control import until
-from tests.svc.store.test_job_requests import job
 
 OLD = datetime.now(UTC) - timedelta(days=2)
 
@@ -74,7 +74,7 @@ def test_expired_file_is_kept_while_a_job_or_batch_uses_it(store: Store, files: 
     counts = dict.fromkeys(("total", "completed", "failed", "tokens_in", "tokens_out"), 0)
     batch = {"id": "batch-1", "owner": "", "input_file": requests, "endpoint": "", "completion_window": "24h"}
     with Session(store) as session, session.begin():
-        session.add(JobRow.of(job(training_file=training, validation_file=validation)))
+        session.add(JobRow.of(queued_job(training_file=training, validation_file=validation)))
         session.execute(
             insert(BatchRow), [batch | counts | {"status": "validating", "created_at": OLD, "expires_at": OLD}]
         )

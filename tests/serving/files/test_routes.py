@@ -30,11 +30,10 @@ from svc.identity.principal import Scope
 from svc.settings.client_apis import FilesSettings
 from svc.store.jobs import JobStatus
 from svc.store.tables import BatchRow, JobRow
+from tests.builders.jobs import change_job, queued_job
 from tests.published_examples import published
 from tests.serving.control import until
 from tests.serving.fine_tuning.fine_tuning_service import FineTuningService, strict
-from tests.serving.fine_tuning.test_routes import change
-from tests.svc.store.test_job_requests import job
 
 CONTENT = b'{"messages": [{"role": "user", "content": "\xc3\xa9"}]}\n'
 BOUNDARY = "b0und"
@@ -540,11 +539,11 @@ async def test_file_of_a_job_cannot_be_deleted_until_the_job_has_ended(
 ) -> None:
     file, other = (await uploaded(client)).id, (await uploaded(client)).id
     files = {"training_file": other} | {field: file}
-    user = job(**files)
+    user = queued_job(**files)
     with Session(store) as session, session.begin():
         session.add(JobRow.of(user))
     for status in JobStatus:
-        change(store, user.id, status=status.value)
+        change_job(store, user.id, status=status.value)
         if not status.ended:
             with pytest.raises(openai.ConflictError) as error:
                 await client.files.delete(file)

@@ -30,9 +30,9 @@ from svc.settings.storage import ArtifactSettings
 from svc.store.jobs import JobStatus
 from svc.store.page import EntryNotFoundError
 from svc.store.tables import FileRow, JobRow
+from tests.builders.jobs import queued_job
 from tests.new_store import new_store
 from tests.object_store import Bucket, Fault, running_s3
-from tests.svc.store.test_job_requests import job
 
 CONTENT = os.urandom(9 * 2**20 + 3)  # two parts
 slow = pytest.mark.slow
@@ -110,7 +110,7 @@ def age(path: Path) -> None:
 
 def add_job(store: Store, file: str, status: JobStatus = JobStatus.QUEUED) -> None:
     with store.begin() as connection:
-        connection.execute(insert(JobRow), asdict(job(training_file=file)) | {"status": status.value})
+        connection.execute(insert(JobRow), asdict(queued_job(training_file=file)) | {"status": status.value})
 
 
 @pytest.mark.slow

@@ -28,15 +28,13 @@ from serving.fine_tuning.queue import (
     succeed,
     take_job,
 )
-from svc.identity.actor import Actor
-from svc.store.audit import Action, AuditEntry
-from svc.store.job_requests import JobError, change_wanted, create_job
+from svc.store.job_requests import JobError, change_wanted
 from svc.store.jobs import EventLevel, Job, JobStatus, Wanted, find_job, read_events
 from svc.store.leases import database_time
 from svc.store.page import Page
 from svc.store.tables import JobRow
 from svc.version import VersionId
-from tests.file_row import add_file_row
+from tests.builders.jobs import add_job
 
 NUMBERS = count(1)
 BEGUN = datetime.now(UTC) - timedelta(hours=1)
@@ -51,23 +49,8 @@ def store(any_store: Store) -> Store:
 @pytest.fixture
 def add(store: Store) -> Add:
     def add(owner: str = "alice", **fields: Any) -> str:
-        number = next(NUMBERS)
-        values: dict[str, Any] = {
-            "id": f"ftjob-{number}",
-            "owner": owner,
-            "fingerprint": f"print-{number}",
-            "model": "small",
-            "training_file": "file-1",
-            "request": "{}",
-            "recipe": "name: ft-alice-small\n",
-            "name": "ft-alice-small",
-            "created_at": BEGUN + timedelta(seconds=number),
-            "status": JobStatus.QUEUED,
-        }
-        job = Job(**(values | fields))
-        add_file_row(store, "file-1")
-        entry = AuditEntry(Action.CREATE_JOB, job.id, Actor("key:alice", "10.0.0.1"))
-        return create_job(store, job, entry, max_jobs=100, training_s=None, events=[]).id
+        created_at = BEGUN + timedelta(seconds=next(NUMBERS))
+        return add_job(store, **{"owner": owner, "created_at": created_at, "events": (), **fields}).id
 
     return add
 

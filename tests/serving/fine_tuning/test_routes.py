@@ -15,7 +15,6 @@ from openai import AsyncOpenAI
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from sqlalchemy import Engine as Store
-from sqlalchemy import update
 
 from serving.files.rows import FileStatus, Purpose, remove_file, set_file_status
 from serving.fine_tuning.creation import JobCreation, decide_job
@@ -27,7 +26,7 @@ from svc.settings.client_apis import TrainingPlace
 from svc.settings.settings import Settings
 from svc.store import audit
 from svc.store.jobs import JobCheckpoint, JobStatus, add_checkpoint, add_event, find_job
-from svc.store.tables import JobRow
+from tests.builders.jobs import change_job
 from tests.serving.control import until
 from tests.serving.fine_tuning.fine_tuning_service import BASE, FakeCheck, FineTuningService, strict
 
@@ -80,12 +79,6 @@ async def decide(service: FineTuningService, id: str, check: FakeCheck) -> None:
     """Decide a job whose files are being checked, as the server does regularly."""
     assert service.store is not None
     await decide_job(service.store, service.files, service.settings, find_job(service.store, id, None), check)
-
-
-def change(store: Store, id: str, **columns: Any) -> None:
-    """Change a job as its worker does."""
-    with store.begin() as connection:
-        connection.execute(update(JobRow).where(JobRow.id == id).values(columns))
 
 
 @pytest.mark.slow
@@ -154,10 +147,12 @@ async def test_succeeded_and_failed_jobs_are_returned_as_complete_job_objects(
 ) -> None:
     ended = {"finished_at": datetime.now(UTC), "trained_tokens": 12345}
     good = await client.fine_tuning.jobs.create(model=BASE, training_file=service.add_file())
-    change(store, good.id, status="succeeded", fine_tuned_model="ft:a:b::c", result_file="file-r", number=1, **ended)
+    change_job(
+        store, good.id, status="succeeded", fine_tuned_model="ft:a:b::c", result_file="file-r", number=1, **ended
+    )
     bad = await client.fine_tuning.jobs.create(model=BASE, training_file=service.add_file())
     error = {"code": "exploded", "message": "the loss is not finite", "param": None}
-    change(store, bad.id, status="failed", error=json.dumps(error), **ended)
+    change_job(store, bad.id, status="failed", error=json.dumps(error), **ended)
     succeeded = strict(FineTuningJob, await raw(client, f"/{good.id}"))
     failed = strict(FineTuningJob, await raw(client, f"/{bad.id}"))
     assert (succeeded.fine_tuned_model, succeeded.result_files) == ("ft:a:b::c", ["file-r"])
@@ -254,7 +249,7 @@ async def test_finished_job_cannot_be_modified_and_the_client_does_not_retry(
     service: FineTuningService, client: AsyncOpenAI, store: Store
 ) -> None:
     job = await client.fine_tuning.jobs.create(model=BASE, training_file=service.add_file())
-    change(store, job.id, status="succeeded")
+    change_job(store, job.id, status="succeeded")
     jobs = client.with_options(max_retries=2).fine_tuning.jobs
     for changing in (jobs.cancel, jobs.pause, jobs.resume):
         with pytest.raises(openai.BadRequestError, match="already ended: succeeded") as caught:
@@ -523,7 +518,7 @@ async def test_only_the_owner_of_a_fine_tuned_model_can_train_it_further(
     files = {key.key.id: service.add_file(owner=key.key.id) for key in (alice, bob, operator)}
     async with service.official(alice) as first, service.official(bob) as second, service.official(operator) as third:
         job = await first.fine_tuning.jobs.create(model=BASE, training_file=files[alice.key.id], suffix="x")
-        change(store, job.id, status="succeeded", fine_tuned_model="ft:small:org:x:1", number=1)
+        change_job(store, job.id, status="succeeded", fine_tuned_model="ft:small:org:x:1", number=1)
         name = f"ft-{alice.key.id}-x@1"
         for model in ("ft:small:org:x:1", name):
             further = await first.fine_tuning.jobs.create(model=model, training_file=files[alice.key.id])

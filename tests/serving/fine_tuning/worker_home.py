@@ -27,7 +27,6 @@ from serving.fine_tuning.recipe import recipe_text
 from serving.fine_tuning.worker import JobWorker
 from serving.store_changes.changes import Changes
 from svc.engine.orphans import runs
-from svc.identity.actor import Actor
 from svc.settings.settings import Settings
 from svc.store.audit import Action, AuditEntry
 from svc.store.job_requests import change_wanted, create_job
@@ -35,6 +34,7 @@ from svc.store.jobs import Job, JobStatus, Wanted, find_job, read_events
 from svc.store.page import Page
 from svc.store.tables import JobRow
 from svc.version import VersionId
+from tests.builders.actors import ALICE_KEY
 from tests.file_row import add_file_row
 
 FAKE_TRAINING = Path(__file__).with_name("fake_training.py")
@@ -89,7 +89,7 @@ class WorkerHome:
             status=JobStatus.QUEUED,
         )
         add_file_row(self.store, job.training_file, owner=owner)
-        entry = AuditEntry(Action.CREATE_JOB, job.id, Actor("key:alice", "10.0.0.1"))
+        entry = AuditEntry(Action.CREATE_JOB, job.id, ALICE_KEY)
         return create_job(self.store, job, entry, max_jobs=100, training_s=None, events=[]).id
 
     def worker(self, **options: Any) -> JobWorker:

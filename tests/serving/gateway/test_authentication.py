@@ -22,9 +22,9 @@ from serving.gateway.inference import _Endpoint
 from serving.http.request_state import STATE_KEY, RequestState
 from serving.protocols.route import Route
 from serving.store_changes.changes import Changes
-from svc.identity.actor import Actor
 from svc.identity.key_secret import new_secret
 from svc.identity.principal import Scope
+from tests.builders.actors import ALICE
 from tests.serving.control import until
 from tests.serving.http.keyed_service import BODIES, KeyedService
 from tests.serving.service import CHAT, NAME, closed
@@ -338,7 +338,7 @@ async def test_running_requests_end_when_their_key_is_rotated_without_a_grace_pe
     async with service.client_of(issued) as client, closed(service.admission):
         asked = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
         await until(lambda: service.admission.queued)
-        Keyring(store, Actor("user:alice", "box")).rotate(issued.key.id)
+        Keyring(store, ALICE).rotate(issued.key.id)
         async with asyncio.timeout(1):
             assert (await asked).status_code == 401
     following.cancel()

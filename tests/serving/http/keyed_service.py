@@ -8,8 +8,8 @@ import httpx
 
 from serving.access.keyring import IssuedKey, Keyring
 from serving.protocols.route import Route
-from svc.identity.actor import Actor
 from svc.identity.principal import Scope
+from tests.builders.actors import ALICE
 from tests.serving.service import CHAT, NAME, Service
 
 BODIES: dict[Route, dict[str, Any]] = {
@@ -27,14 +27,14 @@ class KeyedService(Service):
     def key(self, *scopes: Scope, **given: Any) -> IssuedKey:
         """Create a key that is already known to the service."""
         assert self.store is not None
-        issued = Keyring(self.store, Actor("user:alice", "box")).create(frozenset(scopes) or CLIENT, **given)
+        issued = Keyring(self.store, ALICE).create(frozenset(scopes) or CLIENT, **given)
         self.authenticator.look()
         return issued
 
     def revoke(self, issued: IssuedKey) -> None:
         """Revoke a key. The service notices at its next check."""
         assert self.store is not None
-        Keyring(self.store, Actor("user:alice", "box")).revoke(issued.key.id)
+        Keyring(self.store, ALICE).revoke(issued.key.id)
 
     @asynccontextmanager
     async def client_of(self, issued: IssuedKey) -> AsyncIterator[httpx.AsyncClient]:

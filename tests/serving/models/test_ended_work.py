@@ -1,47 +1,29 @@
 """Jobs and batches that ended long ago are deleted, unless something still needs them."""
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
 from sqlalchemy import Engine as Store
-from sqlalchemy import update
 
 from serving.files.rows import Purpose, find_file
 from serving.models.retention import newest_batch_at, newest_job_at, remove_ended_batches, remove_ended_jobs
-from svc.store.batches import Batch, BatchStatus, find_batch
+from svc.store.batches import BatchStatus, find_batch
 from svc.store.checkpoint_versions import checkpoint_version
 from svc.store.database import is_sqlite
 from svc.store.job_requests import owners_of
 from svc.store.jobs import JobStatus, add_event, find_job, read_events
 from svc.store.page import EntryNotFoundError, Page
-from svc.store.tables import BatchRow, JobRow
+from tests.builders.batches import add_batch, end_batch
+from tests.builders.jobs import add_job, end_job
 from tests.file_row import add_file_row
-from tests.svc.store.test_batches import Add as AddBatch
-from tests.svc.store.test_batches import add as add_batch  # noqa: F401 - a fixture
-from tests.svc.store.test_job_requests import Add as AddJob
-from tests.svc.store.test_job_requests import add as add_job  # noqa: F401 - a fixture
 
 NOW = datetime.now(UTC)
 OLD, LIMIT = NOW - timedelta(days=100), NOW - timedelta(days=90)
-END = {"completed": "completed_at", "failed": "failed_at", "expired": "expired_at", "cancelled": "cancelled_at"}
 
 
 @pytest.fixture
 def store(any_store: Store) -> Store:
     return any_store
-
-
-def end_batch(store: Store, batch: Batch, status: BatchStatus, at: datetime = OLD) -> None:
-    with store.begin() as connection:
-        row = update(BatchRow).where(BatchRow.id == batch.id)
-        connection.execute(row, {"status": status.value, END[status.value]: at, "output_file": "file-out"})
-
-
-def end_job(store: Store, id: str, status: JobStatus = JobStatus.FAILED, at: datetime = OLD, **values: Any) -> None:
-    with store.begin() as connection:
-        row = update(JobRow).where(JobRow.id == id)
-        connection.execute(row, {"status": status.value, "finished_at": at} | values)
 
 
 def remove_jobs(store: Store, *registered: str) -> int:
@@ -56,14 +38,10 @@ def exists(store: Store, id: str) -> bool:
 
 
 @pytest.mark.parametrize("status", [status for status in BatchStatus if status.ended])
-def test_batch_that_ended_long_ago_is_deleted_but_its_files_are_kept(
-    store: Store,
-    add_batch: AddBatch,  # noqa: F811
-    status: BatchStatus,
-) -> None:
-    old, recent, open = add_batch(), add_batch(), add_batch(created_at=OLD)
+def test_batch_that_ended_long_ago_is_deleted_but_its_files_are_kept(store: Store, status: BatchStatus) -> None:
+    old, recent, open = add_batch(store), add_batch(store), add_batch(store, created_at=OLD)
     add_file_row(store, "file-out", owner="alice", purpose=Purpose.BATCH_OUTPUT)
-    end_batch(store, old, status)
+    end_batch(store, old, status, OLD)
     end_batch(store, recent, status, NOW)
     assert remove_ended_batches(store, LIMIT) == 1
     with pytest.raises(EntryNotFoundError):
@@ -75,14 +53,14 @@ def test_batch_that_ended_long_ago_is_deleted_but_its_files_are_kept(
 
 
 @pytest.mark.parametrize("status", [JobStatus.FAILED, JobStatus.CANCELLED])
-def test_job_that_ended_long_ago_is_deleted_with_its_events(
-    store: Store,
-    add_job: AddJob,  # noqa: F811
-    status: JobStatus,
-) -> None:
-    old, recent, open = add_job(name="ft-a").id, add_job(name="ft-b"), add_job(name="ft-c", created_at=OLD).id
+def test_job_that_ended_long_ago_is_deleted_with_its_events(store: Store, status: JobStatus) -> None:
+    old, recent, open = (
+        add_job(store, name="ft-a").id,
+        add_job(store, name="ft-b"),
+        add_job(store, name="ft-c", created_at=OLD).id,
+    )
     add_event(store, old, "text")
-    end_job(store, old, status, worker="w1")
+    end_job(store, old, status, OLD, worker="w1")
     end_job(store, recent.id, status, NOW)
     assert remove_jobs(store) == 1
     assert [exists(store, id) for id in (old, recent.id, open)] == [False, True, True]
@@ -90,44 +68,35 @@ def test_job_that_ended_long_ago_is_deleted_with_its_events(
     assert newest_job_at(store) == recent.created_at
 
 
-def test_job_is_kept_while_its_model_or_a_checkpoint_is_registered(store: Store, add_job: AddJob) -> None:  # noqa: F811
-    model, checkpoints = add_job(name="ft-alice-a").id, add_job(name="ft-alice-b").id
-    end_job(store, model, JobStatus.SUCCEEDED, number=1)
-    end_job(store, checkpoints, JobStatus.CANCELLED)
+def test_job_is_kept_while_its_model_or_a_checkpoint_is_registered(store: Store) -> None:
+    model, checkpoints = add_job(store, name="ft-alice-a").id, add_job(store, name="ft-alice-b").id
+    end_job(store, model, JobStatus.SUCCEEDED, OLD, number=1)
+    end_job(store, checkpoints, JobStatus.CANCELLED, OLD)
     checkpoint = checkpoint_version(checkpoints, 5).name
     assert remove_jobs(store, "ft-alice-a", checkpoint, "other") == 0
     assert owners_of(store, "ft-alice-a") == owners_of(store, checkpoint) == {"alice"}
     assert remove_jobs(store, "other") == 2
 
 
-def test_old_failed_job_is_deleted_if_its_model_name_was_registered_by_a_successful_job(
-    store: Store,
-    add_job: AddJob,  # noqa: F811
-) -> None:
-    failed, succeeded = add_job(name="ft-alice-a").id, add_job(name="ft-alice-a").id
-    end_job(store, failed)
+def test_old_failed_job_is_deleted_if_its_model_name_was_registered_by_a_successful_job(store: Store) -> None:
+    failed, succeeded = add_job(store, name="ft-alice-a").id, add_job(store, name="ft-alice-a").id
+    end_job(store, failed, JobStatus.FAILED, OLD)
     assert remove_jobs(store, "ft-alice-a") == 0  # it may have registered a version before it failed
-    end_job(store, succeeded, JobStatus.SUCCEEDED, number=1)
+    end_job(store, succeeded, JobStatus.SUCCEEDED, OLD, number=1)
     assert remove_jobs(store, "ft-alice-a") == 1
     assert (exists(store, failed), exists(store, succeeded)) == (False, True)
 
 
-def test_ended_job_is_removed_only_by_the_machine_that_ran_it(
-    store: Store,
-    add_job: AddJob,  # noqa: F811
-) -> None:
-    other = add_job(name="ft-a").id
-    end_job(store, other, worker="w2")
+def test_ended_job_is_removed_only_by_the_machine_that_ran_it(store: Store) -> None:
+    other = add_job(store, name="ft-a").id
+    end_job(store, other, JobStatus.FAILED, OLD, worker="w2")
     assert remove_jobs(store) == remove_ended_jobs(store, LIMIT, worker=None, registered=list) == 0
     assert remove_ended_jobs(store, LIMIT, worker="w2", registered=list) == 1
 
 
-def test_started_job_without_a_worker_is_kept_if_a_different_machine_may_have_run_it(
-    store: Store,
-    add_job: AddJob,  # noqa: F811
-) -> None:
-    given_back, never_begun = add_job(name="ft-a").id, add_job(name="ft-b").id
-    end_job(store, given_back, JobStatus.CANCELLED, started_at=OLD)
-    end_job(store, never_begun, JobStatus.CANCELLED)
+def test_started_job_without_a_worker_is_kept_if_a_different_machine_may_have_run_it(store: Store) -> None:
+    given_back, never_begun = add_job(store, name="ft-a").id, add_job(store, name="ft-b").id
+    end_job(store, given_back, JobStatus.CANCELLED, OLD, started_at=OLD)
+    end_job(store, never_begun, JobStatus.CANCELLED, OLD)
     remove_jobs(store)
     assert (exists(store, given_back), exists(store, never_begun)) == (not is_sqlite(store), False)

@@ -13,7 +13,6 @@ import pytest
 from serving.access.keyring import IssuedKey, Keyring
 from serving.models import fine_tuned_models
 from serving.models.fine_tuned_rows import FineTunedModel, find_model
-from svc.identity.actor import Actor
 from svc.identity.principal import Scope
 from svc.registry.housekeeping import remove_version
 from svc.settings.client_apis import FineTuningSettings
@@ -22,6 +21,7 @@ from svc.store.deployments import add_deployment, deployed_names
 from svc.store.desired import change_desired, read_desired
 from svc.store.jobs import JobCheckpoint, add_checkpoint
 from svc.version import Alias, Format, Target, VersionId
+from tests.builders.actors import ALICE
 from tests.serving.control import BODY, until
 from tests.serving.engine_park import ParkSlots
 from tests.serving.home import Home
@@ -45,7 +45,7 @@ def served(home: Home) -> Home:
 
 
 def key(home: Home, *scopes: Scope, **given: Any) -> IssuedKey:
-    return Keyring(home.store, Actor("user:alice", "box")).create(frozenset(scopes or {Scope.INFER}), **given)
+    return Keyring(home.store, ALICE).create(frozenset(scopes or {Scope.INFER}), **given)
 
 
 @asynccontextmanager

@@ -7,16 +7,16 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from serving.models.fine_tuned_rows import delete_model, find_model, read_models
-from svc.identity.actor import Actor
 from svc.store import audit
 from svc.store.audit import Action, AuditEntry
 from svc.store.checkpoint_versions import checkpoint_version
 from svc.store.job_requests import owners_of
 from svc.store.jobs import JobCheckpoint, JobStatus, add_checkpoint, find_job
 from svc.version import VersionId
+from tests.builders.actors import ALICE_KEY
 from tests.serving.trained import add_job
 
-ENTRY = AuditEntry(Action.DELETE_MODEL, "ft:x", Actor("key:alice", "10.0.0.1"))
+ENTRY = AuditEntry(Action.DELETE_MODEL, "ft:x", ALICE_KEY)
 
 
 @pytest.fixture

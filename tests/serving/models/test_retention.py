@@ -7,26 +7,19 @@ from sqlalchemy import Engine as Store
 
 from serving.models.retention import Retention
 from svc.store.batches import BatchStatus, read_batches
-from svc.store.jobs import read_jobs
+from svc.store.jobs import JobStatus, read_jobs
 from svc.store.page import Page
+from tests.builders.batches import add_batch, end_batch
+from tests.builders.jobs import add_job, end_job
 from tests.serving.control import until
-from tests.serving.models.test_ended_work import end_batch, end_job
-from tests.svc.store.test_batches import Add as AddBatch
-from tests.svc.store.test_batches import add as add_batch  # noqa: F401 - a fixture
-from tests.svc.store.test_job_requests import Add as AddJob
-from tests.svc.store.test_job_requests import add as add_job  # noqa: F401 - a fixture
 
 
-async def test_server_deletes_finished_jobs_and_batches_at_the_configured_age(
-    store: Store,
-    add_batch: AddBatch,  # noqa: F811
-    add_job: AddJob,  # noqa: F811
-) -> None:
+async def test_server_deletes_finished_jobs_and_batches_at_the_configured_age(store: Store) -> None:
     now = datetime.now(UTC)
-    batches, jobs = [add_batch() for _ in range(2)], [add_job(name=f"ft-{n}") for n in range(2)]
+    batches, jobs = [add_batch(store) for _ in range(2)], [add_job(store, name=f"ft-{n}") for n in range(2)]
     for age, batch, job in zip((1, 9), batches, jobs, strict=True):
         end_batch(store, batch, BatchStatus.COMPLETED, now - timedelta(days=age * 2))
-        end_job(store, job.id, at=now - timedelta(days=age))
+        end_job(store, job.id, JobStatus.FAILED, now - timedelta(days=age))
     retention = Retention(store=store, batches_days=10.0, jobs_days=5.0, worker=None, registered=list)
     running = asyncio.create_task(retention.run())
     await until(lambda: len(read_jobs(store, None, page=Page(10))[0]) == 1)

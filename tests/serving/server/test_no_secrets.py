@@ -10,11 +10,11 @@ import httpx
 import pytest
 
 from serving.access.keyring import IssuedKey, Keyring
-from svc.identity.actor import Actor
 from svc.identity.key_secret import hash_secret, new_secret
 from svc.identity.principal import Scope
 from svc.settings.monitoring import RequestLogSettings
 from svc.settings.serve import ServeSettings
+from tests.builders.actors import ALICE
 from tests.serving.access.test_keys import make_key
 from tests.serving.control import BODY
 from tests.serving.home import Home
@@ -117,7 +117,7 @@ async def used(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
         }
     )
     caplog.set_level(logging.DEBUG)
-    Keyring(home.store, Actor("user:alice", "box")).create(frozenset({Scope.ADMIN}), name="first")
+    Keyring(home.store, ALICE).create(frozenset({Scope.ADMIN}), name="first")
     async with home.serving(f"{NAME}@1") as client:
         used = Used(home, client, tmp_path)
         await asyncio.sleep(0.6)

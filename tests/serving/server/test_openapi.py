@@ -31,11 +31,11 @@ from serving.protocols.error_code import ANSWERS, ErrorCode
 from serving.protocols.route import Route
 from serving.server.openapi import openapi_document
 from serving.telemetry.metrics import GatewayMetrics
-from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Scope
 from svc.settings.client_apis import FilesSettings, FineTuningSettings
 from svc.settings.serve import ServeSettings
 from svc.settings.settings import Settings
+from tests.builders.actors import ALICE
 from tests.serving.engine_double import EngineDouble
 from tests.serving.service import NAME, ONE, OneBackend, Service, connections, gateway
 from tests.serving.socket_server import running_in_thread
@@ -155,7 +155,7 @@ def test_every_response_is_documented_in_openapi(api: Any, method: str, path: st
 @pytest.fixture
 def callers(store: Store) -> dict[str, dict[str, str]]:
     """Return the headers of callers with full, partial and no access to a server that requires keys."""
-    keys = Keyring(store, Actor("user:alice", "box"))
+    keys = Keyring(store, ALICE)
     admin = keys.create(frozenset({Scope.ADMIN}), limits=Limits())
     limited = keys.create(frozenset({Scope.INFER, Scope.FEEDBACK}), limits=Limits(requests_per_minute=3))
     secrets = {"admin": admin.secret, "limited": limited.secret, "wrong": "none-of-yours"}

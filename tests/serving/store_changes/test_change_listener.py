@@ -7,10 +7,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, QueuePool, event
+from sqlalchemy import Connection, QueuePool
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import OperationalError
 
@@ -19,9 +20,7 @@ from serving.files.rows import Purpose
 from serving.fine_tuning.queue import release_job, take_job
 from serving.store_changes import change_listener, sqlite_listener
 from serving.store_changes import changes as changes_module
-from serving.store_changes.change_listener import ChangeListener
 from serving.store_changes.changes import Changes
-from serving.store_changes.sqlite_listener import SqliteListener
 from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Principal, Scope
 from svc.settings.rollout import RolloutSettings
@@ -29,7 +28,7 @@ from svc.store import outage_log
 from svc.store import postgresql as postgresql_module
 from svc.store.audit import Action, AuditEntry
 from svc.store.batches import Batch, cancel_batch, create_batch
-from svc.store.database import announce_change, is_sqlite, take_write_lock
+from svc.store.database import announce_change, take_write_lock
 from svc.store.deployments import add_deployment, remove_deployment, set_deployments
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.job_requests import change_wanted, create_job, queue_checked
@@ -45,13 +44,17 @@ from svc.store.rollouts import (
     stop_rollout,
 )
 from svc.version import Format, Target, VersionId
+from tests.builders.listeners import listening
+from tests.builders.statements import statements
 from tests.file_row import add_file_row
 from tests.postgresql import SHARED, PostgresServer
+from tests.serving.control import until as until_within
 
 NAME = "tuned"
 ONE, TWO = (Target(VersionId(NAME, number), Format.MERGED) for number in (1, 2))
 ENTRY = AuditEntry(Action.PROMOTE, str(ONE.version), Actor("user:ann", "laptop"))
 KEY = Key(Principal("abcd0123", "ci", frozenset({Scope.INFER}), None, Limits()), "hash", created_at=datetime.now(UTC))
+until = partial(until_within, timeout_s=30)
 LISTENERS = "FROM pg_stat_activity WHERE query = 'LISTEN tuneserve' AND datname = current_database()"
 
 
@@ -66,27 +69,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def store(postgresql: PostgresServer) -> Store:
     return postgresql.empty()
-
-
-@asynccontextmanager
-async def listening(store: Store) -> AsyncIterator[Changes]:
-    """Run a listener while the context is active."""
-    changes = Changes()
-    listener = SqliteListener if is_sqlite(store) else ChangeListener
-    task = asyncio.create_task(listener(store, changes).run())
-    try:
-        yield changes
-        assert not task.done()
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds."""
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
@@ -312,9 +294,8 @@ async def test_cancelled_listener_leaves_no_database_connection_open(store: Stor
 
 
 def test_change_in_sqlite_sends_no_notification(sqlite_store: Store) -> None:
-    sent: list[str] = []
-    event.listen(sqlite_store, "before_cursor_execute", lambda *arguments: sent.append(arguments[2]))
-    promote(sqlite_store)
+    with statements(sqlite_store) as sent:
+        promote(sqlite_store)
     assert not [statement for statement in sent if "notify" in statement.lower()]
 
 

@@ -19,9 +19,9 @@ from svc.settings.settings import Settings
 from svc.store.drift_items import item_ids, read_items
 from svc.store.requests import RequestRecord, add_requests
 from svc.version import Format, Target, VersionId
+from tests.builders.requests import RECORD as OLD_RECORD
 from tests.new_store import new_store
 from tests.serving.versions import NAME, AliasBook, make_version, target
-from tests.svc.store.test_requests import RECORD as OLD_RECORD
 
 PATIENCE_S = 300.0
 ONE = target(1)

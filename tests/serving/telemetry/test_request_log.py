@@ -19,9 +19,9 @@ from svc.settings.monitoring import RequestLogSettings
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import Dropped, Pruned, add_requests
 from svc.store.tables import RequestRow
+from tests.builders.requests import RECORD as OLD_RECORD
+from tests.builders.statements import statements
 from tests.postgresql import PostgresServer
-from tests.svc.store.test_requests import RECORD as OLD_RECORD
-from tests.svc.store.test_requests import statements
 
 RECORD = OLD_RECORD._replace(started_at=datetime.now(UTC))
 CONTENT = b'{"messages": [{"role": "user", "content": "I am a@b.de"}]}'

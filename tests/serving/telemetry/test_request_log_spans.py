@@ -16,7 +16,7 @@ from serving.telemetry.traces.request_trace import RequestTrace
 from svc.settings.monitoring import RequestLogSettings
 from svc.store.requests import Dropped, RequestRecord
 from svc.store.tables import RequestRow
-from tests.svc.store.test_requests import RECORD as OLD_RECORD
+from tests.builders.requests import RECORD as OLD_RECORD
 
 RECORD = OLD_RECORD._replace(started_at=datetime.now(UTC))
 TRACE = RequestTrace(1, 2, None, "", True)

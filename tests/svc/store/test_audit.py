@@ -22,8 +22,8 @@ from svc.store.audit import (
     verify_chain,
 )
 from svc.store.database import exclusive, open_database
+from tests.builders.actors import ALICE
 
-ALICE = Actor("user:alice", "box")
 ENTRY = AuditEntry(Action.PROMOTE, "tickets@2", ALICE, "it is better", {"before": "tickets@1"})
 
 

@@ -1,17 +1,13 @@
 """Tests the rows of batches."""
 
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from itertools import count
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine as Store
 
-from serving.files.rows import Purpose
-from svc.identity.actor import Actor
 from svc.store import audit
 from svc.store.audit import Action, AuditEntry
 from svc.store.batches import (
@@ -24,7 +20,6 @@ from svc.store.batches import (
     TooManyBatchesError,
     begin_batch,
     cancel_batch,
-    create_batch,
     end_batch,
     find_batch,
     read_batches,
@@ -34,41 +29,18 @@ from svc.store.batches import (
 from svc.store.job_requests import REPEAT_WINDOW
 from svc.store.leases import Lease, LeaseLostError
 from svc.store.page import EntryNotFoundError, Page
-from tests.file_row import add_file_row
+from tests.builders.actors import ALICE_KEY
+from tests.builders.batches import add_batch
 
-ALICE = Actor("key:alice", "10.0.0.1")
-NUMBERS = count(1)
 PROGRESS = BatchProgress(completed=2, failed=1, tokens_in=30, tokens_out=20)
-Add = Callable[..., Batch]
-
-
-@pytest.fixture
-def add(store: Store) -> Add:
-    def add(*, max_open: int = 100, has_file: bool = True, **fields: Any) -> Batch:
-        now = datetime.now(UTC)
-        defaults: dict[str, Any] = {
-            "id": f"batch_{next(NUMBERS)}",
-            "owner": "alice",
-            "input_file": f"file-{next(NUMBERS)}",
-            "endpoint": "/v1/chat/completions",
-            "completion_window": "24h",
-            "created_at": now,
-            "expires_at": now + timedelta(hours=24),
-        }
-        batch = Batch(**(defaults | fields))
-        if has_file:
-            add_file_row(store, batch.input_file, owner=batch.owner, purpose=Purpose.BATCH)
-        return create_batch(store, batch, AuditEntry(Action.CREATE_BATCH, batch.id, ALICE), max_open=max_open)
-
-    return add
 
 
 def cancel(store: Store, id: str, owner: str | None = "alice") -> Batch:
-    return cancel_batch(store, id, owner, AuditEntry(Action.CANCEL_BATCH, id, ALICE))
+    return cancel_batch(store, id, owner, AuditEntry(Action.CANCEL_BATCH, id, ALICE_KEY))
 
 
-def test_batch_can_be_found_only_by_its_owner_and_by_admins(store: Store, add: Add) -> None:
-    batch = add(labels='{"team": "a"}', output_expires_s=3600)
+def test_batch_can_be_found_only_by_its_owner_and_by_admins(store: Store) -> None:
+    batch = add_batch(store, labels='{"team": "a"}', output_expires_s=3600)
     assert find_batch(store, batch.id, "alice") == find_batch(store, batch.id, None) == batch
     with pytest.raises(EntryNotFoundError):
         find_batch(store, batch.id, "bob")
@@ -76,23 +48,23 @@ def test_batch_can_be_found_only_by_its_owner_and_by_admins(store: Store, add: A
     assert (event.action, event.subject) == ("batch.create", batch.id)
 
 
-def test_batches_are_listed_newest_first_in_pages(store: Store, add: Add) -> None:
+def test_batches_are_listed_newest_first_in_pages(store: Store) -> None:
     now = datetime.now(UTC)
-    old, middle, new = (add(created_at=now + timedelta(seconds=number)) for number in range(3))
-    add(owner="bob")
+    old, middle, new = (add_batch(store, created_at=now + timedelta(seconds=number)) for number in range(3))
+    add_batch(store, owner="bob")
     page, more = read_batches(store, "alice", page=Page(2))
     assert (page, more) == ([new, middle], True)
     assert read_batches(store, "alice", page=Page(2, middle.id)) == ([old], False)
     assert len(read_batches(store, None, page=Page(10))[0]) == 4
 
 
-def test_repeated_create_request_returns_the_existing_batch_if_that_batch_is_unfinished(store: Store, add: Add) -> None:
+def test_repeated_create_request_returns_the_existing_batch_if_that_batch_is_unfinished(store: Store) -> None:
     fields: dict[str, Any] = {"input_file": "file-1", "labels": '{"team": "a"}', "output_expires_s": 3600}
-    first, without = add(**fields), add(input_file="file-1")
-    assert add(**fields, max_open=1) == first
-    assert add(input_file="file-1", max_open=1) == without != first
+    first, without = add_batch(store, **fields), add_batch(store, input_file="file-1")
+    assert add_batch(store, **fields, max_open=1) == first
+    assert add_batch(store, input_file="file-1", max_open=1) == without != first
     begin_batch(store, first.id, total=3, model=None, lease=None)
-    assert add(**fields).id == first.id
+    assert add_batch(store, **fields).id == first.id
     assert len(audit.read_events(store, newest=10)) == 2
 
 
@@ -109,51 +81,49 @@ def test_repeated_create_request_returns_the_existing_batch_if_that_batch_is_unf
     ],
     ids=str,
 )
-def test_create_requests_that_differ_in_one_field_create_separate_batches(add: Add, change: dict[str, Any]) -> None:
+def test_create_requests_that_differ_in_one_field_create_separate_batches(store: Store, change: dict[str, Any]) -> None:
     fields: dict[str, Any] = {"input_file": "file-1", "labels": '{"team": "a"}', "output_expires_s": 3600}
-    assert add(**fields).id != add(**(fields | change)).id
+    assert add_batch(store, **fields).id != add_batch(store, **(fields | change)).id
 
 
-def test_repeated_create_request_creates_a_new_batch_if_the_previous_batch_is_cancelled_or_ended(
-    store: Store, add: Add
-) -> None:
-    first = add(input_file="file-1")
+def test_repeated_create_request_creates_a_new_batch_if_the_previous_batch_is_cancelled_or_ended(store: Store) -> None:
+    first = add_batch(store, input_file="file-1")
     cancel(store, first.id)
-    second = add(input_file="file-1")
+    second = add_batch(store, input_file="file-1")
     end_batch(store, second.id, BatchResult(BatchStatus.COMPLETED), lease=None)
-    assert len({first.id, second.id, add(input_file="file-1").id}) == 3
+    assert len({first.id, second.id, add_batch(store, input_file="file-1").id}) == 3
 
 
-def test_repeated_create_request_creates_a_new_batch_if_the_previous_batch_is_too_old(add: Add) -> None:
-    first = add(input_file="file-1", created_at=datetime.now(UTC) - REPEAT_WINDOW - timedelta(seconds=1))
-    assert add(input_file="file-1").id != first.id
+def test_repeated_create_request_creates_a_new_batch_if_the_previous_batch_is_too_old(store: Store) -> None:
+    first = add_batch(store, input_file="file-1", created_at=datetime.now(UTC) - REPEAT_WINDOW - timedelta(seconds=1))
+    assert add_batch(store, input_file="file-1").id != first.id
 
 
 @pytest.mark.slow
-def test_twenty_concurrent_identical_requests_create_one_batch(add: Add) -> None:
+def test_twenty_concurrent_identical_requests_create_one_batch(store: Store) -> None:
     with ThreadPoolExecutor(20) as threads:
-        created = list(threads.map(lambda _: add(input_file="file-1"), range(20)))
+        created = list(threads.map(lambda _: add_batch(store, input_file="file-1"), range(20)))
     assert len({batch.id for batch in created}) == 1
 
 
-def test_batch_is_refused_when_its_file_has_been_deleted(store: Store, add: Add) -> None:
+def test_batch_is_refused_when_its_file_has_been_deleted(store: Store) -> None:
     with pytest.raises(EntryNotFoundError, match="file-gone") as caught:
-        add(input_file="file-gone", has_file=False)
+        add_batch(store, input_file="file-gone", has_file=False)
     assert caught.value.param == "input_file_id"
     assert (read_open_batches(store), audit.read_events(store, newest=10)) == ([], [])
 
 
-def test_batch_is_rejected_when_its_owner_has_too_many_unfinished_batches(store: Store, add: Add) -> None:
-    first = add(max_open=1)
+def test_batch_is_rejected_when_its_owner_has_too_many_unfinished_batches(store: Store) -> None:
+    first = add_batch(store, max_open=1)
     with pytest.raises(TooManyBatchesError, match="1 unfinished batches"):
-        add(max_open=1)
-    add(max_open=1, owner="bob")
+        add_batch(store, max_open=1)
+    add_batch(store, max_open=1, owner="bob")
     end_batch(store, first.id, BatchResult(BatchStatus.COMPLETED), lease=None)
-    add(max_open=1)
+    add_batch(store, max_open=1)
 
 
-def test_batch_status_goes_from_in_progress_to_finalizing_to_completed(store: Store, add: Add) -> None:
-    id = add().id
+def test_batch_status_goes_from_in_progress_to_finalizing_to_completed(store: Store) -> None:
+    id = add_batch(store).id
     begun = begin_batch(store, id, total=3, model="tuned", lease=None)
     assert (begun.status, begun.total, begun.model) == (BatchStatus.IN_PROGRESS, 3, "tuned")
     assert begun.in_progress_at is not None
@@ -169,8 +139,8 @@ def test_batch_status_goes_from_in_progress_to_finalizing_to_completed(store: St
     assert read_open_batches(store) == []
 
 
-def test_failed_batch_has_errors_with_line_numbers(store: Store, add: Add) -> None:
-    id = add().id
+def test_failed_batch_has_errors_with_line_numbers(store: Store) -> None:
+    id = add_batch(store).id
     error = BatchError("invalid_json_line", "the line is not JSON", line=3)
     end_batch(store, id, BatchResult(BatchStatus.FAILED, errors=[error]), lease=None)
     failed = find_batch(store, id, None)
@@ -179,10 +149,8 @@ def test_failed_batch_has_errors_with_line_numbers(store: Store, add: Add) -> No
     assert BatchError(**stored) == error
 
 
-def test_cancelled_batch_ends_as_cancelled_even_if_it_completes_before_cancellation_takes_effect(
-    store: Store, add: Add
-) -> None:
-    id = add().id
+def test_cancelled_batch_ends_as_cancelled_even_if_it_completes_before_cancellation_takes_effect(store: Store) -> None:
+    id = add_batch(store).id
     cancelling = cancel(store, id)
     assert (cancelling.status, cancelling.cancelling_at is None) == (BatchStatus.CANCELLING, False)
     assert cancel(store, id) == cancelling  # sent again
@@ -197,8 +165,8 @@ def test_cancelled_batch_ends_as_cancelled_even_if_it_completes_before_cancellat
     assert events == ["batch.create", "batch.cancel"]
 
 
-def test_batch_that_has_ended_or_belongs_to_another_api_key_cannot_be_cancelled(store: Store, add: Add) -> None:
-    id = add().id
+def test_batch_that_has_ended_or_belongs_to_another_api_key_cannot_be_cancelled(store: Store) -> None:
+    id = add_batch(store).id
     with pytest.raises(EntryNotFoundError):
         cancel(store, id, "bob")
     end_batch(store, id, BatchResult(BatchStatus.EXPIRED), lease=None)
@@ -206,8 +174,8 @@ def test_batch_that_has_ended_or_belongs_to_another_api_key_cannot_be_cancelled(
         cancel(store, id)
 
 
-def test_server_that_lost_its_lease_cannot_change_a_batch(store: Store, add: Add) -> None:
-    batch, lost = add(), Lease("*", "another", 1)
+def test_server_that_lost_its_lease_cannot_change_a_batch(store: Store) -> None:
+    batch, lost = add_batch(store), Lease("*", "another", 1)
     with pytest.raises(LeaseLostError):
         begin_batch(store, batch.id, total=3, model=None, lease=lost)
     with pytest.raises(LeaseLostError):

@@ -7,10 +7,10 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from svc.errors import BusyError
-from svc.identity.actor import Actor
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.desired import Desired, change_desired, desired_names, read_desired
 from svc.version import Format, Target, VersionId
+from tests.builders.actors import ALICE
 
 
 def target(number: int, format: Format = Format.GPTQ, name: str = "tiny") -> Target:
@@ -114,7 +114,7 @@ def test_desired_target_is_printed_as_version_and_format() -> None:
     assert str(target(3, Format.MERGED)) == "tiny@3 (merged)"
 
 
-PROMOTION = AuditEntry(Action.PROMOTE, "tiny@2", Actor("user:alice", "box"), "it is better")
+PROMOTION = AuditEntry(Action.PROMOTE, "tiny@2", ALICE, "it is better")
 
 
 def test_desired_state_change_is_audited_with_its_actor_and_previous_state(store: Store) -> None:

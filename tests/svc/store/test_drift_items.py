@@ -14,9 +14,8 @@ from svc.store.drift_items import Item, StoredItem, add_items, item_ids, prune_i
 from svc.store.requests import add_requests, hash_user, prune_requests
 from svc.store.tables import RequestRow
 from svc.version import Format, Target, VersionId
-from tests.svc.store.test_requests import NOON, PLENTY, RECORD, fill
+from tests.builders.requests import NOON, PLENTY, RECORD, TARGET, fill
 
-TARGET = Target(VersionId("tiny", 2), Format.GPTQ)
 OTHERS = [Target(VersionId("tiny", 1), Format.GPTQ), Target(VersionId("tiny", 2), Format.MERGED)]
 
 

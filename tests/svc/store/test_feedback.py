@@ -11,7 +11,7 @@ from svc.store.feedback import Feedback, KeptFeedback, Rating, keep_feedback
 from svc.store.requests import add_requests
 from svc.store.tables import FeedbackRow
 from svc.version import VersionId
-from tests.svc.store.test_requests import RECORD
+from tests.builders.requests import RECORD
 
 
 def test_feedback_stores_the_rated_version(store: Store) -> None:

@@ -20,9 +20,9 @@ from svc.store.holdouts import (
 )
 from svc.store.tables import HoldoutRunRow
 from svc.version import Format, Target, VersionId
+from tests.builders.requests import TARGET
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
-TARGET = Target(VersionId("tiny", 2), Format.GPTQ)
 COMPLETED = HoldoutRun(
     target=TARGET,
     engine=EngineFacts(

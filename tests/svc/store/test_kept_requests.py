@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.dataset.schema.tool_calls import answer_text
+from svc.dataset.schema.tool_calls import ToolCall, answer_text
 from svc.redaction import PLACEHOLDERS
 from svc.store.kept_requests import find_kept_requests, read_kept_request
 from svc.store.requests import RequestOutcome, add_requests, prune_requests
 from svc.version import Format, VersionId
-from tests.svc.store.test_requests import NOON, RECORD
-from tests.svc.store.test_scores import CALL, CHAT, TARGET
+from tests.builders.requests import CHAT, NOON, RECORD, TARGET
 
 KEPT = RECORD._replace(prompt='[{"role": "user", "content": "hi"}]', answer="hello")
+CALL = ToolCall("rain", "{}")
 DAY = timedelta(days=1)
 
 

@@ -9,11 +9,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from svc.errors import NotFoundError, RefusedError
-from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Principal, Scope
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.keys import Key, add_key, find_key, keys_revision, read_keys, replace_secret, revoke_key
 from svc.store.tables import KeyRow
+from tests.builders.actors import ALICE
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 CI = Principal(
@@ -25,7 +25,7 @@ CI = Principal(
     weight=3,
 )
 KEY = Key(CI, "hash-1", created_at=NOON, expires_at=NOON + timedelta(days=1))
-ENTRY = AuditEntry(Action.CREATE_KEY, "key:abcd0123", Actor("user:alice", "box"))
+ENTRY = AuditEntry(Action.CREATE_KEY, "key:abcd0123", ALICE)
 
 
 def test_new_store_has_no_api_keys(store: Store) -> None:

@@ -24,10 +24,10 @@ from svc.store.migrate import migrate
 from svc.store.postgresql import connect
 from svc.store.tables import Table
 from svc.store.unavailable import StoreUnavailableError
+from tests.builders.actors import ALICE
 from tests.filled_store import LAST_ID, ROWS, fill, read_tables
 from tests.new_store import new_store
 from tests.postgresql import PostgresServer
-from tests.svc.store.test_audit import ALICE
 
 pytestmark = pytest.mark.slow
 

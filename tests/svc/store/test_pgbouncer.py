@@ -12,12 +12,14 @@ from svc.settings.settings import Settings
 from svc.store.audit import Action, AuditEntry, record_event, verify_chain
 from svc.store.database import announce_change, open_store
 from svc.store.deployments import deployed_names
+from svc.store.desired import change_desired, read_desired
 from svc.store.requests import add_requests
+from tests.builders.actors import ALICE
+from tests.builders.listeners import listening
+from tests.builders.requests import RECORD, TARGET
 from tests.pgbouncer import running_pgbouncer
 from tests.postgresql import PostgresServer
-from tests.serving.store_changes.test_change_listener import listening, promote, until
-from tests.svc.store.test_audit import ALICE
-from tests.svc.store.test_requests import RECORD
+from tests.serving.control import until
 
 pytestmark = pytest.mark.slow
 
@@ -58,14 +60,17 @@ def test_concurrent_writers_succeed_through_pgbouncer(pooled: Store) -> None:
 async def test_notifications_are_trusted_only_if_pgbouncer_delivers_them(
     pooled: Store, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def promote() -> None:
+        change_desired(pooled, read_desired(pooled, TARGET.version.name), TARGET, None)
+
     if mode == "transaction":  # several attempts
         monkeypatch.setattr(change_listener, "_ECHO_INTERVAL_S", 0.2)
         monkeypatch.setattr(change_listener, "_UNHEARD_PAUSE_S", 0.1)
     async with listening(pooled) as changes:
         if mode == "session":
-            await until(lambda: changes.notified)
+            await until(lambda: changes.notified, 30)
         for _ in range(10):
-            await asyncio.to_thread(promote, pooled)
+            await asyncio.to_thread(promote)
             await asyncio.sleep(0.1)
             assert changes.notified == (mode == "session")
 

@@ -27,9 +27,9 @@ from svc.store.postgresql import location
 from svc.store.requests import add_requests
 from svc.store.tables import DeploymentRow
 from svc.store.unavailable import StoreUnavailableError
+from tests.builders.actors import ALICE
+from tests.builders.requests import RECORD
 from tests.postgresql import PostgresServer
-from tests.svc.store.test_audit import ALICE
-from tests.svc.store.test_requests import RECORD
 
 SECRET = "s3cret-pass"
 NOWHERE = f"postgresql://svc:{SECRET}@127.0.0.1:1/store"

@@ -1,67 +1,19 @@
 """Tests that request rows are complete, and are deleted by age and size together with their feedback."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import Engine as Store
-from sqlalchemy import event, func, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from svc.store import requests
 from svc.store.feedback import Feedback, Rating, keep_feedback
 from svc.store.requests import Pruned, RequestOutcome, RequestRecord, add_requests, prune_requests
 from svc.store.tables import FeedbackRow, RequestRow
-from svc.version import Format, VersionId
-
-NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
-LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
-PLENTY = 2**40
-RECORD = RequestRecord(
-    request_id="req-1",
-    started_at=NOON,
-    model="tiny",
-    version=VersionId("tiny", 2),
-    format=Format.GPTQ,
-    route="/v1/chat/completions",
-    status=200,
-    outcome=RequestOutcome.COMPLETE,
-    seconds=1.5,
-    finish_reason="stop",
-    first_token_seconds=0.25,
-    tokens_in=10,
-    tokens_out=5,
-    temperature=0.7,
-    max_tokens=64,
-    client_request_id="mine",
-)
-
-
-def fill(store: Store, count: int, **fields: object) -> None:
-    """Add rows one minute apart, with the newest at noon."""
-    started = [NOON - timedelta(minutes=count - 1 - index) for index in range(count)]
-    ids = [f"req-{index}" for index in range(count)]
-    records = [RECORD._replace(request_id=id, started_at=at, **fields) for id, at in zip(ids, started, strict=True)]  # type: ignore[arg-type]
-    add_requests(store, records)
-
-
-@contextmanager
-def statements(store: Store) -> Iterator[list[str]]:
-    """Collect the statements sent to the store while the context is active."""
-    sent: list[str] = []
-
-    def hear(connection: object, cursor: object, statement: str, *_: object) -> None:
-        sent.append(statement)
-
-    event.listen(store, "before_cursor_execute", hear)
-    yield sent
-    event.remove(store, "before_cursor_execute", hear)
-
-
-def kept(store: Store) -> list[str]:
-    with Session(store) as session:
-        return list(session.scalars(select(RequestRow.request_id).order_by(RequestRow.id)))
+from svc.version import Format
+from tests.builders.requests import LONG_AGO, NOON, PLENTY, RECORD, fill, kept
+from tests.builders.statements import statements
 
 
 def test_stored_request_row_has_the_values_of_the_request_record(store: Store) -> None:

@@ -15,10 +15,8 @@ from svc.store.requests import RequestRecord, add_requests, prune_requests
 from svc.store.scores import MOST_TOKENS, KeptAnswer, keep_logprob, newest_unscored
 from svc.store.tables import RequestRow
 from svc.version import Format, Target, VersionId
-from tests.svc.store.test_requests import NOON, RECORD
+from tests.builders.requests import CHAT, NOON, RECORD, TARGET
 
-CHAT = "/v1/chat/completions"
-TARGET = Target(VersionId("tiny", 2), Format.GPTQ)
 CALL = ToolCall("rain", "{}")
 KEPT = RECORD._replace(temperature=0.0, prompt='[{"role": "user", "content": "hi"}]', answer="hello")
 
