@@ -62,8 +62,6 @@ checks process neither this request nor newer ones. Log-probabilities are comput
 contents."""
 _NO_FEATURES = "the server does not store features of new requests; set request_log.features and restart the server"
 State = TypeVar("State")
-
-
 Array = NDArray[Any]
 
 

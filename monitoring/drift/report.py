@@ -13,8 +13,6 @@ from svc.drift_reference.sample import NOT_THERE, Floats, Names, Sample
 
 EXAMPLES = 5
 """Maximum number of example requests per alarm."""
-
-
 _BINS = 10
 _HALF = 0.5  # added to counts, so that an empty bin does not make the index infinite (Jeffreys)
 

@@ -22,8 +22,6 @@ from svc.store.holdouts import HoldoutOutcome, newest_holdout_run
 from svc.version import Target
 
 log = logging.getLogger(__name__)
-
-
 _GAUGES = {
     "svc_drift_alarm": ("1 while a feature has an active alarm", ["signal", "feature"]),
     "svc_drift_watched": ("1 while new requests or ratings can be compared", ["signal"]),

@@ -41,8 +41,6 @@ _ENDED_POLL_S = 0.05
 _FREE_SHARE = 4
 """Batch requests leave 1/_FREE_SHARE of the capacity free, so that they rarely have to be interrupted for client
 requests."""
-
-
 MAX_WAIT_S = 60.0
 """Maximum time that a batch request waits for a slot, in seconds. After this time it is rejected, and its batch sends
 it again, so that its key's permissions are checked again.

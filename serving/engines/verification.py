@@ -39,8 +39,6 @@ _ADAPTER_REPEATS = 2
 _OTHER_WEIGHTS_NATS = 0.5
 """Mean difference between log-probabilities, in nats, above which the weights must be different. With the same weights,
 results of different kernels differ in the second decimal place; with different weights, they differ by whole nats."""
-
-
 _PROBES = TypeAdapter(tuple[Probe, ...])
 
 

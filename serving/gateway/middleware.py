@@ -33,8 +33,6 @@ from svc.identity.key_secret import hide_secrets
 _CLIENT_HEADERS = (b"x-client-request-id", b"x-request-id")
 _ID_BYTES, _BATCH = 16, 256
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # safe in a log line
-
-
 _REQUESTS = Limit.REQUESTS_PER_MINUTE
 _TOKENS = (Limit.TOKENS_IN_PER_MINUTE, Limit.TOKENS_OUT_PER_MINUTE, Limit.TOKENS_PER_DAY)
 

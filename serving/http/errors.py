@@ -39,8 +39,6 @@ from svc.store.page import EntryNotFoundError
 from svc.store.unavailable import StoreUnavailableError
 
 log = logging.getLogger(__name__)
-
-
 ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",

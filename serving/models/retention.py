@@ -23,8 +23,6 @@ from svc.store.tables import BatchRow, JobRow
 log = logging.getLogger(__name__)
 
 _INTERVAL_S = 3600.0
-
-
 _TOGETHER = 500
 _ENDED_BATCHES = [status.value for status in BatchStatus if status.ended]
 _ENDED_JOBS = [status.value for status in JobStatus if status.ended]

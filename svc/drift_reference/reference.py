@@ -43,8 +43,6 @@ from svc.version import Target
 _MAX_ANSWERS = 1_000
 """Maximum number of held-out answers in the reference. The answers are chosen at even intervals. Redacting more answers
 would take seconds, and the additional precision is not needed."""
-
-
 KEY_FILE = "drift.key"
 MAX_WORDS = 512
 """Maximum number of distinct words per prompt whose hashes are kept. A page of text has about 250 distinct words."""

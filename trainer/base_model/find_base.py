@@ -40,8 +40,6 @@ _EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight")
 """Suffixes of the names of the weight matrices that have one row per token."""
 _NOT_OF_TOKENIZER = ("generation_config.json", "chat_template.json")
 """Files in `SHIPPED_FILES` that are linked from the base's folder, because saving the tokenizer does not write them."""
-
-
 _KEPT = ("rope_theta", "partial_rotary_factor")
 """Keys of the base's rotary embedding config that are kept, because they are not part of the scaling."""
 _TOKENIZER_CONFIG = "tokenizer_config.json"

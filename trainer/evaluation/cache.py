@@ -21,8 +21,6 @@ from svc.settings.settings import Settings
 from trainer.data.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
-
-
 KnownResults = dict[tuple[str, int], ExampleResult]
 """Results keyed by the example's cache key and the answer's token limit."""
 

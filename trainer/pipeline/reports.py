@@ -19,8 +19,6 @@ from trainer.recipe.recipe import ReportTo
 
 _OFFLINE = {"offline", "disabled", "dryrun"}
 _RUN_ID = "wandb_run_id"
-
-
 Report = Callable[[int, Mapping[str, float]], None]
 """Callback that receives metrics and the optimizer step to which they belong."""
 

@@ -26,8 +26,6 @@ _METRICS = ("metrics", "primary", "json_schema", "metric_seconds")
 _GENERAL = ("general", "general_limit")
 """Keys of the `evaluate` section that specify the general questions. The questions themselves are hashed instead of
 these keys."""
-
-
 StageKeys = Mapping[Stage, str]
 
 

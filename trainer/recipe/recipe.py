@@ -43,8 +43,6 @@ _LEARNING_RATES = {None: 5e-5, AdapterType.ADALORA: 1e-2, AdapterType.VERA: 6e-2
 _MEASURED_WIDTH = 576
 """Hidden width of SmolLM2-135M, for which the default learning rates were measured. See docs/training.md for rates for
 wider models."""
-
-
 _PREFERENCE_RATES = {
     Objective.DPO: (0.1, 0.02),
     Objective.KTO: (0.1, 0.02),
@@ -52,8 +50,6 @@ _PREFERENCE_RATES = {
 }
 """Default learning rate of each preference objective, as a fraction of the rate for supervised fine-tuning: first for
 adapters, then for full fine-tuning. The defaults lie between the published rates listed in docs/training.md."""
-
-
 NewTokens = Annotated[
     tuple[Annotated[str, Field(pattern=r"^\S+$")], ...],
     WithJsonSchema({"type": "array", "items": {"type": "string"}}),

@@ -69,8 +69,6 @@ Devices = Annotated[
     ),
 ]
 """Number of devices, or the indices of GPUs."""
-
-
 DEVICE_KEYS = {"devices", "sharding"}
 """Keys of `train` that affect the result only through rounding and random numbers."""
 

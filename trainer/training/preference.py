@@ -46,8 +46,6 @@ from trainer.training.parallel.sharding import release_gathered
 from trainer.training.trainer import ResumableTrainer, without_answers
 
 _REFERENCE = "reference.safetensors"
-
-
 _LARGEST_LOGPROB = -1e-6  # per token, in nats: an answer's odds are infinite if it is certain
 
 

@@ -35,8 +35,6 @@ later units would exceed it: a real rollout then needed 758 requests of the cand
 _RATIOS = (0.01, 100.0)
 _FIGURE_ERROR = 0.05
 """Probability that a percentile ever lies outside the limits displayed for it."""
-
-
 _RESOLUTION = math.log(1.01)
 """Relative width of the histogram's logarithmic bins: 1%."""
 _SHORTEST_S, _LONGEST_S = 1e-4, 1e5

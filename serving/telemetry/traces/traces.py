@@ -47,8 +47,6 @@ Python's switch interval. With more spans, the event loop would have to wait for
 _EVERY_MS = 2000
 _CLOSE_S = 5.0
 _PARENT, _STATE = b"traceparent", b"tracestate"
-
-
 PROVIDER = "vllm"
 CONTENT = INPUT_MESSAGES, OUTPUT_MESSAGES = "gen_ai.input.messages", "gen_ai.output.messages"
 _SERVER_FAULTS = frozenset({RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR})

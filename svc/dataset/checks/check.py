@@ -43,12 +43,8 @@ _MAX_COUNTED_ANSWER = 200
 _MAX_CHARACTERS = 2**32 - 1
 
 OnRead = Callable[[int], None]
-
-
 MAX_LONGER_SHARE = 0.7
 """If the chosen answer is longer in more than this fraction of pairs, the pairs count as biased."""
-
-
 _GEMMA_4 = "turn|channel|tool|tool_call|tool_response|image|audio|video"
 _SPECIAL = (
     r"<[|｜][^\s<>|｜]{1,64}[|｜]>"  # ChatML, Llama 3, Phi, Qwen, DeepSeek  # noqa: RUF001

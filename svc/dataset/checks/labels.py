@@ -28,8 +28,6 @@ _MAX_LABEL_CHARS = 40
 _MAX_INSTRUCTION_CHARS = 20_000
 _MIN_FREQUENT = 10
 _MIN_EXAMPLES_FOR_RARE = 100
-
-
 _NUMBER = re.compile(r"(?:(?<!\d)[-+])?\d+(?:[.,]\d+)?")  # 1-5 does not contain -5
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 """Matches letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese."""

@@ -22,8 +22,6 @@ from svc.dataset.text.plain_text import normal
 _EDGE = 100
 _WORDS_OF_A_TASK = 3
 _NO_LABEL = AnswerClass(AnswerKind(0))
-
-
 _ROW = np.dtype(
     [
         *((name, np.uint32) for name in ("files", "lines")),

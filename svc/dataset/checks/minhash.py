@@ -45,8 +45,6 @@ Numbers = NDArray[np.uint32]
 _random = np.random.Generator(np.random.PCG64(20240607))
 _FACTORS = _random.integers(1, 2**31, _VALUES, dtype=np.uint32) * 2 + 1
 _OFFSETS = _random.integers(0, 2**32, _VALUES, dtype=np.uint32)
-
-
 _SKETCH = np.dtype([("values", np.uint16, _VALUES), ("runs", np.uint16)])
 Sketches = NDArray[np.void]
 """MinHash sketches, one row per text.

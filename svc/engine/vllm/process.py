@@ -36,8 +36,6 @@ _CPU_NICENESS = 5
 """Niceness of an engine on the CPU relative to the server. The engine's threads keep every core busy: with
 equal priorities, the server's event loop had to wait 20 ms for a core in 1% of its iterations. With this niceness, it
 waits 8 ms (docs/reliability.md)."""
-
-
 _SIGNS = {
     EnginePhase.ARGUMENTS: rb"non-default args",
     EnginePhase.CORE: rb"Initializing a V1 LLM engine",

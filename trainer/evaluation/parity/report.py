@@ -59,8 +59,6 @@ be small."""
 _MAX_FLOOR = 0.1
 """Maximum rounding difference allowed, in nats per token on average. A correct bf16 engine differs from transformers by
 0.01 to 0.03 nats, and a faulty engine by one nat or more."""
-
-
 _WITH_LAYERS = 1.2
 """Ratio of the required memory to the size of the weights. The excess covers the adapter, and float32 copies of one
 layer while its weights are compared: for an 8B model, about twelve copies of 0.23 GB each."""
