@@ -97,8 +97,14 @@ class Workload:
     scored: float = 0.0
 
 
-def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path) -> Workload:
+def read_workload(
+    examples: Sequence[ChatExample] | Sequence[PreferencePair | LabeledAnswer], recipe: Recipe, folder: Path
+) -> Workload:
     """Return the batches that a recipe's training run would form from the given examples.
+
+    If a preference objective needs a reference model, all answers are scored once before training. With `objective:
+    kto`, each labeled answer is also compared with an answer to a different prompt. These mismatched answers are scored
+    too, and are assumed to be as long as the labeled answers.
 
     Args:
         folder: the base's folder. If it contains no tokenizer, the numbers of tokens are estimated.
@@ -109,55 +115,28 @@ def read_workload(examples: Sequence[ChatExample], recipe: Recipe, folder: Path)
     train, counted = recipe.train, any((folder / name).is_file() for name in TOKENIZER_FILES)
     chosen = np.random.default_rng(recipe.data.seed).permutation(len(examples))[:_MAX_EXAMPLES]
     measured = _tokenize([examples[index] for index in sorted(chosen)], folder, recipe, counted=counted)
-    rows, times = list(chain.from_iterable(measured)), len(examples) / len(measured)
-    in_rows = sum(len(row.input_ids) for row in rows)
-    tokens, mean_length = in_rows * times, fmean(max(map(_length, rows)) for rows in measured)
-    batches: tuple[Batch, ...]
+    rows, units, times = list(chain.from_iterable(measured)), _units(measured, recipe), len(examples) / len(measured)
+    in_rows = sum(map(_length, rows))
+    tokens, mean_length = in_rows * times, fmean(map(_longest, measured))
     if train.packing:
         learnt = train.batch_size * train.max_length * (sum(row.scored for row in rows) / in_rows)
         largest = Batch(train.batch_size, train.max_length, 0, math.ceil(learnt))
-        batches, in_epoch = (largest,), max(1, math.ceil(tokens / train.max_length)) / train.batch_size
+        batches, in_epoch = [largest], max(1, math.ceil(tokens / train.max_length)) / train.batch_size
     else:
-        batches, in_epoch = tuple(plan_batches(rows, train)), math.ceil(len(rows) * times / train.batch_size)
+        batches, in_epoch = _plan(units, train), math.ceil(len(units) * times / train.batch_size)
         if len(measured) == len(examples):
             largest = max(batches, key=lambda batch: batch.computed)
         else:  # a sample does not contain the largest batch, which is that of the longest examples
-            longest = heapq.nlargest(train.batch_size, examples, key=lambda example: example.characters)
-            measured = _tokenize(longest, folder, recipe, counted=counted)
-            largest = measure_batch(sorted(chain.from_iterable(measured), key=_length)[-train.batch_size :])
-    in_run = train.steps * train.gradient_accumulation if train.steps else train.epochs * in_epoch
-    return Workload(len(examples), mean_length, tokens, batches, in_run / len(batches), largest, counted)
-
-
-def read_preference_workload(
-    judged: Sequence[PreferencePair | LabeledAnswer], recipe: Recipe, folder: Path
-) -> Workload:
-    """Return the batches that preference training would form (see `read_workload`).
-
-    If the objective needs a reference model, all answers are scored once before training. With `objective: kto`, each
-    labeled answer is also compared with an answer to a different prompt. These mismatched answers are scored too, and
-    are assumed to be as long as the labeled answers.
-    """
-    train, counted = recipe.train, any((folder / name).is_file() for name in TOKENIZER_FILES)
-    chosen = np.random.default_rng(recipe.data.seed).permutation(len(judged))[:_MAX_EXAMPLES]
-    measured = _tokenize_judged([judged[index] for index in sorted(chosen)], folder, recipe, counted=counted)
-    times = len(judged) / len(measured)
-    batches = tuple(_plan(measured, train))
-    in_epoch = math.ceil(len(measured) * times / train.batch_size)
+            longest = heapq.nlargest(train.batch_size, examples, key=_characters)
+            units = _units(_tokenize(longest, folder, recipe, counted=counted), recipe)
+            largest = _measure(sorted(units, key=_longest)[-train.batch_size :])
     in_run = train.steps * train.gradient_accumulation if train.steps else train.epochs * in_epoch
     scored = float(in_epoch if recipe.objective.needs_reference else 0)
     if recipe.objective is Objective.KTO:
         scored = 2 * in_epoch + in_run
-    tokens = times * sum(_length(row) for unit in measured for row in unit)
+    number = len(batches)
     return Workload(
-        examples=len(judged),
-        mean_length=fmean(max(map(_length, unit)) for unit in measured),
-        tokens=tokens,
-        batches=batches,
-        repeats=in_run / len(batches),
-        largest=max(batches, key=lambda batch: batch.computed),
-        counted=counted,
-        scored=scored / len(batches),
+        len(examples), mean_length, tokens, tuple(batches), in_run / number, largest, counted, scored / number
     )
 
 
@@ -191,21 +170,24 @@ def unshared(workload: Workload) -> Workload:
 
 def plan_batches(rows: Sequence[TokenizedExample], train: Train) -> list[Batch]:
     """Return the trainer's batches in the first epoch, before gradient accumulation combines them."""
-    return _plan([(row,) for row in rows], train)
+    return _plan([[row] for row in rows], train)
 
 
-def _plan(units: Sequence[Sequence[TokenizedExample]], train: Train) -> list[Batch]:
-    """Return the batches of the first epoch.
+def _units(measured: list[list[TokenizedExample]], recipe: Recipe) -> list[list[TokenizedExample]]:
+    """Return the rows that stay in the same batch: the two answers of a pair, or else a single row."""
+    return measured if recipe.objective.is_preference else [[row] for row in chain.from_iterable(measured)]
 
-    Args:
-        units: the examples, each as one or more rows that stay in the same batch.
-    """
+
+def _plan(units: list[list[TokenizedExample]], train: Train) -> list[Batch]:
     from trainer.data.length_grouped_sampler import LengthGroupedSampler
 
     size, step = train.batch_size, train.batch_size * train.gradient_accumulation
-    order = list(LengthGroupedSampler([max(map(_length, unit)) for unit in units], step, train.seed))
-    parts = [[units[index] for index in order[start : start + size]] for start in range(0, len(order), size)]
-    return [measure_batch(list(chain.from_iterable(part)), sequences=len(part[0])) for part in parts]
+    order = list(LengthGroupedSampler(list(map(_longest, units)), step, train.seed))
+    return [_measure([units[index] for index in order[start : start + size]]) for start in range(0, len(order), size)]
+
+
+def _measure(units: list[list[TokenizedExample]]) -> Batch:
+    return measure_batch(list(chain.from_iterable(units)), sequences=len(units[0]))
 
 
 def measure_batch(rows: Sequence[TokenizedExample], sequences: int = 1) -> Batch:
@@ -229,42 +211,40 @@ def measure_batch(rows: Sequence[TokenizedExample], sequences: int = 1) -> Batch
 
 
 def _tokenize(
-    examples: Sequence[ChatExample], folder: Path, recipe: Recipe, *, counted: bool
+    examples: Sequence[ChatExample | PreferencePair | LabeledAnswer], folder: Path, recipe: Recipe, *, counted: bool
 ) -> list[list[TokenizedExample]]:
-    """Return the tokenized rows of each example, truncated to the maximum length. Examples that the recipe
-    drops as too long are excluded.
+    """Return the tokenized rows of each example, truncated to the maximum length: two for a pair of answers, one for a
+    labeled answer. Examples that the recipe drops as too long are excluded.
     """
-    if counted:
+
+    def tokenize(chats: Sequence[ChatExample]) -> list[list[TokenizedExample]]:
+        if not counted:
+            return [[cut_into_pieces(chat)] for chat in chats]
         kwargs = choose_template_kwargs(folder, recipe.chat_template_kwargs)
-        tokenized = tokenize_turns_of(folder, examples, kwargs)
-    else:
-        tokenized = [[cut_into_pieces(example)] for example in examples]
+        if recipe.objective.is_preference:
+            return [[row] for row in tokenize_as_trained(folder, chats, kwargs)]
+        return tokenize_turns_of(folder, chats, kwargs)
+
+    answers = zip(*map(_chats, examples), strict=True)  # all better answers, then all worse ones
+    tokenized = [list(chain.from_iterable(parts)) for parts in zip(*map(tokenize, answers), strict=True)]
     if recipe.objective is Objective.TEXT:
         tokenized = list(cut_documents(tokenized, recipe.train.max_length))
     longest, drops = recipe.train.max_length, recipe.train.too_long is TooLong.DROP
-    fitting = [rows for rows in tokenized if not drops or max(map(_length, rows)) <= longest]
+    fitting = [rows for rows in tokenized if not drops or _longest(rows) <= longest]
     return [[truncate(row, longest) for row in rows] for rows in fitting or tokenized]
 
 
-def _tokenize_judged(
-    judged: Sequence[PreferencePair | LabeledAnswer], folder: Path, recipe: Recipe, *, counted: bool
-) -> list[tuple[TokenizedExample, ...]]:
-    """Return one tokenized example per answer: two for each pair, one for each labeled answer. Pairs and answers that
-    the recipe drops as too long are excluded.
-    """
+def _chats(example: ChatExample | PreferencePair | LabeledAnswer) -> tuple[ChatExample, ...]:
+    match example:
+        case PreferencePair(chosen, rejected):
+            return chosen, rejected
+        case LabeledAnswer(answer):
+            return (answer,)
+    return (example,)
 
-    def tokenize(examples: Sequence[ChatExample]) -> list[TokenizedExample]:
-        if counted:
-            return tokenize_as_trained(folder, examples, choose_template_kwargs(folder, recipe.chat_template_kwargs))
-        return [cut_into_pieces(example) for example in examples]
 
-    if pairs := [pair for pair in judged if isinstance(pair, PreferencePair)]:
-        answers = [tokenize([pair.chosen for pair in pairs]), tokenize([pair.rejected for pair in pairs])]
-    else:
-        answers = [tokenize([answer.example for answer in judged if isinstance(answer, LabeledAnswer)])]
-    units, longest = list(zip(*answers, strict=True)), recipe.train.max_length
-    fitting = [unit for unit in units if max(map(_length, unit)) <= longest]
-    return fitting if fitting and recipe.train.too_long is TooLong.DROP else units
+def _characters(example: ChatExample | PreferencePair | LabeledAnswer) -> int:
+    return max(chat.characters for chat in _chats(example))
 
 
 def cut_into_pieces(example: ChatExample) -> TokenizedExample:
@@ -287,3 +267,7 @@ def cut_into_pieces(example: ChatExample) -> TokenizedExample:
 
 def _length(row: TokenizedExample) -> int:
     return len(row.input_ids)
+
+
+def _longest(rows: Sequence[TokenizedExample]) -> int:
+    return max(map(_length, rows))

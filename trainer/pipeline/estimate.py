@@ -11,7 +11,7 @@ from svc.imports import without_garbage_collection
 from svc.settings.settings import Settings
 from svc.terminal import console
 from trainer.base_model.find_base import find_config
-from trainer.estimate.batches import read_preference_workload, read_workload
+from trainer.estimate.batches import read_workload
 from trainer.estimate.checkpointing import choose_checkpointing, with_checkpointing
 from trainer.estimate.devices import HERE, ComputeDevice, choose_devices
 from trainer.estimate.estimate import DeviceEstimate, Estimate, estimate_recipe
@@ -36,10 +36,7 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
     with without_garbage_collection():
         import trainer.training.sft  # noqa: F401 - the first import of torch and TRL in `svc train`
     shape = read_model_shape(folder, recipe.adapter.targets)
-    if examples.judged:
-        workload = read_preference_workload(examples.judged, recipe, folder)
-    else:
-        workload = read_workload(examples.train, recipe, folder)
+    workload = read_workload(examples.judged or examples.train, recipe, folder)
     return estimate_recipe(recipe, shape, workload, devices, settings.engine.max_model_len)
 
 

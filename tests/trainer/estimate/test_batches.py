@@ -7,7 +7,7 @@ import pytest
 from svc.dataset.schema.example import ChatExample, parse_example
 from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from tests.trainer.conftest import make_example, make_recipe, make_tokenizer
-from trainer.estimate.batches import CHARACTERS_A_TOKEN, cut_into_pieces, read_preference_workload, read_workload
+from trainer.estimate.batches import CHARACTERS_A_TOKEN, cut_into_pieces, read_workload
 
 
 def test_tokens_are_counted_with_the_base_model_tokenizer(tiny_base: Path, examples: list[ChatExample]) -> None:
@@ -102,7 +102,7 @@ def pairs_of(examples: list[ChatExample]) -> list[PreferencePair]:
 
 def test_preference_batches_have_two_sequences_per_pair(tiny_base: Path, examples: list[ChatExample]) -> None:
     recipe = make_recipe(objective="dpo", train={"batch_size": 4, "epochs": 2})
-    workload = read_preference_workload(pairs_of(examples), recipe, tiny_base)
+    workload = read_workload(pairs_of(examples), recipe, tiny_base)
     alone = read_workload(examples, recipe, tiny_base)
     assert [(batch.rows, batch.sequences) for batch in workload.batches] == [(4, 2)] * 3
     assert workload.repeats == 2
@@ -118,7 +118,7 @@ def test_estimate_includes_the_forward_only_passes_of_each_preference_objective(
     if objective == "kto":
         judged = [LabeledAnswer(example, desirable=True) for example in examples]
     recipe = make_recipe(objective=objective, train={"batch_size": 4, "epochs": 2})
-    assert read_preference_workload(judged, recipe, tiny_base).scored == scored
+    assert read_workload(judged, recipe, tiny_base).scored == scored
 
 
 def test_overlong_pair_is_excluded_from_the_estimate_when_the_recipe_drops_it(
@@ -126,4 +126,4 @@ def test_overlong_pair_is_excluded_from_the_estimate_when_the_recipe_drops_it(
 ) -> None:
     pairs = [*pairs_of(examples), PreferencePair(examples[0], make_example(examples[0].question, "no" * 500))]
     recipe = make_recipe(objective="dpo", train={"batch_size": 4, "too_long": "drop", "max_length": 300})
-    assert read_preference_workload(pairs, recipe, tiny_base).largest.length <= 300
+    assert read_workload(pairs, recipe, tiny_base).largest.length <= 300
