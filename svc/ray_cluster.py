@@ -57,8 +57,9 @@ def connected(address: str) -> Iterator[None]:
     try:
         ray.init(address, log_to_driver=False, configure_logging=False, namespace="tuneserve")
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ServerNotRunningError(
-            f"cannot join the Ray cluster at {address}: {_first_line(error)}",
+            f"cannot join the Ray cluster at {address}: {reason}",
             expected="a node of the cluster, with the same versions of Python and Ray as the cluster, and the "
             "cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token",
             todo=f"run `{_JOIN.format(address)}` on this machine, or set ray.address to ray://HEAD:10001",
@@ -85,7 +86,3 @@ def _check_reachable(address: str) -> None:
             expected="a running cluster",
             todo="check ray.address or RAY_ADDRESS, and start the cluster: ray start --head",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -38,11 +38,8 @@ class Guard:
     def dismiss(self) -> None:
         """Stop the guard process. Call this after the engine has been stopped."""
         assert self._shell.stdin is not None  # noqa: S101 - a pipe
-        with suppress(BrokenPipeError):  # the guard was killed
-            self._shell.stdin.write(b"\n")
-            self._shell.stdin.flush()
-        with suppress(BrokenPipeError):
-            self._shell.stdin.close()
+        with suppress(BrokenPipeError), self._shell.stdin as pipe:  # broken if the guard was killed
+            pipe.write(b"\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ format; otherwise, the new node merges the adapter again.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -55,9 +55,8 @@ class StageTask:
         evaluation: the run's evaluation, without the settings of this machine.
         calibration: see `ModelStages`.
         artifacts: URL of the object store.
-        adapter: the trained adapter, or None before training and for full fine-tuning.
         trained: files of the model trained by full fine-tuning, with paths relative to the model's folder.
-        weights: weights of finished stages.
+        weights: weights of finished stages, including the trained adapter.
         results: results of finished stages, as `Run.results` returns them.
     """
 
@@ -65,10 +64,9 @@ class StageTask:
     evaluation: RunEvaluation
     calibration: Sequence[ChatExample]
     artifacts: str
-    adapter: StoredWeights | None = None
     trained: StoredWeights | None = None
-    weights: Mapping[Format, StoredWeights] | None = None
-    results: Mapping[Stage, bytes] | None = None
+    weights: Mapping[Format, StoredWeights] = field(default_factory=dict)
+    results: Mapping[Stage, bytes] = field(default_factory=dict)
 
 
 class RayStages:
@@ -201,14 +199,10 @@ class RayStages:
         task = StageTask(models.recipe, evaluation, models.calibration, self._objects.url)
         if not run.done(Stage.TRAIN):
             return task
-        weights = {format: run.stored_weights(stage) for format, stage in WRITE_STAGES.items()}
-        return replace(
-            task,
-            adapter=None if models.is_full else self._adapter,
-            trained=run.stored_weights(Stage.TRAIN),
-            weights={format: stored for format, stored in weights.items() if stored},
-            results=run.results(),
-        )
+        weights = {format: stored for stage, format in _WRITTEN.items() if (stored := run.stored_weights(stage))}
+        if not models.is_full:
+            weights[Format.ADAPTER] = self._adapter
+        return replace(task, trained=run.stored_weights(Stage.TRAIN), weights=weights, results=run.results())
 
 
 def fetch_stored(run: Run, recipe: Recipe, objects: ObjectStore, checkpoints: SharedCheckpoints) -> None:
@@ -268,7 +262,7 @@ class _NodeStages:
 
     def run(self, stage: Stage) -> RemoteResult:
         run, step = self._run, self.models.steps[stage]
-        run.copy_results(self._task.results or {})
+        run.copy_results(self._task.results)
         self._fetch_inputs(stage)
         run.require_space(stage, step.need)
         guard = Guard(run.folder)  # stops the engine if this process is killed
@@ -289,10 +283,8 @@ class _NodeStages:
     def _fetch_inputs(self, stage: Stage) -> None:
         if stage is Stage.MERGE:
             self._fetch_trained()
-        elif stage in _QUALIFIED:
-            self._fetch(_QUALIFIED[stage])
         else:
-            self._fetch(Format.MERGED)
+            self._fetch(_QUALIFIED.get(stage, Format.MERGED))
         if stage is Stage.PARITY:
             if not self.models.is_full:
                 self._fetch_trained()
@@ -303,7 +295,7 @@ class _NodeStages:
     def _fetch(self, format: Format) -> None:
         if self._run.weights(format).is_dir():
             return
-        stored = (self._task.weights or {}).get(format)
+        stored = self._task.weights.get(format)
         if stored is None:  # only formats of the recipe are stored
             self._fetch_trained()
             self.models.steps[Stage.MERGE].work()
@@ -311,14 +303,13 @@ class _NodeStages:
         self._objects.download(self._task.recipe.name, stored.files, self._run.folder, f"{format} weights")
 
     def _fetch_trained(self) -> None:
-        task, run = self._task, self._run
-        if task.adapter is not None:
-            if not run.adapter.is_dir():
-                self._objects.download(task.recipe.name, task.adapter.files, run.folder, "adapter")
+        if not self.models.is_full:
+            self._fetch(Format.ADAPTER)
             return
-        assert task.trained is not None  # noqa: S101 - RayStages.share
+        run, trained = self._run, self._task.trained
+        assert trained is not None  # noqa: S101 - RayStages.share
         checkpoints = SharedCheckpoints(self._objects, self._name, run.checkpoints, run.tracking)
-        checkpoints.fetch_trained(task.trained.files, run.merged)
+        checkpoints.fetch_trained(trained.files, run.merged)
 
 
 def _print_end(log: Path) -> None:

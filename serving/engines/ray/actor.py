@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from serving.engines.ray.identity import make_identity
-from serving.engines.ray.messages import Placed
+from serving.engines.ray.link import Placed
 from serving.engines.ray.node import EngineNode
 from svc.engine.device import DeviceCapabilities, read_capabilities
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from serving.engines.ray import cluster_query
 from serving.engines.ray.cluster_query import Described, Resources
-from serving.engines.ray.messages import Placed
+from serving.engines.ray.link import Placed
 from svc.errors import EngineError
 from svc.ray_need import Need
 

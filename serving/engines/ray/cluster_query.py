@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.engines.ray.autoscaler import adds_machines, requested
-from serving.engines.ray.messages import Placed
+from serving.engines.ray.link import Placed
 from svc.engine.device import DeviceCapabilities
 from svc.errors import EngineError, SvcError
 from svc.ray_cluster import connected

@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 from serving.engines.ray.cluster import RayCluster
 from serving.engines.ray.files import files_of
 from serving.engines.ray.identity import Identity, client_context, make_identity
-from serving.engines.ray.link import ActorLink
-from serving.engines.ray.messages import Fetch, Placed, Reply, Simple, Start
+from serving.engines.ray.link import ActorLink, Fetch, ModelFiles, Placed, Reply, Simple, Start
 from serving.engines.ray.record import RECORD_FILE, ActorRecord, end_actor, read_actor, write_actor
 from svc.engine.address import TlsAddress
 from svc.engine.client import EngineClient, engine_http
@@ -25,6 +24,7 @@ from svc.engine.vllm.launch import EngineSpec, launch_digest
 from svc.errors import EngineError, SvcError
 from svc.ray_need import Need
 from svc.settings.engine import Device
+from svc.settings.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -41,20 +41,17 @@ class Placement:
 
     Attributes:
         need: resources that one engine needs.
-        folder, wait_s: see `RaySettings`.
-        artifacts: URL of the artifact store.
         models: the registry's folder on this machine.
-        max_bytes: maximum total size of the versions on each machine, in bytes, or None for no limit. If it is
-            exceeded, unused versions are removed.
     """
 
     cluster: RayCluster
     need: Need
-    folder: str
-    wait_s: float
-    artifacts: str
+    settings: Settings
     models: Path
-    max_bytes: float | None = None
+
+    def files(self, folder: Path) -> ModelFiles:
+        """Return the message part that tells an engine's machine which model folder to use."""
+        return files_of(self.settings.artifacts.url or "", self.models, folder)
 
 
 class RayEngine:
@@ -120,7 +117,7 @@ class RayEngine:
         """
         await asyncio.to_thread(end_engine, self.spec.state)  # of a server whose engines ran on this machine
         await asyncio.to_thread(end_actor, self.spec.state)
-        placement, identity = self._placement, make_identity()
+        placement, ray, identity = self._placement, self._placement.settings.ray, make_identity()
         name = f"{self.spec.served_name}-{self.spec.state.name}-{token_hex(4)}"
         record = ActorRecord(
             name=name, cluster=placement.cluster.address, certificate=identity.certificate, key=identity.key
@@ -128,7 +125,7 @@ class RayEngine:
         try:
             await asyncio.to_thread(write_actor, self.spec.state, record)  # before it exists, so that it is ended
             placed = await placement.cluster.place(
-                name, placement.need, placement.folder, identity.certificate, placement.wait_s + _ACTOR_START_S
+                name, placement.need, str(ray.folder), identity.certificate, ray.wait_s + _ACTOR_START_S
             )
             link = await self._connect(placed, identity)
             link.on_phase = on_phase
@@ -146,8 +143,9 @@ class RayEngine:
         if placement.need.cpus and spec.settings.cores is None and spec.device is Device.CPU:
             cores = max(1, int(placement.need.cpus))
             spec = replace(spec, settings=spec.settings.model_copy(update={"cores": cores}))
-        model = files_of(placement.models, spec.model)
-        return Start(artifacts=placement.artifacts, model=model, spec=spec, max_bytes=placement.max_bytes)
+        cache_gb = placement.settings.artifacts.cache_gb
+        max_bytes = None if cache_gb is None else cache_gb * 1e9
+        return Start(model=placement.files(spec.model), spec=spec, max_bytes=max_bytes)
 
     async def _connect(self, placed: Placed, identity: Identity) -> ActorLink:
         context = await asyncio.to_thread(client_context, identity, placed.certificate)
@@ -217,8 +215,7 @@ class RayEngine:
 
     async def _path_there(self, folder: Path) -> Path:
         """Return the path of a model folder on the engine's machine, after fetching and verifying it."""
-        command = Fetch(artifacts=self._placement.artifacts, model=files_of(self._placement.models, folder))
-        path = (await _running(self._link).ask(command)).path
+        path = (await _running(self._link).ask(Fetch(model=self._placement.files(folder)))).path
         assert path is not None  # noqa: S101 - the reply to this command
         return path
 
@@ -259,19 +256,17 @@ class RayEngine:
         await asyncio.shield(self._stop())
 
     async def _stop(self) -> None:
-        link, self._link = self._link, None
         stopped = False
-        if link is not None:
+        if self._link is not None:
             with contextlib.suppress(SvcError, TimeoutError):
                 async with asyncio.timeout(_STOP_TIMEOUT_S):
-                    await link.ask(Simple(do="stop"))  # the actor then ends itself
+                    await self._link.ask(Simple(do="stop"))  # the actor then ends itself
                     stopped = True
-            await link.close()
+        await self.leave()
         if stopped:
             (self.spec.state / RECORD_FILE).unlink(missing_ok=True)
         else:
             await asyncio.to_thread(end_actor, self.spec.state)
-        await self._close_client()
 
     async def leave(self) -> None:
         """Detach from the engine and leave it running, so that a server that starts later can adopt it.
@@ -281,9 +276,6 @@ class RayEngine:
         link, self._link = self._link, None
         if link is not None:
             await link.close()
-        await self._close_client()
-
-    async def _close_client(self) -> None:
         if self._client is not None:
             await self._client.close()
 

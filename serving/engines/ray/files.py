@@ -11,7 +11,7 @@ import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from serving.engines.ray.messages import ModelFiles
+from serving.engines.ray.link import ModelFiles
 from svc.errors import NotFoundError
 from svc.files.lock import locked_file, share_lock, wait_for_lock
 from svc.registry.files import verify_files
@@ -44,11 +44,8 @@ class NodeModels:
         self._used = dict[Path, ExitStack]()  # the most recently used is the last
         self._turn = threading.Lock()
 
-    def fetch(self, artifacts: str, model: ModelFiles) -> Path:
+    def fetch(self, model: ModelFiles) -> Path:
         """Return the path of a model folder on this machine, after downloading missing files and verifying all of them.
-
-        Args:
-            artifacts: URL of the artifact store.
 
         Raises:
             NotFoundError: the artifact store does not have the version; or the folder does not belong to a version and
@@ -65,7 +62,7 @@ class NodeModels:
             return model.path
         version, format = model.target.version, model.target.format
         place = self._models / version.name / str(version.number)
-        objects = ObjectStore(artifacts)
+        objects = ObjectStore(model.artifacts)
         try:
             manifest = objects.manifest(version)
         except NotFoundError as error:
@@ -131,13 +128,15 @@ def _use_lock(target: Path) -> Path:
     return target.parent.parent / f".in-use-{target.parent.name}-{target.name}"
 
 
-def files_of(models: Path, folder: Path) -> ModelFiles:
+def files_of(artifacts: str, models: Path, folder: Path) -> ModelFiles:
     """Return the message part that tells other machines which model folder to use.
 
     Args:
+        artifacts: URL of the artifact store.
         models: the registry's folder, which contains the model folders `NAME/N/FORMAT`.
     """
     if not folder.is_relative_to(models):
-        return ModelFiles(target=None, path=folder)
+        return ModelFiles(artifacts=artifacts, target=None, path=folder)
     name, number, format = folder.relative_to(models).parts
-    return ModelFiles(target=Target(VersionId(name, int(number)), Format(format)), path=folder)
+    target = Target(VersionId(name, int(number)), Format(format))
+    return ModelFiles(artifacts=artifacts, target=target, path=folder)

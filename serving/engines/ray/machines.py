@@ -70,16 +70,7 @@ class RayMachines:
         """Return the placement of an engine with these settings. This raises the same errors as `check`, and can
         also take several seconds.
         """
-        ray, artifacts = self._settings.ray, self._settings.artifacts
-        return Placement(
-            cluster=self._cluster,
-            need=self._describe(settings).need,
-            folder=str(ray.folder),
-            wait_s=ray.wait_s,
-            artifacts=artifacts.url or "",
-            models=self._models,
-            max_bytes=None if artifacts.cache_gb is None else artifacts.cache_gb * 1e9,
-        )
+        return Placement(self._cluster, self._describe(settings).need, self._settings, self._models)
 
     def capabilities(self, settings: EngineSettings) -> DeviceCapabilities:
         """Return the capabilities of a machine in the cluster that can run engines with these settings. This raises

@@ -1,6 +1,6 @@
 """The part of an engine that runs on a machine of the cluster: it starts vLLM there and makes it reachable over TLS.
 
-It listens on two ports, both of which accept only one certificate. One port is for commands (messages.py). The other
+It listens on two ports, both of which accept only one certificate. One port is for commands (link.py). The other
 port, which is open only while vLLM runs, forwards bytes to vLLM's Unix socket. When this process dies, a guard stops
 vLLM. This module knows nothing about Ray.
 """
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from serving.engines.ray.files import NodeModels
 from serving.engines.ray.identity import Identity, server_context
-from serving.engines.ray.messages import (
+from serving.engines.ray.link import (
     BEAT_S,
     MAX_LINE,
     Beat,
@@ -35,7 +35,6 @@ from serving.engines.ray.messages import (
 )
 from serving.engines.ray.proxy import pass_bytes
 from svc.engine.device import DeviceCapabilities, read_capabilities
-from svc.engine.state import EnginePhase
 from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
@@ -83,8 +82,6 @@ class EngineNode:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
-        self._memory: int | None = None
-        self._measured = 0.0
         self._finished = asyncio.Event()
 
     async def listen(self) -> tuple[asyncio.Server, int]:
@@ -136,7 +133,7 @@ class EngineNode:
                     except asyncio.CancelledError:
                         raise EngineError("the engine was stopped while it was starting") from None
                 case Fetch():
-                    path = await asyncio.to_thread(self._models.fetch, command.artifacts, command.model)
+                    path = await asyncio.to_thread(self._models.fetch, command.model)
                     reply = reply.model_copy(update={"path": path})
                 case Simple(do="sleep"):
                     await self._running.sleep()
@@ -172,10 +169,10 @@ class EngineNode:
                 todo="use ray.gpu_type to choose machines of one kind",
             )
         self._models.max_bytes = command.max_bytes
-        model = await asyncio.to_thread(self._models.fetch, command.artifacts, command.model)
+        model = await asyncio.to_thread(self._models.fetch, command.model)
         engine = self._engine = self._make(self._spec(command.spec, model))
         self._guard = await asyncio.to_thread(Guard, engine.spec.state)
-        await engine.start(self._report_phase)
+        await engine.start(lambda phase: self._report(Phase(phase=phase)))
         serve = partial(pass_bytes, engine.address)
         self._front = await asyncio.start_server(serve, self._host, 0, ssl=self._tls)
         self._begin(self._watch(engine, self._front))
@@ -193,9 +190,9 @@ class EngineNode:
             cache=self._folder / "cache" / "vllm",
         )
 
-    def _report_phase(self, phase: EnginePhase) -> None:
+    def _report(self, message: Phase | Ended) -> None:
         for writer in self._writers:
-            writer.write(line(Phase(phase=phase)))
+            writer.write(line(message))
 
     async def _watch(self, engine: EngineProcess, front: asyncio.Server) -> None:
         """Refuse connections as soon as the engine has exited, as a local engine's socket would, and stop the actor.
@@ -205,8 +202,7 @@ class EngineNode:
         code = await engine.wait()
         front.close()
         self._front = None
-        for writer in self._writers:
-            writer.write(line(Ended(code=code)))
+        self._report(Ended(code=code))
         if not self._stopping:
             await self._stop()
             self._finished.set()
@@ -226,12 +222,12 @@ class EngineNode:
             await asyncio.to_thread(guard.dismiss)
 
     async def _beat(self, writer: asyncio.StreamWriter) -> None:
+        memory, measured = None, float("-inf")
         while True:
             engine, beat = self._engine, Beat()
             if engine is not None:
-                if time.monotonic() - self._measured >= _MEMORY_INTERVAL_S:
-                    self._memory = await asyncio.to_thread(engine.memory)
-                    self._measured = time.monotonic()
-                beat = Beat(memory=self._memory, processor_s=engine.processor_s(), front_s=engine.front_s())
+                if time.monotonic() - measured >= _MEMORY_INTERVAL_S:
+                    memory, measured = await asyncio.to_thread(engine.memory), time.monotonic()
+                beat = Beat(memory=memory, processor_s=engine.processor_s(), front_s=engine.front_s())
             writer.write(line(beat))
             await asyncio.sleep(BEAT_S)

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serving.engines.ray.cluster import RayCluster
-from serving.engines.ray.messages import Placed
+from serving.engines.ray.link import Placed
 from svc.errors import EngineError
 from svc.files.disk import write_whole
 

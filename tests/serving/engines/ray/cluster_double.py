@@ -8,7 +8,7 @@ from typing import Any
 
 from serving.engines.ray.cluster import RayCluster
 from serving.engines.ray.identity import make_identity
-from serving.engines.ray.messages import Placed
+from serving.engines.ray.link import Placed
 from serving.engines.ray.node import EngineNode
 from svc.engine.device import DeviceCapabilities
 from svc.engine.state import EnginePhase

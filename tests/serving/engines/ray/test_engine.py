@@ -83,9 +83,8 @@ async def make(folder: Path, cluster: ClusterDouble) -> AsyncIterator[Make]:
             capabilities=AVX512,
             settings=EngineSettings.model_validate({"device": Device.CPU, **settings}),
         )
-        store = (folder / "store").as_uri()
-        need = Need(cpus=1)
-        made.append(RayEngine(spec, Placement(cluster, need, "~/x", 5, store, folder / "home" / "models")))
+        of_home = Settings.model_validate({"artifacts": {"url": (folder / "store").as_uri()}, "ray": {"wait_s": 5}})
+        made.append(RayEngine(spec, Placement(cluster, Need(cpus=1), of_home, folder / "home" / "models")))
         return made[-1]
 
     yield new

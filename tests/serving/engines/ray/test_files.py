@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from serving.engines.ray.files import NodeModels
-from serving.engines.ray.messages import ModelFiles
+from serving.engines.ray.link import ModelFiles
 from svc.errors import IntegrityError
 from svc.registry.objects import ObjectStore
 from svc.registry.registry import HELDOUT_FILE
@@ -42,8 +42,8 @@ def models(tmp_path: Path) -> Iterator[NodeModels]:
 def fetch(models: NodeModels, store: str, *numbers: int) -> None:
     """Fetch versions, each of which was last used long before the next."""
     for number in numbers:
-        files = ModelFiles(target=Target(VersionId(NAME, number), Format.MERGED), path=Path("/elsewhere"))
-        path = models.fetch(store, files)
+        target = Target(VersionId(NAME, number), Format.MERGED)
+        path = models.fetch(ModelFiles(artifacts=store, target=target, path=Path("/elsewhere")))
         os.utime(path, (number, number))
 
 
