@@ -8,8 +8,8 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,32 +49,22 @@ class Resources:
     grows: bool
 
 
-@contextmanager
-def _connected(address: str) -> Iterator[None]:
-    """Connect this process to a cluster that requires a token, for the duration of the `with` block."""
-    os.environ["RAY_AUTH_MODE"] = "token"
-    with connected(address):
-        import ray
-
-        _require_token(ray.get_runtime_context().gcs_address)
-        yield
-
-
-def _require_token(head: str) -> None:
+def _require_token() -> None:
     """Check that the cluster's head rejects a request without a token.
 
     Raises:
         EngineError: the head accepts the request, so anyone who can reach the head can run code on the cluster.
     """
     import grpc  # type: ignore[import-untyped]
+    import ray
 
+    head = ray.get_runtime_context().gcs_address
     with grpc.insecure_channel(head) as channel:
         try:
             channel.unary_unary(_NODES_METHOD)(b"", timeout=_AUTH_TIMEOUT_S)
         except grpc.RpcError as error:
-            if error.code().name == _UNAUTHENTICATED or "token" in str(error.details()).lower():
-                return
-            logging.getLogger(__name__).info("the cluster's head refuses unencrypted requests: %s", error.code())
+            if error.code().name != _UNAUTHENTICATED and "token" not in str(error.details()).lower():
+                logging.getLogger(__name__).info("the cluster's head refuses unencrypted requests: %s", error.code())
             return
     raise EngineError(
         f"the Ray cluster at {head} accepts requests without a token, so anyone who can reach it can run code on its "
@@ -193,8 +183,10 @@ def _main() -> None:
     answer_to = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     query = pickle.load(sys.stdin.buffer)  # noqa: S301 - from the process that started this one
+    os.environ["RAY_AUTH_MODE"] = "token"
     try:
-        with _connected(sys.argv[1]):
+        with connected(sys.argv[1]):
+            _require_token()
             answer = query()
     except SvcError as error:
         answer = EngineError(error.wrong, expected=error.expected, todo=error.todo)
