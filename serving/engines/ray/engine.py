@@ -10,7 +10,6 @@ from secrets import token_hex
 from typing import Any, TypeVar
 
 from serving.engines.ray.cluster import RayCluster
-from serving.engines.ray.files import files_of
 from serving.engines.ray.identity import Identity, client_context, make_identity
 from serving.engines.ray.link import ActorLink, Fetch, ModelFiles, Placed, Reply, Simple, Start
 from serving.engines.ray.record import RECORD_FILE, ActorRecord, end_actor, read_actor, write_actor
@@ -25,6 +24,7 @@ from svc.errors import EngineError, SvcError
 from svc.ray_need import Need
 from svc.settings.engine import Device
 from svc.settings.settings import Settings
+from svc.version import Format, Target, VersionId
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Placement:
 
     Attributes:
         need: resources that one engine needs.
-        models: the registry's folder on this machine.
+        models: the registry's folder on this machine, which contains the model folders `NAME/N/FORMAT`.
     """
 
     cluster: RayCluster
@@ -51,7 +51,11 @@ class Placement:
 
     def files(self, folder: Path) -> ModelFiles:
         """Return the message part that tells an engine's machine which model folder to use."""
-        return files_of(self.settings.artifacts.url or "", self.models, folder)
+        target = None
+        if folder.is_relative_to(self.models):
+            name, number, format = folder.relative_to(self.models).parts
+            target = Target(VersionId(name, int(number)), Format(format))
+        return ModelFiles(artifacts=self.settings.artifacts.url or "", target=target, path=folder)
 
 
 class RayEngine:

@@ -16,7 +16,7 @@ from svc.errors import NotFoundError
 from svc.files.lock import locked_file, share_lock, wait_for_lock
 from svc.registry.files import verify_files
 from svc.registry.objects import ObjectStore
-from svc.version import Format, Target, VersionId
+from svc.version import Format
 
 log = logging.getLogger(__name__)
 
@@ -126,17 +126,3 @@ def evict(models: Path, max_bytes: float) -> None:
 def _use_lock(target: Path) -> Path:
     """Return the lock file of a model folder, `models/NAME/N/FORMAT`."""
     return target.parent.parent / f".in-use-{target.parent.name}-{target.name}"
-
-
-def files_of(artifacts: str, models: Path, folder: Path) -> ModelFiles:
-    """Return the message part that tells other machines which model folder to use.
-
-    Args:
-        artifacts: URL of the artifact store.
-        models: the registry's folder, which contains the model folders `NAME/N/FORMAT`.
-    """
-    if not folder.is_relative_to(models):
-        return ModelFiles(artifacts=artifacts, target=None, path=folder)
-    name, number, format = folder.relative_to(models).parts
-    target = Target(VersionId(name, int(number)), Format(format))
-    return ModelFiles(artifacts=artifacts, target=target, path=folder)

@@ -130,7 +130,6 @@ class Reply(_Message):
         path: path of a fetched folder.
     """
 
-    kind: Literal["reply"] = "reply"
     id: int
     problem: Problem | None = None
     port: int | None = None
@@ -141,14 +140,12 @@ class Reply(_Message):
 class Phase(_Message):
     """A phase of engine startup."""
 
-    kind: Literal["phase"] = "phase"
     phase: EnginePhase
 
 
 class Beat(_Message):
     """A periodic report of the engine's metrics; see `Engine` for their meaning."""
 
-    kind: Literal["beat"] = "beat"
     memory: int | None = None
     processor_s: float = 0.0
     front_s: float | None = None
@@ -157,13 +154,10 @@ class Beat(_Message):
 class Ended(_Message):
     """Message that the engine has exited."""
 
-    kind: Literal["ended"] = "ended"
     code: int | None
 
 
-_REPORT: TypeAdapter[Reply | Phase | Beat | Ended] = TypeAdapter(
-    Annotated[Reply | Phase | Beat | Ended, Field(discriminator="kind")]
-)
+_REPORT: TypeAdapter[Reply | Phase | Beat | Ended] = TypeAdapter(Reply | Phase | Beat | Ended)
 
 
 def line(message: _Message) -> bytes:
