@@ -35,7 +35,7 @@ from svc.evaluation.results import ExampleResult
 from svc.registry.primary_metric import watched_metric
 from svc.registry.registry import Registry
 from svc.store.holdouts import HoldoutCause, HoldoutOutcome, HoldoutRun, add_holdout_run, newest_holdout_run
-from svc.store.scores import MOST_TOKENS
+from svc.store.kept_requests import MOST_TOKENS
 from svc.version import Target
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from svc.evaluation.evaluator import mean_logprob
 from svc.evaluation.results import largest_limit
 from svc.redaction import PLACEHOLDERS
 from svc.registry.registry import Registry
-from svc.store.scores import KeptAnswer, keep_logprob, newest_unscored
+from svc.store.kept_requests import KeptAnswer, keep_logprob, newest_unscored
 from svc.version import Target
 
 log = logging.getLogger(__name__)

@@ -172,44 +172,18 @@ class ClientFiles:
         filename: str,
         status: FileStatus = FileStatus.UPLOADED,
         expires_after_s: int | None = None,
+        record: Callable[[ClientFile], None] | None = None,
         limits: StorageLimits | None = None,
     ) -> ClientFile:
         """Add the file that a writer has written. This must be the last call within `writing`.
 
         Args:
+            record: function that adds the file's row to the store; by default, `add_file` with `limits`.
             limits: limits for all files of the owner, or None for no limits.
 
         Raises:
             ContentStoreError: the object store is not responding, or rejects the request.
             StorageLimitError: the file exceeds a limit.
-        """
-        file = self.finish(
-            id,
-            writer,
-            owner=owner,
-            purpose=purpose,
-            filename=filename,
-            status=status,
-            expires_after_s=expires_after_s,
-        )
-        add_file(self._store, file, limits)
-        return file
-
-    def finish(
-        self,
-        id: str,
-        writer: FileWriter,
-        *,
-        owner: str,
-        purpose: Purpose,
-        filename: str,
-        status: FileStatus = FileStatus.UPLOADED,
-        expires_after_s: int | None = None,
-    ) -> ClientFile:
-        """Finish writing a file, and return it. The file has no row in the store yet.
-
-        Raises:
-            ContentStoreError: the object store is not responding, or rejects the request.
         """
         now = datetime.now(UTC)
         expires_at = None if expires_after_s is None else now + timedelta(seconds=expires_after_s)
@@ -217,7 +191,9 @@ class ClientFiles:
         sync_folder(self._folder)
         if self._shared is not None:
             self._shared.put(FileContent(id, writer.bytes, sha256), self.path(id))
-        return ClientFile(id, owner, purpose, filename, writer.bytes, sha256, now, expires_at, status)
+        file = ClientFile(id, owner, purpose, filename, writer.bytes, sha256, now, expires_at, status)
+        (record or partial(add_file, self._store, limits=limits))(file)
+        return file
 
     def delete(self, id: str, owner: str | None = None) -> None:
         """Delete a file.

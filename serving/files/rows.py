@@ -17,7 +17,7 @@ from svc.errors import RefusedError, SvcError
 from svc.store.batches import BatchStatus
 from svc.store.database import exclusive
 from svc.store.jobs import JobStatus
-from svc.store.page import Page, find_row, read_page
+from svc.store.page import Page, find_row, owned_by, read_page
 from svc.store.tables import BatchRow, FileRow, JobRow, UploadPartRow, UploadRow
 
 _OPEN_JOBS = [status.value for status in JobStatus if not status.ended]
@@ -149,9 +149,7 @@ def read_files(
     Raises:
         EntryNotFoundError: the file after which the page starts is not in the list.
     """
-    query = select(FileRow).where(FileRow.purpose.in_(purposes))
-    rows, more = read_page(store, FileRow, query if owner is None else query.where(FileRow.owner == owner), page)
-    return [row.read(ClientFile) for row in rows], more
+    return read_page(store, FileRow, ClientFile, owned_by(FileRow, owner) & FileRow.purpose.in_(purposes), page)
 
 
 def read_unchecked(store: Store, most: int = 1000) -> list[ClientFile]:
@@ -201,9 +199,7 @@ def remove_expired_files(store: Store, now: datetime) -> list[str]:
     Returns:
         The ids of the deleted files, at most 1,000 per call.
     """
-    by_job = select(JobRow.id).where(_used_by_job(FileRow.id)).exists()
-    by_batch = select(BatchRow.id).where(_used_by_batch(FileRow.id)).exists()
-    query = select(FileRow.id).where(FileRow.expires_at <= now, ~by_job, ~by_batch).limit(1000)
+    query = select(FileRow.id).where(FileRow.expires_at <= now, ~_is_needed()).limit(1000)
     with exclusive(store) as session:
         ids = list(session.scalars(query))
         session.execute(delete(FileRow).where(FileRow.id.in_(ids)))
@@ -243,9 +239,7 @@ def known_files(store: Store, ids: Sequence[str]) -> set[str]:
 
 def needed_files(store: Store, ids: Sequence[str]) -> set[str]:
     """Return the given ids that belong to files needed by unfinished jobs or batches."""
-    by_job = select(JobRow.id).where(_used_by_job(FileRow.id)).exists()
-    by_batch = select(BatchRow.id).where(_used_by_batch(FileRow.id)).exists()
-    return _matching_files(store, ids, by_job | by_batch)
+    return _matching_files(store, ids, _is_needed())
 
 
 def _matching_files(store: Store, ids: Sequence[str], condition: ColumnElement[bool]) -> set[str]:
@@ -253,6 +247,11 @@ def _matching_files(store: Store, ids: Sequence[str], condition: ColumnElement[b
     with Session(store) as session:
         chunks = [ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK)]
         return {id for chunk in chunks for id in session.scalars(query.where(FileRow.id.in_(chunk)))}
+
+
+def _is_needed() -> ColumnElement[bool]:
+    by_job = select(JobRow.id).where(_used_by_job(FileRow.id)).exists()
+    return by_job | select(BatchRow.id).where(_used_by_batch(FileRow.id)).exists()
 
 
 def _used_by_job(id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:

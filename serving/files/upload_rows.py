@@ -16,7 +16,7 @@ from serving.files.rows import ClientFile, Purpose, StorageLimitError, StorageLi
 from serving.protocols.error_code import ErrorCode, answered_with
 from svc.errors import RefusedError
 from svc.store.database import exclusive
-from svc.store.page import EntryNotFoundError, find_row
+from svc.store.page import EntryNotFoundError, find_row, require_fewer
 from svc.store.tables import UploadPartRow, UploadRow
 
 MAX_OPEN = 100
@@ -90,14 +90,9 @@ def add_upload(store: Store, upload: Upload) -> None:
     """
     with exclusive(store) as session:
         is_open = (UploadRow.status == UploadStatus.PENDING.value) & (UploadRow.expires_at > datetime.now(UTC))
-        query = select(func.count()).select_from(UploadRow).where(UploadRow.owner == upload.owner, is_open)
-        if (count := session.scalar(query) or 0) >= MAX_OPEN:
-            raise StorageLimitError(
-                f"this key has {count} unfinished uploads",
-                expected=f"fewer than {MAX_OPEN}",
-                todo="complete or cancel uploads, or wait until they expire, an hour after their creation",
-            )
-        session.add(UploadRow.of(upload, status=upload.status.value, purpose=upload.purpose.value))
+        todo = "complete or cancel uploads, or wait until they expire, an hour after their creation"
+        require_fewer(session, UploadRow, upload.owner, is_open, MAX_OPEN, StorageLimitError, noun="uploads", todo=todo)
+        session.add(UploadRow.of(upload))
 
 
 def find_upload(store: Store, id: str, owner: str | None) -> Upload:
@@ -172,8 +167,8 @@ def read_parts(store: Store, upload: Upload, ids: Sequence[str]) -> list[UploadP
     return [parts[id] for id in ids]
 
 
-def complete_upload(store: Store, id: str, file: ClientFile, limits: StorageLimits) -> Upload:
-    """Add an upload's file, remove the rows of its parts, and return the upload.
+def complete_upload(store: Store, id: str, file: ClientFile, limits: StorageLimits) -> None:
+    """Add an upload's file, and remove the rows of its parts.
 
     Raises:
         EntryNotFoundError, UploadEndedError: the upload does not exist, or has ended.
@@ -184,8 +179,6 @@ def complete_upload(store: Store, id: str, file: ClientFile, limits: StorageLimi
         _remove_parts(session, [id])
         insert_file(session, file, limits)
         row.status, row.file = UploadStatus.COMPLETED.value, file.id
-        session.flush()
-        return row.read(Upload)
 
 
 def cancel_upload(store: Store, id: str, owner: str | None) -> Upload:

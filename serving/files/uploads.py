@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from serving.files.rows import ClientFile, StorageLimits
 from serving.files.upload_rows import (
     Upload,
     UploadPart,
+    UploadStatus,
     add_part,
     cancel_upload,
     complete_upload,
@@ -107,17 +109,17 @@ class ClientUploads:
                     checksum.update(block)
             if md5 is not None and checksum.hexdigest() != md5.lower():
                 raise ChecksumError(f"the content has the MD5 checksum {checksum.hexdigest()}", expected=md5)
-            file = self._files.finish(
+            file = self._files.add(
                 id,
                 writer,
                 owner=upload.owner,
                 purpose=upload.purpose,
                 filename=upload.filename,
                 expires_after_s=upload.expires_after_s,
+                record=lambda file: complete_upload(self._store, upload.id, file, limits),
             )
-            completed = complete_upload(self._store, upload.id, file, limits)
         self.remove_parts(upload.id)
-        return completed, file
+        return replace(upload, status=UploadStatus.COMPLETED, file=file.id), file
 
     def cancel(self, id: str, owner: str | None) -> Upload:
         """Cancel an upload and return it. See `serving.files.upload_rows.cancel_upload`."""

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from svc.errors import RefusedError, SvcError
@@ -24,7 +24,7 @@ from svc.store.audit import AuditEntry, append_event
 from svc.store.database import announce_change, exclusive
 from svc.store.job_requests import REPEAT_WINDOW
 from svc.store.leases import Lease, require_lease
-from svc.store.page import Page, find_row, read_page
+from svc.store.page import Page, find_row, owned_by, read_page, require_fewer
 from svc.store.tables import BatchRow, FileRow
 
 
@@ -161,15 +161,9 @@ def create_batch(store: Store, batch: Batch, entry: AuditEntry, *, max_open: int
         if repeated := session.scalar(_equal_to(batch)):
             return repeated.read(Batch)
         find_row(session, FileRow, batch.input_file, None, "file", param="input_file_id")
-        of_owner = BatchRow.owner == batch.owner, BatchRow.status.in_(_OPEN)
-        count = session.scalar(select(func.count()).select_from(BatchRow).where(*of_owner)) or 0
-        if count >= max_open:
-            raise TooManyBatchesError(
-                f"this key has {count} unfinished batches",
-                expected=f"fewer than {max_open}",
-                todo="wait until a batch has ended, or cancel a batch",
-            )
-        session.add(BatchRow.of(batch, status=batch.status.value))
+        is_open, todo = BatchRow.status.in_(_OPEN), "wait until a batch has ended, or cancel a batch"
+        require_fewer(session, BatchRow, batch.owner, is_open, max_open, TooManyBatchesError, noun="batches", todo=todo)
+        session.add(BatchRow.of(batch))
         append_event(session, entry)
         announce_change(session.connection())
     return batch
@@ -211,9 +205,7 @@ def read_batches(store: Store, owner: str | None, *, page: Page) -> tuple[list[B
     Args:
         owner: id of the owner, or None for the batches of all owners.
     """
-    query = select(BatchRow)
-    rows, more = read_page(store, BatchRow, query if owner is None else query.where(BatchRow.owner == owner), page)
-    return [row.read(Batch) for row in rows], more
+    return read_page(store, BatchRow, Batch, owned_by(BatchRow, owner), page)
 
 
 def cancel_batch(store: Store, id: str, owner: str | None, entry: AuditEntry) -> Batch:

@@ -5,8 +5,8 @@ served.
 from collections.abc import Collection
 from datetime import UTC, datetime
 
+from sqlalchemy import Connection, delete, select
 from sqlalchemy import Engine as Store
-from sqlalchemy import delete, select
 
 from svc.store.database import announce_change, upsert, write_transaction
 from svc.store.tables import DeploymentRow
@@ -27,18 +27,14 @@ def set_deployments(store: Store, names: Collection[str]) -> None:
     with write_transaction(store) as connection:
         connection.execute(delete(DeploymentRow).where(DeploymentRow.name.not_in(names)))
         for name in names:
-            connection.execute(
-                upsert(store, DeploymentRow).on_conflict_do_nothing(), {"name": name, "added_at": datetime.now(UTC)}
-            )
+            _add(store, connection, name)
         announce_change(connection)
 
 
 def add_deployment(store: Store, name: str) -> None:
     """Add a model to the deployments unless it is already deployed."""
     with write_transaction(store) as connection:
-        connection.execute(
-            upsert(store, DeploymentRow).on_conflict_do_nothing(), {"name": name, "added_at": datetime.now(UTC)}
-        )
+        _add(store, connection, name)
         announce_change(connection)
 
 
@@ -47,3 +43,8 @@ def remove_deployment(store: Store, name: str) -> bool:
     with write_transaction(store) as connection:
         announce_change(connection)
         return connection.execute(delete(DeploymentRow).where(DeploymentRow.name == name)).rowcount > 0
+
+
+def _add(store: Store, connection: Connection, name: str) -> None:
+    row = {"name": name, "added_at": datetime.now(UTC)}
+    connection.execute(upsert(store, DeploymentRow).on_conflict_do_nothing(), row)

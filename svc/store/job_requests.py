@@ -6,7 +6,7 @@ repeated change has no effect.
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import Engine as Store
@@ -18,7 +18,7 @@ from svc.store.audit import AuditEntry, append_event
 from svc.store.checkpoint_versions import job_of_checkpoints
 from svc.store.database import announce_change, exclusive
 from svc.store.jobs import EventLevel, Job, JobStatus, Wanted, record_event
-from svc.store.page import Page, find_row, read_page
+from svc.store.page import Page, find_row, owned_by, read_page, require_fewer
 from svc.store.tables import FileRow, JobRow
 from svc.version import VersionId
 
@@ -86,7 +86,7 @@ def create_job(
                 if file is not None:
                     find_row(session, FileRow, file, None, "file", param=param)
             finish = _estimate_finish(session, training_s)
-            row = JobRow.of(job, status=job.status.value, wanted=job.wanted.value, estimated_finish=finish)
+            row = JobRow.of(job, estimated_finish=finish)
             session.add(row)
             session.flush()
             for message in events:
@@ -126,7 +126,7 @@ def fail_checked(store: Store, id: str, error: JobError) -> None:
     with exclusive(store) as session:
         if row := _checking(session, id):
             row.status, row.finished_at, row.estimated_finish = JobStatus.FAILED.value, datetime.now(UTC), None
-            row.error = json.dumps({"code": error.code, "message": error.message, "param": error.param})
+            row.error = json.dumps(asdict(error))
             record_event(session, row.id, f"Fine-tuning job failed: {error.message}", EventLevel.ERROR)
 
 
@@ -169,14 +169,11 @@ def find_jobs(
     Raises:
         EntryNotFoundError: the owner has no job with the id `page.after`.
     """
-    query, jobs = select(JobRow), list[Job]()
-    if owner is not None:
-        query = query.where(JobRow.owner == owner)
-    chunk, more = Page(_CHUNK, page.after, page.newest_first), True
+    jobs, chunk, more = list[Job](), replace(page, limit=_CHUNK), True
     while more and len(jobs) <= page.limit:
-        rows, more = read_page(store, JobRow, query, chunk)
-        jobs += [row.read(Job) for row in rows if _has_metadata(row, metadata)]
-        chunk = Page(_CHUNK, rows[-1].id if rows else None, page.newest_first)
+        read, more = read_page(store, JobRow, Job, owned_by(JobRow, owner), chunk)
+        jobs += [job for job in read if _has_metadata(job, metadata)]
+        chunk = replace(chunk, after=read[-1].id if read else None)
     return jobs[: page.limit], len(jobs) > page.limit
 
 
@@ -187,9 +184,9 @@ def find_trained(store: Store, model: str, owner: str | None) -> VersionId | Non
     Args:
         owner: id of the owner, or None for the models of all owners.
     """
-    query = select(JobRow).where(JobRow.fine_tuned_model == model, JobRow.status == JobStatus.SUCCEEDED.value)
+    trained = JobRow.fine_tuned_model == model, JobRow.status == JobStatus.SUCCEEDED
     with Session(store) as session:
-        row = session.scalar(query if owner is None else query.where(JobRow.owner == owner))
+        row = session.scalar(select(JobRow).where(*trained, owned_by(JobRow, owner)))
         return None if row is None else row.read(Job).version
 
 
@@ -208,13 +205,8 @@ def _find_repeated(session: Session, fingerprint: str, owner: str, max_jobs: int
     equal = JobRow.fingerprint == fingerprint, JobRow.wanted != Wanted.CANCEL.value
     row = session.scalar(select(JobRow).where(*equal, is_open, recent).limit(1))
     if row is None:
-        count = session.scalar(select(func.count()).select_from(JobRow).where(JobRow.owner == owner, is_open)) or 0
-        if count >= max_jobs:
-            raise TooManyJobsError(
-                f"this key has {count} unfinished jobs",
-                expected=f"fewer than {max_jobs}",
-                todo="wait until a job has ended, or cancel a job",
-            )
+        todo = "wait until a job has ended, or cancel a job"
+        require_fewer(session, JobRow, owner, is_open, max_jobs, TooManyJobsError, noun="jobs", todo=todo)
     return row
 
 
@@ -249,8 +241,8 @@ def _begin_change(session: Session, row: JobRow, wanted: Wanted) -> None:
         record_event(session, row.id, f"Fine-tuning job {'cancelled' if wanted is Wanted.CANCEL else 'paused'}")
 
 
-def _has_metadata(row: JobRow, wanted: Mapping[str, str] | None) -> bool:
-    metadata = json.loads(row.request).get("metadata")
+def _has_metadata(job: Job, wanted: Mapping[str, str] | None) -> bool:
+    metadata = json.loads(job.request).get("metadata")
     if wanted is None:
         return metadata is None
     return wanted.items() <= (metadata or {}).items()

@@ -12,11 +12,10 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from svc.store.database import exclusive
-from svc.store.page import Page, find_row, read_page
+from svc.store.page import Page, find_row, owned_by, read_page
 from svc.store.tables import JobCheckpointRow, JobEventRow, JobRow
 from svc.version import VersionId
 
@@ -161,9 +160,7 @@ def read_jobs(store: Store, owner: str | None, *, page: Page) -> tuple[list[Job]
     Args:
         owner: id of the owner, or None for the jobs of all owners.
     """
-    query = select(JobRow)
-    rows, more = read_page(store, JobRow, query if owner is None else query.where(JobRow.owner == owner), page)
-    return [row.read(Job) for row in rows], more
+    return read_page(store, JobRow, Job, owned_by(JobRow, owner), page)
 
 
 def add_event(
@@ -205,8 +202,7 @@ def record_event(
 
 def read_events(store: Store, job: str, *, page: Page) -> tuple[list[JobEvent], bool]:
     """Return one page of a job's events, and whether another page follows."""
-    rows, more = read_page(store, JobEventRow, select(JobEventRow).where(JobEventRow.job == job), page)
-    return [row.read(JobEvent) for row in rows], more
+    return read_page(store, JobEventRow, JobEvent, JobEventRow.job == job, page)
 
 
 def add_checkpoint(store: Store, checkpoint: JobCheckpoint) -> None:
@@ -218,5 +214,4 @@ def add_checkpoint(store: Store, checkpoint: JobCheckpoint) -> None:
 
 def read_checkpoints(store: Store, job: str, *, page: Page) -> tuple[list[JobCheckpoint], bool]:
     """Return one page of a job's checkpoints, and whether another page follows."""
-    rows, more = read_page(store, JobCheckpointRow, select(JobCheckpointRow).where(JobCheckpointRow.job == job), page)
-    return [row.read(JobCheckpoint) for row in rows], more
+    return read_page(store, JobCheckpointRow, JobCheckpoint, JobCheckpointRow.job == job, page)

@@ -1,15 +1,16 @@
 """Pages of rows as in OpenAI's list endpoints: newest first, each starting after the last row of the previous page."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from sqlalchemy import ColumnElement, func, select, true, tuple_
 from sqlalchemy import Engine as Store
-from sqlalchemy import Select, tuple_
 from sqlalchemy.orm import Session
 
-from svc.errors import NotFoundError
-from svc.store.tables import BatchRow, FileRow, JobCheckpointRow, JobEventRow, JobRow, UploadRow
+from svc.errors import NotFoundError, SvcError
+from svc.store.tables import BatchRow, FileRow, JobCheckpointRow, JobEventRow, JobRow, Record, UploadRow
 
 Row = TypeVar("Row", FileRow, JobRow, JobEventRow, JobCheckpointRow, BatchRow)
 OwnedRow = TypeVar("OwnedRow", FileRow, UploadRow, JobRow, BatchRow)
@@ -43,12 +44,27 @@ class Page:
     newest_first: bool = True
 
 
-def read_page(store: Store, table: type[Row], query: Select[Row], page: Page) -> tuple[list[Row], bool]:
-    """Return one page of the rows that a query selects, ordered by time and id, and whether another page follows.
+def owned_by(table: type[OwnedRow], owner: str | None) -> ColumnElement[bool]:
+    """Return an SQL condition that selects an owner's rows, or all rows if the owner is None."""
+    return true() if owner is None else table.owner == owner
+
+
+def read_page(
+    store: Store,
+    table: type[Row],
+    kind: Callable[..., Record],
+    which: ColumnElement[bool],
+    page: Page,
+) -> tuple[list[Record], bool]:
+    """Return one page of the rows that match a condition, ordered by time and id, and whether another page follows.
+
+    Args:
+        kind: dataclass to which the rows are converted.
 
     Raises:
-        EntryNotFoundError: the query does not select the row after which the page starts.
+        EntryNotFoundError: the row after which the page starts does not match the condition.
     """
+    query = select(table).where(which)
     at = table.at if issubclass(table, JobEventRow) else table.created_at
     with Session(store) as session:
         if page.after is not None:
@@ -61,9 +77,8 @@ def read_page(store: Store, table: type[Row], query: Select[Row], page: Page) ->
             place, position = tuple_(at, table.id), tuple_(moment, last.id)
             query = query.where(place < position if page.newest_first else place > position)
         order = (at.desc(), table.id.desc()) if page.newest_first else (at, table.id)
-        rows = list(session.scalars(query.order_by(*order).limit(page.limit + 1)))
-        session.expunge_all()
-        return rows[: page.limit], len(rows) > page.limit
+        rows = session.scalars(query.order_by(*order).limit(page.limit + 1)).all()
+        return [row.read(kind) for row in rows[: page.limit]], len(rows) > page.limit
 
 
 def find_row(
@@ -87,3 +102,27 @@ def find_row(
             param=param,
         )
     return row
+
+
+def require_fewer(
+    session: Session,
+    table: type[OwnedRow],
+    owner: str,
+    unfinished: ColumnElement[bool],
+    most: int,
+    error: type[SvcError],
+    *,
+    noun: str,
+    todo: str,
+) -> None:
+    """Check that an owner may create another row.
+
+    Args:
+        unfinished: SQL condition for the rows that count.
+        most: maximum number of such rows of one owner.
+        error: error to raise.
+        noun: plural noun for the rows, used in the message.
+    """
+    query = select(func.count()).select_from(table).where(table.owner == owner, unfinished)
+    if (count := session.scalar(query) or 0) >= most:
+        raise error(f"this key has {count} unfinished {noun}", expected=f"fewer than {most}", todo=todo)

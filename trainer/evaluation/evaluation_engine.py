@@ -21,7 +21,7 @@ from svc.model_folder.chat_template import TemplateKwargs
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.settings.engine import EngineSettings
 from svc.settings.settings import Settings
-from svc.store.scores import MOST_TOKENS
+from svc.store.kept_requests import MOST_TOKENS
 from svc.terminal import advancing
 
 LaunchModel = Callable[..., Engine]

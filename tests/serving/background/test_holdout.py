@@ -31,7 +31,7 @@ from svc.store.holdouts import (
     add_holdout_run,
     newest_holdout_run,
 )
-from svc.store.scores import MOST_TOKENS
+from svc.store.kept_requests import MOST_TOKENS
 from svc.store.swaps import SwapOutcome
 from svc.store.tables import HoldoutRunRow
 from svc.version import Target

@@ -18,8 +18,8 @@ from serving.background import scoring
 from serving.background.scheduler import BackgroundScheduler
 from serving.background.scoring import LiveScores
 from svc.settings.monitoring import HoldoutSettings
+from svc.store.kept_requests import newest_unscored
 from svc.store.requests import RequestRecord, add_requests
-from svc.store.scores import newest_unscored
 from svc.store.swaps import SwapOutcome
 from svc.store.tables import RequestRow
 from svc.version import Format

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from svc.dataset.schema.tool_calls import ToolCall, answer_text
 from svc.redaction import PLACEHOLDERS
+from svc.store.kept_requests import MOST_TOKENS, KeptAnswer, keep_logprob, newest_unscored
 from svc.store.requests import RequestRecord, add_requests, prune_requests
-from svc.store.scores import MOST_TOKENS, KeptAnswer, keep_logprob, newest_unscored
 from svc.store.tables import RequestRow
 from svc.version import Format, Target, VersionId
 from tests.builders.requests import CHAT, NOON, RECORD, TARGET
