@@ -67,12 +67,16 @@ class Cancellation:
         Raises:
             SupersededError: cancellation was requested before `work` finished.
         """
-        working = asyncio.create_task(work)
-        try:
+        async with meanwhile(work) as working:
             return await self.outcome_of(working)
-        finally:
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)
+
+    async def pause(self, seconds: float) -> None:
+        """Wait for the given time.
+
+        Raises:
+            SupersededError: cancellation was requested before the time had passed.
+        """
+        await self.interrupting(asyncio.sleep(seconds))
 
     @asynccontextmanager
     async def holding(self, pool: EnginePool, *engines: Replica) -> AsyncIterator[None]:
@@ -84,3 +88,14 @@ class Cancellation:
         async with AsyncExitStack() as stack:
             await self.interrupting(stack.enter_async_context(pool.held(*engines)))
             yield
+
+
+@asynccontextmanager
+async def meanwhile(work: Coroutine[Any, Any, Result]) -> "AsyncIterator[asyncio.Task[Result]]":
+    """Run `work` in a task during the `with` block, then cancel the task and wait for its end."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

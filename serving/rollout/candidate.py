@@ -1,5 +1,6 @@
 """Loads a rollout's candidate alongside the production version, either as an adapter or in a second engine."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
@@ -10,12 +11,17 @@ from serving.engines.replica import Replica
 from serving.rollout.cancellation import Cancellation
 from serving.rollout.second_engine import start_second_engine
 from serving.rollout.swap_plan import Plan, Report, SwapPlanner
+from svc.dataset.text.thinking import without_thinking
 from svc.engine.state import EngineState
 from svc.errors import EngineError
+from svc.evaluation.metrics.json_answers import is_json
+from svc.registry.registry import Registry
 from svc.store.swaps import SwapKind
-from svc.version import Target
+from svc.version import Target, VersionId
 
 log = logging.getLogger(__name__)
+
+_MAX_REFERENCES = 200
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,10 +52,12 @@ class CandidatePlan:
         swap: plan for a swap from the production version to the candidate.
         shortage: why there is not enough memory for the candidate's own engine. None if there is enough, or if the
             candidate is loaded as an adapter in the production version's engines.
+        expects_json: whether answers should be JSON.
     """
 
     swap: Plan
     shortage: str | None
+    expects_json: bool
 
     @property
     def reloads(self) -> bool:
@@ -78,9 +86,10 @@ class CandidateLoader:
             SupersededError: cancellation was requested.
         """
         swap = await cancellation.interrupting(self.planner.plan(current, target, lambda text: None))
-        if swap.kind is SwapKind.ADAPTER:
-            return CandidatePlan(swap, None)
-        return CandidatePlan(swap, await cancellation.interrupting(self.planner.shortage(target)))
+        is_adapter = swap.kind is SwapKind.ADAPTER
+        shortage = None if is_adapter else await cancellation.interrupting(self.planner.shortage(target))
+        expects_json = await asyncio.to_thread(_expects_json, self.planner.verification.registry, current.version)
+        return CandidatePlan(swap, shortage, expects_json)
 
     @asynccontextmanager
     async def loaded(
@@ -129,3 +138,12 @@ class CandidateLoader:
         engine, result = await start_second_engine(self.pool, target, cancellation)
         report(result)
         return engine
+
+
+def _expects_json(registry: Registry, version: VersionId) -> bool:
+    """Return whether a version's answers should be JSON.
+
+    This is the case if the version has held-out reference answers, and the first `_MAX_REFERENCES` of them are JSON.
+    """
+    references = [without_thinking(example.answer) for example in registry.heldout(version)[:_MAX_REFERENCES]]
+    return bool(references) and all(map(is_json, references))

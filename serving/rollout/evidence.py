@@ -55,7 +55,8 @@ class Look:
             there are none.
         text: one line about all signals with data.
         warning: text saying what prevents the evidence from growing; empty if nothing does.
-        is_complete: whether the evidence covers all requests of the shadow step.
+        is_complete: whether the evidence completes the step: it covers all requests of the shadow step or, in a canary
+            step, enough units were observed and `is_passed` is true.
     """
 
     units: int
@@ -114,7 +115,9 @@ class CanaryEvidence:
             self._verdicts, self._next_verdicts = self._analysis.verdicts(), time.monotonic() + _VERDICTS_S
         kind = "requests" if self._record.plan.unit is UnitKind.REQUEST else "users or conversations"
         look = _look(self._analysis.outcome, self._verdicts, units, f"{units} {kind} of the candidate")
-        return replace(look, warning=_few_clients_text(self._record.name)) if self._clients.is_mostly_one else look
+        is_complete = look.is_passed and units >= self._record.plan.min_units
+        warning = _few_clients_text(self._record.name) if self._clients.is_mostly_one else ""
+        return replace(look, is_complete=is_complete, warning=warning)
 
 
 class _Clients:

@@ -22,13 +22,14 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.engines.pool import EnginePool
-from serving.rollout.cancellation import Cancellation, SupersededError
+from serving.rollout.cancellation import Cancellation, SupersededError, meanwhile
 from serving.rollout.journal import Journal
 from serving.rollout.leadership import Leadership
 from serving.rollout.production_alias import ProductionAlias
 from serving.rollout.reviver import Reviver, start_engine
-from serving.rollout.rollout import Rollouts, retrying
+from serving.rollout.rollout import Rollouts
 from serving.rollout.served import Began, is_served_elsewhere
+from serving.rollout.store_retry import STORE_PAUSE_S, retrying
 from serving.rollout.swap import Swap
 from serving.rollout.swap_plan import Report
 from serving.store_changes.changes import Changes
@@ -43,7 +44,6 @@ from svc.version import Target
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.25
-_STORE_PAUSE_S = 2.0
 _ALIAS_WAIT_S = 5.0
 """Seconds after which a promotion is reported as done even if MLflow has not stored the alias yet."""
 _STOPPED = "the server stopped during the swap"
@@ -158,7 +158,7 @@ class Reconciler:
         """
         while True:
             count = self.changes.count
-            record = await retrying(lambda: active_rollout(self.store, self.actual.name))
+            record = await retrying(active_rollout, self.store, self.actual.name)
             # The desired version comes first, as a rollout compares with it. At its end, the server that leads the
             # rollout swaps as a part of it.
             switching = record is not None and record.state is RolloutState.SWITCHING and self.rollouts.leads
@@ -185,7 +185,7 @@ class Reconciler:
                 return desired
         except SQLAlchemyError:
             log_store_error(log, "could not read the desired state; continuing to serve the current version")
-            await asyncio.sleep(_STORE_PAUSE_S)
+            await asyncio.sleep(STORE_PAUSE_S)
         return None
 
     async def _cancel_superseded(self, desired: Desired, cancellation: Cancellation) -> None:
@@ -194,15 +194,10 @@ class Reconciler:
         """
         while True:
             count = self.changes.count
-            try:
-                newer = await asyncio.to_thread(read_desired, self.store, desired.name)
-            except SQLAlchemyError:
-                log_store_error(log, "could not read the desired state; continuing the swap")
-                await asyncio.sleep(_STORE_PAUSE_S)
-            else:
-                if newer is not None and newer.target != desired.target:
-                    cancellation.ask(f"superseded by {newer.target}")
-                    return
+            newer = await retrying(read_desired, self.store, desired.name)
+            if newer is not None and newer.target != desired.target:
+                cancellation.ask(f"superseded by {newer.target}")
+                return
             await self.changes.wait(count, _POLL_S)
 
     async def change_to(self, desired: Desired) -> SwapResult:
@@ -211,14 +206,13 @@ class Reconciler:
         Every promotion and rollback ends with a call to this method. The result is also recorded in the journal.
         """
         before = self.actual
-        swap_id = await retrying(lambda: self.journal.begin(desired))
+        swap_id = await retrying(self.journal.begin, desired)
         report = partial(self.journal.step, swap_id)
         report(f"{before.target} is being served; {desired.target} is the desired version")
         if desired.forced:
             report(f"the version failed a check; it is promoted anyway, for this reason: {desired.forced}")
         cancellation = Cancellation()
-        listening = asyncio.create_task(self._cancel_superseded(desired, cancellation))
-        try:
+        async with meanwhile(self._cancel_superseded(desired, cancellation)):
             try:
                 result = await self._bring(desired, before, report, cancellation)
             except Exception as error:  # a defect; it must stop neither the server nor another model
@@ -231,9 +225,6 @@ class Reconciler:
             finally:
                 self.journal.end(swap_id, result)
             return result
-        finally:
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
 
     def _give_up(self, before: Desired, error: Exception) -> SwapResult:
         """Return the result of a swap that failed with an unexpected error.

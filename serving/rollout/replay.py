@@ -13,8 +13,8 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -41,7 +41,7 @@ from svc.redaction import PLACEHOLDERS
 from svc.store.kept_requests import find_kept_requests, read_kept_request
 from svc.store.requests import RequestRecord
 from svc.store.rollouts import RolloutRecord, RolloutState
-from svc.store.swaps import SwapKind
+from svc.store.swaps import SwapKind, last_queued_s
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,9 @@ QUIET_S = 5.0
 is not loaded, the value is doubled after each load.
 """
 _MAX_QUIET_S = 300.0
+_STOP_TIMEOUT_S = 45.0
+"""Longest time, in seconds, that a stopping server waits for an interrupted replay to load the production version
+again. The service manager allows a longer time to stop."""
 _POLL_S = 0.25
 _ROWS_PER_COMPARISON = 4
 """Number of stored requests to look up for each required comparison. Not every stored request can be replayed
@@ -127,26 +130,18 @@ def _count_units(units: Iterable[str | None]) -> int:
     return count
 
 
-def require_replay(
-    record: RolloutRecord,
-    plan: CandidatePlan,
-    kept: Kept,
-    engines: int,
-    *,
-    load_s: float | None,
-    queue_timeout_s: float,
-) -> None:
-    """Check that stored requests can be replayed, which a rollout needs if only one engine fits in memory.
+def require_kept(store: Store, record: RolloutRecord, plan: CandidatePlan, split: Split, pool: EnginePool) -> Kept:
+    """Return the stored requests to replay, which a rollout needs if only one engine fits in memory.
 
     Args:
-        engines: number of engines that run the production version.
-        load_s: time for which requests were queued when the production version was last loaded in place, in seconds,
-            or None if unknown.
-        queue_timeout_s: longest time for which a request may be queued, in seconds.
+        split: determines which requests belong to one user or conversation.
+        pool: engines that run the production version.
 
     Raises:
         RefusedError: the requests cannot be replayed.
     """
+    kept, load_s = find_kept(store, record, split), last_queued_s(store, record.previous)
+    engines, queue_timeout_s = len(pool.members), pool.admission.queue_timeout_s
     wrong = f"not enough memory to run {record.target} next to the production version: {plan.shortage}"
     others = "promote it without shadow and canary steps (--direct), or serve the model as adapters"
     if record.state is RolloutState.CANARY:
@@ -185,6 +180,7 @@ def require_replay(
             todo="send a distinct `user` value for each end user; if requests are independent, set "
             f"models.{record.name}.rollout.unit: request; or {others}",
         )
+    return kept
 
 
 @dataclass(eq=False, kw_only=True)
@@ -218,7 +214,25 @@ class Replay:
         """Number of comparisons after which the shadow step ends. It is lower if stored requests cannot be replayed."""
         return min(self.record.plan.shadow, self.kept.total)
 
-    async def run(self, stop: Cancellation) -> None:
+    @asynccontextmanager
+    async def running(self) -> "AsyncIterator[asyncio.Task[None]]":
+        """Replay the requests in a task during the `with` block. At its end, wait until the engine runs the production
+        version again.
+        """
+        stop = Cancellation()
+        replaying = asyncio.create_task(self._run(stop))
+        try:
+            yield replaying
+        except asyncio.CancelledError:  # the server stops; clients still wait, and the next server may adopt the engine
+            stop.ask("the server is stopping")
+            await asyncio.wait({replaying}, timeout=_STOP_TIMEOUT_S)
+            replaying.cancel()
+            raise
+        finally:
+            stop.ask("the replay has ended")
+            await asyncio.gather(replaying, return_exceptions=True)
+
+    async def _run(self, stop: Cancellation) -> None:
         """Replay the requests, then leave the engine running the production version.
 
         Args:
@@ -230,7 +244,7 @@ class Replay:
         """
         with suppress(SupersededError):
             while self.kept.compared < self.wanted:
-                await stop.interrupting(asyncio.sleep(_POLL_S))
+                await stop.pause(_POLL_S)
                 engine = self.pool.members[0]
                 if self._is_quiet(engine):
                     async with stop.holding(self.pool, engine):
@@ -252,7 +266,7 @@ class Replay:
 
         Raises:
             SupersededError: `stop` was requested.
-            SvcError: see `run`.
+            SvcError: see `_run`.
         """
         interrupt, record = Cancellation(), self.record
         watching = asyncio.create_task(self._interrupt(interrupt, stop))

@@ -249,7 +249,7 @@ async def test_production_is_restored_in_the_engine_when_the_server_stops_during
 async def test_engine_is_stopped_if_the_production_version_is_not_restored_in_time_at_server_shutdown(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.rollout.rollout._STOP_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("serving.rollout.replay._STOP_TIMEOUT_S", 0.05)
     keep(control)
     control.leaves = True
     async with control.run():
@@ -449,7 +449,7 @@ async def test_rollout_fails_before_loading_the_candidate_when_stored_requests_a
 async def test_rollout_fails_before_loading_the_candidate_if_two_model_loads_would_exceed_the_queue_timeout(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.rollout.rollout.last_queued_s", lambda store, target: 1.25)
+    monkeypatch.setattr("serving.rollout.replay.last_queued_s", lambda store, target: 1.25)
     control = on_small_machine(make(queue_timeout_s=2))
     keep(control)
     async with control.run():

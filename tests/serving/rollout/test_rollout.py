@@ -336,8 +336,8 @@ async def test_candidate_is_promoted_if_the_database_connection_closes_after_the
             raise OperationalError("COMMIT", {}, Exception("the connection was closed"))
         return done
 
-    monkeypatch.setattr("serving.rollout.rollout.switch_rollout", switch)
-    monkeypatch.setattr("serving.rollout.rollout._STORE_PAUSE_S", 0.01)
+    monkeypatch.setattr("serving.rollout.stored_rollout.switch_rollout", switch)
+    monkeypatch.setattr("serving.rollout.store_retry.STORE_PAUSE_S", 0.01)
     async with control.run(), control.client() as client, Users(client).asking():
         start(control, 2, ALL.model_copy(update={"canary": ()}))
         assert (await ended(control)).outcome is RolloutOutcome.PROMOTED
@@ -367,7 +367,7 @@ async def test_rollout_ends_undecided_when_a_step_reaches_its_deadline_without_a
 async def test_time_without_a_server_does_not_count_towards_the_deadline_of_a_rollout_step(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.rollout.rollout._LOOK_S", 0.01)
+    monkeypatch.setattr("serving.rollout.decision._LOOK_S", 0.01)
     looks: list[Look] = []
 
     def look(evidence: CanaryEvidence) -> Look:

@@ -98,11 +98,10 @@ def servers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Servers]:
     """Two servers, each with its own home and connections."""
-    for module in ("svc.store.leases", "serving.rollout.leadership", "serving.rollout.rollout_watch"):
+    for module in ("svc.store.leases", "serving.rollout.leadership", "serving.rollout.stored_rollout"):
         monkeypatch.setattr(f"{module}.LEASE_S", LEASE_S)
     monkeypatch.setattr("serving.rollout.leadership._REPORT_S", 0.1)
-    for module in ("rollout", "rollout_watch"):
-        monkeypatch.setattr(f"serving.rollout.{module}._STORE_PAUSE_S", 0.05)
+    monkeypatch.setattr("serving.rollout.store_retry.STORE_PAUSE_S", 0.05)
     cut_off: set[Store] = set()
     stores = [_store(postgresql, cut_off) for _ in range(2)]
     first, second = (_server(number, store, memory_folder, socket_folder) for number, store in enumerate(stores, 1))
