@@ -20,26 +20,26 @@ from sqlalchemy.exc import SQLAlchemyError
 from serving.batches.answer import Ask, BatchAnswer
 from serving.batches.lines import RequestLine, RequestLines, read_request_lines
 from serving.batches.progress import ERROR_FILE, OUTPUT_FILE, RETRY_S, Progress, load_progress
-from serving.files.batch_check import check_batch_file
-from serving.files.client_files import ClientFiles
-from serving.files.rows import FileStatus, Purpose
-from serving.files.shared_contents import ContentDamagedError, ContentMissingError, ContentStoreError
-from serving.protocols.error_code import ErrorCode
-from serving.protocols.route import Route
-from svc.errors import AuthenticationError, PermissionDeniedError
-from svc.store.batches import (
+from serving.batches.rows import (
     Batch,
     BatchError,
     BatchProgress,
     BatchResult,
-    BatchStatus,
     begin_batch,
     end_batch,
     record_batch_progress,
 )
+from serving.files.batch_check import check_batch_file
+from serving.files.client_files import ClientFiles
+from serving.files.rows import FileStatus, Purpose
+from serving.files.shared_contents import ContentDamagedError, ContentMissingError, ContentStoreError
+from serving.http.page import EntryNotFoundError
+from serving.protocols.error_code import ErrorCode
+from serving.protocols.route import Route
+from svc.errors import AuthenticationError, PermissionDeniedError
 from svc.store.leases import Lease
 from svc.store.outage_log import log_store_error
-from svc.store.page import EntryNotFoundError
+from svc.store.statuses import BatchStatus
 
 log = logging.getLogger(__name__)
 

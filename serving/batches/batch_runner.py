@@ -15,10 +15,11 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.batches.batch_run import BatchContext, BatchRun
+from serving.batches.rows import Batch, read_open_batches
 from serving.store_changes.changes import Changes
-from svc.store.batches import Batch, BatchStatus, read_open_batches
 from svc.store.leases import LeaseLostError
 from svc.store.outage_log import log_store_error
+from svc.store.statuses import BatchStatus
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from serving.batches.answer import BatchAnswer
 from serving.batches.lines import expired_line, parse_result_line, result_line
+from serving.batches.rows import BatchProgress
 from serving.protocols.route import Route
 from serving.protocols.wire_formats import wire_format
-from svc.store.batches import BatchProgress
 
 log = logging.getLogger(__name__)
 

@@ -14,20 +14,20 @@ from sqlalchemy import Engine as Store
 from starlette.responses import JSONResponse, Response
 
 from serving.batches.request import BatchRequest
+from serving.batches.rows import Batch, cancel_batch, create_batch, find_batch, read_batches
 from serving.files.routes import storage_limits
 from serving.files.rows import ClientFile, FileStatus, Purpose, find_file, require_storage
 from serving.http.actor import actor_of
 from serving.http.body import ClientGoneError
 from serving.http.json_body import read_json
 from serving.http.listing import list_object, requested_page, unix_seconds
+from serving.http.page import EntryNotFoundError
 from serving.http.request_state import request_state
 from serving.protocols.request import InvalidRequestError
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.identity.principal import Scope
 from svc.settings.client_apis import BatchSettings, FilesSettings
 from svc.store.audit import Action, AuditEntry
-from svc.store.batches import Batch, cancel_batch, create_batch, find_batch, read_batches
-from svc.store.page import EntryNotFoundError
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_PAGE = 100

@@ -27,9 +27,9 @@ from serving.files.client_files import ClientFiles
 from serving.files.content_check import MAX_SECONDS, ContentCheck
 from serving.files.rows import ClientFile, FileStatus, Purpose, read_unchecked, set_file_status
 from serving.files.shared_contents import ContentDamagedError, ContentMissingError, ContentStoreError
+from serving.http.page import EntryNotFoundError
 from svc.store.database import is_sqlite
 from svc.store.outage_log import log_store_error
-from svc.store.page import EntryNotFoundError
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,11 @@ from sqlalchemy import ColumnElement, delete, func, or_, select, true, update
 from sqlalchemy import Engine as Store
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
+from serving.http.page import Page, find_row, owned_by, read_page
 from serving.protocols.error_code import ErrorCode, answered_with
 from svc.errors import RefusedError, SvcError
-from svc.store.batches import BatchStatus
 from svc.store.database import exclusive
-from svc.store.jobs import JobStatus
-from svc.store.page import Page, find_row, owned_by, read_page
+from svc.store.statuses import BatchStatus, JobStatus
 from svc.store.tables import BatchRow, FileRow, JobRow, UploadPartRow, UploadRow
 
 _OPEN_JOBS = [status.value for status in JobStatus if not status.ended]

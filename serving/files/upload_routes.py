@@ -29,12 +29,12 @@ from serving.http.body import ClientGoneError
 from serving.http.json_body import read_json
 from serving.http.listing import unix_seconds
 from serving.http.multipart import boundary_of, clean_name, read_form
+from serving.http.page import EntryNotFoundError
 from serving.http.request_state import request_state
 from serving.http.threaded_body import ThreadedBody
 from serving.protocols.request import InvalidRequestError
 from serving.telemetry.metrics import CLIENT_GONE_STATUS
 from svc.settings.client_apis import FilesSettings
-from svc.store.page import EntryNotFoundError
 
 MAX_PART_BYTES = 64 * 2**20
 UPLOAD_HOURS = 1

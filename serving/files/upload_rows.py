@@ -13,10 +13,10 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from serving.files.rows import ClientFile, Purpose, StorageLimitError, StorageLimits, insert_file
+from serving.http.page import EntryNotFoundError, find_row, require_fewer
 from serving.protocols.error_code import ErrorCode, answered_with
 from svc.errors import RefusedError
 from svc.store.database import exclusive
-from svc.store.page import EntryNotFoundError, find_row, require_fewer
 from svc.store.tables import UploadPartRow, UploadRow
 
 MAX_OPEN = 100

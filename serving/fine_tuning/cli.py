@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from serving.fine_tuning.jobs_client import Jobs
-    from svc.store.jobs import Wanted
+    from serving.fine_tuning.rows import Wanted
 
 _POLL_S = 1.0
 _RESTART_S = 60.0
@@ -126,7 +126,7 @@ def follow(ctx: click.Context, job: str, as_json: bool) -> None:
 @click.pass_context
 def cancel(ctx: click.Context, job: str, yes: bool, as_json: bool) -> None:
     """Cancel JOB. Its training is stopped within seconds, and cannot be resumed."""
-    from svc.store.jobs import Wanted
+    from serving.fine_tuning.rows import Wanted
 
     source = _jobs_of(ctx)
     confirm(f"{source.find(job)['id']} will be cancelled, and cannot be resumed. Continue?", yes=yes, as_json=as_json)
@@ -139,7 +139,7 @@ def cancel(ctx: click.Context, job: str, yes: bool, as_json: bool) -> None:
 @click.pass_context
 def pause(ctx: click.Context, job: str, as_json: bool) -> None:
     """Pause JOB. Its training writes a checkpoint, and frees the machine for other jobs."""
-    from svc.store.jobs import Wanted
+    from serving.fine_tuning.rows import Wanted
 
     _change(_jobs_of(ctx), job, Wanted.PAUSE, as_json=as_json)
 
@@ -150,13 +150,14 @@ def pause(ctx: click.Context, job: str, as_json: bool) -> None:
 @click.pass_context
 def resume(ctx: click.Context, job: str, as_json: bool) -> None:
     """Resume a paused JOB from its last checkpoint."""
-    from svc.store.jobs import Wanted
+    from serving.fine_tuning.rows import Wanted
 
     _change(_jobs_of(ctx), job, Wanted.RUN, as_json=as_json)
 
 
 def _change(source: "Jobs", id: str, wanted: "Wanted", *, as_json: bool) -> None:
-    from svc.store.jobs import JobStatus, Wanted
+    from serving.fine_tuning.rows import Wanted
+    from svc.store.statuses import JobStatus
 
     job = source.change(id, wanted)
     if as_json:
@@ -232,7 +233,8 @@ def _show_left(progress: "Progress", job: dict[str, Any]) -> None:
 
 def _end(source: "Jobs", job: dict[str, Any]) -> str:
     """Return text saying when a job ended, how much time is left or, after its last step, which stage it is in."""
-    from svc.store.jobs import STAGE_BEGUN, JobStatus
+    from serving.fine_tuning.rows import STAGE_BEGUN
+    from svc.store.statuses import JobStatus
 
     end = _minute(job["finished_at"]) or _left(job)
     if end or job["status"] != JobStatus.RUNNING:

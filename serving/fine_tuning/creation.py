@@ -40,7 +40,19 @@ from serving.fine_tuning.recipe import (
     suffix_of,
 )
 from serving.fine_tuning.request import JobRequest
+from serving.fine_tuning.request_rows import (
+    JobError,
+    create_job,
+    fail_checked,
+    find_repeated,
+    find_trained,
+    queue_checked,
+    read_checking,
+)
+from serving.fine_tuning.rows import Job
 from serving.fine_tuning.training_check import CheckFailedError, CheckTimeoutError, TrainingCheck, check_training
+from serving.http.page import EntryNotFoundError
+from serving.models.fine_tuned_rows import owners_of
 from serving.protocols.error_code import ErrorCode, answered_with
 from serving.protocols.request import InvalidRequestError
 from serving.store_changes.changes import Changes
@@ -51,19 +63,8 @@ from svc.settings.client_apis import TrainingPlace
 from svc.settings.settings import Settings
 from svc.store.audit import Action, AuditEntry
 from svc.store.database import is_sqlite
-from svc.store.job_requests import (
-    JobError,
-    create_job,
-    fail_checked,
-    find_repeated,
-    find_trained,
-    owners_of,
-    queue_checked,
-    read_checking,
-)
-from svc.store.jobs import Job, JobStatus
 from svc.store.outage_log import log_store_error
-from svc.store.page import EntryNotFoundError
+from svc.store.statuses import JobStatus
 from svc.version import VersionId
 from svc.yaml_text import parse_yaml
 

@@ -43,7 +43,9 @@ from serving.fine_tuning.queue import (
 )
 from serving.fine_tuning.recipe import file_keys, recipe_text, recipe_with_data, training_variables
 from serving.fine_tuning.request import JobRequest
+from serving.fine_tuning.request_rows import JobError
 from serving.fine_tuning.results import PROGRESS_FILE
+from serving.fine_tuning.rows import STAGE_BEGUN, Job, Wanted
 from serving.fine_tuning.step_events import StepEvents
 from serving.fine_tuning.training_error import read_error
 from serving.fine_tuning.training_process import LOG_FILE, TrainingProcess, end_processes
@@ -57,8 +59,6 @@ from svc.errors import (
     TrainingError,
 )
 from svc.files.disk import write_whole
-from svc.store.job_requests import JobError
-from svc.store.jobs import STAGE_BEGUN, Job, Wanted
 from svc.store.outage_log import log_store_error
 from svc.training_progress import (
     EPOCHS_FOLDER,

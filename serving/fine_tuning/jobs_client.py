@@ -10,11 +10,12 @@ from urllib.parse import quote
 
 from sqlalchemy import Engine as Store
 
+from serving.fine_tuning.rows import Wanted
 from svc.identity.actor import Actor
 from svc.remote.remote_server import RemoteServer
 from svc.remote.server_url import ServerAddress
 from svc.store.audit import Action, AuditEntry
-from svc.store.jobs import JobStatus, Wanted
+from svc.store.statuses import JobStatus
 
 _PATH = "/v1/fine_tuning/jobs"
 _VERBS = {Wanted.RUN: "resume", Wanted.PAUSE: "pause", Wanted.CANCEL: "cancel"}
@@ -79,22 +80,22 @@ class LocalJobs:
 
     def recent(self, limit: int) -> list[dict[str, Any]]:
         from serving.fine_tuning.routes import job_object  # imports FastAPI, which the remote commands do not need
-        from svc.store.jobs import read_jobs
-        from svc.store.page import Page
+        from serving.fine_tuning.rows import read_jobs
+        from serving.http.page import Page
 
         jobs, _ = read_jobs(self.store, None, page=Page(limit))
         return [job_object(job, self.organization) for job in jobs]
 
     def find(self, id: str) -> dict[str, Any]:
         from serving.fine_tuning.routes import job_object
-        from svc.store.jobs import find_job
+        from serving.fine_tuning.rows import find_job
 
         return job_object(find_job(self.store, id, None), self.organization)
 
     def events(self, id: str, after: str | None) -> Iterator[dict[str, Any]]:
         from serving.fine_tuning.routes import event_number, event_object
-        from svc.store.jobs import read_events
-        from svc.store.page import Page
+        from serving.fine_tuning.rows import read_events
+        from serving.http.page import Page
 
         def read(after: str | None) -> dict[str, Any]:
             page = Page(_PAGE, None if after is None else event_number(after), newest_first=False)
@@ -105,15 +106,15 @@ class LocalJobs:
 
     def newest_events(self, id: str) -> list[dict[str, Any]]:
         from serving.fine_tuning.routes import event_object
-        from svc.store.jobs import read_events
-        from svc.store.page import Page
+        from serving.fine_tuning.rows import read_events
+        from serving.http.page import Page
 
         events, _ = read_events(self.store, id, page=Page(_NEWEST))
         return [event_object(event) for event in events]
 
     def change(self, id: str, wanted: Wanted) -> dict[str, Any]:
+        from serving.fine_tuning.request_rows import change_wanted
         from serving.fine_tuning.routes import job_object
-        from svc.store.job_requests import change_wanted
 
         entry = AuditEntry(Action.CANCEL_JOB, id, Actor.local()) if wanted is Wanted.CANCEL else None
         return job_object(change_wanted(self.store, id, None, wanted, entry), self.organization)

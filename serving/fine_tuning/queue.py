@@ -20,10 +20,11 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from serving.fine_tuning.request_rows import JobError
+from serving.fine_tuning.rows import EventLevel, EventType, Job, Wanted, record_event
 from svc.store.database import announce_change, exclusive
-from svc.store.job_requests import JobError
-from svc.store.jobs import EventLevel, EventType, Job, JobStatus, Wanted, record_event
 from svc.store.leases import database_time
+from svc.store.statuses import JobStatus
 from svc.store.tables import JobEventRow, JobRow
 from svc.version import VersionId
 

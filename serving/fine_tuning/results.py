@@ -20,6 +20,9 @@ from serving.files.rows import FileStatus, Purpose, find_file
 from serving.fine_tuning.queue import JobResult
 from serving.fine_tuning.recipe import MAX_CHECKPOINTS
 from serving.fine_tuning.request import JobRequest
+from serving.fine_tuning.rows import Job, JobCheckpoint, add_checkpoint
+from serving.http.page import EntryNotFoundError
+from serving.models.checkpoint_versions import checkpoint_version
 from serving.models.fine_tuned_name import FineTunedName, make_fine_tuned_name
 from svc.errors import SvcError
 from svc.files.json_file import read_json_object
@@ -27,9 +30,6 @@ from svc.registry.adapter import CONFIG_FILE, adapter_refusal
 from svc.registry.files import record_file, record_files
 from svc.registry.manifest import FormatRecord, Manifest
 from svc.registry.registry import HELDOUT_FILE, Registry
-from svc.store.checkpoint_versions import checkpoint_version
-from svc.store.jobs import Job, JobCheckpoint, add_checkpoint
-from svc.store.page import EntryNotFoundError
 from svc.training_progress import EpochSaved, HeldoutLoss, ProgressReader, ProgressRecord, StepDone
 from svc.version import Format, VersionId
 

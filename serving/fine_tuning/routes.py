@@ -16,28 +16,28 @@ from starlette.responses import JSONResponse, Response
 
 from serving.fine_tuning.creation import Client, JobCreation, require_enabled
 from serving.fine_tuning.request import AUTO, DpoHyperparameters, Hyperparameters, JobRequest
-from serving.http.actor import actor_of
-from serving.http.body import ClientGoneError
-from serving.http.json_body import read_json
-from serving.http.listing import list_object, requested_page, unix_seconds
-from serving.http.request_state import request_state
-from serving.protocols.request import InvalidRequestError
-from serving.telemetry.metrics import CLIENT_GONE_STATUS
-from svc.settings.settings import Settings
-from svc.store.audit import Action, AuditEntry
-from svc.store.job_requests import change_wanted, find_jobs
-from svc.store.jobs import (
+from serving.fine_tuning.request_rows import change_wanted, find_jobs
+from serving.fine_tuning.rows import (
     Job,
     JobCheckpoint,
     JobEvent,
-    JobStatus,
     Wanted,
     find_job,
     read_checkpoints,
     read_events,
     read_jobs,
 )
-from svc.store.page import Page
+from serving.http.actor import actor_of
+from serving.http.body import ClientGoneError
+from serving.http.json_body import read_json
+from serving.http.listing import list_object, requested_page, unix_seconds
+from serving.http.page import Page
+from serving.http.request_state import request_state
+from serving.protocols.request import InvalidRequestError
+from serving.telemetry.metrics import CLIENT_GONE_STATUS
+from svc.settings.settings import Settings
+from svc.store.audit import Action, AuditEntry
+from svc.store.statuses import JobStatus
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_PAGE = 1000

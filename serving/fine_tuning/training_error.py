@@ -2,8 +2,8 @@
 
 import re
 
+from serving.fine_tuning.request_rows import JobError
 from svc.errors import BaseModelError, DataError, GateError, NotFoundError, RecipeError, RefusedError, TrainingError
-from svc.store.job_requests import JobError
 
 _CODES = {
     DataError.exit_code: ("invalid_training_file", "training_file"),

@@ -28,16 +28,17 @@ from serving.fine_tuning.job_training import (
     remove_epochs,
 )
 from serving.fine_tuning.queue import JobLostError, fail, take_job
+from serving.fine_tuning.request_rows import JobError
+from serving.fine_tuning.rows import Job, find_job
 from serving.fine_tuning.training_check import command_environment
 from serving.fine_tuning.training_process import TrainingProcess, end_processes
+from serving.http.page import EntryNotFoundError
 from serving.store_changes.changes import Changes
 from svc.files.disk import write_whole
 from svc.settings.client_apis import TrainingPlace
 from svc.settings.settings import Settings
-from svc.store.job_requests import JobError
-from svc.store.jobs import Job, JobStatus, find_job
 from svc.store.outage_log import log_store_error
-from svc.store.page import EntryNotFoundError
+from svc.store.statuses import JobStatus
 
 log = logging.getLogger(__name__)
 

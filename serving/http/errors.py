@@ -33,9 +33,6 @@ from svc.errors import (
     SvcError,
 )
 from svc.identity.key_secret import hide_secrets
-from svc.store.batches import BatchEndedError, TooManyBatchesError
-from svc.store.job_requests import JobEndedError, TooManyJobsError
-from svc.store.page import EntryNotFoundError
 from svc.store.unavailable import StoreUnavailableError
 
 log = logging.getLogger(__name__)
@@ -123,11 +120,6 @@ class ApiError:
 _SHARED: dict[type[SvcError], tuple[int, ErrorCode]] = {
     AuthenticationError: (401, ErrorCode.INVALID_API_KEY),
     PermissionDeniedError: (403, ErrorCode.PERMISSION_DENIED),
-    EntryNotFoundError: (404, ErrorCode.NOT_FOUND),
-    JobEndedError: (400, ErrorCode.JOB_ENDED),
-    TooManyJobsError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
-    BatchEndedError: (400, ErrorCode.BATCH_ENDED),
-    TooManyBatchesError: (429, ErrorCode.RATE_LIMIT_EXCEEDED),
 }
 """Errors of `svc`, which knows nothing of HTTP."""
 ANSWERS.update(_SHARED)

@@ -7,8 +7,8 @@ from typing import Any
 
 from starlette.requests import Request
 
+from serving.http.page import Page
 from serving.protocols.request import InvalidRequestError
-from svc.store.page import Page
 
 _NEWEST_FIRST = {"desc": True, "asc": False}
 _MAX_DIGITS = 9

@@ -23,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serving.engines.slots import EngineSlots
 from serving.models.deployment import Deployment
+from serving.models.fine_tuned_rows import owners_of
 from serving.models.router import Router
 from serving.models.server_views import ServerView, server_views
 from serving.rollout.leadership import Leadership
@@ -32,7 +33,6 @@ from svc.engine.state import EngineState
 from svc.errors import BusyError, EngineError, NotFoundError, SvcError
 from svc.store.deployments import deployed_names, remove_deployment
 from svc.store.desired import Desired, read_desired
-from svc.store.job_requests import owners_of
 from svc.store.outage_log import log_store_error
 from svc.version import Target, VersionId
 

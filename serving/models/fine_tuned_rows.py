@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from serving.models.checkpoint_versions import checkpoint_version, job_of_checkpoints
 from serving.models.fine_tuned_name import PREFIX, parse_fine_tuned_name
 from svc.errors import NotFoundError
 from svc.store.audit import AuditEntry, append_event
-from svc.store.checkpoint_versions import checkpoint_version
 from svc.store.database import exclusive
-from svc.store.jobs import Job, JobStatus
+from svc.store.statuses import JobStatus
 from svc.store.tables import JobCheckpointRow, JobRow
 from svc.version import VersionId
 
@@ -55,7 +55,7 @@ def find_model(store: Store, name: str) -> FineTunedModel | None:
         query = query.where(JobRow.name == version.name, JobRow.number == version.number)
     with Session(store) as session:
         row = session.scalar(query.limit(1))
-        return None if row is None else _model(row.read(Job))
+        return None if row is None else _model(row)
 
 
 def read_models(store: Store, owner: str | None) -> list[FineTunedModel]:
@@ -69,7 +69,7 @@ def read_models(store: Store, owner: str | None) -> list[FineTunedModel]:
         query = query.where(JobRow.owner == owner)
     with Session(store) as session:
         rows = session.scalars(query.order_by(JobRow.finished_at.desc(), JobRow.id))
-        return [model for row in rows if (model := _model(row.read(Job)))]
+        return [model for row in rows if (model := _model(row))]
 
 
 def delete_model(store: Store, model: FineTunedModel, entry: AuditEntry) -> None:
@@ -88,6 +88,15 @@ def delete_model(store: Store, model: FineTunedModel, entry: AuditEntry) -> None
             append_event(session, entry)
 
 
+def owners_of(store: Store, name: str) -> frozenset[str]:
+    """Return the owners of the jobs that register versions or checkpoints under a name. The result is empty if there
+    are no such jobs.
+    """
+    registers = or_(JobRow.name == name, JobRow.id == job_of_checkpoints(name))
+    with Session(store) as session:
+        return frozenset(session.scalars(select(JobRow.owner).where(registers)))
+
+
 def _find_checkpoint(store: Store, name: str) -> FineTunedModel | None:
     query = select(JobCheckpointRow, JobRow.owner).join(JobRow, JobRow.id == JobCheckpointRow.job)
     with Session(store) as session:
@@ -99,8 +108,8 @@ def _find_checkpoint(store: Store, name: str) -> FineTunedModel | None:
         return FineTunedModel(name, owner, version, checkpoint.created_at)
 
 
-def _model(job: Job) -> FineTunedModel | None:
-    version = job.version
-    if version is None or job.fine_tuned_model is None:
+def _model(job: JobRow) -> FineTunedModel | None:
+    if job.number is None or job.fine_tuned_model is None:
         return None
+    version = VersionId(job.name, job.number)
     return FineTunedModel(job.fine_tuned_model, job.owner, version, job.finished_at or job.created_at)

@@ -12,12 +12,11 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from serving.models.checkpoint_versions import job_of_checkpoints
 from serving.telemetry.retention_clock import RetentionClock
-from svc.store.batches import BatchStatus
-from svc.store.checkpoint_versions import job_of_checkpoints
 from svc.store.database import is_sqlite, write_transaction
-from svc.store.jobs import JobStatus
 from svc.store.outage_log import log_store_error
+from svc.store.statuses import BatchStatus, JobStatus
 from svc.store.tables import BatchRow, JobRow
 
 log = logging.getLogger(__name__)

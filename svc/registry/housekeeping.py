@@ -18,18 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import Engine as Store
+from sqlalchemy import select
 
 from svc.errors import BusyError, IntegrityError, NotFoundError
 from svc.files.lock import hold_lock, lock_holder
 from svc.registry.objects import manifest_key
 from svc.registry.registry import Registry
 from svc.registry.training_runs import RUN_LOCK, RUNS_FOLDER, SWEEPS_FOLDER, find_training_runs
-from svc.store.batches import find_batch
 from svc.store.desired import desired_names, read_desired
-from svc.store.jobs import find_job
-from svc.store.page import EntryNotFoundError
 from svc.store.rollouts import active_rollout
+from svc.store.statuses import BatchStatus, JobStatus
 from svc.store.swaps import unfinished_swaps
+from svc.store.tables import BatchRow, JobRow
 from svc.version import Format, VersionId
 
 log = logging.getLogger(__name__)
@@ -211,17 +211,20 @@ def find_ended(store: Store, home: Path, older_than_days: float) -> Iterator[Rec
     """
     now = time.time()
     before = now - older_than_days * _DAY_S
-    for parent, prefix, noun in (("jobs", "ftjob-", "job"), ("batches", "batch_", "batch")):
+    for parent, prefix, noun, row, kind in (
+        ("jobs", "ftjob-", "job", JobRow, JobStatus),
+        ("batches", "batch_", "batch", BatchRow, BatchStatus),
+    ):
         for folder in _folders((home / parent).glob("*")):
             id, touched = folder.name.removeprefix(_REMOVED), _newest(folder, now)
             if not id.startswith(prefix) or touched >= before:
                 continue
-            try:
-                entry = find_job(store, id, None) if noun == "job" else find_batch(store, id, None)
-            except EntryNotFoundError:
+            with store.connect() as connection:
+                status = connection.scalar(select(row.status).where(row.id == id))
+            if status is None:
                 ended, why = touched < now - _DAY_S, f"the {noun} is not in the store"
             else:
-                ended, why = entry.status.ended, f"the {noun} has ended"
+                ended, why = kind(status).ended, f"the {noun} has ended"
             if ended:
                 yield Reclaimable(folder, size_on_disk(folder), why, touched)
 

@@ -7,9 +7,10 @@ from typing import Any
 from sqlalchemy import Engine as Store
 from sqlalchemy import update
 
+from serving.batches.rows import Batch, create_batch
 from serving.files.rows import Purpose
 from svc.store.audit import Action, AuditEntry
-from svc.store.batches import Batch, BatchStatus, create_batch
+from svc.store.statuses import BatchStatus
 from svc.store.tables import BatchRow
 from tests.builders.actors import ALICE_KEY
 from tests.file_row import add_file_row

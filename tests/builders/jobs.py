@@ -8,9 +8,10 @@ from typing import Any
 from sqlalchemy import Engine as Store
 from sqlalchemy import update
 
+from serving.fine_tuning.request_rows import create_job
+from serving.fine_tuning.rows import Job
 from svc.store.audit import Action, AuditEntry
-from svc.store.job_requests import create_job
-from svc.store.jobs import Job, JobStatus
+from svc.store.statuses import JobStatus
 from svc.store.tables import JobRow
 from tests.builders.actors import ALICE_KEY
 from tests.file_row import add_file_row

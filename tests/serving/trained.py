@@ -10,9 +10,10 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
 from serving.fine_tuning.recipe import registered_name
+from serving.fine_tuning.rows import Job, Wanted
 from serving.models.fine_tuned_rows import FineTunedModel
 from svc.registry.registry import Registry
-from svc.store.jobs import Job, JobStatus, Wanted
+from svc.store.statuses import JobStatus
 from svc.store.tables import JobRow
 from svc.version import Format, VersionId
 from tests.serving.versions import make_version

@@ -15,7 +15,7 @@ from serving.batches.batch_run import BatchContext
 from serving.batches.batch_runner import BatchRunner
 from serving.files.rows import Purpose
 from serving.store_changes.changes import Changes
-from svc.store.batches import BatchStatus
+from svc.store.statuses import BatchStatus
 from tests.serving.fine_tuning.fine_tuning_service import FineTuningService
 from tests.serving.service import CHAT
 

@@ -21,10 +21,11 @@ from sqlalchemy.orm import Session
 from serving.access.usage import usage_since
 from serving.batches import batch_run, batch_runner, progress
 from serving.batches.batch_runner import MAX_RUNNING, next_batches
+from serving.batches.rows import Batch as StoredBatch
+from serving.batches.rows import find_batch, read_open_batches
 from serving.files.rows import Purpose, find_file
 from svc.identity.principal import Limits, Scope
-from svc.store.batches import Batch as StoredBatch
-from svc.store.batches import BatchStatus, find_batch, read_open_batches
+from svc.store.statuses import BatchStatus
 from svc.store.tables import BatchRow, RequestRow
 from tests.serving.batches.batch_service import BatchService, create, ended, line, lines
 from tests.serving.control import until

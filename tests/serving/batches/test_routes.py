@@ -14,11 +14,12 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import update
 
 from serving.batches import routes as batches
+from serving.batches.rows import BatchError, BatchProgress, BatchResult, end_batch
 from serving.files.rows import ClientFile, FileStatus
 from svc.identity.principal import Scope
 from svc.settings.client_apis import FilesSettings
 from svc.store import audit
-from svc.store.batches import BatchError, BatchProgress, BatchResult, BatchStatus, end_batch
+from svc.store.statuses import BatchStatus
 from svc.store.tables import BatchRow
 from tests.serving.batches.batch_service import CHAT_PATH, BatchService, line, lines
 from tests.serving.fine_tuning.fine_tuning_service import strict

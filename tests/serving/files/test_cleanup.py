@@ -19,7 +19,7 @@ from serving.files.upload_rows import Upload, UploadStatus, add_upload, find_upl
 from serving.files.uploads import ClientUploads
 from svc.errors import RegistryError
 from svc.registry.objects import ObjectStore
-from svc.store.jobs import JobStatus
+from svc.store.statuses import JobStatus
 from svc.store.tables import BatchRow, FileRow, JobRow, UploadRow
 from tests.builders.jobs import queued_job
 from tests.serving.control import until

@@ -28,7 +28,7 @@ from serving.files.uploading import MAX_UPLOADS
 from serving.http import threaded_body
 from svc.identity.principal import Scope
 from svc.settings.client_apis import FilesSettings
-from svc.store.jobs import JobStatus
+from svc.store.statuses import JobStatus
 from svc.store.tables import BatchRow, JobRow
 from tests.builders.jobs import change_job, queued_job
 from tests.published_examples import published

@@ -22,13 +22,13 @@ from serving.files.rows import Purpose, StorageLimitError, StorageLimits
 from serving.files.shared_contents import ContentDamagedError, ContentMissingError, ContentStoreError
 from serving.files.upload_rows import Upload, UploadStatus, add_upload, find_upload
 from serving.files.uploads import ClientUploads
+from serving.http.page import EntryNotFoundError
 from svc.errors import SettingsError
 from svc.registry.objects import ObjectStore
 from svc.settings.client_apis import FilesSettings
 from svc.settings.settings import Settings
 from svc.settings.storage import ArtifactSettings
-from svc.store.jobs import JobStatus
-from svc.store.page import EntryNotFoundError
+from svc.store.statuses import JobStatus
 from svc.store.tables import FileRow, JobRow
 from tests.builders.jobs import queued_job
 from tests.new_store import new_store

@@ -22,12 +22,13 @@ from serving.files.content_check import ContentCheck
 from serving.files.rows import FileStatus, Purpose, find_file
 from serving.fine_tuning.creation import JobCreation, decide_job
 from serving.fine_tuning.queue import JobResult
+from serving.fine_tuning.rows import Job, find_job
 from serving.fine_tuning.worker import JobWorker
 from serving.store_changes.changes import Changes
 from svc.registry.objects import ObjectStore
 from svc.settings.client_apis import FilesSettings
 from svc.settings.storage import ArtifactSettings
-from svc.store.jobs import Job, JobStatus, find_job
+from svc.store.statuses import JobStatus
 from svc.store.tables import FileRow, JobRow
 from svc.version import VersionId
 from tests.object_store import Bucket, Fault, running_s3

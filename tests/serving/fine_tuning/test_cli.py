@@ -15,13 +15,14 @@ from sqlalchemy import Engine as Store
 from serving.fine_tuning import cli as jobs_cli
 from serving.fine_tuning.jobs_client import LocalJobs, RemoteJobs
 from serving.fine_tuning.queue import JobNews, JobResult, fail, report_job, succeed, take_job
+from serving.fine_tuning.request_rows import JobError
+from serving.fine_tuning.rows import Wanted
 from serving.http.connections import watched
 from svc.cli import group
 from svc.errors import NotFoundError, RefusedError, ServerNotRunningError, TrainingError
 from svc.remote.server_url import ServerAddress
 from svc.store.audit import read_events
-from svc.store.job_requests import JobError
-from svc.store.jobs import JobStatus, Wanted
+from svc.store.statuses import JobStatus
 from svc.version import VersionId
 from tests.new_store import new_store
 from tests.serving.fine_tuning.fine_tuning_service import FineTuningService

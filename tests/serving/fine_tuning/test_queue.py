@@ -28,10 +28,11 @@ from serving.fine_tuning.queue import (
     succeed,
     take_job,
 )
-from svc.store.job_requests import JobError, change_wanted
-from svc.store.jobs import EventLevel, Job, JobStatus, Wanted, find_job, read_events
+from serving.fine_tuning.request_rows import JobError, change_wanted
+from serving.fine_tuning.rows import EventLevel, Job, Wanted, find_job, read_events
+from serving.http.page import Page
 from svc.store.leases import database_time
-from svc.store.page import Page
+from svc.store.statuses import JobStatus
 from svc.store.tables import JobRow
 from svc.version import VersionId
 from tests.builders.jobs import add_job

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from serving.fine_tuning.rows import Wanted, read_checkpoints, read_events
+from serving.http.page import Page
 from serving.models.fine_tuned_rows import find_model
 from serving.server.assembly import make_job_worker
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
 from svc.registry.registry import Registry
 from svc.settings.client_apis import FineTuningSettings
-from svc.store.jobs import JobStatus, Wanted, read_checkpoints, read_events
-from svc.store.page import Page
+from svc.store.statuses import JobStatus
 from svc.version import Format
 from tests.new_store import new_store
 from tests.serving.fine_tuning.worker_home import WorkerHome, add_real_job

@@ -15,13 +15,13 @@ from sqlalchemy import Engine as Store
 from serving.files.client_files import ClientFiles
 from serving.files.rows import FileStatus, Purpose, find_file, read_files
 from serving.fine_tuning.results import PROGRESS_FILE, JobResults, metrics_csv
-from serving.models.fine_tuned_rows import find_model
+from serving.fine_tuning.rows import Job, JobCheckpoint, read_checkpoints
+from serving.http.page import Page
+from serving.models.checkpoint_versions import checkpoint_version
+from serving.models.fine_tuned_rows import find_model, owners_of
 from svc.registry.adapter import CONFIG_FILE, read_adapter
 from svc.registry.registry import Registry
-from svc.store.checkpoint_versions import checkpoint_version
-from svc.store.job_requests import owners_of
-from svc.store.jobs import Job, JobCheckpoint, JobStatus, read_checkpoints
-from svc.store.page import Page
+from svc.store.statuses import JobStatus
 from svc.training_progress import EpochSaved, HeldoutLoss, ProgressFile, ProgressRecord, StepDone
 from svc.version import Format, VersionId
 from tests.serving.trained import add_job

@@ -18,6 +18,7 @@ from sqlalchemy import Engine as Store
 
 from serving.files.rows import FileStatus, Purpose, remove_file, set_file_status
 from serving.fine_tuning.creation import JobCreation, decide_job
+from serving.fine_tuning.rows import JobCheckpoint, add_checkpoint, add_event, find_job
 from serving.fine_tuning.training_check import CheckFailedError, CheckTimeoutError, TrainingCheck
 from serving.store_changes.changes import Changes
 from svc.errors import BaseModelError, DataError, NotFoundError, RecipeError
@@ -25,7 +26,7 @@ from svc.identity.principal import Scope
 from svc.settings.client_apis import TrainingPlace
 from svc.settings.settings import Settings
 from svc.store import audit
-from svc.store.jobs import JobCheckpoint, JobStatus, add_checkpoint, add_event, find_job
+from svc.store.statuses import JobStatus
 from tests.builders.jobs import change_job
 from tests.serving.control import until
 from tests.serving.fine_tuning.fine_tuning_service import BASE, FakeCheck, FineTuningService, strict

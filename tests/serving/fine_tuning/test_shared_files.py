@@ -9,9 +9,10 @@ from serving.files.client_files import ClientFiles
 from serving.files.shared_contents import ContentDamagedError, ContentStoreError
 from serving.fine_tuning.job_training import Pace
 from serving.fine_tuning.queue import JobResult
+from serving.fine_tuning.rows import Job, Wanted
 from svc.settings.settings import Settings
 from svc.settings.storage import ArtifactSettings
-from svc.store.jobs import Job, JobStatus, Wanted
+from svc.store.statuses import JobStatus
 from svc.version import VersionId
 from tests.new_store import new_store
 from tests.serving.fine_tuning.worker_home import PACE, WorkerHome, fake_result

@@ -2,8 +2,8 @@
 
 import pytest
 
+from serving.fine_tuning.request_rows import JobError
 from serving.fine_tuning.training_error import read_error, without_paths
-from svc.store.job_requests import JobError
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.registry.registry import Registry
 from svc.settings.client_apis import FineTuningSettings
 from svc.settings.settings import Settings
-from svc.store.jobs import JobStatus
+from svc.store.statuses import JobStatus
 from svc.version import Format
 from tests.new_store import new_store
 from tests.ray_cluster import running_cluster

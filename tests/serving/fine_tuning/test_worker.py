@@ -20,11 +20,12 @@ from sqlalchemy import update
 from serving.fine_tuning import job_training
 from serving.fine_tuning.job_training import Pace
 from serving.fine_tuning.queue import take_job
+from serving.fine_tuning.rows import EventType, Job, Wanted, read_events
 from serving.fine_tuning.training_process import TrainingProcess
 from serving.fine_tuning.worker import read_worker_id
+from serving.http.page import Page
 from svc.errors import RegistryError, ServerNotRunningError
-from svc.store.jobs import EventType, Job, JobStatus, Wanted, read_events
-from svc.store.page import Page
+from svc.store.statuses import JobStatus
 from svc.store.tables import JobRow
 from svc.store.unavailable import StoreUnavailableError
 from tests.new_store import new_store

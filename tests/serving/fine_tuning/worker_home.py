@@ -24,14 +24,15 @@ from serving.files.rows import Purpose
 from serving.fine_tuning.job_training import Pace
 from serving.fine_tuning.queue import JobResult
 from serving.fine_tuning.recipe import recipe_text
+from serving.fine_tuning.request_rows import change_wanted, create_job
+from serving.fine_tuning.rows import Job, Wanted, find_job, read_events
 from serving.fine_tuning.worker import JobWorker
+from serving.http.page import Page
 from serving.store_changes.changes import Changes
 from svc.engine.orphans import runs
 from svc.settings.settings import Settings
 from svc.store.audit import Action, AuditEntry
-from svc.store.job_requests import change_wanted, create_job
-from svc.store.jobs import Job, JobStatus, Wanted, find_job, read_events
-from svc.store.page import Page
+from svc.store.statuses import JobStatus
 from svc.store.tables import JobRow
 from svc.version import VersionId
 from tests.builders.actors import ALICE_KEY

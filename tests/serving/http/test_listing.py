@@ -6,8 +6,8 @@ from openai.types import FileObject
 from starlette.requests import Request
 
 from serving.http.listing import list_object, requested_page
+from serving.http.page import Page
 from serving.protocols.request import InvalidRequestError
-from svc.store.page import Page
 
 
 def request(query: str) -> Request:

@@ -5,14 +5,15 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine as Store
 
+from serving.batches.rows import find_batch
 from serving.files.rows import Purpose, find_file
+from serving.fine_tuning.rows import add_event, find_job, read_events
+from serving.http.page import EntryNotFoundError, Page
+from serving.models.checkpoint_versions import checkpoint_version
+from serving.models.fine_tuned_rows import owners_of
 from serving.models.retention import newest_batch_at, newest_job_at, remove_ended_batches, remove_ended_jobs
-from svc.store.batches import BatchStatus, find_batch
-from svc.store.checkpoint_versions import checkpoint_version
 from svc.store.database import is_sqlite
-from svc.store.job_requests import owners_of
-from svc.store.jobs import JobStatus, add_event, find_job, read_events
-from svc.store.page import EntryNotFoundError, Page
+from svc.store.statuses import BatchStatus, JobStatus
 from tests.builders.batches import add_batch, end_batch
 from tests.builders.jobs import add_job, end_job
 from tests.file_row import add_file_row

@@ -11,15 +11,15 @@ import httpx
 import pytest
 
 from serving.access.keyring import IssuedKey, Keyring
+from serving.fine_tuning.rows import JobCheckpoint, add_checkpoint
 from serving.models import fine_tuned_models
+from serving.models.checkpoint_versions import checkpoint_version
 from serving.models.fine_tuned_rows import FineTunedModel, find_model
 from svc.identity.principal import Scope
 from svc.registry.housekeeping import remove_version
 from svc.settings.client_apis import FineTuningSettings
-from svc.store.checkpoint_versions import checkpoint_version
 from svc.store.deployments import add_deployment, deployed_names
 from svc.store.desired import change_desired, read_desired
-from svc.store.jobs import JobCheckpoint, add_checkpoint
 from svc.version import Alias, Format, Target, VersionId
 from tests.builders.actors import ALICE
 from tests.serving.control import BODY, until

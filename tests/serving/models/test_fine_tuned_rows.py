@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine as Store
 
-from serving.models.fine_tuned_rows import delete_model, find_model, read_models
+from serving.fine_tuning.rows import JobCheckpoint, add_checkpoint, find_job
+from serving.models.checkpoint_versions import checkpoint_version
+from serving.models.fine_tuned_rows import delete_model, find_model, owners_of, read_models
 from svc.store import audit
 from svc.store.audit import Action, AuditEntry
-from svc.store.checkpoint_versions import checkpoint_version
-from svc.store.job_requests import owners_of
-from svc.store.jobs import JobCheckpoint, JobStatus, add_checkpoint, find_job
+from svc.store.statuses import JobStatus
 from svc.version import VersionId
 from tests.builders.actors import ALICE_KEY
 from tests.serving.trained import add_job

@@ -5,10 +5,11 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import Engine as Store
 
+from serving.batches.rows import read_batches
+from serving.fine_tuning.rows import read_jobs
+from serving.http.page import Page
 from serving.models.retention import Retention
-from svc.store.batches import BatchStatus, read_batches
-from svc.store.jobs import JobStatus, read_jobs
-from svc.store.page import Page
+from svc.store.statuses import BatchStatus, JobStatus
 from tests.builders.batches import add_batch, end_batch
 from tests.builders.jobs import add_job, end_job
 from tests.serving.control import until

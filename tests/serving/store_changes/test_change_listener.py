@@ -16,8 +16,11 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import OperationalError
 
 from serving.access.usage import Usage, UsageOf, add_usage
+from serving.batches.rows import Batch, cancel_batch, create_batch
 from serving.files.rows import Purpose
 from serving.fine_tuning.queue import release_job, take_job
+from serving.fine_tuning.request_rows import change_wanted, create_job, queue_checked
+from serving.fine_tuning.rows import Job, Wanted
 from serving.store_changes import change_listener, sqlite_listener
 from serving.store_changes import changes as changes_module
 from serving.store_changes.changes import Changes
@@ -27,12 +30,9 @@ from svc.settings.rollout import RolloutSettings
 from svc.store import outage_log
 from svc.store import postgresql as postgresql_module
 from svc.store.audit import Action, AuditEntry
-from svc.store.batches import Batch, cancel_batch, create_batch
 from svc.store.database import announce_change, take_write_lock
 from svc.store.deployments import add_deployment, remove_deployment, set_deployments
 from svc.store.desired import Desired, change_desired, read_desired
-from svc.store.job_requests import change_wanted, create_job, queue_checked
-from svc.store.jobs import Job, JobStatus, Wanted
 from svc.store.keys import Key, add_key, replace_secret, revoke_key
 from svc.store.rollouts import (
     RolloutOutcome,
@@ -43,6 +43,7 @@ from svc.store.rollouts import (
     enter_state,
     stop_rollout,
 )
+from svc.store.statuses import JobStatus
 from svc.version import Format, Target, VersionId
 from tests.builders.listeners import listening
 from tests.builders.statements import statements

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
+from serving.batches.rows import Batch
 from svc.errors import BusyError, NotFoundError, RegistryError
 from svc.files.lock import hold_lock
 from svc.identity.actor import Actor
@@ -22,11 +23,10 @@ from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
 from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry, read_events
-from svc.store.batches import Batch, BatchStatus
 from svc.store.database import open_database
 from svc.store.desired import change_desired, read_desired
-from svc.store.jobs import JobStatus
 from svc.store.rollouts import begin_rollout
+from svc.store.statuses import BatchStatus, JobStatus
 from svc.store.swaps import begin_swap
 from svc.store.tables import BatchRow
 from svc.version import Alias, Format, Target, VersionId

@@ -14,27 +14,11 @@ from typing import Any
 from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
+from serving.http.page import Page, find_row, owned_by, read_page
 from svc.store.database import exclusive
-from svc.store.page import Page, find_row, owned_by, read_page
+from svc.store.statuses import JobStatus
 from svc.store.tables import JobCheckpointRow, JobEventRow, JobRow
 from svc.version import VersionId
-
-
-class JobStatus(StrEnum):
-    """State of a fine-tuning job, in OpenAI's terms."""
-
-    VALIDATING_FILES = "validating_files"
-    QUEUED = "queued"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-    @property
-    def ended(self) -> bool:
-        """Whether the state is final."""
-        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
-
 
 STAGE_BEGUN = "Stage begun: "
 """Prefix of the message of a job event that reports the start of a training stage. The stage's name follows."""

@@ -6,9 +6,14 @@ import pytest
 from sqlalchemy import Engine as Store
 
 from serving.files.rows import ClientFile, Purpose, add_file, find_file, read_files
-from svc.store.page import EntryNotFoundError, Page
+from serving.http.page import EntryNotFoundError, Page
 
 MOMENT = datetime(2026, 11, 30, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def store(any_store: Store) -> Store:
+    return any_store
 
 
 def add(store: Store, id: str, *, second: int = 0, owner: str = "key-1") -> None:

@@ -8,15 +8,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.store import audit
-from svc.store.audit import Action, AuditEntry
-from svc.store.batches import (
+from serving.batches.rows import (
     Batch,
     BatchEndedError,
     BatchError,
     BatchProgress,
     BatchResult,
-    BatchStatus,
     TooManyBatchesError,
     begin_batch,
     cancel_batch,
@@ -26,13 +23,20 @@ from svc.store.batches import (
     read_open_batches,
     record_batch_progress,
 )
-from svc.store.job_requests import REPEAT_WINDOW
+from serving.http.page import REPEAT_WINDOW, EntryNotFoundError, Page
+from svc.store import audit
+from svc.store.audit import Action, AuditEntry
 from svc.store.leases import Lease, LeaseLostError
-from svc.store.page import EntryNotFoundError, Page
+from svc.store.statuses import BatchStatus
 from tests.builders.actors import ALICE_KEY
 from tests.builders.batches import add_batch
 
 PROGRESS = BatchProgress(completed=2, failed=1, tokens_in=30, tokens_out=20)
+
+
+@pytest.fixture
+def store(any_store: Store) -> Store:
+    return any_store
 
 
 def cancel(store: Store, id: str, owner: str | None = "alice") -> Batch:

@@ -13,46 +13,29 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
 
 from sqlalchemy import Engine as Store
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
+from serving.http.page import REPEAT_WINDOW, Page, find_row, owned_by, read_page, require_fewer
+from serving.protocols.error_code import ErrorCode, answered_with
 from svc.errors import RefusedError, SvcError
 from svc.store.audit import AuditEntry, append_event
 from svc.store.database import announce_change, exclusive
-from svc.store.job_requests import REPEAT_WINDOW
 from svc.store.leases import Lease, require_lease
-from svc.store.page import Page, find_row, owned_by, read_page, require_fewer
+from svc.store.statuses import BatchStatus
 from svc.store.tables import BatchRow, FileRow
-
-
-class BatchStatus(StrEnum):
-    """State of a batch, in OpenAI's terms."""
-
-    VALIDATING = "validating"
-    FAILED = "failed"
-    IN_PROGRESS = "in_progress"
-    FINALIZING = "finalizing"
-    COMPLETED = "completed"
-    EXPIRED = "expired"
-    CANCELLING = "cancelling"
-    CANCELLED = "cancelled"
-
-    @property
-    def ended(self) -> bool:
-        """Whether the state is final."""
-        return self in (BatchStatus.FAILED, BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.CANCELLED)
-
 
 _OPEN = [status.value for status in BatchStatus if not status.ended]
 
 
+@answered_with(429, ErrorCode.RATE_LIMIT_EXCEEDED)
 class TooManyBatchesError(SvcError):
     """Raised when an owner has too many unfinished batches."""
 
 
+@answered_with(400, ErrorCode.BATCH_ENDED)
 class BatchEndedError(RefusedError):
     """Raised on an attempt to cancel a batch that has ended."""
 

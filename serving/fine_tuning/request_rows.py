@@ -10,29 +10,29 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import Engine as Store
-from sqlalchemy import func, or_, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from serving.fine_tuning.rows import EventLevel, Job, Wanted, record_event
+from serving.http.page import REPEAT_WINDOW, Page, find_row, owned_by, read_page, require_fewer
+from serving.protocols.error_code import ErrorCode, answered_with
 from svc.errors import RefusedError, SvcError
 from svc.store.audit import AuditEntry, append_event
-from svc.store.checkpoint_versions import job_of_checkpoints
 from svc.store.database import announce_change, exclusive
-from svc.store.jobs import EventLevel, Job, JobStatus, Wanted, record_event
-from svc.store.page import Page, find_row, owned_by, read_page, require_fewer
+from svc.store.statuses import JobStatus
 from svc.store.tables import FileRow, JobRow
 from svc.version import VersionId
 
-REPEAT_WINDOW = timedelta(minutes=15)
-"""Time after the creation of a job or batch during which an identical request returns that job or batch, unless it has
-ended or is being cancelled. OpenAI's client waits 10 minutes for an answer, and then sends the request again."""
 _OPEN = [status.value for status in JobStatus if not status.ended]
 _CHUNK = 100
 
 
+@answered_with(429, ErrorCode.RATE_LIMIT_EXCEEDED)
 class TooManyJobsError(SvcError):
     """Raised when an owner has too many unfinished jobs."""
 
 
+@answered_with(400, ErrorCode.JOB_ENDED)
 class JobEndedError(RefusedError):
     """Raised on an attempt to change a job that has ended or is being cancelled."""
 
@@ -188,15 +188,6 @@ def find_trained(store: Store, model: str, owner: str | None) -> VersionId | Non
     with Session(store) as session:
         row = session.scalar(select(JobRow).where(*trained, owned_by(JobRow, owner)))
         return None if row is None else row.read(Job).version
-
-
-def owners_of(store: Store, name: str) -> frozenset[str]:
-    """Return the owners of the jobs that register versions or checkpoints under a name. The result is empty if there
-    are no such jobs.
-    """
-    registers = or_(JobRow.name == name, JobRow.id == job_of_checkpoints(name))
-    with Session(store) as session:
-        return frozenset(session.scalars(select(JobRow.owner).where(registers)))
 
 
 def _find_repeated(session: Session, fingerprint: str, owner: str, max_jobs: int) -> JobRow | None:

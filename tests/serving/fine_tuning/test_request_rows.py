@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.store import audit
-from svc.store.audit import Action, AuditEntry
-from svc.store.job_requests import (
-    REPEAT_WINDOW,
+from serving.fine_tuning.request_rows import (
     JobEndedError,
     JobError,
     TooManyJobsError,
@@ -22,16 +19,24 @@ from svc.store.job_requests import (
     find_jobs,
     find_repeated,
     find_trained,
-    owners_of,
     queue_checked,
     read_checking,
 )
-from svc.store.jobs import JobStatus, Wanted, find_job, read_events
-from svc.store.page import EntryNotFoundError, Page
+from serving.fine_tuning.rows import Wanted, find_job, read_events
+from serving.http.page import REPEAT_WINDOW, EntryNotFoundError, Page
+from serving.models.fine_tuned_rows import owners_of
+from svc.store import audit
+from svc.store.audit import Action, AuditEntry
+from svc.store.statuses import JobStatus
 from svc.version import VersionId
 from tests.builders.actors import ALICE_KEY
 from tests.builders.jobs import add_job, change_job
 from tests.file_row import add_file_row
+
+
+@pytest.fixture
+def store(any_store: Store) -> Store:
+    return any_store
 
 
 def messages(store: Store, id: str) -> list[str]:
@@ -196,7 +201,7 @@ def test_failed_validation_ends_the_job_with_the_error(store: Store) -> None:
 
 @pytest.mark.slow
 def test_jobs_are_found_by_their_metadata_across_pages(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svc.store.job_requests._CHUNK", 2)
+    monkeypatch.setattr("serving.fine_tuning.request_rows._CHUNK", 2)
     given: list[Mapping[str, str] | None] = [{"team": "a", "n": "1"}, {"team": "b"}, None, {"team": "a"}, {"team": "a"}]
     ids = [add_job(store, request=json.dumps({"metadata": each} if each else {})).id for each in given]
     add_job(store, owner="bob", request=json.dumps({"metadata": {"team": "a"}}))

@@ -3,20 +3,26 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 from sqlalchemy import ColumnElement, func, select, true, tuple_
 from sqlalchemy import Engine as Store
 from sqlalchemy.orm import Session
 
+from serving.protocols.error_code import ErrorCode, answered_with
 from svc.errors import NotFoundError, SvcError
 from svc.store.tables import BatchRow, FileRow, JobCheckpointRow, JobEventRow, JobRow, Record, UploadRow
 
 Row = TypeVar("Row", FileRow, JobRow, JobEventRow, JobCheckpointRow, BatchRow)
 OwnedRow = TypeVar("OwnedRow", FileRow, UploadRow, JobRow, BatchRow)
+REPEAT_WINDOW = timedelta(minutes=15)
+"""Time after the creation of a job or batch during which an identical request returns that job or batch, unless it has
+ended or is being cancelled. OpenAI's client waits 10 minutes for an answer, and then sends the request again."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")  # a client's text may contain characters that PostgreSQL rejects
 
 
+@answered_with(404, ErrorCode.NOT_FOUND)
 class EntryNotFoundError(NotFoundError):
     """Raised when no file, job or batch has the given id, or it belongs to another owner. Clients see the message.
 
