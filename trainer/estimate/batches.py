@@ -124,12 +124,12 @@ def read_workload(
         batches, in_epoch = [largest], max(1, math.ceil(tokens / train.max_length)) / train.batch_size
     else:
         batches, in_epoch = _plan(units, train), math.ceil(len(units) * times / train.batch_size)
-        if len(measured) == len(examples):
-            largest = max(batches, key=lambda batch: batch.computed)
-        else:  # a sample does not contain the largest batch, which is that of the longest examples
+        candidates = batches
+        if len(measured) < len(examples):  # the largest batch may be that of the longest examples
             longest = heapq.nlargest(train.batch_size, examples, key=_characters)
             units = _units(_tokenize(longest, folder, recipe, counted=counted), recipe)
-            largest = _measure(sorted(units, key=_longest)[-train.batch_size :])
+            candidates = [*batches, _measure(sorted(units, key=_longest)[-train.batch_size :])]
+        largest = max(candidates, key=lambda batch: batch.computed)
     in_run = train.steps * train.gradient_accumulation if train.steps else train.epochs * in_epoch
     scored = float(in_epoch if recipe.objective.needs_reference else 0)
     if recipe.objective is Objective.KTO:

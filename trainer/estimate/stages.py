@@ -90,7 +90,7 @@ def stage_memory(
                 need = _engine(training, whole, served_length)
             case Stage.QUANTIZE | Stage.QUANTIZE_AWQ:
                 need = _quantize(training, workload.mean_length, awq=stage is Stage.QUANTIZE_AWQ)
-            case Stage.QUANTIZE_INT8 | Stage.QUANTIZE_FP8:
+            case Stage.QUANTIZE_INT8 | Stage.QUANTIZE_FP8 | Stage.EXPORT_GGUF:
                 need = _round(training)
             case Stage.QUALIFY | Stage.QUALIFY_AWQ | Stage.QUALIFY_INT8 | Stage.QUALIFY_FP8:
                 # Without the stage `evaluate`, the base is asked the general questions here.
@@ -98,8 +98,6 @@ def stage_memory(
                 four_bits = stage in (Stage.QUALIFY, Stage.QUALIFY_AWQ)
                 written = four_bit_bytes(recipe.quantize.group_size, shape) if four_bits else eight_bit_bytes(shape)
                 need = _engine(training, whole if asks_base else written, served_length)
-            case Stage.EXPORT_GGUF:
-                need = _round(training)
             case Stage.PARITY:
                 need = _parity(training, device.memory)
             case _:
