@@ -134,7 +134,7 @@ class RayEngine:
             link = await self._connect(placed, identity)
             link.on_phase = on_phase
             self._use(link, await link.ask(self._launch()))
-            done = {"placed": placed, "launch": launch_digest(self.spec), "plan": self.plan}
+            done = {"placed": placed, "launch": launch_digest(self.spec)}
             await asyncio.to_thread(write_actor, self.spec.state, record.model_copy(update=done))
             log.info("the engine of %s runs on %s", self.spec.served_name, placed.host)
         except BaseException:

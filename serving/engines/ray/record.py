@@ -7,7 +7,6 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -31,12 +30,11 @@ class ActorRecord(BaseModel):
         certificate, key: the server's key pair, in PEM format.
         placed: address of the actor, or None before it runs.
         launch: digest of the engine's launch options, or None before it runs.
-        plan: the launch options, for display.
         holds: identity of the weights that were last verified to be loaded, or None if unknown.
         folder: the engine's folder; set by `write_actor`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True)
 
     name: str
     cluster: str
@@ -44,7 +42,6 @@ class ActorRecord(BaseModel):
     key: str
     placed: Placed | None = None
     launch: str | None = None
-    plan: list[dict[str, Any]] | None = None
     holds: str | None = None
     folder: Path | None = None
 

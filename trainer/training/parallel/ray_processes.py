@@ -365,8 +365,8 @@ class _Workers:
         self._run = run
         self.facts: list[NodeFacts] = _get([actor.describe.remote() for actor in actors], asked)
         self.names = [f"node {facts.address}" for facts in self.facts]
-        first = {facts.node: actor for facts, actor in reversed([*zip(self.facts, actors, strict=True)])}
-        self._leaders = list(first.values())
+        nodes = [facts.node for facts in self.facts]
+        self._leaders = [actors[nodes.index(node)] for node in dict.fromkeys(nodes)]
         """The first worker of each node."""
         self._receiving = dict[Any, int]()
         self._training = dict[Any, int]()
