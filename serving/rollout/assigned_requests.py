@@ -8,10 +8,13 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import Row, Select, func, select
 from sqlalchemy.orm import Session
 
+from serving.rollout.analysis.units import Arm, Request
 from svc.store.feedback import Rating
 from svc.store.requests import RequestOutcome
 from svc.store.rollouts import RolloutRecord
 from svc.store.tables import FeedbackRow, RequestRow
+
+_FAILED = {RequestOutcome.REFUSED, RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR}
 
 
 def unit_text(rollout: int, unit: str, *, candidate: bool) -> str:
@@ -20,7 +23,7 @@ def unit_text(rollout: int, unit: str, *, candidate: bool) -> str:
     Args:
         unit: hash of the user or conversation; empty if the request was assigned on its own.
     """
-    return f"{rollout}:{'candidate' if candidate else 'production'}:{unit}"
+    return f"{rollout}:{Arm.CANDIDATE if candidate else Arm.PRODUCTION}:{unit}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +32,17 @@ class AssignedRequest:
 
     Attributes:
         id: id of the request's row.
-        candidate: whether it was assigned to the candidate, even if production answered because no engine
-            was running the candidate.
-        reached_engine: whether it was sent to an engine.
-        unit: hash of the user or conversation; empty if the request was assigned on its own.
-        valid: whether the answer is JSON; None if unknown.
+        arm: the version that it was assigned to, even if production answered because no engine was running the
+            candidate.
+        unit: hash of the user or conversation; None if the request was assigned on its own.
+        observed: the request as an observation of that version, or None if it is not evidence about the version.
     """
 
     id: int
-    candidate: bool
-    unit: str
-    reached_engine: bool
+    arm: Arm
+    unit: str | None
     started_at: datetime
-    seconds: float
-    first_token_seconds: float | None
-    outcome: RequestOutcome
-    valid: bool | None
+    observed: Request | None
 
 
 def read_assigned(store: Store, record: RolloutRecord, after: int) -> list[AssignedRequest]:
@@ -75,32 +73,32 @@ def read_ratings(store: Store, record: RolloutRecord, since: datetime) -> list[t
 def _assigned(record: RolloutRecord) -> Select[*tuple[Any, ...]]:
     """Return a query for the request columns that a rollout needs, which never include texts."""
     row = RequestRow
-    columns = (
-        row.id,
-        row.unit,
-        row.number,
-        row.started_at,
-        row.seconds,
-        row.first_token_seconds,
-        row.outcome,
-        row.valid,
-    )
+    times = (row.started_at, row.seconds, row.first_token_seconds)
+    columns = (row.id, row.unit, row.number, *times, row.outcome, row.valid)
     return select(*columns).where(row.model == record.name, row.unit.startswith(f"{record.id}:"))
 
 
 def _assigned_request(row: Row[Any]) -> AssignedRequest:
+    """Return a request as a rollout's evidence.
+
+    Requests refused by the gateway never count. A request refused by an engine counts as failed, whichever
+    version it was assigned to: clients' own mistakes cancel out, and a version that refuses requests that the other
+    version answers is detected. If a client disconnects before the first token, the time that it waited is used as its
+    time to the first token.
+    """
     _, arm, unit = row.unit.split(":", 2)
-    return AssignedRequest(
-        id=row.id,
-        candidate=arm == "candidate",
-        unit=unit,
-        reached_engine=row.number is not None,
-        started_at=row.started_at,
-        seconds=row.seconds,
-        first_token_seconds=row.first_token_seconds,
-        outcome=RequestOutcome(row.outcome),
-        valid=row.valid,
+    is_failed = row.outcome in _FAILED
+    seconds = row.seconds if row.first_token_seconds is None else row.first_token_seconds
+    observed = Request(
+        unit=unit or None,
+        arm=Arm(arm),
+        ended_at=(row.started_at + timedelta(seconds=row.seconds)).timestamp(),
+        failed=is_failed,
+        valid=None if row.outcome == RequestOutcome.CLIENT_GONE else row.valid,
+        first_token_s=None if is_failed else seconds,
     )
+    by_gateway = row.outcome == RequestOutcome.REFUSED and row.number is None
+    return AssignedRequest(row.id, Arm(arm), unit or None, row.started_at, None if by_gateway else observed)
 
 
 def requests_per_day(store: Store, name: str) -> int:

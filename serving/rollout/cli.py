@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from serving.rollout.promotion import PromotionRequest, RolloutOptions, VersionChange
-from serving.rollout.promotion_client import Administration, ServerResult, follow, follow_rollout, read_served
+from serving.rollout.promotion_client import ServerResult, follow, follow_rollout, read_served
+from serving.rollout.remote_client import RemoteAdministration
 from svc.errors import (
     GateError,
     NotFoundError,
@@ -152,17 +153,17 @@ def rollout(ctx: click.Context, name: str, rollout_id: int | None, watch: bool, 
         print_table(SIGNAL_COLUMNS, map(signal_cells, shown.signals))
 
 
-def _administration(ctx: click.Context) -> Administration:
+def _administration(ctx: click.Context) -> RemoteAdministration:
     if remote := remote_of(ctx):
-        from serving.rollout.remote_client import RemoteAdministration
-
         return RemoteAdministration(remote)
     from serving.rollout.local_client import LocalAdministration
 
     return LocalAdministration.of(settings_of(ctx))
 
 
-def _follow(administration: Administration, change: VersionChange, *, as_json: bool, is_rollback: bool = False) -> None:
+def _follow(
+    administration: RemoteAdministration, change: VersionChange, *, as_json: bool, is_rollback: bool = False
+) -> None:
     target = change.target
     if change.rollout is not None:
         _follow_rollout(administration, change, change.rollout, as_json=as_json, is_rollback=is_rollback)
@@ -209,7 +210,7 @@ def _follow(administration: Administration, change: VersionChange, *, as_json: b
 
 
 def _follow_rollout(
-    administration: Administration, change: VersionChange, rollout: int, *, as_json: bool, is_rollback: bool
+    administration: RemoteAdministration, change: VersionChange, rollout: int, *, as_json: bool, is_rollback: bool
 ) -> None:
     from svc.store.rollout_text import place_of
 
@@ -230,7 +231,7 @@ def _follow_rollout(
     raise kinds.get(ended.outcome or RolloutOutcome.FAILED, RolledBackError)(text)
 
 
-def _served_now(administration: Administration, outcome: SwapOutcome, change: VersionChange) -> str:
+def _served_now(administration: RemoteAdministration, outcome: SwapOutcome, change: VersionChange) -> str:
     """Return a message that says which version is served after a failed promotion."""
     served = change.before
     with suppress(ServerNotRunningError):  # the previously desired version may never have served

@@ -82,76 +82,53 @@ class EngineChange:
         """Change one engine's version, in place or by replacing the engine."""
         candidate = self.pool.candidate
         if candidate is not None and candidate.state is EngineState.READY and candidate.target == change.target:
-            return self._promote_candidate(change, engine, candidate)
-        if change.plan.kind is SwapKind.BLUEGREEN:
-            return await self._blue_green(change, engine)
-        if change.plan.kind is SwapKind.ADAPTER:
-            return await self._by_adapter(change, engine)
+            if len(self.pool.members) == 1:
+                change.plan = replace(change.plan, kind=SwapKind.BLUEGREEN)
+            self.pool.set_candidate(None)
+            return self._replace(change, engine, candidate)
+        if change.plan.kind not in (SwapKind.BLUEGREEN, SwapKind.ADAPTER):
+            try:
+                return await self._in_place(change, engine)
+            except EngineError as error:
+                change.report(f"the change cannot be made in place: {error.wrong}")
+                change.plan = replace(change.plan, why=error.wrong)
+            except OSError as error:  # the record of the version that the engine serves could not be cleared first
+                log.warning("could not load %s", change.target, exc_info=error)
+                return SwapOutcome.REFUSED, _failure(change, error)
         try:
-            return await self._in_place(change, engine)
-        except EngineError as error:
-            change.report(f"the change cannot be made in place: {error.wrong}")
-            change.plan = replace(change.plan, why=error.wrong)
-            return await self._blue_green(change, engine)
-        except OSError as error:
-            log.warning(
-                "loading %s: could not first clear the record of the version that the engine serves",
-                change.target,
-                exc_info=True,
-            )
-            return SwapOutcome.REFUSED, str(error)
+            is_adapter = change.plan.kind is SwapKind.ADAPTER
+            return await (self._by_adapter if is_adapter else self._blue_green)(change, engine)
+        except SupersededError:
+            raise
+        except Exception as error:  # any error: the serving engine was not touched
+            log.warning("could not load, start or verify %s", change.target, exc_info=error)
+            return SwapOutcome.REFUSED, _failure(change, error)
 
     async def _by_adapter(self, change: SwapInProgress, engine: Replica) -> Result:
         """Load and verify an adapter while requests run. New requests use it once it is verified."""
-        try:
-            result = await change.cancellation.interrupting(engine.bring(change.target))
-        except SupersededError:
-            raise
-        except Exception as error:  # any error: the served version was not touched
-            log.warning("could not load or verify the adapter of %s", change.target, exc_info=error)
-            change.report(f"failed: {_line(error)}")
-            return SwapOutcome.REFUSED, str(error) or repr(error)
+        result = await change.cancellation.interrupting(engine.bring(change.target))
         change.report(f"adapter loaded: {result}")
         self._serve_if_only(change)
         return SwapOutcome.SUCCEEDED, None
 
-    def _promote_candidate(self, change: SwapInProgress, old: Replica, new: Replica) -> Result:
-        """Replace an engine with the engine that already runs the version as the candidate of a rollout."""
-        if len(self.pool.members) == 1:
-            change.plan = replace(change.plan, kind=SwapKind.BLUEGREEN)
-        self._serve_if_only(change)
-        self.pool.set_candidate(None)
-        self._replace(change, old, new)
-        return SwapOutcome.SUCCEEDED, None
-
-    def _replace(self, change: SwapInProgress, old: Replica, new: Replica) -> None:
-        self.pool.replace(old, new)
-        change.report(
-            f"new requests are sent to the second engine; requests still running in the first engine: {old.running}"
-        )
-
     async def _blue_green(self, change: SwapInProgress, old: Replica) -> Result:
-        try:
-            shortage = await change.cancellation.interrupting(self.planner.shortage(change.target))
-        except (SvcError, OSError) as error:
-            log.warning("could not start a second engine with %s", change.target, exc_info=True)
-            return SwapOutcome.REFUSED, str(error)
+        shortage = await change.cancellation.interrupting(self.planner.shortage(change.target))
         if shortage:
             change.report(f"not enough memory for a second engine: {shortage}")
             return SwapOutcome.REFUSED, f"not enough memory for a second engine: {shortage} ({change.plan.why})"
         change.plan = replace(change.plan, kind=SwapKind.BLUEGREEN)
         change.report(f"starting a second engine with {change.target}")
-        try:
-            new, result = await start_second_engine(self.pool, change.target, change.cancellation)
-        except SupersededError:
-            raise
-        except Exception as error:  # any error: the serving engine was not touched
-            log.warning("could not start a second engine with %s", change.target, exc_info=error)
-            change.report(f"failed: {_line(error)}")
-            return SwapOutcome.REFUSED, str(error) or repr(error)
+        new, result = await start_second_engine(self.pool, change.target, change.cancellation)
         change.report(result)
+        return self._replace(change, old, new)
+
+    def _replace(self, change: SwapInProgress, old: Replica, new: Replica) -> Result:
+        """Replace an engine with another one that already runs the version."""
         self._serve_if_only(change)
-        self._replace(change, old, new)
+        self.pool.replace(old, new)
+        change.report(
+            f"new requests are sent to the second engine; requests still running in the first engine: {old.running}"
+        )
         return SwapOutcome.SUCCEEDED, None
 
     def _serve_if_only(self, change: SwapInProgress) -> None:
@@ -285,8 +262,8 @@ class EngineChange:
             return SwapOutcome.CANCELLED if outcome is SwapOutcome.RESTORED else outcome, str(error)
         except Exception as error:  # any error: weights that are not verified must not serve
             log.warning("could not load or verify %s", change.target, exc_info=error)
-            change.report(f"failed: {_line(error)}")
-            return await self._restore(change, engine, error), str(error) or repr(error)
+            why = _failure(change, error)
+            return await self._restore(change, engine, error), why
         self._serve_if_only(change)
         engine.enter(EngineState.READY)
         return SwapOutcome.SUCCEEDED, None
@@ -304,8 +281,8 @@ class EngineChange:
             return SwapOutcome.CANCELLED if started else SwapOutcome.FAILED, str(error)
         except Exception as error:  # any error: the engine was stopped
             log.warning("could not start the engine to serve %s", change.target, exc_info=error)
-            change.report(f"failed: {_line(error)}")
-            return await self._replace_engine(change, engine), str(error) or repr(error)
+            why = _failure(change, error)
+            return await self._replace_engine(change, engine), why
         self._serve_if_only(change)
         # If probes were missing, there are some now, and the other engines can be reloaded.
         change.plan = replace(change.plan, restart=not change.plan.reloads)
@@ -398,6 +375,12 @@ class EngineChange:
 def _resume(engine: Replica) -> None:
     """Make an engine accept requests again, or mark it as failed if its version is unknown."""
     engine.enter(EngineState.READY if engine.target is not None else EngineState.FAILED)
+
+
+def _failure(change: SwapInProgress, error: Exception) -> str:
+    """Report that a change failed, and return the reason."""
+    change.report(f"failed: {_line(error)}")
+    return str(error) or repr(error)
 
 
 def _line(error: Exception) -> str:

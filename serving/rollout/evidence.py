@@ -17,15 +17,13 @@ from serving.rollout.analysis.analysis import Analysis, Margins, Signal, SignalV
 from serving.rollout.analysis.betting import STAKES, Budget
 from serving.rollout.analysis.comparisons import Figure
 from serving.rollout.analysis.units import Arm, Rating, Request
-from serving.rollout.assigned_requests import AssignedRequest, read_assigned, read_ratings, requests_per_day
+from serving.rollout.assigned_requests import read_assigned, read_ratings, requests_per_day
 from serving.rollout.shadow_pairs import ShadowPair, read_shadow_pairs
 from svc.evaluation.verdict import GateOutcome
 from svc.settings.rollout import RolloutSettings, UnitKind
-from svc.store.requests import RequestOutcome
 from svc.store.rollouts import RolloutRecord, SignalRow
 from svc.store.swaps import last_queued_s
 
-_FAILED = {RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR}
 _VERDICTS_S = 10.0
 """Interval, in seconds, at which the verdicts on all signals are recomputed while the overall outcome is undecided.
 Recomputing the verdicts takes 10 ms for 3,000 units (users or conversations), whereas computing the outcome takes only
@@ -101,14 +99,14 @@ class CanaryEvidence:
                 self._analysis.start_step()
                 self._before, self._next_step_at = self._analysis.units, None
                 self._clients = _Clients()
-            if (request := _request(assigned)) is not None:
+            if (request := assigned.observed) is not None:
                 self._analysis.add(request)
                 self._clients.add(request.unit)
         for assigned, given_at, bad in read_ratings(self._store, self._record, self._rated_at - _CLOCKS_DIFFER):
             self._rated_at = max(self._rated_at, given_at)
             if assigned.id not in self._rated:
                 self._rated.add(assigned.id)
-                self._analysis.rate(Rating(assigned.unit or None, _arm(assigned), negative=bad))
+                self._analysis.rate(Rating(assigned.unit, assigned.arm, negative=bad))
         units = 0 if self._next_step_at is not None else self._analysis.units - self._before
         decided = self._analysis.outcome is not GateOutcome.UNDECIDED
         if decided or time.monotonic() >= self._next_verdicts:
@@ -305,33 +303,6 @@ def _budget(plan: RolloutSettings) -> Budget:
 
 def _margins(plan: RolloutSettings) -> Margins:
     return Margins(plan.max_errors, plan.max_invalid, plan.max_slowdown, plan.max_negative)
-
-
-def _arm(assigned: AssignedRequest) -> Arm:
-    return Arm.CANDIDATE if assigned.candidate else Arm.PRODUCTION
-
-
-def _request(assigned: AssignedRequest) -> Request | None:
-    """Return a request as an observation of its assigned version, or None if it is not evidence about that version.
-
-    Requests refused by the gateway never count. A request refused by an engine counts as failed, whichever
-    version it was assigned to: clients' own mistakes cancel out, and a version that refuses requests that the other
-    version answers is detected. If a client disconnects before the first token, the time that it waited is used as its
-    time to the first token.
-    """
-    refused, gone = assigned.outcome is RequestOutcome.REFUSED, assigned.outcome is RequestOutcome.CLIENT_GONE
-    if refused and not assigned.reached_engine:
-        return None
-    failed = refused or assigned.outcome in _FAILED
-    seconds = assigned.seconds if assigned.first_token_seconds is None else assigned.first_token_seconds
-    return Request(
-        unit=assigned.unit or None,
-        arm=_arm(assigned),
-        ended_at=(assigned.started_at + timedelta(seconds=assigned.seconds)).timestamp(),
-        failed=failed,
-        valid=None if gone else assigned.valid,
-        first_token_s=None if failed else seconds,
-    )
 
 
 def _look(outcome: GateOutcome, verdicts: tuple[SignalVerdict, ...], units: int, summary: str) -> Look:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine as Store
 
-from serving.rollout.promotion import PromotionRequest, VersionChange
 from serving.rollout.remote_client import RemoteAdministration
-from svc.remote.server_url import ServerAddress, server_address
+from svc.remote.server_url import server_address
 from svc.settings.settings import Settings
 from svc.store.database import open_store
 from svc.store.rollouts import RolloutView, read_rollouts
@@ -19,12 +18,11 @@ from svc.store.swaps import ServerSwap, server_swaps
 
 
 @dataclass(frozen=True, slots=True)
-class LocalAdministration:
+class LocalAdministration(RemoteAdministration):
     """Administration of a server by the owner of its home folder, on the machine where the server runs."""
 
     settings: Settings
     store: Store
-    server: ServerAddress
 
     @classmethod
     def of(cls, settings: Settings) -> "LocalAdministration":
@@ -33,15 +31,7 @@ class LocalAdministration:
         Raises:
             ServerNotRunningError: no server uses the home folder.
         """
-        return cls(settings, open_store(settings), server_address(settings))
-
-    def promote(self, request: PromotionRequest) -> VersionChange:
-        """Promote a version; see `VersionChanges.promote`."""
-        return RemoteAdministration(self.server).promote(request)
-
-    def rollback(self, name: str, *, reason: str | None) -> VersionChange:
-        """Roll a model back; see `VersionChanges.rollback`."""
-        return RemoteAdministration(self.server).rollback(name, reason=reason)
+        return cls(server_address(settings), settings, open_store(settings))
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
         """Return each server's progress in applying the given generation of a model's desired state."""

@@ -8,14 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
-from serving.rollout.promotion import PromotionRequest, VersionChange
+from serving.rollout.promotion import VersionChange
+from serving.rollout.remote_client import RemoteAdministration, swap_result
 from svc.errors import BusyError, NotFoundError, ServerNotRunningError
 from svc.remote.server_url import ServerAddress, read_status
 from svc.store.rollouts import RolloutView
-from svc.store.swaps import ServerSwap, SwapKind, SwapOutcome, SwapResult
+from svc.store.swaps import ServerSwap, SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
 
 _POLL_S = 0.1
@@ -60,44 +60,9 @@ class FollowedChange:
 _ORDER = {SwapOutcome.CANCELLED: 1, SwapOutcome.SUCCEEDED: 2}
 
 
-class Administration(Protocol):
-    """Interface for changing the desired versions of a local or remote server and reading its swap journal."""
-
-    @property
-    def server(self) -> ServerAddress:
-        """Address of the server, used to read its status."""
-
-    def promote(self, request: PromotionRequest) -> VersionChange:
-        """Promote a version; see `VersionChanges.promote`."""
-
-    def rollback(self, name: str, *, reason: str | None) -> VersionChange:
-        """Roll a model back; see `VersionChanges.rollback`."""
-
-    def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return each server's progress in applying the given generation of a model's desired state.
-
-        See `svc.store.swaps.server_swaps`.
-
-        Raises:
-            ServerNotRunningError: the server is not responding.
-        """
-
-    def rollouts(self, name: str) -> list[RolloutView]:
-        """Return all rollouts of a model, oldest first.
-
-        Raises:
-            ServerNotRunningError: the server is not responding.
-        """
-
-    def require_server(self) -> None:
-        """Check that a server is running, so that it can apply a change.
-
-        Raises:
-            ServerNotRunningError: the server has stopped.
-        """
-
-
-def follow(administration: Administration, change: VersionChange, on_step: Callable[[str], None]) -> FollowedChange:
+def follow(
+    administration: RemoteAdministration, change: VersionChange, on_step: Callable[[str], None]
+) -> FollowedChange:
     """Wait until every running server that serves the model has applied a change, and return the results.
 
     If a server cannot write the result to its journal, the result is eventually read from the server's status. If one
@@ -127,7 +92,10 @@ def follow(administration: Administration, change: VersionChange, on_step: Calla
         if known and not pending:
             return _ended(known, change, {})
         if len(known) <= 1:
-            _refuse_without_server(administration, change)
+            try:
+                administration.require_server()
+            except ServerNotRunningError as error:
+                raise _stopped(change) from error
         if time.monotonic() >= next_check:
             if pending and pending <= unwritten.keys():
                 on_step("the server could not write the result to its journal; see the server's log")
@@ -138,7 +106,7 @@ def follow(administration: Administration, change: VersionChange, on_step: Calla
 
 
 def follow_rollout(
-    administration: Administration, name: str, rollout: int, on_step: Callable[[str], None]
+    administration: RemoteAdministration, name: str, rollout: int, on_step: Callable[[str], None]
 ) -> RolloutView:
     """Wait until a rollout has ended, and return its final state.
 
@@ -181,15 +149,6 @@ def read_served(server: ServerAddress) -> dict[str, Target]:
         model["model"]: Target(VersionId.parse(model["version"]), Format(model["format"]))
         for model in read_status(server)["models"]
     }
-
-
-def swap_result(row: Mapping[str, Any]) -> SwapResult | None:
-    """Parse a swap's result from JSON. Return None if the swap has not ended."""
-    if not row["outcome"]:
-        return None
-    values = {field.name: row[field.name] for field in fields(SwapResult)}
-    kind = SwapKind(values["kind"]) if values["kind"] else None
-    return SwapResult(**values | {"outcome": SwapOutcome(values["outcome"]), "kind": kind})
 
 
 def _updated(known: Mapping[str, ServerSwap], swaps: Sequence[ServerSwap]) -> dict[str, ServerSwap]:
@@ -235,13 +194,6 @@ def _ended(
     if not any(each.result for each in results):
         raise _stopped(change)
     return FollowedChange(tuple(results))
-
-
-def _refuse_without_server(administration: Administration, change: VersionChange) -> None:
-    try:
-        administration.require_server()
-    except ServerNotRunningError as error:
-        raise _stopped(change) from error
 
 
 def _stopped(change: VersionChange) -> ServerNotRunningError:

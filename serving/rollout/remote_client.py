@@ -6,16 +6,18 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from serving.rollout.promotion import PromotionRequest, VersionChange
-from serving.rollout.promotion_client import swap_result
 from svc.errors import ServerNotRunningError
 from svc.remote.remote_server import RemoteServer
 from svc.remote.server_url import ServerAddress
 from svc.store.gate_rows import GATE_ROWS
 from svc.store.rollouts import RolloutView
-from svc.store.swaps import ServerSwap, SwapRecord
+from svc.store.swaps import ServerSwap, SwapRecord, SwapResult
 from svc.version import Format, Target, VersionId
 
+_RESULT = TypeAdapter(SwapResult)
 _PAUSE_S = 0.5
 _PATIENCE_S = 10.0
 """Longest network outage that is tolerated while a change is being followed, in seconds."""
@@ -40,7 +42,13 @@ class RemoteAdministration:
         return _change(RemoteServer(self.server).post("/svc/rollback", {"model": name, "reason": reason}))
 
     def swaps(self, name: str, generation: int) -> list[ServerSwap]:
-        """Return each server's progress in applying the given generation of a model's desired state."""
+        """Return each server's progress in applying the given generation of a model's desired state.
+
+        See `svc.store.swaps.server_swaps`.
+
+        Raises:
+            ServerNotRunningError: the server is not responding.
+        """
         return [
             ServerSwap(
                 row["server"],
@@ -53,7 +61,11 @@ class RemoteAdministration:
         ]
 
     def rollouts(self, name: str) -> list[RolloutView]:
-        """Return all rollouts of a model, oldest first."""
+        """Return all rollouts of a model, oldest first.
+
+        Raises:
+            ServerNotRunningError: the server is not responding.
+        """
         return [RolloutView.model_validate(row) for row in self._get(f"/svc/rollouts/{name}")["rollouts"]]
 
     def _get(self, path: str, **query: str) -> Mapping[str, Any]:
@@ -68,7 +80,14 @@ class RemoteAdministration:
                 time.sleep(_PAUSE_S)
 
     def require_server(self) -> None:
-        """Do nothing. A successful call to `swaps` has just shown that the server is running."""
+        """Check that the server is still running, so that it can apply a change. This does nothing, because a
+        successful call to `swaps` has just shown that the server is running.
+        """
+
+
+def swap_result(row: Mapping[str, Any]) -> SwapResult | None:
+    """Parse a swap's result from JSON. Return None if the swap has not ended."""
+    return _RESULT.validate_python(row) if row["outcome"] else None
 
 
 def _change(row: Mapping[str, Any]) -> VersionChange:

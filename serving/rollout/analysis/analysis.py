@@ -167,18 +167,10 @@ class Analysis:
 
     def __init__(self, margins: Margins | None = None, budget: Budget | None = None) -> None:
         budget = budget or Budget()
-        self._margins = margins = margins or Margins()
+        margins = margins or Margins()
         self._budget = each = replace(budget, wrong_rollback=budget.wrong_rollback / len(Signal))
-        self._errors = ShareComparison(margins.errors, each)
-        self._invalid = ShareComparison(margins.invalid, each)
-        self._first_token = LatencyComparison(margins.first_token, each)
-        self._feedback = ShareComparison(margins.feedback, each)
-        self._comparisons: dict[Signal, ShareComparison | LatencyComparison] = {
-            Signal.ERRORS: self._errors,
-            Signal.INVALID: self._invalid,
-            Signal.FIRST_TOKEN: self._first_token,
-            Signal.FEEDBACK: self._feedback,
-        }
+        kinds = {signal: LatencyComparison if signal is Signal.FIRST_TOKEN else ShareComparison for signal in Signal}
+        self._comparisons = {signal: kind(getattr(margins, signal), each) for signal, kind in kinds.items()}
         self._units = Units()
         self._raters = OncePerStep()
 
@@ -192,7 +184,7 @@ class Analysis:
         production may rate again in each step.
         """
         if self._raters.admit(rating.unit, rating.arm):
-            self._feedback.add(rating.arm, float(rating.negative))
+            self._comparisons[Signal.FEEDBACK].add(rating.arm, float(rating.negative))
 
     def start_step(self) -> None:
         """Start the next step of the rollout, in which the candidate's share grows."""
@@ -203,7 +195,7 @@ class Analysis:
     @property
     def units(self) -> int:
         """Number of the candidate's users, conversations or single requests whose observation is complete."""
-        return self._errors.units(Arm.CANDIDATE)
+        return self._comparisons[Signal.ERRORS].units(Arm.CANDIDATE)
 
     @property
     def outcomes(self) -> dict[Signal, GateOutcome]:
@@ -241,16 +233,11 @@ class Analysis:
             production: measured values of production for all signals that are shares (all except `first_token`).
         """
         error = self._budget.wrong_rollback
-        margins = {
-            Signal.ERRORS: self._margins.errors,
-            Signal.INVALID: self._margins.invalid,
-            Signal.FEEDBACK: self._margins.feedback,
-        }
         return {
-            signal: detectable_ratio(units, share, self._margins.first_token, error)
+            signal: detectable_ratio(units, share, comparison.margin, error)
             if signal is Signal.FIRST_TOKEN
-            else detectable_difference(units, share, production[signal], margins[signal], error)
-            for signal in Signal
+            else detectable_difference(units, share, production[signal], comparison.margin, error)
+            for signal, comparison in self._comparisons.items()
         }
 
     def verdicts(self) -> tuple[SignalVerdict, ...]:
@@ -271,8 +258,7 @@ class Analysis:
         )
 
     def _add_unit(self, unit: Unit) -> None:
-        self._errors.add(unit.arm, unit.errors)
-        if unit.invalid is not None:
-            self._invalid.add(unit.arm, unit.invalid)
-        if unit.first_token_s is not None:
-            self._first_token.add(unit.arm, unit.first_token_s)
+        values = {Signal.ERRORS: unit.errors, Signal.INVALID: unit.invalid, Signal.FIRST_TOKEN: unit.first_token_s}
+        for signal, value in values.items():
+            if value is not None:
+                self._comparisons[signal].add(unit.arm, value)

@@ -48,16 +48,14 @@ def _days(now: datetime, at: datetime) -> float:
 
 
 def _check_registration(manifest: Manifest) -> GateRow:
-    if manifest.failed:
-        count = len(manifest.failed)
-        return GateRow(
-            gate="checks",
-            measured=f"{count} check{'s' if count > 1 else ''} failed at registration",
-            limit="none",
-            verdict=GateVerdict.FAILED,
-            reason="; ".join(manifest.failed),
-        )
-    return GateRow(gate="checks", measured="no check failed at registration", verdict=GateVerdict.PASSED)
+    count = len(manifest.failed)
+    return GateRow(
+        gate="checks",
+        measured=f"{count or 'no'} check{'s' if count > 1 else ''} failed at registration",
+        limit="none" if count else "",
+        verdict=GateVerdict.FAILED if count else GateVerdict.PASSED,
+        reason="; ".join(manifest.failed),
+    )
 
 
 def _check_files(folder: Path, manifest: Manifest, format: Format) -> GateRow:

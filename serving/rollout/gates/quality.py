@@ -4,7 +4,7 @@ No code from a version is run: if a metric scores examples, its scores are read 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from svc.errors import IntegrityError, NotFoundError, RecipeError
 from svc.evaluation.evaluator import EvaluationReport, MetricReport
@@ -132,10 +132,7 @@ def _arms(registry: Registry, candidate: Target, production: Target) -> tuple[_A
     count = min(len(before.results), len(after.results))
     if not count:
         raise _IncomparableError(f"the registered results of {before.name} or of {after.name} are empty")
-    return (
-        _Arm(before.name, before.report, before.results[:count]),
-        _Arm(after.name, after.report, after.results[:count]),
-    )
+    return replace(before, results=before.results[:count]), replace(after, results=after.results[:count])
 
 
 def _production(registry: Registry, production: Target, candidate: Manifest) -> _Arm:

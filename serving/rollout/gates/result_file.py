@@ -12,9 +12,9 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from svc.evaluation.intervals import Interval, proportion
 from svc.evaluation.verdict import judge
@@ -44,51 +44,30 @@ class UnreadableError(Exception):
     """Raised when a file is missing or is not in a known format. The message is the reason."""
 
 
-class _External(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+class _Promptfoo(BaseModel):
+    at: datetime | None = Field(None, validation_alias=AliasPath("results", "timestamp"))
+    successes: int = Field(ge=0, validation_alias=AliasPath("results", "stats", "successes"))
+    failures: int = Field(ge=0, validation_alias=AliasPath("results", "stats", "failures"))
+    errors: int = Field(0, ge=0, validation_alias=AliasPath("results", "stats", "errors"))
 
 
-class _PromptfooStats(_External):
-    successes: int = Field(ge=0)
-    failures: int = Field(ge=0)
-    errors: int = Field(0, ge=0)
-
-
-class _PromptfooResults(_External):
-    timestamp: datetime | None = None
-    stats: _PromptfooStats
-
-
-class _Promptfoo(_External):
-    results: _PromptfooResults
-
-
-class _Counts(_External):
-    passed: int = Field(ge=0)
-    total: int = Field(ge=0)
-
-
-class _EvalRun(_External):
+class _EvalRun(BaseModel):
     status: Literal["completed"]
     created_at: datetime
-    result_counts: _Counts
+    passed: int = Field(ge=0, validation_alias=AliasPath("result_counts", "passed"))
+    total: int = Field(ge=0, validation_alias=AliasPath("result_counts", "total"))
 
 
-class _Match(_External):
-    correct: bool
+class _Log(BaseModel):
+    at: datetime | None = Field(None, validation_alias=AliasPath("spec", "created_at"))
 
 
-class _Event(_External):
+class _Event(BaseModel):
     type: str = ""
-    data: Any = None
 
 
-class _Spec(_External):
-    created_at: datetime | None = None
-
-
-class _Log(_External):
-    spec: _Spec
+class _Match(BaseModel):
+    correct: bool = Field(validation_alias=AliasPath("data", "correct"))
 
 
 def check_result_file(name: str, path: Path, min_pass_share: float, registered_at: datetime) -> GateRow:
@@ -144,19 +123,17 @@ def _parse(content: bytes) -> ExportedResults:
     whole = json.loads(content)
     if isinstance(whole, dict) and whole.get("object") == "eval.run":
         run = _EvalRun.model_validate(whole)
-        counts = run.result_counts
-        return ExportedResults("OpenAI Evals API", counts.passed, counts.total, run.created_at)
-    results = _Promptfoo.model_validate(whole).results
-    stats = results.stats
+        return ExportedResults("OpenAI Evals API", run.passed, run.total, run.created_at)
+    stats = _Promptfoo.model_validate(whole)
     total = stats.successes + stats.failures + stats.errors
-    return ExportedResults("Promptfoo", stats.successes, total, _utc(results.timestamp))
+    return ExportedResults("Promptfoo", stats.successes, total, _utc(stats.at))
 
 
 def _oaieval(lines: list[bytes]) -> ExportedResults:
-    spec = _Log.model_validate_json(lines[0]).spec
-    events = [_Event.model_validate_json(line) for line in lines[1:] if line.strip()]
-    matches = [_Match.model_validate(event.data) for event in events if event.type == "match"]
-    return ExportedResults("openai/evals", sum(match.correct for match in matches), len(matches), _utc(spec.created_at))
+    at = _Log.model_validate_json(lines[0]).at
+    events = [line for line in lines[1:] if line.strip() and _Event.model_validate_json(line).type == "match"]
+    matches = [_Match.model_validate_json(line) for line in events]
+    return ExportedResults("openai/evals", sum(match.correct for match in matches), len(matches), _utc(at))
 
 
 def _utc(at: datetime | None) -> datetime | None:

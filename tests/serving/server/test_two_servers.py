@@ -64,7 +64,7 @@ async def both(first: Control, second: Control) -> AsyncIterator[tuple[Control, 
 
 
 async def follow_change(control: Control, desired: Desired) -> FollowedChange:
-    administration = LocalAdministration(control.settings, control.store, ServerAddress("http://127.0.0.1:9"))
+    administration = LocalAdministration(ServerAddress("http://127.0.0.1:9"), control.settings, control.store)
     change = VersionChange(desired.target, target(1), desired.generation)
     lock = hold_lock(control.settings.home / LOCK_FILE, "the home", url="http://127.0.0.1:9")
     async with asyncio.timeout(10):

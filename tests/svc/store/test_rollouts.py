@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine as Store
 
+from serving.rollout.analysis.units import Arm
 from serving.rollout.assigned_requests import read_assigned, unit_text
 from svc.errors import BusyError
 from svc.identity.actor import Actor
@@ -128,7 +129,7 @@ def test_each_request_of_a_rollout_is_read_once_and_in_order(store: Store) -> No
     others = [None, unit_text(record.id + 1, "ab", candidate=True)]
     add_requests(store, [replace_unit(row, unit) for unit in (own[0], *others, own[1])])
     first, second = read_assigned(store, record, 0)
-    assert (first.candidate, first.unit, second.candidate, second.unit) == (True, "ab", False, "")
+    assert (first.arm, first.unit, second.arm, second.unit) == (Arm.CANDIDATE, "ab", Arm.PRODUCTION, None)
     assert read_assigned(store, record, first.id) == [second]
     assert read_assigned(store, record, second.id) == []
 
