@@ -52,11 +52,8 @@ class Cancellation:
         Raises:
             SupersededError: cancellation was requested first.
         """
-        asked = asyncio.create_task(self._asked.wait())
-        try:
+        async with meanwhile(self._asked.wait()) as asked:
             await asyncio.wait({work, asked}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            asked.cancel()
         if not work.done():
             self.check()
         return work.result()

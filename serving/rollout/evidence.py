@@ -173,14 +173,10 @@ class ShadowEvidence:
         for pair in read_shadow_pairs(self._store, self._record.id, skip=len(self._pairs)):
             # Both observations of a user end together, so that they are compared with each other.
             at = float(len(self._pairs))
-            names = {arm: f"{pair.unit} {arm}" if pair.unit else None for arm in Arm}
-            production = Request(
-                names[Arm.PRODUCTION], Arm.PRODUCTION, at, pair.production_failed, pair.production_valid
-            )
-            self._analysis.add(production)
-            self._analysis.add(
-                Request(names[Arm.CANDIDATE], Arm.CANDIDATE, at, pair.candidate_failed, pair.candidate_valid)
-            )
+            for arm in Arm:
+                unit = f"{pair.unit} {arm}" if pair.unit else None
+                failed, valid = getattr(pair, f"{arm}_failed"), getattr(pair, f"{arm}_valid")
+                self._analysis.add(Request(unit, arm, at, failed, valid))
             self._pairs.append(pair)
         is_complete = len(self._pairs) >= self._wanted()  # read once, because it may change meanwhile
         if is_complete:
@@ -356,13 +352,11 @@ def _pairs_text(pairs: list[ShadowPair]) -> str:
         return f"{len(pairs)} requests compared"
     equal = sum(pair.agrees is True for pair in compared) / len(compared)
     ends = sum(pair.production_finish == pair.candidate_finish for pair in compared) / len(compared)
-    seconds = [
-        median_high([getattr(pair, name) for pair in compared]) for name in ("candidate_seconds", "production_seconds")
-    ]
-    tokens = [
-        median_high([getattr(pair, name) or 0 for pair in compared])
-        for name in ("candidate_tokens", "production_tokens")
-    ]
+    arms = (Arm.CANDIDATE, Arm.PRODUCTION)
+    tokens, seconds = (
+        [median_high([getattr(pair, f"{arm}_{name}") or 0 for pair in compared]) for arm in arms]
+        for name in ("tokens", "seconds")
+    )
     return (
         f"{len(pairs)} requests compared; {100 * equal:.0f}% equal answers, {100 * ends:.0f}% equal finish reasons, "
         f"median length {tokens[0]:g} instead of {tokens[1]:g} tokens, "

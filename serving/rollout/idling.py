@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from serving.engines.pool import EnginePool
 from serving.engines.replica import Replica
+from serving.rollout.cancellation import meanwhile
 from serving.rollout.reviver import start_engine
 from svc.engine.state import EngineState
 from svc.errors import SvcError
@@ -51,13 +52,8 @@ class Idling:
 
     async def run(self) -> None:
         """Stop and wake the engines as needed, until this task is cancelled."""
-        tasks = [asyncio.create_task(part) for part in (self._watch(), self._wake_repeatedly())]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        async with meanwhile(self._watch()) as watching, meanwhile(self._wake_repeatedly()) as waking:
+            await asyncio.gather(watching, waking)
 
     @property
     def idle_s(self) -> float | None:

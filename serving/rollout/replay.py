@@ -27,7 +27,7 @@ from serving.engines.replica import Replica
 from serving.engines.transport import EngineDiedError, EngineRefusedError
 from serving.protocols.request import InvalidJsonError, InvalidRequestError, parse_request
 from serving.protocols.route import Route
-from serving.rollout.cancellation import Cancellation, SupersededError
+from serving.rollout.cancellation import Cancellation, SupersededError, meanwhile
 from serving.rollout.candidate import CandidatePlan
 from serving.rollout.engine_change import EngineChange, SwapInProgress
 from serving.rollout.shadow import Copy, CopyAnswer, compared, unit_of
@@ -269,18 +269,16 @@ class Replay:
             SvcError: see `_run`.
         """
         interrupt, record = Cancellation(), self.record
-        watching = asyncio.create_task(self._interrupt(interrupt, stop))
         plan = Plan(SwapKind.INPLACE, "stored requests are replayed")
         report = partial(log.info, "replay of stored requests: %s")
         change = SwapInProgress(record.previous, record.target, plan, report, interrupt)
         try:
-            async with self.engine_change.borrowed(change, engine):
+            async with meanwhile(self._interrupt(interrupt, stop)), self.engine_change.borrowed(change, engine):
                 self._loans += 1
                 await self._replay(engine, interrupt)
         except SupersededError:
             stop.check()
         finally:
-            watching.cancel()
             self._quiet_s = min(2 * self._quiet_s, _MAX_QUIET_S)
             self._queued_s += change.queued_s or 0.0
             if self._adding:
