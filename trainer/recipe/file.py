@@ -21,17 +21,29 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing or not YAML, or a key is unknown or has an invalid value.
     """
+    return make_recipe(read_content(path), overrides, path.absolute().parent, str(path))
+
+
+def read_content(path: Path, kind: str = "recipe") -> dict[str, Any]:
+    """Return the content of a YAML file.
+
+    Args:
+        kind: kind of the file, used in error messages.
+
+    Raises:
+        RecipeError: the file is missing or is not a YAML mapping.
+    """
     try:
         content = parse_yaml(path.read_text("utf-8"))
     except OSError as error:
-        raise RecipeError(f"cannot open recipe {path}: {error.strerror}", todo="check the path") from error
+        raise RecipeError(f"cannot open {kind} {path}: {error.strerror}", todo="check the path") from error
     except ValueError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}", expected="a YAML mapping in UTF-8") from error
     if not isinstance(content, dict):
         raise RecipeError(
             f"{path} must contain a YAML mapping, got {content!r:.80}", expected="keys such as name, base and data"
         )
-    return make_recipe(content, overrides, path.absolute().parent, str(path))
+    return content
 
 
 def make_recipe(content: dict[str, Any], overrides: tuple[str, ...], folder: Path, origin: str) -> Recipe:

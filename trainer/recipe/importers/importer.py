@@ -2,18 +2,17 @@
 
 import re
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from svc.errors import RecipeError
 from svc.version import NAME_PATTERN
-from svc.yaml_text import parse_yaml
-from trainer.recipe.importers.axolotl import import_axolotl, is_axolotl
+from trainer.recipe.file import make_recipe, read_content
 from trainer.recipe.importers.draft import Draft, Effect, Note
-from trainer.recipe.importers.llama_factory import import_llama_factory, is_llama_factory
+from trainer.recipe.importers.tables import NOT_NEEDED, RULES, TOOLS
 from trainer.recipe.recipe import Recipe
 
 _HEADINGS = {
@@ -67,34 +66,24 @@ def import_recipe(path: Path, folder: Path, name: str | None = None) -> Imported
     Raises:
         RecipeError: the file is not a config of one of these tools, or trains something that is not supported.
     """
-    try:
-        content = parse_yaml(path.read_text("utf-8"))
-    except OSError as error:
-        raise RecipeError(f"cannot open {path}: {error.strerror}", todo="check the path") from error
-    except ValueError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}", expected="a YAML mapping in UTF-8") from error
-    draft = Draft(dict(content) if isinstance(content, dict) else {})
-    draft.values["name"] = name or _name(path.stem)
-    if is_axolotl(draft.content):
-        tool = "Axolotl"
-        import_axolotl(draft, folder.absolute())
-    elif is_llama_factory(draft.content):
-        tool = "LLaMA-Factory"
-        import_llama_factory(draft, folder.absolute(), path.absolute().parent)
-    else:
+    content = read_content(path, "config")
+    tool = next((tool for key, tool in TOOLS.items() if key in content), None)
+    if not tool:
         raise RecipeError(
             f"{path} is not an Axolotl or LLaMA-Factory config",
             expected="a YAML file with base_model (Axolotl) or model_name_or_path (LLaMA-Factory)",
         )
+    draft = Draft(content, tool, folder.absolute(), path.absolute().parent, {"name": name or _name(path.stem)})
+    draft.apply(RULES, NOT_NEEDED)
+    if "data.train" not in draft.values:
+        raise RecipeError("the config names no datasets", expected="paths in `datasets`, or names in `dataset`")
     nested = _nested(draft.values)
     try:
-        Recipe.model_validate(nested, context={"folder": folder.absolute()})
+        make_recipe(nested, (), draft.folder, "")
         refused = None
-    except ValidationError as error:
-        refused = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))} {problem['msg']}".strip() for problem in error.errors()
-        )
-    return ImportedRecipe(tool, nested, tuple(draft.notes), refused)
+    except RecipeError as error:
+        refused = error.wrong.removeprefix(": ")
+    return ImportedRecipe(tool.name, nested, tuple(draft.notes), refused)
 
 
 def _name(stem: str) -> str:
@@ -107,6 +96,7 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in values.items():
         section, _, last = key.rpartition(".")
-        (content.setdefault(section, {}) if section else content)[last] = value
+        plain = value.value if isinstance(value, Enum) else value
+        (content.setdefault(section, {}) if section else content)[last] = plain
     order = list(Recipe.model_fields)
     return dict(sorted(content.items(), key=lambda item: order.index(item[0])))

@@ -179,6 +179,24 @@ def test_inconsistent_values_are_imported_with_a_note_explaining_why_the_trainer
     assert "train.neftune_alpha" in result.text().splitlines()[1]
 
 
+def test_invalid_value_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    result = imported(tmp_path, adapter="lora", lora_r=4096)
+    assert result.refused is None
+    assert "  lora_r: adapter.rank cannot be 4096: Input should be less than or equal to 1024" in result.note_lines()
+
+
+def test_adapter_settings_of_a_full_fine_tuning_are_listed_as_not_needed(tmp_path: Path) -> None:
+    result = imported(tmp_path, lora_r=8, peft_use_rslora=True, orpo_alpha=0.1)
+    not_needed = {note.key for note in result.notes if note.effect is Effect.NOT_NEEDED}
+    assert not_needed == {"lora_r", "peft_use_rslora", "orpo_alpha"}
+    assert not left_out(result)
+
+
+def test_split_of_a_held_out_dataset_is_reported_as_omitted(tmp_path: Path) -> None:
+    result = imported(tmp_path, test_datasets=[{"path": "org/data", "split": "test"}])
+    assert left_out(result) == {"test_datasets[0].split"}
+
+
 def test_import_command_writes_the_recipe_and_lists_omitted_keys(tmp_path: Path) -> None:
     config, to = tmp_path / "My Config.yml", tmp_path / "recipe.yaml"
     config.write_text("{base_model: org/base, datasets: [{path: ./data.jsonl}], optimizer: muon}")
