@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from sqlalchemy import Engine as Store
 
-    from monitoring.status.figures import Figures, Look
+    from monitoring.status.figures import Figures, StatusView
 
 
 @click.command()
@@ -49,15 +49,15 @@ def status(
             raise click.UsageError("--watch and --json cannot be combined; to poll, run `svc status --json` repeatedly")
         _watch(of, models, interval, verbose=verbose)
         return
-    look = _look(of, models)
+    view = _read_status(of, models)
     if as_json:
-        shown = [_as_json(model, look.drift, verbose=verbose) for model in look.state["models"]]
-        print_json({"url": look.url, **look.state, "models": shown, **dataclasses.asdict(look.figures)})
+        shown = [_as_json(model, view.drift, verbose=verbose) for model in view.state["models"]]
+        print_json({"url": view.url, **view.state, "models": shown, **dataclasses.asdict(view.figures)})
         return
     from monitoring.status.render import status_screen
     from svc.terminal import output
 
-    output.print(status_screen(look, verbose=verbose))
+    output.print(status_screen(view, verbose=verbose))
 
 
 def _as_json(model: Mapping[str, Any], drift: Mapping[str, Any], *, verbose: bool) -> dict[str, Any]:
@@ -79,12 +79,12 @@ def _watch(of: ServerAddress | Settings, models: Sequence[str], interval_s: floa
     def screen() -> "RenderableType":
         nonlocal last
         try:
-            look, now = _look(of, models), time.monotonic()
+            view, now = _read_status(of, models), time.monotonic()
         except (ServerNotRunningError, NotFoundError) as error:
             return Text(str(error), "red")
-        before, last = last, (look.figures, now)
-        rates = rates_between(before[0], look.figures, now - before[1]) if before else {}
-        return status_screen(look, rates, verbose=verbose)
+        before, last = last, (view.figures, now)
+        rates = rates_between(before[0], view.figures, now - before[1]) if before else {}
+        return status_screen(view, rates, verbose=verbose)
 
     # On a terminal each screen replaces the previous one; in a pipe they follow each other.
     with Live(console=output, auto_refresh=False, screen=True) if output.is_terminal else nullcontext() as live:
@@ -141,7 +141,7 @@ def monitor(ctx: click.Context, server: str | None, host: str | None, port: int 
     console.print("stopped")
 
 
-def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
+def _read_status(of: ServerAddress | Settings, models: Sequence[str]) -> "StatusView":
     """Return a snapshot of a server's status, metrics and drift.
 
     Args:
@@ -155,7 +155,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
     """
     import httpx
 
-    from monitoring.status.figures import Look, read_figures
+    from monitoring.status.figures import StatusView, read_figures
     from svc.remote.remote_server import error_from_answer
 
     server = server_address(of) if isinstance(of, Settings) else of
@@ -181,7 +181,7 @@ def _look(of: ServerAddress | Settings, models: Sequence[str]) -> "Look":
     if models:
         status = _only(status, models)
     drift = {model["model"]: _drift(of, model) for model in status["models"]} if isinstance(of, Settings) else {}
-    return Look(server.url, status, figures, drift)
+    return StatusView(server.url, status, figures, drift)
 
 
 def _only(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class StatusView:
     """A snapshot of a server's status, request statistics and drift.
 
     Attributes:

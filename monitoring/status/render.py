@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from monitoring.status.figures import QUANTILES, Figures, Look, Rate
+from monitoring.status.figures import QUANTILES, Figures, Rate, StatusView
 from svc.store.rollout_text import SIGNAL_COLUMNS, place_of, signal_cells
 from svc.store.rollouts import RolloutView
 
@@ -17,17 +17,19 @@ _DRIFT_COLOURS = {"alarm": "red", "changed": "red", "steady": "green", "as_regis
 _VERDICT_COLOURS = {"passed": "green", "failed": "red"}
 
 
-def status_screen(look: Look, rates: Mapping[str, Rate] | None = None, *, verbose: bool = False) -> RenderableType:
+def status_screen(
+    view: StatusView, rates: Mapping[str, Rate] | None = None, *, verbose: bool = False
+) -> RenderableType:
     """Render the screen that `svc status` shows.
 
     Args:
         rates: each version's requests and tokens per second, or None if there was only one reading.
         verbose: also show the settings of each model's engine, with their origins and reasons.
     """
-    state, figures = look.state, look.figures
-    lines: list[RenderableType] = [Text(look.url)]
+    state, figures = view.state, view.figures
+    lines: list[RenderableType] = [Text(view.url)]
     for model in state["models"]:
-        lines += _model(model, look.drift.get(model["model"], {}), verbose=verbose)
+        lines += _model(model, view.drift.get(model["model"], {}), verbose=verbose)
     lines += [Text(f"{name} is not served: {why}", "red") for name, why in state["refused"].items()]
     if len(servers := state.get("servers", ())) > 1:
         lines.append(_servers(servers, this=state["server"]))

@@ -85,7 +85,7 @@ class Grant:
 class Authenticator:
     """Checks secrets against a store's keys, which are held in memory.
 
-    `look` must be called, in any thread, before the first call to `grant`.
+    `refresh` must be called, in any thread, before the first call to `grant`.
 
     Args:
         now: function that returns the current time, used to check expiry.
@@ -112,7 +112,7 @@ class Authenticator:
         """Whether no keys have ever been created."""
         return not self._keys
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Reload the keys if any have changed in the store. This blocks, so do not call it on an event loop.
 
         Raises:
@@ -136,7 +136,7 @@ class Authenticator:
             while True:
                 count, again_s = changes.count, math.inf
                 try:
-                    await loop.run_in_executor(thread, self.look)
+                    await loop.run_in_executor(thread, self.refresh)
                 except SQLAlchemyError:
                     again_s = LOOK_S  # a change that was announced before is not announced again
                     log_store_error(

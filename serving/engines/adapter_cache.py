@@ -155,7 +155,7 @@ class AdapterCache:
         """Return whether a version's adapter is loaded and accepts requests.
 
         Args:
-            for_operator: as in `bring`.
+            for_operator: as in `acquire`.
         """
         slot = self._slots.get(version)
         if slot is None or slot.dropped or not self._takes(slot, for_operator) or not slot.loaded.done():
@@ -176,7 +176,7 @@ class AdapterCache:
         if not self.has(version):
             await self.loader.check(version)
 
-    async def bring(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse:
+    async def acquire(self, version: VersionId, *, for_operator: bool = False) -> AdapterUse:
         """Return a claim on an adapter, loading the adapter first if necessary.
 
         Args:
@@ -200,8 +200,8 @@ class AdapterCache:
 
     @asynccontextmanager
     async def use(self, version: VersionId, *, for_operator: bool = False) -> AsyncIterator[LoadedAdapter]:
-        """Keep an adapter loaded for the duration of the `with` block. See `bring`."""
-        use = await self.bring(version, for_operator=for_operator)
+        """Keep an adapter loaded for the duration of the `with` block. See `acquire`."""
+        use = await self.acquire(version, for_operator=for_operator)
         try:
             yield use.adapter
         finally:

@@ -70,4 +70,4 @@ class AdmittedLease:
     async def _bring(self) -> None:
         # Without an engine, admission decides whether to wait for another one.
         with self.waiting(), self.admission.preparing(), suppress(EngineUnavailableError):
-            await self.leasing.bring()
+            await self.leasing.hold_adapter()

@@ -125,13 +125,13 @@ class Balancer:
         return engine.lacks_adapter(served.version)
 
     def choose(
-        self, model: str, who: str = "", without: Lease | None = None, kept: "_Kept | None" = None
+        self, model: str, who: str = "", without: Lease | None = None, held: "_HeldAdapter | None" = None
     ) -> tuple[Replica, Target]:
         """Choose an engine for a request. Return it with the target (version and format) that will answer.
 
         Args:
             who, without: see `lease`.
-            kept: an adapter held for the request. Its engine is chosen if the adapter is still loaded there and the
+            held: an adapter held for the request. Its engine is chosen if the adapter is still loaded there and the
                 request still needs it.
 
         Raises:
@@ -139,7 +139,7 @@ class Balancer:
         """
         wanted = self._names.resolve(model)
         engines = self._pool.ready_for(wanted)
-        if engines and without is None and kept is None:
+        if engines and without is None and held is None:
             engine = _choose_engine(engines, who)
             served = engine.serves(wanted)
             if served is not None and engine.adapters is None and not engine.watch.suspected:
@@ -151,12 +151,12 @@ class Balancer:
                 if served is not None:
                     candidates.append((engine, served))
         if not candidates and wanted is not None and model == self._names.assigned:
-            return self.choose(self._names.name, who, without, kept)  # the candidate's engine has just died
+            return self.choose(self._names.name, who, without, held)  # the candidate's engine has just died
         if not candidates:
             raise EngineUnavailableError("no engine is currently accepting requests", todo="retry the request later")
         if len(candidates) == 1:
             return candidates[0]
-        if kept is not None and (same := next((pair for pair in candidates if kept.fits(*pair)), None)):
+        if held is not None and (same := next((pair for pair in candidates if held.fits(*pair)), None)):
             return same
         prepared = [pair for pair in candidates if not _lacks_adapter(*pair)]
         # No engine has cached prompts of an adapter that it has not loaded.
@@ -165,7 +165,7 @@ class Balancer:
         return next(pair for pair in pairs if pair[0] is chosen)
 
 
-class _Kept(NamedTuple):
+class _HeldAdapter(NamedTuple):
     """An adapter held for a request that has not been admitted yet.
 
     Attributes:
@@ -185,10 +185,10 @@ class Leasing:
     """Context manager that leases an engine.
 
     This is a class because a generator would cost several times as much CPU time. Entering the context waits for the
-    adapter. Callers that must not wait call `enter` instead, and call `bring` once they may wait.
+    adapter. Callers that must not wait call `enter` instead, and call `hold_adapter` once they may wait.
     """
 
-    __slots__ = ("_balancer", "_engine", "_kept", "_model", "_use", "_who", "_without")
+    __slots__ = ("_balancer", "_engine", "_held", "_model", "_use", "_who", "_without")
 
     def __init__(self, balancer: Balancer, model: str, who: str, without: Lease | None) -> None:
         self._balancer = balancer
@@ -196,14 +196,14 @@ class Leasing:
         self._who = who
         self._without = without
         self._engine: Replica
-        self._kept: _Kept | None = None
+        self._held: _HeldAdapter | None = None
         self._use: AdapterUse | None = None
 
     def lacks_adapter(self) -> bool:
         """See Balancer.lacks_adapter."""
         return self._balancer.lacks_adapter(self._model)
 
-    async def bring(self) -> None:
+    async def hold_adapter(self) -> None:
         """Load the version in an engine, if it is served as an adapter, and keep it loaded until `drop` is called.
 
         Raises:
@@ -218,27 +218,27 @@ class Leasing:
             return
         engine.reserved += 1
         try:
-            self._kept = _Kept(engine, adapters, await _brought(engine, adapters, served))
+            self._held = _HeldAdapter(engine, adapters, await _acquired(engine, adapters, served))
         except BaseException:
             engine.reserved -= 1
             raise
 
     def drop(self) -> None:
-        """Release the adapter that `bring` loaded."""
-        if self._kept is not None:
-            kept, self._kept = self._kept, None
-            kept.engine.reserved -= 1
-            kept.use.leave()
+        """Release the adapter that `hold_adapter` loaded."""
+        if self._held is not None:
+            held, self._held = self._held, None
+            held.engine.reserved -= 1
+            held.use.leave()
 
     def enter(self) -> Lease | None:
-        """Return a lease of an engine, or None if the adapter must first be loaded with `bring`.
+        """Return a lease of an engine, or None if the adapter must first be loaded with `hold_adapter`.
 
         The caller must release the engine by calling `__aexit__`.
 
         Raises:
             ModelNotFoundError, EngineUnavailableError: see `Balancer.lease`.
         """
-        engine, served = self._balancer.choose(self._model, self._who, self._without, self._kept)
+        engine, served = self._balancer.choose(self._model, self._who, self._without, self._held)
         name, show = engine.client.model, None
         if engine.adapters is not None:
             self._use = self._kept_use(engine, served) or engine.take_adapter(served.version)
@@ -253,17 +253,17 @@ class Leasing:
         return Lease(engine.http, served, name, self._balancer.pace, show)
 
     def _kept_use(self, engine: Replica, served: Target) -> AdapterUse | None:
-        kept = self._kept
-        if kept is None or not kept.fits(engine, served):
+        held = self._held
+        if held is None or not held.fits(engine, served):
             return None
-        kept.engine.reserved -= 1
-        self._kept = None
-        return kept.use
+        held.engine.reserved -= 1
+        self._held = None
+        return held.use
 
     async def __aenter__(self) -> Lease:
         try:
             while (lease := self.enter()) is None:
-                await self.bring()
+                await self.hold_adapter()
         except BaseException:
             self.drop()
             raise
@@ -311,7 +311,7 @@ def _lacks_adapter(engine: Replica, served: Target) -> bool:
     return engine.adapters is not None and not engine.adapters.has(served.version)
 
 
-async def _brought(engine: Replica, adapters: AdapterCache, served: Target) -> AdapterUse:
+async def _acquired(engine: Replica, adapters: AdapterCache, served: Target) -> AdapterUse:
     """Return a claim on a version's adapter, loading the adapter first if necessary.
 
     Raises:
@@ -319,7 +319,7 @@ async def _brought(engine: Replica, adapters: AdapterCache, served: Target) -> A
         AdapterFailedError: the adapter cannot be used. The reason is logged.
     """
     try:
-        return await engine.bring_adapter(served.version)
+        return await engine.acquire_adapter(served.version)
     except (AdmissionError, ModelNotFoundError):
         raise
     except Exception as error:

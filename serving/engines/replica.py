@@ -271,7 +271,7 @@ class Replica:
         """
         return self.adapters.take(version, for_operator=self._in_production(version)) if self.adapters else None
 
-    async def bring_adapter(self, version: VersionId) -> AdapterUse:
+    async def acquire_adapter(self, version: VersionId) -> AdapterUse:
         """Return a claim on a version's adapter, loading the adapter first if necessary.
 
         Raises:
@@ -282,7 +282,7 @@ class Replica:
         """
         if self.adapters is None:
             raise RuntimeError("the engine does not support adapters")
-        return await self.adapters.bring(version, for_operator=self._in_production(version))
+        return await self.adapters.acquire(version, for_operator=self._in_production(version))
 
     def _in_production(self, version: VersionId) -> bool:
         return self.target is not None and self.target.version == version
@@ -511,7 +511,7 @@ class Replica:
             raise
         self.enter(EngineState.READY)
 
-    async def bring(self, target: Target) -> str:
+    async def switch_adapter(self, target: Target) -> str:
         """Switch production to another adapter of the same base.
 
         The adapter is loaded and verified while requests run.

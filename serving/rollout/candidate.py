@@ -131,7 +131,7 @@ class CandidateLoader:
     async def _load_adapter(self, target: Target, held: ExitStack) -> None:
         """Load the candidate's adapter in every engine, and keep the engines from evicting it."""
         for engine in self.pool.ready:
-            held.callback((await engine.bring_adapter(target.version)).leave)
+            held.callback((await engine.acquire_adapter(target.version)).leave)
 
     async def _start(self, target: Target, report: Report, cancellation: Cancellation) -> Replica:
         report(f"starting a second engine with {target}")

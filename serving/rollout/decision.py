@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from serving.rollout.evidence import Look
+from serving.rollout.evidence import Assessment
 from serving.rollout.store_retry import retrying
 from serving.rollout.stored_rollout import StoppedError, StoredRollout
 from svc.errors import EngineError
@@ -26,11 +26,11 @@ class Decision:
         self._report = report
         self._warned = set(stored.record.steps)
 
-    async def reached(self, look: Callable[[], Look], check: Callable[[], None]) -> Look:
+    async def reached(self, assessment: Callable[[], Assessment], check: Callable[[], None]) -> Assessment:
         """Check the evidence regularly until it completes the current step, and return it.
 
         Args:
-            look: function that returns the evidence.
+            assessment: function that returns the evidence.
             check: function that raises an error if the step cannot continue.
 
         Raises:
@@ -42,7 +42,7 @@ class Decision:
         stored, plan, held = self._stored, self._stored.record.plan, False
         while True:
             stored.require_lead()
-            seen = await retrying(look)
+            seen = await retrying(assessment)
             await stored.enter_signals(seen.signals)
             if seen.warning and seen.warning not in self._warned:
                 self._warned.add(seen.warning)

@@ -106,7 +106,7 @@ class EngineChange:
 
     async def _by_adapter(self, change: SwapInProgress, engine: Replica) -> Result:
         """Load and verify an adapter while requests run. New requests use it once it is verified."""
-        result = await change.cancellation.interrupting(engine.bring(change.target))
+        result = await change.cancellation.interrupting(engine.switch_adapter(change.target))
         change.report(f"adapter loaded: {result}")
         self._serve_if_only(change)
         return SwapOutcome.SUCCEEDED, None

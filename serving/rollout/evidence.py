@@ -41,7 +41,7 @@ _LABELS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Assessment:
     """A snapshot of the evidence.
 
     Attributes:
@@ -91,7 +91,7 @@ class CanaryEvidence:
         """
         self._next_step_at = began_at
 
-    def look(self) -> Look:
+    def assess(self) -> Assessment:
         """Read new requests and ratings, and return a snapshot of the evidence."""
         for assigned in read_assigned(self._store, self._record, self._last):
             self._last = assigned.id
@@ -112,10 +112,10 @@ class CanaryEvidence:
         if decided or time.monotonic() >= self._next_verdicts:
             self._verdicts, self._next_verdicts = self._analysis.verdicts(), time.monotonic() + _VERDICTS_S
         kind = "requests" if self._record.plan.unit is UnitKind.REQUEST else "users or conversations"
-        look = _look(self._analysis.outcome, self._verdicts, units, f"{units} {kind} of the candidate")
-        is_complete = look.is_passed and units >= self._record.plan.min_units
+        result = _assessment(self._analysis.outcome, self._verdicts, units, f"{units} {kind} of the candidate")
+        is_complete = result.is_passed and units >= self._record.plan.min_units
         warning = _few_clients_text(self._record.name) if self._clients.is_mostly_one else ""
-        return replace(look, is_complete=is_complete, warning=warning)
+        return replace(result, is_complete=is_complete, warning=warning)
 
 
 class _Clients:
@@ -168,7 +168,7 @@ class ShadowEvidence:
         self._analysis = Analysis(_margins(record.plan), _budget(record.plan))
         self._pairs: list[ShadowPair] = []
 
-    def look(self) -> Look:
+    def assess(self) -> Assessment:
         """Read new pairs of answers, and return a snapshot of the evidence."""
         for pair in read_shadow_pairs(self._store, self._record.id, skip=len(self._pairs)):
             # Both observations of a user end together, so that they are compared with each other.
@@ -182,31 +182,31 @@ class ShadowEvidence:
         if is_complete:
             self._analysis.start_step()  # ends all observations
         verdicts = self._analysis.verdicts()
-        look = _look(self._analysis.outcome, verdicts, len(self._pairs), _pairs_text(self._pairs))
-        return replace(look, is_complete=is_complete)
+        result = _assessment(self._analysis.outcome, verdicts, len(self._pairs), _pairs_text(self._pairs))
+        return replace(result, is_complete=is_complete)
 
 
-def exclusions(look: Look) -> str:
+def exclusions(result: Assessment) -> str:
     """Return text that lists the signals for which the candidate is proven not to be worse than the margin allows,
     those for which this is not proven, and those that were not compared.
     """
-    rows = {row.signal: row.outcome == GateOutcome.PASSED for row in look.signals}
+    rows = {row.signal: row.outcome == GateOutcome.PASSED for row in result.signals}
     kinds = {"excluded": True, "not excluded": False, "not compared": None}
     labels = {kind: [_LABELS[each] for each in Signal if rows.get(each) is is_so] for kind, is_so in kinds.items()}
     return "losses beyond the margins: " + "; ".join(f"{kind}: {', '.join(labels[kind]) or 'none'}" for kind in kinds)
 
 
-def doubts(look: Look, min_units: int) -> str:
+def open_questions(result: Assessment, min_units: int) -> str:
     """Return why a candidate must not be promoted even though a replay did not prove it to be worse.
 
     The text is empty if the candidate may be promoted.
     """
-    units = next((row.units for row in look.signals if row.signal == Signal.ERRORS), 0)
+    units = next((row.units for row in result.signals if row.signal == Signal.ERRORS), 0)
     if units < min_units:
-        return f"only {units} users or conversations were compared; at least {min_units} are required: {look.text}"
-    labels = [_LABELS[Signal(row.signal)] for row in look.signals if _may_be_lost(row)]
+        return f"only {units} users or conversations were compared; at least {min_units} are required: {result.text}"
+    labels = [_LABELS[Signal(row.signal)] for row in result.signals if _may_be_lost(row)]
     return (
-        f"losses beyond the margins were measured, but not proven: {', '.join(labels)}: {look.text}" if labels else ""
+        f"losses beyond the margins were measured, but not proven: {', '.join(labels)}: {result.text}" if labels else ""
     )
 
 
@@ -301,10 +301,10 @@ def _margins(plan: RolloutSettings) -> Margins:
     return Margins(plan.max_errors, plan.max_invalid, plan.max_slowdown, plan.max_negative)
 
 
-def _look(outcome: GateOutcome, verdicts: tuple[SignalVerdict, ...], units: int, summary: str) -> Look:
+def _assessment(outcome: GateOutcome, verdicts: tuple[SignalVerdict, ...], units: int, summary: str) -> Assessment:
     with_data = [verdict for verdict in verdicts if verdict.has_data]
     losses = [_text(verdict) for verdict in with_data if verdict.outcome is GateOutcome.FAILED]
-    return Look(
+    return Assessment(
         units=units,
         signals=tuple(map(_row, with_data)),
         is_passed=outcome is GateOutcome.PASSED,

@@ -65,7 +65,7 @@ _ROUTE = Route.CHAT_COMPLETIONS
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class ReplaySet:
     """Stored requests that a rollout can replay.
 
     Attributes:
@@ -87,7 +87,7 @@ class Kept:
         return self.compared + len(self.rows) - self.done
 
 
-def find_kept(store: Store, record: RolloutRecord, split: Split) -> Kept:
+def find_replayable(store: Store, record: RolloutRecord, split: Split) -> ReplaySet:
     """Return the production version's newest requests that were stored before the rollout and have not been replayed
     yet.
 
@@ -106,7 +106,7 @@ def find_kept(store: Store, record: RolloutRecord, split: Split) -> Kept:
         limit=_ROWS_PER_COMPARISON * record.plan.shadow,
     )
     new = (_unit(store, row, split) for row in rows[: max(0, record.plan.shadow - len(pairs))])
-    return Kept(len(pairs), tuple(rows), _count_units(itertools.chain((pair.unit for pair in pairs), new)))
+    return ReplaySet(len(pairs), tuple(rows), _count_units(itertools.chain((pair.unit for pair in pairs), new)))
 
 
 def _unit(store: Store, row: int, split: Split) -> str | None:
@@ -130,7 +130,9 @@ def _count_units(units: Iterable[str | None]) -> int:
     return count
 
 
-def require_kept(store: Store, record: RolloutRecord, plan: CandidatePlan, split: Split, pool: EnginePool) -> Kept:
+def require_replayable(
+    store: Store, record: RolloutRecord, plan: CandidatePlan, split: Split, pool: EnginePool
+) -> ReplaySet:
     """Return the stored requests to replay, which a rollout needs if only one engine fits in memory.
 
     Args:
@@ -140,7 +142,7 @@ def require_kept(store: Store, record: RolloutRecord, plan: CandidatePlan, split
     Raises:
         RefusedError: the requests cannot be replayed.
     """
-    kept, load_s = find_kept(store, record, split), last_queued_s(store, record.previous)
+    kept, load_s = find_replayable(store, record, split), last_queued_s(store, record.previous)
     engines, queue_timeout_s = len(pool.members), pool.admission.queue_timeout_s
     wrong = f"not enough memory to run {record.target} next to the production version: {plan.shortage}"
     others = "promote it without shadow and canary steps (--direct), or serve the model as adapters"
@@ -188,7 +190,7 @@ class Replay:
     """Sends stored requests to a candidate and compares its answers with the stored answers.
 
     Attributes:
-        kept: the requests, as found by `find_kept`.
+        requests: the requests, as found by `find_replayable`.
         split: determines which requests belong to one user, and whether answers should be JSON.
         report: function called with a description of each step.
     """
@@ -196,7 +198,7 @@ class Replay:
     engine_change: EngineChange
     store: Store
     record: RolloutRecord
-    kept: Kept
+    requests: ReplaySet
     split: Split
     report: Callable[[str], None]
     _quiet_s: float = field(default_factory=lambda: QUIET_S, init=False)
@@ -212,7 +214,7 @@ class Replay:
     @property
     def wanted(self) -> int:
         """Number of comparisons after which the shadow step ends. It is lower if stored requests cannot be replayed."""
-        return min(self.record.plan.shadow, self.kept.total)
+        return min(self.record.plan.shadow, self.requests.total)
 
     @asynccontextmanager
     async def running(self) -> "AsyncIterator[asyncio.Task[None]]":
@@ -243,7 +245,7 @@ class Replay:
             SvcError: the candidate could not be loaded, or the engine died.
         """
         with suppress(SupersededError):
-            while self.kept.compared < self.wanted:
+            while self.requests.compared < self.wanted:
                 await stop.pause(_POLL_S)
                 engine = self.pool.members[0]
                 if self._is_quiet(engine):
@@ -292,8 +294,8 @@ class Replay:
     async def _replay(self, engine: Replica, interrupt: Cancellation) -> None:
         """Replay requests until all have been compared, or the store stops responding."""
         try:
-            while self.kept.compared < self.wanted:
-                pair = await interrupt.interrupting(self._replayed(engine, self.kept.rows[self.kept.done]))
+            while self.requests.compared < self.wanted:
+                pair = await interrupt.interrupting(self._replayed(engine, self.requests.rows[self.requests.done]))
                 self._adding = asyncio.create_task(self._add(pair))
                 await interrupt.outcome_of(self._adding)  # a client does not wait for the store
         except SQLAlchemyError:
@@ -306,7 +308,9 @@ class Replay:
         else:
             await asyncio.to_thread(add_shadow_pair, self.store, self.record.id, pair)
             self.pool.metrics.shadow_request(ShadowOutcome.FAILED if pair.candidate_failed else ShadowOutcome.COMPARED)
-        self.kept = replace(self.kept, compared=self.kept.compared + (pair is not None), done=self.kept.done + 1)
+        self.requests = replace(
+            self.requests, compared=self.requests.compared + (pair is not None), done=self.requests.done + 1
+        )
 
     async def _replayed(self, engine: Replica, row: int) -> ShadowPair | None:
         """Send a stored request to the candidate, and return the comparison.

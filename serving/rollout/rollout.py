@@ -28,9 +28,9 @@ from serving.rollout.cancellation import SupersededError, meanwhile
 from serving.rollout.candidate import CandidateLoader, CandidatePlan, LoadedCandidate
 from serving.rollout.decision import Decision
 from serving.rollout.engine_change import EngineChange
-from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, doubts, exclusions, expectations
+from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, exclusions, expectations, open_questions
 from serving.rollout.leadership import Leadership
-from serving.rollout.replay import MIN_UNITS, QUIET_S, Kept, Replay, require_kept
+from serving.rollout.replay import MIN_UNITS, QUIET_S, Replay, ReplaySet, require_replayable
 from serving.rollout.shadow import Shadow
 from serving.rollout.shadow_pairs import add_shadow_pair
 from serving.rollout.split import Split
@@ -315,7 +315,11 @@ class _Run:
         candidate = self._candidate
         if candidate is None:
             plan = await self._plan_candidate()
-            kept = await retrying(require_kept, store, record, plan, self._split, self._pool) if plan.shortage else None
+            kept = (
+                await retrying(require_replayable, store, record, plan, self._split, self._pool)
+                if plan.shortage
+                else None
+            )
             if record.state is RolloutState.REQUESTED:
                 for text in await retrying(expectations, store, record, kept.total if kept else None):
                     self._report(text)
@@ -357,7 +361,7 @@ class _Run:
         self._candidate = None
         await self._loaded.aclose()
 
-    async def _replay(self, kept: Kept) -> None:
+    async def _replay(self, requests: ReplaySet) -> None:
         """Compare the candidate's answers with production's stored answers. This is done when there is memory for only
         one engine.
         """
@@ -366,7 +370,7 @@ class _Run:
             engine_change=self._parts.engine_change,
             store=self._parts.store,
             record=self._stored.record,
-            kept=kept,
+            requests=requests,
             split=self._split,
             report=self._report,
         )
@@ -376,13 +380,15 @@ class _Run:
         )
         evidence = ShadowEvidence(self._parts.store, self._stored.record, lambda: replay.wanted)
         async with replay.running() as replaying:
-            look = await self._decision.reached(evidence.look, lambda: replaying.result() if replaying.done() else None)
+            result = await self._decision.reached(
+                evidence.assess, lambda: replaying.result() if replaying.done() else None
+            )
             await self._cancellation.outcome_of(replaying)
-        self._report(f"replay: {look.text}")
-        if why := doubts(look, MIN_UNITS):
+        self._report(f"replay: {result.text}")
+        if why := open_questions(result, MIN_UNITS):
             raise StoppedError(RolloutOutcome.UNDECIDED, why)
         self._report(
-            f"{'no canary: there is memory for only one engine; ' if self._plan.canary else ''}{exclusions(look)}"
+            f"{'no canary: there is memory for only one engine; ' if self._plan.canary else ''}{exclusions(result)}"
         )
 
     async def _shadow(self, candidate: LoadedCandidate) -> None:
@@ -402,10 +408,12 @@ class _Run:
         async with meanwhile(shadow.run()):
             self._divide(replace(self._split, mirror=shadow))
             try:
-                look = await self._decision.reached(ShadowEvidence(store, record, lambda: wanted).look, candidate.check)
+                result = await self._decision.reached(
+                    ShadowEvidence(store, record, lambda: wanted).assess, candidate.check
+                )
             finally:
                 self._divide(None)
-        self._report(f"shadow: {look.text}")
+        self._report(f"shadow: {result.text}")
 
     async def _enter_shadow(self) -> None:
         if self._stored.record.state is not RolloutState.SHADOW:
@@ -424,8 +432,8 @@ class _Run:
             evidence.start_step(self._stored.record.step_began_at)
             self._divide(self._split_of(self._stored.record))
             self._report(f"canary: {self._target} serves {percent:g}% of clients")
-            look = await self._decision.reached(evidence.look, candidate.check)
-            self._report(f"canary at {percent:g}%: {look.text}")
+            result = await self._decision.reached(evidence.assess, candidate.check)
+            self._report(f"canary at {percent:g}%: {result.text}")
 
     def _split_of(self, record: RolloutRecord) -> Split | None:
         """Return how clients are split between the two versions in the rollout's current state, or None if production

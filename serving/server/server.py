@@ -165,7 +165,7 @@ async def serve(
     Raises:
         SvcError: no model can be served.
     """
-    await asyncio.to_thread(parts.authenticator.look)  # before the first request
+    await asyncio.to_thread(parts.authenticator.refresh)  # before the first request
     await parts.leadership.report()  # before it serves: others end what servers that do not run left open
     server = _Server(parts, settings, manager)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

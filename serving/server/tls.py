@@ -45,9 +45,9 @@ class Certificate:
         """Check periodically whether the certificate files have changed, until cancelled."""
         while True:
             await asyncio.sleep(_CHECK_INTERVAL_S)
-            await asyncio.to_thread(self.look)
+            await asyncio.to_thread(self.refresh)
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Load the certificate if it has changed. If it cannot be used, keep the current one and log the error once."""
         try:
             stamp = self._stamp_now()

@@ -36,7 +36,7 @@ def issued(keyring: Keyring, clock: Clock) -> IssuedKey:
 def authenticator(store: Store, clock: Clock, issued: IssuedKey) -> Authenticator:
     """Return an authenticator that has read the keys once."""
     made = Authenticator(store, now=clock.now, clock=clock.monotonic)
-    made.look()
+    made.refresh()
     return made
 
 
@@ -78,7 +78,7 @@ def test_wrong_secret_does_not_reveal_the_state_of_its_key(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     keyring.revoke(issued.key.id)
-    authenticator.look()
+    authenticator.refresh()
     assert fault_of(authenticator, new_secret(issued.key.id)) is KeyFault.UNKNOWN
 
 
@@ -86,7 +86,7 @@ def test_revocation_takes_effect_at_the_next_check(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     keyring.revoke("ci")
-    authenticator.look()
+    authenticator.refresh()
     assert fault_of(authenticator, issued.secret) is KeyFault.REVOKED
 
 
@@ -100,14 +100,14 @@ def test_revocation_takes_effect_even_if_the_keys_could_not_be_read_at_first(
     with monkeypatch.context() as patch:
         patch.setattr(authenticator_module, "read_keys", fail)
         with pytest.raises(OperationalError):
-            authenticator.look()
-    authenticator.look()
+            authenticator.refresh()
+    authenticator.refresh()
     assert fault_of(authenticator, issued.secret) is KeyFault.REVOKED
 
 
 def test_new_key_is_valid_from_the_next_check(authenticator: Authenticator, keyring: Keyring) -> None:
     made = keyring.create(INFER)
-    authenticator.look()
+    authenticator.refresh()
     assert authenticator.grant(made.secret).principal == made.key.principal
 
 
@@ -121,7 +121,7 @@ def test_old_secret_is_rejected_from_the_next_check_after_a_rotation(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring
 ) -> None:
     rotated = keyring.rotate("ci")
-    authenticator.look()
+    authenticator.refresh()
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
     assert authenticator.grant(rotated.secret).principal == issued.key.principal
 
@@ -130,7 +130,7 @@ def test_old_secret_is_accepted_after_a_rotation_until_its_grace_period_ends(
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, clock: Clock
 ) -> None:
     keyring.rotate("ci", grace=timedelta(seconds=30))
-    authenticator.look()
+    authenticator.refresh()
     assert authenticator.grant(issued.secret).principal == issued.key.principal
     clock.forward(seconds=30)
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
@@ -141,7 +141,7 @@ def test_second_rotation_invalidates_the_first_secret(
 ) -> None:
     second = keyring.rotate("ci", grace=timedelta(hours=1))
     keyring.rotate("ci", grace=timedelta(hours=1))
-    authenticator.look()
+    authenticator.refresh()
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
     assert authenticator.grant(second.secret).principal == issued.key.principal
 
@@ -163,7 +163,7 @@ def test_authentication_never_reads_the_store(authenticator: Authenticator, issu
 
 def test_key_check_reads_only_the_revision_if_no_key_changed(authenticator: Authenticator, store: Store) -> None:
     sent = queries(store)
-    authenticator.look()
+    authenticator.refresh()
     assert [statement.split("\n")[0] for statement in sent] == ["SELECT max(keys.revision) AS max_1 "]
 
 
@@ -195,7 +195,7 @@ def test_known_keys_stay_valid_for_one_minute_after_they_were_last_read_from_the
     clock.forward(seconds=1)
     with pytest.raises(KeysUnavailableError):
         authenticator.grant(issued.secret)
-    authenticator.look()
+    authenticator.refresh()
     assert authenticator.grant(issued.secret).principal
 
 
@@ -204,7 +204,7 @@ def test_key_removed_by_restoring_a_backup_is_rejected_as_unknown(
 ) -> None:
     with store.begin() as connection:
         connection.exec_driver_sql("DELETE FROM keys")
-    authenticator.look()
+    authenticator.refresh()
     assert authenticator.empty
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
 
@@ -290,7 +290,7 @@ def test_no_log_contains_a_key_secret_or_hash(
     authenticator: Authenticator, issued: IssuedKey, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG):
-        authenticator.look()
+        authenticator.refresh()
         authenticator.grant(issued.secret)
         fault_of(authenticator, new_secret(issued.key.id))
     assert issued.secret not in caplog.text
@@ -302,7 +302,7 @@ def test_grant_ends_when_its_key_is_revoked(authenticator: Authenticator, issued
     authenticator.end_wrong()
     assert not grant.ended.ended
     keyring.revoke("ci")
-    authenticator.look()
+    authenticator.refresh()
     authenticator.end_wrong()
     assert isinstance(grant.ended.error, InvalidKeyError)
     assert grant.ended.error.fault is KeyFault.REVOKED
@@ -313,7 +313,7 @@ def test_grant_ends_when_its_secret_is_rotated_out(
 ) -> None:
     grant = authenticator.grant(issued.secret)
     keyring.rotate("ci")
-    authenticator.look()
+    authenticator.refresh()
     authenticator.end_wrong()
     assert isinstance(grant.ended.error, InvalidKeyError)
 
@@ -324,7 +324,7 @@ def test_authenticating_twice_with_one_secret_returns_the_same_grant_even_if_oth
     grant = authenticator.grant(issued.secret)
     assert authenticator.grant(issued.secret) is grant
     keyring.create(INFER, name="another")
-    authenticator.look()
+    authenticator.refresh()
     assert authenticator.grant(issued.secret) is grant
 
 
@@ -341,7 +341,7 @@ def test_secret_that_was_accepted_during_its_grace_period_is_rejected_afterwards
     authenticator: Authenticator, issued: IssuedKey, keyring: Keyring, clock: Clock
 ) -> None:
     keyring.rotate("ci", grace=timedelta(seconds=30))
-    authenticator.look()
+    authenticator.refresh()
     authenticator.grant(issued.secret)
     clock.forward(seconds=30)
     assert fault_of(authenticator, issued.secret) is KeyFault.UNKNOWN
@@ -369,7 +369,7 @@ def test_previously_accepted_secret_is_checked_against_the_newest_keys(
 ) -> None:
     authenticator.grant(issued.secret)
     change_keys(store, change)
-    authenticator.look()
+    authenticator.refresh()
     assert fault_of(authenticator, issued.secret) is fault
 
 
@@ -379,7 +379,7 @@ def test_grant_has_the_current_permissions_of_its_key(
 ) -> None:
     authenticator.grant(issued.secret)
     change_keys(store, "UPDATE keys SET concurrent = 7, revision = revision + 1")
-    authenticator.look()
+    authenticator.refresh()
     if followed:
         authenticator.end_wrong()
     assert authenticator.grant(issued.secret).principal.limits.concurrent == 7
@@ -391,7 +391,7 @@ def test_new_grant_is_issued_when_a_revoked_key_becomes_valid_again(
     ended = authenticator.grant(issued.secret)
     for revoked_at in ("created_at", "NULL"):
         change_keys(store, f"UPDATE keys SET revoked_at = {revoked_at}, revision = revision + 1")
-        authenticator.look()
+        authenticator.refresh()
         authenticator.end_wrong()
     assert ended.ended.ended
     assert not authenticator.grant(issued.secret).ended.ended

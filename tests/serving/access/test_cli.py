@@ -34,7 +34,7 @@ def create(svc: Svc, *options: str) -> dict[str, Any]:
 def authenticator(home: Path = Path(".svc")) -> Authenticator:
     """Return an authenticator that has just read the keys."""
     made = Authenticator(open_database(home))
-    made.look()
+    made.refresh()
     return made
 
 

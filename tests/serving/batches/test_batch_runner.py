@@ -398,7 +398,7 @@ async def test_batch_fails_when_its_key_is_revoked(service: BatchService) -> Non
         id = await create(client, service.add_input(lines(2000), owner=alice.key.id))
         await in_progress(client, id, 4)
         service.revoke(alice)
-        service.authenticator.look()
+        service.authenticator.refresh()
         batch = await ended(admin, id)
     assert batch.status == "failed" and batch.errors is not None and batch.errors.data is not None
     (error,) = batch.errors.data

@@ -411,7 +411,7 @@ async def test_upload_ends_when_its_key_is_revoked(service: FineTuningService) -
         writer.write(form()[:-60])
         await until(lambda: contents(service) != [])
         service.revoke(key)
-        service.authenticator.look()
+        service.authenticator.refresh()
         service.authenticator.end_wrong()
         head = await reader.readuntil(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 401 ")

@@ -68,7 +68,7 @@ async def test_key_is_required_once_the_first_key_exists(service: KeyedService, 
 
 async def test_revoked_key_is_rejected_if_other_keys_exist(service: KeyedService, client: httpx.AsyncClient) -> None:
     service.revoke(service.key())
-    service.authenticator.look()
+    service.authenticator.refresh()
     assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 401
 
 

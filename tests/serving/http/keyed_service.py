@@ -28,7 +28,7 @@ class KeyedService(Service):
         """Create a key that is already known to the service."""
         assert self.store is not None
         issued = Keyring(self.store, ALICE).create(frozenset(scopes) or CLIENT, **given)
-        self.authenticator.look()
+        self.authenticator.refresh()
         return issued
 
     def revoke(self, issued: IssuedKey) -> None:

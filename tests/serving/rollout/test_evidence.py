@@ -8,7 +8,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import update
 
 from serving.rollout.assigned_requests import unit_text
-from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, doubts, exclusions, expectations
+from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, exclusions, expectations, open_questions
 from serving.rollout.shadow_pairs import ShadowPair, add_shadow_pair
 from svc.identity.actor import Actor
 from svc.settings.rollout import RolloutSettings
@@ -68,17 +68,17 @@ def test_canary_proves_that_a_candidate_is_worse_if_it_answers_with_invalid_json
     store: Store, record: RolloutRecord
 ) -> None:
     add(store, record, 30, valid=False)
-    look = CanaryEvidence(store, record).look()
-    assert look.losses.startswith("invalid JSON 100.0% instead of 0.0%, allowed increase 5 percentage points: failed")
+    result = CanaryEvidence(store, record).assess()
+    assert result.losses.startswith("invalid JSON 100.0% instead of 0.0%, allowed increase 5 percentage points: failed")
 
 
 @pytest.mark.slow
 def test_canary_of_an_equally_good_candidate_passes_after_enough_requests(store: Store, record: RolloutRecord) -> None:
     evidence = CanaryEvidence(store, record)
     add(store, record, 20, valid=True)
-    assert (evidence.look().is_passed, evidence.look().units) == (False, 20)
+    assert (evidence.assess().is_passed, evidence.assess().units) == (False, 20)
     add(store, record, 300, valid=True)
-    assert (evidence.look().is_passed, evidence.look().losses) == (True, "")
+    assert (evidence.assess().is_passed, evidence.assess().losses) == (True, "")
 
 
 @pytest.mark.parametrize("outcome", [RequestOutcome.ENGINE_ERROR, RequestOutcome.SERVER_ERROR, RequestOutcome.REFUSED])
@@ -86,19 +86,19 @@ def test_canary_proves_that_a_candidate_is_worse_if_its_engine_fails_requests(
     store: Store, record: RolloutRecord, outcome: RequestOutcome
 ) -> None:
     add(store, record, 30, outcome=outcome)
-    assert "failed requests 100.0%" in CanaryEvidence(store, record).look().losses
+    assert "failed requests 100.0%" in CanaryEvidence(store, record).assess().losses
 
 
 def test_requests_rejected_by_the_gateway_do_not_count_against_a_version(store: Store, record: RolloutRecord) -> None:
     add(store, record, 30, outcome=RequestOutcome.REFUSED, served=False)
-    assert CanaryEvidence(store, record).look().units == 0
+    assert CanaryEvidence(store, record).assess().units == 0
 
 
 def test_time_to_first_token_includes_requests_that_the_client_abandons_before_the_first_token(
     store: Store, record: RolloutRecord
 ) -> None:
     add(store, record, 200, outcome=RequestOutcome.CLIENT_GONE, seconds=10.0)
-    losses = CanaryEvidence(store, record).look().losses
+    losses = CanaryEvidence(store, record).assess().losses
     assert "time to first token" in losses and "failed requests" not in losses
 
 
@@ -110,7 +110,7 @@ def test_time_to_first_token_excludes_requests_that_the_engine_fails_or_refuses(
         of_candidate = outcome if number % 2 else RequestOutcome.COMPLETE
         candidate = answered(record, number, candidate=True, outcome=of_candidate)
         add_requests(store, [answered(record, number, candidate=False), candidate])
-    rows = {row.signal: row for row in CanaryEvidence(store, record).look().signals}
+    rows = {row.signal: row for row in CanaryEvidence(store, record).assess().signals}
     assert (rows["errors"].units, rows["first_token"].units) == (40, 20)
 
 
@@ -124,8 +124,8 @@ def test_bad_ratings_can_fail_a_rollout_but_missing_ratings_do_not_block_it(
             rating = Rating.BAD if candidate else Rating.GOOD
             keep_feedback(store, f"{candidate}{number}", Feedback(rating))
             if (number, candidate) == (2, True):
-                assert CanaryEvidence(store, record).look().is_passed
-    assert "bad ratings 100.0%" in CanaryEvidence(store, record).look().losses
+                assert CanaryEvidence(store, record).assess().is_passed
+    assert "bad ratings 100.0%" in CanaryEvidence(store, record).assess().losses
 
 
 @pytest.mark.slow
@@ -135,20 +135,20 @@ def test_ratings_are_counted_even_if_stored_by_a_server_whose_clock_is_behind(
     evidence = CanaryEvidence(store, record)
     add(store, record, 201, valid=True)
     keep_feedback(store, "False200", Feedback(Rating.GOOD))
-    evidence.look()
+    evidence.assess()
     for number in range(200):
         for candidate in (False, True):
             keep_feedback(store, f"{candidate}{number}", Feedback(Rating.BAD if candidate else Rating.GOOD))
     with store.begin() as connection:
         connection.execute(update(FeedbackRow).values(given_at=record.requested_at - timedelta(seconds=30)))
-    assert "bad ratings 100.0%" in evidence.look().losses
+    assert "bad ratings 100.0%" in evidence.assess().losses
 
 
 def test_rollout_step_counts_only_observations_made_since_it_started(store: Store, record: RolloutRecord) -> None:
     add(store, record, 60)
     evidence = CanaryEvidence(store, record)
     evidence.start_step(record.requested_at + timedelta(seconds=1.4))
-    assert evidence.look().units == 20
+    assert evidence.assess().units == 20
 
 
 def add_of_units(store: Store, record: RolloutRecord, units: list[str], start: int = 0) -> None:
@@ -171,18 +171,18 @@ def test_warning_about_a_dominant_user_requires_100_requests_with_more_than_half
     store: Store, record: RolloutRecord, units: list[str], warns: bool
 ) -> None:
     add_of_units(store, record, units)
-    assert bool(CanaryEvidence(store, record).look().warning) is warns
+    assert bool(CanaryEvidence(store, record).assess().warning) is warns
 
 
 def test_share_of_requests_from_one_user_is_computed_over_both_versions(store: Store, record: RolloutRecord) -> None:
     add_of_units(store, record, ["ann"] * 100)
     add_requests(store, [answered(record, number, candidate=True) for number in range(100)])
-    assert CanaryEvidence(store, record).look().warning == ""
+    assert CanaryEvidence(store, record).assess().warning == ""
 
 
 def test_warning_about_a_dominant_user_suggests_a_fix(store: Store, record: RolloutRecord) -> None:
     add_of_units(store, record, ["ann"] * 100)
-    warning = CanaryEvidence(store, record).look().warning
+    warning = CanaryEvidence(store, record).assess().warning
     assert "counts as one observation" in warning
     assert "send `user`" in warning and f"models.{NAME}.rollout.unit: request" in warning
 
@@ -192,10 +192,10 @@ def test_share_of_requests_from_one_user_is_computed_separately_for_each_rollout
 ) -> None:
     evidence = CanaryEvidence(store, record)
     add_of_units(store, record, ["ann"] * 100)
-    assert evidence.look().warning
+    assert evidence.assess().warning
     evidence.start_step(record.requested_at + timedelta(seconds=2))
     add_of_units(store, record, ["ann"] * 40, start=100)
-    assert evidence.look().warning == ""
+    assert evidence.assess().warning == ""
 
 
 @pytest.mark.slow
@@ -204,13 +204,13 @@ def test_shadow_pairs_of_one_user_count_as_one_observation(store: Store, record:
     good = ShadowPair("", False, False, True, True, True, "stop", "stop", 3, 3, 0.1, 0.2)
     for pair in [bad] * 30 + [good] * 30:
         add_shadow_pair(store, record.id, pair)
-    look = ShadowEvidence(store, record, lambda: 50).look()
-    assert (look.units, look.losses) == (60, "")
+    result = ShadowEvidence(store, record, lambda: 50).assess()
+    assert (result.units, result.losses) == (60, "")
     for _ in range(30):
         add_shadow_pair(
             store, record.id, ShadowPair("", False, True, None, None, None, "stop", None, 3, None, 0.1, 0.1)
         )
-    assert "failed requests" in ShadowEvidence(store, record, lambda: 50).look().losses
+    assert "failed requests" in ShadowEvidence(store, record, lambda: 50).assess().losses
 
 
 def test_shadow_report_compares_logprobs_of_requests_answered_by_both_versions(
@@ -221,22 +221,22 @@ def test_shadow_report_compares_logprobs_of_requests_answered_by_both_versions(
     alone = replace(pair, candidate_logprob=-9.0)
     for each in (known, replace(known, candidate_logprob=-0.25), alone):
         add_shadow_pair(store, record.id, each)
-    text = ShadowEvidence(store, record, lambda: 50).look().text
+    text = ShadowEvidence(store, record, lambda: 50).assess().text
     assert "mean log-probability -0.38 instead of -0.25 nats per token (2 requests)" in text
 
 
 def test_shadow_report_omits_logprobs_when_production_has_none(store: Store, record: RolloutRecord) -> None:
     pair = ShadowPair("", False, False, None, None, True, "stop", "stop", 3, 3, 0.1, 0.2, candidate_logprob=-0.5)
     add_shadow_pair(store, record.id, pair)
-    assert "log-probability" not in ShadowEvidence(store, record, lambda: 50).look().text
+    assert "log-probability" not in ShadowEvidence(store, record, lambda: 50).assess().text
 
 
 def test_logprobs_do_not_affect_the_rollout_decision(store: Store, record: RolloutRecord) -> None:
     pair = ShadowPair("", False, False, None, None, True, "stop", "stop", 3, 3, 0.1, 0.2, -0.1, -9.0)
     for _ in range(60):
         add_shadow_pair(store, record.id, pair)
-    look = ShadowEvidence(store, record, lambda: 50).look()
-    assert (look.losses, {signal.signal for signal in look.signals}) == ("", {"errors"})
+    result = ShadowEvidence(store, record, lambda: 50).assess()
+    assert (result.losses, {signal.signal for signal in result.signals}) == ("", {"errors"})
 
 
 def test_rollout_preview_warns_when_traffic_is_too_low_for_the_deadline(store: Store, record: RolloutRecord) -> None:
@@ -268,7 +268,7 @@ def test_shadow_result_stays_incomplete_if_the_required_number_of_requests_drops
     evidence = ShadowEvidence(store, record, lambda: next(wanted))
     for number in range(30):
         add_shadow_pair(store, record.id, replace(FAILED, unit=f"user {number}"))
-    early, late = evidence.look(), evidence.look()
+    early, late = evidence.assess(), evidence.assess()
     assert (early.is_complete, early.losses, late.is_complete) == (False, "", True)
     assert "failed requests" in late.losses
 
@@ -276,9 +276,9 @@ def test_shadow_result_stays_incomplete_if_the_required_number_of_requests_drops
 def doubts_about(store: Store, record: RolloutRecord, pairs: list[ShadowPair]) -> str:
     for pair in pairs:
         add_shadow_pair(store, record.id, pair)
-    look = ShadowEvidence(store, record, lambda: len(pairs)).look()
-    assert look.losses == ""
-    return doubts(look, 20)
+    result = ShadowEvidence(store, record, lambda: len(pairs)).assess()
+    assert result.losses == ""
+    return open_questions(result, 20)
 
 
 @pytest.mark.slow
@@ -309,7 +309,7 @@ def test_replay_report_lists_the_metrics_whose_loss_provably_stays_within_the_ma
     evidence = ShadowEvidence(store, record, lambda: 50)
     for _ in range(300):
         add_shadow_pair(store, record.id, good)
-    assert exclusions(evidence.look()) == (
+    assert exclusions(evidence.assess()) == (
         "losses beyond the margins: excluded: failed requests, invalid JSON; not excluded: none; "
         "not compared: time to first token (p95), bad ratings"
     )

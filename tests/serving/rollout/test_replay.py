@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine as Store
 
-from serving.rollout.replay import find_kept
+from serving.rollout.replay import find_replayable
 from serving.rollout.shadow_pairs import ShadowPair, add_shadow_pair, read_shadow_pairs
 from serving.rollout.split import Split
 from svc.engine.state import EngineState
@@ -542,4 +542,4 @@ async def test_only_requests_from_the_week_before_the_rollout_are_replayed(contr
     keep(control, 3)
     keep(control, 4, started_at=seen.requested_at + timedelta(seconds=1))
     keep(control, 4, started_at=seen.requested_at - timedelta(days=8))
-    assert find_kept(control.store, seen, Split(seen.id, 0.0)).total == 3
+    assert find_replayable(control.store, seen, Split(seen.id, 0.0)).total == 3

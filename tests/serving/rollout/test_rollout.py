@@ -15,7 +15,7 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import update
 from sqlalchemy.exc import OperationalError
 
-from serving.rollout.evidence import CanaryEvidence, Look
+from serving.rollout.evidence import Assessment, CanaryEvidence
 from serving.rollout.promotion import PromotionRequest, RolloutOptions, VersionChange
 from serving.rollout.shadow_pairs import read_shadow_pairs
 from serving.rollout.version_changes import VersionChanges
@@ -368,14 +368,14 @@ async def test_time_without_a_server_does_not_count_towards_the_deadline_of_a_ro
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.rollout.decision._LOOK_S", 0.01)
-    looks: list[Look] = []
+    looks: list[Assessment] = []
 
-    def look(evidence: CanaryEvidence) -> Look:
+    def look(evidence: CanaryEvidence) -> Assessment:
         looks.append(evidence_look(evidence))
         return looks[-1]
 
-    evidence_look = CanaryEvidence.look
-    monkeypatch.setattr(CanaryEvidence, "look", look)
+    evidence_look = CanaryEvidence.assess
+    monkeypatch.setattr(CanaryEvidence, "assess", look)
     desired = read_desired(control.store, NAME)
     assert desired is not None
     plan = ALL.model_copy(update={"shadow": 0})

@@ -125,7 +125,7 @@ def api(memory_folder: Path, store: Store, engine_socket: Path) -> Iterator[Any]
     admission.available()
     parts.request_log.start()
     api_schema = schemathesis.openapi.from_asgi("/openapi.json", parts.app)
-    authenticator.look()  # from here on keys are required if there are any
+    authenticator.refresh()  # from here on keys are required if there are any
     schema = {"enum": [*names.all(), "other"]}
     api_schema.raw_schema["paths"]["/v1/models/{name}"]["parameters"][0]["schema"] = schema
     for route in Route:

@@ -55,7 +55,7 @@ def test_new_certificate_is_loaded_into_the_same_tls_context(tmp_path: Path) -> 
     certificate = Certificate(*files)
     context = certificate.context
     new = exchange(tmp_path, "new", files)
-    certificate.look()
+    certificate.refresh()
     assert shown(certificate, new)
     assert certificate.context is context
 
@@ -75,13 +75,13 @@ def test_previous_certificate_stays_in_use_if_the_new_one_is_broken(
         os.replace(make_certificate(tmp_path, "other")[0], files[0])
     with caplog.at_level(logging.ERROR):
         for _ in range(3):
-            certificate.look()
+            certificate.refresh()
     assert caplog.text.count("keeping the previous one") == 1
     assert shown(certificate, trusted)
     if broken == "gone":
         return
     good = exchange(tmp_path, "good", files)
-    certificate.look()
+    certificate.refresh()
     assert shown(certificate, good)
 
 

@@ -125,7 +125,7 @@ async def test_model_is_added_and_removed_on_notification(
 async def followed(store: Store, *, notified: bool) -> AsyncIterator[Authenticator]:
     """Follow the keys as a server does while the context is active, with or without notifications."""
     authenticator, changes = Authenticator(store), Changes()
-    authenticator.look()
+    authenticator.refresh()
     works = [authenticator.follow(changes)] + ([ChangeListener(store, changes).run()] if notified else [])
     tasks = {asyncio.create_task(work) for work in works}
     try:
@@ -155,9 +155,9 @@ async def test_server_that_cannot_reach_the_store_refuses_keys_after_a_minute(st
     now = 0.0
     issued = Keyring(store, ACTOR).create(frozenset({Scope.INFER}))
     cut_off, other = (Authenticator(store, clock=lambda: now) for _ in range(2))
-    cut_off.look()
+    cut_off.refresh()
     now = 59.0
-    other.look()
+    other.refresh()
     assert cut_off.grant(issued.secret) and other.grant(issued.secret)
     now = 61.0
     assert other.grant(issued.secret)
