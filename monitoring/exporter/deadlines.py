@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy import Engine as Store
 from sqlalchemy.exc import SQLAlchemyError
 
-from svc.backup_snapshots import newest_snapshot_at
+from svc.files.backup_snapshots import newest_snapshot_at
 from svc.store.audit import Action, read_events
 from svc.store.keys import read_keys
 

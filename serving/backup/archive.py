@@ -22,8 +22,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from serving.files.rows import FileContent
-from svc.backup_snapshots import RECORD_FILE, snapshot_folders
 from svc.errors import IntegrityError, NotFoundError
+from svc.files.backup_snapshots import RECORD_FILE, snapshot_folders
 from svc.files.disk import write_whole
 from svc.registry.files import FileRecord
 from svc.registry.manifest import MANIFEST_FILE

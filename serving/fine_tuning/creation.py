@@ -57,6 +57,7 @@ from serving.protocols.error_code import ErrorCode, answered_with
 from serving.protocols.request import InvalidRequestError
 from serving.store_changes.changes import Changes
 from svc.errors import BaseModelError, DataError, NotFoundError, RecipeError, SvcError
+from svc.files.yaml_text import parse_yaml
 from svc.identity.actor import Actor
 from svc.identity.principal import Principal
 from svc.settings.client_apis import TrainingPlace
@@ -66,7 +67,6 @@ from svc.store.database import is_sqlite
 from svc.store.outage_log import log_store_error
 from svc.store.statuses import JobStatus
 from svc.version import VersionId
-from svc.yaml_text import parse_yaml
 
 log = logging.getLogger(__name__)
 

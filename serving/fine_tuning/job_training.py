@@ -59,6 +59,7 @@ from svc.errors import (
     TrainingError,
 )
 from svc.files.disk import write_whole
+from svc.files.yaml_text import parse_yaml
 from svc.store.outage_log import log_store_error
 from svc.training_progress import (
     EPOCHS_FOLDER,
@@ -69,7 +70,6 @@ from svc.training_progress import (
     StepDone,
 )
 from svc.version import VersionId
-from svc.yaml_text import parse_yaml
 
 log = logging.getLogger(__name__)
 

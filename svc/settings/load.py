@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource
 from pydantic_settings import SettingsError as SourceError
 
-from svc.dotted_keys import dotted_keys
 from svc.errors import SettingsError
+from svc.files.yaml_text import parse_yaml
+from svc.settings.dotted_keys import dotted_keys
 from svc.settings.settings import ENV_PREFIX, Settings
-from svc.yaml_text import parse_yaml
 
 DEFAULT_FILE = Path("svc.yaml")
 _PASSWORD = re.compile(r"//\S*@")

@@ -19,8 +19,8 @@ from typing import Any, Self
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import EngineError, InterruptedRunError
-from svc.ray_cluster import connected, find_address
-from svc.ray_guard import Guard
+from svc.ray.cluster import connected, find_address
+from svc.ray.guard import Guard
 from svc.registry.files import record_files
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.registry.objects import ObjectStore

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from svc.errors import RecipeError, SettingsError
-from svc.ray_cluster import connected, find_address
-from svc.ray_need import Need
+from svc.ray.cluster import connected, find_address
+from svc.ray.need import Need
 from svc.settings.settings import Settings
 from svc.terminal import console
 from trainer.recipe.recipe import Recipe

@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from svc.dotted_keys import dotted_keys, suggest
 from svc.errors import RecipeError
-from svc.yaml_text import parse_yaml
+from svc.files.yaml_text import parse_yaml
+from svc.settings.dotted_keys import dotted_keys, suggest
 from trainer.recipe.recipe import Recipe
 
 

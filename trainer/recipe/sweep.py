@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from svc.dotted_keys import suggest
+from svc.settings.dotted_keys import suggest
 from trainer.recipe.adapter import Adapter
 from trainer.recipe.section import Section
 from trainer.recipe.train import DEVICE_KEYS, Train

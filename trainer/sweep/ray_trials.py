@@ -14,8 +14,8 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from svc.errors import InterruptedRunError
-from svc.ray_cluster import connected, find_address
-from svc.ray_need import Need
+from svc.ray.cluster import connected, find_address
+from svc.ray.need import Need
 from svc.registry.objects import ObjectStore
 from svc.settings.settings import Settings
 from svc.terminal import console

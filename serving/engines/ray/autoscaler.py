@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from svc.ray_need import Need
+from svc.ray.need import Need
 
 _POLL_S = 1.0
 

@@ -19,7 +19,7 @@ from serving.engines.ray import cluster_query
 from serving.engines.ray.cluster_query import Described, Resources
 from serving.engines.ray.link import Placed
 from svc.errors import EngineError
-from svc.ray_need import Need
+from svc.ray.need import Need
 
 Answer = TypeVar("Answer")
 

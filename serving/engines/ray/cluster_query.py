@@ -17,8 +17,8 @@ from serving.engines.ray.autoscaler import adds_machines, requested
 from serving.engines.ray.link import Placed
 from svc.engine.device import DeviceCapabilities
 from svc.errors import EngineError, SvcError
-from svc.ray_cluster import connected
-from svc.ray_need import Need
+from svc.ray.cluster import connected
+from svc.ray.need import Need
 
 TIMEOUT_S = 120.0
 """Maximum time for a query, in seconds, in addition to its wait for resources."""

@@ -21,7 +21,7 @@ from svc.engine.state import EnginePhase
 from svc.engine.vllm.health_checks import HealthChecks
 from svc.engine.vllm.launch import EngineSpec, launch_digest
 from svc.errors import EngineError, SvcError
-from svc.ray_need import Need
+from svc.ray.need import Need
 from svc.settings.engine import Device
 from svc.settings.settings import Settings
 from svc.version import Format, Target, VersionId

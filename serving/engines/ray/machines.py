@@ -17,8 +17,8 @@ from serving.engines.ray.engine import Placement
 from svc.engine.device import DeviceCapabilities
 from svc.engine.vllm.engine_args import given
 from svc.errors import SettingsError
-from svc.ray_cluster import find_address
-from svc.ray_need import Need
+from svc.ray.cluster import find_address
+from svc.ray.need import Need
 from svc.settings.engine import Device, EngineSettings, Launcher
 from svc.settings.settings import Settings
 

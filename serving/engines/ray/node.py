@@ -39,7 +39,7 @@ from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
 from svc.errors import EngineError
-from svc.ray_guard import Guard
+from svc.ray.guard import Guard
 
 log = logging.getLogger(__name__)
 

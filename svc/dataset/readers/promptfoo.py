@@ -17,7 +17,7 @@ import yaml
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.readers.row import MAX_ROW_BYTES, Row, too_large
 from svc.dataset.text.decode import not_utf8
-from svc.yaml_text import parse_yaml
+from svc.files.yaml_text import parse_yaml
 
 _NAME = re.compile(r"\{\{-?\s*([A-Za-z_]\w*(?:\.\w+)*)\s*-?\}\}")
 _CODE = re.compile(r"\{\{|\{%|\{#")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from svc.evaluation.intervals import Interval
-from svc.yaml_text import parse_yaml
+from svc.files.yaml_text import parse_yaml
 from tests.trainer.conftest import make_recipe
 from tests.trainer.sweep.fake_trials import LEVELS, TOKENS, FakeTrials, outcome
 from trainer.recipe.file import load_recipe

@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from svc.engine.device import DeviceCapabilities
 from svc.errors import BusyError, InterruptedRunError, TrainingError
-from svc.ray_need import Need
+from svc.ray.need import Need
 from svc.registry.files import FileRecord
 from svc.settings.engine import RaySettings
 from svc.terminal import console

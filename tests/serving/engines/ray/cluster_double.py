@@ -14,7 +14,7 @@ from svc.engine.device import DeviceCapabilities
 from svc.engine.state import EnginePhase
 from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError
-from svc.ray_need import Need
+from svc.ray.need import Need
 from tests.serving.engine_double import EngineDouble, running_engine
 from tests.svc.engine.devices import AVX512
 

@@ -23,7 +23,7 @@ from svc.engine.vllm.connection_pool import EngineConnections
 from svc.engine.vllm.folders import state_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.errors import EngineError, IntegrityError
-from svc.ray_need import Need
+from svc.ray.need import Need
 from svc.registry.objects import ObjectStore
 from svc.registry.registry import HELDOUT_FILE, Registry
 from svc.settings.engine import Device, EngineSettings

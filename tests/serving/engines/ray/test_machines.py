@@ -10,7 +10,7 @@ from serving.engines.ray.cluster import RayCluster
 from serving.engines.ray.cluster_query import Described, Resources
 from serving.engines.ray.machines import RayMachines, count_fitting
 from svc.errors import EngineError, SettingsError
-from svc.ray_need import Need
+from svc.ray.need import Need
 from svc.settings.engine import Device, EngineSettings
 from svc.settings.settings import Settings
 from tests.svc.engine.devices import AVX512

@@ -9,7 +9,7 @@ import pytest
 
 from svc.engine.device import DeviceCapabilities, TorchGpu
 from svc.errors import BusyError, TrainingError
-from svc.ray_need import Need
+from svc.ray.need import Need
 from svc.settings.engine import RaySettings
 from tests.svc.engine.devices import AVX512
 from trainer.callbacks.preemption import Preemption

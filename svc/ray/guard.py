@@ -30,7 +30,7 @@ class Guard:
     """
 
     def __init__(self, state: Path) -> None:
-        command = ["sh", "-c", _WAIT, "sh", sys.executable, "-m", "svc.ray_guard", str(state)]
+        command = ["sh", "-c", _WAIT, "sh", sys.executable, "-m", "svc.ray.guard", str(state)]
         # In a separate session, so that Ray does not kill it together with the actor.
         self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         self._shell.wait()

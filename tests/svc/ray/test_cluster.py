@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 
 from svc.errors import ServerNotRunningError, SettingsError
-from svc.ray_cluster import connected, find_address
+from svc.ray.cluster import connected, find_address
 
 
 def test_ray_address_setting_overrides_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svc.yaml_text import parse_yaml
+from svc.files.yaml_text import parse_yaml
 
 
 def test_yaml_mapping_is_parsed() -> None:

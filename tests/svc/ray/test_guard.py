@@ -11,13 +11,13 @@ import pytest
 
 from svc.engine.orphans import runs
 
-SERVER = Path(__file__).parents[0] / "engine" / "fake_server.py"
+SERVER = Path(__file__).parents[1] / "engine" / "fake_server.py"
 ACTOR = """
 import asyncio, os, psutil, sys
 from pathlib import Path
 from svc.engine.vllm import process
 from svc.engine.vllm.launch import EngineSpec
-from svc.ray_guard import Guard
+from svc.ray.guard import Guard
 from svc.settings.engine import EngineSettings
 from tests.svc.engine.devices import AVX512
 

@@ -1,0 +1,1 @@
+"""What training and engines share about a Ray cluster: its address, resources and orphaned processes."""
