@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from svc.dataset.schema.example import ChatExample
-from svc.engine.vllm.engine_args import parses_calls
+from svc.engine.vllm.user_args import parses_calls
 from svc.errors import SettingsError
 
 

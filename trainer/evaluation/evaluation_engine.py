@@ -12,10 +12,10 @@ from svc.engine.device import DeviceCapabilities
 from svc.engine.engine import Engine
 from svc.engine.model_facts import read_model_facts
 from svc.engine.state import EnginePhase
-from svc.engine.vllm.engine_args import given
 from svc.engine.vllm.folders import runtime_folder
 from svc.engine.vllm.launch import EngineSpec
 from svc.engine.vllm.process import EngineProcess
+from svc.engine.vllm.user_args import given
 from svc.evaluation.evaluator import CONCURRENCY
 from svc.model_folder.chat_template import TemplateKwargs
 from svc.registry.fingerprint import compatibility_fingerprint

@@ -15,7 +15,7 @@ from serving.engines.ray.cluster import RayCluster
 from serving.engines.ray.cluster_query import Described
 from serving.engines.ray.engine import Placement
 from svc.engine.device import DeviceCapabilities
-from svc.engine.vllm.engine_args import given
+from svc.engine.vllm.user_args import given
 from svc.errors import SettingsError
 from svc.ray.cluster import find_address
 from svc.ray.need import Need

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from svc.engine.vllm.engine_args import given
+from svc.engine.vllm.user_args import given
 
 AUTO = "auto"
 """Option value that leaves the choice to vLLM."""

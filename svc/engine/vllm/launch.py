@@ -20,7 +20,6 @@ from svc.engine.machine import read_machine
 from svc.engine.model_facts import ModelFacts, read_model_facts
 from svc.engine.vllm import plan
 from svc.engine.vllm.choice import Choice, Origin
-from svc.engine.vllm.engine_args import given, given_flag
 from svc.engine.vllm.environment import inherited_environment
 from svc.engine.vllm.lora import RUNTIME_VARIABLE, LoraSlots, lora_choices
 from svc.engine.vllm.number_type import choose_dtype, choose_gptq_kernel
@@ -31,6 +30,7 @@ from svc.engine.vllm.plugin import (
     QUIET_VARIABLE,
     SCALES_VARIABLE,
 )
+from svc.engine.vllm.user_args import given, given_flag
 from svc.model_folder.chat_template import TemplateKwargs
 from svc.settings.engine import Device, EngineSettings, GptqKernel
 

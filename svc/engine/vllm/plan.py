@@ -15,8 +15,8 @@ from svc.engine.device import DeviceCapabilities
 from svc.engine.machine import Machine
 from svc.engine.model_facts import ModelFacts
 from svc.engine.vllm.choice import AUTO, Choice, Origin, Value, as_argument, as_given, as_number
-from svc.engine.vllm.engine_args import given, given_flag
 from svc.engine.vllm.number_type import FOUR_BITS, choose_dtype, explain_gptq_kernel, is_wide, weight_bytes
+from svc.engine.vllm.user_args import given, given_flag
 from svc.errors import EngineError
 from svc.settings.engine import Device, EngineSettings
 

@@ -11,8 +11,8 @@ import yaml
 from svc.errors import RecipeError
 from svc.version import NAME_PATTERN
 from trainer.recipe.file import make_recipe, read_content
+from trainer.recipe.importers.axolotl_and_llama_factory import NOT_NEEDED, RULES, TOOLS
 from trainer.recipe.importers.draft import Draft, Effect, Note
-from trainer.recipe.importers.tables import NOT_NEEDED, RULES, TOOLS
 from trainer.recipe.recipe import Recipe
 
 _HEADINGS = {

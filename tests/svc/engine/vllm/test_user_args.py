@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given as over
 from hypothesis import strategies as st
 
-from svc.engine.vllm.engine_args import given, given_flag
+from svc.engine.vllm.user_args import given, given_flag
 
 OPTION = "--max-model-len"
 
