@@ -5,7 +5,6 @@ The models' answers are untrusted text. The template escapes every inserted valu
 security policy keeps a browser from loading or running anything.
 """
 
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -70,7 +69,7 @@ _PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD) | dict.fromkeys(range(0xD8
 
 def report_page(report: Report) -> str:
     return (
-        _environment()
+        template_environment(Path(__file__).parent / "templates", autoescape=True)
         .get_template("report.html.jinja")
         .render(
             report=report,
@@ -139,17 +138,22 @@ def _engines(manifest: Manifest) -> dict[str, EngineFacts]:
     return {format.value: record.probes[0].engine for format, record in manifest.formats.items() if record.probes}
 
 
-@cache
-def _environment() -> "Environment":
+def template_environment(folder: Path, *, autoescape: bool) -> "Environment":
+    """Return a jinja environment for documents, with the filters of this module.
+
+    Args:
+        folder: folder with the templates.
+        autoescape: whether inserted values are escaped for HTML.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
+        loader=FileSystemLoader(folder),
+        autoescape=autoescape,  # noqa: S701 - a model card is Markdown, not HTML
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (say_verdict, minus, duration, cut_text, visible, place_of, signal_cells)
+    filters = (say_verdict, signed, minus, duration, cut_text, visible, place_of, signal_cells)
     environment.filters |= {function.__name__: function for function in filters}
     return environment
