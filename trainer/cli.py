@@ -8,9 +8,8 @@ import click
 from svc.invocation import json_option, print_json, settings_of
 
 if TYPE_CHECKING:
+    from svc.registry.manifest import Manifest
     from svc.settings.settings import Settings
-    from trainer.pipeline.run_folder import Run
-    from trainer.recipe.recipe import Recipe
 
 
 _set_option = click.option(
@@ -65,25 +64,17 @@ def train(
     as_json: bool,
 ) -> None:
     """Train a model from RECIPE and register it as a version. If the run was interrupted before, resume it."""
-    from svc.dataset.readers.bad_lines import BadLines
-    from svc.registry.registry import Registry
-    from svc.registry.render import print_version
-    from svc.terminal import console, quiet_libraries
-    from svc.training_progress import ProgressFile
-    from trainer.pipeline.examples import read_run_examples
+    from svc.terminal import quiet_libraries
     from trainer.recipe.file import load_recipe
-    from trainer.recipe.train import TooLong
 
     quiet_libraries()
     settings = settings_of(ctx)
     loaded = load_recipe(recipe, overrides)
-    if given := loaded.adapter.given:
-        if curve or quick or place == "ray":
-            raise click.UsageError(f"with {given}, nothing is trained: omit --quick, --curve and --on ray")
-        _import(settings, loaded, register_failed=register_failed, progress_file=progress_file, as_json=as_json)
-        return
+    given, on_ray = loaded.adapter.given, place == "ray"
+    if given and (curve or quick or on_ray):
+        raise click.UsageError(f"with {given}, nothing is trained: omit --quick, --curve and --on ray")
     if curve:
-        if quick or register_failed or skip_bad or progress_file or place == "ray":
+        if quick or register_failed or skip_bad or progress_file or on_ray:
             raise click.UsageError(
                 "--curve registers no version; it can be combined only with --set, --anyway and --json"
             )
@@ -91,46 +82,19 @@ def train(
 
         learning_curve(settings, loaded, anyway=anyway, as_json=as_json)
         return
-    node = None
-    if place == "ray":
-        from trainer.pipeline.ray_training import check_ray
+    from trainer.pipeline.train import make_version
 
-        node = check_ray(settings, loaded)
-    if skip_bad and loaded.train.too_long is TooLong.ERROR:
-        loaded = loaded.changed({"train.too_long": TooLong.DROP})
-    bad_lines = BadLines(settings.home / "bad_lines" / loaded.name) if skip_bad else None
-    registry = Registry.of(settings)
-    learnt = registry.learnt_prompts(loaded.name)
-    examples = read_run_examples(loaded, cache=settings.base_cache, bad_lines=bad_lines, learnt=learnt)
-    if bad_lines and bad_lines.count:
-        console.print(f"[yellow]skipped {bad_lines.count} bad lines and saved them in {bad_lines.folder}[/yellow]")
-    from trainer.base_model.find_base import find_base
-    from trainer.pipeline.estimate import estimate_here
-    from trainer.pipeline.quick_trial import quick_trial
-    from trainer.pipeline.stages import open_pipeline
-
-    task = quick_trial(loaded, examples) if quick else (loaded, examples)
-    expected = estimate_here(*task, settings, anyway=anyway) if place == "here" else None
-    base = find_base(loaded.base, settings, loaded.chat_template, loaded.rope_scaling, loaded.new_tokens)
-    progress = ProgressFile(progress_file) if progress_file else None
-    pipeline = open_pipeline(
+    manifest = make_version(
         settings,
-        registry,
-        *task,
-        base,
+        loaded,
         register_failed=register_failed,
-        expected=expected,
-        progress=progress,
-        node=node,
+        progress_file=progress_file,
+        quick=quick,
+        on_ray=on_ray,
+        skip_bad=skip_bad,
+        anyway=anyway,
     )
-    manifest = registry.manifest(pipeline.train_version())
-    if quick:
-        _print_training_time(loaded, pipeline.run)
-    folder = registry.folder(manifest.id)
-    if as_json:
-        print_json({"version": str(manifest.id), "folder": str(folder)})
-    else:
-        print_version(manifest, folder)
+    _print_registered(settings, manifest, as_json=as_json)
 
 
 @click.command("import")
@@ -173,6 +137,7 @@ def import_command(
     """
     from svc.errors import RecipeError
     from svc.terminal import quiet_libraries
+    from trainer.pipeline.train import make_version
     from trainer.pipeline.trained_adapter import find_adapter
     from trainer.recipe.file import make_recipe
 
@@ -189,46 +154,15 @@ def import_command(
         )
     content = {"name": name, "base": base, "formats": list(formats), "adapter": {"trained": origin}}
     recipe = make_recipe(content | {"data": {"heldout": list(data)}}, overrides, here, "svc import")
-    _import(settings, recipe, register_failed=register_failed, progress_file=None, as_json=as_json)
+    manifest = make_version(settings, recipe, register_failed=register_failed)
+    _print_registered(settings, manifest, as_json=as_json)
 
 
-def _import(
-    settings: "Settings", recipe: "Recipe", *, register_failed: bool, progress_file: Path | None, as_json: bool
-) -> None:
-    """Register and print a version whose adapter already exists or is combined from other adapters."""
+def _print_registered(settings: "Settings", manifest: "Manifest", *, as_json: bool) -> None:
     from svc.registry.registry import Registry
     from svc.registry.render import print_version
-    from svc.terminal import console
-    from svc.training_progress import ProgressFile
-    from trainer.base_model.find_base import find_base, find_config
-    from trainer.pipeline.combined_adapter import find_combined, warn_learnt
-    from trainer.pipeline.examples import read_run_examples
-    from trainer.pipeline.stages import open_pipeline
-    from trainer.pipeline.trained_adapter import check_fits, find_adapter
 
-    registry = Registry.of(settings)
-    learnt = registry.learnt_prompts(recipe.name)
-    examples = read_run_examples(recipe, cache=settings.base_cache, learnt=learnt)
-    combine, combined = recipe.adapter.combine, None
-    if combine:
-        combined = find_combined(recipe, combine, settings.base_cache, registry)
-        warn_learnt(registry, combine.versions, examples.heldout)
-    given = combined or find_adapter(recipe.adapter.trained or "", settings.base_cache)
-    recipe = given.describe(recipe)
-    for warning in given.warnings(recipe.base):
-        console.print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
-    config = find_config(recipe.base, settings, recipe.chat_template, recipe.rope_scaling, recipe.new_tokens)
-    for part in given.parts:
-        check_fits(config, part)  # before the weights are fetched
-    base = find_base(recipe.base, settings, recipe.chat_template, recipe.rope_scaling, recipe.new_tokens)
-    if combined:
-        combined.check_revision(base)
-    progress = ProgressFile(progress_file) if progress_file else None
-    pipeline = open_pipeline(
-        settings, registry, recipe, examples, base, register_failed=register_failed, progress=progress, trained=given
-    )
-    manifest = registry.manifest(pipeline.train_version())
-    folder = registry.folder(manifest.id)
+    folder = Registry.of(settings).folder(manifest.id)
     if as_json:
         print_json({"version": str(manifest.id), "folder": str(folder)})
     else:
@@ -269,16 +203,3 @@ def estimate(
         print_json(to_json(result) | {"refused": find_refusal(result)})
     else:
         print_estimate(result)
-
-
-def _print_training_time(recipe: "Recipe", run: "Run") -> None:
-    """Print the expected training time of the full run."""
-    from svc.terminal import console
-    from trainer.pipeline.quick_trial import whole_run_seconds
-    from trainer.recipe.stage import Stage
-    from trainer.training.summary import TrainingSummary
-
-    seconds = whole_run_seconds(recipe.train, run.load(Stage.TRAIN, TrainingSummary))
-    console.print("the quick test passed")
-    if seconds is not None:
-        console.print(f"without --quick, training alone will take about {seconds / 60:.0f} min on this machine")

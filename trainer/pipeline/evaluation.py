@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.schema.example import ChatExample
+from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.preference import PreferencePair
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import DeviceCapabilities
@@ -24,7 +25,7 @@ from svc.evaluation.metrics.choose import choose_metrics, try_on_references
 from svc.evaluation.metrics.metric import Metric
 from svc.evaluation.preference import PairScores, PreferenceReport, TokenizedPair
 from svc.evaluation.results import ExampleResult
-from svc.model_folder.chat_template import TemplateKwargs
+from svc.model_folder.chat_template import TemplateKwargs, choose_template_kwargs
 from svc.registry.fingerprint import compatibility_fingerprint
 from svc.settings.settings import Settings
 from svc.terminal import console
@@ -39,7 +40,8 @@ from trainer.evaluation.forgetting_check import ForgettingTest
 from trainer.evaluation.qualification import BaseAnswers, GeneralQuestions, Launch, Qualified, Qualifier
 from trainer.evaluation.token_scores import choose_examples
 from trainer.pipeline.run_folder import Run
-from trainer.recipe.evaluate import Evaluate, Qualify
+from trainer.recipe.evaluate import Evaluate
+from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import QUALIFY_STAGES, Stage
 
 
@@ -78,37 +80,37 @@ class RunEvaluation:
     Args:
         heldout: all held-out examples; the first `options.limit` of them are evaluated.
         questions: the general questions, or None if there are none.
-        formats: the recipe's formats.
-        name: name of the model in requests.
-        template_kwargs: arguments of the chat template, the same for the base and its versions.
         launch: creates engines; defaults to vLLM processes on this machine.
         pairs: held-out pairs; the first `options.limit` of them are scored.
-        document_length: number of tokens at the start of each document that are scored, or None if the examples are
-            chats.
     """
 
     settings: Settings
     capabilities: DeviceCapabilities
     base: Base
     run: Run
+    recipe: Recipe
     heldout: Sequence[ChatExample]
     questions: GeneralSet | None
-    formats: Sequence[Format]
-    options: Evaluate
-    qualify: Qualify
-    name: str
-    template_kwargs: TemplateKwargs
-    launch: Launch | None = None
     pairs: Sequence[PreferencePair] = ()
-    document_length: int | None = None
+    launch: Launch | None = None
+
+    @property
+    def options(self) -> Evaluate:
+        """The `evaluate` section of the recipe."""
+        return self.recipe.evaluate
+
+    @cached_property
+    def template_kwargs(self) -> TemplateKwargs:
+        """Arguments of the chat template, the same for the base and its versions."""
+        return choose_template_kwargs(self.base.folder, self.recipe.chat_template_kwargs)
 
     @cached_property
     def tokenized(self) -> list[TokenizedExample]:
-        """The held-out examples, tokenized as in training. Documents are truncated to `document_length`."""
+        """The held-out examples, tokenized as in training. Documents are truncated as in training."""
         rows = tokenize_as_trained(self.base.folder, self.heldout, self.template_kwargs)
-        if self.document_length is None:
+        if self.recipe.objective is not Objective.TEXT:
             return rows
-        return [truncate(row, min(self.document_length, self.context - 1)) for row in rows]
+        return [truncate(row, min(self.recipe.train.max_length, self.context - 1)) for row in rows]
 
     @cached_property
     def tokenized_pairs(self) -> list[TokenizedPair]:
@@ -144,7 +146,7 @@ class RunEvaluation:
         """The test that measures how much the model forgot, or None if there are no general questions or only an
         adapter is registered.
         """
-        if self.questions is None or set(self.formats).isdisjoint(SERVED_FORMATS):
+        if self.questions is None or set(self.recipe.formats).isdisjoint(SERVED_FORMATS):
             return None
         tokenized = tokenize_as_trained(self.base.folder, self.questions.examples, self.template_kwargs)
         return ForgettingTest(self.questions, tokenized, self._cache)
@@ -152,12 +154,12 @@ class RunEvaluation:
     @property
     def evaluated(self) -> Evaluated | None:
         """Result of the `evaluate` stage, or None if the recipe does not list the merged format."""
-        return self.run.load(Stage.EVALUATE, Evaluated) if Format.MERGED in self.formats else None
+        return self.run.load(Stage.EVALUATE, Evaluated) if Format.MERGED in self.recipe.formats else None
 
     @property
     def quantized(self) -> dict[Format, QualifiedQuantized]:
         """Results of the recipe's quantized formats, keyed by format."""
-        formats = [format for format in QUANTIZED_FORMATS if format in self.formats]
+        formats = [format for format in QUANTIZED_FORMATS if format in self.recipe.formats]
         return {format: self.run.load(QUALIFY_STAGES[format], QualifiedQuantized) for format in formats}
 
     @property
@@ -293,9 +295,9 @@ class RunEvaluation:
             settings=self.settings,
             capabilities=self.capabilities,
             run=self.run.folder,
-            name=self.name,
+            name=self.recipe.name,
             template_kwargs=self.template_kwargs,
         )
         facts = partial(engine_facts, self.settings.engine, self.capabilities)
-        parts = (self.options, self.qualify, self.heldout, self.tokenized, self.compared, general)
+        parts = (self.options, self.recipe.qualify, self.heldout, self.tokenized, self.compared, general)
         return Qualifier(launch, facts, *parts, context=self.context, pairs=self.tokenized_pairs)

@@ -19,7 +19,7 @@ from svc.dataset.readers.source import newest_modification
 from svc.dataset.schema.example import ChatExample, normal_prompt
 from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
-from svc.dataset.stored_examples import as_tuple, collect, join, select
+from svc.dataset.stored_examples import StoredExamples, as_tuple, collect, join, select
 from svc.errors import DataError
 from svc.evaluation.general.general_set import GeneralSet, read_general_set, shipped_general_set
 from svc.registry.manifest import SelectedBy
@@ -130,17 +130,17 @@ def read_run_examples(
     data = recipe.data
     if not data.train:
         return _read_heldout(recipe, cache)
-    read = _Reader(recipe.objective, cache, bad_lines)
+    read = partial(_read, recipe, cache=cache, bad_lines=bad_lines)
     heldout: Sequence[ChatExample] = read(data.heldout) if data.heldout else ()
     validation = read(data.validation, kept_back=heldout if bad_lines else ()) if data.validation else ()
     kept_back = (*heldout, *validation) if bad_lines else ()
     readable = read(data.train, minimum=2 if heldout else 3, kept_back=kept_back)
-    given = read.references(join(readable, heldout, validation))
+    given = _references(recipe, join(readable, heldout, validation))
     if heldout:
         _warn_learnt(recipe.name, heldout, learnt)
     else:
         readable, heldout = _split(recipe, readable, learnt)
-    all_heldout, heldout = heldout, read.references(heldout)
+    all_heldout, heldout = heldout, _references(recipe, heldout)
     if not heldout:
         raise DataError(
             "no held-out answer is labeled desirable",
@@ -169,22 +169,22 @@ def read_run_examples(
     untrained = (*all_heldout, *validation, *(questions.examples if questions else ()))
     general = mix_general(train, read(data.general), untrained, data.general_share, data.seed) if data.general else ()
     mixed = join(train, general)
-    judged = read.judged(mixed)
+    judged = _judged(mixed)
     if data.learn is Learn.ALL and not judged:
         mixed = collect(example.learning_all for example in mixed)
     prints = fingerprint_judged(judged) if judged else fingerprint(mixed), fingerprint(heldout)
     examples = Examples(
-        as_tuple(mixed),
-        as_tuple(heldout),
+        _plain(mixed),
+        _plain(heldout),
         *prints,
-        as_tuple(given),
+        _plain(given),
         len(general),
         questions,
-        as_tuple(validation),
+        _plain(validation),
         modified_at=newest_modification(data.train),
         judged=judged,
-        heldout_judged=read.judged(join(heldout, [each for each in all_heldout if not read.is_reference(each)])),
-        validation_judged=read.judged(validation),
+        heldout_judged=_judged(join(heldout, [each for each in all_heldout if not _is_reference(each)])),
+        validation_judged=_judged(validation),
     )
     return examples.selected if recipe.stopping.selects else examples
 
@@ -202,56 +202,57 @@ def _read_heldout(recipe: Recipe, cache: Path | None) -> Examples:
     return Examples((), heldout, *prints, heldout, questions=questions, modified_at=modified_at)
 
 
-class _Reader:
-    """Reads the files of a recipe as examples. For a preference objective, each pair or labeled answer is represented
-    by one example, which contains the better or the labeled answer. Examples can therefore be selected in the same way
-    for all objectives.
+@dataclass(frozen=True, slots=True)
+class _JudgedExample(ChatExample):
+    """An example that carries the pair or labeled answer from which it was read. It contains the better or the labeled
+    answer, so that examples are selected in the same way for all objectives.
     """
 
-    def __init__(self, objective: Objective, cache: Path | None, bad_lines: BadLines | None) -> None:
-        self._objective = objective
-        self._read_chats = partial(read_examples, cache=cache, bad_lines=bad_lines)
-        self._read_pairs = partial(read_pairs, cache=cache, bad_lines=bad_lines)
-        self._read_labeled = partial(read_labeled, cache=cache, bad_lines=bad_lines)
-        self._judged: dict[int, tuple[ChatExample, Judged]] = {}
+    judged: Judged = field(kw_only=True)
 
-    def __call__(
-        self, sources: Sequence[str], *, minimum: int = 1, kept_back: Sequence[ChatExample] = ()
-    ) -> Sequence[ChatExample]:
-        """Return the examples of the given sources."""
-        judged: Sequence[Judged]
-        match self._objective:
-            case Objective.SFT | Objective.TEXT:
-                examples = self._read_chats(sources, minimum=minimum, kept_back=kept_back)
-                _check_documents(sources, examples, wanted=self._objective is Objective.TEXT)
-                return examples
-            case Objective.KTO:
-                judged = self._read_labeled(sources, minimum=minimum, kept_back=kept_back)
-            case _:
-                judged = self._read_pairs(sources, minimum=minimum, kept_back=kept_back)
-        better = []
-        for answer in judged:
-            example = replace(example_of(answer))  # a copy, so that no example represents two pairs
-            self._judged[id(example)] = example, answer
-            better.append(example)
-        return better
 
-    def judged(self, examples: Sequence[ChatExample]) -> tuple[Judged, ...]:
-        """Return the pairs or labeled answers that the given examples represent. The result is empty if the
-        recipe has no preference objective.
-        """
-        return tuple(self._judged[id(example)][1] for example in examples) if self._judged else ()
+def _read(
+    recipe: Recipe,
+    sources: Sequence[str],
+    *,
+    cache: Path | None,
+    bad_lines: BadLines | None,
+    minimum: int = 1,
+    kept_back: Sequence[ChatExample] = (),
+) -> Sequence[ChatExample]:
+    """Return the examples of the given sources. For a preference objective, they are judged examples."""
+    if not recipe.objective.is_preference:
+        examples = read_examples(sources, minimum=minimum, cache=cache, bad_lines=bad_lines, kept_back=kept_back)
+        _check_documents(sources, examples, wanted=recipe.objective is Objective.TEXT)
+        return examples
+    read = read_labeled if recipe.objective is Objective.KTO else read_pairs
+    answers: Sequence[Judged] = read(sources, minimum=minimum, cache=cache, bad_lines=bad_lines, kept_back=kept_back)
+    return [_JudgedExample(example_of(answer).messages, example_of(answer).tools, judged=answer) for answer in answers]
 
-    def is_reference(self, example: ChatExample) -> bool:
-        """Return whether an example's answer is a reference answer. Answers labeled as undesirable are not."""
-        _, answer = self._judged.get(id(example), (example, None))
-        return not isinstance(answer, LabeledAnswer) or answer.desirable
 
-    def references(self, examples: Sequence[ChatExample]) -> Sequence[ChatExample]:
-        """Return the examples without those whose answers are labeled as undesirable."""
-        if not self._judged:
-            return examples
-        return [example for example in examples if self.is_reference(example)]
+def _is_reference(example: ChatExample) -> bool:
+    """Return whether an example's answer is a reference answer. Answers labeled as undesirable are not."""
+    judged = example.judged if isinstance(example, _JudgedExample) else None
+    return not isinstance(judged, LabeledAnswer) or judged.desirable
+
+
+def _references(recipe: Recipe, examples: Sequence[ChatExample]) -> Sequence[ChatExample]:
+    """Return the examples without those whose answers are labeled as undesirable."""
+    return list(filter(_is_reference, examples)) if recipe.objective is Objective.KTO else examples
+
+
+def _judged(examples: Sequence[ChatExample]) -> tuple[Judged, ...]:
+    """Return the pairs or labeled answers that examples carry. Examples on disk carry none."""
+    if isinstance(examples, StoredExamples):
+        return ()
+    return tuple(example.judged for example in examples if isinstance(example, _JudgedExample))
+
+
+def _plain(examples: Sequence[ChatExample]) -> Sequence[ChatExample]:
+    """Return the examples as a tuple or on disk, without the pairs or labeled answers that they carry."""
+    if examples and isinstance(examples[0], _JudgedExample):
+        return tuple(map(example_of, _judged(examples)))
+    return as_tuple(examples)
 
 
 def _check_documents(sources: Sequence[str], examples: Sequence[ChatExample], *, wanted: bool) -> None:

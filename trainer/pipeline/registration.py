@@ -20,7 +20,6 @@ from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.tokenized_example import write_tokenized
 from svc.drift_reference.drift_sample import DRIFT_SAMPLE_FILE, draw_drift_sample
 from svc.drift_reference.text_embedding import TEXT_SPACE_FILE, fit_text_space, save_text_space
-from svc.engine.device import NumberType
 from svc.errors import IntegrityError, TrainingError
 from svc.evaluation.evaluator import Evaluation
 from svc.evaluation.forgetting import Forgetting, tracked
@@ -46,7 +45,6 @@ from svc.registry.registry import (
 from svc.sample_size import about, examples_needed, say_detectable
 from svc.terminal import console
 from svc.version import QUANTIZED_FORMATS, SERVED_FORMATS, Format, VersionId
-from trainer.base_model.resolve import Base
 from trainer.data.summary import DATA_SUMMARY_FILE, summarize_data
 from trainer.evaluation.forgetting_check import judge_forgetting
 from trainer.evaluation.qualification import Qualified
@@ -154,21 +152,26 @@ class Registration:
     """Assembles a version from the results of its run's stages.
 
     Args:
-        evaluation: evaluation of the run's models.
-        number_type: data type used in training.
+        evaluation: evaluation of the run's models, which knows the run, its recipe and its base.
         tracking_run: id of the MLflow run.
         machine: machine that ran the stages, or None if this machine ran them.
     """
 
     registry: Registry
-    recipe: Recipe
-    base: Base
     examples: Examples
-    run: Run
     evaluation: RunEvaluation
-    number_type: NumberType
     tracking_run: str
     machine: MachineRecord | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """The run's recipe."""
+        return self.evaluation.recipe
+
+    @property
+    def run(self) -> Run:
+        """The run's folder."""
+        return self.evaluation.run
 
     @cached_property
     def training(self) -> TrainingSummary:
@@ -339,15 +342,14 @@ class Registration:
 
     def _manifest(self, failed: tuple[str, ...], version_id: VersionId, folder: Path) -> Manifest:
         """Return the manifest of a version whose files are already complete in its folder."""
-        trained = self.forgetting.get(Format.MERGED)
-        general_change = trained.difference if trained else None
+        trained, base = self.forgetting.get(Format.MERGED), self.evaluation.base
         return Manifest(
             name=version_id.name,
             number=version_id.number,
             created_at=datetime.now(UTC),
             run=self.run.folder.name,
             tracking_run=self.tracking_run,
-            base=BaseRecord(origin=self.base.origin, revision=self.base.revision, licence=self.base.licence),
+            base=BaseRecord(origin=base.origin, revision=base.revision, licence=base.licence),
             recipe=self.recipe.model_dump(mode="json"),
             data=DataRecord(
                 train_fingerprint=self.examples.train_fingerprint,
@@ -372,8 +374,8 @@ class Registration:
                 self.examples,
                 self.training.points,
                 self.qualified,
-                general_change,
-                width=read_width(self.base.folder),
+                trained.difference if trained else None,
+                width=read_width(base.folder),
             ),
             forgetting=self.forgetting,
             gates=self.gates,
@@ -433,7 +435,7 @@ class Registration:
         training = self.training
         return RunRecord(
             machine=self.machine or MachineRecord.of_this_one(),
-            number_type=self.number_type,
+            number_type=self.evaluation.capabilities.training_type,
             steps=training.steps,
             tokens=training.tokens,
             tokens_per_second=training.tokens_per_second,

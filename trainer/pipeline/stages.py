@@ -8,20 +8,16 @@ measurement is repeated when the limits change.
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-from svc.dataset.schema.example import ChatExample
-from svc.dataset.schema.objective import Objective
-from svc.engine.device import DeviceCapabilities, read_capabilities
+from svc.engine.device import DeviceCapabilities
 from svc.evaluation.endpoint import Endpoint
 from svc.evaluation.judge import JudgeReport, judge_answers
-from svc.evaluation.results import ExampleResult
 from svc.files.lock import hold_lock
-from svc.model_folder.chat_template import choose_template_kwargs
 from svc.model_folder.weight_files import weight_files
 from svc.registry.housekeeping import size_on_disk
 from svc.registry.registry import Registry
@@ -36,7 +32,6 @@ from trainer.estimate.estimate import DeviceEstimate
 from trainer.estimate.memory import moment_bytes
 from trainer.evaluation.qualification import Launch
 from trainer.export.gptq import pick_calibration
-from trainer.model.config import read_width
 from trainer.pipeline.combined_adapter import CombinedAdapter
 from trainer.pipeline.estimate import compare_with_real, estimate_metrics
 from trainer.pipeline.evaluation import Evaluated, RunEvaluation
@@ -50,7 +45,6 @@ from trainer.pipeline.run_stages import Step, run_stages
 from trainer.pipeline.tracked_run import sending_curve, tracked_run
 from trainer.pipeline.trained_adapter import TrainedAdapter, check_fits
 from trainer.pipeline.training_devices import choose_sharding, choose_training_devices
-from trainer.recipe.evaluate import Judge
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import Stage, choose_stages
 from trainer.training.parallel.device_processes import DeviceProcesses
@@ -59,34 +53,6 @@ from trainer.training.parallel.ray_processes import RayProcesses
 from trainer.training.parallel.ray_worker import NodeFacts
 from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
 from trainer.training.summary import TrainingData, TrainingSummary
-
-
-def judge_endpoint(judge: Judge) -> Endpoint | None:
-    """Return the endpoint of the recipe's judge, or None if the recipe names no judge.
-
-    Raises:
-        SettingsError: the URL is not a valid endpoint URL, or other users can read the key file.
-    """
-    return Endpoint.with_key_file(judge.url, judge.model, judge.key_file) if judge.url and judge.model else None
-
-
-def compare_answers(
-    judge: Judge, heldout: Sequence[ChatExample], base: Sequence[ExampleResult], merged: Sequence[ExampleResult]
-) -> JudgeReport:
-    """Let the judge compare the merged model's answers with the base's, and return its report.
-
-    Args:
-        judge: the recipe's judge, which must have a URL and a model.
-        heldout: all held-out examples, starting with the examples that the models answered.
-
-    Raises:
-        SvcError: the judge cannot be reached, or its replies are not valid verdicts.
-    """
-    endpoint = judge_endpoint(judge)
-    assert endpoint is not None  # noqa: S101 - callers make sure that the recipe names a judge
-    before, after = ([result.answer for result in results] for results in (base, merged))
-    asked = heldout[: len(before)]
-    return asyncio.run(judge_answers(endpoint, asked, before, after, title="judging merged against base"))
 
 
 @dataclass(frozen=True)
@@ -109,13 +75,18 @@ class Pipeline:
     recipe: Recipe
     base: Base
     examples: Examples
-    run: Run
     launch: Launch | None = None
     register_failed: bool = False
     expected: DeviceEstimate | None = None
     progress: ProgressFile | None = None
     node: NodeFacts | None = None
     trained: TrainedAdapter | CombinedAdapter | None = None
+
+    @cached_property
+    def run(self) -> Run:
+        """The run's folder. If the recipe was run before, the pipeline continues in the same folder."""
+        digest = self.trained.digest if self.trained else None
+        return Run.of(self.settings.home / "runs", self.recipe, self.base, self.examples, digest)
 
     def train_version(self) -> VersionId:
         """Run all unfinished stages and return the resulting version.
@@ -129,14 +100,10 @@ class Pipeline:
         self.run.folder.mkdir(parents=True, exist_ok=True)
         with hold_lock(self.run.lock, f"the run {self.run.folder.name}"):
             self._reopen_registration()
-            if self.node is None:
-                self._fetch_stored()
-                run_stages(self.run, self._steps(), self.progress)
-            else:
-                with self._on_ray() as cluster:
-                    run_stages(self.run, self._steps_on(cluster), self.progress)
+            with self._cluster() as cluster:
+                run_stages(self.run, self._steps(cluster), self.progress)
             self.run.clean()
-            if self._shared_checkpoints:
+            if self._sends_checkpoints and self._shared_checkpoints:
                 self._shared_checkpoints.remove()
             version = self.run.load(Stage.REGISTER, Registered).version
             if self.progress is not None:
@@ -156,116 +123,78 @@ class Pipeline:
         elif registered.failed and not self.register_failed:
             self.run.begin(Stage.REGISTER)
 
-    @property
-    def _full(self) -> bool:
-        """Whether training writes the complete model instead of an adapter."""
-        return self.recipe.adapter_type is None
+    @contextmanager
+    def _cluster(self) -> Iterator[RayStages | None]:
+        """Connect to the cluster for the duration of the `with` block. A run on this machine instead downloads the
+        weights of stages that ran on a cluster.
+        """
+        shared, objects = self._shared_checkpoints, self.registry.objects
+        if self.node is None:
+            if objects and shared:
+                fetch_stored(self.run, self.recipe, objects, shared)
+            yield None
+            return
+        assert shared is not None  # noqa: S101 - check_ray
+        shared.fetch_tracking()
+        self._tracking_run()
+        with RayStages(self.settings, self._models, shared, self.node) as cluster:
+            cluster.share()
+            yield cluster
 
-    @property
-    def _trained(self) -> Path:
-        """Folder to which training writes its result."""
-        return self.run.merged if self._full else self.run.adapter
-
-    def _steps(self) -> dict[Stage, Step]:
+    def _steps(self, cluster: RayStages | None) -> dict[Stage, Step]:
         """Return the stages that the recipe's formats need, with the disk space that each stage needs.
+
+        A cluster runs all of them except judging and registration. Its nodes check their own disk space, and a complete
+        model stays in the object store.
+        """
+        steps = self._models.steps
+        if cluster is None:
+            train = Step(self._train, self._training_space, (self._trained,))
+        else:
+            steps = {stage: Step(partial(cluster.run, stage)) for stage in steps}
+            train = Step(partial(self._train_on, cluster), 0, () if self._models.is_full else (self._trained,))
+        steps |= {Stage.TRAIN: train, Stage.JUDGE: Step(self._judge), Stage.REGISTER: Step(self._register)}
+        return {stage: steps[stage] for stage in choose_stages(self.recipe)}
+
+    @property
+    def _training_space(self) -> int:
+        """Disk space that training on this machine needs, in bytes.
 
         A full fine-tuning checkpoint contains the weights in float32 and two moments per weight. With AdamW, that is
         six times the size of the base in bf16. In addition to the checkpoints to keep, the disk holds the checkpoint
         being written and the best checkpoint. A resumed run's checkpoints are already on disk.
         """
-        run, size = self.run, sum(path.stat().st_size for path in weight_files(self.base.folder))
+        size = sum(path.stat().st_size for path in weight_files(self.base.folder))
         kept = self.recipe.checkpoints.keep + 1 + self.recipe.stopping.keep_best
         checkpoint = int((4 + moment_bytes(self.recipe.train.optimizer)) / 2 * size)
-        need = size + max(0, kept * checkpoint - size_on_disk(run.checkpoints)) if self._full else size // 4
-        steps = self._models.steps | {
-            Stage.TRAIN: Step(self._train, need, (self._trained,)),
-            Stage.JUDGE: Step(self._judge_pairs),
-            Stage.REGISTER: Step(self._register),
-        }
-        return {stage: steps[stage] for stage in choose_stages(self.recipe)}
+        more = max(0, kept * checkpoint - size_on_disk(self.run.checkpoints))
+        return size + more if self._models.is_full else size // 4
 
-    def _steps_on(self, cluster: RayStages) -> dict[Stage, Step]:
-        """Return the stages that the recipe's formats need, for a run on a cluster. The cluster runs all of them except
-        judging and registration, and its nodes check their own disk space.
-        """
-        outputs = () if self._full else (self._trained,)  # a complete model stays in the object store
-        steps = {stage: Step(partial(cluster.run, stage)) for stage in self._models.steps}
-        steps |= {
-            Stage.TRAIN: Step(partial(self._train_on, cluster), 0, outputs),
-            Stage.JUDGE: Step(self._judge_pairs),
-            Stage.REGISTER: Step(self._register),
-        }
-        return {stage: steps[stage] for stage in choose_stages(self.recipe)}
-
-    @contextmanager
-    def _on_ray(self) -> Iterator[RayStages]:
-        """Connect to the cluster for the duration of the `with` block."""
-        shared = self._shared_checkpoints
-        assert shared is not None  # noqa: S101 - see the property
-        shared.fetch_tracking()
-        self._tracking_run()
-        assert self.node is not None  # noqa: S101 - the caller
-        with RayStages(self.settings, self._models, shared, self.node) as cluster:
-            cluster.share()
-            yield cluster
-
-    def _fetch_stored(self) -> None:
-        """Download the weights of stages that ran on a cluster, so that the run continues on this machine."""
-        if (objects := self.registry.objects) is not None:
-            run = self.run
-            shared = SharedCheckpoints(objects, run.folder.name, run.checkpoints, run.tracking)
-            fetch_stored(run, self.recipe, objects, shared)
-
-    @cached_property
-    def _models(self) -> ModelStages:
-        quantize, train = self.recipe.quantize, self.recipe.train
-        picked = pick_calibration(self.examples.train, quantize.samples, train.seed)
-        return ModelStages(self.recipe, self._evaluation, picked)
-
-    @cached_property
-    def _evaluation(self) -> RunEvaluation:
-        recipe = self.recipe
-        return RunEvaluation(
-            settings=self.settings,
-            capabilities=self.capabilities,
-            base=self.base,
-            run=self.run,
-            heldout=self.examples.heldout,
-            questions=self.examples.questions,
-            formats=recipe.formats,
-            options=recipe.evaluate,
-            qualify=recipe.qualify,
-            name=recipe.name,
-            template_kwargs=choose_template_kwargs(self.base.folder, recipe.chat_template_kwargs),
-            launch=self.launch,
-            pairs=self.examples.pairs,
-            document_length=recipe.train.max_length if recipe.objective is Objective.TEXT else None,
-        )
+    @property
+    def _trained(self) -> Path:
+        """Folder to which training writes its result."""
+        return self.run.merged if self._models.is_full else self.run.adapter
 
     def _train(self) -> TrainingSummary:
-        if self.trained is not None:
-            return self._import(self.trained)
+        """Train on this machine. If adapters are given, copy or combine them instead, after the same checks."""
+        for part in self.trained.parts if self.trained else ():
+            check_fits(self.base.folder, part)
         self._models.check()
-        return self._train_in(None, self._check_formats())
+        served_length = self._check_formats()
+        if self.trained is None:
+            return self._train_in(None, served_length)
+        self.trained.copy_to(self.run.fresh(self.run.adapter), self.base.folder)
+        return TrainingSummary(steps=0, tokens=0, tokens_per_second=0.0, seconds=0.0)
 
     def _train_on(self, cluster: RayStages) -> RemoteResult:
         """Train on a cluster. With full fine-tuning, the trained model stays in the object store; an adapter is
         downloaded.
         """
-        served_length = self._check_formats()
+        served_length, full = self._check_formats(), self._models.is_full
         cluster.check()
-        with cluster.training(fetches=not self._full) as processes:
+        with cluster.training(fetches=not full) as processes:
             summary = self._train_in(processes, served_length)
-        return RemoteResult(summary, StoredWeights(files=processes.trained) if self._full else None)
-
-    def _import(self, adapter: TrainedAdapter | CombinedAdapter) -> TrainingSummary:
-        """Copy or combine existing adapters, after the same checks as before training."""
-        for part in adapter.parts:
-            check_fits(self.base.folder, part)
-        self._models.check()
-        self._check_formats()
-        adapter.copy_to(self.run.fresh(self.run.adapter), self.base.folder)
-        return TrainingSummary(steps=0, tokens=0, tokens_per_second=0.0, seconds=0.0)
+        return RemoteResult(summary, StoredWeights(files=processes.trained) if full else None)
 
     def _check_formats(self) -> int | None:
         """Check before training that the served formats can be evaluated on the held-out examples. Return the maximum
@@ -273,7 +202,7 @@ class Pipeline:
         """
         if set(self.recipe.formats).isdisjoint(SERVED_FORMATS):
             return None
-        judge_endpoint(self.recipe.judge)
+        self._judge_endpoint()
         self._evaluation.check()
         say_gates(self.recipe, self.examples, self._evaluation.metrics[0])
         return self._evaluation.context
@@ -284,37 +213,41 @@ class Pipeline:
         Args:
             served_length: result of `_check_formats`.
         """
-        trained = cluster.capabilities if cluster else self.capabilities
+        examples, run, recipe = self.examples, self.run, self.recipe
+        number_type = (cluster.capabilities if cluster else self.capabilities).training_type
         processes: TrainingProcesses | None = cluster
-        if cluster is None and (devices := choose_training_devices(self.recipe, self.capabilities)):
+        if cluster is None and (devices := choose_training_devices(recipe, self.capabilities)):
             processes = DeviceProcesses(devices)
-        size = processes.size if processes else 1
-        sharded = choose_sharding(self.recipe, size, trained.training_type, self.expected)
+        sharded = choose_sharding(recipe, processes.size if processes else 1, number_type, self.expected)
         from trainer.training.sft import train_model  # torch and TRL with it
 
-        shared = self._shared_checkpoints
-        if cluster is None and shared and (newest := shared.fetch()):
+        shared = self._shared_checkpoints if cluster is None and self._sends_checkpoints else None
+        if shared and (newest := shared.fetch()):
             console.print(
                 f"  fetched {newest}, written by another machine, from {self.settings.artifacts.url}", markup=False
             )
+        if self.expected is not None:
+            # Not part of the run's stage keys, so another machine may resume the run with a different setting.
+            recipe = recipe.changed({"train.gradient_checkpointing": self.expected.checkpointing})
+        data = TrainingData(
+            examples.train,
+            examples.measured,
+            served_length,
+            examples.judged,
+            examples.measured_judged,
+            examples.train_fingerprint,
+        )
         tracking, run_id = self.registry.tracking, self._tracking_run()
         with tracking.attach(run_id), self._report_to() as report:
             summary = train_model(
                 self.base.folder,
-                TrainingData(
-                    self.examples.train,
-                    self.examples.measured,
-                    served_length,
-                    self.examples.judged,
-                    self.examples.measured_judged,
-                    self.examples.train_fingerprint,
-                ),
-                self._fitted_recipe,
-                self.run.fresh(self._trained),
-                self.run.checkpoints,
+                data,
+                recipe,
+                run.fresh(self._trained),
+                run.checkpoints,
                 report,
-                number_type=trained.training_type,
-                on_checkpoint=shared.send if shared and cluster is None else None,
+                number_type=number_type,
+                on_checkpoint=shared.send if shared else None,
                 processes=processes,
                 sharded=sharded,
                 progress=self.progress,
@@ -325,23 +258,68 @@ class Pipeline:
                 tracking.log_metrics(run_id, estimate_metrics(summary))
         return summary
 
-    @property
-    def _fitted_recipe(self) -> Recipe:
-        """The recipe, with gradient checkpointing enabled if the estimate for this machine requires it. The setting
-        is not part of the run's stage keys, so another machine may resume the run with a different setting.
+    @cached_property
+    def _models(self) -> ModelStages:
+        """The stages between training and judging."""
+        picked = pick_calibration(self.examples.train, self.recipe.quantize.samples, self.recipe.train.seed)
+        return ModelStages(self.recipe, self._evaluation, picked)
+
+    @cached_property
+    def _evaluation(self) -> RunEvaluation:
+        examples = self.examples
+        return RunEvaluation(
+            self.settings,
+            self.capabilities,
+            self.base,
+            self.run,
+            self.recipe,
+            examples.heldout,
+            examples.questions,
+            examples.pairs,
+            self.launch,
+        )
+
+    def _judge_endpoint(self) -> Endpoint | None:
+        """Return the endpoint of the recipe's judge, or None if the recipe names no judge.
+
+        Raises:
+            SettingsError: the URL is not a valid endpoint URL, or other users can read the key file.
         """
-        if self.expected is None:
-            return self.recipe
-        return self.recipe.changed({"train.gradient_checkpointing": self.expected.checkpointing})
+        judge = self.recipe.judge
+        return Endpoint.with_key_file(judge.url, judge.model, judge.key_file) if judge.url and judge.model else None
+
+    def _judge(self) -> JudgeReport:
+        """Let the judge compare the merged model's answers with the base's."""
+        evaluated, endpoint = self.run.load(Stage.EVALUATE, Evaluated), self._judge_endpoint()
+        assert endpoint is not None  # noqa: S101 - choose_stages
+        both = (evaluated.base_results, evaluated.merged.results)
+        before, after = ([result.answer for result in results] for results in both)
+        examples = self.examples.heldout[: len(before)]
+        return asyncio.run(judge_answers(endpoint, examples, before, after, title="judging merged against base"))
+
+    def _register(self) -> Registered:
+        machine = self.node.machine if self.node else None
+        registration = Registration(self.registry, self.examples, self._evaluation, self._tracking_run(), machine)
+        manifest = registration.register(failed_too=self.register_failed)
+        if figures := registration.figures():
+            with self._report_to() as report:
+                report(registration.training.steps, figures)
+        merged = registration.qualified.get(Format.MERGED)
+        if merged and not self.node:  # the evaluations of a cluster's nodes are stored there
+            folder = self.registry.artifact(manifest.id, Format.MERGED)
+            self._evaluation.keep_merged(merged_revision(manifest), folder, merged)
+        return Registered(name=manifest.name, number=manifest.number, failed=manifest.failed)
 
     @cached_property
     def _shared_checkpoints(self) -> SharedCheckpoints | None:
-        """Return the run's checkpoints in the object store, or None if they are only on this machine. For training on
-        Ray, the checkpoints are always in the object store.
-        """
-        if self.registry.objects is None or not (self.node or self.settings.artifacts.checkpoints):
-            return None
-        return SharedCheckpoints(self.registry.objects, self.run.folder.name, self.run.checkpoints, self.run.tracking)
+        """The run's checkpoints in the object store, or None if there is no object store."""
+        run, objects = self.run, self.registry.objects
+        return SharedCheckpoints(objects, run.folder.name, run.checkpoints, run.tracking) if objects else None
+
+    @property
+    def _sends_checkpoints(self) -> bool:
+        """Whether checkpoints are sent to the object store, which is always so for training on Ray."""
+        return self.node is not None or self.settings.artifacts.checkpoints
 
     @contextmanager
     def _report_to(self) -> Iterator[Report]:
@@ -353,31 +331,12 @@ class Pipeline:
             sending_curve(self.registry.tracking, run_id) as send_to_mlflow,
             open_reports(recipe.report_to, run.reports, recipe.name, run.folder.name, recipe.flat()) as others,
         ):
-            reports = (send_to_mlflow, *others)
 
             def report(step: int, figures: Mapping[str, float]) -> None:
-                for send in reports:
+                for send in (send_to_mlflow, *others):
                     send(step, figures)
 
             yield report
-
-    def _judge_pairs(self) -> JudgeReport:
-        answers = self.run.load(Stage.EVALUATE, Evaluated)
-        return compare_answers(self.recipe.judge, self.examples.heldout, answers.base_results, answers.merged.results)
-
-    def _register(self) -> Registered:
-        number_type, tracking_run = self.capabilities.training_type, self._tracking_run()
-        parts = (self.registry, self.recipe, self.base, self.examples, self.run, self._evaluation)
-        registration = Registration(*parts, number_type, tracking_run, self.node.machine if self.node else None)
-        manifest = registration.register(failed_too=self.register_failed)
-        if figures := registration.figures():
-            with self._report_to() as report:
-                report(registration.training.steps, figures)
-        merged = registration.qualified.get(Format.MERGED)
-        if merged and not self.node:  # the evaluations of a cluster's nodes are stored there
-            folder = self.registry.artifact(manifest.id, Format.MERGED)
-            self._evaluation.keep_merged(merged_revision(manifest), folder, merged)
-        return Registered(name=manifest.name, number=manifest.number, failed=manifest.failed)
 
     def _tracking_run(self) -> str:
         """Return the id of the MLflow run that belongs to this run folder."""
@@ -389,37 +348,3 @@ class Pipeline:
             return run_id
 
         return tracked_run(self.run.tracking, start)
-
-
-def open_pipeline(
-    settings: Settings,
-    registry: Registry,
-    recipe: Recipe,
-    examples: Examples,
-    base: Base,
-    *,
-    register_failed: bool = False,
-    expected: DeviceEstimate | None = None,
-    progress: ProgressFile | None = None,
-    node: NodeFacts | None = None,
-    trained: TrainedAdapter | CombinedAdapter | None = None,
-) -> Pipeline:
-    """Return the pipeline for a recipe. If the recipe was run before, the pipeline continues in the same
-    folder.
-
-    Raises:
-        BaseModelError: transformers cannot read the base's config.
-    """
-    recipe = recipe.with_learning_rate(read_width(base.folder))
-    digest = trained.digest if trained else None
-    run = Run.of(settings.home / "runs", recipe, base, examples, digest)
-    capabilities = node.capabilities if node else read_capabilities(settings.home)
-    parts = (settings, capabilities, registry, recipe, base, examples, run)
-    return Pipeline(
-        *parts,
-        register_failed=register_failed,
-        expected=expected,
-        progress=progress,
-        node=node,
-        trained=trained,
-    )

@@ -180,17 +180,20 @@ def _register(settings: "Settings", runner: "TrialRunner", winner: "Values", *, 
     """Run all stages of `svc train` with the winning trial's values, and return the id of the resulting
     version.
     """
+    from svc.engine.device import read_capabilities
     from svc.registry.registry import Registry
     from svc.registry.render import print_version
+    from trainer.model.config import read_width
     from trainer.pipeline.ray_training import check_ray
-    from trainer.pipeline.stages import open_pipeline
+    from trainer.pipeline.stages import Pipeline
     from trainer.sweep.values import with_values
 
     registry = Registry.of(settings)
-    recipe = with_values(runner.recipe, winner)
-    examples = runner.examples.selected
+    recipe = with_values(runner.recipe, winner).with_learning_rate(read_width(runner.base.folder))
     node = check_ray(settings, recipe) if on_ray else None
-    version = open_pipeline(settings, registry, recipe, examples, runner.base, node=node).train_version()
+    capabilities = node.capabilities if node else read_capabilities(settings.home)
+    parts = (settings, capabilities, registry, recipe, runner.base, runner.examples.selected)
+    version = Pipeline(*parts, node=node).train_version()
     if not as_json:
         print_version(registry.manifest(version), registry.folder(version))
     return str(version)

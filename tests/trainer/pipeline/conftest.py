@@ -26,7 +26,6 @@ from trainer.pipeline import evaluation as evaluation_module
 from trainer.pipeline import model_stages as stages_module
 from trainer.pipeline import registration as registration_module
 from trainer.pipeline.examples import Examples
-from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stages import Pipeline
 from trainer.training import sft
 
@@ -75,10 +74,9 @@ def make(tmp_path: Path, tracking: Tracking, stages: Stages, engines: Engines) -
         recipe = make_recipe(**({"name": name, "qualify": {"repeats": 1}} | sections))
         judged = heldout or (make_example("one", "red"), make_example("two", "blue"))
         examples = Examples(TRAIN, judged, fingerprint(TRAIN), fingerprint(judged), (*TRAIN, *judged))
-        run = Run.of(settings.home / "runs", recipe, base, examples)
         registry = Registry(settings.home / "models", tracking)
         chosen = settings.model_copy(update={"engine": engine})
-        return Pipeline(chosen, capabilities, registry, recipe, base, examples, run, engines)
+        return Pipeline(chosen, capabilities, registry, recipe, base, examples, engines)
 
     yield make
     assert engines.running == 0

@@ -11,7 +11,6 @@ from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import TRAIN, Make
 from trainer.pipeline.examples import Examples, fingerprint_judged
-from trainer.pipeline.run_folder import Run
 from trainer.pipeline.stages import Pipeline
 
 pytestmark = pytest.mark.slow
@@ -27,8 +26,7 @@ def with_pairs(pipeline: Pipeline) -> Pipeline:
     train = tuple(PreferencePair(example, make_example(example.question, "no")) for example in TRAIN)
     heldout = tuple(pair.chosen for pair in PAIRS)
     examples: Examples = replace(pipeline.examples, heldout=heldout, judged=train, heldout_judged=PAIRS)
-    run = Run.of(pipeline.settings.home / "runs", pipeline.recipe, pipeline.base, examples)
-    return replace(pipeline, examples=examples, run=run)
+    return replace(pipeline, examples=examples)
 
 
 def margin(weights: str, pair: PreferencePair) -> float:

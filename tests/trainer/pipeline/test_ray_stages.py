@@ -114,13 +114,9 @@ def make_machine(folder: Path, base: Path, examples: list[ChatExample], *formats
         capabilities=AVX512,
         base=of_base,
         run=run,
+        recipe=recipe,
         heldout=heldout,
         questions=None,
-        formats=recipe.formats,
-        options=recipe.evaluate,
-        qualify=recipe.qualify,
-        name=recipe.name,
-        template_kwargs={},
         launch=launch_double,
     )
     return Machine(settings, ModelStages(recipe, evaluation, train))

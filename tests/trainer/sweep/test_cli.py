@@ -91,11 +91,11 @@ def test_sweep_saves_its_results_and_the_winning_recipe(
     assert "winner: learning_rate 0.01" in table.out
     assert "--set train.learning_rate=0.01" in table.out
 
-    def pipeline(settings: Any, registry: Any, winner: Recipe, *others: Any, node: None) -> Any:
+    def pipeline(settings: Any, capabilities: Any, registry: Any, winner: Recipe, *others: Any, node: None) -> Any:
         assert (winner.train.learning_rate, winner.rank) == (won.train.learning_rate, won.rank)
         raise TrainingError("the winner is trained")
 
-    monkeypatch.setattr(stages, "open_pipeline", pipeline)
+    monkeypatch.setattr(stages, "Pipeline", pipeline)
     assert "the winner is trained" in run("sweep", recipe, "--register").err
 
 
