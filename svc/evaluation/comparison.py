@@ -195,12 +195,13 @@ def _by_metric(metric: Metric, one: Answered, other: Answered) -> MetricComparis
         first=metric.estimate(one),
         second=metric.estimate(other),
         difference=difference,
-        direction=_direction(difference, metric.better, differing),
+        direction=Direction.UNDECIDED if differing < _MIN_DIFFERENT else direction_of(difference, metric.better),
     )
 
 
-def _direction(difference: Interval, better: Better, differing: int) -> Direction:
-    if difference.low <= 0 <= difference.high or differing < _MIN_DIFFERENT:
+def direction_of(difference: Interval, better: Better) -> Direction:
+    """Return whether a difference between the second and the first model's results is an improvement."""
+    if difference.low <= 0 <= difference.high:
         return Direction.UNDECIDED
     if better is Better.NEITHER:
         return Direction.DIFFERENT

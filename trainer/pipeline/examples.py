@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -156,14 +157,14 @@ def read_run_examples(
             expected="at least 2",
             todo="lower data.skip",
         )
-    if data.heldout:
-        _refuse_leaks(_Part("training", data.train, train), _Part("held-out", data.heldout, all_heldout))
-    if data.validation:
-        chosen_by = _Part("validation", data.validation, validation)
-        from_training_files = train if data.heldout else join(train, all_heldout)
-        _refuse_leaks(_Part("training", data.train, from_training_files), chosen_by)
-        if data.heldout:
-            _refuse_leaks(chosen_by, _Part("held-out", data.heldout, all_heldout))
+    from_training_files = train if data.heldout else join(train, all_heldout)
+    parts = [
+        _Part("training", data.train, from_training_files),
+        _Part("validation", data.validation or (), validation),
+        _Part("held-out", data.heldout or (), all_heldout),
+    ]
+    for part, other in combinations([part for part in parts if part.files], 2):
+        _refuse_leaks(part, other)
     questions = _questions(recipe.evaluate)
     train = _leave_out(train, questions)
     untrained = (*all_heldout, *validation, *(questions.examples if questions else ()))

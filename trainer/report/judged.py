@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from svc.dataset.schema.example import ChatExample
-from svc.evaluation.comparison import Direction
+from svc.evaluation.comparison import Direction, direction_of
 from svc.evaluation.evaluator import EvaluationReport
 from svc.evaluation.intervals import Interval, paired_difference
 from svc.evaluation.metrics.labels import MacroF1
@@ -108,12 +108,8 @@ class Judged:
         primary = self.rows[0]
         value, before = primary.estimates[model], primary.estimates[other]
         change = self.change(primary.name, other, model)
-        low, high = (change.low, change.high) if change else (value.low - before.high, value.high - before.low)
-        if low <= 0 <= high:
-            outcome = Direction.UNDECIDED
-        else:
-            outcome = Direction.BETTER if (low > 0) == (primary.better is Better.HIGHER) else Direction.WORSE
-        return ModelComparison(model, other, outcome, value, before, change)
+        widest = Interval(value=value.value - before.value, low=value.low - before.high, high=value.high - before.low)
+        return ModelComparison(model, other, direction_of(change or widest, primary.better), value, before, change)
 
     def change(self, metric: str, before: str, after: str) -> Interval | None:
         """Return the paired difference of a metric between two models, or None if it cannot be computed."""
