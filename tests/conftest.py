@@ -4,7 +4,7 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from svc.registry.tracking import Tracking
 from svc.settings.settings import Settings
 from tests.command_line import Svc
 from tests.new_store import new_store
+from tests.object_store import Bucket, running_s3
 from tests.postgresql import SHARED, PostgresServer, running_server
 from tests.tracking_server import TrackingServer
 
@@ -137,6 +138,19 @@ def postgresql_store(postgresql: PostgresServer) -> Store:
     """Return an empty store in PostgreSQL."""
     postgresql.empty()
     return postgresql.store
+
+
+@pytest.fixture(scope="module")
+def new_bucket() -> Iterator[Callable[[], Bucket]]:
+    """Run an S3 server, and yield a function that creates an empty bucket in it."""
+    with running_s3() as new:
+        yield new
+
+
+@pytest.fixture
+def bucket(new_bucket: Callable[[], Bucket]) -> Bucket:
+    """Return an empty bucket of an S3 server."""
+    return new_bucket()
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from sqlalchemy import Engine as Store
 from sqlalchemy import update
 
 from serving.fine_tuning.request_rows import create_job
-from serving.fine_tuning.rows import Job
+from serving.fine_tuning.rows import Job, read_events
+from serving.http.page import Page
 from svc.store.audit import Action, AuditEntry
 from svc.store.statuses import JobStatus
 from svc.store.tables import JobRow
@@ -68,3 +69,9 @@ def change_job(store: Store, id: str, **columns: Any) -> None:
 def end_job(store: Store, id: str, status: JobStatus, at: datetime, **columns: Any) -> None:
     """End a job at a time."""
     change_job(store, id, status=status.value, finished_at=at, **columns)
+
+
+def messages(store: Store, id: str) -> list[str]:
+    """Return the messages of a job's first hundred events, oldest first."""
+    events, _ = read_events(store, id, page=Page(100, newest_first=False))
+    return [event.message for event in events]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from starlette.applications import Starlette
 
 from tests.docs.pages import ROOT
 
@@ -98,3 +99,12 @@ def image() -> dict[str, str]:
     text = re.sub(r"\\\n\s*", " ", (DEPLOY / "docker" / "Dockerfile").read_text("utf-8"))
     lines = [line.removeprefix("ENV ") for line in text.splitlines() if line.startswith("ENV ")]
     return {name: value for line in lines for name, value in re.findall(r"(\w+)=(\S+)", line)}
+
+
+def grace_s() -> int:
+    """Return how long the server waits for running requests after SIGTERM, in seconds."""
+    from serving.server.http_server import HttpServer
+
+    seconds = HttpServer(Starlette(), most=1).config.timeout_graceful_shutdown
+    assert seconds is not None
+    return seconds

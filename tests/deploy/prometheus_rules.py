@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from tests.docs.pages import ROOT
+from tests.docs.pages import ROOT, read
 
 FOLDER = ROOT / "deploy" / "prometheus"
 _STRING = re.compile(r'"[^"]*"')
@@ -67,3 +67,11 @@ def grouped_by(expression: str) -> set[str]:
     """Return the labels named in `by`, `without`, `on` and `ignoring` clauses."""
     lists = re.findall(r"\b(?:by|without|on|ignoring)\s*\(([^)]*)\)", _STRING.sub("", expression))
     return {label.strip() for inside in lists for label in inside.split(",")}
+
+
+PAGE = read("docs/metrics.md")
+EXPORTED = {
+    name: (kind, {label.strip() for label in labels.split(",") if label.strip()})
+    for name, kind, labels in re.findall(r"^\| `(svc_\w+)` \| (\w+) \|([\w, ]*)\|", PAGE, re.MULTILINE)
+}
+RECORDED = {rule["record"] for rule in rules("record")}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.deploy_files import COMPOSE, DEPLOY, compose
+from tests.deploy.deploy_files import COMPOSE, DEPLOY, compose, grace_s
 
 HAS_COMPOSE = (
     shutil.which("docker") is not None
@@ -63,10 +63,8 @@ def test_third_party_services_use_pinned_images_and_listen_on_loopback() -> None
 
 
 def test_compose_stop_timeout_allows_running_requests_to_finish() -> None:
-    from serving.server.http_server import _GRACE_S
-
     for name in ("server-cpu", "server-gpu"):
-        assert int(SERVICES[name]["stop_grace_period"].removesuffix("s")) > 2 * _GRACE_S
+        assert int(SERVICES[name]["stop_grace_period"].removesuffix("s")) > 2 * grace_s()
 
 
 def test_secret_files_are_ignored_by_git() -> None:

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from serving.server.http_server import _GRACE_S
 from svc.errors import InterruptedRunError
-from tests.deploy.deploy_files import KUBERNETES, objects, pod_specs
+from tests.deploy.deploy_files import KUBERNETES, grace_s, objects, pod_specs
 
 BUILT = sorted(path.parent for path in KUBERNETES.rglob("kustomization.yaml") if path.parent.name != "base")
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
@@ -80,7 +79,7 @@ def test_only_the_readiness_probe_depends_on_the_engine_state() -> None:
 
 
 def test_pod_termination_waits_for_running_requests() -> None:
-    assert _server()["terminationGracePeriodSeconds"] > 2 * _GRACE_S
+    assert _server()["terminationGracePeriodSeconds"] > 2 * grace_s()
 
 
 def test_engine_sockets_are_in_a_memory_backed_volume() -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from serving.access.authenticator import Authenticator
+from serving.gateway.authentication import Authentication
+from serving.http.request_state import RequestState
 from serving.server.openapi import openapi_document
 from svc.remote.server_url import LOCK_FILE
 from svc.settings.load import load_settings, setting_keys
@@ -22,9 +25,10 @@ from tests.deploy.deploy_files import (
     pod_containers,
     pod_specs,
 )
-from tests.deploy.test_rule_names import EXPORTED, RECORDED
+from tests.deploy.prometheus_rules import EXPORTED, RECORDED
 from tests.docs.pages import ROOT
 from tests.docs.svc_usage import usage_error
+from tests.new_store import new_store
 
 CONTAINERS = [*compose_services(), *pod_containers()]
 VARIABLES = {ENV_PREFIX + key.upper().replace(".", "__") for key in [*setting_keys(), *Settings.model_fields]}
@@ -72,11 +76,12 @@ def test_every_folder_written_by_a_container_is_on_a_volume() -> None:
     assert missing == []
 
 
-def test_health_probe_paths_require_no_api_key() -> None:
-    from serving.gateway.authentication import _OPEN
-
-    open_paths = PATHS & _OPEN
-    assert [f"{one.where}: {path}" for one in CONTAINERS for path in set(one.probes) - open_paths] == []
+def test_health_probe_paths_require_no_api_key(tmp_path: Path) -> None:
+    authentication = Authentication(Authenticator(new_store(tmp_path)), keys_needed=True, on_failure=print)
+    for one in CONTAINERS:
+        assert PATHS.issuperset(one.probes), one.where
+        for path in one.probes:
+            authentication.check(RequestState("req-1", {}), path)
 
 
 def test_deployed_settings_files_are_accepted() -> None:

@@ -2,20 +2,26 @@
 
 import re
 
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 
-from serving.telemetry.metrics import _BETWEEN_TOKENS_BUCKETS_S, _DURATION_BUCKETS_S, _FIRST_TOKEN_BUCKETS_S
-from tests.deploy.prometheus_rules import grouped_by, groups, matchers, metrics, rules, seconds
-from tests.docs.pages import read, rows
+from serving.protocols.route import Route
+from serving.telemetry.metrics import GatewayMetrics
+from svc.version import Format, Target, VersionId
+from tests.deploy.prometheus_rules import (
+    EXPORTED,
+    PAGE,
+    RECORDED,
+    grouped_by,
+    groups,
+    matchers,
+    metrics,
+    rules,
+    seconds,
+)
+from tests.docs.pages import rows
 
-PAGE = read("docs/metrics.md")
-EXPORTED = {
-    name: (kind, {label.strip() for label in labels.split(",") if label.strip()})
-    for name, kind, labels in re.findall(r"^\| `(svc_\w+)` \| (\w+) \|([\w, ]*)\|", PAGE, re.MULTILINE)
-}
-RECORDED = {rule["record"] for rule in rules("record")}
 SCRAPED = {"job", "namespace", "instance"}  # added by Prometheus
 ENGINE = {"model", "version", "replica"}  # added by the server to vLLM's metrics
 RULES = rules("alert") + rules("record")
@@ -96,23 +102,25 @@ def test_server_faults_are_429_and_5xx_responses_except_for_per_key_rate_limits(
 
 
 def test_every_latency_objective_matches_a_histogram_bucket_boundary() -> None:
-    histograms = {
-        "svc_time_to_first_token_seconds": _FIRST_TOKEN_BUCKETS_S,
-        "svc_time_between_tokens_seconds": _BETWEEN_TOKENS_BUCKETS_S,
-        "svc_request_duration_seconds": _DURATION_BUCKETS_S,
-    }
+    registry, served = CollectorRegistry(), Target(VersionId("tiny", 1), Format.MERGED)
+    observed = GatewayMetrics(registry)
+    observed.first_token(served, 1.0)
+    observed.between_tokens(served)(1.0)
+    observed.request_ended(served, Route.CHAT_COMPLETIONS, 200, 1.0)
+    pages = [generate(registry).decode() for generate in (generate_latest, generate_openmetrics)]
     records = rules("record")
-    for metric, buckets in histograms.items():
-        registry = CollectorRegistry()
-        Histogram(metric, "As the server's", buckets=buckets, registry=registry)
+    for metric in (
+        "svc_time_to_first_token_seconds",
+        "svc_time_between_tokens_seconds",
+        "svc_request_duration_seconds",
+    ):
         read = [one for rule in records for one in matchers(rule["expr"]) if one[:2] == (f"{metric}_bucket", "le")]
         objectives = {value for _, _, value in read}
         if metric == "svc_time_to_first_token_seconds":  # the only one that a model can have of its own
             objectives |= {rule["labels"]["le"] for rule in records if "le" in rule.get("labels", {})}
         assert objectives, metric
-        for generate in (generate_latest, generate_openmetrics):
-            written = re.findall(r'le="([^"]+)"', generate(registry).decode())
-            assert objectives <= set(written), metric
+        for page in pages:
+            assert objectives <= set(re.findall(rf'^{metric}_bucket{{.*?\ble="([^"]+)"', page, re.MULTILINE)), metric
 
 
 def test_rules_with_long_windows_are_evaluated_less_often_but_frequently_enough_to_avoid_gaps() -> None:

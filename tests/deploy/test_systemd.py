@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from serving.server import systemd_notify
-from serving.server.http_server import _GRACE_S
 from svc.errors import NotFoundError, SettingsError
 from svc.settings.load import load_settings
 from svc.settings.settings import Settings
+from tests.deploy.deploy_files import grace_s
 from tests.docs.pages import ROOT
 from tests.docs.svc_usage import usage_error
 
@@ -69,7 +69,7 @@ def test_stopping_the_systemd_unit_kills_only_the_server_process() -> None:
 
 
 def test_systemd_stop_timeout_allows_running_requests_to_finish() -> None:
-    assert int(unit("tuneserve.service")["Service"]["TimeoutStopSec"]) > 2 * _GRACE_S
+    assert int(unit("tuneserve.service")["Service"]["TimeoutStopSec"]) > 2 * grace_s()
 
 
 def test_start_and_watchdog_timeouts_exceed_the_notification_interval() -> None:

@@ -18,7 +18,7 @@ from sqlalchemy import Engine as Store
 
 from examples.load import Load
 from examples.service import svc, svc_json, wait_until_ready
-from svc.engine.orphans import find_engine
+from svc.engine.orphans import find_engine, runs
 from svc.engine.vllm.folders import state_folders
 from svc.registry.manifest import MANIFEST_FILE
 from svc.registry.registry import Registry
@@ -173,6 +173,15 @@ class Instance:
                 time.sleep(0.01)
         raise AssertionError(f"not so after {timeout_s} s: {status}")
 
+    def long_answer(self, *, again: bool = False) -> "subprocess.Popen[bytes]":
+        """Run a client that reads one long answer, or several in succession if `again` is set."""
+        body = '{"model": "tiny", "prompt": "a", "max_tokens": 900, "stream": true, "ignore_eos": true}'
+        ask = f"curl -sN {self.url}/v1/completions -H 'content-type: application/json' -d '{body}'"
+        command = f"while {ask}; do :; done" if again else ask
+        client = subprocess.Popen(["bash", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.until(lambda status: status["requests"]["running"])
+        return client
+
     def answers(self, model: str = "tiny") -> list[tuple[str, str]]:
         """Return the answering version and the text for each prompt."""
         answers = []
@@ -253,3 +262,12 @@ def figures(load: Load, swap: Any) -> str:
         f"{swap['kind']}: {swap['took_s']:.1f} s, {swap['running']} running, queued {queued}; {len(seconds)} answers, "
         f"longest extra wait {max(seconds) - median(seconds):.2f} s, {len(load.failed)} failed"
     )
+
+
+def is_engine(process: psutil.Process) -> bool:
+    """Return whether a process is a running vLLM process."""
+    try:
+        line = " ".join(process.cmdline())
+        return runs(process) and ("vllm.entrypoints" in line or line.startswith("VLLM::"))
+    except psutil.Error:
+        return False

@@ -21,7 +21,7 @@ from svc.engine.orphans import runs
 from svc.store.desired import read_desired
 from svc.store.swaps import SwapOutcome
 from tests.e2e.conftest import PROMPTS, Report
-from tests.e2e.instance import Instance, copy_model, core_of, group
+from tests.e2e.instance import Instance, copy_model, core_of, group, is_engine
 
 pytestmark = [pytest.mark.matrix]
 
@@ -170,7 +170,7 @@ def at(instance: Instance, moment: Moment) -> tuple["subprocess.Popen[bytes] | N
         case Moment.IDLE:
             return None, None
         case Moment.DRAINING:
-            long = long_answer(instance)
+            long = instance.long_answer()
             promotion = instance.try_to_promote("tiny@2")
             instance.until(lambda status: any(engine["state"] == "draining" for engine in status["engines"]))
             return promotion, long
@@ -186,20 +186,9 @@ def at(instance: Instance, moment: Moment) -> tuple["subprocess.Popen[bytes] | N
         case Moment.RETIRING:
             promotion = instance.try_to_promote("tiny@2", "--format", "merged")
             instance.until(lambda status: any(engine["state"] == "starting" for engine in status["engines"]))
-            long = long_answer(instance, again=True)
+            long = instance.long_answer(again=True)
             instance.until(lambda status: any(engine["state"] == "retiring" for engine in status["engines"]))
             return promotion, long
-
-
-def long_answer(instance: Instance, *, again: bool = False) -> "subprocess.Popen[bytes]":
-    """Run a client that reads one long answer, or several in succession if `again` is set."""
-    body = '{"model": "tiny", "prompt": "a", "max_tokens": 900, "stream": true, "ignore_eos": true}'
-    url = f"{instance.url}/v1/completions"
-    ask = f"curl -sN {url} -H 'content-type: application/json' -d '{body}'"
-    command = f"while {ask}; do :; done" if again else ask
-    client = subprocess.Popen(["bash", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    instance.until(lambda status: status["requests"]["running"])
-    return client
 
 
 def kill(instance: Instance, engine: psutil.Process, killed: Killed) -> None:
@@ -214,15 +203,6 @@ def kill(instance: Instance, engine: psutil.Process, killed: Killed) -> None:
         process.kill()
     if killed in (Killed.GATEWAY, Killed.ALL):
         instance.end(signal.SIGKILL)
-
-
-def is_engine(process: psutil.Process) -> bool:
-    """Return whether a process is a running vLLM process."""
-    try:
-        line = " ".join(process.cmdline())
-        return runs(process) and ("vllm.entrypoints" in line or line.startswith("VLLM::"))
-    except psutil.Error:
-        return False
 
 
 def settled(status: Any) -> bool:

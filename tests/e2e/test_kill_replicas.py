@@ -14,8 +14,7 @@ import pytest
 from svc.engine.orphans import runs
 from svc.store.swaps import SwapOutcome
 from tests.e2e.conftest import PROMPTS, Report
-from tests.e2e.instance import Instance, core_of, group
-from tests.e2e.test_kill_matrix import is_engine
+from tests.e2e.instance import Instance, core_of, group, is_engine
 
 pytestmark = [pytest.mark.matrix]
 

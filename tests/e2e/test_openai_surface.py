@@ -16,8 +16,8 @@ from svc.engine.vllm.folders import socket_folder
 from svc.engine.vllm.launch import SOCKET_FILE
 from svc.store.database import open_database
 from svc.store.tables import RequestRow
+from tests.builders.routes import CLOSED, OURS
 from tests.e2e.server import Server
-from tests.serving.server.test_closed_routes import CLOSED, OURS
 
 pytestmark = [pytest.mark.slow]
 

@@ -15,10 +15,10 @@ import pytest
 from svc.engine.orphans import runs
 from svc.errors import SwapError
 from svc.store.rollouts import RolloutOutcome, RolloutState
+from tests.builders.live_rollouts import PLAN, Users, latest, wait_for_state
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import ANY_QUALITY, Instance
 from tests.e2e.json_versions import prompts
-from tests.e2e.test_rollout import PLAN, Users, latest, wait_for_state
 from tests.ray_cluster import RayNodes, actors, running_cluster
 
 pytestmark = [pytest.mark.slow]

@@ -12,10 +12,10 @@ import pytest
 
 from serving.rollout.shadow_pairs import read_shadow_pairs
 from svc.store.rollouts import RolloutOutcome, find_rollout
+from tests.builders.live_rollouts import SETTINGS, Users, latest, python_path
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance
 from tests.e2e.json_versions import prompts
-from tests.e2e.test_rollout import SETTINGS, Users, latest, python_path
 
 pytestmark = [pytest.mark.matrix]
 

@@ -15,7 +15,6 @@ from svc.store.desired import read_desired
 from svc.store.swaps import SwapOutcome, find_swap
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import Instance
-from tests.e2e.test_kill_matrix import long_answer
 
 pytestmark = [pytest.mark.matrix]
 
@@ -57,7 +56,7 @@ def test_rollback_during_a_rollout_takes_effect_within_two_seconds(
 ) -> None:
     instance.until(lambda status: {engine["state"] for engine in status["engines"]} == {"ready"})
     engines, expected = instance.engines(), instance.answers()
-    long = long_answer(instance) if state == "draining" else None
+    long = instance.long_answer() if state == "draining" else None
     with Load(instance.url, "tiny", PROMPTS, streams=2) as load:
         promotion = instance.try_to_promote(*arguments)
         instance.until(lambda status: any(engine["state"] == state for engine in status["engines"]))

@@ -20,11 +20,11 @@ from serving.models.server_views import server_views
 from svc.settings.settings import Settings
 from svc.store.database import open_store
 from svc.store.rollouts import RolloutOutcome, RolloutRecord, RolloutState, find_rollout
+from tests.builders.live_rollouts import PLAN, Users
 from tests.cut_link import Link
 from tests.e2e.conftest import PROMPTS, Report
 from tests.e2e.instance import ANY_QUALITY, Instance
 from tests.e2e.json_versions import prompts
-from tests.e2e.test_rollout import PLAN, Users
 from tests.object_store import Bucket, Fault, running_s3
 from tests.postgresql import PostgresServer
 

@@ -40,6 +40,13 @@ async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
+async def live(service: Service) -> AsyncIterator[httpx.AsyncClient]:
+    """Yield a client that calls the service through a real server."""
+    async with service.socket_client() as client:
+        yield client
+
+
+@pytest.fixture
 def memory_folder() -> Iterator[Path]:
     """Yield a folder in memory, because the store and the manifests sync every write."""
     memory = Path("/dev/shm")

@@ -136,12 +136,12 @@ class EngineDouble:
     dead: bool = False
     die: Callable[[], None] = lambda: None
     """Kills the engine as SIGKILL would. Set by `running_engine`."""
-    _cached_weights: str = ""
+    cached_weights: str = ""
     _in_use: Counter[str] = field(default_factory=Counter)
     _first_use: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._cached_weights = self.weights
+        self.cached_weights = self.weights
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
@@ -176,7 +176,7 @@ class EngineDouble:
             if self.running or self.stuck_resets > 0:
                 self.stuck_resets -= 1
                 return {"success": False}
-            self._cached_weights = self.weights
+            self.cached_weights = self.weights
             return {"success": True}
         listed: list[dict[str, Any]] = [{"id": self.name, "object": "model", "parent": None}]
         listed += [{"id": name, "object": "model", "parent": self.name} for name in self.adapters]
@@ -200,7 +200,7 @@ class EngineDouble:
         if self.sleepless:
             await _error(request._send, 500, "CUDA error: out of memory", kind="InternalServerError")
         else:
-            self.asleep, self._cached_weights = True, self.weights
+            self.asleep, self.cached_weights = True, self.weights
             await _json(request._send, 200, {"status": "sleeping", "level": 1})
 
     async def _wake(self, send: Send) -> None:
@@ -233,7 +233,7 @@ class EngineDouble:
         else:
             await _json(send, 200, "Success")
 
-    def _weights_of(self, model: str) -> str:
+    def weights_of(self, model: str) -> str:
         """Return the weights that answer for a model. For an adapter, these are the merged weights of its version.
         A name that is reused gets what the prefix cache contains from its first use.
         """
@@ -327,7 +327,7 @@ class EngineDouble:
             if self.message and "message" in choice:
                 choice["message"] |= self.message
             if body.get("prompt_logprobs") is not None:
-                choice["prompt_logprobs"] = self._prompt_logprobs(body["prompt"], body["model"])
+                choice["prompt_logprobs"] = self.prompt_logprobs(body["prompt"], body["model"])
         await _json(send, 200, answer)
 
     async def _stream(self, send: Send, body: dict[str, Any], wire: Wire) -> None:
@@ -376,8 +376,8 @@ class EngineDouble:
                 self.delayed += 1
                 await asyncio.sleep(self.token_delay_s)
             # Asked for each token: weights that change under a running answer show in it.
-            stale = "" if self._cached_weights == self.weights else "stale-"
-            yield f"{stale}{self.label(self._weights_of(body['model']))}.{index} "
+            stale = "" if self.cached_weights == self.weights else "stale-"
+            yield f"{stale}{self.label(self.weights_of(body['model']))}.{index} "
 
     def _counts(self, body: dict[str, Any]) -> Counts:
         longest = body.get("max_tokens") or body.get("max_output_tokens") or self.tokens
@@ -385,7 +385,7 @@ class EngineDouble:
 
     def _logprobs(self, words: list[str], start: int, model: str) -> list[float]:
         """Return the log-probabilities of an answer's tokens. Scoring its text as a prompt gives the same ones."""
-        weights = self._weights_of(model)
+        weights = self.weights_of(model)
         return [
             logprob_of(weights, _token_id(word.strip()), at) + self.probe_noise
             for at, word in enumerate(words, start=start)
@@ -396,8 +396,8 @@ class EngineDouble:
         cut = self.finish_reason == "stop" and longest and longest <= self.tokens
         return "length" if cut else self.finish_reason
 
-    def _prompt_logprobs(self, prompt: list[int], model: str) -> list[dict[str, Any] | None]:
-        weights = self._weights_of(model)
+    def prompt_logprobs(self, prompt: list[int], model: str) -> list[dict[str, Any] | None]:
+        weights = self.weights_of(model)
         first: list[dict[str, Any] | None] = [None]
         return first + [
             {str(token): {"logprob": logprob_of(weights, token, position) + self.probe_noise, "rank": 1}}

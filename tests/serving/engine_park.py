@@ -141,8 +141,8 @@ class DoubleEngine:
         self.double.die = self.kill
         self.client = EngineClient.of(self.address, name)
         self.plan: list[dict[str, Any]] | None = PLAN
-        self._server: SocketServer | None = None
-        self._ended = asyncio.Event()
+        self.server: SocketServer | None = None
+        self.ended = asyncio.Event()
         self.alive = False
         self.capabilities = park.capabilities(model)
         self.stops = 0
@@ -179,7 +179,7 @@ class DoubleEngine:
         try:
             await server.start()
         finally:  # it listens, even if the start was cancelled
-            self._server = server
+            self.server = server
             if not self.alive:  # killed during the start
                 server.kill()
 
@@ -191,7 +191,7 @@ class DoubleEngine:
     async def adopt(self) -> None:
         """Take over the engine that was left running."""
         orphan = self._park.left.pop(self.replica)
-        self.double, self._server, self._ended, self.alive = orphan.double, orphan._server, orphan._ended, True
+        self.double, self.server, self.ended, self.alive = orphan.double, orphan.server, orphan.ended, True
         self.double.die = self.kill
         orphan.alive = False
         self._park.engines.append(self)
@@ -223,21 +223,21 @@ class DoubleEngine:
         """Stop the engine as SIGKILL would."""
         self.double.dead = True
         self.alive = False
-        if self._server:
-            self._server.kill()
-        self._ended.set()
+        if self.server:
+            self.server.kill()
+        self.ended.set()
 
     async def wait(self) -> int:
         """Wait until the engine exits, and return its exit code."""
-        await self._ended.wait()
+        await self.ended.wait()
         return KILLED
 
     async def stop(self) -> None:
         """Stop the engine if it is running."""
         self.stops += 1
         self.kill()
-        if self._server:
-            await self._server.stop()
+        if self.server:
+            await self.server.stop()
         await self.client.close()
 
 

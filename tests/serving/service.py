@@ -51,6 +51,8 @@ CONTEXT = 2048
 ONE = Target(VersionId(NAME, 1), Format.MERGED)
 TWO = Target(VersionId(NAME, 2), Format.GPTQ)
 CHAT: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}
+STREAM = {**CHAT, "stream": True}
+CHAT_PATH = "/v1/chat/completions"
 
 
 class Leases(Protocol):
@@ -286,3 +288,19 @@ class Service:
     def count(self, name: str, **labels: str) -> float:
         """Return the value of a metric sample, or 0 if it does not exist."""
         return self.registry.get_sample_value(name, labels) or 0.0
+
+    def failed(self, reason: str, model: str = NAME, version: str = "1") -> float:
+        """Return how many requests to a version failed for a reason."""
+        return self.count("svc_request_errors_total", model=model, version=version, reason=reason)
+
+    def failed_anywhere(self, reason: str) -> float:
+        """Return how many requests failed for a reason, counting both versions and requests without a version."""
+        versions = ((NAME, "1"), (NAME, "2"), (NAME, ""), ("unknown", ""))
+        return sum(self.failed(reason, model, version) for model, version in versions)
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """Return the error in a response, after checking its fields."""
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return dict(error)

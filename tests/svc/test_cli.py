@@ -12,9 +12,9 @@ import pytest
 from svc import cli
 from svc.dataset.readers.reader import write_examples
 from svc.errors import SvcError
+from tests.builders.error_types import kinds
 from tests.command_line import Svc
 from tests.svc.chats import chat
-from tests.svc.test_errors import kinds
 
 HEAVY = ("torch", "transformers", "vllm")
 NOT_FOR_HELP = (*HEAVY, "mlflow", "fastapi", "sklearn", "scipy")

@@ -1,17 +1,8 @@
 """Tests that every error says what is wrong, what was expected and what to do, and has a stable exit code."""
 
-from collections.abc import Iterator
-
 from svc import errors
 from svc.errors import DataError, ProbeError, SvcError
-
-
-def kinds(root: type[SvcError] = SvcError) -> Iterator[type[SvcError]]:
-    """Yield all subclasses of an error that svc/errors.py defines. Other packages define more."""
-    for kind in root.__subclasses__():
-        if kind.__module__ == errors.__name__:
-            yield kind
-            yield from kinds(kind)
+from tests.builders.error_types import kinds
 
 
 def test_error_text_states_the_problem_and_what_was_expected_and_what_to_do() -> None:

@@ -13,10 +13,10 @@ from svc.registry.registry import REFERENCE_FOLDER, Registry, results_file
 from svc.remote.server_url import LOCK_FILE as SERVER_LOCK
 from svc.store.audit import read_events
 from svc.store.desired import change_desired
+from tests.builders.status_pages import SERVER, STATE, serving
 from tests.command_line import Ended, Svc
 from tests.monitoring.drift.conftest import Check
 from tests.monitoring.drift.traffic import Traffic, prompts, register, target
-from tests.monitoring.test_cli import SERVER, STATE, serving
 
 pytestmark = pytest.mark.slow
 

@@ -2,44 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from monitoring.drift.quality import Figures, Quality, QualityReport, judge, read_quality
-from svc.engine.probes import EngineFacts
 from svc.registry.registry import Registry
-from svc.store.holdouts import HoldoutCause, HoldoutOutcome, HoldoutRun, add_holdout_run
+from svc.store.holdouts import HoldoutOutcome, add_holdout_run
+from tests.builders.holdout_runs import NOW, run
 from tests.monitoring.drift.traffic import open_registry, register, target
 from tests.new_store import new_store
-from tests.serving.versions import FACTS, OTHER_FACTS
+from tests.serving.versions import OTHER_FACTS
 
 pytestmark = pytest.mark.slow
-
-NOW = datetime(2026, 11, 2, tzinfo=UTC)
 
 
 def figures(nll: Sequence[float], hits: Sequence[bool], weight: Sequence[float] = ()) -> dict[int, Figures]:
     columns = zip(nll, hits, weight or [1.0] * len(nll), map(float, hits), strict=True)
     return {place: Figures(*column) for place, column in enumerate(columns)}
-
-
-def run(nll: Sequence[float], hits: Sequence[bool], engine: EngineFacts = FACTS) -> HoldoutRun:
-    return HoldoutRun(
-        target=target(),
-        engine=engine,
-        cause=HoldoutCause.SWAP,
-        started_at=NOW,
-        ended_at=NOW,
-        outcome=HoldoutOutcome.COMPLETED,
-        places=tuple(range(len(nll))),
-        hits=tuple(hits),
-        nll=tuple(nll),
-        metric="exact_match",
-        scores=tuple(map(float, hits)),
-    )
 
 
 def quality(change: Sequence[float], hits: Sequence[bool], hits_now: Sequence[bool]) -> Quality:

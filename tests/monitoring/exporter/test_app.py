@@ -21,8 +21,8 @@ from svc.files.lock import hold_lock
 from svc.identity.key_secret import new_secret
 from svc.registry.registry import Registry
 from svc.remote.server_url import LOCK_FILE, ServerAddress
+from tests.builders.status_pages import serving
 from tests.monitoring.exporter.tracked_runs import RUN, TrackedRuns
-from tests.monitoring.test_cli import serving
 from tests.new_store import new_store
 from tests.serving.versions import make_version
 

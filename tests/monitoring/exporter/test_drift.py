@@ -18,7 +18,7 @@ from svc.store.desired import change_desired
 from svc.store.holdouts import HoldoutOutcome, add_holdout_run
 from svc.store.leases import Lease
 from svc.version import Target
-from tests.monitoring.drift.test_quality import run
+from tests.builders.holdout_runs import run
 from tests.monitoring.drift.traffic import NAME, Traffic, open_registry, prompts, register, target
 from tests.new_store import new_store
 

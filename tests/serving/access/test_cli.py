@@ -101,7 +101,7 @@ def test_keys_are_listed_without_secrets(svc: Svc) -> None:
     assert "ci" in plain.out and made["key_id"] in plain.out and "concurrent 4" in plain.out
     (row,) = json.loads(rows.out)
     assert row == {key: value for key, value in made.items() if key != "secret"} | {"last_used": None}
-    (key,) = authenticator()._keys.values()
+    (key,) = read_keys(open_database(Path(".svc")))
     for ended in (plain, rows):
         assert made["secret"][12:] not in ended.out + ended.err
         assert key.hash not in ended.out + ended.err

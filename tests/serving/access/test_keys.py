@@ -12,7 +12,7 @@ import httpx
 import pytest
 from sqlalchemy import Engine as Store
 
-from serving.access.keyring import IssuedKey, Keyring
+from serving.access.keyring import Keyring
 from serving.access.usage import Usage, UsageOf, add_usage, hour_of
 from serving.server import server
 from serving.telemetry.usage_writer import UsageWriter
@@ -21,16 +21,13 @@ from svc.identity.principal import Limits, Scope
 from svc.remote.server_url import ServerAddress, server_address
 from svc.settings.serve import ServeSettings
 from tests.builders.actors import ALICE
+from tests.builders.commands import type_in
+from tests.builders.keys import make_key
 from tests.serving.control import BODY, ask, until
 from tests.serving.home import Home
-from tests.serving.server.test_cli import type_in
 from tests.serving.versions import NAME
 
 pytestmark = pytest.mark.slow
-
-
-def make_key(home: Home, *scopes: Scope) -> IssuedKey:
-    return Keyring(home.store, ALICE).create(frozenset(scopes or {Scope.INFER}))
 
 
 @pytest.fixture

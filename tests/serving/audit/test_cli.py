@@ -17,8 +17,8 @@ from svc.store.rollouts import RolloutOutcome, begin_rollout, end_rollout, store
 from svc.version import Format, Target, VersionId
 from tests.builders.actors import ALICE
 from tests.builders.requests import RECORD, kept
+from tests.builders.signals import LOSS
 from tests.command_line import Svc
-from tests.serving.audit.test_history import LOSS
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry, record_event
 from svc.store.desired import Desired, change_desired
 from svc.store.leases import report_server
-from svc.store.rollouts import RolloutOutcome, SignalRow, begin_rollout, end_rollout, store_signals
+from svc.store.rollouts import RolloutOutcome, begin_rollout, end_rollout, store_signals
 from svc.version import Format, Target, VersionId
 from tests.builders.actors import ALICE
+from tests.builders.signals import LOSS
 
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
@@ -59,9 +60,6 @@ def test_history_does_not_attribute_a_server_startup_to_an_unrelated_version_rem
     begin_serving(store, Desired(target(1), None, 1), Began.START)
     record_event(store, AuditEntry(Action.REMOVE_VERSION, "tickets@9", ALICE, details={"generation": 1}))
     assert read_history(store, "tickets")[0]["action"] is None
-
-
-LOSS = SignalRow("invalid", "failed", production=0.0, candidate=0.3, low=0.1, high=0.5, margin=0.01, units=90)
 
 
 def test_history_shows_a_rollout_and_its_verdicts_between_the_versions_served_before_and_after(store: Store) -> None:

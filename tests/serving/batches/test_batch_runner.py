@@ -4,7 +4,6 @@ import asyncio
 import errno
 import json
 import os
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -44,19 +43,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_run, "_pause_s", lambda answer, pauses: 0.01)
     monkeypatch.setattr(batch_run, "RETRY_S", 0.01)
     monkeypatch.setattr(progress, "RETRY_S", 0.01)
-
-
-@pytest.fixture
-async def service(socket_folder: Path, store: Store) -> AsyncIterator[BatchService]:
-    service = BatchService(socket_folder, store=store)
-    async with service.run():
-        yield service
-
-
-@pytest.fixture
-async def client(service: BatchService) -> AsyncIterator[AsyncOpenAI]:
-    async with service.official() as client:
-        yield client
 
 
 async def in_progress(client: AsyncOpenAI, id: str, completed: int) -> Batch:

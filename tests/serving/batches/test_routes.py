@@ -1,7 +1,6 @@
 """Tests the endpoints for batches with the official client. The answers are tested in tests/serving/batches."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,6 @@ from tests.serving.batches.batch_service import CHAT_PATH, BatchService, line, l
 from tests.serving.fine_tuning.fine_tuning_service import strict
 
 WINDOW: dict[str, Any] = {"completion_window": "24h"}
-
-
-@pytest.fixture
-async def service(socket_folder: Path, store: Store) -> AsyncIterator[BatchService]:
-    service = BatchService(socket_folder, store=store)
-    async with service.run():
-        yield service
-
-
-@pytest.fixture
-async def client(service: BatchService) -> AsyncIterator[AsyncOpenAI]:
-    async with service.official() as client:
-        yield client
 
 
 async def raw(client: AsyncOpenAI, path: str = "", **query: Any) -> Any:

@@ -13,8 +13,8 @@ from svc.settings.serve import SwapChoice
 from svc.store.desired import change_desired
 from svc.store.swaps import SwapOutcome
 from svc.version import Format
+from tests.builders.adapters import BOTH, adapter, ask, numbers, versions
 from tests.serving.control import BODY, Control, Make, until
-from tests.serving.engines.test_adapters import BOTH, adapter, ask, numbers, versions
 from tests.serving.home import Home
 from tests.serving.keyed import principal
 from tests.serving.versions import NAME, make_version

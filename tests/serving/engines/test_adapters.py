@@ -6,7 +6,6 @@ import shutil
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import pytest
 from starlette.responses import JSONResponse
 from starlette.types import Message, Send
@@ -20,25 +19,14 @@ from svc.settings.serve import SwapChoice
 from svc.store.desired import change_desired
 from svc.store.swaps import SwapKind, SwapOutcome
 from svc.version import Format, VersionId
+from tests.builders.adapters import BOTH, adapter, ask, numbers, versions
 from tests.serving.control import BODY, Control, Load, Make, until
 from tests.serving.engine_double import EngineDouble, Fault
 from tests.serving.home import Home
-from tests.serving.versions import FACTS, NAME, base_folder, make_version, target
+from tests.serving.versions import FACTS, NAME, base_folder, make_version
 from tests.serving.vllm_wire import CompletionsWire, Wire
 
 pytestmark = pytest.mark.slow
-
-BOTH = (Format.MERGED, Format.ADAPTER)
-
-
-def adapter(number: int) -> Any:
-    return target(number, Format.ADAPTER)
-
-
-def versions(control: Control, *numbers: int, **said: Any) -> None:
-    """Register additional versions."""
-    for number in numbers:
-        make_version(control.registry, number, formats=BOTH, **said)
 
 
 @pytest.fixture
@@ -46,19 +34,6 @@ async def served(make: Make) -> AsyncIterator[Control]:
     """Yield a server with version 1 in production as an adapter. At most two adapters are loaded."""
     async with make(format=Format.ADAPTER, adapters=AdapterSettings(max_loaded=2)).run() as control:
         yield control
-
-
-async def ask(client: httpx.AsyncClient, model: str, **said: Any) -> tuple[int, str, str]:
-    """Return the response status, the version in the header, and the number in the text or the error code."""
-    answer = await client.post("/v1/chat/completions", json=BODY | {"model": model} | said)
-    body = answer.json()
-    text = body["error"]["code"] if "error" in body else body["choices"][0]["message"]["content"].partition(".")[0]
-    return answer.status_code, answer.headers.get("x-model-version", ""), text
-
-
-def numbers(double: EngineDouble) -> list[int]:
-    """Return the version numbers that an engine has loaded."""
-    return sorted(int(folder.split("/")[-2]) for folder in double.adapters.values())
 
 
 async def test_engine_loads_the_base_model_and_serves_the_production_adapter_under_the_model_name(
@@ -222,7 +197,7 @@ async def test_adapter_that_fails_verification_is_unloaded_before_it_answers_a_r
 async def test_version_is_rejected_if_the_engine_does_not_apply_its_adapter(served: Control) -> None:
     """The engine then answers like the base, whose log-probabilities can be within half a nat of the version's."""
     versions(served, 4, probes_of=served.double.weights, noise=0.1)
-    served.double._weights_of = lambda model: served.double.weights  # type: ignore[method-assign]
+    served.double.weights_of = lambda model: served.double.weights  # type: ignore[method-assign]
     async with served.client() as client:
         assert (await ask(client, f"{NAME}@4"))[::2] == (503, "engine_adapter_failed")
 

@@ -13,9 +13,8 @@ from serving.files.checks import FileChecks, run_check
 from serving.files.client_files import ClientFiles
 from serving.files.content_check import ContentCheck
 from serving.files.rows import FileStatus, Purpose, find_file
+from tests.builders.client_files import EXAMPLE, batch_line
 from tests.serving.control import until
-from tests.serving.files.test_batch_check import line
-from tests.serving.files.test_content_check import EXAMPLE
 from tests.serving.fine_tuning.fine_tuning_service import FineTuningService
 
 
@@ -155,7 +154,7 @@ async def test_openai_client_waits_for_the_file_check(socket_folder: Path, store
     async with service.run(), service.official() as client, running(service.file_checks):
         good = await client.files.create(file=("a.jsonl", EXAMPLE.encode()), purpose="fine-tune")
         bad = await client.files.create(file=("a.jsonl", EXAMPLE.encode() + b"{\n"), purpose="fine-tune")
-        wrong = await client.files.create(file=("b.jsonl", line(method="GET")), purpose="batch")
+        wrong = await client.files.create(file=("b.jsonl", batch_line(method="GET")), purpose="batch")
         good, bad, wrong = [
             await client.files.wait_for_processing(each.id, poll_interval=0.1) for each in (good, bad, wrong)
         ]

@@ -1,6 +1,5 @@
 """Tests the checks of clients' files."""
 
-import json
 import sqlite3
 from pathlib import Path
 
@@ -9,10 +8,8 @@ import pytest
 from serving.files import content_check
 from serving.files.content_check import ContentCheck, check_content
 from serving.files.rows import Purpose
+from tests.builders.client_files import EXAMPLE, batch_line
 from tests.published_examples import published
-from tests.serving.files.test_batch_check import line
-
-EXAMPLE = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n"
 
 
 @pytest.fixture
@@ -69,9 +66,9 @@ def test_empty_file_is_unusable(file: Path) -> None:
 
 
 def test_invalid_requests_in_an_uploaded_batch_file_are_reported_by_line(file: Path) -> None:
-    file.write_bytes(line())
+    file.write_bytes(batch_line())
     assert check_content(file, Purpose.BATCH) == ContentCheck(True)
-    file.write_bytes(line() + line() + b"{}\n" * 200)
+    file.write_bytes(batch_line() + batch_line() + b"{}\n" * 200)
     details = check_content(file, Purpose.BATCH).details or ""
     assert details.startswith("line 2: custom_id 'a' occurs twice; line 3: ")
     assert details.endswith("and at least 80 more errors")

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI
@@ -30,14 +29,11 @@ from svc.identity.principal import Scope
 from svc.settings.client_apis import FilesSettings
 from svc.store.statuses import JobStatus
 from svc.store.tables import BatchRow, JobRow
+from tests.builders.client_files import BOUNDARY, CONTENT, END, FORM, form, part
 from tests.builders.jobs import change_job, queued_job
 from tests.published_examples import published
 from tests.serving.control import until
 from tests.serving.fine_tuning.fine_tuning_service import FineTuningService, strict
-
-CONTENT = b'{"messages": [{"role": "user", "content": "\xc3\xa9"}]}\n'
-BOUNDARY = "b0und"
-FORM = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
 
 
 @pytest.fixture
@@ -53,26 +49,6 @@ async def client(service: FineTuningService) -> AsyncIterator[AsyncOpenAI]:
         yield client
 
 
-def part(name: str, content: bytes, filename: bytes | None = None) -> bytes:
-    """Return one part of a form."""
-    quoted = b"" if filename is None else b'; filename="' + filename + b'"'
-    head = f'--{BOUNDARY}\r\ncontent-disposition: form-data; name="{name}"'.encode()
-    return head + quoted + b"\r\n\r\n" + content + b"\r\n"
-
-
-END = f"--{BOUNDARY}--\r\n".encode()
-
-
-def form(filename: bytes | None = b"a.jsonl", content: bytes = CONTENT, purpose: bytes = b"fine-tune") -> bytes:
-    """Return a complete form."""
-    return part("purpose", purpose) + part("file", content, filename) + END
-
-
-def contents(service: FineTuningService) -> list[str]:
-    """Return the names of the stored contents."""
-    return [path.name for path in (service.folder / "files").iterdir()]
-
-
 async def uploaded(client: AsyncOpenAI, **options: Any) -> FileObject:
     return await client.files.create(**({"file": ("a.jsonl", CONTENT), "purpose": "fine-tune"} | options))
 
@@ -86,7 +62,7 @@ async def test_upload_returns_a_complete_file_object(service: FineTuningService,
     assert (file.filename, file.bytes, file.purpose, file.status) == ("a.jsonl", len(CONTENT), "fine-tune", "uploaded")
     assert file.expires_at is None
     assert abs(file.created_at - datetime.now(UTC).timestamp()) < 60
-    assert contents(service) == [file.id]
+    assert service.contents() == [file.id]
 
 
 @pytest.mark.slow
@@ -120,7 +96,7 @@ async def test_invalid_range_header_for_file_content_returns_an_api_error(
     service: FineTuningService, client: AsyncOpenAI, range: str, status: int, size: str | None
 ) -> None:
     id = (await uploaded(client, file=("a.jsonl", b"abc"))).id
-    async with raw_client(service) as raw:
+    async with service.socket_client() as raw:
         answer = await raw.get(f"/v1/files/{id}/content", headers={"range": range})
         part = await raw.get(f"/v1/files/{id}/content", headers={"range": "bytes=1-2"})
     assert (answer.status_code, answer.headers.get("content-range")) == (status, size)
@@ -134,7 +110,7 @@ async def test_deleted_file_is_not_found(service: FineTuningService, client: Asy
     file = await uploaded(client)
     deleted = await client.files.delete(file.id)
     assert strict(FileDeleted, deleted.model_dump()) == FileDeleted(id=file.id, object="file", deleted=True)
-    assert contents(service) == []
+    assert service.contents() == []
     for request in (client.files.retrieve, client.files.delete, client.files.content):
         with pytest.raises(openai.NotFoundError) as error:
             await request(file.id)
@@ -177,7 +153,7 @@ async def test_file_expiry_outside_the_limits_is_rejected(
     with pytest.raises(openai.BadRequestError) as error:
         await uploaded(client, expires_after={"anchor": "created_at", "seconds": seconds})
     assert error.value.param == "expires_after"
-    assert contents(service) == []
+    assert service.contents() == []
 
 
 @pytest.mark.parametrize(
@@ -198,13 +174,7 @@ async def test_upload_form_with_an_invalid_field_is_rejected(
     with pytest.raises(openai.BadRequestError) as error:
         await uploaded(client, **options)
     assert (error.value.code, error.value.param) == ("invalid_request", param)
-    assert contents(service) == []
-
-
-@asynccontextmanager
-async def raw_client(service: FineTuningService) -> AsyncIterator[httpx.AsyncClient]:
-    async with service.socket_client() as client:
-        yield client
+    assert service.contents() == []
 
 
 @pytest.mark.parametrize(
@@ -222,11 +192,11 @@ async def raw_client(service: FineTuningService) -> AsyncIterator[httpx.AsyncCli
 async def test_file_name_is_the_last_component_of_the_submitted_path(
     service: FineTuningService, sent: bytes, name: str
 ) -> None:
-    async with raw_client(service) as client:
+    async with service.socket_client() as client:
         answer = await client.post("/v1/files", headers=FORM, content=form(sent))
     assert answer.status_code == 200, answer.text
     assert answer.json()["filename"] == name
-    assert contents(service) == [answer.json()["id"]]
+    assert service.contents() == [answer.json()["id"]]
     assert not (service.folder.parent / "x").exists()
 
 
@@ -236,11 +206,11 @@ async def test_file_name_is_the_last_component_of_the_submitted_path(
     ids=range(10),
 )
 async def test_upload_with_an_invalid_file_name_is_rejected(service: FineTuningService, sent: bytes) -> None:
-    async with raw_client(service) as client:
+    async with service.socket_client() as client:
         answer = await client.post("/v1/files", headers=FORM, content=form(sent))
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["code"] == "invalid_request"
-    assert contents(service) == []
+    assert service.contents() == []
 
 
 @pytest.mark.parametrize(
@@ -263,11 +233,11 @@ async def test_upload_with_an_invalid_file_name_is_rejected(service: FineTuningS
     ids=range(13),
 )
 async def test_malformed_upload_form_is_rejected(service: FineTuningService, body: bytes) -> None:
-    async with raw_client(service) as client:
+    async with service.socket_client() as client:
         answer = await client.post("/v1/files", headers=FORM, content=body)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["code"] == "invalid_request"
-    assert contents(service) == []
+    assert service.contents() == []
 
 
 @pytest.mark.parametrize(
@@ -282,19 +252,19 @@ async def test_malformed_upload_form_is_rejected(service: FineTuningService, bod
 async def test_upload_with_a_content_type_other_than_form_data_is_rejected(
     service: FineTuningService, content_type: str, status: int
 ) -> None:
-    async with raw_client(service) as client:
+    async with service.socket_client() as client:
         answer = await client.post("/v1/files", headers={"content-type": content_type}, content=form())
     assert answer.status_code == status, answer.text
-    assert contents(service) == []
+    assert service.contents() == []
 
 
 async def test_cross_site_upload_without_a_key_is_rejected(service: FineTuningService) -> None:
-    async with raw_client(service) as client:
+    async with service.socket_client() as client:
         answer = await client.post("/v1/files", headers={**FORM, "origin": "https://evil.example"}, content=form())
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "permission_denied")
         own = await client.post("/v1/files", headers={**FORM, "origin": "http://localhost"}, content=form())
     assert own.status_code == 200
-    assert contents(service) == [own.json()["id"]]
+    assert service.contents() == [own.json()["id"]]
 
 
 @pytest.mark.slow
@@ -304,7 +274,7 @@ async def test_file_larger_than_the_limit_is_rejected(service: FineTuningService
         await uploaded(client, file=("a", b"x" * (2 * 2**20 + 1)))
     assert (error.value.status_code, error.value.code) == (413, "file_too_large")
     assert "2097152 bytes" in error.value.message
-    assert len(contents(service)) == 1
+    assert len(service.contents()) == 1
 
 
 async def test_file_with_a_content_length_above_the_limit_is_rejected_before_it_is_read(
@@ -320,7 +290,7 @@ async def sending(
     service: FineTuningService, *headers: str
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """Yield a connection on which the headers of an upload have been sent."""
-    async with raw_client(service):
+    async with service.socket_client():
         reader, writer = await asyncio.open_unix_connection(str(service.folder / "gateway.sock"))
         lines = ("POST /v1/files HTTP/1.1", "host: localhost", f"content-type: {FORM['content-type']}", *headers)
         writer.write("\r\n".join((*lines, "", "")).encode())
@@ -339,12 +309,12 @@ async def test_upload_without_a_content_length_is_accepted_up_to_the_limit(servi
             yield b"x" * size
         yield b"\r\n" + END
 
-    async with raw_client(service) as client:
+    async with service.socket_client() as client:
         answer = await client.post("/v1/files", headers=FORM, content=chunks(100_000))
         assert (answer.status_code, answer.json()["bytes"]) == (200, 1_600_000)
         answer = await client.post("/v1/files", headers=FORM, content=chunks(150_000))
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "file_too_large")
-    assert len(contents(service)) == 1
+    assert len(service.contents()) == 1
 
 
 async def test_upload_is_rejected_if_the_body_continues_endlessly_after_the_form(service: FineTuningService) -> None:
@@ -353,10 +323,10 @@ async def test_upload_is_rejected_if_the_body_continues_endlessly_after_the_form
         for _ in range(40):
             yield b"x" * 100_000
 
-    async with raw_client(service) as client:
+    async with service.socket_client() as client:
         answer = await client.post("/v1/files", headers=FORM, content=chunks())
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
-    assert contents(service) == []
+    assert service.contents() == []
 
 
 @pytest.mark.slow
@@ -369,7 +339,7 @@ async def test_body_shorter_than_its_content_length_leaves_no_file_behind(
         writer.write(form())
         head = await reader.readuntil(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408 ")
-    assert contents(service) == []
+    assert service.contents() == []
 
 
 async def test_body_longer_than_its_content_length_is_not_stored(service: FineTuningService) -> None:
@@ -377,7 +347,7 @@ async def test_body_longer_than_its_content_length_is_not_stored(service: FineTu
         writer.write(form())
         answer = await reader.read()
     assert not answer or answer.startswith(b"HTTP/1.1 400 ")  # the rest is no request, and ends the connection
-    await until(lambda: contents(service) == [])
+    await until(lambda: service.contents() == [])
 
 
 @pytest.mark.slow
@@ -393,15 +363,15 @@ async def test_upload_is_aborted_if_the_client_sends_too_slowly(
             if answer.done():
                 break
         assert (await answer).startswith(b"HTTP/1.1 408 ")
-    assert contents(service) == []
+    assert service.contents() == []
 
 
 async def test_client_that_disconnects_during_an_upload_leaves_no_file_behind(service: FineTuningService) -> None:
     async with sending(service, "content-length: 100000") as (_, writer):
         writer.write(form()[:-60])
-        await until(lambda: contents(service) != [])
+        await until(lambda: service.contents() != [])
         writer.close()
-        await until(lambda: contents(service) == [])
+        await until(lambda: service.contents() == [])
 
 
 @pytest.mark.slow
@@ -409,18 +379,18 @@ async def test_upload_ends_when_its_key_is_revoked(service: FineTuningService) -
     key = service.key(Scope.FILES)
     async with sending(service, "content-length: 100000", f"authorization: Bearer {key.secret}") as (reader, writer):
         writer.write(form()[:-60])
-        await until(lambda: contents(service) != [])
+        await until(lambda: service.contents() != [])
         service.revoke(key)
         service.authenticator.refresh()
         service.authenticator.end_wrong()
         head = await reader.readuntil(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 401 ")
-    assert contents(service) == []
+    assert service.contents() == []
 
 
 @pytest.mark.slow
 async def test_number_of_concurrent_uploads_per_client_is_limited(service: FineTuningService) -> None:
-    async with raw_client(service) as client:
+    async with service.socket_client() as client:
         async with asyncio.TaskGroup() as group:
             release = asyncio.Event()
 
@@ -433,7 +403,7 @@ async def test_number_of_concurrent_uploads_per_client_is_limited(service: FineT
                 group.create_task(client.post("/v1/files", headers=FORM, content=slow()))
                 for _ in range(MAX_UPLOADS // 2)
             ]
-            await until(lambda: len(contents(service)) == MAX_UPLOADS // 2)
+            await until(lambda: len(service.contents()) == MAX_UPLOADS // 2)
             answer = await client.post("/v1/files", headers=FORM, content=form())
             assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
             assert (await client.get("/v1/files")).status_code == 200
@@ -454,7 +424,7 @@ async def test_full_disk_during_an_upload_is_reported_and_leaves_no_file_behind(
     assert (error.value.status_code, error.value.code) == (507, "disk_full")
     assert error.value.response.headers["x-should-retry"] == "false"
     assert "No space" not in error.value.message
-    assert contents(service) == []
+    assert service.contents() == []
     assert [file async for file in client.files.list()] == []
 
 
@@ -468,7 +438,7 @@ async def test_upload_is_refused_when_it_would_leave_too_little_free_disk_space(
         with pytest.raises(openai.InternalServerError) as error:
             await uploaded(client)
     assert error.value.code == "disk_full"
-    assert contents(service) == []
+    assert service.contents() == []
 
 
 @pytest.fixture
@@ -494,7 +464,7 @@ async def test_file_count_and_total_file_size_are_limited_per_key(limited: FineT
         await uploaded(client, file=("a", b"x" * 400))
     async with limited.official(two) as client:
         await uploaded(client, file=("a", b"x" * 1000))
-    assert len(contents(limited)) == 3
+    assert len(limited.contents()) == 3
 
 
 @pytest.mark.slow
@@ -504,7 +474,7 @@ async def test_concurrent_uploads_cannot_exceed_a_keys_storage_limit(limited: Fi
             *(uploaded(client, file=("a", b"x" * 600)) for _ in range(6)), return_exceptions=True
         )
     assert sum(isinstance(result, FileObject) for result in results) == 1
-    assert len(contents(limited)) == 1
+    assert len(limited.contents()) == 1
 
 
 @pytest.mark.slow
@@ -591,7 +561,7 @@ async def test_hanging_disk_during_uploads_does_not_block_other_requests(
 
     monkeypatch.setattr(FileWriter, "write", hang)
     uploads = [asyncio.create_task(uploaded(client)) for _ in range(8)]
-    await until(lambda: len(contents(service)) == 8)
+    await until(lambda: len(service.contents()) == 8)
     await client.files.list()
     await client.models.list()
     hanging.set()
@@ -611,7 +581,7 @@ async def test_large_upload_uses_little_memory(socket_folder: Path, store: Store
         yield b"\r\n" + END
 
     service = FineTuningService(socket_folder, store=store, base=None, limits=FilesSettings(min_free_gb=0))
-    async with service.run(), raw_client(service) as client:
+    async with service.run(), service.socket_client() as client:
         tracemalloc.start()
         try:
             before, _ = tracemalloc.get_traced_memory()

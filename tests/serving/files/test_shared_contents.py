@@ -5,7 +5,6 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -32,21 +31,10 @@ from svc.store.statuses import JobStatus
 from svc.store.tables import FileRow, JobRow
 from tests.builders.jobs import queued_job
 from tests.new_store import new_store
-from tests.object_store import Bucket, Fault, running_s3
+from tests.object_store import Bucket, Fault
 
 CONTENT = os.urandom(9 * 2**20 + 3)  # two parts
 slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def new_bucket() -> Iterator[Callable[[], Bucket]]:
-    with running_s3() as new:
-        yield new
-
-
-@pytest.fixture
-def bucket(new_bucket: Callable[[], Bucket]) -> Bucket:
-    return new_bucket()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -31,27 +31,16 @@ from svc.settings.storage import ArtifactSettings
 from svc.store.statuses import JobStatus
 from svc.store.tables import FileRow, JobRow
 from svc.version import VersionId
-from tests.object_store import Bucket, Fault, running_s3
+from tests.builders.client_files import EXAMPLE
+from tests.object_store import Bucket, Fault
 from tests.serving.batches.batch_service import BatchService, create, ended, lines
 from tests.serving.control import until
-from tests.serving.files.test_content_check import EXAMPLE
 from tests.serving.fine_tuning.fine_tuning_service import BASE, FakeCheck, FineTuningService
 from tests.serving.fine_tuning.worker_home import PACE, fake_command
 
 pytestmark = pytest.mark.slow
 
 CONTENT = EXAMPLE.encode() * 3
-
-
-@pytest.fixture(scope="module")
-def new_bucket() -> Iterator[Callable[[], Bucket]]:
-    with running_s3() as new:
-        yield new
-
-
-@pytest.fixture
-def bucket(new_bucket: Callable[[], Bucket]) -> Bucket:
-    return new_bucket()
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from serving.files import upload_rows as uploads
 from svc.identity.principal import Scope
 from svc.settings.client_apis import FilesSettings
 from svc.store.tables import UploadRow
-from tests.serving.files.test_routes import FORM, contents, form, raw_client
+from tests.builders.client_files import FORM, form
 from tests.serving.fine_tuning.fine_tuning_service import FineTuningService, strict
 
 MEGABYTE = 2**20
@@ -117,7 +117,7 @@ async def test_upload_stays_pending_if_its_parts_do_not_match_the_announced_size
     assert unknown.value.param == "part_ids"
     with pytest.raises(openai.BadRequestError, match="MD5"):
         await client.uploads.complete(upload.id, part_ids=[one.id, two.id], md5="0" * 32)
-    assert contents(service) == []
+    assert service.contents() == []
     assert (await client.uploads.complete(upload.id, part_ids=[one.id, two.id])).status == "completed"
 
 
@@ -135,7 +135,7 @@ async def test_cancelled_upload_leaves_no_parts_behind(service: FineTuningServic
         with pytest.raises(openai.BadRequestError) as error:
             await request
         assert error.value.code == "upload_ended"
-    assert contents(service) == []
+    assert service.contents() == []
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ async def test_concurrent_requests_to_complete_one_upload_create_one_file(
     completed = await asyncio.gather(*completions)
     assert len({each.file.id for each in completed if each.file}) == 1
     assert {each.status for each in completed} == {"completed"}
-    assert len(contents(service)) == 1
+    assert len(service.contents()) == 1
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ async def test_upload_creation_with_an_invalid_field_is_rejected(
 
 async def test_lone_surrogate_in_a_file_name_is_rejected(service: FineTuningService) -> None:
     body = b'{"bytes": 6, "filename": "a\\ud800", "mime_type": "a", "purpose": "batch"}'
-    async with raw_client(service) as client:
+    async with service.socket_client() as client:
         answer = await client.post("/v1/uploads", headers={"content-type": "application/json"}, content=body)
     assert answer.status_code == 400, answer.text
 
@@ -224,7 +224,7 @@ async def test_size_and_storage_limits_apply_to_uploads(
 @pytest.mark.slow
 async def test_malformed_upload_part_is_rejected(service: FineTuningService, client: AsyncOpenAI) -> None:
     upload = await created(client)
-    async with raw_client(service) as raw:
+    async with service.socket_client() as raw:
         for body in (form(), b"", b"x"):
             answer = await raw.post(f"/v1/uploads/{upload.id}/parts", headers=FORM, content=body)
             assert answer.status_code == 400, answer.text

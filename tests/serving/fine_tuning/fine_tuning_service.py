@@ -104,6 +104,10 @@ class FineTuningService(KeyedService):
             ) as official:
                 yield official
 
+    def contents(self) -> list[str]:
+        """Return the names of the stored contents of files."""
+        return [path.name for path in (self.folder / "files").iterdir()]
+
 
 def strict(kind: type[Official], given: Any) -> Official:
     """Return an object after validating it with the official client's model, without conversions or other fields."""

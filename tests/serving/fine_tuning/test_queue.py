@@ -35,7 +35,7 @@ from svc.store.leases import database_time
 from svc.store.statuses import JobStatus
 from svc.store.tables import JobRow
 from svc.version import VersionId
-from tests.builders.jobs import add_job
+from tests.builders.jobs import add_job, messages
 
 NUMBERS = count(1)
 BEGUN = datetime.now(UTC) - timedelta(hours=1)
@@ -63,11 +63,6 @@ def take(store: Store, worker: str = "w1", may_run: Callable[[Job], bool] = lamb
 
 def find(store: Store, id: str) -> Job:
     return find_job(store, id, None)
-
-
-def messages(store: Store, id: str) -> list[str]:
-    events, _ = read_events(store, id, page=Page(100, newest_first=False))
-    return [event.message for event in events]
 
 
 def silence(store: Store, id: str, time: timedelta = ABANDONED_AFTER + timedelta(seconds=1)) -> None:

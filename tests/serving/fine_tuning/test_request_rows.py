@@ -22,7 +22,7 @@ from serving.fine_tuning.request_rows import (
     queue_checked,
     read_checking,
 )
-from serving.fine_tuning.rows import Wanted, find_job, read_events
+from serving.fine_tuning.rows import Wanted, find_job
 from serving.http.page import REPEAT_WINDOW, EntryNotFoundError, Page
 from serving.models.fine_tuned_rows import owners_of
 from svc.store import audit
@@ -30,18 +30,13 @@ from svc.store.audit import Action, AuditEntry
 from svc.store.statuses import JobStatus
 from svc.version import VersionId
 from tests.builders.actors import ALICE_KEY
-from tests.builders.jobs import add_job, change_job
+from tests.builders.jobs import add_job, change_job, messages
 from tests.file_row import add_file_row
 
 
 @pytest.fixture
 def store(any_store: Store) -> Store:
     return any_store
-
-
-def messages(store: Store, id: str) -> list[str]:
-    events, _ = read_events(store, id, page=Page(100, newest_first=False))
-    return [event.message for event in events]
 
 
 def test_created_job_is_stored_with_its_first_events_and_an_audit_event(store: Store) -> None:

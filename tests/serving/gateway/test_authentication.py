@@ -12,13 +12,13 @@ from typing import Any
 import httpx
 import pytest
 from sqlalchemy import Engine as Store
+from starlette import routing
 from starlette.types import Message
 
 from serving.access.authenticator import InvalidKeyError, KeyFault
 from serving.access.keyring import Keyring
 from serving.gateway.authentication import Authentication
 from serving.gateway.failed_keys import MAX_INVALID_PER_MINUTE
-from serving.gateway.inference import _Endpoint
 from serving.http.request_state import STATE_KEY, RequestState
 from serving.protocols.route import Route
 from serving.store_changes.changes import Changes
@@ -365,8 +365,8 @@ async def test_request_row_stores_the_id_of_its_key(service: KeyedService, store
 
 async def test_endpoint_raises_if_authentication_was_bypassed(service: KeyedService) -> None:
     """An example is an endpoint that was mounted outside the authentication layer."""
-    endpoints = [getattr(route, "endpoint", None) for route in service.app.framework.router.routes]
-    endpoint = next(each for each in endpoints if isinstance(each, _Endpoint))
+    routes = service.app.framework.router.routes
+    endpoint = next(route.endpoint for route in routes if isinstance(route, routing.Route) and route.path == CHAT_PATH)
     with pytest.raises(RuntimeError):
         await endpoint({"type": "http", "state": {STATE_KEY: RequestState("req-1", {})}}, _unused, _unused)
     with pytest.raises(KeyError):

@@ -6,12 +6,10 @@ from pathlib import Path
 import pytest
 
 from serving.gateway.delivery import AnswerBuffers
-from tests.serving.service import CHAT, NAME, Service
+from tests.serving.service import CHAT_PATH, NAME, STREAM, Service
 
-CHAT_PATH = "/v1/chat/completions"
 MANY = 6_000
 """Number of tokens; they take more bytes than the buffers between engine and client hold."""
-STREAM = {**CHAT, "stream": True}
 
 
 def between_tokens(service: Service, suffix: str, **labels: str) -> float:

@@ -5,15 +5,7 @@ import ipaddress
 import pytest
 
 from serving.gateway.failed_keys import _MAX_PEERS, MAX_INVALID_PER_MINUTE, FailedKeys, TooManyWrongKeysError
-
-
-class Clock:
-    """A clock that advances only when told to."""
-
-    at = 0.0
-
-    def __call__(self) -> float:
-        return self.at
+from tests.builders.clocks import Clock
 
 
 @pytest.fixture
@@ -34,7 +26,7 @@ def test_peer_is_rejected_once_its_invalid_key_attempts_reach_the_per_minute_lim
     failed: FailedKeys, clock: Clock
 ) -> None:
     assert spend(failed, "10.0.0.1") == [False] * (MAX_INVALID_PER_MINUTE - 1) + [True]
-    clock.at = 20.5
+    clock.now = 20.5
     with pytest.raises(TooManyWrongKeysError) as raised:
         failed.add("10.0.0.1")
     assert raised.value.retry_after_s == 40
@@ -42,7 +34,7 @@ def test_peer_is_rejected_once_its_invalid_key_attempts_reach_the_per_minute_lim
 
 def test_limit_on_invalid_keys_resets_after_one_minute(failed: FailedKeys, clock: Clock) -> None:
     spend(failed, "10.0.0.1")
-    clock.at = 60.0
+    clock.now = 60.0
     assert spend(failed, "10.0.0.1")[-1]
 
 

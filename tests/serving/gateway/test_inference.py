@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -13,36 +13,16 @@ import pytest
 from serving.gateway.delivery import AnswerBuffers
 from svc.engine.vllm.connection_pool import EngineConnections
 from tests.serving.admission.opened import admitted
+from tests.serving.control import until
 from tests.serving.engine_double import Fault, running_engine
 from tests.serving.keyed import principal
-from tests.serving.service import CHAT, NAME, TWO, Service, closed, connections
+from tests.serving.service import CHAT, CHAT_PATH, NAME, STREAM, TWO, Service, closed, connections, error_of
 from tests.svc.engine.raw_server import LAST_CHUNK, Peer, chunk, raw_server, say
 from tests.svc.engine.raw_server import STREAM as STREAMED
 
-CHAT_PATH = "/v1/chat/completions"
 MANY = 6_000
 """Number of tokens; they take more bytes than the buffers between engine and client hold."""
-STREAM = {**CHAT, "stream": True}
 COMPLETION = {"model": NAME, "prompt": "one two three"}
-
-
-@pytest.fixture
-async def live(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    """Yield a client that calls the service through a real server."""
-    async with service.socket_client() as client:
-        yield client
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
-def error_of(answer: httpx.Response) -> dict[str, Any]:
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return dict(error)
 
 
 def chunks_of(text: str) -> list[Any]:
@@ -53,16 +33,6 @@ def chunks_of(text: str) -> list[Any]:
 def small_buffers(*, max_bytes: int = 2**28, client_timeout_s: float = 30.0) -> AnswerBuffers:
     """Return answer buffers that allow 64 KiB per answer."""
     return AnswerBuffers(max_bytes=max_bytes, max_answer_bytes=64 * 1024, client_timeout_s=client_timeout_s)
-
-
-def reason(service: Service, code: str) -> float:
-    """Return how many requests failed for a reason, counting version 1 and requests without a version."""
-    versions = ((NAME, "1"), (NAME, "2"), (NAME, ""), ("unknown", ""))
-    return sum(failed(service, code, model, version) for model, version in versions)
-
-
-def failed(service: Service, code: str, model: str = NAME, version: str = "1") -> float:
-    return service.count("svc_request_errors_total", model=model, version=version, reason=code)
 
 
 def ended(service: Service, status: str, outcome: str) -> float:
@@ -99,7 +69,7 @@ class TestAnswers:
         async with closed(service.admission):
             task = asyncio.create_task(client.post(CHAT_PATH, json=CHAT))
             await until(lambda: service.admission.queued == 1)
-            service.double.weights = service.double._cached_weights = "/models/tuned/2"
+            service.double.weights = service.double.cached_weights = "/models/tuned/2"
             service.load(TWO)
         answer = await task
         assert answer.headers["x-model-version"] == f"{NAME}@2"
@@ -217,13 +187,13 @@ class TestRefusals:
         self, service: Service, client: httpx.AsyncClient
     ) -> None:
         await client.post(CHAT_PATH, json={**CHAT, "model": f"{NAME}@99"})
-        assert failed(service, "model_not_found", NAME, "") == 1
+        assert service.failed("model_not_found", NAME, "") == 1
 
     async def test_error_is_attributed_to_the_model_if_no_version_is_loaded_yet(self, socket_folder: Path) -> None:
         async with Service(socket_folder).run() as service, service.client() as client:
             service.names.served = None
             assert (await client.post(CHAT_PATH, json=CHAT)).status_code == 503
-        assert failed(service, "engine_unavailable", NAME, "") == 1
+        assert service.failed("engine_unavailable", NAME, "") == 1
 
     async def test_unknown_model_names_create_no_metric_series(
         self, service: Service, client: httpx.AsyncClient
@@ -249,7 +219,7 @@ class TestRefusals:
         answer = await client.post(CHAT_PATH, content=body, headers={"content-type": "application/json"})
         assert (answer.status_code, error_of(answer)["code"], error_of(answer)["param"]) == (400, code, param)
         assert service.double.calls == []
-        assert reason(service, code) == 1
+        assert service.failed_anywhere(code) == 1
 
     async def test_oversized_body_is_rejected(self, socket_folder: Path) -> None:
         async with Service(socket_folder, max_body_bytes=1024).run() as service, service.socket_client() as client:
@@ -286,7 +256,7 @@ class TestRefusals:
             assert (over.status_code, error_of(over)["code"]) == (503, "queue_overflow")
             assert (late.status_code, error_of(late)["code"]) == (503, "queue_timeout")
             assert all("retry-after" in each.headers for each in (answer, over, late))
-            assert (reason(service, "queue_overflow"), reason(service, "queue_timeout")) == (1, 1)
+            assert (service.failed_anywhere("queue_overflow"), service.failed_anywhere("queue_timeout")) == (1, 1)
 
     async def test_request_is_rejected_if_there_is_no_engine(self, service: Service, client: httpx.AsyncClient) -> None:
         service.admission.unavailable("the engine is starting")
@@ -366,7 +336,7 @@ class TestEngineDeaths:
         assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks[:-1]] == ["", "1.0 ", "1.1 "]
         assert chunks[-1]["error"]["code"] == code
         assert "secret" not in answer.text
-        assert reason(service, code) == 1
+        assert service.failed_anywhere(code) == 1
         assert service.admission.running == 0
 
     async def test_events_in_the_same_chunk_before_an_error_are_forwarded(
@@ -390,13 +360,13 @@ class TestEngineDeaths:
     ) -> None:
         service.double.fault = Fault.ERROR_IN_STREAM
         await client.post(CHAT_PATH, json=STREAM)
-        assert failed(service, "engine_error") == 1
+        assert service.failed("engine_error") == 1
 
     async def test_refused_request_is_counted_with_an_empty_version_label(self, socket_folder: Path) -> None:
         service = Service(socket_folder, max_running=1)
         async with service.run(), service.client() as client, admitted(service.admission):
             await client.post(CHAT_PATH, json=CHAT)
-        assert failed(service, "overloaded", NAME, "") == 1
+        assert service.failed("overloaded", NAME, "") == 1
         labels = {"model": NAME, "version": "", "route": CHAT_PATH, "status": "429", "outcome": "refused"}
         assert service.count("svc_requests_total", **labels) == 1
 
@@ -433,7 +403,7 @@ class TestClientsThatLeave:
         await until(lambda: service.double.running == 1)
         task.cancel()
         await until(lambda: service.double.cancelled == 1 and service.admission.running == 0)
-        await until(lambda: reason(service, "client_gone") == 1)
+        await until(lambda: service.failed_anywhere("client_gone") == 1)
 
     async def test_request_succeeds_if_client_disconnects_after_the_last_event(
         self, service: Service, live: httpx.AsyncClient
@@ -444,7 +414,7 @@ class TestClientsThatLeave:
                 if line == "data: [DONE]":
                     break  # as OpenAI's client does
         await until(lambda: service.admission.running == 0)
-        assert reason(service, "client_gone") == 0
+        assert service.failed_anywhere("client_gone") == 0
 
     async def test_queued_request_is_removed_when_its_client_disconnects(
         self, service: Service, live: httpx.AsyncClient
@@ -473,7 +443,7 @@ class TestClientsThatLeave:
         async with slow.run() as service, service.socket_client() as client:
             service.double.tokens = MANY
             async with client.stream("POST", CHAT_PATH, json=STREAM):
-                await until(lambda: reason(service, "client_slow") == 1)
+                await until(lambda: service.failed_anywhere("client_slow") == 1)
                 await until(lambda: service.admission.running == 0)
                 assert service.gateway_buffers.used == 0
 
@@ -488,7 +458,7 @@ class TestClientsThatLeave:
                     read += part
                     await asyncio.sleep(0.005)
             assert read.endswith(b"data: [DONE]\n\n")
-            assert reason(service, "client_slow") == 0
+            assert service.failed_anywhere("client_slow") == 0
 
     @pytest.mark.slow
     async def test_client_that_does_not_read_does_not_block_other_clients(self, socket_folder: Path) -> None:
@@ -586,7 +556,7 @@ class TestLoad:
         async with closed(service.admission):
             await until(lambda: not service.admission.running)
             await asyncio.sleep(0.02)
-            service.double.weights = service.double._cached_weights = "/models/tuned/2"
+            service.double.weights = service.double.cached_weights = "/models/tuned/2"
             service.load(TWO)
         answers = await asyncio.gather(*asking)
         for version, text in answers:

@@ -16,10 +16,9 @@ from svc.store.requests import RequestRecord
 from svc.store.tables import RequestRow
 from tests.new_store import new_store
 from tests.serving.engine_double import Fault
-from tests.serving.service import CHAT, ONE, Service
+from tests.serving.service import CHAT, CHAT_PATH, ONE, Service
 from tests.serving.versions import AliasBook, make_version
 
-CHAT_PATH = "/v1/chat/completions"
 TEXT = "Featherstonehaugh lost 3 parcels, Cholmondeley none"
 ASKED = {**CHAT, "messages": [{"role": "user", "content": TEXT}]}
 PATIENCE_S = 300.0

@@ -13,9 +13,9 @@ from sqlalchemy.orm import Session
 
 from svc.settings.monitoring import RequestLogSettings
 from svc.store.tables import RequestRow
+from tests.serving.control import until
 from tests.serving.engine_double import Fault
-from tests.serving.gateway.test_inference import error_of, reason, until
-from tests.serving.service import NAME, TWO, Service, closed
+from tests.serving.service import NAME, TWO, Service, closed, error_of
 
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 BODIES: dict[str, dict[str, Any]] = {
@@ -93,7 +93,7 @@ async def test_queued_request_is_answered_by_the_new_version_after_a_swap(
     async with closed(service.admission):
         task = asyncio.create_task(client.post(path, json=BODIES[path]))
         await until(lambda: service.admission.queued == 1)
-        service.double.weights = service.double._cached_weights = "/models/tuned/2"
+        service.double.weights = service.double.cached_weights = "/models/tuned/2"
         service.load(TWO)
     answer = await task
     assert answer.headers["x-model-version"] == f"{NAME}@2"
@@ -127,7 +127,7 @@ async def test_stream_ends_with_an_error_if_the_engine_aborts_it(
     name, data = last_event(answer.text)
     assert (name, data["type"], data["error"]["code"]) == ("error", "error", code)
     assert "secret" not in answer.text
-    assert reason(service, code) == 1
+    assert service.failed_anywhere(code) == 1
     assert service.admission.running == 0
 
 
@@ -160,7 +160,7 @@ async def test_engine_work_is_cancelled_when_the_client_disconnects(service: Ser
         await until(lambda: service.double.running == 1)
         task.cancel()
         await until(lambda: service.double.cancelled == 1 and service.admission.running == 0)
-        await until(lambda: reason(service, "client_gone") == 1)
+        await until(lambda: service.failed_anywhere("client_gone") == 1)
 
 
 @both
@@ -175,7 +175,7 @@ async def test_request_is_complete_if_client_disconnects_after_the_last_event(se
                 break
     labels = {**VERSION, "route": path, "status": "200", "outcome": "complete"}
     await until(lambda: service.count("svc_requests_total", **labels) == 1)
-    assert reason(service, "client_gone") == 0
+    assert service.failed_anywhere("client_gone") == 0
 
 
 async def test_requests_for_stored_or_background_responses_never_reach_the_engine(

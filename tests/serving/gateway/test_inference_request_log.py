@@ -15,12 +15,9 @@ from sqlalchemy.orm import Session
 from svc.settings.monitoring import RequestLogSettings
 from svc.store.requests import hash_user
 from svc.store.tables import RequestRow
+from tests.serving.control import until
 from tests.serving.engine_double import Fault
-from tests.serving.gateway.test_inference import failed, until
-from tests.serving.service import CHAT, NAME, Service
-
-CHAT_PATH = "/v1/chat/completions"
-STREAM = {**CHAT, "stream": True}
+from tests.serving.service import CHAT, CHAT_PATH, NAME, STREAM, Service
 
 
 @pytest.fixture
@@ -151,7 +148,7 @@ async def test_outcome_in_the_request_row_is_engine_error_if_the_server_stops_mi
     with Session(service.store) as session:
         row = session.scalars(select(RequestRow)).one()
     assert (row.status, row.reason) == (200, "engine_died")
-    assert failed(service, "engine_died") == 1
+    assert service.failed("engine_died") == 1
 
 
 def _scope() -> dict[str, Any]:

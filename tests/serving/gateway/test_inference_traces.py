@@ -15,14 +15,12 @@ from sqlalchemy import Engine as Store
 
 from serving.protocols.route import Route
 from svc.settings.monitoring import RequestLogSettings, TelemetrySettings
+from tests.serving.control import until
 from tests.serving.engine_double import Fault
-from tests.serving.gateway.test_inference import until
 from tests.serving.http.keyed_service import BODIES, KeyedService
 from tests.serving.otlp_receiver import ERROR, SERVER, UNSET, OtlpReceiver, ReceivedSpan, otlp_receiver
-from tests.serving.service import CHAT, NAME, Service
+from tests.serving.service import CHAT, CHAT_PATH, NAME, STREAM, Service
 
-CHAT_PATH = "/v1/chat/completions"
-STREAM = {**CHAT, "stream": True}
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 CLIENTS = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1,other=x"}
 CONTENT = ("gen_ai.input.messages", "gen_ai.output.messages")

@@ -11,8 +11,7 @@ from starlette.types import Receive
 from serving.gateway.inference import Exchange
 from svc.settings.serve import ServeSettings
 from tests.event_loop import max_cpu_s
-from tests.serving.gateway.test_inference import CHAT_PATH
-from tests.serving.service import NAME, Service
+from tests.serving.service import CHAT_PATH, NAME, Service
 
 MAX_BYTES = ServeSettings().max_body_bytes
 USER = {"role": "user", "content": "a"}

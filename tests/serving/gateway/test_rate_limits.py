@@ -19,10 +19,10 @@ from serving.access.usage import Usage, UsageTotal, usage_since
 from serving.admission.rate_limiter import Limit, RateLimiter
 from serving.telemetry.metrics import UNKNOWN_MODEL
 from svc.store.tables import RequestRow
+from tests.serving.control import until
 from tests.serving.engine_double import Fault
-from tests.serving.gateway.test_inference import CHAT_PATH, STREAM, error_of, until
 from tests.serving.keyed import principal
-from tests.serving.service import CHAT, NAME, Service
+from tests.serving.service import CHAT, CHAT_PATH, NAME, STREAM, Service, error_of
 
 LIMITED = {"authorization": "Bearer limited"}
 MESSAGE: dict[str, Any] = {"model": NAME, "max_tokens": 4, "messages": [{"role": "user", "content": "one two three"}]}
@@ -46,13 +46,6 @@ async def service(socket_folder: Any, time: Time) -> AsyncIterator[Service]:
     async with Service(socket_folder, limiter=limiter).run() as service:
         service.principals["other"] = principal("other")
         yield service
-
-
-@pytest.fixture
-async def live(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    """Yield a client that reaches the service through a real server."""
-    async with service.socket_client() as client:
-        yield client
 
 
 def limit(service: Service, **limits: int) -> None:

@@ -13,9 +13,8 @@ from serving.admission.rate_limiter import Limit
 from serving.gateway.token_counts import MAX_CONCURRENT
 from svc.identity.principal import Principal
 from tests.serving.admission.opened import admitted
-from tests.serving.gateway.test_inference import CHAT_PATH, error_of
 from tests.serving.keyed import principal
-from tests.serving.service import CHAT, NAME, Service, closed
+from tests.serving.service import CHAT, CHAT_PATH, NAME, Service, closed, error_of
 
 COUNT, TOKENIZE = "/v1/messages/count_tokens", "/tokenize"
 BODY: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "one two three"}]}

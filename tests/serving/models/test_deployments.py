@@ -15,7 +15,6 @@ from serving.rollout.reconciler import Reconciler
 from serving.rollout.reviver import Reviver
 from serving.server import server
 from svc.errors import EngineError
-from svc.identity.actor import Actor
 from svc.settings.client_apis import FineTuningSettings
 from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry
@@ -24,6 +23,7 @@ from svc.store.desired import change_desired, read_desired
 from svc.store.rollouts import active_rollout, begin_rollout
 from svc.store.swaps import find_swap
 from svc.version import Format, Target, VersionId
+from tests.builders.actors import ANN
 from tests.serving.control import BODY, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.engine_park import DoubleEngine, fail_to_end_once
@@ -312,7 +312,7 @@ async def test_rollout_on_another_server_continues_when_the_local_server_cannot_
     async with two.serving(f"{NAME}@1") as client:
         two.park.failing_starts = 1000
         serve_elsewhere(two.store, seven)
-        entry = AuditEntry(Action.PROMOTE, str(eight.version), Actor("user:ann", "laptop"))
+        entry = AuditEntry(Action.PROMOTE, str(eight.version), ANN)
         begin_rollout(two.store, desired, eight, RolloutSettings(canary=(5, 100)), entry)
         add_deployment(two.store, OTHER)
         await refused_of(client)

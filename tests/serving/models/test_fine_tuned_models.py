@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.access.keyring import IssuedKey, Keyring
+from serving.access.keyring import IssuedKey
 from serving.fine_tuning.rows import JobCheckpoint, add_checkpoint
 from serving.models import fine_tuned_models
 from serving.models.checkpoint_versions import checkpoint_version
@@ -21,7 +21,7 @@ from svc.settings.client_apis import FineTuningSettings
 from svc.store.deployments import add_deployment, deployed_names
 from svc.store.desired import change_desired, read_desired
 from svc.version import Alias, Format, Target, VersionId
-from tests.builders.actors import ALICE
+from tests.builders.keys import make_key
 from tests.serving.control import BODY, until
 from tests.serving.engine_park import ParkSlots
 from tests.serving.home import Home
@@ -42,10 +42,6 @@ def served(home: Home) -> Home:
     make_version(home.registry, BASE.number, name=BASE.name, formats=BOTH)
     change_desired(home.store, None, Target(BASE, Format.ADAPTER), None)
     return home
-
-
-def key(home: Home, *scopes: Scope, **given: Any) -> IssuedKey:
-    return Keyring(home.store, ALICE).create(frozenset(scopes or {Scope.INFER}), **given)
 
 
 @asynccontextmanager
@@ -86,7 +82,7 @@ async def listed(client: Client) -> list[str]:
 
 
 async def test_owner_can_use_a_fine_tuned_model_by_both_of_its_names_when_its_base_is_served(served: Home) -> None:
-    alice = key(served)
+    alice = make_key(served)
     model = train(served.store, served.registry, owner=alice.key.id, number=7)
     async with serving(served, alice) as (client,):
         for name in (model.name, str(model.version)):
@@ -104,7 +100,7 @@ async def test_model_trained_while_the_server_runs_is_usable_without_a_restart(s
 
 
 async def test_model_of_another_owner_gives_the_same_error_as_an_unknown_model(served: Home) -> None:
-    alice, bob = key(served), key(served)
+    alice, bob = make_key(served), make_key(served)
     model = train(served.store, served.registry, owner=alice.key.id)
     async with serving(served, alice, bob) as (of_alice, of_bob):
         for _ in range(2):
@@ -119,9 +115,9 @@ async def test_model_of_another_owner_gives_the_same_error_as_an_unknown_model(s
 
 
 async def test_fine_tuned_model_is_usable_with_an_admin_key_or_a_key_that_lists_the_model(served: Home) -> None:
-    alice = key(served)
+    alice = make_key(served)
     model = train(served.store, served.registry, owner=alice.key.id)
-    admin, listed_key = key(served, Scope.ADMIN), key(served, models=[model.version.name])
+    admin, listed_key = make_key(served, Scope.ADMIN), make_key(served, models=[model.version.name])
     async with serving(served, admin, listed_key) as clients:
         for client in clients:
             assert (await ask(client, model.name))[0] == 200
@@ -130,14 +126,14 @@ async def test_fine_tuned_model_is_usable_with_an_admin_key_or_a_key_that_lists_
 async def test_owner_can_use_a_fine_tuned_model_even_if_the_owners_key_is_restricted_to_other_models(
     served: Home,
 ) -> None:
-    alice = key(served, models=[BASE.name])
+    alice = make_key(served, models=[BASE.name])
     model = train(served.store, served.registry, owner=alice.key.id)
     async with serving(served, alice) as (client,):
         assert (await ask(client, model.name))[::2] == (200, "1")
 
 
 async def test_served_model_trained_by_a_job_is_visible_only_to_the_jobs_owner(home: Home) -> None:
-    alice, bob = key(home), key(home)
+    alice, bob = make_key(home), make_key(home)
     model = train(home.store, home.registry, owner=alice.key.id)
     async with home.serving(str(model.version)) as client:
         for issued, status in ((alice, 200), (bob, 404)):
@@ -224,7 +220,7 @@ def tuning(home: Home, **settings: Any) -> None:
 
 
 async def test_fine_tuned_models_of_the_same_base_share_one_engine(merged: Home) -> None:
-    alice, bob = key(merged), key(merged)
+    alice, bob = make_key(merged), make_key(merged)
     first = train(merged.store, merged.registry, owner=alice.key.id, number=5)
     second = train(merged.store, merged.registry, owner=bob.key.id, number=6)
     async with serving(merged, alice, bob) as (of_alice, of_bob):
@@ -348,7 +344,7 @@ async def test_request_for_a_fine_tuned_model_without_a_version_returns_not_foun
 
 
 async def test_checkpoint_can_be_used_only_by_its_owner(merged: Home) -> None:
-    alice, bob = key(merged), key(merged)
+    alice, bob = make_key(merged), make_key(merged)
     job = add_job(merged.store, owner=alice.key.id)
     version, name = checkpoint_version(job.id, 20), f"{job.fine_tuned_model}:ckpt-step-20"
     make_version(merged.registry, 20, name=version.name, formats=(Format.ADAPTER,))

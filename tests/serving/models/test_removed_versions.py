@@ -13,8 +13,8 @@ from svc.registry.registry import Registry
 from svc.store.desired import change_desired
 from svc.store.swaps import SwapOutcome
 from svc.version import Format, VersionId
+from tests.builders.adapters import adapter, ask, numbers
 from tests.serving.control import BODY, Control, Make, until
-from tests.serving.engines.test_adapters import adapter, ask, numbers
 from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version
 

@@ -10,7 +10,6 @@ from sqlalchemy import update
 from serving.rollout.assigned_requests import unit_text
 from serving.rollout.evidence import CanaryEvidence, ShadowEvidence, exclusions, expectations, open_questions
 from serving.rollout.shadow_pairs import ShadowPair, add_shadow_pair
-from svc.identity.actor import Actor
 from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry
 from svc.store.desired import Desired, change_desired
@@ -19,6 +18,7 @@ from svc.store.requests import RequestOutcome, RequestRecord, add_requests
 from svc.store.rollouts import RolloutRecord, begin_rollout
 from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, begin_swap, end_swap
 from svc.store.tables import FeedbackRow
+from tests.builders.actors import ANN
 from tests.serving.versions import NAME, target
 
 PLAN = RolloutSettings(shadow=50, canary=(50, 100), max_errors=0.05, max_invalid=0.05)
@@ -28,7 +28,7 @@ PLAN = RolloutSettings(shadow=50, canary=(50, 100), max_errors=0.05, max_invalid
 def record(store: Store) -> RolloutRecord:
     """A rollout of version 2."""
     desired = change_desired(store, None, target(1), None)
-    return begin_rollout(store, desired, target(2), PLAN, AuditEntry(Action.ROLLOUT, NAME, Actor("user:ann", "laptop")))
+    return begin_rollout(store, desired, target(2), PLAN, AuditEntry(Action.ROLLOUT, NAME, ANN))
 
 
 def answered(

@@ -1,8 +1,6 @@
 """Tests that idle engines stop and start again for the next request, which waits and is not rejected."""
 
 import asyncio
-import time
-from typing import Any
 
 import httpx
 import pytest
@@ -13,9 +11,9 @@ from svc.identity.actor import Actor
 from svc.settings.rollout import RolloutSettings
 from svc.settings.settings import ModelSettings
 from svc.store.deployments import add_deployment
-from svc.store.desired import change_desired, read_desired
+from svc.store.desired import change_desired
 from svc.store.rollouts import RolloutState, find_rollout
-from svc.store.swaps import SwapKind, SwapOutcome, SwapResult, find_swap
+from svc.store.swaps import SwapKind, SwapOutcome, find_swap
 from svc.version import Format, Target, VersionId
 from tests.serving.control import BODY, until
 from tests.serving.engine_park import fail_to_end_once
@@ -33,12 +31,8 @@ def idling(home: Home) -> Home:
     """Return a home with two models that become idle quickly."""
     for number in (7, 8):
         make_version(home.registry, number, name=OTHER)
-    configure(home, serve={"port": 0, "idle_s": IDLE_S})
+    home.configure(serve={"idle_s": IDLE_S})
     return home
-
-
-def configure(home: Home, **settings: Any) -> None:
-    home.settings = home.settings.model_validate({"home": home.settings.home, **settings})
 
 
 async def answer(client: httpx.AsyncClient, model: str = NAME) -> tuple[int, str]:
@@ -57,28 +51,6 @@ async def become(client: httpx.AsyncClient, **wanted: str) -> None:
     async with asyncio.timeout(5):
         while await states(client) != wanted:
             await asyncio.sleep(0.01)
-
-
-def hash_slowly(home: Home, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Delay every comparison of a version's files with its manifest."""
-    verify = home.registry.verify
-
-    def verify_slowly(version: VersionId, format: Format) -> None:
-        time.sleep(seconds)
-        verify(version, format)
-
-    monkeypatch.setattr(home.registry, "verify", verify_slowly)
-
-
-async def promoted(home: Home, number: int) -> SwapResult:
-    """Promote a version of the first model and return the result of the swap."""
-    seen = read_desired(home.store, NAME)
-    assert seen is not None
-    wish = change_desired(home.store, seen, target(number), seen.target)
-    await until(lambda: (swap := find_swap(home.store, NAME, wish.generation)) and swap.result)
-    swap = find_swap(home.store, NAME, wish.generation)
-    assert swap is not None and swap.result is not None
-    return swap.result
 
 
 async def test_engine_is_stopped_if_no_request_arrives_within_the_idle_timeout(idling: Home) -> None:
@@ -136,9 +108,7 @@ async def test_model_idles_and_wakes_repeatedly(idling: Home) -> None:
 
 
 async def test_all_engines_of_an_idle_model_stop_and_restart_at_the_next_request(idling: Home) -> None:
-    configure(
-        idling, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
-    )  # the second engine starts after a second
+    idling.configure(serve={"idle_s": 2.0}, engine={"replicas": 2})  # the second engine starts after a second
     async with idling.serving(f"{NAME}@1") as client:
         await until(lambda: idling.park.alive == 2)
         await become(client, tuned="idle")
@@ -173,7 +143,7 @@ async def test_failed_attempt_to_stop_an_idle_engine_is_retried_before_the_next_
 async def test_promotion_wakes_an_idle_model_with_the_new_version(idling: Home) -> None:
     async with idling.serving(f"{NAME}@1") as client:
         await become(client, tuned="idle")
-        assert (await promoted(idling, 2)).outcome is SwapOutcome.SUCCEEDED
+        assert (await idling.promote(2)).outcome is SwapOutcome.SUCCEEDED
         assert await answer(client) == (200, f"{NAME}@2")
         await become(client, tuned="idle")
         assert await answer(client) == (200, f"{NAME}@2")
@@ -193,8 +163,8 @@ async def test_engine_does_not_idle_while_a_promotion_verifies_files(
     idling: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with idling.serving(f"{NAME}@1") as client:
-        hash_slowly(idling, monkeypatch, 4 * IDLE_S)
-        result = await promoted(idling, 2)
+        idling.hash_slowly(monkeypatch, 4 * IDLE_S)
+        result = await idling.promote(2)
         assert (result.outcome, result.kind) == (SwapOutcome.SUCCEEDED, SwapKind.INPLACE)
         assert len(idling.park.engines) == 1
         assert await answer(client) == (200, f"{NAME}@2")
@@ -204,12 +174,12 @@ async def test_engine_does_not_idle_while_a_promotion_verifies_files(
 async def test_model_being_promoted_is_not_stopped_to_free_memory(
     idling: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configure(idling, serve={"port": 0, "idle_s": 60})
+    idling.configure(serve={"idle_s": 60})
     idling.park.room = "full"
     async with idling.serving(f"{NAME}@1") as client:
         await answer(client)
-        hash_slowly(idling, monkeypatch, 2.0)
-        promoting = asyncio.create_task(promoted(idling, 2))
+        idling.hash_slowly(monkeypatch, 2.0)
+        promoting = asyncio.create_task(idling.promote(2))
         await until(lambda: find_swap(idling.store, NAME))
         change_desired(idling.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)
         add_deployment(idling.store, OTHER)
@@ -224,19 +194,17 @@ async def test_model_being_promoted_is_not_stopped_to_free_memory(
 async def test_promotion_succeeds_after_a_previous_promotion_has_woken_several_engines(
     idling: Home,
 ) -> None:
-    configure(
-        idling, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
-    )  # the second engine starts after a second
+    idling.configure(serve={"idle_s": 2.0}, engine={"replicas": 2})  # the second engine starts after a second
     async with idling.serving(f"{NAME}@1") as client:
         await until(lambda: idling.park.alive == 2)
         await become(client, tuned="idle")
-        assert (await promoted(idling, 2)).outcome is SwapOutcome.SUCCEEDED
-        assert (await promoted(idling, 3)).outcome is SwapOutcome.SUCCEEDED
+        assert (await idling.promote(2)).outcome is SwapOutcome.SUCCEEDED
+        assert (await idling.promote(3)).outcome is SwapOutcome.SUCCEEDED
         assert await answer(client) == (200, f"{NAME}@3")
 
 
 async def test_idle_model_does_not_affect_other_models(idling: Home) -> None:
-    configure(idling, serve={"port": 0}, models={OTHER: {"idle_s": IDLE_S}})
+    idling.configure(models={OTHER: {"idle_s": IDLE_S}})
     async with idling.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await become(client, tuned="ready", other="idle")
         assert await answer(client) == (200, f"{NAME}@1")
@@ -256,7 +224,7 @@ async def test_server_can_stop_while_a_model_is_idle_or_waking(idling: Home) -> 
 
 async def test_longest_idle_model_is_stopped_if_memory_is_insufficient(idling: Home) -> None:
     make_version(idling.registry, 9, name="third")
-    configure(idling, serve={"port": 0, "idle_s": 60})
+    idling.configure(serve={"idle_s": 60})
     idling.park.shortage = lambda more: "full" if idling.park.alive + more > 2 else None
     async with idling.serving(f"{NAME}@1", f"{OTHER}@7") as client:
         await become(client, tuned="ready", other="ready")
@@ -273,7 +241,7 @@ async def test_longest_idle_model_is_stopped_if_memory_is_insufficient(idling: H
 
 async def test_startup_and_wake_up_require_memory_for_only_the_first_replica(idling: Home) -> None:
     replicas = {"min": 1, "max": 3}
-    configure(idling, serve={"port": 0, "idle_s": IDLE_S}, engine={"replicas": replicas})
+    idling.configure(serve={"idle_s": IDLE_S}, engine={"replicas": replicas})
     asked = list[int]()
     idling.park.shortage = lambda more: asked.append(more) or ("full" if more > 1 else None)  # type: ignore[func-returns-value]
     async with idling.serving(f"{NAME}@1") as client:
@@ -283,7 +251,7 @@ async def test_startup_and_wake_up_require_memory_for_only_the_first_replica(idl
 
 
 async def test_no_model_is_stopped_to_free_memory_if_idling_is_disabled(idling: Home) -> None:
-    configure(idling, serve={"port": 0})
+    idling.configure()
     idling.park.room = "full"
     async with idling.serving(f"{NAME}@1") as client:
         change_desired(idling.store, None, Target(VersionId(OTHER, 7), Format.MERGED), None)

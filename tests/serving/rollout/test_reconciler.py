@@ -230,8 +230,8 @@ async def test_engine_stays_in_service_if_an_error_merely_quotes_the_message_of_
 async def test_unresponsive_engine_is_replaced(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.engines.engine_watch._UNHEALTHY_S", 0.1)
     first = control.park.engines[0]
-    assert first._server is not None
-    first._server.kill()
+    assert first.server is not None
+    first.server.kill()
     await until(lambda: len(control.park.engines) == 2 and control.state is EngineState.READY)
     assert not first.alive
 

@@ -16,8 +16,9 @@ from svc.engine.state import EngineState
 from svc.settings.rollout import RolloutSettings, UnitKind
 from svc.store.requests import RequestOutcome, RequestRecord, add_requests
 from svc.store.rollouts import RolloutOutcome, RolloutRecord, RolloutState
+from tests.builders.actors import ANN
+from tests.builders.rollouts import ALL, JSON, ONE, changes, ended, record, start
 from tests.serving.control import Answer, Control, Make, ask, until
-from tests.serving.rollout.test_rollout import ACTOR, ALL, JSON, ONE, changes, ended, record, start
 from tests.serving.versions import NAME, make_version, target
 
 pytestmark = pytest.mark.slow
@@ -183,7 +184,7 @@ async def test_replay_waits_for_a_longer_pause_in_traffic_after_each_interruptio
         began = loop.time()
         await until(lambda: control.state is EngineState.SWAPPING)
         assert loop.time() - began >= 0.09
-        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        changes(control, ALL).rollback(NAME, reason=None, actor=ANN)
         await ended(control)
 
 
@@ -193,7 +194,7 @@ async def test_rollback_during_a_replay_restores_production(control: Control) ->
         control.double.token_delay_s = SLOW_S
         start(control, 2)
         await replayed(control)
-        changes(control, ALL).rollback(NAME, reason="no", actor=ACTOR)
+        changes(control, ALL).rollback(NAME, reason="no", actor=ANN)
         assert (await ended(control)).outcome is RolloutOutcome.CANCELLED
         assert (control.state, control.double.weights.endswith("/1/merged")) == (EngineState.READY, True)
         assert (await ask(client, stream=True)).words == {"1"}
@@ -207,7 +208,7 @@ async def test_restoring_production_after_a_replay_does_not_start_a_held_out_eva
         control.double.token_delay_s = SLOW_S
         start(control, 2)
         await replayed(control)
-        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        changes(control, ALL).rollback(NAME, reason=None, actor=ANN)
         await ended(control)
         assert control.pool.weights == weights
 
@@ -267,7 +268,7 @@ async def test_engine_with_a_candidate_loaded_is_not_adopted_after_the_server_is
         start(control, 2)
         await replayed(control)
         assert control.park.engines[0].holds is None
-        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        changes(control, ALL).rollback(NAME, reason=None, actor=ANN)
         await ended(control)
 
 
@@ -343,7 +344,7 @@ async def test_slow_candidate_does_not_fail_while_it_keeps_sending_tokens(make: 
         start(control, 2)
         await replayed(control, 1)
         assert not any(pair.candidate_failed for pair in pairs(control))
-        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        changes(control, ALL).rollback(NAME, reason=None, actor=ANN)
         await ended(control)
 
 
@@ -390,7 +391,7 @@ async def test_engine_reports_no_version_while_production_is_being_restored(cont
         await until(lambda: waiting)
         assert (await waiting[0]).version == ONE
         assert named == [None, None]
-        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        changes(control, ALL).rollback(NAME, reason=None, actor=ANN)
         await ended(control)
 
 

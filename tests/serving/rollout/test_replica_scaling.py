@@ -9,21 +9,12 @@ from serving.rollout.replica_scaling import ReplicaScaling
 from serving.rollout.scaling import MEAN_S
 from svc.settings.engine import EngineSettings, ReplicaRange
 from svc.store.swaps import SwapOutcome
+from tests.builders.clocks import Clock
 from tests.serving.control import Control, Make, ask, until
 from tests.serving.versions import target
 
 LIMITS = ReplicaRange(min=1, max=3)
 PER_REPLICA = EngineSettings().max_concurrency
-
-
-class Clock:
-    """A clock that the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 async def decide(control: Control, requests: int, seconds: float) -> ReplicaScaling:

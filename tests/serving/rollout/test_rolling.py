@@ -59,7 +59,7 @@ async def test_first_engine_serves_requests_before_the_second_has_started(contro
 async def test_request_is_sent_to_the_second_engine_if_the_first_refuses_the_connection(control: Control) -> None:
     async with control.run(), control.client() as client:
         await both_ready(control)
-        server = control.park.engines[0]._server
+        server = control.park.engines[0].server
         assert server is not None
         server.kill()  # and its death is not noticed yet
         answers = [await ask(client, stream=number % 2 == 0) for number in range(4)]

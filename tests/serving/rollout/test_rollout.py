@@ -1,12 +1,7 @@
 """Rollouts: a candidate is tried on copies and on a share of clients, and promoted or rolled back by its evidence."""
 
 import asyncio
-import itertools
 import json
-import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 import httpx
@@ -16,13 +11,10 @@ from sqlalchemy import update
 from sqlalchemy.exc import OperationalError
 
 from serving.rollout.evidence import Assessment, CanaryEvidence
-from serving.rollout.promotion import PromotionRequest, RolloutOptions, VersionChange
+from serving.rollout.promotion import RolloutOptions
 from serving.rollout.shadow_pairs import read_shadow_pairs
-from serving.rollout.version_changes import VersionChanges
 from svc.errors import BusyError, SettingsError
-from svc.identity.actor import Actor
 from svc.settings.rollout import AtDeadline, RolloutSettings
-from svc.settings.settings import ModelSettings
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.desired import Desired, change_desired, read_desired
 from svc.store.gate_rows import GATE_ROWS
@@ -34,26 +26,19 @@ from svc.store.rollouts import (
     RolloutView,
     begin_rollout,
     enter_state,
-    find_rollout,
     switch_rollout,
 )
 from svc.store.swaps import SwapOutcome, SwapResult, begin_swap, end_swap
 from svc.store.tables import RolloutRow
 from svc.store.webhooks import due_deliveries
 from svc.version import Format
+from tests.builders.actors import ANN
+from tests.builders.rollouts import ALL, JSON, ONE, Users, changes, ended, record, start
 from tests.serving.control import BODY, Control, Make, until
 from tests.serving.engine_double import EngineDouble
 from tests.serving.versions import NAME, make_version, target
-from tests.svc.chats import chat
 
 pytestmark = pytest.mark.slow
-
-ONE, JSON_ONE = f"{NAME}@1", f"{NAME}@11"
-ACTOR = Actor("user:ann", "laptop")
-ALL = RolloutSettings(
-    shadow=20, canary=(25, 50, 100), min_units=20, max_step_s=30, max_errors=0.2, max_invalid=0.2, max_slowdown=50
-)
-JSON = tuple(chat(f"question {number}", '{"team": "billing"}') for number in range(3))
 
 
 @pytest.fixture(autouse=True)
@@ -68,63 +53,6 @@ def control(make: Make) -> Control:
     for number in (11, 12):
         make_version(control.registry, number, heldout=JSON)
     return control
-
-
-@dataclass
-class Users:
-    """Many users, each with its own conversation and one or two requests.
-
-    Attributes:
-        statuses: HTTP status of each answer.
-        versions: version that answered each user.
-    """
-
-    client: httpx.AsyncClient
-    statuses: list[int] = field(default_factory=list)
-    versions: dict[str, set[str]] = field(default_factory=dict)
-
-    @asynccontextmanager
-    async def asking(self, concurrent: int = 4) -> AsyncIterator["Users"]:
-        """Send requests during the body of the `with`."""
-        numbers, stop = itertools.count(), asyncio.Event()
-
-        async def ask_on() -> None:
-            while not stop.is_set():
-                user = f"user {next(numbers)}"
-                for _ in range(random.choice((1, 2))):
-                    response = await self.client.post("/v1/chat/completions", json=BODY | {"user": user})
-                    self.statuses.append(response.status_code)
-                    self.versions.setdefault(user, set()).add(response.headers.get("x-model-version", ""))
-
-        tasks = [asyncio.create_task(ask_on()) for _ in range(concurrent)]
-        try:
-            yield self
-        finally:
-            stop.set()
-            await asyncio.gather(*tasks)
-
-
-def changes(control: Control, plan: RolloutSettings) -> VersionChanges:
-    served = control.reconciler.actual.target
-    return VersionChanges(
-        control.registry, control.store, lambda: {NAME: served}, lambda name: ModelSettings(rollout=plan)
-    )
-
-
-def start(control: Control, number: int, plan: RolloutSettings = ALL, format: Format | None = None) -> VersionChange:
-    version = target(number).version
-    return changes(control, plan).promote(PromotionRequest(version, format, reason="better"), ACTOR)
-
-
-def record(control: Control) -> RolloutRecord:
-    found = find_rollout(control.store, NAME)
-    assert found is not None
-    return found
-
-
-async def ended(control: Control, timeout_s: float = 30.0) -> RolloutRecord:
-    await until(lambda: record(control).outcome is not None, timeout_s, every_s=0.03)  # a look takes 2 ms
-    return record(control)
 
 
 async def test_good_candidate_passes_shadow_and_canary_and_becomes_production(control: Control) -> None:
@@ -213,7 +141,7 @@ async def test_rollback_during_the_canary_sends_all_clients_to_production_within
         start(control, 2, endless)
         await until(lambda: f"{NAME}@2" in set().union(*users.versions.values(), set()))
         async with asyncio.timeout(2):
-            changes(control, endless).rollback(NAME, reason="a bad feeling", actor=ACTOR)
+            changes(control, endless).rollback(NAME, reason="a bad feeling", actor=ANN)
             await until(lambda: record(control).outcome is not None)
         assert control.router.find(NAME, "anyone").assignment is None
         await until(lambda: control.park.alive == 1)
@@ -268,7 +196,7 @@ def switched(control: Control) -> RolloutRecord:
     """Request a rollout of version 2, and make its candidate the desired version, as before the final swap."""
     desired = read_desired(control.store, NAME)
     assert desired is not None
-    begun = begin_rollout(control.store, desired, target(2), ALL, AuditEntry(Action.ROLLOUT, f"{NAME}@2", ACTOR, None))
+    begun = begin_rollout(control.store, desired, target(2), ALL, AuditEntry(Action.ROLLOUT, f"{NAME}@2", ANN, None))
     found = switch_rollout(control.store, begun)
     assert found is not None
     return found
@@ -349,7 +277,7 @@ async def test_pending_swap_to_the_desired_version_completes_before_a_rollout_st
         desired = read_desired(control.store, NAME)
         assert desired is not None
         newer = change_desired(control.store, desired, target(3), target(1))
-        entry = AuditEntry(Action.ROLLOUT, f"{NAME}@2", ACTOR, None)
+        entry = AuditEntry(Action.ROLLOUT, f"{NAME}@2", ANN, None)
         begin_rollout(control.store, newer, target(2), ALL, entry)
         seen = await ended(control)
     assert (seen.outcome, seen.previous) == (RolloutOutcome.PROMOTED, target(3)), seen.steps
@@ -379,7 +307,7 @@ async def test_time_without_a_server_does_not_count_towards_the_deadline_of_a_ro
     desired = read_desired(control.store, NAME)
     assert desired is not None
     plan = ALL.model_copy(update={"shadow": 0})
-    begun = begin_rollout(control.store, desired, target(2), plan, AuditEntry(Action.ROLLOUT, f"{NAME}@2", ACTOR, None))
+    begun = begin_rollout(control.store, desired, target(2), plan, AuditEntry(Action.ROLLOUT, f"{NAME}@2", ANN, None))
     enter_state(control.store, begun.id, RolloutState.CANARY)
     with control.store.begin() as connection:
         connection.execute(update(RolloutRow).values(step_began_at=datetime.now(UTC) - timedelta(hours=1)))
@@ -396,7 +324,7 @@ async def test_rollout_configured_to_hold_at_its_deadline_waits_for_an_operator(
         assert record(control).outcome is None
         shown = control.deployment.status()["rollout"]
         assert (shown["version"], shown["state"], shown["canary"]) == (f"{NAME}@2", "canary", 25)
-        changes(control, plan).rollback(NAME, reason=None, actor=ACTOR)
+        changes(control, plan).rollback(NAME, reason=None, actor=ANN)
         assert (await ended(control)).outcome is RolloutOutcome.CANCELLED
 
 
@@ -420,7 +348,7 @@ async def test_warning_that_one_client_sends_most_requests_is_reported_once(cont
         await until(lambda: control.router.find(NAME, "anyone").assignment is not None)
         await asyncio.sleep(1.2)  # the evidence is read again
         assert warnings() == 1
-        changes(control, endless).rollback(NAME, reason=None, actor=ACTOR)
+        changes(control, endless).rollback(NAME, reason=None, actor=ANN)
         await ended(control)
 
 
@@ -439,7 +367,7 @@ async def test_second_promotion_is_refused_while_a_rollout_is_in_progress(contro
         start(control, 2)
         with pytest.raises(BusyError, match=r"a rollout of tuned@2 \(merged\) is in progress"):
             start(control, 3)
-        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        changes(control, ALL).rollback(NAME, reason=None, actor=ANN)
         await ended(control)
 
 
@@ -494,7 +422,7 @@ async def test_state_of_a_running_rollout_is_in_the_status_and_in_the_rollout_vi
         await until(lambda: record(control).signals)
         view = RolloutView.of(record(control))
         status = await asyncio.to_thread(control.deployment.status)
-        changes(control, ALL).rollback(NAME, reason=None, actor=ACTOR)
+        changes(control, ALL).rollback(NAME, reason=None, actor=ANN)
         await ended(control)
     assert (view.version, view.previous, view.state, view.canary) == (f"{NAME}@2", ONE, RolloutState.CANARY, 25)
     assert {signal.signal for signal in view.signals} == {"errors", "first_token"}

@@ -23,11 +23,12 @@ from svc.store.postgresql import connect
 from svc.store.rollouts import RolloutOutcome, RolloutState
 from svc.store.swaps import SwapResult
 from svc.store.tables import LeaseRow, ServerRow
+from tests.builders.actors import ANN
+from tests.builders.rollouts import ALL, Users, changes, record, start
+from tests.builders.rollouts import ended as ended_within
 from tests.postgresql import SHARED, PostgresServer
 from tests.serving.control import BODY, Control
 from tests.serving.control import until as until_within
-from tests.serving.rollout.test_rollout import ACTOR, ALL, Users, changes, record, start
-from tests.serving.rollout.test_rollout import ended as ended_within
 from tests.serving.versions import NAME, make_version, target
 
 pytestmark = pytest.mark.slow
@@ -151,7 +152,7 @@ def unsplit(*controls: Control) -> bool:
 
 def rollback(control: Control) -> None:
     """Stop the rollout, as `svc rollback` does."""
-    changes(control, ENDLESS).rollback(NAME, reason=None, actor=ACTOR)
+    changes(control, ENDLESS).rollback(NAME, reason=None, actor=ANN)
 
 
 def has_step(control: Control, text: str) -> bool:

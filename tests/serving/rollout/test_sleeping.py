@@ -18,18 +18,19 @@ from svc.version import Format, Target, VersionId
 from tests.serving.control import BODY, Make, until
 from tests.serving.engine_park import fail_to_end_once
 from tests.serving.home import Home
-from tests.serving.rollout.test_idling import IDLE_S, OTHER, configure, hash_slowly, promoted
 from tests.serving.versions import NAME, make_version, target
 
 pytestmark = pytest.mark.slow
 
+OTHER = "other"
+IDLE_S = 0.2
 ONE = (200, f"{NAME}@1", "1")
 
 
 @pytest.fixture
 def sleeping(home: Home) -> Home:
     """Return a home whose models become idle quickly and whose engines can sleep."""
-    configure(home, serve={"port": 0, "idle_s": IDLE_S})
+    home.configure(serve={"idle_s": IDLE_S})
     home.park.sleeps = True
     return home
 
@@ -165,9 +166,7 @@ async def test_new_engine_starts_for_the_next_request_if_the_sleeping_engine_die
 
 
 async def test_all_sleeping_engines_of_a_model_wake_up(sleeping: Home) -> None:
-    configure(
-        sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
-    )  # the second engine starts after a second
+    sleeping.configure(serve={"idle_s": 2.0}, engine={"replicas": 2})  # the second engine starts after a second
     async with sleeping.serving(f"{NAME}@1") as client:
         await until(lambda: sleeping.park.alive == 2)
         await asleep(client, replicas=2)
@@ -179,7 +178,7 @@ async def test_all_sleeping_engines_of_a_model_wake_up(sleeping: Home) -> None:
 
 
 async def test_one_of_several_engines_is_restarted_if_it_fails_to_wake(sleeping: Home) -> None:
-    configure(sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2})
+    sleeping.configure(serve={"idle_s": 2.0}, engine={"replicas": 2})
     async with sleeping.serving(f"{NAME}@1") as client:
         await until(lambda: sleeping.park.alive == 2)
         await asleep(client, replicas=2)
@@ -193,7 +192,7 @@ async def test_one_of_several_engines_is_restarted_if_it_fails_to_wake(sleeping:
 async def test_promotion_replaces_the_sleeping_engine_with_one_for_the_new_version(sleeping: Home) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
         await asleep(client)
-        assert (await promoted(sleeping, 2)).outcome is SwapOutcome.SUCCEEDED
+        assert (await sleeping.promote(2)).outcome is SwapOutcome.SUCCEEDED
         assert await engines(client) == [("ready", False)]
         assert await answer(client) == (200, f"{NAME}@2", "2")
         assert [engine.alive for engine in sleeping.park.engines] == [False, True]
@@ -206,22 +205,20 @@ async def test_engine_does_not_enter_sleep_mode_while_a_promotion_verifies_files
     sleeping: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with sleeping.serving(f"{NAME}@1") as client:
-        hash_slowly(sleeping, monkeypatch, 4 * IDLE_S)
-        assert (await promoted(sleeping, 2)).outcome is SwapOutcome.SUCCEEDED
+        sleeping.hash_slowly(monkeypatch, 4 * IDLE_S)
+        assert (await sleeping.promote(2)).outcome is SwapOutcome.SUCCEEDED
         assert await answer(client) == (200, f"{NAME}@2", "2")
         assert len(sleeping.park.engines) == 1
 
 
 async def test_no_engine_sleeps_after_a_promotion_of_a_sleeping_model(sleeping: Home) -> None:
-    configure(
-        sleeping, serve={"port": 0, "idle_s": 2.0}, engine={"replicas": 2}
-    )  # the second engine starts after a second
+    sleeping.configure(serve={"idle_s": 2.0}, engine={"replicas": 2})  # the second engine starts after a second
     async with sleeping.serving(f"{NAME}@1") as client:
         await until(lambda: sleeping.park.alive == 2)
         await asleep(client, replicas=2)
-        assert (await promoted(sleeping, 2)).outcome is SwapOutcome.SUCCEEDED
+        assert (await sleeping.promote(2)).outcome is SwapOutcome.SUCCEEDED
         assert sleeping.park.asleep == 0
-        assert (await promoted(sleeping, 3)).outcome is SwapOutcome.SUCCEEDED
+        assert (await sleeping.promote(3)).outcome is SwapOutcome.SUCCEEDED
         assert await answer(client) == (200, f"{NAME}@3", "3")
         assert not any("/collective_rpc" in engine.double.calls for engine in sleeping.park.engines[:2])
 
@@ -260,7 +257,7 @@ async def test_adapters_are_reloaded_and_verified_again_after_waking(make: Make)
 async def test_no_engine_sleeps_or_wakes_while_another_engine_starts(sleeping: Home) -> None:
     """vLLM measures free memory when it starts and falls asleep, and fails if another engine changes it."""
     make_version(sleeping.registry, 7, name=OTHER)
-    configure(sleeping, serve={"port": 0}, models={NAME: {"idle_s": IDLE_S}})
+    sleeping.configure(models={NAME: {"idle_s": IDLE_S}})
     park = sleeping.park
     async with sleeping.serving(f"{NAME}@1") as client:
         first, park.start_delay_s = park.double, 1.5
@@ -286,7 +283,7 @@ def crowded(sleeping: Home) -> Home:
     """Return a home with three models on a GPU with memory for one awake and two sleeping engines."""
     make_version(sleeping.registry, 7, name=OTHER)
     make_version(sleeping.registry, 9, name="third")
-    configure(sleeping, serve={"port": 0, "idle_s": 60})
+    sleeping.configure(serve={"idle_s": 60})
     sleeping.park.shortage = lambda more: _full(sleeping, more, beside=2)
     return sleeping
 

@@ -151,12 +151,12 @@ async def test_nan_logprobs_fail_verification(control: Control) -> None:
 
 
 async def test_answer_without_logprobs_fails_verification(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    verification = control.double._prompt_logprobs
+    verification = control.double.prompt_logprobs
 
     def prompt_logprobs(prompt: list[int], model: str) -> list[dict[str, object] | None]:
         return [] if control.double.weights.endswith("/2/merged") else verification(prompt, model)
 
-    monkeypatch.setattr(control.double, "_prompt_logprobs", prompt_logprobs)
+    monkeypatch.setattr(control.double, "prompt_logprobs", prompt_logprobs)
     swap = await control.promote(2)
     assert swap.outcome is SwapOutcome.FAILED
     assert control.state is EngineState.READY

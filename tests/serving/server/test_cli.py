@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-from click.testing import CliRunner, Result
 
 from serving.rollout.promotion_client import FollowedChange, ServerResult
 from serving.rollout.served import served_spans
@@ -36,6 +35,8 @@ from svc.store.rollouts import (
 )
 from svc.store.swaps import SwapOutcome, SwapResult
 from svc.version import Format, Target, VersionId
+from tests.builders.actors import ANN
+from tests.builders.commands import error_of, type_in, type_now
 from tests.postgresql import SHARED, PostgresServer
 from tests.serving.control import until
 from tests.serving.engine_park import ParkSlots
@@ -45,19 +46,6 @@ from tests.serving.versions import NAME, make_version, target
 from tests.svc.registry.manifests import gate_report
 
 pytestmark = pytest.mark.slow
-
-
-def type_now(home: Home, *arguments: str, answers: str | None = None) -> Result:
-    return CliRunner().invoke(group, ["--home", str(home.settings.home), *arguments], input=answers)
-
-
-async def type_in(home: Home, *arguments: str, answers: str | None = None) -> Result:
-    return await asyncio.to_thread(type_now, home, *arguments, answers=answers)
-
-
-def error_of(result: Result) -> SvcError:
-    assert isinstance(result.exception, SvcError), result
-    return result.exception
 
 
 @pytest.fixture
@@ -477,7 +465,7 @@ def test_serve_command_starts_no_engine_if_the_model_does_not_exist(home: Home) 
 
 async def test_rollout_command_shows_the_figures_and_outcome_of_the_latest_rollout(home: Home) -> None:
     seen = change_desired(home.store, None, target(1), None)
-    entry = AuditEntry(Action.PROMOTE, f"{NAME}@2", Actor("user:ann", "box"), "better")
+    entry = AuditEntry(Action.PROMOTE, f"{NAME}@2", ANN, "better")
     tried = begin_rollout(home.store, seen, target(2), RolloutSettings(canary=(5, 100)), entry)
     add_rollout_step(home.store, tried.id, "canary: 5% of clients")
     loss = SignalRow("errors", "failed", production=0.0, candidate=0.3, low=0.1, high=None, margin=0.01, units=90)

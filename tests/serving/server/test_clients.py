@@ -13,9 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.access.keyring import Keyring
-from svc.identity.principal import Limits, Scope
-from tests.builders.actors import ALICE
+from svc.identity.principal import Limits
+from tests.builders.keys import make_key
 from tests.serving.control import BODY
 from tests.serving.home import Home
 from tests.serving.versions import NAME
@@ -108,7 +107,7 @@ class Served:
 async def served(home: Home, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # otherwise its import requests prices from GitHub
     limits = Limits(requests_per_minute=A_MINUTE)
-    issued = Keyring(home.store, ALICE).create(frozenset({Scope.INFER}), limits=limits)
+    issued = make_key(home, limits=limits)
     async with home.serving(f"{NAME}@1") as http:
         yield Served(http, issued.secret)
 

@@ -9,17 +9,15 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.access.keyring import IssuedKey, Keyring
+from serving.access.keyring import IssuedKey
 from svc.identity.key_secret import hash_secret, new_secret
 from svc.identity.principal import Scope
 from svc.settings.monitoring import RequestLogSettings
 from svc.settings.serve import ServeSettings
-from tests.builders.actors import ALICE
-from tests.serving.access.test_keys import make_key
+from tests.builders.commands import type_in
+from tests.builders.keys import make_key, write_key
 from tests.serving.control import BODY
 from tests.serving.home import Home
-from tests.serving.server.test_cli import type_in
-from tests.serving.server.test_remote import write_key
 from tests.serving.versions import NAME
 
 pytestmark = pytest.mark.slow
@@ -117,7 +115,7 @@ async def used(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
         }
     )
     caplog.set_level(logging.DEBUG)
-    Keyring(home.store, ALICE).create(frozenset({Scope.ADMIN}), name="first")
+    make_key(home, Scope.ADMIN, name="first")
     async with home.serving(f"{NAME}@1") as client:
         used = Used(home, client, tmp_path)
         await asyncio.sleep(0.6)

@@ -27,12 +27,11 @@ from svc.remote.server_url import ServerAddress, server_address
 from svc.store.audit import read_events
 from svc.store.desired import read_desired
 from svc.store.keys import read_keys
-from tests.serving.access.test_keys import make_key
+from tests.builders.commands import error_of, type_in
+from tests.builders.keys import make_key, write_key
 from tests.serving.certificates import make_certificate
 from tests.serving.control import until
 from tests.serving.home import Home
-from tests.serving.server.test_cli import error_of, type_in
-from tests.serving.server.test_served_tls import configure
 from tests.serving.versions import NAME, make_version, target
 from tests.svc.registry.manifests import gate_report
 
@@ -51,13 +50,6 @@ async def client(home: Home, admin: IssuedKey) -> AsyncIterator[httpx.AsyncClien
     async with home.serving(f"{NAME}@1") as client:
         client.headers["authorization"] = f"Bearer {admin.secret}"
         yield client
-
-
-def write_key(folder: Path, issued: IssuedKey) -> Path:
-    path = folder / f"{issued.key.id}.key"
-    path.touch(mode=0o600)
-    path.write_text(issued.secret)
-    return path
 
 
 @pytest.fixture
@@ -244,7 +236,7 @@ async def test_remote_commands_need_the_ca_option_for_a_server_with_a_private_ce
     home: Home, admin: IssuedKey, tmp_path: Path
 ) -> None:
     certificate, key = make_certificate(tmp_path)
-    configure(home, tls_certificate=certificate, tls_key=key)
+    home.configure(serve={"tls_certificate": certificate, "tls_key": key})
     async with home.serving(f"{NAME}@1") as client:
         options = ["--server", f"https://localhost:{client.base_url.port}", "--key-file", write_key(tmp_path, admin)]
         trusting = [*map(str, options), "--ca", str(certificate), "promote", f"{NAME}@2"]

@@ -17,25 +17,21 @@ from serving.server import server
 from svc.errors import SettingsError
 from svc.identity.principal import Scope
 from svc.settings.serve import ServeSettings
-from tests.serving.access.test_keys import make_key
+from tests.builders.commands import type_in
+from tests.builders.keys import make_key
 from tests.serving.certificates import make_certificate
 from tests.serving.control import ask
 from tests.serving.home import Home
-from tests.serving.server.test_cli import type_in
 from tests.serving.versions import NAME
 
 pytestmark = pytest.mark.slow
-
-
-def configure(home: Home, **serve: Any) -> None:
-    home.settings = home.settings.model_copy(update={"serve": ServeSettings(port=0, **serve)})
 
 
 @pytest.fixture
 def files(home: Home, tmp_path: Path) -> tuple[Path, Path]:
     """Return the certificate of the home's server and its key."""
     certificate, key = make_certificate(tmp_path)
-    configure(home, tls_certificate=certificate, tls_key=key)
+    home.configure(serve={"tls_certificate": certificate, "tls_key": key})
     return certificate, key
 
 
@@ -105,7 +101,7 @@ async def test_stalled_tls_handshakes_block_other_connections_only_briefly(
 ) -> None:
     monkeypatch.setattr("serving.server.server.raise_descriptor_limit", lambda: 3)
     monkeypatch.setattr("serving.server.http_server.REQUEST_DEADLINE_S", 0.5)
-    configure(home, tls_certificate=files[0], tls_key=files[1], max_connections_per_address=3)
+    home.configure(serve={"tls_certificate": files[0], "tls_key": files[1], "max_connections_per_address": 3})
     async with home.serving(f"{NAME}@1") as client:
         port = client.base_url.port
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
@@ -126,7 +122,7 @@ async def test_connections_per_client_address_are_limited_to_a_share_of_the_tota
     home: Home, monkeypatch: pytest.MonkeyPatch, configured: dict[str, int], let_in: int
 ) -> None:
     monkeypatch.setattr("serving.server.server.raise_descriptor_limit", lambda: 4)
-    configure(home, **configured)
+    home.configure(serve=configured)
     async with home.serving(f"{NAME}@1") as client:
         held = [await asyncio.open_connection("127.0.0.1", client.base_url.port) for _ in range(let_in)]
         reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
@@ -178,7 +174,7 @@ async def spend(client: httpx.AsyncClient, address: str) -> int:
 
 
 async def test_client_addresses_are_taken_from_a_trusted_proxy(home: Home) -> None:
-    configure(home, behind_proxy=("127.0.0.0/8",))
+    home.configure(serve={"behind_proxy": ("127.0.0.0/8",)})
     make_key(home)
     async with home.serving(f"{NAME}@1") as client:
         assert await spend(client, "192.0.2.1") == 429
@@ -191,7 +187,7 @@ async def test_client_addresses_are_taken_from_a_trusted_proxy(home: Home) -> No
 
 @pytest.mark.parametrize("proxies", [(), ("10.0.0.0/8",)])
 async def test_forwarding_headers_from_untrusted_addresses_are_ignored(home: Home, proxies: tuple[str, ...]) -> None:
-    configure(home, behind_proxy=proxies)
+    home.configure(serve={"behind_proxy": proxies})
     make_key(home, Scope.ADMIN)
     async with home.serving(f"{NAME}@1") as client:
         assert await spend(client, "192.0.2.1") == 429

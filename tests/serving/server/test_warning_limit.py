@@ -3,7 +3,7 @@
 import logging
 
 from serving.server.warning_limit import WarningLimit
-from tests.serving.gateway.test_failed_keys import Clock
+from tests.builders.clocks import Clock
 
 
 def passes(limit: WarningLimit, message: str, level: int = logging.WARNING) -> bool:
@@ -14,9 +14,9 @@ def test_warning_is_logged_again_after_one_minute() -> None:
     clock = Clock()
     limit = WarningLimit(clock)
     assert passes(limit, "one %s")
-    clock.at = 59.0
+    clock.now = 59.0
     assert not passes(limit, "one %s")
-    clock.at = 60.0
+    clock.now = 60.0
     assert passes(limit, "one %s")
     assert not passes(limit, "one %s")
 

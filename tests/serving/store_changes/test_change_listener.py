@@ -16,15 +16,13 @@ from sqlalchemy import Engine as Store
 from sqlalchemy.exc import OperationalError
 
 from serving.access.usage import Usage, UsageOf, add_usage
-from serving.batches.rows import Batch, cancel_batch, create_batch
-from serving.files.rows import Purpose
+from serving.batches.rows import cancel_batch
 from serving.fine_tuning.queue import release_job, take_job
-from serving.fine_tuning.request_rows import change_wanted, create_job, queue_checked
-from serving.fine_tuning.rows import Job, Wanted
+from serving.fine_tuning.request_rows import change_wanted, queue_checked
+from serving.fine_tuning.rows import Wanted
 from serving.store_changes import change_listener, sqlite_listener
 from serving.store_changes import changes as changes_module
 from serving.store_changes.changes import Changes
-from svc.identity.actor import Actor
 from svc.identity.principal import Limits, Principal, Scope
 from svc.settings.rollout import RolloutSettings
 from svc.store import outage_log
@@ -45,15 +43,17 @@ from svc.store.rollouts import (
 )
 from svc.store.statuses import JobStatus
 from svc.version import Format, Target, VersionId
+from tests.builders.actors import ANN
+from tests.builders.batches import add_batch
+from tests.builders.jobs import add_job
 from tests.builders.listeners import listening
 from tests.builders.statements import statements
-from tests.file_row import add_file_row
 from tests.postgresql import SHARED, PostgresServer
 from tests.serving.control import until as until_within
 
 NAME = "tuned"
 ONE, TWO = (Target(VersionId(NAME, number), Format.MERGED) for number in (1, 2))
-ENTRY = AuditEntry(Action.PROMOTE, str(ONE.version), Actor("user:ann", "laptop"))
+ENTRY = AuditEntry(Action.PROMOTE, str(ONE.version), ANN)
 KEY = Key(Principal("abcd0123", "ci", frozenset({Scope.INFER}), None, Limits()), "hash", created_at=datetime.now(UTC))
 until = partial(until_within, timeout_s=30)
 LISTENERS = "FROM pg_stat_activity WHERE query = 'LISTEN tuneserve' AND datname = current_database()"
@@ -116,16 +116,11 @@ def _nothing(store: Store) -> None:
 
 
 def _create_batch(store: Store) -> None:
-    now = datetime.now(UTC)
-    add_file_row(store, "file-1", owner="ann", purpose=Purpose.BATCH)
-    batch = Batch("batch-1", "ann", "file-1", "/v1/chat/completions", "24h", now, now)
-    create_batch(store, batch, ENTRY, max_open=1)
+    add_batch(store, id="batch-1", owner="ann")
 
 
 def _create_job(store: Store, status: JobStatus = JobStatus.QUEUED) -> None:
-    add_file_row(store, "file-1", owner="ann")
-    job = Job("job-1", "ann", "print", "small", "file-1", "{}", "", "bot", datetime.now(UTC), status=status)
-    create_job(store, job, ENTRY, max_jobs=1, training_s=None, events=[])
+    add_job(store, id="job-1", owner="ann", status=status)
 
 
 def _take_job(store: Store) -> None:

@@ -16,7 +16,6 @@ from serving.rollout.promotion import PromotionRequest
 from serving.rollout.version_changes import VersionChanges
 from serving.store_changes.change_listener import ChangeListener
 from serving.store_changes.changes import Changes
-from svc.identity.actor import Actor
 from svc.identity.principal import Scope
 from svc.settings.rollout import RolloutSettings
 from svc.settings.settings import ModelSettings
@@ -25,6 +24,7 @@ from svc.store.desired import change_desired
 from svc.store.rollouts import find_rollout
 from svc.store.swaps import SwapOutcome, find_swap
 from svc.version import Format, Target, VersionId
+from tests.builders.actors import ANN
 from tests.postgresql import PostgresServer
 from tests.serving.control import Control, Make, until
 from tests.serving.home import Home
@@ -32,7 +32,6 @@ from tests.serving.versions import NAME, make_version, target
 
 pytestmark = pytest.mark.slow
 
-ACTOR = Actor("user:ann", "laptop")
 OTHER = "other"
 LONG_S = 30.0
 
@@ -95,10 +94,10 @@ async def test_rollout_ends_on_a_stop_notification(control: Control) -> None:
     changes = VersionChanges(
         control.registry, control.store, lambda: {NAME: target(1)}, lambda name: ModelSettings(rollout=plan)
     )
-    changes.promote(PromotionRequest(target(2).version, None, reason="better"), ACTOR)
+    changes.promote(PromotionRequest(target(2).version, None, reason="better"), ANN)
     await until(lambda: control.park.alive == 2)
     await asyncio.sleep(0.1)
-    changes.rollback(NAME, reason=None, actor=ACTOR)
+    changes.rollback(NAME, reason=None, actor=ANN)
     await until(lambda: (rollout := find_rollout(control.store, NAME)) and rollout.outcome)
 
 
@@ -140,7 +139,7 @@ async def followed(store: Store, *, notified: bool) -> AsyncIterator[Authenticat
 
 @pytest.mark.parametrize("notified", [True, False], ids=["notified", "polled"])
 async def test_key_revocation_takes_effect_on_two_servers_within_a_second(store: Store, notified: bool) -> None:
-    keyring = Keyring(store, ACTOR)
+    keyring = Keyring(store, ANN)
     issued = keyring.create(frozenset({Scope.INFER}))
     async with followed(store, notified=notified) as first, followed(store, notified=notified) as second:
         grants = [server.grant(issued.secret) for server in (first, second)]
@@ -153,7 +152,7 @@ async def test_key_revocation_takes_effect_on_two_servers_within_a_second(store:
 
 async def test_server_that_cannot_reach_the_store_refuses_keys_after_a_minute(store: Store) -> None:
     now = 0.0
-    issued = Keyring(store, ACTOR).create(frozenset({Scope.INFER}))
+    issued = Keyring(store, ANN).create(frozenset({Scope.INFER}))
     cut_off, other = (Authenticator(store, clock=lambda: now) for _ in range(2))
     cut_off.refresh()
     now = 59.0

@@ -19,6 +19,7 @@ from svc.settings.settings import Settings
 from svc.store.drift_items import item_ids, read_items
 from svc.store.requests import RequestRecord, add_requests
 from svc.version import Format, Target, VersionId
+from tests.builders.clocks import Clock
 from tests.builders.requests import RECORD as OLD_RECORD
 from tests.new_store import new_store
 from tests.serving.versions import NAME, AliasBook, make_version, target
@@ -90,15 +91,6 @@ def running(home: Path) -> Iterator[Features]:
 def features(tmp_path: Path) -> Iterator[Features]:
     with running(tmp_path) as features:
         yield features
-
-
-class Clock:
-    """A clock that advances only when told to."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.mark.slow

@@ -9,24 +9,15 @@ from serving.protocols.wire_formats import Usage
 from serving.telemetry.metrics import IDLE_VERSION_TIMEOUT_S, GatewayMetrics
 from svc.store.feedback import Rating
 from svc.version import Format, Target, VersionId
+from tests.builders.clocks import Clock
 from tests.serving.service import NAME, ONE, TWO
 
 MANY = [Target(VersionId(NAME, number), Format.ADAPTER) for number in range(1, 301)]
 
 
-class Clock:
-    """A clock that advances only when told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

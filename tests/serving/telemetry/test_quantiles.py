@@ -9,19 +9,10 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from serving.telemetry.quantiles import QUANTILES, SLOT_S, SLOTS, VersionQuantiles
+from tests.builders.clocks import Clock
 
 WINDOW_S = SLOTS * SLOT_S
 SECONDS = st.floats(min_value=1e-4, max_value=3600)
-
-
-class Clock:
-    """A clock that advances only when told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def example(clock: Callable[[], float]) -> VersionQuantiles:
@@ -38,7 +29,7 @@ def shown(versions: VersionQuantiles) -> dict[tuple[str, str], float]:
 def test_quantiles_over_the_whole_window_are_within_one_percent_of_exact_quantiles(
     samples: list[tuple[float, int]],
 ) -> None:
-    clock = Clock()
+    clock = Clock(1000.0)
     versions = example(clock)
     for value, slot in sorted(samples, key=lambda sample: sample[1]):
         clock.now = slot * SLOT_S
@@ -51,14 +42,13 @@ def test_quantiles_over_the_whole_window_are_within_one_percent_of_exact_quantil
 
 
 def test_quantile_is_nearly_zero_if_a_request_took_zero_seconds() -> None:
-    versions = example(Clock())
+    versions = example(Clock(1000.0))
     versions.observe(("tuned", "1"), 0.0)
     assert 0 < shown(versions)["1", "0.5"] < 1e-5
 
 
 def test_sample_expires_at_the_end_of_the_window() -> None:
     clock = Clock()
-    clock.now = 0.0
     versions = example(clock)
     versions.observe(("tuned", "1"), 1.0)
     clock.now = WINDOW_S - 0.1
@@ -68,7 +58,7 @@ def test_sample_expires_at_the_end_of_the_window() -> None:
 
 
 def test_old_samples_expire_even_if_new_samples_arrive() -> None:
-    clock = Clock()
+    clock = Clock(1000.0)
     versions = example(clock)
     versions.observe(("tuned", "1"), 100.0)
     clock.now += WINDOW_S
@@ -77,7 +67,7 @@ def test_old_samples_expire_even_if_new_samples_arrive() -> None:
 
 
 def test_quantile_memory_is_bounded_by_the_number_of_window_slots() -> None:
-    clock = Clock()
+    clock = Clock(1000.0)
     versions = example(clock)
     for _ in range(1000):
         clock.now += 7
@@ -86,7 +76,7 @@ def test_quantile_memory_is_bounded_by_the_number_of_window_slots() -> None:
 
 
 def test_version_without_recent_samples_has_no_metric_series() -> None:
-    clock = Clock()
+    clock = Clock(1000.0)
     versions = example(clock)
     versions.observe(("tuned", "1"), 1.0)
     clock.now += WINDOW_S
@@ -96,7 +86,7 @@ def test_version_without_recent_samples_has_no_metric_series() -> None:
 
 def test_samples_may_arrive_while_metrics_are_written() -> None:
     """Metrics pages are written in separate threads."""
-    clock = Clock()
+    clock = Clock(1000.0)
     versions = example(clock)
 
     def scrape() -> None:

@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,23 +18,12 @@ from svc.registry.manifest import BaseRecord, Manifest, manifest_bytes
 from svc.registry.objects import ObjectStore
 from svc.registry.registry import HELDOUT_FILE
 from svc.version import Format, VersionId
-from tests.object_store import Bucket, Fault, running_s3
+from tests.object_store import Bucket, Fault
 from tests.svc.registry.manifests import make_manifest
 
 WEIGHTS = 9 * 2**20 + 3  # two parts
 FILE = "merged/model.safetensors"
 slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def new_bucket() -> Iterator[Callable[[], Bucket]]:
-    with running_s3() as new:
-        yield new
-
-
-@pytest.fixture
-def bucket(new_bucket: Callable[[], Bucket]) -> Bucket:
-    return new_bucket()
 
 
 @pytest.fixture(params=["file", pytest.param("s3", marks=slow)])

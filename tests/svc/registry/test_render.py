@@ -18,10 +18,8 @@ from svc.version import Format, VersionId
 from tests.command_line import Svc
 from tests.svc.chats import chat
 from tests.svc.evaluation.answered import answered
+from tests.svc.registry.conftest import Register
 from tests.svc.registry.manifests import gate_report, make_manifest
-from tests.svc.registry.test_show import Register, register
-
-__all__ = ["register"]
 
 
 def text_report(answer: str) -> EvaluationReport:

@@ -22,8 +22,8 @@ from svc.store.requests import add_requests
 from svc.store.tables import Table
 from svc.store.unavailable import StoreUnavailableError
 from svc.version import Format, Target, VersionId
+from tests.builders.drift_items import item
 from tests.builders.requests import RECORD, kept
-from tests.svc.store.test_drift_items import item
 
 ONE = Target(VersionId("tiny", 1), Format.GPTQ)
 

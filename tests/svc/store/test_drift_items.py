@@ -3,34 +3,20 @@
 from collections.abc import Sequence
 from datetime import timedelta
 
-import numpy as np
 import pytest
 from sqlalchemy import Engine as Store
 from sqlalchemy import update
 
 from serving.audit.erasure import forget_requests, of_user
 from svc.store import drift_items
-from svc.store.drift_items import Item, StoredItem, add_items, item_ids, prune_items, read_items, read_items_with
+from svc.store.drift_items import StoredItem, add_items, item_ids, prune_items, read_items, read_items_with
 from svc.store.requests import add_requests, hash_user, prune_requests
 from svc.store.tables import RequestRow
 from svc.version import Format, Target, VersionId
+from tests.builders.drift_items import item
 from tests.builders.requests import NOON, PLENTY, RECORD, TARGET, fill
 
 OTHERS = [Target(VersionId("tiny", 1), Format.GPTQ), Target(VersionId("tiny", 2), Format.MERGED)]
-
-
-def item(request_id: str, *, characters: float = 7.0) -> Item:
-    """Return the drift features of a request."""
-    return Item(
-        request_id,
-        NOON,
-        prompt={"characters": characters, "language": "de"},
-        answer={"answer_tokens": 5.0, "finish_reason": "stop", "valid_json": None},
-        topic=np.array([0.25, -1e-9, 3e7], dtype=np.float32),
-        wanted=np.array([], dtype=np.float32),
-        words=np.array([-(2**31), -1, 2**31 - 1], dtype=np.int32),
-        conversation=-(2**63),
-    )
 
 
 def add(store: Store, count: int, target: Target = TARGET) -> list[int]:

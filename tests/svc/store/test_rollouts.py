@@ -9,7 +9,6 @@ from sqlalchemy import Engine as Store
 from serving.rollout.analysis.units import Arm
 from serving.rollout.assigned_requests import read_assigned, unit_text
 from svc.errors import BusyError
-from svc.identity.actor import Actor
 from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry, read_events
 from svc.store.desired import Desired, change_desired, read_desired
@@ -29,19 +28,19 @@ from svc.store.rollouts import (
     switch_rollout,
 )
 from svc.version import Format, Target, VersionId
+from tests.builders.actors import ANN
 
 ONE, TWO, THREE = (Target(VersionId("tuned", number), Format.MERGED) for number in (1, 2, 3))
-ACTOR = Actor("user:ann", "laptop")
 PLAN = RolloutSettings(canary=(5, 100))
 
 
 def begin(store: Store) -> tuple[Desired, RolloutRecord]:
     desired = read_desired(store, "tuned") or change_desired(store, None, ONE, None)
-    return desired, begin_rollout(store, desired, TWO, PLAN, AuditEntry(Action.ROLLOUT, str(TWO.version), ACTOR))
+    return desired, begin_rollout(store, desired, TWO, PLAN, AuditEntry(Action.ROLLOUT, str(TWO.version), ANN))
 
 
 def stop(store: Store) -> RolloutRecord | None:
-    return stop_rollout(store, "tuned", "a feeling", AuditEntry(Action.ROLLBACK, str(ONE.version), ACTOR))
+    return stop_rollout(store, "tuned", "a feeling", AuditEntry(Action.ROLLBACK, str(ONE.version), ANN))
 
 
 def test_rollout_is_rejected_while_another_rollout_of_the_same_model_is_running(store: Store) -> None:

@@ -6,13 +6,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import Engine as Store
 
-from svc.identity.actor import Actor
 from svc.settings.rollout import RolloutSettings
 from svc.store.audit import Action, AuditEntry
 from svc.store.desired import change_desired
 from svc.store.rollouts import RolloutOutcome, RolloutState, begin_rollout, end_rollout, enter_state
 from svc.store.webhooks import drop_deliveries, due_deliveries
 from svc.version import Format, Target, VersionId
+from tests.builders.actors import ANN
 
 URLS = ("https://one.example/hook", "https://two.example/hook")
 
@@ -25,7 +25,7 @@ def target(number: int) -> Target:
 def rollout(store: Store) -> int:
     """Return the id of a requested rollout."""
     seen = change_desired(store, None, target(1), None)
-    entry = AuditEntry(Action.PROMOTE, "tickets@2", Actor("user:ann", "box"), "better")
+    entry = AuditEntry(Action.PROMOTE, "tickets@2", ANN, "better")
     return begin_rollout(store, seen, target(2), RolloutSettings(shadow=9, canary=(5, 25, 100)), entry).id
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from svc.errors import BaseModelError, DiskSpaceError
 from svc.model_folder.weight_files import weight_files
 from svc.registry.files import read_headers
+from tests.builders.model_configs import change_config
 from tests.hub_models.build import build_hub_model
-from tests.trainer.base_model.test_resolve import change_config
 from trainer.base_model.resolve import resolve_base, resolve_config
 from trainer.data.chat_template import load_tokenizer, stop_tokens
 

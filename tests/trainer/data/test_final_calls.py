@@ -12,7 +12,7 @@ import pytest
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.tool_calls import message_text
-from tests.trainer.data.test_chat_template import tokenizer_of
+from tests.builders.tokenizers import tokenizer_of
 from trainer.data.chat_template import tokenize_examples
 
 pytestmark = pytest.mark.slow  # vLLM's import takes some ten seconds

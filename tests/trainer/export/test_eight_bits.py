@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from svc.errors import TrainingError
 from svc.version import Format
+from tests.builders.mixtures import write_mixture
 from tests.trainer.conftest import make_model
-from tests.trainer.export.test_gptq import make_mixture
 from trainer.evaluation.parity.quantized import MAX_OFF, compare
 from trainer.export.eight_bits import check_layers, quantize_to_8_bits, round_to_nearest
 
@@ -96,7 +96,7 @@ def test_untied_output_head_is_not_quantized_to_8_bits(tmp_path: Path) -> None:
 
 def test_mixture_of_experts_is_rejected_for_8_bit_formats(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="part of a mixture of experts, which cannot be quantized to 8 bits"):
-        check_layers(make_mixture(tmp_path / "base", "mixtral"))
+        check_layers(write_mixture(tmp_path / "base", "mixtral"))
 
 
 def test_model_with_unexpected_tensor_names_is_rejected_before_training(tmp_path: Path) -> None:

@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoConfig
 
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import RecipeError, TrainingError
 from svc.registry.files import read_headers
 from svc.version import Format
-from tests.trainer.conftest import make_example, make_model, make_recipe, make_tokenizer
+from tests.builders.mixtures import write_mixture
+from tests.trainer.conftest import make_example, make_model, make_recipe
 from trainer.export.four_bit_layers import _QUANTIZED_MIXTURES, check_layers
 from trainer.export.gptq import (
     calibration_rows,
@@ -68,39 +69,15 @@ def test_output_sizes_are_summed_for_layers_fused_by_the_engine(tmp_path: Path) 
     check_layers(make_model(tmp_path / "base", intermediate_size=144), 8, 32)
 
 
-def make_mixture(folder: Path, family: str, width: int = 32) -> Path:
-    """Write a chat model that has four experts in each layer."""
-    tokenizer = make_tokenizer()
-    shape = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": width,
-        "moe_intermediate_size": width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "num_experts_per_tok": 2,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    number = "num_local_experts" if family in {"mixtral", "granitemoe"} else "num_experts"
-    set_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **{number: 4}))
-    model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_quantization_check_covers_the_layers_of_every_expert(tmp_path: Path) -> None:
-    layers = check_layers(make_mixture(tmp_path / "base", "qwen3_moe"), 32)
+    layers = check_layers(write_mixture(tmp_path / "base", "qwen3_moe"), 32)
     assert len(layers) == 2 * (4 + 4 * 3)
     assert "model.layers.1.mlp.experts.3.down_proj" in layers
 
 
 def test_error_names_the_expert_whose_size_is_not_a_multiple_of_the_group_size(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"'model\.layers\.0\.mlp\.experts\.0\.down_proj' has 32 inputs"):
-        check_layers(make_mixture(tmp_path / "base", "qwen3_moe"), 64)
+        check_layers(write_mixture(tmp_path / "base", "qwen3_moe"), 64)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
@@ -108,13 +85,13 @@ def test_mixture_of_experts_is_rejected_when_gptqmodel_cannot_quantize_its_exper
     with pytest.raises(
         TrainingError, match=rf"experts\.gate_up_proj' is part of a mixture of experts, and the experts of '{family}'"
     ):
-        check_layers(make_mixture(tmp_path / "base", family), 32)
+        check_layers(write_mixture(tmp_path / "base", family), 32)
 
 
 def test_mixture_of_experts_is_rejected_when_the_engine_has_no_kernel_for_its_experts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = make_mixture(tmp_path / "base", "qwen3_moe")
+    base = write_mixture(tmp_path / "base", "qwen3_moe")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     check_layers(base, 32, 32)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -133,7 +110,7 @@ def test_mixture_of_experts_is_rejected_when_the_engine_has_no_kernel_for_its_ex
 def test_quantized_experts_have_the_same_tensor_names_as_in_the_base(
     family: str, examples: list[ChatExample], tmp_path: Path
 ) -> None:
-    base = make_mixture(tmp_path / "base", family)
+    base = write_mixture(tmp_path / "base", family)
     recipe = make_recipe(quantize={"group_size": 32, "samples": 8})
     summary = quantize_to_4_bits(Format.GPTQ, base, examples, recipe, tmp_path / "gptq", number_type=NumberType.FLOAT32)
     packed = {tensor.name for tensor in read_headers(tmp_path / "gptq") if tensor.name.endswith(".qweight")}

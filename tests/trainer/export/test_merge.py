@@ -7,28 +7,16 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svc.engine.device import NumberType
 from svc.errors import TrainingError
+from tests.builders.peft_adapters import random_adapter
 from trainer.export.merge import merge_adapter
 from trainer.export.verify_merge import compare_weights
 from trainer.model.load import ModelForm, load_model
 from trainer.model.rounding import neighbours
 from trainer.recipe.adapter import Quantization
-
-
-def make_adapter(base: Path, folder: Path, targets: str | list[str] = "all-linear") -> Path:
-    """Return an adapter that changes each of these linear layers."""
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False),
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return folder
 
 
 def change_adapter(adapter: Path, change: dict[str, torch.Tensor]) -> None:
@@ -38,7 +26,7 @@ def change_adapter(adapter: Path, change: dict[str, torch.Tensor]) -> None:
 
 @pytest.fixture
 def adapter(tiny_base: Path, tmp_path: Path) -> Path:
-    return make_adapter(tiny_base, tmp_path / "adapter")
+    return random_adapter(tiny_base, tmp_path / "adapter")
 
 
 @pytest.mark.slow
@@ -69,7 +57,7 @@ def test_merge_adds_the_adapter_in_float32_and_rounds_without_bias(
 def test_dequantized_merge_adds_the_adapter_to_the_dequantized_weights_used_by_qlora(
     tiny_base: Path, tmp_path: Path
 ) -> None:
-    adapter = make_adapter(tiny_base, tmp_path / "adapter", targets=["up_proj"])
+    adapter = random_adapter(tiny_base, tmp_path / "adapter", targets=["up_proj"])
     assert merge_adapter(tiny_base, adapter, tmp_path / "merged", dequantized=True).modules == 2
     base = load_model(tiny_base, ModelForm(NumberType.FLOAT32, Quantization.NF4))
     merged = load_file(tmp_path / "merged" / "model.safetensors")

@@ -8,17 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.builders.mixtures import FAMILIES as MIXTURES
+from tests.builders.mixtures import make_mixture
+from tests.builders.peft_adapters import recipe_adapter
 from tests.hub_models.build import build_hub_model
 from tests.hub_models.family import DISTINCT, FAMILIES
-from tests.trainer.conftest import make_model, make_recipe
+from tests.trainer.conftest import make_model
 from tests.trainer.export.whole_model_merge import merge_whole_model, weight_bytes
-from tests.trainer.model.test_experts import FAMILIES as MIXTURES
-from tests.trainer.model.test_experts import make_mixture
 from trainer.base_model.resolve import resolve_base
 from trainer.export import tensor_files
 from trainer.export.merge import merge_adapter
-from trainer.model.experts import name_experts
-from trainer.model.peft_config import add_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -30,20 +29,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "adalora": {"method": "adalora"},
     "vera": {"method": "vera"},
 }
-
-
-def make_adapter(base: Path, folder: Path, **sections: Any) -> Path:
-    """Write an adapter, trained with a recipe's method, that changes every module it targets."""
-    torch.manual_seed(1)
-    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    name_experts(loaded.config)
-    model = add_adapter(loaded, make_recipe(**sections), steps=20)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.add_(0.3 * torch.randn_like(weight) * (weight.abs().mean() + 0.1))
-    model.save_pretrained(folder)
-    return folder
 
 
 def check_equal(base: Path, adapter: Path, folder: Path) -> dict[str, bytes]:
@@ -59,7 +44,7 @@ def check_equal(base: Path, adapter: Path, folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(("method", "tied"), [("lora", True), *((method, False) for method in METHODS)])
 def test_tensorwise_merge_matches_whole_model_merge_for_every_method(tmp_path: Path, method: str, tied: bool) -> None:
     base = make_model(tmp_path / "base", tie_word_embeddings=tied)
-    check_equal(base, make_adapter(base, tmp_path / "adapter", **METHODS[method]), tmp_path)
+    check_equal(base, recipe_adapter(base, tmp_path / "adapter", **METHODS[method]), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -71,7 +56,7 @@ def test_tensorwise_merge_matches_whole_model_merge_for_bases_not_in_bf16(
     for weight in model.parameters():
         weight.data.add_(1e-4 * torch.randn_like(weight))
     model.to(dtype).save_pretrained(base)
-    check_equal(base, make_adapter(base, tmp_path / "adapter"), tmp_path)
+    check_equal(base, recipe_adapter(base, tmp_path / "adapter"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +64,7 @@ def test_tensorwise_merge_matches_whole_model_merge_for_bases_not_in_bf16(
 )
 def test_tensorwise_merge_matches_whole_model_merge_for_every_model_family(tmp_path: Path, family: str) -> None:
     base = resolve_base(str(build_hub_model(tmp_path / "base", family)), tmp_path / "cache").folder
-    check_equal(base, make_adapter(base, tmp_path / "adapter"), tmp_path)
+    check_equal(base, recipe_adapter(base, tmp_path / "adapter"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +75,13 @@ def test_tensorwise_merge_matches_whole_model_merge_for_combinations_of_method_a
 ) -> None:
     base = build_hub_model(tmp_path / "base", family)
     targets = {"targets": "attention-min"}  # experts take LoRA alone, and VeRA layers of one shape
-    check_equal(base, make_adapter(base, tmp_path / "adapter", method=method, adapter=targets), tmp_path)
+    check_equal(base, recipe_adapter(base, tmp_path / "adapter", method=method, adapter=targets), tmp_path)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_tensorwise_merge_matches_whole_model_merge_for_every_mixture_of_experts(tmp_path: Path, family: str) -> None:
     make_mixture(family).bfloat16().save_pretrained(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", adapter={"rank": 2})
+    adapter = recipe_adapter(tmp_path / "base", tmp_path / "adapter", adapter={"rank": 2})
     check_equal(tmp_path / "base", adapter, tmp_path)
 
 
@@ -107,7 +92,7 @@ def test_tensorwise_merge_matches_whole_model_merge_when_several_layers_are_stor
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
     config = AutoConfig.for_model("hrm_text", **sizes, num_layers_per_stack=1, vocab_size=100)
     AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "base")
-    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter")
+    adapter = recipe_adapter(tmp_path / "base", tmp_path / "adapter")
     written = check_equal(tmp_path / "base", adapter, tmp_path)
     assert b"gate_up_proj" in written["model.safetensors"]
 
@@ -122,7 +107,7 @@ def test_tensorwise_merge_matches_whole_model_merge_when_a_tied_head_is_also_sto
     embedding = weights["model.embed_tokens.weight"]
     weights["lm_head.weight"] = embedding.clone() if same else 2 * embedding
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    adapter = make_adapter(tiny_base, tmp_path / "adapter")
+    adapter = recipe_adapter(tiny_base, tmp_path / "adapter")
     merge_adapter(base, adapter, tmp_path / "merged")
     written = load_file(tmp_path / "merged" / "model.safetensors")
     assert ("lm_head.weight" in written) is not same
@@ -136,7 +121,7 @@ def test_tensorwise_merge_matches_whole_model_merge_with_only_a_tied_head_stored
     weights = load_file(base / "model.safetensors")
     weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    check_equal(base, make_adapter(tiny_base, tmp_path / "adapter"), tmp_path)
+    check_equal(base, recipe_adapter(tiny_base, tmp_path / "adapter"), tmp_path)
 
 
 @pytest.mark.parametrize("family", ["smollm2", "mixtral"])
@@ -145,7 +130,7 @@ def test_merge_writes_an_index_when_the_model_is_split_into_several_files(
 ) -> None:
     """The files equal those that `save_pretrained` writes, even if the base is split into different shards."""
     base = build_hub_model(tmp_path / "base", family)
-    adapter = make_adapter(base, tmp_path / "adapter")
+    adapter = recipe_adapter(base, tmp_path / "adapter")
     merge_whole_model(base, adapter, tmp_path / "whole")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
     monkeypatch.setattr(tensor_files, "_MAX_FILE_SIZE", "1MB")

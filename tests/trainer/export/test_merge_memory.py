@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders.peft_adapters import recipe_adapter
 from tests.trainer.conftest import make_model
-from tests.trainer.export.test_merge_equality import make_adapter
 
 pytestmark = pytest.mark.matrix
 
@@ -30,7 +30,7 @@ def make_llama(folder: Path, layers: int) -> Path:
     """Write a model with the given number of layers, and its adapter."""
     shape = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": 8, "num_key_value_heads": 8}
     base = make_model(folder / "base", num_hidden_layers=layers, **shape)
-    make_adapter(base, folder / "adapter", adapter={"rank": 2})
+    recipe_adapter(base, folder / "adapter", adapter={"rank": 2})
     return folder
 
 

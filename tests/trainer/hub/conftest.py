@@ -6,10 +6,9 @@ import pytest
 
 from svc.registry.manifest import BaseRecord, Manifest
 from svc.registry.registry import Registry
+from tests.builders.judged_versions import LABELS, JudgedVersions, right
 from tests.trainer.hub.hub_server import TOKEN, HubServer, hub_server
 from tests.trainer.report.conftest import run, versions
-from tests.trainer.report.judged_versions import JudgedVersions
-from tests.trainer.report.test_judged import LABELS, right
 from trainer.report.judged import BASE
 
 __all__ = ["run", "versions"]

@@ -7,8 +7,7 @@ from huggingface_hub import ModelCard
 
 from svc.registry.manifest import BaseRecord, Manifest
 from svc.version import Format
-from tests.trainer.report.judged_versions import JudgedVersions
-from tests.trainer.report.test_judged import LABELS
+from tests.builders.judged_versions import LABELS, JudgedVersions
 from trainer.hub.card import make_card
 
 pytestmark = pytest.mark.slow

@@ -20,10 +20,9 @@ from svc.settings.load import load_settings
 from svc.store.audit import Action, read_events
 from svc.store.database import open_store
 from svc.version import Format
+from tests.builders.judged_versions import LABELS, JudgedVersions
 from tests.command_line import Svc
 from tests.trainer.hub.hub_server import HubServer, Repository
-from tests.trainer.report.judged_versions import JudgedVersions
-from tests.trainer.report.test_judged import LABELS
 
 pytestmark = pytest.mark.slow
 

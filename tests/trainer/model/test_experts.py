@@ -18,6 +18,7 @@ from transformers import (
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import RecipeError, TrainingError
+from tests.builders.mixtures import FAMILIES, SHAPE, make_mixture
 from tests.trainer.conftest import losses_of, make_recipe, make_tokenizer
 from trainer.evaluation.parity.adapter import compare
 from trainer.export.merge import merge_adapter
@@ -28,36 +29,7 @@ from trainer.model.stored_weights import StoredWeights
 from trainer.training.sft import train_model
 from trainer.training.summary import TrainingData, TrainingSummary
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": len(make_tokenizer()),
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# Families with shared experts, with a dense first layer, with routers that are linear layers, and with none of these.
-FAMILIES = {
-    "qwen3_moe": "num_experts",
-    "qwen2_moe": "num_experts",
-    "mixtral": "num_local_experts",
-    "gpt_oss": "num_local_experts",
-    "phimoe": "num_local_experts",
-    "granitemoe": "num_local_experts",
-    "glm4_moe": "n_routed_experts",
-}
 IDS = torch.arange(40).reshape(2, 20)
-
-
-def make_mixture(family: str) -> PreTrainedModel:
-    set_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE, **{FAMILIES[family]: 4}))
 
 
 def adapted(model: PreTrainedModel, **sections: Any) -> set[str]:

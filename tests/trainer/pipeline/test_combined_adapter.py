@@ -18,10 +18,10 @@ from svc.errors import BaseModelError, NotFoundError, RecipeError
 from svc.registry.registry import Registry
 from svc.settings.settings import Settings
 from svc.version import Format
+from tests.builders.peft_adapters import train_with_peft
 from tests.command_line import Svc
 from tests.trainer.conftest import make_model, make_recipe
 from tests.trainer.pipeline.stand_ins import Make, Stages
-from tests.trainer.pipeline.test_trained_adapter import train_with_peft
 from trainer.base_model.resolve import Base
 from trainer.evaluation.parity.adapter import compare
 from trainer.export.merge import merge_adapter

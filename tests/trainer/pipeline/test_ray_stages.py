@@ -21,10 +21,10 @@ from svc.settings.engine import Device, EngineSettings, RaySettings
 from svc.settings.settings import Settings
 from svc.settings.storage import ArtifactSettings
 from svc.version import Format
+from tests.builders.peft_adapters import random_adapter
 from tests.svc.engine.devices import AVX512, HOPPER
 from tests.trainer.conftest import make_recipe
 from tests.trainer.engines import Engines
-from tests.trainer.export.test_merge import make_adapter
 from tests.trainer.training.parallel.ray_double import RayDouble
 from trainer.base_model.resolve import Base
 from trainer.data.fingerprint import fingerprint
@@ -106,7 +106,7 @@ def make_machine(folder: Path, base: Path, examples: list[ChatExample], *formats
     of_base = Base(base, "./base", None, "sha256:" + "a" * 64)
     run = Run.of(settings.home / "runs", recipe, of_base, of_run)
     set_seed(0)
-    make_adapter(base, run.adapter)
+    random_adapter(base, run.adapter)
     run.tracking.write_bytes(b"{}")
     run.save(Stage.TRAIN, TrainingSummary(1, 1, 1.0, 1.0))
     evaluation = RunEvaluation(

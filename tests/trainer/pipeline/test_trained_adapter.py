@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.utils._paths import filter_repo_objects
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +16,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.errors import BaseModelError, RecipeError
 from svc.registry.adapter import adapter_refusal
 from svc.version import Format
+from tests.builders.peft_adapters import train_with_peft
 from tests.command_line import Svc
 from tests.trainer.conftest import make_model, make_recipe
 from tests.trainer.pipeline.stand_ins import Make, Stages
@@ -47,25 +47,6 @@ FLAN_T5 = TINYLLAMA | {  # 3L0L0/FLAN-T5-Motivation-Model, written by PEFT 0.18.
     "target_modules": ["o", "k", "q", "v"],
     "task_type": "SEQ_2_SEQ_LM",
 }
-
-
-def train_with_peft(base: Path, folder: Path, *, tokens: torch.Tensor | None = None, **options: Any) -> Path:
-    """Train an adapter for three steps with PEFT and torch alone, and return its folder."""
-    torch.manual_seed(0)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(
-            **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | options
-        ),
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    tokens = torch.arange(5, 45).reshape(2, 20) if tokens is None else tokens
-    for _ in range(3):
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

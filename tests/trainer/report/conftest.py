@@ -7,7 +7,7 @@ import pytest
 
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
-from tests.trainer.report.judged_versions import JudgedVersions
+from tests.builders.judged_versions import JudgedVersions
 
 _numbers = itertools.count(1)
 

@@ -7,9 +7,8 @@ import pytest
 
 from svc.errors import NotFoundError
 from svc.registry.registry import Registry
+from tests.builders.judged_versions import LABELS, JudgedVersions, right
 from tests.command_line import Svc
-from tests.trainer.report.judged_versions import JudgedVersions
-from tests.trainer.report.test_judged import LABELS, right
 from trainer.report.judged import BASE
 
 pytestmark = pytest.mark.slow

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix as of_sklearn
 
+from tests.builders.judged_versions import answer
 from tests.svc.chats import chat
-from tests.trainer.report.judged_versions import answer
 from trainer.report.report import ConfusionMatrix, confusion_matrix
 
 LABELS = ("admin", "games", "net")

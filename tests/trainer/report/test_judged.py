@@ -1,39 +1,11 @@
 """Tests the comparison of a version with its base."""
 
-from collections.abc import Mapping, Sequence
-
 import pytest
 
-from svc.dataset.schema.example import ChatExample
 from svc.evaluation.comparison import Direction
 from svc.evaluation.metrics.metric import Answered
-from tests.svc.chats import chat
-from tests.trainer.report.judged_versions import evaluation
+from tests.builders.judged_versions import LABELS, TEXTS, evaluation, judged, right
 from trainer.report.judged import BASE, Judged
-
-LABELS = [chat(f"q {place}", ("net", "games", "java")[place % 3]) for place in range(60)]
-TEXTS = [chat(f"q {place}", f"a tool that does number {place} of all things") for place in range(30)]
-
-
-def judged(
-    examples: Sequence[ChatExample], answers: Mapping[str, Sequence[str]], *, kept: Sequence[str] | None = None
-) -> Judged:
-    """Return the judged data for these answers.
-
-    Args:
-        kept: models whose answers are known; all by default.
-    """
-    made = {model: evaluation(examples, texts) for model, texts in answers.items()}
-    return Judged(
-        examples,
-        {model: one.report for model, one in made.items()},
-        {model: one.results for model, one in made.items() if kept is None or model in kept},
-    )
-
-
-def right(examples: Sequence[ChatExample], count: int) -> list[str]:
-    """Return answers, the first `count` of which are right."""
-    return [one.answer if place < count else "none of them" for place, one in enumerate(examples)]
 
 
 @pytest.mark.parametrize(

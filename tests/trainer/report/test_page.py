@@ -18,7 +18,6 @@ from svc.evaluation.finding import Advice, Finding, FindingKind
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.intervals import Interval
 from svc.evaluation.preference import PairScores, PreferenceReport
-from svc.identity.actor import Actor
 from svc.registry.manifest import Manifest
 from svc.registry.registry import Registry
 from svc.registry.tracking import Tracking
@@ -28,11 +27,11 @@ from svc.store.database import open_database
 from svc.store.desired import change_desired
 from svc.store.rollouts import RolloutOutcome, add_rollout_step, begin_rollout, end_rollout, store_signals
 from svc.version import Format, Target, VersionId
-from tests.serving.audit.test_history import LOSS
+from tests.builders.actors import ANN
+from tests.builders.judged_versions import LABELS, TEXTS, JudgedVersions, right
+from tests.builders.signals import LOSS
 from tests.svc.chats import chat
 from tests.svc.registry.parity import make_parity
-from tests.trainer.report.judged_versions import JudgedVersions
-from tests.trainer.report.test_judged import LABELS, TEXTS, right
 from trainer.report.judged import BASE, ModelComparison
 from trainer.report.page import duration, report_page, say_verdict
 from trainer.report.report import gather_report
@@ -219,7 +218,7 @@ def tried(store: Store, version: VersionId, reason: str = "better") -> None:
     """Store a rollout of a version, and one of another version."""
     first = Target(VersionId(version.name, version.number + 1), Format.GPTQ)
     seen = change_desired(store, None, first, None)
-    entry = AuditEntry(Action.PROMOTE, str(version), Actor("user:ann", "box"), reason)
+    entry = AuditEntry(Action.PROMOTE, str(version), ANN, reason)
     for candidate, why in (
         (version, "invalid JSON 30.0% instead of 0.0%"),
         (VersionId(version.name, 9), "another loss"),

@@ -4,8 +4,7 @@ import pytest
 
 from svc.errors import IntegrityError, NotFoundError
 from svc.version import VersionId
-from tests.trainer.report.judged_versions import RUN, JudgedVersions, curve
-from tests.trainer.report.test_judged import LABELS, right
+from tests.builders.judged_versions import LABELS, RUN, JudgedVersions, curve, right
 from trainer.data.summary import summarize_data
 from trainer.report.judged import BASE
 from trainer.report.report import gather_report

@@ -1,8 +1,7 @@
 """Tests which examples are selected for display."""
 
 from svc.evaluation.metrics.metric import Better
-from tests.trainer.report.judged_versions import evaluation
-from tests.trainer.report.test_judged import LABELS, TEXTS, judged, right
+from tests.builders.judged_versions import LABELS, TEXTS, evaluation, judged, right
 from trainer.report.judged import BASE, Judged
 
 

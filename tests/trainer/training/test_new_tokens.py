@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import DataError, RecipeError, TrainingError
+from tests.builders.new_tokens import EMBEDDING, TOKENS
+from tests.builders.resumed_training import assert_same, train_in, train_until
+from tests.builders.trainings import CLOSE, train
 from tests.trainer.conftest import losses_of, make_example, make_model, make_recipe
-from tests.trainer.training.parallel.test_several_devices import CLOSE, train
-from tests.trainer.training.test_resume import assert_same, train_in, train_until
 from tests.trainer.uninterrupted import UninterruptedRuns
 from trainer.base_model.find_base import folder_with_tokens
 from trainer.evaluation.parity import adapter as adapter_parity
@@ -23,9 +24,7 @@ from trainer.model.peft_config import load_adapter
 from trainer.recipe.recipe import Recipe
 from trainer.training.summary import TrainingData
 
-TOKENS = ("<tool>", "</tool>")
 BFLOAT16, _, FLOAT32 = NumberType
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")

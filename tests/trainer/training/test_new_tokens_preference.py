@@ -11,11 +11,11 @@ from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.engine.device import NumberType
 from svc.errors import DataError
+from tests.builders.new_tokens import EMBEDDING, TOKENS
+from tests.builders.preferences import recipe_of
+from tests.builders.resumed_training import train_in, train_until
+from tests.builders.trainings import CLOSE, CLOSE_WEIGHTS, difference, train, weights
 from tests.trainer.conftest import losses_of, make_example, make_model
-from tests.trainer.training.parallel.test_several_devices import CLOSE, CLOSE_WEIGHTS, difference, train
-from tests.trainer.training.test_new_tokens import EMBEDDING, TOKENS
-from tests.trainer.training.test_preference import recipe_of
-from tests.trainer.training.test_resume import train_in, train_until, weights
 from tests.trainer.without_clock import without_clock
 from trainer.base_model.find_base import folder_with_tokens
 from trainer.export.merge import merge_adapter

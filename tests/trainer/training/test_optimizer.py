@@ -13,10 +13,10 @@ from transformers.training_args import OptimizerNames
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import RecipeError
+from tests.builders.preferences import data_for
+from tests.builders.resumed_training import train_in, train_until
+from tests.builders.trainings import CLOSE, train
 from tests.trainer.conftest import losses_of, make_recipe
-from tests.trainer.training.parallel.test_several_devices import CLOSE, train
-from tests.trainer.training.test_preference import data_for
-from tests.trainer.training.test_resume import train_in, train_until
 from trainer.model.acceleration import choose_acceleration, machine_facts
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Optimizer

@@ -24,8 +24,11 @@ from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.engine.device import NumberType
 from svc.errors import DataError, InterruptedRunError
-from tests.trainer.conftest import losses_of, make_example, make_recipe, make_tokenizer
-from tests.trainer.model.test_experts import SHAPE
+from tests.builders.mixtures import SHAPE
+from tests.builders.preferences import LABELED, PAIRS, data_for, recipe_of
+from tests.builders.resumed_training import Killed
+from tests.builders.trainings import weights
+from tests.trainer.conftest import losses_of, make_example, make_tokenizer
 from tests.trainer.without_clock import without_clock
 from trainer.callbacks.preemption import Preemption
 from trainer.data.chat_template import load_tokenizer, stop_tokens
@@ -42,34 +45,7 @@ from trainer.training.summary import TrainingData, TrainingSummary
 
 pytestmark = pytest.mark.slow
 
-COLOURS = ("red", "blue", "green")
-PAIRS = [
-    PreferencePair(
-        make_example(f"number {'x' * number}", COLOURS[number % 3]),
-        make_example(f"number {'x' * number}", COLOURS[(number + 1) % 3] * (1 + number % 2)),
-    )
-    for number in range(12)
-]
-LABELED = [
-    LabeledAnswer(pair.chosen if place % 3 else pair.rejected, bool(place % 3)) for place, pair in enumerate(PAIRS)
-]
 FLOAT32 = NumberType.FLOAT32
-
-
-def recipe_of(objective: Objective, method: Method = Method.LORA, **sections: Any) -> Recipe:
-    adapter = {} if method is Method.FULL else {"adapter": {"rank": 4}}
-    train = {"batch_size": 3, "epochs": 2, "learning_rate": 1e-3} | sections.pop("train", {})
-    content = {"checkpoints": {"every_steps": 1}, "objective": objective, "method": method, **adapter, "train": train}
-    return make_recipe(**content | sections)
-
-
-def judged_for(objective: Objective) -> list[Any]:
-    return list(LABELED if objective is Objective.KTO else PAIRS)
-
-
-def data_for(objective: Objective) -> TrainingData:
-    judged = judged_for(objective)
-    return TrainingData((), judged=judged, heldout_judged=judged[:5])
 
 
 def train(base: Path, recipe: Recipe, folder: Path, number_type: NumberType = FLOAT32) -> TrainingSummary:
@@ -228,10 +204,6 @@ def test_orpo_loss_equals_the_trl_loss_computed_over_answer_tokens_only(
     assert loss == pytest.approx(float(-chosen.mean() - ratios.mean()), rel=1e-5)
 
 
-class Killed(BaseException):
-    """An exception that no code in the trainer catches."""
-
-
 def train_until(base: Path, recipe: Recipe, folder: Path, step: int, monkeypatch: Any, number_type: NumberType) -> None:
     """Train, and interrupt after the given step, before its checkpoint is written."""
 
@@ -250,10 +222,6 @@ def train_until(base: Path, recipe: Recipe, folder: Path, step: int, monkeypatch
         patch.setattr(trainer_module.ResumableTrainer, "__init__", with_kill)
         with pytest.raises(Killed):
             train(base, recipe, folder, number_type)
-
-
-def weights(folder: Path) -> bytes:
-    return next((folder / "trained").glob("*.safetensors")).read_bytes()
 
 
 @pytest.mark.parametrize(

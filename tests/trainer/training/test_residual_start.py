@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.objective import Objective
 from svc.engine.device import NumberType
+from tests.builders.preferences import data_for
+from tests.builders.resumed_training import assert_same, train_in, train_until
+from tests.builders.trainings import CLOSE, train
 from tests.trainer.conftest import losses_of, make_recipe
-from tests.trainer.training.parallel.test_several_devices import CLOSE, train
-from tests.trainer.training.test_preference import data_for
-from tests.trainer.training.test_resume import assert_same, train_in, train_until
 from tests.trainer.uninterrupted import UninterruptedRuns
 from trainer.export.merge import merge_adapter
 from trainer.model.peft_config import load_adapter

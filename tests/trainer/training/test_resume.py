@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 from transformers.trainer import Accelerator
 
 from svc.dataset.readers.reader import write_examples
@@ -21,8 +21,10 @@ from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
 from svc.registry.objects import ObjectStore
+from tests.builders.resumed_training import assert_same, train_in, train_until
+from tests.builders.trainings import weights
 from tests.trainer.conftest import losses_of, make_recipe
-from tests.trainer.uninterrupted import Run, UninterruptedRuns
+from tests.trainer.uninterrupted import UninterruptedRuns
 from tests.trainer.without_clock import without_clock
 from trainer.callbacks.early_stopping import best_step
 from trainer.recipe.adapter import Method
@@ -32,7 +34,7 @@ from trainer.training import trainer as trainer_module
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
 from trainer.training.sft import train_model
-from trainer.training.summary import TrainingData, TrainingSummary
+from trainer.training.summary import TrainingData
 
 pytestmark = pytest.mark.slow
 
@@ -49,62 +51,6 @@ def recipe(method: Method = Method.LORA, **sections: Any) -> Recipe:
         adapter["dropout"] = 0.1
     content = {"method": method.value, "adapter": adapter, "train": train, "checkpoints": {"every_steps": 1}}
     return make_recipe(**content | sections)
-
-
-class Killed(BaseException):
-    """An exception that no code in the trainer catches."""
-
-
-def train_until(
-    base: Path,
-    data: TrainingData,
-    recipe: Recipe,
-    folder: Path,
-    step: int,
-    monkeypatch: Any,
-    number_type: NumberType = BFLOAT16,
-    shared: SharedCheckpoints | None = None,
-) -> None:
-    """Train, and interrupt after the given step, before its checkpoint is written."""
-
-    class Kill(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == step:
-                raise Killed
-
-    original = trainer_module.ResumableTrainer.__init__
-
-    def with_kill(self: Any, **options: Any) -> None:
-        original(self, **options)
-        self.add_callback(Kill())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer_module.ResumableTrainer, "__init__", with_kill)
-        with pytest.raises(Killed):
-            train_in(number_type, base, data, recipe, folder, shared)
-
-
-def train_in(
-    number_type: NumberType,
-    base: Path,
-    data: TrainingData,
-    recipe: Recipe,
-    folder: Path,
-    shared: SharedCheckpoints | None = None,
-) -> TrainingSummary:
-    send = shared.send if shared else None
-    trained, checkpoints = folder / "trained", folder / "checkpoints"
-    return train_model(base, data, recipe, trained, checkpoints, number_type=number_type, on_checkpoint=send)
-
-
-def weights(folder: Path) -> bytes:
-    return next((folder / "trained").glob("*.safetensors")).read_bytes()
-
-
-def assert_same(resumed: TrainingSummary, folder: Path, whole: Run) -> None:
-    """Assert that a resumed run ended with the same summary and weights as an uninterrupted run."""
-    assert without_clock(resumed) == without_clock(whole.summary)
-    assert weights(folder) == weights(whole.folder)
 
 
 @pytest.fixture

@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 from datasketch import MinHash
 
-from svc.dataset.checks.minhash import Sketcher, Sketches, clusters, nearest
+from svc.dataset.checks.minhash import clusters, nearest
+from tests.builders.sketches import sketches
 from tests.svc.dataset.rows import text
 
 Pair = tuple[list[str], list[str]]
-
-
-def sketches(*texts: str) -> Sketches:
-    sketcher = Sketcher()
-    for one in texts:
-        sketcher.add(one)
-    return sketcher.finish()
 
 
 def runs(words: list[str]) -> set[tuple[str, ...]]:

@@ -15,8 +15,8 @@ from svc.cli import group
 from svc.dataset.checks.check import AnswerLengths, DataReport, check_files, measure_length_bias
 from svc.dataset.problem.problem import Code, Severity
 from svc.dataset.readers.reader import Kind
+from tests.builders.preference_rows import rows
 from tests.svc.chats import turn, write_lines
-from tests.svc.dataset.readers.test_preferences import rows
 
 Row = dict[str, Any]
 LONG = "a considerably longer answer"

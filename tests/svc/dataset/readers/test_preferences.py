@@ -25,12 +25,11 @@ from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.dataset.text.plain_text import is_blank
 from svc.errors import DataError
+from tests.builders.preference_rows import ASKED, BAD, BETTER, GOOD, QUESTION, WORSE, rows
 from tests.svc.chats import chat, turn, write_lines
 from tests.svc.json_values import json_values
 
-QUESTION, BETTER, WORSE = "Name a red fruit.", "A cherry.", "Bananas are yellow."
 PAIR = PreferencePair(chat(QUESTION, BETTER), chat(QUESTION, WORSE))
-ASKED, GOOD, BAD = turn("user", QUESTION), turn("assistant", BETTER), turn("assistant", WORSE)
 
 
 def ordered(role: str, content: str) -> dict[str, Any]:
@@ -394,34 +393,6 @@ def test_equivalent_rows_in_different_formats_yield_the_same_preference_pair(pai
     openai = {"input": {"messages": [asked]}, "preferred_output": [good], "non_preferred_output": [bad]}
     assert parse_pair(openai, PairFormat.OPENAI_PREFERENCE)[0] == pair
     assert [parse_pair(row, PairFormat.CHOSEN_REJECTED)[0] for row in rows] == [pair] * 3
-
-
-turns = st.lists(
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "role": st.sampled_from([*Role]) | json_values,
-            "from": st.sampled_from(["human", "gpt", "function_call"]) | json_values,
-            "content": st.text(max_size=5) | json_values,
-            "value": st.text(max_size=5) | json_values,
-        },
-    )
-    | st.sampled_from([ASKED, GOOD, BAD])
-    | json_values,
-    max_size=4,
-)
-hh = st.lists(st.sampled_from(["\n\nHuman:", "\n\nAssistant:", " text"]), max_size=6).map("".join)
-values = turns | st.sampled_from([ASKED, GOOD, BAD]) | hh | st.text(max_size=5) | json_values | turns.map(json.dumps)
-keys = ("prompt", "question", "instruction", "conversations", "messages", "system", "tools", "history", "input")
-rows = st.fixed_dictionaries(
-    {},
-    optional={
-        **dict.fromkeys(keys, values),
-        **dict.fromkeys(["chosen", "rejected", "preferred_output", "non_preferred_output"], values),
-        "input": values | st.fixed_dictionaries({"messages": values}, optional={"tools": values}),
-        "label": st.booleans() | values,
-    },
-)
 
 
 @pytest.mark.slow

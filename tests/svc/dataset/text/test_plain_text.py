@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from svc.dataset.problem.problem import Code, RowError
 from svc.dataset.schema.example import normal_prompt, parse_example
 from svc.dataset.text.plain_text import is_blank, normal
+from tests.builders.sketches import sketches
 from tests.svc.chats import chat, turn
-from tests.svc.dataset.checks.test_minhash import sketches
 
 NOTHING = "\u200b\ufeff\u00ad\u2060\u3164\u2800\u0000\u00a0\u3000\u200d\u202e\u115f \n\t\x1b\u2028"
 words = st.text(st.characters(codec="utf-8"))

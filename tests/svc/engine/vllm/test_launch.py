@@ -14,27 +14,11 @@ from svc.engine.vllm.launch import EngineSpec, command, environment, launch_dige
 from svc.engine.vllm.lora import LoraSlots
 from svc.engine.vllm.plugin import INT4_LINEAR_VARIABLE, QUIET_VARIABLE
 from svc.model_folder.chat_template import write_template_kwargs
-from svc.settings.engine import Device, EngineSettings, GptqKernel
-from tests.svc.engine.devices import AVX2, AVX512
+from svc.settings.engine import Device, GptqKernel
+from tests.builders.engine_specs import option, spec
+from tests.svc.engine.devices import AVX2
 
 SLOTS = LoraSlots(max_loaded=3, max_batched=2, max_rank=16, targets=("q_proj",))
-
-
-def spec(folder: Path, **settings: Any) -> EngineSpec:
-    return EngineSpec(
-        model=folder / "model",
-        served_name="tuned",
-        runtime=folder / "run",
-        state=folder / "state",
-        log=folder / "engine.log",
-        cache=folder / "cache",
-        capabilities=AVX512,
-        settings=EngineSettings(**{"device": Device.CPU, **settings}),
-    )
-
-
-def option(arguments: list[str], name: str) -> str:
-    return arguments[arguments.index(name) + 1]
 
 
 def write_config(folder: Path, content: str) -> None:

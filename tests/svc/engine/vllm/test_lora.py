@@ -8,7 +8,7 @@ import pytest
 
 from svc.engine.vllm.launch import command, environment, launch_digest
 from svc.engine.vllm.lora import RUNTIME_VARIABLE, USUAL_TARGETS, LoraSlots, choose_slots
-from tests.svc.engine.vllm.test_launch import option, spec
+from tests.builders.engine_specs import option, spec
 
 SLOTS = LoraSlots(max_loaded=8, max_batched=4, max_rank=16, targets=("k_proj", "q_proj"), bytes=100)
 

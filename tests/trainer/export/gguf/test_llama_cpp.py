@@ -14,9 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from svc.dataset.readers.reader import read_examples
 from svc.dataset.schema.example import ChatExample
+from tests.builders.gguf_models import GEMMA, TEXTS
 from tests.hub_models.tokenizer import smollm2_folder
-from tests.trainer.export.gguf.test_tokens import TEXTS
-from tests.trainer.export.gguf.test_writer import GEMMA
 from trainer.data.chat_template import load_tokenizer
 from trainer.data.template_choice import template_text
 from trainer.export.gguf import k_quants

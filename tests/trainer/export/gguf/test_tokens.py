@@ -5,17 +5,12 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from svc.errors import TrainingError
+from tests.builders.gguf_models import TEXTS
 from tests.hub_models.family import FAMILIES
 from tests.hub_models.tokenizer import fetched_tokenizer, smollm2_folder
 from tests.trainer.tiny_tokenizer import make_tokenizer
 from trainer.data.chat_template import read_tokenizer
 from trainer.export.gguf.tokens import PRE_TOKENIZERS, choose_pre_tokenizer
-
-TEXTS = (
-    "  two  spaces\n\n\nlines\t\ttabs 12345 3.14 don't DON'T we'll  ",
-    "na\u00efve caf\u00e9 \u2014 \u65e5\u672c\u8a9e \U0001f937 1,234",
-    "if x:\r\n    return 1\r\n\r\n",
-)
 
 
 def test_plain_byte_level_tokenizer_gets_the_gpt_2_pre_tokenizer() -> None:

@@ -13,8 +13,9 @@ from transformers.utils.quantization_config import GgufConfig
 from svc.dataset.schema.example import ChatExample
 from svc.errors import TrainingError
 from svc.model_folder.chat_template import write_template_kwargs
+from tests.builders.gguf_models import GEMMA
+from tests.builders.mixtures import write_mixture
 from tests.trainer.conftest import make_model, make_tokenizer
-from tests.trainer.export.test_gptq import make_mixture
 from trainer.export.gguf import writer as module
 from trainer.export.gguf.architecture import read_architecture
 from trainer.export.gguf.writer import MAX_CHANGE, MODELFILE, GgufType, export_gguf
@@ -27,9 +28,6 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-
-GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 16, "num_hidden_layers": 4}
-"""Shape of a tiny Gemma 2."""
 
 
 def make_family(folder: Path, family: str) -> Path:
@@ -178,7 +176,7 @@ def test_gemma_config_that_differs_from_the_published_gemma_models_is_rejected(
 
 def test_mixture_of_experts_is_rejected_for_gguf(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="models of type 'mixtral'"):
-        read_architecture(make_mixture(tmp_path / "base", "mixtral"))
+        read_architecture(write_mixture(tmp_path / "base", "mixtral"))
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 
 from svc.evaluation.intervals import Interval
 from svc.evaluation.metrics.metric import Better, Unit
+from tests.builders.judged_versions import curve
 from tests.svc.chats import chat
-from tests.trainer.report.judged_versions import curve
 from trainer.data.summary import summarize_data
 from trainer.report.judged import BASE, MetricRow
 from trainer.report.plots.curve import plot_learning_rate, plot_loss

@@ -11,16 +11,9 @@ from svc.dataset.schema.objective import Objective
 from svc.dataset.schema.preference import LabeledAnswer, PreferencePair
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError
+from tests.builders.preferences import LABELED, PAIRS, recipe_of
+from tests.builders.trainings import CLOSE, CLOSE_WEIGHTS, at_checkpoint, difference, heldout_of, weights
 from tests.trainer.conftest import losses_of, make_example
-from tests.trainer.training.parallel.test_several_devices import (
-    CLOSE,
-    CLOSE_WEIGHTS,
-    at_checkpoint,
-    difference,
-    heldout_of,
-    weights,
-)
-from tests.trainer.training.test_preference import LABELED, PAIRS, recipe_of
 from tests.trainer.without_clock import without_clock
 from trainer.recipe.adapter import Method
 from trainer.recipe.recipe import Recipe

@@ -3,24 +3,22 @@
 import json
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
 from svc.errors import InterruptedRunError, TrainingError
+from tests.builders.mixtures import SHAPE
+from tests.builders.trainings import CLOSE, CLOSE_WEIGHTS, at_checkpoint, difference, heldout_of, train, weights
 from tests.trainer.conftest import losses_of, make_example, make_recipe, make_tokenizer
-from tests.trainer.model.test_experts import SHAPE
 from tests.trainer.without_clock import without_clock
 from trainer.recipe.adapter import Method
 from trainer.recipe.recipe import Recipe
@@ -30,18 +28,13 @@ from trainer.training.parallel.device_processes import DeviceProcesses
 from trainer.training.parallel.devices import TrainingDevice
 from trainer.training.parallel.sharding import check_sharded
 from trainer.training.sft import train_model
-from trainer.training.summary import TrainingData, TrainingSummary
+from trainer.training.summary import TrainingData
 
 pytestmark = pytest.mark.slow
 
 STEPS = 12
 ENDS_S = 10.0
 """Seconds within which all processes must have ended after one died, on a busy machine."""
-CLOSE = 1e-5
-"""Maximum difference in float32 between losses of one device and of two."""
-CLOSE_WEIGHTS = 1e-4
-"""Maximum difference in float32 between weights: a hundredth of a step of Adam, in which the sign of a gradient near 0
-may differ."""
 
 
 def recipe(method: Method = Method.LORA, **sections: Any) -> Recipe:
@@ -65,57 +58,11 @@ def data(examples: list[ChatExample]) -> TrainingData:
     return TrainingData([*examples, make_example("a number", "black")], examples[:5])
 
 
-def train(
-    base: Path,
-    data: TrainingData,
-    recipe: Recipe,
-    folder: Path,
-    processes: int,
-    number_type: NumberType = NumberType.FLOAT32,
-    **options: Any,
-) -> TrainingSummary:
-    devices = (TrainingDevice("the CPU"),) * processes
-    options["processes"] = DeviceProcesses(devices) if processes > 1 else None
-    out, checkpoints = folder / "trained", folder / "checkpoints"
-    return train_model(base, data, recipe, out, checkpoints, number_type=number_type, **options)
-
-
-def heldout_of(summary: TrainingSummary) -> list[float]:
-    return [point.heldout_loss for point in summary.points if point.heldout_loss is not None]
-
-
-def difference(first: Path, second: Path) -> float:
-    """Return the largest difference between two trained models, after checking that they have the same files."""
-    names = sorted(path.name for path in (first / "trained").iterdir())
-    assert names == sorted(path.name for path in (second / "trained").iterdir())
-    (name,) = (name for name in names if name.endswith(".safetensors"))
-    one, two = load_file(first / "trained" / name), load_file(second / "trained" / name)
-    assert {key: weight.dtype for key, weight in one.items()} == {key: weight.dtype for key, weight in two.items()}
-    return max(float((one[key].float() - two[key].float()).abs().max()) for key in one)
-
-
 def config_of(folder: Path) -> dict[str, Any]:
     """Return the config of a trained model or adapter, whose target modules have no order."""
     (path,) = (path for path in (folder / "trained").iterdir() if path.name in ("config.json", "adapter_config.json"))
     config: dict[str, Any] = json.loads(path.read_bytes())
     return config | {"target_modules": sorted(config.get("target_modules", ()))}
-
-
-def weights(folder: Path) -> bytes:
-    return next((folder / "trained").glob("*.safetensors")).read_bytes()
-
-
-def at_checkpoint(folder: Path, step: int, act: Callable[[], None]) -> threading.Thread:
-    """Act in a thread as soon as the checkpoint of a step exists."""
-
-    def watch() -> None:
-        while not CheckpointFolder(folder / "checkpoints", 2).at(step).exists():
-            time.sleep(0.02)
-        act()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
 
 
 @pytest.mark.parametrize(

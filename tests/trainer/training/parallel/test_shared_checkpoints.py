@@ -1,27 +1,15 @@
 """Tests that another machine gets the checkpoints of a training from an object store."""
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from svc.errors import IntegrityError, RegistryError
 from svc.registry.objects import ObjectStore
-from tests.object_store import Bucket, Fault, running_s3
+from tests.object_store import Bucket, Fault
 from trainer.training.checkpoints import CheckpointFolder
 from trainer.training.parallel.shared_checkpoints import SharedCheckpoints
-
-
-@pytest.fixture(scope="module")
-def new_bucket() -> Iterator[Callable[[], Bucket]]:
-    with running_s3() as new_bucket:
-        yield new_bucket
-
-
-@pytest.fixture
-def bucket(new_bucket: Callable[[], Bucket]) -> Bucket:
-    return new_bucket()
 
 
 class Machine:

@@ -17,12 +17,13 @@ from svc.registry.files import record_files
 from svc.registry.manifest import DataRecord, FormatRecord, Manifest
 from svc.registry.registry import BASE_RESULTS_FILE, HELDOUT_FILE, REFERENCE_FOLDER, Registry
 from svc.version import Format, VersionId
+from tests.svc.chats import chat
 from tests.svc.registry.manifests import make_manifest
 from tests.svc.registry.model_folder import write_model
 from tests.svc.registry.parity import make_parity
 from trainer.data.summary import DATA_SUMMARY_FILE, summarize_data
 from trainer.model.run_record import RUN_RECORD_FILE, MachineRecord, RunRecord
-from trainer.report.judged import BASE
+from trainer.report.judged import BASE, Judged
 from trainer.training_curve import TRAINING_CURVE_FILE, TrainingPoint, write_training_curve
 
 MACHINE = MachineRecord(processor="Some CPU", cores=2, memory=2**33, gpus=(), system="Linux 6.1", python="3.11.2")
@@ -158,3 +159,28 @@ class JudgedVersions:
             "recipe": {"name": version.name, "train": {"epochs": 1.0}},
         }
         return make_manifest(version, folder, **(values | dict(changes)))
+
+
+LABELS = [chat(f"q {place}", ("net", "games", "java")[place % 3]) for place in range(60)]
+TEXTS = [chat(f"q {place}", f"a tool that does number {place} of all things") for place in range(30)]
+
+
+def judged(
+    examples: Sequence[ChatExample], answers: Mapping[str, Sequence[str]], *, kept: Sequence[str] | None = None
+) -> Judged:
+    """Return the judged data for these answers.
+
+    Args:
+        kept: models whose answers are known; all by default.
+    """
+    made = {model: evaluation(examples, texts) for model, texts in answers.items()}
+    return Judged(
+        examples,
+        {model: one.report for model, one in made.items()},
+        {model: one.results for model, one in made.items() if kept is None or model in kept},
+    )
+
+
+def right(examples: Sequence[ChatExample], count: int) -> list[str]:
+    """Return answers, the first `count` of which are right."""
+    return [one.answer if place < count else "none of them" for place, one in enumerate(examples)]
