@@ -1,11 +1,13 @@
 """Runs `svc` commands for a home in the current process."""
 
 import asyncio
+from typing import Any
 
 from click.testing import CliRunner, Result
 
 from svc.cli import group
 from svc.errors import SvcError
+from svc.remote.server_url import read_status, server_address
 from tests.serving.home import Home
 
 
@@ -23,3 +25,8 @@ def error_of(result: Result) -> SvcError:
     """Return the error that a command failed with."""
     assert isinstance(result.exception, SvcError), result
     return result.exception
+
+
+def models_of(home: Home) -> list[dict[str, Any]]:
+    """Return the models listed in the server's status."""
+    return list(read_status(server_address(home.settings))["models"])

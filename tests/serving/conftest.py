@@ -15,7 +15,7 @@ from tests.new_store import new_store
 from tests.serving.control import Control, Make
 from tests.serving.home import Home
 from tests.serving.service import Service
-from tests.serving.versions import make_version
+from tests.serving.versions import NAME, make_version
 
 
 @pytest.fixture
@@ -112,3 +112,17 @@ def home(memory_folder: Path, socket_folder: Path, quick: None, monkeypatch: pyt
     sockets = SimpleNamespace(gettempdir=lambda: str(socket_folder))
     monkeypatch.setattr("svc.engine.vllm.folders.tempfile", sockets)  # of engines and of the server
     return Home(memory_folder, monkeypatch)
+
+
+@pytest.fixture
+async def serving(home: Home) -> AsyncIterator[Home]:
+    """Yield a home whose version 1 is served."""
+    async with home.serving(f"{NAME}@1"):
+        yield home
+
+
+@pytest.fixture
+def other(home: Home) -> str:
+    """Return the name of a second registered model."""
+    make_version(home.registry, 7, name="other")
+    return "other"

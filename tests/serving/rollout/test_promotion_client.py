@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import Engine as Store
@@ -22,12 +22,6 @@ from tests.serving.home import Home
 from tests.serving.versions import NAME, make_version, target
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-async def serving(home: Home) -> AsyncIterator[Home]:
-    async with home.serving(f"{NAME}@1"):
-        yield home
 
 
 def wish(home: Home, number: int) -> VersionChange:
