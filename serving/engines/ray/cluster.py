@@ -21,7 +21,7 @@ from serving.engines.ray.link import Placed
 from svc.errors import EngineError
 from svc.ray.need import Need
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class RayCluster:
         """
         self._ask(partial(cluster_query.end, *names))
 
-    async def _asked(self, query: Callable[[], Answer], wait_s: float = 0.0) -> Answer:
+    async def _asked(self, query: Callable[[], Result], wait_s: float = 0.0) -> Result:
         with self._process() as process:
             return await asyncio.to_thread(self._finish, process, query, wait_s)
 
-    def _ask(self, query: Callable[[], Answer], wait_s: float = 0.0) -> Answer:
+    def _ask(self, query: Callable[[], Result], wait_s: float = 0.0) -> Result:
         with self._process() as process:
             return self._finish(process, query, wait_s)
 
@@ -108,7 +108,7 @@ class RayCluster:
         finally:
             process.kill()
 
-    def _finish(self, process: "subprocess.Popen[bytes]", query: Callable[[], Answer], wait_s: float) -> Answer:
+    def _finish(self, process: "subprocess.Popen[bytes]", query: Callable[[], Result], wait_s: float) -> Result:
         """Send a query to its process, and return the answer.
 
         Args:
@@ -117,7 +117,7 @@ class RayCluster:
         errors = b""
         try:
             out, errors = process.communicate(pickle.dumps(query), timeout=cluster_query.TIMEOUT_S + wait_s)
-            answer: Answer | EngineError = pickle.loads(out)  # noqa: S301 - from our own process
+            answer: Result | EngineError = pickle.loads(out)  # noqa: S301 - from our own process
         except (subprocess.TimeoutExpired, EOFError, pickle.UnpicklingError) as error:
             process.kill()
             process.wait()
