@@ -128,7 +128,7 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
     registered = _registered(results, run.metric)
     probes = registry.format(target.version, target.format).probes
     if not probes or probes[0].engine == run.engine:
-        return judge(registered, run)
+        return compare_quality(registered, run)
     first = first_holdout_run(store, target, run.engine)
     if first is None or first.id == run.id:
         return QualityReport(
@@ -139,7 +139,7 @@ def read_quality(registry: Registry, store: Store, target: Target) -> QualityRep
         first, run = _by_exact_match(first), _by_exact_match(run)
     there = zip(first.places, first.nll, first.hits, first.scores, strict=True)
     before = {place: Figures(nll, hit, registered[place].weight, score) for place, nll, hit, score in there}
-    return judge(before, run)
+    return compare_quality(before, run)
 
 
 def _registered(results: Sequence[ExampleResult], metric: str | None) -> dict[int, Figures]:
@@ -159,7 +159,7 @@ def _by_exact_match(run: HoldoutRun) -> HoldoutRun:
     return replace(run, metric=ExactMatch.name, scores=tuple(map(float, run.hits)))
 
 
-def judge(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
+def compare_quality(before: Mapping[int, Figures], run: HoldoutRun) -> QualityReport:
     """Compare a completed evaluation on held-out examples with earlier results, example by example.
 
     Args:

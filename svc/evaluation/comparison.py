@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from svc.dataset.schema.example import ChatExample
 from svc.errors import DataError
-from svc.evaluation.evaluator import judge
+from svc.evaluation.evaluator import score_answers
 from svc.evaluation.intervals import Interval
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
 from svc.evaluation.metrics.text import ExactMatch
@@ -169,8 +169,10 @@ def compare(
             f"none of the metrics can compare these models: {no_tokens}",
             todo="choose a metric that compares text, for example --metric exact_match",
         )
-    judged = [metric for metric in metrics if metric in usable]
-    one, other = (Answered(examples, judge(examples, results, 0.0, judged).results) for results in (first, second))
+    shown = [metric for metric in metrics if metric in usable]
+    one, other = (
+        Answered(examples, score_answers(examples, results, 0.0, shown).results) for results in (first, second)
+    )
     gains, by = _gains(primary, one, other)
     return VersionComparison(
         examples=len(examples),

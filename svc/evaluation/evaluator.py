@@ -124,7 +124,7 @@ async def evaluate(
     """
     started = time.monotonic()
     results = await ask_examples(client, examples, tokenized, limits=limits, trained=trained, on_done=on_done)
-    return judge(examples, results, time.monotonic() - started)
+    return score_answers(examples, results, time.monotonic() - started)
 
 
 async def ask_examples(
@@ -232,7 +232,7 @@ def _finite(logprob: float) -> float:
     return logprob
 
 
-def judge(
+def score_answers(
     examples: Sequence[ChatExample],
     results: Sequence[ExampleResult],
     seconds: float,

@@ -103,7 +103,7 @@ class GateReport(_Record):
         return f"{self.measured}, loss {verdict.loss}, {allowed}: {verdict.outcome}: {reason}"
 
 
-def judge(loss: Interval, margin: float, examples: int, *, fewest: int = 1) -> Verdict:
+def verdict_of(loss: Interval, margin: float, examples: int, *, fewest: int = 1) -> Verdict:
     """Return the verdict on whether a loss of quality is within the allowed margin.
 
     The number of examples needed for a decision is computed with the normal approximation in

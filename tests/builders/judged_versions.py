@@ -11,7 +11,7 @@ from typing import Any
 
 from svc.dataset.readers.reader import write_examples
 from svc.dataset.schema.example import ChatExample
-from svc.evaluation.evaluator import Evaluation, judge
+from svc.evaluation.evaluator import Evaluation, score_answers
 from svc.evaluation.results import ExampleResult, write_results
 from svc.registry.files import record_files
 from svc.registry.manifest import DataRecord, FormatRecord, Manifest
@@ -66,7 +66,7 @@ def evaluation(examples: Sequence[ChatExample], answers: Sequence[str], nlls: Se
     """Return the evaluation of the answers, using the metrics of the task."""
     nll = itertools.chain(nlls, itertools.repeat(1.0))
     results = [answer(text, one.answer, next(nll)) for one, text in zip(examples, answers, strict=True)]
-    return judge(examples, results, 2.0)
+    return score_answers(examples, results, 2.0)
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,12 @@ def recipe_of(objective: Objective, method: Method = Method.LORA, **sections: An
     return make_recipe(**content | sections)
 
 
-def judged_for(objective: Objective) -> list[Any]:
+def preferences_for(objective: Objective) -> list[Any]:
     """Return the pairs or the labeled answers, whichever an objective uses."""
     return list(LABELED if objective is Objective.KTO else PAIRS)
 
 
 def data_for(objective: Objective) -> TrainingData:
     """Return the data that an objective uses; five items are held out too."""
-    judged = judged_for(objective)
-    return TrainingData((), judged=judged, heldout_judged=judged[:5])
+    judged = preferences_for(objective)
+    return TrainingData((), preferences=judged, heldout_preferences=judged[:5])

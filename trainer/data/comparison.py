@@ -1,4 +1,4 @@
-"""Tokenizes judged answers for preference tuning, and forms batches of them.
+"""Tokenizes preferences for preference tuning, and forms batches of them.
 
 Both answers of a pair are tokenized like reference answers, each after the prompt that the engine renders. The compared
 likelihoods are therefore the same as in serving. Imports torch.
@@ -41,9 +41,9 @@ class Comparison:
     desirable: bool = True
 
 
-def tokenize_judged(
+def tokenize_preferences(
     tokenizer: "PreTrainedTokenizerBase",
-    judged: Sequence[PreferencePair | LabeledAnswer],
+    preferences: Sequence[PreferencePair | LabeledAnswer],
     stops: set[int],
     template_kwargs: TemplateKwargs,
     train: Train | None = None,
@@ -58,12 +58,12 @@ def tokenize_judged(
         DataError: an answer is too long or is rejected by the chat template, or all labeled answers have the same
             prompt.
     """
-    if pairs := [pair for pair in judged if isinstance(pair, PreferencePair)]:
+    if pairs := [pair for pair in preferences if isinstance(pair, PreferencePair)]:
         chosen = tokenize_examples(tokenizer, [pair.chosen for pair in pairs], stops, template_kwargs)
         rejected = tokenize_examples(tokenizer, [pair.rejected for pair in pairs], stops, template_kwargs)
         both = list(zip(chosen, rejected, strict=True))
         return [Comparison(first, second) for first, second in (fit_length(both, train) if train else both)]
-    answers = [answer for answer in judged if isinstance(answer, LabeledAnswer)]
+    answers = [answer for answer in preferences if isinstance(answer, LabeledAnswer)]
     if not answers:
         return []
     tokenized = tokenize_examples(tokenizer, [answer.example for answer in answers], stops, template_kwargs)

@@ -10,7 +10,7 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.evaluation.forgetting import Forgetting, measure_forgetting
 from svc.evaluation.general.general_set import MAX_TOKENS, GeneralSet
 from svc.evaluation.results import ExampleResult
-from svc.evaluation.verdict import Gate, GateReport, judge
+from svc.evaluation.verdict import Gate, GateReport, verdict_of
 from svc.version import Format
 from trainer.evaluation.cache import EvaluationCache
 from trainer.evaluation.qualification import GeneralQuestions
@@ -61,6 +61,6 @@ def judge_forgetting(forgetting: Forgetting, margin: float, format: Format) -> G
         measured=f"the share of correct answers to {examples} general questions {change}: "
         f"{forgetting.before} for the base, {forgetting.after} for {format}",
         limit=f"evaluate.{Gate.FORGETTING}",
-        verdict=judge(loss, margin, examples),
+        verdict=verdict_of(loss, margin, examples),
         format=format,
     )

@@ -127,7 +127,7 @@ class Qualifier:
         pairs: held-out pairs whose answers every model scores.
 
     Attributes:
-        judged: the examples used in the evaluation.
+        examples: the examples used in the evaluation.
         limits: maximum number of tokens in each answer.
     """
 
@@ -148,7 +148,7 @@ class Qualifier:
         self._launch = launch
         self._facts = facts
         self._options = qualify
-        self.judged = heldout[: evaluate.limit]
+        self.examples = heldout[: evaluate.limit]
         self._tokenized = tokenized[: evaluate.limit]
         self.limits = answer_limits(self._tokenized, context=context, fixed=evaluate.max_tokens)
         self._compared = compared
@@ -167,7 +167,7 @@ class Qualifier:
         async with self._engine(base) as engine:
             client, general = engine.client, self._general.of_base if self._general else None
             base_answers = BaseAnswers(
-                known or await self._judge(client, "base", trained=False),
+                known or await self._evaluate(client, "base", trained=False),
                 general or await self._ask_general(client, "base"),
                 await self._score_pairs(client, "base"),
             )
@@ -191,9 +191,9 @@ class Qualifier:
         """
         client, options = engine.client, self._options
         loads, others_share = await measure_quietly(partial(self._loads, engine, folder), engine.processor_s)
-        judged = await self._judge(client, text)
+        evaluated = await self._evaluate(client, text)
         answered, pairs = await self._ask_general(client, text), await self._score_pairs(client, text)
-        picked = self._tokenized[:: max(1, len(self.judged) // MAX_PROBES)]
+        picked = self._tokenized[:: max(1, len(self.examples) // MAX_PROBES)]
         with waiting(f"measuring probe log-probabilities of {text}"):
             sequences = choose_sequences([(example.prompt, example.answer) for example in picked], MAX_PROBES)
             measured = await measure_probes(client, sequences, repeats=options.repeats)
@@ -205,8 +205,8 @@ class Qualifier:
             await engine.stop()
             await self._check_on_fresh_engine(folder, probes, text)
         return Qualified(
-            evaluation=judged.report,
-            results=judged.results,
+            evaluation=evaluated.report,
+            results=evaluated.results,
             general=answered,
             probes=probes,
             reading=reading,
@@ -236,7 +236,7 @@ class Qualifier:
             loading_share: share of CPU time that other processes used while the weights were being loaded.
         """
         client = engine.client
-        asked = [await client.prompt_tokens(example.prompt, example.tools) for example in self.judged]
+        asked = [await client.prompt_tokens(example.prompt, example.tools) for example in self.examples]
         pairs = enumerate(zip(asked, self._tokenized, strict=True))
 
         async def answers() -> tuple[Interval, dict[int, Interval]]:
@@ -264,10 +264,10 @@ class Qualifier:
             f"  {text}: log-probabilities after an in-place reload and on a new engine differ by {difference:.4f}"
         )
 
-    async def _judge(self, client: EngineClient, text: str, *, trained: bool = True) -> Evaluation:
-        with counting(f"evaluating {text}", len(self.judged)) as advance:
+    async def _evaluate(self, client: EngineClient, text: str, *, trained: bool = True) -> Evaluation:
+        with counting(f"evaluating {text}", len(self.examples)) as advance:
             return await evaluate(
-                client, self.judged, self._tokenized, limits=self.limits, trained=trained, on_done=advance
+                client, self.examples, self._tokenized, limits=self.limits, trained=trained, on_done=advance
             )
 
     async def _ask_general(self, client: EngineClient, text: str) -> tuple[ExampleResult, ...]:

@@ -44,8 +44,10 @@ def diagnose_training(
             usual_learning_rate=recipe.usual_learning_rate(width),
             curve=curve,
             train_examples=len(examples.train),
-            contradictions=0 if examples.judged else count_contradictions(examples.train),  # labeled answers differ
-            learns_final_answers=not examples.judged
+            contradictions=0
+            if examples.preferences
+            else count_contradictions(examples.train),  # labeled answers differ
+            learns_final_answers=not examples.preferences
             and all(example.learnt == (len(example.messages) - 1,) for example in examples.train),
             evaluation=merged.evaluation if merged else None,
             cut_off={format.value: served.evaluation.cut_off for format, served in qualified.items()},

@@ -36,7 +36,7 @@ def estimate_devices(recipe: Recipe, examples: Examples, settings: Settings, nam
     with without_garbage_collection():
         import trainer.training.sft  # noqa: F401 - the first import of torch and TRL in `svc train`
     shape = read_model_shape(folder, recipe.adapter.targets)
-    workload = read_workload(examples.judged or examples.train, recipe, folder)
+    workload = read_workload(examples.preferences or examples.train, recipe, folder)
     return estimate_recipe(recipe, shape, workload, devices, settings.engine.max_model_len)
 
 

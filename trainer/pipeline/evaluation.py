@@ -18,7 +18,7 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.device import DeviceCapabilities
 from svc.engine.probes import engine_facts
 from svc.errors import EngineError
-from svc.evaluation.evaluator import Evaluation, EvaluationReport, judge
+from svc.evaluation.evaluator import Evaluation, EvaluationReport, score_answers
 from svc.evaluation.forgetting import Forgetting
 from svc.evaluation.general.general_set import MAX_TOKENS, GeneralSet
 from svc.evaluation.metrics.choose import choose_metrics, try_on_references
@@ -218,8 +218,8 @@ class RunEvaluation:
         base, merged, test = self.base, self.run.merged, self.forgetting
         general = test.prepare(base.revision, base.folder) if test else None
         qualifier, cache = self._qualifier(general), self._cache(base.revision, base.folder)
-        known, known_general = cache.find(qualifier.judged, qualifier.limits), general.of_base if general else ()
-        evaluation = judge(qualifier.judged, known, seconds=0.0) if known else None
+        known, known_general = cache.find(qualifier.examples, qualifier.limits), general.of_base if general else ()
+        evaluation = score_answers(qualifier.examples, known, seconds=0.0) if known else None
         if evaluation:
             console.print("  base: already evaluated on these examples")
         if evaluation and known_general is not None and not self.pairs:
@@ -269,13 +269,13 @@ class RunEvaluation:
     def judge_format(self, measured: Qualified) -> Qualified:
         """Score one format's stored answers again with the current metrics, and return the updated evaluation."""
         results = measured.results
-        evaluation = judge(self.heldout[: len(results)], results, measured.evaluation.seconds, self.metrics)
+        evaluation = score_answers(self.heldout[: len(results)], results, measured.evaluation.seconds, self.metrics)
         return measured.model_copy(update={"evaluation": evaluation.report, "results": evaluation.results})
 
     def judge_base(self, evaluated: Evaluated) -> Evaluation:
         """Score the base's stored answers again with the current metrics, and return its report and results."""
         results = evaluated.base_results
-        return judge(self.heldout[: len(results)], results, evaluated.base.seconds, self.metrics)
+        return score_answers(self.heldout[: len(results)], results, evaluated.base.seconds, self.metrics)
 
     def _keep(
         self, revision: str, model: Path, results: Sequence[ExampleResult], general: Sequence[ExampleResult]

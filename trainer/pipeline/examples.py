@@ -31,7 +31,7 @@ from trainer.recipe.data import Learn
 from trainer.recipe.evaluate import Evaluate
 from trainer.recipe.recipe import Recipe
 
-Judged = PreferencePair | LabeledAnswer
+Preference = PreferencePair | LabeledAnswer
 """Examples from which a preference is learned."""
 
 _MANY_HELD = 2.0
@@ -54,10 +54,10 @@ class Examples:
         validation: examples read from `data.validation`.
         selected_by: the examples that were used to select the version's weights or the recipe's values.
         modified_at: time at which the newest local file of `data.train` was last modified, or None without local files.
-        judged: pairs or labeled answers to train on; empty unless the recipe has a preference objective. With such an
-            objective, `train` contains the better or the labeled answers, in the same order.
-        heldout_judged, validation_judged: held-out and validation pairs or labeled answers. `heldout` contains only
-            the better or desirable answers, which are the references in the evaluation.
+        preferences: pairs or labeled answers to train on; empty unless the recipe has a preference objective. With such
+            an objective, `train` contains the better or the labeled answers, in the same order.
+        heldout_preferences, validation_preferences: held-out and validation pairs or labeled answers. `heldout`
+            contains only the better or desirable answers, which are the references in the evaluation.
     """
 
     train: Sequence[ChatExample]
@@ -70,9 +70,9 @@ class Examples:
     validation: Sequence[ChatExample] = ()
     selected_by: SelectedBy = SelectedBy.NONE
     modified_at: datetime | None = field(default=None, compare=False)
-    judged: tuple[Judged, ...] = ()
-    heldout_judged: tuple[Judged, ...] = ()
-    validation_judged: tuple[Judged, ...] = ()
+    preferences: tuple[Preference, ...] = ()
+    heldout_preferences: tuple[Preference, ...] = ()
+    validation_preferences: tuple[Preference, ...] = ()
 
     @property
     def measured(self) -> Sequence[ChatExample]:
@@ -83,23 +83,23 @@ class Examples:
 
     @property
     def measured_fingerprint(self) -> str:
-        """Fingerprint of the examples in `measured`, or in `measured_judged` for a preference objective."""
-        if self.judged:
-            return fingerprint_judged(self.measured_judged)
+        """Fingerprint of the examples in `measured`, or in `measured_preferences` for a preference objective."""
+        if self.preferences:
+            return fingerprint_preferences(self.measured_preferences)
         return fingerprint(self.validation) if self.validation else self.heldout_fingerprint
 
     @property
-    def measured_judged(self) -> tuple[Judged, ...]:
+    def measured_preferences(self) -> tuple[Preference, ...]:
         """The preference pairs or labeled answers that belong to the examples in `measured`."""
-        return self.validation_judged or self.heldout_judged
+        return self.validation_preferences or self.heldout_preferences
 
     @property
     def pairs(self) -> tuple[PreferencePair, ...]:
         """Held-out pairs, in the order of `heldout`. A desirable and an undesirable labeled answer to the same prompt
         form a pair.
         """
-        pairs = [pair for pair in self.heldout_judged if isinstance(pair, PreferencePair)]
-        labeled = [answer for answer in self.heldout_judged if isinstance(answer, LabeledAnswer)]
+        pairs = [pair for pair in self.heldout_preferences if isinstance(pair, PreferencePair)]
+        labeled = [answer for answer in self.heldout_preferences if isinstance(answer, LabeledAnswer)]
         rejected = {normal_prompt(answer.example): answer.example for answer in labeled if not answer.desirable}
         better = [example for example in self.heldout if normal_prompt(example) in rejected]
         return (*pairs, *(PreferencePair(example, rejected[normal_prompt(example)]) for example in better))
@@ -170,10 +170,10 @@ def read_run_examples(
     untrained = (*all_heldout, *validation, *(questions.examples if questions else ()))
     general = mix_general(train, read(data.general), untrained, data.general_share, data.seed) if data.general else ()
     mixed = join(train, general)
-    judged = _judged(mixed)
-    if data.learn is Learn.ALL and not judged:
+    preferences = _preferences(mixed)
+    if data.learn is Learn.ALL and not preferences:
         mixed = collect(example.learning_all for example in mixed)
-    prints = fingerprint_judged(judged) if judged else fingerprint(mixed), fingerprint(heldout)
+    prints = fingerprint_preferences(preferences) if preferences else fingerprint(mixed), fingerprint(heldout)
     examples = Examples(
         _plain(mixed),
         _plain(heldout),
@@ -183,9 +183,9 @@ def read_run_examples(
         questions,
         _plain(validation),
         modified_at=newest_modification(data.train),
-        judged=judged,
-        heldout_judged=_judged(join(heldout, [each for each in all_heldout if not _is_reference(each)])),
-        validation_judged=_judged(validation),
+        preferences=preferences,
+        heldout_preferences=_preferences(join(heldout, [each for each in all_heldout if not _is_reference(each)])),
+        validation_preferences=_preferences(validation),
     )
     return examples.selected if recipe.stopping.selects else examples
 
@@ -204,12 +204,12 @@ def _read_heldout(recipe: Recipe, cache: Path | None) -> Examples:
 
 
 @dataclass(frozen=True, slots=True)
-class _JudgedExample(ChatExample):
+class _PreferenceExample(ChatExample):
     """An example that carries the pair or labeled answer from which it was read. It contains the better or the labeled
     answer, so that examples are selected in the same way for all objectives.
     """
 
-    judged: Judged = field(kw_only=True)
+    preference: Preference = field(kw_only=True)
 
 
 def _read(
@@ -221,20 +221,25 @@ def _read(
     minimum: int = 1,
     kept_back: Sequence[ChatExample] = (),
 ) -> Sequence[ChatExample]:
-    """Return the examples of the given sources. For a preference objective, they are judged examples."""
+    """Return the examples of the given sources. For a preference objective, they are preferences."""
     if not recipe.objective.is_preference:
         examples = read_examples(sources, minimum=minimum, cache=cache, bad_lines=bad_lines, kept_back=kept_back)
         _check_documents(sources, examples, wanted=recipe.objective is Objective.TEXT)
         return examples
     read = read_labeled if recipe.objective is Objective.KTO else read_pairs
-    answers: Sequence[Judged] = read(sources, minimum=minimum, cache=cache, bad_lines=bad_lines, kept_back=kept_back)
-    return [_JudgedExample(example_of(answer).messages, example_of(answer).tools, judged=answer) for answer in answers]
+    answers: Sequence[Preference] = read(
+        sources, minimum=minimum, cache=cache, bad_lines=bad_lines, kept_back=kept_back
+    )
+    return [
+        _PreferenceExample(example_of(answer).messages, example_of(answer).tools, preference=answer)
+        for answer in answers
+    ]
 
 
 def _is_reference(example: ChatExample) -> bool:
     """Return whether an example's answer is a reference answer. Answers labeled as undesirable are not."""
-    judged = example.judged if isinstance(example, _JudgedExample) else None
-    return not isinstance(judged, LabeledAnswer) or judged.desirable
+    preference = example.preference if isinstance(example, _PreferenceExample) else None
+    return not isinstance(preference, LabeledAnswer) or preference.desirable
 
 
 def _references(recipe: Recipe, examples: Sequence[ChatExample]) -> Sequence[ChatExample]:
@@ -242,17 +247,17 @@ def _references(recipe: Recipe, examples: Sequence[ChatExample]) -> Sequence[Cha
     return list(filter(_is_reference, examples)) if recipe.objective is Objective.KTO else examples
 
 
-def _judged(examples: Sequence[ChatExample]) -> tuple[Judged, ...]:
+def _preferences(examples: Sequence[ChatExample]) -> tuple[Preference, ...]:
     """Return the pairs or labeled answers that examples carry. Examples on disk carry none."""
     if isinstance(examples, StoredExamples):
         return ()
-    return tuple(example.judged for example in examples if isinstance(example, _JudgedExample))
+    return tuple(example.preference for example in examples if isinstance(example, _PreferenceExample))
 
 
 def _plain(examples: Sequence[ChatExample]) -> Sequence[ChatExample]:
     """Return the examples as a tuple or on disk, without the pairs or labeled answers that they carry."""
-    if examples and isinstance(examples[0], _JudgedExample):
-        return tuple(map(example_of, _judged(examples)))
+    if examples and isinstance(examples[0], _PreferenceExample):
+        return tuple(map(example_of, _preferences(examples)))
     return as_tuple(examples)
 
 
@@ -267,15 +272,15 @@ def _check_documents(sources: Sequence[str], examples: Sequence[ChatExample], *,
             )
 
 
-def example_of(answer: Judged) -> ChatExample:
+def example_of(answer: Preference) -> ChatExample:
     """Return the chat example with a pair's better answer, or the chat example that a labeled answer contains."""
     return answer.chosen if isinstance(answer, PreferencePair) else answer.example
 
 
-def fingerprint_judged(judged: Sequence[Judged]) -> str:
+def fingerprint_preferences(preferences: Sequence[Preference]) -> str:
     """Return the SHA-256 hash of pairs or labeled answers, in order, as `sha256:<hex>`."""
     digest = hashlib.sha256()
-    for answer in judged:
+    for answer in preferences:
         other = answer.rejected.as_dict() if isinstance(answer, PreferencePair) else answer.desirable
         content = json.dumps([example_of(answer).as_dict(), other], ensure_ascii=False, sort_keys=True)
         digest.update(content.encode("utf-8") + b"\n")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from svc.dataset.schema.example import ChatExample
 from svc.evaluation.loss import MIN_DIFFERENCES, MIN_NLL_MARGIN, metric_loss, nll_loss
 from svc.evaluation.metrics.metric import Answered, Better, Metric, Unit
-from svc.evaluation.verdict import Gate, GateReport, judge
+from svc.evaluation.verdict import Gate, GateReport, verdict_of
 from svc.version import Format
 from trainer.evaluation.qualification import Qualified
 from trainer.recipe.evaluate import Evaluate
@@ -49,7 +49,7 @@ def _judge_metric(format: Format, metric: Metric, before: Answered, after: Answe
         gate=Gate.GPTQ_LOSS,
         measured=f"{format.upper()} {change}: {figures}",
         limit=f"evaluate.{Gate.GPTQ_LOSS}" + (" times the merged model's value" if relative else ""),
-        verdict=judge(
+        verdict=verdict_of(
             loss,
             limits.max_gptq_loss * (abs(value.value) if relative else 1),
             len(before.results),
@@ -67,7 +67,7 @@ def _judge_nll(format: Format, merged: Qualified, quantized: Qualified, limits: 
         measured=f"{format.upper()} makes the reference answers {'less' if added.value > 0 else 'at least as'} likely: "
         f"{before} nats per token merged, {after} quantized",
         limit=f"evaluate.{Gate.GPTQ_NLL} times the merged model's value, at least {MIN_NLL_MARGIN} nats",
-        verdict=judge(
+        verdict=verdict_of(
             added,
             max(limits.max_gptq_nll * before.value, MIN_NLL_MARGIN),
             len(merged.results),

@@ -11,7 +11,7 @@ from dataclasses import replace
 from svc.dataset.schema.example import ChatExample, normal_prompt
 from trainer.data.fingerprint import fingerprint
 from trainer.data.split import put_sample_first
-from trainer.pipeline.examples import Examples, Judged, example_of, fingerprint_judged
+from trainer.pipeline.examples import Examples, Preference, example_of, fingerprint_preferences
 from trainer.recipe.evaluate import Undecided
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.train import Train
@@ -34,9 +34,9 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
     general = _tenth(examples.train[task:], seed)
     train = (*_tenth(examples.train[:task], seed, _MIN_EXAMPLES), *general)
     heldout, validation = _tenth(examples.heldout, seed, _MIN_EXAMPLES), _tenth(examples.validation, seed)
-    judged = _judged_of(examples.judged, train)
-    if judged:
-        train = tuple(map(example_of, judged))
+    preferences = _preferences_of(examples.preferences, train)
+    if preferences:
+        train = tuple(map(example_of, preferences))
     content = recipe.model_dump(exclude_unset=True)
     content["name"] = recipe.name[: _MAX_NAME_LENGTH - len(_SUFFIX)] + _SUFFIX
     content["train"] = content.get("train", {}) | {"epochs": 1.0, "steps": None}
@@ -48,22 +48,22 @@ def quick_trial(recipe: Recipe, examples: Examples) -> tuple[Recipe, Examples]:
         examples,
         train=train,
         heldout=heldout,
-        train_fingerprint=fingerprint_judged(judged) if judged else fingerprint(train),
+        train_fingerprint=fingerprint_preferences(preferences) if preferences else fingerprint(train),
         heldout_fingerprint=fingerprint(heldout),
         general=len(general),
         validation=validation,
-        judged=judged,
-        heldout_judged=_judged_of(examples.heldout_judged, heldout),
-        validation_judged=_judged_of(examples.validation_judged, validation),
+        preferences=preferences,
+        heldout_preferences=_preferences_of(examples.heldout_preferences, heldout),
+        validation_preferences=_preferences_of(examples.validation_preferences, validation),
         questions=questions and questions.first(max(_MIN_EXAMPLES, math.ceil(_SHARE * len(questions.examples)))),
     )
     return Recipe.model_validate(content), cut
 
 
-def _judged_of(judged: Sequence[Judged], examples: Sequence[ChatExample]) -> tuple[Judged, ...]:
+def _preferences_of(preferences: Sequence[Preference], examples: Sequence[ChatExample]) -> tuple[Preference, ...]:
     """Return the pairs or labeled answers that have the same prompts as the examples, in the examples' order."""
     places = {normal_prompt(example): place for place, example in reversed(list(enumerate(examples)))}
-    found = [answer for answer in judged if normal_prompt(example_of(answer)) in places]
+    found = [answer for answer in preferences if normal_prompt(example_of(answer)) in places]
     return tuple(sorted(found, key=lambda answer: places[normal_prompt(example_of(answer))]))
 
 

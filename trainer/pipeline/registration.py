@@ -52,7 +52,7 @@ from trainer.model.config import read_width
 from trainer.model.run_record import RUN_RECORD_FILE, MachineRecord, RunRecord
 from trainer.pipeline.diagnosis import diagnose_training
 from trainer.pipeline.evaluation import RunEvaluation
-from trainer.pipeline.examples import Examples, fingerprint_judged
+from trainer.pipeline.examples import Examples, fingerprint_preferences
 from trainer.pipeline.quantization_gate import judge_quantized
 from trainer.pipeline.run_folder import Run, StoredWeights
 from trainer.recipe.evaluate import Undecided
@@ -359,7 +359,7 @@ class Registration:
                 validation_examples=len(self.examples.validation),
                 selected_by=self.examples.selected_by,
                 modified_at=self.examples.modified_at,
-                pairs_fingerprint=fingerprint_judged(self.examples.pairs) if self.examples.pairs else None,
+                pairs_fingerprint=fingerprint_preferences(self.examples.pairs) if self.examples.pairs else None,
             ),
             heldout=record_file(folder, folder / HELDOUT_FILE),
             reference=record_files(folder, folder / REFERENCE_FOLDER),

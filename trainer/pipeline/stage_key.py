@@ -14,7 +14,7 @@ from typing import Any
 
 from svc.version import QUANTIZED_FORMATS, Format
 from trainer.base_model.resolve import Base
-from trainer.pipeline.examples import Examples, fingerprint_judged
+from trainer.pipeline.examples import Examples, fingerprint_preferences
 from trainer.recipe.recipe import Recipe
 from trainer.recipe.stage import QUALIFY_STAGES, QUANTIZE_STAGES, Stage
 from trainer.recipe.train import DEVICE_KEYS
@@ -62,7 +62,7 @@ def stage_keys(recipe: Recipe, base: Base, examples: Examples, trained: str | No
     train = _key(train, trained) if trained else train
     merge = _key(train, "dequantized") if recipe.merge_dequantized else _key(train)
     asked = {key: value for key, value in content["evaluate"].items() if key not in _LIMITS + _METRICS + _GENERAL}
-    pairs = [fingerprint_judged(examples.pairs)] if prefers else []
+    pairs = [fingerprint_preferences(examples.pairs)] if prefers else []
     evaluated = [examples.heldout_fingerprint, asked, content["qualify"], *pairs]
     questions = [examples.questions.fingerprint] if examples.questions else []
     evaluate = _key(merge, evaluated, *questions)

@@ -233,8 +233,8 @@ class Pipeline:
             examples.train,
             examples.measured,
             served_length,
-            examples.judged,
-            examples.measured_judged,
+            examples.preferences,
+            examples.measured_preferences,
             examples.train_fingerprint,
         )
         tracking, run_id = self.registry.tracking, self._tracking_run()

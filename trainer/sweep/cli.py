@@ -98,7 +98,7 @@ def learning_curve(settings: "Settings", recipe: "Recipe", *, anyway: bool, as_j
     if as_json:
         print_json(curve.model_dump(mode="json") | {"folder": str(runner.folder), "picture": str(picture)})
     else:
-        print_curve(curve, len(runner.data.judged))
+        print_curve(curve, len(runner.data.heldout))
         output.print(f"plot: {picture}", markup=False, soft_wrap=True)
 
 

@@ -22,7 +22,7 @@ from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.client import EngineClient
 from svc.engine.device import DeviceCapabilities
 from svc.evaluation.comparison import Direction, compare
-from svc.evaluation.evaluator import ask_examples, judge
+from svc.evaluation.evaluator import ask_examples, score_answers
 from svc.evaluation.forgetting import Forgetting, measure_forgetting, tracked
 from svc.evaluation.general.general_set import MAX_TOKENS
 from svc.evaluation.intervals import Interval
@@ -122,7 +122,7 @@ class Finals:
     @cached_property
     def examples(self) -> tuple[ChatExample, ...]:
         """The held-out examples that finalists have to answer."""
-        return self.runner.judged[: self.runner.recipe.evaluate.limit]
+        return self.runner.heldout[: self.runner.recipe.evaluate.limit]
 
     @cached_property
     def metric(self) -> Metric:
@@ -270,7 +270,7 @@ class Finals:
         self, trial: TrialOutcome, results: tuple[ExampleResult, ...], forgetting: Forgetting | None
     ) -> Finalist:
         """Score a trial's answers and return the finalist. Print its metrics and add them to the trial's MLflow run."""
-        evaluation = judge(self.examples, results, 0.0, [self.metric])
+        evaluation = score_answers(self.examples, results, 0.0, [self.metric])
         primary, options = evaluation.report.figures[self.metric.name].estimate, self.runner.recipe.evaluate
         allowed = True
         if forgetting and options.max_forgetting is not None:

@@ -195,7 +195,7 @@ class RayTrials:
             )
 
     def untrained_losses(self, data: "TrialData", recipe: Recipe, folder: Path) -> tuple[float, ...]:
-        """Return the untrained model's loss on each example in `TrialData.judged`.
+        """Return the untrained model's loss on each example in `TrialData.heldout`.
 
         Args:
             folder: path from which a name in the object store is derived. It has the form of a trial's folder,

@@ -84,7 +84,7 @@ def run_sweep(runner: TrialRunner, finals: Finals | None = None) -> SweepResult:
     compare = TrialComparison(runner.answer_lengths)
     with runner.training(sampled=samples_values(runner.recipe.sweep)) as parallel:
         base = runner.base_loss()
-        console.print(f"  held-out loss of the base: {base} on {len(runner.data.judged)} examples")
+        console.print(f"  held-out loss of the base: {base} on {len(runner.data.heldout)} examples")
         studies = runner.folder.absolute() / "study.db"
         studies.unlink(missing_ok=True)  # created again from the trials' outcomes, so a kill leaves no partial study
         storage = f"sqlite:///{studies}"

@@ -156,7 +156,7 @@ class TrialRunner:
         return choose_template_kwargs(self.base.folder, self.recipe.chat_template_kwargs)
 
     @cached_property
-    def judged(self) -> tuple[ChatExample, ...]:
+    def heldout(self) -> tuple[ChatExample, ...]:
         """The held-out examples on which trials are evaluated: at most `_MAX_JUDGED`, sampled at random."""
         measured = self.examples.measured
         generator = random.Random(0)  # noqa: S311 - no secret
@@ -169,16 +169,16 @@ class TrialRunner:
         from trainer.training.trial import TrialData
 
         train = tokenize_turns_of(self.base.folder, self.examples.train, self.template_kwargs)
-        judged = tokenize_as_trained(self.base.folder, self.judged, self.template_kwargs)
-        judged.sort(key=lambda row: len(row.input_ids))
+        rows = tokenize_as_trained(self.base.folder, self.heldout, self.template_kwargs)
+        rows.sort(key=lambda row: len(row.input_ids))
         generator = random.Random(0)  # noqa: S311 - no secret
-        watched = generator.sample(range(len(judged)), min(_MAX_WATCHED, len(judged)))
-        return TrialData(train, [judged[place] for place in sorted(watched)], judged)
+        watched = generator.sample(range(len(rows)), min(_MAX_WATCHED, len(rows)))
+        return TrialData(train, [rows[place] for place in sorted(watched)], rows)
 
     @cached_property
     def answer_lengths(self) -> tuple[int, ...]:
         """Number of answer tokens in each held-out example on which trials are evaluated."""
-        return tuple(row.scored for row in self.data.judged)
+        return tuple(row.scored for row in self.data.heldout)
 
     def base_loss(self) -> Interval:
         """Return the held-out loss of the base, which is measured only once."""

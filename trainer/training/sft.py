@@ -34,7 +34,7 @@ from trainer.callbacks.loss_log import Report, training_points
 from trainer.callbacks.preemption import Preemption, StepAbandoned, preemption
 from trainer.callbacks.progress import ProgressRecords, training_progress
 from trainer.data.chat_template import iterate_turns, load_tokenizer, stop_tokens, tokenize_examples, training_row
-from trainer.data.comparison import tokenize_judged
+from trainer.data.comparison import tokenize_preferences
 from trainer.data.fingerprint import fingerprint
 from trainer.data.length import check_served_sizes, cut_documents, fitting_examples, truncate
 from trainer.data.packing import collate_packed, pack, refuse_recurrent
@@ -115,11 +115,11 @@ def train_model(
     embedding_rows = load_config(base).get_text_config().vocab_size
     new_tokens = {tokenizer.convert_tokens_to_ids(token): token for token in recipe.new_tokens}
     build: Callable[[TrainerSetup], ResumableTrainer]
-    if data.judged:
+    if data.preferences:
         lengths: NDArray[np.int32]
-        comparisons = tokenize_judged(tokenizer, data.judged, stops, kwargs, recipe.train)
-        judged = data.heldout_judged if measured else ()
-        heldout = tokenize_judged(tokenizer, judged, stops, kwargs)
+        comparisons = tokenize_preferences(tokenizer, data.preferences, stops, kwargs, recipe.train)
+        preferences = data.heldout_preferences if measured else ()
+        heldout = tokenize_preferences(tokenizer, preferences, stops, kwargs)
         answers = [[comparison.first, comparison.second] for comparison in comparisons]
         for _ in checked_ids(with_new_tokens(answers, new_tokens), embedding_rows, "training"):
             pass

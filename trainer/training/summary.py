@@ -44,7 +44,8 @@ class TrainingData:
 
     Attributes:
         fingerprint: fingerprint of `train`, or None to compute it.
-        judged, heldout_judged: pairs or labeled answers, used in place of `train` and `heldout` for preference tuning.
+        preferences, heldout_preferences: pairs or labeled answers, used in place of `train` and `heldout` for
+            preference tuning.
         served_length: maximum length of an example that can be served, in tokens, or None if no format will
             be served.
     """
@@ -52,6 +53,6 @@ class TrainingData:
     train: Sequence[ChatExample]
     heldout: Sequence[ChatExample] = ()
     served_length: int | None = None
-    judged: Sequence[PreferencePair | LabeledAnswer] = ()
-    heldout_judged: Sequence[PreferencePair | LabeledAnswer] = ()
+    preferences: Sequence[PreferencePair | LabeledAnswer] = ()
+    heldout_preferences: Sequence[PreferencePair | LabeledAnswer] = ()
     fingerprint: str | None = None

@@ -53,12 +53,12 @@ class TrialData:
     Attributes:
         train: the rows of each training example.
         watched: held-out examples whose loss is measured during training.
-        judged: held-out examples whose loss is measured after training, sorted by length.
+        heldout: held-out examples whose loss is measured after training, sorted by length.
     """
 
     train: Sequence[Sequence[TokenizedExample]]
     watched: Sequence[TokenizedExample]
-    judged: Sequence[TokenizedExample]
+    heldout: Sequence[TokenizedExample]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class TrialRun:
 
     Attributes:
         steps: number of optimizer steps.
-        heldout_each: loss of each example in `TrialData.judged`, in nats per answer token.
+        heldout_each: loss of each example in `TrialData.heldout`, in nats per answer token.
         points: points of the training curve, one per step, with the losses of the watched examples if they were
             measured.
     """
@@ -88,7 +88,7 @@ def train_trial(
     adapter: Path | None = None,
 ) -> TrialRun:
     """Train with the recipe, ignoring its `stopping` section, and then measure the loss of each example in
-    `data.judged`.
+    `data.heldout`.
 
     Training resumes from the newest checkpoint if there is one.
 
@@ -102,7 +102,7 @@ def train_trial(
         TrainingError: the loss or a weight is not finite, the loss explodes, or memory runs out.
     """
     with _open(base, data, recipe, checkpoints, report, number_type) as (trainer, asked):
-        run = _finish(trainer, data.judged, asked, number_type)
+        run = _finish(trainer, data.heldout, asked, number_type)
         if adapter:
             save_model(trainer, base.tokenizer, adapter, full=False)
     return run
@@ -111,14 +111,14 @@ def train_trial(
 def untrained_losses(
     base: LoadedBase, data: TrialData, recipe: Recipe, folder: Path, *, number_type: NumberType
 ) -> tuple[float, ...]:
-    """Return the untrained model's loss on each example in `data.judged`.
+    """Return the untrained model's loss on each example in `data.heldout`.
 
     Raises:
         InterruptedRunError: a signal was received.
     """
     with _open(base, data, recipe, folder, None, number_type) as (trainer, _):
         try:
-            return _judge(trainer, data.judged)
+            return _measure(trainer, data.heldout)
         except StepAbandoned as error:
             raise InterruptedRunError(
                 f"stopped by {error} while measuring the base model", todo="run the same command again"
@@ -150,7 +150,7 @@ def train_trial_in(
     recipe = recipe.model_copy(update={"stopping": _STOPPING})
     build = partial(build_trainer, rows=_rows(data, recipe), heldout=[], curve=_curve(data))
     functions = {"report": report, "on_checkpoint": ignore}
-    arguments = (build, recipe, number_type, sharded, data.judged, saves)
+    arguments = (build, recipe, number_type, sharded, data.heldout, saves)
     runs: list[TrialRun] = processes.run(_train_in, folders, arguments, functions)
     return runs[0]
 
@@ -172,7 +172,7 @@ def untrained_losses_in(
     """
     recipe = recipe.model_copy(update={"stopping": _STOPPING})
     build = partial(build_trainer, rows=_rows(data, recipe), heldout=[], curve=_curve(data))
-    arguments = (build, recipe, number_type, sharded, data.judged)
+    arguments = (build, recipe, number_type, sharded, data.heldout)
     losses: list[tuple[float, ...]] = processes.run(_measure_in, folders, arguments, {})
     return losses[0]
 
@@ -184,11 +184,11 @@ def _train_in(
     recipe: Recipe,
     number_type: NumberType,
     sharded: bool,
-    judged: Sequence[TokenizedExample],
+    heldout: Sequence[TokenizedExample],
     saves: bool,
 ) -> TrialRun:
     with trainer_in_group(place, folders, build, recipe, number_type, sharded=sharded) as (trainer, asked, _):
-        run = _finish(trainer, judged, asked, number_type)
+        run = _finish(trainer, heldout, asked, number_type)
         if saves:
             save_in_group(trainer, folders.out, full=False)
         return run
@@ -201,16 +201,16 @@ def _measure_in(
     recipe: Recipe,
     number_type: NumberType,
     sharded: bool,
-    judged: Sequence[TokenizedExample],
+    heldout: Sequence[TokenizedExample],
 ) -> tuple[float, ...]:
     with trainer_in_group(place, folders, build, recipe, number_type, sharded=sharded) as (trainer, *_):
-        return _judge(trainer, judged)
+        return _measure(trainer, heldout)
 
 
 def _finish(
-    trainer: ResumableTrainer, judged: Sequence[TokenizedExample], asked: Preemption, number_type: NumberType
+    trainer: ResumableTrainer, heldout: Sequence[TokenizedExample], asked: Preemption, number_type: NumberType
 ) -> TrialRun:
-    """Train to the end, and measure the loss of each example in `judged`.
+    """Train to the end, and measure the loss of each example in `heldout`.
 
     Raises:
         InterruptedRunError: a signal was received, and a checkpoint was written.
@@ -218,7 +218,7 @@ def _finish(
     """
     seconds = run_trainer(trainer, _STOPPING, asked, number_type)
     try:
-        each = _judge(trainer, judged)
+        each = _measure(trainer, heldout)
         with asked.interruptible():  # a signal during the last batch must not be lost
             pass
     except StepAbandoned as error:
@@ -260,7 +260,7 @@ def _open(
         ) from error
 
 
-def _judge(trainer: ResumableTrainer, judged: Sequence[TokenizedExample]) -> tuple[float, ...]:
-    rows = [training_row(row) for row in judged]
+def _measure(trainer: ResumableTrainer, heldout: Sequence[TokenizedExample]) -> tuple[float, ...]:
+    rows = [training_row(row) for row in heldout]
     sums = trainer.heldout_sums(rows)
     return tuple(total / answer_tokens(row) for total, row in zip(sums, rows, strict=True))

@@ -14,7 +14,7 @@ from svc.evaluation.metrics.choose import named_metric
 from svc.evaluation.metrics.metric import Answered, Metric, Unit
 from svc.evaluation.metrics.tokens import Nll
 from svc.evaluation.results import ExampleResult
-from svc.evaluation.verdict import Gate, GateReport, Verdict, judge
+from svc.evaluation.verdict import Gate, GateReport, Verdict, verdict_of
 from svc.registry.manifest import Manifest
 from svc.registry.registry import HELDOUT_FILE, Registry
 from svc.settings.gates import GateSettings
@@ -226,7 +226,7 @@ def _judged(
     if margin is None:
         measured = f"{measured}; loss {loss}"
         return GateRow(gate=gate, measured=measured, verdict=GateVerdict.SKIPPED, reason=_NO_MARGIN)
-    return _row(gate, measured, judge(loss, margin, examples, fewest=fewest), "", counted)
+    return _row(gate, measured, verdict_of(loss, margin, examples, fewest=fewest), "", counted)
 
 
 def _row(gate: str, measured: str, verdict: Verdict, source: str, counted: str) -> GateRow:

@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from svc.evaluation.intervals import Interval, proportion
-from svc.evaluation.verdict import judge
+from svc.evaluation.verdict import verdict_of
 from svc.store.gate_rows import GateRow, GateVerdict
 
 _MAX_BYTES = 64 * 2**20
@@ -89,7 +89,7 @@ def check_result_file(name: str, path: Path, min_pass_share: float, registered_a
         reason = f"run on {results.at:%Y-%m-%d}, before the version was registered"
         return GateRow(gate=name, measured=measured, limit=limit, verdict=GateVerdict.UNDECIDED, reason=reason)
     loss = Interval(value=1 - share.value, low=1 - share.high, high=1 - share.low)
-    verdict = judge(loss, 1 - min_pass_share, results.total)
+    verdict = verdict_of(loss, 1 - min_pass_share, results.total)
     more = f"about {verdict.examples_to_decide} tests would decide" if verdict.examples_to_decide else ""
     return GateRow(gate=name, measured=measured, limit=limit, verdict=GateVerdict(verdict.outcome), reason=more)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from monitoring.drift.quality import Figures, Quality, QualityReport, judge, read_quality
+from monitoring.drift.quality import Figures, Quality, QualityReport, compare_quality, read_quality
 from svc.registry.registry import Registry
 from svc.store.holdouts import HoldoutOutcome, add_holdout_run
 from tests.builders.holdout_runs import NOW, run
@@ -26,21 +26,21 @@ def figures(nll: Sequence[float], hits: Sequence[bool], weight: Sequence[float] 
 def quality(change: Sequence[float], hits: Sequence[bool], hits_now: Sequence[bool]) -> Quality:
     before = [1.0] * len(change)
     now = [value + 1.0 for value in change]
-    return judge(figures(before, hits), run(now, hits_now)).quality
+    return compare_quality(figures(before, hits), run(now, hits_now)).quality
 
 
 HITS = [place % 4 > 0 for place in range(200)]
 
 
 def test_quality_is_reported_as_unchanged_if_results_equal_those_at_registration() -> None:
-    report = judge(figures([0.2, 0.4], [True, False]), run([0.2, 0.4], [True, False]))
+    report = compare_quality(figures([0.2, 0.4], [True, False]), run([0.2, 0.4], [True, False]))
     assert report.quality is Quality.AS_REGISTERED
     assert [report.nll, report.registered_nll] == pytest.approx([0.3, 0.3])
     assert (report.nll_p, report.exact_match_p) == (1.0, 1.0)
 
 
 def test_current_and_registered_nll_are_both_weighted_by_token_count() -> None:
-    report = judge(figures([0.2, 0.4], [True, False], weight=[3, 1]), run([0.2, 0.8], [True, False]))
+    report = compare_quality(figures([0.2, 0.4], [True, False], weight=[3, 1]), run([0.2, 0.8], [True, False]))
     assert [report.nll, report.registered_nll] == pytest.approx([0.35, 0.25])
 
 
@@ -114,7 +114,7 @@ def test_quality_status_is_unknown_if_the_version_has_no_registered_answers(regi
 
 def test_only_examples_in_the_held_out_evaluation_are_compared() -> None:
     picked = replace(run([1.0, 1.0], [True, True]), places=(0, 2))
-    report = judge(figures([1.0, 9.0, 1.0], [True, False, True]), picked)
+    report = compare_quality(figures([1.0, 9.0, 1.0], [True, False, True]), picked)
     assert (report.quality, report.examples, report.registered_nll) == (Quality.AS_REGISTERED, 2, 1.0)
 
 
@@ -152,7 +152,7 @@ def by_rouge(before: Sequence[float], now: Sequence[float]) -> QualityReport:
         place: one._replace(score=before[place]) for place, one in figures([1.0] * len(before), misses).items()
     }
     ran = run([1.0] * len(now), misses)
-    return judge(registered, replace(ran, metric="rouge_l", scores=tuple(now)))
+    return compare_quality(registered, replace(ran, metric="rouge_l", scores=tuple(now)))
 
 
 def test_quality_is_reported_as_changed_if_answers_are_worse_despite_equal_exact_match() -> None:

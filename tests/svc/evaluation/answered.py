@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from svc.evaluation.evaluator import judge
+from svc.evaluation.evaluator import score_answers
 from svc.evaluation.metrics.metric import Answered, Metric
 from svc.evaluation.results import ExampleResult
 from tests.svc.chats import chat
@@ -33,4 +33,4 @@ def answered(pairs: Sequence[tuple[str, str]], nll: Sequence[float] = (), scored
 
 def with_scores(metric: Metric, given: Answered) -> Answered:
     """Return the same answers with the metric's scores."""
-    return Answered(given.examples, judge(given.examples, given.results, 0.0, [metric]).results)
+    return Answered(given.examples, score_answers(given.examples, given.results, 0.0, [metric]).results)

@@ -12,7 +12,7 @@ from svc.dataset.schema.example import ChatExample, Message, Role
 from svc.dataset.schema.tokenized_example import TokenizedExample
 from svc.engine.client import EngineClient
 from svc.errors import EngineError, RecipeError
-from svc.evaluation.evaluator import Evaluation, ask_example, evaluate, judge, score
+from svc.evaluation.evaluator import Evaluation, ask_example, evaluate, score, score_answers
 from svc.evaluation.intervals import proportion
 from svc.evaluation.metrics.metric import Answered
 from svc.evaluation.metrics.text import ExactMatch
@@ -255,7 +255,7 @@ async def test_evaluation_report_lists_the_primary_metric_first() -> None:
 def test_metric_scores_are_recomputed_from_the_answers() -> None:
     given = answered([("a", "a"), ("b", "c")])
     wrong = [result.model_copy(update={"scores": {"exact_match": 0.5}}) for result in given.results]
-    evaluation = judge(given.examples, wrong, 0.0, [ExactMatch()])
+    evaluation = score_answers(given.examples, wrong, 0.0, [ExactMatch()])
     assert [result.scores for result in evaluation.results] == [{"exact_match": 1.0}, {"exact_match": 0.0}]
 
 
@@ -277,7 +277,7 @@ def test_metric_must_return_one_finite_score_per_answer(scores: list[float], wro
 
     given = answered([("a", "a"), ("b", "c")])
     with pytest.raises(RecipeError, match=f"metric own returned invalid scores: {wrong}"):
-        judge(given.examples, given.results, 0.0, [Own()])
+        score_answers(given.examples, given.results, 0.0, [Own()])
 
 
 def parts(given: Answered) -> tuple[Sequence[ChatExample], Sequence[ExampleResult], float]:

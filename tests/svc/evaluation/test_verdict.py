@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svc.evaluation.intervals import Interval, share_difference
-from svc.evaluation.verdict import Gate, GateOutcome, GateReport, judge
+from svc.evaluation.verdict import Gate, GateOutcome, GateReport, verdict_of
 
 MARGINS = st.floats(0, 1)
 
@@ -24,7 +24,7 @@ def loss_of(lost: int, gained: int, examples: int) -> Interval:
 
 
 def outcome(lost: int, gained: int, examples: int, margin: float) -> GateOutcome:
-    return judge(loss_of(lost, gained, examples), margin, examples).outcome
+    return verdict_of(loss_of(lost, gained, examples), margin, examples).outcome
 
 
 @given(changed())
@@ -88,7 +88,7 @@ def test_gate_decision_does_not_change_with_more_examples_in_the_same_proportion
 def test_smallest_detectable_quality_loss_decreases_with_more_examples_when_no_answer_changes(
     examples: int, more: int
 ) -> None:
-    few, many = (judge(loss_of(0, 0, count), 0.1, count) for count in (examples, examples + more))
+    few, many = (verdict_of(loss_of(0, 0, count), 0.1, count) for count in (examples, examples + more))
     assert many.detectable < few.detectable
     assert many.loss.high < few.loss.high
 
@@ -96,14 +96,14 @@ def test_smallest_detectable_quality_loss_decreases_with_more_examples_when_no_a
 @given(changed(), MARGINS)
 def test_gate_cannot_both_pass_and_fail(counts: tuple[int, int, int], margin: float) -> None:
     loss = loss_of(*counts)
-    verdict = judge(loss, margin, counts[2])
+    verdict = verdict_of(loss, margin, counts[2])
     assert (verdict.outcome is GateOutcome.PASSED) == (loss.high <= margin + 1e-9)
     assert (verdict.outcome is GateOutcome.FAILED) == (loss.low > margin + 1e-9)
 
 
 @given(changed(), MARGINS)
 def test_undecided_gate_states_how_many_examples_suffice_to_decide(counts: tuple[int, int, int], margin: float) -> None:
-    verdict = judge(loss_of(*counts), margin, counts[2])
+    verdict = verdict_of(loss_of(*counts), margin, counts[2])
     needed = verdict.examples_to_decide
     if verdict.outcome is not GateOutcome.UNDECIDED:
         assert needed is None
@@ -115,7 +115,7 @@ def test_undecided_gate_states_how_many_examples_suffice_to_decide(counts: tuple
     if needed < 10**6:
         half = (verdict.loss.high - verdict.loss.low) / 2 * (counts[2] / needed) ** 0.5
         wider = Interval(value=verdict.loss.value, low=verdict.loss.value - half, high=verdict.loss.value + half)
-        assert judge(wider, margin, needed).outcome is not GateOutcome.UNDECIDED
+        assert verdict_of(wider, margin, needed).outcome is not GateOutcome.UNDECIDED
 
 
 def test_gate_with_a_10_percent_margin_is_undecided_when_12_of_60_answers_become_wrong() -> None:
@@ -144,20 +144,20 @@ def test_gate_with_a_margin_of_100_percent_always_passes() -> None:
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_gate_is_undecided_with_fewer_examples_than_required(value: float) -> None:
     narrow = Interval(value=value, low=value, high=value)
-    verdict = judge(narrow, 0.5, 7, fewest=8)
+    verdict = verdict_of(narrow, 0.5, 7, fewest=8)
     assert (verdict.outcome, verdict.examples_to_decide) == (GateOutcome.UNDECIDED, 8)
     said = str(GateReport(gate=Gate.GPTQ_NLL, measured="GPTQ", limit="evaluate.max_gptq_nll", verdict=verdict))
     assert said.endswith("undecided: 7 examples are too few; about 8 would decide")
-    assert judge(narrow, 0.5, 8, fewest=8).outcome is not GateOutcome.UNDECIDED
+    assert verdict_of(narrow, 0.5, 8, fewest=8).outcome is not GateOutcome.UNDECIDED
 
 
 def test_number_of_examples_needed_to_decide_is_omitted_when_the_loss_equals_the_margin() -> None:
-    verdict = judge(Interval(value=0.1, low=0.0, high=0.2), 0.1, 60)
+    verdict = verdict_of(Interval(value=0.1, low=0.0, high=0.2), 0.1, 60)
     assert (verdict.outcome, verdict.examples_to_decide) == (GateOutcome.UNDECIDED, None)
 
 
 def report(loss: Interval, margin: float, gate: Gate = Gate.FORGETTING) -> str:
-    return str(GateReport(gate=gate, measured="lost", limit=f"evaluate.{gate}", verdict=judge(loss, margin, 60)))
+    return str(GateReport(gate=gate, measured="lost", limit=f"evaluate.{gate}", verdict=verdict_of(loss, margin, 60)))
 
 
 def test_undecided_gate_message_names_the_possible_loss_and_the_number_of_examples_needed() -> None:

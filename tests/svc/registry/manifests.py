@@ -8,7 +8,7 @@ from svc.evaluation.evaluator import EvaluationReport, MetricReport
 from svc.evaluation.intervals import Interval, mean, proportion
 from svc.evaluation.metrics.text import ExactMatch
 from svc.evaluation.results import ExampleResult
-from svc.evaluation.verdict import Gate, GateReport, judge
+from svc.evaluation.verdict import Gate, GateReport, verdict_of
 from svc.registry.files import record_file, record_files
 from svc.registry.manifest import BaseRecord, DataRecord, FormatRecord, Manifest
 from svc.registry.registry import HELDOUT_FILE, REFERENCE_FOLDER
@@ -53,7 +53,7 @@ def gate_report(high: float = 0.09) -> GateReport:
         gate=Gate.GPTQ_LOSS,
         measured="GPTQ lowered accuracy by 0.010: 0.700 [0.575, 0.801] merged, 0.690 [0.565, 0.793] quantized",
         limit="evaluate.max_gptq_loss",
-        verdict=judge(loss, 0.05, 60),
+        verdict=verdict_of(loss, 0.05, 60),
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from svc.evaluation.evaluator import EvaluationReport, judge
+from svc.evaluation.evaluator import EvaluationReport, score_answers
 from svc.evaluation.forgetting import measure_forgetting
 from svc.evaluation.general.general_set import GeneralSet
 from svc.evaluation.preference import PairScores, PreferenceReport
@@ -24,7 +24,7 @@ from tests.svc.registry.manifests import gate_report, make_manifest
 
 def text_report(answer: str) -> EvaluationReport:
     given = answered([(f"{answer} {place}", f"a line of text, number {place}") for place in range(6)])
-    return judge(given.examples, given.results, 1.0).report
+    return score_answers(given.examples, given.results, 1.0).report
 
 
 def shown(table: Table) -> list[list[str]]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from svc.dataset.schema.example import ChatExample
-from svc.evaluation.evaluator import judge
+from svc.evaluation.evaluator import score_answers
 from svc.evaluation.finding import FindingKind
 from svc.evaluation.intervals import Interval
 from svc.evaluation.metrics.text import ExactMatch
@@ -62,7 +62,7 @@ def test_diagnosis_uses_only_evaluated_answers_when_evaluation_is_limited() -> N
     heldout = tuple(make_example(f"h {number}", ("yes", "no")[number % 2]) for number in range(80))
     of = replace(examples(), heldout=heldout)
     results = answered(60, 0, right=lambda place: 0.9)
-    report = judge(heldout[:60], results, 1.0, [ExactMatch()]).report
+    report = score_answers(heldout[:60], results, 1.0, [ExactMatch()]).report
     reading = EngineReading(prompts_differ=(), scores=(), speed=SPEED)
     merged = Qualified(evaluation=report, results=results, probes=(), reading=reading)
     assert diagnose_training(make_recipe(), of, simulate(WELL, 0).curve, {Format.MERGED: merged}, width=576) == ()

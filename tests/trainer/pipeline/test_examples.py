@@ -464,9 +464,9 @@ def read_judged(folder: Path, objective: str, **sections: Any) -> Examples:
 
 def test_preference_pairs_are_split_into_training_and_heldout_by_their_chosen_answers(tmp_path: Path) -> None:
     examples = read_judged(tmp_path, "dpo")
-    assert [pair.chosen for pair in examples.judged if isinstance(pair, PreferencePair)] == list(examples.train)
+    assert [pair.chosen for pair in examples.preferences if isinstance(pair, PreferencePair)] == list(examples.train)
     assert [pair.chosen for pair in examples.pairs] == list(examples.heldout)
-    assert len(examples.judged) + len(examples.pairs) == 40
+    assert len(examples.preferences) + len(examples.pairs) == 40
     assert {example.answer for example in examples.given} == {"yes"}
 
 
@@ -474,7 +474,7 @@ def test_answers_labeled_desirable_are_used_as_reference_answers(tmp_path: Path)
     examples = read_judged(tmp_path, "kto")
     assert {example.answer for example in examples.heldout} == {"yes"}
     assert {example.answer for example in examples.train} == {"yes", "no"}
-    assert len(examples.heldout_judged) == 2 * len(examples.heldout)
+    assert len(examples.heldout_preferences) == 2 * len(examples.heldout)
     assert [pair.chosen for pair in examples.pairs] == list(examples.heldout)
     assert {pair.rejected.answer for pair in examples.pairs} == {"no"}
 

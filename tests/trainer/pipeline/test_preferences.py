@@ -10,7 +10,7 @@ from tests.serving.engine_double import logprob_of, tokenized
 from tests.trainer.conftest import make_example
 from tests.trainer.engines import Engines
 from tests.trainer.pipeline.stand_ins import TRAIN, Make
-from trainer.pipeline.examples import Examples, fingerprint_judged
+from trainer.pipeline.examples import Examples, fingerprint_preferences
 from trainer.pipeline.stages import Pipeline
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ def with_pairs(pipeline: Pipeline) -> Pipeline:
     """Return the pipeline with held-out pairs."""
     train = tuple(PreferencePair(example, make_example(example.question, "no")) for example in TRAIN)
     heldout = tuple(pair.chosen for pair in PAIRS)
-    examples: Examples = replace(pipeline.examples, heldout=heldout, judged=train, heldout_judged=PAIRS)
+    examples: Examples = replace(pipeline.examples, heldout=heldout, preferences=train, heldout_preferences=PAIRS)
     return replace(pipeline, examples=examples)
 
 
@@ -41,7 +41,7 @@ def test_preference_metrics_of_the_base_and_each_format_are_recorded_with_the_ve
     pipeline = with_pairs(make(objective="dpo", evaluate={"max_gptq_loss": 1, "max_gptq_nll": 1e6}))
     manifest = pipeline.registry.manifest(pipeline.train_version())
     assert list(manifest.preferences) == ["base", "merged", "gptq"]
-    assert manifest.data.pairs_fingerprint == fingerprint_judged(PAIRS)
+    assert manifest.data.pairs_fingerprint == fingerprint_preferences(PAIRS)
     base, merged = str(pipeline.base.folder), str(pipeline.run.merged)
     margins = {weights: [margin(weights, pair) for pair in PAIRS] for weights in (base, merged)}
     assert manifest.base_preference and manifest.base_preference.margin.value == pytest.approx(sum(margins[base]) / 8)

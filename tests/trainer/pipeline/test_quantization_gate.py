@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from svc.errors import TrainingError
-from svc.evaluation.evaluator import judge
+from svc.evaluation.evaluator import score_answers
 from svc.evaluation.metrics.labels import MacroF1
 from svc.evaluation.metrics.metric import Better, Metric, Unit
 from svc.evaluation.metrics.text import ExactMatch, Rouge
@@ -40,7 +40,7 @@ def qualified(answers: Sequence[str], nll: Sequence[float], *, metric: Metric | 
         )
         for answer, value in zip(answers, nll, strict=True)
     ]
-    evaluation = judge(examples(len(results)), results, 1.0, [metric or ExactMatch()])
+    evaluation = score_answers(examples(len(results)), results, 1.0, [metric or ExactMatch()])
     return Qualified(
         evaluation=evaluation.report,
         results=evaluation.results,

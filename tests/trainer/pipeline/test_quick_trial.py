@@ -9,7 +9,7 @@ from svc.dataset.schema.example import ChatExample
 from svc.dataset.schema.preference import PreferencePair
 from tests.trainer.conftest import make_example, make_recipe
 from trainer.data.fingerprint import fingerprint
-from trainer.pipeline.examples import Examples, example_of, fingerprint_judged
+from trainer.pipeline.examples import Examples, example_of, fingerprint_preferences
 from trainer.pipeline.quick_trial import quick_trial, whole_run_seconds
 from trainer.training.summary import TrainingSummary
 
@@ -49,12 +49,12 @@ def test_quick_trial_of_a_preference_recipe_uses_10_percent_of_the_pairs() -> No
     def pairs(better: Sequence[ChatExample]) -> tuple[PreferencePair, ...]:
         return tuple(PreferencePair(example, make_example(example.question, "no")) for example in better)
 
-    judged = replace(whole, judged=pairs(whole.train), heldout_judged=pairs(whole.heldout))
+    judged = replace(whole, preferences=pairs(whole.train), heldout_preferences=pairs(whole.heldout))
     _, cut = quick_trial(make_recipe(objective="dpo"), judged)
-    assert [example_of(pair) for pair in cut.judged] == list(cut.train)
+    assert [example_of(pair) for pair in cut.preferences] == list(cut.train)
     assert [pair.chosen for pair in cut.pairs] == list(cut.heldout)
-    assert (len(cut.judged), len(cut.pairs)) == (10, 4)
-    assert cut.train_fingerprint == fingerprint_judged(cut.judged)
+    assert (len(cut.preferences), len(cut.pairs)) == (10, 4)
+    assert cut.train_fingerprint == fingerprint_preferences(cut.preferences)
 
 
 def test_quick_trial_version_has_its_own_name() -> None:

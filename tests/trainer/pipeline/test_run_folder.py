@@ -155,7 +155,7 @@ def test_evaluations_are_repeated_when_heldout_examples_change() -> None:
 
 
 PAIR = PreferencePair(make_example("a", "b"), make_example("a", "x"))
-PAIRS = replace(EXAMPLES, judged=(PAIR,), heldout_judged=(PAIR,))
+PAIRS = replace(EXAMPLES, preferences=(PAIR,), heldout_preferences=(PAIR,))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_run_folder_of_a_preference_recipe_changes_with_its_objective_and_settin
 def test_run_folder_of_a_preference_recipe_changes_when_its_heldout_pairs_change() -> None:
     other = replace(PAIR, rejected=make_example("a", "z"))
     recipe = make_recipe(objective="dpo")
-    assert folder(recipe, examples=replace(PAIRS, heldout_judged=(other,))) != folder(recipe, examples=PAIRS)
+    assert folder(recipe, examples=replace(PAIRS, heldout_preferences=(other,))) != folder(recipe, examples=PAIRS)
 
 
 def test_run_uses_the_same_folder_after_base_and_data_are_moved() -> None:

@@ -68,8 +68,8 @@ def test_trials_are_compared_on_the_validation_examples_if_there_are_any(
     )
     heldout, validation = (make_example("h", "no"),), (make_example("v", "yes"), make_example("w", "yes"))
     examples = replace(runner.examples, train=heldout, heldout=heldout, validation=validation)
-    assert sorted(row.prompt for row in replace(runner, examples=examples).data.judged) == [(ord("v"),), (ord("w"),)]
-    assert [row.prompt for row in replace(runner, examples=replace(examples, validation=())).data.judged] == [
+    assert sorted(row.prompt for row in replace(runner, examples=examples).data.heldout) == [(ord("v"),), (ord("w"),)]
+    assert [row.prompt for row in replace(runner, examples=replace(examples, validation=())).data.heldout] == [
         (ord("h"),)
     ]
 

@@ -47,7 +47,7 @@ def data_for(objective: Objective) -> TrainingData:
     if objective is KTO:
         judged = [LabeledAnswer(pair.chosen, desirable=True) for pair in pairs]
         judged += [LabeledAnswer(pair.rejected, desirable=False) for pair in pairs]
-    return TrainingData((), judged=judged, heldout_judged=judged[:5])
+    return TrainingData((), preferences=judged, heldout_preferences=judged[:5])
 
 
 def recipe(objective: Objective, method: Method = Method.LORA, **sections: Any) -> Recipe:
@@ -92,7 +92,7 @@ def test_killed_and_resumed_preference_run_ends_with_the_same_new_token_embeddin
 def test_new_token_absent_from_all_preference_answers_is_rejected_before_training(base: Path, tmp_path: Path) -> None:
     pairs = [PreferencePair(make_example("a number", "<tool>1"), make_example("a number", "<tool>2"))]
     with pytest.raises(DataError, match="the new token '</tool>' does not occur in the training examples"):
-        train_in(FLOAT32, base, TrainingData((), judged=pairs), recipe(DPO), tmp_path)
+        train_in(FLOAT32, base, TrainingData((), preferences=pairs), recipe(DPO), tmp_path)
 
 
 @pytest.mark.matrix

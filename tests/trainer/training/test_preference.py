@@ -32,7 +32,7 @@ from tests.trainer.conftest import losses_of, make_example, make_tokenizer
 from tests.trainer.without_clock import without_clock
 from trainer.callbacks.preemption import Preemption
 from trainer.data.chat_template import load_tokenizer, stop_tokens
-from trainer.data.comparison import Comparison, tokenize_judged
+from trainer.data.comparison import Comparison, tokenize_preferences
 from trainer.model.load import ModelForm, load_model
 from trainer.recipe.adapter import Method
 from trainer.recipe.recipe import Recipe
@@ -55,7 +55,7 @@ def train(base: Path, recipe: Recipe, folder: Path, number_type: NumberType = FL
 
 def comparisons_of(base: Path, judged: list[Any], recipe: Recipe) -> list[Comparison]:
     tokenizer = load_tokenizer(base)
-    return tokenize_judged(tokenizer, judged, stop_tokens(base, tokenizer), {}, recipe.train)
+    return tokenize_preferences(tokenizer, judged, stop_tokens(base, tokenizer), {}, recipe.train)
 
 
 def trainer_of(base: Path, judged: list[Any], recipe: Recipe, folder: Path) -> PreferenceTrainer:
@@ -327,7 +327,7 @@ def test_preference_is_learned_with_every_method_and_objective(
         judged.append(one if objective is Objective.KTO else PreferencePair(red, blue))
     rate = {Method.FULL: 1e-3, Method.VERA: 0.1}.get(method, 2e-2)
     recipe = recipe_of(objective, method, train={"epochs": 8, "learning_rate": rate})
-    data, out = TrainingData((), judged=judged), tmp_path / "trained"
+    data, out = TrainingData((), preferences=judged), tmp_path / "trained"
     summary = train_model(tiny_base, data, recipe, out, tmp_path / "checkpoints", number_type=FLOAT32)
     losses = losses_of(summary)
     assert fmean(losses[-4:]) < 0.9 * fmean(losses[:4])
@@ -380,7 +380,7 @@ def test_pair_is_dropped_when_either_answer_is_too_long(tiny_base: Path) -> None
 
 def test_heldout_pairs_longer_than_the_training_limit_are_still_evaluated(tiny_base: Path) -> None:
     tokenizer, long = load_tokenizer(tiny_base), PreferencePair(make_example("n", "red" * 500), make_example("n", "b"))
-    assert len(tokenize_judged(tokenizer, [long], stop_tokens(tiny_base, tokenizer), {})) == 1
+    assert len(tokenize_preferences(tokenizer, [long], stop_tokens(tiny_base, tokenizer), {})) == 1
 
 
 def test_weights_with_the_lowest_heldout_preference_loss_are_kept(tiny_base: Path, tmp_path: Path) -> None:

@@ -165,14 +165,14 @@ def test_no_step_is_repeated_after_a_signal_during_the_last_heldout_evaluation(
     attempt: Try, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = attempt(recipe(), "whole")
-    judge = trial_module._judge
+    measure = trial_module._measure
 
-    def judge_and_signal(trainer: Any, judged: Any) -> Any:
+    def measure_and_signal(trainer: Any, heldout: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return judge(trainer, judged)
+        return measure(trainer, heldout)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trial_module, "_judge", judge_and_signal)
+        patch.setattr(trial_module, "_measure", measure_and_signal)
         with pytest.raises(InterruptedRunError):
             attempt(recipe(), "cut")
     steps: list[int] = []

@@ -165,20 +165,20 @@ class Made:
 
 
 def make_report(
-    made: Made, recipe: Recipe, compared: Sequence[TokenizedExample], judged: int, *, number_type: NumberType
+    made: Made, recipe: Recipe, compared: Sequence[TokenizedExample], prompts: int, *, number_type: NumberType
 ) -> ParityReport:
     """Create the parity report of a run.
 
     Args:
         compared: the examples for which the engine's measurements contain scores.
-        judged: number of examples whose prompt tokens were compared.
+        prompts: number of examples whose prompt tokens were compared.
         number_type: data type in which models are scored without an engine.
     """
     started = time.monotonic()
     checks: list[ParityCheck] = []
     differences: dict[str, Differences] = {}
     for format, (folder, reading) in made.formats.items():
-        checks += [*_check_files(made.base, folder, format), _check_tokens(format, reading, judged)]
+        checks += [*_check_files(made.base, folder, format), _check_tokens(format, reading, prompts)]
     if all(check.passed for check in checks):  # unreadable files cannot be compared
         with waiting("Comparing the model to serve with the trained model"), library_output_to_log():
             more, differences = _compare(made, recipe, compared, number_type)
@@ -207,9 +207,9 @@ def _check_files(base: Path, folder: Path, format: Format) -> list[ParityCheck]:
     ]
 
 
-def _check_tokens(format: Format, reading: EngineReading, judged: int) -> ParityCheck:
+def _check_tokens(format: Format, reading: EngineReading, prompts: int) -> ParityCheck:
     wrong = reading.prompts_differ
-    found = f"{judged - len(wrong)} of {judged} prompts match"
+    found = f"{prompts - len(wrong)} of {prompts} prompts match"
     if wrong:
         found += f"; the first that differs is example {wrong[0] + 1}"
     return _check(f"{format}: prompt tokens on the engine", not wrong, found, "the same token ids as in training")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from svc.dataset.schema.example import ChatExample
 from svc.engine.device import NumberType
-from svc.evaluation.evaluator import judge
+from svc.evaluation.evaluator import score_answers
 from svc.evaluation.results import ExampleResult
 from tests.trainer.conftest import make_recipe
 from trainer.data.chat_template import load_tokenizer, stop_tokens, tokenize_examples
@@ -55,7 +55,7 @@ def train_and_judge(
         usual_learning_rate=usual_learning_rate or recipe.usual_learning_rate(width),
         curve=summary.points,
         train_examples=len(examples),
-        evaluation=judge(heldout, results, 0.0).report,
+        evaluation=score_answers(heldout, results, 0.0).report,
         results=results,
         answers=[example.answer for example in heldout],
     )

@@ -39,7 +39,7 @@ def data_for(objective: Objective) -> TrainingData:
     pairs: list[Any] = [*PAIRS, last]
     answers: list[Any] = [*LABELED, LabeledAnswer(last.chosen, desirable=True)]
     judged = answers if objective is KTO else pairs
-    return TrainingData((), judged=judged, heldout_judged=judged[:5])
+    return TrainingData((), preferences=judged, heldout_preferences=judged[:5])
 
 
 def recipe(objective: Objective, method: Method = Method.LORA, **train: Any) -> Recipe:
